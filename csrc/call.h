@@ -1,0 +1,36 @@
+// One call of an op, as both native libraries get it from library.cpp.
+#pragma once
+
+#include "tensors.h"
+
+namespace fastadv {
+
+// Images first, then parameters. An operand without data is not there: a parameter is then its number.
+enum Slot : int { kX, kX0, kGrad, kOut, kAlpha, kEps, kNoise, kLo, kHi, kSlots };
+
+struct Call {
+  Walk<kSlots> walk;
+  double numbers[kSlots] = {};
+  bool has_noise = false;  // fgsm_step starts at random_init's result
+  bool project = true;
+  uint64_t seed = 0;               // where there is no tensor
+  const int64_t* seeds = nullptr;  // one, or one per block of the walk
+
+  DType dtype(Slot s) const { return walk.operands[s].dtype; }
+  bool has(Slot s) const { return walk.operands[s].data != nullptr; }
+  bool any_float64() const {
+    for (Slot s : {kX, kX0, kOut})
+      if (has(s) && dtype(s) == DType::kFloat64) return true;
+    return false;
+  }
+};
+
+// Each library defines these for its device; `stream` is CUDA's, null on the CPU. They may throw std::exception.
+void random_init(const Call& call, void* stream);
+void fgsm_step(const Call& call, void* stream);
+void pgd_step(const Call& call, void* stream);
+// int64 arrays of n: key = seed, counter = (index low, index high, restart, word3); words: [n, 4].
+void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const int64_t* restart, uint32_t word3,
+                  int64_t* words, void* stream);
+
+}  // namespace fastadv

@@ -1,0 +1,292 @@
+// The CPU's ops: cut the walk into tiles, bring each operand into the compute type, run the inner loops, put the
+// result where it belongs. An operand that lies as the loops want it is used in place.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../call.h"
+#include "../philox.h"
+#include "isa.h"
+
+namespace fastadv {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements a thread takes at least: PyTorch's own choice
+
+template <class C>
+constexpr int kComputeIndex = sizeof(C) == 8 ? 0 : 1;
+template <class C>
+constexpr DType kComputeType = sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+int index_of(DType t) { return static_cast<int>(t); }
+
+// Elements [position, position + count) of a block.
+struct Tile {
+  int64_t block, position, count;
+};
+
+using WalkOf = Walk<kSlots>;
+
+bool in_place(const WalkOf& walk, Slot slot, DType dtype) {
+  const Operand& op = walk.operands[slot];
+  return op.dtype == dtype && walk.flat() && (walk.dims == 0 || op.strides[0] == 1);
+}
+
+char* address(const WalkOf& walk, Slot slot, const Tile& tile) {
+  const Operand& op = walk.operands[slot];
+  const int64_t stride = walk.dims ? op.strides[0] : 0;
+  return op.data + (tile.block * op.block_stride + tile.position * stride) * size_of(op.dtype);
+}
+
+// Calls run(pointer, stride, count) for the tile's pieces along the innermost dimension, in order.
+template <class Run>
+void for_runs(const WalkOf& walk, Slot slot, const Tile& tile, const Run& run) {
+  const Operand& op = walk.operands[slot];
+  if (walk.flat()) return run(address(walk, slot, tile), walk.dims ? op.strides[0] : 0, tile.count);
+  int64_t at[kMaxDims], offset = tile.block * op.block_stride, rest = tile.position;
+  for (int d = walk.dims - 1; d >= 0; --d) {
+    at[d] = rest % walk.sizes[d];
+    rest /= walk.sizes[d];
+    offset += at[d] * op.strides[d];
+  }
+  const int inner = walk.dims - 1;
+  for (int64_t left = tile.count; left > 0;) {
+    const int64_t count = std::min(left, walk.sizes[inner] - at[inner]);
+    run(op.data + offset * size_of(op.dtype), op.strides[inner], count);
+    left -= count;
+    at[inner] += count;
+    offset += count * op.strides[inner];
+    for (int d = inner; d > 0 && at[d] == walk.sizes[d]; --d) {
+      offset += op.strides[d - 1] - walk.sizes[d] * op.strides[d];
+      at[d] = 0;
+      ++at[d - 1];
+    }
+  }
+}
+
+using Load = void (*)(const void*, int64_t, int64_t, void*);
+
+template <class C>
+void gather(const WalkOf& walk, Slot slot, const Tile& tile, Load load, C* to) {
+  for_runs(walk, slot, tile, [&](const char* from, int64_t stride, int64_t count) {
+    load(from, stride, count, to);
+    to += count;
+  });
+}
+
+template <class C>
+const C* fetch(const Call& call, Slot slot, const Tile& tile, C* buffer) {
+  if (in_place(call.walk, slot, kComputeType<C>))
+    return reinterpret_cast<const C*>(address(call.walk, slot, tile));
+  const int c = kComputeIndex<C>, type = index_of(call.dtype(slot));
+  gather(call.walk, slot, tile, slot == kGrad ? isa().load_grad[c][type] : isa().load[c][type], buffer);
+  return buffer;
+}
+
+// Where the tile's result goes: out itself, or a buffer whose contents done() then spreads over out.
+class Result {
+ public:
+  Result(const Call& call, const Tile& tile, void* buffer) : call_(call), tile_(tile), buffer_(buffer) {
+    direct_ = in_place(call.walk, kOut, call.dtype(kOut));
+  }
+  void* data() const { return direct_ ? address(call_.walk, kOut, tile_) : buffer_; }
+  void done() const {
+    if (direct_) return;
+    switch (size_of(call_.dtype(kOut))) {
+      case 8:
+        return scatter<uint64_t>();
+      case 4:
+        return scatter<uint32_t>();
+      default:
+        return scatter<uint16_t>();
+    }
+  }
+
+ private:
+  template <class Bits>
+  void scatter() const {
+    const Bits* from = static_cast<const Bits*>(buffer_);
+    for_runs(call_.walk, kOut, tile_, [&](char* to, int64_t stride, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) reinterpret_cast<Bits*>(to)[i * stride] = from[i];
+      from += count;
+    });
+  }
+
+  const Call& call_;
+  const Tile& tile_;
+  void* buffer_;
+  bool direct_;
+};
+
+// Parameters in the compute type: one value each where all are numbers, else an array of a tile, filled for each.
+// First what enters every sum (noise, alpha), last the box.
+template <class C, Slot... slots>
+struct Parameters {
+  static constexpr Slot kNames[] = {slots...};
+  static constexpr int kCount = sizeof...(slots);
+  alignas(64) C v[kCount][kTile];
+  bool tensors = false;
+
+  Parameters(const Call& call, DType result) {
+    for (int k = 0; k < kCount; ++k) {
+      v[k][0] = static_cast<C>(call.numbers[kNames[k]]);
+      tensors = tensors || call.has(kNames[k]);
+    }
+    if (!tensors) round_box(1, result);
+  }
+
+  void refresh(const Call& call, const Tile& tile, DType result) {
+    if (!tensors) return;
+    for (int k = 0; k < kCount; ++k) {
+      const Slot slot = kNames[k];
+      if (call.has(slot))
+        gather(call.walk, slot, tile, isa().load[kComputeIndex<C>][index_of(call.dtype(slot))], v[k]);
+      else
+        std::fill_n(v[k], tile.count, static_cast<C>(call.numbers[slot]));
+    }
+    keep_nan(call, tile.count);
+    round_box(tile.count, result);
+  }
+
+ private:
+  // A NaN in any parameter makes the result NaN: carried by the first, which enters every sum.
+  void keep_nan(const Call& call, int64_t n) {
+    for (int k = 1; k < kCount; ++k) {
+      if (kNames[k] == kEps && !call.project) continue;
+      for (int64_t i = 0; i < n; ++i)
+        if (v[k][i] != v[k][i]) v[0][i] = v[k][i];
+    }
+  }
+  void round_box(int64_t n, DType result) {
+    isa().round_inward[kComputeIndex<C>][index_of(result)](n, v[kCount - 2], v[kCount - 1]);
+  }
+};
+
+template <class C>
+using StartParameters = Parameters<C, kNoise, kLo, kHi>;
+template <class C>
+using StepParameters = Parameters<C, kAlpha, kEps, kLo, kHi>;
+
+// random_init of a tile into `out`, which takes values of type `result`.
+template <class C>
+class Start {
+ public:
+  Start(const Call& call, DType result) : call_(call), result_(result), params_(call, result) {}
+
+  void run(const Tile& tile, void* out) {
+    params_.refresh(call_, tile, result_);
+    const uint64_t seed = call_.seeds ? static_cast<uint64_t>(call_.seeds[tile.block]) : call_.seed;
+    isa().random_bits(seed, static_cast<uint64_t>(tile.position) / 8, (tile.count + 7) / 8, words_);
+    const C* x = fetch(call_, kX, tile, x_);
+    isa().start[kComputeIndex<C>][index_of(result_)][params_.tensors](
+        tile.count, x, reinterpret_cast<const uint16_t*>(words_), params_.v[0], params_.v[1], params_.v[2], out);
+  }
+
+ private:
+  const Call& call_;
+  DType result_;
+  StartParameters<C> params_;
+  alignas(64) uint64_t words_[kTile / 4 + 16];  // see Kernels::random_bits
+  alignas(64) C x_[kTile];
+};
+
+template <class C>
+class Step {
+ public:
+  explicit Step(const Call& call) : call_(call), params_(call, call.dtype(kOut)) {}
+
+  // x0: the tile's start in the compute type, or null: then it is the operand kX0, and kX where there is none.
+  void run(const Tile& tile, const C* x0) {
+    params_.refresh(call_, tile, call_.dtype(kOut));
+    const C* x = fetch(call_, kX, tile, x_);
+    if (!x0) x0 = call_.has(kX0) ? fetch(call_, kX0, tile, x0_) : x;
+    const C* grad = fetch(call_, kGrad, tile, grad_);
+    const Result result(call_, tile, out_);
+    isa().step[kComputeIndex<C>][index_of(call_.dtype(kOut))][params_.tensors][call_.project](
+        tile.count, x0, grad, x, params_.v[0], params_.v[1], params_.v[2], params_.v[3], result.data());
+    result.done();
+  }
+
+ private:
+  const Call& call_;
+  StepParameters<C> params_;
+  alignas(64) C x_[kTile], x0_[kTile], grad_[kTile];
+  alignas(64) uint64_t out_[kTile];
+};
+
+// make_worker() once per thread's share, then worker(tile) for its tiles, on PyTorch's threads.
+template <class MakeWorker>
+void for_tiles(const Call& call, const MakeWorker& make_worker) {
+  const int64_t size = call.walk.block_size, per_block = (size + kTile - 1) / kTile;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::min<int64_t>(size, kTile));
+  torch::stable::parallel_for(0, call.walk.blocks * per_block, grain, [&](int64_t begin, int64_t end) {
+    auto worker = make_worker();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t position = i % per_block * kTile;
+      worker(Tile{i / per_block, position, std::min<int64_t>(kTile, size - position)});
+    }
+  });
+}
+
+template <class C>
+void run_random_init(const Call& call) {
+  for_tiles(call, [&] {
+    return [&call, start = Start<C>(call, call.dtype(kOut)), buffer = std::vector<uint64_t>(kTile)](
+               const Tile& tile) mutable {
+      const Result result(call, tile, buffer.data());
+      start.run(tile, result.data());
+      result.done();
+    };
+  });
+}
+
+template <class C>
+void run_step(const Call& call) {
+  for_tiles(call, [&] {
+    return [step = Step<C>(call)](const Tile& tile) mutable { step.run(tile, nullptr); };
+  });
+}
+
+// FGSM from a random start. The start is what random_init returns: in x's dtype (float32 for uint8) and in its compute
+// type, C0, which is not C where only out is float64.
+template <class C0, class C>
+void run_fgsm_from_noise(const Call& call) {
+  const DType start_type = call.dtype(kX) == DType::kUInt8 ? DType::kFloat32 : call.dtype(kX);
+  const Load widen = isa().load[kComputeIndex<C>][index_of(start_type)];
+  for_tiles(call, [&] {
+    return [=, start = Start<C0>(call, start_type), step = Step<C>(call), stored = std::vector<uint64_t>(kTile),
+            x0 = std::vector<C>(kTile)](const Tile& tile) mutable {
+      start.run(tile, stored.data());
+      if (start_type == kComputeType<C>) return step.run(tile, reinterpret_cast<const C*>(stored.data()));
+      widen(stored.data(), 1, tile.count, x0.data());
+      step.run(tile, x0.data());
+    };
+  });
+}
+
+}  // namespace
+
+void random_init(const Call& call, void*) {
+  call.any_float64() ? run_random_init<double>(call) : run_random_init<float>(call);
+}
+
+void pgd_step(const Call& call, void*) { call.any_float64() ? run_step<double>(call) : run_step<float>(call); }
+
+void fgsm_step(const Call& call, void* stream) {
+  if (!call.has_noise) return pgd_step(call, stream);
+  if (!call.any_float64()) return run_fgsm_from_noise<float, float>(call);
+  call.dtype(kX) == DType::kFloat64 ? run_fgsm_from_noise<double, double>(call)
+                                    : run_fgsm_from_noise<float, double>(call);
+}
+
+void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const int64_t* restart, uint32_t word3,
+                  int64_t* words, void*) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Words w = philox(static_cast<uint64_t>(seed[i]), static_cast<uint64_t>(index[i]),
+                           static_cast<uint32_t>(restart[i]), word3);
+    std::copy_n(w.v, 4, words + 4 * i);
+  }
+}
+
+}  // namespace fastadv

@@ -1,0 +1,219 @@
+// The door: takes an op's arguments from PyTorch through its stable ABI and hands them to the kernels. Compiled once
+// per device, with FASTADV_BACKEND = cpu or cuda and FASTADV_KEY = CPU or CUDA.
+//
+// What users are told about wrong arguments is in fastadv/ops/checks.py; here stands only what keeps a raw op call
+// from touching memory that is not its own.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <map>
+#include <optional>
+#include <string>
+
+#include "call.h"
+#include "facts.h"
+
+namespace fastadv {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+std::atomic<int64_t> call_count{0};
+
+struct Place {
+  int32_t type = -1, index = -1;
+  explicit Place(const Tensor& t) {
+    aoti_torch_get_device_type(t.get(), &type);
+    aoti_torch_get_device_index(t.get(), &index);
+  }
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    default:
+      STD_TORCH_CHECK(false, "fastadv: ", name, " has a dtype that the op does not take");
+  }
+}
+
+void* stream_of(const Place& place) {
+#ifdef FASTADV_CUDA
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
+  return stream;
+#else
+  (void)place;
+  return nullptr;
+#endif
+}
+
+// Collects an op's tensors, then lays out the walk.
+class Arguments {
+ public:
+  Arguments(const Tensor& x, const Tensor& out) : place_(x), shape_(x) {
+    image(kX, x, "x");
+    STD_TORCH_CHECK(out.scalar_type() != ScalarType::Byte, "fastadv: out must not be uint8");
+    image(kOut, out, "out");
+  }
+
+  void image(Slot slot, const Tensor& t, const char* name) {
+    bool same = t.dim() == shape_.dim() && t.dim() <= kMaxDims && Place(t) == place_;
+    for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == shape_.size(d);
+    STD_TORCH_CHECK(same, "fastadv: ", name, " must have x's shape, at most 64 dimensions, and x's device");
+    STD_TORCH_CHECK(slot == kX || t.scalar_type() != ScalarType::Byte, "fastadv: only x may be uint8");
+    take(slot, t, name);
+  }
+
+  void parameter(Slot slot, double number, const Optional& t, const char* name) {
+    call_.numbers[slot] = number;
+    if (!t) return;
+    bool fits = Place(*t) == place_ && t->scalar_type() != ScalarType::Byte;
+    if (t->dim() != 0) {
+      fits = fits && t->dim() == shape_.dim();
+      for (int64_t d = 0; fits && d < t->dim(); ++d)
+        fits = t->size(d) == 1 || (d < 2 && t->size(d) == shape_.size(d));
+    }
+    STD_TORCH_CHECK(fits, "fastadv: ", name, " must be 0-dim or broadcast over x's first two dimensions");
+    take(slot, *t, name);
+  }
+
+  void seed(int64_t number, const Optional& t) {
+    call_.seed = static_cast<uint64_t>(number);
+    if (!t) return;
+    per_sample_ = t->numel() != 1;
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && Place(*t) == place_ &&
+                        (!per_sample_ || (t->dim() == 1 && shape_.dim() > 0 && t->numel() == shape_.size(0))),
+                    "fastadv: seed must be a contiguous int64 tensor with one element or one per sample");
+    call_.seeds = static_cast<const int64_t*>(t->data_ptr());
+    seeds_ = {static_cast<char*>(t->data_ptr()), DType::kFloat64, t->sizes().data(), t->strides().data(),
+              static_cast<int>(t->dim())};  // float64 has an int64's size
+  }
+
+  Call& call() { return call_; }
+
+  void run(void (*kernel)(const Call&, void*)) {
+    if (shape_.numel() != 0) check_out();
+    ++call_count;
+    if (shape_.numel() == 0) return;
+    call_.walk = make_walk(tensors_[kX], tensors_, per_sample_);
+#ifdef FASTADV_CUDA
+    torch::stable::accelerator::DeviceGuard guard(place_.index);
+#endif
+    kernel(call_, stream_of(place_));
+  }
+
+ private:
+  // out may be an operand to the letter; whatever else its addresses reach into is refused.
+  void check_out() const {
+    const Strided& out = tensors_[kOut];
+    STD_TORCH_CHECK(!overlaps_itself(out), "fastadv: out has elements that share memory");
+    bool apart = call_.seeds == nullptr || reaches_apart(out, seeds_);
+    for (const Strided& t : tensors_) apart = apart && (!t.data || same(out, t) || reaches_apart(out, t));
+    STD_TORCH_CHECK(apart, "fastadv: out may overlap an input without being the same tensor");
+  }
+
+  void take(Slot slot, const Tensor& t, const char* name) {
+    tensors_[slot] = {static_cast<char*>(t.data_ptr()), dtype_of(t, name), t.sizes().data(), t.strides().data(),
+                      static_cast<int>(t.dim())};
+  }
+
+  Place place_;
+  const Tensor& shape_;
+  bool per_sample_ = false;
+  Strided tensors_[kSlots], seeds_;
+  Call call_;
+};
+
+void random_init_op(const Tensor& x, double noise, const Optional& noise_t, int64_t seed, const Optional& seed_t,
+                    double lo, const Optional& lo_t, double hi, const Optional& hi_t, const Tensor& out) {
+  Arguments args(x, out);
+  args.parameter(kNoise, noise, noise_t, "noise");
+  args.parameter(kLo, lo, lo_t, "clip[0]");
+  args.parameter(kHi, hi, hi_t, "clip[1]");
+  args.seed(seed, seed_t);
+  args.run(random_init);
+}
+
+void fgsm_step_op(const Tensor& x, const Tensor& grad, double eps, const Optional& eps_t, double alpha,
+                  const Optional& alpha_t, double noise, const Optional& noise_t, int64_t seed,
+                  const Optional& seed_t, bool project, double lo, const Optional& lo_t, double hi,
+                  const Optional& hi_t, const Tensor& out) {
+  Arguments args(x, out);
+  args.image(kGrad, grad, "grad");
+  args.parameter(kEps, eps, eps_t, "eps");
+  args.parameter(kAlpha, alpha, alpha_t, "alpha");
+  args.parameter(kNoise, noise, noise_t, "noise");
+  args.parameter(kLo, lo, lo_t, "clip[0]");
+  args.parameter(kHi, hi, hi_t, "clip[1]");
+  args.call().has_noise = noise != 0 || noise_t.has_value();
+  if (args.call().has_noise) args.seed(seed, seed_t);
+  args.call().project = project;
+  args.run(fgsm_step);
+}
+
+void pgd_step_op(const Tensor& x_adv, const Tensor& grad, const Tensor& x, double alpha, const Optional& alpha_t,
+                 double eps, const Optional& eps_t, double lo, const Optional& lo_t, double hi,
+                 const Optional& hi_t, const Tensor& out) {
+  Arguments args(x, out);
+  args.image(kX0, x_adv, "x_adv");
+  args.image(kGrad, grad, "grad");
+  args.parameter(kAlpha, alpha, alpha_t, "alpha");
+  args.parameter(kEps, eps, eps_t, "eps");
+  args.parameter(kLo, lo, lo_t, "clip[0]");
+  args.parameter(kHi, hi, hi_t, "clip[1]");
+  args.run(pgd_step);
+}
+
+void philox_op(const Tensor& seed, const Tensor& index, const Tensor& restart, int64_t word3, const Tensor& out) {
+  const Place place(index);
+  const int64_t n = index.numel();
+  bool fits = out.numel() == 4 * n;
+  for (const Tensor* t : {&seed, &index, &restart, &out})
+    fits = fits && t->scalar_type() == ScalarType::Long && t->is_contiguous() && Place(*t) == place &&
+           (t == &out || t->numel() == n);
+  STD_TORCH_CHECK(fits, "fastadv: philox takes contiguous int64 tensors of one size");
+  ++call_count;
+  if (n == 0) return;
+#ifdef FASTADV_CUDA
+  torch::stable::accelerator::DeviceGuard guard(place.index);
+#endif
+  auto data = [](const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); };
+  philox_words(n, data(seed), data(index), data(restart), static_cast<uint32_t>(word3), data(out), stream_of(place));
+}
+
+}  // namespace
+}  // namespace fastadv
+
+#define FASTADV_JOIN(a, b) a##b
+#define FASTADV_MODULE(backend) FASTADV_JOIN(_, backend)
+#define FASTADV_TEXT(a) FASTADV_TEXT_(a)
+#define FASTADV_TEXT_(a) #a
+
+STABLE_TORCH_LIBRARY_IMPL(fastadv, FASTADV_KEY, library) {
+  library.impl("random_init." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::random_init_op));
+  library.impl("fgsm_step." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::fgsm_step_op));
+  library.impl("pgd_step." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::pgd_step_op));
+  library.impl("philox." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::philox_op));
+}
+
+PYBIND11_MODULE(FASTADV_MODULE(FASTADV_BACKEND), module) {
+  module.doc() = "Native kernels; importing this registers them with torch. Here is what is not an op.";
+  module.def("calls", [] { return fastadv::call_count.load(); }, "Kernel calls in this process.");
+  fastadv::add_facts(module);
+}

@@ -1,0 +1,154 @@
+// What a kernel sees of its tensors: the iteration order that positions and noise follow, and every operand's strides
+// in it. Shared by the CPU and the CUDA library; nothing here knows PyTorch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastadv {
+
+constexpr int kMaxDims = 64;  // PyTorch's own limit for elementwise operations
+
+enum class DType : int { kFloat64, kFloat32, kFloat16, kBFloat16, kUInt8 };
+
+constexpr int64_t size_of(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kUInt8 ? 1 : 2;
+}
+
+// A tensor as handed in: sizes are common to all but parameters, whose size may be 1 where others' is not.
+struct Strided {
+  char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;  // in elements; of 0 dims for a 0-dim parameter
+  int dims = 0;
+};
+
+inline bool same(const Strided& a, const Strided& b) {
+  if (a.data != b.data || a.dtype != b.dtype || a.dims != b.dims) return false;
+  for (int d = 0; d < a.dims; ++d)
+    if (a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+
+inline bool reaches_apart(const Strided& a, const Strided& b) {
+  auto end = [](const Strided& t) {
+    int64_t last = 0;
+    for (int d = 0; d < t.dims; ++d) last += (t.sizes[d] - 1) * t.strides[d];
+    return t.data + (last + 1) * size_of(t.dtype);
+  };
+  return end(a) <= b.data || end(b) <= a.data;
+}
+
+// Dimensions but those of size 1, smallest stride first: writes their numbers to `order`, returns how many.
+inline int by_stride(const Strided& t, int first_dim, int* order) {
+  int count = 0;
+  for (int d = t.dims - 1; d >= first_dim; --d) {
+    if (t.sizes[d] == 1) continue;
+    int at = count++;
+    for (; at > 0 && t.strides[order[at - 1]] > t.strides[d]; --at) order[at] = order[at - 1];
+    order[at] = d;
+  }
+  return count;
+}
+
+// Whether two elements may be one place in memory, judged by strides from the innermost out, on the safe side.
+inline bool overlaps_itself(const Strided& t) {
+  int order[kMaxDims];
+  const int count = by_stride(t, 0, order);
+  int64_t extent = 1;
+  for (int i = 0; i < count; ++i) {
+    if (t.strides[order[i]] < extent) return true;
+    extent += t.strides[order[i]] * (t.sizes[order[i]] - 1);
+  }
+  return false;
+}
+
+// The same in the iteration order: outermost dimension first, neighbours merged where every operand allows it.
+struct Operand {
+  char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t block_stride = 0;
+  int64_t strides[kMaxDims];  // the first `dims` of the walk's
+};
+
+// `blocks` tensors of `block_size` elements; each is drawn as a tensor of its own. One block but for per-sample seeds.
+template <int kOperands>
+struct Walk {
+  int64_t blocks = 1, block_size = 1;
+  int dims = 0;
+  int64_t sizes[kMaxDims];
+  Operand operands[kOperands];
+
+  bool flat() const { return dims <= 1; }
+};
+
+// Dimensions of torch.empty_like(x), innermost first: writes their numbers to `order`, returns how many.
+inline int memory_order(const Strided& x, int first_dim, int* order) {
+  // A dense tensor keeps its strides.
+  int count = by_stride(x, first_dim, order);
+  int64_t elements = 1;
+  bool dense = true;
+  for (int i = 0; i < count; ++i) {
+    dense = dense && x.strides[order[i]] == elements;
+    elements *= x.sizes[order[i]];
+  }
+  if (dense) return count;
+  // Any other gets dense strides in the order of its own, where a stride of 0 says nothing and a tie puts the smaller
+  // size inside: an insertion sort from the last dimension on, which skips what says nothing.
+  count = x.dims - first_dim;
+  for (int i = 0; i < count; ++i) order[i] = x.dims - 1 - i;
+  auto outside = [&](int a, int b) {  // 1: a belongs outside of b, -1: inside, 0: unknown
+    const int64_t sa = x.strides[a], sb = x.strides[b];
+    if (sa == 0 || sb == 0) return 0;
+    if (sa != sb) return sa < sb ? -1 : 1;
+    return x.sizes[a] > x.sizes[b] ? 1 : 0;
+  };
+  for (int i = 1; i < count; ++i) {
+    int moving = i;
+    for (int j = i - 1; j >= 0; --j) {
+      const int side = outside(order[j], order[moving]);
+      if (side < 0) break;
+      if (side > 0) {
+        const int other = order[j];
+        order[j] = order[moving];
+        order[moving] = other;
+        moving = j;
+      }
+    }
+  }
+  return count;
+}
+
+// Lays the tensors out for a walk in x's order. Null data marks an operand that is not there. Precondition: x's shape
+// fits every operand.
+template <int kOperands>
+Walk<kOperands> make_walk(const Strided& x, const Strided (&tensors)[kOperands], bool per_sample) {
+  Walk<kOperands> walk;
+  const int first_dim = per_sample ? 1 : 0;
+  int order[kMaxDims];
+  const int count = memory_order(x, first_dim, order);
+  auto stride = [](const Strided& t, int d) -> int64_t { return t.dims == 0 || t.sizes[d] == 1 ? 0 : t.strides[d]; };
+
+  for (int k = 0; k < kOperands; ++k) {
+    walk.operands[k].data = tensors[k].data;
+    walk.operands[k].dtype = tensors[k].dtype;
+    if (per_sample && tensors[k].data) walk.operands[k].block_stride = stride(tensors[k], 0);
+  }
+  if (per_sample) walk.blocks = x.sizes[0];
+  for (int i = count - 1; i >= 0; --i) {  // outermost first
+    const int d = order[i];
+    const int64_t size = x.sizes[d];
+    walk.block_size *= size;
+    if (size == 1) continue;
+    bool merge = walk.dims > 0;
+    for (int k = 0; k < kOperands && merge; ++k)
+      merge = !tensors[k].data || walk.operands[k].strides[walk.dims - 1] == stride(tensors[k], d) * size;
+    if (!merge) ++walk.dims;
+    walk.sizes[walk.dims - 1] = merge ? walk.sizes[walk.dims - 1] * size : size;
+    for (int k = 0; k < kOperands; ++k)
+      if (tensors[k].data) walk.operands[k].strides[walk.dims - 1] = stride(tensors[k], d);
+  }
+  return walk;
+}
+
+}  // namespace fastadv

@@ -1,0 +1,125 @@
+"""The steps of L-inf attacks on tensors: each one pass over memory (contract.md has the exact arithmetic).
+
+Shared by all of them. Images are tensors of any shape (N first, C second where that matters), layout and strides,
+in float64, float32, float16, bfloat16 or uint8, which means x/255. eps, alpha, noise and clip are in pixels of
+[0, 1]: numbers, or float tensors that are 0-dim or broadcast over the first two dimensions of x, such as
+(N, 1, 1, 1) for one per sample. bfloat16 has a spacing of 1/256 near 1: images stored in it cannot hold a small
+budget; prefer float32 or uint8 images, the gradient may be bfloat16.
+
+`out=` takes the result without allocating anything; it may be an input to the letter, and no other overlap.
+Where grad mode is on and an image requires grad, gradients flow as through torch.clamp; grad itself gets zeros.
+
+Raises, before anything is written: TypeError for a wrong type or dtype; ValueError for a wrong shape, device, value
+or an `out` that overlaps an input; RuntimeError for what autograd, vmap or the chosen backend cannot do. The message
+names the argument and what it got.
+"""
+
+import torch
+
+from fastadv.ops import checks
+from fastadv.ops.autograd import Step, result_like
+from fastadv.ops.backends import NATIVE, run, serving
+from fastadv.ops.generator import new_seed, sample_seeds
+
+__all__ = ["fgsm_step", "fgsm_step_", "new_seed", "pgd_step", "pgd_step_", "random_init", "sample_seeds"]
+
+_BOX = (0.0, 1.0)
+
+
+def _apply(name, images, args, out):
+    """Run the op into `out`, or into a new tensor like its first argument."""
+    try:
+        if torch.is_grad_enabled():
+            for t in images:
+                if t.requires_grad:
+                    return _differentiate(name, args, out)
+        like = args[0]
+        backend = serving(like.device)
+        if backend not in NATIVE or torch.compiler.is_compiling():
+            checks.images(name, args, out)
+        result = result_like(like) if out is None else out
+        run(name, backend, (*args, result))
+        return result
+    except Exception:
+        # The native kernels check for themselves, in nanoseconds, and write nothing where they refuse: here is why.
+        checks.images(name, args, out)
+        if out is None or not checks.interleaved(args, out):
+            raise
+        # Views of one buffer that share no element, such as its first and last channels: rare enough for a copy.
+        result = torch.empty_like(out, memory_format=torch.contiguous_format)
+        run(name, backend, (*args, result))
+        return out.copy_(result)
+
+
+def _differentiate(name, args, out):
+    checks.images(name, args, out)
+    if out is not None:
+        raise RuntimeError(
+            "out= and in-place steps have no derivative and an input requires grad: "
+            "detach it, use torch.no_grad(), or leave out= away"
+        )
+    return Step.apply(name, *args)
+
+
+def random_init(x, noise, *, seed=None, clip=_BOX, out=None):
+    """Random start: x plus uniform noise in [-noise, noise], in the box.
+
+    x: image tensor of any shape; noise: number or tensor, in pixels; seed: int in [-2^63, 2^64), int64 tensor with one
+    element, or of shape (N,) to draw every sample as a tensor of its own (`sample_seeds` makes them); None draws a
+    `new_seed`. clip: (lo, hi). Returns a tensor like x, float32 for uint8.
+
+    Source: Wong et al. 2020, "Fast is better than free", algorithm 3 (FGSM-RS); Madry et al. 2018 for PGD's start.
+    """
+    checks.image("x", x)
+    noise = checks.radius("noise", noise, x, finite=True)
+    lo, hi = checks.box(clip, x)
+    seed = checks.seed(new_seed(x.device) if seed is None else seed, x)
+    return _apply("random_init", (x,), (x, *noise, *seed, *lo, *hi), out)
+
+
+def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX, out=None):
+    """FGSM, FGSM-RS and N-FGSM: random start (recomputed from the seed), sign-gradient step, projection, box.
+
+    x: clean images; grad: gradient of the loss at `random_init(x, noise, seed=seed, clip=clip)`, or at x where noise
+    is 0, of x's shape in any float dtype; eps: budget in pixels; alpha: step size, eps where None; noise and seed: the
+    random start's, and a seed is needed with noise, because another start than the gradient's would be a silent bug;
+    project: whether the result is projected onto the eps-ball around x. Returns a tensor like x, float32 for uint8.
+
+    FGSM (Goodfellow et al. 2015): the defaults. FGSM-RS (Wong et al. 2020): noise=eps, alpha=1.25*eps. N-FGSM
+    (de Jorge et al. 2022): noise=2*eps, alpha=eps, project=False.
+    """
+    eps = checks.radius("eps", eps, x)
+    alpha = checks.step_size(alpha, eps, x)
+    noise = checks.radius("noise", noise, x, finite=True)
+    if seed is None:
+        if noise[1] is not None or noise[0] != 0.0:
+            raise ValueError("seed is missing: with noise, pass the seed that random_init got for the gradient's start")
+        seed = 0
+    seed = checks.seed(seed, x)
+    lo, hi = checks.box(clip, x)
+    args = (x, grad, *eps, *alpha, *noise, *seed, bool(project), *lo, *hi)
+    return _apply("fgsm_step", (x, grad), args, out)
+
+
+def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
+    """One PGD step: sign-gradient step from x_adv, projection onto the eps-ball around x, box.
+
+    x_adv: the iterate; grad: the loss's gradient there, both of x's shape in any float dtype; x: clean images; alpha:
+    step size and eps: budget, in pixels. Returns a tensor like x_adv.
+
+    Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks", section 2.1.
+    """
+    alpha = checks.step_size(alpha, None, x)
+    eps = checks.radius("eps", eps, x)
+    lo, hi = checks.box(clip, x)
+    return _apply("pgd_step", (x_adv, grad, x), (x_adv, grad, x, *alpha, *eps, *lo, *hi), out)
+
+
+def fgsm_step_(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX):
+    """`fgsm_step` in place: writes into x and returns it. x must not be uint8."""
+    return fgsm_step(x, grad, eps, alpha=alpha, noise=noise, seed=seed, project=project, clip=clip, out=x)
+
+
+def pgd_step_(x_adv, grad, x, *, alpha, eps, clip=_BOX):
+    """`pgd_step` in place: writes into x_adv and returns it."""
+    return pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=x_adv)

@@ -1,0 +1,86 @@
+"""The derivatives: torch.clamp's, ties pass; the sign contributes zero and rounding passes straight through.
+
+Taken only where grad mode is on and an image requires grad, so attacks never pay for it.
+"""
+
+import torch
+
+from fastadv.ops import reference
+from fastadv.ops.backends import run, serving
+
+
+def result_like(x):
+    """A new tensor for a step's result: `empty_like`, float32 for uint8."""
+    return torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
+
+
+def _passes(t, lo, hi):
+    return (lo <= t) & (t <= hi)
+
+
+def _random_init_masks(x, noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t):
+    c = reference.compute_dtype(x)
+    noise, lo, hi = (reference.parameter(*p, x, c) for p in ((noise, noise_t), (lo, lo_t), (hi, hi_t)))
+    t = reference.to_compute(x, c) + reference.draw_noise(x, noise, reference.seed_tensor(seed, seed_t, x), c)
+    return {0: _passes(t, lo, hi)}
+
+
+def _project_masks(x0, grad, x, c, alpha, eps, lo, hi):
+    """P and M of contract.md, and t without the projection."""
+    x0, x = reference.to_compute(x0, c), reference.to_compute(x, c)
+    free = x0 + alpha * reference.sign(grad, c)
+    d = free - x
+    t = x + torch.minimum(torch.maximum(d, -eps), eps)
+    return _passes(t, lo, hi), _passes(d, -eps, eps), free
+
+
+def _pgd_step_masks(x_adv, grad, x, alpha, alpha_t, eps, eps_t, lo, lo_t, hi, hi_t):
+    c = reference.compute_dtype(x_adv, x)
+    pairs = ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
+    p, m, _ = _project_masks(x_adv, grad, x, c, *(reference.parameter(*pair, x, c) for pair in pairs))
+    return {0: p & m, 2: p & ~m}
+
+
+def _fgsm_step_masks(
+    x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t
+):
+    c = reference.compute_dtype(x)
+    x0, inside = x, torch.ones_like(x, dtype=torch.bool)
+    if noise_t is not None or noise != 0:
+        start = (noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t)
+        x0 = result_like(x)
+        reference.random_init(x, *start, x0)
+        inside = _random_init_masks(x, *start)[0]
+    pairs = ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
+    params = [reference.parameter(*pair, x, c) for pair in pairs]
+    p, m, free = _project_masks(x0, grad, x, c, *params)
+    return {0: p & (~m | inside) if project else _passes(free, *params[2:]) & inside}
+
+
+_MASKS = {"random_init": _random_init_masks, "fgsm_step": _fgsm_step_masks, "pgd_step": _pgd_step_masks}
+
+
+class Step(torch.autograd.Function):
+    """`Step.apply(op name, *the op's arguments but out)`; the result is like the first argument."""
+
+    @staticmethod
+    def forward(ctx, name, *args):
+        ctx.name = name
+        ctx.args = [None if isinstance(a, torch.Tensor) else a for a in args]
+        ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in args))
+        out = result_like(args[0])
+        run(name, serving(out.device), (*args, out))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        args = [number if t is None else t for number, t in zip(ctx.args, ctx.saved_tensors, strict=True)]
+        with torch.no_grad():
+            masks = _MASKS[ctx.name](*args)
+        grads = [None] * len(args)
+        for i, mask in masks.items():
+            if ctx.needs_input_grad[i + 1]:
+                grads[i] = (grad_out * mask).to(args[i].dtype)
+        if ctx.name != "random_init" and ctx.needs_input_grad[2]:
+            grads[1] = torch.zeros_like(args[1])  # the sign's derivative
+        return None, *grads

@@ -1,0 +1,203 @@
+"""What the public functions refuse, before anything is written. Every message names the argument and what it got."""
+
+import math
+import numbers
+
+import numpy as np
+import torch
+
+from fastadv.ops.generator import as_int64
+
+FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+IMAGES = FLOATS | {torch.uint8}
+
+_FLOAT_NAMES = "float64, float32, float16 or bfloat16"
+
+
+def image(name, t, dtypes=IMAGES):
+    """A strided tensor of an image dtype."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in dtypes:
+        allowed = f"uint8, {_FLOAT_NAMES}" if torch.uint8 in dtypes else _FLOAT_NAMES
+        raise TypeError(f"{name} must be {allowed}, got {t.dtype}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided (dense) tensor, got layout {t.layout}")
+
+
+def _operand(name, t, like_name, like, dtypes=FLOATS):
+    image(name, t, dtypes)
+    if t.shape != like.shape:
+        raise ValueError(f"{name} must have {like_name}'s shape {tuple(like.shape)}, got {tuple(t.shape)}")
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on {like_name}'s device {like.device}, got {t.device}")
+
+
+# The images among an op's first arguments.
+_IMAGE_NAMES = {"random_init": ("x",), "fgsm_step": ("x", "grad"), "pgd_step": ("x_adv", "grad", "x")}
+
+
+def images(op_name, args, out):
+    """The op's images and `out`: dtypes, shapes, devices, memory."""
+    named = dict(zip(_IMAGE_NAMES[op_name], args, strict=False))
+    x = named["x"]
+    image("x", x)
+    for name, t in named.items():
+        if t is not x:
+            _operand(name, t, "x", x)
+        elif name == "x_adv":
+            image(name, t, FLOATS)
+    if out is not None:
+        _output(out, named, args)
+
+
+def _real(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    return float(value)
+
+
+def _parameter_tensor(name, t, x):
+    image("x", x)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a {_FLOAT_NAMES} tensor, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if t.requires_grad:
+        raise RuntimeError(f"{name} requires grad, and the step has no derivative with respect to it: detach it")
+    if t.dim() == 0:
+        return
+    wanted = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    if t.dim() == 1 or t.dim() != x.dim() or any(s not in (1, w) for s, w in zip(t.shape, wanted, strict=True)):
+        raise ValueError(
+            f"{name} must be a number, 0-dim, or of x's rank and broadcast over its first two dimensions only, "
+            f"such as (N, 1, 1, 1), (1, C, 1, 1) or (N, C, 1, 1); got shape {tuple(t.shape)} for x of "
+            f"{tuple(x.shape)}"
+        )
+
+
+def number_or_tensor(name, value, x):
+    """A parameter as the ops take it: (number, None) or (0.0, tensor)."""
+    if type(value) is float:
+        number = value
+    elif isinstance(value, torch.Tensor):
+        _parameter_tensor(name, value, x)
+        return 0.0, value
+    else:
+        number = _real(name, value)
+    if number != number:
+        raise ValueError(f"{name} must not be NaN")
+    return number, None
+
+
+def radius(name, value, x, *, finite=False):
+    """eps or noise: at least 0."""
+    pair = number_or_tensor(name, value, x)
+    if pair[0] < 0.0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    if finite and pair[0] == math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return pair
+
+
+def step_size(alpha, eps, x):
+    """alpha, or eps's pair where it is None."""
+    default = alpha is None and eps is not None
+    pair = eps if default else number_or_tensor("alpha", alpha, x)
+    if abs(pair[0]) == math.inf:
+        got = "eps = inf: give a finite alpha" if default else alpha
+        raise ValueError(f"alpha must be finite, got {got}")
+    return pair
+
+
+def box(clip, x):
+    """clip = (lo, hi) as two parameters."""
+    try:
+        lo, hi = clip
+    except (TypeError, ValueError):
+        raise TypeError(f"clip must be a pair (lo, hi), got {clip!r}") from None
+    lo, hi = number_or_tensor("clip[0]", lo, x), number_or_tensor("clip[1]", hi, x)
+    if lo[1] is None and hi[1] is None and lo[0] > hi[0]:
+        raise ValueError(f"clip must be (lo, hi) with lo <= hi, got ({lo[0]}, {hi[0]})")
+    return lo, hi
+
+
+def seed(value, x):
+    """A seed as the ops take it: (int64, None) or (0, tensor with one element or one per sample)."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"seed must be on x's device {x.device}, got {value.device}")
+        if value.numel() != 1 and (x.dim() == 0 or value.shape != x.shape[:1]):
+            raise ValueError(
+                f"seed must have one element or shape (N,) with N = x.shape[0], got shape {tuple(value.shape)} "
+                f"for x of {tuple(x.shape)}"
+            )
+        return 0, value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"seed must be an int or an int64 tensor, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {value}")
+    return as_int64(int(value)), None
+
+
+# ---------------------------------------------------------------- out=
+
+
+def _overlaps_itself(t):
+    """Whether two elements of t may be one place in memory: judged by strides, on the safe side."""
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride < extent:
+            return True
+        extent = stride * (size - 1) + extent
+    return False
+
+
+class _Memory:
+    """A tensor's addresses as a NumPy array that nothing reads: NumPy solves exactly whether two of them meet."""
+
+    def __init__(self, t):
+        size = t.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (t.data_ptr(), True),
+            "typestr": f"|V{size}",
+            "shape": tuple(t.shape),
+            "strides": tuple(s * size for s in t.stride()),
+        }
+
+
+def _array(t):
+    return np.asarray(_Memory(t))
+
+
+def _same(a, b):
+    return a is b or (a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride())
+
+
+def _output(out, named, args):
+    """`out` may be an input to the letter (same memory, dtype and strides); any other overlap is refused."""
+    like_name, like = next(iter(named.items()))
+    _operand("out", out, like_name, like)
+    if torch.compiler.is_compiling():
+        return  # functionalisation gives every mutated tensor memory of its own
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise RuntimeError("out requires grad: a step cannot write into it; detach it or leave out= away")
+    if out.is_meta or out.numel() == 0:
+        return
+    if _overlaps_itself(out):
+        raise ValueError(f"out has elements that share memory (strides {out.stride()}): give it memory of its own")
+    names = {id(t): name for name, t in named.items()}
+    for t in args:
+        if isinstance(t, torch.Tensor) and not _same(out, t) and np.shares_memory(_array(out), _array(t)):
+            name = names.get(id(t), "a parameter or the seed")
+            raise ValueError(f"out overlaps {name} in memory without being the same tensor: give it memory of its own")
+
+
+def interleaved(args, out):
+    """Whether out's memory lies between that of an input, with no element shared (`images` has checked that)."""
+    return any(
+        isinstance(t, torch.Tensor) and not _same(out, t) and np.may_share_memory(_array(out), _array(t)) for t in args
+    )

@@ -1,0 +1,178 @@
+"""The ops in plain PyTorch: the executable specification, and the backend of any device that has no other.
+
+Written to be read beside contract.md, line by line; what is fast is elsewhere. One rounding per operation, so no
+`add(..., alpha=)`, no `lerp`, no division by a Python number (on some devices that multiplies by its reciprocal).
+"""
+
+import torch
+
+from fastadv.ops.geometry import position_strides
+
+_MASK = 0xFFFFFFFF
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+# ---------------------------------------------------------------- random bits
+
+
+def _mulhilo(a, b):
+    product = a * b  # wraps modulo 2^64: the bits are right whatever the sign
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(key, counter):
+    """Philox-4x32-10 (Salmon et al. 2011, section 3.3) on int64 tensors that hold uint32 words.
+
+    key: 2 and counter: 4 broadcastable tensors or ints; returns 4 int64 tensors.
+    """
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(c0, 0xD2511F53)
+        hi1, lo1 = _mulhilo(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(t):
+    return t & _MASK, (t >> 32) & _MASK
+
+
+def philox_op(seed, index, restart, word3, out):
+    lo, hi = _words(index)
+    words = philox(_words(seed), (lo, hi, restart & _MASK, torch.full_like(lo, word3)))
+    out.copy_(torch.stack(words, dim=-1))
+
+
+def _element_bits(x, seed):
+    """The 16 random bits of every element of x: int64, x's shape; `seed` has one element or shape (N,)."""
+    per_sample = seed.dim() == 1 and seed.numel() != 1
+    blocks = x.shape[0] if per_sample else 1
+    size = x.numel() // max(blocks, 1)
+    lo, hi = _words(torch.arange((size + 7) // 8, device=x.device))
+    zero = torch.zeros_like(lo)
+    words = torch.stack(philox(_words(seed.reshape(-1, 1)), (lo, hi, zero, zero)), dim=-1)  # [blocks, groups, 4]
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(words.shape[0], -1)[:, :size].contiguous()
+    return halves.as_strided(x.shape, position_strides(x, per_sample))
+
+
+# ---------------------------------------------------------------- rounding
+
+
+def _to_odd_float32(t):
+    """float64 to float32, inexact results with their last bit set: rounding those again is as good as rounding once."""
+    near = t.to(torch.float32)
+    back = near.to(torch.float64)
+    bits = near.view(torch.int32)
+    inexact = (back != t) & ~t.isnan()
+    bits = torch.where(inexact & (back.abs() > t.abs()), bits - 1, bits)
+    return torch.where(inexact, bits | 1, bits).view(torch.float32)
+
+
+def _round(t, dtype):
+    """t rounded to nearest even, once."""
+    if t.dtype == torch.float64 and dtype in (torch.float16, torch.bfloat16):
+        t = _to_odd_float32(t)
+    return t.to(dtype)
+
+
+def _neighbour(w, up):
+    """The next value of w's dtype, above where `up` and below elsewhere; works through zero."""
+    bits = w.view(_BITS[w.dtype])
+    lowest = torch.iinfo(bits.dtype).min
+    order = torch.where(bits < 0, lowest - bits, bits)  # monotone in w, with +0 and -0 both 0
+    order = torch.where(up, order + 1, order - 1)
+    return torch.where(order < 0, lowest - order, order).view(w.dtype)
+
+
+def _round_inward(bound, dtype, up):
+    """A bound of the box (in the compute type) rounded up or down to dtype."""
+    w = _round(bound, dtype)
+    back = w.to(bound.dtype)
+    outside = back < bound if up else back > bound
+    return torch.where(outside, _neighbour(w, torch.full_like(outside, up)), w).to(bound.dtype)
+
+
+def _finish(t, x, radius, lo, hi, dtype):
+    w = _round(t, dtype)
+    back = w.to(x.dtype)
+    w = torch.where((back - x).abs() > radius, _neighbour(w, back < x), w)
+    lo, hi = _round_inward(lo, dtype, up=True), _round_inward(hi, dtype, up=False)
+    return torch.minimum(torch.maximum(w.to(x.dtype), lo), hi).to(dtype)
+
+
+# ---------------------------------------------------------------- the formulas
+
+
+def compute_dtype(*tensors):
+    """float64 where any of the tensors is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def to_compute(x, dtype):
+    """A pixel in the compute type; uint8 means x/255, correctly rounded."""
+    if x.dtype == torch.uint8:
+        return x.to(dtype) / torch.full((), 255, dtype=dtype, device=x.device)
+    return x.to(dtype)
+
+
+def sign(grad, dtype):
+    """0 for 0 and NaN, else +1 or -1, taken in grad's own dtype."""
+    return (grad > 0).to(dtype) - (grad < 0).to(dtype)
+
+
+def parameter(number, tensor, x, dtype):
+    return torch.full((), number, dtype=dtype, device=x.device) if tensor is None else tensor.to(dtype)
+
+
+def draw_noise(x, noise, seed, dtype):
+    """n of contract.md: a multiple of noise * 2^-16, in x's shape and the compute type."""
+    k = 2 * _element_bits(x, seed) - 65535
+    return (noise * 2.0**-16) * k.to(dtype)
+
+
+def seed_tensor(seed, seed_t, x):
+    return torch.full((), seed, dtype=torch.int64, device=x.device) if seed_t is None else seed_t
+
+
+def random_init(x, noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t, out):
+    c = compute_dtype(x, out)
+    noise, lo, hi = (parameter(*p, x, c) for p in ((noise, noise_t), (lo, lo_t), (hi, hi_t)))
+    x_c = to_compute(x, c)
+    t = x_c + draw_noise(x, noise, seed_tensor(seed, seed_t, x), c)
+    out.copy_(_finish(t, x_c, noise, lo, hi, out.dtype))
+
+
+def _step(x0, grad, x, alpha, eps, lo, hi, dtype, project=True):
+    s = alpha * sign(grad, x.dtype)
+    if not project:
+        return _finish(x0 + s, x, torch.full_like(eps, float("inf")), lo, hi, dtype)
+    d = (x0 + s) - x
+    t = x + torch.minimum(torch.maximum(d, -eps), eps)
+    return _finish(t, x, eps, lo, hi, dtype)
+
+
+def pgd_step(x_adv, grad, x, alpha, alpha_t, eps, eps_t, lo, lo_t, hi, hi_t, out):
+    c = compute_dtype(x_adv, x, out)
+    alpha, eps, lo, hi = (
+        parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
+    )
+    out.copy_(_step(to_compute(x_adv, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype))
+
+
+def fgsm_step(
+    x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t, out
+):
+    c = compute_dtype(x, out)
+    x0 = x
+    if noise_t is not None or noise != 0:
+        # What random_init returned and the model saw: in x's dtype, whatever out's is.
+        x0 = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
+        random_init(x, noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t, x0)
+    alpha, eps, lo, hi = (
+        parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
+    )
+    out.copy_(_step(to_compute(x0, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype, project))
+
+
+IMPLEMENTATIONS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step, "philox": philox_op}

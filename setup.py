@@ -1,0 +1,238 @@
+"""Builds the native extensions with ninja; `pyproject.toml` has everything else.
+
+FASTADV_CPU, FASTADV_CUDA: `auto` (the default) builds what the toolchain allows and says why it skipped the rest,
+`1` makes that an error, `0` skips. TORCH_CUDA_ARCH_LIST ("8.0;9.0;10.0+PTX") and MAX_JOBS are honoured. With no
+compiler at all the package still installs: Triton and the reference need none.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
+CSRC = HERE / "csrc"
+
+# Each operation rounds once: no fused multiply-add, no fast-math. Traps and errno only hinder vectorisation.
+EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *EXACT]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+# One build runs on every later PyTorch.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+
+ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
+
+
+class Skip(Exception):
+    """Why a part is not built."""
+
+
+def wish(name):
+    value = os.environ.get(name, "auto").strip().lower()
+    if value not in ("auto", "0", "1"):
+        sys.exit(f"{name} must be auto, 0 or 1, got {value!r}")
+    if value == "0":
+        raise Skip(f"{name}=0")
+    return value == "1"
+
+
+def require(what, found):
+    if not found:
+        raise Skip(f"no {what} found")
+    return found
+
+
+def torch_facts():
+    try:
+        import torch
+    except ImportError:
+        raise Skip("PyTorch is not there at build time") from None
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 10):
+        raise Skip(f"the stable ABI in use needs PyTorch 2.10 or newer, found {torch.__version__}")
+    return torch, Path(torch.__file__).parent
+
+
+def compiler():
+    named = os.environ.get("CXX", "")
+    return require("C++ compiler (set CXX)", shutil.which(named or "c++") or (not named and shutil.which("g++")))
+
+
+def first_line(*command):
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return require("nvcc (set CUDA_HOME)", shutil.which(Path(home, "bin", "nvcc") if home else "nvcc"))
+
+
+def cuda_version(nvcc_path):
+    text = subprocess.run([nvcc_path, "--version"], capture_output=True, text=True).stdout
+    return require("release in `nvcc --version`", re.search(r"release (\d+)\.(\d+)", text)).group(1, 2)
+
+
+def gencode(archs):
+    """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as `8.0;9.0a;10.0+PTX`."""
+    flags = []
+    for arch in re.split(r"[;\s]+", archs.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        if not found:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST has {arch!r}; write it like '8.0;9.0;10.0+PTX'")
+        number = "".join(found.group(1, 2, 3))
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found.group(4):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def include_flags(torch_dir):
+    import pybind11
+
+    system = [torch_dir / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    return [flag for path in system for flag in ("-isystem", str(path))]
+
+
+def text(value):
+    """A C string macro's value, as a compiler's argument in a ninja file."""
+    return "'\"" + value.replace("'", "") + "\"'"
+
+
+class Ninja:
+    """A build file: one rule for all, `edge` per output."""
+
+    def __init__(self):
+        self.lines = ["rule run", "  command = $command", "  depfile = $depfile", "  deps = gcc", ""]
+        self.lines += ["rule link", "  command = $command", ""]
+
+    def edge(self, rule, output, inputs, command):
+        escape = [str(p).replace(" ", "$ ").replace(":", "$:") for p in (output, *inputs)]
+        self.lines += [f"build {escape[0]}: {rule} {' '.join(escape[1:])}"]
+        self.lines += [f"  command = {' '.join(map(str, command)).replace('$', '$$')}"]
+        self.lines += [f"  depfile = {output}.d"] if rule == "run" else []
+
+    def compile(self, output, source, compiler, flags):
+        self.edge("run", output, [source], [compiler, *flags, "-MD", "-MF", f"{output}.d", "-c", source, "-o", output])
+        return output
+
+    def run(self, folder):
+        (folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        try:
+            import ninja
+
+            program = Path(ninja.BIN_DIR, "ninja")
+        except ImportError:
+            program = require("ninja", shutil.which("ninja"))
+        subprocess.run([program, "-C", folder, *jobs], check=True)
+
+
+def door(build, folder, backend, cxx, flags):
+    flags = [*flags, f"-DFASTADV_BACKEND={backend}", f"-DFASTADV_KEY={backend.upper()}"]
+    return build.compile(folder / "library.o", CSRC / "library.cpp", cxx, flags)
+
+
+def link(build, target, objects, linker, torch_dir, extra=()):
+    # No rpath: importing torch has loaded its libraries before this one is.
+    command = [*linker, "-shared", "-o", target, *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", *extra]
+    build.edge("link", target, objects, command)
+
+
+def add_cpu(build, folder, target, forced):
+    cxx = compiler()
+    torch_dir = torch_facts()[1]
+    flags = [*CXX_FLAGS, *STABLE_ABI, *include_flags(torch_dir)]
+    facts = [f"-DFASTADV_COMPILER={text(first_line(cxx, '--version'))}", f"-DFASTADV_FLAGS={text(' '.join(CXX_FLAGS))}"]
+    objects = [door(build, folder, "cpu", cxx, flags)]
+    objects += [build.compile(folder / "ops.o", CSRC / "cpu/ops.cpp", cxx, flags)]
+    objects += [build.compile(folder / "isa.o", CSRC / "cpu/isa.cpp", cxx, [*flags, *facts])]
+    x86 = sysconfig.get_platform().endswith("x86_64")
+    for isa, march in ISAS.items() if x86 else [("base", [])]:
+        args = [*CXX_FLAGS, *march, f"-DFASTADV_ISA={isa}"]
+        objects.append(build.compile(folder / f"kernels_{isa}.o", CSRC / "cpu/kernels.cpp", cxx, args))
+    link(build, target, objects, [cxx], torch_dir)
+    return {"compiler": first_line(cxx, "--version")}
+
+
+def torch_cuda_flags(build, folder, cxx, torch_dir):
+    """What links libtorch_cuda, which has the current stream; a CPU-only PyTorch lacks it, so an empty one stands in."""
+    if (torch_dir / "lib/libtorch_cuda.so").exists():
+        return ["-ltorch_cuda"]
+    stub, source = folder / "stub/libtorch_cuda.so", folder / "stub/empty.cpp"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text("")
+    build.edge("link", stub, [source], [cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", source, "-o", stub])
+    return ["-Xlinker=--no-as-needed", stub]
+
+
+def add_cuda(build, folder, target, forced):
+    torch, torch_dir = torch_facts()
+    if torch.version.cuda is None and not forced:
+        raise Skip("this PyTorch has no CUDA (FASTADV_CUDA=1 builds it all the same)")
+    cxx, cuda = compiler(), nvcc()
+    version = cuda_version(cuda)
+    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != version[0]:
+        raise Skip(f"nvcc is CUDA {'.'.join(version)}, PyTorch has {torch.version.cuda}: their majors must agree")
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    flags = [*CXX_FLAGS, *STABLE_ABI, *include_flags(torch_dir), "-DFASTADV_CUDA", "-DUSE_CUDA"]
+    facts = [f"-DFASTADV_NVCC={text('.'.join(version))}", f"-DFASTADV_ARCHS={text(archs)}"]
+    objects = [door(build, folder, "cuda", cxx, flags)]
+    objects += [build.compile(folder / "facts.o", CSRC / "cuda/facts.cpp", cxx, [*flags, *facts])]
+    objects += [build.compile(folder / "ops.o", CSRC / "cuda/ops.cu", cuda, [*NVCC_FLAGS, *gencode(archs)])]
+    stream = torch_cuda_flags(build, folder, cxx, torch_dir)
+    link(build, target, objects, [cuda, "-cudart=static"], torch_dir, stream)
+    return {"nvcc": ".".join(version), "archs": archs}
+
+
+PARTS = {"cpu": add_cpu, "cuda": add_cuda}
+
+
+class BuildNative(build_ext):
+    def run(self):
+        self.facts = {}
+        super().run()
+        package = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
+        path = package / "fastadv" / "_build.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""Written by setup.py: what was built, and why the rest was not."""\n\nFACTS = {self.facts!r}\n')
+
+    def build_extension(self, ext):
+        backend = ext.name.rsplit("_", 1)[1]
+        variable = f"FASTADV_{backend.upper()}"
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        folder = (Path(self.build_temp) / backend).absolute()
+        try:
+            forced = wish(variable)
+            try:
+                build = Ninja()
+                folder.mkdir(parents=True, exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                facts = PARTS[backend](build, folder, target, forced)
+                build.run(folder)
+            except Skip as why:
+                if forced:
+                    sys.exit(f"{variable}=1, but {why}")
+                raise
+            except subprocess.CalledProcessError:
+                if forced:
+                    raise
+                raise Skip("it does not compile here: see the build's output") from None
+        except Skip as why:
+            target.unlink(missing_ok=True)  # of an earlier build
+            self.facts[backend] = {"built": False, "why": str(why)}
+            print(f"fastadv: the {backend} kernels are not built: {why}", file=sys.stderr)
+            return
+        self.facts[backend] = {"built": True, **facts}
+
+
+setup(
+    ext_modules=[Extension(f"fastadv._{backend}", [], optional=True) for backend in PARTS],
+    cmdclass={"build_ext": BuildNative},
+)
