@@ -6,20 +6,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define FASTADV_HD __host__ __device__ __forceinline__
-#else
-#define FASTADV_HD inline __attribute__((always_inline))
-#endif
-#if defined(__CUDA_ARCH__)
-#define FASTADV_UNROLL _Pragma("unroll")
-#elif defined(__clang__)
-#define FASTADV_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define FASTADV_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "target.h"
 
 namespace fastadv {
 
@@ -45,7 +32,7 @@ template <class C>
 FASTADV_HD C at_most(C v, C bound) {
   return bound < v ? bound : v;
 }
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 template <>
 __device__ __forceinline__ float at_least(float v, float bound) {
   float r;
@@ -119,7 +106,8 @@ struct Format<Half> {
   }
 
   static FASTADV_HD float towards(float w, float difference) {
-    const float subnormal = w + (difference < 0 ? kMinSubnormal : -kMinSubnormal);
+    const bool up = bit_cast<int32_t>(difference) < 0;  // by its bit: a double's difference may have become -0
+    const float subnormal = w + (up ? kMinSubnormal : -kMinSubnormal);
     const float next = magnitude(w) <= kMinNormal ? subnormal : next_towards<0x2000>(w, difference);
     // Past the largest half comes infinity, and back: as a float that is a longer way.
     const float beyond = magnitude(w) > kMax ? kMax : __builtin_inff();
@@ -282,17 +270,31 @@ FASTADV_HD C finish(C t, C x, C radius, C lo, C hi) {
   return at_most(at_least(w, lo), hi);
 }
 
-// One random start; scale = noise * 2^-16, bits: the element's 16 random bits.
+// k = 2h - 65535 of an element's 16 random bits h.
+template <class C>
+FASTADV_HD C noise_level(uint32_t h) {
+#ifdef __CUDA_ARCH__
+  // Conversions are slow there: the float 2^23 + 2h has 2h for its last bits.
+  return static_cast<C>(__uint_as_float(0x4b000000u | (h << 1)) - (8388608.0f + 65535.0f));
+#else
+  return static_cast<C>(2 * static_cast<int32_t>(h) - 65535);
+#endif
+}
+
+// One random start; scale = noise * 2^-16.
 template <class R, class C>
-FASTADV_HD C start(C x, uint16_t bits, C scale, C noise, C lo, C hi) {
-  const C k = static_cast<C>(2 * static_cast<int32_t>(bits) - 65535);
-  return finish<R>(x + scale * k, x, noise, lo, hi);
+FASTADV_HD C start(C x, uint32_t h, C scale, C noise, C lo, C hi) {
+  return finish<R>(x + scale * noise_level<C>(h), x, noise, lo, hi);
 }
 
 // alpha * sign(grad); zero = alpha * 0, which is NaN for an alpha that is not finite.
 FASTADV_HD float signed_step(float grad, float alpha, float zero) {
   const uint32_t s = bit_cast<uint32_t>(alpha) ^ (bit_cast<uint32_t>(grad) & 0x80000000u);
+#ifdef __CUDA_ARCH__
+  return grad != 0 && grad == grad ? bit_cast<float>(s) : zero;
+#else
   return __builtin_islessgreater(grad, 0.0f) ? bit_cast<float>(s) : zero;
+#endif
 }
 FASTADV_HD double signed_step(double grad, double alpha, double zero) {
   return grad > 0 ? alpha : (grad < 0 ? -alpha : zero);

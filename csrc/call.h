@@ -1,6 +1,7 @@
 // One call of an op, as both native libraries get it from library.cpp.
 #pragma once
 
+#include "target.h"
 #include "tensors.h"
 
 namespace fastadv {
@@ -16,8 +17,8 @@ struct Call {
   uint64_t seed = 0;               // where there is no tensor
   const int64_t* seeds = nullptr;  // one, or one per block of the walk
 
-  DType dtype(Slot s) const { return walk.operands[s].dtype; }
-  bool has(Slot s) const { return walk.operands[s].data != nullptr; }
+  FASTADV_HD DType dtype(Slot s) const { return walk.operands[s].dtype; }
+  FASTADV_HD bool has(Slot s) const { return walk.operands[s].data != nullptr; }
   bool any_float64() const {
     for (Slot s : {kX, kX0, kOut})
       if (has(s) && dtype(s) == DType::kFloat64) return true;

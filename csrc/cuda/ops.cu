@@ -1,0 +1,171 @@
+// Chooses and launches the kernels.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.cuh"
+#include "ops.h"
+
+namespace fastadv {
+namespace {
+
+struct FlatEntry {
+  Kind kind;
+  bool project;
+  DType x, grad;
+  void (*kernel)(Flat);
+  const char* name;
+};
+
+// The combinations worth a kernel of their own: x, x_adv and out of one type (float for uint8), grads as training
+// makes them. A row here is all that another one takes.
+#define FASTADV_STEP_ROWS(X, x, G, g)                                                                            \
+  {Kind::kPgd, true, DType::k##x, DType::k##g, flat_kernel<Kind::kPgd, true, X, G>, "pgd_step " #x " " #g},      \
+      {Kind::kFgsm, true, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsm, true, X, G>, "fgsm_step " #x " " #g}, \
+      {Kind::kFgsm, false, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsm, false, X, G>,                      \
+       "fgsm_step free " #x " " #g},                                                                             \
+      {Kind::kFgsmFromNoise, true, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsmFromNoise, true, X, G>,      \
+       "fgsm_step noise " #x " " #g},                                                                            \
+      {Kind::kFgsmFromNoise, false, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsmFromNoise, false, X, G>,    \
+       "fgsm_step noise free " #x " " #g}
+#define FASTADV_INIT_ROW(X, x) \
+  { Kind::kRandomInit, true, DType::k##x, DType::kFloat32, flat_kernel<Kind::kRandomInit, true, X, float>, "random_init " #x }
+
+const FlatEntry kFlat[] = {
+    FASTADV_INIT_ROW(float, Float32),
+    FASTADV_INIT_ROW(Half, Float16),
+    FASTADV_INIT_ROW(BFloat16, BFloat16),
+    FASTADV_INIT_ROW(uint8_t, UInt8),
+    FASTADV_STEP_ROWS(float, Float32, float, Float32),
+    FASTADV_STEP_ROWS(float, Float32, Half, Float16),
+    FASTADV_STEP_ROWS(float, Float32, BFloat16, BFloat16),
+    FASTADV_STEP_ROWS(Half, Float16, Half, Float16),
+    FASTADV_STEP_ROWS(Half, Float16, float, Float32),
+    FASTADV_STEP_ROWS(BFloat16, BFloat16, BFloat16, BFloat16),
+    FASTADV_STEP_ROWS(BFloat16, BFloat16, float, Float32),
+    FASTADV_STEP_ROWS(uint8_t, UInt8, float, Float32),
+    FASTADV_STEP_ROWS(uint8_t, UInt8, Half, Float16),
+    FASTADV_STEP_ROWS(uint8_t, UInt8, BFloat16, BFloat16),
+};
+
+struct AnyEntry {
+  Kind kind;
+  void (*in_float)(Call);
+  void (*in_double)(Call);
+  const char* name;
+};
+const AnyEntry kAny[] = {
+    {Kind::kRandomInit, any_kernel<Kind::kRandomInit, float>, any_kernel<Kind::kRandomInit, double>, "random_init any"},
+    {Kind::kFgsm, any_kernel<Kind::kFgsm, float>, any_kernel<Kind::kFgsm, double>, "fgsm_step any"},
+    {Kind::kFgsmFromNoise, any_kernel<Kind::kFgsmFromNoise, float>, any_kernel<Kind::kFgsmFromNoise, double>,
+     "fgsm_step noise any"},
+    {Kind::kPgd, any_kernel<Kind::kPgd, float>, any_kernel<Kind::kPgd, double>, "pgd_step any"},
+};
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("fastadv: ") + what + ": " + cudaGetErrorString(error));
+}
+
+dim3 grid_for(int64_t block_size, int64_t blocks) {
+  const int64_t groups = (block_size + kGroup - 1) / kGroup;
+  return dim3(static_cast<unsigned>((groups + kThreads - 1) / kThreads),
+              static_cast<unsigned>(std::min<int64_t>(blocks, 65535)));
+}
+
+// Whether an operand lies as flat_kernel reads it: dense, whole packs aligned.
+bool packed(const Call& call, Slot slot, DType dtype) {
+  const Operand& op = call.walk.operands[slot];
+  const int64_t pack = std::min<int64_t>(16, kGroup * size_of(dtype));
+  return op.data && op.dtype == dtype && (call.walk.dims == 0 || op.strides[0] == 1) &&
+         (call.walk.blocks == 1 || op.block_stride == call.walk.block_size) &&
+         reinterpret_cast<uintptr_t>(op.data) % pack == 0;
+}
+
+const FlatEntry* find_flat(const Call& call, Kind kind) {
+  const DType x = call.dtype(kX), result = x == DType::kUInt8 ? DType::kFloat32 : x;
+  const bool grad = kind != Kind::kRandomInit;
+  bool fits = call.walk.flat() && (call.walk.blocks == 1 || call.walk.block_size % kGroup == 0);
+  for (Slot parameter : {kAlpha, kEps, kNoise, kLo, kHi}) fits = fits && !call.has(parameter);
+  fits = fits && packed(call, kX, x) && packed(call, kOut, result);
+  fits = fits && (!grad || packed(call, kGrad, call.dtype(kGrad)));
+  fits = fits && (kind != Kind::kPgd || packed(call, kX0, result));
+  if (!fits) return nullptr;
+  for (const FlatEntry& e : kFlat)
+    if (e.kind == kind && e.x == x && (!grad || (e.grad == call.dtype(kGrad) && e.project == call.project))) return &e;
+  return nullptr;
+}
+
+float inward(double bound, DType result, bool up) {
+  const float b = static_cast<float>(bound);
+  if (result == DType::kFloat16) return round_inward<Half>(b, up);
+  return result == DType::kBFloat16 ? round_inward<BFloat16>(b, up) : b;
+}
+
+Flat flat_arguments(const Call& call) {
+  auto number = [&](Slot s) { return static_cast<float>(call.numbers[s]); };
+  Flat f{};
+  f.x = call.walk.operands[kX].data;
+  f.x0 = call.walk.operands[kX0].data;
+  f.grad = call.walk.operands[kGrad].data;
+  f.out = call.walk.operands[kOut].data;
+  f.block_size = call.walk.block_size;
+  f.blocks = call.walk.blocks;
+  f.seeds = call.seeds;
+  f.seed = call.seed;
+  f.alpha = number(kAlpha), f.eps = number(kEps), f.noise = number(kNoise);
+  f.lo = inward(call.numbers[kLo], call.dtype(kOut), true);
+  f.hi = inward(call.numbers[kHi], call.dtype(kOut), false);
+  return f;
+}
+
+void launch(const Call& call, Kind kind, void* stream) {
+  const dim3 grid = grid_for(call.walk.block_size, call.walk.blocks);
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (const FlatEntry* e = find_flat(call, kind)) {
+    e->kernel<<<grid, kThreads, 0, s>>>(flat_arguments(call));
+  } else {
+    const AnyEntry& any = *std::find_if(std::begin(kAny), std::end(kAny), [&](auto& a) { return a.kind == kind; });
+    (call.any_float64() ? any.in_double : any.in_float)<<<grid, kThreads, 0, s>>>(call);
+  }
+  check(cudaGetLastError(), "launch");
+}
+
+Attributes attributes_of(const char* name, const void* kernel) {
+  cudaFuncAttributes a{};
+  check(cudaFuncGetAttributes(&a, kernel), name);
+  int blocks = 0, threads = 0, device = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), name);
+  return {name, a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes),
+          static_cast<double>(blocks) * kThreads / threads};
+}
+
+}  // namespace
+
+void random_init(const Call& call, void* stream) { launch(call, Kind::kRandomInit, stream); }
+void pgd_step(const Call& call, void* stream) { launch(call, Kind::kPgd, stream); }
+void fgsm_step(const Call& call, void* stream) {
+  launch(call, call.has_noise ? Kind::kFgsmFromNoise : Kind::kFgsm, stream);
+}
+
+void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const int64_t* restart, uint32_t word3,
+                  int64_t* words, void* stream) {
+  const unsigned blocks = static_cast<unsigned>((n + kThreads - 1) / kThreads);
+  philox_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(n, seed, index, restart, word3, words);
+  check(cudaGetLastError(), "launch");
+}
+
+std::vector<Attributes> kernel_attributes() {
+  std::vector<Attributes> all;
+  for (const FlatEntry& e : kFlat) all.push_back(attributes_of(e.name, reinterpret_cast<const void*>(e.kernel)));
+  for (const AnyEntry& e : kAny) {
+    all.push_back(attributes_of(e.name, reinterpret_cast<const void*>(e.in_float)));
+    all.push_back(attributes_of(e.name, reinterpret_cast<const void*>(e.in_double)));
+  }
+  return all;
+}
+
+}  // namespace fastadv

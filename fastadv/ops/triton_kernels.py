@@ -1,0 +1,358 @@
+"""The Triton kernels: one pass each, compiled for NVIDIA and ROCm, or run by Triton's interpreter on the CPU.
+
+`flat_kernel` serves tensors that all lie densely in one order, with parameters that are numbers; `any_kernel` serves
+everything else by computing every element's place. The arithmetic of both is `_element`: csrc/attack_math.h says why
+it is written as it is.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from fastadv.ops.geometry import position_strides
+from fastadv.ops.reference import compute_dtype, seed_tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+BLOCK = 1024
+# Each operation rounds once: a fused multiply-add would not.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+_HERE = contextlib.nullcontext()
+
+_TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# 1/255 in two parts: the first has so few bits that a uint8's product with it is exact.
+_HIGH = tl.constexpr(257 / 65536)
+_LOW = tl.constexpr(1 / 255 - 257 / 65536)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@triton.jit
+def _to_odd_float32(t):
+    """float64 to float32, inexact results with their last bit set: rounding those again is as good as rounding once."""
+    near = t.to(tl.float32)
+    back = near.to(tl.float64)
+    bits = near.to(tl.int32, bitcast=True)
+    inexact = (back != t) & (t == t)
+    bits = tl.where(inexact & (tl.abs(back) > tl.abs(t)), bits - 1, bits)
+    return tl.where(inexact, bits | 1, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bfloat16_value(t):
+    """float32 rounded to bfloat16, as a float32. One instruction when compiled, but the interpreter truncates."""
+    if not _INTERPRETED:
+        return t.to(tl.bfloat16).to(tl.float32)
+    bits = t.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(t == t, rounded.to(tl.float32, bitcast=True), t)
+
+
+@triton.jit
+def _round_to(t, R: tl.constexpr):
+    """t rounded to nearest even to R, in t's type."""
+    C: tl.constexpr = t.dtype
+    if C == R:
+        return t
+    if R == tl.float32:
+        return t.to(R).to(C)
+    if C == tl.float64:
+        t = _to_odd_float32(t)
+    if R == tl.bfloat16:
+        return _bfloat16_value(t).to(C)
+    return t.to(R).to(C)
+
+
+@triton.jit
+def _next_float32(w, difference, UNIT: tl.constexpr):
+    d = difference.to(tl.int32, bitcast=True)
+    away_from_zero = (d ^ -1) & -2147483648
+    bits = tl.where(w == 0, away_from_zero, w.to(tl.int32, bitcast=True))
+    outward = (bits ^ d) >> 31
+    return (bits - (outward | 1) * UNIT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _next_float16(w, difference):
+    up = difference.to(tl.int32, bitcast=True) < 0
+    step = tl.where(up, 5.9604644775390625e-08, -5.9604644775390625e-08)  # 2^-24
+    near = tl.where(tl.abs(w) <= 6.103515625e-05, w + step, _next_float32(w, difference, 0x2000))  # 2^-14
+    beyond = tl.where(tl.abs(w) > 65504.0, 65504.0, float("inf"))
+    return tl.where(tl.abs(near) > 65504.0, tl.where(w > 0, beyond, -beyond), near)
+
+
+@triton.jit
+def _towards(w, difference, R: tl.constexpr):
+    """The value of R next to w, one of R's: a smaller one where difference >= 0, else a larger one."""
+    C: tl.constexpr = w.dtype
+    if R == tl.float64:
+        d = difference.to(tl.int64, bitcast=True)
+        away_from_zero = (d ^ -1) & (-9223372036854775807 - 1)
+        bits = tl.where(w == 0, away_from_zero, w.to(tl.int64, bitcast=True))
+        return (bits - (((bits ^ d) >> 63) | 1)).to(tl.float64, bitcast=True)
+    if R == tl.float32:
+        return _next_float32(w.to(tl.float32), difference.to(tl.float32), 1).to(C)
+    if R == tl.bfloat16:
+        return _next_float32(w.to(tl.float32), difference.to(tl.float32), 0x10000).to(C)
+    return _next_float16(w.to(tl.float32), difference.to(tl.float32)).to(C)
+
+
+@triton.jit
+def _round_inward(bound, R: tl.constexpr, UP: tl.constexpr):
+    w = _round_to(bound, R)
+    if UP:
+        return tl.where(w < bound, _towards(w, tl.full(w.shape, -1.0, w.dtype), R), w)
+    return tl.where(w > bound, _towards(w, tl.full(w.shape, 1.0, w.dtype), R), w)
+
+
+@triton.jit
+def _clamp(v, lo, hi):
+    """NaN stays, and a NaN bound gives NaN."""
+    v = tl.maximum(v, lo, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, hi, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _finish(t, x, radius, lo, hi, R: tl.constexpr):
+    w = _round_to(t, R)
+    difference = w - x
+    w = tl.where(tl.abs(difference) > radius, _towards(w, difference, R), w)
+    return _clamp(w, _round_inward(lo, R, True), _round_inward(hi, R, False))
+
+
+@triton.jit
+def _pixel(x, C: tl.constexpr):
+    if x.dtype == tl.uint8:
+        if C == tl.float64:
+            return x.to(tl.float64) / 255.0
+        code = x.to(tl.float32)
+        return code * _HIGH + code * _LOW
+    return x.to(C)
+
+
+@triton.jit
+def _sign(grad, C: tl.constexpr):
+    if grad.dtype != tl.float64:
+        grad = grad.to(tl.float32)
+    return (grad > 0).to(C) - (grad < 0).to(C)
+
+
+@triton.jit
+def _random_bits(seed, first_group, GROUPS: tl.constexpr):
+    """The 16 random bits of 8 * GROUPS elements, as uint32."""
+    group = first_group + tl.arange(0, GROUPS)
+    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([GROUPS * 4])
+    return tl.join(words & 0xFFFF, words >> 16).reshape([GROUPS * 8])
+
+
+@triton.jit
+def _start(x, h, noise, lo, hi, R: tl.constexpr):
+    C: tl.constexpr = x.dtype
+    # Conversions of integers are slow: the float 2^23 + 2h has 2h for its last bits.
+    k = ((h << 1) | 0x4B000000).to(tl.float32, bitcast=True) - 8454143.0
+    return _finish(x + (noise * 0.0000152587890625) * k.to(C), x, noise, lo, hi, R)
+
+
+@triton.jit
+def _step(x0, grad, x, alpha, eps, lo, hi, R: tl.constexpr, PROJECT: tl.constexpr):
+    moved = x0 + alpha * _sign(grad, x.dtype)
+    if not PROJECT:
+        return _clamp(_round_to(moved, R), _round_inward(lo, R, True), _round_inward(hi, R, False))
+    return _finish(x + _clamp(moved - x, -eps, eps), x, eps, lo, hi, R)
+
+
+@triton.jit
+def _element(x, x0, grad, h, alpha, eps, noise, lo, hi, C: tl.constexpr, R: tl.constexpr, FLAGS: tl.constexpr):
+    """The op on a block of elements. FLAGS: which of (noise, step, x0, project) there is."""
+    NOISE: tl.constexpr = FLAGS[0]
+    STEP: tl.constexpr = FLAGS[1]
+    HAS_X0: tl.constexpr = FLAGS[2]
+    if not STEP:
+        return _start(_pixel(x, C), h, tl.cast(noise, C), tl.cast(lo, C), tl.cast(hi, C), R)
+    clean = _pixel(x, C)
+    if HAS_X0:
+        start = x0.to(C)
+    elif NOISE:
+        # What random_init returned: in x's type (float32 for uint8), computed in float32 unless x is float64.
+        C0: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
+        R0: tl.constexpr = tl.float32 if x.dtype == tl.uint8 else x.dtype
+        start = _start(_pixel(x, C0), h, tl.cast(noise, C0), tl.cast(lo, C0), tl.cast(hi, C0), R0).to(C)
+    else:
+        start = clean
+    return _step(start, grad, clean, tl.cast(alpha, C), tl.cast(eps, C), tl.cast(lo, C), tl.cast(hi, C), R, FLAGS[3])
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _load_seed(seed, block, PER_SAMPLE: tl.constexpr):
+    return tl.load(seed + (block if PER_SAMPLE else 0))
+
+
+@triton.jit
+def flat_kernel(
+    x, x0, grad, out, seed, alpha, eps, noise, lo, hi, size, C: tl.constexpr, FLAGS: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every tensor dense in the order of the positions; program (i, n): elements i*BLOCK, ... of sample n."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    block = tl.program_id(1).to(tl.int64)
+    offset = block * size + first
+    lane = tl.arange(0, BLOCK)
+    mask = lane < size - first
+    h = tl.zeros([BLOCK], tl.uint32)
+    if FLAGS[0]:
+        h = _random_bits(_load_seed(seed, block, PER_SAMPLE), first // 8, BLOCK // 8)
+    x_ = tl.load(x + offset + lane, mask)
+    x0_ = tl.load(x0 + offset + lane, mask) if FLAGS[2] else x_
+    grad_ = tl.load(grad + offset + lane, mask) if FLAGS[1] else x_
+    R: tl.constexpr = out.dtype.element_ty
+    result = _element(x_, x0_, grad_, h, alpha, eps, noise, lo, hi, C, R, FLAGS)
+    tl.store(out + offset + lane, result.to(R), mask)
+
+
+@triton.jit
+def _place(position, sizes, strides):
+    """The offset of each position, in a tensor of those strides; dimensions outermost first."""
+    offset = tl.zeros_like(position)
+    for d in tl.static_range(len(sizes) - 1, -1, -1):
+        offset += (position % sizes[d]) * strides[d]
+        position = position // sizes[d]
+    return offset
+
+
+@triton.jit
+def _parameter(parameter, base_stride, block, position, sizes, strides, mask, IS_TENSOR: tl.constexpr):
+    if IS_TENSOR:
+        return tl.load(parameter + block * base_stride + _place(position, sizes, strides), mask)
+    return parameter
+
+
+@triton.jit
+def any_kernel(
+    x, x0, grad, out, seed, alpha, eps, noise, lo, hi, size, sizes, strides, block_strides, C: tl.constexpr,
+    FLAGS: tl.constexpr, TENSORS: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Any layouts, any parameters; strides and block_strides: for each of the ten arguments in front, in order."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    block = tl.program_id(1).to(tl.int64)
+    position = first + tl.arange(0, BLOCK)
+    mask = position < size
+    h = tl.zeros([BLOCK], tl.uint32)
+    if FLAGS[0]:
+        h = _random_bits(_load_seed(seed, block, PER_SAMPLE), first // 8, BLOCK // 8)
+    x_ = tl.load(x + block * block_strides[0] + _place(position, sizes, strides[0]), mask)
+    x0_, grad_ = x_, x_
+    if FLAGS[2]:
+        x0_ = tl.load(x0 + block * block_strides[1] + _place(position, sizes, strides[1]), mask)
+    if FLAGS[1]:
+        grad_ = tl.load(grad + block * block_strides[2] + _place(position, sizes, strides[2]), mask)
+    alpha_ = _parameter(alpha, block_strides[4], block, position, sizes, strides[4], mask, TENSORS[0])
+    eps_ = _parameter(eps, block_strides[5], block, position, sizes, strides[5], mask, TENSORS[1])
+    noise_ = _parameter(noise, block_strides[6], block, position, sizes, strides[6], mask, TENSORS[2])
+    lo_ = _parameter(lo, block_strides[7], block, position, sizes, strides[7], mask, TENSORS[3])
+    hi_ = _parameter(hi, block_strides[8], block, position, sizes, strides[8], mask, TENSORS[4])
+    R: tl.constexpr = out.dtype.element_ty
+    result = _element(x_, x0_, grad_, h, alpha_, eps_, noise_, lo_, hi_, C, R, FLAGS)
+    tl.store(out + block * block_strides[3] + _place(position, sizes, strides[3]), result.to(R), mask)
+
+
+@triton.jit
+def philox_kernel(seed, index, restart, word3, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    index_ = tl.load(index + i, mask)
+    low, high = (index_ & 0xFFFFFFFF).to(tl.uint32), (index_ >> 32).to(tl.uint32)
+    third = (tl.load(restart + i, mask) & 0xFFFFFFFF).to(tl.uint32)
+    fourth = tl.zeros_like(low) + tl.cast(word3, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed + i, mask), low, high, third, fourth)
+    tl.store(out + 4 * i, w0.to(tl.int64), mask)
+    tl.store(out + 4 * i + 1, w1.to(tl.int64), mask)
+    tl.store(out + 4 * i + 2, w2.to(tl.int64), mask)
+    tl.store(out + 4 * i + 3, w3.to(tl.int64), mask)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def _lies_at(t, places, shape):
+    """Whether t's elements lie at their positions."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, t.stride(), places, strict=True))
+
+
+def _strides(t, order):
+    """Strides of a tensor in the walk's order; 0 where it broadcasts."""
+    if t is None or t.dim() == 0:
+        return (0,) * len(order)
+    return tuple(t.stride(d) if t.shape[d] != 1 else 0 for d in order)
+
+
+def _launch(x, x0, grad, out, seed, params, flags):
+    """params: (number, tensor or None) of alpha, eps, noise, lo and hi; flags: which of (noise, step, x0, project)."""
+    if x.numel() == 0:
+        return
+    per_sample = seed is not None and seed.numel() != 1
+    places = position_strides(x, per_sample)
+    blocks = x.shape[0] if per_sample else 1
+    size = x.numel() // blocks
+    c = compute_dtype(*(t for t in (x, x0, out) if t is not None))
+    if c == torch.float64:  # a number reaches a kernel as a float32
+        params = [(0.0, torch.full((), n, dtype=c, device=x.device) if t is None else t) for n, t in params]
+    tensors = tuple(t is not None for _, t in params)
+    values = [number if t is None else t for number, t in params]
+    images = (x, x0, grad, out)
+    constants = {"C": _TL[c], "FLAGS": flags, "PER_SAMPLE": per_sample, "BLOCK": BLOCK, **OPTIONS}
+    grid = (triton.cdiv(size, BLOCK), blocks)
+    with torch.cuda.device(x.device) if x.is_cuda else _HERE:
+        if not any(tensors) and all(t is None or _lies_at(t, places, x.shape) for t in images):
+            flat_kernel[grid](*images, seed, *values, size, **constants)
+            return
+        first_dim = 1 if per_sample else 0
+        order = sorted(range(first_dim, x.dim()), key=lambda d: -places[d])
+        order = [d for d in order if x.shape[d] != 1] or list(range(x.dim()))[-1:]
+        operands = [*images, *(t for _, t in params)]
+        any_kernel[grid](
+            *images, seed, *values, size, tuple(x.shape[d] for d in order),
+            tuple(_strides(t, order) for t in operands),
+            tuple(_strides(t, [0])[0] if per_sample else 0 for t in operands), TENSORS=tensors, **constants,
+        )  # fmt: skip
+
+
+def random_init(x, noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t, out):
+    params = [(0.0, None), (0.0, None), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
+    _launch(x, None, None, out, seed_tensor(seed, seed_t, x), params, (True, False, False, False))
+
+
+def fgsm_step(
+    x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t, out
+):  # fmt: skip
+    has_noise = noise_t is not None or noise != 0
+    seed = seed_tensor(seed, seed_t, x) if has_noise else None
+    params = [(alpha, alpha_t), (eps, eps_t), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
+    _launch(x, None, grad, out, seed, params, (has_noise, True, False, project))
+
+
+def pgd_step(x_adv, grad, x, alpha, alpha_t, eps, eps_t, lo, lo_t, hi, hi_t, out):
+    params = [(alpha, alpha_t), (eps, eps_t), (0.0, None), (lo, lo_t), (hi, hi_t)]
+    _launch(x, x_adv, grad, out, None, params, (False, True, True, True))
+
+
+def philox(seed, index, restart, word3, out):
+    n = index.numel()
+    with torch.cuda.device(index.device) if index.is_cuda else _HERE:
+        philox_kernel[(triton.cdiv(max(n, 1), BLOCK),)](seed, index, restart, word3, out, n, BLOCK=BLOCK)
+
+
+IMPLEMENTATIONS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step, "philox": philox}
