@@ -237,7 +237,8 @@ def _place(position, sizes, strides):
 def _parameter(parameter, base_stride, block, position, sizes, strides, mask, IS_TENSOR: tl.constexpr):
     if IS_TENSOR:
         return tl.load(parameter + block * base_stride + _place(position, sizes, strides), mask)
-    return parameter
+    else:
+        return parameter
 
 
 @triton.jit
