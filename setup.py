@@ -22,7 +22,7 @@ CSRC = HERE / "csrc"
 # Each operation rounds once: no fused multiply-add, no fast-math. Traps and errno only hinder vectorisation.
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *EXACT]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-t=2"]
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 # One build runs on every later PyTorch.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
@@ -113,7 +113,7 @@ class Ninja:
         self.lines += ["rule link", "  command = $command", ""]
 
     def edge(self, rule, output, inputs, command):
-        escape = [str(p).replace(" ", "$ ").replace(":", "$:") for p in (output, *inputs)]
+        escape = [str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for p in (output, *inputs)]
         self.lines += [f"build {escape[0]}: {rule} {' '.join(escape[1:])}"]
         self.lines += [f"  command = {' '.join(map(str, command)).replace('$', '$$')}"]
         self.lines += [f"  depfile = {output}.d"] if rule == "run" else []
@@ -139,10 +139,10 @@ def door(build, folder, backend, cxx, flags):
     return build.compile(folder / "library.o", CSRC / "library.cpp", cxx, flags)
 
 
-def link(build, target, objects, linker, torch_dir, extra=()):
+def link(build, target, objects, linker, torch_dir, extra=(), after=()):
     # No rpath: importing torch has loaded its libraries before this one is.
     command = [*linker, "-shared", "-o", target, *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", *extra]
-    build.edge("link", target, objects, command)
+    build.edge("link", target, [*objects, *after], command)
 
 
 def add_cpu(build, folder, target, forced):
@@ -161,15 +161,15 @@ def add_cpu(build, folder, target, forced):
     return {"compiler": first_line(cxx, "--version")}
 
 
-def torch_cuda_flags(build, folder, cxx, torch_dir):
-    """What links libtorch_cuda, which has the current stream; a CPU-only PyTorch lacks it, so an empty one stands in."""
+def torch_cuda_stub(build, folder, cxx, torch_dir):
+    """An empty libtorch_cuda for a CPU-only PyTorch to link against: the real one, where it runs, has the stream."""
     if (torch_dir / "lib/libtorch_cuda.so").exists():
-        return ["-ltorch_cuda"]
+        return []
     stub, source = folder / "stub/libtorch_cuda.so", folder / "stub/empty.cpp"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("")
     build.edge("link", stub, [source], [cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", source, "-o", stub])
-    return ["-Xlinker=--no-as-needed", stub]
+    return [stub]
 
 
 def add_cuda(build, folder, target, forced):
@@ -186,8 +186,9 @@ def add_cuda(build, folder, target, forced):
     objects = [door(build, folder, "cuda", cxx, flags)]
     objects += [build.compile(folder / "facts.o", CSRC / "cuda/facts.cpp", cxx, [*flags, *facts])]
     objects += [build.compile(folder / "ops.o", CSRC / "cuda/ops.cu", cuda, [*NVCC_FLAGS, *gencode(archs)])]
-    stream = torch_cuda_flags(build, folder, cxx, torch_dir)
-    link(build, target, objects, [cuda, "-cudart=static"], torch_dir, stream)
+    stub = torch_cuda_stub(build, folder, cxx, torch_dir)
+    extra = ["-Xlinker=--no-as-needed", f"-L{folder / 'stub'}", "-ltorch_cuda"]
+    link(build, target, objects, [cuda, "-cudart=static"], torch_dir, extra, after=stub)
     return {"nvcc": ".".join(version), "archs": archs}
 
 

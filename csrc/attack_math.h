@@ -77,7 +77,10 @@ template <>
 struct Format<BFloat16> {
   static FASTADV_HD float round(float t) {
 #ifdef __CUDA_ARCH__
-    return __bfloat162float(__float2bfloat16_rn(t));
+    // Two at once is the fast conversion; with 0 for the lower one, its bits are the rounded float's.
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(t), "f"(0.0f));
+    return bit_cast<float>(bits);
 #else
     const uint32_t bits = bit_cast<uint32_t>(t);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
@@ -170,13 +173,16 @@ FASTADV_HD C round_inward(C bound, bool up) {
 
 // ---------------------------------------------------------------- loads and stores
 
-// x/255 correctly rounded, by two products and a sum: 1/255 = high + low, and code * high is exact.
+// x/255 correctly rounded, by two products and a sum: 1/255 = 2^-8 + 2^-16 + ..., the first terms have so few bits that
+// their product with a code is exact, and the rest is 1/255 again, further down.
 FASTADV_HD float pixel(uint8_t code, float) {
-  constexpr float high = 0x1.01p-8f, low = static_cast<float>(1.0 / 255 - 0x1.01p-8);
   const float c = code;
-  return c * high + c * low;
+  return c * 0x1.01p-8f + c * static_cast<float>(0x1p-16 / 255);
 }
-FASTADV_HD double pixel(uint8_t code, double) { return static_cast<double>(code) / 255.0; }
+FASTADV_HD double pixel(uint8_t code, double) {
+  const double c = code;
+  return c * 0x1.0101010101p-8 + c * (0x1p-48 / 255);
+}
 
 template <class C, class T>
 FASTADV_HD C load(T v) {
@@ -238,7 +244,11 @@ template <>
 struct Store<BFloat16> {
   static FASTADV_HD BFloat16 from(float w) {
     const uint16_t upper = static_cast<uint16_t>(bit_cast<uint32_t>(w) >> 16);
+#ifdef __CUDA_ARCH__
+    return static_cast<BFloat16>(upper);  // a NaN that an instruction made has its upper bits set
+#else
     return static_cast<BFloat16>(w != w ? uint16_t{0x7fc0} : upper);
+#endif
   }
   static FASTADV_HD BFloat16 from(double w) { return from(static_cast<float>(w)); }
 };

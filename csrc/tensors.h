@@ -26,7 +26,7 @@ struct Strided {
 inline bool same(const Strided& a, const Strided& b) {
   if (a.data != b.data || a.dtype != b.dtype || a.dims != b.dims) return false;
   for (int d = 0; d < a.dims; ++d)
-    if (a.strides[d] != b.strides[d]) return false;
+    if (a.strides[d] != b.strides[d] || a.sizes[d] != b.sizes[d]) return false;
   return true;
 }
 

@@ -30,7 +30,7 @@ def _apply(name, images, args, out):
     """Run the op into `out`, or into a new tensor like its first argument."""
     try:
         if torch.is_grad_enabled():
-            for t in images:
+            for t in images if out is None else (*images, out):
                 if t.requires_grad:
                     return _differentiate(name, args, out)
         like = args[0]
@@ -54,9 +54,10 @@ def _apply(name, images, args, out):
 def _differentiate(name, args, out):
     checks.images(name, args, out)
     if out is not None:
+        which = next(n for n, t in checks.image_arguments(name, args).items() if t.requires_grad)
         raise RuntimeError(
-            "out= and in-place steps have no derivative and an input requires grad: "
-            "detach it, use torch.no_grad(), or leave out= away"
+            f"{which} requires grad, and a step with out= or in place has no derivative: detach it, "
+            "use torch.no_grad(), or leave out= away"
         )
     return Step.apply(name, *args)
 
@@ -97,7 +98,9 @@ def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, c
         seed = 0
     seed = checks.seed(seed, x)
     lo, hi = checks.box(clip, x)
-    args = (x, grad, *eps, *alpha, *noise, *seed, bool(project), *lo, *hi)
+    if not isinstance(project, bool):
+        raise TypeError(f"project must be True or False, got {project!r}")
+    args = (x, grad, *eps, *alpha, *noise, *seed, project, *lo, *hi)
     return _apply("fgsm_step", (x, grad), args, out)
 
 
@@ -117,9 +120,11 @@ def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
 
 def fgsm_step_(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX):
     """`fgsm_step` in place: writes into x and returns it. x must not be uint8."""
+    checks.image("x", x, checks.FLOATS)
     return fgsm_step(x, grad, eps, alpha=alpha, noise=noise, seed=seed, project=project, clip=clip, out=x)
 
 
 def pgd_step_(x_adv, grad, x, *, alpha, eps, clip=_BOX):
     """`pgd_step` in place: writes into x_adv and returns it."""
+    checks.image("x_adv", x_adv, checks.FLOATS)
     return pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=x_adv)

@@ -5,6 +5,9 @@
 // any_kernel takes everything else, element by element, dtypes looked up as it goes.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "../call.h"
 #include "../philox.h"
 
@@ -29,11 +32,38 @@ struct Flat {
   float alpha, eps, noise, lo, hi;  // lo and hi rounded inward to the result type
 };
 
-// Eight elements; loads and stores of a pack are as wide as they can be, up to 16 bytes.
+// As one instruction: the compiler splits some stores in four.
+__device__ __forceinline__ void store_whole(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Eight elements, moved by accesses as wide as they can be, up to 16 bytes.
 template <class T>
-struct alignas(sizeof(T) == 1 ? 8 : 16) Pack {
+struct Pack {
+  using Access = typename std::conditional<sizeof(T) == 1, uint2, uint4>::type;
+  static constexpr int kAccesses = kGroup * sizeof(T) / sizeof(Access);
   T v[kGroup];
+
+  __device__ __forceinline__ void load_from(const T* p) {
+    Access raw[kAccesses];
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) raw[i] = reinterpret_cast<const Access*>(p)[i];
+    memcpy(v, raw, sizeof(v));
+  }
+  __device__ __forceinline__ void store_to(T* p) const {
+    Access raw[kAccesses];
+    memcpy(raw, v, sizeof(v));
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) store_whole(reinterpret_cast<Access*>(p) + i, raw[i]);
+  }
 };
+
+// The 16 random bits of a group's element j; selected, because a register array has no run-time index.
+__device__ __forceinline__ uint32_t bits_of(const Words& words, int j) {
+  const uint32_t low = j & 2 ? words.v[1] : words.v[0], high = j & 2 ? words.v[3] : words.v[2];
+  const uint32_t word = j & 4 ? high : low;
+  return j & 1 ? word >> 16 : word & 0xffffu;
+}
 
 // What a result is stored in: x's own type, float for uint8.
 template <class X>
@@ -80,34 +110,45 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
     Words words{};
     const bool whole = first + kGroup <= f.block_size;
     if (whole) {
-      xs = *reinterpret_cast<const Pack<X>*>(x);
-      if constexpr (kX0) x0s = *reinterpret_cast<const Pack<R>*>(x0);
-      if constexpr (kGrad) grads = *reinterpret_cast<const Pack<G>*>(grad);
+      xs.load_from(x);
+      if constexpr (kX0) x0s.load_from(x0);
+      if constexpr (kGrad) grads.load_from(grad);
     }
     if constexpr (kNoise) {
       const uint64_t seed = f.seeds ? static_cast<uint64_t>(f.seeds[f.blocks == 1 ? 0 : block]) : f.seed;
       words = philox(seed, static_cast<uint64_t>(group), 0, 0);
     }
-    auto bits = [&](int j) -> uint32_t {
-      if constexpr (!kNoise) return 0;
-      return j % 2 ? words.v[j / 2] >> 16 : words.v[j / 2] & 0xffffu;
-    };
     if (whole) {
       Pack<R> result;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j)
-        result.v[j] = flat_element<kKind, kProject, X, G>(f, xs.v[j], x0s.v[j], grads.v[j], bits(j));
-      *reinterpret_cast<Pack<R>*>(out) = result;
+        result.v[j] = flat_element<kKind, kProject, X, G>(f, xs.v[j], x0s.v[j], grads.v[j], bits_of(words, j));
+      result.store_to(out);
     } else {
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j)
-        if (first + j < f.block_size)
-          out[j] = flat_element<kKind, kProject, X, G>(f, x[j], kX0 ? x0[j] : R{}, kGrad ? grad[j] : G{}, bits(j));
+#pragma unroll 1
+      for (int j = 0; first + j < f.block_size; ++j)
+        out[j] = flat_element<kKind, kProject, X, G>(f, x[j], kX0 ? x0[j] : R{}, kGrad ? grad[j] : G{},
+                                                     bits_of(words, j));
     }
   }
 }
 
 // ---------------------------------------------------------------- everything else
+
+// Division by a size as a multiplication (Granlund and Montgomery 1994, figure 4.1): the instruction set has none for
+// 64 bits, and the routine that stands in for it costs more than all the rest.
+struct Divider {
+  uint64_t multiplier;
+  int shift;
+
+  __device__ __forceinline__ uint64_t divide(uint64_t n) const {
+    const uint64_t t = __umul64hi(multiplier, n);
+    return (t + ((n - t) >> 1)) >> shift;
+  }
+};
+struct Dividers {
+  Divider of_dim[kMaxDims];
+};
 
 template <class C>
 __device__ __forceinline__ C load_any(const Operand& op, int64_t offset) {
@@ -131,83 +172,79 @@ __device__ __forceinline__ C load_any_grad(const Operand& op, int64_t offset) {
   return load_any<C>(op, offset);
 }
 
-// Calls f(a value of the type that dtype names).
-template <class F>
-__device__ __forceinline__ void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat16:
-      return f(Half{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    default:
-      return f(float{});  // and uint8: what its start is stored in
+// f<the type that dtype names>(...). A macro, because ptxas must see it inlined: a call would put offsets in memory.
+#define FASTADV_BY_TYPE(dtype, f, ...)  \
+  switch (dtype) {                      \
+    case DType::kFloat64:               \
+      return f<double>(__VA_ARGS__);    \
+    case DType::kFloat16:               \
+      return f<Half>(__VA_ARGS__);      \
+    case DType::kBFloat16:              \
+      return f<BFloat16>(__VA_ARGS__);  \
+    default: /* uint8 too: its start is stored in float */ \
+      return f<float>(__VA_ARGS__);     \
   }
-}
 
 // One element of any_kernel: where its operands are, and its parameters in the type that is asked for.
 struct Element {
   const Call& call;
   int64_t offsets[kSlots];
 
-  __device__ const Operand& operand(Slot s) const { return call.walk.operands[s]; }
+  __device__ __forceinline__ const Operand& operand(Slot s) const { return call.walk.operands[s]; }
 
   template <class C>
-  __device__ C parameter(Slot s) const {
+  __device__ __forceinline__ C parameter(Slot s) const {
     return call.has(s) ? load_any<C>(operand(s), offsets[s]) : static_cast<C>(call.numbers[s]);
   }
 
   // A NaN in any parameter makes the result NaN: carried by the first, which enters every sum.
   template <class C>
-  __device__ C first_parameter(Slot first, Slot radius) const {
-    const C lo = parameter<C>(kLo), hi = parameter<C>(kHi), r = parameter<C>(radius);
-    const C sum = (lo != lo ? lo : 0) + (hi != hi ? hi : 0) + (r != r ? r : 0);
-    return sum != sum ? sum : parameter<C>(first);
-  }
-
-  template <class C>
-  __device__ C random_start(uint32_t h) const {
-    C x0 = 0;
-    with_type(call.dtype(kX), [&](auto type) {
-      using R = decltype(type);
-      const C noise = first_parameter<C>(kNoise, kNoise);
-      x0 = start<R>(load_any<C>(operand(kX), offsets[kX]), h, noise * static_cast<C>(0x1p-16), noise,
-                    round_inward<R>(parameter<C>(kLo), true), round_inward<R>(parameter<C>(kHi), false));
-    });
-    return x0;
-  }
-
-  template <class C>
-  __device__ void random_init(uint32_t h) const {
-    with_type(call.dtype(kOut), [&](auto type) {
-      using R = decltype(type);
-      const C noise = first_parameter<C>(kNoise, kNoise);
-      store<R>(start<R>(load_any<C>(operand(kX), offsets[kX]), h, noise * static_cast<C>(0x1p-16), noise,
-                        round_inward<R>(parameter<C>(kLo), true), round_inward<R>(parameter<C>(kHi), false)));
-    });
-  }
-
-  template <class C>
-  __device__ void take_step(C x0) const {
-    with_type(call.dtype(kOut), [&](auto type) {
-      using R = decltype(type);
-      const C x = load_any<C>(operand(kX), offsets[kX]), grad = load_any_grad<C>(operand(kGrad), offsets[kGrad]);
-      const C alpha = first_parameter<C>(kAlpha, call.project ? kEps : kAlpha), eps = parameter<C>(kEps);
-      const C lo = round_inward<R>(parameter<C>(kLo), true), hi = round_inward<R>(parameter<C>(kHi), false);
-      store<R>(call.project ? step<R, true>(x0, grad, x, alpha, alpha * 0, eps, lo, hi)
-                            : step<R, false>(x0, grad, x, alpha, alpha * 0, eps, lo, hi));
-    });
+  static __device__ __forceinline__ C keep_nan(C first, C radius, C lo, C hi) {
+    if (radius != radius) first = radius;
+    if (lo != lo) first = lo;
+    return hi != hi ? hi : first;
   }
 
   template <class R, class C>
-  __device__ void store(C value) const {
+  __device__ __forceinline__ C start_as(C x, uint32_t h) const {
+    const C lo = round_inward<R>(parameter<C>(kLo), true), hi = round_inward<R>(parameter<C>(kHi), false);
+    const C noise = keep_nan(parameter<C>(kNoise), C{0}, lo, hi);
+    return start<R>(x, h, noise * static_cast<C>(0x1p-16), noise, lo, hi);
+  }
+
+  template <class R, class C>
+  __device__ __forceinline__ C step_as(C x0) const {
+    const C x = load_any<C>(operand(kX), offsets[kX]), grad = load_any_grad<C>(operand(kGrad), offsets[kGrad]);
+    const C lo = round_inward<R>(parameter<C>(kLo), true), hi = round_inward<R>(parameter<C>(kHi), false);
+    const C eps = parameter<C>(kEps), alpha = keep_nan(parameter<C>(kAlpha), call.project ? eps : C{0}, lo, hi);
+    return call.project ? step<R, true>(x0, grad, x, alpha, alpha * 0, eps, lo, hi)
+                        : step<R, false>(x0, grad, x, alpha, alpha * 0, eps, lo, hi);
+  }
+
+  // The two below: as a result of the given type, still in the compute type.
+  template <class C>
+  __device__ __forceinline__ C random_start(DType result, uint32_t h) const {
+    const C x = load_any<C>(operand(kX), offsets[kX]);
+    FASTADV_BY_TYPE(result, start_as, x, h)
+  }
+  template <class C>
+  __device__ __forceinline__ C take_step(C x0) const {
+    FASTADV_BY_TYPE(call.dtype(kOut), step_as, x0)
+  }
+
+  template <class R, class C>
+  __device__ __forceinline__ void store_as(C value) const {
     reinterpret_cast<R*>(operand(kOut).data)[offsets[kOut]] = Store<R>::from(value);
+  }
+  template <class C>
+  __device__ __forceinline__ void store(C value) const {
+    FASTADV_BY_TYPE(call.dtype(kOut), store_as, value)
   }
 };
 
 template <Kind kKind, class C>
-__global__ void __launch_bounds__(kThreads) any_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, 1) any_kernel(const __grid_constant__ Call call,
+                                                       const __grid_constant__ Dividers dividers) {
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
   const auto& walk = call.walk;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -226,28 +263,24 @@ __global__ void __launch_bounds__(kThreads) any_kernel(const __grid_constant__ C
       for (int k = 0; k < kSlots; ++k) e.offsets[k] = block * walk.operands[k].block_stride;
       int64_t rest = position;
       for (int d = walk.dims - 1; d >= 0; --d) {
-        const int64_t outer = rest / walk.sizes[d], at = rest - outer * walk.sizes[d];
+        const int64_t outer = static_cast<int64_t>(dividers.of_dim[d].divide(rest)), at = rest - outer * walk.sizes[d];
         rest = outer;
 #pragma unroll
         for (int k = 0; k < kSlots; ++k)
           if (call.has(static_cast<Slot>(k))) e.offsets[k] += at * walk.operands[k].strides[d];
       }
-      uint32_t h = 0;
-      if constexpr (kNoise) {
-        const uint32_t low = j & 2 ? words.v[1] : words.v[0], high = j & 2 ? words.v[3] : words.v[2];
-        const uint32_t word = j & 4 ? high : low;
-        h = j & 1 ? word >> 16 : word & 0xffffu;
-      }
+      const uint32_t h = bits_of(words, j);
       if constexpr (kKind == Kind::kRandomInit) {
-        e.template random_init<C>(h);
+        e.store(e.template random_start<C>(call.dtype(kOut), h));
       } else if constexpr (kKind == Kind::kPgd) {
-        e.take_step(load_any<C>(e.operand(kX0), e.offsets[kX0]));
+        e.store(e.take_step(load_any<C>(e.operand(kX0), e.offsets[kX0])));
       } else if constexpr (kKind == Kind::kFgsm) {
-        e.take_step(load_any<C>(e.operand(kX), e.offsets[kX]));
+        e.store(e.take_step(load_any<C>(e.operand(kX), e.offsets[kX])));
       } else {
         // The start is random_init's: in float, unless x itself is double.
-        e.take_step(call.dtype(kX) == DType::kFloat64 ? e.template random_start<C>(h)
-                                                      : static_cast<C>(e.template random_start<float>(h)));
+        const DType x = call.dtype(kX);
+        e.store(e.take_step(x == DType::kFloat64 ? e.template random_start<C>(x, h)
+                                                 : static_cast<C>(e.template random_start<float>(x, h))));
       }
     }
   }

@@ -52,8 +52,8 @@ const FlatEntry kFlat[] = {
 
 struct AnyEntry {
   Kind kind;
-  void (*in_float)(Call);
-  void (*in_double)(Call);
+  void (*in_float)(Call, Dividers);
+  void (*in_double)(Call, Dividers);
   const char* name;
 };
 const AnyEntry kAny[] = {
@@ -120,6 +120,17 @@ Flat flat_arguments(const Call& call) {
   return f;
 }
 
+Dividers dividers_of(const Call& call) {
+  Dividers all{};
+  for (int d = 0; d < call.walk.dims; ++d) {
+    const uint64_t size = static_cast<uint64_t>(call.walk.sizes[d]);  // 2 at least: others are left out of the walk
+    const int bits = 64 - __builtin_clzll(size - 1);
+    const auto excess = (static_cast<unsigned __int128>(1) << bits) - size;
+    all.of_dim[d] = {static_cast<uint64_t>((excess << 64) / size) + 1, bits - 1};
+  }
+  return all;
+}
+
 void launch(const Call& call, Kind kind, void* stream) {
   const dim3 grid = grid_for(call.walk.block_size, call.walk.blocks);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
@@ -127,7 +138,7 @@ void launch(const Call& call, Kind kind, void* stream) {
     e->kernel<<<grid, kThreads, 0, s>>>(flat_arguments(call));
   } else {
     const AnyEntry& any = *std::find_if(std::begin(kAny), std::end(kAny), [&](auto& a) { return a.kind == kind; });
-    (call.any_float64() ? any.in_double : any.in_float)<<<grid, kThreads, 0, s>>>(call);
+    (call.any_float64() ? any.in_double : any.in_float)<<<grid, kThreads, 0, s>>>(call, dividers_of(call));
   }
   check(cudaGetLastError(), "launch");
 }

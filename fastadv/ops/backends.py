@@ -62,13 +62,18 @@ def native(backend):
 
 @functools.cache
 def triton():
-    module, why = _load_triton()
-    if module is not None:
-        _register_python("triton", module.IMPLEMENTATIONS)
-    return module, why
+    """(the module of the Triton kernels or None, why it is None). Importing triton takes a while: only when needed."""
+    return _load_triton()
+
+
+def _triton_kernel(name):
+    return lambda *args: triton()[0].IMPLEMENTATIONS[name](*args)
 
 
 _register_python("reference", reference.IMPLEMENTATIONS)
+_register_python("triton", {name: _triton_kernel(name) for name in SCHEMAS})
+for _backend in NATIVE:
+    native(_backend)
 
 
 def why_not(backend, device_type):
@@ -93,6 +98,12 @@ def why_not(backend, device_type):
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
+def _check_name(name):
+    if name not in BACKENDS:
+        choice = ", ".join(BACKENDS)
+        raise RuntimeError(f"unknown backend {name!r} (from fastadv.backend or FASTADV_BACKEND): choose one of {choice}")
+
+
 def resolve(name, device_type):
     """The name of the backend that serves `device_type`: `name`, or the best there is where it is None.
 
@@ -101,8 +112,7 @@ def resolve(name, device_type):
     """
     if name is None:
         return next(b for b in _ORDER.get(device_type, ("reference",)) if not why_not(b, device_type))
-    if name not in BACKENDS:
-        raise RuntimeError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    _check_name(name)
     why = why_not(name, device_type)
     if why:
         raise RuntimeError(f"backend {name!r} cannot serve {device_type} tensors: {why}")
@@ -127,8 +137,10 @@ def run(op_name, backend_name, args):
         op(*args)
         return
     guard = below_autograd()  # straight to the kernel, past the refusal at the Autograd key
-    op(*args)
-    del guard
+    try:
+        op(*args)
+    finally:
+        del guard  # an exception that somebody keeps would keep it, and autograd off
 
 
 @contextlib.contextmanager
@@ -141,8 +153,7 @@ def backend(name):
     Raises:
         RuntimeError: the name is unknown.
     """
-    if name not in BACKENDS:
-        raise RuntimeError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    _check_name(name)
     token = _chosen.set(name)
     try:
         yield

@@ -37,9 +37,14 @@ def _operand(name, t, like_name, like, dtypes=FLOATS):
 _IMAGE_NAMES = {"random_init": ("x",), "fgsm_step": ("x", "grad"), "pgd_step": ("x_adv", "grad", "x")}
 
 
+def image_arguments(op_name, args):
+    """{name: tensor} of the images among an op's arguments."""
+    return dict(zip(_IMAGE_NAMES[op_name], args, strict=False))
+
+
 def images(op_name, args, out):
     """The op's images and `out`: dtypes, shapes, devices, memory."""
-    named = dict(zip(_IMAGE_NAMES[op_name], args, strict=False))
+    named = image_arguments(op_name, args)
     x = named["x"]
     image("x", x)
     for name, t in named.items():
@@ -134,7 +139,7 @@ def seed(value, x):
                 f"seed must have one element or shape (N,) with N = x.shape[0], got shape {tuple(value.shape)} "
                 f"for x of {tuple(x.shape)}"
             )
-        return 0, value
+        return 0, value.contiguous()
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(value).__name__}")
     if not -(2**63) <= value < 2**64:
@@ -174,7 +179,9 @@ def _array(t):
 
 
 def _same(a, b):
-    return a is b or (a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride())
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+    )
 
 
 def _output(out, named, args):

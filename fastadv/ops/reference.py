@@ -52,7 +52,7 @@ def _element_bits(x, seed):
     lo, hi = _words(torch.arange((size + 7) // 8, device=x.device))
     zero = torch.zeros_like(lo)
     words = torch.stack(philox(_words(seed.reshape(-1, 1)), (lo, hi, zero, zero)), dim=-1)  # [blocks, groups, 4]
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(words.shape[0], -1)[:, :size].contiguous()
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :size].contiguous()
     return halves.as_strided(x.shape, position_strides(x, per_sample))
 
 

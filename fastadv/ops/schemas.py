@@ -43,6 +43,13 @@ def _refuse_grad(name, op):
     return guard
 
 
+def _fake(*args):
+    """Nothing to infer: the ops return nothing. Meta tensors beside real ones come here too, though."""
+    devices = {str(a.device) for a in args if isinstance(a, torch.Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
+
+
 def _refuse_vmap(name):
     def refuse(*args):
         raise RuntimeError(
@@ -60,7 +67,7 @@ def _define():
             name = f"{op_name}.{backend}"
             torch.library.define(f"fastadv::{name}", schema, tags=_TAGS)
             op = getattr(getattr(torch.ops.fastadv, op_name), backend)
-            torch.library.register_fake(f"fastadv::{name}", lambda *args: None)
+            torch.library.register_fake(f"fastadv::{name}", _fake)
             torch.library.impl(f"fastadv::{name}", "Autograd", _refuse_grad(name, op))
             torch.library.impl(f"fastadv::{name}", "FuncTorchBatched", _refuse_vmap(op_name))
             ops[op_name, backend] = op

@@ -129,19 +129,41 @@ def _finish(t, x, radius, lo, hi, R: tl.constexpr):
 
 
 @triton.jit
+def _widened(v):
+    """16-bit types as float32; bfloat16 by its bits, because the interpreter loses subnormal ones."""
+    if v.dtype == tl.bfloat16:
+        return (v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif v.dtype == tl.float16:
+        return v.to(tl.float32)
+    else:
+        return v
+
+
+@triton.jit
+def _stored(w, R: tl.constexpr):
+    """w, a value of R, as one."""
+    if R == tl.bfloat16:
+        bits = w.to(tl.float32).to(tl.uint32, bitcast=True)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif R == tl.float16:
+        return w.to(tl.float32).to(R)
+    else:
+        return w.to(R)
+
+
+@triton.jit
 def _pixel(x, C: tl.constexpr):
     if x.dtype == tl.uint8:
         if C == tl.float64:
             return x.to(tl.float64) / 255.0
         code = x.to(tl.float32)
         return code * _HIGH + code * _LOW
-    return x.to(C)
+    return _widened(x).to(C)
 
 
 @triton.jit
 def _sign(grad, C: tl.constexpr):
-    if grad.dtype != tl.float64:
-        grad = grad.to(tl.float32)
+    grad = _widened(grad)
     return (grad > 0).to(C) - (grad < 0).to(C)
 
 
@@ -182,7 +204,7 @@ def _element(x, x0, grad, h, alpha, eps, noise, lo, hi, C: tl.constexpr, R: tl.c
         return _start(_pixel(x, C), h, tl.cast(noise, C), tl.cast(lo, C), tl.cast(hi, C), R)
     clean = _pixel(x, C)
     if HAS_X0:
-        start = x0.to(C)
+        start = _pixel(x0, C)
     elif NOISE:
         # What random_init returned: in x's type (float32 for uint8), computed in float32 unless x is float64.
         C0: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
@@ -220,7 +242,7 @@ def flat_kernel(
     grad_ = tl.load(grad + offset + lane, mask) if FLAGS[1] else x_
     R: tl.constexpr = out.dtype.element_ty
     result = _element(x_, x0_, grad_, h, alpha, eps, noise, lo, hi, C, R, FLAGS)
-    tl.store(out + offset + lane, result.to(R), mask)
+    tl.store(out + offset + lane, _stored(result, R), mask)
 
 
 @triton.jit
@@ -236,7 +258,7 @@ def _place(position, sizes, strides):
 @triton.jit
 def _parameter(parameter, base_stride, block, position, sizes, strides, mask, IS_TENSOR: tl.constexpr):
     if IS_TENSOR:
-        return tl.load(parameter + block * base_stride + _place(position, sizes, strides), mask)
+        return _widened(tl.load(parameter + block * base_stride + _place(position, sizes, strides), mask))
     else:
         return parameter
 
@@ -267,7 +289,7 @@ def any_kernel(
     hi_ = _parameter(hi, block_strides[8], block, position, sizes, strides[8], mask, TENSORS[4])
     R: tl.constexpr = out.dtype.element_ty
     result = _element(x_, x0_, grad_, h, alpha_, eps_, noise_, lo_, hi_, C, R, FLAGS)
-    tl.store(out + block * block_strides[3] + _place(position, sizes, strides[3]), result.to(R), mask)
+    tl.store(out + block * block_strides[3] + _place(position, sizes, strides[3]), _stored(result, R), mask)
 
 
 @triton.jit

@@ -1,0 +1,161 @@
+"""What is timed: the ops, the sizes, the dtypes, and the contenders of each case."""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import fastadv
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS, ALPHA, SEED = 8 / 255, 2 / 255, 1234
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "u8": torch.uint8}
+PAIRS = ("f32/f32", "f32/bf16", "bf16/bf16", "f16/f16", "u8/f32")  # image/grad
+
+SIZES = {
+    "16": (16,),  # the host's cost alone
+    "tiny": (2, 3, 8, 8),  # for trying the machinery, never for figures
+    "cifar": (128, 3, 32, 32),
+    "imagenet": (64, 3, 224, 224),
+    "large": (192, 3, 224, 224),  # 115 MB in float32: beyond any cache
+}
+CHOSEN_SIZES = os.environ.get("FASTADV_BENCH_SIZES", "cifar,imagenet,large").split(",")
+
+
+# ------------------------------------------------------------------ what people write today
+
+
+def pixels(x):
+    return x / 255 if x.dtype == torch.uint8 else x
+
+
+def naive_start(x):
+    x = pixels(x)
+    return torch.clamp(x + torch.empty_like(x).uniform_(-EPS, EPS), 0, 1)
+
+
+def naive_pgd(x_adv, grad, x):
+    x = pixels(x)
+    x_adv = x_adv + ALPHA * grad.sign()
+    return torch.clamp(x + torch.clamp(x_adv - x, -EPS, EPS), 0, 1)
+
+
+def naive_fgsm(x, grad):
+    return torch.clamp(pixels(x) + EPS * grad.sign(), 0, 1)
+
+
+def naive_fgsm_rs(x, grad):
+    return naive_pgd(naive_start(x), grad, x)
+
+
+# ------------------------------------------------------------------ the op table
+
+
+@dataclass(frozen=True)
+class Op:
+    reads: tuple  # the tensors, in the order that both callables take them
+    fused: Callable
+    naive: Callable
+
+
+OPS = {
+    "pgd_step": Op(("x_adv", "grad", "x"), functools.partial(fastadv.pgd_step, alpha=ALPHA, eps=EPS), naive_pgd),
+    "fgsm_step": Op(("x", "grad"), functools.partial(fastadv.fgsm_step, eps=EPS), naive_fgsm),
+    "fgsm_rs_step": Op(
+        ("x", "grad"),
+        functools.partial(fastadv.fgsm_step, eps=EPS, alpha=ALPHA, noise=EPS, seed=SEED),
+        naive_fgsm_rs,
+    ),
+    "random_init": Op(("x",), functools.partial(fastadv.random_init, noise=EPS, seed=SEED), naive_start),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    size: str
+    pair: str
+    backend: str
+
+    @property
+    def id(self):
+        return f"{self.op}-{self.size}-{self.pair}-{self.backend}"
+
+    def dtypes(self):
+        """The dtype of each tensor and of the result: a uint8 image gives a float32 one."""
+        image, grad = (DTYPES[name] for name in self.pair.split("/"))
+        result = torch.float32 if image == torch.uint8 else image
+        return {"x": image, "grad": grad, "x_adv": result, "out": result}
+
+    def inputs(self):
+        """Fresh random tensors; a ReLU network's gradient has zeros."""
+        shape, dtypes = SIZES[self.size], self.dtypes()
+        x = torch.rand(shape, device=DEVICE)
+        made = {
+            "x": (x * 255).to(torch.uint8) if dtypes["x"] == torch.uint8 else x.to(dtypes["x"]),
+            "x_adv": (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp_(0, 1).to(dtypes["x_adv"]),
+            "grad": (torch.randn(shape, device=DEVICE) * (torch.rand(shape, device=DEVICE) > 0.1)).to(dtypes["grad"]),
+        }
+        return [made[name] for name in OPS[self.op].reads]
+
+    def output(self):
+        """Poisoned: what a kernel leaves unwritten does not look like a result."""
+        return torch.full(SIZES[self.size], torch.nan, dtype=self.dtypes()["out"], device=DEVICE)
+
+    def bytes(self, inputs, out):
+        return sum(t.nbytes for t in (*inputs, out))
+
+
+def backends(size):
+    """The native backend, Triton beside it on a GPU, and the reference where a CPU can wait for it."""
+    if DEVICE.type == "cuda":
+        return ("cuda", "triton")
+    return ("cpu", "reference") if size in ("tiny", "cifar") else ("cpu",)
+
+
+def pairs(op, size):
+    found = PAIRS if DEVICE.type == "cuda" or size != "large" else PAIRS[:1]
+    # random_init reads no gradient.
+    return found if "grad" in OPS[op].reads else [p for p in found if p != "f32/bf16"]
+
+
+def all_cases():
+    """Backends innermost: those of one case share its compiled contender."""
+    return [
+        Case(op, size, pair, backend)
+        for op in OPS
+        for pair in pairs(op, "cifar")
+        for size in CHOSEN_SIZES
+        if pair in pairs(op, size)
+        for backend in backends(size)
+    ]
+
+
+# ------------------------------------------------------------------ the contenders
+
+
+@functools.lru_cache(maxsize=1)
+def compiled(op, shape, pair):
+    """The naive step under torch.compile; for `shape`, or for any where it is None."""
+    torch._dynamo.reset()
+    return torch.compile(OPS[op].naive, fullgraph=True, dynamic=shape is None)
+
+
+def contenders(case, quick):
+    """name -> a function that takes (inputs, out) and returns the call to time.
+
+    A quick run compiles once for all sizes: compiling takes most of its time, and it is no measurement anyway.
+    """
+    op, other = OPS[case.op], compiled(case.op, None if quick else SIZES[case.size], case.pair)
+    made = {
+        "fastadv": lambda inputs, out: functools.partial(op.fused, *inputs, out=out),
+        "naive": lambda inputs, out: functools.partial(op.naive, *inputs),
+        "compile": lambda inputs, out: functools.partial(other, *inputs),
+        "copy": lambda inputs, out: functools.partial(out.copy_, torch.rand_like(out)),
+    }
+    if DEVICE.type == "cuda":  # a kernel that does nothing: the floor of small sizes
+        made["empty"] = lambda inputs, out: functools.partial(torch.cuda._sleep, 0)
+    return made

@@ -1,0 +1,67 @@
+"""The fixture that measures, what goes into the JSON, and the table at the end.
+
+The rounds are pytest-benchmark's options: at least `--benchmark-min-rounds`, and as many as fit into
+`--benchmark-max-time` seconds a case. One round of each, to see that everything runs:
+`pytest --benchmark --benchmark-min-rounds=1 --benchmark-max-time=0`.
+"""
+
+import environment
+import pytest
+import report
+import timing
+
+FIGURES = pytest.StashKey()
+# What a row is read with, whatever file it ends up in.
+VERSIONS = ("device", "device_type", "threads", "torch", "triton", "python", "cuda", "driver")
+
+
+class Measure:
+    def __init__(self, benchmark, config, facts):
+        self.benchmark, self.config, self.facts = benchmark, config, facts
+        self.min_rounds = config.getoption("benchmark_min_rounds")
+        self.max_time = float(config.getoption("benchmark_max_time"))
+
+    @property
+    def quick(self):
+        return self.max_time == 0
+
+    def __call__(self, readings, first):
+        """The seconds of every reading, taken in alternation; those of `first` are pytest-benchmark's."""
+        return timing.run(self.benchmark, readings, first, self.min_rounds, self.max_time)
+
+    def record(self, **figures):
+        figures |= {name: self.facts[name] for name in VERSIONS}
+        self.benchmark.extra_info.update(figures)
+        self.config.stash.setdefault(FIGURES, []).append(figures)
+
+
+@pytest.fixture(scope="session")
+def facts():
+    return environment.facts()
+
+
+@pytest.fixture
+def measure(benchmark, request, facts):
+    return Measure(benchmark, request.config, facts)
+
+
+def pytest_benchmark_update_machine_info(machine_info):
+    """Neither the host's name nor the processor's hundred flags belong into stored results."""
+    machine_info.pop("node", None)
+    machine_info["cpu"].pop("flags", None)
+
+
+def pytest_benchmark_update_json(output_json):
+    """The facts of the run; without the single readings, nine tenths of the file."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+    output_json["part"] = "bench"
+    output_json["environment"] = environment.facts()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    for title, header, rows in report.tables(config.stash.get(FIGURES, [])):
+        terminalreporter.section(f"fastadv: {title}")
+        for line in report.aligned(header, rows):
+            terminalreporter.write_line(line)

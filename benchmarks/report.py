@@ -1,0 +1,257 @@
+"""Tables and a plot of benchmark results.
+
+    python benchmarks/report.py RESULT.json|FOLDER ... [--markdown report.md] [--plot report.png]
+
+Reads what `pytest --benchmark --benchmark-json=FILE` and `benchmarks/gpu/run.sh FOLDER` wrote.
+
+A figure must be possible. No op moves its bytes faster than the fastest copy of the same run, so on a GPU one that is
+more than `NOISE` above it is refused: it was not timed, or its bytes are not what it moved. On a CPU a store to
+memory reads the line first, which the count leaves out, so that a copy moves more than it is counted for and a step
+that mostly reads less; and small tensors lie in the caches. There the same excess is a warning.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+NOISE = 1.25
+
+
+class Impossible(ValueError):
+    """A figure above the roofline."""
+
+
+# ------------------------------------------------------------------ reading
+
+
+def load(paths):
+    """The result files, folders searched one level deep, as dicts; each knows where it comes from."""
+    files = [f for path in map(Path, paths) for f in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    found = [{**json.loads(file.read_text()), "file": file.name} for file in files]
+    strangers = [result["file"] for result in found if "environment" not in result]
+    if strangers:
+        raise ValueError(f"{', '.join(strangers)}: not a result of these benchmarks, `environment` is missing")
+    return found
+
+
+def figures(result):
+    return [b["extra_info"] for b in result.get("benchmarks", [])]
+
+
+def check_roofline(rows):
+    """Raises Impossible for a GPU's figure above the copy roofline; returns a CPU's as warnings."""
+    warnings = []
+    ops = [r for r in rows if r["kind"] == "op"]
+    for row in ops:
+        roofline = max(r["copy_bytes_per_second"] for r in ops if r["device"] == row["device"])
+        excess = row["bytes_per_second"] / roofline
+        if excess <= NOISE:
+            continue
+        text = (
+            f"{row['op']} {row['size']} {row['dtype']} {row['backend']} on {row['device']}: "
+            f"{row['bytes_per_second'] / 1e9:.0f} GB/s is {excess:.2f} times the fastest measured copy"
+        )
+        if row["device_type"] == "cuda":
+            raise Impossible(f"{text}, more than noise ({NOISE}) explains: no table is made of it")
+        warnings.append(text)
+    return warnings
+
+
+# ------------------------------------------------------------------ tables
+
+OP_HEADER = (
+    "op",
+    "size",
+    "image/grad",
+    "backend",
+    "µs",
+    "naive µs",
+    "x naive",
+    "x compile",
+    "of copy",
+    "GB/s",
+    "± IQR",
+)
+HOST_HEADER = ("op", "backend", "µs out=", "µs", "naive µs", "of naive")
+
+
+def op_row(r):
+    us = {name: f"{seconds * 1e6:,.1f}" for name, seconds in r["median_seconds"].items()}
+    return (
+        r["op"],
+        r["size"],
+        r["dtype"],
+        r["backend"],
+        us["fastadv"],
+        us["naive"],
+        f"{r['speedup_over_naive']:.2f}",
+        f"{r['speedup_over_compile']:.2f}",
+        f"{r['share_of_copy_rate']:.2f}",
+        f"{r['bytes_per_second'] / 1e9:.1f}",
+        f"{r['relative_iqr']['fastadv']:.0%}" if r["relative_iqr"] else "-",
+    )
+
+
+def host_row(r):
+    us = {name: f"{seconds * 1e6:.2f}" for name, seconds in r["median_seconds"].items()}
+    return (r["op"], r["backend"], us["fastadv"], us["allocating"], us["naive"], f"{r['share_of_naive']:.2f}")
+
+
+def tables(rows):
+    """(title, header, rows) of each kind of benchmark among the figures."""
+    kinds = (("op", "ops, medians", OP_HEADER, op_row), ("host", "one call on 16 elements", HOST_HEADER, host_row))
+    for kind, title, header, make in kinds:
+        made = [make(r) for r in rows if r["kind"] == kind]
+        if made:
+            yield title, header, made
+
+
+def aligned(header, rows):
+    """Lines of a plain-text table."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        yield "  ".join(
+            text.ljust(width) if rows[0][i][0].isalpha() else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+
+def markdown_table(header, rows):
+    rule = ["---" if cell[0].isalpha() else "---:" for cell in rows[0]]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def heading(environment):
+    """One line that says where the figures come from."""
+    e = environment
+    told = [e["device"], f"threads {e['threads']}", *(["recycled memory"] if e["recycled_memory"] else [])]
+    told += [f"{name} {e[name]}" for name in ("driver", "cuda", "torch", "triton", "python") if e[name]]
+    told += [f"commit {e['commit'][:12]}", e["date"][:10]]
+    return ", ".join(told) + (" (**dry run: no measurement**)" if e["dry_run"] else "")
+
+
+# What each part of gpu/run.sh has to tell in one line.
+PARTS = {
+    "build": lambda r: f"{len(r['ptxas'])} kernels, {sum(k['spill_bytes'] > 0 for k in r['ptxas'])} of them spill",
+    "correctness": lambda r: ", ".join(f"{n} {what}" for what, n in r["tests"].items()),
+    "sanitizer": lambda r: ", ".join(
+        f"{tool}: {run['calls']} calls, {run['mismatches']} mismatches, {run['errors']} errors"
+        for tool, run in r["tools"].items()
+    ),
+    "kernels": lambda r: (
+        f"{len(r['kernels'])} kernels, {sum(k['local_bytes'] > 0 for k in r['kernels'])} of them spill"
+    ),
+}
+
+
+def section(result):
+    lines = ["", f"## {result['file']}", "", heading(result["environment"]), ""]
+    if result["part"] in PARTS:
+        verdict = "ok" if result["ok"] else "**failed**"
+        return [*lines, f"{result['part']}: {verdict}; {PARTS[result['part']](result)}"]
+    for title, header, rows in tables(figures(result)):
+        lines += [f"{title[0].upper()}{title[1:]}:", "", *markdown_table(header, rows), ""]
+    return lines
+
+
+def markdown(results, warnings):
+    notes = [f"- warning: {text}" for text in warnings]
+    lines = ["# Benchmark results", "", *notes, *(line for result in results for line in section(result))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ------------------------------------------------------------------ plot
+
+INK, GRID = "#222222", "#dddddd"
+# title, scale, its ticks, and the bars: key, label, colour.
+PANELS = (
+    (
+        "speed-up",
+        "log",
+        (0.25, 0.5, 1, 2, 4, 8, 16, 32),
+        (("speedup_over_naive", "over eager", "#2a6f97"), ("speedup_over_compile", "over torch.compile", "#e09f3e")),
+    ),
+    ("share of the copy rate", "linear", (0, 0.25, 0.5, 0.75, 1), (("share_of_copy_rate", "", "#52796f"),)),
+)
+
+
+def bars(axis, rows, scale, ticks, series):
+    """Speed-ups start at 1, slower to the left of it; shares start at 0."""
+    height, start = 0.8 / len(series), 1 if scale == "log" else 0
+    axis.set_xscale(scale)
+    for i, (key, label, color) in enumerate(series):
+        values = [r[key] for r in rows]
+        places = [y + (i - (len(series) - 1) / 2) * height for y in range(len(rows))]
+        axis.barh(places, [v - start for v in values], height * 0.9, left=start, color=color, label=label)
+        for place, value in zip(places, values, strict=True):
+            beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center_baseline", "fontsize": 7}
+            axis.annotate(f"{value:.{2 - start}f}", (max(value, start), place), color=INK, **beside)
+    axis.axvline(1, color=INK, linewidth=0.8)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.grid(axis="x", color=GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelsize=8, colors=INK)
+    axis.spines[:].set_visible(False)
+
+
+def plot(results, path):
+    """Speed-ups and shares of the copy rate: a group an op, a bar a case; the reference backend is no contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for result in results for r in figures(result) if r["kind"] == "op" and r["backend"] != "reference"]
+    if not rows:
+        raise ValueError("there is no op benchmark to plot")
+    groups = {op: [r for r in rows if r["op"] == op] for op in dict.fromkeys(r["op"] for r in rows)}
+    figure, axes = pyplot.subplots(
+        len(groups),
+        len(PANELS),
+        figsize=(11, 1 + 0.35 * len(groups) + 0.25 * len(rows)),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+        height_ratios=[len(group) for group in groups.values()],
+    )
+    for (op, group), line in zip(groups.items(), axes, strict=True):
+        for axis, (_, scale, ticks, series) in zip(line, PANELS, strict=True):
+            bars(axis, group, scale, ticks, series)
+        line[0].set_yticks(range(len(group)), [f"{r['size']}  {r['dtype']}  {r['backend']}" for r in group])
+        line[0].set_ylim(len(group) - 0.4, -0.6)
+        line[0].set_title(op, loc="left", fontsize=10, fontweight="bold", color=INK)
+    for axis, (title, *_) in zip(axes[-1], PANELS, strict=True):
+        axis.set_xlabel(title, fontsize=9, color=INK)
+    axes[0][0].legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+    where = {f"{r['device']}, threads: {r['threads']}" if r["device_type"] == "cpu" else r["device"] for r in rows}
+    figure.suptitle("fastadv: " + "; ".join(sorted(where)), fontsize=11, color=INK)
+    figure.savefig(path, dpi=100)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Tables and a plot of benchmark results.")
+    parser.add_argument("results", nargs="+", help="JSON files, or folders of them")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables there (default: print them)")
+    parser.add_argument("--plot", metavar="FILE", help="write the plot there, as PNG, SVG or PDF")
+    args = parser.parse_args(argv)
+    try:
+        results = load(args.results)
+        warnings = check_roofline([r for result in results for r in figures(result)])
+        if args.plot:
+            plot(results, args.plot)
+    except (OSError, ValueError) as error:
+        sys.exit(f"report.py: {error}")
+    for text in warnings:
+        print(f"report.py: warning: {text}", file=sys.stderr)
+    text = markdown(results, warnings)
+    if args.markdown:
+        Path(args.markdown).write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

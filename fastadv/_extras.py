@@ -1,0 +1,16 @@
+"""Packages that only some parts of fastadv need."""
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str) -> ModuleType:
+    """Import `module`, a part of the `train` extra.
+
+    Raises:
+        ImportError: its package is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: pip install 'fastadv[train]'") from error

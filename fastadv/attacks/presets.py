@@ -1,0 +1,34 @@
+"""The training attacks by name, with the settings of their papers."""
+
+import inspect
+from collections.abc import Callable
+
+from fastadv.attacks.base import Attack
+from fastadv.attacks.fgsm import FGSM, NFGSM
+from fastadv.attacks.pgd import PGD
+
+# A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
+PRESETS = {
+    "fgsm": (FGSM, lambda eps: {}),
+    "fgsm-rs": (FGSM, lambda eps: {"alpha": 1.25 * eps, "noise": eps}),
+    "nfgsm": (NFGSM, lambda eps: {}),
+    "pgd": (PGD, lambda eps: {"alpha": eps / 4, "steps": 7}),
+}
+
+
+def by_name(name: str, model: Callable, eps: float, **changes: float | None) -> Attack:
+    """The attack called `name` (a key of PRESETS), with `changes` (alpha, noise, steps) to its settings.
+
+    A change of None leaves the preset's value.
+
+    Raises:
+        ValueError: unknown name, or the attack has no such setting.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown attack {name!r}; there are {', '.join(PRESETS)}")
+    attack, settings = PRESETS[name]
+    changes = {key: value for key, value in changes.items() if value is not None}
+    for key in changes:
+        if key not in inspect.signature(attack).parameters:
+            raise ValueError(f"the attack {name} has no setting {key!r}")
+    return attack(model, eps, **{**settings(eps), **changes})

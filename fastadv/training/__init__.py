@@ -1,0 +1,5 @@
+"""Adversarial fine-tuning."""
+
+from fastadv.training.trainer import Trainer
+
+__all__ = ["Trainer"]

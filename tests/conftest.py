@@ -1,0 +1,45 @@
+"""What every op test needs: the backends and the devices they run on, and the examples hypothesis draws."""
+
+import os
+
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter: to be asked for before the first import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+EXAMPLES = max(1, int(os.environ.get("FASTADV_TEST_EXAMPLES", "200")))
+
+# Examples are fresh on every run; hypothesis prints the failing one with the seed of its numbers.
+settings.register_profile(
+    "fastadv",
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    report_multiple_bugs=False,
+)
+settings.load_profile("fastadv")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+# Every backend and where it runs. Nothing but the GPU may be missing: what was not built fails its tests.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("triton", DEVICE), id="triton"),
+    pytest.param(("cuda", "cuda"), id="cuda", marks=needs_gpu),
+]
+NATIVE = [p for p in BACKENDS if p.id in ("cpu", "cuda")]
+KERNELS = [p for p in BACKENDS if p.id != "reference"]
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes `backend`, `kernel` or `native` runs once for each of them."""
+    for name, params in (("backend", BACKENDS), ("kernel", KERNELS), ("native", NATIVE)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, params)

@@ -1,0 +1,190 @@
+"""torch.compile, torch.export and opcheck see through the ops, and change no bit of what they compute."""
+
+import warnings
+
+import numpy as np
+import oracle
+import pytest
+import strategies as s
+import torch
+
+import fastadv
+
+SHAPE = (2, 3, 8, 5)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(device, layout="contiguous", shape=SHAPE):
+    rng = np.random.default_rng()
+    t = {k: s.laid_out(rng.random(shape), torch.float32, layout, rng) for k in ("x", "x_adv")}
+    t["grad"] = s.laid_out(rng.normal(size=shape), torch.float32, layout, rng)
+    return [s.on(t[k], device) for k in ("x", "x_adv", "grad")]
+
+
+def every_op(x, x_adv, grad):
+    """All three ops, between other ones so that a compiler has something to fuse and to lay out anew."""
+    x = x * 0.5 + 0.25
+    start = fastadv.random_init(x, 0.1, seed=5)
+    fast = fastadv.fgsm_step(x, grad * 2, 0.1, alpha=0.125, noise=0.2, seed=-7)
+    slow = fastadv.pgd_step(x_adv, grad, x, alpha=0.02, eps=0.1, clip=(0.1, 0.9))
+    return start, fast, slow, (start + fast) * slow
+
+
+def out_and_in_place(x, x_adv, grad):
+    out = torch.empty_like(x)
+    fastadv.fgsm_step(x, grad, 0.1, noise=0.1, seed=3, out=out)
+    x_adv = x_adv.clone()
+    fastadv.pgd_step_(x_adv, grad, x, alpha=0.05, eps=0.1)
+    fastadv.pgd_step(x_adv, grad, x, alpha=0.05, eps=0.1, out=x_adv)
+    return out + 0, x_adv
+
+
+def tensor_arguments(x, x_adv, grad):
+    """Parameter tensors and per-sample seeds that the compiled function makes or is given."""
+    eps = x.mean((1, 2, 3), keepdim=True) / 4
+    seed = fastadv.sample_seeds(9, torch.arange(x.shape[0], device=x.device), 1)
+    start = fastadv.random_init(x, eps, seed=seed)
+    return start, fastadv.fgsm_step(x, grad, eps, noise=eps, seed=seed), seed
+
+
+def same_bits(got, want):
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype
+        assert g.stride() == w.stride()
+        assert torch.equal(g, w)
+
+
+FUNCTIONS = (every_op, out_and_in_place, tensor_arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_compiled_equals_eager(backend, function, layout):
+    name, device = backend
+    args = inputs(device, layout)
+    with fastadv.backend(name):
+        want = function(*args)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        same_bits(compiled(*args), want)
+        before = fastadv.info()["calls"][name]
+        again = inputs(device, layout)
+        same_bits(compiled(*again), function(*again))
+        assert fastadv.info()["calls"][name] > before
+
+
+def test_dynamic_shapes(backend):
+    """One graph for every batch size; the noise follows each size's own positions."""
+    name, device = backend
+    with fastadv.backend(name):
+        compiled = torch.compile(every_op, fullgraph=True, backend="aot_eager", dynamic=True)
+        for shape in (SHAPE, (5, 3, 8, 5), (3, 2, 7, 4)):
+            args = inputs(device, shape=shape)
+            same_bits(compiled(*args), every_op(*args))
+
+
+def test_gradients_through_a_compiled_step(backend):
+    name, device = backend
+    x, x_adv, grad = inputs(device)
+
+    def step(x, x_adv):
+        return fastadv.pgd_step(x_adv * 1.5, grad, x, alpha=0.02, eps=0.2) * 2
+
+    def gradients(f):
+        leaves = [v.clone().requires_grad_() for v in (x, x_adv)]
+        return torch.autograd.grad(f(*leaves).sum(), leaves)
+
+    with fastadv.backend(name):
+        want = gradients(step)
+        assert any(g.any() for g in want)
+        same_bits(gradients(torch.compile(step, fullgraph=True, backend="aot_eager")), want)
+
+
+def test_a_draw_in_a_compiled_function_repeats_under_manual_seed(native):
+    """Which seed is drawn may differ from eager's, but it is reproducible, and fresh in each call."""
+    name, device = native
+    x = inputs(device)[0]
+    with fastadv.backend(name):
+        draw = torch.compile(lambda x: fastadv.random_init(x, 0.1), fullgraph=True, backend="aot_eager")
+        draw(x)
+        torch.manual_seed(3)
+        first, second = draw(x), draw(x)
+        torch.manual_seed(3)
+        assert torch.equal(draw(x), first)
+        assert torch.equal(draw(x), second)
+        assert not torch.equal(first, second)
+
+
+# Inductor is what may lay tensors out anew; it is slow to start, so it compiles two functions.
+
+
+def channels_last_inside(x, x_adv, grad):
+    """The image becomes channels-last inside the graph: its noise is that of a channels-last image."""
+    x = (x + 0.125).contiguous(memory_format=torch.channels_last)
+    return fastadv.random_init(x, 0.1, seed=5), fastadv.fgsm_step(x, grad, 0.1, noise=0.2, seed=5)
+
+
+@pytest.mark.parametrize("function", [every_op, channels_last_inside], ids=lambda f: f.__name__)
+def test_inductor_equals_eager(native, function):
+    name, device = native
+    args = inputs(device, "channels_last" if function is every_op else "contiguous")
+    with fastadv.backend(name):
+        want = function(*args)
+        got = torch.compile(function, fullgraph=True)(*args)
+        for g, w in zip(got[:2], want[:2], strict=True):
+            assert torch.equal(g, w)
+        if function is channels_last_inside:
+            x = (args[0] + 0.125).cpu().contiguous(memory_format=torch.channels_last)
+            assert oracle.same(oracle.values(got[0]), oracle.random_init(x, 0.1, seed=5))
+
+
+class Attack(torch.nn.Module):
+    def forward(self, x, x_adv, grad):
+        return every_op(x, x_adv, grad)
+
+
+def test_export(backend):
+    name, device = backend
+    args = inputs(device)
+    with fastadv.backend(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(Attack(), tuple(args))
+        targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+        used = " ".join(targets)
+        assert all(f"{op}.{name}" in used for op in s.OPS), targets
+        args = inputs(device)
+        same_bits(program.module()(*args), every_op(*args))
+
+
+def box(device, tensors):
+    lo, hi = torch.full((1, SHAPE[1], 1, 1), 0.1, device=device), torch.tensor(0.9, device=device)
+    return (0.0, lo, 1.0, hi) if tensors else (0.0, None, 1.0, None)
+
+
+def raw_calls(device, tensors):
+    """Arguments of the raw ops: parameters all numbers, or all tensors with seeds per sample."""
+    x, x_adv, grad = inputs(device)
+    p = torch.full((SHAPE[0], 1, 1, 1), 0.1, device=device) if tensors else None
+    seed = torch.arange(SHAPE[0], device=device) if tensors else None
+    out = torch.full_like(x, torch.nan)
+    b = box(device, tensors)
+    return {
+        "random_init": (x, 0.1, p, 3, seed, *b, out),
+        "fgsm_step": (x, grad, 0.1, p, 0.1, p, 0.2, p, 3, seed, True, *b, out),
+        "pgd_step": (x_adv, grad, x, 0.05, p, 0.1, p, *b, out),
+    }
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=("numbers", "tensors"))
+@pytest.mark.parametrize("op", s.OPS)
+def test_opcheck(backend, op, tensors):
+    name, device = backend
+    raw = getattr(getattr(torch.ops.fastadv, op), name)
+    assert torch.Tag.needs_exact_strides in raw.tags
+    result = torch.library.opcheck(raw, raw_calls(device, tensors)[op])
+    assert set(result.values()) == {"SUCCESS"}, result

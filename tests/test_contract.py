@@ -1,0 +1,120 @@
+"""The ops against the numeric contract, on whole random calls: every backend against the reference, and the
+reference against an oracle that shares no code with it. Both bit for bit."""
+
+from dataclasses import replace
+
+import oracle
+import pytest
+import strategies as s
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import fastadv
+
+
+def settings_for(name):
+    """In Triton's interpreter a call takes 20 ms and more: a failure would be shrunk for minutes."""
+    slow = name == "triton" and not torch.cuda.is_available()
+    return settings(phases=[Phase.generate]) if slow else settings()
+
+
+def calls():
+    return dict(fastadv.info()["calls"])
+
+
+def bits(call):
+    """Every byte of every tensor that the call reads, gaps included."""
+    return torch.cat([s.whole_storage(s.on(t, "cpu")).view(torch.uint8) for t in call.everything()])
+
+
+def check(call, backend, device, want):
+    """Runs the call with out= on the backend and looks at everything it may have touched."""
+    call = call.on(device)
+    inputs, before = bits(call), calls()
+    with fastadv.backend(backend):
+        result = call.run(fastadv, out=call.out)
+    after = calls()
+    assert result is call.out
+    got = oracle.values(result)
+    assert oracle.same(got, want), oracle.mismatch(got, want)
+    assert torch.equal(bits(call), inputs), "an input was changed"
+    outside = s.on(result, "cpu")
+    outside.fill_(torch.nan)
+    assert s.whole_storage(outside).isnan().all(), "written outside of out"
+    if result.numel():
+        rose = {name for name in after if after[name] != before.get(name, 0)}
+        assert rose == {backend}
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_reference_equals_the_oracle(op):
+    @given(s.cases(op))
+    def prop(case):
+        call = case.call()
+        check(call, "reference", "cpu", call.run(oracle, dtype=case.out))
+
+    prop()
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_backend_equals_the_reference(kernel, op):
+    name, device = kernel
+
+    @settings_for(name)
+    @given(s.cases(op))
+    def prop(case):
+        call = case.call()
+        expected = call.on("cpu")
+        with fastadv.backend("reference"):
+            expected.run(fastadv, out=expected.out)
+        check(call, name, device, oracle.values(expected.out))
+
+    prop()
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_allocated_result_equals_the_oracle(backend, op):
+    """Without out=, the result has its own dtype and the strides of `empty_like`."""
+    name, device = backend
+
+    @settings_for(name)
+    @given(s.cases(op).map(s.without_out))
+    def prop(case):
+        call = case.call()
+        want = call.run(oracle)
+        call = call.on(device)
+        with fastadv.backend(name):
+            result = call.run(fastadv)
+        assert result.dtype == case.out
+        assert (
+            result.stride() == torch.empty_like(call.tensors["x_adv" if op == "pgd_step" else "x"]).stride()
+        )
+        got = oracle.values(result)
+        assert oracle.same(got, want), oracle.mismatch(got, want)
+
+    prop()
+
+
+def test_fgsm_starts_from_what_random_init_returned(backend):
+    """The image that the model saw is the one that the step starts from: for every dtype of x and out."""
+    name, device = backend
+
+    @settings_for(name)
+    @given(s.cases("fgsm_step"), st.sampled_from((8 / 255, 0.25, 3.0)))
+    def prop(case, noise):
+        if case.params["noise"][0] == 0:
+            case = replace(case, params={**case.params, "noise": (noise, "number")})
+        case = replace(case, project=True)
+        call = case.call().on(device)
+        a, t = call.arguments, call.tensors
+        eps, alpha = a["eps"], a["eps"] if a["alpha"] is None else a["alpha"]
+        with fastadv.backend(name):
+            start = fastadv.random_init(t["x"], a["noise"], seed=a["seed"], clip=a["clip"])
+            two = torch.empty_like(call.out)
+            fastadv.pgd_step(start, t["grad"], t["x"], alpha=alpha, eps=eps, clip=a["clip"], out=two)
+            call.run(fastadv, out=call.out)
+        got, want = oracle.values(call.out), oracle.values(two)
+        assert oracle.same(got, want), oracle.mismatch(got, want)
+
+    prop()

@@ -1,0 +1,429 @@
+"""Every refusal names the argument and what it got, and comes before anything is written."""
+
+import ast
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import strategies as s
+import torch
+
+import fastadv
+
+NAN, INF = float("nan"), float("inf")
+N, C, H, W = SHAPE = (2, 3, 4, 5)
+
+
+def valid(op):
+    """Arguments that are fine; each case below spoils one."""
+    t = {k: torch.rand(SHAPE) for k in ("x", "grad", "x_adv")}
+    out = torch.full(SHAPE, torch.nan)
+    if op == "random_init":
+        return {"x": t["x"], "noise": 0.1, "seed": 1, "clip": (0, 1), "out": out}
+    if op == "fgsm_step":
+        more = {
+            "eps": 0.1,
+            "alpha": 0.1,
+            "noise": 0.1,
+            "seed": 1,
+            "project": True,
+            "clip": (0, 1),
+            "out": out,
+        }
+        return {"x": t["x"], "grad": t["grad"], **more}
+    return {**t, "alpha": 0.1, "eps": 0.1, "clip": (0, 1), "out": out}
+
+
+def says(name, got=""):
+    """A pattern for a message that has both words, in any order; "NaN" may be spelled as one likes."""
+    return rf"(?is)(?=.*\b{name}\b)(?=.*{got})"
+
+
+def refuses(op, error, match, **bad):
+    args = {**valid(op), **bad}
+    written = [v for v in args.values() if isinstance(v, torch.Tensor) and v.device.type == "cpu"]
+    written = [v for v in written if v.layout == torch.strided]
+    before = [s.whole_storage(v.detach()).clone() for v in written]
+    with pytest.raises(error, match=match):
+        getattr(fastadv, op)(**args)
+    for v, b in zip(written, before, strict=True):
+        assert torch.equal(s.whole_storage(v.detach()).view(torch.uint8), b.view(torch.uint8)), (
+            "something was written"
+        )
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_the_valid_arguments_are_valid(op):
+    args = valid(op)
+    assert getattr(fastadv, op)(**args) is args["out"]
+    assert not args["out"].isnan().any()
+
+
+def having(*names):
+    """(op, argument) for every op that has the argument."""
+    return [pytest.param(op, n, id=f"{op}-{n}") for op in s.OPS for n in names if n in valid(op)]
+
+
+# ------------------------------------------------------------------------------------------------- tensors
+
+IMAGES = having("x", "grad", "x_adv", "out")
+
+
+@pytest.mark.parametrize("bad", [0.5, [0.5], np.zeros(SHAPE), "x"], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(("op", "name"), IMAGES)
+def test_not_a_tensor(op, name, bad):
+    refuses(op, TypeError, says(name, type(bad).__name__), **{name: bad})
+
+
+@pytest.mark.parametrize(("op", "name"), having("x", "grad", "x_adv"))
+def test_none_is_not_a_tensor(op, name):
+    refuses(op, TypeError, says(name, "None"), **{name: None})
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+@pytest.mark.parametrize(("op", "name"), IMAGES)
+def test_dtype(op, name, dtype):
+    refuses(op, TypeError, says(name, str(dtype).split(".")[1]), **{name: torch.zeros(SHAPE).to(dtype)})
+
+
+@pytest.mark.parametrize(("op", "name"), having("grad", "x_adv", "out"))
+def test_uint8_is_for_x_only(op, name):
+    refuses(op, TypeError, says(name, "uint8"), **{name: torch.zeros(SHAPE, dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize(
+    "shape", [(N, C, H, W + 1), (1, C, H, W), (N, C, H * W), (1, N, C, H, W), (0,), ()], ids=str
+)
+@pytest.mark.parametrize(("op", "name"), having("grad", "x_adv", "out"))
+def test_shape(op, name, shape):
+    refuses(op, ValueError, says(name, ", ".join(map(str, shape))), **{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(("op", "name"), having("grad", "x_adv", "out"))
+def test_device(op, name):
+    refuses(op, ValueError, says(name, "meta"), **{name: torch.zeros(SHAPE, device="meta")})
+
+
+@pytest.mark.parametrize("name", ["x", "x_adv", "grad"])
+def test_sparse_tensors(name):
+    refuses(
+        "pgd_step", (TypeError, ValueError), says(name, "sparse"), **{name: torch.zeros(SHAPE).to_sparse()}
+    )
+
+
+# -------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("bad", [-0.1, -1e-300, NAN, -INF], ids=str)
+@pytest.mark.parametrize(("op", "name"), having("eps", "noise"))
+def test_negative_or_nan(op, name, bad):
+    refuses(op, ValueError, says(name, str(bad)), **{name: bad})
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize(("op", "name"), having("alpha"))
+def test_alpha_is_finite(op, name, bad):
+    refuses(op, ValueError, says(name, str(bad)), **{name: bad})
+
+
+@pytest.mark.parametrize("bad", ["0.1", [0.1], 1j, {}], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(("op", "name"), having("eps", "noise", "alpha"))
+def test_not_a_number(op, name, bad):
+    refuses(op, TypeError, says(name, type(bad).__name__), **{name: bad})
+
+
+@pytest.mark.parametrize(("op", "name"), having("eps", "noise"))
+def test_none_is_not_a_number(op, name):
+    refuses(op, TypeError, says(name, "None"), **{name: None})
+
+
+def test_pgd_step_has_no_default_alpha():
+    refuses("pgd_step", TypeError, says("alpha", "None"), alpha=None)
+
+
+@pytest.mark.parametrize("bad", [(1, 0), (0.5, 0.25), (INF, -INF), (NAN, 1), (0, NAN)], ids=str)
+@pytest.mark.parametrize("op", s.OPS)
+def test_reversed_box(op, bad):
+    refuses(op, ValueError, says("clip", "nan" if NAN in bad else str(bad[0])), clip=bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [0.5, None, (0,), (0, 1, 2), (), "01", ("a", 1), (0, None), (0, 1j)], ids=repr
+)
+@pytest.mark.parametrize("op", s.OPS)
+def test_clip_is_a_pair_of_numbers(op, bad):
+    refuses(op, (TypeError, ValueError), says("clip"), clip=bad)
+
+
+@pytest.mark.parametrize("bad", ["no", None, 0.5], ids=repr)
+def test_project_is_a_bool(bad):
+    refuses("fgsm_step", TypeError, says("project", type(bad).__name__), project=bad)
+
+
+# ---------------------------------------------------------------------------------------- parameter tensors
+
+PARAMETERS = having("eps", "noise", "alpha") + [
+    pytest.param(op, n, id=f"{op}-{n}") for op in s.OPS for n in ("lo", "hi")
+]
+
+
+def parameter(name, p):
+    """Where the parameter goes, and what the message may call it."""
+    if name in ("lo", "hi"):
+        return {"clip": (p, 1.0) if name == "lo" else (0.0, p)}, "clip|lo|hi"
+    return {name: p}, name
+
+
+def refuses_parameter(op, error, name, p, got):
+    bad, named = parameter(name, p)
+    refuses(op, error, rf"(?s)(?=.*\b({named})\b)(?=.*{got})", **bad)
+
+
+# 1-D is refused as nobody can say whether it is N or C; over H and W no parameter may vary.
+BAD_SHAPES = ((1,), (C,), (W,), (N, C), (N, 1, 1), (1, 1, H, 1), (1, 1, 1, W), (N, C, H, W))
+BAD_SHAPES += ((N + 1, 1, 1, 1), (1, C + 1, 1, 1), (0, 1, 1, 1), (1, N, 1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", BAD_SHAPES, ids=str)
+@pytest.mark.parametrize(("op", "name"), PARAMETERS)
+def test_parameter_shape(op, name, shape):
+    refuses_parameter(op, ValueError, name, torch.full(shape, 0.1), ", ".join(map(str, shape)))
+
+
+def test_a_vector_image_has_no_vector_parameters():
+    x = torch.rand(3)
+    with pytest.raises(ValueError, match=says("eps", "3")):
+        fastadv.fgsm_step(x, x, torch.full((3,), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool], ids=str)
+@pytest.mark.parametrize(("op", "name"), PARAMETERS)
+def test_parameter_dtype(op, name, dtype):
+    refuses_parameter(op, TypeError, name, torch.tensor(1).to(dtype), str(dtype).split(".")[1])
+
+
+@pytest.mark.parametrize(("op", "name"), PARAMETERS)
+def test_parameter_device(op, name):
+    refuses_parameter(op, ValueError, name, torch.full((), 0.1, device="meta"), "meta")
+
+
+@pytest.mark.parametrize(("op", "name"), PARAMETERS)
+def test_parameter_that_requires_grad(op, name):
+    refuses_parameter(op, RuntimeError, name, torch.full((), 0.1, requires_grad=True), "grad")
+
+
+# ---------------------------------------------------------------------------------------------------- seeds
+
+SEEDED = ("random_init", "fgsm_step")
+
+
+@pytest.mark.parametrize("noise", [0.1, torch.tensor(0.1), torch.tensor(0.0)], ids=repr)
+def test_fgsm_step_with_noise_needs_the_seed(noise):
+    refuses("fgsm_step", ValueError, says("seed", "noise"), noise=noise, seed=None)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**30])
+@pytest.mark.parametrize("op", SEEDED)
+def test_seed_out_of_range(op, seed):
+    refuses(op, ValueError, says("seed", str(seed)), seed=seed)
+
+
+@pytest.mark.parametrize("seed", [True, False, 1.0, "1", [1], np.zeros(2)], ids=repr)
+@pytest.mark.parametrize("op", SEEDED)
+def test_seed_type(op, seed):
+    refuses(op, TypeError, says("seed", type(seed).__name__), seed=seed)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint8, torch.float32, torch.float64, torch.bool], ids=str
+)
+@pytest.mark.parametrize("op", SEEDED)
+def test_seed_tensor_dtype(op, dtype):
+    refuses(op, TypeError, says("seed", str(dtype).split(".")[1]), seed=torch.ones((), dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(N + 1,), (0,), (N, 1), (N, C), (1, N)], ids=str)
+@pytest.mark.parametrize("op", SEEDED)
+def test_seed_tensor_shape(op, shape):
+    seed = torch.zeros(shape, dtype=torch.int64)
+    refuses(op, ValueError, says("seed", ", ".join(map(str, shape))), seed=seed)
+
+
+@pytest.mark.parametrize("op", SEEDED)
+def test_seed_tensor_device(op):
+    refuses(op, ValueError, says("seed", "meta"), seed=torch.zeros((), dtype=torch.int64, device="meta"))
+
+
+def test_a_zero_dim_image_has_no_samples():
+    with pytest.raises(ValueError, match=says("seed", "2")):
+        fastadv.random_init(torch.rand(()), 0.1, seed=torch.zeros(2, dtype=torch.int64))
+
+
+INDEX = torch.arange(3)
+BAD_SAMPLE_SEEDS = {
+    "index list": ((0, [1, 2]), TypeError, "index", "list"),
+    "index float": ((0, INDEX.float()), TypeError, "index", "float32"),
+    "index int32": ((0, INDEX.int()), TypeError, "index", "int32"),
+    "index 2-D": ((0, INDEX[None]), ValueError, "index", "1, 3"),
+    "index 0-D": ((0, INDEX[0]), ValueError, "index", ""),
+    "seed bool": ((True, INDEX), TypeError, "seed", "bool"),
+    "seed float": ((1.0, INDEX), TypeError, "seed", "float"),
+    "seed large": ((2**64, INDEX), ValueError, "seed", str(2**64)),
+    "restart negative": ((0, INDEX, -1), ValueError, "restart", "-1"),
+    "restart large": ((0, INDEX, 2**32), ValueError, "restart", str(2**32)),
+    "restart float": ((0, INDEX, 1.0), TypeError, "restart", "float"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_SAMPLE_SEEDS)
+def test_sample_seeds_refuses(bad):
+    args, error, name, got = BAD_SAMPLE_SEEDS[bad]
+    with pytest.raises(error, match=says(name, got)):
+        fastadv.sample_seeds(*args)
+
+
+# ---------------------------------------------------------------------------------- in place, grad mode, vmap
+
+
+def in_place(name, t):
+    if name == "fgsm_step_":
+        return fastadv.fgsm_step_(t["x"], t["grad"], 0.1)
+    return fastadv.pgd_step_(t["x_adv"], t["grad"], t["x"], alpha=0.1, eps=0.1)
+
+
+@pytest.mark.parametrize(("op", "name"), [("fgsm_step_", "x"), ("pgd_step_", "x_adv")])
+def test_in_place_on_uint8(op, name):
+    t = {k: torch.rand(SHAPE) for k in ("x", "grad", "x_adv")}
+    t[name] = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
+    before = t[name].clone()
+    with pytest.raises(TypeError, match=says(name, "uint8")):
+        in_place(op, t)
+    assert torch.equal(t[name], before)
+
+
+@pytest.mark.parametrize("which", ["x", "grad", "x_adv"])
+@pytest.mark.parametrize("op", ["fgsm_step_", "pgd_step_"])
+def test_in_place_with_an_input_that_requires_grad(op, which):
+    if op == "fgsm_step_" and which == "x_adv":
+        which = "x"
+    t = {k: torch.rand(SHAPE) for k in ("x", "grad", "x_adv")}
+    t[which].requires_grad_()
+    before = {k: v.detach().clone() for k, v in t.items()}
+    with pytest.raises(RuntimeError, match=says(which, "grad")):
+        in_place(op, t)
+    with torch.no_grad():
+        for k, v in before.items():
+            assert torch.equal(t[k], v)
+        in_place(op, t)  # without grad mode it is what every attack does
+        target = "x" if op == "fgsm_step_" else "x_adv"
+        assert not torch.equal(t[target], before[target])
+
+
+@pytest.mark.parametrize(("op", "name"), IMAGES)
+def test_out_with_an_input_that_requires_grad(op, name):
+    refuses(op, RuntimeError, says(name, "grad"), **{name: torch.rand(SHAPE, requires_grad=True)})
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_vmap_is_refused(op):
+    args = {k: v for k, v in valid(op).items() if k != "out"}
+    tensors = [k for k, v in args.items() if isinstance(v, torch.Tensor)]
+
+    def f(*views):
+        return getattr(fastadv, op)(**{**args, **dict(zip(tensors, views, strict=True))})
+
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(f)(*(args[k] for k in tensors))
+
+
+# ------------------------------------------------------------------------------------------------- backends
+
+
+def one_step():
+    x = torch.rand(SHAPE)
+    return fastadv.fgsm_step(x, x - 0.5, 0.1)
+
+
+def rose(call):
+    before = dict(fastadv.info()["calls"])
+    call()
+    return {k for k, v in fastadv.info()["calls"].items() if v != before[k]}
+
+
+@pytest.mark.parametrize("name", ["cudnn", "", "CPU", "ref"])
+def test_unknown_backend(name):
+    with pytest.raises((ValueError, RuntimeError), match=rf"(?s)(?=.*{name})(?=.*reference)(?=.*triton)"):  # noqa: SIM117
+        with fastadv.backend(name):
+            one_step()
+
+
+@pytest.mark.parametrize("name", [None, 1])
+def test_backend_that_is_no_name(name):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=str(name)):  # noqa: SIM117
+        with fastadv.backend(name):
+            one_step()
+
+
+def in_a_process(backend, code):
+    """The variable is read once a process, so these two tests need one each."""
+    step = "import torch, fastadv; x = torch.ones(4); step = lambda: fastadv.fgsm_step(x, x, 0.1)"
+    env = {**os.environ, "FASTADV_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{step}\n{code}"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_unknown_environment_variable():
+    said = in_a_process("quick", "try: step()\nexcept RuntimeError as e: print(e)")
+    assert "FASTADV_BACKEND" in said
+    assert "quick" in said
+    assert "reference" in said
+
+
+def test_the_environment_variable_chooses_and_the_context_wins():
+    code = "step()\nwith fastadv.backend('reference'): step(); step()\nprint(fastadv.info()['calls'])"
+    calls = ast.literal_eval(in_a_process("cpu", code))
+    assert {k: v for k, v in calls.items() if v} == {"cpu": 1, "reference": 2}
+
+
+def test_a_named_backend_never_falls_back():
+    """Asked for CUDA with CPU tensors: whether it was built or not, that is an error."""
+    x = torch.rand(SHAPE)
+    out = torch.full_like(x, torch.nan)
+    with pytest.raises(RuntimeError, match=r"(?s)(?=.*cuda)(?=.*cpu)"), fastadv.backend("cuda"):
+        fastadv.fgsm_step(x, x, 0.1, out=out)
+    assert out.isnan().all()
+
+
+def test_backend_is_undone_also_by_an_exception():
+    with fastadv.backend("reference"):
+        with pytest.raises(ZeroDivisionError), fastadv.backend("cpu"):
+            1 / 0  # noqa: B018
+        assert rose(one_step) == {"reference"}
+
+
+def test_backend_is_a_context_variable():
+    """What one thread chose, another one does not see."""
+    inside, done = threading.Event(), threading.Event()
+
+    def hold():
+        with fastadv.backend("reference"):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert inside.wait(10)
+        with fastadv.backend("cpu"):
+            assert rose(one_step) == {"cpu"}
+    finally:
+        done.set()
+        thread.join()
