@@ -54,7 +54,8 @@ def _apply(name, images, args, out):
 def _differentiate(name, args, out):
     checks.images(name, args, out)
     if out is not None:
-        which = next(n for n, t in checks.image_arguments(name, args).items() if t.requires_grad)
+        named = {**checks.image_arguments(name, args), "out": out}
+        which = next(n for n, t in named.items() if t.requires_grad)
         raise RuntimeError(
             f"{which} requires grad, and a step with out= or in place has no derivative: detach it, "
             "use torch.no_grad(), or leave out= away"
@@ -99,7 +100,7 @@ def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, c
     seed = checks.seed(seed, x)
     lo, hi = checks.box(clip, x)
     if not isinstance(project, bool):
-        raise TypeError(f"project must be True or False, got {project!r}")
+        raise TypeError(f"project must be a bool, got {type(project).__name__} {project!r}")
     args = (x, grad, *eps, *alpha, *noise, *seed, project, *lo, *hi)
     return _apply("fgsm_step", (x, grad), args, out)
 

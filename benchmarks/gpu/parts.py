@@ -106,6 +106,7 @@ def tests_of(out, backend):
     env = {"FASTADV_TEST_EXAMPLES": "2"} if DRY_RUN else {}
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not DRY_RUN else []
     junit = out / f"{backend}.xml"
+    junit.unlink(missing_ok=True)
     command = (sys.executable, "-m", "pytest", *which, "-k", backend, *workers, f"--junitxml={junit}")
     status, _ = run(out / f"{backend}.log", *command, **env)
     cases = list(ElementTree.parse(junit).iter("testcase"))

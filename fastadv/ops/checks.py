@@ -190,8 +190,6 @@ def _output(out, named, args):
     _operand("out", out, like_name, like)
     if torch.compiler.is_compiling():
         return  # functionalisation gives every mutated tensor memory of its own
-    if torch.is_grad_enabled() and out.requires_grad:
-        raise RuntimeError("out requires grad: a step cannot write into it; detach it or leave out= away")
     if out.is_meta or out.numel() == 0:
         return
     if _overlaps_itself(out):

@@ -42,7 +42,7 @@ def _int64_tensor(name, value, device):
 def sample_seeds(seed, index, restart=0):
     """One seed per sample, from the sample's number alone, so whatever its batch and neighbours.
 
-    seed: int in [-2^63, 2^64) or 0-dim int64 tensor; index: int64 [N] (or any shape), the samples' numbers in their data set;
+    seed: int in [-2^63, 2^64) or 0-dim int64 tensor; index: int64 [N], the samples' numbers in their data set;
     restart: int in [0, 2^32), or int64 [N] taken modulo 2^32 (an evaluation's restart, a training's epoch).
     Returns int64 [N] on index's device: word 0 | word 1 << 32 of Philox-4x32-10 (Salmon et al., 2011) with
     key = seed and counter = (index low, index high, restart, 1).
@@ -53,6 +53,8 @@ def sample_seeds(seed, index, restart=0):
     if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, torch.Tensor) else type(index).__name__
         raise TypeError(f"index must be an int64 tensor, got {got}")
+    if index.dim() != 1:
+        raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
     if isinstance(restart, int) and not 0 <= restart < 2**32:
         raise ValueError(f"restart must be in [0, 2^32), got {restart}")
     seed = _int64_tensor("seed", seed, index.device)
