@@ -1,5 +1,7 @@
 """`pytest` runs the tests, `pytest --benchmark` the benchmarks; a path on the command line wins over both."""
 
+import os
+
 import pytest
 
 
@@ -18,3 +20,29 @@ def pytest_configure(config):
         config.addinivalue_line("python_files", "bench_*.py")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / ("benchmarks" if benchmark else "tests"))]
+
+
+NEEDS = "needs an NVIDIA GPU"
+_other_skips = []
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and NEEDS not in str(report.longrepr):
+        _other_skips.append(f"{report.nodeid}: {report.longrepr[-1] if report.longrepr else ''}")
+
+
+def pytest_collectreport(report):
+    if report.skipped and NEEDS not in str(report.longrepr):
+        _other_skips.append(f"{report.nodeid}: {report.longrepr}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """In CI nothing may be skipped but what needs a GPU."""
+    if os.environ.get("CI") and _other_skips and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for skip in _other_skips:
+        terminalreporter.write_line(f"skipped for another reason than a missing GPU: {skip}", red=True)

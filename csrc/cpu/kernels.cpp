@@ -85,8 +85,15 @@ inline __attribute__((always_inline)) void random_bits_lanes(uint64_t key, uint6
   }
 }
 
-void random_bits_tile(uint64_t key, uint64_t first, int64_t groups, uint64_t* words) {
-  for (int64_t i = 0; i < groups; i += kLanes) random_bits_lanes(key, first + i, words + 2 * i);
+void random_bits_tile(uint64_t key, uint64_t first, int64_t groups, uint64_t* words, Ahead ahead) {
+  constexpr int64_t kCacheLine = 64;
+  for (int64_t i = 0; i < groups; i += kLanes) {
+    for (int s = 0; s < 2; ++s) {
+      const int64_t bytes = ahead.bytes_per_group[s];
+      for (int64_t b = i * bytes; b < (i + kLanes) * bytes; b += kCacheLine) __builtin_prefetch(ahead.streams[s] + b);
+    }
+    random_bits_lanes(key, first + i, words + 2 * i);
+  }
 }
 
 // A parameter: one value, or one per element.

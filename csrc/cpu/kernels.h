@@ -7,6 +7,11 @@ namespace fastadv {
 
 constexpr int kTile = 1024;  // elements; a tile's few arrays stay in the L1 and L2 caches
 
+struct Ahead {
+  const char* streams[2] = {};  // null: none
+  int64_t bytes_per_group[2] = {};
+};
+
 // Index of a compute type or of a result type in the tables: DType's own order.
 struct Kernels {
   const char* name;
@@ -14,8 +19,8 @@ struct Kernels {
   void (*load[2][5])(const void* src, int64_t stride, int64_t n, void* dst);
   void (*load_grad[2][4])(const void* src, int64_t stride, int64_t n, void* dst);
   // The 16 random bits of the 8 * groups elements from group `first` on: two 64-bit words a group. Writes up to 7
-  // groups more.
-  void (*random_bits)(uint64_t key, uint64_t first, int64_t groups, uint64_t* words);
+  // groups more. Meanwhile memory would idle, so what the next loops read is fetched: `ahead`, of so many bytes a group.
+  void (*random_bits)(uint64_t key, uint64_t first, int64_t groups, uint64_t* words, Ahead ahead);
   // [compute type][result type][whether each parameter is an array, else the one value it points to]; all but `out` are
   // of the compute type.
   void (*start[2][4][2])(int64_t n, const void* x, const uint16_t* bits, const void* noise, const void* lo,

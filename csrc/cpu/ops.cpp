@@ -177,13 +177,20 @@ class Start {
   void run(const Tile& tile, void* out) {
     params_.refresh(call_, tile, result_);
     const uint64_t seed = call_.seeds ? static_cast<uint64_t>(call_.seeds[tile.block]) : call_.seed;
-    isa().random_bits(seed, static_cast<uint64_t>(tile.position) / 8, (tile.count + 7) / 8, words_);
+    isa().random_bits(seed, static_cast<uint64_t>(tile.position) / 8, (tile.count + 7) / 8, words_,
+                      {{ahead(kX, tile), ahead(kGrad, tile)}, {ahead_bytes(kX), ahead_bytes(kGrad)}});
     const C* x = fetch(call_, kX, tile, x_);
     isa().start[kComputeIndex<C>][index_of(result_)][params_.tensors](
         tile.count, x, reinterpret_cast<const uint16_t*>(words_), params_.v[0], params_.v[1], params_.v[2], out);
   }
 
  private:
+  bool is_ahead(Slot slot) const { return call_.has(slot) && in_place(call_.walk, slot, call_.dtype(slot)); }
+  const char* ahead(Slot slot, const Tile& tile) const {
+    return is_ahead(slot) ? address(call_.walk, slot, tile) : nullptr;
+  }
+  int64_t ahead_bytes(Slot slot) const { return is_ahead(slot) ? 8 * size_of(call_.dtype(slot)) : 0; }
+
   const Call& call_;
   DType result_;
   StartParameters<C> params_;

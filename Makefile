@@ -1,0 +1,40 @@
+# make demo: from a fresh clone to an adversarially fine-tuned model with its robust accuracy.
+# make test: from a fresh clone to a green suite.
+# Both make a virtual environment in .venv. PYTHON chooses the interpreter it is made from.
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install -q -c constraints.txt
+SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	MPLBACKEND=agg .venv/bin/python examples/demo.py --out demo
+
+test: .venv/test
+	.venv/bin/python -m pytest
+
+lint: .venv/test
+	$(PIP) ruff clang-format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
+
+# The build needs torch's headers and these tools; without isolation it uses the torch that is tested.
+.venv/build: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch numpy setuptools ninja pybind11
+	touch $@
+
+.venv/demo: .venv/build $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[train]'
+	touch $@
+
+# torchattacks, a peer, asks for packages that it does not use.
+.venv/test: .venv/build $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) --no-deps torchattacks
+	touch $@
+
+clean:
+	rm -rf .venv build demo *.egg-info fastadv/_build.py fastadv/*.so
