@@ -202,7 +202,8 @@ class BuildNative(build_ext):
         package = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
         path = package / "fastadv" / "_build.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'"""Written by setup.py: what was built, and why the rest was not."""\n\nFACTS = {self.facts!r}\n')
+        doc = '"""Written by setup.py: what was built, and why the rest was not."""'
+        path.write_text(f"{doc}\n\nFACTS = {self.facts!r}\n")
 
     def build_extension(self, ext):
         backend = ext.name.rsplit("_", 1)[1]

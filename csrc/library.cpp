@@ -86,8 +86,7 @@ class Arguments {
     bool fits = Place(*t) == place_ && t->scalar_type() != ScalarType::Byte;
     if (t->dim() != 0) {
       fits = fits && t->dim() == shape_.dim();
-      for (int64_t d = 0; fits && d < t->dim(); ++d)
-        fits = t->size(d) == 1 || (d < 2 && t->size(d) == shape_.size(d));
+      for (int64_t d = 0; fits && d < t->dim(); ++d) fits = t->size(d) == 1 || (d < 2 && t->size(d) == shape_.size(d));
     }
     STD_TORCH_CHECK(fits, "fastadv: ", name, " must be 0-dim or broadcast over x's first two dimensions");
     take(slot, *t, name);
@@ -151,9 +150,8 @@ void random_init_op(const Tensor& x, double noise, const Optional& noise_t, int6
 }
 
 void fgsm_step_op(const Tensor& x, const Tensor& grad, double eps, const Optional& eps_t, double alpha,
-                  const Optional& alpha_t, double noise, const Optional& noise_t, int64_t seed,
-                  const Optional& seed_t, bool project, double lo, const Optional& lo_t, double hi,
-                  const Optional& hi_t, const Tensor& out) {
+                  const Optional& alpha_t, double noise, const Optional& noise_t, int64_t seed, const Optional& seed_t,
+                  bool project, double lo, const Optional& lo_t, double hi, const Optional& hi_t, const Tensor& out) {
   Arguments args(x, out);
   args.image(kGrad, grad, "grad");
   args.parameter(kEps, eps, eps_t, "eps");
@@ -168,8 +166,8 @@ void fgsm_step_op(const Tensor& x, const Tensor& grad, double eps, const Optiona
 }
 
 void pgd_step_op(const Tensor& x_adv, const Tensor& grad, const Tensor& x, double alpha, const Optional& alpha_t,
-                 double eps, const Optional& eps_t, double lo, const Optional& lo_t, double hi,
-                 const Optional& hi_t, const Tensor& out) {
+                 double eps, const Optional& eps_t, double lo, const Optional& lo_t, double hi, const Optional& hi_t,
+                 const Tensor& out) {
   Arguments args(x, out);
   args.image(kX0, x_adv, "x_adv");
   args.image(kGrad, grad, "grad");

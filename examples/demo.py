@@ -127,18 +127,14 @@ def draw(path: Path, target: data.Data, runs: dict) -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25), wspace=0.04)
-    draw_images(
-        left, target, {key: runs[key][0] for key in (("from scratch", "FGSM"), ("full fine-tuning", "FGSM"))}
-    )
+    draw_images(left, target, {key: runs[key][0] for key in (("from scratch", "FGSM"), ("full fine-tuning", "FGSM"))})
     draw_curves(right, {key: records for key, (_, records) in runs.items()})
     figure.savefig(path, dpi=160)
 
 
 def draw_images(figure, target: data.Data, attacked: dict[tuple[str, str], torch.nn.Module]) -> None:
     """The first test image of each class, and what PGD-20 makes of it against two of the models."""
-    figure.suptitle(
-        f"a   PGD-20 at eps {255 * EPS:g}/255, and what the model says", x=0.02, ha="left", weight="bold"
-    )
+    figure.suptitle(f"a   PGD-20 at eps {255 * EPS:g}/255, and what the model says", x=0.02, ha="left", weight="bold")
     first = [int((target.y_test == label).nonzero()[0]) for label in range(len(target.classes))]
     images, labels = target.x_test[first], target.y_test[first]
     axes = figure.subplots(1 + 2 * len(attacked), len(first))

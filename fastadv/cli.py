@@ -65,9 +65,7 @@ def class_list(text: str) -> list[int]:
         ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
         return [label for end in ends for label in range(end[0], end[-1] + 1)]
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of labels, such as 5-9 or 0,3,5-7"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of labels, such as 5-9 or 0,3,5-7") from None
 
 
 def _parser() -> argparse.ArgumentParser:

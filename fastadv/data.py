@@ -71,9 +71,7 @@ def _digits(seed: int) -> Data:
 
 def _npz(path: Path) -> Data:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no data set or file called {str(path)!r}; give 'digits' or the path of an .npz file"
-        )
+        raise FileNotFoundError(f"no data set or file called {str(path)!r}; give 'digits' or the path of an .npz file")
     try:
         archive = require("numpy").load(path, allow_pickle=False)
         arrays = {key: archive[key] for key in _KEYS if key in archive}
@@ -124,9 +122,7 @@ def _subset(data: Data, classes: Sequence[int]) -> Data:
         raise ValueError(f"classes must be different and at least one, got {list(classes)}")
     for label in classes:
         if not ((data.y_train == label).any() and (data.y_test == label).any()):
-            raise ValueError(
-                f"class {label} has no training or no test images; there are 0 to {len(data.classes) - 1}"
-            )
+            raise ValueError(f"class {label} has no training or no test images; there are 0 to {len(data.classes) - 1}")
     return Data(
         *_select(*data.train, classes),
         *_select(*data.test, classes),
@@ -134,9 +130,7 @@ def _subset(data: Data, classes: Sequence[int]) -> Data:
     )
 
 
-def _select(
-    images: torch.Tensor, labels: torch.Tensor, classes: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _select(images: torch.Tensor, labels: torch.Tensor, classes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     match = labels[:, None] == torch.tensor(classes)
     keep = match.any(dim=1)
     return images[keep], match[keep].long().argmax(dim=1)

@@ -59,9 +59,7 @@ def build(name: str, shape: Sequence[int], classes: int) -> nn.Module:
 def _function(path: str):
     module, colon, function = path.partition(":")
     if not colon:
-        raise ValueError(
-            f"unknown model {path!r}; there are {', '.join(MODELS)}, or your own as module:function"
-        )
+        raise ValueError(f"unknown model {path!r}; there are {', '.join(MODELS)}, or your own as module:function")
     try:
         return getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -76,9 +74,7 @@ def find_head(model: nn.Module, name: str | None = None) -> tuple[str, nn.Module
     """
     modules = dict(model.named_modules())
     if name is not None and name not in modules:
-        raise ValueError(
-            f"the model has no module called {name!r}; there are {', '.join(filter(None, modules))}"
-        )
+        raise ValueError(f"the model has no module called {name!r}; there are {', '.join(filter(None, modules))}")
     linear = [key for key, module in modules.items() if isinstance(module, nn.Linear)]
     if name is None and not linear:
         raise ValueError("the model has no nn.Linear; name its classifier with head=")
@@ -139,9 +135,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str] | None]:
 def _check_fit(path: str | Path, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
     # A file holds tied weights once, under one of their names.
     present = {own[key].data_ptr() for key in weights if key in own}
-    problems = [
-        f"{key} is missing" for key in own if key not in weights and own[key].data_ptr() not in present
-    ]
+    problems = [f"{key} is missing" for key in own if key not in weights and own[key].data_ptr() not in present]
     problems += [f"{key} is not in the model" for key in weights if key not in own]
     problems += [
         f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}"

@@ -100,8 +100,8 @@ def main(capabilities):
         eps = torch.zeros(4, 1, 1, 1)
         seeds = torch.zeros(4, dtype=torch.int64)
         box = (0.0, None, 1.0, None)
-        any_layout = (x[..., ::2], x[..., ::2], 0.0, eps, 0.1, None, 0.0, eps, 0, seeds, True, *box, x[..., 1::2].clone())
-        triton_kernels.fgsm_step(*any_layout)
+        image, out = x[..., ::2], x[..., 1::2].clone()
+        triton_kernels.fgsm_step(image, image, 0.0, eps, 0.1, None, 0.0, eps, 0, seeds, True, *box, out)
         results.append(facts("fgsm_step with noise, any layout", capability))
     json.dump(results, sys.stdout)
 

@@ -107,11 +107,7 @@ def philox4x32(counter, key):
 
 def words(v):
     """The low and the high 32-bit word of 64-bit integers, signed or not, as uint64 arrays."""
-    v = (
-        np.asarray(np.uint64(v & M64))
-        if isinstance(v, int)
-        else np.asarray(v).astype(np.int64).view(np.uint64)
-    )
+    v = np.asarray(np.uint64(v & M64)) if isinstance(v, int) else np.asarray(v).astype(np.int64).view(np.uint64)
     return v & np.uint64(0xFFFFFFFF), v >> np.uint64(32)
 
 
@@ -145,9 +141,7 @@ def positions(x):
     strides = torch.empty_like(x).stride()
     at = np.zeros(tuple(x.shape), np.int64)
     for dim, (size, stride) in enumerate(zip(x.shape, strides, strict=True)):
-        at += (np.arange(size, dtype=np.int64) * stride).reshape(
-            [-1 if d == dim else 1 for d in range(x.dim())]
-        )
+        at += (np.arange(size, dtype=np.int64) * stride).reshape([-1 if d == dim else 1 for d in range(x.dim())])
     return at
 
 

@@ -74,9 +74,7 @@ def laid_out(array, dtype, layout, rng):
         keep = tuple(slice(0, 1) if rng.random() < 0.5 else slice(None) for _ in shape)
         return laid_out(np.asarray(array[keep]), dtype, "contiguous", rng).expand(shape)
     view = blank(shape, dtype, layout, rng)
-    view.copy_(
-        torch.from_numpy(np.ascontiguousarray(array)).reshape(shape)
-    )  # NumPy makes a 0-dim array 1-dim
+    view.copy_(torch.from_numpy(np.ascontiguousarray(array)).reshape(shape))  # NumPy makes a 0-dim array 1-dim
     return view
 
 
@@ -222,14 +220,11 @@ class Case:
             x = image_values(rng, self.shape, self.x, box, grid)
             if np.all(np.abs(x) < 16 * grid) and rng.random() < 0.8:  # so that rounding and step 2 meet zero
                 params = {
-                    k: (v[0] if k in ("lo", "hi") else grid * rng.integers(0, 9) / 4, v[1])
-                    for k, v in params.items()
+                    k: (v[0] if k in ("lo", "hi") else grid * rng.integers(0, 9) / 4, v[1]) for k, v in params.items()
                 }
         tensors = {"x": laid_out(x, self.x, self.layouts["x"], rng)}
         if self.op == "pgd_step":
-            tensors["x_adv"] = laid_out(
-                self.moved(rng, tensors["x"], params), self.x_adv, self.layouts["x_adv"], rng
-            )
+            tensors["x_adv"] = laid_out(self.moved(rng, tensors["x"], params), self.x_adv, self.layouts["x_adv"], rng)
         if self.op != "random_init":
             grad = gradient_values(rng, self.shape, self.grad)
             tensors["grad"] = laid_out(grad, self.grad, self.layouts["grad"], rng)
@@ -288,10 +283,7 @@ class Call:
 
     def on(self, device):
         """A deep copy on the device, every storage with its gaps."""
-        args = {
-            k: tuple(on(b, device) for b in v) if k == "clip" else on(v, device)
-            for k, v in self.arguments.items()
-        }
+        args = {k: tuple(on(b, device) for b in v) if k == "clip" else on(v, device) for k, v in self.arguments.items()}
         return Call(self.op, {k: on(t, device) for k, t in self.tensors.items()}, args, on(self.out, device))
 
     def everything(self):
@@ -327,9 +319,7 @@ def cases(draw, op):
     values = {"eps": eps, "alpha": alpha, "noise": noise, "lo": box[0], "hi": box[1]}
     first = draw(st.sampled_from(LAYOUTS))
     mixed = draw(st.booleans())
-    layouts = {
-        name: draw(st.sampled_from(LAYOUTS)) if mixed else first for name in ("x", "x_adv", "grad", "out")
-    }
+    layouts = {name: draw(st.sampled_from(LAYOUTS)) if mixed else first for name in ("x", "x_adv", "grad", "out")}
     if layouts["out"] == "expanded":
         layouts["out"] = "contiguous"
     dtypes = st.sampled_from((torch.float32, *FLOATS))
@@ -342,11 +332,7 @@ def cases(draw, op):
         out=draw(dtypes),
         layouts=layouts,
         params={k: (v, draw(kind) if v is not None else "number") for k, v in values.items()},
-        seed=draw(
-            st.one_of(
-                st.sampled_from((0, 1, -1, -(2**63), 2**63, 2**64 - 1)), st.integers(-(2**63), 2**64 - 1)
-            )
-        ),
+        seed=draw(st.one_of(st.sampled_from((0, 1, -1, -(2**63), 2**63, 2**64 - 1)), st.integers(-(2**63), 2**64 - 1))),
         # A sample is a program of the grid, and Triton's interpreter takes 80 ms for one.
         seed_kind=draw(st.sampled_from(("int", "0d", "1", "N") if shape and shape[0] <= 64 else ("int", "0d", "1"))),
         project=draw(mostly(True, False)),

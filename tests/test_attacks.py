@@ -275,9 +275,7 @@ def test_model_runs_in_eval_mode_with_frozen_parameters(mixed, batch, attack_on)
     seen = []
 
     def hook(module, args):
-        seen.append(
-            any(m.training for m in mixed.modules()) or any(p.requires_grad for p in mixed.parameters())
-        )
+        seen.append(any(m.training for m in mixed.modules()) or any(p.requires_grad for p in mixed.parameters()))
 
     mixed.register_forward_pre_hook(hook)
     attack_on(mixed)(*batch)
@@ -363,9 +361,7 @@ def test_unknown_names_and_settings_are_refused(net):
 
 def test_presets_hold_the_papers_settings(net):
     def settings(name):
-        return {
-            key: value for key, value in vars(by_name(name, net, EPS)).items() if key not in ("model", "eps")
-        }
+        return {key: value for key, value in vars(by_name(name, net, EPS)).items() if key not in ("model", "eps")}
 
     assert settings("fgsm") == {"alpha": EPS, "noise": 0.0}
     assert settings("fgsm-rs") == {"alpha": 1.25 * EPS, "noise": EPS}

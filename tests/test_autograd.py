@@ -114,9 +114,7 @@ def test_fgsm_step_masks_with_noise(backend, project):
     x, g, seed = rng.uniform(-0.2, 1.2, SHAPE), rng.choice([-1.0, 0.0, 1.0], SHAPE), int(rng.integers(2**62))
     leaves = [leaf(v, torch.float64, device) for v in (x, g)]
     with fastadv.backend(name):
-        result = fastadv.fgsm_step(
-            *leaves, eps, alpha=alpha, noise=noise, seed=seed, project=project, clip=box
-        )
+        result = fastadv.fgsm_step(*leaves, eps, alpha=alpha, noise=noise, seed=seed, project=project, clip=box)
     up, d_x, d_g = backward(result, rng, *leaves)
     cpu = torch.from_numpy(x)
     i = inside(x + noise_of(cpu, noise, seed), box)

@@ -45,9 +45,7 @@ def run(module, op, x, up, eps, box, seed, **kw):
     if op == "fgsm_step":
         return module.fgsm_step(x, grad, eps, clip=box, **kw)
     if op == "fgsm_rs_step":
-        return module.fgsm_step(
-            x, grad, eps, alpha=1.25 * eps, noise=2 * eps + 1e-3, seed=seed, clip=box, **kw
-        )
+        return module.fgsm_step(x, grad, eps, alpha=1.25 * eps, noise=2 * eps + 1e-3, seed=seed, clip=box, **kw)
     return module.random_init(x, eps, seed=seed, clip=box, **kw)
 
 

@@ -118,9 +118,7 @@ def test_transfer_with_a_linear_probe_keeps_the_source_backbone(tmp_path, capsys
     source, target = (models.build("mlp", (1, 8, 8), 5) for _ in range(2))
     models.load(source, init, classes=tuple("01234"))
     models.load(target, tmp_path / "target" / "model.safetensors", classes=tuple("56789"))
-    changed = {
-        key for key, value in source.state_dict().items() if not torch.equal(value, target.state_dict()[key])
-    }
+    changed = {key for key, value in source.state_dict().items() if not torch.equal(value, target.state_dict()[key])}
     assert changed == {"5.weight", "5.bias"}
     lines = [json.loads(line) for line in (tmp_path / "target" / "log.jsonl").read_text().splitlines()]
     assert [line.get("epoch") for line in lines] == [0, 1, 2, 3, 4, None]
@@ -198,8 +196,6 @@ def test_info_prints_every_fact(capsys):
 
 def test_importing_fastadv_imports_no_extra():
     code = "import torch, sys; before = set(sys.modules); import fastadv; print(*set(sys.modules) - before)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     tops = {name.partition(".")[0] for name in done.stdout.split()}
     assert not tops & {"sklearn", "matplotlib", "tqdm", "safetensors"}

@@ -87,9 +87,7 @@ def test_allocated_result_equals_the_oracle(backend, op):
         with fastadv.backend(name):
             result = call.run(fastadv)
         assert result.dtype == case.out
-        assert (
-            result.stride() == torch.empty_like(call.tensors["x_adv" if op == "pgd_step" else "x"]).stride()
-        )
+        assert result.stride() == torch.empty_like(call.tensors["x_adv" if op == "pgd_step" else "x"]).stride()
         got = oracle.values(result)
         assert oracle.same(got, want), oracle.mismatch(got, want)
 

@@ -96,9 +96,7 @@ def test_other_files_and_classes_are_refused(tmp_path):
         data.load("digits", classes=[5, 12])
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("mlp", (1, 8, 8)), ("conv", (3, 32, 32)), ("conv", (1, 16, 16))]
-)
+@pytest.mark.parametrize(("name", "shape"), [("mlp", (1, 8, 8)), ("conv", (3, 32, 32)), ("conv", (1, 16, 16))])
 def test_models_by_name_make_logits(name, shape):
     assert models.build(name, shape, 7)(torch.rand(2, *shape)).shape == (2, 7)
 

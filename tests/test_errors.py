@@ -50,9 +50,7 @@ def refuses(op, error, match, **bad):
     with pytest.raises(error, match=match):
         getattr(fastadv, op)(**args)
     for v, b in zip(written, before, strict=True):
-        assert torch.equal(s.whole_storage(v.detach()).view(torch.uint8), b.view(torch.uint8)), (
-            "something was written"
-        )
+        assert torch.equal(s.whole_storage(v.detach()).view(torch.uint8), b.view(torch.uint8)), "something was written"
 
 
 @pytest.mark.parametrize("op", s.OPS)
@@ -83,9 +81,7 @@ def test_none_is_not_a_tensor(op, name):
     refuses(op, TypeError, says(name, "None"), **{name: None})
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(("op", "name"), IMAGES)
 def test_dtype(op, name, dtype):
     refuses(op, TypeError, says(name, str(dtype).split(".")[1]), **{name: torch.zeros(SHAPE).to(dtype)})
@@ -96,9 +92,7 @@ def test_uint8_is_for_x_only(op, name):
     refuses(op, TypeError, says(name, "uint8"), **{name: torch.zeros(SHAPE, dtype=torch.uint8)})
 
 
-@pytest.mark.parametrize(
-    "shape", [(N, C, H, W + 1), (1, C, H, W), (N, C, H * W), (1, N, C, H, W), (0,), ()], ids=str
-)
+@pytest.mark.parametrize("shape", [(N, C, H, W + 1), (1, C, H, W), (N, C, H * W), (1, N, C, H, W), (0,), ()], ids=str)
 @pytest.mark.parametrize(("op", "name"), having("grad", "x_adv", "out"))
 def test_shape(op, name, shape):
     refuses(op, ValueError, says(name, ", ".join(map(str, shape))), **{name: torch.zeros(shape)})
@@ -111,9 +105,7 @@ def test_device(op, name):
 
 @pytest.mark.parametrize("name", ["x", "x_adv", "grad"])
 def test_sparse_tensors(name):
-    refuses(
-        "pgd_step", (TypeError, ValueError), says(name, "sparse"), **{name: torch.zeros(SHAPE).to_sparse()}
-    )
+    refuses("pgd_step", (TypeError, ValueError), says(name, "sparse"), **{name: torch.zeros(SHAPE).to_sparse()})
 
 
 # -------------------------------------------------------------------------------------------------- numbers
@@ -152,9 +144,7 @@ def test_reversed_box(op, bad):
     refuses(op, ValueError, says("clip", "nan" if NAN in bad else str(bad[0])), clip=bad)
 
 
-@pytest.mark.parametrize(
-    "bad", [0.5, None, (0,), (0, 1, 2), (), "01", ("a", 1), (0, None), (0, 1j)], ids=repr
-)
+@pytest.mark.parametrize("bad", [0.5, None, (0,), (0, 1, 2), (), "01", ("a", 1), (0, None), (0, 1j)], ids=repr)
 @pytest.mark.parametrize("op", s.OPS)
 def test_clip_is_a_pair_of_numbers(op, bad):
     refuses(op, (TypeError, ValueError), says("clip"), clip=bad)
@@ -239,9 +229,7 @@ def test_seed_type(op, seed):
     refuses(op, TypeError, says("seed", type(seed).__name__), seed=seed)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int32, torch.uint8, torch.float32, torch.float64, torch.bool], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32, torch.float64, torch.bool], ids=str)
 @pytest.mark.parametrize("op", SEEDED)
 def test_seed_tensor_dtype(op, dtype):
     refuses(op, TypeError, says("seed", str(dtype).split(".")[1]), seed=torch.ones((), dtype=dtype))

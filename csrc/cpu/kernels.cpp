@@ -45,13 +45,13 @@ void load_grad_tile(const void* src, int64_t stride, int64_t n, void* dst) {
 // instruction only half the time (measured: 2.3x slower without), so it is named where there is one.
 #if defined(__AVX512F__)
 constexpr int kLanes = 8;
-#define FASTADV_WIDE(a, b) (Lanes)_mm512_mul_epu32((__m512i)(a), (__m512i)(b))
+#define FASTADV_WIDE(a, b) (Lanes) _mm512_mul_epu32((__m512i)(a), (__m512i)(b))
 #elif defined(__AVX2__)
 constexpr int kLanes = 4;
-#define FASTADV_WIDE(a, b) (Lanes)_mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+#define FASTADV_WIDE(a, b) (Lanes) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
 #elif defined(__SSE2__)
 constexpr int kLanes = 2;
-#define FASTADV_WIDE(a, b) (Lanes)_mm_mul_epu32((__m128i)(a), (__m128i)(b))
+#define FASTADV_WIDE(a, b) (Lanes) _mm_mul_epu32((__m128i)(a), (__m128i)(b))
 #else
 constexpr int kLanes = 2;
 #define FASTADV_WIDE(a, b) (((a) & 0xffffffffu) * (b))
@@ -131,8 +131,8 @@ void step_tile(int64_t n, const void* x0, const void* grad, const void* x, const
   R* out_ = static_cast<R*>(out);
   FASTADV_VECTORIZE
   for (int64_t i = 0; i < n; ++i)
-    out_[i] = Store<R>::from(
-        step<R, kProject>(x0_[i], grad_[i], x_[i], alpha_[i], alpha_[i] * 0, eps_[i], lo_[i], hi_[i]));
+    out_[i] =
+        Store<R>::from(step<R, kProject>(x0_[i], grad_[i], x_[i], alpha_[i], alpha_[i] * 0, eps_[i], lo_[i], hi_[i]));
 }
 
 template <class C, class R>
@@ -144,20 +144,19 @@ void round_inward_tile(int64_t n, void* lo, void* hi) {
   }
 }
 
-#define FASTADV_ROW_OF(ROW, C) \
-  { ROW(C, double), ROW(C, float), ROW(C, Half), ROW(C, BFloat16) }
+#define FASTADV_ROW_OF(ROW, C) {ROW(C, double), ROW(C, float), ROW(C, Half), ROW(C, BFloat16)}
 #define FASTADV_TABLE_OF(ROW) {FASTADV_ROW_OF(ROW, double), FASTADV_ROW_OF(ROW, float)}
-#define FASTADV_START(C, R) \
-  { start_tile<C, R, Uniform>, start_tile<C, R, Array> }
-#define FASTADV_STEP(C, R)                                           \
-  {                                                                  \
-    {step_tile<C, R, Uniform, false>, step_tile<C, R, Uniform, true>}, \
-        {step_tile<C, R, Array, false>, step_tile<C, R, Array, true>}  \
+#define FASTADV_START(C, R) {start_tile<C, R, Uniform>, start_tile<C, R, Array>}
+#define FASTADV_STEP(C, R)                                               \
+  {                                                                      \
+    {step_tile<C, R, Uniform, false>, step_tile<C, R, Uniform, true>}, { \
+      step_tile<C, R, Array, false>, step_tile<C, R, Array, true>        \
+    }                                                                    \
   }
 #define FASTADV_INWARD(C, R) round_inward_tile<C, R>
 #define FASTADV_GRAD(C, G) load_grad_tile<C, G>
 #define FASTADV_LOAD(C) \
-  { load_tile<C, double>, load_tile<C, float>, load_tile<C, Half>, load_tile<C, BFloat16>, load_tile<C, uint8_t> }
+  {load_tile<C, double>, load_tile<C, float>, load_tile<C, Half>, load_tile<C, BFloat16>, load_tile<C, uint8_t>}
 
 }  // namespace
 
@@ -167,12 +166,9 @@ void round_inward_tile(int64_t n, void* lo, void* hi) {
 #define FASTADV_TEXT_(isa) #isa
 
 extern const Kernels FASTADV_NAME(FASTADV_ISA) = {
-    FASTADV_TEXT(FASTADV_ISA),
-    {FASTADV_LOAD(double), FASTADV_LOAD(float)},
-    FASTADV_TABLE_OF(FASTADV_GRAD),
-    random_bits_tile,
-    FASTADV_TABLE_OF(FASTADV_START),
-    FASTADV_TABLE_OF(FASTADV_STEP),
+    FASTADV_TEXT(FASTADV_ISA),        {FASTADV_LOAD(double), FASTADV_LOAD(float)},
+    FASTADV_TABLE_OF(FASTADV_GRAD),   random_bits_tile,
+    FASTADV_TABLE_OF(FASTADV_START),  FASTADV_TABLE_OF(FASTADV_STEP),
     FASTADV_TABLE_OF(FASTADV_INWARD),
 };
 

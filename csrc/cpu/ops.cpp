@@ -77,8 +77,7 @@ void gather(const WalkOf& walk, Slot slot, const Tile& tile, Load load, C* to) {
 
 template <class C>
 const C* fetch(const Call& call, Slot slot, const Tile& tile, C* buffer) {
-  if (in_place(call.walk, slot, kComputeType<C>))
-    return reinterpret_cast<const C*>(address(call.walk, slot, tile));
+  if (in_place(call.walk, slot, kComputeType<C>)) return reinterpret_cast<const C*>(address(call.walk, slot, tile));
   const int c = kComputeIndex<C>, type = index_of(call.dtype(slot));
   gather(call.walk, slot, tile, slot == kGrad ? isa().load_grad[c][type] : isa().load[c][type], buffer);
   return buffer;
@@ -239,8 +238,8 @@ void for_tiles(const Call& call, const MakeWorker& make_worker) {
 template <class C>
 void run_random_init(const Call& call) {
   for_tiles(call, [&] {
-    return [&call, start = Start<C>(call, call.dtype(kOut)), buffer = std::vector<uint64_t>(kTile)](
-               const Tile& tile) mutable {
+    return [&call, start = Start<C>(call, call.dtype(kOut)),
+            buffer = std::vector<uint64_t>(kTile)](const Tile& tile) mutable {
       const Result result(call, tile, buffer.data());
       start.run(tile, result.data());
       result.done();
@@ -250,9 +249,7 @@ void run_random_init(const Call& call) {
 
 template <class C>
 void run_step(const Call& call) {
-  for_tiles(call, [&] {
-    return [step = Step<C>(call)](const Tile& tile) mutable { step.run(tile, nullptr); };
-  });
+  for_tiles(call, [&] { return [step = Step<C>(call)](const Tile& tile) mutable { step.run(tile, nullptr); }; });
 }
 
 // FGSM from a random start. The start is what random_init returns: in x's dtype (float32 for uint8) and in its compute

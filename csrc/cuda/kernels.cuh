@@ -76,8 +76,9 @@ struct ResultOf<uint8_t> {
 };
 
 template <Kind kKind, bool kProject, class X, class G>
-__device__ __forceinline__ typename ResultOf<X>::Type flat_element(const Flat& f, X x_in, typename ResultOf<X>::Type x0_in,
-                                                                   G grad, uint32_t h) {
+__device__ __forceinline__ typename ResultOf<X>::Type flat_element(const Flat& f, X x_in,
+                                                                   typename ResultOf<X>::Type x0_in, G grad,
+                                                                   uint32_t h) {
   using R = typename ResultOf<X>::Type;
   const float x = load<float>(x_in);
   float x0 = x;
@@ -85,8 +86,7 @@ __device__ __forceinline__ typename ResultOf<X>::Type flat_element(const Flat& f
   if constexpr (kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise)
     x0 = start<R>(x, h, f.noise * 0x1p-16f, f.noise, f.lo, f.hi);
   if constexpr (kKind == Kind::kRandomInit) return Store<R>::from(x0);
-  return Store<R>::from(
-      step<R, kProject>(x0, load_grad<float>(grad), x, f.alpha, 0.0f, f.eps, f.lo, f.hi));
+  return Store<R>::from(step<R, kProject>(x0, load_grad<float>(grad), x, f.alpha, 0.0f, f.eps, f.lo, f.hi));
 }
 
 template <Kind kKind, bool kProject, class X, class G>
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
     } else {
 #pragma unroll 1
       for (int j = 0; first + j < f.block_size; ++j)
-        out[j] = flat_element<kKind, kProject, X, G>(f, x[j], kX0 ? x0[j] : R{}, kGrad ? grad[j] : G{},
-                                                     bits_of(words, j));
+        out[j] =
+            flat_element<kKind, kProject, X, G>(f, x[j], kX0 ? x0[j] : R{}, kGrad ? grad[j] : G{}, bits_of(words, j));
     }
   }
 }
@@ -173,16 +173,16 @@ __device__ __forceinline__ C load_any_grad(const Operand& op, int64_t offset) {
 }
 
 // f<the type that dtype names>(...). A macro, because ptxas must see it inlined: a call would put offsets in memory.
-#define FASTADV_BY_TYPE(dtype, f, ...)  \
-  switch (dtype) {                      \
-    case DType::kFloat64:               \
-      return f<double>(__VA_ARGS__);    \
-    case DType::kFloat16:               \
-      return f<Half>(__VA_ARGS__);      \
-    case DType::kBFloat16:              \
-      return f<BFloat16>(__VA_ARGS__);  \
+#define FASTADV_BY_TYPE(dtype, f, ...)                     \
+  switch (dtype) {                                         \
+    case DType::kFloat64:                                  \
+      return f<double>(__VA_ARGS__);                       \
+    case DType::kFloat16:                                  \
+      return f<Half>(__VA_ARGS__);                         \
+    case DType::kBFloat16:                                 \
+      return f<BFloat16>(__VA_ARGS__);                     \
     default: /* uint8 too: its start is stored in float */ \
-      return f<float>(__VA_ARGS__);     \
+      return f<float>(__VA_ARGS__);                        \
   }
 
 // One element of any_kernel: where its operands are, and its parameters in the type that is asked for.
@@ -243,8 +243,8 @@ struct Element {
 };
 
 template <Kind kKind, class C>
-__global__ void __launch_bounds__(kThreads, 1) any_kernel(const __grid_constant__ Call call,
-                                                       const __grid_constant__ Dividers dividers) {
+__global__ void __launch_bounds__(kThreads, 1)
+    any_kernel(const __grid_constant__ Call call, const __grid_constant__ Dividers dividers) {
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
   const auto& walk = call.walk;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -291,8 +291,8 @@ static __global__ void __launch_bounds__(kThreads)
                   int64_t* words) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
-  const Words w = philox(static_cast<uint64_t>(seed[i]), static_cast<uint64_t>(index[i]),
-                         static_cast<uint32_t>(restart[i]), word3);
+  const Words w =
+      philox(static_cast<uint64_t>(seed[i]), static_cast<uint64_t>(index[i]), static_cast<uint32_t>(restart[i]), word3);
 #pragma unroll
   for (int j = 0; j < 4; ++j) words[4 * i + j] = w.v[j];
 }

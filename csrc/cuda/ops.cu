@@ -21,17 +21,16 @@ struct FlatEntry {
 
 // The combinations worth a kernel of their own: x, x_adv and out of one type (float for uint8), grads as training
 // makes them. A row here is all that another one takes.
-#define FASTADV_STEP_ROWS(X, x, G, g)                                                                            \
-  {Kind::kPgd, true, DType::k##x, DType::k##g, flat_kernel<Kind::kPgd, true, X, G>, "pgd_step " #x " " #g},      \
-      {Kind::kFgsm, true, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsm, true, X, G>, "fgsm_step " #x " " #g}, \
-      {Kind::kFgsm, false, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsm, false, X, G>,                      \
-       "fgsm_step free " #x " " #g},                                                                             \
-      {Kind::kFgsmFromNoise, true, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsmFromNoise, true, X, G>,      \
-       "fgsm_step noise " #x " " #g},                                                                            \
-      {Kind::kFgsmFromNoise, false, DType::k##x, DType::k##g, flat_kernel<Kind::kFgsmFromNoise, false, X, G>,    \
-       "fgsm_step noise free " #x " " #g}
-#define FASTADV_INIT_ROW(X, x) \
-  { Kind::kRandomInit, true, DType::k##x, DType::kFloat32, flat_kernel<Kind::kRandomInit, true, X, float>, "random_init " #x }
+#define FASTADV_ROW(kind, project, X, x, G, g, name)                                                               \
+  FlatEntry {                                                                                                      \
+    Kind::kind, project, DType::k##x, DType::k##g, flat_kernel<Kind::kind, project, X, G>, name " " #x " grad " #g \
+  }
+#define FASTADV_STEP_ROWS(X, x, G, g)                                                                 \
+  FASTADV_ROW(kPgd, true, X, x, G, g, "pgd_step"), FASTADV_ROW(kFgsm, true, X, x, G, g, "fgsm_step"), \
+      FASTADV_ROW(kFgsm, false, X, x, G, g, "fgsm_step free"),                                        \
+      FASTADV_ROW(kFgsmFromNoise, true, X, x, G, g, "fgsm_step noise"),                               \
+      FASTADV_ROW(kFgsmFromNoise, false, X, x, G, g, "fgsm_step noise free")
+#define FASTADV_INIT_ROW(X, x) FASTADV_ROW(kRandomInit, true, X, x, float, Float32, "random_init")
 
 const FlatEntry kFlat[] = {
     FASTADV_INIT_ROW(float, Float32),
@@ -65,7 +64,8 @@ const AnyEntry kAny[] = {
 };
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("fastadv: ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fastadv: ") + what + ": " + cudaGetErrorString(error));
 }
 
 dim3 grid_for(int64_t block_size, int64_t blocks) {

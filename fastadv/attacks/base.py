@@ -50,9 +50,7 @@ class Attack(ABC):
             return self.perturb(as_normal(images), gradient, seed)
 
     @abstractmethod
-    def perturb(
-        self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None
-    ) -> torch.Tensor:
+    def perturb(self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None) -> torch.Tensor:
         """The attack itself, on checked images, under no_grad, with the model frozen."""
 
     def __repr__(self) -> str:
@@ -61,18 +59,13 @@ class Attack(ABC):
 
 
 def _check_batch(images: torch.Tensor, labels: torch.Tensor) -> None:
-    if not isinstance(images, torch.Tensor) or not (
-        images.is_floating_point() or images.dtype == torch.uint8
-    ):
-        raise TypeError(
-            f"images must be a float or uint8 tensor, got {getattr(images, 'dtype', type(images))}"
-        )
+    if not isinstance(images, torch.Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise TypeError(f"images must be a float or uint8 tensor, got {getattr(images, 'dtype', type(images))}")
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels))}")
     if images.ndim == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, "
-            f"got {tuple(labels.shape)}"
+            f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
         )
     if labels.device != images.device:
         raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")

@@ -29,9 +29,7 @@ class FGSM(Attack):
         self.alpha = eps if alpha is None else alpha
         self.noise = noise
 
-    def perturb(
-        self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None
-    ) -> torch.Tensor:
+    def perturb(self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None) -> torch.Tensor:
         if self.noise and seed is None:
             seed = new_seed(images.device)
         start = images
@@ -64,7 +62,5 @@ class NFGSM(FGSM):
 
     project = False
 
-    def __init__(
-        self, model: Callable, eps: float, *, noise: float | None = None, alpha: float | None = None
-    ):
+    def __init__(self, model: Callable, eps: float, *, noise: float | None = None, alpha: float | None = None):
         super().__init__(model, eps, alpha=alpha, noise=2 * eps if noise is None else noise)

@@ -50,13 +50,9 @@ class InputGradient:
                 f"it returned {_describe(logits)}"
             )
         if not logits.requires_grad:
-            raise RuntimeError(
-                "the model's output does not depend on its input: is it under no_grad, or detached?"
-            )
+            raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
         if self.highest >= logits.shape[1]:
-            raise ValueError(
-                f"labels must be below the model's {logits.shape[1]} classes, got {self.highest}"
-            )
+            raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {self.highest}")
         return logits
 
 

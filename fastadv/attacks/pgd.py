@@ -31,9 +31,7 @@ class PGD(Attack):
         self.steps = steps
         self.random_start = random_start
 
-    def perturb(
-        self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None
-    ) -> torch.Tensor:
+    def perturb(self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None) -> torch.Tensor:
         # Without noise random_init is an exact copy (or conversion of uint8); it then needs no draw.
         noise, seed = (self.eps, seed) if self.random_start else (0.0, 0)
         adv = random_init(images, noise, seed=seed)

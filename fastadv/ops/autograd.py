@@ -41,9 +41,7 @@ def _pgd_step_masks(x_adv, grad, x, alpha, alpha_t, eps, eps_t, lo, lo_t, hi, hi
     return {0: p & m, 2: p & ~m}
 
 
-def _fgsm_step_masks(
-    x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t
-):
+def _fgsm_step_masks(x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t):
     c = reference.compute_dtype(x)
     x0, inside = x, torch.ones_like(x, dtype=torch.bool)
     if noise_t is not None or noise != 0:

@@ -101,7 +101,9 @@ _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 def _check_name(name):
     if name not in BACKENDS:
         choice = ", ".join(BACKENDS)
-        raise RuntimeError(f"unknown backend {name!r} (from fastadv.backend or FASTADV_BACKEND): choose one of {choice}")
+        raise RuntimeError(
+            f"unknown backend {name!r} (from fastadv.backend or FASTADV_BACKEND): choose one of {choice}"
+        )
 
 
 def resolve(name, device_type):

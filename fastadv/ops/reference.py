@@ -9,7 +9,12 @@ import torch
 from fastadv.ops.geometry import position_strides
 
 _MASK = 0xFFFFFFFF
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 # ---------------------------------------------------------------- random bits
@@ -78,7 +83,7 @@ def _round(t, dtype):
 
 def _neighbour(w, up):
     """The next value of w's dtype, above where `up` and below elsewhere; works through zero."""
-    bits = w.view(_BITS[w.dtype])
+    bits = w.view(_BITS[w.itemsize])
     lowest = torch.iinfo(bits.dtype).min
     order = torch.where(bits < 0, lowest - bits, bits)  # monotone in w, with +0 and -0 both 0
     order = torch.where(up, order + 1, order - 1)
@@ -154,24 +159,18 @@ def _step(x0, grad, x, alpha, eps, lo, hi, dtype, project=True):
 
 def pgd_step(x_adv, grad, x, alpha, alpha_t, eps, eps_t, lo, lo_t, hi, hi_t, out):
     c = compute_dtype(x_adv, x, out)
-    alpha, eps, lo, hi = (
-        parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
-    )
+    alpha, eps, lo, hi = (parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t)))
     out.copy_(_step(to_compute(x_adv, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype))
 
 
-def fgsm_step(
-    x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t, out
-):
+def fgsm_step(x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t, out):
     c = compute_dtype(x, out)
     x0 = x
     if noise_t is not None or noise != 0:
         # What random_init returned and the model saw: in x's dtype, whatever out's is.
         x0 = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
         random_init(x, noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t, x0)
-    alpha, eps, lo, hi = (
-        parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
-    )
+    alpha, eps, lo, hi = (parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t)))
     out.copy_(_step(to_compute(x0, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype, project))
 
 

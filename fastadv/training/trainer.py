@@ -134,9 +134,7 @@ class Trainer:
                 if self.eval_every and (epoch + 1) % self.eval_every == 0:
                     record |= self._evaluate(test)
                 self._write(record)
-                bar.set_postfix(
-                    {key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))}
-                )
+                bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
             optimizer.zero_grad()
         seconds = sum(record["train_s"] for record in self.records)
         final = {"final": True, "epochs": self.epochs, **self._evaluate(test)}
