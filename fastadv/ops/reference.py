@@ -9,12 +9,7 @@ import torch
 from fastadv.ops.geometry import position_strides
 
 _MASK = 0xFFFFFFFF
-_BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by bytes
 
 
 # ---------------------------------------------------------------- random bits
