@@ -116,6 +116,21 @@ def test_one_step_of_full_training_is_the_textbook_one(optimizer):
     torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_seed_reaches_what_an_attack_draws():
+    def draws(seed):
+        drawn = []
+
+        def attack(x, y):
+            drawn.append(torch.rand(()).item())
+            return x / 255
+
+        trainer(conv(), attack=attack, epochs=1, seed=seed).fit(TRAIN, TEST)
+        return drawn
+
+    assert draws(1) == draws(1)
+    assert not set(draws(1)) & set(draws(2))
+
+
 def test_same_seed_same_bits_and_the_callers_generator_untouched():
     def weights(seed):
         model = conv()  # dropout, a random start, a shuffled order

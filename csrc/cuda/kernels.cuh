@@ -34,7 +34,11 @@ struct Flat {
 
 // As one instruction: the compiler splits some stores in four.
 __device__ __forceinline__ void store_whole(uint4* p, uint4 v) {
+#ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#else
+  *p = v;
+#endif
 }
 
 // Eight elements, moved by accesses as wide as they can be, up to 16 bytes.
@@ -257,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int j = 0; j < kGroup; ++j) {
       const int64_t position = group * kGroup + j;
-      if (position >= walk.block_size) return;
+      if (position >= walk.block_size) break;
       Element e{call, {}};
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) e.offsets[k] = block * walk.operands[k].block_stride;
