@@ -68,6 +68,16 @@ void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("fastadv: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// A launch as a plain function call: tests/emulated_cuda runs the same lines without a GPU.
+template <class... Parameters, class... Arguments>
+void run(void (*kernel)(Parameters...), dim3 grid, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+}
+
 dim3 grid_for(int64_t block_size, int64_t blocks) {
   const int64_t groups = (block_size + kGroup - 1) / kGroup;
   return dim3(static_cast<unsigned>((groups + kThreads - 1) / kThreads),
@@ -133,14 +143,12 @@ Dividers dividers_of(const Call& call) {
 
 void launch(const Call& call, Kind kind, void* stream) {
   const dim3 grid = grid_for(call.walk.block_size, call.walk.blocks);
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (const FlatEntry* e = find_flat(call, kind)) {
-    e->kernel<<<grid, kThreads, 0, s>>>(flat_arguments(call));
+    run(e->kernel, grid, stream, flat_arguments(call));
   } else {
     const AnyEntry& any = *std::find_if(std::begin(kAny), std::end(kAny), [&](auto& a) { return a.kind == kind; });
-    (call.any_float64() ? any.in_double : any.in_float)<<<grid, kThreads, 0, s>>>(call, dividers_of(call));
+    run(call.any_float64() ? any.in_double : any.in_float, grid, stream, call, dividers_of(call));
   }
-  check(cudaGetLastError(), "launch");
 }
 
 Attributes attributes_of(const char* name, const void* kernel) {
@@ -165,8 +173,7 @@ void fgsm_step(const Call& call, void* stream) {
 void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const int64_t* restart, uint32_t word3,
                   int64_t* words, void* stream) {
   const unsigned blocks = static_cast<unsigned>((n + kThreads - 1) / kThreads);
-  philox_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(n, seed, index, restart, word3, words);
-  check(cudaGetLastError(), "launch");
+  run(philox_kernel, dim3(blocks), stream, n, seed, index, restart, word3, words);
 }
 
 std::vector<Attributes> kernel_attributes() {

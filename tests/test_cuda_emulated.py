@@ -1,0 +1,128 @@
+"""The CUDA kernels and their launcher, compiled for the CPU, on whole random calls: bit for bit the reference.
+
+What a GPU's own instructions do is not in this; every index, access, table row and formula is. The same cases run on
+a GPU in test_contract.py.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import oracle
+import pybind11
+import pytest
+import strategies as s
+import torch
+from hypothesis import given
+
+import fastadv
+from fastadv.ops import backends
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-w", "-fvisibility=hidden"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+BACKEND = ["-DFASTADV_BACKEND=cuda", "-DFASTADV_KEY=CPU", '-DFASTADV_NVCC="none"', '-DFASTADV_ARCHS="emulated"']
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory):
+    """The CUDA library as an extension that serves CPU tensors; the backend `cuda` is it, in this module."""
+    folder = tmp_path_factory.mktemp("emulated")
+    torch_dir = Path(torch.__file__).parent
+    include = [
+        torch_dir / "include",
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+        ROOT / "tests/emulated_cuda",
+    ]
+    flags = [*FLAGS, *STABLE_ABI, *BACKEND, *(f"-I{path}" for path in include)]
+    sources = ["library.cpp", "cuda/facts.cpp", "cuda/ops.cu"]
+    jobs = [
+        subprocess.Popen(["c++", *flags, "-x", "c++", "-c", ROOT / "csrc" / source, "-o", folder / f"{i}.o"])
+        for i, source in enumerate(sources)
+    ]
+    assert [job.wait() for job in jobs] == [0] * len(jobs)
+    objects = [folder / f"{i}.o" for i in range(len(sources))]
+    library = folder / "_cuda.so"
+    subprocess.run(["c++", "-shared", "-o", library, *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    why_not = backends.why_not
+    backends.why_not = lambda name, device: "" if name == "cuda" else why_not(name, device)
+    yield module
+    backends.why_not = why_not
+    backends._resolve_device.cache_clear()
+    sys.modules.pop("_cuda", None)
+
+
+def check(case, emulated):
+    call = case.call()
+    with fastadv.backend("reference"):
+        call.run(fastadv, out=call.out)
+    want, before = oracle.values(call.out), emulated.calls()
+    call.out.fill_(torch.nan)
+    with fastadv.backend("cuda"):
+        call.run(fastadv, out=call.out)
+    got = oracle.values(call.out)
+    assert oracle.same(got, want), oracle.mismatch(got, want)
+    assert emulated.calls() == before + 1
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_any_call(op, emulated):
+    @given(s.cases(op))
+    def prop(case):
+        check(case, emulated)
+
+    prop()
+
+
+FLAT = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32), (torch.uint8, torch.float16)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("x_type", "grad_type"), FLAT, ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 32, 32), (5, 1001), (3, 2, 8)], ids=str)
+@pytest.mark.parametrize("per_sample", [False, True], ids=["one_seed", "seeds"])
+def test_the_fast_path(x_type, grad_type, shape, per_sample):
+    """Dense, aligned, numbers: where these kernels spend their lives, with whole and partial groups."""
+    x = (torch.rand(shape) * 256).to(torch.uint8) if x_type == torch.uint8 else torch.rand(shape).to(x_type)
+    grad = torch.randn(shape).to(grad_type)
+    grad.view(-1)[::7] = 0
+    grad.view(-1)[3] = torch.nan
+    seed = torch.randint(-(2**63), 2**63 - 1, (shape[0],)) if per_sample else 2**63 + 5
+    noise = {"noise": 8 / 255, "seed": seed}
+    x_adv = fastadv.random_init(x, 0.02, seed=1)
+    runs = {
+        "init": lambda: fastadv.random_init(x, 8 / 255, seed=seed),
+        "fgsm": lambda: fastadv.fgsm_step(x, grad, 8 / 255),
+        "free": lambda: fastadv.fgsm_step(x, grad, 8 / 255, project=False),
+        "rs": lambda: fastadv.fgsm_step(x, grad, 8 / 255, alpha=10 / 255, **noise),
+        "nfgsm": lambda: fastadv.fgsm_step(x, grad, 8 / 255, project=False, **noise),
+        "pgd": lambda: fastadv.pgd_step(x_adv, grad, x, alpha=2 / 255, eps=4 / 255, clip=(0.1, 0.9)),
+    }
+    for name, run in runs.items():
+        with fastadv.backend("reference"):
+            want = run()
+        with fastadv.backend("cuda"):
+            got = run()
+        assert torch.equal(torch.nan_to_num(got, nan=9), torch.nan_to_num(want, nan=9)), name
+
+
+def test_the_generator():
+    for first in (0, 2**32 - 3, 2**40, 2**61):
+        words = [fastadv.ops.philox_words(name, 12345, first, 9) for name in ("reference", "cuda")]
+        assert torch.equal(*words)
+
+
+def test_more_samples_than_the_grid_has_rows():
+    """65,535 blocks at most lie in a grid's second dimension: the kernels go round."""
+    x = torch.rand(65_600, 3)
+    seeds = fastadv.sample_seeds(1, torch.arange(len(x)))
+    with fastadv.backend("cpu"):
+        want = fastadv.random_init(x, 0.1, seed=seeds)
+    with fastadv.backend("cuda"):
+        assert torch.equal(fastadv.random_init(x, 0.1, seed=seeds), want)
