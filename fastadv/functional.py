@@ -15,6 +15,7 @@ names the argument and what it got.
 """
 
 import torch
+from torch.compiler import is_compiling
 
 from fastadv.ops import checks
 from fastadv.ops.autograd import Step, result_like
@@ -35,7 +36,7 @@ def _apply(name, images, args, out):
                     return _differentiate(name, args, out)
         like = args[0]
         backend = serving(like.device)
-        if backend not in NATIVE or torch.compiler.is_compiling():
+        if backend not in NATIVE or is_compiling():
             checks.images(name, args, out)
         result = result_like(like) if out is None else out
         run(name, backend, (*args, result))
@@ -72,10 +73,12 @@ def random_init(x, noise, *, seed=None, clip=_BOX, out=None):
 
     Source: Wong et al. 2020, "Fast is better than free", algorithm 3 (FGSM-RS); Madry et al. 2018 for PGD's start.
     """
-    checks.image("x", x)
+    if seed is None:
+        checks.image("x", x)
+        seed = new_seed(x.device)
+    seed = checks.seed(seed, x)
     noise = checks.radius("noise", noise, x, finite=True)
     lo, hi = checks.box(clip, x)
-    seed = checks.seed(new_seed(x.device) if seed is None else seed, x)
     return _apply("random_init", (x,), (x, *noise, *seed, *lo, *hi), out)
 
 
@@ -93,11 +96,9 @@ def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, c
     eps = checks.radius("eps", eps, x)
     alpha = checks.step_size(alpha, eps, x)
     noise = checks.radius("noise", noise, x, finite=True)
-    if seed is None:
-        if noise[1] is not None or noise[0] != 0.0:
-            raise ValueError("seed is missing: with noise, pass the seed that random_init got for the gradient's start")
-        seed = 0
-    seed = checks.seed(seed, x)
+    if seed is None and (noise[1] is not None or noise[0] != 0.0):
+        raise ValueError("seed is missing: with noise, pass the seed that random_init got for the gradient's start")
+    seed = checks.seed(0 if seed is None else seed, x)
     lo, hi = checks.box(clip, x)
     if not isinstance(project, bool):
         raise TypeError(f"project must be a bool, got {type(project).__name__} {project!r}")

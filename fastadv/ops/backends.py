@@ -8,6 +8,7 @@ import importlib.util
 import os
 
 import torch
+from torch.compiler import is_compiling
 
 from fastadv.ops import reference
 from fastadv.ops.schemas import BACKENDS, OPS, SCHEMAS, below_autograd
@@ -135,7 +136,7 @@ def serving(device):
 def run(op_name, backend_name, args):
     """Run a backend's op, whether or not an input requires grad."""
     op = OPS[op_name, backend_name]
-    if torch.compiler.is_compiling():
+    if is_compiling():
         op(*args)
         return
     guard = below_autograd()  # straight to the kernel, past the refusal at the Autograd key

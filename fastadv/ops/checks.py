@@ -129,6 +129,8 @@ def box(clip, x):
 
 def seed(value, x):
     """A seed as the ops take it: (int64, None) or (0, tensor with one element or one per sample)."""
+    if type(value) is int and 0 <= value < 2**63:
+        return value, None
     if isinstance(value, torch.Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor, got {value.dtype}")
