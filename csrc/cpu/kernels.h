@@ -5,7 +5,7 @@
 
 namespace fastadv {
 
-constexpr int kTile = 1024;  // elements; a tile's few arrays stay in the L1 and L2 caches
+constexpr int kTile = 4096;  // elements; a tile's few arrays stay in the L2 cache (measured: see benchmarks/NOTES.md)
 
 struct Ahead {
   const char* streams[2] = {};  // null: none
