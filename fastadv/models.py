@@ -84,7 +84,8 @@ def find_head(model: nn.Module, name: str | None = None) -> tuple[str, nn.Module
 
 def save(model: nn.Module, path: str | Path, *, classes: Sequence[str]) -> None:
     """Write the weights and buffers of `model`, and the names of its classes, to a safetensors file."""
-    metadata = {"format": "pt", "classes": json.dumps(list(classes))}
+    # One entry: safetensors writes several in random order, and equal models would give unequal files.
+    metadata = {"classes": json.dumps(list(classes))}
     require("safetensors.torch").save_model(model, str(path), metadata)
 
 
