@@ -5,8 +5,8 @@ import oracle
 import pytest
 import strategies as s
 import torch
+from dispatched import Dispatched
 from torch.autograd import gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastadv
 
@@ -184,16 +184,6 @@ def test_gradcheck_fgsm_step_and_random_init(backend, project):
 
 
 # ------------------------------------------------------------------------------- only where it was asked for
-
-
-class Dispatched(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def steps(t):

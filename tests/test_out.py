@@ -5,7 +5,7 @@ import oracle
 import pytest
 import strategies as s
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatched import Dispatched
 
 import fastadv
 
@@ -198,16 +198,6 @@ def test_bad_out_is_refused_before_anything_is_written(backend, op, bad):
 
 
 # ---------------------------------------------------------------------------------- one op, no allocation
-
-
-class Dispatched(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("op", s.OPS)

@@ -17,27 +17,15 @@
 namespace fastadv {
 namespace {
 
-template <class C, class T>
+template <class C, class T, bool kGrad = false>
 void load_tile(const void* src, int64_t stride, int64_t n, void* dst) {
   const T* from = static_cast<const T*>(src);
   C* to = static_cast<C*>(dst);
   if (stride == 1) {
     FASTADV_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) to[i] = load<C>(from[i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = kGrad ? load_grad<C>(from[i]) : load<C>(from[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = load<C>(from[i * stride]);
-  }
-}
-
-template <class C, class G>
-void load_grad_tile(const void* src, int64_t stride, int64_t n, void* dst) {
-  const G* from = static_cast<const G*>(src);
-  C* to = static_cast<C*>(dst);
-  if (stride == 1) {
-    FASTADV_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) to[i] = load_grad<C>(from[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = load_grad<C>(from[i * stride]);
+    for (int64_t i = 0; i < n; ++i) to[i] = kGrad ? load_grad<C>(from[i * stride]) : load<C>(from[i * stride]);
   }
 }
 
@@ -154,7 +142,7 @@ void round_inward_tile(int64_t n, void* lo, void* hi) {
     }                                                                    \
   }
 #define FASTADV_INWARD(C, R) round_inward_tile<C, R>
-#define FASTADV_GRAD(C, G) load_grad_tile<C, G>
+#define FASTADV_GRAD(C, G) load_tile<C, G, true>
 #define FASTADV_LOAD(C) \
   {load_tile<C, double>, load_tile<C, float>, load_tile<C, Half>, load_tile<C, BFloat16>, load_tile<C, uint8_t>}
 

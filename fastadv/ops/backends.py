@@ -34,8 +34,9 @@ def _register_python(backend, implementations):
         torch.library.impl(f"fastadv::{name}.{backend}", "CompositeExplicitAutograd", kernel)
 
 
-def _load_native(backend):
-    """Import `fastadv._cpu` or `fastadv._cuda`, which registers its kernels; returns (module, why not)."""
+@functools.cache
+def native(backend):
+    """`fastadv._cpu` or `fastadv._cuda`, whose import registers its kernels: (module or None, why it is None)."""
     if importlib.util.find_spec(f"fastadv._{backend}") is None:
         return None, "the extension was not built: see fastadv.info()['build']"
     if backend == "cuda" and torch.version.cuda is None:
@@ -46,25 +47,15 @@ def _load_native(backend):
         return None, f"the extension does not load: {error}"
 
 
-def _load_triton():
+@functools.cache
+def triton():
+    """(the module of the Triton kernels or None, why it is None). Importing triton takes a while: only when needed."""
     if importlib.util.find_spec("triton") is None:
         return None, "the triton package is not installed"
     try:
         return importlib.import_module("fastadv.ops.triton_kernels"), ""
     except Exception as error:  # triton fails in many ways where its driver does not fit
         return None, f"triton does not load: {error}"
-
-
-@functools.cache
-def native(backend):
-    """(extension module or None, why it is None)."""
-    return _load_native(backend)
-
-
-@functools.cache
-def triton():
-    """(the module of the Triton kernels or None, why it is None). Importing triton takes a while: only when needed."""
-    return _load_triton()
 
 
 def _triton_kernel(name):
