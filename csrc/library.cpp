@@ -110,7 +110,7 @@ class Arguments {
     if (shape_.numel() != 0) check_out();
     ++call_count;
     if (shape_.numel() == 0) return;
-    call_.walk = make_walk(tensors_[kX], tensors_, per_sample_);
+    make_walk(tensors_[kX], tensors_, per_sample_, call_.walk);
 #ifdef FASTADV_CUDA
     torch::stable::accelerator::DeviceGuard guard(place_.index);
 #endif
@@ -139,8 +139,8 @@ class Arguments {
   Call call_;
 };
 
-void random_init_op(const Tensor& x, double noise, const Optional& noise_t, int64_t seed, const Optional& seed_t,
-                    double lo, const Optional& lo_t, double hi, const Optional& hi_t, const Tensor& out) {
+void random_init_op(const Tensor& out, const Tensor& x, double noise, double lo, double hi, int64_t seed,
+                    const Optional& noise_t, const Optional& lo_t, const Optional& hi_t, const Optional& seed_t) {
   Arguments args(x, out);
   args.parameter(kNoise, noise, noise_t, "noise");
   args.parameter(kLo, lo, lo_t, "clip[0]");
@@ -149,9 +149,9 @@ void random_init_op(const Tensor& x, double noise, const Optional& noise_t, int6
   args.run(random_init);
 }
 
-void fgsm_step_op(const Tensor& x, const Tensor& grad, double eps, const Optional& eps_t, double alpha,
-                  const Optional& alpha_t, double noise, const Optional& noise_t, int64_t seed, const Optional& seed_t,
-                  bool project, double lo, const Optional& lo_t, double hi, const Optional& hi_t, const Tensor& out) {
+void fgsm_step_op(const Tensor& out, const Tensor& x, const Tensor& grad, bool project, double alpha, double eps,
+                  double noise, double lo, double hi, int64_t seed, const Optional& alpha_t, const Optional& eps_t,
+                  const Optional& noise_t, const Optional& lo_t, const Optional& hi_t, const Optional& seed_t) {
   Arguments args(x, out);
   args.image(kGrad, grad, "grad");
   args.parameter(kEps, eps, eps_t, "eps");
@@ -165,9 +165,9 @@ void fgsm_step_op(const Tensor& x, const Tensor& grad, double eps, const Optiona
   args.run(fgsm_step);
 }
 
-void pgd_step_op(const Tensor& x_adv, const Tensor& grad, const Tensor& x, double alpha, const Optional& alpha_t,
-                 double eps, const Optional& eps_t, double lo, const Optional& lo_t, double hi, const Optional& hi_t,
-                 const Tensor& out) {
+void pgd_step_op(const Tensor& out, const Tensor& x_adv, const Tensor& grad, const Tensor& x, double alpha, double eps,
+                 double lo, double hi, const Optional& alpha_t, const Optional& eps_t, const Optional& lo_t,
+                 const Optional& hi_t) {
   Arguments args(x, out);
   args.image(kX0, x_adv, "x_adv");
   args.image(kGrad, grad, "grad");
@@ -178,7 +178,7 @@ void pgd_step_op(const Tensor& x_adv, const Tensor& grad, const Tensor& x, doubl
   args.run(pgd_step);
 }
 
-void philox_op(const Tensor& seed, const Tensor& index, const Tensor& restart, int64_t word3, const Tensor& out) {
+void philox_op(const Tensor& out, const Tensor& seed, const Tensor& index, const Tensor& restart, int64_t word3) {
   const Place place(index);
   const int64_t n = index.numel();
   bool fits = out.numel() == 4 * n;

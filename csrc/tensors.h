@@ -119,11 +119,10 @@ inline int memory_order(const Strided& x, int first_dim, int* order) {
   return count;
 }
 
-// Lays the tensors out for a walk in x's order. Null data marks an operand that is not there. Precondition: x's shape
-// fits every operand.
+// Lays the tensors out for a walk in x's order, into a new `walk` (its kilobytes are not to be copied). Null data marks
+// an operand that is not there. Precondition: x's shape fits every operand.
 template <int kOperands>
-Walk<kOperands> make_walk(const Strided& x, const Strided (&tensors)[kOperands], bool per_sample) {
-  Walk<kOperands> walk;
+void make_walk(const Strided& x, const Strided (&tensors)[kOperands], bool per_sample, Walk<kOperands>& walk) {
   const int first_dim = per_sample ? 1 : 0;
   int order[kMaxDims];
   const int count = memory_order(x, first_dim, order);
@@ -148,7 +147,6 @@ Walk<kOperands> make_walk(const Strided& x, const Strided (&tensors)[kOperands],
     for (int k = 0; k < kOperands; ++k)
       if (tensors[k].data) walk.operands[k].strides[walk.dims - 1] = stride(tensors[k], d);
   }
-  return walk;
 }
 
 }  // namespace fastadv

@@ -27,19 +27,24 @@ __all__ = ["fgsm_step", "fgsm_step_", "new_seed", "pgd_step", "pgd_step_", "rand
 _BOX = (0.0, 1.0)
 
 
-def _apply(name, images, args, out):
+def _apply(name, images, parameters, out, *flags):
     """Run the op into `out`, or into a new tensor like its first argument."""
+    args = (*images, *flags, *parameters)
+    for p in parameters:
+        if type(p) is not float and type(p) is not int:
+            args = (*images, *flags, *_split(parameters))
+            break
     try:
         if torch.is_grad_enabled():
             for t in images if out is None else (*images, out):
                 if t.requires_grad:
                     return _differentiate(name, args, out)
-        like = args[0]
+        like = images[0]
         backend = serving(like.device)
         if backend not in NATIVE or is_compiling():
             checks.images(name, args, out)
         result = result_like(like) if out is None else out
-        run(name, backend, (*args, result))
+        run(name, backend, (result, *args))
         return result
     except Exception:
         # The native kernels check for themselves, in nanoseconds, and write nothing where they refuse: here is why.
@@ -48,8 +53,14 @@ def _apply(name, images, args, out):
             raise
         # Views of one buffer that share no element, such as its first and last channels: rare enough for a copy.
         result = torch.empty_like(out, memory_format=torch.contiguous_format)
-        run(name, backend, (*args, result))
+        run(name, backend, (result, *args))
         return out.copy_(result)
+
+
+def _split(parameters):
+    """The ops' form of parameters among which are tensors: all numbers, then all tensors."""
+    tensors = [p if isinstance(p, torch.Tensor) else None for p in parameters]
+    return *(p if t is None else 0 for p, t in zip(parameters, tensors, strict=True)), *tensors
 
 
 def _differentiate(name, args, out):
@@ -79,7 +90,7 @@ def random_init(x, noise, *, seed=None, clip=_BOX, out=None):
     seed = checks.seed(seed, x)
     noise = checks.radius("noise", noise, x, finite=True)
     lo, hi = checks.box(clip, x)
-    return _apply("random_init", (x,), (x, *noise, *seed, *lo, *hi), out)
+    return _apply("random_init", (x,), (noise, lo, hi, seed), out)
 
 
 def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX, out=None):
@@ -96,14 +107,13 @@ def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, c
     eps = checks.radius("eps", eps, x)
     alpha = checks.step_size(alpha, eps, x)
     noise = checks.radius("noise", noise, x, finite=True)
-    if seed is None and (noise[1] is not None or noise[0] != 0.0):
+    if seed is None and (isinstance(noise, torch.Tensor) or noise != 0.0):
         raise ValueError("seed is missing: with noise, pass the seed that random_init got for the gradient's start")
     seed = checks.seed(0 if seed is None else seed, x)
     lo, hi = checks.box(clip, x)
     if not isinstance(project, bool):
         raise TypeError(f"project must be a bool, got {type(project).__name__} {project!r}")
-    args = (x, grad, *eps, *alpha, *noise, *seed, project, *lo, *hi)
-    return _apply("fgsm_step", (x, grad), args, out)
+    return _apply("fgsm_step", (x, grad), (alpha, eps, noise, lo, hi, seed), out, project)
 
 
 def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
@@ -117,7 +127,7 @@ def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
     alpha = checks.step_size(alpha, None, x)
     eps = checks.radius("eps", eps, x)
     lo, hi = checks.box(clip, x)
-    return _apply("pgd_step", (x_adv, grad, x), (x_adv, grad, x, *alpha, *eps, *lo, *hi), out)
+    return _apply("pgd_step", (x_adv, grad, x), (alpha, eps, lo, hi), out)
 
 
 def fgsm_step_(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX):

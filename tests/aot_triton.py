@@ -77,14 +77,14 @@ def cases(size=1 << 16):
         x = torch.zeros(16, size // 16, dtype=x_type)
         out = torch.zeros_like(x, dtype=f32 if x_type == u8 else x_type)
         grad = torch.zeros_like(x, dtype=grad_type)
-        box, eps = (0.0, None, 1.0, None), (8 / 255, None)
+        box, eps = (0.0, 1.0), 8 / 255
         name = f"{str(x_type)[6:]} grad {str(grad_type)[6:]}"
-        yield f"pgd_step {name}", "pgd_step", (out.clone(), grad, x, 2 / 255, None, *eps, *box, out)
-        yield f"fgsm_step {name}", "fgsm_step", (x, grad, *eps, *eps, 0.0, None, 0, None, True, *box, out)
-        rs = (x, grad, *eps, 10 / 255, None, *eps, 7, None, True, *box, out)
+        yield f"pgd_step {name}", "pgd_step", (out, out.clone(), grad, x, 2 / 255, eps, *box)
+        yield f"fgsm_step {name}", "fgsm_step", (out, x, grad, True, eps, eps, 0.0, *box, 0)
+        rs = (out, x, grad, True, 10 / 255, eps, eps, *box, 7)
         yield f"fgsm_step with noise {name}", "fgsm_step", rs
         if grad_type in (x_type, f32):
-            yield f"random_init {str(x_type)[6:]}", "random_init", (x, *eps, 7, None, *box, out)
+            yield f"random_init {str(x_type)[6:]}", "random_init", (out, x, eps, *box, 7)
 
 
 def main(capabilities):
@@ -99,9 +99,9 @@ def main(capabilities):
         x = torch.zeros(4, 3, 8, 8)
         eps = torch.zeros(4, 1, 1, 1)
         seeds = torch.zeros(4, dtype=torch.int64)
-        box = (0.0, None, 1.0, None)
         image, out = x[..., ::2], x[..., 1::2].clone()
-        triton_kernels.fgsm_step(image, image, 0.0, eps, 0.1, None, 0.0, eps, 0, seeds, True, *box, out)
+        numbers, tensors = (0.1, 0.0, 0.0, 0.0, 1.0, 0), (None, eps, eps, None, None, seeds)
+        triton_kernels.fgsm_step(out, image, image, True, *numbers, *tensors)
         results.append(facts("fgsm_step with noise, any layout", capability))
     json.dump(results, sys.stdout)
 

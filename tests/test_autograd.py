@@ -241,11 +241,10 @@ def test_tensors_made_in_inference_mode_can_be_used_outside(backend):
 
 def raw_calls(t, out):
     """Arguments of the raw ops, numbers only."""
-    box = (0.0, None, 1.0, None)
     return {
-        "random_init": (t["x"], 0.1, None, 3, None, *box, out),
-        "fgsm_step": (t["x"], t["grad"], 0.1, None, 0.1, None, 0.2, None, 3, None, True, *box, out),
-        "pgd_step": (t["x_adv"], t["grad"], t["x"], 0.05, None, 0.1, None, *box, out),
+        "random_init": (out, t["x"], 0.1, 0.0, 1.0, 3),
+        "fgsm_step": (out, t["x"], t["grad"], True, 0.1, 0.1, 0.2, 0.0, 1.0, 3),
+        "pgd_step": (out, t["x_adv"], t["grad"], t["x"], 0.05, 0.1, 0.0, 1.0),
     }
 
 

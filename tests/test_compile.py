@@ -161,22 +161,17 @@ def test_export(backend):
         same_bits(program.module()(*args), every_op(*args))
 
 
-def box(device, tensors):
-    lo, hi = torch.full((1, SHAPE[1], 1, 1), 0.1, device=device), torch.tensor(0.9, device=device)
-    return (0.0, lo, 1.0, hi) if tensors else (0.0, None, 1.0, None)
-
-
 def raw_calls(device, tensors):
     """Arguments of the raw ops: parameters all numbers, or all tensors with seeds per sample."""
     x, x_adv, grad = inputs(device)
-    p = torch.full((SHAPE[0], 1, 1, 1), 0.1, device=device) if tensors else None
-    seed = torch.arange(SHAPE[0], device=device) if tensors else None
     out = torch.full_like(x, torch.nan)
-    b = box(device, tensors)
+    p = torch.full((SHAPE[0], 1, 1, 1), 0.1, device=device)
+    box = (torch.full((1, SHAPE[1], 1, 1), 0.1, device=device), torch.tensor(0.9, device=device))
+    seed = torch.arange(SHAPE[0], device=device)
     return {
-        "random_init": (x, 0.1, p, 3, seed, *b, out),
-        "fgsm_step": (x, grad, 0.1, p, 0.1, p, 0.2, p, 3, seed, True, *b, out),
-        "pgd_step": (x_adv, grad, x, 0.05, p, 0.1, p, *b, out),
+        "random_init": (out, x, 0.1, 0.0, 1.0, 3, *((p, *box, seed) if tensors else ())),
+        "fgsm_step": (out, x, grad, True, 0.1, 0.1, 0.2, 0.0, 1.0, 3, *((p, p, p, *box, seed) if tensors else ())),
+        "pgd_step": (out, x_adv, grad, x, 0.05, 0.1, 0.0, 1.0, *((p, p, *box) if tensors else ())),
     }
 
 

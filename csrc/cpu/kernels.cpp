@@ -46,41 +46,52 @@ constexpr int kLanes = 2;
 #endif
 typedef uint64_t Lanes __attribute__((vector_size(8 * kLanes)));
 
-// kLanes groups from `first` on; the upper halves of the lanes hold what no later step looks at.
-inline __attribute__((always_inline)) void random_bits_lanes(uint64_t key, uint64_t first, uint64_t* words) {
-  Lanes c0, c1, c2 = {}, c3 = {}, multiplier0, multiplier1;
-  for (int i = 0; i < kLanes; ++i) {
-    c0[i] = first + i;
-    multiplier0[i] = 0xD2511F53u;
-    multiplier1[i] = 0xCD9E8D57u;
+// kSets * kLanes groups from `counter` on, the sets interleaved: a round is a chain of its own latencies. The upper
+// halves of the lanes hold what no later step looks at.
+constexpr int kSets = 4, kGroups = kSets * kLanes;
+static_assert(kTile / 8 % kGroups == 0);
+
+inline __attribute__((always_inline)) void random_bits_lanes(uint64_t key, const Lanes* counter, uint64_t* words) {
+  const Lanes multiplier0 = Lanes{} + 0xD2511F53u, multiplier1 = Lanes{} + 0xCD9E8D57u;
+  Lanes c0[kSets], c1[kSets], c2[kSets] = {}, c3[kSets] = {};
+  for (int s = 0; s < kSets; ++s) {
+    c0[s] = counter[s];
+    c1[s] = counter[s] >> 32;
   }
-  c1 = c0 >> 32;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   FASTADV_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const Lanes p0 = FASTADV_WIDE(c0, multiplier0), p1 = FASTADV_WIDE(c2, multiplier1);
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
-    c3 = p0;
+    FASTADV_UNROLL
+    for (int s = 0; s < kSets; ++s) {
+      const Lanes p0 = FASTADV_WIDE(c0[s], multiplier0), p1 = FASTADV_WIDE(c2[s], multiplier1);
+      c0[s] = (p1 >> 32) ^ c1[s] ^ k0;
+      c1[s] = p1;
+      c2[s] = (p0 >> 32) ^ c3[s] ^ k1;
+      c3[s] = p0;
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  const Lanes w01 = (c0 & 0xffffffffu) | (c1 << 32), w23 = (c2 & 0xffffffffu) | (c3 << 32);
-  for (int i = 0; i < kLanes; ++i) {
-    words[2 * i] = w01[i];
-    words[2 * i + 1] = w23[i];
+  for (int s = 0; s < kSets; ++s) {
+    const Lanes w01 = (c0[s] & 0xffffffffu) | (c1[s] << 32), w23 = (c2[s] & 0xffffffffu) | (c3[s] << 32);
+    for (int i = 0; i < kLanes; ++i) {
+      words[2 * (s * kLanes + i)] = w01[i];
+      words[2 * (s * kLanes + i) + 1] = w23[i];
+    }
   }
 }
 
 void random_bits_tile(uint64_t key, uint64_t first, int64_t groups, uint64_t* words, Ahead ahead) {
   constexpr int64_t kCacheLine = 64;
-  for (int64_t i = 0; i < groups; i += kLanes) {
+  Lanes counter[kSets];
+  for (int i = 0; i < kGroups; ++i) counter[i / kLanes][i % kLanes] = first + i;
+  for (int64_t i = 0; i < groups; i += kGroups) {
     for (int s = 0; s < 2; ++s) {
       const int64_t bytes = ahead.bytes_per_group[s];
-      for (int64_t b = i * bytes; b < (i + kLanes) * bytes; b += kCacheLine) __builtin_prefetch(ahead.streams[s] + b);
+      for (int64_t b = i * bytes; b < (i + kGroups) * bytes; b += kCacheLine) __builtin_prefetch(ahead.streams[s] + b);
     }
-    random_bits_lanes(key, first + i, words + 2 * i);
+    random_bits_lanes(key, counter, words + 2 * i);
+    for (Lanes& c : counter) c += kGroups;
   }
 }
 

@@ -5,7 +5,7 @@
 
 namespace fastadv {
 
-constexpr int kTile = 4096;  // elements; a tile's few arrays stay in the L2 cache (measured: see benchmarks/NOTES.md)
+constexpr int kTile = 512;  // elements; a tile's few arrays stay in the L1 cache (measured: see benchmarks/NOTES.md)
 
 struct Ahead {
   const char* streams[2] = {};  // null: none
@@ -18,9 +18,9 @@ struct Kernels {
   // dst[i] = src[i * stride] as the compute type [float64, float32], from each DType; grads keep their sign.
   void (*load[2][5])(const void* src, int64_t stride, int64_t n, void* dst);
   void (*load_grad[2][4])(const void* src, int64_t stride, int64_t n, void* dst);
-  // The 16 random bits of the 8 * groups elements from group `first` on: two 64-bit words a group. Writes up to 7
-  // groups more. Meanwhile memory would idle, so what the next loops read is fetched: `ahead`, of so many bytes a
-  // group.
+  // The 16 random bits of the 8 * groups elements from group `first` on: two 64-bit words a group. Writes a multiple of
+  // 32 groups, kTile's at most. Meanwhile memory would idle, so what the next loops read is fetched: `ahead`, of so
+  // many bytes a group.
   void (*random_bits)(uint64_t key, uint64_t first, int64_t groups, uint64_t* words, Ahead ahead);
   // [compute type][result type][whether each parameter is an array, else the one value it points to]; all but `out` are
   // of the compute type.

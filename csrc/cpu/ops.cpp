@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "../call.h"
 #include "../philox.h"
@@ -193,7 +192,7 @@ class Start {
   const Call& call_;
   DType result_;
   StartParameters<C> params_;
-  alignas(64) uint64_t words_[kTile / 4 + 16];  // see Kernels::random_bits
+  alignas(64) uint64_t words_[kTile / 4];
   alignas(64) C x_[kTile];
 };
 
@@ -203,6 +202,8 @@ class Step {
   explicit Step(const Call& call) : call_(call), params_(call, call.dtype(kOut)) {}
 
   // x0: the tile's start in the compute type, or null: then it is the operand kX0, and kX where there is none.
+  void operator()(const Tile& tile) { run(tile, nullptr); }
+
   void run(const Tile& tile, const C* x0) {
     params_.refresh(call_, tile, call_.dtype(kOut));
     const C* x = fetch(call_, kX, tile, x_);
@@ -221,13 +222,13 @@ class Step {
   alignas(64) uint64_t out_[kTile];
 };
 
-// make_worker() once per thread's share, then worker(tile) for its tiles, on PyTorch's threads.
-template <class MakeWorker>
-void for_tiles(const Call& call, const MakeWorker& make_worker) {
+// A worker for each thread's share of the tiles, on PyTorch's threads.
+template <class Worker>
+void for_tiles(const Call& call) {
   const int64_t size = call.walk.block_size, per_block = (size + kTile - 1) / kTile;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min<int64_t>(size, kTile));
   torch::stable::parallel_for(0, call.walk.blocks * per_block, grain, [&](int64_t begin, int64_t end) {
-    auto worker = make_worker();
+    Worker worker(call);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t position = i % per_block * kTile;
       worker(Tile{i / per_block, position, std::min<int64_t>(kTile, size - position)});
@@ -236,52 +237,60 @@ void for_tiles(const Call& call, const MakeWorker& make_worker) {
 }
 
 template <class C>
-void run_random_init(const Call& call) {
-  for_tiles(call, [&] {
-    return [&call, start = Start<C>(call, call.dtype(kOut)),
-            buffer = std::vector<uint64_t>(kTile)](const Tile& tile) mutable {
-      const Result result(call, tile, buffer.data());
-      start.run(tile, result.data());
-      result.done();
-    };
-  });
-}
+class RandomInit {
+ public:
+  explicit RandomInit(const Call& call) : call_(call), start_(call, call.dtype(kOut)) {}
 
-template <class C>
-void run_step(const Call& call) {
-  for_tiles(call, [&] { return [step = Step<C>(call)](const Tile& tile) mutable { step.run(tile, nullptr); }; });
-}
+  void operator()(const Tile& tile) {
+    const Result result(call_, tile, out_);
+    start_.run(tile, result.data());
+    result.done();
+  }
+
+ private:
+  const Call& call_;
+  Start<C> start_;
+  alignas(64) uint64_t out_[kTile];
+};
 
 // FGSM from a random start. The start is what random_init returns: in x's dtype (float32 for uint8) and in its compute
 // type, C0, which is not C where only out is float64.
 template <class C0, class C>
-void run_fgsm_from_noise(const Call& call) {
-  const DType start_type = call.dtype(kX) == DType::kUInt8 ? DType::kFloat32 : call.dtype(kX);
-  const Load widen = isa().load[kComputeIndex<C>][index_of(start_type)];
-  for_tiles(call, [&] {
-    return [=, start = Start<C0>(call, start_type), step = Step<C>(call), stored = std::vector<uint64_t>(kTile),
-            x0 = std::vector<C>(kTile)](const Tile& tile) mutable {
-      start.run(tile, stored.data());
-      if (start_type == kComputeType<C>) return step.run(tile, reinterpret_cast<const C*>(stored.data()));
-      widen(stored.data(), 1, tile.count, x0.data());
-      step.run(tile, x0.data());
-    };
-  });
-}
+class StepFromNoise {
+ public:
+  explicit StepFromNoise(const Call& call)
+      : type_(call.dtype(kX) == DType::kUInt8 ? DType::kFloat32 : call.dtype(kX)), start_(call, type_), step_(call) {}
+
+  void operator()(const Tile& tile) {
+    start_.run(tile, stored_);
+    if (type_ == kComputeType<C>) return step_.run(tile, reinterpret_cast<const C*>(stored_));
+    isa().load[kComputeIndex<C>][index_of(type_)](stored_, 1, tile.count, x0_);
+    step_.run(tile, x0_);
+  }
+
+ private:
+  DType type_;
+  Start<C0> start_;
+  Step<C> step_;
+  alignas(64) uint64_t stored_[kTile];
+  alignas(64) C x0_[kTile];
+};
 
 }  // namespace
 
 void random_init(const Call& call, void*) {
-  call.any_float64() ? run_random_init<double>(call) : run_random_init<float>(call);
+  call.any_float64() ? for_tiles<RandomInit<double>>(call) : for_tiles<RandomInit<float>>(call);
 }
 
-void pgd_step(const Call& call, void*) { call.any_float64() ? run_step<double>(call) : run_step<float>(call); }
+void pgd_step(const Call& call, void*) {
+  call.any_float64() ? for_tiles<Step<double>>(call) : for_tiles<Step<float>>(call);
+}
 
 void fgsm_step(const Call& call, void* stream) {
   if (!call.has_noise) return pgd_step(call, stream);
-  if (!call.any_float64()) return run_fgsm_from_noise<float, float>(call);
-  call.dtype(kX) == DType::kFloat64 ? run_fgsm_from_noise<double, double>(call)
-                                    : run_fgsm_from_noise<float, double>(call);
+  if (!call.any_float64()) return for_tiles<StepFromNoise<float, float>>(call);
+  call.dtype(kX) == DType::kFloat64 ? for_tiles<StepFromNoise<double, double>>(call)
+                                    : for_tiles<StepFromNoise<float, double>>(call);
 }
 
 void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const int64_t* restart, uint32_t word3,

@@ -18,7 +18,7 @@ def _passes(t, lo, hi):
     return (lo <= t) & (t <= hi)
 
 
-def _random_init_masks(x, noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t):
+def _random_init_masks(x, noise, lo, hi, seed, noise_t=None, lo_t=None, hi_t=None, seed_t=None):
     c = reference.compute_dtype(x)
     noise, lo, hi = (reference.parameter(*p, x, c) for p in ((noise, noise_t), (lo, lo_t), (hi, hi_t)))
     t = reference.to_compute(x, c) + reference.draw_noise(x, noise, reference.seed_tensor(seed, seed_t, x), c)
@@ -34,20 +34,23 @@ def _project_masks(x0, grad, x, c, alpha, eps, lo, hi):
     return _passes(t, lo, hi), _passes(d, -eps, eps), free
 
 
-def _pgd_step_masks(x_adv, grad, x, alpha, alpha_t, eps, eps_t, lo, lo_t, hi, hi_t):
+def _pgd_step_masks(x_adv, grad, x, alpha, eps, lo, hi, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
     c = reference.compute_dtype(x_adv, x)
     pairs = ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
     p, m, _ = _project_masks(x_adv, grad, x, c, *(reference.parameter(*pair, x, c) for pair in pairs))
     return {0: p & m, 2: p & ~m}
 
 
-def _fgsm_step_masks(x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t):
+def _fgsm_step_masks(
+    x, grad, project, alpha, eps, noise, lo, hi, seed,
+    alpha_t=None, eps_t=None, noise_t=None, lo_t=None, hi_t=None, seed_t=None,
+):  # fmt: skip
     c = reference.compute_dtype(x)
     x0, inside = x, torch.ones_like(x, dtype=torch.bool)
     if noise_t is not None or noise != 0:
-        start = (noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t)
+        start = (noise, lo, hi, seed, noise_t, lo_t, hi_t, seed_t)
         x0 = result_like(x)
-        reference.random_init(x, *start, x0)
+        reference.random_init(x0, x, *start)
         inside = _random_init_masks(x, *start)[0]
     pairs = ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
     params = [reference.parameter(*pair, x, c) for pair in pairs]
@@ -67,7 +70,7 @@ class Step(torch.autograd.Function):
         ctx.args = [None if isinstance(a, torch.Tensor) else a for a in args]
         ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in args))
         out = result_like(args[0])
-        run(name, serving(out.device), (*args, out))
+        run(name, serving(out.device), (out, *args))
         return out
 
     @staticmethod

@@ -81,56 +81,61 @@ def _parameter_tensor(name, t, x):
         )
 
 
-def number_or_tensor(name, value, x):
-    """A parameter as the ops take it: (number, None) or (0.0, tensor)."""
-    if type(value) is float:
-        number = value
-    elif isinstance(value, torch.Tensor):
+def _parameter(name, value, x):
+    """A parameter as a float or a tensor."""
+    if isinstance(value, torch.Tensor):
         _parameter_tensor(name, value, x)
-        return 0.0, value
-    else:
-        number = _real(name, value)
+        return value
+    number = _real(name, value)
     if number != number:
         raise ValueError(f"{name} must not be NaN")
-    return number, None
+    return number
 
 
 def radius(name, value, x, *, finite=False):
-    """eps or noise: at least 0."""
-    pair = number_or_tensor(name, value, x)
-    if pair[0] < 0.0:
+    """eps or noise, a float or a tensor: at least 0."""
+    if type(value) is float and 0.0 <= value < math.inf:
+        return value
+    radius = _parameter(name, value, x)
+    if isinstance(radius, torch.Tensor):
+        return radius
+    if radius < 0.0:
         raise ValueError(f"{name} must be at least 0, got {value}")
-    if finite and pair[0] == math.inf:
+    if finite and radius == math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
-    return pair
+    return radius
 
 
 def step_size(alpha, eps, x):
-    """alpha, or eps's pair where it is None."""
-    default = alpha is None and eps is not None
-    pair = eps if default else number_or_tensor("alpha", alpha, x)
-    if abs(pair[0]) == math.inf:
-        got = "eps = inf: give a finite alpha" if default else alpha
+    """alpha, a float or a tensor; eps where it is None."""
+    size = eps if alpha is None else alpha
+    if type(size) is float and -math.inf < size < math.inf:
+        return size
+    size = _parameter("alpha", size, x)
+    if not isinstance(size, torch.Tensor) and abs(size) == math.inf:
+        got = "eps = inf: give a finite alpha" if alpha is None else alpha
         raise ValueError(f"alpha must be finite, got {got}")
-    return pair
+    return size
 
 
 def box(clip, x):
-    """clip = (lo, hi) as two parameters."""
+    """clip = (lo, hi), floats or tensors."""
     try:
         lo, hi = clip
     except (TypeError, ValueError):
         raise TypeError(f"clip must be a pair (lo, hi), got {clip!r}") from None
-    lo, hi = number_or_tensor("clip[0]", lo, x), number_or_tensor("clip[1]", hi, x)
-    if lo[1] is None and hi[1] is None and lo[0] > hi[0]:
-        raise ValueError(f"clip must be (lo, hi) with lo <= hi, got ({lo[0]}, {hi[0]})")
+    if type(lo) is float and type(hi) is float and lo <= hi:
+        return lo, hi
+    lo, hi = _parameter("clip[0]", lo, x), _parameter("clip[1]", hi, x)
+    if not isinstance(lo, torch.Tensor) and not isinstance(hi, torch.Tensor) and lo > hi:
+        raise ValueError(f"clip must be (lo, hi) with lo <= hi, got ({lo}, {hi})")
     return lo, hi
 
 
 def seed(value, x):
-    """A seed as the ops take it: (int64, None) or (0, tensor with one element or one per sample)."""
+    """A seed: an int64, or a tensor with one element or one per sample."""
     if type(value) is int and 0 <= value < 2**63:
-        return value, None
+        return value
     if isinstance(value, torch.Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor, got {value.dtype}")
@@ -141,12 +146,12 @@ def seed(value, x):
                 f"seed must have one element or shape (N,) with N = x.shape[0], got shape {tuple(value.shape)} "
                 f"for x of {tuple(x.shape)}"
             )
-        return 0, value.contiguous()
+        return value.contiguous()
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(value).__name__}")
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"seed must be in [-2^63, 2^64), got {value}")
-    return as_int64(int(value)), None
+    return as_int64(int(value))
 
 
 # ---------------------------------------------------------------- out=

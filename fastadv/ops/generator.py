@@ -16,7 +16,7 @@ def new_seed(device="cpu"):
 def _philox(seed, index, restart, word3):
     seed, index, restart = (t.contiguous() for t in torch.broadcast_tensors(seed, index, restart))
     out = torch.empty((*index.shape, 4), dtype=torch.int64, device=index.device)
-    run("philox", serving(index.device), (seed, index, restart, word3, out))
+    run("philox", serving(index.device), (out, seed, index, restart, word3))
     return out
 
 

@@ -354,13 +354,14 @@ def _launch(x, x0, grad, out, seed, params, flags):
         )  # fmt: skip
 
 
-def random_init(x, noise, noise_t, seed, seed_t, lo, lo_t, hi, hi_t, out):
+def random_init(out, x, noise, lo, hi, seed, noise_t=None, lo_t=None, hi_t=None, seed_t=None):
     params = [(0.0, None), (0.0, None), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
     _launch(x, None, None, out, seed_tensor(seed, seed_t, x), params, (True, False, False, False))
 
 
 def fgsm_step(
-    x, grad, eps, eps_t, alpha, alpha_t, noise, noise_t, seed, seed_t, project, lo, lo_t, hi, hi_t, out
+    out, x, grad, project, alpha, eps, noise, lo, hi, seed,
+    alpha_t=None, eps_t=None, noise_t=None, lo_t=None, hi_t=None, seed_t=None,
 ):  # fmt: skip
     has_noise = noise_t is not None or noise != 0
     seed = seed_tensor(seed, seed_t, x) if has_noise else None
@@ -368,12 +369,12 @@ def fgsm_step(
     _launch(x, None, grad, out, seed, params, (has_noise, True, False, project))
 
 
-def pgd_step(x_adv, grad, x, alpha, alpha_t, eps, eps_t, lo, lo_t, hi, hi_t, out):
+def pgd_step(out, x_adv, grad, x, alpha, eps, lo, hi, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
     params = [(alpha, alpha_t), (eps, eps_t), (0.0, None), (lo, lo_t), (hi, hi_t)]
     _launch(x, x_adv, grad, out, None, params, (False, True, True, True))
 
 
-def philox(seed, index, restart, word3, out):
+def philox(out, seed, index, restart, word3):
     n = index.numel()
     with torch.cuda.device(index.device) if index.is_cuda else _HERE:
         philox_kernel[(triton.cdiv(max(n, 1), BLOCK),)](seed, index, restart, word3, out, n, BLOCK=BLOCK)
