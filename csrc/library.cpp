@@ -139,8 +139,8 @@ class Arguments {
   Call call_;
 };
 
-void random_init_op(const Tensor& out, const Tensor& x, double noise, double lo, double hi, int64_t seed,
-                    const Optional& noise_t, const Optional& lo_t, const Optional& hi_t, const Optional& seed_t) {
+void random_init_op(const Tensor& out, const Tensor& x, double noise, int64_t seed, double lo, double hi,
+                    const Optional& noise_t, const Optional& seed_t, const Optional& lo_t, const Optional& hi_t) {
   Arguments args(x, out);
   args.parameter(kNoise, noise, noise_t, "noise");
   args.parameter(kLo, lo, lo_t, "clip[0]");
@@ -150,8 +150,8 @@ void random_init_op(const Tensor& out, const Tensor& x, double noise, double lo,
 }
 
 void fgsm_step_op(const Tensor& out, const Tensor& x, const Tensor& grad, bool project, double alpha, double eps,
-                  double noise, double lo, double hi, int64_t seed, const Optional& alpha_t, const Optional& eps_t,
-                  const Optional& noise_t, const Optional& lo_t, const Optional& hi_t, const Optional& seed_t) {
+                  double noise, int64_t seed, double lo, double hi, const Optional& alpha_t, const Optional& eps_t,
+                  const Optional& noise_t, const Optional& seed_t, const Optional& lo_t, const Optional& hi_t) {
   Arguments args(x, out);
   args.image(kGrad, grad, "grad");
   args.parameter(kEps, eps, eps_t, "eps");

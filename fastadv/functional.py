@@ -27,13 +27,9 @@ __all__ = ["fgsm_step", "fgsm_step_", "new_seed", "pgd_step", "pgd_step_", "rand
 _BOX = (0.0, 1.0)
 
 
-def _apply(name, images, parameters, out, *flags):
+def _apply(name, images, parameters, box, out, *flags):
     """Run the op into `out`, or into a new tensor like its first argument."""
-    args = (*images, *flags, *parameters)
-    for p in parameters:
-        if type(p) is not float and type(p) is not int:
-            args = (*images, *flags, *_split(parameters))
-            break
+    args = (*images, *flags, *_short(parameters, box))
     try:
         if torch.is_grad_enabled():
             for t in images if out is None else (*images, out):
@@ -57,10 +53,14 @@ def _apply(name, images, parameters, out, *flags):
         return out.copy_(result)
 
 
-def _split(parameters):
-    """The ops' form of parameters among which are tensors: all numbers, then all tensors."""
-    tensors = [p if isinstance(p, torch.Tensor) else None for p in parameters]
-    return *(p if t is None else 0 for p, t in zip(parameters, tensors, strict=True)), *tensors
+def _short(parameters, box):
+    """The ops' form of parameters: numbers, then tensors; what is left at its default at the end is left out."""
+    for p in (*parameters, *box):
+        if type(p) is not float and type(p) is not int:
+            tensors = [p if isinstance(p, torch.Tensor) else None for p in (*parameters, *box)]
+            numbers = [p if t is None else 0 for p, t in zip((*parameters, *box), tensors, strict=True)]
+            return *numbers, *tensors
+    return parameters if box == _BOX else (*parameters, *box)
 
 
 def _differentiate(name, args, out):
@@ -89,8 +89,7 @@ def random_init(x, noise, *, seed=None, clip=_BOX, out=None):
         seed = new_seed(x.device)
     seed = checks.seed(seed, x)
     noise = checks.radius("noise", noise, x, finite=True)
-    lo, hi = checks.box(clip, x)
-    return _apply("random_init", (x,), (noise, lo, hi, seed), out)
+    return _apply("random_init", (x,), (noise, seed), checks.box(clip, x), out)
 
 
 def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX, out=None):
@@ -110,10 +109,10 @@ def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, c
     if seed is None and (isinstance(noise, torch.Tensor) or noise != 0.0):
         raise ValueError("seed is missing: with noise, pass the seed that random_init got for the gradient's start")
     seed = checks.seed(0 if seed is None else seed, x)
-    lo, hi = checks.box(clip, x)
+    box = checks.box(clip, x)
     if not isinstance(project, bool):
         raise TypeError(f"project must be a bool, got {type(project).__name__} {project!r}")
-    return _apply("fgsm_step", (x, grad), (alpha, eps, noise, lo, hi, seed), out, project)
+    return _apply("fgsm_step", (x, grad), (alpha, eps, noise, seed), box, out, project)
 
 
 def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
@@ -126,8 +125,7 @@ def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
     """
     alpha = checks.step_size(alpha, None, x)
     eps = checks.radius("eps", eps, x)
-    lo, hi = checks.box(clip, x)
-    return _apply("pgd_step", (x_adv, grad, x), (alpha, eps, lo, hi), out)
+    return _apply("pgd_step", (x_adv, grad, x), (alpha, eps), checks.box(clip, x), out)
 
 
 def fgsm_step_(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX):

@@ -80,11 +80,11 @@ def cases(size=1 << 16):
         box, eps = (0.0, 1.0), 8 / 255
         name = f"{str(x_type)[6:]} grad {str(grad_type)[6:]}"
         yield f"pgd_step {name}", "pgd_step", (out, out.clone(), grad, x, 2 / 255, eps, *box)
-        yield f"fgsm_step {name}", "fgsm_step", (out, x, grad, True, eps, eps, 0.0, *box, 0)
-        rs = (out, x, grad, True, 10 / 255, eps, eps, *box, 7)
+        yield f"fgsm_step {name}", "fgsm_step", (out, x, grad, True, eps, eps, 0.0, 0, *box)
+        rs = (out, x, grad, True, 10 / 255, eps, eps, 7, *box)
         yield f"fgsm_step with noise {name}", "fgsm_step", rs
         if grad_type in (x_type, f32):
-            yield f"random_init {str(x_type)[6:]}", "random_init", (out, x, eps, *box, 7)
+            yield f"random_init {str(x_type)[6:]}", "random_init", (out, x, eps, 7, *box)
 
 
 def main(capabilities):
@@ -100,8 +100,8 @@ def main(capabilities):
         eps = torch.zeros(4, 1, 1, 1)
         seeds = torch.zeros(4, dtype=torch.int64)
         image, out = x[..., ::2], x[..., 1::2].clone()
-        numbers, tensors = (0.1, 0.0, 0.0, 0.0, 1.0, 0), (None, eps, eps, None, None, seeds)
-        triton_kernels.fgsm_step(out, image, image, True, *numbers, *tensors)
+        numbers, tensors = (0.1, 0.0, 0.0, 0), (None, eps, eps, seeds)
+        triton_kernels.fgsm_step(out, image, image, True, *numbers, 0.0, 1.0, *tensors, None, None)
         results.append(facts("fgsm_step with noise, any layout", capability))
     json.dump(results, sys.stdout)
 

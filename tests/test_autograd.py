@@ -242,8 +242,8 @@ def test_tensors_made_in_inference_mode_can_be_used_outside(backend):
 def raw_calls(t, out):
     """Arguments of the raw ops, numbers only."""
     return {
-        "random_init": (out, t["x"], 0.1, 0.0, 1.0, 3),
-        "fgsm_step": (out, t["x"], t["grad"], True, 0.1, 0.1, 0.2, 0.0, 1.0, 3),
+        "random_init": (out, t["x"], 0.1, 3),
+        "fgsm_step": (out, t["x"], t["grad"], True, 0.1, 0.1, 0.2, 3, 0.1, 0.9),
         "pgd_step": (out, t["x_adv"], t["grad"], t["x"], 0.05, 0.1, 0.0, 1.0),
     }
 

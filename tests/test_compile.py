@@ -169,8 +169,8 @@ def raw_calls(device, tensors):
     box = (torch.full((1, SHAPE[1], 1, 1), 0.1, device=device), torch.tensor(0.9, device=device))
     seed = torch.arange(SHAPE[0], device=device)
     return {
-        "random_init": (out, x, 0.1, 0.0, 1.0, 3, *((p, *box, seed) if tensors else ())),
-        "fgsm_step": (out, x, grad, True, 0.1, 0.1, 0.2, 0.0, 1.0, 3, *((p, p, p, *box, seed) if tensors else ())),
+        "random_init": (out, x, 0.1, 3, *((0.0, 1.0, p, seed, *box) if tensors else ())),
+        "fgsm_step": (out, x, grad, True, 0.1, 0.1, 0.2, 3, *((0.0, 1.0, p, p, p, seed, *box) if tensors else (0.1,))),
         "pgd_step": (out, x_adv, grad, x, 0.05, 0.1, 0.0, 1.0, *((p, p, *box) if tensors else ())),
     }
 

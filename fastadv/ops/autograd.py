@@ -18,7 +18,7 @@ def _passes(t, lo, hi):
     return (lo <= t) & (t <= hi)
 
 
-def _random_init_masks(x, noise, lo, hi, seed, noise_t=None, lo_t=None, hi_t=None, seed_t=None):
+def _random_init_masks(x, noise, seed, lo=0.0, hi=1.0, noise_t=None, seed_t=None, lo_t=None, hi_t=None):
     c = reference.compute_dtype(x)
     noise, lo, hi = (reference.parameter(*p, x, c) for p in ((noise, noise_t), (lo, lo_t), (hi, hi_t)))
     t = reference.to_compute(x, c) + reference.draw_noise(x, noise, reference.seed_tensor(seed, seed_t, x), c)
@@ -34,7 +34,7 @@ def _project_masks(x0, grad, x, c, alpha, eps, lo, hi):
     return _passes(t, lo, hi), _passes(d, -eps, eps), free
 
 
-def _pgd_step_masks(x_adv, grad, x, alpha, eps, lo, hi, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
+def _pgd_step_masks(x_adv, grad, x, alpha, eps, lo=0.0, hi=1.0, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
     c = reference.compute_dtype(x_adv, x)
     pairs = ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
     p, m, _ = _project_masks(x_adv, grad, x, c, *(reference.parameter(*pair, x, c) for pair in pairs))
@@ -42,13 +42,13 @@ def _pgd_step_masks(x_adv, grad, x, alpha, eps, lo, hi, alpha_t=None, eps_t=None
 
 
 def _fgsm_step_masks(
-    x, grad, project, alpha, eps, noise, lo, hi, seed,
-    alpha_t=None, eps_t=None, noise_t=None, lo_t=None, hi_t=None, seed_t=None,
+    x, grad, project, alpha, eps, noise, seed, lo=0.0, hi=1.0,
+    alpha_t=None, eps_t=None, noise_t=None, seed_t=None, lo_t=None, hi_t=None,
 ):  # fmt: skip
     c = reference.compute_dtype(x)
     x0, inside = x, torch.ones_like(x, dtype=torch.bool)
     if noise_t is not None or noise != 0:
-        start = (noise, lo, hi, seed, noise_t, lo_t, hi_t, seed_t)
+        start = (noise, seed, lo, hi, noise_t, seed_t, lo_t, hi_t)
         x0 = result_like(x)
         reference.random_init(x0, x, *start)
         inside = _random_init_masks(x, *start)[0]

@@ -135,7 +135,7 @@ def seed_tensor(seed, seed_t, x):
     return torch.full((), seed, dtype=torch.int64, device=x.device) if seed_t is None else seed_t
 
 
-def random_init(out, x, noise, lo, hi, seed, noise_t=None, lo_t=None, hi_t=None, seed_t=None):
+def random_init(out, x, noise, seed, lo=0.0, hi=1.0, noise_t=None, seed_t=None, lo_t=None, hi_t=None):
     c = compute_dtype(x, out)
     noise, lo, hi = (parameter(*p, x, c) for p in ((noise, noise_t), (lo, lo_t), (hi, hi_t)))
     x_c = to_compute(x, c)
@@ -152,22 +152,22 @@ def _step(x0, grad, x, alpha, eps, lo, hi, dtype, project=True):
     return _finish(t, x, eps, lo, hi, dtype)
 
 
-def pgd_step(out, x_adv, grad, x, alpha, eps, lo, hi, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
+def pgd_step(out, x_adv, grad, x, alpha, eps, lo=0.0, hi=1.0, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
     c = compute_dtype(x_adv, x, out)
     alpha, eps, lo, hi = (parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t)))
     out.copy_(_step(to_compute(x_adv, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype))
 
 
 def fgsm_step(
-    out, x, grad, project, alpha, eps, noise, lo, hi, seed,
-    alpha_t=None, eps_t=None, noise_t=None, lo_t=None, hi_t=None, seed_t=None,
+    out, x, grad, project, alpha, eps, noise, seed, lo=0.0, hi=1.0,
+    alpha_t=None, eps_t=None, noise_t=None, seed_t=None, lo_t=None, hi_t=None,
 ):  # fmt: skip
     c = compute_dtype(x, out)
     x0 = x
     if noise_t is not None or noise != 0:
         # What random_init returned and the model saw: in x's dtype, whatever out's is.
         x0 = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
-        random_init(x0, x, noise, lo, hi, seed, noise_t, lo_t, hi_t, seed_t)
+        random_init(x0, x, noise, seed, lo, hi, noise_t, seed_t, lo_t, hi_t)
     alpha, eps, lo, hi = (parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t)))
     out.copy_(_step(to_compute(x0, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype, project))
 

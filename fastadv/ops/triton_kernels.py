@@ -354,14 +354,14 @@ def _launch(x, x0, grad, out, seed, params, flags):
         )  # fmt: skip
 
 
-def random_init(out, x, noise, lo, hi, seed, noise_t=None, lo_t=None, hi_t=None, seed_t=None):
+def random_init(out, x, noise, seed, lo=0.0, hi=1.0, noise_t=None, seed_t=None, lo_t=None, hi_t=None):
     params = [(0.0, None), (0.0, None), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
     _launch(x, None, None, out, seed_tensor(seed, seed_t, x), params, (True, False, False, False))
 
 
 def fgsm_step(
-    out, x, grad, project, alpha, eps, noise, lo, hi, seed,
-    alpha_t=None, eps_t=None, noise_t=None, lo_t=None, hi_t=None, seed_t=None,
+    out, x, grad, project, alpha, eps, noise, seed, lo=0.0, hi=1.0,
+    alpha_t=None, eps_t=None, noise_t=None, seed_t=None, lo_t=None, hi_t=None,
 ):  # fmt: skip
     has_noise = noise_t is not None or noise != 0
     seed = seed_tensor(seed, seed_t, x) if has_noise else None
@@ -369,7 +369,7 @@ def fgsm_step(
     _launch(x, None, grad, out, seed, params, (has_noise, True, False, project))
 
 
-def pgd_step(out, x_adv, grad, x, alpha, eps, lo, hi, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
+def pgd_step(out, x_adv, grad, x, alpha, eps, lo=0.0, hi=1.0, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
     params = [(alpha, alpha_t), (eps, eps_t), (0.0, None), (lo, lo_t), (hi, hi_t)]
     _launch(x, x_adv, grad, out, None, params, (False, True, True, True))
 
