@@ -1,8 +1,25 @@
 """Adversarial attacks: a model and its labels in, images out (`adv = attack(images, labels)`)."""
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.fgsm import FGSM, NFGSM
-from fastadv.attacks.pgd import PGD
+from fastadv.attacks.fgsm import FFGSM, FGSM, NFGSM
+from fastadv.attacks.l2 import PGDL2
+from fastadv.attacks.losses import LOSSES
+from fastadv.attacks.normalized import Normalized
+from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.presets import PRESETS, by_name
 
-__all__ = ["FGSM", "NFGSM", "PGD", "PRESETS", "Attack", "by_name"]
+__all__ = [
+    "BIM",
+    "FFGSM",
+    "FGSM",
+    "LOSSES",
+    "MIFGSM",
+    "NFGSM",
+    "PGD",
+    "PGDL2",
+    "PRESETS",
+    "TPGD",
+    "Attack",
+    "Normalized",
+    "by_name",
+]

@@ -1,71 +1,412 @@
-"""What every attack has in common: its calling convention, its checks and its manners."""
+"""What every attack has in common: its calling convention, its options, its checks and its manners."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from fastadv.attacks.gradient import InputGradient
-from fastadv.attacks.state import as_normal, frozen
+from fastadv.attacks.engine import Engine, GraphEngine, Slots
+from fastadv.attacks.losses import LOSSES
+from fastadv.attacks.normalized import Normalized
+from fastadv.attacks.objective import Objective
+from fastadv.attacks.state import TRAINING_MODES, as_normal, frozen
+from fastadv.functional import new_seed, random_init, sample_seeds
+
+TARGETED = (False, True, "random", "least_likely")
 
 
 class Attack(ABC):
-    """An attack on `model` within `eps` (L-inf, in pixels of [0, 1]).
+    """An attack on `model` within `eps`, in pixels of [0, 1].
 
-    While it runs the model is in eval mode and its parameters do not require grad, so that no weight
-    gradient is computed. The model is left exactly as it was found, also when it raises: train flags,
-    requires_grad, `.grad`, buffers. A model that is not an `nn.Module` is called as it is.
+    While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
+    The model is left exactly as it was found, also when it raises: train flags, requires_grad, `.grad`, buffers.
+    A model that is not an `nn.Module` is called as it is; one under DistributedDataParallel is attacked through its
+    `.module`. Its logits are its output, the output's attribute or key `logits`, or the output's first entry.
+
+    Args:
+        model: any callable from images to logits (N, C). `Normalized(model, mean, std)` where it takes normalised
+            images: these stay in [0, 1] and eps in pixels.
+        eps: budget.
+        targeted: False; True: the labels given are the targets; "random": a class other than the label; or
+            "least_likely": the class with the smallest logit on the clean image.
+        loss: "ce", "margin", "dlr", "kl" (from the model's output on the clean images), or a callable from
+            (outputs, targets) to one value per sample; targets are then whatever was passed as labels.
+        restarts: the attack is run so often from other random starts, and the strongest result is kept for each
+            image: one that is misclassified if there is any, and among those the one with the largest loss.
+        training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
+        autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
+            and bfloat16 keeps it; float16 can lose small gradients.
+        memory_format: of the images while they are attacked, such as torch.channels_last (convert the model yourself).
+        compile: run the model and the loss under torch.compile; a batch smaller than the first is filled up, so that
+            nothing is compiled twice.
+        graph: capture one iteration per shape as a CUDA graph and replay it.
+        chunk: attack so many images at a time, for less memory.
 
     Raises:
-        ValueError: eps is not in [0, 1].
+        TypeError, ValueError: an option is of a wrong type or value.
     """
 
-    def __init__(self, model: Callable, eps: float):
-        if not 0 <= eps <= 1:
-            raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
+    steps = 1
+    draws = False  # whether it needs a seed
+    largest_eps = 1.0
+
+    def __init__(
+        self,
+        model: Callable,
+        eps: float,
+        *,
+        targeted: bool | str = False,
+        loss: str | Callable = "ce",
+        restarts: int = 1,
+        training_mode: str = "eval",
+        autocast: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        compile: bool = False,
+        graph: bool = False,
+        chunk: int | None = None,
+    ):
+        self._check_eps(eps)
+        if targeted not in TARGETED:
+            raise ValueError(f"targeted must be one of {', '.join(map(repr, TARGETED))}, got {targeted!r}")
+        if not callable(loss) and loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
+        if targeted and loss == "kl":
+            raise ValueError("the loss kl has no target class: leave targeted at False, or choose another loss")
+        for name, value in (("restarts", restarts), ("chunk", 1 if chunk is None else chunk)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if training_mode not in TRAINING_MODES:
+            raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
+        if graph and not torch.cuda.is_available():
+            raise RuntimeError(
+                "graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither"
+            )
         self.model = model
         self.eps = eps
+        self.targeted = targeted
+        self.loss = loss
+        self.restarts = restarts
+        self.training_mode = training_mode
+        self.autocast = autocast
+        self.memory_format = memory_format
+        self.compile = compile
+        self.graph = graph
+        self.chunk = chunk
+        inner, self._normalization = _unwrapped(model)
+        self.objective = Objective(inner, loss, targeted=bool(targeted), autocast=autocast, compiled=compile)
+        self._first = True
+        self._width = 0  # the batch size that was compiled
+        self._graphs: dict[tuple, GraphEngine] = {}
+
+    # ------------------------------------------------------------------ what an attack is
+
+    @abstractmethod
+    def start(self, slots: Slots) -> None:
+        """Write the first iterate into `slots`."""
+
+    @abstractmethod
+    def step(self, slots: Slots, grad: torch.Tensor) -> None:
+        """Write the next iterate; `grad` is with respect to `slots.input`."""
+
+    def prepare(self, slots: Slots) -> None:  # noqa: B027 (most attacks keep nothing)
+        """Make what the attack keeps in `slots.memory`, as it is before the first step."""
+
+    # ------------------------------------------------------------------ calling it
 
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, *, seed: int | torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        eps: float | torch.Tensor | None = None,
+        seed: int | torch.Tensor | None = None,
+        x_init: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Adversarial images; `images` are not changed. Works under no_grad and inference_mode.
+        """Adversarial images: the last iterate. `images` are not changed. Works under no_grad and inference_mode.
 
         Args:
             images: (N, ...) in [0, 1], any floating-point type, or uint8 meaning images / 255.
-            labels: int64 (N,) on the images' device, each in [0, classes).
-            seed: of the random start: an int, or an int64 tensor with one element or of shape (N,).
-                None draws one from torch's generator on the images' device.
+            labels: int64 (N,) on the images' device, each in [0, classes); for the loss "ce" also float (N, C), soft
+                labels; for a loss of your own anything with N rows. None means the model's own predictions.
+            eps: instead of the attack's: a number, or a tensor (N,) for one per sample.
+            seed: of the random start: an int, or an int64 tensor with one element or of shape (N,). None draws one
+                from torch's generator on the images' device.
+            x_init: images to start from, instead of the attack's own start.
 
         Returns:
             A tensor like `images` (float32 for uint8), detached, within eps of them and in [0, 1].
 
         Raises:
-            TypeError: images or labels are of a wrong type or dtype, or the model's output is.
-            ValueError: labels of a wrong shape or device, or out of range.
+            TypeError: images, labels or x_init are of a wrong type or dtype, or the model's output is.
+            ValueError: a wrong shape, device or value. Values of labels are looked at in the first batch only.
         """
-        _check_batch(images, labels)
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.model):
-            gradient = InputGradient(self.model, as_normal(labels))
-            return self.perturb(as_normal(images), gradient, seed)
+        self._check_batch(images, labels, x_init)
+        with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode):
+            x = as_normal(images)
+            if self.memory_format is not None:
+                x = x.contiguous(memory_format=self.memory_format)
+            seed = _scalar(seed)
+            if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
+                seed = new_seed(x.device)
+            self.objective.nonfinite = 0
+            if self._first:
+                self._check_values(x, labels)
+            try:
+                targets = self._targets(x, labels, seed)
+                adv = self._attack(x, targets, self._budget(eps, x), seed, x_init)
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)}, or autocast"
+                ) from error
+            self._first = False
+            self._report()
+        return adv
 
-    @abstractmethod
-    def perturb(self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None) -> torch.Tensor:
-        """The attack itself, on checked images, under no_grad, with the model frozen."""
+    def _attack(self, x, targets, eps, seed, x_init):
+        n = len(x)
+        if self.chunk is not None and n > self.chunk:
+            if seed is not None:  # each chunk needs noise of its own
+                seed = sample_seeds(seed, *_index(seed, n, x.device))
+            parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
+            return torch.cat(
+                [self._run(x[p], targets[p], _part(eps, p), _part(seed, p), _part(x_init, p)) for p in parts]
+            )
+        return self._run(x, targets, eps, seed, x_init)
+
+    def _run(self, x, targets, eps, seed, x_init):
+        n = len(x)
+        pad = self._width - n if self.compile and self.training_mode == "eval" else 0
+        if pad > 0:
+            x, targets, eps, seed, x_init = (_padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
+        self._width = max(self._width, n)
+        adv = self._strongest(x, targets, eps, seed, x_init)
+        return adv[:n] if pad > 0 else adv
+
+    def _strongest(self, x, targets, eps, seed, x_init):
+        best = None
+        for restart in range(self.restarts):
+            if restart > 0:
+                x_init = None
+                again = sample_seeds(seed, *_index(seed, len(x), x.device), restart=restart)
+            engine = self._engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
+            engine.run()
+            adv = x.clone() if engine.slots.adv is None else engine.slots.adv
+            if self.restarts == 1:
+                return adv.clone() if self.graph else adv
+            losses, logits = self.objective.judge(engine.slots.input, targets)
+            best = _stronger(best, (adv, losses, self.fooled(logits, targets)))
+        return best[0]
+
+    def slots(self, x, targets, eps, seed, x_init=None) -> Slots:
+        """New slots for these images; `seed` may be None for an attack that draws nothing."""
+        adv = None
+        if x_init is not None:
+            adv = random_init(as_normal(x_init).to(_float(x)), 0.0, seed=0)  # a copy in the box
+            if self.memory_format is not None:
+                adv = adv.contiguous(memory_format=self.memory_format)
+        slots = Slots(x, targets, eps, seed, adv=adv)
+        if self._normalization is not None:
+            slots.z = torch.empty_like(x, dtype=_float(x))
+            if adv is not None:
+                slots.z.copy_(self._normalization(adv))
+        return slots
+
+    def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
+        """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes."""
+        if logits is None or targets.is_floating_point():
+            return None
+        return (logits.argmax(1) == targets) == bool(self.targeted)
+
+    def _engine(self, slots: Slots) -> Engine:
+        if not self.graph:
+            return Engine(self, slots)
+        tensors = slots.tensors()
+        eps = slots.eps if not isinstance(slots.eps, torch.Tensor) else None
+        key = (eps, slots.given, *((n, t.shape, t.stride(), t.dtype, t.device) for n, t in tensors.items()))
+        if key not in self._graphs:
+            self._graphs[key] = GraphEngine(self, slots)
+        engine = self._graphs[key]
+        engine.load(slots)
+        return engine
+
+    def also(self, slots: Slots) -> dict:
+        """Keywords for the ops: with normalisation they write the model's next input too."""
+        return {} if slots.z is None else {"normalization": self._normalization, "z": slots.z}
+
+    def in_pixels(self, grad: torch.Tensor) -> torch.Tensor:
+        """A gradient with respect to the model's input as one with respect to the image, in float32 at least."""
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        if self._normalization is None:
+            return grad
+        return grad * self._normalization.parameters(grad.ndim, grad.dtype, grad.device)[1]
+
+    # ------------------------------------------------------------------ targets
+
+    def _targets(self, x, labels, seed):
+        """What the loss compares with."""
+        if self.loss == "kl":
+            return labels if labels is not None and labels.is_floating_point() else self._clean_logits(x).softmax(1)
+        if labels is not None and self.targeted in (False, True):
+            return as_normal(labels)
+        logits = self._clean_logits(x)
+        if labels is None:
+            labels = logits.argmax(1)
+        if self.targeted == "least_likely":
+            return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
+        if self.targeted == "random":
+            classes = logits.shape[1]
+            draw = sample_seeds(seed, *_index(seed, len(x), x.device), restart=2**32 - 1) & 0xFFFFFFFF
+            return (labels + 1 + draw % (classes - 1)) % classes
+        return labels
+
+    def _clean_logits(self, x):
+        pixels = random_init(x, 0.0, seed=0) if x.dtype == torch.uint8 else x
+        return self.objective.logits(pixels if self._normalization is None else self._normalization(pixels))
+
+    # ------------------------------------------------------------------ checks
+
+    def _warn_of_step(self, alpha) -> None:
+        if alpha is not None and alpha > 2 * self.eps:
+            warnings.warn(
+                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: a step crosses the ball",
+                stacklevel=4,
+            )
+
+    def _check_eps(self, eps) -> None:
+        if not 0 <= eps <= self.largest_eps:
+            raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
+
+    def _budget(self, eps, x):
+        if eps is None:
+            return self.eps
+        if not isinstance(eps, torch.Tensor):
+            self._check_eps(eps)
+            return eps
+        if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
+            raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
+        return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
+
+    def _check_batch(self, images, labels, x_init) -> None:
+        if not isinstance(images, torch.Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8):
+            raise TypeError(f"images must be a float or uint8 tensor, got {getattr(images, 'dtype', type(images))}")
+        if images.ndim == 0:
+            raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
+        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
+        if parameter is not None and parameter.device != images.device:
+            raise ValueError(f"images are on {images.device} and the model is on {parameter.device}: move one of them")
+        if x_init is not None and (not isinstance(x_init, torch.Tensor) or x_init.shape != images.shape):
+            raise ValueError(f"x_init must be a tensor of the images' shape {tuple(images.shape)}")
+        if labels is None:
+            if callable(self.loss) or self.targeted is True:
+                raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
+            return
+        soft = self.loss in ("ce", "kl") and isinstance(labels, torch.Tensor) and labels.ndim == 2
+        if not isinstance(labels, torch.Tensor) or not (
+            callable(self.loss) or labels.dtype == torch.int64 or (soft and labels.is_floating_point())
+        ):
+            raise TypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels))}")
+        rows_only = callable(self.loss) or (soft and labels.is_floating_point())
+        if (labels.shape[:1] if rows_only else labels.shape) != images.shape[:1]:
+            raise ValueError(
+                f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
+            )
+        if labels.device != images.device:
+            raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+
+    def _check_values(self, x, labels) -> None:
+        """In the first batch only, because it waits for the device: cross_entropy skips a label of -100 without a
+        word, and one that is too large kills a CUDA context."""
+        if not len(x):
+            return
+        if x.is_floating_point():
+            low, high = torch.stack(x.aminmax()).tolist()
+            if low < 0 or high > 1:
+                warnings.warn(
+                    f"the images are in [{low:.3g}, {high:.3g}], and eps is in pixels of [0, 1]: if they are "
+                    "normalised, pass them as they were before, and Normalized(model, mean, std) as the model",
+                    stacklevel=3,
+                )
+        if labels is None or labels.dtype != torch.int64 or callable(self.loss) or labels.ndim != 1:
+            return
+        low, high = torch.stack(labels.aminmax()).tolist()
+        if low < 0:
+            raise ValueError(f"labels must not be negative, got {low}")
+        self.objective.check_classes(high, self._clean_logits(x) if self.compile else None)
+
+    def _report(self) -> None:
+        count = self.objective.nonfinite
+        if isinstance(count, torch.Tensor) and count.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if int(count):
+            warnings.warn(
+                f"{int(count)} losses were not finite; those samples took no step there. Is the model in a half "
+                "precision that its logits leave?",
+                stacklevel=3,
+            )
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value}" for name, value in vars(self).items() if name != "model")
-        return f"{type(self).__name__}({settings})"
+        shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        hidden = ("model", "objective", "draws")
+        settings = (f"{name}={_shown(name, value)}" for name, value in shown.items() if name not in hidden)
+        return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(settings)})"
 
 
-def _check_batch(images: torch.Tensor, labels: torch.Tensor) -> None:
-    if not isinstance(images, torch.Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise TypeError(f"images must be a float or uint8 tensor, got {getattr(images, 'dtype', type(images))}")
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels))}")
-    if images.ndim == 0 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
-        )
-    if labels.device != images.device:
-        raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+def _unwrapped(model):
+    """(what is called, its normalisation or None)."""
+    normalization = None
+    while isinstance(model, (Normalized, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, Normalized):
+            model, normalization = model.model, model.normalization
+        else:
+            model = model.module
+    return model, normalization
+
+
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(N,) as (N, 1, ...), to go with `like`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _stronger(best, new):
+    if best is None:
+        return new
+    better = new[1] > best[1]
+    if new[2] is not None:
+        better = (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
+    return tuple(
+        None if b is None else torch.where(per_sample(better, b), n, b) for n, b in zip(new, best, strict=True)
+    )
+
+
+def _float(x):
+    return x.dtype if x.is_floating_point() else torch.float32
+
+
+def _scalar(seed):
+    return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed
+
+
+def _index(seed, n, device):
+    """The samples' numbers behind a seed: seeds that are one per sample already need none."""
+    per_sample = isinstance(seed, torch.Tensor) and seed.numel() != 1
+    return (torch.zeros(n, dtype=torch.int64, device=device) if per_sample else torch.arange(n, device=device),)
+
+
+def _part(value, part):
+    rows = isinstance(value, torch.Tensor) and value.ndim > 0 and value.numel() > 1
+    return value[part] if rows else value
+
+
+def _padded(value, n, pad):
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != n:
+        return value
+    return torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
+
+
+def _shown(name, value):
+    if name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
+        in_255 = round(value * 255, 6)
+        return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
+    return getattr(value, "__name__", None) or repr(value)

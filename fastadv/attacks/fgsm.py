@@ -5,46 +5,78 @@ from collections.abc import Callable
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.gradient import InputGradient
-from fastadv.functional import fgsm_step, new_seed, random_init
+from fastadv.attacks.engine import Slots
+from fastadv.functional import fgsm_step, pgd_step_, random_init
 
 
 class FGSM(Attack):
     """One step along the sign of the gradient; with `noise`, from a random start (FGSM-RS).
 
-    `FGSM(model, eps)` is Goodfellow et al. 2015 (arXiv 1412.6572, section 4);
-    `FGSM(model, eps, alpha=1.25 * eps, noise=eps)` is Wong et al. 2020 (arXiv 2001.03994, algorithm 3).
+    Goodfellow et al. 2015 (arXiv 1412.6572, section 4).
 
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the ball around the image, in pixels of [0, 1].
         alpha: step size in the same unit; None means eps.
-        noise: half-width of the uniform random start, in the same unit.
+        noise: half-width of the uniform random start, in the same unit; None means eps.
+        options: see `Attack`.
     """
 
     project = True
+    NOISE = 1  # times eps, where noise is None
 
-    def __init__(self, model: Callable, eps: float, *, alpha: float | None = None, noise: float = 0.0):
-        super().__init__(model, eps)
-        self.alpha = eps if alpha is None else alpha
+    def __init__(
+        self, model: Callable, eps: float = 8 / 255, *, alpha: float | None = None, noise: float | None = 0.0, **options
+    ):
+        super().__init__(model, eps, **options)
+        self.alpha = alpha
         self.noise = noise
+        self.draws = self._noise(eps) > 0
+        self._warn_of_step(alpha)
 
-    def perturb(self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None) -> torch.Tensor:
-        if self.noise and seed is None:
-            seed = new_seed(images.device)
-        start = images
-        if self.noise or images.dtype == torch.uint8:  # without noise, random_init only converts
-            start = random_init(images, self.noise, seed=seed if self.noise else 0)
-        # The step makes the same start again from the seed instead of loading it.
-        return fgsm_step(
-            images,
-            gradient(start),
-            self.eps,
-            alpha=self.alpha,
-            noise=self.noise,
-            seed=seed,
+    def _noise(self, eps: float | torch.Tensor) -> float | torch.Tensor:
+        return self.noise if self.noise is not None else self.NOISE * eps
+
+    def start(self, slots: Slots) -> None:
+        # Without noise random_init only converts, which a float image that the model takes as it is does not need.
+        if self.draws or slots.x.dtype == torch.uint8 or slots.adv is not None or slots.z is not None:
+            seed = slots.seed if self.draws else 0
+            slots.adv = random_init(slots.x, self._noise(slots.eps), seed=seed, out=slots.adv, **self.also(slots))
+
+    def step(self, slots: Slots, grad: torch.Tensor) -> None:
+        alpha = slots.eps if self.alpha is None else self.alpha
+        if slots.given and self.project:
+            pgd_step_(slots.adv, grad, slots.x, alpha=alpha, eps=slots.eps, **self.also(slots))
+            return
+        # The step makes the same start again from the seed instead of loading it; a start that was given has no seed.
+        x, noise = (slots.adv, 0.0) if slots.given else (slots.x, self._noise(slots.eps))
+        slots.adv = fgsm_step(
+            x,
+            grad,
+            slots.eps,
+            alpha=alpha,
+            noise=noise,
+            seed=slots.seed if self.draws else None,
             project=self.project,
+            out=slots.adv,
+            **self.also(slots),
         )
+
+
+class FFGSM(FGSM):
+    """FGSM from a random start (FGSM-RS), by torchattacks' name and defaults.
+
+    Wong et al. 2020 (arXiv 2001.03994, algorithm 3).
+
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball and half-width of the random start, in pixels of [0, 1].
+        alpha: step size in the same unit.
+        options: see `Attack`.
+    """
+
+    def __init__(self, model: Callable, eps: float = 8 / 255, alpha: float = 10 / 255, **options):
+        super().__init__(model, eps, alpha=alpha, noise=None, **options)
 
 
 class NFGSM(FGSM):
@@ -58,9 +90,19 @@ class NFGSM(FGSM):
         eps: the budget, in pixels of [0, 1].
         noise: half-width of the uniform random start, in the same unit; None means 2 eps.
         alpha: step size in the same unit; None means eps.
+        options: see `Attack`.
     """
 
     project = False
+    NOISE = 2
 
-    def __init__(self, model: Callable, eps: float, *, noise: float | None = None, alpha: float | None = None):
-        super().__init__(model, eps, alpha=alpha, noise=2 * eps if noise is None else noise)
+    def __init__(
+        self,
+        model: Callable,
+        eps: float = 8 / 255,
+        *,
+        noise: float | None = None,
+        alpha: float | None = None,
+        **options,
+    ):
+        super().__init__(model, eps, alpha=alpha, noise=noise, **options)

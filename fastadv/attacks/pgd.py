@@ -1,12 +1,13 @@
-"""The iterated attack."""
+"""The iterated L-inf attacks."""
 
 from collections.abc import Callable
 
 import torch
 
-from fastadv.attacks.base import Attack
-from fastadv.attacks.gradient import InputGradient
-from fastadv.functional import pgd_step_, random_init
+from fastadv.attacks.base import Attack, per_sample
+from fastadv.attacks.engine import Slots
+from fastadv.attacks.noise import gaussian
+from fastadv.functional import pgd_step, pgd_step_, random_init
 
 
 class PGD(Attack):
@@ -18,23 +19,98 @@ class PGD(Attack):
         alpha: step size in the same unit.
         steps: number of steps, at least 1.
         random_start: start at a uniformly random point of the ball, else at the image.
+        options: see `Attack`.
 
     Raises:
         ValueError: eps is not in [0, 1], or steps is below 1.
     """
 
-    def __init__(self, model: Callable, eps: float, alpha: float, steps: int, *, random_start: bool = True):
-        super().__init__(model, eps)
+    def __init__(
+        self,
+        model: Callable,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        **options,
+    ):
+        super().__init__(model, eps, **options)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.alpha = alpha
         self.steps = steps
-        self.random_start = random_start
+        self.random_start = self.draws = random_start
+        self._warn_of_step(alpha)
 
-    def perturb(self, images: torch.Tensor, gradient: InputGradient, seed: int | torch.Tensor | None) -> torch.Tensor:
+    def start(self, slots: Slots) -> None:
         # Without noise random_init is an exact copy (or conversion of uint8); it then needs no draw.
-        noise, seed = (self.eps, seed) if self.random_start else (0.0, 0)
-        adv = random_init(images, noise, seed=seed)
-        for _ in range(self.steps):
-            pgd_step_(adv, gradient(adv), images, alpha=self.alpha, eps=self.eps)
-        return adv
+        noise, seed = (slots.eps, slots.seed) if self.random_start else (0.0, 0)
+        slots.adv = random_init(slots.x, noise, seed=seed, out=slots.adv, **self.also(slots))
+
+    def step(self, slots: Slots, grad: torch.Tensor) -> None:
+        pgd_step_(slots.adv, grad, slots.x, alpha=self.alpha, eps=slots.eps, **self.also(slots))
+
+
+class BIM(PGD):
+    """The basic iterative method, PGD from the image itself: Kurakin et al. 2017 (arXiv 1607.02533, section 2.2).
+
+    Args: as PGD's, without random_start.
+    """
+
+    def __init__(self, model: Callable, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options):
+        super().__init__(model, eps, alpha, steps, False, **options)
+
+
+class TPGD(PGD):
+    """The attack of TRADES: PGD on the divergence from the model's output on the clean image.
+
+    Zhang et al. 2019 (arXiv 1901.08573, section 5). Labels are not needed: `atk(images)`.
+
+    Args: as PGD's; the start is the image plus Gaussian noise of deviation 0.001.
+    """
+
+    START = 0.001
+
+    def __init__(self, model: Callable, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options):
+        super().__init__(model, eps, alpha, steps, **{"loss": "kl", **options})
+
+    def start(self, slots: Slots) -> None:
+        near = random_init(slots.x, 0.0, seed=0)
+        near += self.START * gaussian(near, slots.seed)
+        # A step along no gradient brings it into the ball and the box, and writes the model's input.
+        slots.adv = pgd_step(
+            near, torch.zeros_like(near), slots.x, alpha=0.0, eps=slots.eps, out=slots.adv, **self.also(slots)
+        )
+
+
+class MIFGSM(PGD):
+    """PGD with momentum, from the image itself: Dong et al. 2018 (arXiv 1710.06081, algorithm 1).
+
+    Args: as PGD's, without random_start, and
+        decay: the momentum's factor, mu.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        decay: float = 1.0,
+        **options,
+    ):
+        super().__init__(model, eps, alpha, steps, False, **options)
+        self.decay = decay
+
+    def prepare(self, slots: Slots) -> None:
+        dtype = torch.promote_types(slots.input.dtype, torch.float32)
+        if "momentum" not in slots.memory:
+            slots.memory["momentum"] = torch.empty_like(slots.x, dtype=dtype)
+        slots.memory["momentum"].zero_()
+
+    def step(self, slots: Slots, grad: torch.Tensor) -> None:
+        momentum = slots.memory["momentum"]
+        grad = self.in_pixels(grad).nan_to_num(0.0)
+        norm = per_sample(grad.abs().flatten(1).sum(1), grad)
+        momentum.mul_(self.decay).add_(grad / norm.clamp_min(torch.finfo(grad.dtype).tiny))
+        super().step(slots, momentum)

@@ -1,11 +1,12 @@
-"""The training attacks by name, with the settings of their papers."""
+"""Attacks by name, with the settings of their papers."""
 
 import inspect
 from collections.abc import Callable
 
 from fastadv.attacks.base import Attack
 from fastadv.attacks.fgsm import FGSM, NFGSM
-from fastadv.attacks.pgd import PGD
+from fastadv.attacks.l2 import PGDL2
+from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
 PRESETS = {
@@ -13,11 +14,18 @@ PRESETS = {
     "fgsm-rs": (FGSM, lambda eps: {"alpha": 1.25 * eps, "noise": eps}),
     "nfgsm": (NFGSM, lambda eps: {}),
     "pgd": (PGD, lambda eps: {"alpha": eps / 4, "steps": 7}),
+    "pgd-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 10}),
+    "pgd-20": (PGD, lambda eps: {"alpha": eps / 4, "steps": 20}),
+    "pgd-50-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 50, "restarts": 10}),
+    "bim": (BIM, lambda eps: {"alpha": eps / 4, "steps": 10}),
+    "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
+    "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),
+    "pgdl2": (PGDL2, lambda eps: {"alpha": eps / 5, "steps": 20}),
 }
 
 
 def by_name(name: str, model: Callable, eps: float, **changes: float | None) -> Attack:
-    """The attack called `name` (a key of PRESETS), with `changes` (alpha, noise, steps) to its settings.
+    """The attack called `name` (a key of PRESETS), with `changes` to its settings (alpha, noise, steps) and options.
 
     A change of None leaves the preset's value.
 
@@ -29,6 +37,6 @@ def by_name(name: str, model: Callable, eps: float, **changes: float | None) -> 
     attack, settings = PRESETS[name]
     changes = {key: value for key, value in changes.items() if value is not None}
     for key in changes:
-        if key not in inspect.signature(attack).parameters:
+        if not any(key in inspect.signature(known).parameters for known in (attack, Attack)):
             raise ValueError(f"the attack {name} has no setting {key!r}")
     return attack(model, eps, **{**settings(eps), **changes})

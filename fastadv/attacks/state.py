@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+TRAINING_MODES = ("eval", "as_is", "batch_norm")
+
 
 @contextmanager
 def flags_kept(model: Callable) -> Iterator[None]:
@@ -27,14 +29,28 @@ def flags_kept(model: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: Callable) -> Iterator[None]:
-    """Every module in eval mode and no parameter requiring grad, until the end."""
+def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
+    """No parameter requiring grad and the modules in `training_mode`, until the end.
+
+    "eval": every module in eval mode. "as_is": as found, so that dropout draws and batch-norm uses the batch.
+    "batch_norm": batch-norm in train mode, the rest in eval mode. Buffers, such as running statistics, are put back
+    in both of the latter.
+    """
     with flags_kept(model):
-        for module in _modules(model):
-            module.training = False
+        buffers = []
+        if training_mode != "eval" and isinstance(model, nn.Module):
+            buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        if training_mode != "as_is":
+            for module in _modules(model):
+                module.training = training_mode == "batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm)
         for parameter in _parameters(model):
             parameter.requires_grad_(False)
-        yield
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 def as_normal(tensor: torch.Tensor) -> torch.Tensor:

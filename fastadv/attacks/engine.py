@@ -1,0 +1,101 @@
+"""The one loop of all attacks: a fixed number of slots that take steps together.
+
+`attack(images, labels)` is an engine with a slot for each image; an evaluation puts another image into a slot
+whose image is finished. Nothing here reads the device from the host.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fastadv.attacks.base import Attack
+
+WARM_UP = 3  # iterations before a capture: cuDNN's and cuBLAS's choices and workspaces must exist by then
+
+
+class Slots:
+    """What belongs to the images under attack; every tensor has a row for each slot.
+
+    x: clean images; targets: what the loss compares with; eps: float or tensor (N, 1, ...); seed: int, or int64 with
+    one element or (N,); adv: the iterate, None before the start; z: the model's input where normalisation is folded
+    into the steps, else None; given: whether `adv` came from outside, so that it cannot be made again from the seed;
+    memory: tensors that an attack keeps from step to step.
+    """
+
+    def __init__(self, x, targets, eps, seed, *, adv=None, z=None):
+        self.x, self.targets, self.eps, self.seed = x, targets, eps, seed
+        self.adv, self.z = adv, z
+        self.given = adv is not None
+        self.memory: dict[str, torch.Tensor] = {}
+
+    @property
+    def input(self) -> torch.Tensor:
+        """What the model sees: without a random start, and before the first step, the images themselves."""
+        if self.z is not None:
+            return self.z
+        return self.x if self.adv is None else self.adv
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {name: getattr(self, name) for name in ("x", "targets", "eps", "seed", "adv", "z")}
+        return {name: t for name, t in {**named, **self.memory}.items() if isinstance(t, torch.Tensor)}
+
+
+class Engine:
+    """Runs `attack` on `slots`: `start()`, then `iterate()` as often as the attack has steps."""
+
+    def __init__(self, attack: Attack, slots: Slots):
+        self.attack, self.slots = attack, slots
+
+    def start(self) -> None:
+        if not self.slots.given:
+            self.attack.start(self.slots)
+        self.attack.prepare(self.slots)
+
+    def iterate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One gradient and one step; the losses and logits of the iterate before the step."""
+        grad, losses, logits = self.attack.objective.gradient(self.slots.input, self.slots.targets)
+        self.attack.step(self.slots, grad)
+        return losses, logits
+
+    def run(self) -> None:
+        self.start()
+        for _ in range(self.attack.steps):
+            self.iterate()
+
+
+class GraphEngine(Engine):
+    """The same with one iteration captured as a CUDA graph and replayed: `iterate` launches one thing.
+
+    Built for one set of shapes; `load` puts other images into its slots.
+    """
+
+    def __init__(self, attack: Attack, slots: Slots):
+        super().__init__(attack, slots)
+        # Tensors of its own: the graph keeps their addresses.
+        for name, t in slots.tensors().items():
+            setattr(slots, name, t.clone())
+        if slots.adv is None:
+            slots.adv = torch.empty_like(slots.x, dtype=slots.x.dtype if slots.x.is_floating_point() else torch.float32)
+        stream = torch.cuda.Stream(slots.x.device)
+        stream.wait_stream(torch.cuda.current_stream(slots.x.device))
+        with torch.cuda.stream(stream):
+            self.start()
+            for _ in range(WARM_UP):
+                super().iterate()
+        torch.cuda.current_stream(slots.x.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = super().iterate()
+
+    def load(self, slots: Slots) -> None:
+        mine = self.slots.tensors()
+        for name, t in slots.tensors().items():
+            mine[name].copy_(t)
+        self.slots.given = slots.given
+
+    def iterate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._graph.replay()
+        return self._result

@@ -1,0 +1,79 @@
+"""The L2 attacks."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastadv.attacks.base import Attack, per_sample
+from fastadv.attacks.engine import Slots
+from fastadv.attacks.noise import gaussian, uniform_per_sample
+from fastadv.functional import random_init
+
+
+class PGDL2(Attack):
+    """Projected gradient descent on the L2 ball: Madry et al. 2018 (arXiv 1706.06083, section 2.1).
+
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball, the L2 norm of a whole perturbation with pixels in [0, 1].
+        alpha: length of a step.
+        steps: number of steps, at least 1.
+        random_start: start in a random direction at a uniformly random distance within eps, else at the image.
+        eps_for_division: added to the gradient's norm.
+        options: see `Attack`.
+
+    Raises:
+        ValueError: eps is negative, or steps is below 1.
+    """
+
+    largest_eps = float("inf")
+
+    def __init__(
+        self,
+        model: Callable,
+        eps: float = 1.0,
+        alpha: float = 0.2,
+        steps: int = 10,
+        random_start: bool = True,
+        eps_for_division: float = 1e-10,
+        **options,
+    ):
+        super().__init__(model, eps, **options)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = self.draws = random_start
+        self.eps_for_division = eps_for_division
+        self._warn_of_step(alpha)
+
+    def start(self, slots: Slots) -> None:
+        clean = self._clean(slots)
+        delta = torch.zeros_like(clean)
+        if self.random_start:
+            direction = gaussian(clean, slots.seed)
+            far = slots.eps * per_sample(uniform_per_sample(clean, slots.seed), clean)
+            delta = direction * (far / per_sample(l2_norm(direction), clean))
+        self._write(slots, clean, delta)
+
+    def step(self, slots: Slots, grad: torch.Tensor) -> None:
+        clean = self._clean(slots)
+        grad = self.in_pixels(grad).nan_to_num(0.0)
+        step = grad / per_sample(l2_norm(grad) + self.eps_for_division, grad)
+        self._write(slots, clean, slots.adv + self.alpha * step - clean)
+
+    def _clean(self, slots):
+        return random_init(slots.x, 0.0, seed=0) if slots.x.dtype == torch.uint8 else slots.x
+
+    def _write(self, slots, clean, delta):
+        """clean + delta, brought into the ball, then the box."""
+        shrink = (slots.eps / per_sample(l2_norm(delta), delta)).clamp(max=1.0)
+        adv = (clean + delta * shrink).clamp_(0.0, 1.0).to(clean.dtype)
+        slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
+        if slots.z is not None:
+            slots.z.copy_(self._normalization(adv))
+
+
+def l2_norm(t: torch.Tensor) -> torch.Tensor:
+    """Of each sample, in float32 at least."""
+    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.promote_types(t.dtype, torch.float32))

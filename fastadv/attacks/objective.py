@@ -1,0 +1,147 @@
+"""The attacked function: images in, one loss per sample out, and its gradient with respect to the images alone."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from fastadv.attacks.losses import LOSSES
+
+
+class Objective:
+    """A model and a loss; `gradient(x, targets)` is what an attack climbs.
+
+    The losses are summed, not averaged: the sign does not care about the scale, and in half precision a mean pushes
+    small gradients to zero. Logits below float32 are raised to float32 for the same reason. A sample whose loss is
+    not finite adds nothing to the sum and one to `nonfinite`, a tensor on the device.
+
+    Args:
+        model: any callable from images (N, ...) to outputs.
+        loss: a name from LOSSES, of logits; or a callable from (outputs, targets) to one value per sample.
+        targeted: the loss of the targets is minimised.
+        autocast: dtype in which the model runs under torch.autocast; None means as it is.
+        compiled: model and loss run under torch.compile, with one graph per shape.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        loss: str | Callable,
+        *,
+        targeted: bool = False,
+        autocast: torch.dtype | None = None,
+        compiled: bool = False,
+    ):
+        self.model = model
+        self.loss = loss
+        self.targeted = targeted
+        self.autocast = autocast
+        self.compiled = compiled
+        self.nonfinite: torch.Tensor | int = 0
+        self._highest = -1
+        self._total = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+
+    def gradient(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
+        """(gradient of the summed loss, like x; losses (N,); the model's outputs, detached logits where there are any).
+
+        Raises:
+            TypeError: the outputs are no logits, or the losses not one float per sample.
+            RuntimeError: the outputs do not depend on x.
+        """
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            total, losses, logits = self._total(leaf, targets)
+            if not total.requires_grad:
+                raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
+            (grad,) = torch.autograd.grad(total, leaf)
+        losses = losses.detach()
+        self.nonfinite = self.nonfinite + (~losses.isfinite()).sum()
+        return grad, losses, logits
+
+    def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(losses, logits), without a gradient."""
+        with torch.no_grad():
+            _, losses, logits = self._total(x, targets)
+        return losses, logits
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits of x, without a gradient, in float32 at least."""
+        with torch.no_grad(), self._precision(x):
+            outputs = self.model(x)
+        return _raised(find_logits(outputs, len(x)))
+
+    def check_classes(self, highest: int, logits: torch.Tensor | None) -> None:
+        """Refuse labels beyond the logits' classes: now, or in the next call where there are no logits yet."""
+        self._highest = highest
+        if logits is not None:
+            self._check_highest(logits)
+
+    def _check_highest(self, logits):
+        highest, self._highest = self._highest, -1
+        if highest >= logits.shape[1]:
+            raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {highest}")
+
+    def _forward(self, x, targets):
+        with self._precision(x):
+            outputs = self.model(x)
+        if callable(self.loss):
+            logits, losses = None, _per_sample(self.loss(outputs, targets), len(x))
+        else:
+            logits = _raised(find_logits(outputs, len(x)))
+            if self._highest >= 0:
+                self._check_highest(logits)
+            losses = LOSSES[self.loss](logits, targets)
+            logits = logits.detach()
+        if self.targeted:
+            losses = -losses
+        return torch.where(losses.isfinite(), losses, 0).sum(), losses, logits
+
+    def _precision(self, x: torch.Tensor) -> AbstractContextManager:
+        return nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
+
+
+def find_logits(outputs: object, n: int) -> torch.Tensor:
+    """The logits among a model's outputs: these themselves, their attribute or key `logits`, or their first entry.
+
+    Raises:
+        TypeError: what was found is not a float tensor (n, C).
+    """
+    found = outputs
+    if not isinstance(found, torch.Tensor):
+        if getattr(outputs, "logits", None) is not None:
+            found = outputs.logits
+        elif isinstance(outputs, Mapping) and outputs:
+            found = outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
+        elif isinstance(outputs, (tuple, list)) and outputs:
+            found = outputs[0]
+    if not (isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim == 2 and len(found) == n):
+        taken = "" if found is outputs else f", of which the logits would be {_describe(found)}"
+        raise TypeError(
+            f"the model must return logits, a float tensor of shape ({n}, classes); it returned "
+            f"{_describe(outputs)}{taken}. For other outputs pass loss=, a callable from (outputs, targets) to "
+            "one value per sample"
+        )
+    return found
+
+
+def _raised(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _per_sample(losses: object, n: int) -> torch.Tensor:
+    if not (isinstance(losses, torch.Tensor) and losses.is_floating_point() and losses.shape == (n,)):
+        raise TypeError(
+            f"loss must return one value per sample, a float tensor of shape ({n},); it returned "
+            f"{_describe(losses)}. Is its reduction 'none'?"
+        )
+    return losses
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {list(value)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return f"a {type(value).__name__}"
