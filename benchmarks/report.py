@@ -98,10 +98,42 @@ def host_row(r):
     return (r["op"], r["backend"], us["fastadv"], us["allocating"], us["naive"], f"{r['share_of_naive']:.2f}")
 
 
+ATTACK_HEADER = ("attack", "network", "batch", "ms", "x torchattacks", "x backward()", "fastest", "x torchattacks")
+
+
+def ratio(found, name):
+    return f"{found[name]:.2f}" if name in found else "-"
+
+
+def attack_row(r):
+    ms, peers = f"{r['median_seconds']['fastadv'] * 1e3:,.1f}", ("torchattacks", "backward")
+    best = r["best"].removeprefix("fastadv").strip() or "as it is"
+    ratios = [ratio(r["speedup_over"], name) for name in peers]
+    return (r["attack"], r["network"], str(r["batch"]), ms, *ratios, best, ratio(r["best_speedup_over"], peers[0]))
+
+
+MEMORY_HEADER = ("network", "batch", "MB with weights", "of torchattacks", "bf16: activations, MB", "of torchattacks")
+
+
+def memory_row(r):
+    held, row = r["held_bytes"], [r["network"], str(r["batch"])]
+    for name, what in (("fastadv", "with_weights"), ("fastadv bf16", "activations")):
+        shares = {peer: held[name][what] / held[peer][what] for peer in held}
+        row += [f"{held[name][what] / 1e6:.1f}", ratio(shares, "torchattacks")]
+    return tuple(row)
+
+
+KINDS = (
+    ("op", "ops, medians", OP_HEADER, op_row),
+    ("host", "one call on 16 elements", HOST_HEADER, host_row),
+    ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
+    ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
+)
+
+
 def tables(rows):
     """(title, header, rows) of each kind of benchmark among the figures."""
-    kinds = (("op", "ops, medians", OP_HEADER, op_row), ("host", "one call on 16 elements", HOST_HEADER, host_row))
-    for kind, title, header, make in kinds:
+    for kind, title, header, make in KINDS:
         made = [make(r) for r in rows if r["kind"] == kind]
         if made:
             yield title, header, made

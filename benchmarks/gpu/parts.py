@@ -166,6 +166,7 @@ def kernels(out):
 
 # step -> which of the benchmarks, for pytest's -k; an op's hold its host cost.
 BENCHMARKS = {op: op for op in ("pgd_step", "fgsm_step", "fgsm_rs_step", "random_init")}
+BENCHMARKS |= {"attacks": "test_pgd or test_memory"}
 DRY_BENCHMARKS = {"one": "pgd_step-tiny-f32/f32-cpu or host"}
 
 

@@ -150,7 +150,7 @@ class Attack(ABC):
             seed = _scalar(seed)
             if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
                 seed = new_seed(x.device)
-            self.objective.nonfinite = 0
+            self.objective.forget(x.device)
             if self._first:
                 self._check_values(x, labels)
             try:
@@ -270,7 +270,7 @@ class Attack(ABC):
     def _warn_of_step(self, alpha) -> None:
         if alpha is not None and alpha > 2 * self.eps:
             warnings.warn(
-                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: a step crosses the ball",
+                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}",
                 stacklevel=4,
             )
 
@@ -337,7 +337,7 @@ class Attack(ABC):
 
     def _report(self) -> None:
         count = self.objective.nonfinite
-        if isinstance(count, torch.Tensor) and count.is_cuda and torch.cuda.is_current_stream_capturing():
+        if count.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if int(count):
             warnings.warn(

@@ -37,9 +37,15 @@ class Objective:
         self.targeted = targeted
         self.autocast = autocast
         self.compiled = compiled
-        self.nonfinite: torch.Tensor | int = 0
+        self.nonfinite = torch.zeros((), dtype=torch.int64)
         self._highest = -1
         self._total = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+
+    def forget(self, device: torch.device) -> None:
+        """Count from zero, in a tensor on `device` that stays the same: a captured graph keeps its address."""
+        if self.nonfinite.device != device or self.nonfinite.is_inference():
+            self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self.nonfinite.zero_()
 
     def gradient(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
         """(gradient of the summed loss, like x; losses (N,); the model's outputs, detached logits where there are any).
@@ -55,7 +61,7 @@ class Objective:
                 raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
             (grad,) = torch.autograd.grad(total, leaf)
         losses = losses.detach()
-        self.nonfinite = self.nonfinite + (~losses.isfinite()).sum()
+        self.nonfinite += (~losses.isfinite()).sum()
         return grad, losses, logits
 
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

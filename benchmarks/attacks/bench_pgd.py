@@ -1,0 +1,107 @@
+"""PGD-10 beside torchattacks and a loop that calls `backward()`: time, and the memory that autograd holds."""
+
+import pytest
+import timing
+import torch
+from cases import DEVICE
+from contenders import contenders
+from networks import NETWORKS
+
+pytestmark = pytest.mark.benchmark(timer=timing.clock)
+
+STEPS = 10
+
+
+def batch(n):
+    return torch.rand(n, 3, 32, 32, device=DEVICE), torch.randint(0, 10, (n,), device=DEVICE)
+
+
+def reading(call, images, labels):
+    def read():
+        start = timing.time.perf_counter()
+        call(images, labels)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return timing.time.perf_counter() - start
+
+    return read
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_pgd(network, measure):
+    make, n = NETWORKS[network]
+    torch.manual_seed(0)
+    model = make().to(DEVICE).eval()
+    steps, n = (2, 4) if measure.quick else (STEPS, n)
+    images, labels = batch(n)
+    readings = {
+        name: reading(attack, images, labels)
+        for name, attack in contenders(model, steps, DEVICE, measure.quick).items()
+    }
+    for read in readings.values():
+        read()
+    seconds = measure(readings, first="fastadv")
+    median = timing.medians(seconds)
+    best = min((name for name in median if name.startswith("fastadv")), key=median.get)
+    measure.record(
+        kind="attack",
+        attack=f"PGD-{steps}",
+        network=network,
+        batch=n,
+        backend=DEVICE.type,
+        median_seconds=median,
+        relative_iqr=timing.spreads(seconds),
+        best=best,
+        speedup_over={name: value / median["fastadv"] for name, value in median.items()},
+        best_speedup_over={name: value / median[best] for name, value in median.items()},
+    )
+
+
+class Held:
+    """Bytes that autograd holds for a backward pass at most, each storage once, and those of the weights beside it."""
+
+    def __init__(self, model):
+        self.weights = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()
+        }
+        self.now, self.activations = {}, 0
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def pack(self, t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.now[storage.data_ptr()] = storage.nbytes()
+            self.activations = max(self.activations, sum(self.now.values()))
+        return t
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_memory(network, measure):
+    """One step of each: what is held is the same in all."""
+    make, n = NETWORKS[network]
+    torch.manual_seed(0)
+    model = make().to(DEVICE).eval()
+    images, labels = batch(4 if measure.quick else n)
+    held, readings = {}, {}
+    for name, attack in contenders(model, 1, DEVICE, quick=True).items():
+        with Held(model) as counted:
+            attack(images, labels)
+        weights = sum(counted.weights.values())
+        held[name] = {"activations": counted.activations, "with_weights": counted.activations + weights}
+        readings[name] = reading(attack, images, labels)
+    seconds = measure(readings, first="fastadv")
+    measure.record(
+        kind="memory",
+        network=network,
+        batch=len(images),
+        backend=DEVICE.type,
+        held_bytes=held,
+        median_seconds=timing.medians(seconds),
+    )
