@@ -1,0 +1,89 @@
+"""How strong the attacks are on real images, beside torchattacks: the accuracy that each leaves, and its time.
+
+    python benchmarks/attacks/strength.py CIFAR10_FOLDER --out strength.json
+
+CIFAR10_FOLDER holds train.parquet and test.parquet as Hugging Face stores CIFAR-10 (pyarrow and pillow read them).
+A small network is trained adversarially first (FGSM-RS, a minute or two), then attacked on the first test images.
+"""
+
+import argparse
+import io
+import json
+import time
+from pathlib import Path
+
+import contenders
+import environment
+import networks
+import numpy as np
+import pyarrow.parquet
+import torch
+import torchattacks
+from PIL import Image
+
+from fastadv.attacks import PGD
+from fastadv.training import Trainer
+
+EPS, ALPHA = contenders.EPS, contenders.ALPHA
+
+
+def read(path, count):
+    """The first images, uint8 (N, 3, 32, 32), and their labels."""
+    table = pyarrow.parquet.read_table(path).slice(0, count)
+    rows = table.column("image").to_pylist()
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(table.column("label").to_pylist())
+
+
+def timed(call):
+    start = time.perf_counter()
+    return call(), time.perf_counter() - start
+
+
+def accuracy(model, attack, images, labels, batch=250):
+    """Share that is classified correctly on what the attack returns: its last iterate, or the best restart's."""
+    right = 0
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+        adv = attack(x, y)
+        with torch.no_grad():
+            right += int((model(adv).argmax(1) == y).sum())
+    return right / len(labels)
+
+
+def compare(model, images, labels, steps, restarts):
+    ours = PGD(model, EPS, ALPHA, steps, restarts=restarts)
+    one = [torchattacks.PGD(model, eps=EPS, alpha=ALPHA, steps=steps) for _ in range(restarts)]
+    theirs = one[0] if restarts == 1 else torchattacks.MultiAttack(one)
+    row = {"attack": f"PGD-{steps}" + (f"-{restarts}" if restarts > 1 else "")}
+    for name, attack in (("fastadv", ours), ("torchattacks", theirs)):
+        row[name], row[f"{name}_s"] = timed(lambda attack=attack: accuracy(model, attack, images, labels))
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cifar10", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=10_000)
+    parser.add_argument("--test", type=int, default=1_000)
+    parser.add_argument("--epochs", type=int, default=6)
+    args = parser.parse_args()
+    train, test = read(args.cifar10 / "train.parquet", args.train), read(args.cifar10 / "test.parquet", args.test)
+    torch.manual_seed(0)
+    model = networks.conv()
+    settings = {"attack": "fgsm-rs", "epochs": args.epochs, "batch_size": 128, "lr": 3e-3, "warmup": 100}
+    records, seconds = timed(lambda: Trainer(model, EPS, **settings).fit(train, test))
+    model.eval()
+    images, labels = test[0].float() / 255, test[1]
+    with torch.no_grad():
+        clean = float((model(images).argmax(1) == labels).float().mean())
+    rows = []
+    for steps, restarts in ((10, 1), (20, 1), (50, 1), (10, 5)):
+        rows.append(compare(model, images, labels, steps, restarts))
+        print(rows[-1], flush=True)
+    result = {"part": "strength", "training": {**settings, "seconds": seconds, "final": records[-1]}, "clean": clean}
+    args.out.write_text(json.dumps({**result, "attacks": rows, "environment": environment.facts()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
