@@ -318,4 +318,10 @@ FASTADV_HD C step(C x0, C grad, C x, C alpha, C zero, C eps, C lo, C hi) {
   return finish<R>(x + d, x, eps, lo, hi);
 }
 
+// The model's next input for the image w, in Z.
+template <class Z, class C>
+FASTADV_HD Z normalized(C w, C mean, C scale) {
+  return Store<Z>::from(round_to<Z>((w - mean) * scale));
+}
+
 }  // namespace fastadv

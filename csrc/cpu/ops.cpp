@@ -82,16 +82,17 @@ const C* fetch(const Call& call, Slot slot, const Tile& tile, C* buffer) {
   return buffer;
 }
 
-// Where the tile's result goes: out itself, or a buffer whose contents done() then spreads over out.
+// Where a tile's result goes: the operand itself, or a buffer whose contents done() then spreads over it.
 class Result {
  public:
-  Result(const Call& call, const Tile& tile, void* buffer) : call_(call), tile_(tile), buffer_(buffer) {
-    direct_ = in_place(call.walk, kOut, call.dtype(kOut));
+  Result(const Call& call, Slot slot, const Tile& tile, void* buffer)
+      : call_(call), slot_(slot), tile_(tile), buffer_(buffer) {
+    direct_ = in_place(call.walk, slot, call.dtype(slot));
   }
-  void* data() const { return direct_ ? address(call_.walk, kOut, tile_) : buffer_; }
+  void* data() const { return direct_ ? address(call_.walk, slot_, tile_) : buffer_; }
   void done() const {
     if (direct_) return;
-    switch (size_of(call_.dtype(kOut))) {
+    switch (size_of(call_.dtype(slot_))) {
       case 8:
         return scatter<uint64_t>();
       case 4:
@@ -105,16 +106,58 @@ class Result {
   template <class Bits>
   void scatter() const {
     const Bits* from = static_cast<const Bits*>(buffer_);
-    for_runs(call_.walk, kOut, tile_, [&](char* to, int64_t stride, int64_t count) {
+    for_runs(call_.walk, slot_, tile_, [&](char* to, int64_t stride, int64_t count) {
       for (int64_t i = 0; i < count; ++i) reinterpret_cast<Bits*>(to)[i * stride] = from[i];
       from += count;
     });
   }
 
   const Call& call_;
+  Slot slot_;
   const Tile& tile_;
   void* buffer_;
   bool direct_;
+};
+
+// The model's next input, from a tile's result while that is in the cache.
+template <class C>
+class ModelInput {
+ public:
+  explicit ModelInput(const Call& call) : call_(call), period_(call.channels.count * call.channels.inner) {
+    if (call.has(kZ) && period_ <= kTile) fill(0, std::min<int64_t>(call.walk.block_size, kTile) + period_);
+  }
+
+  // image: the tile's result, of out's type.
+  void run(const Tile& tile, const void* image) {
+    if (!call_.has(kZ)) return;
+    if (period_ > kTile) fill(tile.position, tile.count);
+    const int64_t phase = period_ > kTile ? 0 : tile.position % period_;
+    const int c = kComputeIndex<C>;
+    if (call_.dtype(kOut) != kComputeType<C>) {
+      isa().load[c][index_of(call_.dtype(kOut))](image, 1, tile.count, w_);
+      image = w_;
+    }
+    const Result z(call_, kZ, tile, z_);
+    isa().normalize[c][index_of(call_.dtype(kZ))](tile.count, image, mean_ + phase, scale_ + phase, z.data());
+    z.done();
+  }
+
+ private:
+  // What the elements from `position` on take.
+  void fill(int64_t position, int64_t count) {
+    const Channels& all = call_.channels;
+    int64_t channel = position / all.inner % all.count, run = all.inner - position % all.inner;
+    for (int64_t i = 0; i < count; i += run, run = all.inner, channel = channel + 1 < all.count ? channel + 1 : 0) {
+      const int64_t n = std::min(run, count - i);
+      std::fill_n(mean_ + i, n, static_cast<const C*>(all.mean)[channel]);
+      std::fill_n(scale_ + i, n, static_cast<const C*>(all.scale)[channel]);
+    }
+  }
+
+  const Call& call_;
+  const int64_t period_;  // where it is short, what one tile takes serves them all, from another phase on
+  alignas(64) C mean_[2 * kTile], scale_[2 * kTile], w_[kTile];
+  alignas(64) uint64_t z_[kTile];
 };
 
 // Parameters in the compute type: one value each where all are numbers, else an array of a tile, filled for each.
@@ -199,7 +242,7 @@ class Start {
 template <class C>
 class Step {
  public:
-  explicit Step(const Call& call) : call_(call), params_(call, call.dtype(kOut)) {}
+  explicit Step(const Call& call) : call_(call), params_(call, call.dtype(kOut)), input_(call) {}
 
   // x0: the tile's start in the compute type, or null: then it is the operand kX0, and kX where there is none.
   void operator()(const Tile& tile) { run(tile, nullptr); }
@@ -209,15 +252,17 @@ class Step {
     const C* x = fetch(call_, kX, tile, x_);
     if (!x0) x0 = call_.has(kX0) ? fetch(call_, kX0, tile, x0_) : x;
     const C* grad = fetch(call_, kGrad, tile, grad_);
-    const Result result(call_, tile, out_);
+    const Result result(call_, kOut, tile, out_);
     isa().step[kComputeIndex<C>][index_of(call_.dtype(kOut))][params_.tensors][call_.project](
         tile.count, x0, grad, x, params_.v[0], params_.v[1], params_.v[2], params_.v[3], result.data());
     result.done();
+    input_.run(tile, result.data());
   }
 
  private:
   const Call& call_;
   StepParameters<C> params_;
+  ModelInput<C> input_;
   alignas(64) C x_[kTile], x0_[kTile], grad_[kTile];
   alignas(64) uint64_t out_[kTile];
 };
@@ -239,17 +284,19 @@ void for_tiles(const Call& call) {
 template <class C>
 class RandomInit {
  public:
-  explicit RandomInit(const Call& call) : call_(call), start_(call, call.dtype(kOut)) {}
+  explicit RandomInit(const Call& call) : call_(call), start_(call, call.dtype(kOut)), input_(call) {}
 
   void operator()(const Tile& tile) {
-    const Result result(call_, tile, out_);
+    const Result result(call_, kOut, tile, out_);
     start_.run(tile, result.data());
     result.done();
+    input_.run(tile, result.data());
   }
 
  private:
   const Call& call_;
   Start<C> start_;
+  ModelInput<C> input_;
   alignas(64) uint64_t out_[kTile];
 };
 
