@@ -148,7 +148,7 @@ void normalize_tile(int64_t n, const void* w, const void* mean, const void* scal
   const C *w_ = static_cast<const C*>(w), *mean_ = static_cast<const C*>(mean), *scale_ = static_cast<const C*>(scale);
   Z* z_ = static_cast<Z*>(z);
   FASTADV_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) z_[i] = normalized<Z>(w_[i], mean_[i], scale_[i]);
+  for (int64_t i = 0; i < n; ++i) z_[i] = rounded<Z>(normalized(w_[i], mean_[i], scale_[i]));
 }
 
 #define FASTADV_ROW_OF(ROW, C) {ROW(C, double), ROW(C, float), ROW(C, Half), ROW(C, BFloat16)}
