@@ -92,11 +92,11 @@ class Arguments {
     image(kZ, z, "z");
     call_.channels = {mean.data_ptr(), scale.data_ptr(), mean.numel()};
     channel_type_ = mean.scalar_type();
-    bool fits = mean.numel() == 1 || (shape_.dim() >= 2 && mean.numel() == shape_.size(1));
+    bool fits = mean.dim() == 0 || (shape_.dim() >= 2 && mean.numel() == shape_.size(1));
     for (const Tensor* t : {&mean, &scale})
       fits = fits && t->numel() == mean.numel() && t->scalar_type() == channel_type_ && t->is_contiguous() &&
              Place(*t) == place_;
-    STD_TORCH_CHECK(fits, "fastadv: mean and scale must be contiguous, with one element or one per channel");
+    STD_TORCH_CHECK(fits, "fastadv: mean and scale must be contiguous, 0-dim or with an element per channel");
   }
 
   void seed(int64_t number, const Optional& t) {

@@ -74,7 +74,8 @@ def _apply(name, images, parameters, box, out, normalization, z, *flags):
 def _run_with_z(name, backend, result, images, args, normalization, z):
     if z.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("z requires grad, and it has no derivative: detach it, or use torch.no_grad()")
-    parameters = normalization.parameters(z.dim(), compute_dtype(*images, result), z.device)
+    compute = compute_dtype(*images[::2], result)  # grad, the second, has no say
+    parameters = normalization.parameters(z.dim(), compute, z.device)
     run(f"{name}_z", backend, (result, z, *parameters, *args))
 
 

@@ -182,8 +182,6 @@ def _with_z(step):
 
     def run(out, z, mean, scale, *args):
         step(out, *args)
-        if mean.numel() > 1:
-            mean, scale = (t.reshape(-1, *(1,) * (out.dim() - 2)) for t in (mean, scale))
         z.copy_(normalized(out, mean, scale, z.dtype))
 
     return run

@@ -3,9 +3,9 @@
 An op writes into `out` and allocates nothing. A parameter is a number and, last in the list, a tensor that overrides
 it, so a number never becomes a device tensor. What most calls leave at its default comes last, because every argument
 costs the dispatcher 0.1 to 0.2 microseconds. For the same reason a step that also writes z, the model's next input, is
-an op of its own: `pgd_step_z` is `pgd_step` with z, mean and scale (1/std) after `out`; mean and scale are contiguous,
-in the compute type, one element or one per channel. Nothing is checked here: the public functions in
-`fastadv.functional` do that, once, for every backend.
+an op of its own: `pgd_step_z` is `pgd_step` with z, mean and scale (1/std) after `out`; mean and scale are in the
+compute type, 0-dim or (1, C, 1, ...). Nothing is checked here: the public functions in `fastadv.functional` do that,
+once, for every backend.
 """
 
 import torch
