@@ -143,9 +143,10 @@ void round_inward_tile(int64_t n, void* lo, void* hi) {
   }
 }
 
-template <class C, class Z>
+template <class C, class Z, template <class> class Parameter>
 void normalize_tile(int64_t n, const void* w, const void* mean, const void* scale, void* z) {
-  const C *w_ = static_cast<const C*>(w), *mean_ = static_cast<const C*>(mean), *scale_ = static_cast<const C*>(scale);
+  const Parameter<C> mean_(mean), scale_(scale);
+  const C* w_ = static_cast<const C*>(w);
   Z* z_ = static_cast<Z*>(z);
   FASTADV_VECTORIZE
   for (int64_t i = 0; i < n; ++i) z_[i] = rounded<Z>(normalized(w_[i], mean_[i], scale_[i]));
@@ -161,7 +162,7 @@ void normalize_tile(int64_t n, const void* w, const void* mean, const void* scal
     }                                                                    \
   }
 #define FASTADV_INWARD(C, R) round_inward_tile<C, R>
-#define FASTADV_NORMALIZE(C, Z) normalize_tile<C, Z>
+#define FASTADV_NORMALIZE(C, Z) {normalize_tile<C, Z, Uniform>, normalize_tile<C, Z, Array>}
 #define FASTADV_GRAD(C, G) load_tile<C, G, true>
 #define FASTADV_LOAD(C) \
   {load_tile<C, double>, load_tile<C, float>, load_tile<C, Half>, load_tile<C, BFloat16>, load_tile<C, uint8_t>}

@@ -124,38 +124,50 @@ template <class C>
 class ModelInput {
  public:
   explicit ModelInput(const Call& call) : call_(call), period_(call.channels.count * call.channels.inner) {
-    if (call.has(kZ) && period_ <= kTile) fill(0, std::min<int64_t>(call.walk.block_size, kTile) + period_);
+    if (!call.has(kZ) || period_ > kTile) return;
+    const int64_t needed = std::min<int64_t>(call.walk.block_size, kTile) + period_;
+    for_channels(0, needed, [&](int64_t i, int64_t n, const C* mean, const C* scale) {
+      std::fill_n(mean_ + i, n, *mean);
+      std::fill_n(scale_ + i, n, *scale);
+    });
   }
 
   // image: the tile's result, of out's type.
   void run(const Tile& tile, const void* image) {
     if (!call_.has(kZ)) return;
-    if (period_ > kTile) fill(tile.position, tile.count);
-    const int64_t phase = period_ > kTile ? 0 : tile.position % period_;
-    const int c = kComputeIndex<C>;
+    const int c = kComputeIndex<C>, result = index_of(call_.dtype(kOut)), type = index_of(call_.dtype(kZ));
+    const C* w = static_cast<const C*>(image);
     if (call_.dtype(kOut) != kComputeType<C>) {
-      isa().load[c][index_of(call_.dtype(kOut))](image, 1, tile.count, w_);
-      image = w_;
+      isa().load[c][result](image, 1, tile.count, w_);
+      w = w_;
     }
     const Result z(call_, kZ, tile, z_);
-    isa().normalize[c][index_of(call_.dtype(kZ))](tile.count, image, mean_ + phase, scale_ + phase, z.data());
+    const auto& normalize = isa().normalize[c][type];  // [arrays]
+    if (period_ <= kTile) {
+      const int64_t phase = tile.position % period_;
+      normalize[true](tile.count, w, mean_ + phase, scale_ + phase, z.data());
+    } else {
+      char* to = static_cast<char*>(z.data());
+      for_channels(tile.position, tile.count, [&](int64_t i, int64_t n, const C* mean, const C* scale) {
+        normalize[false](n, w + i, mean, scale, to + i * size_of(call_.dtype(kZ)));
+      });
+    }
     z.done();
   }
 
  private:
-  // What the elements from `position` on take.
-  void fill(int64_t position, int64_t count) {
+  // Calls run(i, n, mean, scale) for the stretches of one channel among `count` elements from `position` on.
+  template <class Run>
+  void for_channels(int64_t position, int64_t count, const Run& run) const {
     const Channels& all = call_.channels;
-    int64_t channel = position / all.inner % all.count, run = all.inner - position % all.inner;
-    for (int64_t i = 0; i < count; i += run, run = all.inner, channel = channel + 1 < all.count ? channel + 1 : 0) {
-      const int64_t n = std::min(run, count - i);
-      std::fill_n(mean_ + i, n, static_cast<const C*>(all.mean)[channel]);
-      std::fill_n(scale_ + i, n, static_cast<const C*>(all.scale)[channel]);
-    }
+    const C *mean = static_cast<const C*>(all.mean), *scale = static_cast<const C*>(all.scale);
+    int64_t channel = position / all.inner % all.count, left = all.inner - position % all.inner;
+    for (int64_t i = 0; i < count; i += left, left = all.inner, channel = channel + 1 < all.count ? channel + 1 : 0)
+      run(i, std::min(left, count - i), mean + channel, scale + channel);
   }
 
   const Call& call_;
-  const int64_t period_;  // where it is short, what one tile takes serves them all, from another phase on
+  const int64_t period_;  // where it is short, arrays of it serve every tile, from another phase on
   alignas(64) C mean_[2 * kTile], scale_[2 * kTile], w_[kTile];
   alignas(64) uint64_t z_[kTile];
 };
