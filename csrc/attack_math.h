@@ -269,6 +269,11 @@ struct Store<Half> {
   static FASTADV_HD Half from(double w) { return from(static_cast<float>(w)); }
 };
 
+template <class R, class C>
+FASTADV_HD R rounded(C v) {
+  return Store<R>::from(round_to<R>(v));
+}
+
 // ---------------------------------------------------------------- the formulas of contract.md
 
 // Rounding to R that stays in the ball of that radius around x and in the box, whose bounds are values of R.
@@ -316,6 +321,12 @@ FASTADV_HD C step(C x0, C grad, C x, C alpha, C zero, C eps, C lo, C hi) {
   if (!kProject) return at_most(at_least(round_to<R>(moved), lo), hi);
   const C d = at_most(at_least(moved - x, -eps), eps);
   return finish<R>(x + d, x, eps, lo, hi);
+}
+
+// The model's next input for the image w; scale = 1/std.
+template <class C>
+FASTADV_HD C normalized(C w, C mean, C scale) {
+  return (w - mean) * scale;
 }
 
 }  // namespace fastadv

@@ -6,8 +6,17 @@
 
 namespace fastadv {
 
-// Images first, then parameters. An operand without data is not there: a parameter is then its number.
-enum Slot : int { kX, kX0, kGrad, kOut, kAlpha, kEps, kNoise, kLo, kHi, kSlots };
+// Images, then parameters, then the model's next input. An operand without data is not there: a parameter is then its
+// number.
+enum Slot : int { kX, kX0, kGrad, kOut, kAlpha, kEps, kNoise, kLo, kHi, kZ, kSlots };
+
+// What makes z of the image, in the compute type: (w - mean) * scale. The element at a position of its block takes
+// number position / inner % count.
+struct Channels {
+  const void* mean = nullptr;
+  const void* scale = nullptr;
+  int64_t count = 1, inner = 1;
+};
 
 struct Call {
   Walk<kSlots> walk;
@@ -16,6 +25,7 @@ struct Call {
   bool project = true;
   uint64_t seed = 0;               // where there is no tensor
   const int64_t* seeds = nullptr;  // one, or one per block of the walk
+  Channels channels;
 
   FASTADV_HD DType dtype(Slot s) const { return walk.operands[s].dtype; }
   FASTADV_HD bool has(Slot s) const { return walk.operands[s].data != nullptr; }

@@ -66,16 +66,12 @@ void* stream_of(const Place& place) {
 // Collects an op's tensors, then lays out the walk.
 class Arguments {
  public:
-  Arguments(const Tensor& x, const Tensor& out) : place_(x), shape_(x) {
-    image(kX, x, "x");
-    STD_TORCH_CHECK(out.scalar_type() != ScalarType::Byte, "fastadv: out must not be uint8");
-    image(kOut, out, "out");
-  }
+  explicit Arguments(const Tensor& out) : place_(out), shape_(out) { image(kOut, out, "out"); }
 
   void image(Slot slot, const Tensor& t, const char* name) {
     bool same = t.dim() == shape_.dim() && t.dim() <= kMaxDims && Place(t) == place_;
     for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == shape_.size(d);
-    STD_TORCH_CHECK(same, "fastadv: ", name, " must have x's shape, at most 64 dimensions, and x's device");
+    STD_TORCH_CHECK(same, "fastadv: ", name, " must have out's shape, at most 64 dimensions, and its device");
     STD_TORCH_CHECK(slot == kX || t.scalar_type() != ScalarType::Byte, "fastadv: only x may be uint8");
     take(slot, t, name);
   }
@@ -90,6 +86,17 @@ class Arguments {
     }
     STD_TORCH_CHECK(fits, "fastadv: ", name, " must be 0-dim or broadcast over x's first two dimensions");
     take(slot, *t, name);
+  }
+
+  void model_input(const Tensor& z, const Tensor& mean, const Tensor& scale) {
+    image(kZ, z, "z");
+    call_.channels = {mean.data_ptr(), scale.data_ptr(), mean.numel()};
+    channel_type_ = mean.scalar_type();
+    bool fits = mean.dim() == 0 || (shape_.dim() >= 2 && mean.numel() == shape_.size(1));
+    for (const Tensor* t : {&mean, &scale})
+      fits = fits && t->numel() == mean.numel() && t->scalar_type() == channel_type_ && t->is_contiguous() &&
+             Place(*t) == place_;
+    STD_TORCH_CHECK(fits, "fastadv: mean and scale must be contiguous, 0-dim or with an element per channel");
   }
 
   void seed(int64_t number, const Optional& t) {
@@ -107,10 +114,15 @@ class Arguments {
   Call& call() { return call_; }
 
   void run(void (*kernel)(const Call&, void*)) {
-    if (shape_.numel() != 0) check_out();
+    if (shape_.numel() != 0) check_results();
     ++call_count;
     if (shape_.numel() == 0) return;
     make_walk(tensors_[kX], tensors_, per_sample_, call_.walk);
+    if (call_.has(kZ)) {
+      STD_TORCH_CHECK(channel_type_ == (call_.any_float64() ? ScalarType::Double : ScalarType::Float),
+                      "fastadv: mean and scale must be of the compute type");
+      if (call_.channels.count > 1) call_.channels.inner = run_length(tensors_[kX], per_sample_ ? 1 : 0, 1);
+    }
 #ifdef FASTADV_CUDA
     torch::stable::accelerator::DeviceGuard guard(place_.index);
 #endif
@@ -118,13 +130,17 @@ class Arguments {
   }
 
  private:
-  // out may be an operand to the letter; whatever else its addresses reach into is refused.
-  void check_out() const {
-    const Strided& out = tensors_[kOut];
-    STD_TORCH_CHECK(!overlaps_itself(out), "fastadv: out has elements that share memory");
-    bool apart = call_.seeds == nullptr || reaches_apart(out, seeds_);
-    for (const Strided& t : tensors_) apart = apart && (!t.data || same(out, t) || reaches_apart(out, t));
-    STD_TORCH_CHECK(apart, "fastadv: out may overlap an input without being the same tensor");
+  // out may be an operand to the letter; whatever else a result's addresses reach into is refused.
+  void check_results() const {
+    for (Slot slot : {kOut, kZ}) {
+      const Strided& result = tensors_[slot];
+      if (!result.data) continue;
+      STD_TORCH_CHECK(!overlaps_itself(result), "fastadv: out or z has elements that share memory");
+      bool apart = call_.seeds == nullptr || reaches_apart(result, seeds_);
+      for (const Strided& t : tensors_)
+        apart = apart && (!t.data || (slot == kOut ? same(result, t) : &result == &t) || reaches_apart(result, t));
+      STD_TORCH_CHECK(apart, "fastadv: out or z may overlap another tensor without being the same");
+    }
   }
 
   void take(Slot slot, const Tensor& t, const char* name) {
@@ -135,13 +151,14 @@ class Arguments {
   Place place_;
   const Tensor& shape_;
   bool per_sample_ = false;
+  ScalarType channel_type_ = ScalarType::Float;
   Strided tensors_[kSlots], seeds_;
   Call call_;
 };
 
-void random_init_op(const Tensor& out, const Tensor& x, double noise, int64_t seed, double lo, double hi,
+void random_init_op(Arguments& args, const Tensor& x, double noise, int64_t seed, double lo, double hi,
                     const Optional& noise_t, const Optional& seed_t, const Optional& lo_t, const Optional& hi_t) {
-  Arguments args(x, out);
+  args.image(kX, x, "x");
   args.parameter(kNoise, noise, noise_t, "noise");
   args.parameter(kLo, lo, lo_t, "clip[0]");
   args.parameter(kHi, hi, hi_t, "clip[1]");
@@ -149,10 +166,10 @@ void random_init_op(const Tensor& out, const Tensor& x, double noise, int64_t se
   args.run(random_init);
 }
 
-void fgsm_step_op(const Tensor& out, const Tensor& x, const Tensor& grad, bool project, double alpha, double eps,
+void fgsm_step_op(Arguments& args, const Tensor& x, const Tensor& grad, bool project, double alpha, double eps,
                   double noise, int64_t seed, double lo, double hi, const Optional& alpha_t, const Optional& eps_t,
                   const Optional& noise_t, const Optional& seed_t, const Optional& lo_t, const Optional& hi_t) {
-  Arguments args(x, out);
+  args.image(kX, x, "x");
   args.image(kGrad, grad, "grad");
   args.parameter(kEps, eps, eps_t, "eps");
   args.parameter(kAlpha, alpha, alpha_t, "alpha");
@@ -165,10 +182,10 @@ void fgsm_step_op(const Tensor& out, const Tensor& x, const Tensor& grad, bool p
   args.run(fgsm_step);
 }
 
-void pgd_step_op(const Tensor& out, const Tensor& x_adv, const Tensor& grad, const Tensor& x, double alpha, double eps,
+void pgd_step_op(Arguments& args, const Tensor& x_adv, const Tensor& grad, const Tensor& x, double alpha, double eps,
                  double lo, double hi, const Optional& alpha_t, const Optional& eps_t, const Optional& lo_t,
                  const Optional& hi_t) {
-  Arguments args(x, out);
+  args.image(kX, x, "x");
   args.image(kX0, x_adv, "x_adv");
   args.image(kGrad, grad, "grad");
   args.parameter(kAlpha, alpha, alpha_t, "alpha");
@@ -177,6 +194,22 @@ void pgd_step_op(const Tensor& out, const Tensor& x_adv, const Tensor& grad, con
   args.parameter(kHi, hi, hi_t, "clip[1]");
   args.run(pgd_step);
 }
+
+// The two forms of a step, of what takes its arguments but for the results.
+template <auto kStep>
+struct Op;
+template <class... Rest, void (*kStep)(Arguments&, Rest...)>
+struct Op<kStep> {
+  static void alone(const Tensor& out, Rest... rest) {
+    Arguments args(out);
+    kStep(args, rest...);
+  }
+  static void with_z(const Tensor& out, const Tensor& z, const Tensor& mean, const Tensor& scale, Rest... rest) {
+    Arguments args(out);
+    args.model_input(z, mean, scale);
+    kStep(args, rest...);
+  }
+};
 
 void philox_op(const Tensor& out, const Tensor& seed, const Tensor& index, const Tensor& restart, int64_t word3) {
   const Place place(index);
@@ -203,10 +236,14 @@ void philox_op(const Tensor& out, const Tensor& seed, const Tensor& index, const
 #define FASTADV_TEXT(a) FASTADV_TEXT_(a)
 #define FASTADV_TEXT_(a) #a
 
+#define FASTADV_STEP(name)                                                                                   \
+  library.impl(#name "." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::Op<fastadv::name##_op>::alone)); \
+  library.impl(#name "_z." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::Op<fastadv::name##_op>::with_z))
+
 STABLE_TORCH_LIBRARY_IMPL(fastadv, FASTADV_KEY, library) {
-  library.impl("random_init." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::random_init_op));
-  library.impl("fgsm_step." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::fgsm_step_op));
-  library.impl("pgd_step." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::pgd_step_op));
+  FASTADV_STEP(random_init);
+  FASTADV_STEP(fgsm_step);
+  FASTADV_STEP(pgd_step);
   library.impl("philox." FASTADV_TEXT(FASTADV_BACKEND), TORCH_BOX(&fastadv::philox_op));
 }
 

@@ -119,6 +119,15 @@ inline int memory_order(const Strided& x, int first_dim, int* order) {
   return count;
 }
 
+// How many elements in a row, in the iteration order, have the same index in a dimension whose size is not 1.
+inline int64_t run_length(const Strided& x, int first_dim, int dim) {
+  int order[kMaxDims];
+  const int count = memory_order(x, first_dim, order);
+  int64_t length = 1;
+  for (int i = 0; i < count && order[i] != dim; ++i) length *= x.sizes[order[i]];
+  return length;
+}
+
 // Lays the tensors out for a walk in x's order, into a new `walk` (its kilobytes are not to be copied). Null data marks
 // an operand that is not there. Precondition: x's shape fits every operand.
 template <int kOperands>

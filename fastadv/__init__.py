@@ -1,11 +1,21 @@
 """fastadv: the inner loop of adversarial training as fused kernels, and what makes them useful."""
 
-from fastadv.functional import fgsm_step, fgsm_step_, new_seed, pgd_step, pgd_step_, random_init, sample_seeds
+from fastadv.functional import (
+    Normalization,
+    fgsm_step,
+    fgsm_step_,
+    new_seed,
+    pgd_step,
+    pgd_step_,
+    random_init,
+    sample_seeds,
+)
 from fastadv.information import info
 from fastadv.ops import backend
 from fastadv.version import __version__
 
 __all__ = [
+    "Normalization",
     "__version__",
     "backend",
     "fgsm_step",

@@ -7,6 +7,8 @@ in float64, float32, float16, bfloat16 or uint8, which means x/255. eps, alpha, 
 budget; prefer float32 or uint8 images, the gradient may be bfloat16.
 
 `out=` takes the result without allocating anything; it may be an input to the letter, and no other overlap.
+`normalization=` and `z=`, together, have the model's next input written in the same pass: a Normalization, and a float
+tensor of x's shape, in any dtype and layout, that overlaps nothing. It has no derivative.
 Where grad mode is on and an image requires grad, gradients flow as through torch.clamp; grad itself gets zeros.
 
 Raises, before anything is written: TypeError for a wrong type or dtype; ValueError for a wrong shape, device, value
@@ -21,36 +23,72 @@ from fastadv.ops import checks
 from fastadv.ops.autograd import Step, result_like
 from fastadv.ops.backends import NATIVE, run, serving
 from fastadv.ops.generator import new_seed, sample_seeds
+from fastadv.ops.normalization import Normalization
+from fastadv.ops.reference import compute_dtype
 
-__all__ = ["fgsm_step", "fgsm_step_", "new_seed", "pgd_step", "pgd_step_", "random_init", "sample_seeds"]
+__all__ = [
+    "Normalization",
+    "fgsm_step",
+    "fgsm_step_",
+    "new_seed",
+    "pgd_step",
+    "pgd_step_",
+    "random_init",
+    "sample_seeds",
+]
 
 _BOX = (0.0, 1.0)
 
 
-def _apply(name, images, parameters, box, out, *flags):
+def _apply(name, images, parameters, box, out, normalization, z, *flags):
     """Run the op into `out`, or into a new tensor like its first argument."""
     args = (*images, *flags, *_short(parameters, box))
     try:
         if torch.is_grad_enabled():
             for t in images if out is None else (*images, out):
                 if t.requires_grad:
-                    return _differentiate(name, args, out)
+                    return _differentiate(name, args, out, normalization, z)
         like = images[0]
         backend = serving(like.device)
         if backend not in NATIVE or is_compiling():
-            checks.images(name, args, out)
+            _check(name, args, out, normalization, z)
         result = result_like(like) if out is None else out
-        run(name, backend, (result, *args))
+        if z is None and normalization is None:
+            run(name, backend, (result, *args))
+        else:
+            _run_with_z(name, backend, result, images, args, normalization, z)
         return result
     except Exception:
         # The native kernels check for themselves, in nanoseconds, and write nothing where they refuse: here is why.
-        checks.images(name, args, out)
-        if out is None or not checks.interleaved(args, out):
+        _check(name, args, out, normalization, z)
+        if not checks.interleaved(args, out, z):
             raise
         # Views of one buffer that share no element, such as its first and last channels: rare enough for a copy.
-        result = torch.empty_like(out, memory_format=torch.contiguous_format)
-        run(name, backend, (result, *args))
-        return out.copy_(result)
+        fresh = [t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (out, z)]
+        result = _apply(name, images, parameters, box, fresh[0], normalization, fresh[1], *flags)
+        if z is not None:
+            z.copy_(fresh[1])
+        return result if out is None else out.copy_(result)
+
+
+def _run_with_z(name, backend, result, images, args, normalization, z):
+    if z.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("z requires grad, and it has no derivative: detach it, or use torch.no_grad()")
+    compute = compute_dtype(*images[::2], result)  # grad, the second, has no say
+    parameters = normalization.parameters(z.dim(), compute, z.device)
+    run(f"{name}_z", backend, (result, z, *parameters, *args))
+
+
+def _check(name, args, out, normalization, z):
+    checks.images(name, args, out, z)
+    if normalization is None and z is None:
+        return
+    if z is None or normalization is None:
+        given, missing = ("normalization", "z") if z is None else ("z", "normalization")
+        raise ValueError(f"{missing} is missing: the model's next input takes both, got {given} alone")
+    if not isinstance(normalization, Normalization):
+        raise TypeError(f"normalization must be a fastadv.Normalization, got {type(normalization).__name__}")
+    normalization.check(z)
 
 
 def _short(parameters, box):
@@ -63,19 +101,20 @@ def _short(parameters, box):
     return parameters if box == _BOX else (*parameters, *box)
 
 
-def _differentiate(name, args, out):
-    checks.images(name, args, out)
-    if out is not None:
+def _differentiate(name, args, out, normalization, z):
+    _check(name, args, out, normalization, z)
+    if out is not None or z is not None:
         named = {**checks.image_arguments(name, args), "out": out}
         which = next(n for n, t in named.items() if t.requires_grad)
+        how = "z=" if z is not None else "out= or in place"
         raise RuntimeError(
-            f"{which} requires grad, and a step with out= or in place has no derivative: detach it, "
-            "use torch.no_grad(), or leave out= away"
+            f"{which} requires grad, and a step with {how} has no derivative: detach it, "
+            f"use torch.no_grad(), or leave {how.split()[0]} away"
         )
     return Step.apply(name, *args)
 
 
-def random_init(x, noise, *, seed=None, clip=_BOX, out=None):
+def random_init(x, noise, *, seed=None, clip=_BOX, out=None, normalization=None, z=None):
     """Random start: x plus uniform noise in [-noise, noise], in the box.
 
     x: image tensor of any shape; noise: number or tensor, in pixels; seed: int in [-2^63, 2^64), int64 tensor with one
@@ -89,10 +128,12 @@ def random_init(x, noise, *, seed=None, clip=_BOX, out=None):
         seed = new_seed(x.device)
     seed = checks.seed(seed, x)
     noise = checks.radius("noise", noise, x, finite=True)
-    return _apply("random_init", (x,), (noise, seed), checks.box(clip, x), out)
+    return _apply("random_init", (x,), (noise, seed), checks.box(clip, x), out, normalization, z)
 
 
-def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX, out=None):
+def fgsm_step(
+    x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX, out=None, normalization=None, z=None
+):
     """FGSM, FGSM-RS and N-FGSM: random start (recomputed from the seed), sign-gradient step, projection, box.
 
     x: clean images; grad: gradient of the loss at `random_init(x, noise, seed=seed, clip=clip)`, or at x where noise
@@ -112,10 +153,10 @@ def fgsm_step(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, c
     box = checks.box(clip, x)
     if not isinstance(project, bool):
         raise TypeError(f"project must be a bool, got {type(project).__name__} {project!r}")
-    return _apply("fgsm_step", (x, grad), (alpha, eps, noise, seed), box, out, project)
+    return _apply("fgsm_step", (x, grad), (alpha, eps, noise, seed), box, out, normalization, z, project)
 
 
-def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
+def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None, normalization=None, z=None):
     """One PGD step: sign-gradient step from x_adv, projection onto the eps-ball around x, box.
 
     x_adv: the iterate; grad: the loss's gradient there, both of x's shape in any float dtype; x: clean images; alpha:
@@ -125,16 +166,19 @@ def pgd_step(x_adv, grad, x, *, alpha, eps, clip=_BOX, out=None):
     """
     alpha = checks.step_size(alpha, None, x)
     eps = checks.radius("eps", eps, x)
-    return _apply("pgd_step", (x_adv, grad, x), (alpha, eps), checks.box(clip, x), out)
+    return _apply("pgd_step", (x_adv, grad, x), (alpha, eps), checks.box(clip, x), out, normalization, z)
 
 
-def fgsm_step_(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX):
+def fgsm_step_(x, grad, eps, *, alpha=None, noise=0.0, seed=None, project=True, clip=_BOX, normalization=None, z=None):
     """`fgsm_step` in place: writes into x and returns it. x must not be uint8."""
     checks.image("x", x, checks.FLOATS)
-    return fgsm_step(x, grad, eps, alpha=alpha, noise=noise, seed=seed, project=project, clip=clip, out=x)
+    return fgsm_step(
+        x, grad, eps, alpha=alpha, noise=noise, seed=seed, project=project, clip=clip, out=x,
+        normalization=normalization, z=z,
+    )  # fmt: skip
 
 
-def pgd_step_(x_adv, grad, x, *, alpha, eps, clip=_BOX):
+def pgd_step_(x_adv, grad, x, *, alpha, eps, clip=_BOX, normalization=None, z=None):
     """`pgd_step` in place: writes into x_adv and returns it."""
     checks.image("x_adv", x_adv, checks.FLOATS)
-    return pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=x_adv)
+    return pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=x_adv, normalization=normalization, z=z)

@@ -74,17 +74,23 @@ def cases(size=1 << 16):
     """(name, op, its tensors and keywords): the types training makes; sizes and addresses as torch gives them."""
     f32, f16, bf16, u8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
     for x_type, grad_type in [(f32, f32), (f32, bf16), (f32, f16), (f16, f16), (bf16, bf16), (u8, f32), (u8, bf16)]:
-        x = torch.zeros(16, size // 16, dtype=x_type)
+        x = torch.zeros(16, 4, size // 64, dtype=x_type)
         out = torch.zeros_like(x, dtype=f32 if x_type == u8 else x_type)
         grad = torch.zeros_like(x, dtype=grad_type)
         box, eps = (0.0, 1.0), 8 / 255
         name = f"{str(x_type)[6:]} grad {str(grad_type)[6:]}"
-        yield f"pgd_step {name}", "pgd_step", (out, out.clone(), grad, x, 2 / 255, eps, *box)
+        pgd = (out, out.clone(), grad, x, 2 / 255, eps, *box)
+        yield f"pgd_step {name}", "pgd_step", pgd
         yield f"fgsm_step {name}", "fgsm_step", (out, x, grad, True, eps, eps, 0.0, 0, *box)
         rs = (out, x, grad, True, 10 / 255, eps, eps, 7, *box)
         yield f"fgsm_step with noise {name}", "fgsm_step", rs
         if grad_type in (x_type, f32):
             yield f"random_init {str(x_type)[6:]}", "random_init", (out, x, eps, 7, *box)
+        mean = torch.zeros(1, 4, 1)
+        for z_type in (f32, bf16):
+            z = (torch.zeros_like(out, dtype=z_type), mean, mean)
+            yield f"pgd_step {name} z {str(z_type)[6:]}", "pgd_step_z", (out, *z, *pgd[1:])
+            yield f"fgsm_step with noise {name} z {str(z_type)[6:]}", "fgsm_step_z", (out, *z, *rs[1:])
 
 
 def main(capabilities):
@@ -101,8 +107,12 @@ def main(capabilities):
         seeds = torch.zeros(4, dtype=torch.int64)
         image, out = x[..., ::2], x[..., 1::2].clone()
         numbers, tensors = (0.1, 0.0, 0.0, 0), (None, eps, eps, seeds)
-        triton_kernels.fgsm_step(out, image, image, True, *numbers, 0.0, 1.0, *tensors, None, None)
+        args = (image, image, True, *numbers, 0.0, 1.0, *tensors, None, None)
+        triton_kernels.fgsm_step(out, *args)
         results.append(facts("fgsm_step with noise, any layout", capability))
+        mean = torch.zeros(1, 3, 1, 1)
+        triton_kernels.IMPLEMENTATIONS["fgsm_step_z"](out, out.clone(), mean, mean, *args)
+        results.append(facts("fgsm_step with noise, any layout z", capability))
     json.dump(results, sys.stdout)
 
 

@@ -232,3 +232,14 @@ def pgd_step(x_adv, grad, x, *, alpha, eps, clip=(0, 1), dtype=None):
         v, eps, alpha = image(x, c), parameter(eps, c), parameter(alpha, c)
         moved = values(x_adv).astype(c) + alpha * sign(grad).astype(c)
         return finish(v + clamp(moved - v, -eps, eps), v, eps, clip, c, dtype)
+
+
+def model_input(w, mean, std, c, dtype):
+    """z in dtype for an image's values w, in two operations of compute type c; mean and std: numbers or per channel."""
+
+    def across(v):
+        return v if v.ndim == 0 else v.reshape(-1, *[1] * (w.ndim - 2))
+
+    with np.errstate(all="ignore"):
+        mean, scale = np.asarray(mean, np.float64).astype(c), (1 / np.asarray(std, np.float64)).astype(c)
+        return round_to((w.astype(c) - across(mean)) * across(scale), dtype)

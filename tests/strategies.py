@@ -11,6 +11,8 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
+import fastadv
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 OPS = ("random_init", "fgsm_step", "pgd_step")
 
@@ -286,6 +288,9 @@ class Call:
         args = {k: tuple(on(b, device) for b in v) if k == "clip" else on(v, device) for k, v in self.arguments.items()}
         return Call(self.op, {k: on(t, device) for k, t in self.tensors.items()}, args, on(self.out, device))
 
+    def compute_type(self):
+        return oracle.compute_type(self.out.dtype, *(t.dtype for k, t in self.tensors.items() if k != "grad"))
+
     def everything(self):
         """Every tensor that the op reads."""
         a = self.arguments
@@ -344,4 +349,34 @@ def without_out(case):
     """The case for a result that the op allocates: its dtype is not a choice."""
     return replace(
         case, out=case.x_adv if case.op == "pgd_step" else torch.float32 if case.x == torch.uint8 else case.x
+    )
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The choices of a normalisation and of its z; `made()` builds them for a case."""
+
+    z: torch.dtype
+    layout: str
+    per_channel: bool
+    numbers: int
+
+    def made(self, case):
+        rng = np.random.default_rng(self.numbers)
+        channels = case.shape[1] if len(case.shape) >= 2 else 0
+        size = (channels,) if self.per_channel and channels else ()
+        rare = rng.choice([0.0, 0.2])
+        mean = scatter(rng, rng.normal(size=size) / 2, [0.0, 1e-45, -1e30, 1e300], rare)
+        std = scatter(rng, rng.uniform(0.05, 3, size), [1.0, 1 / 3, 1e-40, 1e30, 1e-310], rare)
+        normalization = fastadv.Normalization(mean.tolist(), std.tolist() if rng.random() < 0.9 else float(std.max()))
+        return normalization, blank(case.shape, self.z, self.layout, rng)
+
+
+def model_inputs():
+    return st.builds(
+        ModelInput,
+        z=st.sampled_from(FLOATS),
+        layout=mostly(*DENSE, *VIEWS),
+        per_channel=mostly(True, False),
+        numbers=st.integers(0, 2**32 - 1),
     )

@@ -53,6 +53,18 @@ def tensor_arguments(x, x_adv, grad):
     return start, fastadv.fgsm_step(x, grad, eps, noise=eps, seed=seed), seed
 
 
+NORMALIZATION = fastadv.Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+def model_input(x, x_adv, grad):
+    """z of all three ops, into new memory and into what the function was given."""
+    z, start, last = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x), x_adv.clone()
+    fastadv.random_init(x, 0.1, seed=5, out=start, normalization=NORMALIZATION, z=z)
+    fast = fastadv.fgsm_step(start, grad, 0.1, noise=0.2, seed=-7, normalization=NORMALIZATION, z=last)
+    fastadv.pgd_step_(start, grad, x, alpha=0.02, eps=0.1, normalization=fastadv.Normalization(0.5, 0.3), z=x_adv)
+    return z * 1, start, fast, last, x_adv
+
+
 def same_bits(got, want):
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
@@ -60,7 +72,7 @@ def same_bits(got, want):
         assert torch.equal(g, w)
 
 
-FUNCTIONS = (every_op, out_and_in_place, tensor_arguments)
+FUNCTIONS = (every_op, out_and_in_place, tensor_arguments, model_input)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
@@ -68,13 +80,15 @@ FUNCTIONS = (every_op, out_and_in_place, tensor_arguments)
 def test_compiled_equals_eager(backend, function, layout):
     name, device = backend
     args = inputs(device, layout)
+    copies = [s.on(t, device) for t in args]  # some functions write into what they are given
     with fastadv.backend(name):
         want = function(*args)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        same_bits(compiled(*args), want)
+        same_bits(compiled(*copies), want)
         before = fastadv.info()["calls"][name]
         again = inputs(device, layout)
-        same_bits(compiled(*again), function(*again))
+        copies = [s.on(t, device) for t in again]
+        same_bits(compiled(*again), function(*copies))
         assert fastadv.info()["calls"][name] > before
 
 
@@ -144,21 +158,27 @@ def test_inductor_equals_eager(native, function):
 
 
 class Attack(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
     def forward(self, x, x_adv, grad):
-        return every_op(x, x_adv, grad)
+        return self.function(x, x_adv, grad)
 
 
-def test_export(backend):
+@pytest.mark.parametrize(("function", "suffix"), [(every_op, ""), (model_input, "_z")], ids=["alone", "with_z"])
+def test_export(backend, function, suffix):
     name, device = backend
     args = inputs(device)
     with fastadv.backend(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(Attack(), tuple(args))
+        program = torch.export.export(Attack(function), tuple(args))
         targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
         used = " ".join(targets)
-        assert all(f"{op}.{name}" in used for op in s.OPS), targets
+        assert all(f"{op}{suffix}.{name}" in used for op in s.OPS), targets
         args = inputs(device)
-        same_bits(program.module()(*args), every_op(*args))
+        again = [t.clone() for t in args]
+        same_bits(program.module()(*args), function(*again))
 
 
 def raw_calls(device, tensors):
@@ -176,10 +196,15 @@ def raw_calls(device, tensors):
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=("numbers", "tensors"))
+@pytest.mark.parametrize("with_z", [False, True], ids=("alone", "with_z"))
 @pytest.mark.parametrize("op", s.OPS)
-def test_opcheck(backend, op, tensors):
+def test_opcheck(backend, op, with_z, tensors):
     name, device = backend
-    raw = getattr(getattr(torch.ops.fastadv, op), name)
+    raw = getattr(getattr(torch.ops.fastadv, f"{op}_z" if with_z else op), name)
     assert torch.Tag.needs_exact_strides in raw.tags
-    result = torch.library.opcheck(raw, raw_calls(device, tensors)[op])
+    out, *args = raw_calls(device, tensors)[op]
+    if with_z:
+        z = torch.full_like(out, torch.nan, dtype=torch.float16)
+        args = [z, *NORMALIZATION.parameters(out.dim(), out.dtype, out.device), *args]
+    result = torch.library.opcheck(raw, (out, *args))
     assert set(result.values()) == {"SUCCESS"}, result

@@ -28,20 +28,23 @@ def bits(call):
     return torch.cat([s.whole_storage(s.on(t, "cpu")).view(torch.uint8) for t in call.everything()])
 
 
-def check(call, backend, device, want):
+def check(call, backend, device, want, want_z=None, **model_input):
     """Runs the call with out= on the backend and looks at everything it may have touched."""
     call = call.on(device)
     inputs, before = bits(call), calls()
     with fastadv.backend(backend):
-        result = call.run(fastadv, out=call.out)
+        result = call.run(fastadv, out=call.out, **model_input)
     after = calls()
     assert result is call.out
-    got = oracle.values(result)
-    assert oracle.same(got, want), oracle.mismatch(got, want)
     assert torch.equal(bits(call), inputs), "an input was changed"
-    outside = s.on(result, "cpu")
-    outside.fill_(torch.nan)
-    assert s.whole_storage(outside).isnan().all(), "written outside of out"
+    for written, expected in ((result, want), (model_input.get("z"), want_z)):
+        if written is None:
+            continue
+        got = oracle.values(written)
+        assert oracle.same(got, expected), oracle.mismatch(got, expected)
+        outside = s.on(written, "cpu")
+        outside.fill_(torch.nan)
+        assert s.whole_storage(outside).isnan().all(), "written outside of it"
     if result.numel():
         rose = {name for name in after if after[name] != before.get(name, 0)}
         assert rose == {backend}
@@ -116,3 +119,34 @@ def test_fgsm_starts_from_what_random_init_returned(backend):
         assert oracle.same(got, want), oracle.mismatch(got, want)
 
     prop()
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_model_input_equals_the_oracle(backend, op):
+    """With z asked for: the same image, and of its stored values the model's next input."""
+    name, device = backend
+
+    @settings_for(name)
+    @given(s.cases(op), s.model_inputs())
+    def prop(case, model_input):
+        call = case.call()
+        normalization, z = model_input.made(case)
+        want = call.run(oracle, dtype=case.out)
+        want_z = oracle.model_input(want, normalization.mean, normalization.std, call.compute_type(), z.dtype)
+        check(call, name, device, want, want_z, normalization=normalization, z=s.on(z, device))
+
+    prop()
+
+
+@given(s.cases("random_init"), s.model_inputs())
+def test_normalization_equals_the_oracle(case, model_input):
+    """Called on an image it does what the steps do."""
+    normalization, z = model_input.made(case)
+    w = case.call().out.zero_()
+    w += torch.randn(w.shape).to(w)
+    c = oracle.compute_type(w.dtype)
+    want = oracle.model_input(oracle.values(w), normalization.mean, normalization.std, c, z.dtype)
+    got = normalization(w, z.dtype)
+    assert got.dtype == z.dtype
+    assert normalization(w).dtype == w.dtype
+    assert oracle.same(oracle.values(got), want), oracle.mismatch(oracle.values(got), want)

@@ -5,6 +5,7 @@ a GPU in test_contract.py.
 """
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ import pytest
 import strategies as s
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 import fastadv
 from fastadv.ops import backends
@@ -58,24 +60,30 @@ def emulated(tmp_path_factory):
     sys.modules.pop("_cuda", None)
 
 
-def check(case, emulated):
-    call = case.call()
+def check(case, emulated, model_input=None):
+    call, more = case.call(), {}
+    if model_input is not None:
+        more["normalization"], more["z"] = model_input.made(case)
+    written = [call.out, more["z"]] if more else [call.out]
     with fastadv.backend("reference"):
-        call.run(fastadv, out=call.out)
-    want, before = oracle.values(call.out), emulated.calls()
-    call.out.fill_(torch.nan)
+        call.run(fastadv, out=call.out, **more)
+    wanted, before = [oracle.values(t) for t in written], emulated.calls()
+    for t in written:
+        t.fill_(torch.nan)
     with fastadv.backend("cuda"):
-        call.run(fastadv, out=call.out)
-    got = oracle.values(call.out)
-    assert oracle.same(got, want), oracle.mismatch(got, want)
+        call.run(fastadv, out=call.out, **more)
+    for t, want in zip(written, wanted, strict=True):
+        got = oracle.values(t)
+        assert oracle.same(got, want), oracle.mismatch(got, want)
     assert emulated.calls() == before + 1
 
 
+@pytest.mark.parametrize("model_input", [st.none(), s.model_inputs()], ids=["alone", "with_z"])
 @pytest.mark.parametrize("op", s.OPS)
-def test_any_call(op, emulated):
-    @given(s.cases(op))
-    def prop(case):
-        check(case, emulated)
+def test_any_call(op, model_input, emulated):
+    @given(s.cases(op), model_input)
+    def prop(case, model_input):
+        check(case, emulated, model_input)
 
     prop()
 
@@ -97,19 +105,39 @@ def test_the_fast_path(x_type, grad_type, shape, per_sample):
     noise = {"noise": 8 / 255, "seed": seed}
     x_adv = fastadv.random_init(x, 0.02, seed=1)
     runs = {
-        "init": lambda: fastadv.random_init(x, 8 / 255, seed=seed),
-        "fgsm": lambda: fastadv.fgsm_step(x, grad, 8 / 255),
-        "free": lambda: fastadv.fgsm_step(x, grad, 8 / 255, project=False),
-        "rs": lambda: fastadv.fgsm_step(x, grad, 8 / 255, alpha=10 / 255, **noise),
-        "nfgsm": lambda: fastadv.fgsm_step(x, grad, 8 / 255, project=False, **noise),
-        "pgd": lambda: fastadv.pgd_step(x_adv, grad, x, alpha=2 / 255, eps=4 / 255, clip=(0.1, 0.9)),
+        "init": lambda **z: fastadv.random_init(x, 8 / 255, seed=seed, **z),
+        "fgsm": lambda **z: fastadv.fgsm_step(x, grad, 8 / 255, **z),
+        "free": lambda **z: fastadv.fgsm_step(x, grad, 8 / 255, project=False, **z),
+        "rs": lambda **z: fastadv.fgsm_step(x, grad, 8 / 255, alpha=10 / 255, **noise, **z),
+        "nfgsm": lambda **z: fastadv.fgsm_step(x, grad, 8 / 255, project=False, **noise, **z),
+        "pgd": lambda **z: fastadv.pgd_step(x_adv, grad, x, alpha=2 / 255, eps=4 / 255, clip=(0.1, 0.9), **z),
     }
+    one = fastadv.Normalization(0.5, 0.25)
+    each = fastadv.Normalization(torch.rand(shape[1]).tolist(), torch.rand(shape[1]).add(0.1).tolist())
     for name, run in runs.items():
         with fastadv.backend("reference"):
             want = run()
         with fastadv.backend("cuda"):
             got = run()
-        assert torch.equal(torch.nan_to_num(got, nan=9), torch.nan_to_num(want, nan=9)), name
+            assert torch.equal(torch.nan_to_num(got, nan=9), torch.nan_to_num(want, nan=9)), name
+            for normalization, z_type in itertools.product((one, each), s.FLOATS):
+                z = torch.full(shape, torch.nan, dtype=z_type)
+                assert torch.equal(run(normalization=normalization, z=z), got)
+                assert torch.equal(z, normalization(got, z_type)), (name, normalization, z_type)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 5, 5), (3, 11, 3, 3), (2, 1, 4, 4), (1, 40, 3, 1)], ids=str)
+def test_the_channels_of_the_fast_path(shape):
+    """Wherever they begin and end in a group of eight: contiguous and channels-last, one block and one a sample."""
+    normalization = fastadv.Normalization(torch.rand(shape[1]).tolist(), torch.rand(shape[1]).add(0.1).tolist())
+    for memory_format, seed in itertools.product(
+        (torch.contiguous_format, torch.channels_last), (1, torch.arange(shape[0]))
+    ):
+        x = torch.rand(shape).contiguous(memory_format=memory_format)
+        z = torch.full_like(x, torch.nan)
+        with fastadv.backend("cuda"):
+            w = fastadv.random_init(x, 0.1, seed=seed, normalization=normalization, z=z)
+        assert torch.equal(z, normalization(w))
 
 
 def test_the_generator():

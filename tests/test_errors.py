@@ -329,6 +329,92 @@ def test_vmap_is_refused(op):
         torch.func.vmap(f)(*(args[k] for k in tensors))
 
 
+# ------------------------------------------------------------------------------------- the model's next input
+
+
+def refuses_z(op, error, match, **bad):
+    refuses(op, error, match, **{"normalization": fastadv.Normalization((0.5,) * C, 0.2), "z": blank(), **bad})
+
+
+def blank():
+    return torch.full(SHAPE, torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "got"),
+    [
+        (0.5, TypeError, "float"),
+        (torch.zeros(SHAPE, dtype=torch.uint8), TypeError, "uint8"),
+        (torch.zeros(SHAPE, dtype=torch.int32), TypeError, "int32"),
+        (torch.zeros(SHAPE).to_sparse(), TypeError, "sparse"),
+        (torch.zeros(N, C, H), ValueError, f"{N}, {C}, {H}"),
+        (torch.zeros(N, C, H, 1), ValueError, f"{N}, {C}, {H}, 1"),
+        (torch.zeros(SHAPE, device="meta"), ValueError, "meta"),
+        (torch.zeros(SHAPE, requires_grad=True), RuntimeError, "grad"),
+    ],
+    ids=lambda v: str(v)[:20].split("(")[0],
+)
+@pytest.mark.parametrize("op", s.OPS)
+def test_z(backend, op, bad, error, got):
+    with fastadv.backend(backend[0]):
+        refuses_z(op, error, says("z", got), **{"z": bad})
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_z_and_normalization_belong_together(backend, op):
+    with fastadv.backend(backend[0]):
+        refuses_z(op, ValueError, says("normalization", "missing"), normalization=None)
+        refuses_z(op, ValueError, says("z", "missing"), z=None)
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_normalization_type_and_channels(backend, op):
+    with fastadv.backend(backend[0]):
+        refuses_z(op, TypeError, says("normalization", "tuple"), normalization=(0.5, 0.2))
+        for channels in (1, C + 1):
+            bad = fastadv.Normalization(0, (1,) * channels)
+            refuses_z(op, ValueError, says("normalization", str(channels)), normalization=bad)
+
+
+@pytest.mark.parametrize(("op", "name"), having("x", "grad", "x_adv", "out"))
+def test_z_with_an_input_that_requires_grad(op, name):
+    refuses_z(op, RuntimeError, says(name, "grad"), **{name: torch.rand(SHAPE, requires_grad=True)})
+    x = torch.rand(SHAPE, requires_grad=True)
+    with pytest.raises(RuntimeError, match=says("x", "z=")):
+        fastadv.fgsm_step(x, torch.rand(SHAPE), 0.1, normalization=fastadv.Normalization(0, 1), z=blank())
+
+
+BAD_NORMALIZATIONS = {
+    "std 0": ((0, 0), ValueError, "std", "0"),
+    "std negative": (((0, 0), (1, -1)), ValueError, "std", "-1"),
+    "std inf": ((0, INF), ValueError, "std", "inf"),
+    "std nan": ((0, (1, NAN)), ValueError, "std", "nan"),
+    "mean inf": ((-INF, 1), ValueError, "mean", "inf"),
+    "mean nan": (((NAN, 0), 1), ValueError, "mean", "nan"),
+    "lengths": (((0, 1), (1, 1, 1)), ValueError, "mean", "2 and 3"),
+    "empty": (((), 1), ValueError, "mean", "none"),
+    "text": (("0.5", 1), TypeError, "mean", "str"),
+    "bool": ((0, True), TypeError, "std", "bool"),
+    "none": ((None, 1), TypeError, "mean", "None"),
+    "nested": ((((0,), (1,)), 1), TypeError, "mean", "tuple"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_NORMALIZATIONS)
+def test_normalization_refuses(bad):
+    args, error, name, got = BAD_NORMALIZATIONS[bad]
+    with pytest.raises(error, match=says(name, got)):
+        fastadv.Normalization(*args)
+
+
+def test_normalization_is_for_float_images_of_its_channels():
+    normalization = fastadv.Normalization((0.5,) * C, 0.2)
+    with pytest.raises(TypeError, match=says("w", "uint8")):
+        normalization(torch.zeros(SHAPE, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=says("normalization", str(C))):
+        normalization(torch.zeros(N, C + 1))
+
+
 # ------------------------------------------------------------------------------------------------- backends
 
 

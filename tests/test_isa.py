@@ -27,17 +27,18 @@ def test_the_best_instruction_set_is_in_use_and_others_are_there():
 @pytest.mark.parametrize("name", SETS[1:])
 @pytest.mark.parametrize("op", s.OPS)
 def test_same_bits_from_every_instruction_set(op, name):
-    @given(s.cases(op))
-    def prop(case):
+    @given(s.cases(op), s.model_inputs())
+    def prop(case, model_input):
         call = case.call()
+        normalization, z = model_input.made(case)
         results = []
         for isa in (SETS[0], name):
             _cpu.use_isa(isa)
             out = torch.full_like(call.out, torch.nan)
             with fastadv.backend("cpu"):
-                call.run(fastadv, out=out)
-            results.append(torch.nan_to_num(out.double(), nan=7e77))
-        assert torch.equal(*results)
+                call.run(fastadv, out=out, normalization=normalization, z=z)
+            results.append([torch.nan_to_num(t.double(), nan=7e77) for t in (out, z)])
+        assert all(map(torch.equal, *results))
 
     prop()
 

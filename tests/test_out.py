@@ -100,6 +100,65 @@ def test_interleaved_views_of_one_buffer(backend):
             assert torch.equal(t[k], v), k
 
 
+# ------------------------------------------------------------------------------------- the model's next input
+
+NORMALIZATION = fastadv.Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(("op", "name"), ALIASED, ids=lambda v: v)
+def test_z_beside_an_out_that_is_an_input(backend, op, name, layout):
+    which, device = backend
+    t = tensors(layout=layout)
+    want, t = expected(op, t), on(t, device)
+    z = torch.full_like(t["x"], torch.nan, dtype=torch.float16)
+    with fastadv.backend(which):
+        assert run(op, t, out=t[name], normalization=NORMALIZATION, z=z) is t[name]
+    assert oracle.same(oracle.values(t[name]), want)
+    want = oracle.model_input(want, NORMALIZATION.mean, NORMALIZATION.std, np.float32, z.dtype)
+    assert oracle.same(oracle.values(z), want)
+
+
+@pytest.mark.parametrize("given_out", [False, True], ids=["new", "out"])
+def test_z_between_the_other_tensors_of_one_buffer(backend, given_out):
+    name, device = backend
+    base = torch.rand(2, 15, 5, 7, device=device)
+    x, x_adv, grad, out, z = (base[:, k : k + 3] for k in range(0, 15, 3))
+    t = {"x": x, "x_adv": x_adv, "grad": grad}
+    want, before = expected("pgd_step", on(t, "cpu")), {k: v.clone() for k, v in t.items()}
+    with fastadv.backend(name):
+        result = run("pgd_step", t, normalization=NORMALIZATION, z=z, **({"out": out} if given_out else {}))
+    assert oracle.same(oracle.values(result), want)
+    assert torch.equal(z, NORMALIZATION(result))
+    for k, v in before.items():
+        assert torch.equal(t[k], v), k
+
+
+@pytest.mark.parametrize("which", ["x_adv", "grad", "x", "out"])
+@pytest.mark.parametrize("shift", [0, 1], ids=["same", "shifted"])
+def test_z_that_overlaps_anything_is_refused(backend, which, shift):
+    name, device = backend
+    base = torch.rand(2 * 3 * 5 * 7 + 1, device=device)
+    t = {k: torch.rand(2, 3, 5, 7, device=device) for k in ("x", "x_adv", "grad", "out")}
+    t[which], z = base[:-1].view(2, 3, 5, 7), base[shift : shift + 210].view(2, 3, 5, 7)
+    before = {k: v.clone() for k, v in t.items()}
+    out = t.pop("out")
+    with fastadv.backend(name), pytest.raises(ValueError, match=rf"\bz\b.*\b{which}\b"):
+        run("pgd_step", t, out=out, normalization=NORMALIZATION, z=z)
+    for k, v in {**t, "out": out}.items():
+        assert torch.equal(v, before[k]), k
+
+
+def test_z_that_overlaps_itself_or_a_parameter_is_refused(backend):
+    name, device = backend
+    x = torch.rand(2, 3, 5, 7, device=device)
+    z = torch.zeros_like(x)
+    for bad, eps in ((torch.zeros(1, 3, 5, 7, device=device).expand(2, 3, 5, 7), 0.1), (z, z[:, :1, :1, :1])):
+        with fastadv.backend(name), pytest.raises(ValueError, match=r"\bz\b.*memory"):
+            fastadv.fgsm_step(x, x, eps, normalization=NORMALIZATION, z=bad)
+        assert not bad.any()
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -213,6 +272,11 @@ def test_one_op_is_dispatched(backend, op):
             run(op, t)
         assert len(seen.names) == 2
         assert seen.names[1] == f"fastadv.{op}.{name}"
+        z = torch.empty_like(t["x"])
+        run(op, t, normalization=NORMALIZATION, z=z)  # the first call makes the normalisation's tensors
+        with Dispatched() as seen:
+            run(op, t, out=t["x"], normalization=NORMALIZATION, z=z)
+        assert seen.names == [f"fastadv.{op}_z.{name}"]
 
 
 def allocated(device, call):
@@ -233,8 +297,9 @@ def test_nothing_is_allocated(native, op, layout):
     t = on(tensors((4, 3, 33, 35), layout=layout), device)
     out = torch.empty_like(t["x"])
     with fastadv.backend(name):
-        run(op, t, out=out)  # what the first call sets up is not the call's
-        assert allocated(device, lambda: run(op, t, out=out)) == 0
+        for more in ({}, {"normalization": NORMALIZATION, "z": torch.empty_like(out, dtype=torch.bfloat16)}):
+            run(op, t, out=out, **more)  # what the first call sets up is not the call's
+            assert allocated(device, lambda more=more: run(op, t, out=out, **more)) == 0
         size = out.numel() * out.element_size()
         assert allocated(device, lambda: run(op, t)) >= size, "the measurement sees nothing"
 

@@ -24,7 +24,7 @@ def compiled():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_launch_compiles_without_spills_and_fused_operations(compiled, arch):
     kernels = [k for k in compiled if k["arch"] == f"sm_{arch}"]
-    assert len({k["case"] for k in kernels}) == len(kernels) >= 26
+    assert len({k["case"] for k in kernels}) == len(kernels) >= 55
     assert {k["kernel"] for k in kernels} == {"flat_kernel", "any_kernel"}
     assert [k for k in kernels if k["spilled_bytes"] or k["fused"]] == []
 
@@ -35,5 +35,7 @@ def test_flat_kernels_move_128_bits_at_a_time(compiled):
             continue
         # A seed is one number; eight uint8 are 64 bits, and so many belong to eight of anything else.
         narrow = set(k["narrow"]) - {"ld.global.b64"} - ({"ld.global.v2.b32"} if "uint8" in k["case"] else set())
+        if " z " in k["case"]:
+            narrow -= {"ld.global.b32"}  # the mean and scale of an element's channel
         assert not narrow, k
         assert k["wide_accesses"] >= 2, k

@@ -1,4 +1,5 @@
-"""Calls every op x dtypes x layout x kind of parameter on each kernel backend, small, and compares with the reference.
+"""Calls every op x dtypes x layout x kind of parameter, with and without z, on each kernel backend, small, and compares
+with the reference.
 
 Run by itself, or under compute-sanitizer, which watches the memory accesses. Without a GPU: the CPU kernels, and
 Triton's in its interpreter (TRITON_INTERPRET=1), with fewer dtypes.
@@ -16,6 +17,7 @@ DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = ("cuda", "triton") if GPU else ("cpu", "triton")
 SHAPE = (3, 3, 17, 19) if GPU else (2, 3, 5, 7)  # several blocks and a tail
 EPS = 8 / 255
+NORMALIZATION = fastadv.Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 f64, f32, f16, bf16, u8 = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8
 PAIRS = [(f32, f32), (u8, bf16), (bf16, bf16), (f32, bf16), (f32, f16), (f16, f16), (u8, f32), (f64, f64), (f64, f32)]
@@ -60,41 +62,45 @@ def values_of(image, grad):
     }
 
 
-def call(op, values, layout, parameter, device):
-    """One call into a poisoned `out`."""
+def call(op, values, layout, parameter, with_z, device):
+    """One call into a poisoned `out` and perhaps z, of the gradient's dtype: what it wrote."""
     names, tested, fixed = OPS[op]
     tensors = {name: laid_out(values[name], layout, device) for name in names}
     like = tensors.get("x_adv", tensors["x"])
     poison = torch.full(SHAPE, torch.nan, dtype=f32 if like.dtype == u8 else like.dtype)
-    out = laid_out(poison, "contiguous" if layout == "expanded" else layout, device)
+    layout = "contiguous" if layout == "expanded" else layout
+    out, z = laid_out(poison, layout, device), laid_out(poison.to(values["grad"].dtype), layout, device)
     if parameter == "per sample":
         fixed = {**fixed, tested: torch.linspace(EPS / 2, EPS, SHAPE[0]).view(-1, 1, 1, 1).to(device)}
         if "seed" in fixed:
             fixed["seed"] = torch.arange(SHAPE[0], device=device)
     else:
         fixed = {**fixed, tested: EPS}
-    return getattr(fastadv, op.split()[0])(**tensors, **fixed, out=out)
+    more = {"normalization": NORMALIZATION, "z": z} if with_z else {}
+    getattr(fastadv, op.split()[0])(**tensors, **fixed, **more, out=out)
+    return [t.cpu() for t in ((out, z) if with_z else (out,))]
 
 
 def cases():
     for op, (image, grad) in itertools.product(OPS, PAIRS if GPU else PAIRS[:2]):
         # random_init has no gradient: a pair an image dtype is enough.
         if op != "random_init" or (image, grad) == next(p for p in PAIRS if p[0] == image):
-            yield from ((op, image, grad, layout, kind) for layout in LAYOUTS for kind in ("number", "per sample"))
+            for layout, kind, with_z in itertools.product(LAYOUTS, ("number", "per sample"), (False, True)):
+                yield op, image, grad, layout, kind, with_z
 
 
 def main():
     done, mismatches = 0, []
-    for op, image, grad, layout, parameter in cases():
+    for op, image, grad, layout, parameter, with_z in cases():
         values = values_of(image, grad)
         with fastadv.backend("reference"):
-            want = call(op, values, layout, parameter, "cpu")
+            want = call(op, values, layout, parameter, with_z, "cpu")
         for backend in BACKENDS:
             with fastadv.backend(backend):
-                got = call(op, values, layout, parameter, DEVICE)
+                got = call(op, values, layout, parameter, with_z, DEVICE)
             done += 1
-            if not torch.equal(got.cpu(), want):
-                mismatches.append(f"{backend}: {op}, {image}, {grad}, {layout}, {parameter}")
+            if not all(map(torch.equal, got, want)):
+                mismatches.append(f"{backend}: {op}, {image}, {grad}, {layout}, {parameter}, z {with_z}")
     print(*mismatches, sep="\n")
     print(f"{done} calls, {len(mismatches)} mismatches")
     return bool(mismatches)

@@ -143,6 +143,15 @@ void round_inward_tile(int64_t n, void* lo, void* hi) {
   }
 }
 
+template <class C, class Z, template <class> class Parameter>
+void normalize_tile(int64_t n, const void* w, const void* mean, const void* scale, void* z) {
+  const Parameter<C> mean_(mean), scale_(scale);
+  const C* w_ = static_cast<const C*>(w);
+  Z* z_ = static_cast<Z*>(z);
+  FASTADV_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) z_[i] = rounded<Z>(normalized(w_[i], mean_[i], scale_[i]));
+}
+
 #define FASTADV_ROW_OF(ROW, C) {ROW(C, double), ROW(C, float), ROW(C, Half), ROW(C, BFloat16)}
 #define FASTADV_TABLE_OF(ROW) {FASTADV_ROW_OF(ROW, double), FASTADV_ROW_OF(ROW, float)}
 #define FASTADV_START(C, R) {start_tile<C, R, Uniform>, start_tile<C, R, Array>}
@@ -153,6 +162,7 @@ void round_inward_tile(int64_t n, void* lo, void* hi) {
     }                                                                    \
   }
 #define FASTADV_INWARD(C, R) round_inward_tile<C, R>
+#define FASTADV_NORMALIZE(C, Z) {normalize_tile<C, Z, Uniform>, normalize_tile<C, Z, Array>}
 #define FASTADV_GRAD(C, G) load_tile<C, G, true>
 #define FASTADV_LOAD(C) \
   {load_tile<C, double>, load_tile<C, float>, load_tile<C, Half>, load_tile<C, BFloat16>, load_tile<C, uint8_t>}
@@ -168,7 +178,7 @@ extern const Kernels FASTADV_NAME(FASTADV_ISA) = {
     FASTADV_TEXT(FASTADV_ISA),        {FASTADV_LOAD(double), FASTADV_LOAD(float)},
     FASTADV_TABLE_OF(FASTADV_GRAD),   random_bits_tile,
     FASTADV_TABLE_OF(FASTADV_START),  FASTADV_TABLE_OF(FASTADV_STEP),
-    FASTADV_TABLE_OF(FASTADV_INWARD),
+    FASTADV_TABLE_OF(FASTADV_INWARD), FASTADV_TABLE_OF(FASTADV_NORMALIZE),
 };
 
 }  // namespace fastadv

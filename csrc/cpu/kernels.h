@@ -30,6 +30,8 @@ struct Kernels {
   void (*step[2][4][2][2])(int64_t n, const void* x0, const void* grad, const void* x, const void* alpha,
                            const void* eps, const void* lo, const void* hi, void* out);
   void (*round_inward[2][4])(int64_t n, void* lo, void* hi);
+  // [compute type][z's type][whether mean and scale are arrays]: they and w are of the compute type.
+  void (*normalize[2][4][2])(int64_t n, const void* w, const void* mean, const void* scale, void* z);
 };
 
 #if defined(__x86_64__)

@@ -82,16 +82,17 @@ const C* fetch(const Call& call, Slot slot, const Tile& tile, C* buffer) {
   return buffer;
 }
 
-// Where the tile's result goes: out itself, or a buffer whose contents done() then spreads over out.
+// Where a tile's result goes: the operand itself, or a buffer whose contents done() then spreads over it.
 class Result {
  public:
-  Result(const Call& call, const Tile& tile, void* buffer) : call_(call), tile_(tile), buffer_(buffer) {
-    direct_ = in_place(call.walk, kOut, call.dtype(kOut));
+  Result(const Call& call, Slot slot, const Tile& tile, void* buffer)
+      : call_(call), slot_(slot), tile_(tile), buffer_(buffer) {
+    direct_ = in_place(call.walk, slot, call.dtype(slot));
   }
-  void* data() const { return direct_ ? address(call_.walk, kOut, tile_) : buffer_; }
+  void* data() const { return direct_ ? address(call_.walk, slot_, tile_) : buffer_; }
   void done() const {
     if (direct_) return;
-    switch (size_of(call_.dtype(kOut))) {
+    switch (size_of(call_.dtype(slot_))) {
       case 8:
         return scatter<uint64_t>();
       case 4:
@@ -105,16 +106,70 @@ class Result {
   template <class Bits>
   void scatter() const {
     const Bits* from = static_cast<const Bits*>(buffer_);
-    for_runs(call_.walk, kOut, tile_, [&](char* to, int64_t stride, int64_t count) {
+    for_runs(call_.walk, slot_, tile_, [&](char* to, int64_t stride, int64_t count) {
       for (int64_t i = 0; i < count; ++i) reinterpret_cast<Bits*>(to)[i * stride] = from[i];
       from += count;
     });
   }
 
   const Call& call_;
+  Slot slot_;
   const Tile& tile_;
   void* buffer_;
   bool direct_;
+};
+
+// The model's next input, from a tile's result while that is in the cache.
+template <class C>
+class ModelInput {
+ public:
+  explicit ModelInput(const Call& call) : call_(call), period_(call.channels.count * call.channels.inner) {
+    if (!call.has(kZ) || period_ > kTile) return;
+    const int64_t needed = std::min<int64_t>(call.walk.block_size, kTile) + period_;
+    for_channels(0, needed, [&](int64_t i, int64_t n, const C* mean, const C* scale) {
+      std::fill_n(mean_ + i, n, *mean);
+      std::fill_n(scale_ + i, n, *scale);
+    });
+  }
+
+  // image: the tile's result, of out's type.
+  void run(const Tile& tile, const void* image) {
+    if (!call_.has(kZ)) return;
+    const int c = kComputeIndex<C>, result = index_of(call_.dtype(kOut)), type = index_of(call_.dtype(kZ));
+    const C* w = static_cast<const C*>(image);
+    if (call_.dtype(kOut) != kComputeType<C>) {
+      isa().load[c][result](image, 1, tile.count, w_);
+      w = w_;
+    }
+    const Result z(call_, kZ, tile, z_);
+    const auto& normalize = isa().normalize[c][type];  // [arrays]
+    if (period_ <= kTile) {
+      const int64_t phase = tile.position % period_;
+      normalize[true](tile.count, w, mean_ + phase, scale_ + phase, z.data());
+    } else {
+      char* to = static_cast<char*>(z.data());
+      for_channels(tile.position, tile.count, [&](int64_t i, int64_t n, const C* mean, const C* scale) {
+        normalize[false](n, w + i, mean, scale, to + i * size_of(call_.dtype(kZ)));
+      });
+    }
+    z.done();
+  }
+
+ private:
+  // Calls run(i, n, mean, scale) for the stretches of one channel among `count` elements from `position` on.
+  template <class Run>
+  void for_channels(int64_t position, int64_t count, const Run& run) const {
+    const Channels& all = call_.channels;
+    const C *mean = static_cast<const C*>(all.mean), *scale = static_cast<const C*>(all.scale);
+    int64_t channel = position / all.inner % all.count, left = all.inner - position % all.inner;
+    for (int64_t i = 0; i < count; i += left, left = all.inner, channel = channel + 1 < all.count ? channel + 1 : 0)
+      run(i, std::min(left, count - i), mean + channel, scale + channel);
+  }
+
+  const Call& call_;
+  const int64_t period_;  // where it is short, arrays of it serve every tile, from another phase on
+  alignas(64) C mean_[2 * kTile], scale_[2 * kTile], w_[kTile];
+  alignas(64) uint64_t z_[kTile];
 };
 
 // Parameters in the compute type: one value each where all are numbers, else an array of a tile, filled for each.
@@ -199,7 +254,7 @@ class Start {
 template <class C>
 class Step {
  public:
-  explicit Step(const Call& call) : call_(call), params_(call, call.dtype(kOut)) {}
+  explicit Step(const Call& call) : call_(call), params_(call, call.dtype(kOut)), input_(call) {}
 
   // x0: the tile's start in the compute type, or null: then it is the operand kX0, and kX where there is none.
   void operator()(const Tile& tile) { run(tile, nullptr); }
@@ -209,15 +264,17 @@ class Step {
     const C* x = fetch(call_, kX, tile, x_);
     if (!x0) x0 = call_.has(kX0) ? fetch(call_, kX0, tile, x0_) : x;
     const C* grad = fetch(call_, kGrad, tile, grad_);
-    const Result result(call_, tile, out_);
+    const Result result(call_, kOut, tile, out_);
     isa().step[kComputeIndex<C>][index_of(call_.dtype(kOut))][params_.tensors][call_.project](
         tile.count, x0, grad, x, params_.v[0], params_.v[1], params_.v[2], params_.v[3], result.data());
     result.done();
+    input_.run(tile, result.data());
   }
 
  private:
   const Call& call_;
   StepParameters<C> params_;
+  ModelInput<C> input_;
   alignas(64) C x_[kTile], x0_[kTile], grad_[kTile];
   alignas(64) uint64_t out_[kTile];
 };
@@ -239,17 +296,19 @@ void for_tiles(const Call& call) {
 template <class C>
 class RandomInit {
  public:
-  explicit RandomInit(const Call& call) : call_(call), start_(call, call.dtype(kOut)) {}
+  explicit RandomInit(const Call& call) : call_(call), start_(call, call.dtype(kOut)), input_(call) {}
 
   void operator()(const Tile& tile) {
-    const Result result(call_, tile, out_);
+    const Result result(call_, kOut, tile, out_);
     start_.run(tile, result.data());
     result.done();
+    input_.run(tile, result.data());
   }
 
  private:
   const Call& call_;
   Start<C> start_;
+  ModelInput<C> input_;
   alignas(64) uint64_t out_[kTile];
 };
 

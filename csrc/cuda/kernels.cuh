@@ -18,6 +18,60 @@ enum class Kind : int { kRandomInit, kFgsm, kFgsmFromNoise, kPgd };
 constexpr int kGroup = 8;
 constexpr int kThreads = 256;
 
+// f<the type that dtype names>(...). A macro, because ptxas must see it inlined: a call would put offsets in memory.
+#define FASTADV_BY_TYPE(dtype, f, ...)                     \
+  switch (dtype) {                                         \
+    case DType::kFloat64:                                  \
+      return f<double>(__VA_ARGS__);                       \
+    case DType::kFloat16:                                  \
+      return f<Half>(__VA_ARGS__);                         \
+    case DType::kBFloat16:                                 \
+      return f<BFloat16>(__VA_ARGS__);                     \
+    default: /* uint8 too: its start is stored in float */ \
+      return f<float>(__VA_ARGS__);                        \
+  }
+
+// Division by a size as a multiplication (Granlund and Montgomery 1994, figure 4.1): the instruction set has none for
+// 64 bits, and the routine that stands in for it costs more than all the rest. Not by 1.
+struct Divider {
+  uint64_t multiplier;
+  int shift;
+
+  __device__ __forceinline__ uint64_t divide(uint64_t n) const {
+    const uint64_t t = __umul64hi(multiplier, n);
+    return (t + ((n - t) >> 1)) >> shift;
+  }
+};
+
+// ---------------------------------------------------------------- the model's next input
+
+// Kernels come in two forms, told by their arguments' type: those that write no z know nothing of it.
+struct ModelInput : Channels {
+  Divider by_inner, by_count;
+
+  __device__ __forceinline__ int64_t run_of(int64_t position) const {
+    return inner == 1 ? position : static_cast<int64_t>(by_inner.divide(position));
+  }
+  __device__ __forceinline__ int64_t channel_of(int64_t position) const {
+    const int64_t run = run_of(position);
+    return count == 1 ? 0 : run - static_cast<int64_t>(by_count.divide(run)) * count;
+  }
+
+  template <class C>
+  __device__ __forceinline__ C normalize(C w, int64_t channel) const {
+    return normalized(w, static_cast<const C*>(mean)[channel], static_cast<const C*>(scale)[channel]);
+  }
+};
+
+template <class Z, class C>
+__device__ __forceinline__ void store_one(void* z, int64_t at, C value) {
+  static_cast<Z*>(z)[at] = rounded<Z>(value);
+}
+template <class C>
+__device__ __forceinline__ void store_rounded(DType type, void* z, int64_t at, C value) {
+  FASTADV_BY_TYPE(type, store_one, z, at, value)
+}
+
 // ---------------------------------------------------------------- the fast path
 
 struct Flat {
@@ -30,6 +84,12 @@ struct Flat {
   const int64_t* seeds;  // one, or one per block; null: `seed`
   uint64_t seed;
   float alpha, eps, noise, lo, hi;  // lo and hi rounded inward to the result type
+};
+
+struct FlatWithZ : Flat {
+  void* z;
+  DType z_type;
+  ModelInput input;
 };
 
 // As one instruction: the compiler splits some stores in four.
@@ -59,6 +119,35 @@ struct Pack {
     memcpy(raw, v, sizeof(v));
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) store_whole(reinterpret_cast<Access*>(p) + i, raw[i]);
+  }
+};
+
+template <class Z>
+__device__ __forceinline__ void store_pack(void* z, int64_t at, const float* values) {
+  Pack<Z> pack;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) pack.v[j] = rounded<Z>(values[j]);
+  pack.store_to(static_cast<Z*>(z) + at);
+}
+__device__ __forceinline__ void store_pack_rounded(DType type, void* z, int64_t at, const float* values) {
+  FASTADV_BY_TYPE(type, store_pack, z, at, values)
+}
+
+// The channel of one element of a group after the other.
+struct Channel {
+  int now, left, inner, count;
+
+  __device__ __forceinline__ Channel(const ModelInput& input, int64_t position) {
+    const int64_t rest = (input.run_of(position) + 1) * input.inner - position;
+    now = static_cast<int>(input.channel_of(position));
+    left = static_cast<int>(rest < kGroup ? rest : kGroup);  // as good as more: there is no second end in the group
+    inner = static_cast<int>(input.inner < kGroup ? input.inner : kGroup);
+    count = static_cast<int>(input.count);
+  }
+  __device__ __forceinline__ void advance() {
+    if (--left > 0) return;
+    left = inner;
+    now = now + 1 < count ? now + 1 : 0;
   }
 };
 
@@ -93,9 +182,10 @@ __device__ __forceinline__ typename ResultOf<X>::Type flat_element(const Flat& f
   return Store<R>::from(step<R, kProject>(x0, load_grad<float>(grad), x, f.alpha, 0.0f, f.eps, f.lo, f.hi));
 }
 
-template <Kind kKind, bool kProject, class X, class G>
-__global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ Flat f) {
+template <Kind kKind, bool kProject, class X, class G, class F>
+__global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ F f) {
   using R = typename ResultOf<X>::Type;
+  constexpr bool kWithZ = std::is_same<F, FlatWithZ>::value;
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
   constexpr bool kGrad = kKind != Kind::kRandomInit, kX0 = kKind == Kind::kPgd;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, first = group * kGroup;
@@ -128,30 +218,36 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
       for (int j = 0; j < kGroup; ++j)
         result.v[j] = flat_element<kKind, kProject, X, G>(f, xs.v[j], x0s.v[j], grads.v[j], bits_of(words, j));
       result.store_to(out);
+      if constexpr (kWithZ) {
+        float values[kGroup];
+        Channel channel(f.input, first);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j, channel.advance())
+          values[j] = f.input.normalize(load<float>(result.v[j]), channel.now);
+        store_pack_rounded(f.z_type, f.z, offset, values);
+      }
     } else {
 #pragma unroll 1
-      for (int j = 0; first + j < f.block_size; ++j)
-        out[j] =
+      for (int j = 0; first + j < f.block_size; ++j) {
+        const R w =
             flat_element<kKind, kProject, X, G>(f, x[j], kX0 ? x0[j] : R{}, kGrad ? grad[j] : G{}, bits_of(words, j));
+        out[j] = w;
+        if constexpr (kWithZ) {
+          const float value = f.input.normalize(load<float>(w), f.input.channel_of(first + j));
+          store_rounded(f.z_type, f.z, offset + j, value);
+        }
+      }
     }
   }
 }
 
 // ---------------------------------------------------------------- everything else
 
-// Division by a size as a multiplication (Granlund and Montgomery 1994, figure 4.1): the instruction set has none for
-// 64 bits, and the routine that stands in for it costs more than all the rest.
-struct Divider {
-  uint64_t multiplier;
-  int shift;
-
-  __device__ __forceinline__ uint64_t divide(uint64_t n) const {
-    const uint64_t t = __umul64hi(multiplier, n);
-    return (t + ((n - t) >> 1)) >> shift;
-  }
-};
 struct Dividers {
   Divider of_dim[kMaxDims];
+};
+struct DividersWithZ : Dividers {
+  ModelInput input;
 };
 
 template <class C>
@@ -175,19 +271,6 @@ __device__ __forceinline__ C load_any_grad(const Operand& op, int64_t offset) {
   if (op.dtype == DType::kFloat64) return load_grad<C>(reinterpret_cast<const double*>(op.data)[offset]);
   return load_any<C>(op, offset);
 }
-
-// f<the type that dtype names>(...). A macro, because ptxas must see it inlined: a call would put offsets in memory.
-#define FASTADV_BY_TYPE(dtype, f, ...)                     \
-  switch (dtype) {                                         \
-    case DType::kFloat64:                                  \
-      return f<double>(__VA_ARGS__);                       \
-    case DType::kFloat16:                                  \
-      return f<Half>(__VA_ARGS__);                         \
-    case DType::kBFloat16:                                 \
-      return f<BFloat16>(__VA_ARGS__);                     \
-    default: /* uint8 too: its start is stored in float */ \
-      return f<float>(__VA_ARGS__);                        \
-  }
 
 // One element of any_kernel: where its operands are, and its parameters in the type that is asked for.
 struct Element {
@@ -246,9 +329,11 @@ struct Element {
   }
 };
 
-template <Kind kKind, class C>
+template <Kind kKind, class C, class D>
 __global__ void __launch_bounds__(kThreads, 1)
-    any_kernel(const __grid_constant__ Call call, const __grid_constant__ Dividers dividers) {
+    any_kernel(const __grid_constant__ Call call, const __grid_constant__ D dividers) {
+  constexpr bool kWithZ = std::is_same<D, DividersWithZ>::value;
+  constexpr int kOperands = kWithZ ? kSlots : kZ;
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
   const auto& walk = call.walk;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -264,27 +349,34 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (position >= walk.block_size) break;
       Element e{call, {}};
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k) e.offsets[k] = block * walk.operands[k].block_stride;
+      for (int k = 0; k < kOperands; ++k) e.offsets[k] = block * walk.operands[k].block_stride;
       int64_t rest = position;
       for (int d = walk.dims - 1; d >= 0; --d) {
         const int64_t outer = static_cast<int64_t>(dividers.of_dim[d].divide(rest)), at = rest - outer * walk.sizes[d];
         rest = outer;
 #pragma unroll
-        for (int k = 0; k < kSlots; ++k)
+        for (int k = 0; k < kOperands; ++k)
           if (call.has(static_cast<Slot>(k))) e.offsets[k] += at * walk.operands[k].strides[d];
       }
       const uint32_t h = bits_of(words, j);
+      C w;
       if constexpr (kKind == Kind::kRandomInit) {
-        e.store(e.template random_start<C>(call.dtype(kOut), h));
+        w = e.template random_start<C>(call.dtype(kOut), h);
       } else if constexpr (kKind == Kind::kPgd) {
-        e.store(e.take_step(load_any<C>(e.operand(kX0), e.offsets[kX0])));
+        w = e.take_step(load_any<C>(e.operand(kX0), e.offsets[kX0]));
       } else if constexpr (kKind == Kind::kFgsm) {
-        e.store(e.take_step(load_any<C>(e.operand(kX), e.offsets[kX])));
+        w = e.take_step(load_any<C>(e.operand(kX), e.offsets[kX]));
       } else {
         // The start is random_init's: in float, unless x itself is double.
         const DType x = call.dtype(kX);
-        e.store(e.take_step(x == DType::kFloat64 ? e.template random_start<C>(x, h)
-                                                 : static_cast<C>(e.template random_start<float>(x, h))));
+        w = e.take_step(x == DType::kFloat64 ? e.template random_start<C>(x, h)
+                                             : static_cast<C>(e.template random_start<float>(x, h)));
+      }
+      e.store(w);
+      if constexpr (kWithZ) {
+        const ModelInput& input = dividers.input;
+        store_rounded(call.dtype(kZ), e.operand(kZ).data, e.offsets[kZ],
+                      input.normalize(w, input.channel_of(position)));
       }
     }
   }

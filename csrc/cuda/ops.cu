@@ -16,14 +16,16 @@ struct FlatEntry {
   bool project;
   DType x, grad;
   void (*kernel)(Flat);
+  void (*with_z)(FlatWithZ);
   const char* name;
 };
 
 // The combinations worth a kernel of their own: x, x_adv and out of one type (float for uint8), grads as training
 // makes them. A row here is all that another one takes.
-#define FASTADV_ROW(kind, project, X, x, G, g, name)                                                               \
-  FlatEntry {                                                                                                      \
-    Kind::kind, project, DType::k##x, DType::k##g, flat_kernel<Kind::kind, project, X, G>, name " " #x " grad " #g \
+#define FASTADV_ROW(kind, project, X, x, G, g, name)                                             \
+  FlatEntry {                                                                                    \
+    Kind::kind, project, DType::k##x, DType::k##g, flat_kernel<Kind::kind, project, X, G, Flat>, \
+        flat_kernel<Kind::kind, project, X, G, FlatWithZ>, name " " #x " grad " #g               \
   }
 #define FASTADV_STEP_ROWS(X, x, G, g)                                                                 \
   FASTADV_ROW(kPgd, true, X, x, G, g, "pgd_step"), FASTADV_ROW(kFgsm, true, X, x, G, g, "fgsm_step"), \
@@ -53,14 +55,17 @@ struct AnyEntry {
   Kind kind;
   void (*in_float)(Call, Dividers);
   void (*in_double)(Call, Dividers);
+  void (*in_float_with_z)(Call, DividersWithZ);
+  void (*in_double_with_z)(Call, DividersWithZ);
   const char* name;
 };
+#define FASTADV_ANY(kind, D) any_kernel<Kind::kind, float, D>, any_kernel<Kind::kind, double, D>
+#define FASTADV_ANY_ROW(kind, name) {Kind::kind, FASTADV_ANY(kind, Dividers), FASTADV_ANY(kind, DividersWithZ), name}
 const AnyEntry kAny[] = {
-    {Kind::kRandomInit, any_kernel<Kind::kRandomInit, float>, any_kernel<Kind::kRandomInit, double>, "random_init any"},
-    {Kind::kFgsm, any_kernel<Kind::kFgsm, float>, any_kernel<Kind::kFgsm, double>, "fgsm_step any"},
-    {Kind::kFgsmFromNoise, any_kernel<Kind::kFgsmFromNoise, float>, any_kernel<Kind::kFgsmFromNoise, double>,
-     "fgsm_step noise any"},
-    {Kind::kPgd, any_kernel<Kind::kPgd, float>, any_kernel<Kind::kPgd, double>, "pgd_step any"},
+    FASTADV_ANY_ROW(kRandomInit, "random_init any"),
+    FASTADV_ANY_ROW(kFgsm, "fgsm_step any"),
+    FASTADV_ANY_ROW(kFgsmFromNoise, "fgsm_step noise any"),
+    FASTADV_ANY_ROW(kPgd, "pgd_step any"),
 };
 
 void check(cudaError_t error, const char* what) {
@@ -101,6 +106,7 @@ const FlatEntry* find_flat(const Call& call, Kind kind) {
   fits = fits && packed(call, kX, x) && packed(call, kOut, result);
   fits = fits && (!grad || packed(call, kGrad, call.dtype(kGrad)));
   fits = fits && (kind != Kind::kPgd || packed(call, kX0, result));
+  fits = fits && (!call.has(kZ) || (packed(call, kZ, call.dtype(kZ)) && call.channels.count < INT32_MAX));
   if (!fits) return nullptr;
   for (const FlatEntry& e : kFlat)
     if (e.kind == kind && e.x == x && (!grad || (e.grad == call.dtype(kGrad) && e.project == call.project))) return &e;
@@ -130,34 +136,48 @@ Flat flat_arguments(const Call& call) {
   return f;
 }
 
+Divider divider_of(int64_t n) {
+  if (n < 2) return {};
+  const uint64_t size = static_cast<uint64_t>(n);
+  const int bits = 64 - __builtin_clzll(size - 1);
+  const auto excess = (static_cast<unsigned __int128>(1) << bits) - size;
+  return {static_cast<uint64_t>((excess << 64) / size) + 1, bits - 1};
+}
+
 Dividers dividers_of(const Call& call) {
   Dividers all{};
-  for (int d = 0; d < call.walk.dims; ++d) {
-    const uint64_t size = static_cast<uint64_t>(call.walk.sizes[d]);  // 2 at least: others are left out of the walk
-    const int bits = 64 - __builtin_clzll(size - 1);
-    const auto excess = (static_cast<unsigned __int128>(1) << bits) - size;
-    all.of_dim[d] = {static_cast<uint64_t>((excess << 64) / size) + 1, bits - 1};
-  }
+  for (int d = 0; d < call.walk.dims; ++d) all.of_dim[d] = divider_of(call.walk.sizes[d]);
   return all;
+}
+
+ModelInput model_input_of(const Call& call) {
+  return {call.channels, divider_of(call.channels.inner), divider_of(call.channels.count)};
 }
 
 void launch(const Call& call, Kind kind, void* stream) {
   const dim3 grid = grid_for(call.walk.block_size, call.walk.blocks);
+  const Operand& z = call.walk.operands[kZ];
   if (const FlatEntry* e = find_flat(call, kind)) {
-    run(e->kernel, grid, stream, flat_arguments(call));
-  } else {
-    const AnyEntry& any = *std::find_if(std::begin(kAny), std::end(kAny), [&](auto& a) { return a.kind == kind; });
-    run(call.any_float64() ? any.in_double : any.in_float, grid, stream, call, dividers_of(call));
+    const Flat f = flat_arguments(call);
+    if (!call.has(kZ)) return run(e->kernel, grid, stream, f);
+    return run(e->with_z, grid, stream, FlatWithZ{f, z.data, z.dtype, model_input_of(call)});
   }
+  const AnyEntry& any = *std::find_if(std::begin(kAny), std::end(kAny), [&](auto& a) { return a.kind == kind; });
+  const Dividers dividers = dividers_of(call);
+  if (!call.has(kZ)) return run(call.any_float64() ? any.in_double : any.in_float, grid, stream, call, dividers);
+  run(call.any_float64() ? any.in_double_with_z : any.in_float_with_z, grid, stream, call,
+      DividersWithZ{dividers, model_input_of(call)});
 }
 
-Attributes attributes_of(const char* name, const void* kernel) {
+template <class... Parameters>
+Attributes attributes_of(const std::string& name, void (*kernel)(Parameters...)) {
   cudaFuncAttributes a{};
-  check(cudaFuncGetAttributes(&a, kernel), name);
+  check(cudaFuncGetAttributes(&a, reinterpret_cast<const void*>(kernel)), name.c_str());
   int blocks = 0, threads = 0, device = 0;
-  check(cudaGetDevice(&device), name);
-  check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device), name);
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), name);
+  check(cudaGetDevice(&device), name.c_str());
+  check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device), name.c_str());
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), kThreads, 0),
+        name.c_str());
   return {name, a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes),
           static_cast<double>(blocks) * kThreads / threads};
 }
@@ -178,10 +198,15 @@ void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const in
 
 std::vector<Attributes> kernel_attributes() {
   std::vector<Attributes> all;
-  for (const FlatEntry& e : kFlat) all.push_back(attributes_of(e.name, reinterpret_cast<const void*>(e.kernel)));
+  for (const FlatEntry& e : kFlat) {
+    all.push_back(attributes_of(e.name, e.kernel));
+    all.push_back(attributes_of(e.name + std::string(" z"), e.with_z));
+  }
   for (const AnyEntry& e : kAny) {
-    all.push_back(attributes_of(e.name, reinterpret_cast<const void*>(e.in_float)));
-    all.push_back(attributes_of(e.name, reinterpret_cast<const void*>(e.in_double)));
+    all.push_back(attributes_of(e.name, e.in_float));
+    all.push_back(attributes_of(e.name, e.in_double));
+    all.push_back(attributes_of(e.name + std::string(" z"), e.in_float_with_z));
+    all.push_back(attributes_of(e.name + std::string(" z"), e.in_double_with_z));
   }
   return all;
 }

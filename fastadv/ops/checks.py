@@ -33,7 +33,7 @@ def _operand(name, t, like_name, like, dtypes=FLOATS):
         raise ValueError(f"{name} must be on {like_name}'s device {like.device}, got {t.device}")
 
 
-# The images among an op's first arguments.
+# The images among a step's first arguments.
 _IMAGE_NAMES = {"random_init": ("x",), "fgsm_step": ("x", "grad"), "pgd_step": ("x_adv", "grad", "x")}
 
 
@@ -42,8 +42,8 @@ def image_arguments(op_name, args):
     return dict(zip(_IMAGE_NAMES[op_name], args, strict=False))
 
 
-def images(op_name, args, out):
-    """The op's images and `out`: dtypes, shapes, devices, memory."""
+def images(op_name, args, out, z=None):
+    """The step's images, `out` and the model's input z: dtypes, shapes, devices, memory."""
     named = image_arguments(op_name, args)
     x = named["x"]
     image("x", x)
@@ -53,13 +53,23 @@ def images(op_name, args, out):
         elif name == "x_adv":
             image(name, t, FLOATS)
     if out is not None:
-        _output(out, named, args)
+        _output("out", out, named, args)
+    if z is not None:
+        _output("z", z, {**named, "out": out}, (*args, out), may_be_input=False)
 
 
-def _real(name, value):
+def _real(name, value, wanted="a number or a tensor"):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
     return float(value)
+
+
+def finite(name, value):
+    """A number as a float."""
+    number = _real(name, value, "a number")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
 
 
 def _parameter_tensor(name, t, x):
@@ -191,25 +201,32 @@ def _same(a, b):
     )
 
 
-def _output(out, named, args):
+def _output(name, out, named, args, may_be_input=True):
     """`out` may be an input to the letter (same memory, dtype and strides); any other overlap is refused."""
     like_name, like = next(iter(named.items()))
-    _operand("out", out, like_name, like)
+    _operand(name, out, like_name, like)
     if torch.compiler.is_compiling():
         return  # functionalisation gives every mutated tensor memory of its own
     if out.is_meta or out.numel() == 0:
         return
     if _overlaps_itself(out):
-        raise ValueError(f"out has elements that share memory (strides {out.stride()}): give it memory of its own")
+        raise ValueError(f"{name} has elements that share memory (strides {out.stride()}): give it memory of its own")
     names = {id(t): name for name, t in named.items()}
     for t in args:
-        if isinstance(t, torch.Tensor) and not _same(out, t) and np.shares_memory(_array(out), _array(t)):
-            name = names.get(id(t), "a parameter or the seed")
-            raise ValueError(f"out overlaps {name} in memory without being the same tensor: give it memory of its own")
+        if not isinstance(t, torch.Tensor) or (may_be_input and _same(out, t)):
+            continue
+        if np.shares_memory(_array(out), _array(t)):
+            other = names.get(id(t), "a parameter or the seed")
+            but = " without being the same tensor" if may_be_input else ""
+            raise ValueError(f"{name} overlaps {other} in memory{but}: give it memory of its own")
 
 
-def interleaved(args, out):
-    """Whether out's memory lies between that of an input, with no element shared (`images` has checked that)."""
+def interleaved(args, out, z):
+    """Whether a result's memory lies between that of another tensor, no element shared (`images` has checked that)."""
+    tensors = [t for t in (*args, out, z) if isinstance(t, torch.Tensor)]
     return any(
-        isinstance(t, torch.Tensor) and not _same(out, t) and np.may_share_memory(_array(out), _array(t)) for t in args
+        not _same(result, t) and np.may_share_memory(_array(result), _array(t))
+        for result in (out, z)
+        if result is not None
+        for t in tensors
     )

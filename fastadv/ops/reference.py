@@ -172,4 +172,20 @@ def fgsm_step(
     out.copy_(_step(to_compute(x0, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype, project))
 
 
-IMPLEMENTATIONS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step, "philox": philox_op}
+def normalized(w, mean, scale, dtype):
+    """The model's input for an image, in dtype; mean and scale are of the compute type and broadcast."""
+    return _round((w.to(mean.dtype) - mean) * scale, dtype)
+
+
+def _with_z(step):
+    """The step that also writes z, the model's input for its result."""
+
+    def run(out, z, mean, scale, *args):
+        step(out, *args)
+        z.copy_(normalized(out, mean, scale, z.dtype))
+
+    return run
+
+
+_STEPS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step}
+IMPLEMENTATIONS = {**_STEPS, **{f"{name}_z": _with_z(step) for name, step in _STEPS.items()}, "philox": philox_op}

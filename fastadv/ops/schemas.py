@@ -2,8 +2,10 @@
 
 An op writes into `out` and allocates nothing. A parameter is a number and, last in the list, a tensor that overrides
 it, so a number never becomes a device tensor. What most calls leave at its default comes last, because every argument
-costs the dispatcher 0.1 to 0.2 microseconds. Nothing is checked here: the public functions in `fastadv.functional` do
-that, once, for every backend.
+costs the dispatcher 0.1 to 0.2 microseconds. For the same reason a step that also writes z, the model's next input, is
+an op of its own: `pgd_step_z` is `pgd_step` with z, mean and scale (1/std) after `out`; mean and scale are in the
+compute type, 0-dim or (1, C, 1, ...). Nothing is checked here: the public functions in `fastadv.functional` do that,
+once, for every backend.
 """
 
 import torch
@@ -11,16 +13,21 @@ import torch
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
-def _schema(first, *parameters):
+def _schemas(name, first, *parameters):
+    """The two forms of a step."""
     numbers = [f"{'int' if p == 'seed' else 'float'} {p}" for p in parameters]
     tensors = [f"Tensor? {p}_t=None" for p in (*parameters, "lo", "hi")]
-    return f"({', '.join(['Tensor(a!) out', first, *numbers, 'float lo=0.0, float hi=1.0', *tensors])}) -> ()"
+    rest = ", ".join([first, *numbers, "float lo=0.0, float hi=1.0", *tensors])
+    return {
+        name: f"(Tensor(a!) out, {rest}) -> ()",
+        f"{name}_z": f"(Tensor(a!) out, Tensor(b!) z, Tensor mean, Tensor scale, {rest}) -> ()",
+    }
 
 
 SCHEMAS = {
-    "random_init": _schema("Tensor x", "noise", "seed"),
-    "fgsm_step": _schema("Tensor x, Tensor grad, bool project", "alpha", "eps", "noise", "seed"),
-    "pgd_step": _schema("Tensor x_adv, Tensor grad, Tensor x", "alpha", "eps"),
+    **_schemas("random_init", "Tensor x", "noise", "seed"),
+    **_schemas("fgsm_step", "Tensor x, Tensor grad, bool project", "alpha", "eps", "noise", "seed"),
+    **_schemas("pgd_step", "Tensor x_adv, Tensor grad, Tensor x", "alpha", "eps"),
     # The generator itself, int64 [N] each: key = seed, counter = (index low, index high, restart, word3); out [N, 4].
     "philox": "(Tensor(a!) out, Tensor seed, Tensor index, Tensor restart, int word3) -> ()",
 }
@@ -31,6 +38,10 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def _public(op_name):
+    return f"fastadv.{op_name.removesuffix('_z')}"
+
+
 def _refuse_grad(name, op):
     """The kernel at the Autograd key: the raw ops have no derivative, so they refuse instead of dropping it."""
 
@@ -38,7 +49,7 @@ def _refuse_grad(name, op):
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
                 f"torch.ops.fastadv.{name} has no derivative and got an input that requires grad: "
-                f"call fastadv.{name.split('.')[0]}, or wrap the call in torch.no_grad()"
+                f"call {_public(name.split('.')[0])}, or wrap the call in torch.no_grad()"
             )
         with below_autograd():
             op(*args)
@@ -56,7 +67,7 @@ def _fake(*args):
 def _refuse_vmap(name):
     def refuse(*args):
         raise RuntimeError(
-            f"fastadv.{name} does not support torch.vmap: call it on the whole batch; eps, alpha, noise and clip "
+            f"{_public(name)} does not support torch.vmap: call it on the whole batch; eps, alpha, noise and clip "
             "may be tensors of shape (N, 1, 1, 1) and seed one of shape (N,)"
         )
 

@@ -216,6 +216,13 @@ def _element(x, x0, grad, h, alpha, eps, noise, lo, hi, C: tl.constexpr, R: tl.c
     return _step(start, grad, clean, tl.cast(alpha, C), tl.cast(eps, C), tl.cast(lo, C), tl.cast(hi, C), R, FLAGS[3])
 
 
+@triton.jit
+def _normalized(w, mean, scale, channel, mask, Z: tl.constexpr):
+    """The model's next input for the image w, in Z."""
+    z = (w - tl.load(mean + channel, mask)) * tl.load(scale + channel, mask)
+    return _stored(_round_to(z, Z), Z)
+
+
 # ---------------------------------------------------------------- kernels
 
 
@@ -226,10 +233,13 @@ def _load_seed(seed, block, PER_SAMPLE: tl.constexpr):
 
 @triton.jit
 def flat_kernel(
-    x, x0, grad, out, seed, alpha, eps, noise, lo, hi, size, C: tl.constexpr, FLAGS: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    x, x0, grad, out, z, seed, alpha, eps, noise, lo, hi, mean, scale, channels, inner, size,
+    C: tl.constexpr, FLAGS: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every tensor dense in the order of the positions; program (i, n): elements i*BLOCK, ... of sample n."""
+    """Every tensor dense in the order of the positions; program (i, n): elements i*BLOCK, ... of sample n.
+
+    z: the model's next input, or None; a position's channel is position // inner % channels.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     block = tl.program_id(1).to(tl.int64)
     offset = block * size + first
@@ -244,6 +254,13 @@ def flat_kernel(
     R: tl.constexpr = out.dtype.element_ty
     result = _element(x_, x0_, grad_, h, alpha, eps, noise, lo, hi, C, R, FLAGS)
     tl.store(out + offset + lane, _stored(result, R), mask)
+    if z is not None:
+        # Divisions of 64 bits are slow: once for all, then a lane's own way in 32.
+        channel = (first // inner % channels).to(tl.uint32)
+        run = (lane.to(tl.uint32) + (first % inner).to(tl.uint32)) // tl.cast(inner, tl.uint32)
+        channel = (channel + run) % tl.cast(channels, tl.uint32)
+        Z: tl.constexpr = z.dtype.element_ty
+        tl.store(z + offset + lane, _normalized(result, mean, scale, channel, mask, Z), mask)
 
 
 @triton.jit
@@ -266,10 +283,11 @@ def _parameter(parameter, base_stride, block, position, sizes, strides, mask, IS
 
 @triton.jit
 def any_kernel(
-    x, x0, grad, out, seed, alpha, eps, noise, lo, hi, size, sizes, strides, block_strides, C: tl.constexpr,
-    FLAGS: tl.constexpr, TENSORS: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    x, x0, grad, out, z, seed, alpha, eps, noise, lo, hi, mean, scale, channels, inner, size,
+    sizes, strides, block_strides, C: tl.constexpr, FLAGS: tl.constexpr, TENSORS: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Any layouts, any parameters; strides and block_strides: for each of the ten arguments in front, in order."""
+    """Any layouts, any parameters; strides and block_strides: of the images, then of alpha, eps, noise, lo and hi."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     block = tl.program_id(1).to(tl.int64)
     position = first + tl.arange(0, BLOCK)
@@ -283,14 +301,18 @@ def any_kernel(
         x0_ = tl.load(x0 + block * block_strides[1] + _place(position, sizes, strides[1]), mask)
     if FLAGS[1]:
         grad_ = tl.load(grad + block * block_strides[2] + _place(position, sizes, strides[2]), mask)
-    alpha_ = _parameter(alpha, block_strides[4], block, position, sizes, strides[4], mask, TENSORS[0])
-    eps_ = _parameter(eps, block_strides[5], block, position, sizes, strides[5], mask, TENSORS[1])
-    noise_ = _parameter(noise, block_strides[6], block, position, sizes, strides[6], mask, TENSORS[2])
-    lo_ = _parameter(lo, block_strides[7], block, position, sizes, strides[7], mask, TENSORS[3])
-    hi_ = _parameter(hi, block_strides[8], block, position, sizes, strides[8], mask, TENSORS[4])
+    alpha_ = _parameter(alpha, block_strides[5], block, position, sizes, strides[5], mask, TENSORS[0])
+    eps_ = _parameter(eps, block_strides[6], block, position, sizes, strides[6], mask, TENSORS[1])
+    noise_ = _parameter(noise, block_strides[7], block, position, sizes, strides[7], mask, TENSORS[2])
+    lo_ = _parameter(lo, block_strides[8], block, position, sizes, strides[8], mask, TENSORS[3])
+    hi_ = _parameter(hi, block_strides[9], block, position, sizes, strides[9], mask, TENSORS[4])
     R: tl.constexpr = out.dtype.element_ty
     result = _element(x_, x0_, grad_, h, alpha_, eps_, noise_, lo_, hi_, C, R, FLAGS)
     tl.store(out + block * block_strides[3] + _place(position, sizes, strides[3]), _stored(result, R), mask)
+    if z is not None:
+        place = block * block_strides[4] + _place(position, sizes, strides[4])
+        channel = position // inner % channels
+        tl.store(z + place, _normalized(result, mean, scale, channel, mask, z.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -323,7 +345,7 @@ def _strides(t, order):
     return tuple(t.stride(d) if t.shape[d] != 1 else 0 for d in order)
 
 
-def _launch(x, x0, grad, out, seed, params, flags):
+def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None):
     """params: (number, tensor or None) of alpha, eps, noise, lo and hi; flags: which of (noise, step, x0, project)."""
     if x.numel() == 0:
         return
@@ -336,42 +358,50 @@ def _launch(x, x0, grad, out, seed, params, flags):
         params = [(0.0, torch.full((), n, dtype=c, device=x.device) if t is None else t) for n, t in params]
     tensors = tuple(t is not None for _, t in params)
     values = [number if t is None else t for number, t in params]
-    images = (x, x0, grad, out)
+    channels = mean.numel() if z is not None else 1
+    inner = places[1] if channels > 1 else 1
+    images = (x, x0, grad, out, z)
+    normalization = (mean, scale, channels, inner)
     constants = {"C": _TL[c], "FLAGS": flags, "PER_SAMPLE": per_sample, "BLOCK": BLOCK, **OPTIONS}
     grid = (triton.cdiv(size, BLOCK), blocks)
     with torch.cuda.device(x.device) if x.is_cuda else _HERE:
-        if not any(tensors) and all(t is None or _lies_at(t, places, x.shape) for t in images):
-            flat_kernel[grid](*images, seed, *values, size, **constants)
+        narrow = max(channels, inner) + BLOCK < 2**32  # where flat_kernel's own divisions are right
+        if narrow and not any(tensors) and all(t is None or _lies_at(t, places, x.shape) for t in images):
+            flat_kernel[grid](*images, seed, *values, *normalization, size, **constants)
             return
         first_dim = 1 if per_sample else 0
         order = sorted(range(first_dim, x.dim()), key=lambda d: -places[d])
         order = [d for d in order if x.shape[d] != 1] or list(range(x.dim()))[-1:]
         operands = [*images, *(t for _, t in params)]
         any_kernel[grid](
-            *images, seed, *values, size, tuple(x.shape[d] for d in order),
+            *images, seed, *values, *normalization, size, tuple(x.shape[d] for d in order),
             tuple(_strides(t, order) for t in operands),
             tuple(_strides(t, [0])[0] if per_sample else 0 for t in operands), TENSORS=tensors, **constants,
         )  # fmt: skip
 
 
-def random_init(out, x, noise, seed, lo=0.0, hi=1.0, noise_t=None, seed_t=None, lo_t=None, hi_t=None):
+def random_init(out, x, noise, seed, lo=0.0, hi=1.0, noise_t=None, seed_t=None, lo_t=None, hi_t=None, **z):
     params = [(0.0, None), (0.0, None), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
-    _launch(x, None, None, out, seed_tensor(seed, seed_t, x), params, (True, False, False, False))
+    _launch(x, None, None, out, seed_tensor(seed, seed_t, x), params, (True, False, False, False), **z)
 
 
 def fgsm_step(
     out, x, grad, project, alpha, eps, noise, seed, lo=0.0, hi=1.0,
-    alpha_t=None, eps_t=None, noise_t=None, seed_t=None, lo_t=None, hi_t=None,
+    alpha_t=None, eps_t=None, noise_t=None, seed_t=None, lo_t=None, hi_t=None, **z,
 ):  # fmt: skip
     has_noise = noise_t is not None or noise != 0
     seed = seed_tensor(seed, seed_t, x) if has_noise else None
     params = [(alpha, alpha_t), (eps, eps_t), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
-    _launch(x, None, grad, out, seed, params, (has_noise, True, False, project))
+    _launch(x, None, grad, out, seed, params, (has_noise, True, False, project), **z)
 
 
-def pgd_step(out, x_adv, grad, x, alpha, eps, lo=0.0, hi=1.0, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
+def pgd_step(out, x_adv, grad, x, alpha, eps, lo=0.0, hi=1.0, alpha_t=None, eps_t=None, lo_t=None, hi_t=None, **z):
     params = [(alpha, alpha_t), (eps, eps_t), (0.0, None), (lo, lo_t), (hi, hi_t)]
-    _launch(x, x_adv, grad, out, None, params, (False, True, True, True))
+    _launch(x, x_adv, grad, out, None, params, (False, True, True, True), **z)
+
+
+def _with_z(step):
+    return lambda out, z, mean, scale, *args: step(out, *args, z=z, mean=mean, scale=scale)
 
 
 def philox(out, seed, index, restart, word3):
@@ -380,4 +410,5 @@ def philox(out, seed, index, restart, word3):
         philox_kernel[(triton.cdiv(max(n, 1), BLOCK),)](seed, index, restart, word3, out, n, BLOCK=BLOCK)
 
 
-IMPLEMENTATIONS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step, "philox": philox}
+_STEPS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step}
+IMPLEMENTATIONS = {**_STEPS, **{f"{name}_z": _with_z(step) for name, step in _STEPS.items()}, "philox": philox}

@@ -1,0 +1,79 @@
+"""What a model does to an image first: subtract its mean, divide by its standard deviation, channel by channel."""
+
+import torch
+from torch.compiler import is_compiling
+
+from fastadv.ops import checks
+from fastadv.ops.reference import compute_dtype, normalized
+
+
+def _numbers(name, value):
+    """A float, or a tuple of one per channel."""
+    try:
+        values = tuple(value)
+    except TypeError:
+        return checks.finite(name, value)
+    if not values:
+        raise ValueError(f"{name} must be a number or one per channel, got none")
+    return tuple(checks.finite(f"{name}[{i}]", v) for i, v in enumerate(values))
+
+
+class Normalization:
+    """z = (w - mean) * (1 / std): the model's input z for an image w.
+
+    mean and std: finite numbers, std above 0; one for all channels, or a sequence of one per channel. A step that is
+    given a Normalization and a tensor z writes z in the same pass. Calling it on an image gives the same bits by plain
+    PyTorch (contract.md, "Model input").
+
+    Raises:
+        TypeError: something is no number. ValueError: a number out of range, or sequences of different lengths.
+    """
+
+    def __init__(self, mean, std):
+        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+        lengths = {len(v) for v in (self.mean, self.std) if isinstance(v, tuple)}
+        if len(lengths) > 1:
+            raise ValueError(f"mean and std must have one number per channel, got {len(self.mean)} and {len(self.std)}")
+        for s in self.std if isinstance(self.std, tuple) else (self.std,):
+            if s <= 0:
+                raise ValueError(f"std must be above 0, got {self.std}")
+        self.channels = max(lengths, default=None)  # None: any
+        self._made = {}
+
+    def __repr__(self):
+        return f"Normalization(mean={self.mean}, std={self.std})"
+
+    def check(self, x):
+        """Refuses an image with other channels."""
+        if self.channels is not None and (x.dim() < 2 or x.shape[1] != self.channels):
+            raise ValueError(f"normalization has {self.channels} channels, got an image of shape {tuple(x.shape)}")
+
+    def parameters(self, dim, dtype, device):
+        """(mean, 1/std), each rounded once to dtype: tensors of shape (1, C, 1, ...) with `dim` dimensions.
+
+        0-dim where both are one number. Kept: making one copies from the host, which a CUDA graph cannot capture.
+        """
+        key = dim, dtype, device
+        if key in self._made and not is_compiling():
+            return self._made[key]
+        mean, std = self.mean, self.std
+        if self.channels is not None:
+            mean, std = (v if isinstance(v, tuple) else (v,) * self.channels for v in (mean, std))
+            made = [torch.tensor(v, dtype=dtype, device=device) for v in (mean, [1.0 / s for s in std])]
+            made = tuple(t.view(1, -1, *(1,) * (dim - 2)) for t in made)
+        else:
+            made = tuple(torch.tensor(v, dtype=dtype, device=device) for v in (mean, 1.0 / std))
+        if not is_compiling():  # what a compiler traces is not a tensor yet
+            self._made[key] = made
+        return made
+
+    def __call__(self, w, dtype=None):
+        """z for the float image w, in dtype (w's own where it is None).
+
+        The arithmetic is float64 for a float64 image, else float32. A step computes in float64 where its clean image is
+        float64, whatever its result: pass `w.double()` there.
+        """
+        checks.image("w", w, checks.FLOATS)
+        self.check(w)
+        mean, scale = self.parameters(w.dim(), compute_dtype(w), w.device)
+        return normalized(w, mean, scale, w.dtype if dtype is None else dtype)
