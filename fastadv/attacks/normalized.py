@@ -6,12 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from fastadv.functional import random_init
-
-try:
-    from fastadv.functional import Normalization
-except ImportError:
-    Normalization = None
+from fastadv.functional import Normalization, random_init
 
 
 class Normalized(nn.Module):
