@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchattacks
 from attacked import ATTACKS, CLASSES, EPS, L2_EPS, RANDOM, SINGLE_STEP, Net, batch_of, distances, every_attack, radius
-from attacked import one_thread as one_thread  # noqa: PLC0414 (a fixture of every test here)
+from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import sample_seeds
@@ -355,8 +355,8 @@ def test_kl_and_soft_labels_are_their_formulas(net, batch):
     z = net(images).detach().tolist()
     log_p = [[v - math.log(sum(map(math.exp, row))) for v in row] for row in z]
     rows = list(zip(soft.tolist(), log_p, strict=True))
-    kl = [sum(q * (math.log(q) - l) for q, l in zip(qs, ls, strict=True)) for qs, ls in rows]
-    cross = [sum(-q * l for q, l in zip(qs, ls, strict=True)) for qs, ls in rows]
+    kl = [sum(q * (math.log(q) - p) for q, p in zip(qs, ls, strict=True)) for qs, ls in rows]
+    cross = [sum(-q * p for q, p in zip(qs, ls, strict=True)) for qs, ls in rows]
     for loss, expected in (("kl", kl), ("ce", cross)):
         losses, _ = PGD(net, EPS, loss=loss).objective.judge(images, soft)
         torch.testing.assert_close(losses, torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
@@ -430,7 +430,7 @@ def test_restarts_keep_the_strongest_result_of_each_image(name, per_sample, targ
         return fooled, -loss if targeted else loss
 
     for n in range(32):
-        strongest = max(range(3), key=lambda r: strength(runs[r], n))  # noqa: B023
+        strongest = max(range(3), key=lambda r: strength(runs[r], n))
         expected = strength(runs[strongest], n)
         assert strength(best, n)[0] == expected[0]
         assert strength(best, n)[1] == pytest.approx(expected[1], rel=1e-9)
