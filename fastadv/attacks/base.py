@@ -167,8 +167,8 @@ class Attack(ABC):
     def _attack(self, x, targets, eps, seed, x_init):
         n = len(x)
         if self.chunk is not None and n > self.chunk:
-            if seed is not None:  # each chunk needs noise of its own
-                seed = sample_seeds(seed, *_index(seed, n, x.device))
+            if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
+                seed = sample_seeds(seed, *_index(seed, n, x.device))  # each chunk needs noise of its own
             parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
             return torch.cat(
                 [self._run(x[p], targets[p], _part(eps, p), _part(seed, p), _part(x_init, p)) for p in parts]
