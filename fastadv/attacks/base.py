@@ -151,9 +151,9 @@ class Attack(ABC):
             if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
                 seed = new_seed(x.device)
             self.objective.nonfinite = 0
-            if self._first:
-                self._check_values(x, labels)
             try:
+                if self._first:
+                    self._check_values(x, labels)
                 targets = self._targets(x, labels, seed)
                 adv = self._attack(x, targets, self._budget(eps, x), seed, x_init)
             except torch.OutOfMemoryError as error:
@@ -263,7 +263,10 @@ class Attack(ABC):
 
     def _clean_logits(self, x):
         pixels = random_init(x, 0.0, seed=0) if x.dtype == torch.uint8 else x
-        return self.objective.logits(pixels if self._normalization is None else self._normalization(pixels))
+        pixels = pixels if self._normalization is None else self._normalization(pixels)
+        if self.chunk is None or len(x) <= self.chunk:
+            return self.objective.logits(pixels)
+        return torch.cat([self.objective.logits(part) for part in pixels.split(self.chunk)])
 
     # ------------------------------------------------------------------ checks
 
