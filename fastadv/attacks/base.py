@@ -247,7 +247,8 @@ class Attack(ABC):
     def _targets(self, x, labels, seed):
         """What the loss compares with."""
         if self.loss == "kl":
-            return labels if labels is not None and labels.is_floating_point() else self._clean_logits(x).softmax(1)
+            soft = labels is not None and labels.is_floating_point()
+            return as_normal(labels) if soft else self._clean_logits(x).softmax(1)
         if labels is not None and self.targeted in (False, True):
             return as_normal(labels)
         logits = self._clean_logits(x)
