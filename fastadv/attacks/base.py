@@ -203,7 +203,9 @@ class Attack(ABC):
         """New slots for these images; `seed` may be None for an attack that draws nothing."""
         adv = None
         if x_init is not None:
-            adv = random_init(as_normal(x_init).to(_float(x)), 0.0, seed=0)  # a copy in the box
+            x_init = as_normal(x_init)
+            x_init = x_init if x_init.dtype == torch.uint8 else x_init.to(_float(x))
+            adv = random_init(x_init, 0.0, seed=0, out=torch.empty_like(x_init, dtype=_float(x)))  # a copy in the box
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
         slots = Slots(x, targets, eps, seed, adv=adv)
@@ -302,6 +304,10 @@ class Attack(ABC):
             raise ValueError(f"images are on {images.device} and the model is on {parameter.device}: move one of them")
         if x_init is not None and (not isinstance(x_init, torch.Tensor) or x_init.shape != images.shape):
             raise ValueError(f"x_init must be a tensor of the images' shape {tuple(images.shape)}")
+        if x_init is not None and x_init.device != images.device:
+            raise ValueError(f"x_init must be on the images' device {images.device}, got {x_init.device}")
+        if x_init is not None and not (x_init.is_floating_point() or x_init.dtype == torch.uint8):
+            raise TypeError(f"x_init must be a float or uint8 tensor, got {x_init.dtype}")
         if labels is None:
             if callable(self.loss) or self.targeted is True:
                 raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
