@@ -68,7 +68,10 @@ class Objective:
         """The logits of x, without a gradient, in float32 at least."""
         with torch.no_grad(), self._precision(x):
             outputs = self.model(x)
-        return _raised(find_logits(outputs, len(x)))
+        logits = _raised(find_logits(outputs, len(x)))
+        if self._highest >= 0:
+            self._check_highest(logits)
+        return logits
 
     def check_classes(self, highest: int, logits: torch.Tensor | None) -> None:
         """Refuse labels beyond the logits' classes: now, or in the next call where there are no logits yet."""
