@@ -181,6 +181,7 @@ class Attack(ABC):
         if pad > 0:
             x, targets, eps, seed, x_init = (_padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
         self._width = max(self._width, n)
+        self.objective.counted = n if pad > 0 else None
         adv = self._strongest(x, targets, eps, seed, x_init)
         return adv[:n] if pad > 0 else adv
 

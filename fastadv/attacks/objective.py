@@ -38,6 +38,7 @@ class Objective:
         self.autocast = autocast
         self.compiled = compiled
         self.nonfinite: torch.Tensor | int = 0
+        self.counted: int | None = None  # how many samples are no filling
         self._highest = -1
         self._total = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
@@ -55,7 +56,7 @@ class Objective:
                 raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
             (grad,) = torch.autograd.grad(total, leaf)
         losses = losses.detach()
-        self.nonfinite = self.nonfinite + (~losses.isfinite()).sum()
+        self.nonfinite = self.nonfinite + (~losses[: self.counted].isfinite()).sum()
         return grad, losses, logits
 
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
