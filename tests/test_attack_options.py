@@ -47,7 +47,7 @@ def test_the_model_never_sees_more_than_a_chunk(batch, name, options, targeted, 
 
 
 @every_attack
-@pytest.mark.parametrize("chunk", [1, 4, 5, 6, 7])
+@pytest.mark.parametrize("chunk", [1, 4, 6])
 @pytest.mark.parametrize("given", [{}, {"eps": torch.linspace(0.01, 0.3, N).double()}, {"x_init": True}])
 def test_chunks_change_nothing_for_seeds_per_sample(net, batch, name, chunk, given):
     images, labels = batch
@@ -141,8 +141,9 @@ def test_memory_format_is_what_the_model_sees(net, batch, name):
     hook.remove()
     assert seen
     assert all(seen)
-    ours = ATTACKS[name](net, memory_format=torch.channels_last)(images, labels, x_init=images)
-    torch.testing.assert_close(ours, ATTACKS[name](net)(images, labels, x_init=images), rtol=0, atol=1e-9)
+    start = (images + torch.empty_like(images).uniform_(-EPS, EPS)).clamp(0, 1)
+    ours = ATTACKS[name](net, memory_format=torch.channels_last)(images, labels, x_init=start)
+    torch.testing.assert_close(ours, ATTACKS[name](net)(images, labels, x_init=start), rtol=0, atol=1e-9)
 
 
 # compile
@@ -182,8 +183,9 @@ def test_nothing_is_compiled_twice(net, batch, attack_on, compiler, monkeypatch)
         net.load_state_dict(state)
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             adv = attack(x, y, seed=seeds)
+        expected = eager(x, y, seed=seeds)
         assert all(torch.equal(a, b) for a, b in zip(alone, update(x, y), strict=True))
-        torch.testing.assert_close(adv, eager(x, y, seed=seeds), rtol=0, atol=1e-7)
+        torch.testing.assert_close(adv, expected, rtol=0, atol=1e-7)
         optimizer.step()
 
 

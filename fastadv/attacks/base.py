@@ -281,7 +281,8 @@ class Attack(ABC):
             while frame is not None and frame.f_locals.get("self") is self:  # subclasses' constructors
                 level, frame = level + 1, frame.f_back
             warnings.warn(
-                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: a step crosses the ball",
+                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: "
+                "a step crosses the ball",
                 stacklevel=level,
             )
 
@@ -417,7 +418,11 @@ def _part(value, part):
 def _padded(value, n, pad):
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != n:
         return value
-    return torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
+    filled = torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
+    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if value.ndim == ndim and value.is_contiguous(memory_format=layout):
+            filled = filled.contiguous(memory_format=layout)  # cat does not keep it, and noise follows the layout
+    return filled
 
 
 def _shown(name, value):
