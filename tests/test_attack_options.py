@@ -214,6 +214,10 @@ def test_a_filled_up_batch_gives_what_it_gives_alone(net, batch, name, given, mo
     assert adv.shape == (2, 3, 6, 6)
     expected = ATTACKS[name](net, restarts=2)(images[:2], labels[:2], **given)
     torch.testing.assert_close(adv, expected, rtol=0, atol=1e-9)
+    if "x_init" not in given:  # noise follows the layout
+        last = [images[:2].contiguous(memory_format=torch.channels_last), labels[:2]]
+        expected = ATTACKS[name](net, restarts=2)(*last, **given)
+        torch.testing.assert_close(attack(*last, **given), expected, rtol=0, atol=1e-9)
 
 
 def test_graph_needs_a_gpu():
