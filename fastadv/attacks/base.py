@@ -1,5 +1,6 @@
 """What every attack has in common: its calling convention, its options, its checks and its manners."""
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -151,9 +152,9 @@ class Attack(ABC):
             if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
                 seed = new_seed(x.device)
             self.objective.forget(x.device)
-            if self._first:
-                self._check_values(x, labels)
             try:
+                if self._first:
+                    self._check_values(x, labels)
                 targets = self._targets(x, labels, seed)
                 adv = self._attack(x, targets, self._budget(eps, x), seed, x_init)
             except torch.OutOfMemoryError as error:
@@ -167,8 +168,8 @@ class Attack(ABC):
     def _attack(self, x, targets, eps, seed, x_init):
         n = len(x)
         if self.chunk is not None and n > self.chunk:
-            if seed is not None:  # each chunk needs noise of its own
-                seed = sample_seeds(seed, *_index(seed, n, x.device))
+            if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
+                seed = sample_seeds(seed, *_index(seed, n, x.device))  # each chunk needs noise of its own
             parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
             return torch.cat(
                 [self._run(x[p], targets[p], _part(eps, p), _part(seed, p), _part(x_init, p)) for p in parts]
@@ -181,6 +182,7 @@ class Attack(ABC):
         if pad > 0:
             x, targets, eps, seed, x_init = (_padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
         self._width = max(self._width, n)
+        self.objective.counted = n if pad > 0 else None
         adv = self._strongest(x, targets, eps, seed, x_init)
         return adv[:n] if pad > 0 else adv
 
@@ -203,7 +205,9 @@ class Attack(ABC):
         """New slots for these images; `seed` may be None for an attack that draws nothing."""
         adv = None
         if x_init is not None:
-            adv = random_init(as_normal(x_init).to(_float(x)), 0.0, seed=0)  # a copy in the box
+            x_init = as_normal(x_init)
+            x_init = x_init if x_init.dtype == torch.uint8 else x_init.to(_float(x))
+            adv = random_init(x_init, 0.0, seed=0, out=torch.empty_like(x_init, dtype=_float(x)))  # a copy in the box
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
         slots = Slots(x, targets, eps, seed, adv=adv)
@@ -247,7 +251,8 @@ class Attack(ABC):
     def _targets(self, x, labels, seed):
         """What the loss compares with."""
         if self.loss == "kl":
-            return labels if labels is not None and labels.is_floating_point() else self._clean_logits(x).softmax(1)
+            soft = labels is not None and labels.is_floating_point()
+            return as_normal(labels) if soft else self._clean_logits(x).softmax(1)
         if labels is not None and self.targeted in (False, True):
             return as_normal(labels)
         logits = self._clean_logits(x)
@@ -263,15 +268,22 @@ class Attack(ABC):
 
     def _clean_logits(self, x):
         pixels = random_init(x, 0.0, seed=0) if x.dtype == torch.uint8 else x
-        return self.objective.logits(pixels if self._normalization is None else self._normalization(pixels))
+        pixels = pixels if self._normalization is None else self._normalization(pixels)
+        if self.chunk is None or len(x) <= self.chunk:
+            return self.objective.logits(pixels)
+        return torch.cat([self.objective.logits(part) for part in pixels.split(self.chunk)])
 
     # ------------------------------------------------------------------ checks
 
     def _warn_of_step(self, alpha) -> None:
         if alpha is not None and alpha > 2 * self.eps:
+            level, frame = 1, sys._getframe()
+            while frame is not None and frame.f_locals.get("self") is self:  # subclasses' constructors
+                level, frame = level + 1, frame.f_back
             warnings.warn(
-                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}",
-                stacklevel=4,
+                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: "
+                "a step crosses the ball",
+                stacklevel=level,
             )
 
     def _check_eps(self, eps) -> None:
@@ -298,6 +310,10 @@ class Attack(ABC):
             raise ValueError(f"images are on {images.device} and the model is on {parameter.device}: move one of them")
         if x_init is not None and (not isinstance(x_init, torch.Tensor) or x_init.shape != images.shape):
             raise ValueError(f"x_init must be a tensor of the images' shape {tuple(images.shape)}")
+        if x_init is not None and x_init.device != images.device:
+            raise ValueError(f"x_init must be on the images' device {images.device}, got {x_init.device}")
+        if x_init is not None and not (x_init.is_floating_point() or x_init.dtype == torch.uint8):
+            raise TypeError(f"x_init must be a float or uint8 tensor, got {x_init.dtype}")
         if labels is None:
             if callable(self.loss) or self.targeted is True:
                 raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
@@ -402,7 +418,11 @@ def _part(value, part):
 def _padded(value, n, pad):
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != n:
         return value
-    return torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
+    filled = torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
+    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if value.ndim == ndim and value.is_contiguous(memory_format=layout):
+            filled = filled.contiguous(memory_format=layout)  # cat does not keep it, and noise follows the layout
+    return filled
 
 
 def _shown(name, value):

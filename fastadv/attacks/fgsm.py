@@ -31,7 +31,7 @@ class FGSM(Attack):
         super().__init__(model, eps, **options)
         self.alpha = alpha
         self.noise = noise
-        self.draws = self._noise(eps) > 0
+        self.draws = noise is None or noise > 0  # None follows the eps of the call
         self._warn_of_step(alpha)
 
     def _noise(self, eps: float | torch.Tensor) -> float | torch.Tensor:

@@ -67,7 +67,8 @@ class PGDL2(Attack):
 
     def _write(self, slots, clean, delta):
         """clean + delta, brought into the ball, then the box."""
-        shrink = (slots.eps / per_sample(l2_norm(delta), delta)).clamp(max=1.0)
+        norm = per_sample(l2_norm(delta), delta)
+        shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)  # no 0 / 0
         adv = (clean + delta * shrink).clamp_(0.0, 1.0).to(clean.dtype)
         slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
         if slots.z is not None:

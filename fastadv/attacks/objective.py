@@ -38,6 +38,7 @@ class Objective:
         self.autocast = autocast
         self.compiled = compiled
         self.nonfinite = torch.zeros((), dtype=torch.int64)
+        self.counted: int | None = None  # how many samples are no filling
         self._highest = -1
         self._total = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
@@ -61,7 +62,7 @@ class Objective:
                 raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
             (grad,) = torch.autograd.grad(total, leaf)
         losses = losses.detach()
-        self.nonfinite += (~losses.isfinite()).sum()
+        self.nonfinite += (~losses[: self.counted].isfinite()).sum()
         return grad, losses, logits
 
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -74,7 +75,10 @@ class Objective:
         """The logits of x, without a gradient, in float32 at least."""
         with torch.no_grad(), self._precision(x):
             outputs = self.model(x)
-        return _raised(find_logits(outputs, len(x)))
+        logits = _raised(find_logits(outputs, len(x)))
+        if self._highest >= 0:
+            self._check_highest(logits)
+        return logits
 
     def check_classes(self, highest: int, logits: torch.Tensor | None) -> None:
         """Refuse labels beyond the logits' classes: now, or in the next call where there are no logits yet."""

@@ -37,9 +37,9 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
     in both of the latter.
     """
     with flags_kept(model):
-        buffers = []
-        if training_mode != "eval" and isinstance(model, nn.Module):
-            buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
+        changing = [buffer for _, _, buffer in named if buffer is not None] if training_mode != "eval" else []
+        buffers = [(buffer, buffer.clone()) for buffer in changing]
         if training_mode != "as_is":
             for module in _modules(model):
                 module.training = training_mode == "batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -51,6 +51,9 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+            for module, name, buffer in named:  # a model may have put another tensor there
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
 
 
 def as_normal(tensor: torch.Tensor) -> torch.Tensor:

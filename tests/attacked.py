@@ -1,0 +1,80 @@
+"""Attacks under one calling convention, and models to attack, for the tests of attacks."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
+
+EPS = 8 / 255
+L2_EPS = 0.5
+STEPS = 3
+CLASSES = 5
+
+ATTACKS = {
+    "FGSM": lambda model, **o: FGSM(model, EPS, **o),
+    "FFGSM": lambda model, **o: FFGSM(model, EPS, 1.25 * EPS, **o),
+    "NFGSM": lambda model, **o: NFGSM(model, EPS, **o),
+    "PGD": lambda model, **o: PGD(model, EPS, EPS / 2, STEPS, **o),
+    "BIM": lambda model, **o: BIM(model, EPS, EPS / 2, STEPS, **o),
+    "MIFGSM": lambda model, **o: MIFGSM(model, EPS, EPS / 2, STEPS, **o),
+    "TPGD": lambda model, **o: TPGD(model, EPS, EPS / 2, STEPS, **o),
+    "PGDL2": lambda model, **o: PGDL2(model, L2_EPS, L2_EPS / 2, STEPS, **o),
+}
+RANDOM = ("FFGSM", "NFGSM", "PGD", "TPGD", "PGDL2")  # those that start at random
+SINGLE_STEP = ("FGSM", "FFGSM", "NFGSM")
+every_attack = pytest.mark.parametrize("name", ATTACKS)
+
+
+def steps_of(name):
+    return 1 if name in SINGLE_STEP else STEPS
+
+
+def fresh_seed():
+    """Another at every run; pytest shows it where a test fails."""
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+    return seed
+
+
+class Net(nn.Module):
+    """Smooth, so that no gradient is zero by accident; with batch-norm, dropout and a buffer outside the state dict."""
+
+    def __init__(self, classes=CLASSES):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(6 * 4, classes)
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+        with torch.no_grad():
+            self.head.weight.mul_(3)
+
+    def forward(self, x):
+        features = nn.functional.avg_pool2d(self.norm(self.conv(x)).tanh(), 2)
+        return self.head(self.drop(features.flatten(1)))
+
+
+def batch_of(n=6, dtype=torch.float32, classes=CLASSES, size=6):
+    return torch.rand(n, 3, size, size, dtype=dtype), torch.randint(classes, (n,))
+
+
+def distances(name, adv, images):
+    """Of each sample from its image, in the attack's norm."""
+    delta = (adv.double() - images.double()).flatten(1)
+    return delta.norm(dim=1) if name == "PGDL2" else delta.abs().amax(1)
+
+
+def radius(name):
+    return L2_EPS if name == "PGDL2" else 3 * EPS if name == "NFGSM" else EPS
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small models lose more than they gain by two, most of all where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fresh_seed()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,481 @@
+"""What attacks leave alone: the model, the inputs, the device's queue, and samples beside a broken one."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from attacked import ATTACKS, CLASSES, EPS, RANDOM, STEPS, Net, batch_of, distances, every_attack, radius, steps_of
+from attacked import one_thread as one_thread
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastadv.attacks import FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
+
+N = 6
+OPTIONS = {
+    "plain": {},
+    "restarts": {"restarts": 2},
+    "chunk": {"chunk": 4},
+    "as_is": {"training_mode": "as_is"},
+    "batch_norm": {"training_mode": "batch_norm"},
+    "autocast": {"autocast": torch.bfloat16},
+    "channels_last": {"memory_format": torch.channels_last},
+    "margin": {"loss": "margin"},
+    "dlr": {"loss": "dlr"},
+    "callable": {"loss": lambda outputs, targets: outputs.square().sum(1) + targets},
+    "targeted": {"targeted": True, "loss": "ce"},
+    "random": {"targeted": "random", "loss": "ce"},
+    "least_likely": {"targeted": "least_likely", "loss": "ce"},
+    "everything": {"restarts": 2, "chunk": 4, "training_mode": "batch_norm", "autocast": torch.bfloat16},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def left_of(model, tensors):
+    """All that an attack could change: values, flags, modes, gradients, and how often a tensor was written to."""
+    return {
+        "values": {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())},
+        "keys": list(model.state_dict()),
+        "training": {k: m.training for k, m in model.named_modules()},
+        "flags": {k: p.requires_grad for k, p in model.named_parameters()},
+        "grads": {k: (id(p.grad), copy.deepcopy(p.grad)) for k, p in model.named_parameters()},
+        "objects": {k: id(v) for k, v in (*model.named_parameters(), *model.named_buffers())},
+        "hooks": {k: (len(m._forward_hooks), len(m._forward_pre_hooks)) for k, m in model.named_modules()},
+        "inputs": {k: (v.clone(), v._version, v.requires_grad, v.grad, v.dtype) for k, v in tensors.items()},
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+    }
+
+
+def assert_equal(new, old, path=""):
+    assert type(new) is type(old), path
+    if isinstance(new, dict):
+        assert new.keys() == old.keys(), path
+        for key in new:
+            assert_equal(new[key], old[key], f"{path}.{key}")
+    elif isinstance(new, tuple | list):
+        assert len(new) == len(old), path
+        for i, (a, b) in enumerate(zip(new, old, strict=True)):
+            assert_equal(a, b, f"{path}[{i}]")
+    elif isinstance(new, torch.Tensor):
+        assert torch.equal(new, old), path
+    else:
+        assert new == old, path
+
+
+def mixed_net():
+    """Modules in different modes, flags of both kinds, gradients on some parameters."""
+    net = Net()
+    net.norm.running_mean.uniform_(-0.1, 0.1)
+    net.training, net.norm.training, net.drop.training, net.conv.training = True, True, True, False
+    net.conv.bias.requires_grad_(False)
+    net.head.weight.grad = torch.randn_like(net.head.weight)
+    return net
+
+
+@every_attack
+@every_option
+@pytest.mark.parametrize("start", ["own", "x_init"])
+def test_model_and_inputs_are_left_as_they_were(name, options, start):
+    """Also where the model fails in its first or last call."""
+    net, (images, labels) = mixed_net(), batch_of(N)
+    attack = ATTACKS[name](net, **options)
+    given = {
+        "images": images,
+        "labels": labels,
+        "eps": torch.full((N,), radius("PGDL2" if name == "PGDL2" else "PGD")),
+        "seed": torch.randint(2**62, (N,)),
+    }
+    if start == "x_init":
+        given["x_init"] = (images + 0.01).clamp(0, 1)
+    calls, failure, fails_at = [], None, 0
+
+    def hook(module, args, output):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise failure
+        return output
+
+    net.register_forward_hook(hook)
+    expected = left_of(net, given)
+    attack(**given)
+    assert_equal(left_of(net, given), expected)
+    total = len(calls)
+    assert total >= steps_of(name)
+    failing = ((ZeroDivisionError, total), (KeyboardInterrupt, total), (ZeroDivisionError, 1))
+    for failure, fails_at in failing:  # noqa: B007 (the hook reads it)
+        calls.clear()
+        with pytest.raises(failure):
+            attack(**given)
+        assert_equal(left_of(net, given), expected)
+
+
+@every_attack
+@pytest.mark.parametrize("mode", ["as_is", "batch_norm", "eval"])
+def test_buffers_that_the_model_replaces_are_put_back(name, mode):
+    class Counting(Net):
+        def forward(self, x):
+            if self.training:
+                self.hidden = self.hidden + 1
+            return super().forward(x)
+
+    net = Counting()
+    expected = left_of(net, {})
+    ATTACKS[name](net, training_mode=mode)(*batch_of(N))
+    assert_equal(left_of(net, {}), expected)
+
+
+@every_attack
+def test_parameters_are_frozen_while_it_runs_and_get_no_gradient(name):
+    net, seen, computed = mixed_net(), [], []
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(computed.append)
+    net.register_forward_pre_hook(lambda module, args: seen.extend(p.requires_grad for p in net.parameters()))
+    for options in OPTIONS.values():
+        ATTACKS[name](net, **options)(*batch_of(N))
+    assert seen
+    assert not any(seen)
+    assert not computed
+
+
+@every_attack
+def test_the_callers_autocast_cache_keeps_no_frozen_weight(name):
+    net, (images, labels) = Net().eval(), batch_of(N)
+
+    def gradients(attacked):
+        net.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            if attacked:
+                ATTACKS[name](net)(images, labels)
+            loss = nn.functional.cross_entropy(net(images).float(), labels)
+        loss.backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    assert_equal(gradients(True), gradients(False))
+
+
+@every_attack
+def test_a_given_seed_leaves_the_generator_alone(name):
+    net, batch = Net(), batch_of(N)
+    state = torch.get_rng_state()
+    for seed in (3, torch.arange(N)):
+        for options in ({}, {"restarts": 2}, {"chunk": 2}, {"targeted": "random", "loss": "ce"}):
+            ATTACKS[name](net, **options)(*batch, seed=seed)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# The gradient
+
+
+@every_attack
+def test_loss_is_summed_over_float32_logits(name):
+    """What arrives at the model's outputs is the gradient of a sum: as large for one sample as for many."""
+    arrived = []
+
+    def model(x):
+        logits = (x.flatten(1)[:, :CLASSES] * 4).to(torch.bfloat16)
+        if logits.requires_grad:
+            logits.register_hook(lambda g: arrived.append(g.double()))
+        return logits
+
+    images, labels = batch_of(64, classes=CLASSES)
+    attack = ATTACKS[name](model, loss="ce")
+    attack(images, labels, x_init=images)
+    probabilities = (images.flatten(1)[:, :CLASSES] * 4).to(torch.bfloat16).double().softmax(1)
+    expected = probabilities - nn.functional.one_hot(labels, CLASSES)
+    torch.testing.assert_close(arrived[0], expected, rtol=2**-7, atol=1e-7)
+
+
+BROKEN = {
+    "NaN": lambda logits, own: logits * torch.nan,
+    "infinite": lambda logits, own: logits / 0.0,
+    "no probability": lambda logits, own: logits.masked_fill(own, -torch.inf),
+    "NaN on the way back": lambda logits, own: logits + (logits.detach() - logits - 1).sqrt(),
+}
+
+
+@every_attack
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"targeted": True, "loss": "ce"}], ids=["", "chunk", "targeted"])
+def test_broken_samples_are_counted_and_leave_the_others_alone(name, broken, options):
+    if broken == "no probability" and name == "TPGD" and "loss" not in options:
+        broken = "NaN"  # a probability of zero costs the divergence nothing
+    net, (images, labels) = Net().eval(), batch_of(N)
+    bad = torch.tensor([False, True, False, False, True, True])
+    seeds = torch.randint(2**62, (N,))
+
+    def model(x):
+        rows = torch.cdist(x.detach().flatten(1), images.flatten(1)).argmin(1)  # which images these are near to
+        logits, own = net(x), nn.functional.one_hot(labels[rows], CLASSES).bool()
+        return torch.stack(
+            [BROKEN[broken](z, o) if is_bad else z for z, o, is_bad in zip(logits, own, bad[rows], strict=True)]
+        )
+
+    whole = ATTACKS[name](net, **options)(images, labels, seed=seeds)
+    attack = ATTACKS[name](model, **options)
+    with pytest.warns(UserWarning, match="not finite") as caught:
+        adv = attack(images, labels, seed=seeds)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert int(attack.objective.nonfinite) == 3 * steps_of(name)
+    assert bool(adv.isfinite().all())
+    assert same(adv[~bad], whole[~bad])
+    assert bool((distances(name, adv, images) <= radius(name) * (1 + 1e-6)).all())
+    if name not in RANDOM:
+        assert same(adv[bad], images[bad])
+
+
+def same(a, b):
+    """A bool of its own, or pytest would print the tensors."""
+    return bool(torch.equal(a, b))
+
+
+@every_attack
+def test_a_sample_that_breaks_in_one_step_takes_the_others(name):
+    net, (images, labels) = Net().eval(), batch_of(N)
+    calls, breaks = [], steps_of(name) + (name == "TPGD")  # TPGD's first call is on the clean images
+
+    def model(x):
+        calls.append(1)
+        logits = net(x)
+        return torch.cat((logits[:1] * torch.nan, logits[1:])) if len(calls) == breaks else logits
+
+    seeds = torch.arange(N)
+    attack = ATTACKS[name](model)
+    with pytest.warns(UserWarning, match="1 losses were not finite"):
+        adv = attack(images, labels, seed=seeds)
+    whole = ATTACKS[name](net)(images, labels, seed=seeds)
+    assert same(adv[1:], whole[1:])
+    if name not in SINGLE:
+        before = ATTACKS[name](net)
+        before.steps = STEPS - 1
+        torch.testing.assert_close(adv[0], before(images, labels, seed=seeds)[0], rtol=0, atol=1e-2 * EPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(images, labels, seed=seeds)
+    assert int(attack.objective.nonfinite) == 0
+
+
+SINGLE = ("FGSM", "FFGSM", "NFGSM", "MIFGSM")  # MIFGSM goes on along its momentum
+
+
+def test_padding_is_not_counted(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    net, (images, labels) = Net().eval(), batch_of(N)
+    bad = False
+
+    def model(x):
+        return torch.cat((net(x[:1]), net(x[1:]) * torch.nan)) if bad else net(x)
+
+    attack = PGD(model, compile=True)
+    attack(images, labels)
+    bad = True
+    with pytest.warns(UserWarning, match="10 losses were not finite"):
+        attack(images[:2], labels[:2])
+    assert int(attack.objective.nonfinite) == 10
+
+
+# Nothing waits for the device
+
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.", "unique", "_unique", "item")
+
+
+class Log(TorchDispatchMode):
+    """Every op by name, with the number of elements of the largest tensor it takes or gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        waits = str(func).startswith(tuple(f"aten.{name}" for name in READS)) or (
+            str(func).startswith("aten.index") and any(t.dtype == torch.bool for t in tensors[1:])
+        )
+        self.ops.append((str(func), max((t.numel() for t in tensors), default=0), waits))
+        return result
+
+
+OTHERS = {
+    "eps": {"eps": torch.full((N,), 0.02)},
+    "seeds": {"seed": torch.arange(N)},
+    "whole seed": {"seed": torch.tensor(5)},
+    "no labels": {"labels": None},
+    "x_init": {"x_init": torch.full((N, 3, 6, 6), 0.5)},
+}
+
+
+@every_attack
+@pytest.mark.parametrize("call", [{}, *OTHERS.values()], ids=["plain", *OTHERS])
+def test_the_host_reads_the_device_once_and_last(name, call, monkeypatch):
+    images, labels = batch_of(N)
+    for options in OPTIONS.values() if not call else (OPTIONS[key] for key in ("plain", "random", "everything")):
+        given = {"images": images, "labels": labels, **call}
+        if given["labels"] is None and ("targeted" in options or callable(options.get("loss"))):
+            continue
+        attack = ATTACKS[name](Net(), **options)
+        attack(**given)
+        with monkeypatch.context() as patch, Log() as log:
+            for method in ("tolist", "numpy", "__array__", "cpu", "__contains__"):  # these go past the dispatcher
+                patch.setattr(torch.Tensor, method, lambda *args, **kwargs: pytest.fail("read"))
+            attack(**given)
+        reads = [i for i, (_, _, waits) in enumerate(log.ops) if waits]
+        assert len(reads) == 1
+        rest = {op for op, *_ in log.ops[reads[0] + 1 :]}
+        assert rest <= {"aten.copy_.default"}  # batch-norm's statistics are put back
+        assert reads[0] > 10
+
+
+def test_the_log_sees_reads():
+    x = torch.rand(3)
+    for read in (lambda: x[x > 0.5], lambda: float(x[0]), lambda: bool(x.sum() > 1), lambda: x.nonzero()):
+        with Log() as log:
+            read()
+        assert any(waits for *_, waits in log.ops)
+
+
+def test_values_are_looked_at_in_the_first_batch_only():
+    images, labels = batch_of(N)
+    skipped = torch.full((N,), -100)  # cross_entropy ignores it
+    fresh = FGSM(Net(), EPS)
+    with pytest.raises(ValueError, match="negative"):
+        fresh(images, skipped)
+    with pytest.raises(ValueError, match="negative"):  # a refused batch is no first batch
+        fresh(images, skipped)
+    fresh(images, labels)
+    assert torch.equal(fresh(images, skipped), images)
+    seen = PGD(lambda x: x.flatten(1), EPS)
+    with pytest.raises(ValueError, match=r"below the model's 108 classes, got 108"):
+        seen(images, torch.full((N,), 108))
+    own = PGD(lambda x: x, EPS, loss=lambda outputs, targets: outputs.flatten(1).sum(1))
+    own(images, torch.full((N,), 10**9))
+
+
+@every_attack
+@pytest.mark.parametrize("options", [{}, {"targeted": True}, {"targeted": "random"}, {"targeted": "least_likely"}])
+def test_labels_beyond_the_classes_are_refused_by_name(name, options):
+    images, labels = batch_of(N)
+    labels[2] = CLASSES
+    with pytest.raises(ValueError, match=f"below the model's {CLASSES} classes, got {CLASSES}"):
+        ATTACKS[name](Net(), loss="ce", **options)(images, labels)
+
+
+def test_images_out_of_range_warn_once():
+    net, (images, labels) = Net(), batch_of(N)
+    attack = PGD(net, EPS)
+    with pytest.warns(UserWarning, match=r"Normalized") as caught:
+        attack(images * 3 - 1, labels)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(images * 3 - 1, labels)
+        PGD(net, EPS)(images, labels)
+
+
+# Costs
+
+LIBRARY = torch.library.Library("attacktests", "DEF")
+LIBRARY.define("forward(Tensor x, Tensor w) -> Tensor")
+LIBRARY.define("backward(Tensor g, Tensor w, Tensor x) -> Tensor")
+LIBRARY.impl("forward", lambda x, w: x.flatten(1).to(w.dtype) @ w, "CompositeExplicitAutograd")
+LIBRARY.impl("backward", lambda g, w, x: (g @ w.T).reshape(x.shape), "CompositeExplicitAutograd")
+
+
+class Recognisable(torch.autograd.Function):
+    """A model that is one op forward and one back, so that all others are the attack's."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return torch.ops.attacktests.forward(x, w)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return torch.ops.attacktests.backward(g, w, x), None
+
+
+VIEWS = ("aten.detach", "aten.alias", "aten.view", "aten.empty", "aten.as_strided")
+
+
+@pytest.mark.parametrize(
+    ("attack_on", "before", "after"),
+    [
+        (lambda m, **o: FGSM(m, EPS, **o), [], ["fgsm_step"]),
+        (lambda m, **o: FGSM(m, EPS, alpha=EPS, noise=EPS, **o), ["random_init"], ["fgsm_step"]),
+        (lambda m, **o: FFGSM(m, EPS, EPS, **o), ["random_init"], ["fgsm_step"]),
+        (lambda m, **o: NFGSM(m, EPS, **o), ["random_init"], ["fgsm_step"]),
+        (lambda m, **o: PGD(m, EPS, EPS / 2, 4, **o), ["random_init"], ["pgd_step"]),
+        (lambda m, **o: PGD(m, EPS, EPS / 2, 4, random_start=False, **o), ["random_init"], ["pgd_step"]),
+        (lambda m, **o: ATTACKS["BIM"](m, **o), ["random_init"], ["pgd_step"]),
+        (lambda m, **o: ATTACKS["TPGD"](m, **o), None, ["pgd_step"]),
+    ],
+    ids=["FGSM", "FGSM-RS", "FFGSM", "NFGSM", "PGD", "PGD-clean", "BIM", "TPGD"],
+)
+@pytest.mark.parametrize("call", [{}, {"eps": torch.full((2,), 0.02)}, {"seed": torch.arange(2)}])
+@pytest.mark.parametrize("options", [{}, {"targeted": True, "loss": "ce"}, {"loss": "margin"}])
+def test_between_two_model_calls_one_op_touches_an_image(attack_on, before, after, call, options):
+    weight, images = torch.randn(3 * 16 * 16, 4), torch.rand(2, 3, 16, 16)
+    attack = attack_on(lambda x: Recognisable.apply(x, weight), **options)
+    labels = torch.tensor([0, 3])
+    attack(images, labels, **call)
+    with Log() as log:
+        attack(images, labels, **call)
+    parts, inside = [[]], False
+    for op, size, _ in log.ops:
+        if op.startswith("attacktests.forward"):
+            inside = attack.loss != "kl" or len(parts) > 1  # until the gradient is there; a prediction has none
+            parts.append([])
+        elif op.startswith("attacktests.backward"):
+            inside = False
+        elif size >= images.numel() and not op.startswith(VIEWS):
+            assert not inside, op
+            parts[-1].append(op)
+    if attack.loss == "kl":
+        parts = parts[1:]  # the prediction of the clean images
+    if before is not None:
+        assert [op.split(".")[1] for op in parts[0]] == before
+    assert len(parts) == attack.steps + 1
+    for part in parts[1:]:
+        assert [op.split(".")[1] for op in part] == after
+
+
+def test_pgd_10_costs_ten_forwards_and_ten_backwards_to_the_input():
+    class Direct(Net):
+        """Without modules' hooks: the counter's own refuse a leaf."""
+
+        def forward(self, x):
+            features = nn.functional.avg_pool2d(nn.functional.conv2d(x, self.conv.weight, self.conv.bias).tanh(), 2)
+            return nn.functional.linear(features.flatten(1), self.head.weight, self.head.bias)
+
+        __call__ = forward
+
+    net, (images, labels) = Direct(), batch_of(N)
+    net.requires_grad_(False)
+    with FlopCounterMode(display=False) as forward:
+        logits = net(leaf := images.clone().requires_grad_())
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(nn.functional.cross_entropy(logits, labels), leaf)
+    net.requires_grad_(True)
+    assert forward.get_total_flops() > 0
+    assert backward.get_total_flops() > 0
+    once = forward.get_total_flops() + backward.get_total_flops()
+    for attack, times in [
+        (PGD(net, EPS, EPS / 4, 10), 10),
+        (PGD(net, EPS, EPS / 4, 10, targeted=True, loss="margin"), 10),
+        (MIFGSM(net, EPS, EPS / 4, 10), 10),
+        (PGDL2(net, 1.0, 0.2, 10), 10),
+        (FGSM(net, EPS), 1),
+        (NFGSM(net, EPS), 1),
+    ]:
+        for _ in range(2):
+            with FlopCounterMode(display=False) as spent:
+                attack(images, labels)
+            assert spent.get_total_flops() == times * once
+    with FlopCounterMode(display=False) as spent:
+        TPGD(net, EPS, EPS / 4, 10)(images)
+    assert spent.get_total_flops() == 10 * once + forward.get_total_flops()

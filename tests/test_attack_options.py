@@ -1,0 +1,348 @@
+"""The attacks' options and the models they take."""
+
+import re
+import types
+
+import pytest
+import torch
+from attacked import ATTACKS, CLASSES, EPS, STEPS, Net, batch_of, every_attack
+from attacked import one_thread as one_thread
+from torch import nn
+
+from fastadv.attacks import FGSM, PGD, PGDL2, TPGD
+
+N = 6
+
+
+@pytest.fixture
+def net():
+    return Net().double().eval()
+
+
+@pytest.fixture
+def batch():
+    return batch_of(N, torch.float64)
+
+
+# Memory
+
+
+@every_attack
+@pytest.mark.parametrize("options", [{}, {"restarts": 2}, {"training_mode": "batch_norm"}, {"compile": True}])
+@pytest.mark.parametrize("targeted", [False, "random", "least_likely"])
+def test_the_model_never_sees_more_than_a_chunk(batch, name, options, targeted, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    images, labels = batch
+    net, seen = Net().double(), []
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    if targeted:
+        options = {**options, "targeted": targeted, "loss": "ce"}
+    attack = ATTACKS[name](net, chunk=4, **options)
+    attack(images, labels)
+    attack(images, None)
+    assert max(seen) == 4
+    seen.clear()
+    attack(images[:3], labels[:3])
+    assert max(seen) <= 4
+
+
+@every_attack
+@pytest.mark.parametrize("chunk", [1, 4, 6])
+@pytest.mark.parametrize("given", [{}, {"eps": torch.linspace(0.01, 0.3, N).double()}, {"x_init": True}])
+def test_chunks_change_nothing_for_seeds_per_sample(net, batch, name, chunk, given):
+    images, labels = batch
+    given = {**given, "seed": torch.randint(2**62, (N,))}
+    if "x_init" in given:
+        given["x_init"] = (images + 0.01).clamp(0, 1)
+    whole = ATTACKS[name](net)(images, labels, **given)
+    parts = ATTACKS[name](net, chunk=chunk)(images, labels, **given)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
+
+
+def test_chunks_of_one_seed_draw_differently():
+    images = torch.full((N, 3, 6, 6), 0.5)
+    adv = PGD(lambda x: x.flatten(1)[:, :CLASSES], EPS, 0.0, 1, chunk=2)(images, torch.zeros(N).long(), seed=3)
+    assert len({tuple(sample.flatten().tolist()) for sample in adv}) == N
+
+
+@every_attack
+@pytest.mark.parametrize("options", [{}, {"compile": True}])
+def test_out_of_memory_names_the_chunk(name, options, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+    def model(x):
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    for chunk, advice in ((None, 3), (4, 2)):
+        with pytest.raises(torch.OutOfMemoryError, match=f"chunk={advice}") as caught:
+            ATTACKS[name](model, chunk=chunk, **options)(*batch_of(N))
+        assert "9 GiB" in str(caught.value.__cause__)
+
+
+# The model's modes
+
+
+def test_as_is_dropout_draws_and_eval_does_not():
+    images, labels = batch_of(N)
+    for mode, draws in (("as_is", True), ("eval", False), ("batch_norm", False)):
+        net, outputs = Net().train(), []
+        net.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output.detach()))
+        attack = PGD(net, EPS, 0.0, 2, False, training_mode=mode)  # alpha=0: twice the same images
+        attack(images, labels)
+        assert torch.equal(outputs[0], outputs[1]) != draws
+
+
+@pytest.mark.parametrize("mode", ["eval", "as_is", "batch_norm"])
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_takes_the_batchs_statistics_where_asked_to(batch, mode, training):
+    images, labels = batch
+    net, outputs = Net().double().train(training), []
+    net.drop.p = 0.0
+    net.norm.running_mean.fill_(0.3)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    net.norm.register_forward_hook(lambda module, args, output: outputs.append((args[0].detach(), output.detach())))
+    FGSM(net, EPS, training_mode=mode)(images, labels)
+    ((x, seen),) = outputs
+    mean, variance = net.norm.running_mean, net.norm.running_var
+    if mode == "batch_norm" or (mode == "as_is" and training):
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    expected = (x - mean[:, None, None]) / (variance[:, None, None] + net.norm.eps).sqrt()
+    torch.testing.assert_close(seen, expected)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert net.training == training
+
+
+# Precision, layout
+
+
+@every_attack
+def test_autocast_runs_the_model_in_that_dtype(name):
+    net, seen = Net(), []
+    net.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    images, labels = batch_of(N)
+    adv = ATTACKS[name](net, autocast=torch.bfloat16)(images, labels)
+    assert set(seen) == {torch.bfloat16}
+    assert adv.dtype == torch.float32
+    seen.clear()
+    ATTACKS[name](net)(images, labels)
+    assert set(seen) == {torch.float32}
+
+
+@every_attack
+def test_memory_format_is_what_the_model_sees(net, batch, name):
+    images, labels = batch
+    seen = []
+    attack = ATTACKS[name](net, memory_format=torch.channels_last, restarts=2)
+    hook = net.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    attack(images, labels)
+    attack(images, labels, x_init=images)
+    hook.remove()
+    assert seen
+    assert all(seen)
+    start = (images + torch.empty_like(images).uniform_(-EPS, EPS)).clamp(0, 1)
+    ours = ATTACKS[name](net, memory_format=torch.channels_last)(images, labels, x_init=start)
+    torch.testing.assert_close(ours, ATTACKS[name](net)(images, labels, x_init=start), rtol=0, atol=1e-9)
+
+
+# compile
+
+
+@pytest.mark.parametrize(
+    ("attack_on", "compiler"),
+    [
+        (lambda m, **o: PGD(m, EPS, EPS / 4, 3, **o), "inductor"),
+        (lambda m, **o: PGD(m, EPS, EPS / 4, 2, restarts=2, chunk=4, **o), "eager"),
+        (lambda m, **o: TPGD(m, EPS, EPS / 4, 2, **o), "eager"),
+        (lambda m, **o: FGSM(m, EPS, targeted="random", **o), "eager"),
+        (lambda m, **o: PGDL2(m, 0.5, 0.2, 2, memory_format=torch.channels_last, **o), "eager"),
+    ],
+    ids=["PGD", "restarts, chunks", "TPGD", "random target", "L2, channels last"],
+)
+def test_nothing_is_compiled_twice(net, batch, attack_on, compiler, monkeypatch):
+    torch._dynamo.reset()
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=compiler, **options))
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+
+    def update(images, labels):
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        nn.functional.cross_entropy(net(images), labels).backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    attack, eager = attack_on(net, compile=True), attack_on(net)
+    images, labels = batch
+    for i in range(6):
+        x, y = (images, labels) if i < 5 else (images[:2], labels[:2])
+        seeds = torch.randint(2**62, (len(x),))
+        state = {key: value.clone() for key, value in net.state_dict().items()}
+        alone = update(x, y)
+        net.load_state_dict(state)
+        with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+            adv = attack(x, y, seed=seeds)
+        expected = eager(x, y, seed=seeds)
+        assert all(torch.equal(a, b) for a, b in zip(alone, update(x, y), strict=True))
+        torch.testing.assert_close(adv, expected, rtol=0, atol=1e-7)
+        optimizer.step()
+
+
+def test_a_compiled_attack_really_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(options) or f)
+    PGD(Net(), compile=True)
+    PGD(Net())
+    assert compiled == [{"dynamic": False}]
+
+
+@every_attack
+@pytest.mark.parametrize("given", [{}, {"eps": torch.tensor([0.1, 0.2]).double()}, {"x_init": True}, {"seed": 4}])
+def test_a_filled_up_batch_gives_what_it_gives_alone(net, batch, name, given, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    images, labels = batch
+    given = {"seed": torch.tensor([8, 9]), **given}
+    if "x_init" in given:
+        given["x_init"] = (images[:2] + 0.01).clamp(0, 1)
+    attack, seen = ATTACKS[name](net, compile=True, restarts=2), []
+    attack(images, labels)
+    hook = net.head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    adv = attack(images[:2], labels[:2], **given)
+    hook.remove()
+    assert seen[-1] == N
+    assert adv.shape == (2, 3, 6, 6)
+    expected = ATTACKS[name](net, restarts=2)(images[:2], labels[:2], **given)
+    torch.testing.assert_close(adv, expected, rtol=0, atol=1e-9)
+    if "x_init" not in given:  # noise follows the layout
+        last = [images[:2].contiguous(memory_format=torch.channels_last), labels[:2]]
+        expected = ATTACKS[name](net, restarts=2)(*last, **given)
+        torch.testing.assert_close(attack(*last, **given), expected, rtol=0, atol=1e-9)
+
+
+def test_graph_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(RuntimeError, match="there is no GPU here: use compile=True"):
+        PGD(Net(), graph=True)
+
+
+# Models
+
+OUTPUTS = {
+    "tensor": lambda z: z,
+    "tuple": lambda z: (z, None, "more"),
+    "list": lambda z: [z],
+    "dict": lambda z: {"loss": None, "logits": z},
+    "dict without logits": lambda z: {"out": z, "aux": z * 2},
+    "object": lambda z: types.SimpleNamespace(logits=z, hidden=z * 3),
+}
+
+
+@every_attack
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("module", [False, True])
+def test_logits_are_found_in_what_models_return(net, batch, name, output, module):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return OUTPUTS[output](self.net(x))
+
+    model = Wrapped() if module else (lambda x: OUTPUTS[output](net(x)))
+    options = {"restarts": 2, "targeted": "least_likely", "loss": "ce"}
+    for o in ({}, options):
+        expected = ATTACKS[name](net, **o)(*batch, seed=1)
+        assert torch.equal(ATTACKS[name](model, **o)(*batch, seed=1), expected)
+
+
+@every_attack
+def test_a_data_parallel_model_is_attacked_through_its_module(net, batch, name):
+    class Parallel(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+        def forward(self, *args):
+            raise AssertionError("its hooks would wait for the other processes")
+
+    parallel = Parallel(net.train())
+    frozen = []
+    net.register_forward_pre_hook(lambda *a: frozen.append(any(p.requires_grad for p in parallel.parameters())))
+    adv = ATTACKS[name](parallel)(*batch, seed=1)
+    assert not any(frozen)
+    assert parallel.training
+    assert net.norm.training
+    assert all(p.requires_grad for p in parallel.parameters())
+    assert torch.equal(adv, ATTACKS[name](net)(*batch, seed=1))
+
+
+@every_attack
+def test_another_device_is_a_clear_error(net, batch, name):
+    images, labels = batch
+    attack = ATTACKS[name](net)
+    with pytest.raises(ValueError, match="images are on meta and the model is on cpu"):
+        attack(images.to("meta"), labels.to("meta"))
+    with pytest.raises(ValueError, match="labels must be on the images' device cpu, got meta"):
+        attack(images, labels.to("meta"))
+    with pytest.raises(ValueError, match=r"x_init must be .* cpu"):
+        attack(images, labels, x_init=images.to("meta"))
+
+
+@every_attack
+@pytest.mark.parametrize("options", [{}, {"restarts": 2}, {"chunk": 2}, {"targeted": "random", "loss": "ce"}])
+def test_an_empty_batch_comes_back_empty(net, batch, name, options):
+    images, labels = batch
+    assert ATTACKS[name](net, **options)(images[:0], labels[:0]).shape == (0, 3, 6, 6)
+
+
+@every_attack
+def test_images_without_channels(batch, name):
+    x, labels = batch[0].flatten(1)[:, :7], batch[1] % 2
+    weight = torch.randn(7, 2, dtype=torch.float64)
+    for images in (x, x[:, None], x[:, :, None, None, None]):
+        adv = ATTACKS[name](lambda z: z.flatten(1) @ weight, restarts=2, chunk=4)(images, labels)
+        assert adv.shape == images.shape
+        assert not torch.equal(adv, images)
+
+
+# repr
+
+SETTINGS = {
+    "targeted": ("least_likely", "targeted='least_likely'"),
+    "loss": ("dlr", "loss='dlr'"),
+    "restarts": (3, "restarts=3"),
+    "training_mode": ("batch_norm", "training_mode='batch_norm'"),
+    "autocast": (torch.bfloat16, "autocast=torch.bfloat16"),
+    "memory_format": (torch.channels_last, "memory_format=torch.channels_last"),
+    "compile": (True, "compile=True"),
+    "graph": (False, "graph=False"),
+    "chunk": (17, "chunk=17"),
+}
+OWN = {
+    "FGSM": ("eps=8/255", "alpha=None", "noise=0.0"),
+    "FFGSM": ("eps=8/255", "alpha=10/255"),
+    "NFGSM": ("eps=8/255", "alpha=None", "noise=None"),
+    "PGD": ("eps=8/255", "alpha=4/255", f"steps={STEPS}", "random_start=True"),
+    "BIM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
+    "MIFGSM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}", "decay=1.0"),
+    "TPGD": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
+    "PGDL2": (f"steps={STEPS}", "random_start=True", "eps_for_division=1e-10"),
+}
+
+
+@every_attack
+def test_repr_shows_every_setting(name):
+    shown = repr(ATTACKS[name](Net(), **{key: value for key, (value, _) in SETTINGS.items()}))
+    assert shown.startswith(f"{name}(Net, ")
+    for text in (*OWN[name], *(text for _, text in SETTINGS.values())):
+        assert len(re.findall(rf"[ (]{re.escape(text)}[,)]", shown)) == 1, (text, shown)
+
+
+def test_repr_names_a_loss_of_ones_own():
+    def hinge(outputs, targets):
+        return outputs.sum(1)
+
+    assert "loss=hinge" in repr(PGD(Net(), loss=hinge))

@@ -1,0 +1,109 @@
+"""Models of normalised images: the attack's images stay in [0, 1]."""
+
+import pytest
+import torch
+from attacked import ATTACKS, EPS, Net, batch_of, distances, every_attack, radius
+from attacked import one_thread as one_thread
+from torch import nn
+
+from fastadv.attacks import PGD, Normalized
+from fastadv.functional import Normalization
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Plain(nn.Module):
+    """The same, as users write it: a layer like any other to the attack."""
+
+    def __init__(self, model, mean=MEAN, std=STD):
+        super().__init__()
+        self.model = model
+        self.register_buffer("shift", torch.tensor(mean, dtype=torch.float64).reshape(-1, 1, 1))
+        self.register_buffer("scale", torch.tensor(std, dtype=torch.float64).reshape(-1, 1, 1))
+
+    def forward(self, x):
+        return self.model((x - self.shift) / self.scale)
+
+
+@pytest.fixture
+def net():
+    return Net().double().eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalization_is_its_formula(dtype):
+    images, _ = batch_of(4, dtype)
+    expected = [(images[:, c].double() - MEAN[c]) * (1 / STD[c]) for c in range(3)]
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    out = Normalization(MEAN, STD)(images)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), torch.stack(expected, 1), rtol=tolerance, atol=tolerance)
+
+
+@every_attack
+@pytest.mark.parametrize("options", [{}, {"restarts": 2}, {"chunk": 4}, {"targeted": "least_likely", "loss": "ce"}])
+def test_attack_equals_the_one_through_a_layer(net, name, options):
+    images, labels = batch_of(6, torch.float64)
+    seeds = torch.arange(6)
+    ours = ATTACKS[name](Normalized(net, MEAN, STD), **options)(images, labels, seed=seeds)
+    theirs = ATTACKS[name](Plain(net), **options)(images, labels, seed=seeds)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+    assert bool((distances(name, ours, images) <= radius(name) * (1 + 1e-9)).all())
+    assert 0 <= ours.min()
+    assert ours.max() <= 1
+
+
+@every_attack
+def test_from_images_that_were_given(net, name):
+    images, labels = batch_of(6, torch.float64)
+    start = (images + 0.01).clamp(0, 1)
+    ours = ATTACKS[name](Normalized(net, MEAN, STD))(images, labels, x_init=start)
+    theirs = ATTACKS[name](Plain(net))(images, labels, x_init=start)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+@every_attack
+def test_the_model_sees_the_normalised_iterate(net, name):
+    images, labels = batch_of(6, torch.float64)
+    seen, normalization = [], Normalization(MEAN, STD)
+    net.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    attack = ATTACKS[name](Normalized(net, MEAN, STD))
+    adv = attack(images, labels, seed=3)
+    back = [x * torch.tensor(STD).double()[:, None, None] + torch.tensor(MEAN).double()[:, None, None] for x in seen]
+    for x in back:
+        assert bool((distances(name, x, images) <= radius(name) + 1e-6).all())
+    again = Normalized(net, MEAN, STD)(adv)
+    assert torch.equal(again, net(normalization(adv)))
+
+
+@every_attack
+def test_uint8_images(name):
+    codes, labels = torch.randint(256, (6, 3, 6, 6), dtype=torch.uint8), torch.arange(6) % 5
+    attack = ATTACKS[name](Normalized(Net().eval(), MEAN, STD))
+    assert torch.equal(attack(codes, labels, seed=1), attack(codes.float() / 255, labels, seed=1))
+
+
+def test_one_number_for_all_channels(net):
+    images, labels = batch_of(6, torch.float64)
+    ours = PGD(Normalized(net, 0.5, 0.25), EPS, EPS / 4, 5)(images, labels, seed=2)
+    theirs = PGD(Plain(net, (0.5,), (0.25,)), EPS, EPS / 4, 5)(images, labels, seed=2)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_a_model_that_normalises_already_warns():
+    class Normalize(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.std = MEAN, STD
+
+        def forward(self, x):
+            return x
+
+    with pytest.warns(UserWarning, match="seems to normalise"):
+        Normalized(nn.Sequential(Normalize(), nn.Flatten()), MEAN, STD)
+
+
+@pytest.mark.parametrize("std", [(0.2, 0.0, 0.2), (0.2, -1.0, 0.2), (0.2, float("nan"), 0.2)])
+def test_a_deviation_that_is_none_is_refused(std):
+    with pytest.raises(ValueError, match="std"):
+        Normalized(nn.Identity(), MEAN, std)
