@@ -13,7 +13,7 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.attacks import PGD, by_name
 from fastadv.data import to_float
-from fastadv.evaluation.accuracy import Batch, robust_accuracy, seeded
+from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
 from fastadv.training.methods import METHODS, trainable
 from fastadv.training.schedule import lr_factor
 
@@ -174,7 +174,9 @@ class Trainer:
         }
 
     def _evaluate(self, test: Batch) -> dict[str, float]:
-        return robust_accuracy(self.model, test, self.eval_attack, seed=self.seed, device=self.device)
+        return robust_accuracy(
+            self.model, test, self.eval_attack, iterate="last", slots=256, seed=self.seed, device=self.device
+        )
 
     def _write(self, record: dict) -> None:
         self.records.append(record)
