@@ -87,9 +87,7 @@ def _adder(parser: argparse.ArgumentParser) -> Callable:
 
     def add(name: str, kind: Callable = str, default: object = None, **options) -> None:
         # A help text, if only a blank, is what makes argparse print the default.
-        parser.add_argument(
-            name, **{"help": " ", **({} if "action" in options else {"type": kind, "default": default}), **options}
-        )
+        parser.add_argument(name, type=kind, default=default, **{"help": " ", **options})
 
     add("--data", required=True, help="digits, or an .npz file with x_train, y_train, x_test, y_test")
     add("--classes", class_list, help="labels to keep, such as 5-9 (all if not given)")
@@ -128,7 +126,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--iterate", default="any", choices=ITERATES, help="which iterates are judged, start included; any is stronger")
     add("--limit", int, help="test images to evaluate, from the first (all if not given)")
     add("--slots", int, 128, help="images under attack at a time")
-    add("--save-images", action="store_true", help="write the adversarial images to the folder images in --out")
+    parser.add_argument(
+        "--save-images", action="store_true", help="write adversarial images to the folder images in --out"
+    )
     add(
         "--out",
         Path,

@@ -109,7 +109,7 @@ class Queue:
         while True:
             for _ in range(READ_EVERY):
                 self.iterate()
-            passes, left = self._readout(self._passes, self._left())
+            passes, left = self._read()
             yield passes, left
             if left == 0:
                 break
@@ -169,12 +169,13 @@ class Queue:
             if fresh is not kept[name]:
                 torch.where(per_sample(taken, fresh), fresh, kept[name], out=kept[name])
 
-    def _left(self):
-        """Passes left at most."""
+    def _read(self):
+        """(passes, passes left at most), on the host."""
         waiting = self.verdicts.todo & (self._step[:-1] < 0)
         restarts = ((self.attack.restarts - self._restart[:-1]) * waiting).sum()
         live = self._sample < self._n
-        return restarts * (self.attack.steps + 1) - (live * self._age).sum()
+        left = restarts * (self.attack.steps + 1) - (live * self._age).sum()
+        return self._readout(self._passes, left)
 
 
 class _Readout:

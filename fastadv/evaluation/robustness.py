@@ -362,7 +362,7 @@ def _gathered(data, device) -> Batch:
         raise ValueError(f"labels must not be negative, got {int(labels.min())}")
     if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(
-            f"images must be in [0, 1], got [{images.min():.4g}, {images.max():.4g}]: if they are normalised, pass them "
-            "as they were before, and Normalized(model, mean, std) as the model"
+            f"images must be in [0, 1], got [{images.min():.4g}, {images.max():.4g}]: if they are normalised, pass "
+            "them as they were before, and Normalized(model, mean, std) as the model"
         )
     return images, labels

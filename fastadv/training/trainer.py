@@ -174,9 +174,7 @@ class Trainer:
         }
 
     def _evaluate(self, test: Batch) -> dict[str, float]:
-        return robust_accuracy(
-            self.model, test, self.eval_attack, iterate="last", slots=256, seed=self.seed, device=self.device
-        )
+        return robust_accuracy(self.model, test, self.eval_attack, seed=self.seed, device=self.device)
 
     def _write(self, record: dict) -> None:
         self.records.append(record)
