@@ -415,6 +415,14 @@ def test_grey_images_are_saved_as_such(tmp_path):
         evaluate(net, (images.reshape(3, 12), net(images).argmax(1)), ["fgsm"], save_images=tmp_path)
 
 
+def test_progress_is_shown_on_a_terminal_only(net, samples, monkeypatch, capsys):
+    evaluate(net, samples, ["fgsm"], slots=SLOTS)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(robustness.sys.stderr, "isatty", lambda: True, raising=False)
+    passes = evaluate(net, samples, ["fgsm"], slots=SLOTS)["attacks"][0]["passes"]
+    assert f"fgsm at 8/255: 100%|██████████| {passes}/{passes}" in capsys.readouterr().err
+
+
 # Other libraries and other models
 
 
@@ -427,6 +435,20 @@ def test_torchattacks_plugs_in(net, samples):
     assert theirs["passes"] is None
     assert set(theirs["step"]) == {None}
     assert (theirs["attack"], theirs["eps"]) == ("FGSM", EPS)
+
+
+def test_autoattacks_object_plugs_in(net, samples):
+    class AutoAttack:  # what is used of it
+        epsilon = EPS
+
+        def run_standard_evaluation(self, images, labels):
+            return FGSM(net, self.epsilon)(images, labels)
+
+    ours, theirs = evaluate(net, samples, ["fgsm", AutoAttack()], eps=EPS, slots=SLOTS, iterate="last")["attacks"]
+    assert ours["fooled"] == theirs["fooled"]
+    assert (theirs["attack"], theirs["eps"]) == ("AutoAttack", EPS)
+    with pytest.raises(TypeError, match="names or callables, got float"):
+        evaluate(net, samples, [0.5])
 
 
 def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samples):

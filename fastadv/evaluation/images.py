@@ -44,7 +44,10 @@ class Gallery:
         codes = self._codes[rows]
         for row, image in zip(rows.tolist(), codes.cpu(), strict=True):
             (self.folder / f"{row:05d}.png").write_bytes(png(image))
-        self.right[rows] = (logits(to_float(codes)).argmax(1) == labels[rows]).long()
+        as_images = to_float(codes)
+        if self._images.is_floating_point():
+            as_images = as_images.to(self._images.dtype)
+        self.right[rows] = (logits(as_images).argmax(1) == labels[rows]).long()
 
 
 def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> torch.Tensor:

@@ -30,9 +30,8 @@ class Verdicts:
         return self.step >= 0
 
     @property
-    def left(self) -> torch.Tensor:
-        """Restarts that each sample may still need: int64 (N,)."""
-        return (self.restarts - self.restart) * (self.todo & ~self.fooled)
+    def unsettled(self) -> torch.Tensor:
+        return self.todo & ~self.fooled & (self.restart < self.restarts)
 
 
 class Queue:
@@ -72,7 +71,7 @@ class Queue:
         self._n = len(images)
         count = torch.zeros((), dtype=torch.int64, device=images.device)
         order = verdicts.restart.argsort(stable=True)
-        order = order[verdicts.left[order] > 0]
+        order = order[verdicts.unsettled[order]]
         # Row N takes what is written for slots that have nothing to write, and stands for no sample.
         self._ring = torch.cat((order, order.new_zeros(self._n + 1 - len(order))))
         self._restart = torch.cat((verdicts.restart, verdicts.restart.new_zeros(1)))

@@ -5,25 +5,25 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import Attack, by_name
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.state import as_normal, frozen
+from fastadv.attacks.state import frozen
 from fastadv.data import to_float
 from fastadv.evaluation import suspicions
 from fastadv.evaluation.images import Gallery
+from fastadv.evaluation.opponents import Opponent, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
+from fastadv.evaluation.samples import Batch, device_of, gathered
 from fastadv.evaluation.saved import StateFile, fingerprint
 from fastadv.functional import sample_seeds
 from fastadv.version import __version__
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 ITERATES = ("any", "last")
 SAVE_EVERY = 10.0  # seconds between two states on the disk
 
@@ -88,16 +88,20 @@ def evaluate(
         raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
     if slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
-    entries = list(_entries(model, attacks, [eps] if isinstance(eps, (int, float)) else eps))
-    images, labels = _gathered(data, _device(model, device))
-    settings = {"iterate": iterate, "slots": slots, "seed": seed, "attacks": [entry.facts() for entry in entries]}
-    file = state and StateFile(state, fingerprint(settings, (images, labels), model))
-    notes: list[str] = []
+    against = list(opponents(model, attacks, [eps] if isinstance(eps, (int, float)) else eps))
+    images, labels = gathered(data, device_of(model) if device is None else device)
+    settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
+    settings["attacks"] = [each.facts() for each in against]
+    file = StateFile(state, fingerprint(settings, (images, labels), model)) if state else None
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
-        run = _Run(model, images, labels, entries, notes, iterate == "last", slots, seed, file, save_images)
-        for number in range(len(entries)):
-            run.attack(number, progress and sys.stderr.isatty())
-    return run.report() | {
+        run = _Run(model, images, labels, iterate == "last", slots, seed)
+        trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
+        if file is not None:
+            _load(file, trials)
+        for trial in trials:
+            run.attack(trial, lambda: _save(file, trials), progress and sys.stderr.isatty())
+        report = run.report(trials)
+    return report | {
         "settings": {
             **settings,
             "images": list(images.shape),
@@ -108,63 +112,40 @@ def evaluate(
     }
 
 
-class _Entry:
-    """One attack at one eps; `ours` where it can run on the slots."""
+@dataclass
+class _Trial:
+    """An opponent and how far it is."""
 
-    def __init__(self, name: str, attack: Callable, model: Callable):
-        self.name, self.attack = name, attack
-        self.eps = getattr(attack, "eps", getattr(attack, "epsilon", None))  # AutoAttack's is called epsilon
-        self.ours = isinstance(attack, Attack) and attack.model is model
-        if self.ours and attack.targeted is True:
-            raise ValueError(f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely'")
-        if self.ours and attack.training_mode != "eval":
-            raise ValueError(f"{attack!r} attacks the model in another mode than the eval mode that is evaluated")
-
-    @property
-    def restarts(self) -> int:
-        return self.attack.restarts if self.ours else 1
-
-    @property
-    def title(self) -> str:
-        return self.name if self.eps is None else f"{self.name} at {255 * self.eps:.4g}/255"
-
-    def facts(self) -> dict:
-        plain = (bool, int, float, str, type(None))
-        public = {key: value for key, value in getattr(self.attack, "__dict__", {}).items() if not key.startswith("_")}
-        values = {key: value if isinstance(value, plain) else None for key, value in public.items()}
-        kept = {key: value for key, value in values.items() if value is not None}
-        return {"attack": self.name, "type": type(self.attack).__qualname__, **kept}
+    opponent: Opponent
+    verdicts: Verdicts
+    gallery: Gallery | None
+    seconds: float = 0.0
 
 
 class _Run:
-    """The clean pass, then one attack after the other, with a state on the disk in between."""
+    """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
 
-    def __init__(self, model, images, labels, entries, notes, last, slots, seed, file, save_images):
-        self.images, self.labels, self.entries, self.notes = images, labels, entries, notes
-        self.last, self.slots, self.seed, self.file = last, slots, seed, file
+    def __init__(self, model, images, labels, last, slots, seed):
+        self.images, self.labels = images, labels
+        self.last, self.slots, self.seed = last, slots, seed
+        self.notes: list[str] = []
         self._objective = Objective(model, "ce")
-        first = self._rows(torch.arange(min(slots, len(images)), device=images.device))
         self.clean = self.logits(images)
         if labels.max() >= self.clean.shape[1]:
             raise ValueError(f"labels must be below the model's {self.clean.shape[1]} classes, got {int(labels.max())}")
         self.correct = self.clean.argmax(1) == labels
-        batch = to_float(images[first])
-        self._warn(suspicions.of_outputs(self.logits, batch, self._objective.logits(batch)))
-        if any(entry.ours for entry in entries):
-            self._warn(suspicions.of_gradients(self._objective, batch, labels[first]))
-        self.verdicts = [Verdicts(self.correct, entry.restarts) for entry in entries]
-        self.seconds = [0.0] * len(entries)
-        self.galleries = [self._gallery(save_images, i, entry) for i, entry in enumerate(entries)]
-        self._resume()
+        self._first = self._filled(torch.arange(min(slots, len(images)), device=images.device))
+        batch = to_float(images[self._first])
+        self._warn(suspicions.of_outputs(self._objective.logits, batch))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Of all images, in batches of one shape."""
         parts = []
         for rows in torch.arange(len(images), device=images.device).split(self.slots):
-            parts.append(self._objective.logits(to_float(images[self._rows(rows)]))[: len(rows)])
+            parts.append(self._objective.logits(to_float(images[self._filled(rows)]))[: len(rows)])
         return torch.cat(parts)
 
-    def _rows(self, rows):
+    def _filled(self, rows):
         """`rows` filled up to a full batch: the model sees one shape."""
         return torch.cat((rows, rows[-1:].expand(self.slots - len(rows))))
 
@@ -173,138 +154,132 @@ class _Run:
             self.notes.append(note)
             warnings.warn(note, stacklevel=4)
 
-    # ------------------------------------------------------------------ one attack
+    def trial(self, number: int, opponent: Opponent, folder: str | Path | None) -> _Trial:
+        gallery = None
+        if folder is not None:
+            codes = "" if opponent.eps is None else f"-{255 * opponent.eps:.4g}"
+            path = Path(folder) / f"{number}-{opponent.name}{codes}"
+            gallery = Gallery(path, self.images, opponent.eps if opponent.is_linf else None)
+        return _Trial(opponent, Verdicts(self.correct, opponent.restarts), gallery)
 
-    def attack(self, number: int, progress: bool) -> None:
-        entry, verdicts = self.entries[number], self.verdicts[number]
-        if not bool((verdicts.left > 0).any()):
+    def attack(self, trial: _Trial, save: Callable[[], None], progress: bool) -> None:
+        """Finish `trial`; what is known is saved every few seconds and at the end."""
+        if not trial.verdicts.unsettled.any():
             return
-        begun, before = time.perf_counter(), self.seconds[number]
-        saved = begun
-        bar = require("tqdm").tqdm(desc=entry.title, unit="pass", unit_scale=True) if progress else None
-        try:
-            queue, rounds = self._rounds(number)
-            for done, left in rounds:
+        opponent, earlier = trial.opponent, trial.seconds
+        begun = saved = time.perf_counter()
+        queue = self._queue(trial) if opponent.ours else None
+        unit = "pass" if opponent.ours else "batch"
+        bar = require("tqdm").tqdm(desc=opponent.title, unit=unit) if progress else nullcontext()
+        with bar:
+            for done, left in self._batches(trial) if queue is None else queue.run():
                 now = time.perf_counter()
-                self.seconds[number] = before + now - begun
-                if bar is not None:
+                trial.seconds = earlier + now - begun
+                if progress:
                     bar.total = done + left
                     bar.update(done - bar.n)
-                if self.file and now - saved >= SAVE_EVERY:
+                if now - saved >= SAVE_EVERY:
                     if queue is not None:
                         queue.update()
-                    self._save(number)
+                    self._write_images(trial)
+                    save()
                     saved = time.perf_counter()
-        finally:
-            if bar is not None:
-                bar.close()
-        self.seconds[number] = before + time.perf_counter() - begun
-        self._save(number)
-        if verdicts.nonfinite:
-            self._warn([f"{verdicts.nonfinite} losses under {entry.title} were not finite; no step was taken there"])
+        trial.seconds = earlier + time.perf_counter() - begun
+        self._write_images(trial)
+        save()
 
-    def _rounds(self, number):
-        """(queue or None, iterator of (done, left at most) while the attack runs)."""
-        entry, verdicts, gallery = self.entries[number], self.verdicts[number], self.galleries[number]
-        keep = None if gallery is None else gallery.put
-        if not entry.ours:
-            return None, self._batches(entry.attack, verdicts, keep)
-        targets = self.labels
-        if entry.attack.needs_clean:
+    def _queue(self, trial) -> Queue:
+        attack, targets = trial.opponent.attack, self.labels
+        if attack.needs_clean:
             index = torch.arange(len(self.images), device=self.images.device)
-            seeds = sample_seeds(self.seed, index, restart=2**32 - 1)
-            targets = entry.attack.targets(self.clean, self.labels, seeds)
+            targets = attack.targets(self.clean, self.labels, sample_seeds(self.seed, index, restart=2**32 - 1))
+        keep = None if trial.gallery is None else trial.gallery.put
         options = {"slots": self.slots, "seed": self.seed, "last": self.last, "keep": keep}
-        queue = Queue(entry.attack, self.images, self.labels, targets, verdicts, **options)
-        return queue, queue.run()
+        return Queue(attack, self.images, self.labels, targets, trial.verdicts, **options)
 
-    def _batches(self, attack, verdicts, keep) -> Iterator[tuple[int, int]]:
+    def _batches(self, trial) -> Iterator[tuple[int, int]]:
+        """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
+        verdicts = trial.verdicts
         chunks = self.correct.nonzero()[:, 0].split(self.slots)
         for i, chunk in enumerate(chunks):
-            if not bool((verdicts.left[chunk] > 0).any()):
+            if not verdicts.unsettled[chunk].any():
                 continue
-            rows = self._rows(chunk)
+            rows = self._filled(chunk)
             with seeded(self.seed + i), torch.enable_grad():
-                adv = attack(to_float(self.images[rows]), self.labels[rows]).detach()
+                adv = trial.opponent(to_float(self.images[rows]), self.labels[rows]).detach()
             wrong = (self._objective.logits(adv).argmax(1) != self.labels[rows])[: len(chunk)]
             verdicts.step[chunk[wrong]] = 0
             verdicts.restart[chunk[~wrong]] = 1
-            if keep is not None:
-                keep(chunk, adv[: len(chunk)])
+            if trial.gallery is not None:
+                trial.gallery.put(chunk, adv[: len(chunk)])
             yield i + 1, len(chunks) - i - 1
 
-    # ------------------------------------------------------------------ what is kept
+    def _write_images(self, trial) -> None:
+        if trial.gallery is not None:
+            trial.gallery.flush(trial.verdicts.todo & ~trial.verdicts.unsettled, self.labels, self.logits)
 
-    def _gallery(self, folder, number, entry):
-        if folder is None:
-            return None
-        linf = not isinstance(entry.attack, Attack) or entry.attack.largest_eps <= 1
-        codes = "" if entry.eps is None else f"-{255 * entry.eps:.4g}"
-        return Gallery(Path(folder) / f"{number}-{entry.name}{codes}", self.images, entry.eps if linf else None)
-
-    def _save(self, number) -> None:
-        verdicts, gallery = self.verdicts[number], self.galleries[number]
-        if gallery is not None:
-            gallery.flush(verdicts.todo & (verdicts.left == 0), self.labels, self.logits)
-        if not self.file:
-            return
-        tensors, facts = {}, []
-        for i, (each, shown) in enumerate(zip(self.verdicts, self.galleries, strict=True)):
-            tensors |= {f"{i}.restart": each.restart, f"{i}.step": each.step}
-            tensors |= {} if shown is None else {f"{i}.right": shown.right}
-            facts.append({"passes": each.passes, "nonfinite": each.nonfinite, "seconds": self.seconds[i]})
-        self.file.save(tensors, {"attacks": facts})
-
-    def _resume(self) -> None:
-        loaded = self.file.load() if self.file else None
-        if loaded is None:
-            return
-        tensors, facts = loaded
-        tensors = {name: t.to(self.images.device) for name, t in tensors.items()}
-        for i, (verdicts, gallery) in enumerate(zip(self.verdicts, self.galleries, strict=True)):
-            verdicts.restart, verdicts.step = tensors[f"{i}.restart"], tensors[f"{i}.step"]
-            known = facts["attacks"][i]
-            verdicts.passes, verdicts.nonfinite, self.seconds[i] = (
-                known[key] for key in ("passes", "nonfinite", "seconds")
-            )
-            if gallery is not None:
-                gallery.right = tensors[f"{i}.right"]
-
-    # ------------------------------------------------------------------ the report
-
-    def report(self) -> dict:
+    def report(self, trials: Sequence[_Trial]) -> dict:
         n = len(self.images)
-        results = []
-        for entry, verdicts, gallery, seconds in zip(
-            self.entries, self.verdicts, self.galleries, self.seconds, strict=True
-        ):
-            fooled = verdicts.fooled.tolist()
-            result = {
-                "attack": entry.name,
-                "eps": entry.eps,
-                "robust_accuracy": int((self.correct & ~verdicts.fooled).sum()) / n,
-                "passes": verdicts.passes if entry.ours else None,
-                "seconds": seconds,
-                "nonfinite_losses": verdicts.nonfinite,
-                "fooled": fooled,
-                "settings": entry.facts(),
-            }
-            for name in ("restart", "step"):
-                values = getattr(verdicts, name).tolist()
-                result[name] = [v if f and entry.ours else None for v, f in zip(values, fooled, strict=True)]
-            if gallery is not None:
-                result["robust_accuracy_8bit"] = int((gallery.right == 1).sum()) / n
-            results.append(result)
-        pairs = zip(self.entries, results, strict=True)
-        self._warn(
-            suspicions.of_accuracies([(e.title, e.attack, r["robust_accuracy"]) for e, r in pairs if e.ours]),
-        )
+        results = [self._result(trial) for trial in trials]
+        ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
+        if ours:
+            first = self._first
+            self._warn(suspicions.of_gradients(self._objective, to_float(self.images[first]), self.labels[first]))
+        self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
+        self._warn(suspicions.of_accuracies([(o.title, o.attack, r["robust_accuracy"]) for o, r in ours]))
         return {
             "clean_accuracy": int(self.correct.sum()) / n,
             "clean_correct": self.correct.tolist(),
             "attacks": results,
             "warnings": self.notes,
         }
+
+    def _result(self, trial) -> dict:
+        opponent, verdicts = trial.opponent, trial.verdicts
+        n, fooled = len(self.images), verdicts.fooled.tolist()
+        first = {
+            name: [v if f and opponent.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
+            for name, values in (("restart", verdicts.restart), ("step", verdicts.step))
+        }
+        saved = {} if trial.gallery is None else {"robust_accuracy_8bit": int((trial.gallery.right == 1).sum()) / n}
+        return {
+            "attack": opponent.name,
+            "eps": opponent.eps,
+            "robust_accuracy": int((self.correct & ~verdicts.fooled).sum()) / n,
+            **saved,
+            "passes": verdicts.passes if opponent.ours else None,
+            "seconds": trial.seconds,
+            "nonfinite_losses": verdicts.nonfinite,
+            "fooled": fooled,
+            **first,
+            "settings": opponent.facts(),
+        }
+
+
+def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:
+    if file is None:
+        return
+    tensors, facts = {}, []
+    for i, trial in enumerate(trials):
+        verdicts = trial.verdicts
+        tensors |= {f"{i}.restart": verdicts.restart, f"{i}.step": verdicts.step}
+        if trial.gallery is not None:
+            tensors[f"{i}.right"] = trial.gallery.right
+        facts.append({"passes": verdicts.passes, "nonfinite": verdicts.nonfinite, "seconds": trial.seconds})
+    file.save(tensors, {"attacks": facts})
+
+
+def _load(file: StateFile, trials: Sequence[_Trial]) -> None:
+    loaded = file.load()
+    if loaded is None:
+        return
+    tensors, facts = loaded
+    for i, (trial, known) in enumerate(zip(trials, facts["attacks"], strict=True)):
+        verdicts, device = trial.verdicts, trial.verdicts.todo.device
+        verdicts.restart, verdicts.step = (tensors[f"{i}.{name}"].to(device) for name in ("restart", "step"))
+        verdicts.passes, verdicts.nonfinite, trial.seconds = (known[k] for k in ("passes", "nonfinite", "seconds"))
+        if trial.gallery is not None:
+            trial.gallery.right = tensors[f"{i}.right"].to(device)
 
 
 def robust_accuracy(
@@ -325,44 +300,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
-
-
-def _entries(model, attacks, budgets) -> Iterator[_Entry]:
-    for attack in [attacks] if isinstance(attacks, str) else attacks:
-        if isinstance(attack, str):
-            for eps in budgets:
-                yield _Entry(attack, by_name(attack, model, eps), model)
-        elif callable(attack):
-            yield _Entry(getattr(attack, "__name__", type(attack).__name__), attack, model)
-        else:
-            raise TypeError(f"attacks are names or callables, got {type(attack).__name__}")
-
-
-def _device(model, device):
-    if device is None and isinstance(model, nn.Module):
-        device = next((parameter.device for parameter in model.parameters()), None)
-    return device
-
-
-def _gathered(data, device) -> Batch:
-    """All images and all labels, checked, on `device`."""
-    is_pair = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], torch.Tensor)
-    batches = [data] if is_pair else list(data)
-    if not sum(len(labels) for _, labels in batches):
-        raise ValueError("there are no images to evaluate")
-    images, labels = (as_normal(torch.cat(part)).to(device) for part in zip(*batches, strict=True))
-    if not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise TypeError(f"images must be a float or uint8 tensor, got {images.dtype}")
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise TypeError(
-            f"labels must be int64 (N,), one for each of images {tuple(images.shape)}, got {labels.dtype} "
-            f"{tuple(labels.shape)}"
-        )
-    if labels.min() < 0:
-        raise ValueError(f"labels must not be negative, got {int(labels.min())}")
-    if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(
-            f"images must be in [0, 1], got [{images.min():.4g}, {images.max():.4g}]: if they are normalised, pass "
-            "them as they were before, and Normalized(model, mean, std) as the model"
-        )
-    return images, labels

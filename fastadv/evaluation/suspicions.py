@@ -4,7 +4,7 @@ Athalye et al. 2018, "Obfuscated gradients give a false sense of security" (arXi
 Carlini et al. 2019, "On evaluating adversarial robustness" (arXiv 1902.06705, section 4).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -15,8 +15,9 @@ CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verd
 ZERO = 0.05
 
 
-def of_outputs(logits: Callable, images: torch.Tensor, outputs: torch.Tensor) -> Iterator[str]:
-    """About `outputs`, the logits of one batch of `images`: are they the same again, and are they logits?"""
+def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
+    """About the outputs for one batch: are they the same again, and are they logits?"""
+    outputs = logits(images)
     allowed = CHANGE * outputs.abs().max()
     if (logits(images) - outputs).abs().max() > allowed:
         yield (
@@ -45,6 +46,13 @@ def of_gradients(objective: Objective, images: torch.Tensor, labels: torch.Tenso
             f"the gradient is zero for {int(zero.sum())} of {int(correct.sum())} images: an attack by gradients "
             "cannot find its way. Is something in the model rounded or saturated?"
         )
+
+
+def of_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:
+    """About (name, losses that were not finite)."""
+    for name, count in counts:
+        if count:
+            yield f"{count} losses under {name} were not finite; no step was taken there"
 
 
 def of_accuracies(results: Sequence[tuple[str, Attack, float]]) -> Iterator[str]:
