@@ -1,6 +1,7 @@
-"""The command line: fastadv finetune | info."""
+"""The command line: fastadv finetune | evaluate | info."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ import torch
 import fastadv
 from fastadv import data, models
 from fastadv.attacks import PRESETS, by_name
+from fastadv.evaluation import evaluate
+from fastadv.evaluation.robustness import ITERATES
 from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
 from fastadv.training.trainer import OPTIMIZERS
@@ -70,16 +73,17 @@ def class_list(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastadv", description="Fast adversarial training and fine-tuning.")
-    commands = parser.add_subparsers(required=True, metavar="finetune | info")
+    commands = parser.add_subparsers(required=True, metavar="finetune | evaluate | info")
     _add_finetune(commands.add_parser("finetune", help="train a model adversarially"))
+    _add_evaluate(commands.add_parser("evaluate", help="measure a model's clean and robust accuracy"))
     info = commands.add_parser("info", help="what runs on which device here, and why")
     info.set_defaults(run=_info)
     return parser
 
 
-def _add_finetune(parser: argparse.ArgumentParser) -> None:
+def _adder(parser: argparse.ArgumentParser) -> Callable:
+    """`add(name, kind, default, **options)` for a parser whose help shows the defaults."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.set_defaults(run=_finetune)
 
     def add(name: str, kind: Callable = str, default: object = None, **options) -> None:
         # A help text, if only a blank, is what makes argparse print the default.
@@ -88,8 +92,16 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, help="digits, or an .npz file with x_train, y_train, x_test, y_test")
     add("--classes", class_list, help="labels to keep, such as 5-9 (all if not given)")
     add("--model", default="conv", help=f"{', '.join(models.MODELS)}, or your own as module:function")
-    add("--init", help="safetensors file to start from; a head for other classes is replaced")
     add("--head", help="name of the head module (the last nn.Linear if not given)")
+    add("--seed", int, 0)
+    add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
+    return add
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_finetune)
+    add = _adder(parser)
+    add("--init", help="safetensors file to start from; a head for other classes is replaced")
     add("--method", default="full", choices=METHODS)
     add("--attack", default="fgsm", choices=(*PRESETS, "none"))
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
@@ -102,9 +114,27 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", default="adamw", choices=tuple(OPTIMIZERS))
     add("--warmup", int, 0, help="steps of linear warm-up")
     add("--eval-every", int, 1, help="epochs between evaluations; 0: at the end only")
-    add("--seed", int, 0)
     add("--out", Path, required=True, help="folder for model.safetensors and log.jsonl")
-    add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_evaluate)
+    add = _adder(parser)
+    add("--init", required=True, help="safetensors file with the weights")
+    add("--attacks", default="fgsm,pgd-20,pgd-50-10", help=f"some of {', '.join(PRESETS)}")
+    add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
+    add("--iterate", default="any", choices=ITERATES, help="which iterates are judged, start included; any is stronger")
+    add("--limit", int, help="test images to evaluate, from the first (all if not given)")
+    add("--slots", int, 128, help="images under attack at a time")
+    parser.add_argument(
+        "--save-images", action="store_true", help="write adversarial images to the folder images in --out"
+    )
+    add(
+        "--out",
+        Path,
+        required=True,
+        help="folder for report.json; a run that was cut is continued from its state there",
+    )
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -129,13 +159,42 @@ def _finetune(arguments: argparse.Namespace) -> None:
     print(f"saved {weights} ({final['train_s']:.1f} s of training)")
 
 
-def _model(arguments: argparse.Namespace, dataset: data.Data) -> torch.nn.Module:
+def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
+    dataset = data.load(arguments.data, classes=arguments.classes)
+    model = _model(arguments, dataset, whole=True).to(arguments.device)
+    images, labels = (part[: arguments.limit] for part in dataset.test)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report = evaluate(
+        model,
+        (images, labels),
+        arguments.attacks.split(","),
+        eps=arguments.eps,
+        iterate=arguments.iterate,
+        slots=arguments.slots,
+        seed=arguments.seed,
+        state=arguments.out / "state.safetensors",
+        save_images=arguments.out / "images" if arguments.save_images else None,
+    )
+    (arguments.out / "report.json").write_text(json.dumps(report) + "\n")
+    print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
+    print(f"{'attack':12}{'eps':>8}{'robust':>9}{'passes':>12}{'seconds':>10}")
+    for result in report["attacks"]:
+        accuracy, eps = result["robust_accuracy"], f"{255 * result['eps']:g}/255"
+        print(f"{result['attack']:12}{eps:>8}{accuracy:9.1%}{result['passes']:12,}{result['seconds']:10.1f}")
+    print(f"saved {arguments.out / 'report.json'}")
+
+
+def _model(arguments: argparse.Namespace, dataset: data.Data, *, whole: bool = False) -> torch.nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # module:function may lie in the working folder, as with python -m
     torch.manual_seed(arguments.seed)
     model = models.build(arguments.model, dataset.shape, len(dataset.classes))
     if arguments.init:
         kept = models.load(model, arguments.init, classes=dataset.classes, head=arguments.head)
+        if whole and not kept:
+            raise ValueError(f"the head in {arguments.init} is for other classes: give the --classes it was trained on")
         print(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
     return model
 

@@ -192,7 +192,7 @@ class Attack(ABC):
             if restart > 0:
                 x_init = None
                 again = sample_seeds(seed, *_index(seed, len(x), x.device), restart=restart)
-            engine = self._engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
+            engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
             engine.run()
             adv = x.clone() if engine.slots.adv is None else engine.slots.adv
             if self.restarts == 1:
@@ -223,7 +223,8 @@ class Attack(ABC):
             return None
         return (logits.argmax(1) == targets) == bool(self.targeted)
 
-    def _engine(self, slots: Slots) -> Engine:
+    def engine(self, slots: Slots) -> Engine:
+        """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
         if not self.graph:
             return Engine(self, slots)
         tensors = slots.tensors()
@@ -249,21 +250,31 @@ class Attack(ABC):
     # ------------------------------------------------------------------ targets
 
     def _targets(self, x, labels, seed):
-        """What the loss compares with."""
-        if self.loss == "kl":
-            soft = labels is not None and labels.is_floating_point()
-            return as_normal(labels) if soft else self._clean_logits(x).softmax(1)
-        if labels is not None and self.targeted in (False, True):
+        if labels is not None and (labels.is_floating_point() or not self.needs_clean):
             return as_normal(labels)
-        logits = self._clean_logits(x)
+        seeds = seed
+        if self.targeted == "random":
+            seeds = sample_seeds(seed, *_index(seed, len(x), x.device), restart=2**32 - 1)
+        return self.targets(self._clean_logits(x), labels, seeds)
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether its targets depend on the model's outputs on the clean images."""
+        return self.loss == "kl" or self.targeted in ("random", "least_likely")
+
+    def targets(
+        self, logits: torch.Tensor, labels: torch.Tensor | None, seeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the loss compares with, from the clean images' logits (N, C); `seeds` (N,) draw random targets."""
+        if self.loss == "kl":
+            return logits.softmax(1)
         if labels is None:
             labels = logits.argmax(1)
         if self.targeted == "least_likely":
             return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
         if self.targeted == "random":
             classes = logits.shape[1]
-            draw = sample_seeds(seed, *_index(seed, len(x), x.device), restart=2**32 - 1) & 0xFFFFFFFF
-            return (labels + 1 + draw % (classes - 1)) % classes
+            return (labels + 1 + (seeds & 0xFFFFFFFF) % (classes - 1)) % classes
         return labels
 
     def _clean_logits(self, x):

@@ -1,5 +1,5 @@
 """How robust a model is."""
 
-from fastadv.evaluation.accuracy import robust_accuracy
+from fastadv.evaluation.robustness import evaluate, robust_accuracy
 
-__all__ = ["robust_accuracy"]
+__all__ = ["evaluate", "robust_accuracy"]

@@ -13,7 +13,7 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.attacks import PGD, by_name
 from fastadv.data import to_float
-from fastadv.evaluation.accuracy import Batch, robust_accuracy, seeded
+from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
 from fastadv.training.methods import METHODS, trainable
 from fastadv.training.schedule import lr_factor
 

@@ -1,0 +1,85 @@
+"""Adversarial images as PNG files: eight bits a pixel, still within the budget."""
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+from fastadv.data import to_float
+
+
+class Gallery:
+    """Adversarial images of one attack, as codes, as files, and classified again.
+
+    Args:
+        folder: for `00000.png`, ..., by the sample's number.
+        images: the clean ones, (N, C, H, W) with C 1 or 3.
+        eps: the L-inf budget; None where the budget is of another kind: no pixel then gets further from the clean one
+            than the attack took it.
+    """
+
+    def __init__(self, folder: Path, images: torch.Tensor, eps: float | None):
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"PNG files hold images (N, 1 or 3, H, W), got the shape {tuple(images.shape)}")
+        self.folder, self._images, self._eps = folder, images, eps
+        # A row more, for what belongs to no sample.
+        self._codes = torch.empty((len(images) + 1, *images.shape[1:]), dtype=torch.uint8, device=images.device)
+        # 1 where the image as saved is classified correctly, 0 where it is not, -1 where it is not saved yet.
+        self.right = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
+
+    def put(self, rows: torch.Tensor, adv: torch.Tensor) -> None:
+        """Keep `adv` (n, C, H, W) as the samples `rows`; row N is thrown away."""
+        clean = self._images.index_select(0, rows.clamp(max=len(self._images) - 1))
+        self._codes.index_copy_(0, rows, nearest_codes(adv, clean, self._eps))
+
+    def flush(self, ended: torch.Tensor, labels: torch.Tensor, logits: Callable) -> None:
+        """Write and classify those that `ended` (N,) and are not written yet."""
+        rows = (ended & (self.right < 0)).nonzero()[:, 0]
+        if not len(rows):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        codes = self._codes[rows]
+        for row, image in zip(rows.tolist(), codes.cpu(), strict=True):
+            (self.folder / f"{row:05d}.png").write_bytes(png(image))
+        as_images = to_float(codes)
+        if self._images.is_floating_point():
+            as_images = as_images.to(self._images.dtype)
+        self.right[rows] = (logits(as_images).argmax(1) == labels[rows]).long()
+
+
+def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """For each pixel the code c whose c/255 is nearest to `adv` among those within eps of `clean`: uint8.
+
+    A clean pixel that is a code up to the rounding of its dtype counts as that code. Where no code is within eps, it is
+    the one nearest to the clean pixel.
+
+    Args:
+        adv: floats in [0, 1]. clean: like it, or uint8. eps: None allows what `adv` itself is away.
+    """
+    adv = adv.double() * 255
+    if clean.dtype == torch.uint8:
+        clean = clean.double()
+    else:
+        rounding = 255 * torch.finfo(clean.dtype).eps / 2
+        clean = clean.double() * 255
+        clean = torch.where((clean - clean.round()).abs() <= rounding, clean.round(), clean)
+    radius = (adv - clean).abs() if eps is None else round(255 * eps, 9)
+    lowest, highest = (clean - radius).ceil(), (clean + radius).floor()
+    codes = adv.round().maximum(lowest).minimum(highest)
+    return torch.where(lowest > highest, clean.round(), codes).clamp(0, 255).to(torch.uint8)
+
+
+def png(image: torch.Tensor) -> bytes:
+    """A PNG file of `image`, uint8 (1 or 3, H, W)."""
+    channels, height, width = image.shape
+    # Each row of pixels begins with its filter: 0, none.
+    rows = pad(image.permute(1, 2, 0).reshape(height, -1), (1, 0)).contiguous().numpy().tobytes()
+    header = struct.pack(">2I5B", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -1,0 +1,302 @@
+"""Clean and robust accuracy of a model under several attacks, with everything that is needed to believe them."""
+
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastadv._extras import require
+from fastadv.attacks.objective import Objective
+from fastadv.attacks.state import frozen
+from fastadv.data import to_float
+from fastadv.evaluation import suspicions
+from fastadv.evaluation.images import Gallery
+from fastadv.evaluation.opponents import Opponent, opponents
+from fastadv.evaluation.queue import Queue, Verdicts
+from fastadv.evaluation.samples import Batch, device_of, gathered
+from fastadv.evaluation.saved import StateFile, fingerprint
+from fastadv.functional import sample_seeds
+from fastadv.version import __version__
+
+ITERATES = ("any", "last")
+SAVE_EVERY = 10.0  # seconds between two states on the disk
+
+
+def evaluate(
+    model: Callable,
+    data: Batch | Iterable[Batch],
+    attacks: Sequence[str | Callable] = ("fgsm", "pgd-20", "pgd-50-10"),
+    *,
+    eps: float | Sequence[float] = 8 / 255,
+    iterate: str = "any",
+    slots: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    state: str | Path | None = None,
+    save_images: str | Path | None = None,
+    progress: bool = True,
+) -> dict:
+    """Robust accuracy of `model` in eval mode, left as found.
+
+    A sample that is misclassified as it is counts as not robust and is not attacked. Any other is fooled by an attack
+    when it is misclassified, as whatever class, at an iterate of any restart. An attack of fastadv runs on a fixed
+    number of slots; a slot whose sample is fooled or finished takes the next one, in the order (restart, sample), so
+    that no gradient is computed for a sample that is settled. Its options autocast, compile, graph and memory_format
+    hold, and the verdicts are those of the model under them; chunk does not. Any other attack, and one of fastadv on
+    another model, is called batch by batch, and what it returns is judged.
+
+    Args:
+        model: any callable from images to logits (N, C), as in `Attack`.
+        data: a pair (images, labels) or an iterable of such batches; images (N, ...) in [0, 1] or uint8, labels int64
+            (N,). All of it is moved to the device; uint8 stays uint8 there.
+        attacks: names (keys of PRESETS), each at every eps; objects of fastadv; or callables from (images, labels) to
+            images, such as those of torchattacks or AutoAttack's `run_standard_evaluation`. These two have an eps of
+            their own.
+        eps: one or several, in pixels of [0, 1].
+        iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
+            of other libraries. "any" is never the weaker.
+        slots: images under attack at a time, the batch size of everything.
+        seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. torch's
+            generators are seeded with it for other libraries' attacks, and put back.
+        device: where to evaluate; None means the model's, or where the images are if it has no parameters.
+        state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it.
+        save_images: a folder for the adversarial images as PNG, of the iterate that fooled or the last one. Each pixel
+            is the nearest 8-bit code within the budget; they are classified again.
+        progress: show a progress bar (on a terminal only); its remaining time is what is needed if nothing more is
+            fooled.
+
+    Returns:
+        A dict for `json.dump`: "clean_accuracy"; "clean_correct" (a bool per sample); "attacks", a list of {"attack",
+        "eps", "robust_accuracy", "passes" (gradients of one image; null where not known), "seconds",
+        "nonfinite_losses", "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
+        where there is none or it is not known), "settings", with save_images also "robust_accuracy_8bit"}; "warnings"
+        (also given by `warnings.warn`); "settings"; "versions".
+
+    Raises:
+        TypeError: images or labels are of a wrong dtype, or the model's output is.
+        ValueError: there are no images; an option, a shape or a label is wrong; or `state` belongs to another run.
+
+    Source: Madry et al. 2018 (arXiv 1706.06083, section 5) for robust accuracy under PGD with restarts.
+    """
+    if iterate not in ITERATES:
+        raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
+    if slots < 1:
+        raise ValueError(f"slots must be at least 1, got {slots}")
+    against = list(opponents(model, attacks, [eps] if isinstance(eps, (int, float)) else eps))
+    images, labels = gathered(data, device_of(model) if device is None else device)
+    settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
+    settings["attacks"] = [each.facts() for each in against]
+    file = StateFile(state, fingerprint(settings, (images, labels), model)) if state else None
+    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        run = _Run(model, images, labels, iterate == "last", slots, seed)
+        trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
+        if file is not None:
+            _load(file, trials)
+        for trial in trials:
+            run.attack(trial, lambda: _save(file, trials), progress and sys.stderr.isatty())
+        report = run.report(trials)
+    return report | {
+        "settings": {
+            **settings,
+            "images": list(images.shape),
+            "dtype": str(images.dtype),
+            "device": str(images.device),
+        },
+        "versions": {"fastadv": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+@dataclass
+class _Trial:
+    """An opponent and how far it is."""
+
+    opponent: Opponent
+    verdicts: Verdicts
+    gallery: Gallery | None
+    seconds: float = 0.0
+
+
+class _Run:
+    """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
+
+    def __init__(self, model, images, labels, last, slots, seed):
+        self.images, self.labels = images, labels
+        self.last, self.slots, self.seed = last, slots, seed
+        self.notes: list[str] = []
+        self._objective = Objective(model, "ce")
+        self.clean = self.logits(images)
+        if labels.max() >= self.clean.shape[1]:
+            raise ValueError(f"labels must be below the model's {self.clean.shape[1]} classes, got {int(labels.max())}")
+        self.correct = self.clean.argmax(1) == labels
+        self._first = self._filled(torch.arange(min(slots, len(images)), device=images.device))
+        batch = to_float(images[self._first])
+        self._warn(suspicions.of_outputs(self._objective.logits, batch))
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Of all images, in batches of one shape."""
+        parts = []
+        for rows in torch.arange(len(images), device=images.device).split(self.slots):
+            parts.append(self._objective.logits(to_float(images[self._filled(rows)]))[: len(rows)])
+        return torch.cat(parts)
+
+    def _filled(self, rows):
+        """`rows` filled up to a full batch: the model sees one shape."""
+        return torch.cat((rows, rows[-1:].expand(self.slots - len(rows))))
+
+    def _warn(self, found: Iterable[str]) -> None:
+        for note in found:
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=4)
+
+    def trial(self, number: int, opponent: Opponent, folder: str | Path | None) -> _Trial:
+        gallery = None
+        if folder is not None:
+            codes = "" if opponent.eps is None else f"-{255 * opponent.eps:.4g}"
+            path = Path(folder) / f"{number}-{opponent.name}{codes}"
+            gallery = Gallery(path, self.images, opponent.eps if opponent.is_linf else None)
+        return _Trial(opponent, Verdicts(self.correct, opponent.restarts), gallery)
+
+    def attack(self, trial: _Trial, save: Callable[[], None], progress: bool) -> None:
+        """Finish `trial`; what is known is saved every few seconds and at the end."""
+        if not trial.verdicts.unsettled.any():
+            return
+        opponent, earlier = trial.opponent, trial.seconds
+        begun = saved = time.perf_counter()
+        queue = self._queue(trial) if opponent.ours else None
+        unit = "pass" if opponent.ours else "batch"
+        bar = require("tqdm").tqdm(desc=opponent.title, unit=unit) if progress else nullcontext()
+        with bar:
+            for done, left in self._batches(trial) if queue is None else queue.run():
+                now = time.perf_counter()
+                trial.seconds = earlier + now - begun
+                if progress:
+                    bar.total = done + left
+                    bar.update(done - bar.n)
+                if now - saved >= SAVE_EVERY:
+                    if queue is not None:
+                        queue.update()
+                    self._write_images(trial)
+                    save()
+                    saved = time.perf_counter()
+        trial.seconds = earlier + time.perf_counter() - begun
+        self._write_images(trial)
+        save()
+
+    def _queue(self, trial) -> Queue:
+        attack, targets = trial.opponent.attack, self.labels
+        if attack.needs_clean:
+            index = torch.arange(len(self.images), device=self.images.device)
+            targets = attack.targets(self.clean, self.labels, sample_seeds(self.seed, index, restart=2**32 - 1))
+        keep = None if trial.gallery is None else trial.gallery.put
+        options = {"slots": self.slots, "seed": self.seed, "last": self.last, "keep": keep}
+        return Queue(attack, self.images, self.labels, targets, trial.verdicts, **options)
+
+    def _batches(self, trial) -> Iterator[tuple[int, int]]:
+        """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
+        verdicts = trial.verdicts
+        chunks = self.correct.nonzero()[:, 0].split(self.slots)
+        for i, chunk in enumerate(chunks):
+            if not verdicts.unsettled[chunk].any():
+                continue
+            rows = self._filled(chunk)
+            with seeded(self.seed + i), torch.enable_grad():
+                adv = trial.opponent(to_float(self.images[rows]), self.labels[rows]).detach()
+            wrong = (self._objective.logits(adv).argmax(1) != self.labels[rows])[: len(chunk)]
+            verdicts.step[chunk[wrong]] = 0
+            verdicts.restart[chunk[~wrong]] = 1
+            if trial.gallery is not None:
+                trial.gallery.put(chunk, adv[: len(chunk)])
+            yield i + 1, len(chunks) - i - 1
+
+    def _write_images(self, trial) -> None:
+        if trial.gallery is not None:
+            trial.gallery.flush(trial.verdicts.todo & ~trial.verdicts.unsettled, self.labels, self.logits)
+
+    def report(self, trials: Sequence[_Trial]) -> dict:
+        n = len(self.images)
+        results = [self._result(trial) for trial in trials]
+        ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
+        if ours:
+            first = self._first
+            self._warn(suspicions.of_gradients(self._objective, to_float(self.images[first]), self.labels[first]))
+        self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
+        self._warn(suspicions.of_accuracies([(o.title, o.attack, r["robust_accuracy"]) for o, r in ours]))
+        return {
+            "clean_accuracy": int(self.correct.sum()) / n,
+            "clean_correct": self.correct.tolist(),
+            "attacks": results,
+            "warnings": self.notes,
+        }
+
+    def _result(self, trial) -> dict:
+        opponent, verdicts = trial.opponent, trial.verdicts
+        n, fooled = len(self.images), verdicts.fooled.tolist()
+        first = {
+            name: [v if f and opponent.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
+            for name, values in (("restart", verdicts.restart), ("step", verdicts.step))
+        }
+        saved = {} if trial.gallery is None else {"robust_accuracy_8bit": int((trial.gallery.right == 1).sum()) / n}
+        return {
+            "attack": opponent.name,
+            "eps": opponent.eps,
+            "robust_accuracy": int((self.correct & ~verdicts.fooled).sum()) / n,
+            **saved,
+            "passes": verdicts.passes if opponent.ours else None,
+            "seconds": trial.seconds,
+            "nonfinite_losses": verdicts.nonfinite,
+            "fooled": fooled,
+            **first,
+            "settings": opponent.facts(),
+        }
+
+
+def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:
+    if file is None:
+        return
+    tensors, facts = {}, []
+    for i, trial in enumerate(trials):
+        verdicts = trial.verdicts
+        tensors |= {f"{i}.restart": verdicts.restart, f"{i}.step": verdicts.step}
+        if trial.gallery is not None:
+            tensors[f"{i}.right"] = trial.gallery.right
+        facts.append({"passes": verdicts.passes, "nonfinite": verdicts.nonfinite, "seconds": trial.seconds})
+    file.save(tensors, {"attacks": facts})
+
+
+def _load(file: StateFile, trials: Sequence[_Trial]) -> None:
+    loaded = file.load()
+    if loaded is None:
+        return
+    tensors, facts = loaded
+    for i, (trial, known) in enumerate(zip(trials, facts["attacks"], strict=True)):
+        verdicts, device = trial.verdicts, trial.verdicts.todo.device
+        verdicts.restart, verdicts.step = (tensors[f"{i}.{name}"].to(device) for name in ("restart", "step"))
+        verdicts.passes, verdicts.nonfinite, trial.seconds = (known[k] for k in ("passes", "nonfinite", "seconds"))
+        if trial.gallery is not None:
+            trial.gallery.right = tensors[f"{i}.right"].to(device)
+
+
+def robust_accuracy(
+    model: Callable, data: Batch | Iterable[Batch], attack: str | Callable, **options
+) -> Mapping[str, float]:
+    """{"clean_accuracy": ..., "robust_accuracy": ...} of one attack: `evaluate` in short, without a progress bar."""
+    report = evaluate(model, data, [attack], progress=False, **options)
+    return {
+        "clean_accuracy": report["clean_accuracy"],
+        "robust_accuracy": report["attacks"][0]["robust_accuracy"],
+    }
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators inside, give them back as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,73 @@
+"""Signs that a robust accuracy says less than it seems to.
+
+Athalye et al. 2018, "Obfuscated gradients give a false sense of security" (arXiv 1802.00420, section 3.1);
+Carlini et al. 2019, "On evaluating adversarial robustness" (arXiv 1902.06705, section 4).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from fastadv.attacks.base import Attack
+from fastadv.attacks.objective import Objective
+
+CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
+ZERO = 0.05
+
+
+def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
+    """About the outputs for one batch: are they the same again, and are they logits?"""
+    outputs = logits(images)
+    allowed = CHANGE * outputs.abs().max()
+    if (logits(images) - outputs).abs().max() > allowed:
+        yield (
+            "the model's output is random: two calls with the same images differ. An attack then needs the gradient "
+            "of many draws, and the verdicts hold for one draw"
+        )
+    elif (logits(images.flip(0)).flip(0) - outputs).abs().max() > allowed:
+        yield (
+            "the model's output for an image depends on the others in its batch, and the queue mixes batches: is "
+            "batch-norm using the batch's statistics?"
+        )
+    if outputs.min() >= 0 and (outputs.sum(1) - 1).abs().max() < CHANGE:
+        yield (
+            "the model returns probabilities, not logits: cross-entropy takes a softmax of them once more, and "
+            "gradients vanish. Pass the model without its softmax"
+        )
+
+
+def of_gradients(objective: Objective, images: torch.Tensor, labels: torch.Tensor) -> Iterator[str]:
+    """About the gradient at one batch of images, those classified correctly."""
+    grad, _, logits = objective.gradient(images, labels)
+    correct = logits.argmax(1) == labels
+    zero = correct & ~grad.flatten(1).any(1)
+    if zero.sum() > ZERO * correct.sum():
+        yield (
+            f"the gradient is zero for {int(zero.sum())} of {int(correct.sum())} images: an attack by gradients "
+            "cannot find its way. Is something in the model rounded or saturated?"
+        )
+
+
+def of_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:
+    """About (name, losses that were not finite)."""
+    for name, count in counts:
+        if count:
+            yield f"{count} losses under {name} were not finite; no step was taken there"
+
+
+def of_accuracies(results: Sequence[tuple[str, Attack, float]]) -> Iterator[str]:
+    """About (name, attack, robust accuracy): does a stronger attack ever find less?"""
+    for name, attack, accuracy in results:
+        for stronger_name, stronger, other in results:
+            if other > accuracy and _is_stronger(stronger, attack):
+                yield (
+                    f"robust accuracy rises from {accuracy:.2%} under {name} to {other:.2%} under {stronger_name}, "
+                    "which is stronger: the model may hide its gradients, and neither figure is its robustness"
+                )
+
+
+def _is_stronger(a: Attack, b: Attack) -> bool:
+    """More steps, more restarts or a larger eps, and less of nothing, where the two can be compared."""
+    kind_a, kind_b = ((x.largest_eps, x.loss, x.targeted, getattr(x, "project", True)) for x in (a, b))
+    strength = [(getattr(a, name), getattr(b, name)) for name in ("steps", "restarts", "eps")]
+    return kind_a == kind_b and all(x >= y for x, y in strength) and any(x > y for x, y in strength)

@@ -1,0 +1,631 @@
+"""The evaluation against a plain loop, what it promises of its queue, and what survives a cut."""
+
+import json
+
+import pytest
+import torch
+import torchattacks
+from matplotlib.image import imread
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastadv import cli, data, models, random_init, sample_seeds
+from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, by_name
+from fastadv.evaluation import evaluate, robustness, suspicions
+from fastadv.evaluation.images import nearest_codes
+from fastadv.evaluation.queue import READ_EVERY, Queue
+from fastadv.evaluation.saved import StateFile
+
+EPS, SLOTS = 16 / 255, 7
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Net(nn.Module):
+    """A small float64 network that counts its calls, sees their shapes, and can be cut."""
+
+    def __init__(self, inputs=48):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.first, self.second = nn.Linear(inputs, 24).double(), nn.Linear(24, 3).double()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4)
+        self.shapes, self.cut_at = [], None
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        if len(self.shapes) == self.cut_at:
+            raise Cut
+        return self.second(self.first(x.double().flatten(1) - 0.5).sin() * 2)
+
+
+class Cut(BaseException):
+    """As a kill: nothing is meant to handle it."""
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def samples(net):
+    """40 images of every difficulty; four labels are wrong from the start."""
+    images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = net(images).argmax(1)
+    labels[5:20:4] = (labels[5:20:4] + 1) % 3
+    net.shapes.clear()
+    return images, labels
+
+
+def hardest(net, restarts=3, steps=4, **options):
+    return PGD(net, EPS, EPS / 4, steps, restarts=restarts, **options)
+
+
+def plain_loop(model, images, labels, attack, seed, last):
+    """(restart, step) of the first misclassified iterate of each sample, one after the other; None where none is."""
+    found = []
+    for i in range(len(images)):
+        x, y = images[i : i + 1], labels[i : i + 1]
+        if model(x).argmax() != y:
+            found.append(None)
+            continue
+        found.append(first_fooling(model, x, y, attack, torch.tensor([i]), seed, last))
+    return found
+
+
+def first_fooling(model, x, y, attack, index, seed, last):
+    for restart in range(attack.restarts):
+        adv = random_init(x, attack.eps, seed=sample_seeds(seed, index, restart=restart))
+        for step in range(attack.steps + 1):
+            leaf = adv.clone().requires_grad_()
+            logits = model(leaf)
+            if (step == attack.steps or not last) and logits.argmax() != y:
+                return restart, step
+            grad = torch.autograd.grad(nn.functional.cross_entropy(logits, y), leaf)[0]
+            adv = (x + (adv + attack.alpha * grad.sign() - x).clamp(-attack.eps, attack.eps)).clamp(0, 1)
+    return None
+
+
+def verdicts(result):
+    return [
+        (r, s) if fooled else None
+        for fooled, r, s in zip(*(result[k] for k in ("fooled", "restart", "step")), strict=True)
+    ]
+
+
+# The verdict
+
+
+@pytest.mark.parametrize("iterate", ["any", "last"])
+def test_verdict_restart_and_step_are_those_of_a_plain_loop(net, samples, iterate):
+    attack = hardest(net)
+    report = evaluate(net, samples, [attack], slots=SLOTS, seed=11, iterate=iterate)
+    expected = plain_loop(net, *samples, attack, 11, iterate == "last")
+    result = report["attacks"][0]
+    assert verdicts(result) == expected
+    fooled = [f for f in expected if f]
+    assert {r for r, _ in fooled} >= {0, 1}  # the case has something to tell
+    assert len({s for _, s in fooled}) > (1 if iterate == "any" else 0)
+    assert report["clean_accuracy"] == 36 / 40
+    assert result["robust_accuracy"] == (36 - len(fooled)) / 40 > 0
+    # No pass is lost: none for a sample that is wrong from the start or settled.
+    cost = sum(r * 5 + s + 1 for r, s in fooled) + (36 - len(fooled)) * 3 * 5
+    assert result["passes"] == cost
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_verdicts_do_not_depend_on_the_slots(net, samples, slots):
+    one, other = (evaluate(net, samples, [hardest(net)], slots=n, seed=2)["attacks"][0] for n in (SLOTS, slots))
+    assert verdicts(one) == verdicts(other)
+    assert one["passes"] == other["passes"]
+
+
+@pytest.mark.parametrize(
+    "attack_on",
+    [
+        lambda model: FGSM(model, EPS),
+        lambda model: by_name("fgsm-rs", model, EPS, restarts=2),
+        lambda model: by_name("tpgd", model, EPS),
+        lambda model: MIFGSM(model, EPS, EPS / 4, 4),
+        lambda model: PGDL2(model, 0.4, 0.1, 4),
+        lambda model: hardest(model, loss="margin"),
+        lambda model: hardest(model, targeted="random"),
+        lambda model: hardest(model, targeted="least_likely"),
+        lambda model: hardest(model, loss=lambda outputs, y: nn.functional.cross_entropy(outputs, y, reduction="none")),
+    ],
+    ids=["fgsm", "fgsm-rs", "tpgd", "mifgsm", "pgdl2", "margin", "random", "least-likely", "own-loss"],
+)
+def test_every_attack_refills_as_it_begins(net, samples, attack_on):
+    """What an attack keeps in a slot must not leak into the next sample: one slot a sample has nothing to leak."""
+    few, all_at_once = (evaluate(net, samples, [attack_on(net)], slots=n, seed=5)["attacks"][0] for n in (3, 40))
+    assert verdicts(few) == verdicts(all_at_once)
+    assert 0 < few["robust_accuracy"] < 0.9
+
+
+def test_any_is_never_the_weaker(net, samples):
+    any_, last = (
+        evaluate(net, samples, ["fgsm", "pgd"], eps=[EPS / 2, EPS], slots=SLOTS, iterate=iterate)["attacks"]
+        for iterate in ("any", "last")
+    )
+    for one, other in zip(any_, last, strict=True):
+        assert (one["attack"], one["eps"]) == (other["attack"], other["eps"])
+        assert all(a or not b for a, b in zip(one["fooled"], other["fooled"], strict=True))
+
+
+def test_uint8_images_mean_images_over_255(samples):
+    net = Net()
+    codes = (samples[0] * 255).round().to(torch.uint8)
+    labels = net(codes.float() / 255).argmax(1)
+    one = evaluate(net, (codes, labels), [hardest(net)], slots=SLOTS)
+    other = evaluate(net, (codes.float() / 255, labels), [hardest(net)], slots=SLOTS)
+    assert verdicts(one["attacks"][0]) == verdicts(other["attacks"][0])
+
+
+def test_batches_are_as_good_as_a_pair(net, samples):
+    batches = [(samples[0][:9], samples[1][:9]), (samples[0][9:], samples[1][9:])]
+    one, other = (evaluate(net, d, [hardest(net)], slots=SLOTS)["attacks"][0] for d in (samples, batches))
+    assert verdicts(one) == verdicts(other)
+
+
+# The queue
+
+
+def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch):
+    taken, refill = [], Queue._refill
+
+    def spy(self, free):
+        before = self._sample.clone()
+        refill(self, free)
+        new = free & (self._sample < 40)
+        assert not (before[~free] != self._sample[~free]).any()
+        taken.extend(zip(self._restart[self._sample[new]].tolist(), self._sample[new].tolist(), strict=True))
+
+    monkeypatch.setattr(Queue, "_refill", spy)
+    evaluate(net, samples, [hardest(net)], slots=SLOTS)
+    assert taken == sorted(taken)
+    assert len(taken) == len(set(taken)) > 40
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes a GPU's host wait."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        assert name not in self.waits, func
+        if name.startswith("index") and isinstance(args[1], (list, tuple)):
+            assert all(index is None or index.dtype == torch.int64 for index in args[1]), "indexed by a mask"
+        return func(*args, **kwargs or {})
+
+
+def test_the_host_reads_once_in_eight_iterations(net, samples, monkeypatch, tmp_path):
+    iterations, readings = [], []
+    iterate, read = Queue.iterate, robustness.Queue._read
+
+    def guarded(self):
+        iterations.append(1)
+        with NoReads(), monkeypatch.context() as patch:
+            for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+                patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the host reads"))
+            iterate(self)
+
+    monkeypatch.setattr(Queue, "iterate", guarded)
+    monkeypatch.setattr(Queue, "_read", lambda self: readings.append(1) or read(self))
+    evaluate(net, samples, [hardest(net), FGSM(net, EPS)], slots=SLOTS, save_images=tmp_path)
+    assert len(iterations) == READ_EVERY * len(readings) > 40
+
+
+def test_the_guard_sees_a_read():
+    mask = torch.tensor([True, False])
+    for read in (lambda: mask.nonzero(), lambda: mask[mask], lambda: mask[0].item()):
+        with pytest.raises(AssertionError), NoReads():
+            read()
+
+
+def test_the_model_sees_one_shape(net, samples, tmp_path):
+    theirs = torchattacks.PGD(net, eps=EPS, steps=2)
+    evaluate(net, samples, ["fgsm", hardest(net), theirs], slots=SLOTS, save_images=tmp_path)
+    assert set(net.shapes) == {(SLOTS, 3, 4, 4)}
+
+
+def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
+    net.first.weight.requires_grad_(False)
+    net.second.training = False
+    for net.cut_at in (12, None):
+        try:
+            evaluate(net, samples, [hardest(net)], slots=SLOTS)
+        except Cut:
+            assert net.cut_at == 12
+        assert [module.training for module in net.modules()] == [True, True, False]
+        assert [p.requires_grad for p in net.parameters()] == [False, True, True, True]
+        assert all(p.grad is None for p in net.parameters())
+
+
+# Cut and continued
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
+def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share):
+    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    path = tmp_path / "state"
+
+    def run(model, **options):
+        attacks = [hardest(model), hardest(model, restarts=2, steps=6)]
+        return evaluate(model, samples, attacks, slots=SLOTS, save_images=tmp_path / f"{options}", **options)
+
+    whole = run(net)
+    first = Net()
+    first.cut_at = int(share * len(net.shapes))
+    with pytest.raises(Cut):
+        run(first, state=path)
+    saved = [known["passes"] for known in facts(path)["attacks"]]
+    assert (saved[0] > 0, saved[1] > 0) == (True, share == 0.9)
+
+    second = Net()
+    again = run(second, state=path)
+    for one, other, before, longest in zip(whole["attacks"], again["attacks"], saved, (5, 7), strict=True):
+        assert verdicts(one) == verdicts(other)
+        for name in ("robust_accuracy", "robust_accuracy_8bit"):
+            assert one[name] == other[name]
+        assert other["passes"] - before <= one["passes"] - before + SLOTS * longest
+    files = [
+        sorted((f.relative_to(root), f.read_bytes()) for f in root.rglob("*.png"))
+        for root in (tmp_path / "{}", tmp_path / f"{ {'state': path} }")
+    ]
+    assert files[0] == files[1]
+    assert len(files[0]) == 2 * 36
+
+    assert run(Net(), state=path)["attacks"] == again["attacks"]  # a finished one has nothing left to do
+    assert [path] == [f for f in tmp_path.iterdir() if f.is_file()]
+
+
+def facts(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        assert list(file.metadata()) == ["fastadv"]
+        return json.loads(file.metadata()["fastadv"])
+
+
+def test_another_librarys_attack_goes_on_too(net, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+
+    def run(model, **options):
+        return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], slots=SLOTS, **options)
+
+    whole = run(net)
+    first = Net()
+    first.cut_at = 25
+    with pytest.raises(Cut):
+        run(first, state=tmp_path / "state")
+    second = Net()
+    assert run(second, state=tmp_path / "state")["attacks"][0]["fooled"] == whole["attacks"][0]["fooled"]
+    assert len(second.shapes) < len(net.shapes)
+
+
+def other_weights(options):
+    options["net"].second.bias.data[0] += 1e-6
+
+
+def other_image(options):
+    options["samples"][0][3, 0, 0, 0] += 1e-6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_weights,
+        other_image,
+        lambda options: options.update(seed=1),
+        lambda options: options.update(iterate="last"),
+        lambda options: options.update(eps=EPS / 2),
+        lambda options: options.update(attacks=["pgd"]),
+    ],
+    ids=["weights", "image", "seed", "iterate", "eps", "attack"],
+)
+def test_a_state_of_another_run_is_refused(net, samples, tmp_path, change):
+    options = {"net": net, "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
+
+    def run(net, samples, attacks, **options):
+        return evaluate(net, samples, attacks, slots=SLOTS, state=tmp_path / "state", **options)
+
+    run(**options)
+    change(options)
+    with pytest.raises(ValueError, match="state of another run"):
+        run(**options)
+
+
+def test_a_file_that_is_no_state_is_refused(net, samples, tmp_path):
+    (tmp_path / "state").write_text("precious")
+    with pytest.raises(ValueError, match="no state file"):
+        evaluate(net, samples, ["fgsm"], state=tmp_path / "state")
+    assert (tmp_path / "state").read_text() == "precious"
+
+
+def test_a_cut_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
+    file = StateFile(tmp_path / "state", "run")
+    file.save({"a": torch.arange(3)}, {"n": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(Cut))
+        with pytest.raises(Cut):
+            file.save({"a": torch.arange(4)}, {"n": 2})
+    tensors, known = file.load()
+    assert torch.equal(tensors["a"], torch.arange(3))
+    assert known["n"] == 1
+
+
+# Images of eight bits
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("codes", [8, 0.5, 2.5, 0])
+def test_codes_are_the_nearest_within_the_ball(dtype, codes):
+    grid = torch.arange(256)
+    clean = grid.to(torch.uint8) if dtype == torch.uint8 else (grid.double() / 255).to(dtype)
+    adv = (grid.double()[:, None] / 255 + torch.linspace(-0.05, 0.05, 21)).clamp(0, 1)
+    clean = clean[:, None].expand_as(adv)
+    got = nearest_codes(adv, clean, codes / 255)
+    columns = (grid[:, None].expand_as(adv), adv, got)
+    for x, a, c in zip(*(column.flatten().tolist() for column in columns), strict=True):
+        allowed = [code for code in range(max(0, x - 8), min(256, x + 9)) if abs(code - x) <= codes]
+        assert c in allowed
+        assert abs(c - 255 * a) <= min(abs(code - 255 * a) for code in allowed) + 1e-9
+
+
+def test_codes_between_those_of_the_image():
+    clean = torch.tensor([10.4, 10.5, 10.9], dtype=torch.float64) / 255
+    assert nearest_codes(clean + 1 / 255, clean, 1 / 255).tolist() == [11, 11, 11]
+    assert nearest_codes(clean + 0.2 / 255, clean, 0.05 / 255).tolist() == [10, 10, 11]  # none is inside
+    far = clean + torch.tensor([2.0, -1.0, 0.3], dtype=torch.float64) / 255
+    assert nearest_codes(far, clean, None).tolist() == [12, 10, 11]
+
+
+def test_images_are_saved_and_classified_again(net, samples, tmp_path):
+    codes = (samples[0] * 255).round().to(torch.uint8)
+    labels = net(codes.float() / 255).argmax(1)
+    report = evaluate(net, (codes, labels), [hardest(net)], slots=SLOTS, save_images=tmp_path)
+    result = report["attacks"][0]
+    files = sorted((tmp_path / "0-PGD-16").iterdir())
+    assert [file.name for file in files] == [f"{i:05d}.png" for i in range(40)]
+    saved = torch.stack([torch.from_numpy(imread(file)).permute(2, 0, 1) for file in files])
+    back = (saved * 255).round()
+    assert torch.equal(back / 255, saved)
+    assert (back - codes).abs().max() == 16
+    right = net(saved).argmax(1) == labels
+    assert result["robust_accuracy_8bit"] == right.double().mean()
+    agree = [bool(r) != f for r, f in zip(right, result["fooled"], strict=True)]
+    assert sum(agree) >= 36  # rounding turns few
+
+
+def test_grey_images_are_saved_as_such(tmp_path):
+    net, images = Net(12), torch.rand(3, 1, 3, 4, generator=torch.Generator().manual_seed(1))
+    evaluate(net, (images, net(images).argmax(1)), ["fgsm"], slots=2, save_images=tmp_path)
+    assert imread(tmp_path / "0-fgsm-8" / "00002.png").shape == (3, 4)
+    with pytest.raises(ValueError, match=r"images \(N, 1 or 3, H, W\)"):
+        evaluate(net, (images.reshape(3, 12), net(images).argmax(1)), ["fgsm"], save_images=tmp_path)
+
+
+def test_progress_is_shown_on_a_terminal_only(net, samples, monkeypatch, capsys):
+    evaluate(net, samples, ["fgsm"], slots=SLOTS)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(robustness.sys.stderr, "isatty", lambda: True, raising=False)
+    passes = evaluate(net, samples, ["fgsm"], slots=SLOTS)["attacks"][0]["passes"]
+    assert f"fgsm at 8/255: 100%|██████████| {passes}/{passes}" in capsys.readouterr().err
+
+
+# Other libraries and other models
+
+
+def test_torchattacks_plugs_in(net, samples):
+    ours, theirs = evaluate(net, samples, [FGSM(net, EPS), torchattacks.FGSM(net, EPS)], slots=SLOTS, iterate="last")[
+        "attacks"
+    ]
+    assert ours["fooled"] == theirs["fooled"]
+    assert 0 < theirs["robust_accuracy"] < 0.9
+    assert theirs["passes"] is None
+    assert set(theirs["step"]) == {None}
+    assert (theirs["attack"], theirs["eps"]) == ("FGSM", EPS)
+
+
+def test_autoattacks_object_plugs_in(net, samples):
+    class AutoAttack:  # what is used of it
+        epsilon = EPS
+
+        def run_standard_evaluation(self, images, labels):
+            return FGSM(net, self.epsilon)(images, labels)
+
+    ours, theirs = evaluate(net, samples, ["fgsm", AutoAttack()], eps=EPS, slots=SLOTS, iterate="last")["attacks"]
+    assert ours["fooled"] == theirs["fooled"]
+    assert (theirs["attack"], theirs["eps"]) == ("AutoAttack", EPS)
+    with pytest.raises(TypeError, match="names or callables, got float"):
+        evaluate(net, samples, [0.5])
+
+
+def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samples):
+    state = torch.get_rng_state()
+    results = [
+        evaluate(net, samples, [torchattacks.PGD(net, EPS, EPS / 4, 3)], slots=SLOTS, seed=seed)["attacks"][0]["fooled"]
+        for seed in (1, 1, 2)
+    ]
+    assert results[0] == results[1]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_attack_on_another_model_is_a_transfer(net, samples):
+    weak = lambda x: net(1 - x)  # noqa: E731
+    attack = PGD(weak, EPS, EPS, 1, random_start=False)
+    result = evaluate(net, samples, [attack], slots=SLOTS)["attacks"][0]
+    right = net(samples[0]).argmax(1) == samples[1]
+    fooled = right & (net(attack(*samples)).argmax(1) != samples[1])
+    assert result["fooled"] == fooled.tolist()
+
+
+# Warnings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: lambda x: net(x) + torch.randn(len(x), 3), "output is random"),
+        (lambda net: lambda x: net(x) - net(x).cumsum(0) / 10, "depends on the others"),
+        (lambda net: lambda x: net(x).softmax(1), "returns probabilities"),
+        (lambda net: lambda x: net(x + (x * 8).round() - x) + 0 * x.sum(), None),
+        (lambda net: lambda x: net((x * 8).round() / 8 + 0 * x), "the gradient is zero for"),
+        (lambda net: lambda x: net(x) * 1e4, "the gradient is zero for"),
+        (lambda net: lambda x: net(x) * torch.tensor([1.0, torch.inf, 1]).nan_to_num(posinf=1), None),
+    ],
+    ids=["random", "neighbours", "probabilities", "masked, but not zero", "rounded", "saturated", "sound"],
+)
+def test_suspicious_models_are_called_so(net, samples, recwarn, change, message):
+    report = evaluate(change(net), samples, ["fgsm"], slots=SLOTS)
+    if message is None:
+        assert not report["warnings"]
+        assert not recwarn.list
+    else:
+        assert any(message in note for note in report["warnings"])
+        assert {str(w.message) for w in recwarn.list} == set(report["warnings"])
+
+
+def test_losses_that_are_not_finite_are_counted(net, samples):
+    def model(x):
+        logits = net(x)
+        return torch.where(x.detach().flatten(1)[:, :1] > samples[0].flatten(1)[:, 0].median(), logits, torch.inf)
+
+    with pytest.warns(UserWarning, match="not finite"):
+        report = evaluate(model, samples, [PGD(model, 0.0, 0.0, 1, random_start=False)], slots=SLOTS)
+    assert 0 < report["attacks"][0]["nonfinite_losses"] <= report["attacks"][0]["passes"]
+
+
+def test_accuracy_that_rises_with_the_budget_is_called_so():
+    def trap(x):  # class 1 in a narrow zone that a larger step leaps over
+        zone = (x > 0.51) & (x < 0.52)
+        return torch.cat((torch.ones_like(x), x + zone), dim=1)
+
+    images, labels = torch.full((5, 1), 0.5), torch.zeros(5, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="rises from 0.00% under fgsm at 4/255 to 100.00% under fgsm at 8/255"):
+        evaluate(trap, (images, labels), ["fgsm"], eps=[4 / 255, 8 / 255], slots=2)
+
+
+def test_only_comparable_attacks_are_compared(net):
+    def rises(weak, strong):
+        return bool(list(suspicions.of_accuracies([("weak", weak, 0.4), ("strong", strong, 0.5)])))
+
+    assert rises(FGSM(net, EPS), PGD(net, EPS, steps=5))
+    assert rises(PGD(net, EPS, steps=5), PGD(net, EPS, steps=5, restarts=2))
+    assert rises(PGD(net, EPS / 2, steps=5), PGD(net, EPS, steps=5))
+    assert not rises(PGD(net, EPS, steps=5), PGD(net, EPS, steps=5))
+    assert not rises(PGD(net, EPS, steps=5), PGD(net, EPS / 2, steps=50))
+    assert not rises(PGD(net, EPS), PGDL2(net, 1.0, steps=50))
+    assert not rises(by_name("nfgsm", net, EPS), PGD(net, EPS))
+    assert not rises(PGD(net, EPS), PGD(net, EPS, steps=50, loss="margin"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterate": "first"}, "unknown iterate 'first'"),
+        ({"slots": 0}, "slots must be at least 1"),
+        ({"attacks": ["pgb"]}, "unknown attack 'pgb'"),
+        ({"eps": 8}, r"pixels of \[0, 1\]"),
+        ({"attacks": [lambda net: hardest(net, targeted=True)]}, "takes its targets for labels"),
+        ({"attacks": [lambda net: hardest(net, training_mode="as_is")]}, "in another mode"),
+        ({"images": lambda x: x * 2}, "images must be in"),
+        ({"labels": lambda y: y + 1}, "below the model's 3 classes, got 3"),
+        ({"labels": lambda y: y - 1}, "not be negative, got -1"),
+        ({"labels": lambda y: y[:0], "images": lambda x: x[:0]}, "no images to evaluate"),
+    ],
+)
+def test_what_cannot_work_is_refused(net, samples, options, message):
+    images, labels = (options.pop(key, lambda t: t)(t) for key, t in zip(("images", "labels"), samples, strict=True))
+    made = [a(net) if callable(a) else a for a in options.pop("attacks", ["fgsm"])]
+    with pytest.raises(ValueError, match=message):
+        evaluate(net, (images, labels), made, **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "images must be a float or uint8"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "labels must be int64"),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), "one for each of images"),
+    ],
+)
+def test_data_of_a_wrong_type_are_refused(net, images, labels, message):
+    with pytest.raises(TypeError, match=message):
+        evaluate(net, (images, labels), ["fgsm"])
+
+
+# The command
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    model = models.build("mlp", digits.shape, 10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(15):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(digits.x_train), digits.y_train).backward()
+        optimizer.step()
+    models.save(model, tmp_path / "model.safetensors", classes=digits.classes)
+    return tmp_path / "model.safetensors"
+
+
+def command(weights, out, *options):
+    cli.main(["evaluate", "--data", "digits", "--model", "mlp", "--init", str(weights), "--out", str(out),
+              "--device", "cpu", *options])  # fmt: skip
+
+
+def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
+    options = ("--attacks", "fgsm,pgd", "--eps", "4", "8", "--limit", "50", "--slots", "16", "--save-images")
+    command(weights, tmp_path / "out", *options)
+    printed = capsys.readouterr().out
+    text = (tmp_path / "out" / "report.json").read_text()
+    report = json.loads(text)
+    assert [(r["attack"], r["eps"]) for r in report["attacks"]] == [
+        (name, codes / 255) for name in ("fgsm", "pgd") for codes in (4, 8)
+    ]
+    assert f"clean accuracy {report['clean_accuracy']:.1%} of 50 images" in printed
+    for result in report["attacks"]:
+        assert len(result["fooled"]) == len(result["step"]) == 50
+        row = next(line for line in printed.splitlines() if line.split()[:2] == [
+            result["attack"], f"{255 * result['eps']:g}/255"])  # fmt: skip
+        assert row.split()[2:4] == [f"{result['robust_accuracy']:.1%}", f"{result['passes']:,}"]
+        assert len(
+            list((tmp_path / "out" / "images").glob(f"*-{result['attack']}-{255 * result['eps']:g}/*"))
+        ) == round(50 * report["clean_accuracy"])
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["settings"]["seed"] == 0
+
+    digits = data.load("digits")
+    model = models.build("mlp", digits.shape, 10)
+    models.load(model, weights, classes=digits.classes)
+    direct = evaluate(
+        model, (digits.x_test[:50], digits.y_test[:50]), ["fgsm", "pgd"], eps=[4 / 255, 8 / 255], slots=16
+    )
+    assert [r["fooled"] for r in direct["attacks"]] == [r["fooled"] for r in report["attacks"]]
+
+    monkeypatch.setattr(Queue, "iterate", lambda self: pytest.fail("it is done already"))
+    command(weights, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "report.json").read_text() == text
+    with pytest.raises(SystemExit, match="state of another run"):
+        command(weights, tmp_path / "out", *options, "--seed", "1")
+
+
+def test_command_wants_the_heads_own_classes(weights, tmp_path):
+    with pytest.raises(SystemExit, match="give the --classes it was trained on"):
+        command(weights, tmp_path / "out", "--classes", "0-4")
