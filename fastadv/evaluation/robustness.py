@@ -61,7 +61,7 @@ def evaluate(
         eps: one or several, in pixels of [0, 1].
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
-        slots: images under attack at a time, the batch size of everything.
+        slots: images under attack at a time, the batch size of everything; no more than there are images.
         seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. torch's
             generators are seeded with it for other libraries' attacks, and put back.
         device: where to evaluate; None means the model's, or where the images are if it has no parameters.
@@ -90,6 +90,7 @@ def evaluate(
         raise ValueError(f"slots must be at least 1, got {slots}")
     against = list(opponents(model, attacks, [eps] if isinstance(eps, (int, float)) else eps))
     images, labels = gathered(data, device_of(model) if device is None else device)
+    slots = min(slots, len(images))
     settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
     settings["attacks"] = [each.facts() for each in against]
     file = StateFile(state, fingerprint(settings, (images, labels), model)) if state else None
