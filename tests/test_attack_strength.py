@@ -438,6 +438,24 @@ def test_restarts_keep_the_strongest_result_of_each_image(name, per_sample, targ
         assert not torch.equal(best, runs[0])
 
 
+def test_restarts_keep_a_fooled_result_over_one_of_larger_loss():
+    """Where the first pixel grew the image is fooled by a hair, elsewhere its loss is large among many classes."""
+
+    def model(x):
+        grown = (x[:, 0, 0, 0] > 0.5)[:, None]
+        fooled, missed = torch.full((30,), -9.0), torch.full((30,), -0.01)
+        fooled[0], fooled[1], missed[0] = 0.0, 0.1, 0.0
+        return torch.where(grown, fooled, missed) + 0 * x.flatten(1)[:, :1]
+
+    images, labels, index = torch.full((64, 3, 6, 6), 0.5), torch.zeros(64, dtype=torch.int64), torch.arange(64)
+    single = PGD(model, EPS, 0.0, 1)
+    runs = [single(images, labels, seed=5)]
+    runs += [single(images, labels, seed=sample_seeds(5, index, restart=r)) for r in (1, 2)]
+    possible = torch.stack([adv[:, 0, 0, 0] > 0.5 for adv in runs]).any(0)
+    best = PGD(model, EPS, 0.0, 1, restarts=3)(images, labels, seed=5)
+    assert torch.equal(best[:, 0, 0, 0] > 0.5, possible)
+
+
 def test_restarts_of_a_regression_take_the_largest_loss(batch):
     images, values = batch[0], torch.rand(N, dtype=torch.float64)
 
