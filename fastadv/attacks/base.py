@@ -14,6 +14,7 @@ from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import TRAINING_MODES, as_normal, frozen
 from fastadv.functional import new_seed, random_init, sample_seeds
+from fastadv.ops.generator import as_int64
 
 TARGETED = (False, True, "random", "least_likely")
 
@@ -161,7 +162,7 @@ class Attack(ABC):
                 raise torch.OutOfMemoryError(
                     f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)}, or autocast"
                 ) from error
-            self._first = False
+            self._first = self._first and len(x) == 0
             self._report()
         return adv
 
@@ -194,9 +195,9 @@ class Attack(ABC):
                 again = sample_seeds(seed, *_index(seed, len(x), x.device), restart=restart)
             engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
             engine.run()
-            adv = x.clone() if engine.slots.adv is None else engine.slots.adv
+            adv = engine.slots.adv.clone() if self.graph else engine.slots.adv  # a graph's is written again
             if self.restarts == 1:
-                return adv.clone() if self.graph else adv
+                return adv
             losses, logits = self.objective.judge(engine.slots.input, targets)
             best = _stronger(best, (adv, losses, self.fooled(logits, targets)))
         return best[0]
@@ -227,6 +228,8 @@ class Attack(ABC):
         """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
         if not self.graph:
             return Engine(self, slots)
+        if isinstance(slots.seed, int):  # a number would be captured as it is
+            slots.seed = torch.full((), as_int64(slots.seed), dtype=torch.int64, device=slots.x.device)
         tensors = slots.tensors()
         eps = slots.eps if not isinstance(slots.eps, torch.Tensor) else None
         key = (eps, slots.given, *((n, t.shape, t.stride(), t.dtype, t.device) for n, t in tensors.items()))

@@ -6,6 +6,7 @@ whose image is finished. Nothing here reads the device from the host.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,8 +74,10 @@ class GraphEngine(Engine):
     """
 
     def __init__(self, attack: Attack, slots: Slots):
+        slots = copy.copy(slots)
         super().__init__(attack, slots)
         # Tensors of its own: the graph keeps their addresses.
+        slots.memory = {}
         for name, t in slots.tensors().items():
             setattr(slots, name, t.clone())
         if slots.adv is None:

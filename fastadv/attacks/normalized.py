@@ -35,6 +35,9 @@ class Normalized(nn.Module):
                 stacklevel=2,
             )
 
+    def extra_repr(self) -> str:
+        return repr(self.normalization)
+
     def forward(self, images: torch.Tensor) -> object:
         pixels = random_init(images, 0.0, seed=0) if images.dtype == torch.uint8 else images
         return self.model(self.normalization(pixels))

@@ -72,7 +72,7 @@ def fingerprint(settings: Mapping, data: tuple[torch.Tensor, ...], model: Callab
     weights = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     known = {
         "settings": settings,
-        "model": type(model).__qualname__,
+        "model": repr(model) if isinstance(model, nn.Module) else type(model).__qualname__,
         "tensors": [
             (name, str(t.dtype), list(t.shape)) for name, t in [*zip("xy", data, strict=True), *weights.items()]
         ],
