@@ -1,5 +1,7 @@
 """PGD-10 beside torchattacks and a loop that calls `backward()`: time, and the memory that autograd holds."""
 
+import time
+
 import pytest
 import timing
 import torch
@@ -12,28 +14,30 @@ pytestmark = pytest.mark.benchmark(timer=timing.clock)
 STEPS = 10
 
 
-def batch(n):
-    return torch.rand(n, 3, 32, 32, device=DEVICE), torch.randint(0, 10, (n,), device=DEVICE)
+def attacked(network, quick):
+    """A new model, images and labels."""
+    make, n = NETWORKS[network]
+    n = 4 if quick else n
+    torch.manual_seed(0)
+    model = make().to(DEVICE).eval()
+    return model, torch.rand(n, 3, 32, 32, device=DEVICE), torch.randint(0, 10, (n,), device=DEVICE)
 
 
 def reading(call, images, labels):
     def read():
-        start = timing.time.perf_counter()
+        start = time.perf_counter()
         call(images, labels)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        return timing.time.perf_counter() - start
+        return time.perf_counter() - start
 
     return read
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_pgd(network, measure):
-    make, n = NETWORKS[network]
-    torch.manual_seed(0)
-    model = make().to(DEVICE).eval()
-    steps, n = (2, 4) if measure.quick else (STEPS, n)
-    images, labels = batch(n)
+    model, images, labels = attacked(network, measure.quick)
+    steps = 2 if measure.quick else STEPS
     readings = {
         name: reading(attack, images, labels)
         for name, attack in contenders(model, steps, DEVICE, measure.quick).items()
@@ -47,7 +51,7 @@ def test_pgd(network, measure):
         kind="attack",
         attack=f"PGD-{steps}",
         network=network,
-        batch=n,
+        batch=len(images),
         backend=DEVICE.type,
         median_seconds=median,
         relative_iqr=timing.spreads(seconds),
@@ -85,10 +89,7 @@ class Held:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_memory(network, measure):
     """One step of each: what is held is the same in all."""
-    make, n = NETWORKS[network]
-    torch.manual_seed(0)
-    model = make().to(DEVICE).eval()
-    images, labels = batch(4 if measure.quick else n)
+    model, images, labels = attacked(network, measure.quick)
     held, readings = {}, {}
     for name, attack in contenders(model, 1, DEVICE, quick=True).items():
         with Held(model) as counted:

@@ -13,7 +13,9 @@ from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import TRAINING_MODES, as_normal, frozen
+from fastadv.data import to_float
 from fastadv.functional import new_seed, random_init, sample_seeds
+from fastadv.ops.autograd import result_like
 from fastadv.ops.generator import as_int64
 
 TARGETED = (False, True, "random", "least_likely")
@@ -170,7 +172,7 @@ class Attack(ABC):
         n = len(x)
         if self.chunk is not None and n > self.chunk:
             if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
-                seed = sample_seeds(seed, *_index(seed, n, x.device))  # each chunk needs noise of its own
+                seed = _seeds(seed, x)  # each chunk needs noise of its own
             parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
             return torch.cat(
                 [self._run(x[p], targets[p], _part(eps, p), _part(seed, p), _part(x_init, p)) for p in parts]
@@ -192,7 +194,7 @@ class Attack(ABC):
         for restart in range(self.restarts):
             if restart > 0:
                 x_init = None
-                again = sample_seeds(seed, *_index(seed, len(x), x.device), restart=restart)
+                again = _seeds(seed, x, restart)
             engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
             engine.run()
             adv = engine.slots.adv.clone() if self.graph else engine.slots.adv  # a graph's is written again
@@ -206,14 +208,15 @@ class Attack(ABC):
         """New slots for these images; `seed` may be None for an attack that draws nothing."""
         adv = None
         if x_init is not None:
+            dtype = result_like(x[:0]).dtype
             x_init = as_normal(x_init)
-            x_init = x_init if x_init.dtype == torch.uint8 else x_init.to(_float(x))
-            adv = random_init(x_init, 0.0, seed=0, out=torch.empty_like(x_init, dtype=_float(x)))  # a copy in the box
+            x_init = x_init if x_init.dtype == torch.uint8 else x_init.to(dtype)
+            adv = random_init(x_init, 0.0, seed=0, out=torch.empty_like(x_init, dtype=dtype))  # a copy in the box
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
         slots = Slots(x, targets, eps, seed, adv=adv)
         if self._normalization is not None:
-            slots.z = torch.empty_like(x, dtype=_float(x))
+            slots.z = result_like(x)
             if adv is not None:
                 slots.z.copy_(self._normalization(adv))
         return slots
@@ -257,7 +260,7 @@ class Attack(ABC):
             return as_normal(labels)
         seeds = seed
         if self.targeted == "random":
-            seeds = sample_seeds(seed, *_index(seed, len(x), x.device), restart=2**32 - 1)
+            seeds = _seeds(seed, x, 2**32 - 1)
         return self.targets(self._clean_logits(x), labels, seeds)
 
     @property
@@ -281,7 +284,7 @@ class Attack(ABC):
         return labels
 
     def _clean_logits(self, x):
-        pixels = random_init(x, 0.0, seed=0) if x.dtype == torch.uint8 else x
+        pixels = to_float(x)
         pixels = pixels if self._normalization is None else self._normalization(pixels)
         if self.chunk is None or len(x) <= self.chunk:
             return self.objective.logits(pixels)
@@ -410,18 +413,15 @@ def _stronger(best, new):
     )
 
 
-def _float(x):
-    return x.dtype if x.is_floating_point() else torch.float32
-
-
 def _scalar(seed):
     return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed
 
 
-def _index(seed, n, device):
-    """The samples' numbers behind a seed: seeds that are one per sample already need none."""
+def _seeds(seed, x, restart=0):
+    """One seed for each of `x`; from seeds that are one per sample already, the sample's number adds nothing."""
     per_sample = isinstance(seed, torch.Tensor) and seed.numel() != 1
-    return (torch.zeros(n, dtype=torch.int64, device=device) if per_sample else torch.arange(n, device=device),)
+    make = torch.zeros if per_sample else torch.arange
+    return sample_seeds(seed, make(len(x), dtype=torch.int64, device=x.device), restart)
 
 
 def _part(value, part):

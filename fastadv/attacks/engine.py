@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastadv.ops.autograd import result_like
+
 if TYPE_CHECKING:
     from fastadv.attacks.base import Attack
 
@@ -81,7 +83,7 @@ class GraphEngine(Engine):
         for name, t in slots.tensors().items():
             setattr(slots, name, t.clone())
         if slots.adv is None:
-            slots.adv = torch.empty_like(slots.x, dtype=slots.x.dtype if slots.x.is_floating_point() else torch.float32)
+            slots.adv = result_like(slots.x)
         stream = torch.cuda.Stream(slots.x.device)
         stream.wait_stream(torch.cuda.current_stream(slots.x.device))
         with torch.cuda.stream(stream):

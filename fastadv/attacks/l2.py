@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from fastadv.attacks.base import Attack, per_sample
+from fastadv.attacks.base import per_sample
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian, uniform_per_sample
-from fastadv.functional import random_init
+from fastadv.attacks.pgd import PGD
+from fastadv.data import to_float
 
 
-class PGDL2(Attack):
+class PGDL2(PGD):
     """Projected gradient descent on the L2 ball: Madry et al. 2018 (arXiv 1706.06083, section 2.1).
 
     Args:
@@ -38,17 +39,11 @@ class PGDL2(Attack):
         eps_for_division: float = 1e-10,
         **options,
     ):
-        super().__init__(model, eps, **options)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        self.alpha = alpha
-        self.steps = steps
-        self.random_start = self.draws = random_start
+        super().__init__(model, eps, alpha, steps, random_start, **options)
         self.eps_for_division = eps_for_division
-        self._warn_of_step(alpha)
 
     def start(self, slots: Slots) -> None:
-        clean = self._clean(slots)
+        clean = to_float(slots.x)
         delta = torch.zeros_like(clean)
         if self.random_start:
             direction = gaussian(clean, slots.seed)
@@ -57,13 +52,10 @@ class PGDL2(Attack):
         self._write(slots, clean, delta)
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
-        clean = self._clean(slots)
+        clean = to_float(slots.x)
         grad = self.in_pixels(grad).nan_to_num(0.0)
         step = grad / per_sample(l2_norm(grad) + self.eps_for_division, grad)
         self._write(slots, clean, slots.adv + self.alpha * step - clean)
-
-    def _clean(self, slots):
-        return random_init(slots.x, 0.0, seed=0) if slots.x.dtype == torch.uint8 else slots.x
 
     def _write(self, slots, clean, delta):
         """clean + delta, brought into the ball, then the box."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from fastadv.functional import Normalization, random_init
+from fastadv.data import to_float
+from fastadv.functional import Normalization
 
 
 class Normalized(nn.Module):
@@ -39,8 +40,7 @@ class Normalized(nn.Module):
         return repr(self.normalization)
 
     def forward(self, images: torch.Tensor) -> object:
-        pixels = random_init(images, 0.0, seed=0) if images.dtype == torch.uint8 else images
-        return self.model(self.normalization(pixels))
+        return self.model(self.normalization(to_float(images)))
 
 
 def _normalises(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import torch
 from fastadv.attacks.base import Attack, per_sample
 from fastadv.attacks.engine import Engine
 from fastadv.functional import sample_seeds
+from fastadv.ops.autograd import result_like
 
 READ_EVERY = 8  # iterations between two looks of the host at how far it is
 
@@ -97,7 +98,7 @@ class Queue:
 
     def _filled(self, x, targets, seed):
         slots = self.attack.slots(x, targets, self.attack.eps, seed)
-        slots.adv = torch.empty_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
+        slots.adv = result_like(x)
         return slots
 
     def run(self) -> Iterator[tuple[int, int]]:
