@@ -96,7 +96,8 @@ def gencode(archs):
 def include_flags(torch_dir):
     import pybind11
 
-    system = [torch_dir / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    # pybind11's own headers first: those that PyTorch 2.11 brings refuse code for the stable ABI.
+    system = [pybind11.get_include(), torch_dir / "include", sysconfig.get_path("include")]
     return [flag for path in system for flag in ("-isystem", str(path))]
 
 

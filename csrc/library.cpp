@@ -55,7 +55,9 @@ DType dtype_of(const Tensor& t, const char* name) {
 void* stream_of(const Place& place) {
 #ifdef FASTADV_CUDA
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
+  // The headers' own check of the code changed its name after PyTorch 2.11.
+  const bool found = aoti_torch_get_current_cuda_stream(place.index, &stream) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(found, "fastadv: PyTorch names no current stream of CUDA device ", place.index);
   return stream;
 #else
   (void)place;

@@ -34,8 +34,8 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
     torch_dir = Path(torch.__file__).parent
     include = [
-        torch_dir / "include",
         pybind11.get_include(),
+        torch_dir / "include",
         sysconfig.get_path("include"),
         ROOT / "tests/emulated_cuda",
     ]

@@ -42,9 +42,13 @@ def says(name, got=""):
     return rf"(?is)(?=.*\b{name}\b)(?=.*{got})"
 
 
-def refuses(op, error, match, **bad):
-    args = {**valid(op), **bad}
-    written = [v for v in args.values() if isinstance(v, torch.Tensor) and v.device.type == "cpu"]
+def on_cpu(v):
+    return isinstance(v, torch.Tensor) and v.device.type == "cpu"
+
+
+def refuses(op, error, match, device="cpu", **bad):
+    args = {k: v.to(device) if on_cpu(v) else v for k, v in {**valid(op), **bad}.items()}
+    written = [v for v in args.values() if isinstance(v, torch.Tensor) and v.device.type == device]
     written = [v for v in written if v.layout == torch.strided]
     before = [s.whole_storage(v.detach()).clone() for v in written]
     with pytest.raises(error, match=match):
@@ -356,24 +360,27 @@ def blank():
 )
 @pytest.mark.parametrize("op", s.OPS)
 def test_z(backend, op, bad, error, got):
-    with fastadv.backend(backend[0]):
-        refuses_z(op, error, says("z", got), **{"z": bad})
+    name, device = backend
+    with fastadv.backend(name):
+        refuses_z(op, error, says("z", got), device=device, **{"z": bad})
 
 
 @pytest.mark.parametrize("op", s.OPS)
 def test_z_and_normalization_belong_together(backend, op):
-    with fastadv.backend(backend[0]):
-        refuses_z(op, ValueError, says("normalization", "missing"), normalization=None)
-        refuses_z(op, ValueError, says("z", "missing"), z=None)
+    name, device = backend
+    with fastadv.backend(name):
+        refuses_z(op, ValueError, says("normalization", "missing"), device=device, normalization=None)
+        refuses_z(op, ValueError, says("z", "missing"), device=device, z=None)
 
 
 @pytest.mark.parametrize("op", s.OPS)
 def test_normalization_type_and_channels(backend, op):
-    with fastadv.backend(backend[0]):
-        refuses_z(op, TypeError, says("normalization", "tuple"), normalization=(0.5, 0.2))
+    name, device = backend
+    with fastadv.backend(name):
+        refuses_z(op, TypeError, says("normalization", "tuple"), device=device, normalization=(0.5, 0.2))
         for channels in (1, C + 1):
             bad = fastadv.Normalization(0, (1,) * channels)
-            refuses_z(op, ValueError, says("normalization", str(channels)), normalization=bad)
+            refuses_z(op, ValueError, says("normalization", str(channels)), device=device, normalization=bad)
 
 
 @pytest.mark.parametrize(("op", "name"), having("x", "grad", "x_adv", "out"))

@@ -1,5 +1,7 @@
 """What a model does to an image first: subtract its mean, divide by its standard deviation, channel by channel."""
 
+from collections.abc import Iterable
+
 import torch
 from torch.compiler import is_compiling
 
@@ -9,10 +11,9 @@ from fastadv.ops.reference import compute_dtype, normalized
 
 def _numbers(name, value):
     """A float, or a tuple of one per channel."""
-    try:
-        values = tuple(value)
-    except TypeError:
+    if not isinstance(value, Iterable):
         return checks.finite(name, value)
+    values = tuple(value)
     if not values:
         raise ValueError(f"{name} must be a number or one per channel, got none")
     return tuple(checks.finite(f"{name}[{i}]", v) for i, v in enumerate(values))

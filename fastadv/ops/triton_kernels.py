@@ -154,12 +154,14 @@ def _stored(w, R: tl.constexpr):
 
 @triton.jit
 def _pixel(x, C: tl.constexpr):
-    if x.dtype == tl.uint8:
-        if C == tl.float64:
-            return x.to(tl.float64) / 255.0
+    # As if/else: Triton 3.6 compiles what follows a return, too, and wants one type of all returns.
+    if x.dtype != tl.uint8:
+        return _widened(x).to(C)
+    elif C == tl.float64:
+        return x.to(tl.float64) / 255.0
+    else:
         code = x.to(tl.float32)
         return code * _HIGH + code * _LOW
-    return _widened(x).to(C)
 
 
 @triton.jit
