@@ -10,6 +10,7 @@
 
 #include "../call.h"
 #include "../philox.h"
+#include "pairs.cuh"
 
 namespace fastadv {
 
@@ -31,30 +32,33 @@ constexpr int kThreads = 256;
       return f<float>(__VA_ARGS__);                        \
   }
 
-// Division by a size as a multiplication (Granlund and Montgomery 1994, figure 4.1): the instruction set has none for
-// 64 bits, and the routine that stands in for it costs more than all the rest. Not by 1.
+__device__ __forceinline__ uint64_t high_product(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+__device__ __forceinline__ uint32_t high_product(uint32_t a, uint32_t b) { return mul_high(a, b); }
+
+// Division by a size as a multiplication (Granlund and Montgomery 1994, figure 4.1): the instruction set has none, and
+// the routine that stands in for it costs more than all the rest. Not by 1.
+template <class U>
 struct Divider {
-  uint64_t multiplier;
+  U multiplier;
   int shift;
 
-  __device__ __forceinline__ uint64_t divide(uint64_t n) const {
-    const uint64_t t = __umul64hi(multiplier, n);
+  __device__ __forceinline__ U divide(U n) const {
+    const U t = high_product(multiplier, n);
     return (t + ((n - t) >> 1)) >> shift;
   }
 };
 
 // ---------------------------------------------------------------- the model's next input
 
-// Kernels come in two forms, told by their arguments' type: those that write no z know nothing of it.
+// Kernels come in two forms, told by their arguments' type: those that write no z know nothing of it. U: what holds a
+// position.
+template <class U>
 struct ModelInput : Channels {
-  Divider by_inner, by_count;
+  Divider<U> by_inner, by_count;
 
-  __device__ __forceinline__ int64_t run_of(int64_t position) const {
-    return inner == 1 ? position : static_cast<int64_t>(by_inner.divide(position));
-  }
-  __device__ __forceinline__ int64_t channel_of(int64_t position) const {
-    const int64_t run = run_of(position);
-    return count == 1 ? 0 : run - static_cast<int64_t>(by_count.divide(run)) * count;
+  __device__ __forceinline__ U run_of(U position) const { return inner == 1 ? position : by_inner.divide(position); }
+  __device__ __forceinline__ U channel_of(U run) const {
+    return count == 1 ? 0 : run - by_count.divide(run) * static_cast<U>(count);
   }
 
   template <class C>
@@ -79,17 +83,17 @@ struct Flat {
   const void* x0;
   const void* grad;
   void* out;
-  int64_t block_size;  // elements that are drawn together; all of them but for per-sample seeds
-  int64_t blocks;
-  const int64_t* seeds;  // one, or one per block; null: `seed`
+  uint32_t groups, whole, rest;  // of each sample, or of all where they share a seed; rest: elements of the last one
+  const int64_t* seeds;          // one, or one per sample; null: `seed`
   uint64_t seed;
-  float alpha, eps, noise, lo, hi;  // lo and hi rounded inward to the result type
+  float alpha, eps, noise;
+  Box box;  // rounded inward to the result type
 };
 
 struct FlatWithZ : Flat {
   void* z;
   DType z_type;
-  ModelInput input;
+  ModelInput<uint32_t> input;
 };
 
 // As one instruction: the compiler splits some stores in four.
@@ -101,61 +105,92 @@ __device__ __forceinline__ void store_whole(uint4* p, uint4 v) {
 #endif
 }
 
-// Eight elements, moved by accesses as wide as they can be, up to 16 bytes.
+// Eight elements, as four words of two; moved by accesses as wide as they can be, up to 16 bytes.
 template <class T>
 struct Pack {
+  using Word = typename Two<T>::Word;
   using Access = typename std::conditional<sizeof(T) == 1, uint2, uint4>::type;
   static constexpr int kAccesses = kGroup * sizeof(T) / sizeof(Access);
-  T v[kGroup];
+  Word w[kGroup / 2];
 
   __device__ __forceinline__ void load_from(const T* p) {
     Access raw[kAccesses];
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) raw[i] = reinterpret_cast<const Access*>(p)[i];
-    memcpy(v, raw, sizeof(v));
+    memcpy(w, raw, sizeof(w));
   }
   __device__ __forceinline__ void store_to(T* p) const {
     Access raw[kAccesses];
-    memcpy(raw, v, sizeof(v));
+    memcpy(raw, w, sizeof(w));
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) store_whole(reinterpret_cast<Access*>(p) + i, raw[i]);
   }
+  // The first ones alone, where the tensor ends within the group.
+  __device__ __forceinline__ void load_from(const T* p, int count) {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j)
+      if (j < count) Two<T>::set(w[j / 2], j % 2, p[j]);
+  }
+  __device__ __forceinline__ void store_to(T* p, int count) const {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j)
+      if (j < count) p[j] = Two<T>::get(w[j / 2], j % 2);
+  }
 };
+
+// A tensor's group: whole, or its first elements.
+template <class T>
+__device__ __forceinline__ Pack<T> load_group(const void* p, uint32_t group, bool whole, int rest) {
+  const T* place = static_cast<const T*>(p) + static_cast<uint64_t>(group) * kGroup;
+  Pack<T> pack{};
+  if (whole)
+    pack.load_from(place);
+  else
+    pack.load_from(place, rest);
+  return pack;
+}
+template <class T>
+__device__ __forceinline__ void store_group(void* p, uint32_t group, bool whole, int rest, const Pack<T>& pack) {
+  T* place = static_cast<T*>(p) + static_cast<uint64_t>(group) * kGroup;
+  if (whole)
+    pack.store_to(place);
+  else
+    pack.store_to(place, rest);
+}
 
 template <class Z>
-__device__ __forceinline__ void store_pack(void* z, int64_t at, const float* values) {
+__device__ __forceinline__ void store_narrowed(void* z, uint32_t group, bool whole, int rest, const Pair* values) {
   Pack<Z> pack;
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) pack.v[j] = rounded<Z>(values[j]);
-  pack.store_to(static_cast<Z*>(z) + at);
+  for (int i = 0; i < kGroup / 2; ++i) pack.w[i] = Two<Z>::narrow(values[i]);
+  store_group(z, group, whole, rest, pack);
 }
-__device__ __forceinline__ void store_pack_rounded(DType type, void* z, int64_t at, const float* values) {
-  FASTADV_BY_TYPE(type, store_pack, z, at, values)
-}
+__device__ __forceinline__ void store_as(DType type, void* z, uint32_t group, bool whole, int rest, const Pair* values){
+    FASTADV_BY_TYPE(type, store_narrowed, z, group, whole, rest, values)}
 
-// The channel of one element of a group after the other.
-struct Channel {
-  int now, left, inner, count;
-
-  __device__ __forceinline__ Channel(const ModelInput& input, int64_t position) {
-    const int64_t rest = (input.run_of(position) + 1) * input.inner - position;
-    now = static_cast<int>(input.channel_of(position));
-    left = static_cast<int>(rest < kGroup ? rest : kGroup);  // as good as more: there is no second end in the group
-    inner = static_cast<int>(input.inner < kGroup ? input.inner : kGroup);
-    count = static_cast<int>(input.count);
+// A group's values as the model's input; nearly always all of one channel.
+__device__ __forceinline__ void normalize_group(const ModelInput<uint32_t>& input, uint32_t first, Pair* values) {
+  const uint32_t inner = static_cast<uint32_t>(input.inner), count = static_cast<uint32_t>(input.count);
+  const uint32_t run = input.run_of(first);
+  uint32_t channel = input.channel_of(run);
+  uint32_t left = (run + 1) * inner - first;
+  if (left >= kGroup || count == 1) {
+    const float mean = static_cast<const float*>(input.mean)[channel];
+    const float scale = static_cast<const float*>(input.scale)[channel];
+#pragma unroll
+    for (int i = 0; i < kGroup / 2; ++i)
+      values[i] = {normalized(values[i].a, mean, scale), normalized(values[i].b, mean, scale)};
+    return;
   }
-  __device__ __forceinline__ void advance() {
-    if (--left > 0) return;
-    left = inner;
-    now = now + 1 < count ? now + 1 : 0;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    float& value = j % 2 ? values[j / 2].b : values[j / 2].a;
+    value = input.normalize(value, channel);
+    if (--left == 0) {
+      left = inner;
+      channel = channel + 1 < count ? channel + 1 : 0;
+    }
   }
-};
-
-// The 16 random bits of a group's element j; selected, because a register array has no run-time index.
-__device__ __forceinline__ uint32_t bits_of(const Words& words, int j) {
-  const uint32_t low = j & 2 ? words.v[1] : words.v[0], high = j & 2 ? words.v[3] : words.v[2];
-  const uint32_t word = j & 4 ? high : low;
-  return j & 1 ? word >> 16 : word & 0xffffu;
 }
 
 // What a result is stored in: x's own type, float for uint8.
@@ -168,87 +203,61 @@ struct ResultOf<uint8_t> {
   using Type = float;
 };
 
-template <Kind kKind, bool kProject, class X, class G>
-__device__ __forceinline__ typename ResultOf<X>::Type flat_element(const Flat& f, X x_in,
-                                                                   typename ResultOf<X>::Type x0_in, G grad,
-                                                                   uint32_t h) {
-  using R = typename ResultOf<X>::Type;
-  const float x = load<float>(x_in);
-  float x0 = x;
-  if constexpr (kKind == Kind::kPgd) x0 = load<float>(x0_in);
-  if constexpr (kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise)
-    x0 = start<R>(x, h, f.noise * 0x1p-16f, f.noise, f.lo, f.hi);
-  if constexpr (kKind == Kind::kRandomInit) return Store<R>::from(x0);
-  return Store<R>::from(step<R, kProject>(x0, load_grad<float>(grad), x, f.alpha, 0.0f, f.eps, f.lo, f.hi));
-}
-
 template <Kind kKind, bool kProject, class X, class G, class F>
 __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ F f) {
   using R = typename ResultOf<X>::Type;
-  constexpr bool kWithZ = std::is_same<F, FlatWithZ>::value;
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
   constexpr bool kGrad = kKind != Kind::kRandomInit, kX0 = kKind == Kind::kPgd;
-  const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, first = group * kGroup;
-  if (first >= f.block_size) return;
+  const uint32_t group = blockIdx.x * kThreads + threadIdx.x, at = blockIdx.y * f.groups + group;
+  if (group >= f.groups) return;
+  const bool whole = group < f.whole;
+  const int rest = static_cast<int>(f.rest);
 
-  for (int64_t block = blockIdx.y; block < f.blocks; block += gridDim.y) {
-    const int64_t offset = block * f.block_size + first;
-    const X* x = static_cast<const X*>(f.x) + offset;
-    const R* x0 = static_cast<const R*>(f.x0) + offset;
-    const G* grad = static_cast<const G*>(f.grad) + offset;
-    R* out = static_cast<R*>(f.out) + offset;
-
-    Pack<X> xs{};
-    Pack<R> x0s{};
-    Pack<G> grads{};
-    Words words{};
-    const bool whole = first + kGroup <= f.block_size;
-    if (whole) {
-      xs.load_from(x);
-      if constexpr (kX0) x0s.load_from(x0);
-      if constexpr (kGrad) grads.load_from(grad);
-    }
-    if constexpr (kNoise) {
-      const uint64_t seed = f.seeds ? static_cast<uint64_t>(f.seeds[f.blocks == 1 ? 0 : block]) : f.seed;
-      words = philox(seed, static_cast<uint64_t>(group), 0, 0);
-    }
-    if (whole) {
-      Pack<R> result;
+  const Pack<X> xs = load_group<X>(f.x, at, whole, rest);
+  Pack<R> x0s{}, result;
+  Pack<G> grads{};
+  if constexpr (kX0) x0s = load_group<R>(f.x0, at, whole, rest);
+  if constexpr (kGrad) grads = load_group<G>(f.grad, at, whole, rest);
+  Words bits{};
+  if constexpr (kNoise) {
+    const uint64_t seed = f.seeds ? static_cast<uint64_t>(f.seeds[blockIdx.y]) : f.seed;
+    bits = philox(seed, group, 0, 0);
+  }
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j)
-        result.v[j] = flat_element<kKind, kProject, X, G>(f, xs.v[j], x0s.v[j], grads.v[j], bits_of(words, j));
-      result.store_to(out);
-      if constexpr (kWithZ) {
-        float values[kGroup];
-        Channel channel(f.input, first);
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j, channel.advance())
-          values[j] = f.input.normalize(load<float>(result.v[j]), channel.now);
-        store_pack_rounded(f.z_type, f.z, offset, values);
-      }
-    } else {
-#pragma unroll 1
-      for (int j = 0; first + j < f.block_size; ++j) {
-        const R w =
-            flat_element<kKind, kProject, X, G>(f, x[j], kX0 ? x0[j] : R{}, kGrad ? grad[j] : G{}, bits_of(words, j));
-        out[j] = w;
-        if constexpr (kWithZ) {
-          const float value = f.input.normalize(load<float>(w), f.input.channel_of(first + j));
-          store_rounded(f.z_type, f.z, offset + j, value);
-        }
-      }
+  for (int i = 0; i < kGroup / 2; ++i) {
+    const Pair clean = Two<X>::widen(xs.w[i]);
+    if constexpr (kNoise) x0s.w[i] = start<R>(clean, bits.v[i], f.noise, f.box);
+    result.w[i] = x0s.w[i];
+    if constexpr (kGrad) {
+      const Pair from = kNoise || kX0 ? Two<R>::widen(x0s.w[i]) : clean;
+      result.w[i] = step<R, G, kProject>(from, grads.w[i], clean, f.alpha, f.eps, f.box);
     }
+  }
+  store_group(f.out, at, whole, rest, result);
+  if constexpr (std::is_same<F, FlatWithZ>::value) {
+    Pair values[kGroup / 2];
+#pragma unroll
+    for (int i = 0; i < kGroup / 2; ++i) values[i] = Two<R>::widen(result.w[i]);
+    normalize_group(f.input, group * kGroup, values);
+    store_as(f.z_type, f.z, at, whole, rest, values);
   }
 }
 
 // ---------------------------------------------------------------- everything else
 
 struct Dividers {
-  Divider of_dim[kMaxDims];
+  Divider<uint64_t> of_dim[kMaxDims];
 };
 struct DividersWithZ : Dividers {
-  ModelInput input;
+  ModelInput<uint64_t> input;
 };
+
+// The 16 random bits of a group's element j; selected, because a register array has no run-time index.
+__device__ __forceinline__ uint32_t bits_of(const Words& words, int j) {
+  const uint32_t low = j & 2 ? words.v[1] : words.v[0], high = j & 2 ? words.v[3] : words.v[2];
+  const uint32_t word = j & 4 ? high : low;
+  return j & 1 ? word >> 16 : word & 0xffffu;
+}
 
 template <class C>
 __device__ __forceinline__ C load_any(const Operand& op, int64_t offset) {
@@ -374,9 +383,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       e.store(w);
       if constexpr (kWithZ) {
-        const ModelInput& input = dividers.input;
-        store_rounded(call.dtype(kZ), e.operand(kZ).data, e.offsets[kZ],
-                      input.normalize(w, input.channel_of(position)));
+        const ModelInput<uint64_t>& input = dividers.input;
+        const uint64_t channel = input.channel_of(input.run_of(position));
+        store_rounded(call.dtype(kZ), e.operand(kZ).data, e.offsets[kZ], input.normalize(w, channel));
       }
     }
   }

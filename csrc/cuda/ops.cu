@@ -83,10 +83,13 @@ void run(void (*kernel)(Parameters...), dim3 grid, void* stream, const Arguments
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
-dim3 grid_for(int64_t block_size, int64_t blocks) {
-  const int64_t groups = (block_size + kGroup - 1) / kGroup;
-  return dim3(static_cast<unsigned>((groups + kThreads - 1) / kThreads),
-              static_cast<unsigned>(std::min<int64_t>(blocks, 65535)));
+constexpr int64_t kMaxRows = 65535;  // of a grid
+
+int64_t groups_of(const Call& call) { return (call.walk.block_size + kGroup - 1) / kGroup; }
+
+dim3 grid_for(const Call& call) {
+  return dim3(static_cast<unsigned>((groups_of(call) + kThreads - 1) / kThreads),
+              static_cast<unsigned>(std::min(call.walk.blocks, kMaxRows)));
 }
 
 // Whether an operand lies as flat_kernel reads it: dense, whole packs aligned.
@@ -98,15 +101,24 @@ bool packed(const Call& call, Slot slot, DType dtype) {
          reinterpret_cast<uintptr_t>(op.data) % pack == 0;
 }
 
+// pairs.cuh is right for radii of any use. Half overflows from 16 on.
+bool ordinary(const Call& call, Slot radius) {
+  const double r = call.numbers[radius];
+  return r == 0 || (r >= 0x1p-100 && r <= (call.dtype(kOut) == DType::kFloat16 ? 8 : 0x1p100));
+}
+
 const FlatEntry* find_flat(const Call& call, Kind kind) {
   const DType x = call.dtype(kX), result = x == DType::kUInt8 ? DType::kFloat32 : x;
   const bool grad = kind != Kind::kRandomInit;
-  bool fits = call.walk.flat() && (call.walk.blocks == 1 || call.walk.block_size % kGroup == 0);
+  bool fits = ordinary(call, kEps) && ordinary(call, kNoise);
+  fits = fits && call.walk.flat() && (call.walk.blocks == 1 || call.walk.block_size % kGroup == 0);
+  // Its index of a group, and of a position where there is z, has 32 bits.
+  fits = fits && call.walk.blocks <= kMaxRows && groups_of(call) * call.walk.blocks <= INT32_MAX;
   for (Slot parameter : {kAlpha, kEps, kNoise, kLo, kHi}) fits = fits && !call.has(parameter);
   fits = fits && packed(call, kX, x) && packed(call, kOut, result);
   fits = fits && (!grad || packed(call, kGrad, call.dtype(kGrad)));
   fits = fits && (kind != Kind::kPgd || packed(call, kX0, result));
-  fits = fits && (!call.has(kZ) || (packed(call, kZ, call.dtype(kZ)) && call.channels.count < INT32_MAX));
+  fits = fits && (!call.has(kZ) || (packed(call, kZ, call.dtype(kZ)) && call.walk.block_size <= INT32_MAX));
   if (!fits) return nullptr;
   for (const FlatEntry& e : kFlat)
     if (e.kind == kind && e.x == x && (!grad || (e.grad == call.dtype(kGrad) && e.project == call.project))) return &e;
@@ -126,47 +138,49 @@ Flat flat_arguments(const Call& call) {
   f.x0 = call.walk.operands[kX0].data;
   f.grad = call.walk.operands[kGrad].data;
   f.out = call.walk.operands[kOut].data;
-  f.block_size = call.walk.block_size;
-  f.blocks = call.walk.blocks;
+  f.groups = static_cast<uint32_t>(groups_of(call));
+  f.rest = static_cast<uint32_t>(call.walk.block_size % kGroup);
+  f.whole = f.groups - (f.rest ? 1 : 0);
   f.seeds = call.seeds;
   f.seed = call.seed;
   f.alpha = number(kAlpha), f.eps = number(kEps), f.noise = number(kNoise);
-  f.lo = inward(call.numbers[kLo], call.dtype(kOut), true);
-  f.hi = inward(call.numbers[kHi], call.dtype(kOut), false);
+  f.box = {inward(call.numbers[kLo], call.dtype(kOut), true), inward(call.numbers[kHi], call.dtype(kOut), false)};
   return f;
 }
 
-Divider divider_of(int64_t n) {
+template <class U>
+Divider<U> divider_of(int64_t n) {
   if (n < 2) return {};
   const uint64_t size = static_cast<uint64_t>(n);
   const int bits = 64 - __builtin_clzll(size - 1);
   const auto excess = (static_cast<unsigned __int128>(1) << bits) - size;
-  return {static_cast<uint64_t>((excess << 64) / size) + 1, bits - 1};
+  return {static_cast<U>((excess << 8 * sizeof(U)) / size + 1), bits - 1};
 }
 
 Dividers dividers_of(const Call& call) {
   Dividers all{};
-  for (int d = 0; d < call.walk.dims; ++d) all.of_dim[d] = divider_of(call.walk.sizes[d]);
+  for (int d = 0; d < call.walk.dims; ++d) all.of_dim[d] = divider_of<uint64_t>(call.walk.sizes[d]);
   return all;
 }
 
-ModelInput model_input_of(const Call& call) {
-  return {call.channels, divider_of(call.channels.inner), divider_of(call.channels.count)};
+template <class U>
+ModelInput<U> model_input_of(const Call& call) {
+  return {call.channels, divider_of<U>(call.channels.inner), divider_of<U>(call.channels.count)};
 }
 
 void launch(const Call& call, Kind kind, void* stream) {
-  const dim3 grid = grid_for(call.walk.block_size, call.walk.blocks);
+  const dim3 grid = grid_for(call);
   const Operand& z = call.walk.operands[kZ];
   if (const FlatEntry* e = find_flat(call, kind)) {
     const Flat f = flat_arguments(call);
     if (!call.has(kZ)) return run(e->kernel, grid, stream, f);
-    return run(e->with_z, grid, stream, FlatWithZ{f, z.data, z.dtype, model_input_of(call)});
+    return run(e->with_z, grid, stream, FlatWithZ{f, z.data, z.dtype, model_input_of<uint32_t>(call)});
   }
   const AnyEntry& any = *std::find_if(std::begin(kAny), std::end(kAny), [&](auto& a) { return a.kind == kind; });
   const Dividers dividers = dividers_of(call);
   if (!call.has(kZ)) return run(call.any_float64() ? any.in_double : any.in_float, grid, stream, call, dividers);
   run(call.any_float64() ? any.in_double_with_z : any.in_float_with_z, grid, stream, call,
-      DividersWithZ{dividers, model_input_of(call)});
+      DividersWithZ{dividers, model_input_of<uint64_t>(call)});
 }
 
 template <class... Parameters>
