@@ -53,7 +53,7 @@ def test_op(case, measure):
     median = timing.medians(seconds)
     measure.record(
         kind="op",
-        op=case.op,
+        op=case.name,
         size=case.size,
         shape=SIZES[case.size],
         dtype=case.pair,

@@ -11,9 +11,12 @@ import fastadv
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS, ALPHA, SEED = 8 / 255, 2 / 255, 1234
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "u8": torch.uint8}
 PAIRS = ("f32/f32", "f32/bf16", "bf16/bf16", "f16/f16", "u8/f32")  # image/grad
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 SIZES = {
     "16": (16,),  # the host's cost alone
@@ -21,8 +24,10 @@ SIZES = {
     "cifar": (128, 3, 32, 32),
     "imagenet": (64, 3, 224, 224),
     "large": (192, 3, 224, 224),  # 115 MB in float32: beyond any cache
+    "huge": (1024, 3, 224, 224),  # 2.5 GB of float32 tensors for pgd_step
 }
-CHOSEN_SIZES = os.environ.get("FASTADV_BENCH_SIZES", "cifar,imagenet,large").split(",")
+USUAL_SIZES = "cifar,large,huge" if DEVICE.type == "cuda" else "cifar,imagenet,large"
+CHOSEN_SIZES = os.environ.get("FASTADV_BENCH_SIZES", USUAL_SIZES).split(",")
 
 
 # ------------------------------------------------------------------ what people write today
@@ -51,6 +56,17 @@ def naive_fgsm_rs(x, grad):
     return naive_pgd(naive_start(x), grad, x)
 
 
+def with_model_input(naive, dtype):
+    """What a model that normalises inside does to the step's result."""
+    mean, std = (torch.tensor(v, dtype=dtype, device=DEVICE).view(1, -1, 1, 1) for v in (MEAN, STD))
+
+    def run(*inputs):
+        w = naive(*inputs)
+        return w, (w - mean) / std
+
+    return run
+
+
 # ------------------------------------------------------------------ the op table
 
 
@@ -73,16 +89,29 @@ OPS = {
 }
 
 
+NORMALIZATION = fastadv.Normalization(MEAN, STD)
+
+
 @dataclass(frozen=True)
 class Case:
     op: str
     size: str
     pair: str
     backend: str
+    layout: str = "contiguous"
+    z: bool = False  # whether it writes the model's next input too
+
+    @property
+    def name(self):
+        """The op and what is special about this case."""
+        return self.op + " z" * self.z + " channels-last" * (self.layout == "channels_last")
 
     @property
     def id(self):
-        return f"{self.op}-{self.size}-{self.pair}-{self.backend}"
+        return f"{self.name.replace(' ', '_')}-{self.size}-{self.pair}-{self.backend}"
+
+    def laid_out(self, t):
+        return t.contiguous(memory_format=LAYOUTS[self.layout])
 
     def dtypes(self):
         """The dtype of each tensor and of the result: a uint8 image gives a float32 one."""
@@ -99,14 +128,18 @@ class Case:
             "x_adv": (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp_(0, 1).to(dtypes["x_adv"]),
             "grad": (torch.randn(shape, device=DEVICE) * (torch.rand(shape, device=DEVICE) > 0.1)).to(dtypes["grad"]),
         }
-        return [made[name] for name in OPS[self.op].reads]
+        return [self.laid_out(made[name]) for name in OPS[self.op].reads]
 
     def output(self):
         """Poisoned: what a kernel leaves unwritten does not look like a result."""
-        return torch.full(SIZES[self.size], torch.nan, dtype=self.dtypes()["out"], device=DEVICE)
+        return self.laid_out(torch.full(SIZES[self.size], torch.nan, dtype=self.dtypes()["out"], device=DEVICE))
+
+    def model_input(self, out):
+        """The arguments that have the step write z."""
+        return {"normalization": NORMALIZATION, "z": torch.full_like(out, torch.nan)} if self.z else {}
 
     def bytes(self, inputs, out):
-        return sum(t.nbytes for t in (*inputs, out))
+        return sum(t.nbytes for t in (*inputs, out)) + self.z * out.nbytes
 
 
 def backends(size):
@@ -122,14 +155,22 @@ def pairs(op, size):
     return found if "grad" in OPS[op].reads else [p for p in found if p != "f32/bf16"]
 
 
+def special(op, pair, size):
+    """(layout, z): on a GPU the other layout and the model's input too, at one size."""
+    if DEVICE.type == "cuda" and size == "large" and pair in ("f32/f32", "bf16/bf16"):
+        return [("contiguous", False), ("channels_last", False), ("contiguous", True), ("channels_last", True)]
+    return [("contiguous", False)]
+
+
 def all_cases():
     """Backends innermost: those of one case share its compiled contender."""
     return [
-        Case(op, size, pair, backend)
+        Case(op, size, pair, backend, layout, z)
         for op in OPS
         for pair in pairs(op, "cifar")
         for size in CHOSEN_SIZES
         if pair in pairs(op, size)
+        for layout, z in special(op, pair, size)
         for backend in backends(size)
     ]
 
@@ -137,11 +178,18 @@ def all_cases():
 # ------------------------------------------------------------------ the contenders
 
 
+def naive_step(op, pair, z):
+    if not z:
+        return OPS[op].naive
+    image = DTYPES[pair.split("/")[0]]
+    return with_model_input(OPS[op].naive, torch.float32 if image == torch.uint8 else image)
+
+
 @functools.lru_cache(maxsize=1)
-def compiled(op, shape, pair):
+def compiled(op, shape, pair, z):
     """The naive step under torch.compile; for `shape`, or for any where it is None."""
     torch._dynamo.reset()
-    return torch.compile(OPS[op].naive, fullgraph=True, dynamic=shape is None)
+    return torch.compile(naive_step(op, pair, z), fullgraph=True, dynamic=shape is None)
 
 
 def contenders(case, quick):
@@ -149,10 +197,11 @@ def contenders(case, quick):
 
     A quick run compiles once for all sizes: compiling takes most of its time, and it is no measurement anyway.
     """
-    op, other = OPS[case.op], compiled(case.op, None if quick else SIZES[case.size], case.pair)
+    fused, naive = OPS[case.op].fused, naive_step(case.op, case.pair, case.z)
+    other = compiled(case.op, None if quick else SIZES[case.size], case.pair, case.z)
     made = {
-        "fastadv": lambda inputs, out: functools.partial(op.fused, *inputs, out=out),
-        "naive": lambda inputs, out: functools.partial(op.naive, *inputs),
+        "fastadv": lambda inputs, out: functools.partial(fused, *inputs, out=out, **case.model_input(out)),
+        "naive": lambda inputs, out: functools.partial(naive, *inputs),
         "compile": lambda inputs, out: functools.partial(other, *inputs),
         "copy": lambda inputs, out: functools.partial(out.copy_, torch.rand_like(out)),
     }

@@ -98,7 +98,13 @@ def host_row(r):
     return (r["op"], r["backend"], us["fastadv"], us["allocating"], us["naive"], f"{r['share_of_naive']:.2f}")
 
 
-ATTACK_HEADER = ("attack", "network", "batch", "ms", "x torchattacks", "x backward()", "fastest", "x torchattacks")
+PEERS = ("torchattacks", "foolbox", "ART", "backward")
+FASTEST_OVER = ("torchattacks", "torchattacks bf16")
+ATTACK_HEADER = (
+    *("attack", "network", "batch", "ms"),
+    *(f"x {peer}" for peer in PEERS),
+    *("fastest", *(f"x {peer}" for peer in FASTEST_OVER)),
+)
 
 
 def ratio(found, name):
@@ -106,10 +112,11 @@ def ratio(found, name):
 
 
 def attack_row(r):
-    ms, peers = f"{r['median_seconds']['fastadv'] * 1e3:,.1f}", ("torchattacks", "backward")
+    ms = f"{r['median_seconds']['fastadv'] * 1e3:,.1f}"
     best = r["best"].removeprefix("fastadv").strip() or "as it is"
-    ratios = [ratio(r["speedup_over"], name) for name in peers]
-    return (r["attack"], r["network"], str(r["batch"]), ms, *ratios, best, ratio(r["best_speedup_over"], peers[0]))
+    ratios = [ratio(r["speedup_over"], peer) for peer in PEERS]
+    fastest = [ratio(r["best_speedup_over"], peer) for peer in FASTEST_OVER]
+    return (r["attack"], r["network"], str(r["batch"]), ms, *ratios, best, *fastest)
 
 
 MEMORY_HEADER = ("network", "batch", "MB with weights", "of torchattacks", "bf16: activations, MB", "of torchattacks")
@@ -123,10 +130,21 @@ def memory_row(r):
     return tuple(row)
 
 
+TRAINING_HEADER = ("network", "batch", "attack's passes, ms", "update's, ms", "update, ms", "our kernels, ms", "share")
+
+
+def training_row(r):
+    ms = {name: seconds * 1e3 for name, seconds in r["median_seconds"].items()}
+    passes = [ms[f"{what}: forward"] + ms[f"{what}: backward"] for what in ("attack", "update")]
+    figures = (*passes, ms["update"], ms["random start"] + ms["step kernel"])
+    return (r["network"], str(r["batch"]), *(f"{v:.2f}" for v in figures), f"{r['kernels_share']:.1%}")
+
+
 KINDS = (
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
+    ("training", "an adversarial training step (FGSM-RS)", TRAINING_HEADER, training_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
 )
 

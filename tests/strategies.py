@@ -4,6 +4,7 @@ hypothesis draws the choices and one integer; NumPy draws the numbers from it. T
 its description short: `Case(...)` in a failure says everything that is needed to build it again.
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -380,3 +381,18 @@ def model_inputs():
         per_channel=mostly(True, False),
         numbers=st.integers(0, 2**32 - 1),
     )
+
+
+def calls_on_every_16_bit_value(dtype, device="cpu"):
+    """Calls of the ops on the values of the dtype, of both signs: many leave the ball and are pulled back."""
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.abs() < 60_000].to(device)
+    grad = torch.randn(x.shape).to(device)
+    for radius in (8 / 255, 0.1, 2.0**-12, 3.0, torch.rand(()).item()):
+        options = {"clip": (-65_000, 65_000)}
+        yield functools.partial(fastadv.fgsm_step, x, grad, radius, **options)
+        yield functools.partial(fastadv.random_init, x, radius, seed=5, **options)
+        yield functools.partial(fastadv.fgsm_step, x, grad, radius, noise=radius, seed=6, **options)
+        # A start at the ball's edge: the other neighbour is often the nearer one.
+        start = (x.double() + radius * (1 - torch.rand(x.shape, device=x.device) / 50)).to(dtype)
+        yield functools.partial(fastadv.pgd_step, start, grad, x, alpha=radius / 9, eps=radius, **options)

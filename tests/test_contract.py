@@ -150,3 +150,13 @@ def test_normalization_equals_the_oracle(case, model_input):
     assert got.dtype == z.dtype
     assert normalization(w).dtype == w.dtype
     assert oracle.same(oracle.values(got), want), oracle.mismatch(oracle.values(got), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_value_of_16_bits(kernel, dtype):
+    name, device = kernel
+    for call in s.calls_on_every_16_bit_value(dtype, device):
+        with fastadv.backend("reference"):
+            want = call()
+        with fastadv.backend(name):
+            assert torch.equal(call(), want), call

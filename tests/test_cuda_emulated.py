@@ -126,6 +126,15 @@ def test_the_fast_path(x_type, grad_type, shape, per_sample):
                 assert torch.equal(z, normalization(got, z_type)), (name, normalization, z_type)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_value_of_16_bits(dtype, emulated):
+    for call in s.calls_on_every_16_bit_value(dtype):
+        with fastadv.backend("reference"):
+            want = call()
+        with fastadv.backend("cuda"):
+            assert torch.equal(call(), want), call
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 5, 5), (3, 11, 3, 3), (2, 1, 4, 4), (1, 40, 3, 1)], ids=str)
 def test_the_channels_of_the_fast_path(shape):
     """Wherever they begin and end in a group of eight: contiguous and channels-last, one block and one a sample."""

@@ -2,12 +2,23 @@
 
 import functools
 import importlib
-import importlib.util
 
 import torch
 import torch.nn.functional as F
 
 from fastadv.attacks import PGD
+
+
+def installed(module):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+torchattacks, foolbox, art = map(installed, ("torchattacks", "foolbox", "art.estimators.classification"))
+if art:
+    ART_PGD = importlib.import_module("art.attacks.evasion").ProjectedGradientDescentPyTorch
 
 EPS, ALPHA = 8 / 255, 2 / 255
 
@@ -25,21 +36,62 @@ def backward_loop(model, images, labels, steps):
 
 
 def torchattacks_pgd(model, steps):
-    """None where torchattacks is not installed."""
-    if importlib.util.find_spec("torchattacks") is None:
-        return None
-    return importlib.import_module("torchattacks").PGD(model, eps=EPS, alpha=ALPHA, steps=steps)
+    return torchattacks.PGD(model, eps=EPS, alpha=ALPHA, steps=steps)
+
+
+def foolbox_pgd(model, steps):
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=ALPHA, steps=steps, random_start=True)
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    return lambda images, labels: attack(wrapped, images, labels, epsilons=EPS)[1]
+
+
+def art_pgd(model, steps):
+    """ART takes and gives NumPy arrays: the copies from and to the device are part of what its user waits for."""
+    device = next(model.parameters()).device.type
+    kind = "gpu" if device == "cuda" else "cpu"
+    wrapped = art.PyTorchClassifier(model, F.cross_entropy, (3, 32, 32), 10, clip_values=(0, 1), device_type=kind)
+    options = {"eps": EPS, "eps_step": ALPHA, "max_iter": steps, "num_random_init": 1, "verbose": False}
+
+    def attack(images, labels):
+        made = ART_PGD(wrapped, batch_size=len(images), **options)
+        return torch.from_numpy(made.generate(images.cpu().numpy(), labels.cpu().numpy())).to(images.device)
+
+    return attack
+
+
+def autocast(attack, device):
+    """A peer's attack in bfloat16, as its user would have it."""
+
+    def run(images, labels):
+        with torch.autocast(device.type, torch.bfloat16):
+            return attack(images, labels)
+
+    return run
 
 
 def fast(model, steps, **options):
     return PGD(model, EPS, ALPHA, steps, **options)
 
 
+def peers(model, steps, device):
+    """Those that are installed."""
+    found = {}
+    if torchattacks:
+        found["torchattacks"] = torchattacks_pgd(model, steps)
+        if device.type == "cuda":
+            found["torchattacks bf16"] = autocast(found["torchattacks"], device)
+    if foolbox:
+        found["foolbox"] = foolbox_pgd(model, steps)
+    if art:
+        found["ART"] = art_pgd(model, steps)
+    return found
+
+
 def contenders(model, steps, device, quick):
     """name -> attack(images, labels)."""
     found = {
         "fastadv": fast(model, steps),
-        "torchattacks": torchattacks_pgd(model, steps),
+        **peers(model, steps, device),
         "backward": functools.partial(backward_loop, model, steps=steps),
         "fastadv bf16": fast(model, steps, autocast=torch.bfloat16),
     }
@@ -49,4 +101,4 @@ def contenders(model, steps, device, quick):
     if device.type == "cuda":
         found["fastadv graph"] = fast(model, steps, graph=True)
         found["fastadv bf16 graph"] = fast(model, steps, autocast=torch.bfloat16, graph=True)
-    return {name: attack for name, attack in found.items() if attack is not None}
+    return found
