@@ -1,5 +1,6 @@
 """The parts of run.sh: each does its steps, keeps their logs, and writes OUTDIR/PART.json."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,7 +40,7 @@ def succeeded(path):
 def step(path, make):
     """The step's result, from its file where it succeeded before."""
     if not succeeded(path):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(path, make())
     return json.loads(path.read_text())
 
@@ -116,8 +118,10 @@ def tests_of(out, backend):
 
 
 def correctness(out):
-    backends = ("cpu", "triton") if DRY_RUN else ("cuda", "triton")
-    steps = {b: step(out / "correctness" / f"{b}.json", lambda b=b: tests_of(out / "correctness", b)) for b in backends}
+    backends, folder = ("cpu", "triton") if DRY_RUN else ("cuda", "triton"), out / "correctness"
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(lambda b: step(folder / f"{b}.json", lambda: tests_of(folder, b)), backends)
+        steps = dict(zip(backends, made, strict=True))
     total = {what: sum(s["tests"][what] for s in steps.values()) for what in ("run", "failure", "error", "skipped")}
     return {"ok": all(s["ok"] for s in steps.values()), "tests": total, "backends": steps}
 
@@ -164,30 +168,106 @@ def kernels(out):
 # ------------------------------------------------------------------ bench
 
 
-# step -> which of the benchmarks, for pytest's -k; an op's hold its host cost.
-BENCHMARKS = {op: op for op in ("pgd_step", "fgsm_step", "fgsm_rs_step", "random_init")}
-BENCHMARKS |= {"attacks": "test_pgd or test_memory"}
-DRY_BENCHMARKS = {"one": "pgd_step-tiny-f32/f32-cpu or host"}
+# part -> its steps: which of the benchmarks, for pytest's -k; an op's hold its host cost.
+BENCHMARKS = {
+    "bench": {op: op for op in ("pgd_step", "fgsm_step", "fgsm_rs_step", "random_init")},
+    "attacks": {network: f"(test_pgd or test_memory) and {network}" for network in ("conv", "resnet18", "vit")},
+    "training": {"step": "test_training_step"},
+}
+DRY_BENCHMARKS = {
+    "bench": {"one": "pgd_step-tiny-f32/f32-cpu or host"},
+    "attacks": {"one": "test_memory and conv"},
+    "training": {"one": "test_training_step"},
+}
 
 
 def benchmarks_of(out, name, which):
     path = out / f"{name}.pytest.json"
-    quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0"] if DRY_RUN else []
+    quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0"] if DRY_RUN else ["--benchmark-max-time=0.2"]
     command = (sys.executable, "-m", "pytest", "--benchmark", "-k", which, f"--benchmark-json={path}", *quick)
     env = {"FASTADV_BENCH_SIZES": "tiny"} if DRY_RUN else {}
     status, _ = run(out / f"{name}.log", *command, **env)
     return {"ok": status == 0, **(json.loads(path.read_text()) if status == 0 else {"benchmarks": []})}
 
 
-def bench(out):
-    """The op benchmarks, one op a step; the result has pytest-benchmark's format."""
-    folder = out / "bench"
-    which = DRY_BENCHMARKS if DRY_RUN else BENCHMARKS
+def benchmarks(part, out):
+    """A part's benchmarks, one after the other; the result has pytest-benchmark's format."""
+    folder, which = out / part, (DRY_BENCHMARKS if DRY_RUN else BENCHMARKS)[part]
     steps = [step(folder / f"{n}.json", lambda n=n, k=k: benchmarks_of(folder, n, k)) for n, k in which.items()]
     return {**steps[0], "ok": all(s["ok"] for s in steps), "benchmarks": [b for s in steps for b in s["benchmarks"]]}
 
 
-PARTS = {"build": build, "correctness": correctness, "sanitizer": sanitizer, "kernels": kernels, "bench": bench}
+def bench(out):
+    return benchmarks("bench", out)
+
+
+def attacks(out):
+    return benchmarks("attacks", out)
+
+
+# ------------------------------------------------------------------ training
+
+
+def real_images(out):
+    """strength.py: a network trained and attacked on CIFAR-10."""
+    path = out / "images.strength.json"
+    folder = os.environ.get("FASTADV_CIFAR10")
+    if not folder:
+        return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with train.parquet and test.parquet"}
+    status, _ = run(
+        out / "images.log", sys.executable, "benchmarks/attacks/strength.py", folder, "--out", str(path),
+        PYTHONPATH=f"{os.environ['PYTHONPATH']}:{ROOT / 'benchmarks/attacks'}",
+    )  # fmt: skip
+    return {"ok": status == 0, **(json.loads(path.read_text()) if status == 0 else {})}
+
+
+def training(out):
+    result = benchmarks("training", out)
+    images = step(out / "training" / "images.json", lambda: real_images(out / "training"))
+    return {**result, "ok": result["ok"] and images["ok"], "real_images": images}
+
+
+# ------------------------------------------------------------------ counters
+
+METRICS = {
+    "gpu__time_duration.sum": "nanoseconds",
+    "dram__bytes.sum": "dram_bytes",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
+    "smsp__inst_executed.sum": "warp_instructions",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_slots_percent",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "alu_percent",
+    "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active": "fma_percent",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+    "launch__registers_per_thread": "registers",
+}
+
+
+def counted(table):
+    """The rows of ncu's CSV, by METRICS' names; its second line has the units, and its numbers have commas."""
+    rows = list(csv.DictReader(line for line in table.splitlines() if line.startswith('"')))[1:]
+    return [{name: float(row[metric].replace(",", "")) for metric, name in METRICS.items()} for row in rows]
+
+
+def counters(out):
+    """What ncu counts in one launch of every op, by itself: achieved bandwidth, issue slots, pipes."""
+    folder = out / "counters"
+    folder.mkdir(exist_ok=True)
+    if DRY_RUN:
+        return {"ok": True, "why": "a dry run has no counters", "launches": []}
+    table = folder / "ncu.csv"
+    status, log = run(
+        folder / "ncu.log", "ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base",
+        "--log-file", str(table), "--kernel-name", "regex:^(flat|any)_kernel$", "--metrics", ",".join(METRICS),
+        sys.executable, "benchmarks/gpu/launches.py", FASTADV_BENCH_SIZES="large",
+    )  # fmt: skip
+    if status:
+        return {"ok": False, "why": log[-500:], "launches": []}
+    launched = json.loads(next(line for line in log.splitlines() if line.startswith("[{")))
+    rows = counted(table.read_text())
+    return {"ok": len(rows) == len(launched), "launches": [{**a, **b} for a, b in zip(launched, rows, strict=False)]}
+
+
+PARTS = {part.__name__: part for part in (build, correctness, kernels, bench, attacks, training, counters, sanitizer)}
 
 
 def done(part, path):

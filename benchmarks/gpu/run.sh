@@ -3,18 +3,19 @@
 #
 #   benchmarks/gpu/run.sh OUTDIR [--dry-run] [--part NAME]
 #
-# Parts, in this order: build correctness sanitizer kernels bench. Each writes OUTDIR/NAME.json, takes under ten
-# minutes, and is skipped where that file says it succeeded; within a part, finished steps are skipped too, so after
-# a timeout the same command goes on. --dry-run does every part without a GPU, on tiny sizes: no figure of it counts.
-# PYTHON names the interpreter (python3). It needs no network. Exit status: 0 if every part asked for is done.
+# Parts, in this order: build correctness kernels bench attacks training counters sanitizer. Each writes
+# OUTDIR/NAME.json, takes under ten minutes, and is skipped where that file says it succeeded; within a part, finished
+# steps are skipped too, so after a timeout the same command goes on. --dry-run does every part without a GPU, on tiny
+# sizes: no figure of it counts. PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10's
+# train.parquet and test.parquet. It needs no network. Exit status: 0 if every part asked for is done.
 set -euo pipefail
 
 usage() {
-  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
-parts=(build correctness sanitizer kernels bench)
+parts=(build correctness kernels bench attacks training counters sanitizer)
 seconds=${FASTADV_PART_SECONDS:-580}
 out=""
 while (($#)); do
