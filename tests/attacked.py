@@ -12,6 +12,7 @@ EPS = 8 / 255
 L2_EPS = 0.5
 STEPS = 3
 CLASSES = 5
+N = 6
 
 ATTACKS = {
     "FGSM": lambda model, **o: FGSM(model, EPS, **o),
@@ -56,7 +57,7 @@ class Net(nn.Module):
         return self.head(self.drop(features.flatten(1)))
 
 
-def batch_of(n=6, dtype=torch.float32, classes=CLASSES, size=6):
+def batch_of(n=N, dtype=torch.float32, classes=CLASSES, size=6):
     return torch.rand(n, 3, size, size, dtype=dtype), torch.randint(classes, (n,))
 
 
@@ -68,6 +69,16 @@ def distances(name, adv, images):
 
 def radius(name):
     return L2_EPS if name == "PGDL2" else 3 * EPS if name == "NFGSM" else EPS
+
+
+@pytest.fixture
+def net():
+    return Net().double().eval()
+
+
+@pytest.fixture
+def batch():
+    return batch_of(dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from attacked import ATTACKS, CLASSES, EPS, RANDOM, STEPS, Net, batch_of, distances, every_attack, radius, steps_of
+from attacked import ATTACKS, CLASSES, EPS, RANDOM, STEPS, N, Net, batch_of, distances, every_attack, radius, steps_of
 from attacked import one_thread as one_thread
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastadv.attacks import FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
 
-N = 6
 OPTIONS = {
     "plain": {},
     "restarts": {"restarts": 2},

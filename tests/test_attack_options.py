@@ -5,24 +5,13 @@ import types
 
 import pytest
 import torch
-from attacked import ATTACKS, CLASSES, EPS, STEPS, Net, batch_of, every_attack
+from attacked import ATTACKS, CLASSES, EPS, STEPS, N, Net, batch_of, every_attack
+from attacked import batch as batch
+from attacked import net as net
 from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv.attacks import FGSM, PGD, PGDL2, TPGD
-
-N = 6
-
-
-@pytest.fixture
-def net():
-    return Net().double().eval()
-
-
-@pytest.fixture
-def batch():
-    return batch_of(N, torch.float64)
-
 
 # Memory
 

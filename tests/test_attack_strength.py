@@ -5,24 +5,27 @@ import math
 import pytest
 import torch
 import torchattacks
-from attacked import ATTACKS, CLASSES, EPS, L2_EPS, RANDOM, SINGLE_STEP, Net, batch_of, distances, every_attack, radius
+from attacked import (
+    ATTACKS,
+    CLASSES,
+    EPS,
+    L2_EPS,
+    RANDOM,
+    SINGLE_STEP,
+    N,
+    Net,
+    batch_of,
+    distances,
+    every_attack,
+    radius,
+)
+from attacked import batch as batch
+from attacked import net as net
 from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import sample_seeds
 from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
-
-N = 6
-
-
-@pytest.fixture
-def net():
-    return Net().double().eval()
-
-
-@pytest.fixture
-def batch():
-    return batch_of(N, torch.float64)
 
 
 def within_an_ulp(a, b, images, reach=EPS):

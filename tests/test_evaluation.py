@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torchattacks
+from attacked import one_thread as one_thread
 from matplotlib.image import imread
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,15 +18,6 @@ from fastadv.evaluation.queue import READ_EVERY, Queue
 from fastadv.evaluation.saved import StateFile
 
 EPS, SLOTS = 16 / 255, 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):
@@ -546,6 +538,8 @@ def test_only_comparable_attacks_are_compared(net):
         ({"labels": lambda y: y + 1}, "below the model's 3 classes, got 3"),
         ({"labels": lambda y: y - 1}, "not be negative, got -1"),
         ({"labels": lambda y: y[:0], "images": lambda x: x[:0]}, "no images to evaluate"),
+        ({"labels": lambda y: y[:39]}, "one for each of images"),
+        ({"device": "meta"}, "images are on meta and the model is on cpu"),
     ],
 )
 def test_what_cannot_work_is_refused(net, samples, options, message):
@@ -559,8 +553,7 @@ def test_what_cannot_work_is_refused(net, samples, options, message):
     ("images", "labels", "message"),
     [
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "images must be a float or uint8"),
-        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "labels must be int64"),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), "one for each of images"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "labels must be an int64 tensor"),
     ],
 )
 def test_data_of_a_wrong_type_are_refused(net, images, labels, message):

@@ -8,17 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fastadv.attacks.checks import (
+    CHOSEN,
+    beyond_the_box,
+    check_eps,
+    check_images,
+    check_labels,
+    check_options,
+    check_start,
+    highest,
+)
 from fastadv.attacks.engine import Engine, GraphEngine, Slots
-from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.state import TRAINING_MODES, as_normal, frozen
+from fastadv.attacks.state import as_normal, frozen
 from fastadv.data import to_float
 from fastadv.functional import new_seed, random_init, sample_seeds
 from fastadv.ops.autograd import result_like
 from fastadv.ops.generator import as_int64
-
-TARGETED = (False, True, "random", "least_likely")
 
 
 class Attack(ABC):
@@ -71,22 +78,8 @@ class Attack(ABC):
         graph: bool = False,
         chunk: int | None = None,
     ):
-        self._check_eps(eps)
-        if targeted not in TARGETED:
-            raise ValueError(f"targeted must be one of {', '.join(map(repr, TARGETED))}, got {targeted!r}")
-        if not callable(loss) and loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
-        if targeted and loss == "kl":
-            raise ValueError("the loss kl has no target class: leave targeted at False, or choose another loss")
-        for name, value in (("restarts", restarts), ("chunk", 1 if chunk is None else chunk)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if training_mode not in TRAINING_MODES:
-            raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
-        if graph and not torch.cuda.is_available():
-            raise RuntimeError(
-                "graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither"
-            )
+        check_eps(eps, self.largest_eps)
+        check_options(targeted, loss, restarts, training_mode, graph, chunk)
         self.model = model
         self.eps = eps
         self.targeted = targeted
@@ -266,7 +259,7 @@ class Attack(ABC):
     @property
     def needs_clean(self) -> bool:
         """Whether its targets depend on the model's outputs on the clean images."""
-        return self.loss == "kl" or self.targeted in ("random", "least_likely")
+        return self.loss == "kl" or self.targeted in CHOSEN
 
     def targets(
         self, logits: torch.Tensor, labels: torch.Tensor | None, seeds: torch.Tensor | None = None
@@ -303,70 +296,34 @@ class Attack(ABC):
                 stacklevel=level,
             )
 
-    def _check_eps(self, eps) -> None:
-        if not 0 <= eps <= self.largest_eps:
-            raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
-
     def _budget(self, eps, x):
         if eps is None:
             return self.eps
         if not isinstance(eps, torch.Tensor):
-            self._check_eps(eps)
+            check_eps(eps, self.largest_eps)
             return eps
         if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
 
     def _check_batch(self, images, labels, x_init) -> None:
-        if not isinstance(images, torch.Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8):
-            raise TypeError(f"images must be a float or uint8 tensor, got {getattr(images, 'dtype', type(images))}")
-        if images.ndim == 0:
-            raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
-        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
-        if parameter is not None and parameter.device != images.device:
-            raise ValueError(f"images are on {images.device} and the model is on {parameter.device}: move one of them")
-        if x_init is not None and (not isinstance(x_init, torch.Tensor) or x_init.shape != images.shape):
-            raise ValueError(f"x_init must be a tensor of the images' shape {tuple(images.shape)}")
-        if x_init is not None and x_init.device != images.device:
-            raise ValueError(f"x_init must be on the images' device {images.device}, got {x_init.device}")
-        if x_init is not None and not (x_init.is_floating_point() or x_init.dtype == torch.uint8):
-            raise TypeError(f"x_init must be a float or uint8 tensor, got {x_init.dtype}")
-        if labels is None:
-            if callable(self.loss) or self.targeted is True:
-                raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
-            return
-        soft = self.loss in ("ce", "kl") and isinstance(labels, torch.Tensor) and labels.ndim == 2
-        if not isinstance(labels, torch.Tensor) or not (
-            callable(self.loss) or labels.dtype == torch.int64 or (soft and labels.is_floating_point())
-        ):
-            raise TypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels))}")
-        rows_only = callable(self.loss) or (soft and labels.is_floating_point())
-        if (labels.shape[:1] if rows_only else labels.shape) != images.shape[:1]:
-            raise ValueError(
-                f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
-            )
-        if labels.device != images.device:
-            raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+        check_images(images, self.model)
+        if x_init is not None:
+            check_start(x_init, images)
+        if labels is not None:
+            check_labels(labels, images, soft=self.loss in ("ce", "kl"), any_kind=callable(self.loss))
+        elif callable(self.loss) or self.targeted is True:
+            raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
 
     def _check_values(self, x, labels) -> None:
-        """In the first batch only, because it waits for the device: cross_entropy skips a label of -100 without a
-        word, and one that is too large kills a CUDA context."""
+        """In the first batch only, because it waits for the device: a label that is too large kills a CUDA context."""
         if not len(x):
             return
-        if x.is_floating_point():
-            low, high = torch.stack(x.aminmax()).tolist()
-            if low < 0 or high > 1:
-                warnings.warn(
-                    f"the images are in [{low:.3g}, {high:.3g}], and eps is in pixels of [0, 1]: if they are "
-                    "normalised, pass them as they were before, and Normalized(model, mean, std) as the model",
-                    stacklevel=3,
-                )
-        if labels is None or labels.dtype != torch.int64 or callable(self.loss) or labels.ndim != 1:
-            return
-        low, high = torch.stack(labels.aminmax()).tolist()
-        if low < 0:
-            raise ValueError(f"labels must not be negative, got {low}")
-        self.objective.check_classes(high, self._clean_logits(x) if self.compile else None)
+        wrong = beyond_the_box(x)
+        if wrong:
+            warnings.warn(wrong, stacklevel=3)
+        if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
+            self.objective.check_classes(highest(labels), self._clean_logits(x) if self.compile else None)
 
     def _report(self) -> None:
         count = self.objective.nonfinite

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastadv._extras import require
+from fastadv.attacks.checks import highest
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
 from fastadv.data import to_float
@@ -19,7 +20,7 @@ from fastadv.evaluation import suspicions
 from fastadv.evaluation.images import Gallery
 from fastadv.evaluation.opponents import Opponent, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
-from fastadv.evaluation.samples import Batch, device_of, gathered
+from fastadv.evaluation.samples import Batch, gathered
 from fastadv.evaluation.saved import StateFile, fingerprint
 from fastadv.functional import sample_seeds
 from fastadv.version import __version__
@@ -89,7 +90,7 @@ def evaluate(
     if slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
     against = list(opponents(model, attacks, [eps] if isinstance(eps, (int, float)) else eps))
-    images, labels = gathered(data, device_of(model) if device is None else device)
+    images, labels = gathered(data, model, device)
     slots = min(slots, len(images))
     settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
     settings["attacks"] = [each.facts() for each in against]
@@ -131,9 +132,8 @@ class _Run:
         self.last, self.slots, self.seed = last, slots, seed
         self.notes: list[str] = []
         self._objective = Objective(model, "ce")
+        self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
-        if labels.max() >= self.clean.shape[1]:
-            raise ValueError(f"labels must be below the model's {self.clean.shape[1]} classes, got {int(labels.max())}")
         self.correct = self.clean.argmax(1) == labels
         self._first = self._filled(torch.arange(min(slots, len(images)), device=images.device))
         batch = to_float(images[self._first])
