@@ -1,6 +1,7 @@
 """What attacks compute: against torchattacks, plain loops, closed forms and statistics."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -510,10 +511,21 @@ def test_an_attack_of_no_budget_takes_that_of_its_call(net, batch, cls):
 def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
     cls(Net(), 0.1, alpha=0.2)
     assert not recwarn.list
+
+    class Own(cls):
+        """No constructor of its own."""
+
+    class Deeper(Own):
+        def __init__(self, model):
+            super().__init__(model, 0.1, alpha=0.21)
+
+    here = sys._getframe().f_lineno
     cls(Net(), 0.1, alpha=0.21)
+    Own(Net(), 0.1, alpha=0.21)
+    Deeper(Net())
+    assert [w.lineno - here for w in recwarn.list] == [1, 2, 3]
     assert "more than twice eps" in str(recwarn.list[0].message)
-    assert len(recwarn.list) == 1
-    assert recwarn.list[0].filename == __file__
+    assert {w.filename for w in recwarn.list} == {__file__}
 
 
 @every_attack

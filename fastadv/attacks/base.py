@@ -1,6 +1,5 @@
 """What every attack has in common: its calling convention, its options, its checks and its manners."""
 
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -287,13 +286,12 @@ class Attack(ABC):
 
     def _warn_of_step(self, alpha) -> None:
         if alpha is not None and alpha > 2 * self.eps:
-            level, frame = 1, sys._getframe()
-            while frame is not None and frame.f_locals.get("self") is self:  # subclasses' constructors
-                level, frame = level + 1, frame.f_back
+            below = type(self).__mro__[: type(self).__mro__.index(Attack)]
+            constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
             warnings.warn(
                 f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: "
                 "a step crosses the ball",
-                stacklevel=level,
+                stacklevel=2 + constructors,
             )
 
     def _budget(self, eps, x):
