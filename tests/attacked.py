@@ -42,7 +42,7 @@ def fresh_seed():
 
 
 class Net(nn.Module):
-    """Smooth, so that no gradient is zero by accident; with batch-norm, dropout and a buffer outside the state dict."""
+    """Smooth, so that no gradient is zero by accident; with batch-norm, dropout and a buffer that counts calls."""
 
     def __init__(self, classes=CLASSES):
         super().__init__()
@@ -53,6 +53,7 @@ class Net(nn.Module):
             self.head.weight.mul_(3)
 
     def forward(self, x):
+        self.hidden += 1
         features = nn.functional.avg_pool2d(self.norm(self.conv(x)).tanh(), 2)
         return self.head(self.drop(features.flatten(1)))
 

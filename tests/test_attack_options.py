@@ -170,8 +170,10 @@ def test_nothing_is_compiled_twice(net, batch, attack_on, compiler, monkeypatch)
         state = {key: value.clone() for key, value in net.state_dict().items()}
         alone = update(x, y)
         net.load_state_dict(state)
+        buffers = [b.clone() for b in net.buffers()]
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             adv = attack(x, y, seed=seeds)
+        assert all(torch.equal(a, b) for a, b in zip(net.buffers(), buffers, strict=True))
         expected = eager(x, y, seed=seeds)
         assert all(torch.equal(a, b) for a, b in zip(alone, update(x, y), strict=True))
         torch.testing.assert_close(adv, expected, rtol=0, atol=1e-7)
