@@ -453,6 +453,17 @@ def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samp
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
+    def broken(x):
+        return net(x) * torch.nan
+
+    attacks = [FGSM(broken, EPS), PGDL2(broken, 0.25, 0.1, 1)]
+    with pytest.warns(UserWarning, match="not finite"):
+        report = evaluate(broken, (samples[0], torch.zeros(40).long()), attacks, slots=SLOTS)
+    notes = [note for note in report["warnings"] if "not finite" in note]
+    assert [note.split(" losses under ")[1].split(" were")[0] for note in notes] == ["FGSM at 16/255", "PGDL2 at 0.25"]
+
+
 def test_an_attack_on_another_model_is_a_transfer(net, samples):
     weak = lambda x: net(1 - x)  # noqa: E731
     attack = PGD(weak, EPS, EPS, 1, random_start=False)
@@ -508,9 +519,22 @@ def test_accuracy_that_rises_with_the_budget_is_called_so():
         evaluate(trap, (images, labels), ["fgsm"], eps=[4 / 255, 8 / 255], slots=2)
 
 
+@pytest.mark.parametrize(
+    ("gained", "lost", "called_so"),
+    [(1, 0, False), (4, 0, False), (5, 0, True), (7, 1, True), (60, 39, True), (60, 40, False), (0, 60, False)],
+)
+def test_accuracy_that_rises_by_chance_is_not_called_so(net, gained, lost, called_so):
+    weak = torch.tensor([False] * gained + [True] * lost + [True] * 500 + [False] * 400)
+    strong = torch.tensor([True] * gained + [False] * lost + [True] * 500 + [False] * 400)
+    attacks = [("weak", FGSM(net, EPS), weak), ("strong", PGD(net, EPS, steps=5), strong)]
+    assert len(list(suspicions.of_accuracies(attacks))) == called_so
+    assert len(list(suspicions.of_accuracies(attacks[::-1]))) == called_so
+
+
 def test_only_comparable_attacks_are_compared(net):
     def rises(weak, strong):
-        return bool(list(suspicions.of_accuracies([("weak", weak, 0.4), ("strong", strong, 0.5)])))
+        none, all_ = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
+        return bool(list(suspicions.of_accuracies([("weak", weak, none), ("strong", strong, all_)])))
 
     assert rises(FGSM(net, EPS), PGD(net, EPS, steps=5))
     assert rises(PGD(net, EPS, steps=5), PGD(net, EPS, steps=5, restarts=2))

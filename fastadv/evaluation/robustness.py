@@ -227,13 +227,17 @@ class _Run:
             first = self._first
             self._warn(suspicions.of_gradients(self._objective, to_float(self.images[first]), self.labels[first]))
         self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
-        self._warn(suspicions.of_accuracies([(o.title, o.attack, r["robust_accuracy"]) for o, r in ours]))
+        robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
+        self._warn(suspicions.of_accuracies(robust))
         return {
             "clean_accuracy": int(self.correct.sum()) / n,
             "clean_correct": self.correct.tolist(),
             "attacks": results,
             "warnings": self.notes,
         }
+
+    def _robust(self, trial) -> torch.Tensor:
+        return self.correct & ~trial.verdicts.fooled
 
     def _result(self, trial) -> dict:
         opponent, verdicts = trial.opponent, trial.verdicts
@@ -246,7 +250,7 @@ class _Run:
         return {
             "attack": opponent.name,
             "eps": opponent.eps,
-            "robust_accuracy": int((self.correct & ~verdicts.fooled).sum()) / n,
+            "robust_accuracy": int(self._robust(trial).sum()) / n,
             **saved,
             "passes": verdicts.passes if opponent.ours else None,
             "seconds": trial.seconds,
