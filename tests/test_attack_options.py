@@ -320,7 +320,7 @@ OWN = {
     "BIM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
     "MIFGSM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}", "decay=1.0"),
     "TPGD": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
-    "PGDL2": (f"steps={STEPS}", "random_start=True", "eps_for_division=1e-10"),
+    "PGDL2": ("eps=0.5", "alpha=0.25", f"steps={STEPS}", "random_start=True", "eps_for_division=1e-10"),
 }
 
 
@@ -330,6 +330,12 @@ def test_repr_shows_every_setting(name):
     assert shown.startswith(f"{name}(Net, ")
     for text in (*OWN[name], *(text for _, text in SETTINGS.values())):
         assert len(re.findall(rf"[ (]{re.escape(text)}[,)]", shown)) == 1, (text, shown)
+
+
+def test_repr_shows_lengths_of_an_l2_attack_as_they_are():
+    shown = repr(PGDL2(Net(), 8 / 255, 2 / 255))
+    assert f"eps={8 / 255!r}, " in shown
+    assert f"alpha={2 / 255!r}, " in shown
 
 
 def test_repr_names_a_loss_of_ones_own():

@@ -11,6 +11,7 @@ from fastadv.attacks.checks import (
     CHOSEN,
     beyond_the_box,
     check_eps,
+    check_has_classes,
     check_images,
     check_labels,
     check_options,
@@ -44,7 +45,8 @@ class Attack(ABC):
         loss: "ce", "margin", "dlr", "kl" (from the model's output on the clean images), or a callable from
             (outputs, targets) to one value per sample; targets are then whatever was passed as labels.
         restarts: the attack is run so often from other random starts, and the strongest result is kept for each
-            image: one that is misclassified if there is any, and among those the one with the largest loss.
+            image: one that is misclassified if there is any, and among those the one with the largest loss; a loss
+            of NaN is the smallest.
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
             and bfloat16 keeps it; float16 can lose small gradients.
@@ -60,7 +62,7 @@ class Attack(ABC):
 
     steps = 1
     draws = False  # whether it needs a seed
-    largest_eps = 1.0
+    norm = "Linf"  # in which eps is a distance
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Attack(ABC):
         graph: bool = False,
         chunk: int | None = None,
     ):
-        check_eps(eps, self.largest_eps)
+        check_eps(eps, self.norm)
         check_options(targeted, loss, restarts, training_mode, graph, chunk)
         self.model = model
         self.eps = eps
@@ -214,10 +216,13 @@ class Attack(ABC):
         return slots
 
     def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
-        """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes."""
+        """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes.
+
+        No prediction, where logits are NaN, is not what it wants.
+        """
         if logits is None or targets.is_floating_point():
             return None
-        return (logits.argmax(1) == targets) == bool(self.targeted)
+        return ((logits.argmax(1) == targets) == bool(self.targeted)) & ~logits.isnan().any(1)
 
     def engine(self, slots: Slots) -> Engine:
         """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
@@ -289,7 +294,7 @@ class Attack(ABC):
             below = type(self).__mro__[: type(self).__mro__.index(Attack)]
             constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
             warnings.warn(
-                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: "
+                f"alpha = {self._shown('alpha', alpha)} is more than twice eps = {self._shown('eps', self.eps)}: "
                 "a step crosses the ball",
                 stacklevel=2 + constructors,
             )
@@ -298,7 +303,7 @@ class Attack(ABC):
         if eps is None:
             return self.eps
         if not isinstance(eps, torch.Tensor):
-            check_eps(eps, self.largest_eps)
+            check_eps(eps, self.norm)
             return eps
         if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
@@ -310,6 +315,7 @@ class Attack(ABC):
             check_start(x_init, images)
         if labels is not None:
             check_labels(labels, images, soft=self.loss in ("ce", "kl"), any_kind=callable(self.loss))
+            check_has_classes(labels, self.targeted)
         elif callable(self.loss) or self.targeted is True:
             raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
 
@@ -337,8 +343,14 @@ class Attack(ABC):
     def __repr__(self) -> str:
         shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         hidden = ("model", "objective", "draws")
-        settings = (f"{name}={_shown(name, value)}" for name, value in shown.items() if name not in hidden)
+        settings = (f"{name}={self._shown(name, value)}" for name, value in shown.items() if name not in hidden)
         return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(settings)})"
+
+    def _shown(self, name, value):
+        if self.norm == "Linf" and name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
+            in_255 = round(value * 255, 6)
+            return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
+        return getattr(value, "__name__", None) or repr(value)
 
 
 def _unwrapped(model):
@@ -360,7 +372,7 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _stronger(best, new):
     if best is None:
         return new
-    better = new[1] > best[1]
+    better = (new[1] > best[1]) | (best[1].isnan() & ~new[1].isnan())
     if new[2] is not None:
         better = (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
     return tuple(
@@ -392,10 +404,3 @@ def _padded(value, n, pad):
         if value.ndim == ndim and value.is_contiguous(memory_format=layout):
             filled = filled.contiguous(memory_format=layout)  # cat does not keep it, and noise follows the layout
     return filled
-
-
-def _shown(name, value):
-    if name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
-        in_255 = round(value * 255, 6)
-        return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
-    return getattr(value, "__name__", None) or repr(value)

@@ -34,9 +34,11 @@ def check_options(targeted, loss, restarts, training_mode, graph, chunk) -> None
         raise RuntimeError("graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither")
 
 
-def check_eps(eps: float, largest: float) -> None:
-    if not 0 <= eps <= largest:
+def check_eps(eps: float, norm: str) -> None:
+    if norm == "Linf" and not 0 <= eps <= 1:
         raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
 
 
 def check_images(images: torch.Tensor, model: Callable) -> None:
@@ -56,6 +58,15 @@ def check_start(x_init: torch.Tensor, images: torch.Tensor) -> None:
         raise ValueError(f"x_init must be on the images' device {images.device}, got {x_init.device}")
     if not _is_image(x_init):
         raise TypeError(f"x_init must be a float or uint8 tensor, got {x_init.dtype}")
+
+
+def check_has_classes(labels: torch.Tensor, targeted: bool | str) -> None:
+    if targeted in CHOSEN and not (labels.dtype == torch.int64 and labels.ndim == 1):
+        raise ValueError(
+            f"targeted={targeted!r} chooses a class other than the label, and labels of {labels.dtype} and shape "
+            f"{tuple(labels.shape)} name no class: pass int64 labels (N,), such as soft_labels.argmax(1), or targets "
+            "of your own with targeted=True"
+        )
 
 
 def check_labels(labels: torch.Tensor, images: torch.Tensor, *, soft: bool = False, any_kind: bool = False) -> None:

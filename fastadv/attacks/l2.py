@@ -27,7 +27,7 @@ class PGDL2(PGD):
         ValueError: eps is negative, or steps is below 1.
     """
 
-    largest_eps = float("inf")
+    norm = "L2"
 
     def __init__(
         self,

@@ -79,6 +79,6 @@ def _rises(robust: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _is_stronger(a: Attack, b: Attack) -> bool:
     """More steps, more restarts or a larger eps, and less of nothing, where the two can be compared."""
-    kind_a, kind_b = ((x.largest_eps, x.loss, x.targeted, getattr(x, "project", True)) for x in (a, b))
+    kind_a, kind_b = ((x.norm, x.loss, x.targeted, getattr(x, "project", True)) for x in (a, b))
     strength = [(getattr(a, name), getattr(b, name)) for name in ("steps", "restarts", "eps")]
     return kind_a == kind_b and all(x >= y for x, y in strength) and any(x > y for x, y in strength)
