@@ -1,6 +1,11 @@
 """The evaluation against a plain loop, what it promises of its queue, and what survives a cut."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ import torchattacks
 from attacked import one_thread as one_thread
 from matplotlib.image import imread
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import cli, data, models, random_init, sample_seeds
@@ -36,7 +42,10 @@ class Net(nn.Module):
         self.shapes.append(tuple(x.shape))
         if len(self.shapes) == self.cut_at:
             raise Cut
-        return self.second(self.first(x.double().flatten(1) - 0.5).sin() * 2)
+        return self.logits(x)
+
+    def logits(self, x):
+        return self.second(self.first(x.to(self.first.weight.dtype).flatten(1) - 0.5).sin() * 2)
 
 
 class Cut(BaseException):
@@ -49,12 +58,15 @@ def net():
 
 
 @pytest.fixture
-def samples(net):
-    """40 images of every difficulty; four labels are wrong from the start."""
+def samples():
+    return forty_samples()
+
+
+def forty_samples():
+    """Images of every difficulty; four labels are wrong from the start."""
     images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = net(images).argmax(1)
+    labels = Net()(images).argmax(1)
     labels[5:20:4] = (labels[5:20:4] + 1) % 3
-    net.shapes.clear()
     return images, labels
 
 
@@ -168,6 +180,35 @@ def test_batches_are_as_good_as_a_pair(net, samples):
     assert verdicts(one) == verdicts(other)
 
 
+def test_compiled_verdicts_are_those_of_a_plain_loop(net, samples, monkeypatch):
+    torch._dynamo.reset()
+    compiler, real = CompileCounterWithBackend("inductor"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=compiler, **options))
+    model = net.logits  # its own list of shapes would be compiled again for each length
+    attack = hardest(model, compile=True)
+    result = evaluate(model, samples, [attack], slots=SLOTS, seed=11)["attacks"][0]
+    assert verdicts(result) == plain_loop(net, *samples, attack, 11, last=False)
+    assert compiler.frame_count == 1  # of all the queue's batches
+
+
+def test_verdicts_under_autocast_are_those_of_a_plain_loop_under_autocast(net, samples):
+    """But for one sample in twenty, because a batch may be summed up in another order than a sample alone."""
+    images, labels = samples[0].float(), samples[1]
+    seen = []
+
+    def half(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).float()
+
+    net.float()
+    attack = hardest(net, autocast=torch.bfloat16)
+    expected = plain_loop(half, images, labels, attack, 11, last=False)
+    net.first.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    result = evaluate(net, (images, labels), [attack], slots=SLOTS, seed=11)["attacks"][0]
+    assert seen.count(torch.bfloat16) * SLOTS >= result["passes"]
+    assert sum(a != b for a, b in zip(verdicts(result), expected, strict=True)) <= 2
+
+
 # The queue
 
 
@@ -246,14 +287,17 @@ def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
 # Cut and continued
 
 
+def two_attacks(model, samples, **options):
+    return evaluate(model, samples, [hardest(model), hardest(model, restarts=2, steps=6)], slots=SLOTS, **options)
+
+
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
 def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share):
     monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
     path = tmp_path / "state"
 
     def run(model, **options):
-        attacks = [hardest(model), hardest(model, restarts=2, steps=6)]
-        return evaluate(model, samples, attacks, slots=SLOTS, save_images=tmp_path / f"{options}", **options)
+        return two_attacks(model, samples, save_images=tmp_path / f"{options}", **options)
 
     whole = run(net)
     first = Net()
@@ -279,6 +323,57 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
 
     assert run(Net(), state=path)["attacks"] == again["attacks"]  # a finished one has nothing left to do
     assert [path] == [f for f in tmp_path.iterdir() if f.is_file()]
+
+
+CHILD = """
+import os, signal, sys
+import torch
+from test_evaluation import Net, forty_samples, two_attacks
+from fastadv.evaluation import robustness
+
+path, where, fatal = sys.argv[1:]
+calls = []
+
+def dies_in(function):
+    def call(*args):
+        calls.append(1)
+        if len(calls) == int(fatal):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return call
+
+if where == "model":
+    Net.forward = dies_in(Net.forward)
+else:
+    os.fsync = dies_in(os.fsync)
+torch.set_num_threads(1)
+robustness.SAVE_EVERY = 0
+two_attacks(Net(), forty_samples(), state=path)
+"""
+
+
+@pytest.mark.parametrize(("where", "share"), [("model", 0.4), ("model", 0.9), ("fsync", 0.5)])
+def test_a_killed_run_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, where, share):
+    path, written, fsync = tmp_path / "state", [], os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "SAVE_EVERY", 0)
+        patch.setattr(os, "fsync", lambda file: written.append(1) or fsync(file))
+        whole = two_attacks(net, samples, state=tmp_path / "whole")["attacks"]
+    fatal = int(share * len(net.shapes if where == "model" else written)) | 1  # an odd fsync is of an unfinished file
+    command = [sys.executable, "-c", CHILD, path, where, str(fatal)]
+    killed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    saved = [known["passes"] for known in facts(path)["attacks"]]
+    assert [passes > 0 for passes in saved] == [True, share == 0.9]
+    assert (tmp_path / "state.new").exists() == (where == "fsync")
+
+    second = Net()
+    again = two_attacks(second, samples, state=path)["attacks"]
+    assert len(second.shapes) < len(net.shapes)
+    for one, other, before, longest in zip(whole, again, saved, (5, 7), strict=True):
+        assert verdicts(one) == verdicts(other)
+        assert other["passes"] - before <= one["passes"] - before + SLOTS * longest
+    assert not (tmp_path / "state.new").exists()
 
 
 def facts(path):
