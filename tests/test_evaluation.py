@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from fastadv.evaluation import evaluate, robustness, suspicions
 from fastadv.evaluation.images import nearest_codes
 from fastadv.evaluation.queue import READ_EVERY, Queue
 from fastadv.evaluation.saved import StateFile
+from fastadv.evaluation.windows import Windows
 
 EPS, SLOTS = 16 / 255, 7
 
@@ -212,20 +214,62 @@ def test_verdicts_under_autocast_are_those_of_a_plain_loop_under_autocast(net, s
 # The queue
 
 
-def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch):
+@pytest.mark.parametrize("pool", [None, 10, 3])
+def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch, pool):
     taken, refill = [], Queue._refill
 
     def spy(self, free):
         before = self._sample.clone()
         refill(self, free)
-        new = free & (self._sample < 40)
         assert not (before[~free] != self._sample[~free]).any()
-        taken.extend(zip(self._restart[self._sample[new]].tolist(), self._sample[new].tolist(), strict=True))
+        rows = self._sample[free & (self._sample < self._n)]
+        taken.extend(zip(self._restart[rows].tolist(), self._numbers[rows].tolist(), strict=True))
 
     monkeypatch.setattr(Queue, "_refill", spy)
-    evaluate(net, samples, [hardest(net)], slots=SLOTS)
+    evaluate(net, samples, [hardest(net)], slots=SLOTS, pool=pool)
     assert taken == sorted(taken)
     assert len(taken) == len(set(taken)) > 40
+
+
+@pytest.mark.parametrize("pool", [1, 10, 35])
+def test_no_more_images_than_the_pool_are_on_the_device_and_the_result_is_the_same(
+    net, samples, monkeypatch, tmp_path, pool
+):
+    sizes, staged, init = [], [], Queue.__init__
+
+    def spy(self, attack, images, *args, **options):
+        assert not any(earlier() is not None for earlier in staged)
+        staged.append(weakref.ref(images))
+        sizes.append(len(images))
+        init(self, attack, images, *args, **options)
+
+    monkeypatch.setattr(Queue, "__init__", spy)
+
+    def run(pool):
+        attacks = [hardest(net), hardest(net, targeted="random"), by_name("tpgd", net, EPS, restarts=2)]
+        options = {"pool": pool, "slots": SLOTS, "save_images": tmp_path / f"{pool}"}
+        results = evaluate(net, samples, attacks, **options)["attacks"]
+        return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+    whole = run(None)
+    assert sizes == [36] * 3
+    sizes.clear()
+    assert run(pool) == whole
+    assert max(sizes) == pool
+    files = [sorted((f.relative_to(root), f.read_bytes()) for f in root.rglob("*.png")) for root in tmp_path.iterdir()]
+    assert files[0] == files[1]
+    assert len(files[0]) == 3 * 36
+
+
+def test_what_is_left_of_all_windows_never_grows(net, samples, monkeypatch):
+    seen, run = [], Windows.run
+    monkeypatch.setattr(Windows, "run", lambda self: (seen.append(each) or each for each in run(self)))
+    evaluate(net, samples, [hardest(net)], slots=SLOTS, pool=10)
+    done, left = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert all(a + b <= 36 * 3 * 5 for a, b in seen)
+    assert list(left) == sorted(left, reverse=True)
+    assert left[-1] == 0
 
 
 class NoReads(TorchDispatchMode):
@@ -291,13 +335,14 @@ def two_attacks(model, samples, **options):
     return evaluate(model, samples, [hardest(model), hardest(model, restarts=2, steps=6)], slots=SLOTS, **options)
 
 
+@pytest.mark.parametrize("pool", [None, 10])
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
-def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share):
+def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share, pool):
     monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
     path = tmp_path / "state"
 
     def run(model, **options):
-        return two_attacks(model, samples, save_images=tmp_path / f"{options}", **options)
+        return two_attacks(model, samples, pool=pool, save_images=tmp_path / f"{options}", **options)
 
     whole = run(net)
     first = Net()
@@ -649,6 +694,7 @@ def test_only_comparable_attacks_are_compared(net):
     [
         ({"iterate": "first"}, "unknown iterate 'first'"),
         ({"slots": 0}, "slots must be at least 1"),
+        ({"pool": 0}, "pool must be at least 1"),
         ({"attacks": ["pgb"]}, "unknown attack 'pgb'"),
         ({"eps": 8}, r"pixels of \[0, 1\]"),
         ({"attacks": [lambda net: hardest(net, targeted=True)]}, "takes its targets for labels"),

@@ -10,6 +10,7 @@ from torch import nn
 from fastadv.attacks.checks import (
     CHOSEN,
     beyond_the_box,
+    check_device,
     check_eps,
     check_has_classes,
     check_images,
@@ -310,7 +311,8 @@ class Attack(ABC):
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
 
     def _check_batch(self, images, labels, x_init) -> None:
-        check_images(images, self.model)
+        check_images(images)
+        check_device(images.device, self.model)
         if x_init is not None:
             check_start(x_init, images)
         if labels is not None:

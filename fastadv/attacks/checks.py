@@ -41,14 +41,16 @@ def check_eps(eps: float, norm: str) -> None:
         raise ValueError(f"eps must not be negative, got {eps}")
 
 
-def check_images(images: torch.Tensor, model: Callable) -> None:
+def check_images(images: torch.Tensor) -> None:
     if not _is_image(images):
         raise TypeError(f"images must be a float or uint8 tensor, got {_kind(images)}")
     if images.ndim == 0:
         raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
-    device = device_of(model)
-    if device not in (None, images.device):
-        raise ValueError(f"images are on {images.device} and the model is on {device}: move one of them")
+
+
+def check_device(device: torch.device, model: Callable) -> None:
+    if device_of(model) not in (None, device):
+        raise ValueError(f"images are on {device} and the model is on {device_of(model)}: move one of them")
 
 
 def check_start(x_init: torch.Tensor, images: torch.Tensor) -> None:

@@ -1,17 +1,17 @@
-"""The samples of an evaluation: all of them, checked, on one device."""
+"""The samples of an evaluation: all of them, checked."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 
-from fastadv.attacks.checks import beyond_the_box, check_images, check_labels, device_of
+from fastadv.attacks.checks import beyond_the_box, check_device, check_images, check_labels, device_of
 from fastadv.attacks.state import as_normal
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def gathered(data: Batch | Iterable[Batch], model: Callable, device: torch.device | str | None) -> Batch:
-    """All images and all labels of a pair or of batches, on `device`; None means the model's.
+    """All images of a pair or of batches, where they are, and all labels, on `device`; None means the model's.
 
     Raises:
         TypeError: images are neither floats nor uint8, or labels are not int64.
@@ -21,11 +21,12 @@ def gathered(data: Batch | Iterable[Batch], model: Callable, device: torch.devic
     batches = [data] if is_pair else list(data)
     if not sum(len(labels) for _, labels in batches):
         raise ValueError("there are no images to evaluate")
-    device = device_of(model) if device is None else device
-    images, labels = (as_normal(torch.cat(part)).to(device) for part in zip(*batches, strict=True))
-    check_images(images, model)
+    images, labels = (as_normal(torch.cat(part)) for part in zip(*batches, strict=True))
+    check_images(images)
     check_labels(labels, images)
     wrong = beyond_the_box(images)
     if wrong:
         raise ValueError(wrong)
+    labels = labels.to(device or device_of(model) or images.device)
+    check_device(labels.device, model)
     return images, labels
