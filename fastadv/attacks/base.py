@@ -22,9 +22,10 @@ from fastadv.attacks.checks import (
 from fastadv.attacks.engine import Engine, GraphEngine, Slots
 from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.objective import Objective
+from fastadv.attacks.rows import padded, part_of, per_sample, scalar, seeds_for
 from fastadv.attacks.state import as_normal, frozen
 from fastadv.data import to_float
-from fastadv.functional import new_seed, random_init, sample_seeds
+from fastadv.functional import new_seed, random_init
 from fastadv.ops.autograd import result_like
 from fastadv.ops.generator import as_int64
 
@@ -146,7 +147,7 @@ class Attack(ABC):
             x = as_normal(images)
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
-            seed = _scalar(seed)
+            seed = scalar(seed)
             if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
                 seed = new_seed(x.device)
             self.objective.forget(x.device)
@@ -167,10 +168,10 @@ class Attack(ABC):
         n = len(x)
         if self.chunk is not None and n > self.chunk:
             if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
-                seed = _seeds(seed, x)  # each chunk needs noise of its own
+                seed = seeds_for(seed, x)  # each chunk needs noise of its own
             parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
             return torch.cat(
-                [self._run(x[p], targets[p], _part(eps, p), _part(seed, p), _part(x_init, p)) for p in parts]
+                [self._run(x[p], targets[p], part_of(eps, p), part_of(seed, p), part_of(x_init, p)) for p in parts]
             )
         return self._run(x, targets, eps, seed, x_init)
 
@@ -178,7 +179,7 @@ class Attack(ABC):
         n = len(x)
         pad = self._width - n if self.compile and self.training_mode == "eval" else 0
         if pad > 0:
-            x, targets, eps, seed, x_init = (_padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
+            x, targets, eps, seed, x_init = (padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
         self._width = max(self._width, n)
         self.objective.counted = n if pad > 0 else None
         adv = self._strongest(x, targets, eps, seed, x_init)
@@ -189,7 +190,7 @@ class Attack(ABC):
         for restart in range(self.restarts):
             if restart > 0:
                 x_init = None
-                again = _seeds(seed, x, restart)
+                again = seeds_for(seed, x, restart)
             engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
             engine.run()
             adv = engine.slots.adv.clone() if self.graph else engine.slots.adv  # a graph's is written again
@@ -258,7 +259,7 @@ class Attack(ABC):
             return as_normal(labels)
         seeds = seed
         if self.targeted == "random":
-            seeds = _seeds(seed, x, 2**32 - 1)
+            seeds = seeds_for(seed, x, 2**32 - 1)
         return self.targets(self._clean_logits(x), labels, seeds)
 
     @property
@@ -366,11 +367,6 @@ def _unwrapped(model):
     return model, normalization
 
 
-def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N,) as (N, 1, ...), to go with `like`."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
-
-
 def _stronger(best, new):
     if best is None:
         return new
@@ -380,29 +376,3 @@ def _stronger(best, new):
     return tuple(
         None if b is None else torch.where(per_sample(better, b), n, b) for n, b in zip(new, best, strict=True)
     )
-
-
-def _scalar(seed):
-    return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed
-
-
-def _seeds(seed, x, restart=0):
-    """One seed for each of `x`; from seeds that are one per sample already, the sample's number adds nothing."""
-    per_sample = isinstance(seed, torch.Tensor) and seed.numel() != 1
-    make = torch.zeros if per_sample else torch.arange
-    return sample_seeds(seed, make(len(x), dtype=torch.int64, device=x.device), restart)
-
-
-def _part(value, part):
-    rows = isinstance(value, torch.Tensor) and value.ndim > 0 and value.numel() > 1
-    return value[part] if rows else value
-
-
-def _padded(value, n, pad):
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != n:
-        return value
-    filled = torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
-    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if value.ndim == ndim and value.is_contiguous(memory_format=layout):
-            filled = filled.contiguous(memory_format=layout)  # cat does not keep it, and noise follows the layout
-    return filled

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fastadv.attacks.base import Attack, per_sample
+from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine
+from fastadv.attacks.rows import per_sample
 from fastadv.functional import sample_seeds
 from fastadv.ops.autograd import result_like
 
