@@ -12,6 +12,7 @@ EPS = 8 / 255
 L2_EPS = 0.5
 STEPS = 3
 CLASSES = 5
+N = 6
 
 ATTACKS = {
     "FGSM": lambda model, **o: FGSM(model, EPS, **o),
@@ -41,7 +42,7 @@ def fresh_seed():
 
 
 class Net(nn.Module):
-    """Smooth, so that no gradient is zero by accident; with batch-norm, dropout and a buffer outside the state dict."""
+    """Smooth, so that no gradient is zero by accident; with batch-norm, dropout and a buffer that counts calls."""
 
     def __init__(self, classes=CLASSES):
         super().__init__()
@@ -52,11 +53,12 @@ class Net(nn.Module):
             self.head.weight.mul_(3)
 
     def forward(self, x):
+        self.hidden += 1
         features = nn.functional.avg_pool2d(self.norm(self.conv(x)).tanh(), 2)
         return self.head(self.drop(features.flatten(1)))
 
 
-def batch_of(n=6, dtype=torch.float32, classes=CLASSES, size=6):
+def batch_of(n=N, dtype=torch.float32, classes=CLASSES, size=6):
     return torch.rand(n, 3, size, size, dtype=dtype), torch.randint(classes, (n,))
 
 
@@ -68,6 +70,16 @@ def distances(name, adv, images):
 
 def radius(name):
     return L2_EPS if name == "PGDL2" else 3 * EPS if name == "NFGSM" else EPS
+
+
+@pytest.fixture
+def net():
+    return Net().double().eval()
+
+
+@pytest.fixture
+def batch():
+    return batch_of(dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

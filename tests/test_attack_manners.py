@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from attacked import ATTACKS, CLASSES, EPS, RANDOM, STEPS, Net, batch_of, distances, every_attack, radius, steps_of
+from attacked import ATTACKS, CLASSES, EPS, RANDOM, STEPS, N, Net, batch_of, distances, every_attack, radius, steps_of
 from attacked import one_thread as one_thread
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastadv.attacks import FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
 
-N = 6
 OPTIONS = {
     "plain": {},
     "restarts": {"restarts": 2},
@@ -124,6 +123,29 @@ def test_buffers_that_the_model_replaces_are_put_back(name, mode):
     expected = left_of(net, {})
     ATTACKS[name](net, training_mode=mode)(*batch_of(N))
     assert_equal(left_of(net, {}), expected)
+
+
+@every_attack
+def test_buffers_that_nothing_can_write_to_are_no_obstacle(name):
+    net = Net()
+    net.register_buffer("expanded", torch.ones(1).expand(3))
+    with torch.inference_mode():
+        net.register_buffer("fixed", torch.ones(3))
+    expected = left_of(net, {})
+    ATTACKS[name](net)(*batch_of(N))
+    assert_equal(left_of(net, {}), expected)
+
+
+@every_attack
+@pytest.mark.parametrize("mode", ["as_is", "batch_norm", "eval"])
+def test_a_backward_may_begin_before_the_attack_and_end_after_it(name, mode):
+    net, (images, labels) = Net(), batch_of(N)
+    net.norm.eval()
+    attack = ATTACKS[name](net, training_mode=mode)
+    loss = nn.functional.cross_entropy(net(images), labels)
+    attack(images, labels)
+    loss.backward()  # batch-norm in eval mode kept its statistics for this
+    assert all(p.grad.any() for p in net.parameters())
 
 
 @every_attack
@@ -325,7 +347,7 @@ def test_the_host_reads_the_device_once_and_last(name, call, monkeypatch):
         reads = [i for i, (_, _, waits) in enumerate(log.ops) if waits]
         assert len(reads) == 1
         rest = {op for op, *_ in log.ops[reads[0] + 1 :]}
-        assert rest <= {"aten.copy_.default"}  # batch-norm's statistics are put back
+        assert rest <= {"aten.detach.default", "aten.copy_.default"}  # buffers are put back
         assert reads[0] > 10
 
 

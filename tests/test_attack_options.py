@@ -5,24 +5,13 @@ import types
 
 import pytest
 import torch
-from attacked import ATTACKS, CLASSES, EPS, STEPS, Net, batch_of, every_attack
+from attacked import ATTACKS, CLASSES, EPS, STEPS, N, Net, batch_of, every_attack
+from attacked import batch as batch
+from attacked import net as net
 from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv.attacks import FGSM, PGD, PGDL2, TPGD
-
-N = 6
-
-
-@pytest.fixture
-def net():
-    return Net().double().eval()
-
-
-@pytest.fixture
-def batch():
-    return batch_of(N, torch.float64)
-
 
 # Memory
 
@@ -116,12 +105,13 @@ def test_batch_norm_takes_the_batchs_statistics_where_asked_to(batch, mode, trai
 
 
 @every_attack
-def test_autocast_runs_the_model_in_that_dtype(name):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_the_model_in_that_dtype(name, dtype):
     net, seen = Net(), []
     net.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     images, labels = batch_of(N)
-    adv = ATTACKS[name](net, autocast=torch.bfloat16)(images, labels)
-    assert set(seen) == {torch.bfloat16}
+    adv = ATTACKS[name](net, autocast=dtype)(images, labels)
+    assert set(seen) == {dtype}
     assert adv.dtype == torch.float32
     seen.clear()
     ATTACKS[name](net)(images, labels)
@@ -181,12 +171,33 @@ def test_nothing_is_compiled_twice(net, batch, attack_on, compiler, monkeypatch)
         state = {key: value.clone() for key, value in net.state_dict().items()}
         alone = update(x, y)
         net.load_state_dict(state)
+        buffers = [b.clone() for b in net.buffers()]
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             adv = attack(x, y, seed=seeds)
+        assert all(torch.equal(a, b) for a, b in zip(net.buffers(), buffers, strict=True))
         expected = eager(x, y, seed=seeds)
         assert all(torch.equal(a, b) for a, b in zip(alone, update(x, y), strict=True))
         torch.testing.assert_close(adv, expected, rtol=0, atol=1e-7)
         optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["as_is", "batch_norm"])
+def test_compile_takes_the_batchs_statistics_as_eager_does(net, batch, mode, monkeypatch):
+    torch._dynamo.reset()
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
+    net.train()
+    net.drop.p = 0.0
+    options = {"training_mode": mode, "random_start": False, "steps": 2}
+    compiled, eager = (PGD(net, compile=compile, **options) for compile in (True, False))
+    plain = PGD(net, random_start=False, steps=2)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    for n in (N, 4):  # a smaller batch is not filled up: that would change its statistics
+        images, labels = batch[0][:n], batch[1][:n]
+        adv = compiled(images, labels)
+        torch.testing.assert_close(adv, eager(images, labels), rtol=0, atol=1e-9)
+        assert not torch.equal(adv, plain(images, labels))
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_a_compiled_attack_really_is_compiled(monkeypatch):
@@ -258,25 +269,31 @@ def test_logits_are_found_in_what_models_return(net, batch, name, output, module
         assert torch.equal(ATTACKS[name](model, **o)(*batch, seed=1), expected)
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @every_attack
-def test_a_data_parallel_model_is_attacked_through_its_module(net, batch, name):
-    class Parallel(nn.parallel.DistributedDataParallel):
-        def __init__(self, module):
-            nn.Module.__init__(self)
-            self.module = module
-
-        def forward(self, *args):
-            raise AssertionError("its hooks would wait for the other processes")
-
-    parallel = Parallel(net.train())
+def test_a_data_parallel_model_is_attacked_through_its_module(net, batch, name, one_process, monkeypatch):
+    parallel = nn.parallel.DistributedDataParallel(net.train())
     frozen = []
     net.register_forward_pre_hook(lambda *a: frozen.append(any(p.requires_grad for p in parallel.parameters())))
-    adv = ATTACKS[name](parallel)(*batch, seed=1)
+    with monkeypatch.context() as patch:  # its hooks would wait for the other processes
+        patch.setattr(parallel, "forward", lambda *args: pytest.fail("called through the wrapper"))
+        adv = ATTACKS[name](parallel)(*batch, seed=1)
+    assert frozen
     assert not any(frozen)
     assert parallel.training
     assert net.norm.training
     assert all(p.requires_grad for p in parallel.parameters())
     assert torch.equal(adv, ATTACKS[name](net)(*batch, seed=1))
+    nn.functional.cross_entropy(parallel(adv), batch[1]).backward()  # the update goes through the wrapper
+    assert all(p.grad.any() for p in net.head.parameters())
 
 
 @every_attack
@@ -329,7 +346,7 @@ OWN = {
     "BIM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
     "MIFGSM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}", "decay=1.0"),
     "TPGD": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
-    "PGDL2": (f"steps={STEPS}", "random_start=True", "eps_for_division=1e-10"),
+    "PGDL2": ("eps=0.5", "alpha=0.25", f"steps={STEPS}", "random_start=True", "eps_for_division=1e-10"),
 }
 
 
@@ -339,6 +356,12 @@ def test_repr_shows_every_setting(name):
     assert shown.startswith(f"{name}(Net, ")
     for text in (*OWN[name], *(text for _, text in SETTINGS.values())):
         assert len(re.findall(rf"[ (]{re.escape(text)}[,)]", shown)) == 1, (text, shown)
+
+
+def test_repr_shows_lengths_of_an_l2_attack_as_they_are():
+    shown = repr(PGDL2(Net(), 8 / 255, 2 / 255))
+    assert f"eps={8 / 255!r}, " in shown
+    assert f"alpha={2 / 255!r}, " in shown
 
 
 def test_repr_names_a_loss_of_ones_own():

@@ -1,28 +1,32 @@
 """What attacks compute: against torchattacks, plain loops, closed forms and statistics."""
 
 import math
+import sys
 
 import pytest
 import torch
 import torchattacks
-from attacked import ATTACKS, CLASSES, EPS, L2_EPS, RANDOM, SINGLE_STEP, Net, batch_of, distances, every_attack, radius
+from attacked import (
+    ATTACKS,
+    CLASSES,
+    EPS,
+    L2_EPS,
+    RANDOM,
+    SINGLE_STEP,
+    N,
+    Net,
+    batch_of,
+    distances,
+    every_attack,
+    radius,
+)
+from attacked import batch as batch
+from attacked import net as net
 from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import sample_seeds
 from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
-
-N = 6
-
-
-@pytest.fixture
-def net():
-    return Net().double().eval()
-
-
-@pytest.fixture
-def batch():
-    return batch_of(N, torch.float64)
 
 
 def within_an_ulp(a, b, images, reach=EPS):
@@ -311,6 +315,20 @@ def test_random_targets_cover_all_classes_but_the_label():
     assert (recorded(targeted="random")(images[:50], torch.full((50,), two)) != two).all()
 
 
+@pytest.mark.parametrize("targeted", ["random", "least_likely"])
+def test_labels_that_name_no_class_have_no_other_class(net, batch, targeted):
+    images, soft = batch[0], torch.rand(N, CLASSES, dtype=torch.float64).softmax(1)
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=rf"targeted='{targeted}' chooses .* \(6, 5\) name no class: .*argmax\(1\)"):
+        PGD(net, EPS, targeted=targeted)(images, soft)
+    own = PGD(net, EPS, targeted=targeted, loss=lambda outputs, targets: (outputs - targets).abs().sum(1))
+    with pytest.raises(ValueError, match="name no class"):
+        own(images, soft)
+    assert not calls
+    PGD(net, EPS, targeted=True)(images, soft)
+
+
 def test_least_likely_target_is_the_smallest_logit_but_the_label():
     images, labels = batch_of(200)
     logits = images.flatten(1)[:, :CLASSES]
@@ -456,6 +474,27 @@ def test_restarts_keep_a_fooled_result_over_one_of_larger_loss():
     assert torch.equal(best[:, 0, 0, 0] > 0.5, possible)
 
 
+@pytest.mark.parametrize("gap", [torch.nan, torch.inf], ids=["NaN", "infinite"])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_restarts_keep_a_finite_result_over_a_broken_one(gap, targeted, recwarn):
+    """Where the first pixel grew the model breaks, to an output whose largest entry is class 1."""
+
+    def model(x):
+        broken = (x[:, 0, 0, 0] > 0.5)[:, None] & torch.tensor([False, True, False])
+        logits = torch.tensor([0.1, 0.0, 0.0]) + x.flatten(1)[:, :3] / 100
+        return torch.where(broken, gap, logits)
+
+    images, labels, index = torch.full((64, 3, 6, 6), 0.5), torch.full((64,), int(targeted)), torch.arange(64)
+    single = PGD(model, EPS, 0.0, 1, targeted=targeted)
+    runs = [single(images, labels, seed=5)]
+    runs += [single(images, labels, seed=sample_seeds(5, index, restart=r)) for r in (1, 2)]
+    broken = torch.stack([adv[:, 0, 0, 0] > 0.5 for adv in runs])
+    best = PGD(model, EPS, 0.0, 1, targeted=targeted, restarts=3)(images, labels, seed=5)
+    # NaN is no prediction; an infinite logit is one, and fools, although its loss is NaN.
+    expected = broken.any(0) if gap == torch.inf else broken.all(0)
+    assert torch.equal(best[:, 0, 0, 0] > 0.5, expected)
+
+
 def test_restarts_of_a_regression_take_the_largest_loss(batch):
     images, values = batch[0], torch.rand(N, dtype=torch.float64)
 
@@ -507,10 +546,21 @@ def test_an_attack_of_no_budget_takes_that_of_its_call(net, batch, cls):
 def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
     cls(Net(), 0.1, alpha=0.2)
     assert not recwarn.list
+
+    class Own(cls):
+        """No constructor of its own."""
+
+    class Deeper(Own):
+        def __init__(self, model):
+            super().__init__(model, 0.1, alpha=0.21)
+
+    here = sys._getframe().f_lineno
     cls(Net(), 0.1, alpha=0.21)
+    Own(Net(), 0.1, alpha=0.21)
+    Deeper(Net())
+    assert [w.lineno - here for w in recwarn.list] == [1, 2, 3]
     assert "more than twice eps" in str(recwarn.list[0].message)
-    assert len(recwarn.list) == 1
-    assert recwarn.list[0].filename == __file__
+    assert {w.filename for w in recwarn.list} == {__file__}
 
 
 @every_attack

@@ -66,6 +66,24 @@ def test_graph_sees_new_weights(model):
     assert torch.equal(graph(images, labels, seed=1), PGD(model, EPS)(images, labels, seed=1))
 
 
+def test_buffers_that_a_graph_writes_to_are_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(192, 5)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.head(x.flatten(1))
+
+    counting = Counting().cuda()
+    graph = PGD(counting, EPS, graph=True)
+    for _ in range(2):  # captured, and replayed alone
+        graph(*batch())
+        assert int(counting.calls) == 0
+
+
 @every_attack
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_host_waits_for_the_device_only_at_the_end(model, attack, graph, monkeypatch):

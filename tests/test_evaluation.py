@@ -1,12 +1,20 @@
 """The evaluation against a plain loop, what it promises of its queue, and what survives a cut."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import torchattacks
+from attacked import one_thread as one_thread
 from matplotlib.image import imread
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv import cli, data, models, random_init, sample_seeds
@@ -15,17 +23,9 @@ from fastadv.evaluation import evaluate, robustness, suspicions
 from fastadv.evaluation.images import nearest_codes
 from fastadv.evaluation.queue import READ_EVERY, Queue
 from fastadv.evaluation.saved import StateFile
+from fastadv.evaluation.windows import Windows
 
 EPS, SLOTS = 16 / 255, 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):
@@ -44,7 +44,10 @@ class Net(nn.Module):
         self.shapes.append(tuple(x.shape))
         if len(self.shapes) == self.cut_at:
             raise Cut
-        return self.second(self.first(x.double().flatten(1) - 0.5).sin() * 2)
+        return self.logits(x)
+
+    def logits(self, x):
+        return self.second(self.first(x.to(self.first.weight.dtype).flatten(1) - 0.5).sin() * 2)
 
 
 class Cut(BaseException):
@@ -57,12 +60,15 @@ def net():
 
 
 @pytest.fixture
-def samples(net):
-    """40 images of every difficulty; four labels are wrong from the start."""
+def samples():
+    return forty_samples()
+
+
+def forty_samples():
+    """Images of every difficulty; four labels are wrong from the start."""
     images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = net(images).argmax(1)
+    labels = Net()(images).argmax(1)
     labels[5:20:4] = (labels[5:20:4] + 1) % 3
-    net.shapes.clear()
     return images, labels
 
 
@@ -176,23 +182,94 @@ def test_batches_are_as_good_as_a_pair(net, samples):
     assert verdicts(one) == verdicts(other)
 
 
+def test_compiled_verdicts_are_those_of_a_plain_loop(net, samples, monkeypatch):
+    torch._dynamo.reset()
+    compiler, real = CompileCounterWithBackend("inductor"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=compiler, **options))
+    model = net.logits  # its own list of shapes would be compiled again for each length
+    attack = hardest(model, compile=True)
+    result = evaluate(model, samples, [attack], slots=SLOTS, seed=11)["attacks"][0]
+    assert verdicts(result) == plain_loop(net, *samples, attack, 11, last=False)
+    assert compiler.frame_count == 1  # of all the queue's batches
+
+
+def test_verdicts_under_autocast_are_those_of_a_plain_loop_under_autocast(net, samples):
+    """But for one sample in twenty, because a batch may be summed up in another order than a sample alone."""
+    images, labels = samples[0].float(), samples[1]
+    seen = []
+
+    def half(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).float()
+
+    net.float()
+    attack = hardest(net, autocast=torch.bfloat16)
+    expected = plain_loop(half, images, labels, attack, 11, last=False)
+    net.first.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    result = evaluate(net, (images, labels), [attack], slots=SLOTS, seed=11)["attacks"][0]
+    assert seen.count(torch.bfloat16) * SLOTS >= result["passes"]
+    assert sum(a != b for a, b in zip(verdicts(result), expected, strict=True)) <= 2
+
+
 # The queue
 
 
-def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch):
+@pytest.mark.parametrize("pool", [None, 10, 3])
+def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch, pool):
     taken, refill = [], Queue._refill
 
     def spy(self, free):
         before = self._sample.clone()
         refill(self, free)
-        new = free & (self._sample < 40)
         assert not (before[~free] != self._sample[~free]).any()
-        taken.extend(zip(self._restart[self._sample[new]].tolist(), self._sample[new].tolist(), strict=True))
+        rows = self._sample[free & (self._sample < self._n)]
+        taken.extend(zip(self._restart[rows].tolist(), self._numbers[rows].tolist(), strict=True))
 
     monkeypatch.setattr(Queue, "_refill", spy)
-    evaluate(net, samples, [hardest(net)], slots=SLOTS)
+    evaluate(net, samples, [hardest(net)], slots=SLOTS, pool=pool)
     assert taken == sorted(taken)
     assert len(taken) == len(set(taken)) > 40
+
+
+@pytest.mark.parametrize("pool", [1, 10, 35])
+def test_no_more_images_than_the_pool_are_on_the_device_and_the_result_is_the_same(
+    net, samples, monkeypatch, tmp_path, pool
+):
+    sizes, staged, init = [], [], Queue.__init__
+
+    def spy(self, attack, images, *args, **options):
+        assert not any(earlier() is not None for earlier in staged)
+        staged.append(weakref.ref(images))
+        sizes.append(len(images))
+        init(self, attack, images, *args, **options)
+
+    monkeypatch.setattr(Queue, "__init__", spy)
+
+    def run(pool):
+        attacks = [hardest(net), hardest(net, targeted="random"), by_name("tpgd", net, EPS, restarts=2)]
+        options = {"pool": pool, "slots": SLOTS, "save_images": tmp_path / f"{pool}"}
+        results = evaluate(net, samples, attacks, **options)["attacks"]
+        return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+    whole = run(None)
+    assert sizes == [36] * 3
+    sizes.clear()
+    assert run(pool) == whole
+    assert max(sizes) == pool
+    files = [sorted((f.relative_to(root), f.read_bytes()) for f in root.rglob("*.png")) for root in tmp_path.iterdir()]
+    assert files[0] == files[1]
+    assert len(files[0]) == 3 * 36
+
+
+def test_what_is_left_of_all_windows_never_grows(net, samples, monkeypatch):
+    seen, run = [], Windows.run
+    monkeypatch.setattr(Windows, "run", lambda self: (seen.append(each) or each for each in run(self)))
+    evaluate(net, samples, [hardest(net)], slots=SLOTS, pool=10)
+    done, left = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert all(a + b <= 36 * 3 * 5 for a, b in seen)
+    assert list(left) == sorted(left, reverse=True)
+    assert left[-1] == 0
 
 
 class NoReads(TorchDispatchMode):
@@ -254,14 +331,18 @@ def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
 # Cut and continued
 
 
+def two_attacks(model, samples, **options):
+    return evaluate(model, samples, [hardest(model), hardest(model, restarts=2, steps=6)], slots=SLOTS, **options)
+
+
+@pytest.mark.parametrize("pool", [None, 10])
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
-def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share):
+def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share, pool):
     monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
     path = tmp_path / "state"
 
     def run(model, **options):
-        attacks = [hardest(model), hardest(model, restarts=2, steps=6)]
-        return evaluate(model, samples, attacks, slots=SLOTS, save_images=tmp_path / f"{options}", **options)
+        return two_attacks(model, samples, pool=pool, save_images=tmp_path / f"{options}", **options)
 
     whole = run(net)
     first = Net()
@@ -287,6 +368,57 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
 
     assert run(Net(), state=path)["attacks"] == again["attacks"]  # a finished one has nothing left to do
     assert [path] == [f for f in tmp_path.iterdir() if f.is_file()]
+
+
+CHILD = """
+import os, signal, sys
+import torch
+from test_evaluation import Net, forty_samples, two_attacks
+from fastadv.evaluation import robustness
+
+path, where, fatal = sys.argv[1:]
+calls = []
+
+def dies_in(function):
+    def call(*args):
+        calls.append(1)
+        if len(calls) == int(fatal):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return call
+
+if where == "model":
+    Net.forward = dies_in(Net.forward)
+else:
+    os.fsync = dies_in(os.fsync)
+torch.set_num_threads(1)
+robustness.SAVE_EVERY = 0
+two_attacks(Net(), forty_samples(), state=path)
+"""
+
+
+@pytest.mark.parametrize(("where", "share"), [("model", 0.4), ("model", 0.9), ("fsync", 0.5)])
+def test_a_killed_run_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, where, share):
+    path, written, fsync = tmp_path / "state", [], os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "SAVE_EVERY", 0)
+        patch.setattr(os, "fsync", lambda file: written.append(1) or fsync(file))
+        whole = two_attacks(net, samples, state=tmp_path / "whole")["attacks"]
+    fatal = int(share * len(net.shapes if where == "model" else written)) | 1  # an odd fsync is of an unfinished file
+    command = [sys.executable, "-c", CHILD, path, where, str(fatal)]
+    killed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    saved = [known["passes"] for known in facts(path)["attacks"]]
+    assert [passes > 0 for passes in saved] == [True, share == 0.9]
+    assert (tmp_path / "state.new").exists() == (where == "fsync")
+
+    second = Net()
+    again = two_attacks(second, samples, state=path)["attacks"]
+    assert len(second.shapes) < len(net.shapes)
+    for one, other, before, longest in zip(whole, again, saved, (5, 7), strict=True):
+        assert verdicts(one) == verdicts(other)
+        assert other["passes"] - before <= one["passes"] - before + SLOTS * longest
+    assert not (tmp_path / "state.new").exists()
 
 
 def facts(path):
@@ -461,6 +593,17 @@ def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samp
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
+    def broken(x):
+        return net(x) * torch.nan
+
+    attacks = [FGSM(broken, EPS), PGDL2(broken, 0.25, 0.1, 1)]
+    with pytest.warns(UserWarning, match="not finite"):
+        report = evaluate(broken, (samples[0], torch.zeros(40).long()), attacks, slots=SLOTS)
+    notes = [note for note in report["warnings"] if "not finite" in note]
+    assert [note.split(" losses under ")[1].split(" were")[0] for note in notes] == ["FGSM at 16/255", "PGDL2 at 0.25"]
+
+
 def test_an_attack_on_another_model_is_a_transfer(net, samples):
     weak = lambda x: net(1 - x)  # noqa: E731
     attack = PGD(weak, EPS, EPS, 1, random_start=False)
@@ -516,9 +659,22 @@ def test_accuracy_that_rises_with_the_budget_is_called_so():
         evaluate(trap, (images, labels), ["fgsm"], eps=[4 / 255, 8 / 255], slots=2)
 
 
+@pytest.mark.parametrize(
+    ("gained", "lost", "called_so"),
+    [(1, 0, False), (4, 0, False), (5, 0, True), (7, 1, True), (60, 39, True), (60, 40, False), (0, 60, False)],
+)
+def test_accuracy_that_rises_by_chance_is_not_called_so(net, gained, lost, called_so):
+    weak = torch.tensor([False] * gained + [True] * lost + [True] * 500 + [False] * 400)
+    strong = torch.tensor([True] * gained + [False] * lost + [True] * 500 + [False] * 400)
+    attacks = [("weak", FGSM(net, EPS), weak), ("strong", PGD(net, EPS, steps=5), strong)]
+    assert len(list(suspicions.of_accuracies(attacks))) == called_so
+    assert len(list(suspicions.of_accuracies(attacks[::-1]))) == called_so
+
+
 def test_only_comparable_attacks_are_compared(net):
     def rises(weak, strong):
-        return bool(list(suspicions.of_accuracies([("weak", weak, 0.4), ("strong", strong, 0.5)])))
+        none, all_ = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
+        return bool(list(suspicions.of_accuracies([("weak", weak, none), ("strong", strong, all_)])))
 
     assert rises(FGSM(net, EPS), PGD(net, EPS, steps=5))
     assert rises(PGD(net, EPS, steps=5), PGD(net, EPS, steps=5, restarts=2))
@@ -538,6 +694,7 @@ def test_only_comparable_attacks_are_compared(net):
     [
         ({"iterate": "first"}, "unknown iterate 'first'"),
         ({"slots": 0}, "slots must be at least 1"),
+        ({"pool": 0}, "pool must be at least 1"),
         ({"attacks": ["pgb"]}, "unknown attack 'pgb'"),
         ({"eps": 8}, r"pixels of \[0, 1\]"),
         ({"attacks": [lambda net: hardest(net, targeted=True)]}, "takes its targets for labels"),
@@ -546,6 +703,8 @@ def test_only_comparable_attacks_are_compared(net):
         ({"labels": lambda y: y + 1}, "below the model's 3 classes, got 3"),
         ({"labels": lambda y: y - 1}, "not be negative, got -1"),
         ({"labels": lambda y: y[:0], "images": lambda x: x[:0]}, "no images to evaluate"),
+        ({"labels": lambda y: y[:39]}, "one for each of images"),
+        ({"device": "meta"}, "images are on meta and the model is on cpu"),
     ],
 )
 def test_what_cannot_work_is_refused(net, samples, options, message):
@@ -559,8 +718,7 @@ def test_what_cannot_work_is_refused(net, samples, options, message):
     ("images", "labels", "message"),
     [
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "images must be a float or uint8"),
-        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "labels must be int64"),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), "one for each of images"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "labels must be an int64 tensor"),
     ],
 )
 def test_data_of_a_wrong_type_are_refused(net, images, labels, message):

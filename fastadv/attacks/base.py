@@ -1,6 +1,5 @@
 """What every attack has in common: its calling convention, its options, its checks and its manners."""
 
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,17 +7,27 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fastadv.attacks.checks import (
+    CHOSEN,
+    beyond_the_box,
+    check_device,
+    check_eps,
+    check_has_classes,
+    check_images,
+    check_labels,
+    check_options,
+    check_start,
+    highest,
+)
 from fastadv.attacks.engine import Engine, GraphEngine, Slots
-from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.state import TRAINING_MODES, as_normal, frozen
+from fastadv.attacks.rows import padded, part_of, per_sample, scalar, seeds_for
+from fastadv.attacks.state import as_normal, frozen
 from fastadv.data import to_float
-from fastadv.functional import new_seed, random_init, sample_seeds
+from fastadv.functional import new_seed, random_init
 from fastadv.ops.autograd import result_like
 from fastadv.ops.generator import as_int64
-
-TARGETED = (False, True, "random", "least_likely")
 
 
 class Attack(ABC):
@@ -38,7 +47,8 @@ class Attack(ABC):
         loss: "ce", "margin", "dlr", "kl" (from the model's output on the clean images), or a callable from
             (outputs, targets) to one value per sample; targets are then whatever was passed as labels.
         restarts: the attack is run so often from other random starts, and the strongest result is kept for each
-            image: one that is misclassified if there is any, and among those the one with the largest loss.
+            image: one that is misclassified if there is any, and among those the one with the largest loss; a loss
+            of NaN is the smallest.
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
             and bfloat16 keeps it; float16 can lose small gradients.
@@ -54,7 +64,7 @@ class Attack(ABC):
 
     steps = 1
     draws = False  # whether it needs a seed
-    largest_eps = 1.0
+    norm = "Linf"  # in which eps is a distance
 
     def __init__(
         self,
@@ -71,22 +81,8 @@ class Attack(ABC):
         graph: bool = False,
         chunk: int | None = None,
     ):
-        self._check_eps(eps)
-        if targeted not in TARGETED:
-            raise ValueError(f"targeted must be one of {', '.join(map(repr, TARGETED))}, got {targeted!r}")
-        if not callable(loss) and loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
-        if targeted and loss == "kl":
-            raise ValueError("the loss kl has no target class: leave targeted at False, or choose another loss")
-        for name, value in (("restarts", restarts), ("chunk", 1 if chunk is None else chunk)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if training_mode not in TRAINING_MODES:
-            raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
-        if graph and not torch.cuda.is_available():
-            raise RuntimeError(
-                "graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither"
-            )
+        check_eps(eps, self.norm)
+        check_options(targeted, loss, restarts, training_mode, graph, chunk)
         self.model = model
         self.eps = eps
         self.targeted = targeted
@@ -151,7 +147,7 @@ class Attack(ABC):
             x = as_normal(images)
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
-            seed = _scalar(seed)
+            seed = scalar(seed)
             if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
                 seed = new_seed(x.device)
             self.objective.forget(x.device)
@@ -172,10 +168,10 @@ class Attack(ABC):
         n = len(x)
         if self.chunk is not None and n > self.chunk:
             if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
-                seed = _seeds(seed, x)  # each chunk needs noise of its own
+                seed = seeds_for(seed, x)  # each chunk needs noise of its own
             parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
             return torch.cat(
-                [self._run(x[p], targets[p], _part(eps, p), _part(seed, p), _part(x_init, p)) for p in parts]
+                [self._run(x[p], targets[p], part_of(eps, p), part_of(seed, p), part_of(x_init, p)) for p in parts]
             )
         return self._run(x, targets, eps, seed, x_init)
 
@@ -183,7 +179,7 @@ class Attack(ABC):
         n = len(x)
         pad = self._width - n if self.compile and self.training_mode == "eval" else 0
         if pad > 0:
-            x, targets, eps, seed, x_init = (_padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
+            x, targets, eps, seed, x_init = (padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
         self._width = max(self._width, n)
         self.objective.counted = n if pad > 0 else None
         adv = self._strongest(x, targets, eps, seed, x_init)
@@ -194,7 +190,7 @@ class Attack(ABC):
         for restart in range(self.restarts):
             if restart > 0:
                 x_init = None
-                again = _seeds(seed, x, restart)
+                again = seeds_for(seed, x, restart)
             engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
             engine.run()
             adv = engine.slots.adv.clone() if self.graph else engine.slots.adv  # a graph's is written again
@@ -222,10 +218,13 @@ class Attack(ABC):
         return slots
 
     def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
-        """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes."""
+        """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes.
+
+        No prediction, where logits are NaN, is not what it wants.
+        """
         if logits is None or targets.is_floating_point():
             return None
-        return (logits.argmax(1) == targets) == bool(self.targeted)
+        return ((logits.argmax(1) == targets) == bool(self.targeted)) & ~logits.isnan().any(1)
 
     def engine(self, slots: Slots) -> Engine:
         """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
@@ -260,13 +259,13 @@ class Attack(ABC):
             return as_normal(labels)
         seeds = seed
         if self.targeted == "random":
-            seeds = _seeds(seed, x, 2**32 - 1)
+            seeds = seeds_for(seed, x, 2**32 - 1)
         return self.targets(self._clean_logits(x), labels, seeds)
 
     @property
     def needs_clean(self) -> bool:
         """Whether its targets depend on the model's outputs on the clean images."""
-        return self.loss == "kl" or self.targeted in ("random", "least_likely")
+        return self.loss == "kl" or self.targeted in CHOSEN
 
     def targets(
         self, logits: torch.Tensor, labels: torch.Tensor | None, seeds: torch.Tensor | None = None
@@ -294,79 +293,44 @@ class Attack(ABC):
 
     def _warn_of_step(self, alpha) -> None:
         if alpha is not None and alpha > 2 * self.eps:
-            level, frame = 1, sys._getframe()
-            while frame is not None and frame.f_locals.get("self") is self:  # subclasses' constructors
-                level, frame = level + 1, frame.f_back
+            below = type(self).__mro__[: type(self).__mro__.index(Attack)]
+            constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
             warnings.warn(
-                f"alpha = {_shown('alpha', alpha)} is more than twice eps = {_shown('eps', self.eps)}: "
+                f"alpha = {self._shown('alpha', alpha)} is more than twice eps = {self._shown('eps', self.eps)}: "
                 "a step crosses the ball",
-                stacklevel=level,
+                stacklevel=2 + constructors,
             )
-
-    def _check_eps(self, eps) -> None:
-        if not 0 <= eps <= self.largest_eps:
-            raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
 
     def _budget(self, eps, x):
         if eps is None:
             return self.eps
         if not isinstance(eps, torch.Tensor):
-            self._check_eps(eps)
+            check_eps(eps, self.norm)
             return eps
         if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
 
     def _check_batch(self, images, labels, x_init) -> None:
-        if not isinstance(images, torch.Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8):
-            raise TypeError(f"images must be a float or uint8 tensor, got {getattr(images, 'dtype', type(images))}")
-        if images.ndim == 0:
-            raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
-        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
-        if parameter is not None and parameter.device != images.device:
-            raise ValueError(f"images are on {images.device} and the model is on {parameter.device}: move one of them")
-        if x_init is not None and (not isinstance(x_init, torch.Tensor) or x_init.shape != images.shape):
-            raise ValueError(f"x_init must be a tensor of the images' shape {tuple(images.shape)}")
-        if x_init is not None and x_init.device != images.device:
-            raise ValueError(f"x_init must be on the images' device {images.device}, got {x_init.device}")
-        if x_init is not None and not (x_init.is_floating_point() or x_init.dtype == torch.uint8):
-            raise TypeError(f"x_init must be a float or uint8 tensor, got {x_init.dtype}")
-        if labels is None:
-            if callable(self.loss) or self.targeted is True:
-                raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
-            return
-        soft = self.loss in ("ce", "kl") and isinstance(labels, torch.Tensor) and labels.ndim == 2
-        if not isinstance(labels, torch.Tensor) or not (
-            callable(self.loss) or labels.dtype == torch.int64 or (soft and labels.is_floating_point())
-        ):
-            raise TypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels))}")
-        rows_only = callable(self.loss) or (soft and labels.is_floating_point())
-        if (labels.shape[:1] if rows_only else labels.shape) != images.shape[:1]:
-            raise ValueError(
-                f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
-            )
-        if labels.device != images.device:
-            raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+        check_images(images)
+        check_device(images.device, self.model)
+        if x_init is not None:
+            check_start(x_init, images)
+        if labels is not None:
+            check_labels(labels, images, soft=self.loss in ("ce", "kl"), any_kind=callable(self.loss))
+            check_has_classes(labels, self.targeted)
+        elif callable(self.loss) or self.targeted is True:
+            raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
 
     def _check_values(self, x, labels) -> None:
-        """In the first batch only, because it waits for the device: cross_entropy skips a label of -100 without a
-        word, and one that is too large kills a CUDA context."""
+        """In the first batch only, because it waits for the device: a label that is too large kills a CUDA context."""
         if not len(x):
             return
-        if x.is_floating_point():
-            low, high = torch.stack(x.aminmax()).tolist()
-            if low < 0 or high > 1:
-                warnings.warn(
-                    f"the images are in [{low:.3g}, {high:.3g}], and eps is in pixels of [0, 1]: if they are "
-                    "normalised, pass them as they were before, and Normalized(model, mean, std) as the model",
-                    stacklevel=3,
-                )
-        if labels is None or labels.dtype != torch.int64 or callable(self.loss) or labels.ndim != 1:
-            return
-        low, high = torch.stack(labels.aminmax()).tolist()
-        if low < 0:
-            raise ValueError(f"labels must not be negative, got {low}")
-        self.objective.check_classes(high, self._clean_logits(x) if self.compile else None)
+        wrong = beyond_the_box(x)
+        if wrong:
+            warnings.warn(wrong, stacklevel=3)
+        if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
+            self.objective.check_classes(highest(labels), self._clean_logits(x) if self.compile else None)
 
     def _report(self) -> None:
         count = self.objective.nonfinite
@@ -382,8 +346,14 @@ class Attack(ABC):
     def __repr__(self) -> str:
         shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         hidden = ("model", "objective", "draws")
-        settings = (f"{name}={_shown(name, value)}" for name, value in shown.items() if name not in hidden)
+        settings = (f"{name}={self._shown(name, value)}" for name, value in shown.items() if name not in hidden)
         return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(settings)})"
+
+    def _shown(self, name, value):
+        if self.norm == "Linf" and name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
+            in_255 = round(value * 255, 6)
+            return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
+        return getattr(value, "__name__", None) or repr(value)
 
 
 def _unwrapped(model):
@@ -397,50 +367,12 @@ def _unwrapped(model):
     return model, normalization
 
 
-def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N,) as (N, 1, ...), to go with `like`."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
-
-
 def _stronger(best, new):
     if best is None:
         return new
-    better = new[1] > best[1]
+    better = (new[1] > best[1]) | (best[1].isnan() & ~new[1].isnan())
     if new[2] is not None:
         better = (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
     return tuple(
         None if b is None else torch.where(per_sample(better, b), n, b) for n, b in zip(new, best, strict=True)
     )
-
-
-def _scalar(seed):
-    return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed
-
-
-def _seeds(seed, x, restart=0):
-    """One seed for each of `x`; from seeds that are one per sample already, the sample's number adds nothing."""
-    per_sample = isinstance(seed, torch.Tensor) and seed.numel() != 1
-    make = torch.zeros if per_sample else torch.arange
-    return sample_seeds(seed, make(len(x), dtype=torch.int64, device=x.device), restart)
-
-
-def _part(value, part):
-    rows = isinstance(value, torch.Tensor) and value.ndim > 0 and value.numel() > 1
-    return value[part] if rows else value
-
-
-def _padded(value, n, pad):
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != n:
-        return value
-    filled = torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
-    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if value.ndim == ndim and value.is_contiguous(memory_format=layout):
-            filled = filled.contiguous(memory_format=layout)  # cat does not keep it, and noise follows the layout
-    return filled
-
-
-def _shown(name, value):
-    if name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
-        in_255 = round(value * 255, 6)
-        return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
-    return getattr(value, "__name__", None) or repr(value)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from fastadv.attacks.base import per_sample
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian, uniform_per_sample
 from fastadv.attacks.pgd import PGD
+from fastadv.attacks.rows import per_sample
 from fastadv.data import to_float
 
 
@@ -27,7 +27,7 @@ class PGDL2(PGD):
         ValueError: eps is negative, or steps is below 1.
     """
 
-    largest_eps = float("inf")
+    norm = "L2"
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ class Objective:
             self._check_highest(logits)
         return logits
 
-    def check_classes(self, highest: int, logits: torch.Tensor | None) -> None:
+    def check_classes(self, highest: int, logits: torch.Tensor | None = None) -> None:
         """Refuse labels beyond the logits' classes: now, or in the next call where there are no logits yet."""
         self._highest = highest
         if logits is not None:

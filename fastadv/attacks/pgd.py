@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from fastadv.attacks.base import Attack, per_sample
+from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian
+from fastadv.attacks.rows import per_sample
 from fastadv.functional import pgd_step, pgd_step_, random_init
 
 

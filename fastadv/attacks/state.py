@@ -33,13 +33,12 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
     """No parameter requiring grad and the modules in `training_mode`, until the end.
 
     "eval": every module in eval mode. "as_is": as found, so that dropout draws and batch-norm uses the batch.
-    "batch_norm": batch-norm in train mode, the rest in eval mode. Buffers, such as running statistics, are put back
-    in both of the latter.
+    "batch_norm": batch-norm in train mode, the rest in eval mode. Buffers, such as running statistics or a count of
+    calls, are put back: cloned once, because neither a captured graph nor batch-norm marks those that it writes to.
     """
     with flags_kept(model):
         named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
-        changing = [buffer for _, _, buffer in named if buffer is not None] if training_mode != "eval" else []
-        buffers = [(buffer, buffer.clone()) for buffer in changing]
+        before = [(buffer, buffer.clone()) for _, _, buffer in named if buffer is not None and _is_writable(buffer)]
         if training_mode != "as_is":
             for module in _modules(model):
                 module.training = training_mode == "batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -48,9 +47,9 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            for buffer, value in before:
+                # Through .data: for autograd nothing has changed, so a backward that began before still works.
+                buffer.data.copy_(value)
             for module, name, buffer in named:  # a model may have put another tensor there
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
@@ -59,6 +58,12 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
 def as_normal(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` without its graph; a copy if it is an inference tensor, which autograd refuses to save."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch lets anything write to it in place: not where elements share memory."""
+    layout = zip(tensor.shape, tensor.stride(), strict=True) if tensor.layout == torch.strided else ()
+    return not tensor.is_inference() and all(size <= 1 or stride != 0 for size, stride in layout)
 
 
 def _modules(model: Callable) -> list[nn.Module]:

@@ -19,35 +19,40 @@ class Gallery:
         images: the clean ones, (N, C, H, W) with C 1 or 3.
         eps: the L-inf budget; None where the budget is of another kind: no pixel then gets further from the clean one
             than the attack took it.
+        device: where the adversarial ones are.
     """
 
-    def __init__(self, folder: Path, images: torch.Tensor, eps: float | None):
+    def __init__(self, folder: Path, images: torch.Tensor, eps: float | None, device: torch.device):
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"PNG files hold images (N, 1 or 3, H, W), got the shape {tuple(images.shape)}")
-        self.folder, self._images, self._eps = folder, images, eps
-        # A row more, for what belongs to no sample.
-        self._codes = torch.empty((len(images) + 1, *images.shape[1:]), dtype=torch.uint8, device=images.device)
+        self.folder, self._shape, self._dtype, self._eps = folder, images.shape[1:], images.dtype, eps
         # 1 where the image as saved is classified correctly, 0 where it is not, -1 where it is not saved yet.
-        self.right = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
+        self.right = torch.full((len(images),), -1, dtype=torch.int64, device=device)
+        self.begin(self.right[:0])
 
-    def put(self, rows: torch.Tensor, adv: torch.Tensor) -> None:
-        """Keep `adv` (n, C, H, W) as the samples `rows`; row N is thrown away."""
-        clean = self._images.index_select(0, rows.clamp(max=len(self._images) - 1))
+    def begin(self, samples: torch.Tensor) -> None:
+        """From now on row i means the sample `samples[i]`; what was put before and is not flushed is lost."""
+        self._samples = samples
+        # A row more, for what belongs to no sample.
+        self._codes = torch.empty((len(samples) + 1, *self._shape), dtype=torch.uint8, device=samples.device)
+
+    def put(self, rows: torch.Tensor, adv: torch.Tensor, clean: torch.Tensor) -> None:
+        """Keep `adv` (n, C, H, W), made from the images `clean`, as `rows`; the row after the last is thrown away."""
         self._codes.index_copy_(0, rows, nearest_codes(adv, clean, self._eps))
 
     def flush(self, ended: torch.Tensor, labels: torch.Tensor, logits: Callable) -> None:
         """Write and classify those that `ended` (N,) and are not written yet."""
-        rows = (ended & (self.right < 0)).nonzero()[:, 0]
+        rows = (ended & (self.right < 0))[self._samples].nonzero()[:, 0]
         if not len(rows):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        codes = self._codes[rows]
-        for row, image in zip(rows.tolist(), codes.cpu(), strict=True):
-            (self.folder / f"{row:05d}.png").write_bytes(png(image))
+        codes, samples = self._codes[rows], self._samples[rows]
+        for sample, image in zip(samples.tolist(), codes.cpu(), strict=True):
+            (self.folder / f"{sample:05d}.png").write_bytes(png(image))
         as_images = to_float(codes)
-        if self._images.is_floating_point():
-            as_images = as_images.to(self._images.dtype)
-        self.right[rows] = (logits(as_images).argmax(1) == labels[rows]).long()
+        if self._dtype.is_floating_point:
+            as_images = as_images.to(self._dtype)
+        self.right[samples] = (logits(as_images).argmax(1) == labels[samples]).long()
 
 
 def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> torch.Tensor:

@@ -29,11 +29,13 @@ class Opponent:
 
     @property
     def title(self) -> str:
-        return self.name if self.eps is None else f"{self.name} at {255 * self.eps:.4g}/255"
+        if self.eps is None:
+            return self.name
+        return f"{self.name} at " + (f"{255 * self.eps:.4g}/255" if self.is_linf else f"{self.eps:.4g}")
 
     @property
     def is_linf(self) -> bool:
-        return not isinstance(self.attack, Attack) or self.attack.largest_eps <= 1
+        return not isinstance(self.attack, Attack) or self.attack.norm == "Linf"
 
     def facts(self) -> dict:
         """Its name and public settings, as far as they are values that can be written down."""

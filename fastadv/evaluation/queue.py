@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fastadv.attacks.base import Attack, per_sample
+from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine
+from fastadv.attacks.rows import per_sample
 from fastadv.functional import sample_seeds
 from fastadv.ops.autograd import result_like
 
@@ -34,6 +35,22 @@ class Verdicts:
     def unsettled(self) -> torch.Tensor:
         return self.todo & ~self.fooled & (self.restart < self.restarts)
 
+    @property
+    def restarts_left(self) -> int:
+        """At most, those that are still to be run, of all samples together."""
+        return int(((self.restarts - self.restart) * self.unsettled).sum())
+
+    def part(self, rows: torch.Tensor, restarts: int) -> "Verdicts":
+        """Those of the samples `rows` (n,), to be run until `restarts`; `take` brings them back."""
+        part = Verdicts(self.todo[rows], restarts)
+        part.restart, part.step = self.restart[rows], self.step[rows]
+        part.passes, part.nonfinite = self.passes, self.nonfinite
+        return part
+
+    def take(self, rows: torch.Tensor, part: "Verdicts") -> None:
+        self.restart[rows], self.step[rows] = part.restart, part.step
+        self.passes, self.nonfinite = part.passes, part.nonfinite
+
 
 class Queue:
     """Runs `attack` on samples through a fixed number of slots, in the order (restart, sample).
@@ -47,10 +64,10 @@ class Queue:
         images, labels, targets: (N, ...), (N,), (N, ...) on the model's device. Images stay uint8 if they are.
         verdicts: of the samples; those that are still to be attacked are, and the verdicts are written there.
         slots: images under attack at a time.
-        seed: sample i draws `sample_seeds(seed, i, restart)`.
+        seed, numbers: sample i draws `sample_seeds(seed, numbers[i], restart)`; int64 (N,).
         last: judge the last iterate of a restart only, instead of every one and the start.
-        keep: gets in each iteration (rows, iterates): which sample each slot has finished with this iterate, the one
-            that fooled or the last of all; N where none.
+        keep: gets in each iteration (rows, iterates, images): which sample each slot has finished with this iterate,
+            the one that fooled or the last of all, and from which image; N where none.
     """
 
     def __init__(
@@ -63,12 +80,13 @@ class Queue:
         *,
         slots: int,
         seed: int,
+        numbers: torch.Tensor,
         last: bool = False,
-        keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        keep: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
     ):
         self.attack, self.verdicts = attack, verdicts
         self._images, self._labels, self._targets = images, labels, targets
-        self._seed, self._last, self._keep = seed, last, keep
+        self._seed, self._numbers, self._last, self._keep = seed, numbers, last, keep
         self._n = len(images)
         count = torch.zeros((), dtype=torch.int64, device=images.device)
         order = verdicts.restart.argsort(stable=True)
@@ -110,7 +128,8 @@ class Queue:
             for _ in range(READ_EVERY):
                 self.iterate()
             passes, left = self._read()
-            yield passes, left
+            if left >= 0:
+                yield passes, left
             if left == 0:
                 break
         self.update()
@@ -138,10 +157,10 @@ class Queue:
         self._nonfinite += (live & ~losses.isfinite()).sum()
         self._step.scatter_(0, torch.where(fooled, self._sample, none), self._age)
         self._restart.scatter_add_(0, self._sample, survived.long())
-        again = survived & (self._restart[self._sample] < self.attack.restarts)
+        again = survived & (self._restart[self._sample] < self.verdicts.restarts)
         done = fooled | at_end
         if before is not None:
-            self._keep(torch.where(done & ~again, self._sample, none), before)
+            self._keep(torch.where(done & ~again, self._sample, none), before, slots.x)
 
         place = (self._tail + again.cumsum(0) - 1) % none
         self._ring.scatter_(0, torch.where(again, place, none), self._sample)
@@ -162,7 +181,7 @@ class Queue:
         torch.index_select(self._images, 0, rows, out=mine.x)
         torch.index_select(self._targets, 0, rows, out=mine.targets)
         torch.index_select(self._labels, 0, rows, out=self._label)
-        mine.seed.copy_(sample_seeds(self._seed, rows, self._restart[rows]))
+        mine.seed.copy_(sample_seeds(self._seed, self._numbers[rows], self._restart[rows]))
         Engine(self.attack, new).start()
         kept = mine.tensors()
         for name, fresh in new.tensors().items():
@@ -172,7 +191,7 @@ class Queue:
     def _read(self):
         """(passes, passes left at most), on the host."""
         waiting = self.verdicts.todo & (self._step[:-1] < 0)
-        restarts = ((self.attack.restarts - self._restart[:-1]) * waiting).sum()
+        restarts = ((self.verdicts.restarts - self._restart[:-1]) * waiting).sum()
         live = self._sample < self._n
         left = restarts * (self.attack.steps + 1) - (live * self._age).sum()
         return self._readout(self._passes, left)

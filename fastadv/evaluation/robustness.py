@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastadv._extras import require
+from fastadv.attacks.checks import highest
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
 from fastadv.data import to_float
@@ -19,8 +20,9 @@ from fastadv.evaluation import suspicions
 from fastadv.evaluation.images import Gallery
 from fastadv.evaluation.opponents import Opponent, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
-from fastadv.evaluation.samples import Batch, device_of, gathered
+from fastadv.evaluation.samples import Batch, gathered
 from fastadv.evaluation.saved import StateFile, fingerprint
+from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds
 from fastadv.version import __version__
 
@@ -36,6 +38,7 @@ def evaluate(
     eps: float | Sequence[float] = 8 / 255,
     iterate: str = "any",
     slots: int = 128,
+    pool: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     state: str | Path | None = None,
@@ -54,7 +57,7 @@ def evaluate(
     Args:
         model: any callable from images to logits (N, C), as in `Attack`.
         data: a pair (images, labels) or an iterable of such batches; images (N, ...) in [0, 1] or uint8, labels int64
-            (N,). All of it is moved to the device; uint8 stays uint8 there.
+            (N,). What is attacked is moved to the device; uint8 stays uint8 there.
         attacks: names (keys of PRESETS), each at every eps; objects of fastadv; or callables from (images, labels) to
             images, such as those of torchattacks or AutoAttack's `run_standard_evaluation`. These two have an eps of
             their own.
@@ -62,6 +65,8 @@ def evaluate(
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
         slots: images under attack at a time, the batch size of everything; no more than there are images.
+        pool: images on the device at a time, None for all: for data sets that do not fit there. Take many times the
+            slots, because these run empty before the next images come.
         seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. torch's
             generators are seeded with it for other libraries' attacks, and put back.
         device: where to evaluate; None means the model's, or where the images are if it has no parameters.
@@ -86,16 +91,17 @@ def evaluate(
     """
     if iterate not in ITERATES:
         raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
-    if slots < 1:
-        raise ValueError(f"slots must be at least 1, got {slots}")
+    for name, value in (("slots", slots), ("pool", 1 if pool is None else pool)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     against = list(opponents(model, attacks, [eps] if isinstance(eps, (int, float)) else eps))
-    images, labels = gathered(data, device_of(model) if device is None else device)
+    images, labels = gathered(data, model, device)
     slots = min(slots, len(images))
     settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
     settings["attacks"] = [each.facts() for each in against]
     file = StateFile(state, fingerprint(settings, (images, labels), model)) if state else None
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
-        run = _Run(model, images, labels, iterate == "last", slots, seed)
+        run = _Run(model, images, labels, iterate == "last", slots, pool, seed)
         trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
         if file is not None:
             _load(file, trials)
@@ -107,7 +113,7 @@ def evaluate(
             **settings,
             "images": list(images.shape),
             "dtype": str(images.dtype),
-            "device": str(images.device),
+            "device": str(labels.device),
         },
         "versions": {"fastadv": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -126,25 +132,28 @@ class _Trial:
 class _Run:
     """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
 
-    def __init__(self, model, images, labels, last, slots, seed):
+    def __init__(self, model, images, labels, last, slots, pool, seed):
         self.images, self.labels = images, labels
-        self.last, self.slots, self.seed = last, slots, seed
+        self.last, self.slots, self.pool, self.seed = last, slots, pool, seed
         self.notes: list[str] = []
         self._objective = Objective(model, "ce")
+        self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
-        if labels.max() >= self.clean.shape[1]:
-            raise ValueError(f"labels must be below the model's {self.clean.shape[1]} classes, got {int(labels.max())}")
         self.correct = self.clean.argmax(1) == labels
-        self._first = self._filled(torch.arange(min(slots, len(images)), device=images.device))
-        batch = to_float(images[self._first])
-        self._warn(suspicions.of_outputs(self._objective.logits, batch))
+        self._first = torch.arange(slots, device=labels.device)
+        self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first))))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Of all images, in batches of one shape."""
         parts = []
         for rows in torch.arange(len(images), device=images.device).split(self.slots):
-            parts.append(self._objective.logits(to_float(images[self._filled(rows)]))[: len(rows)])
+            batch = images[self._filled(rows)].to(self.labels.device)
+            parts.append(self._objective.logits(to_float(batch))[: len(rows)])
         return torch.cat(parts)
+
+    def _staged(self, rows):
+        """The images `rows`, on the device."""
+        return self.images[rows.to(self.images.device)].to(self.labels.device)
 
     def _filled(self, rows):
         """`rows` filled up to a full batch: the model sees one shape."""
@@ -160,7 +169,7 @@ class _Run:
         if folder is not None:
             codes = "" if opponent.eps is None else f"-{255 * opponent.eps:.4g}"
             path = Path(folder) / f"{number}-{opponent.name}{codes}"
-            gallery = Gallery(path, self.images, opponent.eps if opponent.is_linf else None)
+            gallery = Gallery(path, self.images, opponent.eps if opponent.is_linf else None, self.labels.device)
         return _Trial(opponent, Verdicts(self.correct, opponent.restarts), gallery)
 
     def attack(self, trial: _Trial, save: Callable[[], None], progress: bool) -> None:
@@ -169,19 +178,19 @@ class _Run:
             return
         opponent, earlier = trial.opponent, trial.seconds
         begun = saved = time.perf_counter()
-        queue = self._queue(trial) if opponent.ours else None
+        windows = self._windows(trial) if opponent.ours else None
         unit = "pass" if opponent.ours else "batch"
         bar = require("tqdm").tqdm(desc=opponent.title, unit=unit) if progress else nullcontext()
         with bar:
-            for done, left in self._batches(trial) if queue is None else queue.run():
+            for done, left in self._batches(trial) if windows is None else windows.run():
                 now = time.perf_counter()
                 trial.seconds = earlier + now - begun
                 if progress:
                     bar.total = done + left
                     bar.update(done - bar.n)
                 if now - saved >= SAVE_EVERY:
-                    if queue is not None:
-                        queue.update()
+                    if windows is not None:
+                        windows.update()
                     self._write_images(trial)
                     save()
                     saved = time.perf_counter()
@@ -189,14 +198,21 @@ class _Run:
         self._write_images(trial)
         save()
 
-    def _queue(self, trial) -> Queue:
-        attack, targets = trial.opponent.attack, self.labels
+    def _windows(self, trial) -> Windows:
+        attack, gallery, targets = trial.opponent.attack, trial.gallery, self.labels
         if attack.needs_clean:
-            index = torch.arange(len(self.images), device=self.images.device)
-            targets = attack.targets(self.clean, self.labels, sample_seeds(self.seed, index, restart=2**32 - 1))
-        keep = None if trial.gallery is None else trial.gallery.put
-        options = {"slots": self.slots, "seed": self.seed, "last": self.last, "keep": keep}
-        return Queue(attack, self.images, self.labels, targets, trial.verdicts, **options)
+            numbers = torch.arange(len(self.images), device=self.labels.device)
+            targets = attack.targets(self.clean, self.labels, sample_seeds(self.seed, numbers, restart=2**32 - 1))
+
+        def queue(rows, verdicts):
+            if gallery is not None:
+                self._write_images(trial)
+                gallery.begin(rows)
+            options = {"slots": self.slots, "seed": self.seed, "numbers": rows, "last": self.last}
+            keep = None if gallery is None else gallery.put
+            return Queue(attack, self._staged(rows), self.labels[rows], targets[rows], verdicts, keep=keep, **options)
+
+        return Windows(trial.verdicts, self.pool, queue)
 
     def _batches(self, trial) -> Iterator[tuple[int, int]]:
         """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
@@ -206,13 +222,17 @@ class _Run:
             if not verdicts.unsettled[chunk].any():
                 continue
             rows = self._filled(chunk)
+            images = self._staged(rows)
             with seeded(self.seed + i), torch.enable_grad():
-                adv = trial.opponent(to_float(self.images[rows]), self.labels[rows]).detach()
+                adv = trial.opponent(to_float(images), self.labels[rows]).detach()
             wrong = (self._objective.logits(adv).argmax(1) != self.labels[rows])[: len(chunk)]
             verdicts.step[chunk[wrong]] = 0
             verdicts.restart[chunk[~wrong]] = 1
             if trial.gallery is not None:
-                trial.gallery.put(chunk, adv[: len(chunk)])
+                n = len(chunk)
+                trial.gallery.begin(chunk)
+                trial.gallery.put(torch.arange(n, device=adv.device), adv[:n], images[:n])
+                self._write_images(trial)
             yield i + 1, len(chunks) - i - 1
 
     def _write_images(self, trial) -> None:
@@ -225,15 +245,19 @@ class _Run:
         ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
         if ours:
             first = self._first
-            self._warn(suspicions.of_gradients(self._objective, to_float(self.images[first]), self.labels[first]))
+            self._warn(suspicions.of_gradients(self._objective, to_float(self._staged(first)), self.labels[first]))
         self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
-        self._warn(suspicions.of_accuracies([(o.title, o.attack, r["robust_accuracy"]) for o, r in ours]))
+        robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
+        self._warn(suspicions.of_accuracies(robust))
         return {
             "clean_accuracy": int(self.correct.sum()) / n,
             "clean_correct": self.correct.tolist(),
             "attacks": results,
             "warnings": self.notes,
         }
+
+    def _robust(self, trial) -> torch.Tensor:
+        return self.correct & ~trial.verdicts.fooled
 
     def _result(self, trial) -> dict:
         opponent, verdicts = trial.opponent, trial.verdicts
@@ -246,7 +270,7 @@ class _Run:
         return {
             "attack": opponent.name,
             "eps": opponent.eps,
-            "robust_accuracy": int((self.correct & ~verdicts.fooled).sum()) / n,
+            "robust_accuracy": int(self._robust(trial).sum()) / n,
             **saved,
             "passes": verdicts.passes if opponent.ours else None,
             "seconds": trial.seconds,

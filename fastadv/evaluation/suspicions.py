@@ -55,19 +55,30 @@ def of_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:
             yield f"{count} losses under {name} were not finite; no step was taken there"
 
 
-def of_accuracies(results: Sequence[tuple[str, Attack, float]]) -> Iterator[str]:
-    """About (name, attack, robust accuracy): does a stronger attack ever find less?"""
-    for name, attack, accuracy in results:
+def of_accuracies(results: Sequence[tuple[str, Attack, torch.Tensor]]) -> Iterator[str]:
+    """About (name, attack, robust (N,) bool): does a stronger attack find less, by more than chance explains?
+
+    Chance lets some samples fall to the weaker attack only, and as many to the stronger one only: the difference of
+    the two counts must be more than two of its deviations, the root of their sum (McNemar 1947, Psychometrika 12).
+    Where none falls to the stronger one only, that is five samples.
+    """
+    for name, attack, robust in results:
         for stronger_name, stronger, other in results:
-            if other > accuracy and _is_stronger(stronger, attack):
+            if _is_stronger(stronger, attack) and _rises(robust, other):
+                before, after = (float(each.double().mean()) for each in (robust, other))
                 yield (
-                    f"robust accuracy rises from {accuracy:.2%} under {name} to {other:.2%} under {stronger_name}, "
-                    "which is stronger: the model may hide its gradients, and neither figure is its robustness"
+                    f"robust accuracy rises from {before:.2%} under {name} to {after:.2%} under {stronger_name}, which "
+                    "is stronger: the model may hide its gradients, and neither figure is its robustness"
                 )
+
+
+def _rises(robust: torch.Tensor, other: torch.Tensor) -> bool:
+    gained, lost = int((other & ~robust).sum()), int((robust & ~other).sum())
+    return gained - lost > 2 * (gained + lost) ** 0.5
 
 
 def _is_stronger(a: Attack, b: Attack) -> bool:
     """More steps, more restarts or a larger eps, and less of nothing, where the two can be compared."""
-    kind_a, kind_b = ((x.largest_eps, x.loss, x.targeted, getattr(x, "project", True)) for x in (a, b))
+    kind_a, kind_b = ((x.norm, x.loss, x.targeted, getattr(x, "project", True)) for x in (a, b))
     strength = [(getattr(a, name), getattr(b, name)) for name in ("steps", "restarts", "eps")]
     return kind_a == kind_b and all(x >= y for x, y in strength) and any(x > y for x, y in strength)

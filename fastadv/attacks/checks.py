@@ -1,0 +1,118 @@
+"""What attacks and evaluations refuse: options, images and labels that cannot be meant."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fastadv.attacks.losses import LOSSES
+from fastadv.attacks.state import TRAINING_MODES
+
+CHOSEN = ("random", "least_likely")  # targets that the attack chooses, for labels that it knows
+TARGETED = (False, True, *CHOSEN)
+
+
+def device_of(model: Callable) -> torch.device | None:
+    """Where its parameters are; None where it has none."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((parameter.device for parameter in parameters), None)
+
+
+def check_options(targeted, loss, restarts, training_mode, graph, chunk) -> None:
+    if targeted not in TARGETED:
+        raise ValueError(f"targeted must be one of {', '.join(map(repr, TARGETED))}, got {targeted!r}")
+    if not callable(loss) and loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
+    if targeted and loss == "kl":
+        raise ValueError("the loss kl has no target class: leave targeted at False, or choose another loss")
+    for name, value in (("restarts", restarts), ("chunk", 1 if chunk is None else chunk)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if training_mode not in TRAINING_MODES:
+        raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
+    if graph and not torch.cuda.is_available():
+        raise RuntimeError("graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither")
+
+
+def check_eps(eps: float, norm: str) -> None:
+    if norm == "Linf" and not 0 <= eps <= 1:
+        raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+
+
+def check_images(images: torch.Tensor) -> None:
+    if not _is_image(images):
+        raise TypeError(f"images must be a float or uint8 tensor, got {_kind(images)}")
+    if images.ndim == 0:
+        raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
+
+
+def check_device(device: torch.device, model: Callable) -> None:
+    if device_of(model) not in (None, device):
+        raise ValueError(f"images are on {device} and the model is on {device_of(model)}: move one of them")
+
+
+def check_start(x_init: torch.Tensor, images: torch.Tensor) -> None:
+    if not isinstance(x_init, torch.Tensor) or x_init.shape != images.shape:
+        raise ValueError(f"x_init must be a tensor of the images' shape {tuple(images.shape)}")
+    if x_init.device != images.device:
+        raise ValueError(f"x_init must be on the images' device {images.device}, got {x_init.device}")
+    if not _is_image(x_init):
+        raise TypeError(f"x_init must be a float or uint8 tensor, got {x_init.dtype}")
+
+
+def check_has_classes(labels: torch.Tensor, targeted: bool | str) -> None:
+    if targeted in CHOSEN and not (labels.dtype == torch.int64 and labels.ndim == 1):
+        raise ValueError(
+            f"targeted={targeted!r} chooses a class other than the label, and labels of {labels.dtype} and shape "
+            f"{tuple(labels.shape)} name no class: pass int64 labels (N,), such as soft_labels.argmax(1), or targets "
+            "of your own with targeted=True"
+        )
+
+
+def check_labels(labels: torch.Tensor, images: torch.Tensor, *, soft: bool = False, any_kind: bool = False) -> None:
+    """Refuse what is not int64 (N,); with `soft` float (N, C) is right too, with `any_kind` whatever has N rows."""
+    is_tensor = isinstance(labels, torch.Tensor)
+    rows = any_kind or (soft and is_tensor and labels.is_floating_point() and labels.ndim == 2)
+    if not is_tensor or not (rows or labels.dtype == torch.int64):
+        raise TypeError(f"labels must be an int64 tensor, got {_kind(labels)}")
+    if (labels.shape[:1] if rows else labels.shape) != images.shape[:1]:
+        raise ValueError(
+            f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
+        )
+    if labels.device != images.device:
+        raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+
+
+def beyond_the_box(images: torch.Tensor) -> str | None:
+    """What is wrong with the images' range, if anything is. Waits for the device."""
+    if not images.is_floating_point():
+        return None
+    low, high = torch.stack(images.aminmax()).tolist()
+    if low >= 0 and high <= 1:
+        return None
+    return (
+        f"images must be in [0, 1], got [{low:.4g}, {high:.4g}]: if they are normalised, pass them as they were "
+        "before, and Normalized(model, mean, std) as the model"
+    )
+
+
+def highest(labels: torch.Tensor) -> int:
+    """The highest of int64 labels. Waits for the device.
+
+    Raises:
+        ValueError: one is negative; cross_entropy skips a label of -100 without a word.
+    """
+    low, high = torch.stack(labels.aminmax()).tolist()
+    if low < 0:
+        raise ValueError(f"labels must not be negative, got {low}")
+    return high
+
+
+def _is_image(tensor) -> bool:
+    return isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.dtype == torch.uint8)
+
+
+def _kind(value) -> object:
+    return getattr(value, "dtype", type(value))
