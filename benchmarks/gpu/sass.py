@@ -1,33 +1,42 @@
 """What the compilers made of the GPU kernels, read from the machine code: no GPU, no clock.
 
-    python benchmarks/gpu/sass.py [--arch 90] [--kernels REGEX] [--source csrc/cuda/ops.cu]
+    python benchmarks/gpu/sass.py [--arch 90] [--backend cuda] [--kernels REGEX] [--source csrc/cuda/ops.cu]
+    python benchmarks/gpu/sass.py --record     # all of it into results/sass.json, and its tables into docs/
 
-Counted is the path of a thread that has all its elements: through the blocks that load and store whole packs, the
-cheapest such path, each loop once, both sides of a predicate. An instruction that is predicated off takes its issue
-slot all the same.
+It needs nvcc for the CUDA kernels, and nvdisasm and cuobjdump, of the toolkit or of the Triton package.
 """
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from report import aligned  # noqa: E402
+import environment  # noqa: E402
+import machine_code  # noqa: E402
+from report import aligned, markdown_table  # noqa: E402
 
-from setup import NVCC_FLAGS, gencode, nvcc  # noqa: E402
+from setup import NVCC_FLAGS, cuda_version, gencode, nvcc  # noqa: E402
+
+SOURCE = ROOT / "csrc/cuda/ops.cu"
+RECORD = ROOT / "benchmarks/results/sass.json"
+PAGE = ROOT / "docs/machine-code.md"
+
+
+# ------------------------------------------------------------------ chips
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Vendor data sheets; the clock is one that the chip holds under load, where it is below the boost clock."""
+    """Vendor's data sheets, but for the clock: what it holds under load (boost clocks of H100 and B200: 1.98 GHz)."""
 
     name: str
     multiprocessors: int
@@ -36,8 +45,13 @@ class Chip:
     shared: int  # bytes an SM
 
     def issue_share(self, instructions, moved):
-        """Share of the issue slots: four schedulers an SM, each issues one instruction for 32 threads a clock."""
+        """Of the issue slots: each of four schedulers an SM issues one instruction for 32 threads a clock."""
         return self.bandwidth / moved * instructions / (self.multiprocessors * 4 * 32 * self.clock)
+
+    def resident(self, threads, registers, shared):
+        """Threads an SM holds at once, in blocks of so many, by the CUDA programming guide's limits of all three."""
+        warps = 4 * (16384 // (32 * -(-registers // 8) * 8))
+        return threads * min(32 * warps // threads, 2048 // threads, 32, self.shared // (shared + 1024))
 
 
 CHIPS = {
@@ -47,183 +61,28 @@ CHIPS = {
 }
 
 
-# ------------------------------------------------------------------ listing
-
-
-@dataclass(frozen=True)
-class Instruction:
-    opcode: str
-    operands: str = ""
-    predicate: str = ""
-
-    @property
-    def name(self):
-        return self.opcode.split(".")[0]
-
-    @property
-    def bytes(self):
-        """Bytes that a thread's access moves."""
-        found = re.search(r"\.(128|64|U16|S16|U8|S8)\b", self.opcode)
-        return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[found[1]] if found else 4
-
-    @property
-    def loaded(self):
-        return self.bytes if self.name == "LDG" else 0
-
-    @property
-    def stored(self):
-        return self.bytes if self.name == "STG" else 0
-
-    @property
-    def targets(self):
-        return re.findall(r"[.$]\w+", self.operands) if self.name in ("BRA", "BRX") else []
-
-    @property
-    def ends(self):
-        """Whether nothing goes on behind it. A branch that asks for a predicate may have it among its operands."""
-        if self.predicate or self.name not in ("BRA", "BRX", "EXIT", "RET"):
-            return False
-        return self.name != "BRA" or re.fullmatch(r"`\(\S+\)", self.operands) is not None
-
-
-LABEL = re.compile(r"([.$\w]+):")
-LINE = re.compile(r"\s*(?:/\*[0-9a-f]{4,}\*/)\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-
-
-@dataclass
-class Block:
-    instructions: list
-    successors: list
-
-    def __len__(self):
-        return len(self.instructions)
-
-    @property
-    def last(self):
-        return self.instructions[-1] if self.instructions else Instruction("NOP")
-
-    @property
-    def loaded(self):
-        return sum(i.loaded for i in self.instructions)
-
-    @property
-    def stored(self):
-        return sum(i.stored for i in self.instructions)
-
-
-def functions(listing):
-    """name -> lines, of an nvdisasm listing."""
-    found = {}
-    for line in listing.splitlines():
-        if line.startswith("\t.section"):
-            section = re.match(r"\t\.section\t\.text\.([^,]+),", line)
-            lines = found.setdefault(section[1], []) if section else []
-        elif found:
-            lines.append(line)
-    return found
-
-
-def blocks(lines):
-    """The basic blocks of a function, the entry first."""
-    made, at = [Block([], [])], {}
-    for line in lines:
-        if label := LABEL.match(line):
-            if made[-1].instructions:
-                made.append(Block([], []))
-            at[label[1]] = len(made) - 1
-        elif found := LINE.match(line):
-            made[-1].instructions.append(Instruction(found[2], found[3], found[1] or ""))
-            if made[-1].last.name in ("BRA", "BRX", "EXIT", "RET"):
-                made.append(Block([], []))
-    for i, block in enumerate(made):
-        onward = [i + 1] if not block.last.ends and i + 1 < len(made) else []
-        block.successors = onward + [at[t] for t in block.last.targets]
-    return made
-
-
-# ------------------------------------------------------------------ path
-
-
-def in_order(made):
-    """The blocks that are reached, each before its successors but for those that close a loop."""
-    seen, done, open_ = {0}, [], [(0, iter(made[0].successors))]
-    while open_:
-        block, rest = open_[-1]
-        following = next((s for s in rest if s not in seen), None)
-        if following is None:
-            done.append(block)
-            open_.pop()
-        else:
-            seen.add(following)
-            open_.append((following, iter(made[following].successors)))
-    return done[::-1]
-
-
-def ways_through(made, loaded, choose=min):
-    """Bytes stored -> the blocks of the shortest (choose=max: longest) way that stores them and loads so many at least.
-
-    A way goes through each loop once, to the exit; where a loop is left at its head alone, to the loop's end.
-    """
-    order = in_order(made)
-    place = {block: i for i, block in enumerate(order)}
-    # block -> (bytes stored, loaded) on the way to it -> (instructions, the way: its last block and the way before)
-    ways, exits, repeats = {block: {} for block in order}, {}, {}
-    ways[0][0, 0] = 0, None
-    for number in order:
-        block = made[number]
-        onward = [ways[s] for s in block.successors if place[s] > place[number]]
-        onward += [repeats] if len(onward) < len(block.successors) else []
-        onward += [exits] if block.last.name in ("EXIT", "RET") else []
-        for state, (count, way) in ways[number].items():
-            moved = state[0] + block.stored, min(state[1] + block.loaded, loaded)
-            for known in onward:
-                longer = count + len(block), (number, way)
-                known[moved] = choose(known.get(moved, longer), longer, key=lambda w: w[0])
-    return {stored: unrolled(way) for (stored, l), (_, way) in (repeats | exits).items() if l == loaded}
-
-
-def unrolled(way):
-    found = []
-    while way:
-        block, way = way
-        found.append(block)
-    return found[::-1]
-
-
-def loop_around(made, way):
-    """The part of the way that the innermost loop around its last store repeats; all of it where there is none."""
-    last = max(i for i, block in enumerate(way) if made[block].stored)
-    loops = [
-        way[first : i + 1]
-        for i in range(last, len(way))
-        for s in made[way[i]].successors
-        if s in way[: last + 1] and (first := way.index(s)) <= last
-    ]
-    return min(loops, key=len, default=way)
-
-
 # ------------------------------------------------------------------ kernels
 
-SIZES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "u8": 1}
+SIZES = {"": 0, "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "u8": 1}
 TYPES = {"double": "f64", "float": "f32", "fastadv::Half": "f16", "fastadv::BFloat16": "bf16", "unsigned char": "u8"}
 KINDS = ("random_init", "fgsm_step", "fgsm_step noise", "pgd_step")  # enum class Kind
-GROUP = 8  # elements that a thread of any_kernel takes, one by one
+GROUP, THREADS = 8, 256  # kGroup, kThreads
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel: what it is for, and so the bytes it must move."""
+    """What a kernel is for, and so the bytes it must move."""
 
     op: str
     layout: str  # flat or any
     x: str
-    grad: str = ""
-    z: bool = False
+    grad: str
+    z: str  # type of the model's next input
 
     @property
     def name(self):
         types = f"{self.x}/{self.grad}" if self.grad else self.x
-        return " ".join([self.op, *(["any"] if self.layout == "any" else []), types, *(["z"] if self.z else [])])
+        return " ".join([self.op, *["any"] * (self.layout == "any"), types, *[f"z {self.z}"] * bool(self.z)])
 
     @property
     def result(self):
@@ -232,80 +91,72 @@ class Case:
     @property
     def loaded(self):
         """Bytes an element."""
-        x0 = SIZES[self.result] if self.op == "pgd_step" else 0
-        return SIZES[self.x] + x0 + (SIZES[self.grad] if self.grad else 0)
+        return SIZES[self.x] + SIZES[self.grad] + (SIZES[self.result] if self.op == "pgd_step" else 0)
 
     @property
     def stored(self):
-        """Bytes an element; z as the result's type."""
-        return SIZES[self.result] * (2 if self.z else 1)
+        return SIZES[self.result] + SIZES[self.z]
 
 
 def native_case(signature):
-    """The case of a demangled kernel name; None for those that are no step."""
+    """The case of a demangled name; None for a kernel that is no step. z has any type: here the result's."""
     found = re.match(r"void fastadv::(flat|any)_kernel<\(fastadv::Kind\)(\d), (.*)>\(", signature)
     if not found:
         return None
-    layout, kind, rest = found[1], KINDS[int(found[2])], found[3].split(", ")
-    free = " free" if layout == "flat" and rest[0] == "false" and kind.startswith("fgsm") else ""
+    layout, op, rest = found[1], KINDS[int(found[2])], found[3].split(", ")
+    free = " free" if layout == "flat" and rest[0] == "false" and op.startswith("fgsm") else ""
     types = [TYPES[t] for t in rest if t in TYPES]
-    grad = "" if kind == "random_init" else types[-1]  # any_kernel: as the rest
-    return Case(kind + free, layout, types[0], grad, "WithZ" in found[3])
+    plain = Case(op + free, layout, types[0], "" if op == "random_init" else types[-1], "")
+    return Case(plain.op, layout, plain.x, plain.grad, plain.result) if "WithZ" in found[3] else plain
 
 
-def fused(instruction):
-    """A multiply-add that rounds once. With a factor of zero it is a move, which some units do that way."""
-    factors = instruction.operands.split(", ")[1:3]
-    return instruction.name in ("FFMA", "DFMA", "HFMA2", "FFMA2") and not any(f.lstrip("-") == "RZ" for f in factors)
-
-
-def hot_path(made, case, choose=min):
-    """(elements a thread, blocks) of the way that takes whole packs; an element at a time for any_kernel.
-
-    There, stores of several types may stand under predicates side by side: no more of them than need be.
-    """
-    if case.layout == "any":
-        ways = ways_through(made, case.loaded, choose)
-        return 1, ways[min(stored for stored in ways if stored >= case.stored)]
-    for elements in (32, 16, 8, 4):
-        ways = ways_through(made, elements * case.loaded, choose)
-        if elements * case.stored in ways:
-            return elements, ways[elements * case.stored]
+def whole_packs(made, case, choose=min):
+    """(elements, blocks) of the way of a thread that has them all, with its seed in memory where it has one."""
+    seed = 8 if case.op.startswith(("random_init", "fgsm_step noise")) else 0
+    for elements in (8, 16, 32, 4):
+        way = machine_code.ways_through(made, elements * case.loaded + seed, choose).get(elements * case.stored)
+        if way:
+            return elements, way
     raise ValueError(f"{case.name}: no way through it stores {case.stored} and loads {case.loaded} bytes an element")
 
 
-# Instructions by what limits them; "slow" run at a quarter rate or less, "half" at half on sm_80 and sm_90 (Nsight
-# Compute's manual: pipe ALU), "wide" are 64-bit multiplications.
-MIX = {
-    "half": re.compile(
-        r"LOP3|IADD3|SHF|FMNMX|FSETP|FSEL|SEL|ISETP|PLOP3|PRMT|LEA|VIADD|VIMNMX|F2FP|I2FP|IABS|SGXT|BMSK"
-    ),
-    "slow": re.compile(r"F2F\b|I2F\b|F2I|MUFU|FRND|D(ADD|MUL|FMA|SETP)|POPC|FLO|BREV|S2U?R"),
-    "wide": re.compile(r"IMAD\.(WIDE|HI)"),
-}
+def one_by_one(made, case, choose=min):
+    """The same for a loop over a thread's elements. Stores of several types may stand in it, under predicates."""
+    ways = machine_code.ways_through(made, case.loaded, choose)
+    return 1, ways[min(stored for stored in ways if stored >= case.stored)]
 
 
-def analyse(lines, case, arch):
-    made = blocks(lines)
-    elements, way = hot_path(made, case)
+def analyse(lines, case, arch, threads, resources, loop=False):
+    """The row of a kernel."""
+    made = machine_code.blocks(lines)
+    find = one_by_one if loop else whole_packs
+    elements, way = find(made, case)
     walked = [i for block in way for i in made[block].instructions]
-    repeated = sum(len(made[block]) for block in loop_around(made, way)) if case.layout == "any" else 0
-    each = repeated + (len(walked) - repeated) / GROUP if repeated else len(walked) / elements
-    accesses = Counter(f"{i.name}.{8 * i.bytes}" for i in walked if i.name in ("LDG", "STG"))
+    cost = machine_code.cost(made, way)
+    each = cost / elements
+    if loop:
+        repeated = machine_code.cost(made, machine_code.loop_around(made, way))
+        each = repeated + (cost - repeated) / GROUP
     everything = [i for block in made for i in block.instructions]
+    chip, in_flight = CHIPS[arch], machine_code.in_flight(walked)
+    resident = chip.resident(threads, resources["registers"], resources["shared"])
     return {
         "kernel": case.name,
         "arch": f"sm_{arch}",
+        **asdict(case),
         "elements": elements,
-        "instructions": len(walked),
-        "most": sum(len(made[block]) for block in hot_path(made, case, max)[1]),
+        "instructions": cost,
+        "most": machine_code.cost(made, find(made, case, max)[1]),
         "per_element": round(each, 2),
-        "issue_share": round(CHIPS[arch].issue_share(each, case.loaded + case.stored), 3),
-        **{name: sum(bool(kind.match(i.opcode)) for i in walked) for name, kind in MIX.items()},
-        "calls": sum(i.name == "CALL" for i in walked),
-        "accesses": dict(sorted(accesses.items())),
+        "issue_share": round(chip.issue_share(each, case.loaded + case.stored), 3),
+        **machine_code.mix(walked),
+        "calls": sum(i.called is not None for i in walked),
+        "accesses": machine_code.accesses(walked),
+        **resources,
         "local": sum(i.name in ("LDL", "STL") for i in everything),
-        "fused": sum(map(fused, everything)),
+        "fused": sum(i.fused for i in everything),
+        "threads": resident,
+        "in_flight": resident * in_flight,
         "code": len(everything),
     }
 
@@ -326,58 +177,160 @@ def output(*command):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
 
-def registers_of(cubin):
-    """name -> registers and bytes of shared memory."""
+def last_line(program):
+    """What it says of its version."""
+    return output(program, "--version").split("\n")[-2]
+
+
+def disassembled(cubin):
+    """(lines, resources) of every kernel in a file, by name."""
     text = output(tool("cuobjdump"), "-res-usage", cubin)
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
-    return {name: {"registers": int(r), "stack": int(s), "shared": int(m)} for name, r, s, m in found}
+    used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    code = machine_code.functions(output(tool("nvdisasm"), "-c", cubin))
+    return {name: (code[name], {"registers": int(r), "stack": int(s), "shared": int(m)}) for name, r, s, m in used}
 
 
-def native(arch, source, wanted):
-    """The rows of the CUDA kernels."""
+def cuda(arch, wanted, source=SOURCE):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "ops.cubin")
         output(nvcc(), *NVCC_FLAGS, *gencode(f"{arch // 10}.{arch % 10}"), "-cubin", source, "-o", cubin)
-        resources, code = registers_of(cubin), functions(output(tool("nvdisasm"), "-c", cubin))
-    names = output("c++filt", *code).splitlines()
-    cases = {name: case for name, signature in zip(code, names, strict=True) if (case := native_case(signature))}
-    for name, case in sorted(cases.items(), key=lambda c: c[1].name):
-        if wanted.search(case.name):
-            yield analyse(code[name], case, arch) | resources[name]
+        kernels = disassembled(cubin)
+    signatures = output("c++filt", *kernels).splitlines()
+    for signature, (lines, resources) in zip(signatures, kernels.values(), strict=True):
+        case = native_case(signature)
+        if case and wanted.search(case.name):
+            yield analyse(lines, case, arch, THREADS, resources, loop=case.layout == "any")
 
 
-# ------------------------------------------------------------------ tables
+def triton(arch, wanted):
+    import triton_aot
+
+    for facts, kernel in triton_aot.compiled(arch, lambda facts: wanted.search(Case(*facts).name)):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            ((lines, resources),) = disassembled(cubin.name).values()
+        resources["shared"] = kernel.metadata.shared
+        yield analyse(lines, Case(*facts), arch, 32 * kernel.metadata.num_warps, resources)
+
+
+def collect(backends, archs, wanted, source=SOURCE):
+    """The rows, a thread a backend: Triton's driver is one for all threads."""
+    makers = {"cuda": lambda arch: cuda(arch, wanted, source), "triton": lambda arch: triton(arch, wanted)}
+
+    def rows(backend):
+        return [{"backend": backend, **row} for arch in archs for row in makers[backend](arch)]
+
+    with ThreadPoolExecutor() as pool:
+        found = [row for some in pool.map(rows, backends) for row in some]
+    return sorted(found, key=lambda row: (row["backend"], row["layout"], row["z"] != "", row["kernel"]))
+
+
+# ------------------------------------------------------------------ results
+
+
+def document(rows):
+    """The rows with what made them."""
+    facts = {**environment.facts(), "nvcc": ".".join(cuda_version(nvcc())), "nvdisasm": last_line(tool("nvdisasm"))}
+    facts["ptxas_of_triton"] = last_line(tool("ptxas"))
+    return {"part": "sass", "ok": True, "environment": facts, "columns": list(rows[0]), "rows": rows}
+
+
+def save(path, result):
+    """A row a line."""
+    head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
+    rows = ",\n".join(json.dumps(list(row.values())) for row in result["rows"])
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+
+
+def read(path):
+    result = json.loads(Path(path).read_text())
+    return {**result, "rows": [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]}
+
 
 COLUMNS = (
-    "kernel",
-    "arch",
-    "elements",
-    "instructions",
-    "most",
-    "per_element",
-    "issue_share",
-    *MIX,
-    "registers",
-    "stack",
-    "fused",
-    "calls",
-    "code",
-    "accesses",
-)
+    "backend", "kernel", "arch", "elements", "instructions", "most", "per_element", "issue_share", "half", "slow",
+    "wide", "registers", "stack", "shared", "threads", "in_flight", "local", "fused", "calls", "code", "accesses",
+)  # fmt: skip
 
 
 def cell(value):
     return " ".join(f"{n}x{k}" for k, n in value.items()) if isinstance(value, dict) else str(value)
 
 
+def table(rows):
+    return "\n".join(aligned(COLUMNS, [tuple(cell(row[c]) for c in COLUMNS) for row in rows]))
+
+
+MAIN = re.compile(
+    r"(?!.* (any|free) )\S+( noise)? (f32|f16|bf16|u8|f32/f32|f32/bf16|f16/f16|bf16/bf16|u8/f32)( z f32)?$"
+)
+
+PAGE_HEAD = """# Machine code of the GPU kernels
+
+What the compilers made of the kernels, read from the machine code by `benchmarks/gpu/sass.py --record`. No GPU and no
+clock takes part: this is what the code asks for, not how fast it is.
+
+- **Instructions an element**: those that a thread issues on its way from the entry to the exit when it has all its
+  elements, loops once, predicated-off ones and called routines counted. Where branches depend on the values (float16's
+  small numbers) or on the layout (channels), from the shortest such way to the longest.
+- **Registers** a thread.
+- **Issue slots**: the share of the chip's that is taken when the tensors move at its full bandwidth; from 100 % on the
+  instructions, and not the memory, bound the kernel. {chips}.
+- **In flight**: the bytes that the threads of an SM have asked for before the first of them waits, on sm_90.
+
+`free` kernels (no projection), other types and `any` layouts, access widths, occupancy, and the mix of instructions are
+in `benchmarks/results/sass.json`. No kernel spills or fuses a multiply with an add: `tests/test_machine_code.py`.
+
+{made}
+
+"""
+
+
+def measured(row):
+    shortest, longest = f"{row['per_element']:.1f}", f"{row['most'] / row['elements']:.1f}"
+    each = shortest if longest == shortest else f"{shortest} to {longest}"
+    return f"{each}; {row['registers']}; {row['issue_share']:.0%}"
+
+
+def page(result):
+    """The documentation's page: the main kernels, an architecture a column."""
+    groups = {}
+    for row in result["rows"]:
+        if MAIN.match(row["kernel"]):
+            groups.setdefault((row["kernel"], row["backend"]), {})[row["arch"]] = row
+    header = ["kernel", "backend", *(f"sm_{arch}" for arch in CHIPS), "in flight, KB"]
+    rows = [
+        [*names, *(measured(of[f"sm_{arch}"]) for arch in CHIPS), f"{of['sm_90']['in_flight'] / 1024:.0f}"]
+        for names, of in sorted(groups.items())
+    ]
+    chips = ", ".join(f"sm_{a}: {c.name}, {c.bandwidth / 1e12:g} TB/s, {c.clock / 1e9:g} GHz" for a, c in CHIPS.items())
+    facts = result["environment"]
+    made = (
+        f"nvcc {facts['nvcc']}, Triton {facts['triton']}, {facts['date'][:10]}. Cells: instructions; registers; slots."
+    )
+    return PAGE_HEAD.format(chips=chips, made=made) + "\n".join(markdown_table(header, rows)) + "\n"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, choices=CHIPS, action="append", help="80, 90, 100 (default: 90)")
+    parser.add_argument("--arch", type=int, choices=CHIPS, action="append", help="one or more; default: 90")
+    parser.add_argument("--backend", choices=("cuda", "triton"), action="append", help="one or more; default: cuda")
     parser.add_argument("--kernels", type=re.compile, default=re.compile(""), metavar="REGEX", help="those alone")
-    parser.add_argument("--source", type=Path, default=ROOT / "csrc/cuda/ops.cu", help="instead of csrc/cuda/ops.cu")
+    parser.add_argument("--source", type=Path, default=SOURCE, help="instead of csrc/cuda/ops.cu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there instead of a table")
+    parser.add_argument("--record", action="store_true", help="all of it, into benchmarks/results and docs")
     args = parser.parse_args(argv)
-    rows = [row for arch in args.arch or [90] for row in native(arch, args.source, args.kernels)]
-    print("\n".join(aligned(COLUMNS, [tuple(cell(row[c]) for c in COLUMNS) for row in rows])))
+    if args.record:
+        result = document(collect(("cuda", "triton"), CHIPS, args.kernels))
+        save(RECORD, result)
+        PAGE.write_text(page(result))
+        return
+    rows = collect(args.backend or ["cuda"], args.arch or [90], args.kernels, args.source)
+    if args.json:
+        save(args.json, document(rows))
+    else:
+        print(table(rows))
 
 
 if __name__ == "__main__":
