@@ -202,16 +202,23 @@ def cuda(arch, wanted, source=SOURCE):
             yield analyse(lines, case, arch, THREADS, resources, loop=case.layout == "any")
 
 
+def triton_row(facts, kernel, arch):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        ((lines, resources),) = disassembled(cubin.name).values()
+    resources["shared"] = kernel.metadata.shared
+    return analyse(lines, Case(*facts), arch, 32 * kernel.metadata.num_warps, resources)
+
+
 def triton(arch, wanted):
     import triton_aot
 
-    for facts, kernel in triton_aot.compiled(arch, lambda facts: wanted.search(Case(*facts).name)):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(kernel.asm["cubin"])
-            cubin.flush()
-            ((lines, resources),) = disassembled(cubin.name).values()
-        resources["shared"] = kernel.metadata.shared
-        yield analyse(lines, Case(*facts), arch, 32 * kernel.metadata.num_warps, resources)
+    # The disassembler takes 0.4 s to start, as long as a kernel takes to compile.
+    with ThreadPoolExecutor() as pool:
+        launches = triton_aot.compiled(arch, lambda facts: wanted.search(Case(*facts).name))
+        rows = [pool.submit(triton_row, facts, kernel, arch) for facts, kernel in launches]
+    return [row.result() for row in rows]
 
 
 def collect(backends, archs, wanted, source=SOURCE):
@@ -276,7 +283,8 @@ clock takes part: this is what the code asks for, not how fast it is.
   small numbers) or on the layout (channels), from the shortest such way to the longest.
 - **Registers** a thread.
 - **Issue slots**: the share of the chip's that is taken when the tensors move at its full bandwidth; from 100 % on the
-  instructions, and not the memory, bound the kernel. {chips}.
+  instructions, and not the memory, bound the kernel.
+{chips}
 - **In flight**: the bytes that the threads of an SM have asked for before the first of them waits, on sm_90.
 
 `free` kernels (no projection), other types and `any` layouts, access widths, occupancy, and the mix of instructions are
@@ -304,7 +312,10 @@ def page(result):
         [*names, *(measured(of[f"sm_{arch}"]) for arch in CHIPS), f"{of['sm_90']['in_flight'] / 1024:.0f}"]
         for names, of in sorted(groups.items())
     ]
-    chips = ", ".join(f"sm_{a}: {c.name}, {c.bandwidth / 1e12:g} TB/s, {c.clock / 1e9:g} GHz" for a, c in CHIPS.items())
+    chips = "\n".join(
+        f"  - sm_{arch}: {c.name}, {c.multiprocessors} SMs, {c.bandwidth / 1e12:.2f} TB/s, {c.clock / 1e9:.2f} GHz"
+        for arch, c in CHIPS.items()
+    )
     facts = result["environment"]
     made = (
         f"nvcc {facts['nvcc']}, Triton {facts['triton']}, {facts['date'][:10]}. Cells: instructions; registers; slots."

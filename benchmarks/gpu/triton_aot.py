@@ -21,7 +21,7 @@ class NoDevice(CudaDriver):
 
     def __init__(self, capability):
         self.capability = capability
-        self.get_current_device = lambda: 0
+        self.get_current_device = lambda: capability  # a number for each: what was compiled is kept by it
         self.get_current_stream = lambda device: 0
 
     def get_current_target(self):
@@ -69,6 +69,7 @@ def compiled(capability, wanted):
                 triton_kernels.IMPLEMENTATIONS[op](*args)
                 (kernel,) = kernels  # a call launches one kernel
                 kernels.clear()
+                assert kernel.metadata.target.arch == capability
                 yield facts, kernel
     finally:
         JITFunction.run = run
