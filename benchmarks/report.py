@@ -192,6 +192,7 @@ PARTS = {
     "kernels": lambda r: (
         f"{len(r['kernels'])} kernels, {sum(k['local_bytes'] > 0 for k in r['kernels'])} of them spill"
     ),
+    "sass": lambda r: f"{len(r['rows'])} kernels; docs/machine-code.md",
 }
 
 

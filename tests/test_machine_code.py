@@ -1,0 +1,173 @@
+"""The GPU kernels' machine code: the reader of it, and that no kernel gets worse. No GPU, no clock."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).parent.parent / "benchmarks/gpu"
+sys.path.append(str(GPU))
+
+import machine_code  # noqa: E402
+import sass  # noqa: E402
+
+# A thread beyond the end leaves; one with a whole pack takes the wide accesses, of which it waits for one at 0x70;
+# the rest go through a loop. A routine is called, and a move is written as a multiply-add.
+LISTING = """
+	.section	.text.kernel,"ax",@progbits
+	.sectioninfo	@"SHI_REGISTERS=12"
+kernel:
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   ISETP.GE.AND P0, PT, R0, UR4, PT ;
+        /*0020*/               @P0 EXIT ;
+.L_x_3:
+        /*0030*/                   HFMA2.MMA R3, -RZ, RZ, 0, 0 ;
+        /*0040*/              @!P1 BRA `(.L_x_1) ;
+        /*0050*/                   LDG.E.128 R4, desc[UR8][R2.64] ;
+        /*0060*/                   LDG.E.64.CONSTANT R8, desc[UR8][R2.64+0x10] ;
+        /*0070*/               @P2 FFMA R4, R7, R7, R5 ;
+        /*0080*/                   CALL.REL.NOINC `($__internal_0_$divide) ;
+        /*0090*/                   STG.E.128 desc[UR8][R10.64], R4 ;
+        /*00a0*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*00b0*/                   LDG.E R4, desc[UR8][R2.64] ;
+        /*00c0*/                   STG.E desc[UR8][R10.64], R4 ;
+        /*00d0*/               @P3 BRA `(.L_x_1) ;
+.L_x_2:
+        /*00e0*/                   BRA.U UP0, `(.L_x_3) ;
+        /*00f0*/                   EXIT ;
+        .type           $__internal_0_$divide,@function
+$__internal_0_$divide:
+        /*0100*/                   MUFU.RCP R9, R8 ;
+        /*0110*/                   RET.REL.NODEC R20 `(kernel) ;
+.L_x_4:
+        /*0120*/                   BRA `(.L_x_4);
+        /*0130*/                   NOP;
+	.section	.nv.constant0.kernel,"a",@progbits
+"""
+
+
+@pytest.fixture(scope="module")
+def read():
+    ((name, lines),) = machine_code.functions(LISTING).items()
+    assert name == "kernel"
+    return machine_code.blocks(lines)
+
+
+def walk(made, way):
+    return [i for block in way for i in made[block].instructions]
+
+
+def test_the_way_of_a_whole_pack(read):
+    way = machine_code.ways_through(read, 24)[16]
+    assert machine_code.cost(read, way) == 3 + 2 + 6 + 2 + 2  # and the two that are called
+    assert machine_code.accesses(walk(read, way)) == {"LDG.128": 1, "LDG.64": 1, "STG.128": 1}
+    assert machine_code.in_flight(walk(read, way)) == 24
+    assert machine_code.mix(walk(read, way)) == {"half": 1, "slow": 1, "wide": 0}
+
+
+def test_other_ways(read):
+    ways = machine_code.ways_through(read, 0)
+    assert {stored: machine_code.cost(read, way) for stored, way in ways.items()} == {0: 3, 4: 10, 16: 15}
+    assert machine_code.ways_through(read, 25) == {}
+
+
+def test_a_loop_counts_once_and_is_found(read):
+    way = machine_code.ways_through(read, 4)[4]
+    assert machine_code.cost(read, machine_code.loop_around(read, way)) == 3
+
+
+def test_fused_operations_are_told_from_moves(read):
+    assert [i.opcode for block in read for i in block.instructions if i.fused] == ["FFMA"]
+
+
+def test_chips():
+    h100 = sass.CHIPS[90]
+    assert h100.resident(256, 32, 0) == 2048
+    assert h100.resident(256, 33, 0) == 1536  # 40 each: six blocks
+    assert h100.resident(128, 32, 32 << 10) == 6 * 128
+    # An element of 16 bytes each 4.8 ps, 16 instructions of it at 29.7 a ps.
+    assert h100.issue_share(16, 16) == pytest.approx(3.35e12 / (132 * 4 * 32 * 1.755e9))
+
+
+# ------------------------------------------------------------------ the kernels
+
+# The CUDA kernels are looked at wherever there is nvcc; what Triton needs is in its package.
+BACKENDS = ["triton", *(["cuda"] if shutil.which("nvcc") else [])]
+RECORD = sass.read(sass.RECORD)
+
+
+def compiled(folder, *options):
+    """The rows, from a process of its own: this one has Triton's interpreter switched on."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, GPU / "sass.py", *options, "--json", folder / "rows.json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return sass.read(folder / "rows.json")
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory):
+    kernels = r"--kernels=^(?!.*\b(f32|f16|u8)/\S+ z bf16)"  # without what differs in Triton's last conversion alone
+    return compiled(tmp_path_factory.mktemp("sm_90"), kernels, *(f"--backend={b}" for b in BACKENDS))
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Triton's main kernels; setup.py's log tells of the CUDA kernels' spills there."""
+    options = ("--backend=triton", "--arch=80", "--arch=100", r"--kernels=\b(f32/f32|f16/f16|bf16/bf16|u8/f32)$")
+    return compiled(tmp_path_factory.mktemp("others"), *options)
+
+
+def bad(row):
+    return row["local"] or row["stack"] or row["fused"]
+
+
+@pytest.mark.parametrize("made_by", BACKENDS)
+def test_nothing_spills_and_nothing_is_fused(hopper, made_by):
+    rows = [row for row in hopper["rows"] if row["backend"] == made_by]
+    assert len({row["kernel"] for row in rows}) == len(rows) >= 40
+    assert {row["layout"] for row in rows} == {"flat", "any"}
+    assert [row["kernel"] for row in rows if bad(row)] == []
+
+
+def test_nothing_spills_and_nothing_is_fused_elsewhere(others):
+    assert len(others["rows"]) >= 2 * 12
+    assert [(row["kernel"], row["arch"]) for row in others["rows"] if bad(row)] == []
+
+
+def test_packs_move_128_bits_at_a_time(hopper):
+    """Eight uint8 are 64 bits, and so is a seed; a channel's mean and scale are numbers."""
+    for row in hopper["rows"]:
+        if row["layout"] == "flat":
+            seeds = {"LDG.64"} if re.match(r"random_init|fgsm_step noise", row["op"]) else set()
+            narrow = set(row["accesses"]) - {"LDG.128", "STG.128"} - seeds
+            narrow -= {"LDG.64"} if row["x"] == "u8" else set()
+            narrow -= {"LDG.32"} if row["z"] else set()
+            assert not narrow, row
+
+
+def compilers(result):
+    return tuple(result["environment"][name] for name in ("nvcc", "triton"))
+
+
+def test_no_kernel_takes_more_instructions(hopper):
+    """`python benchmarks/gpu/sass.py --record` writes the limits anew. Another compiler's code differs by itself."""
+    margin = 1.03 if compilers(hopper) == compilers(RECORD) else 1.15
+    limits = {(row["backend"], row["kernel"], row["arch"]): row for row in RECORD["rows"]}
+    grown = {}
+    for row in hopper["rows"]:
+        known = limits[row["backend"], row["kernel"], row["arch"]]
+        for what in ("per_element", "most", "registers"):
+            if row[what] > margin * known[what] + (what == "registers") * 2:
+                grown[row["backend"], row["kernel"], what] = (known[what], row[what])
+    assert grown == {}
+
+
+def test_the_page_is_the_record_s():
+    assert sass.PAGE.read_text() == sass.page(RECORD)
