@@ -16,6 +16,9 @@
 
 #include "call.h"
 #include "facts.h"
+#ifdef FASTADV_CUDA
+#include "cuda/ops.h"
+#endif
 
 namespace fastadv {
 namespace {
@@ -64,6 +67,18 @@ void* stream_of(const Place& place) {
   return nullptr;
 #endif
 }
+
+// Makes the tensors' device the current one, if it is not: PyTorch's guard takes longer than asking.
+struct OnDevice {
+#ifdef FASTADV_CUDA
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  explicit OnDevice(const Place& place) {
+    if (current_device() != place.index) guard.emplace(place.index);
+  }
+#else
+  explicit OnDevice(const Place&) {}
+#endif
+};
 
 // Collects an op's tensors, then lays out the walk.
 class Arguments {
@@ -125,9 +140,7 @@ class Arguments {
                       "fastadv: mean and scale must be of the compute type");
       if (call_.channels.count > 1) call_.channels.inner = run_length(tensors_[kX], per_sample_ ? 1 : 0, 1);
     }
-#ifdef FASTADV_CUDA
-    torch::stable::accelerator::DeviceGuard guard(place_.index);
-#endif
+    const OnDevice there(place_);
     kernel(call_, stream_of(place_));
   }
 
@@ -223,9 +236,7 @@ void philox_op(const Tensor& out, const Tensor& seed, const Tensor& index, const
   STD_TORCH_CHECK(fits, "fastadv: philox takes contiguous int64 tensors of one size");
   ++call_count;
   if (n == 0) return;
-#ifdef FASTADV_CUDA
-  torch::stable::accelerator::DeviceGuard guard(place.index);
-#endif
+  const OnDevice there(place);
   auto data = [](const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); };
   philox_words(n, data(seed), data(index), data(restart), static_cast<uint32_t>(word3), data(out), stream_of(place));
 }

@@ -66,7 +66,7 @@ CHIPS = {
 SIZES = {"": 0, "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "u8": 1}
 TYPES = {"double": "f64", "float": "f32", "fastadv::Half": "f16", "fastadv::BFloat16": "bf16", "unsigned char": "u8"}
 KINDS = ("random_init", "fgsm_step", "fgsm_step noise", "pgd_step")  # enum class Kind
-GROUP, THREADS = 8, 256  # kGroup, kThreads
+GROUP, THREADS = 8, 128  # kGroup, kThreads
 
 
 @dataclass(frozen=True)

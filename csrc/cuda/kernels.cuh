@@ -17,7 +17,7 @@ namespace fastadv {
 enum class Kind : int { kRandomInit, kFgsm, kFgsmFromNoise, kPgd };
 
 constexpr int kGroup = 8;
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;  // small blocks fill the multiprocessors evenly
 
 // f<the type that dtype names>(...). A macro, because ptxas must see it inlined: a call would put offsets in memory.
 #define FASTADV_BY_TYPE(dtype, f, ...)                     \
@@ -83,8 +83,9 @@ struct Flat {
   const void* x0;
   const void* grad;
   void* out;
-  uint32_t groups, whole, rest;  // of each sample, or of all where they share a seed; rest: elements of the last one
-  const int64_t* seeds;          // one, or one per sample; null: `seed`
+  uint64_t size;           // elements of each sample, or of all where they share a seed
+  uint32_t groups, whole;  // the same in groups, and in whole ones
+  const int64_t* seeds;    // one, or one per sample; null: `seed`
   uint64_t seed;
   float alpha, eps, noise;
   Box box;  // rounded inward to the result type
@@ -105,76 +106,152 @@ __device__ __forceinline__ void store_whole(uint4* p, uint4 v) {
 #endif
 }
 
-// Eight elements, as four words of two; moved by accesses as wide as they can be, up to 16 bytes.
+// The kernel may be launched before the one ahead of it in the stream has ended (compute capability 9): here it waits,
+// before it touches memory, and lets the next one come in turn.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Eight elements, as four words of two.
 template <class T>
 struct Pack {
-  using Word = typename Two<T>::Word;
-  using Access = typename std::conditional<sizeof(T) == 1, uint2, uint4>::type;
-  static constexpr int kAccesses = kGroup * sizeof(T) / sizeof(Access);
-  Word w[kGroup / 2];
+  typename Two<T>::Word w[kGroup / 2];
+};
 
-  __device__ __forceinline__ void load_from(const T* p) {
-    Access raw[kAccesses];
+template <class Access, int kCount, class T>
+__device__ __forceinline__ void load_wide(void* words, const T* p) {
+  Access raw[kCount];
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) raw[i] = reinterpret_cast<const Access*>(p)[i];
-    memcpy(w, raw, sizeof(w));
+  for (int i = 0; i < kCount; ++i) raw[i] = reinterpret_cast<const Access*>(p)[i];
+  memcpy(words, raw, sizeof(raw));
+}
+template <int kCount, class T>
+__device__ __forceinline__ void store_wide(T* p, const void* words) {
+  uint4 raw[kCount];
+  memcpy(raw, words, sizeof(raw));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) store_whole(reinterpret_cast<uint4*>(p) + i, raw[i]);
+}
+
+// Where a thread's elements are: two chunks of four. Together they are a group; but where results are floats, two
+// neighbouring lanes take the first and the second chunk of both their groups, and swap what comes by groups (16-bit
+// and 8-bit tensors, random bits). A warp's access then fills sectors of 32 bytes; half of one at a time would cost
+// the L2 cache twice the work.
+template <bool kSwapped>
+struct Place {
+  static constexpr int kChunk = kGroup / 2, kSecond = kSwapped ? 2 : 1;  // from the first chunk to the second
+  uint32_t row, number;  // the sample's first group in the tensor, and the lane's group in the sample
+  bool whole;            // wide accesses are possible: for the warp if lanes swap
+  uint64_t size;         // of the sample
+
+  __device__ __forceinline__ uint32_t first_chunk() const { return kSwapped ? 2 * number - (number & 1) : 2 * number; }
+  __device__ __forceinline__ uint64_t position(int chunk) const {
+    return static_cast<uint64_t>(first_chunk() + chunk * kSecond) * kChunk;
   }
-  __device__ __forceinline__ void store_to(T* p) const {
-    Access raw[kAccesses];
-    memcpy(raw, w, sizeof(w));
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) store_whole(reinterpret_cast<Access*>(p) + i, raw[i]);
+  // The chunk's first element in a tensor.
+  template <class T>
+  __device__ __forceinline__ T* at(T* p, int chunk) const {
+    return p + (static_cast<uint64_t>(2 * row + first_chunk()) * kChunk + chunk * kSecond * kChunk);
   }
-  // The first ones alone, where the tensor ends within the group.
-  __device__ __forceinline__ void load_from(const T* p, int count) {
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j)
-      if (j < count) Two<T>::set(w[j / 2], j % 2, p[j]);
+
+  template <class T>
+  __device__ __forceinline__ bool wide() const {
+#ifdef __CUDA_ARCH__
+    return whole;
+#else
+    return whole && !(kSwapped && sizeof(T) < 4);  // lanes that run one after the other cannot swap
+#endif
   }
-  __device__ __forceinline__ void store_to(T* p, int count) const {
+
+  // Words in the order of groups to that of chunks, and back.
+  template <class T>
+  __device__ __forceinline__ void swap(T& words) const {
+#ifdef __CUDA_ARCH__
+    constexpr int kHalf = sizeof(T) / 8;
+    uint32_t w[2 * kHalf];
+    memcpy(w, &words, sizeof(w));
+    const bool odd = number & 1;
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j)
-      if (j < count) p[j] = Two<T>::get(w[j / 2], j % 2);
+    for (int i = 0; i < kHalf; ++i) {
+      const uint32_t taken = __shfl_xor_sync(~0u, odd ? w[i] : w[i + kHalf], 1);
+      w[i] = odd ? taken : w[i];
+      w[i + kHalf] = odd ? w[i + kHalf] : taken;
+    }
+    memcpy(&words, w, sizeof(w));
+#endif
+  }
+
+  template <class T>
+  __device__ __forceinline__ Pack<T> load(const void* tensor) const {
+    const T* p = static_cast<const T*>(tensor);
+    Pack<T> pack{};
+    if (!wide<T>()) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        if (position(j / kChunk) + j % kChunk < size) Two<T>::set(pack.w[j / 2], j % 2, at(p, j / kChunk)[j % kChunk]);
+    } else if constexpr (sizeof(T) >= 4) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) load_wide<uint4, sizeof(T) / 4>(pack.w + 2 * k, at(p, k));
+    } else {
+      using Access = typename std::conditional<sizeof(T) == 1, uint2, uint4>::type;
+      load_wide<Access, 1>(pack.w, p + static_cast<uint64_t>(row + number) * kGroup);
+      if (kSwapped) swap(pack.w);
+    }
+    return pack;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void store(void* tensor, Pack<T> pack) const {
+    T* p = static_cast<T*>(tensor);
+    if (!wide<T>()) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        if (position(j / kChunk) + j % kChunk < size) at(p, j / kChunk)[j % kChunk] = Two<T>::get(pack.w[j / 2], j % 2);
+    } else if constexpr (sizeof(T) >= 4) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) store_wide<sizeof(T) / 4>(at(p, k), pack.w + 2 * k);
+    } else {
+      if (kSwapped) swap(pack.w);
+      store_wide<1>(p + static_cast<uint64_t>(row + number) * kGroup, pack.w);
+    }
+  }
+
+  // Of the chunks, from the generator's words of the groups.
+  __device__ __forceinline__ Words random_bits(uint64_t seed) const {
+#ifdef __CUDA_ARCH__
+    Words bits = philox(seed, number, 0, 0);
+    if (kSwapped) swap(bits);
+    return bits;
+#else
+    if (!kSwapped) return philox(seed, number, 0, 0);
+    const Words one = philox(seed, number & ~1u, 0, 0), other = philox(seed, number | 1u, 0, 0);
+    const int i = number & 1 ? 2 : 0;
+    return {{one.v[i], one.v[i + 1], other.v[i], other.v[i + 1]}};
+#endif
   }
 };
 
-// A tensor's group: whole, or its first elements.
-template <class T>
-__device__ __forceinline__ Pack<T> load_group(const void* p, uint32_t group, bool whole, int rest) {
-  const T* place = static_cast<const T*>(p) + static_cast<uint64_t>(group) * kGroup;
-  Pack<T> pack{};
-  if (whole)
-    pack.load_from(place);
-  else
-    pack.load_from(place, rest);
-  return pack;
-}
-template <class T>
-__device__ __forceinline__ void store_group(void* p, uint32_t group, bool whole, int rest, const Pack<T>& pack) {
-  T* place = static_cast<T*>(p) + static_cast<uint64_t>(group) * kGroup;
-  if (whole)
-    pack.store_to(place);
-  else
-    pack.store_to(place, rest);
-}
-
-template <class Z>
-__device__ __forceinline__ void store_narrowed(void* z, uint32_t group, bool whole, int rest, const Pair* values) {
+template <class Z, class P>
+__device__ __forceinline__ void store_narrowed(void* z, const P& place, const Pair* values) {
   Pack<Z> pack;
 #pragma unroll
   for (int i = 0; i < kGroup / 2; ++i) pack.w[i] = Two<Z>::narrow(values[i]);
-  store_group(z, group, whole, rest, pack);
+  place.store(z, pack);
 }
-__device__ __forceinline__ void store_as(DType type, void* z, uint32_t group, bool whole, int rest, const Pair* values){
-    FASTADV_BY_TYPE(type, store_narrowed, z, group, whole, rest, values)}
+template <class P>
+__device__ __forceinline__ void store_narrowed_to(DType type, void* z, const P& place, const Pair* values) {
+  FASTADV_BY_TYPE(type, store_narrowed, z, place, values);
+}
 
-// A group's values as the model's input; nearly always all of one channel.
-__device__ __forceinline__ void normalize_group(const ModelInput<uint32_t>& input, uint32_t first, Pair* values) {
+// A thread's values as the model's input; nearly always all of one channel.
+template <class P>
+__device__ __forceinline__ void normalize_all(const ModelInput<uint32_t>& input, const P& place, Pair* values) {
   const uint32_t inner = static_cast<uint32_t>(input.inner), count = static_cast<uint32_t>(input.count);
-  const uint32_t run = input.run_of(first);
-  uint32_t channel = input.channel_of(run);
+  uint32_t first = static_cast<uint32_t>(place.position(0)), run = input.run_of(first), channel = input.channel_of(run);
   uint32_t left = (run + 1) * inner - first;
-  if (left >= kGroup || count == 1) {
+  if (left >= (P::kSecond + 1) * P::kChunk || count == 1) {
     const float mean = static_cast<const float*>(input.mean)[channel];
     const float scale = static_cast<const float*>(input.scale)[channel];
 #pragma unroll
@@ -184,6 +261,10 @@ __device__ __forceinline__ void normalize_group(const ModelInput<uint32_t>& inpu
   }
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
+    if (P::kSecond > 1 && j == P::kChunk) {
+      first = static_cast<uint32_t>(place.position(1)), run = input.run_of(first), channel = input.channel_of(run);
+      left = (run + 1) * inner - first;
+    }
     float& value = j % 2 ? values[j / 2].b : values[j / 2].a;
     value = input.normalize(value, channel);
     if (--left == 0) {
@@ -208,20 +289,22 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
   using R = typename ResultOf<X>::Type;
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
   constexpr bool kGrad = kKind != Kind::kRandomInit, kX0 = kKind == Kind::kPgd;
-  const uint32_t group = blockIdx.x * kThreads + threadIdx.x, at = blockIdx.y * f.groups + group;
-  if (group >= f.groups) return;
-  const bool whole = group < f.whole;
-  const int rest = static_cast<int>(f.rest);
+  constexpr bool kSwapped = std::is_same<R, float>::value;
+  const uint32_t number = blockIdx.x * kThreads + threadIdx.x;
+  if (!kSwapped && number >= f.groups) return;
+  const uint32_t last = kSwapped ? number | 31 : number;
+  const Place<kSwapped> place{blockIdx.y * f.groups, number, last < f.whole, f.size};
+  wait_for_predecessor();
 
-  const Pack<X> xs = load_group<X>(f.x, at, whole, rest);
+  const Pack<X> xs = place.template load<X>(f.x);
   Pack<R> x0s{}, result;
   Pack<G> grads{};
-  if constexpr (kX0) x0s = load_group<R>(f.x0, at, whole, rest);
-  if constexpr (kGrad) grads = load_group<G>(f.grad, at, whole, rest);
+  if constexpr (kX0) x0s = place.template load<R>(f.x0);
+  if constexpr (kGrad) grads = place.template load<G>(f.grad);
   Words bits{};
   if constexpr (kNoise) {
     const uint64_t seed = f.seeds ? static_cast<uint64_t>(f.seeds[blockIdx.y]) : f.seed;
-    bits = philox(seed, group, 0, 0);
+    bits = place.random_bits(seed);
   }
 #pragma unroll
   for (int i = 0; i < kGroup / 2; ++i) {
@@ -233,13 +316,13 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
       result.w[i] = step<R, G, kProject>(from, grads.w[i], clean, f.alpha, f.eps, f.box);
     }
   }
-  store_group(f.out, at, whole, rest, result);
+  place.store(f.out, result);
   if constexpr (std::is_same<F, FlatWithZ>::value) {
     Pair values[kGroup / 2];
 #pragma unroll
     for (int i = 0; i < kGroup / 2; ++i) values[i] = Two<R>::widen(result.w[i]);
-    normalize_group(f.input, group * kGroup, values);
-    store_as(f.z_type, f.z, at, whole, rest, values);
+    normalize_all(f.input, place, values);
+    store_narrowed_to(f.z_type, f.z, place, values);
   }
 }
 

@@ -73,13 +73,32 @@ void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("fastadv: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// Of the current device; asked once a thread and device.
+int capability_major() {
+  thread_local int known_device = -1, major = 0;
+  const int device = current_device();
+  if (device != known_device) {
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+    known_device = device;
+  }
+  return major;
+}
+
+// Whether a launch may begin while the kernel ahead of it ends: only what waits for that by itself.
+enum class Overlap : bool { kNo, kYes };
+
 // A launch as a plain function call: tests/emulated_cuda runs the same lines without a GPU.
-template <class... Parameters, class... Arguments>
+template <Overlap kOverlap = Overlap::kNo, class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), dim3 grid, void* stream, const Arguments&... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = kOverlap == Overlap::kYes && capability_major() >= 9;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
@@ -139,8 +158,8 @@ Flat flat_arguments(const Call& call) {
   f.grad = call.walk.operands[kGrad].data;
   f.out = call.walk.operands[kOut].data;
   f.groups = static_cast<uint32_t>(groups_of(call));
-  f.rest = static_cast<uint32_t>(call.walk.block_size % kGroup);
-  f.whole = f.groups - (f.rest ? 1 : 0);
+  f.whole = static_cast<uint32_t>(call.walk.block_size / kGroup);
+  f.size = static_cast<uint64_t>(call.walk.block_size);
   f.seeds = call.seeds;
   f.seed = call.seed;
   f.alpha = number(kAlpha), f.eps = number(kEps), f.noise = number(kNoise);
@@ -173,8 +192,8 @@ void launch(const Call& call, Kind kind, void* stream) {
   const Operand& z = call.walk.operands[kZ];
   if (const FlatEntry* e = find_flat(call, kind)) {
     const Flat f = flat_arguments(call);
-    if (!call.has(kZ)) return run(e->kernel, grid, stream, f);
-    return run(e->with_z, grid, stream, FlatWithZ{f, z.data, z.dtype, model_input_of<uint32_t>(call)});
+    if (!call.has(kZ)) return run<Overlap::kYes>(e->kernel, grid, stream, f);
+    return run<Overlap::kYes>(e->with_z, grid, stream, FlatWithZ{f, z.data, z.dtype, model_input_of<uint32_t>(call)});
   }
   const AnyEntry& any = *std::find_if(std::begin(kAny), std::end(kAny), [&](auto& a) { return a.kind == kind; });
   const Dividers dividers = dividers_of(call);
@@ -187,9 +206,8 @@ template <class... Parameters>
 Attributes attributes_of(const std::string& name, void (*kernel)(Parameters...)) {
   cudaFuncAttributes a{};
   check(cudaFuncGetAttributes(&a, reinterpret_cast<const void*>(kernel)), name.c_str());
-  int blocks = 0, threads = 0, device = 0;
-  check(cudaGetDevice(&device), name.c_str());
-  check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device), name.c_str());
+  int blocks = 0, threads = 0;
+  check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, current_device()), name.c_str());
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), kThreads, 0),
         name.c_str());
   return {name, a.numRegs, static_cast<int>(a.localSizeBytes), static_cast<int>(a.sharedSizeBytes),
@@ -208,6 +226,12 @@ void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const in
                   int64_t* words, void* stream) {
   const unsigned blocks = static_cast<unsigned>((n + kThreads - 1) / kThreads);
   run(philox_kernel, dim3(blocks), stream, n, seed, index, restart, word3, words);
+}
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  return device;
 }
 
 std::vector<Attributes> kernel_attributes() {

@@ -1,4 +1,4 @@
-// What the CUDA kernels cost on the current device.
+// What the library asks of CUDA beside its kernels.
 #pragma once
 
 #include <string>
@@ -6,6 +6,9 @@
 
 namespace fastadv {
 
+int current_device();
+
+// What a kernel costs there.
 struct Attributes {
   std::string name;
   int registers, local_bytes, shared_bytes;  // local memory a thread: spills and arrays

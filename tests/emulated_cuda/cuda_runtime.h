@@ -34,9 +34,18 @@ using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 template <class... Parameters, class... Arguments>
@@ -54,7 +63,7 @@ struct cudaFuncAttributes {
   int numRegs = 0;
   size_t localSizeBytes = 0, sharedSizeBytes = 0;
 };
-enum { cudaDevAttrMaxThreadsPerMultiProcessor };
+enum { cudaDevAttrMaxThreadsPerMultiProcessor, cudaDevAttrComputeCapabilityMajor };
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 1, cudaSuccess; }
