@@ -27,6 +27,7 @@ _TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.f
 
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 
 # 1/255 in two parts: the first has so few bits that a uint8's product with it is exact.
 _HIGH = tl.constexpr(257 / 65536)
@@ -49,12 +50,17 @@ def _to_odd_float32(t):
 
 @triton.jit
 def _bfloat16_value(t):
-    """float32 rounded to bfloat16, as a float32. One instruction when compiled, but the interpreter truncates."""
-    if not _INTERPRETED:
+    """float32 rounded to bfloat16, as a float32."""
+    if _PTX:
+        # Two at once is the fast conversion; with 0 for the lower one, its bits are the rounded float's.
+        code: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $1, 0f00000000;"
+        return tl.inline_asm_elementwise(code, "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
+    elif _INTERPRETED:  # it truncates
+        bits = t.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(t == t, rounded.to(tl.float32, bitcast=True), t)
+    else:
         return t.to(tl.bfloat16).to(tl.float32)
-    bits = t.to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(t == t, rounded.to(tl.float32, bitcast=True), t)
 
 
 @triton.jit
@@ -122,10 +128,68 @@ def _clamp(v, lo, hi):
 
 
 @triton.jit
-def _finish(t, x, radius, lo, hi, R: tl.constexpr):
+def _nudged(v, test, limit, step):
+    """v - step where test > limit, v + step where test < -limit, else v."""
+    if _PTX and v.dtype == tl.float32:
+        # Additions under predicates: comparisons and selections share a pipe of half the rate.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred above, below;
+            .reg .f32 least;
+            neg.f32 least, $3;
+            setp.gt.f32 above, $2, $3;
+            setp.lt.f32 below, $2, least;
+            mov.f32 $0, $1;
+            @above sub.rn.f32 $0, $1, $4;
+            @below add.rn.f32 $0, $1, $4;
+            }""",
+            "=&f,f,f,f,f", [v, test, limit, step], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.where(test > limit, v - step, tl.where(test < -limit, v + step, v))
+
+
+@triton.jit
+def _pulled_float32(w, difference, radius):
+    """w, or the float next to it towards x where the difference between them is more than the radius."""
+    if _PTX:
+        # Less the least of all, rounded down, is the next one.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred above, below;
+            .reg .f32 least;
+            neg.f32 least, $3;
+            setp.gt.f32 above, $2, $3;
+            setp.lt.f32 below, $2, least;
+            mov.f32 $0, $1;
+            @above sub.rm.f32 $0, $1, 0f00000001;
+            @below add.rp.f32 $0, $1, 0f00000001;
+            }""",
+            "=&f,f,f,f", [w, difference, radius], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.where(tl.abs(difference) > radius, _next_float32(w, difference, 1), w)
+
+
+@triton.jit
+def _to_neighbour(w, R: tl.constexpr):
+    """csrc/cuda/pairs.cuh: rounded, w moved by that is its neighbour in R."""
+    if R == tl.bfloat16:
+        return tl.abs(w) * 0.0046875  # 0.6 * 2^-7
+    else:
+        return tl.maximum(tl.abs(w) * 0.0005859375, 3.5762786865234375e-08)  # 0.6 * 2^-10, 0.6 * 2^-24
+
+
+@triton.jit
+def _finish(t, x, radius, lo, hi, R: tl.constexpr, ORDINARY: tl.constexpr):
     w = _round_to(t, R)
     difference = w - x
-    w = tl.where(tl.abs(difference) > radius, _towards(w, difference, R), w)
+    if w.dtype == tl.float32 and R == tl.float32:
+        w = _pulled_float32(w, difference, radius)
+    elif ORDINARY and w.dtype == tl.float32 and R != tl.float64:
+        w = _round_to(_nudged(w, difference, radius, _to_neighbour(w, R)), R)
+    else:
+        w = tl.where(tl.abs(difference) > radius, _towards(w, difference, R), w)
     return _clamp(w, _round_inward(lo, R, True), _round_inward(hi, R, False))
 
 
@@ -165,12 +229,6 @@ def _pixel(x, C: tl.constexpr):
 
 
 @triton.jit
-def _sign(grad, C: tl.constexpr):
-    grad = _widened(grad)
-    return (grad > 0).to(C) - (grad < 0).to(C)
-
-
-@triton.jit
 def _random_bits(seed, first_group, GROUPS: tl.constexpr):
     """The 16 random bits of 8 * GROUPS elements, as uint32."""
     group = first_group + tl.arange(0, GROUPS)
@@ -182,29 +240,42 @@ def _random_bits(seed, first_group, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _start(x, h, noise, lo, hi, R: tl.constexpr):
+def _start(x, h, noise, lo, hi, R: tl.constexpr, ORDINARY: tl.constexpr):
     C: tl.constexpr = x.dtype
-    # Conversions of integers are slow: the float 2^23 + 2h has 2h for its last bits.
-    k = ((h << 1) | 0x4B000000).to(tl.float32, bitcast=True) - 8454143.0
-    return _finish(x + (noise * 0.0000152587890625) * k.to(C), x, noise, lo, hi, R)
+    # k / 2 = h - 32767.5. Conversions of integers are slow: the float 2^23 + h has h for its last bits.
+    half = ((h | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) - 32767.5
+    if not ORDINARY:  # perhaps so small a noise that scale is subnormal
+        noise_ = (noise * 0.0000152587890625) * (2 * half).to(C)
+    else:
+        noise_ = (noise * 0.000030517578125) * half.to(C)
+    return _finish(x + noise_, x, noise, lo, hi, R, ORDINARY)
 
 
 @triton.jit
-def _step(x0, grad, x, alpha, eps, lo, hi, R: tl.constexpr, PROJECT: tl.constexpr):
-    moved = x0 + alpha * _sign(grad, x.dtype)
+def _step(x0, grad, x, alpha, eps, lo, hi, R: tl.constexpr, PROJECT: tl.constexpr, ORDINARY: tl.constexpr):
+    C: tl.constexpr = x.dtype
+    grad = _widened(grad)
+    if grad.dtype == tl.float64:  # the sign alone: a subnormal double must not become a float's zero
+        grad = (grad > 0).to(tl.float32) - (grad < 0).to(tl.float32)
+    if C == tl.float32:
+        # -0 moved by nothing is 0, which the ball would see to.
+        moved = _nudged(x0 if PROJECT else x0 + 0.0, grad, 0.0, -alpha)
+    else:
+        moved = x0 + alpha * ((grad > 0).to(C) - (grad < 0).to(C))
     if not PROJECT:
         return _clamp(_round_to(moved, R), _round_inward(lo, R, True), _round_inward(hi, R, False))
-    return _finish(x + _clamp(moved - x, -eps, eps), x, eps, lo, hi, R)
+    return _finish(x + _clamp(moved - x, -eps, eps), x, eps, lo, hi, R, ORDINARY)
 
 
 @triton.jit
 def _element(x, x0, grad, h, alpha, eps, noise, lo, hi, C: tl.constexpr, R: tl.constexpr, FLAGS: tl.constexpr):
-    """The op on a block of elements. FLAGS: which of (noise, step, x0, project) there is."""
+    """The op on a block of elements. FLAGS: which of (noise, step, x0, project, radii of ordinary size) there is."""
+    ORDINARY: tl.constexpr = FLAGS[4]
     NOISE: tl.constexpr = FLAGS[0]
     STEP: tl.constexpr = FLAGS[1]
     HAS_X0: tl.constexpr = FLAGS[2]
     if not STEP:
-        return _start(_pixel(x, C), h, tl.cast(noise, C), tl.cast(lo, C), tl.cast(hi, C), R)
+        return _start(_pixel(x, C), h, tl.cast(noise, C), tl.cast(lo, C), tl.cast(hi, C), R, ORDINARY)
     clean = _pixel(x, C)
     if HAS_X0:
         start = _pixel(x0, C)
@@ -212,10 +283,11 @@ def _element(x, x0, grad, h, alpha, eps, noise, lo, hi, C: tl.constexpr, R: tl.c
         # What random_init returned: in x's type (float32 for uint8), computed in float32 unless x is float64.
         C0: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
         R0: tl.constexpr = tl.float32 if x.dtype == tl.uint8 else x.dtype
-        start = _start(_pixel(x, C0), h, tl.cast(noise, C0), tl.cast(lo, C0), tl.cast(hi, C0), R0).to(C)
+        start = _start(_pixel(x, C0), h, tl.cast(noise, C0), tl.cast(lo, C0), tl.cast(hi, C0), R0, ORDINARY).to(C)
     else:
         start = clean
-    return _step(start, grad, clean, tl.cast(alpha, C), tl.cast(eps, C), tl.cast(lo, C), tl.cast(hi, C), R, FLAGS[3])
+    lo_, hi_ = tl.cast(lo, C), tl.cast(hi, C)
+    return _step(start, grad, clean, tl.cast(alpha, C), tl.cast(eps, C), lo_, hi_, R, FLAGS[3], ORDINARY)
 
 
 @triton.jit
@@ -347,10 +419,18 @@ def _strides(t, order):
     return tuple(t.stride(d) if t.shape[d] != 1 else 0 for d in order)
 
 
+def _ordinary(x, out, radii):
+    """Whether csrc/cuda/pairs.cuh's shortcuts are right: for radii of any use, and x that is no infinity in `out`."""
+    largest = 8 if out.dtype == torch.float16 else 2.0**100
+    fits = out.dtype in (x.dtype, torch.float32)
+    return fits and all(t is None and (r == 0 or 2.0**-100 <= r <= largest) for r, t in radii)
+
+
 def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None):
     """params: (number, tensor or None) of alpha, eps, noise, lo and hi; flags: which of (noise, step, x0, project)."""
     if x.numel() == 0:
         return
+    flags = (*flags, _ordinary(x, out, params[1:3]))
     per_sample = seed is not None and seed.numel() != 1
     places = position_strides(x, per_sample)
     blocks = x.shape[0] if per_sample else 1
