@@ -1,5 +1,7 @@
 """Attacks as captured CUDA graphs: the eager attack's bits from the same seeds, fresh noise at each replay."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -97,3 +99,16 @@ def test_host_waits_for_the_device_only_at_the_end(model, attack, graph, monkeyp
         attacked(images, labels, seed=2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_garbage_does_not_end_a_capture(model):
+    """Dropped attacks are reference cycles with graphs in them: the collector must not meet them in a capture."""
+    images, labels = batch()
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        for _ in range(4):
+            PGD(model, EPS, graph=True)(images, labels)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()

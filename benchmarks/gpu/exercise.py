@@ -1,8 +1,8 @@
 """Calls every op x dtypes x layout x kind of parameter, with and without z, on each kernel backend, small, and compares
 with the reference.
 
-Run by itself, or under compute-sanitizer, which watches the memory accesses. Without a GPU: the CPU kernels, and
-Triton's in its interpreter (TRITON_INTERPRET=1), with fewer dtypes.
+Run by itself, or under compute-sanitizer, which watches the memory accesses; with the backends' names, or all. Without
+a GPU: the CPU kernels, and Triton's in its interpreter (TRITON_INTERPRET=1), with fewer dtypes.
 """
 
 import itertools
@@ -95,7 +95,7 @@ def main():
         values = values_of(image, grad)
         with fastadv.backend("reference"):
             want = call(op, values, layout, parameter, with_z, "cpu")
-        for backend in BACKENDS:
+        for backend in sys.argv[1:] or BACKENDS:
             with fastadv.backend(backend):
                 got = call(op, values, layout, parameter, with_z, DEVICE)
             done += 1

@@ -6,7 +6,9 @@ whose image is finished. Nothing here reads the device from the host.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +71,19 @@ class Engine:
             self.iterate()
 
 
+@contextlib.contextmanager
+def no_collection():
+    """Garbage is collected before, not during a capture: an old graph among it would end the capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class GraphEngine(Engine):
     """The same with one iteration captured as a CUDA graph and replayed: `iterate` launches one thing.
 
@@ -92,7 +107,7 @@ class GraphEngine(Engine):
                 super().iterate()
         torch.cuda.current_stream(slots.x.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with no_collection(), torch.cuda.graph(self._graph):
             self._result = super().iterate()
 
     def load(self, slots: Slots) -> None:
