@@ -40,7 +40,7 @@ class Objective:
         self.nonfinite = torch.zeros((), dtype=torch.int64)
         self.counted: int | None = None  # how many samples are no filling
         self._highest = -1
-        self._total = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self._losses = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
     def forget(self, device: torch.device) -> None:
         """Count from zero, in a tensor on `device` that stays the same: a captured graph keeps its address."""
@@ -57,18 +57,24 @@ class Objective:
         """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            total, losses, logits = self._total(leaf, targets)
-            if not total.requires_grad:
+            losses, logits = self._losses(leaf, targets)
+            if not losses.requires_grad:
                 raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
-            (grad,) = torch.autograd.grad(total, leaf)
-        losses = losses.detach()
-        self.nonfinite += (~losses[: self.counted].isfinite()).sum()
-        return grad, losses, logits
+            # Small models are waited for by the launches: isfinite alone is four, and a masked sum as many again.
+            finite = losses.detach().abs() < torch.inf
+            (grad,) = torch.autograd.grad(losses, leaf, finite.to(losses.dtype))
+        self._count(finite if self.counted is None else finite[: self.counted])
+        return grad, losses.detach(), logits
+
+    def _count(self, finite):
+        if self.nonfinite.device != finite.device:  # in an evaluation, which counts for itself
+            self.forget(finite.device)
+        self.nonfinite += (~finite).sum()
 
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(losses, logits), without a gradient."""
         with torch.no_grad():
-            _, losses, logits = self._total(x, targets)
+            losses, logits = self._losses(x, targets)
         return losses, logits
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +110,7 @@ class Objective:
             logits = logits.detach()
         if self.targeted:
             losses = -losses
-        return torch.where(losses.isfinite(), losses, 0).sum(), losses, logits
+        return losses, logits
 
     def _precision(self, x: torch.Tensor) -> AbstractContextManager:
         return nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
