@@ -22,9 +22,9 @@ def output(*command):
 
 
 def commit():
-    """The git commit, `+` where tracked files differ from it; FASTADV_COMMIT names it where there is no repository."""
+    """The git commit, `+` where tracked files differ from it; FASTADV_COMMIT names it where the repository cannot."""
     head = output("git", "rev-parse", "HEAD")
-    if not head:
+    if not head or "FASTADV_COMMIT" in os.environ:
         return os.environ.get("FASTADV_COMMIT", "unknown")
     return head + ("+" if output("git", "status", "--porcelain", "--untracked-files=no") else "")
 

@@ -1,6 +1,6 @@
 """Tables and a plot of benchmark results.
 
-    python benchmarks/report.py RESULT.json|FOLDER ... [--markdown report.md] [--plot report.png]
+    python benchmarks/report.py RESULT.json|FOLDER ... [--markdown report.md] [--plot report.png [--only REGEX]]
 
 Reads what `pytest --benchmark --benchmark-json=FILE` and `benchmarks/gpu/run.sh FOLDER` wrote.
 
@@ -12,6 +12,7 @@ that mostly reads less; and small tensors lie in the caches. There the same exce
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def load(paths):
 
 
 def figures(result):
-    return [b["extra_info"] for b in result.get("benchmarks", [])]
+    launches = [{"kind": "counter", **launch} for launch in result.get("launches", [])]
+    return [b["extra_info"] for b in result.get("benchmarks", [])] + launches
 
 
 def check_roofline(rows):
@@ -140,7 +142,34 @@ def training_row(r):
     return (r["network"], str(r["batch"]), *(f"{v:.2f}" for v in figures), f"{r['kernels_share']:.1%}")
 
 
+COUNTER_HEADER = (
+    "op",
+    "image/grad",
+    "backend",
+    "µs",
+    "GB/s",
+    "of DRAM's peak",
+    "instructions an element",
+    "issue slots",
+)
+
+
+def counter_row(r):
+    seconds = r["nanoseconds"] * 1e-9
+    return (
+        r["op"],
+        r["dtype"],
+        r["backend"],
+        f"{seconds * 1e6:.1f}",
+        f"{r['bytes'] / seconds / 1e9:.0f}",
+        f"{r['dram_percent']:.0f}%",
+        f"{32 * r['warp_instructions'] / r['elements']:.1f}",
+        f"{r['issue_slots_percent']:.0f}%",
+    )
+
+
 KINDS = (
+    ("counter", "what ncu counted in one launch, 28.9 million elements", COUNTER_HEADER, counter_row),
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
@@ -184,7 +213,10 @@ def heading(environment):
 # What each part of gpu/run.sh has to tell in one line.
 PARTS = {
     "build": lambda r: f"{len(r['ptxas'])} kernels, {sum(k['spill_bytes'] > 0 for k in r['ptxas'])} of them spill",
-    "correctness": lambda r: ", ".join(f"{n} {what}" for what, n in r["tests"].items()),
+    "correctness": lambda r: "; ".join(
+        f"{backend}: " + ", ".join(f"{n} {what}" for what, n in tests["tests"].items())
+        for backend, tests in r["backends"].items()
+    ),
     "sanitizer": lambda r: ", ".join(
         f"{tool}: {run['calls']} calls, {run['mismatches']} mismatches, {run['errors']} errors"
         for tool, run in r["tools"].items()
@@ -247,14 +279,18 @@ def bars(axis, rows, scale, ticks, series):
     axis.spines[:].set_visible(False)
 
 
-def plot(results, path):
-    """Speed-ups and shares of the copy rate: a group an op, a bar a case; the reference backend is no contender."""
+def plot(results, path, only=""):
+    """Speed-ups and shares of the copy rate: a group an op, a bar a case; the reference backend is no contender.
+
+    only: a regular expression that "op size image/grad backend" must have in it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [r for result in results for r in figures(result) if r["kind"] == "op" and r["backend"] != "reference"]
+    rows = [r for r in rows if re.search(only, " ".join((r["op"], r["size"], r["dtype"], r["backend"])))]
     if not rows:
         raise ValueError("there is no op benchmark to plot")
     groups = {op: [r for r in rows if r["op"] == op] for op in dict.fromkeys(r["op"] for r in rows)}
@@ -287,12 +323,13 @@ def main(argv=None):
     parser.add_argument("results", nargs="+", help="JSON files, or folders of them")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there (default: print them)")
     parser.add_argument("--plot", metavar="FILE", help="write the plot there, as PNG, SVG or PDF")
+    parser.add_argument("--only", metavar="REGEX", default="", help="what the plot shows of the ops")
     args = parser.parse_args(argv)
     try:
         results = load(args.results)
         warnings = check_roofline([r for result in results for r in figures(result)])
         if args.plot:
-            plot(results, args.plot)
+            plot(results, args.plot, args.only)
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
     for text in warnings:
