@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 
 NOISE = 1.25
 
@@ -318,18 +319,53 @@ def plot(results, path, only=""):
     figure.savefig(path, dpi=100)
 
 
+def roofline(results, path):
+    """Every launch that ncu counted under what bounds it: DRAM's peak, and the issue slots (both as ncu saw them)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    launches = [launch for result in results for launch in result.get("launches", [])]
+    if not launches:
+        raise ValueError("there are no counters for a roofline: benchmarks/gpu/run.sh OUTDIR --part counters")
+    rates, slots = [], []
+    for r in launches:
+        seconds = r["nanoseconds"] * 1e-9
+        rates.append(r["dram_bytes"] / seconds / r["dram_percent"] * 100)
+        slots.append(32 * r["warp_instructions"] / seconds / r["issue_slots_percent"] * 100)
+    peak, issue = median(rates), median(slots)
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for backend, color in (("cuda", "#2a6f97"), ("triton", "#e09f3e")):
+        mine = [r for r in launches if r["backend"] == backend]
+        x = [32 * r["warp_instructions"] / r["bytes"] for r in mine]
+        axis.scatter(x, [r["bytes"] / r["nanoseconds"] for r in mine], 14, color, label=backend)
+    x = [1, issue / peak, 64]
+    axis.plot(x, [min(peak, issue / v) / 1e9 for v in x], color=INK, linewidth=0.8)
+    axis.annotate("DRAM's peak", (1.1, peak / 1e9), (0, 4), textcoords="offset points", fontsize=8, color=INK)
+    axis.annotate("issue slots", (40, issue / 40e9), (6, 0), textcoords="offset points", fontsize=8, color=INK)
+    axis.set(xscale="log", yscale="log", xlabel="instructions a byte", ylabel="GB/s of the bytes that must be moved")
+    axis.grid(color=GRID, linewidth=0.6, which="both")
+    axis.set_axisbelow(True)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=100)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Tables and a plot of benchmark results.")
     parser.add_argument("results", nargs="+", help="JSON files, or folders of them")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there (default: print them)")
     parser.add_argument("--plot", metavar="FILE", help="write the plot there, as PNG, SVG or PDF")
     parser.add_argument("--only", metavar="REGEX", default="", help="what the plot shows of the ops")
+    parser.add_argument("--roofline", metavar="FILE", help="write what ncu counted there, under the chip's limits")
     args = parser.parse_args(argv)
     try:
         results = load(args.results)
         warnings = check_roofline([r for result in results for r in figures(result)])
         if args.plot:
             plot(results, args.plot, args.only)
+        if args.roofline:
+            roofline(results, args.roofline)
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
     for text in warnings:

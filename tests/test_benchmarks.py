@@ -114,8 +114,37 @@ def test_report_makes_tables_and_a_plot(dry, tmp_path):
     written = text.read_text()
     assert "dry run: no measurement" in written
     assert "| pgd_step | tiny | f32/f32 | cpu |" in written
-    assert all(f"{part}: ok" in written for part in PARTS if part not in ("bench", "attacks", "training"))
+    assert all(f"{part}: ok" in written for part in ("build", "correctness", "kernels", "sanitizer"))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+COUNTED = {"op": "pgd_step", "dtype": "f32/f32", "backend": "cuda", "bytes": 1600, "elements": 100}
+COUNTED |= {"nanoseconds": 2.0, "dram_bytes": 1600, "dram_percent": 80, "warp_instructions": 75}
+COUNTED |= {"issue_slots_percent": 30}
+
+
+def test_report_shows_what_was_counted(dry, tmp_path):
+    path, text, picture = tmp_path / "counters.json", tmp_path / "report.md", tmp_path / "roofline.png"
+    path.write_text(json.dumps({**result(dry, "counters"), "launches": [COUNTED]}))
+    done = report(path, "--markdown", text, "--roofline", picture)
+    assert done.returncode == 0, done.stderr
+    assert "| pgd_step | f32/f32 | cuda | 0.0 | 800 | 80% | 24.0 | 30% |" in text.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "there are no counters" in report(dry / "bench.json", "--roofline", picture).stderr
+
+
+NCU = """==PROF== Connected
+"ID","Kernel Name","gpu__time_duration.sum","smsp__inst_executed.sum"
+"","","ns","inst"
+"0","flat_kernel","147,900","26,417,664"
+"""
+
+
+def test_counters_are_read():
+    metrics = {"gpu__time_duration.sum": "nanoseconds", "smsp__inst_executed.sum": "warp_instructions"}
+    code = f"import json, parts; parts.METRICS = {metrics!r}; print(json.dumps(parts.counted({NCU!r})))"
+    done = run(sys.executable, "-c", code, PYTHONPATH=f"{ROOT}:{ROOT / 'benchmarks'}:{SCRIPT.parent}")
+    assert json.loads(done.stdout) == [{"nanoseconds": 147900.0, "warp_instructions": 26417664.0}]
 
 
 def doctored(dry, tmp_path, device_type, factor):
