@@ -131,5 +131,5 @@ def test_an_evaluation_there_has_the_cpu_s_verdicts(model, options, pool):
         return [found[what] for what in ("fooled", "restart", "step", "passes")]
 
     here = verdicts("cpu")
-    assert 10 < sum(here[0]) < 90
+    assert 3 < sum(here[0]) < 97
     assert verdicts("cuda", **options) == here
