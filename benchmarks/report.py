@@ -140,11 +140,30 @@ def training_row(r):
     return (r["network"], str(r["batch"]), *(f"{v:.2f}" for v in figures), f"{r['kernels_share']:.1%}")
 
 
+EVALUATION_HEADER = (
+    *("attack", "data", "images", "clean", "robust", "torchattacks' robust", "s"),
+    *("x torchattacks", "x nothing dropped", "gradients", "torchattacks' gradients"),
+)
+
+
+def evaluation_row(r):
+    gradients, robust = r["gradients"], r["robust_accuracy"]
+    accuracies = (r["clean_accuracy"], robust["fastadv"], robust.get("torchattacks"))
+    return (
+        *(r["attack"], r["data"], str(r["images"])),
+        *("-" if accuracy is None else f"{accuracy:.1%}" for accuracy in accuracies),
+        f"{r['median_seconds']['fastadv']:.1f}",
+        *(ratio(r["speedup_over"], peer) for peer in ("torchattacks", "nothing dropped")),
+        *(f"{gradients[name]:,}" if name in gradients else "-" for name in ("fastadv", "torchattacks")),
+    )
+
+
 KINDS = (
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
     ("training", "an adversarial training step (FGSM-RS)", TRAINING_HEADER, training_row),
+    ("evaluation", "restarts on a trained network", EVALUATION_HEADER, evaluation_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
 )
 

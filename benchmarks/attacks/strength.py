@@ -12,7 +12,6 @@ images. On the GPU where there is one.
 import argparse
 import copy
 import functools
-import io
 import json
 import time
 from pathlib import Path
@@ -20,26 +19,16 @@ from pathlib import Path
 import contenders
 import environment
 import networks
-import numpy as np
-import pyarrow.parquet
+import real_images
 import torch
 import torchattacks
 from cases import DEVICE
-from PIL import Image
 
 from fastadv.attacks import PGD
 from fastadv.training import Trainer
 
 EPS, ALPHA = contenders.EPS, contenders.ALPHA
 BATCH = 250
-
-
-def read(path, count):
-    """The first images, uint8 (N, 3, 32, 32), and their labels."""
-    table = pyarrow.parquet.read_table(path).slice(0, count)
-    rows = table.column("image").to_pylist()
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(table.column("label").to_pylist())
 
 
 def timed(call):
@@ -98,7 +87,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
     folder, counts = args.cifar10, {"train": args.train, "test": args.test}
-    train, test = ([t.to(DEVICE) for t in read(folder / f"{part}.parquet", n)] for part, n in counts.items())
+    train, test = ([t.to(DEVICE) for t in real_images.cifar10(folder, part, n)] for part, n in counts.items())
     torch.manual_seed(0)
     model = networks.strided().to(DEVICE)
     settings = {"attack": "fgsm-rs", "epochs": args.epochs, "batch_size": 64, "lr": 1e-3, "warmup": 100}
