@@ -144,14 +144,8 @@ def training_row(r):
 
 
 COUNTER_HEADER = (
-    "op",
-    "image/grad",
-    "backend",
-    "µs",
-    "GB/s",
-    "of DRAM's peak",
-    "instructions an element",
-    "issue slots",
+    *("op", "image/grad", "backend", "µs", "GB/s"),
+    *("of DRAM's peak", "instructions an element", "issue slots"),
 )
 
 
@@ -169,12 +163,31 @@ def counter_row(r):
     )
 
 
+EVALUATION_HEADER = (
+    *("attack", "data", "images", "clean", "robust", "torchattacks' robust", "s"),
+    *("x torchattacks", "x nothing dropped", "gradients", "torchattacks' gradients"),
+)
+
+
+def evaluation_row(r):
+    gradients, robust = r["gradients"], r["robust_accuracy"]
+    accuracies = (r["clean_accuracy"], robust["fastadv"], robust.get("torchattacks"))
+    return (
+        *(r["attack"], r["data"], str(r["images"])),
+        *("-" if accuracy is None else f"{accuracy:.1%}" for accuracy in accuracies),
+        f"{r['median_seconds']['fastadv']:.1f}",
+        *(ratio(r["speedup_over"], peer) for peer in ("torchattacks", "nothing dropped")),
+        *(f"{gradients[name]:,}" if name in gradients else "-" for name in ("fastadv", "torchattacks")),
+    )
+
+
 KINDS = (
     ("counter", "what ncu counted in one launch, 28.9 million elements", COUNTER_HEADER, counter_row),
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
     ("training", "an adversarial training step (FGSM-RS)", TRAINING_HEADER, training_row),
+    ("evaluation", "restarts on a trained network", EVALUATION_HEADER, evaluation_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
 )
 

@@ -1,5 +1,6 @@
 """The attacks' options and the models they take."""
 
+import copy
 import re
 import types
 
@@ -12,6 +13,7 @@ from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv.attacks import FGSM, PGD, PGDL2, TPGD
+from fastadv.attacks.objective import Objective
 
 # Memory
 
@@ -116,6 +118,54 @@ def test_autocast_runs_the_model_in_that_dtype(name, dtype):
     seen.clear()
     ATTACKS[name](net)(images, labels)
     assert set(seen) == {torch.float32}
+
+
+class Attending(nn.Module):
+    """Every pixel looks at the others, as told by `attention`."""
+
+    def __init__(self, attention, tokens):
+        super().__init__()
+        self.attention, self.lift, self.head = attention, nn.Linear(3, 48), nn.Linear(16, CLASSES)
+        self.mask = torch.randn(tokens, tokens)
+
+    def forward(self, x):
+        q, k, v = self.lift(x.flatten(2).transpose(1, 2))[:, None].chunk(3, -1)
+        return self.head(self.attention(q, k, v, self.mask)[:, 0].mean(1))
+
+
+def named(q, k, v, mask):
+    return nn.functional.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask.to(q.dtype))
+
+
+def positional(q, k, v, mask):
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask > 0, 0.0, scale=0.3)
+
+
+def in_float32(attention):
+    def attend(q, k, v, mask):
+        mask = mask.to(q.dtype).float()
+        with torch.autocast("cpu", enabled=False):
+            return attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+
+    return attend
+
+
+@pytest.mark.parametrize("side", [8, 17])
+@pytest.mark.parametrize("attention", [named, positional])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_of_few_tokens_is_in_float32_under_autocast(side, attention, dtype):
+    net = Attending(attention, side**2)
+    by_hand = copy.deepcopy(net)
+    if side**2 <= 256:
+        by_hand.attention = in_float32(attention)
+    images, labels = torch.rand(N, 3, side, side), torch.randint(0, CLASSES, (N,))
+    found = Objective(net, "ce", autocast=dtype).gradient(images, labels)
+    with torch.autocast("cpu", dtype):
+        expected = by_hand(images.requires_grad_())
+    losses = nn.functional.cross_entropy(expected.float(), labels, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), images)
+    for mine, other in zip(found, (grad, losses, expected.float()), strict=True):
+        assert torch.equal(mine, other)
 
 
 @every_attack

@@ -1,4 +1,6 @@
-"""How strong the attacks are on real images, beside torchattacks: the accuracy that each leaves, and its time.
+"""How strong the attacks are on real images: the accuracy that each leaves, and its time.
+
+Beside torchattacks with as many steps and restarts; then the options that make the attack faster, beside none.
 
     python benchmarks/attacks/strength.py CIFAR10_FOLDER --out strength.json
 
@@ -8,7 +10,8 @@ images. On the GPU where there is one.
 """
 
 import argparse
-import io
+import copy
+import functools
 import json
 import time
 from pathlib import Path
@@ -16,25 +19,16 @@ from pathlib import Path
 import contenders
 import environment
 import networks
-import numpy as np
-import pyarrow.parquet
+import real_images
 import torch
 import torchattacks
 from cases import DEVICE
-from PIL import Image
 
 from fastadv.attacks import PGD
 from fastadv.training import Trainer
 
 EPS, ALPHA = contenders.EPS, contenders.ALPHA
-
-
-def read(path, count):
-    """The first images, uint8 (N, 3, 32, 32), and their labels."""
-    table = pyarrow.parquet.read_table(path).slice(0, count)
-    rows = table.column("image").to_pylist()
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(table.column("label").to_pylist())
+BATCH = 250
 
 
 def timed(call):
@@ -45,10 +39,10 @@ def timed(call):
     return result, time.perf_counter() - start
 
 
-def accuracy(model, attack, images, labels, batch=250):
+def accuracy(model, attack, images, labels):
     """Share that is classified correctly on what the attack returns: its last iterate, or the best restart's."""
     right = 0
-    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         adv = attack(x, y)
         with torch.no_grad():
             right += int((model(adv).argmax(1) == y).sum())
@@ -65,6 +59,25 @@ def compare(model, images, labels, steps, restarts):
     return row
 
 
+def variants(model, images, labels, steps):
+    """The same attack from the same starts with each of the faster options; the float32 model judges what it makes."""
+    options = {
+        "as it is": {},
+        "bf16": {"autocast": torch.bfloat16},
+        "compile": {"compile": True},
+        "bf16 compile": {"autocast": torch.bfloat16, "compile": True},
+        "channels last": {"memory_format": torch.channels_last},
+    }
+    if DEVICE.type == "cuda":
+        options["graph"] = {"graph": True}
+    for name, chosen in options.items():
+        made = copy.deepcopy(model).to(memory_format=chosen.get("memory_format", torch.contiguous_format))
+        attack = functools.partial(PGD(made, EPS, ALPHA, steps, **chosen), seed=0)
+        attack(images[:BATCH], labels[:BATCH])  # compiles what is compiled
+        left, seconds = timed(lambda attack=attack: accuracy(model, attack, images, labels))
+        yield {"attack": f"PGD-{steps}", "options": name, "fastadv": left, "fastadv_s": seconds}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cifar10", type=Path)
@@ -74,10 +87,10 @@ def main():
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
     folder, counts = args.cifar10, {"train": args.train, "test": args.test}
-    train, test = ([t.to(DEVICE) for t in read(folder / f"{part}.parquet", n)] for part, n in counts.items())
+    train, test = ([t.to(DEVICE) for t in real_images.cifar10(folder, part, n)] for part, n in counts.items())
     torch.manual_seed(0)
-    model = networks.conv().to(DEVICE)
-    settings = {"attack": "fgsm-rs", "epochs": args.epochs, "batch_size": 128, "lr": 3e-3, "warmup": 100}
+    model = networks.strided().to(DEVICE)
+    settings = {"attack": "fgsm-rs", "epochs": args.epochs, "batch_size": 64, "lr": 1e-3, "warmup": 100}
     records, seconds = timed(lambda: Trainer(model, EPS, **settings).fit(train, test))
     model.eval()
     images, labels = test[0].float() / 255, test[1]
@@ -87,8 +100,13 @@ def main():
     for steps, restarts in ((10, 1), (20, 1), (50, 1), (10, 5)):
         rows.append(compare(model, images, labels, steps, restarts))
         print(rows[-1], flush=True)
-    result = {"part": "strength", "training": {**settings, "seconds": seconds, "final": records[-1]}, "clean": clean}
-    args.out.write_text(json.dumps({**result, "attacks": rows, "environment": environment.facts()}, indent=1) + "\n")
+    faster = []
+    for row in variants(model, images, labels, 20):
+        faster.append(row)
+        print(row, flush=True)
+    training = {**settings, "images": len(train[1]), "seconds": seconds, "final": records[-1]}
+    result = {"part": "strength", "training": training, "clean": clean, "attacks": rows, "faster": faster}
+    args.out.write_text(json.dumps({**result, "environment": environment.facts()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

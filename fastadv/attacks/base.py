@@ -51,7 +51,8 @@ class Attack(ABC):
             of NaN is the smallest.
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
-            and bfloat16 keeps it; float16 can lose small gradients.
+            and bfloat16 keeps it; float16 can lose small gradients. On the CPU attention of few tokens stays in
+            float32, which is faster there.
         memory_format: of the images while they are attacked, such as torch.channels_last (convert the model yourself).
         compile: run the model and the loss under torch.compile; a batch smaller than the first is filled up, so that
             nothing is compiled twice.

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from fastadv.attacks.attention import ShortAttentionInFloat32
 from fastadv.attacks.losses import LOSSES
 
 
@@ -79,7 +80,7 @@ class Objective:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of x, without a gradient, in float32 at least."""
-        with torch.no_grad(), self._precision(x):
+        with torch.no_grad(), self._precision(x), self._attention(x):
             outputs = self.model(x)
         logits = _raised(find_logits(outputs, len(x)))
         if self._highest >= 0:
@@ -98,7 +99,7 @@ class Objective:
             raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {highest}")
 
     def _forward(self, x, targets):
-        with self._precision(x):
+        with self._precision(x), self._attention(x):
             outputs = self.model(x)
         if callable(self.loss):
             logits, losses = None, _per_sample(self.loss(outputs, targets), len(x))
@@ -114,6 +115,9 @@ class Objective:
 
     def _precision(self, x: torch.Tensor) -> AbstractContextManager:
         return nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
+
+    def _attention(self, x: torch.Tensor) -> AbstractContextManager:
+        return ShortAttentionInFloat32() if self.autocast is not None and x.device.type == "cpu" else nullcontext()
 
 
 def find_logits(outputs: object, n: int) -> torch.Tensor:

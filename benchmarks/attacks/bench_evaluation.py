@@ -1,0 +1,128 @@
+"""PGD with ten restarts on a trained network: slots that are refilled, torchattacks' restarts, and nothing dropped.
+
+What can be dropped depends on the network, so it is trained first (FGSM-RS, some ten seconds) and recorded with the
+result. The same images, budget, steps and restarts for all; torchattacks gets batch after batch and
+drops between restarts what is fooled.
+"""
+
+import time
+
+import networks
+import pytest
+import real_images
+import timing
+import torch
+from cases import DEVICE
+from contenders import torchattacks
+
+from fastadv.attacks import PGD
+from fastadv.data import to_float
+from fastadv.evaluation import evaluate
+from fastadv.training import Trainer
+
+pytestmark = pytest.mark.benchmark(timer=timing.clock)
+
+BATCH = 128  # of the peers
+SLOTS = 48  # no more than samples survive, else slots stay empty while the restarts of the last ones follow each other
+ROUNDS = 2  # at most: each is thousands of steps long
+
+
+class Seen:
+    """Counts the images of which a gradient is taken."""
+
+    def __init__(self, model):
+        self.images, self._model = 0, model
+
+    def __enter__(self):
+        self._hook = self._model.register_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *error):
+        self._hook.remove()
+
+    def _count(self, model, inputs):
+        self.images += len(inputs[0]) * inputs[0].requires_grad
+
+
+def trained(quick):
+    """(data set's name, eps, network, test images, labels)."""
+    name, eps, train, test = real_images.found(*((64, 16) if quick else (6_000, 256)))
+    torch.manual_seed(0)
+    model = networks.strided().to(DEVICE)
+    epochs = 1 if quick else 4
+    train, test = ([t.to(DEVICE) for t in part] for part in (train, test))
+    Trainer(model, eps, attack="fgsm-rs", epochs=epochs, lr=1e-3, warmup=20, progress=False).fit(train, test)
+    return name, eps, model.eval(), to_float(test[0]), test[1]
+
+
+def in_batches(right, images, labels):
+    """Robust accuracy where `right` says of a batch which images survive."""
+    batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    return float(torch.cat([right(x, y) for x, y in batches]).float().mean())
+
+
+def contenders(model, eps, steps, restarts):
+    """name -> robust accuracy of (images, labels)."""
+    settings = {"eps": eps, "alpha": eps / 4, "steps": steps}
+    ours, one = (PGD(model, **settings, restarts=n) for n in (restarts, 1))
+
+    def judged(adv, labels):
+        with torch.no_grad():
+            return model(adv).argmax(1) == labels
+
+    def slots(images, labels, iterate="any"):
+        report = evaluate(model, (images, labels), [ours], iterate=iterate, slots=SLOTS, progress=False)
+        return report["attacks"][0]["robust_accuracy"]
+
+    def nothing_dropped(x, y):
+        return torch.stack([judged(one(x, y), y) for _ in range(restarts)]).all(0)
+
+    made = {
+        "fastadv": slots,
+        "fastadv last": lambda images, labels: slots(images, labels, "last"),
+        "nothing dropped": lambda images, labels: in_batches(nothing_dropped, images, labels),
+    }
+    if torchattacks:
+        theirs = torchattacks.MultiAttack([torchattacks.PGD(model, **settings) for _ in range(restarts)])
+        made["torchattacks"] = lambda images, labels: in_batches(lambda x, y: judged(theirs(x, y), y), images, labels)
+    return made
+
+
+def test_evaluation(measure):
+    name, eps, model, images, labels = trained(measure.quick)
+    steps, restarts = (3, 2) if measure.quick else (50, 10)
+    accuracy, gradients = {}, {}
+
+    def reading(name, call):
+        def read():
+            start = time.perf_counter()
+            with Seen(model) as seen:
+                accuracy[name] = call(images, labels)
+            gradients[name] = seen.images
+            return time.perf_counter() - start
+
+        return read
+
+    made = contenders(model, eps, steps, restarts)
+    readings = {name: reading(name, call) for name, call in made.items()}
+    # No rounds to warm up: a round is long.
+    seconds = timing.run(measure.benchmark, readings, "fastadv", min(ROUNDS, measure.min_rounds), max_time=0)
+    median = timing.medians(seconds)
+    with torch.no_grad():
+        clean = float((model(images).argmax(1) == labels).float().mean())
+    measure.record(
+        kind="evaluation",
+        attack=f"PGD-{steps}-{restarts}",
+        data=name,
+        eps=eps,
+        images=len(images),
+        batch=BATCH,
+        slots=SLOTS,
+        backend=DEVICE.type,
+        clean_accuracy=clean,
+        robust_accuracy=accuracy,
+        gradients=gradients,
+        median_seconds=median,
+        relative_iqr=timing.spreads(seconds),
+        speedup_over={name: value / median["fastadv"] for name, value in median.items()},
+    )
