@@ -22,8 +22,9 @@ from fastadv.training import Trainer
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
-BATCH = 128  # of the peers
-SLOTS = 48  # no more than samples survive, else slots stay empty while the restarts of the last ones follow each other
+BATCH = 128  # of the peers, and as many slots
+# More survive than there are slots: else some stay empty while the restarts of the last samples follow each other.
+IMAGES = 640
 ROUNDS = 2  # at most: each is thousands of steps long
 
 
@@ -46,7 +47,7 @@ class Seen:
 
 def trained(quick):
     """(data set's name, eps, network, test images, labels)."""
-    name, eps, train, test = real_images.found(*((64, 16) if quick else (6_000, 256)))
+    name, eps, train, test = real_images.found(*((64, 16) if quick else (6_000, IMAGES)))
     torch.manual_seed(0)
     model = networks.strided().to(DEVICE)
     epochs = 1 if quick else 4
@@ -71,7 +72,7 @@ def contenders(model, eps, steps, restarts):
             return model(adv).argmax(1) == labels
 
     def slots(images, labels, iterate="any"):
-        report = evaluate(model, (images, labels), [ours], iterate=iterate, slots=SLOTS, progress=False)
+        report = evaluate(model, (images, labels), [ours], iterate=iterate, slots=BATCH, progress=False)
         return report["attacks"][0]["robust_accuracy"]
 
     def nothing_dropped(x, y):
@@ -117,7 +118,6 @@ def test_evaluation(measure):
         eps=eps,
         images=len(images),
         batch=BATCH,
-        slots=SLOTS,
         backend=DEVICE.type,
         clean_accuracy=clean,
         robust_accuracy=accuracy,
