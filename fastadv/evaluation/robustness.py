@@ -64,7 +64,9 @@ def evaluate(
         eps: one or several, in pixels of [0, 1].
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
-        slots: images under attack at a time, the batch size of everything; no more than there are images.
+        slots: images under attack at a time, the batch size of everything; no more than there are images. The restarts
+            of a sample follow each other, so slots beyond the number of samples that survive stay empty in the end and
+            cost their time: with few images choose few.
         pool: images on the device at a time, None for all: for data sets that do not fit there. Take many times the
             slots, because these run empty before the next images come.
         seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. torch's
