@@ -89,6 +89,12 @@ def test_a_second_run_skips_what_is_done(dry):
     assert {path: path.stat().st_mtime_ns for path in dry.glob("*.json")} == before
 
 
+def test_another_machine_builds_and_goes_on(dry):
+    code = "import importlib.util, sys, parts; importlib.util.find_spec = lambda name: None; parts.left(*sys.argv[1:])"
+    path = f"{ROOT}:{ROOT / 'benchmarks'}:{SCRIPT.parent}"
+    assert run(sys.executable, "-c", code, dry, *PARTS, PYTHONPATH=path).stdout.split() == ["build"]
+
+
 def test_a_failed_part_is_done_again_and_its_finished_steps_are_kept(dry, tmp_path):
     out = shutil.copytree(dry, tmp_path / "out")
     failed = {**result(out, "correctness"), "ok": False}

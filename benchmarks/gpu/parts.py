@@ -271,9 +271,9 @@ PARTS = {part.__name__: part for part in (build, correctness, kernels, bench, at
 
 
 def done(part, path):
-    """What was built may be gone where the results are not: another machine goes on with them."""
-    built = part != "build" or DRY_RUN or importlib.util.find_spec("fastadv._cuda") is not None
-    return succeeded(path) and built
+    """What was built may be gone where the results are not: another machine builds, and goes on with them."""
+    gone = part == "build" and not DRY_RUN and importlib.util.find_spec("fastadv._cuda") is None
+    return succeeded(path) and not gone
 
 
 def left(out, *parts):

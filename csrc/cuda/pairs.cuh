@@ -73,73 +73,65 @@ template <>
 struct Two<BFloat16> : TwoHalves<BFloat16> {};
 
 #ifdef __CUDA_ARCH__
-template <>
-__device__ __forceinline__ uint32_t TwoHalves<Half>::narrow(Pair v) {
-  uint32_t w;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(v.b), "f"(v.a));
-  return w;
-}
-template <>
-__device__ __forceinline__ uint32_t TwoHalves<Half>::at_least(uint32_t v, uint32_t bound) {
-  uint32_t w;
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(w) : "r"(v), "r"(bound));
-  return w;
-}
-template <>
-__device__ __forceinline__ uint32_t TwoHalves<Half>::at_most(uint32_t v, uint32_t bound) {
-  uint32_t w;
-  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(w) : "r"(v), "r"(bound));
-  return w;
-}
+#define FASTADV_HALVES(T, type)                                                            \
+  template <>                                                                              \
+  __device__ __forceinline__ uint32_t TwoHalves<T>::narrow(Pair v) {                       \
+    uint32_t w;                                                                            \
+    asm("cvt.rn." type ".f32 %0, %1, %2;" : "=r"(w) : "f"(v.b), "f"(v.a));                 \
+    return w;                                                                              \
+  }                                                                                        \
+  template <>                                                                              \
+  __device__ __forceinline__ uint32_t TwoHalves<T>::at_least(uint32_t v, uint32_t bound) { \
+    uint32_t w;                                                                            \
+    asm("max.NaN." type " %0, %1, %2;" : "=r"(w) : "r"(v), "r"(bound));                    \
+    return w;                                                                              \
+  }                                                                                        \
+  template <>                                                                              \
+  __device__ __forceinline__ uint32_t TwoHalves<T>::at_most(uint32_t v, uint32_t bound) {  \
+    uint32_t w;                                                                            \
+    asm("min.NaN." type " %0, %1, %2;" : "=r"(w) : "r"(v), "r"(bound));                    \
+    return w;                                                                              \
+  }
+FASTADV_HALVES(Half, "f16x2")
+FASTADV_HALVES(BFloat16, "bf16x2")
+#undef FASTADV_HALVES
+
 template <>
 __device__ __forceinline__ Pair TwoHalves<BFloat16>::widen(uint32_t w) {
   return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)};
 }
-template <>
-__device__ __forceinline__ uint32_t TwoHalves<BFloat16>::narrow(Pair v) {
-  uint32_t w;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(v.b), "f"(v.a));
-  return w;
-}
-template <>
-__device__ __forceinline__ uint32_t TwoHalves<BFloat16>::at_least(uint32_t v, uint32_t bound) {
-  uint32_t w;
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(v), "r"(bound));
-  return w;
-}
-template <>
-__device__ __forceinline__ uint32_t TwoHalves<BFloat16>::at_most(uint32_t v, uint32_t bound) {
-  uint32_t w;
-  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(v), "r"(bound));
-  return w;
-}
 #endif
 
-// ---------------------------------------------------------------- a step along the gradient's sign
+// ---------------------------------------------------------------- additions under predicates
 
-FASTADV_HD void push(float& v, float grad, float alpha) {
+// v - step where test > limit, v + step where test < -limit, else v.
+FASTADV_HD void nudge(float& v, float test, float limit, float step) {
 #ifdef __CUDA_ARCH__
   asm("{\n"
-      " .reg .pred up, down;\n"
-      " setp.gt.f32 up, %1, 0f00000000;\n"
-      " setp.lt.f32 down, %1, 0f00000000;\n"
-      " @up add.rn.f32 %0, %0, %2;\n"
-      " @down sub.rn.f32 %0, %0, %2;\n"
+      " .reg .pred above, below;\n"
+      " setp.gt.f32 above, %1, %2;\n"
+      " setp.lt.f32 below, %1, %3;\n"
+      " @above sub.rn.f32 %0, %0, %4;\n"
+      " @below add.rn.f32 %0, %0, %4;\n"
       "}"
       : "+f"(v)
-      : "f"(grad), "f"(alpha));
+      : "f"(test), "f"(limit), "f"(-limit), "f"(step));
 #else
-  if (grad > 0) v += alpha;
-  if (grad < 0) v -= alpha;
+  if (test > limit)
+    v -= step;
+  else if (test < -limit)
+    v += step;
 #endif
 }
+
+// ---------------------------------------------------------------- a step along the gradient's sign
 
 // v + alpha * sign(grad), but that a zero's sign stays.
 template <class G>
 FASTADV_HD void push(Pair& v, typename Two<G>::Word grad, float alpha) {
   const Pair g = Two<G>::widen(grad);
-  push(v.a, g.a, alpha);
-  push(v.b, g.b, alpha);
+  nudge(v.a, g.a, 0.0f, -alpha);
+  nudge(v.b, g.b, 0.0f, -alpha);
 }
 
 #ifdef __CUDA_ARCH__
@@ -192,23 +184,7 @@ FASTADV_HD float to_neighbour<Half>(float w) {  // the subnormal ones are 2^-24 
 // Moves w, a value of R outside the ball around x, to where rounding makes it the next one towards x.
 template <class R>
 FASTADV_HD void pull(float& w, float x, float radius) {
-  const float difference = w - x, way = to_neighbour<R>(w);
-#ifdef __CUDA_ARCH__
-  asm("{\n"
-      " .reg .pred above, below;\n"
-      " setp.gt.f32 above, %1, %2;\n"
-      " setp.lt.f32 below, %1, %3;\n"
-      " @above sub.rn.f32 %0, %0, %4;\n"
-      " @below add.rn.f32 %0, %0, %4;\n"
-      "}"
-      : "+f"(w)
-      : "f"(difference), "f"(radius), "f"(-radius), "f"(way));
-#else
-  if (difference > radius)
-    w -= way;
-  else if (difference < -radius)
-    w += way;
-#endif
+  nudge(w, w - x, radius, to_neighbour<R>(w));
 }
 
 // For floats the machine does the rounding: less the least of all, rounded down, is the next one.

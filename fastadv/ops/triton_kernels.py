@@ -127,24 +127,37 @@ def _clamp(v, lo, hi):
     return tl.minimum(v, hi, propagate_nan=tl.PropagateNan.ALL)
 
 
+def _where_beyond(above, below):
+    """PTX: $0 = $1, but for `above` where $2 > $3 and `below` where $2 < -$3.
+
+    Additions under predicates: comparisons and selections share a pipe of half the rate.
+    """
+    return tl.constexpr(
+        f"""{{
+        .reg .pred above, below;
+        .reg .f32 least;
+        neg.f32 least, $3;
+        setp.gt.f32 above, $2, $3;
+        setp.lt.f32 below, $2, least;
+        mov.f32 $0, $1;
+        @above {above};
+        @below {below};
+        }}"""
+    )
+
+
+_NUDGE = _where_beyond("sub.rn.f32 $0, $1, $4", "add.rn.f32 $0, $1, $4")
+# Less the least of all, rounded down, is the next float.
+_PULL_FLOAT32 = _where_beyond("sub.rm.f32 $0, $1, 0f00000001", "add.rp.f32 $0, $1, 0f00000001")
+
+
 @triton.jit
 def _nudged(v, test, limit, step):
     """v - step where test > limit, v + step where test < -limit, else v."""
     if _PTX and v.dtype == tl.float32:
-        # Additions under predicates: comparisons and selections share a pipe of half the rate.
         return tl.inline_asm_elementwise(
-            """{
-            .reg .pred above, below;
-            .reg .f32 least;
-            neg.f32 least, $3;
-            setp.gt.f32 above, $2, $3;
-            setp.lt.f32 below, $2, least;
-            mov.f32 $0, $1;
-            @above sub.rn.f32 $0, $1, $4;
-            @below add.rn.f32 $0, $1, $4;
-            }""",
-            "=&f,f,f,f,f", [v, test, limit, step], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+            _NUDGE, "=&f,f,f,f,f", [v, test, limit, step], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.where(test > limit, v - step, tl.where(test < -limit, v + step, v))
 
@@ -153,20 +166,9 @@ def _nudged(v, test, limit, step):
 def _pulled_float32(w, difference, radius):
     """w, or the float next to it towards x where the difference between them is more than the radius."""
     if _PTX:
-        # Less the least of all, rounded down, is the next one.
         return tl.inline_asm_elementwise(
-            """{
-            .reg .pred above, below;
-            .reg .f32 least;
-            neg.f32 least, $3;
-            setp.gt.f32 above, $2, $3;
-            setp.lt.f32 below, $2, least;
-            mov.f32 $0, $1;
-            @above sub.rm.f32 $0, $1, 0f00000001;
-            @below add.rp.f32 $0, $1, 0f00000001;
-            }""",
-            "=&f,f,f,f", [w, difference, radius], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+            _PULL_FLOAT32, "=&f,f,f,f", [w, difference, radius], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.where(tl.abs(difference) > radius, _next_float32(w, difference, 1), w)
 
