@@ -38,8 +38,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the network is tiny: more threads would only wait for each other
 
-    source = data.load("digits", classes=range(5))
-    target = data.load("digits", classes=range(5, 10))
+    source = data.load("digits", classes=range(5), validation=0)
+    target = data.load("digits", classes=range(5, 10), validation=0)
     checkpoint = out / "source.safetensors"
     print(f"eps {255 * EPS:g}/255, {EPOCHS} epochs; pretraining on the digits 0-4 with PGD-7 ...")
     backbone = new_model(source)

@@ -1,0 +1,48 @@
+"""A data set in memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastadv.functional import random_init
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images (N, C, H, W), float32 in [0, 1] or uint8; labels int64 (N,); a name for each class.
+
+    The validation part may have no images. `notes` are for whoever reads the results: what the set did not say
+    itself, such as that its test part was split off here.
+    """
+
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_val: torch.Tensor
+    y_val: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def train(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x_train, self.y_train
+
+    @property
+    def val(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x_val, self.y_val
+
+    @property
+    def test(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x_test, self.y_test
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image."""
+        return tuple(self.x_train.shape[1:])
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Images as a model takes them: uint8 becomes float32 images / 255, floats stay as they are."""
+    # The ops' own conversion: a division by 255 is not rounded correctly on every device.
+    return random_init(images, 0.0, seed=0) if images.dtype == torch.uint8 else images

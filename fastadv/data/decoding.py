@@ -1,0 +1,90 @@
+"""Encoded pictures into one tensor."""
+
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fastadv._extras import require
+from fastadv.data.pictures import CorruptPictureError, Picture
+from fastadv.preprocessing import Preprocessing
+
+
+def decode(
+    pictures: list[Picture], preprocessing: Preprocessing | None, skip_corrupt: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pictures as uint8 (N, C, H, W), and which of them could be read, bool (N,).
+
+    Raises:
+        ValueError: a picture cannot be read and `skip_corrupt` is False; none can be; they have different sizes and
+            there is no preprocessing; they do not fit in memory.
+    """
+    require("PIL.Image").init()  # the list of decoders, which threads must not fill at the same time
+    settings = preprocessing or _of_first(pictures)
+    _check_memory(len(pictures), settings.shape)
+    images = torch.empty((len(pictures), *settings.shape), dtype=torch.uint8)
+    pixels = images.numpy()
+
+    def place(i: int) -> str | None:
+        try:
+            picture = pictures[i].read()
+        except CorruptPictureError as error:
+            return str(error)
+        if preprocessing is None and picture.size != settings.size[::-1]:
+            raise ValueError(
+                f"the pictures have different sizes ({pictures[i].name}: {picture.height} x {picture.width}, others: "
+                f"{settings.size[0]} x {settings.size[1]}): choose a model with an input size, or give a size"
+            )
+        pixels[i] = settings.apply(picture)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(place, range(len(pictures))))
+    readable = torch.tensor([problem is None for problem in problems])
+    _report([problem for problem in problems if problem is not None], len(pictures), skip_corrupt)
+    return (images if readable.all() else images[readable]), readable
+
+
+def _of_first(pictures: list[Picture]) -> Preprocessing:
+    """Settings that leave a picture of the first one's size as it is."""
+    for picture in pictures:
+        try:
+            return Preprocessing(picture.read().size[::-1])
+        except CorruptPictureError as error:
+            problem = error
+    raise ValueError(f"none of the {len(pictures)} pictures can be read: {problem}")
+
+
+def _report(problems: list[str], count: int, skip_corrupt: bool) -> None:
+    if not problems:
+        return
+    if skip_corrupt and len(problems) < count:
+        warnings.warn(f"{len(problems)} of {count} pictures were left out: {problems[0]}", stacklevel=5)
+        return
+    more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
+    listed = "\n".join(problems[:5]) + more
+    hint = "" if skip_corrupt else "; skip_corrupt=True leaves them out"
+    raise ValueError(f"{len(problems)} of {count} pictures cannot be read{hint}:\n{listed}")
+
+
+def _check_memory(count: int, shape: tuple[int, ...]) -> None:
+    needed, free = count * math.prod(shape), _free_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{count:,} images of {shape[1]} x {shape[2]} take {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB "
+            "are free: choose a smaller size, fewer classes or fewer images"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had; None where the system does not say."""
+    try:
+        # Free pages alone leave out the file cache, which the pictures themselves have just filled.
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        known = getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in known else None

@@ -1,0 +1,101 @@
+"""Folders of pictures, one for each class."""
+
+import os
+import unicodedata
+import warnings
+from pathlib import Path
+
+import torch
+
+from fastadv._extras import require
+from fastadv.data.pictures import Picture
+from fastadv.data.source import Part, Source
+
+_PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_LAYOUT = (
+    "photos/CLASS/*.jpg, or photos/train/CLASS/*.jpg and, if you have them, photos/val/CLASS and photos/test/CLASS"
+)
+
+
+def folders(root: Path) -> Source:
+    """The pictures below `root`, nothing read yet: root/CLASS/..., or root/train/CLASS/... and val, test beside it.
+
+    The classes are those of the training part, sorted by name. Hidden files and folders do not count; other files
+    that are no pictures are left out with a warning.
+
+    Raises:
+        ValueError: no pictures, a class without pictures, or a class that is not in the training part.
+    """
+    extensions = _extensions()
+    places = _places(root, extensions) or {"train": root}
+    others = [] if root in places.values() else [path for path in _visible(root) if path not in places.values()]
+    contents = {}
+    for part, place in places.items():
+        contents[part], left_out = _classes(place, extensions)
+        if not any(contents[part].values()):
+            raise ValueError(f"{place} has no folders with pictures; the layout is {_LAYOUT}")
+        others += left_out
+    names = tuple(contents["train"])
+    parts = {part: _part(found, names, places[part]) for part, found in contents.items()}
+    if others:
+        warnings.warn(f"left out, no picture of a class: {len(others)}, such as {others[0]}", stacklevel=4)
+    return Source(parts, names)
+
+
+def _extensions() -> frozenset[str]:
+    """Of what Pillow can read, in lower case."""
+    image = require("PIL.Image")
+    return frozenset(ending for ending, name in image.registered_extensions().items() if name in image.OPEN)
+
+
+def _places(root: Path, extensions: frozenset[str]) -> dict[str, Path]:
+    """The folders of the parts; empty where the folder train, if any, is a class: one with pictures of its own."""
+    train = root / "train"
+    own = _visible(train) if train.is_dir() else []
+    if not any(path.is_dir() for path in own) or any(path.suffix.lower() in extensions for path in own):
+        return {}
+    found = {part: [root / name for name in names if (root / name).is_dir()] for part, names in _PARTS.items()}
+    for places in found.values():
+        if len(places) > 1:
+            raise ValueError(f"{root} has both {places[0].name} and {places[1].name}: leave one")
+    return {part: places[0] for part, places in found.items() if places}
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_key)
+
+
+def _key(path: Path) -> tuple[str, ...]:
+    # One name can be stored in two ways ("é" as one character or as two), which differs between systems.
+    return tuple(unicodedata.normalize("NFC", part) for part in path.parts)
+
+
+def _classes(place: Path, extensions: frozenset[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The pictures of each class, both sorted, and the other files."""
+    found, others = {}, []
+    for entry in _visible(place):
+        if not entry.is_dir():
+            others.append(entry)
+            continue
+        files = _files(entry)
+        found[_key(entry)[-1]] = [path for path in files if path.suffix.lower() in extensions]
+        others += [path for path in files if path.suffix.lower() not in extensions]
+    return found, others
+
+
+def _files(folder: Path) -> list[Path]:
+    files = []
+    for base, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        files += [Path(base, name) for name in names if not name.startswith(".")]
+    return sorted(files, key=_key)
+
+
+def _part(found: dict[str, list[Path]], names: tuple[str, ...], place: Path) -> Part:
+    for name, paths in found.items():
+        if not paths:
+            raise ValueError(f"the class {name!r} has no pictures in {place}: add some, or delete its folder")
+        if name not in names:
+            raise ValueError(f"{place} has a class {name!r} that the training part lacks; it has {', '.join(names)}")
+    labels = [names.index(name) for name, paths in found.items() for _ in paths]
+    return Part([Picture(str(path)) for paths in found.values() for path in paths], torch.tensor(labels))

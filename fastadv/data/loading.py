@@ -1,0 +1,150 @@
+"""A data set by its name or path."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastadv.data import parquet
+from fastadv.data.arrays import digits, npz
+from fastadv.data.cifar10 import cifar10
+from fastadv.data.dataset import Data
+from fastadv.data.decoding import decode
+from fastadv.data.folders import folders
+from fastadv.data.pictures import Picture
+from fastadv.data.source import Part, Source, joined
+from fastadv.data.splits import completed
+from fastadv.preprocessing import Preprocessing
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[int | str] | None = None,
+    validation: float = 0.1,
+    folder: str | Path | None = None,
+    skip_corrupt: bool = False,
+    seed: int = 0,
+) -> Data:
+    """A data set: "digits", "cifar10", an .npz file, parquet files, or a folder of pictures.
+
+    Where the set has no validation part, `validation` of each class of the training part becomes one. Where it has
+    no test part, a fifth of each class of the training part becomes one first, and `Data.notes` says so. Both depend
+    on the set and the seed alone.
+
+    Args:
+        name_or_path: "digits" is scikit-learn's (1,797 grey 8x8 images, float32; a quarter of each class is the test
+            part, chosen by `seed`). "cifar10" is read from `folder`: parquet files, or the archive
+            cifar-10-binary.tar.gz or cifar-10-python.tar.gz, extracted or not. An .npz file holds x_train, y_train,
+            x_test, y_test and, if it likes, x_val, y_val: images (N, C, H, W), uint8 or floats in [0, 1]; integer
+            labels (N,). A parquet file, or a folder with train*.parquet, val*.parquet and test*.parquet, has a column
+            image or img of encoded pictures and a column label, labels or fine_label of integers. A folder of
+            pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or valid, validation) and test beside it.
+        preprocessing: of the model the images are for; they become uint8 of its size. None leaves images as they
+            are: those of one set must then have one size.
+        classes: labels or names of the classes to keep, relabelled 0, 1, ... in the order given.
+        validation: share in [0, 1), of at most 2,000 images in all and at least one of each class; 0 means none.
+        folder: where "cifar10" is, itself or as the subfolder cifar10; None means the environment variable
+            FASTADV_DATA, else ./data.
+        skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
+        seed: of the splits.
+
+    Raises:
+        FileNotFoundError: no such data set, file or folder.
+        ImportError: the `train` extra is not installed.
+        ValueError: the content is not as above, a class is missing, pictures cannot be read or have different sizes
+            without a preprocessing, or there is too little memory.
+    """
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation must be a share in [0, 1), got {validation}")
+    source = _find(name_or_path, folder, seed, codes=preprocessing is not None)
+    parts, notes = completed(source, validation, seed)
+    names = source.classes
+    if classes is not None:
+        chosen = _labels(classes, names)
+        parts = {name: _selected(part, chosen) for name, part in parts.items()}
+        _check_present(parts, [names[label] for label in chosen])
+        names = tuple(names[label] for label in chosen)
+    parts = _decoded(parts, preprocessing, skip_corrupt, names)
+    tensors = {f"x_{name}": part.images.contiguous() for name, part in parts.items()}
+    tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
+    return Data(**tensors, classes=names, notes=notes)
+
+
+def _find(name_or_path: str | Path, folder: str | Path | None, seed: int, codes: bool) -> Source:
+    if str(name_or_path) == "digits":
+        return digits(seed, codes)
+    if str(name_or_path) == "cifar10":
+        return cifar10(folder)
+    path = Path(name_or_path)
+    if path.is_dir():
+        files = parquet.find(path)
+        return parquet.read(files) if files else folders(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no data set or file called {str(path)!r}; give 'digits', 'cifar10', or the path of an .npz file, "
+            "a parquet file, or a folder of parquet files or pictures"
+        )
+    return parquet.read({"train": [path]}) if path.suffix == ".parquet" else npz(path)
+
+
+def _labels(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
+    for chosen in classes:
+        if isinstance(chosen, str) and chosen not in names:
+            raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}")
+        if not isinstance(chosen, str) and not 0 <= chosen < len(names):
+            raise ValueError(f"class {chosen} has no training or no test images; there are 0 to {len(names) - 1}")
+    labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in classes]
+    if not labels or len(set(labels)) != len(labels):
+        raise ValueError(f"classes must be different and at least one, got {list(classes)}")
+    return labels
+
+
+def _selected(part: Part, labels: list[int]) -> Part:
+    match = part.labels[:, None] == torch.tensor(labels)
+    kept = part.take(match.any(dim=1).nonzero()[:, 0])
+    return Part(kept.images, match[match.any(dim=1)].long().argmax(dim=1))
+
+
+def _check_present(parts: dict[str, Part], names: Sequence[str]) -> None:
+    for label, name in enumerate(names):
+        if not all((parts[part].labels == label).any() for part in ("train", "test")):
+            raise ValueError(f"class {name} has no training or no test images")
+
+
+def _decoded(
+    parts: dict[str, Part], preprocessing: Preprocessing | None, skip_corrupt: bool, names: tuple[str, ...]
+) -> dict[str, Part]:
+    """The parts with their images as tensors."""
+    parts = {name: _as_pictures(part, preprocessing) for name, part in parts.items()}
+    if isinstance(parts["train"].images, torch.Tensor):
+        return parts
+    whole = joined(list(parts.values()))
+    images, readable = decode(whole.images, preprocessing, skip_corrupt)
+    masks = readable.split([len(part.labels) for part in parts.values()])
+    pieces = images.split([int(mask.sum()) for mask in masks])
+    decoded = {
+        name: Part(piece, part.labels[mask])
+        for (name, part), piece, mask in zip(parts.items(), pieces, masks, strict=True)
+    }
+    for name, part in decoded.items():
+        for label in set(parts[name].labels.tolist()) - set(part.labels.tolist()):
+            raise ValueError(f"none of the {name} pictures of the class {names[label]!r} can be read: add some")
+    return decoded
+
+
+def _as_pictures(part: Part, preprocessing: Preprocessing | None) -> Part:
+    """A tensor's images as pictures where they are not what the model takes."""
+    images = part.images
+    if not isinstance(images, torch.Tensor) or preprocessing is None or images.shape[1:] == preprocessing.shape:
+        return part
+    shape = tuple(images.shape[1:])
+    if images.dtype != torch.uint8 or shape[0] not in (1, 3):
+        raise ValueError(
+            f"the images are {images.dtype} of the shape {shape}, the model takes {preprocessing.shape}: "
+            "only uint8 images with 1 or 3 channels can be resized"
+        )
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    pixels = pixels[..., 0] if shape[0] == 1 else pixels
+    return Part([Picture(f"image {i}", image) for i, image in enumerate(pixels)], part.labels)

@@ -1,0 +1,107 @@
+"""What turns a picture into the pixels of a model: the same bits in training, evaluation and prediction."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastadv._extras import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The images that a model takes.
+
+    Args:
+        size: (H, W) in pixels.
+        channels: 3 (RGB) or 1 (grey).
+        mean, std: of pixels in [0, 1], one for each channel, or one for all. The model's wrapper applies them,
+            `apply` does not.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
+        crop: share of a resized picture's shorter side that is kept (timm's crop_pct).
+
+    Raises:
+        ValueError: a value that is none of these.
+    """
+
+    size: tuple[int, int]
+    channels: int = 3
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    interpolation: str = "bicubic"
+    crop: float = 1.0
+
+    def __post_init__(self):
+        if self.channels not in _MODES:
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            values = values * self.channels if len(values) == 1 else values
+            if len(values) != self.channels or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} must be {self.channels} finite numbers or one, got {getattr(self, name)}")
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if len(self.size) != 2 or any(int(side) != side or side < 1 for side in self.size):
+            raise ValueError(f"size must be (H, W) in pixels, got {self.size}")
+        object.__setattr__(self, "size", tuple(int(side) for side in self.size))
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; there are {', '.join(INTERPOLATIONS)}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be in (0, 1], got {self.crop}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.channels, *self.size
+
+    def apply(self, picture: "Image") -> np.ndarray:
+        """The picture as uint8 (C, H, W).
+
+        A picture of the model's size keeps its pixels, `crop` or not: what was prepared once is not touched again.
+        Any other is resized, its aspect kept, until it just covers size / crop, and the centre is cut out, rounded
+        as torchvision's Resize and CenterCrop do. Pictures come from `fastadv.data.pictures.read`, which deals with
+        rotation, transparency and 16 bits.
+        """
+        mode, (height, width) = _MODES[self.channels], self.size
+        if picture.mode != mode:
+            picture = picture.convert(mode)
+        if picture.size != (width, height):
+            resample = require("PIL.Image").Resampling[self.interpolation.upper()]
+            picture = picture.resize(self._resized(*picture.size), resample)
+            left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+            picture = picture.crop((left, top, left + width, top + height))
+        pixels = np.asarray(picture).reshape(height, width, self.channels)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        least_height, least_width = (math.floor(side / self.crop) for side in self.size)
+        if least_height * width >= least_width * height:
+            return width * least_height // height, least_height
+        return least_width, height * least_width // width
+
+    def to_json(self) -> dict:
+        """The settings as a dict that JSON can hold."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Preprocessing":
+        """The settings that `to_json` made a dict of.
+
+        Raises:
+            ValueError: an entry is unknown, out of range, or size is missing.
+        """
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown or "size" not in values:
+            problem = f"unknown: {', '.join(sorted(unknown))}" if unknown else "size is missing"
+            raise ValueError(f"these are no settings of a preprocessing ({problem}): {values}")
+        return cls(**values)

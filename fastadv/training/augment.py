@@ -1,0 +1,93 @@
+"""Augmentation: the random crop and flip of the CIFAR recipes, on the images' own device."""
+
+import torch
+import torch.nn.functional as F
+
+from fastadv.ops.generator import as_int64
+
+
+class Augment:
+    """Random crop after padding with zeros, then a horizontal flip with probability one half.
+
+    What happens to a sample depends on its seed alone (`fastadv.sample_seeds` makes one for each sample and epoch),
+    not on its batch, its device or the number of processes.
+
+    Args:
+        crop: pixels of padding on every side; 0 leaves the images where they are.
+        flip: whether to flip. Leave it out where a mirror image is another class, as with digits.
+
+    Raises:
+        ValueError: crop is no integer of at least 0.
+
+    Source: He et al. 2016, "Deep residual learning for image recognition", section 4.2.
+    """
+
+    def __init__(self, crop: int = 4, flip: bool = True):
+        if isinstance(crop, bool) or not isinstance(crop, int) or crop < 0:
+            raise ValueError(f"crop must be an integer of at least 0, in pixels, got {crop!r}")
+        self.crop, self.flip = crop, flip
+
+    def __call__(self, images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """The images, changed.
+
+        Args:
+            images: (N, C, H, W), uint8 or float.
+            seeds: int64 (N,), on the images' device.
+
+        Returns:
+            New images like those given: channels-last if they are, else contiguous.
+
+        Raises:
+            TypeError: seeds are not int64. ValueError: a wrong shape or device, or crop is not less than H and W.
+        """
+        self._check(images, seeds)
+        (count, _, height, width), device = images.shape, images.device
+        bits = _mixed(seeds)
+        offsets = 2 * self.crop + 1
+        # Of 31 bits each, so that no offset is likelier than another by more than one in 10^8.
+        top, left = (bits & 0x7FFFFFFF) % offsets, ((bits >> 31) & 0x7FFFFFFF) % offsets
+        rows = torch.arange(height, device=device) + top[:, None]
+        columns = torch.arange(width, device=device).expand(count, width)
+        if self.flip:
+            columns = torch.where((bits < 0)[:, None], width - 1 - columns, columns)
+        columns = columns + left[:, None]
+        sample = torch.arange(count, device=device)[:, None, None]
+        padded = F.pad(images, (self.crop,) * 4)
+        channels_last = padded[sample, :, rows[:, :, None], columns[:, None, :]]
+        return channels_last.permute(0, 3, 1, 2).contiguous(memory_format=_format(images))
+
+    def _check(self, images: torch.Tensor, seeds: torch.Tensor) -> None:
+        if images.dim() != 4:
+            raise ValueError(f"images must be (N, C, H, W), got the shape {tuple(images.shape)}")
+        if seeds.dtype != torch.int64:
+            raise TypeError(f"seeds must be int64, got {seeds.dtype}")
+        if seeds.shape != images.shape[:1] or seeds.device != images.device:
+            raise ValueError(
+                f"seeds must be one for each of the {len(images)} images on {images.device}, "
+                f"got the shape {tuple(seeds.shape)} on {seeds.device}"
+            )
+        if self.crop >= min(images.shape[2:]):
+            raise ValueError(f"crop must be less than the images' height and width, got {self.crop} for {images.shape}")
+
+    def __repr__(self) -> str:
+        return f"Augment(crop={self.crop}, flip={self.flip})"
+
+
+def _mixed(seeds: torch.Tensor) -> torch.Tensor:
+    """64 fresh bits of each seed: SplitMix64's output (Steele et al. 2014, "Fast splittable generators", figure 17).
+
+    The seed's own bits also key the attack's noise, which must not follow the offsets.
+    """
+    bits = seeds + as_int64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ _shifted(bits, shift)) * as_int64(factor)
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: torch.Tensor, shift: int) -> torch.Tensor:
+    return (bits >> shift) & ((1 << (64 - shift)) - 1)  # int64's own shift would fill up with the sign
+
+
+def _format(images: torch.Tensor) -> torch.memory_format:
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

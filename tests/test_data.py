@@ -1,0 +1,635 @@
+"""Data sets: what they hold, how they are split and prepared, and what is refused."""
+
+import io
+import json
+import pickle
+import random
+import tarfile
+import types
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from fastadv import data
+from fastadv.data import decoding
+from fastadv.data.cifar10 import CLASSES
+from fastadv.data.pictures import read
+from fastadv.preprocessing import Preprocessing
+
+RNG = np.random.default_rng(random.getrandbits(32))
+
+
+def noise(height, width, channels=3):
+    return RNG.integers(0, 256, (height, width, channels)[: 2 if channels == 1 else 3], dtype=np.uint8)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def rows(images):
+    """uint8 (N, C, H, W) as a set of bytes: which images, in no order."""
+    return {image.numpy().tobytes() for image in images}
+
+
+# Digits
+
+
+def test_digits_are_all_there_in_the_unit_range():
+    digits = data.load("digits")
+    assert digits.shape == (1, 8, 8)
+    assert digits.classes == tuple("0123456789")
+    images = torch.cat((digits.x_train, digits.x_val, digits.x_test))
+    expected = torch.from_numpy(load_digits().images / 16).float()
+    assert torch.equal(images.flatten(1).sort(dim=0)[0], expected.flatten(1).sort(dim=0)[0])
+    share = digits.y_test.bincount() / torch.cat((digits.y_train, digits.y_val, digits.y_test)).bincount()
+    assert ((share - 0.25).abs() < 0.01).all()
+    assert digits.notes == ()
+
+
+def test_digits_for_a_model_are_codes_of_its_size():
+    plain, codes = data.load("digits"), data.load("digits", preprocessing=Preprocessing((8, 8), channels=1))
+    assert torch.equal(codes.x_test, (255 * plain.x_test.double()).round().to(torch.uint8))
+    large = data.load("digits", preprocessing=Preprocessing((32, 24), interpolation="nearest"))
+    assert large.shape == (3, 32, 24)
+    # Resized to 32 x 32, four by four for each pixel, and four columns cut off at either side.
+    enlarged = codes.x_val.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    assert torch.equal(large.x_val, enlarged[..., 4:-4].expand(-1, 3, -1, -1))
+    assert torch.equal(large.y_val, plain.y_val)
+
+
+# Splits and classes
+
+
+def test_split_follows_the_seed_alone():
+    first, again, other = (data.load("digits", seed=seed) for seed in (1, 1, 2))
+    for part in ("x_train", "x_val", "x_test"):
+        assert torch.equal(getattr(first, part), getattr(again, part))
+    assert not torch.equal(first.x_test, other.x_test)
+    assert not torch.equal(first.x_val, other.x_val)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.29, 0.5, 1e-6])
+def test_validation_is_a_share_of_each_class_out_of_the_training_part(share):
+    whole, split = data.load("digits", validation=0), data.load("digits", validation=share)
+    assert whole.x_val.shape == (0, 1, 8, 8)
+    assert torch.equal(whole.x_test, split.x_test)
+    counts = whole.y_train.bincount()
+    assert split.y_val.bincount().tolist() == [max(1, int(share * count + 1e-9)) for count in counts.tolist()]
+    both = torch.cat((split.x_train, split.x_val)).flatten(1), torch.cat((split.y_train, split.y_val))
+    tagged = [
+        sorted(zip(x.tolist(), y.tolist(), strict=True)) for x, y in (both, (whole.x_train.flatten(1), whole.y_train))
+    ]
+    assert tagged[0] == tagged[1]
+
+
+def test_validation_has_at_most_2000_images(tmp_path):
+    images = np.zeros((6000, 1, 1, 1), np.uint8)
+    np.savez(tmp_path / "set.npz", x_train=images, y_train=np.arange(6000) % 3, x_test=images[:3], y_test=np.arange(3))
+    assert data.load(tmp_path / "set.npz", validation=0.5).y_val.bincount().tolist() == [666, 666, 666]
+
+
+def test_classes_are_kept_in_order_and_relabelled():
+    whole, part = data.load("digits"), data.load("digits", classes=[7, "5"])
+    assert part.classes == ("7", "5")
+    assert torch.equal(part.x_train[part.y_train == 0], whole.x_train[whole.y_train == 7])
+    assert torch.equal(part.x_val[part.y_val == 0], whole.x_val[whole.y_val == 7])
+    assert torch.equal(part.x_test[part.y_test == 1], whole.x_test[whole.y_test == 5])
+    assert len(part.x_train) == ((whole.y_train == 7) | (whole.y_train == 5)).sum()
+
+
+def test_classes_and_shares_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="class 12 has no training"):
+        data.load("digits", classes=[5, 12])
+    with pytest.raises(ValueError, match="no class 'five'; there are 0, 1"):
+        data.load("digits", classes=["five"])
+    for classes in ([], [5, "5"]):
+        with pytest.raises(ValueError, match="different and at least one"):
+            data.load("digits", classes=classes)
+    for share in (-0.1, 1, float("nan")):
+        with pytest.raises(ValueError, match=r"a share in \[0, 1\)"):
+            data.load("digits", validation=share)
+
+
+# .npz files
+
+
+def arrays(**changes):
+    rng = np.random.default_rng(0)
+    parts = {
+        "x_train": rng.integers(0, 256, (8, 3, 4, 4), dtype=np.uint8),
+        "y_train": np.arange(8) % 4,
+        "x_test": rng.integers(0, 256, (4, 3, 4, 4), dtype=np.uint8),
+        "y_test": np.arange(4),
+    }
+    return {key: value for key, value in {**parts, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_npz_is_read_as_it_is(tmp_path, dtype):
+    parts = arrays()
+    if dtype is np.float64:
+        parts |= {key: parts[key] / 255 for key in ("x_train", "x_test")}
+    np.savez(tmp_path / "set.npz", **parts)
+    loaded = data.load(tmp_path / "set.npz", validation=0)
+    assert loaded.classes == ("0", "1", "2", "3")
+    assert loaded.y_train.dtype == torch.int64
+    assert loaded.x_train.dtype == (torch.uint8 if dtype is np.uint8 else torch.float32)
+    assert torch.equal(data.to_float(loaded.x_train), torch.from_numpy(arrays()["x_train"] / 255).float())
+
+
+def test_npz_may_bring_its_own_validation_part(tmp_path):
+    own = {"x_val": arrays()["x_test"][::-1], "y_val": np.arange(4)[::-1]}
+    np.savez(tmp_path / "set.npz", **arrays(**own))
+    loaded = data.load(tmp_path / "set.npz")
+    assert torch.equal(loaded.x_val, torch.from_numpy(own["x_val"].copy()))
+    assert loaded.y_val.tolist() == [3, 2, 1, 0]
+    assert len(loaded.x_train) == 8
+
+
+def test_npz_is_prepared_for_a_model(tmp_path):
+    np.savez(tmp_path / "set.npz", **arrays())
+    settings = Preprocessing((6, 6), interpolation="bilinear")
+    loaded = data.load(tmp_path / "set.npz", validation=0, preprocessing=settings)
+    for image, source in zip(loaded.x_train, arrays()["x_train"], strict=True):
+        expected = Image.fromarray(source.transpose(1, 2, 0)).resize((6, 6), Image.Resampling.BILINEAR)
+        assert np.array_equal(image.permute(1, 2, 0), expected)
+    floats = {key: arrays()[key] / 255 for key in ("x_train", "x_test")}
+    np.savez(tmp_path / "floats.npz", **arrays(**floats))
+    with pytest.raises(ValueError, match=r"float32 of the shape \(3, 4, 4\), the model takes \(3, 6, 6\)"):
+        data.load(tmp_path / "floats.npz", validation=0, preprocessing=settings)
+    assert data.load(tmp_path / "floats.npz", preprocessing=Preprocessing((4, 4))).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, "no array y_test"),
+        (
+            {"x_train": np.zeros((8, 4, 4))},
+            r"x_train must be images \(N, C, H, W\), got the shape \(8, 4, 4\)",
+        ),
+        ({"x_train": np.zeros((8, 3, 4, 4), np.int64)}, "x_train must be uint8 or floating point, got int64"),
+        ({"x_test": np.full((4, 3, 4, 4), 255.0)}, r"x_test must be in \[0, 1\], got \[255, 255\]"),
+        ({"x_test": np.full((4, 3, 4, 4), np.nan)}, r"x_test must be in \[0, 1\]"),
+        ({"x_test": np.zeros((4, 3, 5, 5))}, "different shapes"),
+        ({"x_val": np.zeros((4, 3, 4, 4))}, "no array y_val"),
+        ({"y_train": np.zeros(7, int)}, r"y_train must be of shape \(8,\), one for each image, got \(7,\)"),
+        ({"y_train": np.zeros(8)}, "y_train must be integers, got float64"),
+        ({"y_train": np.full(8, -1)}, "y_train must not be negative, got -1"),
+        ({"y_train": np.array([0, 0, 1, 1, 2, 2, 2, 3])}, "class '3' has a single training image"),
+    ],
+)
+def test_bad_npz_is_refused_by_what_is_wrong(tmp_path, changes, message):
+    np.savez(tmp_path / "set.npz", **arrays(**changes))
+    with pytest.raises(ValueError, match=message):
+        data.load(tmp_path / "set.npz")
+
+
+def test_other_files_and_names_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'digit'; give 'digits', 'cifar10', or the path"):
+        data.load("digit")
+    (tmp_path / "set.npz").write_text("not an archive")
+    with pytest.raises(ValueError, match=r"is not an \.npz file"):
+        data.load(tmp_path / "set.npz")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"is not an \.npz file|no array"):
+        data.load(tmp_path / "one.npy")
+
+
+# One picture
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    colour, grey, alpha = noise(6, 5), noise(6, 5, 1), noise(6, 5, 1)
+    wide = RNG.integers(0, 65536, (6, 5), dtype=np.uint16)
+
+    def same(picture, expected, at_most=0):
+        picture.save(tmp_path / "a.tif" if picture.mode == "CMYK" else tmp_path / "a.png")
+        result = read(tmp_path / "a.tif" if picture.mode == "CMYK" else tmp_path / "a.png")
+        assert result.mode == "RGB"
+        assert np.abs(np.asarray(result).astype(int) - expected).max() <= at_most
+
+    def over_white(pixels):
+        share = alpha[..., None] / 255
+        return np.asarray(pixels) * share + 255 * (1 - share)
+
+    three = np.repeat(grey[..., None], 3, axis=2)
+    same(Image.fromarray(colour), colour)
+    same(Image.fromarray(grey), three)
+    same(Image.fromarray(grey > 99), 255 * (three > 99))
+    same(Image.fromarray(np.dstack((colour, alpha))), over_white(colour), at_most=1)
+    same(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]), over_white(three), at_most=1)
+    same(Image.fromarray(wide), np.rint(wide / 257)[..., None])
+    same(
+        Image.merge("CMYK", [Image.fromarray(255 - colour[..., i]) for i in range(3)] + [Image.new("L", (5, 6))]),
+        colour,
+    )
+    palette = Image.fromarray(grey % 4)
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    table = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]])
+    same(palette, table[grey % 4])
+    palette.info["transparency"] = 2
+    table[2] = 255
+    same(palette, table[grey % 4])
+
+
+def test_pictures_are_turned_upright_and_animations_show_their_first_frame(tmp_path):
+    pixels = noise(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the picture must turn 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read(tmp_path / "a.png"), np.rot90(pixels, -1))
+    frames = [Image.new("RGB", (3, 3), name) for name in ("red", "lime")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert np.array_equal(read(tmp_path / "a.gif"), np.full((3, 3, 3), [255, 0, 0]))
+
+
+def test_damaged_pictures_are_refused_by_name(tmp_path, monkeypatch):
+    whole = png(noise(40, 40))
+    for content in (whole[: len(whole) // 2], whole[:20], b"", b"text", b"\xff\xd8\xff\xe0 half a head"):
+        (tmp_path / "broken.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.png cannot be read as a picture .*replace it or delete it"):
+            read(tmp_path / "broken.png")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "absent.png")
+    Image.fromarray(np.full((2, 2), 70000, np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="do not fit in 16 bits"):
+        read(tmp_path / "deep.tif")
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="floats of unknown range"):
+        read(tmp_path / "float.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (tmp_path / "bomb.png").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"bomb\.png has too many pixels"):
+        read(tmp_path / "bomb.png")
+
+
+# Preprocessing
+
+
+def test_a_picture_of_the_models_size_keeps_its_bits():
+    pixels = noise(32, 32)
+    for crop in (1.0, 0.875):
+        assert np.array_equal(
+            Preprocessing((32, 32), crop=crop).apply(Image.fromarray(pixels)), pixels.transpose(2, 0, 1)
+        )
+    grey = Preprocessing((32, 32), channels=1).apply(Image.fromarray(noise(32, 32, 1)))
+    assert grey.shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size", "crop", "resized", "corner"),
+    [  # (H, W) each; corner is (top, left) of what is cut out, counted by hand
+        ((40, 60), (32, 32), 1.0, (32, 48), (0, 8)),
+        ((60, 40), (32, 32), 1.0, (48, 32), (8, 0)),
+        ((64, 64), (28, 28), 0.875, (32, 32), (2, 2)),
+        ((50, 75), (224, 224), 0.875, (256, 384), (16, 80)),
+        ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),  # half of 5, rounded to the even 2
+        ((31, 17), (16, 16), 0.95, (29, 16), (6, 0)),  # 16 / .95 = 16.8, cut to 16; 31 * 16 / 17 = 29.2; 6.5 to 6
+    ],
+)
+def test_pictures_are_resized_to_cover_and_cut_in_the_centre(picture, size, crop, resized, corner):
+    source = Image.fromarray(noise(*picture))
+    expected = np.asarray(source.resize(resized[::-1], Image.Resampling.BICUBIC))
+    expected = expected[corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
+    assert np.array_equal(Preprocessing(size, crop=crop).apply(source), expected.transpose(2, 0, 1))
+
+
+def test_preprocessing_comes_back_from_json():
+    settings = Preprocessing((8, 9), 3, (0.1, 0.2, 0.3), (0.5,), "lanczos", 0.9)
+    assert settings.std == (0.5, 0.5, 0.5)
+    assert Preprocessing.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert Preprocessing((4, 4), channels=1).mean == (0.0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (0, 4)}, "size must be"),
+        ({"size": (4,)}, "size must be"),
+        ({"channels": 4}, "channels must be 1 or 3"),
+        ({"mean": (0.1, 0.2)}, "mean must be 3 finite numbers or one"),
+        ({"std": (0.0,)}, "std must be positive"),
+        ({"interpolation": "box"}, "unknown interpolation 'box'"),
+        ({"crop": 0.0}, r"crop must be in \(0, 1\]"),
+        ({"colour": 1}, "unknown: colour"),
+        ({"size": None}, "size is missing"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    values = {key: value for key, value in {"size": (4, 4), **changes}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        Preprocessing.from_json(values)
+
+
+# Folders of pictures
+
+
+def photos(root, counts, size=(6, 6)):
+    """Write so many random pictures in each folder; returns their pixels as (C, H, W) by folder."""
+    pixels = {name: [noise(*size) for _ in range(count)] for name, count in counts.items()}
+    for name, images in pixels.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            (root / name / f"{i:03}.{('png', 'PNG', 'bmp')[i % 3]}").write_bytes(png(image))
+    return {name: {image.transpose(2, 0, 1).tobytes() for image in images} for name, images in pixels.items()}
+
+
+def test_classes_in_a_folder_are_split_three_ways(tmp_path):
+    found = photos(tmp_path, {"zèbre": 10, "Äpfel": 20, "äpfel/deep": 5})
+    loaded = data.load(tmp_path)
+    assert loaded.classes == ("zèbre", "Äpfel", "äpfel")
+    assert "no test part" in loaded.notes[0]
+    assert loaded.x_train.dtype == torch.uint8
+    assert loaded.x_train.is_contiguous()
+    counts = [labels.bincount().tolist() for labels in (loaded.y_train, loaded.y_val, loaded.y_test)]
+    assert counts == [[7, 15, 3], [1, 1, 1], [2, 4, 1]]  # a fifth; then a tenth, rounded down, but one at least
+    for label, name in enumerate(("zèbre", "Äpfel", "äpfel/deep")):
+        parts = [rows(x[y == label]) for x, y in (loaded.train, loaded.val, loaded.test)]
+        assert set.union(*parts) == found[name]
+        assert sum(map(len, parts)) == len(found[name])
+    again = data.load(str(tmp_path))
+    assert all(torch.equal(getattr(loaded, key), getattr(again, key)) for key in ("x_train", "x_val", "x_test"))
+    assert not torch.equal(loaded.x_train, data.load(tmp_path, seed=1).x_train)
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_parts_in_a_folder_are_taken_as_they_are(tmp_path, val):
+    counts = {f"{part}/{name}": count for part, count in (("train", 4), (val, 2), ("test", 3)) for name in "ab"}
+    found = photos(tmp_path, counts)
+    loaded = data.load(tmp_path)
+    assert loaded.notes == ()
+    for part, (images, labels) in (("train", loaded.train), (val, loaded.val), ("test", loaded.test)):
+        for label, name in enumerate("ab"):
+            assert rows(images[labels == label]) == found[f"{part}/{name}"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    photos(tmp_path, {"train": 5, "train/old": 5, "plane": 5})
+    assert data.load(tmp_path).classes == ("plane", "train")
+
+
+def test_hidden_files_do_not_count_and_others_are_counted(tmp_path):
+    photos(tmp_path, {"a": 5, "b": 5, "a/.thumbs": 3, ".cache": 3})
+    (tmp_path / "a" / ".DS_Store").write_text("")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = data.load(tmp_path)
+    assert [len(labels) for labels in (loaded.y_train, loaded.y_val, loaded.y_test)] == [6, 2, 2]
+    for name in ("readme.txt", "a/notes.md", "b/Thumbs.db"):
+        (tmp_path / name).write_text("")
+    with pytest.warns(UserWarning, match="left out, no picture of a class: 3, such as") as warned:
+        data.load(tmp_path)
+    assert len(warned) == 1
+
+
+def test_folders_that_are_no_set_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no folders with pictures; the layout is photos/CLASS"):
+        data.load(tmp_path)
+    photos(tmp_path, {"a": 4, "b": 4, "c": 0})
+    with pytest.raises(ValueError, match="the class 'c' has no pictures"):
+        data.load(tmp_path)
+    photos(tmp_path / "parts", {"train/a": 4, "test/a": 1, "test/b": 1})
+    with pytest.raises(ValueError, match="a class 'b' that the training part lacks"):
+        data.load(tmp_path / "parts")
+    photos(tmp_path / "two", {"train/a": 4, "val/a": 1, "valid/a": 1})
+    with pytest.raises(ValueError, match="both val and valid"):
+        data.load(tmp_path / "two")
+
+
+def test_pictures_of_different_sizes_need_a_preprocessing(tmp_path):
+    photos(tmp_path, {"a": 4})
+    photos(tmp_path, {"b": 4}, size=(6, 8))
+    with pytest.raises(ValueError, match=r"different sizes .*: 6 x [68], others: 6 x [68].*choose a model"):
+        data.load(tmp_path)
+    settings = Preprocessing((5, 5), crop=0.9)
+    loaded = data.load(tmp_path, preprocessing=settings, validation=0, classes=["b"])
+    expected = {settings.apply(read(path)).tobytes() for path in (tmp_path / "b").iterdir()}
+    assert rows(loaded.x_train) | rows(loaded.x_test) == expected
+
+
+def test_damaged_files_are_listed_or_left_out(tmp_path):
+    photos(tmp_path, {"a": 20, "b": 20})
+    for i in range(7):
+        (tmp_path / "a" / f"{2 * i:03}.{('png', 'PNG', 'bmp')[2 * i % 3]}").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"7 of 40 pictures cannot be read; skip_corrupt=True(.|\n)*2 more") as error:
+        data.load(tmp_path, seed=3)
+    assert str(error.value).count("replace it or delete it") == 5
+    with pytest.warns(UserWarning, match="7 of 40 pictures were left out"):
+        loaded = data.load(tmp_path, skip_corrupt=True, validation=0)
+    labels = torch.cat((loaded.y_train, loaded.y_test))
+    images = torch.cat((loaded.x_train, loaded.x_test))
+    assert labels.bincount().tolist() == [13, 20]
+    whole = {read(path).tobytes() for path in (tmp_path / "b").iterdir()}
+    assert {image.permute(1, 2, 0).numpy().tobytes() for image in images[labels == 1]} == whole
+    for path in (tmp_path / "a").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="20 of 40"), pytest.raises(ValueError, match="class 'a' can be read"):
+        data.load(tmp_path, skip_corrupt=True)
+    for path in (tmp_path / "b").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 40 pictures can be read"):
+        data.load(tmp_path, skip_corrupt=True)
+
+
+def test_too_little_memory_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
+    photos(tmp_path, {"a": 4, "b": 4})
+    monkeypatch.setattr(decoding, "_free_memory", lambda: 8 * 3 * 50 * 50 - 1)
+    assert len(data.load(tmp_path, preprocessing=Preprocessing((49, 50))).x_train) == 4
+    with pytest.raises(ValueError, match=r"8 images of 50 x 50 take 0\.0 GB .* smaller size"):
+        data.load(tmp_path, preprocessing=Preprocessing((50, 50)))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"take 8640000\.0 GB"):
+        data.load(tmp_path, preprocessing=Preprocessing((600_000_000, 600_000)))
+
+
+# Parquet files
+
+
+def parquet(path, pixels, labels, names=None, image="image", label="label", raw=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = [png(p) for p in pixels]
+    column = pa.array(content, pa.binary()) if raw else pa.array([{"bytes": c, "path": None} for c in content])
+    table = pa.table({image: column, "other": list(range(len(labels))), label: pa.array(labels, pa.int64())})
+    if names:
+        features = {image: {"_type": "Image"}, label: {"names": list(names), "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+
+
+@pytest.mark.parametrize("folder", ["", "data", "plain_text"])
+def test_shards_are_read_in_order(tmp_path, folder):
+    pixels = [noise(4, 4) for _ in range(14)]
+    place = tmp_path / folder
+    names = ("cat", "dog")
+    parquet(place / "train-00001-of-00002.parquet", pixels[4:8], [1, 0, 1, 0], names)
+    parquet(place / "train-00000-of-00002.parquet", pixels[:4], [0, 1, 1, 0], names)
+    parquet(place / "validation-00000-of-00001.parquet", pixels[8:11], [1, 1, 0], names)
+    parquet(place / "test.parquet", pixels[11:], [0, 1, 0], names)
+    loaded = data.load(tmp_path)
+    assert (loaded.classes, loaded.notes) == (names, ())
+    assert loaded.y_train.tolist() == [0, 1, 1, 0, 1, 0, 1, 0]
+    assert loaded.y_val.tolist() == [1, 1, 0]
+    images = torch.cat((loaded.x_train, loaded.x_val, loaded.x_test))
+    assert np.array_equal(images.permute(0, 2, 3, 1), np.stack(pixels))
+    (place / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="some are missing"):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize("label", ["label", "labels", "fine_label"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_one_file_is_split_and_its_classes_may_be_numbers(tmp_path, label, raw):
+    pixels = [noise(4, 4) for _ in range(10)]
+    parquet(tmp_path / "mine.parquet", pixels, [0, 2] * 5, image="img", label=label, raw=raw)
+    loaded = data.load(tmp_path / "mine.parquet")
+    assert loaded.classes == ("0", "1", "2")
+    assert "no test part" in loaded.notes[0]
+    pairs = {(p.transpose(2, 0, 1).tobytes(), y) for p, y in zip(pixels, [0, 2] * 5, strict=True)}
+    parts = (loaded.train, loaded.val, loaded.test)
+    assert {
+        (x.numpy().tobytes(), int(y)) for images, labels in parts for x, y in zip(images, labels, strict=True)
+    } == pairs
+    assert [len(y) for _, y in parts] == [6, 2, 2]
+
+
+def test_parquet_files_of_another_layout_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"pixels": [1, 2], "label": [0, 1]}), path)
+    with pytest.raises(ValueError, match=r"needs a column image or img .*its columns are pixels \(int64\), label"):
+        data.load(path)
+    with pytest.raises(ValueError, match=r"has parquet files \(a\.parquet\), but no train"):
+        data.load(tmp_path)
+    pq.write_table(pa.table({"image": [b"", b""], "label": ["cat", "dog"]}), path)
+    with pytest.raises(ValueError, match=r"its columns are image \(binary\), label \(string\)"):
+        data.load(path)
+    paths = pa.array([{"bytes": None, "path": "a.png"}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": paths, "label": [0, 1]}), path)
+    with pytest.raises(ValueError, match="2 of 2 values of the column image are missing"):
+        data.load(path)
+    parquet(path, [noise(4, 4)] * 4, [-1] * 4)
+    with pytest.raises(ValueError, match="label -1: the images of this part have no labels"):
+        data.load(path)
+    parquet(path, [noise(4, 4)] * 4, [0, 0, 5, 5], names=("cat", "dog"))
+    with pytest.raises(ValueError, match="names 2 classes, and there is a label 5"):
+        data.load(path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="not a parquet file, or it is damaged"):
+        data.load(path)
+
+
+# CIFAR-10
+
+BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+def batches(count=20):
+    """Pixels (N, 3072) and labels of each batch."""
+    return {
+        name: (RNG.integers(0, 256, (count, 3072), dtype=np.uint8), RNG.permutation(count) % 10) for name in BATCHES
+    }
+
+
+def binary(content):
+    return {
+        f"cifar-10-batches-bin/{name}.bin": np.column_stack((labels.astype(np.uint8), pixels)).tobytes()
+        for name, (pixels, labels) in content.items()
+    }
+
+
+def python(content):
+    return {
+        f"cifar-10-batches-py/{name}": pickle.dumps({b"data": pixels, b"labels": labels.tolist()}, protocol=2)
+        for name, (pixels, labels) in content.items()
+    }
+
+
+def write(folder, files, archive=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    if archive is None:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        return
+    with tarfile.open(folder / archive, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def is_cifar(loaded, content):
+    pixels = np.concatenate([content[name][0] for name in BATCHES]).reshape(-1, 3, 32, 32)
+    labels = np.concatenate([content[name][1] for name in BATCHES])
+    assert loaded.classes == CLASSES
+    assert np.array_equal(torch.cat((loaded.x_train, loaded.x_test)), pixels)
+    assert np.array_equal(torch.cat((loaded.y_train, loaded.y_test)), labels)
+
+
+@pytest.mark.parametrize(("make", "archive"), [(binary, "cifar-10-binary.tar.gz"), (python, "cifar-10-python.tar.gz")])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "extracted"])
+def test_cifar10_is_read_from_its_archives(tmp_path, monkeypatch, make, archive, packed):
+    content = batches()
+    write(tmp_path / "cifar10", make(content), archive if packed else None)
+    is_cifar(data.load("cifar10", folder=tmp_path, validation=0), content)
+    monkeypatch.setenv("FASTADV_DATA", str(tmp_path / "cifar10"))
+    is_cifar(data.load("cifar10", validation=0), content)
+    assert data.load("cifar10").y_val.bincount(minlength=10).tolist() == [1] * 10
+
+
+def test_cifar10_is_read_from_parquet_files_in_the_working_folder(tmp_path, monkeypatch):
+    content = batches(2)
+    for part, names in (("train", BATCHES[:5]), ("test", BATCHES[5:])):
+        pixels = np.concatenate([content[name][0] for name in names]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.concatenate([content[name][1] for name in names])
+        parquet(tmp_path / "data" / "cifar10" / "plain_text" / f"{part}.parquet", pixels, labels, CLASSES, image="img")
+    monkeypatch.delenv("FASTADV_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    is_cifar(data.load("cifar10", validation=0), content)
+
+
+def test_what_is_not_cifar10_is_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"parquet files of the data set cifar10 .* or cifar-10-binary\.tar\.gz"
+    ):
+        data.load("cifar10", folder=tmp_path)
+    parquet(tmp_path / "train.parquet", [noise(32, 32)] * 4, [0, 0, 1, 1], names=("cat", "dog"))
+    with pytest.raises(ValueError, match=r"are not CIFAR-10: their classes are \('cat', 'dog'\)"):
+        data.load("cifar10", folder=tmp_path)
+    files = binary(batches())
+    cut = {**files, "cifar-10-batches-bin/data_batch_2.bin": b"short"}
+    write(tmp_path / "cut", cut)
+    with pytest.raises(ValueError, match=r"data_batch_2\.bin is damaged"):
+        data.load("cifar10", folder=tmp_path / "cut")
+    files.pop("cifar-10-batches-bin/data_batch_3.bin")
+    write(tmp_path / "some", files)
+    with pytest.raises(ValueError, match="data_batch_3 missing"):
+        data.load("cifar10", folder=tmp_path / "some")
+    (tmp_path / "half").mkdir()
+    write(tmp_path / "half", files, "cifar-10-binary.tar.gz")
+    whole = (tmp_path / "half" / "cifar-10-binary.tar.gz").read_bytes()
+    (tmp_path / "half" / "cifar-10-binary.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        data.load("cifar10", folder=tmp_path / "half")
+
+
+class Harm:
+    def __reduce__(self):
+        return types.SimpleNamespace, ()
+
+
+def test_a_pickle_that_wants_more_than_arrays_is_refused(tmp_path):
+    files = python(batches())
+    files["cifar-10-batches-py/data_batch_4"] = pickle.dumps({b"data": Harm(), b"labels": []})
+    write(tmp_path, files)
+    with pytest.raises(ValueError, match=r"it wants types\.SimpleNamespace, which no array needs"):
+        data.load("cifar10", folder=tmp_path)
