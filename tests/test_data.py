@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import types
 import warnings
@@ -95,6 +97,13 @@ def test_validation_has_at_most_2000_images(tmp_path):
     images = np.zeros((6000, 1, 1, 1), np.uint8)
     np.savez(tmp_path / "set.npz", x_train=images, y_train=np.arange(6000) % 3, x_test=images[:3], y_test=np.arange(3))
     assert data.load(tmp_path / "set.npz", validation=0.5).y_val.bincount().tolist() == [666, 666, 666]
+
+
+def test_a_share_is_not_rounded_below_itself(tmp_path):
+    images = np.zeros((200, 1, 1, 1), np.uint8)
+    np.savez(tmp_path / "set.npz", x_train=images, y_train=np.arange(200) % 2, x_test=images[:2], y_test=np.arange(2))
+    assert 0.29 * 100 < 29
+    assert data.load(tmp_path / "set.npz", validation=0.29).y_val.bincount().tolist() == [29, 29]
 
 
 def test_classes_are_kept_in_order_and_relabelled():
@@ -633,3 +642,9 @@ def test_a_pickle_that_wants_more_than_arrays_is_refused(tmp_path):
     write(tmp_path, files)
     with pytest.raises(ValueError, match=r"it wants types\.SimpleNamespace, which no array needs"):
         data.load("cifar10", folder=tmp_path)
+
+
+def test_importing_the_package_imports_no_extra():
+    code = "import sys, fastadv.attacks, fastadv.data, fastadv.training.augment; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"PIL", "pyarrow", "sklearn"} & set(done.stdout.split())
