@@ -22,7 +22,7 @@ def decode(
         ValueError: a picture cannot be read and `skip_corrupt` is False; none can be; they have different sizes and
             there is no preprocessing; they do not fit in memory.
     """
-    require("PIL.Image").init()  # the list of decoders, which threads must not fill at the same time
+    require("PIL.Image").preinit()  # the common formats, before threads do it at the same time
     settings = preprocessing or _of_first(pictures)
     _check_memory(len(pictures), settings.shape)
     images = torch.empty((len(pictures), *settings.shape), dtype=torch.uint8)

@@ -45,6 +45,7 @@ def folders(root: Path) -> Source:
 def _extensions() -> frozenset[str]:
     """Of what Pillow can read, in lower case."""
     image = require("PIL.Image")
+    image.preinit()  # the common formats: Pillow tries them in the order in which they were registered
     return frozenset(ending for ending, name in image.registered_extensions().items() if name in image.OPEN)
 
 
