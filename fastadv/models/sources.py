@@ -279,8 +279,10 @@ def _found(what: str, repository: str):
     try:
         yield
     except OSError as error:
+        if Path(repository).is_dir():
+            raise FileNotFoundError(f"cannot read {what} in that folder: {error}") from error
         raise FileNotFoundError(
-            f"cannot find {what}: it is neither here nor in the hub's cache, and cannot be downloaded. Get it where "
-            f"there is a network with `hf download {repository}` and copy the cache folder (~/.cache/huggingface, or "
-            f"HF_HOME), or pass a folder that holds it as hf:FOLDER ({error})"
+            f"cannot find {what}: no such folder, not in the hub's cache, and it cannot be downloaded. Run "
+            f"`hf download {repository}` where there is a network, and copy the hub's cache "
+            f"(~/.cache/huggingface, or HF_HOME) to this machine ({error})"
         ) from error

@@ -148,6 +148,8 @@ def _targets(model, rank, alpha, given, example) -> list[Target]:
         return models.lora_targets(model, example)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     targets = [target if isinstance(target, Target) else Target(target) for target in given]
+    if not targets:
+        raise ValueError("lora_targets= names no layer")
     for target in targets:
         if target.name not in layers:
             raise ValueError(
