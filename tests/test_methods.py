@@ -130,7 +130,7 @@ def test_of_a_fused_projection_the_keys_keep_their_bits():
     with trainable(model, "lora", example=torch.rand(1, *SHAPE)) as tuning:
         steps(model, tuning)
     for key in ADAPTED["timm"]:
-        differs = (network.state_dict()[key] != before[key]).all(dim=1)
+        differs = (network.state_dict()[key] != before[key]).any(dim=1)
         assert differs.tolist() == 48 * [True] + 48 * [False] + 48 * [True]
 
 
@@ -251,7 +251,7 @@ def accuracy(make, method, data, head_lr=1e-2, **options):
     x, y = data
     with trainable(model, method, example=x[:1], **options) as tuning:
         optimizer = torch.optim.AdamW([p for _, p in tuning.parameters], lr=head_lr, weight_decay=0)
-        for _ in range(60):
+        for _ in range(40):
             F.cross_entropy(logits(model(x)), y).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -268,8 +268,8 @@ def test_lora_learns_where_the_frozen_features_lack_the_class():
                 block.attn.qkv.weight[96:] = 0
         return network
 
-    y = torch.arange(32) % 2
-    x = (0.5 + 0.3 * (2 * y[:, None, None, None] - 1) + 0.2 * torch.rand(32, *SHAPE)).clamp(0, 1)
+    y = torch.arange(16) % 2
+    x = (0.5 + 0.3 * (2 * y[:, None, None, None] - 1) + 0.2 * torch.rand(16, *SHAPE)).clamp(0, 1)
     assert accuracy(make, "linear", (x, y)) == 0.5
     assert accuracy(make, "lora", (x, y), rank=4) > 0.9
 

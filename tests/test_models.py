@@ -1,5 +1,6 @@
 """Models: what their names build, where their head and blocks are, and their files."""
 
+import dataclasses
 import json
 import struct
 import sys
@@ -218,7 +219,7 @@ def test_a_folder_of_transformers(hf_folder, offline):
                 "crop_pct": 0.5,
                 "resample": 2,
             },
-            Preprocessing((32, 32), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 0.5),
+            Preprocessing((32, 32), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.5),
         ),
         (
             {
@@ -402,13 +403,15 @@ class Gated(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)  # one after the other
         self.norm, self.out = nn.LayerNorm(8), nn.Linear(6, 8)
         self.ask, self.key, self.say = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 6)
         self.mlp = nn.ModuleDict({"gate": nn.Linear(8, 16), "up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
         self.head = nn.Linear(8, 3)
 
     def forward(self, images):
-        x = self.norm(images.flatten(2).transpose(1, 2))
+        x = self.three(self.two(self.one(images.flatten(2).transpose(1, 2))))
+        x = self.norm(x)
         q, k, v = self.ask(x), self.key(x), self.say(x)
         x = x + self.out((q @ k.transpose(1, 2)).softmax(-1) @ v)
         x = x + self.mlp["down"](self.mlp["gate"](x).sigmoid() * self.mlp["up"](x))
@@ -720,13 +723,15 @@ def test_our_networks_load_with_torch_alone(tmp_path):
 
 def test_transformers_load_with_transformers_alone(tmp_path, hf_folder):
     model = models.source(f"hf:{hf_folder}").build(["ant", "bee"])
+    model.preprocessing = dataclasses.replace(model.preprocessing, crop=0.8)
     model.pixels.eval()
     models.export(model, tmp_path / "out")
     network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert network.config.id2label == {0: "ant", 1: "bee"}
-    codes = torch.randint(256, (2, *SHAPE), dtype=torch.uint8)
-    inputs = processor(list(codes), return_tensors="pt")["pixel_values"]
+    large = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    codes = large[:, :, 4:36, 4:36].contiguous()  # 32 = 0.8 * 40
+    inputs = processor(list(large), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs, normalised(codes / 255, model.preprocessing), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(network(inputs).logits, model.pixels(codes).logits, rtol=1e-4, atol=1e-5)
     again = models.source(f"hf:{tmp_path / 'out'}")

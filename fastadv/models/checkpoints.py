@@ -46,6 +46,9 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
 def load(path: str | Path, *, classes: Sequence[str] | None = None) -> Model:
     """The model in a file that `save` wrote, on the CPU.
 
+    A file whose architecture is a "module:function" imports that module and calls the function: load such files only
+    from those you trust.
+
     Args:
         classes: names of the classes it is to tell apart; if they are not the file's, its head is a new one.
 
