@@ -4,8 +4,8 @@ import importlib
 from types import ModuleType
 
 
-def require(module: str) -> ModuleType:
-    """Import `module`, a part of the `train` extra.
+def require(module: str, extra: str = "train") -> ModuleType:
+    """Import `module`, a part of the extra called `extra`.
 
     Raises:
         ImportError: its package is not installed; the message says what to install.
@@ -13,4 +13,4 @@ def require(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: pip install 'fastadv[train]'") from error
+        raise ImportError(f"{error.name} is not installed: pip install 'fastadv[{extra}]'") from error

@@ -1,33 +1,183 @@
-"""What trains: everything, or the head alone."""
+"""What trains: everything, the head alone, the biases too, or low-rank updates (LoRA)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MethodType
 
+import torch
 from torch import nn
 
-from fastadv.attacks.state import flags_kept, frozen
-from fastadv.models import find_head
+from fastadv import models
+from fastadv._extras import require
+from fastadv.attacks.state import flags_kept
+from fastadv.models import Target, find_head
 
-METHODS = ("full", "linear")
+METHODS = ("full", "linear", "bias", "lora")
+
+
+class Tuning:
+    """What trains while `trainable` is in force.
+
+    Attributes:
+        parameters: (name, parameter) of each that trains.
+        total: how many numbers the parameters of the model hold, LoRA's factors included.
+        trainable: how many of them train.
+    """
+
+    def __init__(self, model: nn.Module, buffers: dict[str, torch.Tensor], fixed: int):
+        self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("no parameter requires grad: there is nothing to train")
+        self.trainable = sum(parameter.numel() for _, parameter in self.parameters) - fixed
+        self.total = sum(parameter.numel() for parameter in model.parameters())
+        self._state = dict(self.parameters) | buffers
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy of all that training can change: what trains, and the buffers of what is in train mode."""
+        return {name: tensor.detach().clone() for name, tensor in self._state.items()}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Go back to `state`.
+
+        Raises:
+            ValueError: it is the state of another model or method; nothing was changed.
+        """
+        shapes = {name: tensor.shape for name, tensor in self._state.items()}
+        if {name: tensor.shape for name, tensor in state.items()} != shapes:
+            raise ValueError("the state is of another model or another method: its names or shapes differ")
+        with torch.no_grad():
+            for name, tensor in self._state.items():
+                tensor.copy_(state[name])
 
 
 @contextmanager
-def trainable(model: nn.Module, method: str, head: str | None = None) -> Iterator[list[nn.Parameter]]:
-    """The parameters that `method` trains, with `model` set up for it; its flags are put back at the end.
+def trainable(
+    model: nn.Module,
+    method: str,
+    head: str | None = None,
+    rank: int = 16,
+    alpha: float = 16,
+    lora_targets: Sequence[str | Target] | None = None,
+    example: torch.Tensor | None = None,
+) -> Iterator[Tuning]:
+    """Set `model` up for `method`, until the end.
 
-    With "full" the model is in train mode and every parameter that requires grad trains. With "linear" only
-    the head does: the rest stays in eval mode, so that batch-norm buffers keep their bits, and requires no
-    grad, so that autograd records nothing before the head and runs no backward through the backbone.
+    - "full": the model is in train mode and every parameter that requires grad trains.
+    - "linear": the head trains. Nothing before it requires grad, so an update runs no backward through the backbone.
+    - "bias": every parameter called `bias` trains, and the head (BitFit: Ben Zaken et al. 2022, arXiv 2106.10199).
+    - "lora": a low-rank update of some layers, and the head (Hu et al. 2022, arXiv 2106.09685).
+
+    With every method but "full" the backbone stays in eval mode, also after `model.train()`, so that batch-norm's
+    buffers keep their bits; the head alone follows the mode.
+
+    At the end, whatever happens, LoRA's updates are merged into the weights, every flag is as it was, no parameter
+    that trained has a gradient, and the model has its own modules and names again.
+
+    Args:
+        model: trained in place.
+        method: one of METHODS.
+        head: name of the classifier; None means `fastadv.models.find_head`'s.
+        rank, alpha: of LoRA: an update is alpha / rank times the product of factors of that rank.
+        lora_targets: names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means those
+            that `fastadv.models.lora_targets` finds.
+        example: images (N, C, H, W) as the model takes them, to find those layers with.
 
     Raises:
-        ValueError: no such head, or nothing that trains.
+        ImportError: "lora" without peft, of the `train` extra.
+        ValueError: unknown method, no such head or layer, nothing that trains, or a number out of range.
     """
-    with flags_kept(model) if method == "full" else frozen(model):
-        part = model if method == "full" else find_head(model, head)[1]
-        part.train()
-        if method == "linear":
-            part.requires_grad_(True)
-        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise ValueError("no parameter requires grad: there is nothing to train")
-        yield parameters
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    head = None if method == "full" else find_head(model, head)[0]
+    targets = _targets(model, rank, alpha, lora_targets, example) if method == "lora" else []
+    own = {id(parameter) for parameter in model.parameters()}
+    with ExitStack() as stack:
+        stack.enter_context(flags_kept(model))
+        fixed = stack.enter_context(_adapted(model, targets, rank, alpha)) if targets else 0
+        if head is not None:
+            stack.enter_context(_head_follows_mode(model, head))
+            for name, parameter in model.named_parameters():
+                is_bias = method == "bias" and name.rpartition(".")[2] == "bias"
+                parameter.requires_grad_(is_bias or _within(name, head) or id(parameter) not in own)
+        model.train()
+        buffers = {name: buffer for name, buffer in model.named_buffers() if head is None or _within(name, head)}
+        tuning = Tuning(model, buffers, fixed)
+        stack.callback(_drop_gradients, tuning)
+        yield tuning
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _drop_gradients(tuning: Tuning) -> None:
+    for _, parameter in tuning.parameters:
+        parameter.grad = None
+
+
+@contextmanager
+def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
+    """`model.train(mode)` reaches the head alone; the rest is in eval mode."""
+
+    def train(self, mode=True):
+        for module in self.modules():
+            module.training = False
+        self.get_submodule(head).train(mode)
+        return self
+
+    before = vars(model).get("train")
+    model.train = MethodType(train, model)  # bound, so that a deep copy's is its own
+    try:
+        yield
+    finally:
+        del model.train
+        if before is not None:
+            model.train = before
+
+
+# ---------------------------------------------------------------------- LoRA
+
+
+def _targets(model, rank, alpha, given, example) -> list[Target]:
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
+    if given is None:
+        if example is None:
+            raise ValueError("LoRA finds its layers in a forward pass: pass example=, images, or name lora_targets=")
+        return models.lora_targets(model, example)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    targets = [target if isinstance(target, Target) else Target(target) for target in given]
+    if not targets:
+        raise ValueError("lora_targets= names no layer")
+    for target in targets:
+        if target.name not in layers:
+            raise ValueError(
+                f"the model has no linear or convolutional layer {target.name!r}; there are {', '.join(layers)}"
+            )
+    return targets
+
+
+@contextmanager
+def _adapted(model: nn.Module, targets: Sequence[Target], rank: int, alpha: float) -> Iterator[int]:
+    """LoRA's factors in `targets`; yields how many of their numbers do not train. They are merged at the end."""
+    peft = require("peft")
+    names = "|".join(re.escape(target.name) for target in targets)  # a pattern is matched whole, a list by endings
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
+    tuner = peft.LoraModel(model, {"default": config}, "default")
+    try:
+        yield sum(_hold(model.get_submodule(target.name).lora_B["default"].weight, target.rows) for target in targets)
+    finally:
+        tuner.merge_and_unload(progressbar=False)
+
+
+def _hold(factor: nn.Parameter, rows: Sequence[slice]) -> int:
+    """Keep all but `rows` of a factor, which starts at zero, there: their gradient is zero. Returns their count."""
+    held = torch.ones(len(factor), dtype=torch.bool, device=factor.device)
+    for part in rows:
+        held[part] = False
+    if not held.any():
+        return 0
+    held = held.reshape(-1, *(1,) * (factor.ndim - 1))
+    factor.register_hook(lambda grad: grad.masked_fill(held.to(grad.device), 0))
+    return int(held.sum()) * factor[0].numel()

@@ -1,0 +1,23 @@
+"""Models by name or yours, their structure, and their weights as files."""
+
+from fastadv.models.checkpoints import load, load_weights, save
+from fastadv.models.export import export
+from fastadv.models.model import Model
+from fastadv.models.sources import CHOICES, Source, source
+from fastadv.models.structure import Target, find_blocks, find_head, lora_targets, new_head
+
+__all__ = [
+    "CHOICES",
+    "Model",
+    "Source",
+    "Target",
+    "export",
+    "find_blocks",
+    "find_head",
+    "load",
+    "load_weights",
+    "lora_targets",
+    "new_head",
+    "save",
+    "source",
+]

@@ -1,0 +1,175 @@
+"""Models as safetensors files that say how to build them again."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastadv import _files
+from fastadv._extras import require
+from fastadv.models.model import Model, construct
+from fastadv.models.structure import find_head, new_head
+from fastadv.preprocessing import Preprocessing
+
+FORMAT = 1
+_KEY = "fastadv"
+_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write weights, buffers, class names, preprocessing and architecture to a safetensors file.
+
+    Tied weights are written once, under their first name. The file replaces an older one when it is whole.
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16 store matrices and kernels so; vectors (norms, biases, running
+            statistics), few and sensitive, stay as they are. `load` makes them float32 again.
+
+    Raises:
+        ValueError: another dtype, or a weight that float16 cannot hold.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+    facts = {
+        "format": FORMAT,
+        "classes": list(model.classes),
+        "preprocessing": model.preprocessing and model.preprocessing.to_json(),
+        "architecture": model.architecture,
+    }
+    tensors = {name: _stored(name, value, dtype) for name, value in _untied(model.network.state_dict()).items()}
+    # One entry: safetensors writes several in random order, and equal models would give unequal files.
+    _files.write(path, require("safetensors.torch").save(tensors, {_KEY: json.dumps(facts)}))
+
+
+def load(path: str | Path, *, classes: Sequence[str] | None = None) -> Model:
+    """The model in a file that `save` wrote, on the CPU.
+
+    A file whose architecture is a "module:function" imports that module and calls the function: load such files only
+    from those you trust.
+
+    Args:
+        classes: names of the classes it is to tell apart; if they are not the file's, its head is a new one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: the package of its architecture is not installed.
+        ValueError: not a safetensors file, not one of ours, or its tensors do not fit its architecture.
+    """
+    facts = read_facts(path)
+    if facts is None:
+        raise ValueError(f"{path} does not say how its model is built: load its weights into a model of your own")
+    own = tuple(facts["classes"])
+    network = construct(facts["architecture"], len(own))
+    weights = _weights(path)
+    _check_fit(path, weights, network.state_dict())
+    network.load_state_dict(weights, strict=False)
+    if classes is not None and tuple(classes) != own:
+        new_head(network, len(classes))
+        own = tuple(classes)
+    return Model(network, preprocessing_of(facts), facts["architecture"], own, pretrained=True)
+
+
+def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str], head: str | None = None) -> bool:
+    """Load any safetensors file into `network`; a head for other classes is left out, as transfer needs it.
+
+    Args:
+        network: of the file's architecture; its head may have another number of classes.
+        path: the file; one that `save` did not write need not name its classes.
+        classes: names of the network's classes; the file's head is kept if its names are equal (or missing) and
+            its shapes are.
+        head: name of the classifier; None means `find_head`'s.
+
+    Returns:
+        Whether the file's head was kept. If not, the network keeps the head that it had.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a safetensors file, or its tensors do not fit outside the head.
+    """
+    facts, weights, own = read_facts(path), _weights(path), network.state_dict()
+    prefix = find_head(network, head)[0] + "."
+    in_head = {key for key in own if key.startswith(prefix)}
+    keep_head = (facts is None or facts["classes"] == list(classes)) and all(
+        key in weights and weights[key].shape == own[key].shape for key in in_head
+    )
+    if not keep_head:
+        weights = {key: value for key, value in weights.items() if key not in in_head}
+    _check_fit(path, weights, {key: value for key, value in own.items() if keep_head or key not in in_head})
+    network.load_state_dict(weights, strict=False)
+    return keep_head
+
+
+def read_facts(path: str | Path) -> dict | None:
+    """What `save` wrote beside the tensors: format, classes, preprocessing, architecture; None: it did not write it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a safetensors file, or of a later format.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    if _KEY not in metadata:
+        return None
+    try:
+        facts = json.loads(metadata[_KEY])
+        known = facts["format"]
+        missing = {"classes", "preprocessing", "architecture"} - facts.keys()
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} says unreadable things about its model: {error!r}") from error
+    if known != FORMAT:
+        raise ValueError(f"{path} has the format {known}, this fastadv reads {FORMAT}: install the one that wrote it")
+    if missing:
+        raise ValueError(f"{path} does not say its model's {', '.join(sorted(missing))}")
+    return facts
+
+
+def preprocessing_of(facts: dict) -> Preprocessing | None:
+    return facts["preprocessing"] and Preprocessing.from_json(facts["preprocessing"])
+
+
+def _opened(path: str | Path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    safetensors = require("safetensors")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _weights(path: str | Path) -> dict[str, torch.Tensor]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = {}
+    for name, value in state.items():
+        # An empty tensor has no address.
+        first.setdefault((value.data_ptr() or name, value.shape, value.stride()), name)
+    return {name: state[name] for name in first.values()}
+
+
+def _stored(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    value = value.detach()
+    stored = value.to(dtype) if dtype is not None and value.is_floating_point() and value.ndim > 1 else value
+    if not torch.equal(stored.isfinite(), value.isfinite()):
+        raise ValueError(f"{name} holds values that {dtype} cannot: store it as torch.bfloat16")
+    return stored.cpu().contiguous()
+
+
+def _check_fit(path: str | Path, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    # A file holds tied weights once, under one of their names.
+    present = {own[key].data_ptr() for key in weights if key in own}
+    problems = [f"{key} is missing" for key in own if key not in weights and own[key].data_ptr() not in present]
+    problems += [f"{key} is not in the model" for key in weights if key not in own]
+    problems += [
+        f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}"
+        for key, value in weights.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:5])}{more}")

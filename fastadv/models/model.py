@@ -1,0 +1,107 @@
+"""A network together with what is needed to use it and to build it again."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from fastadv._extras import require
+from fastadv.attacks import Normalized
+from fastadv.models.networks import OWN
+from fastadv.preprocessing import Preprocessing
+
+
+@dataclass
+class Model:
+    """A network and what it takes and says.
+
+    Attributes:
+        network: from normalised images (N, C, H, W) to logits (N, classes), or to an output that holds `.logits`.
+        preprocessing: what it takes; None: images in [0, 1] of any size that it can.
+        architecture: for `construct`; only what JSON knows.
+        classes: name of each logit.
+        pretrained: whether the backbone's weights were learnt on other data before.
+    """
+
+    network: nn.Module
+    preprocessing: Preprocessing | None
+    architecture: dict
+    classes: tuple[str, ...]
+    pretrained: bool
+
+    @cached_property
+    def pixels(self) -> nn.Module:
+        """The network for images in [0, 1]: it normalises them first. The same parameters."""
+        given = self.preprocessing
+        if given is None or (not any(given.mean) and all(std == 1 for std in given.std)):
+            return self.network
+        return Normalized(self.network, given.mean, given.std)
+
+
+def construct(architecture: dict, count: int) -> nn.Module:
+    """A new network with `count` logits and random weights. Nothing is downloaded.
+
+    Args:
+        architecture: {"kind": "own", "name", "shape", "options"}, {"kind": "function", "path": "module:function",
+            "shape"}, {"kind": "timm", "name", "options"} or {"kind": "hf", "config"}.
+        count: number of classes.
+
+    Raises:
+        ImportError: its package is not installed.
+        TypeError: the function returned something else than an nn.Module.
+        ValueError: unknown kind, name, option or function.
+    """
+    kind = architecture.get("kind")
+    if kind not in _KINDS:
+        raise ValueError(f"unknown kind of architecture {kind!r}; there are {', '.join(_KINDS)}")
+    return _KINDS[kind](architecture, count)
+
+
+def function_at(path: str) -> Callable:
+    """The function called "module:function".
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, function = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"cannot load the model {path!r}: {error}") from error
+
+
+def _own(architecture, count):
+    if architecture["name"] not in OWN:
+        raise ValueError(f"unknown network {architecture['name']!r}; there are {', '.join(OWN)}")
+    return OWN[architecture["name"]](architecture["shape"], count, **architecture["options"])
+
+
+def _function(architecture, count):
+    path, shape = architecture["path"], architecture["shape"]
+    if not all(isinstance(size, int) for size in shape):  # it may come from a file: nothing else goes into a call
+        raise ValueError(f"the shape of an image must be integers, got {shape!r}")
+    network = function_at(path)(tuple(shape), count)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{path} must return an nn.Module, it returned a {type(network).__name__}")
+    return network
+
+
+def _timm(architecture, count):
+    name, options = architecture["name"], architecture["options"]
+    try:
+        return require("timm", "timm").create_model(name, pretrained=False, num_classes=count, **options)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"timm cannot build {name!r} with the options {options}: {error}") from error
+
+
+def _hf(architecture, count):
+    transformers = require("transformers")
+    config = transformers.AutoConfig.for_model(**architecture["config"])
+    if config.num_labels != count:
+        config.num_labels = count
+    return transformers.AutoModelForImageClassification.from_config(config).float()
+
+
+_KINDS = {"own": _own, "function": _function, "timm": _timm, "hf": _hf}

@@ -1,0 +1,90 @@
+"""Networks of our own, for small images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def mlp(shape: Sequence[int], classes: int) -> nn.Module:
+    """Three linear layers of 256 units, for small images such as the digits."""
+    pixels = torch.Size(shape).numel()
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(pixels, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, classes),
+    )
+
+
+def conv(shape: Sequence[int], classes: int) -> nn.Module:
+    """Three convolutions with batch-norm and one dropout, for images of 16x16 and more."""
+    channels, layers = shape[0], []
+    for width, stride in ((16, 1), (32, 2), (64, 2)):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(channels, classes)]
+    return nn.Sequential(*layers, *head)
+
+
+def resnet(shape: Sequence[int], classes: int, widths: Sequence[int] = (64, 64, 128), blocks: int = 2) -> nn.Module:
+    """A small residual network, for images of about 32x32; see ResNet."""
+    return ResNet(shape[0], classes, widths, blocks)
+
+
+OWN = {"mlp": mlp, "conv": conv, "resnet": resnet}
+
+
+class ResNet(nn.Module):
+    """Residual network of He et al. 2016 (arXiv 1512.03385), with SiLU: its gradient has no kinks to hide behind.
+
+    The stem halves the resolution and each width after it does again. Images (N, channels, H, W) become logits
+    (N, classes).
+
+    Args:
+        channels: of an image.
+        classes: number of logits.
+        widths: channels of the stem, then of each group of `blocks` residual blocks.
+        blocks: residual blocks of a width.
+
+    Raises:
+        ValueError: fewer than two widths, or no blocks.
+    """
+
+    fastadv_head = "head"
+    fastadv_blocks = "blocks"
+
+    def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int):
+        super().__init__()
+        if len(widths) < 2 or blocks < 1:
+            raise ValueError(f"a resnet needs two widths and one block at least, got {tuple(widths)} and {blocks}")
+        self.stem = nn.Sequential(*_normed(channels, widths[0], 3, stride=2), nn.SiLU())
+        self.blocks = nn.Sequential()
+        width = widths[0]
+        for out in widths[1:]:
+            for i in range(blocks):
+                self.blocks.append(Block(width, out, stride=1 if i else 2))
+                width = out
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a skip, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, width: int, out: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(*_normed(width, out, 3, stride), nn.SiLU(), *_normed(out, out, 3))
+        self.skip = nn.Identity() if width == out and stride == 1 else nn.Sequential(*_normed(width, out, 1, stride))
+        self.act = nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.body(x) + self.skip(x))
+
+
+def _normed(width: int, out: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(width, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out)

