@@ -26,7 +26,7 @@ class Reading:
     probe_attack: accuracy under the training attack; on the clean images if there is none.
     gap: probe_attack - probe_pgd; grows toward 1 under catastrophic overfitting.
     alignment: mean cosine of the loss gradients at x and at x + U(-eps, eps); falls toward 0 under catastrophic
-        overfitting (Andriushchenko and Flammarion 2020, arXiv 2007.02617, section 4). Samples with a zero gradient
+        overfitting (Andriushchenko and Flammarion 2020, arXiv 2007.02617). Samples with a zero gradient
         do not count; None if no other is left.
     abnormal: share of samples with a larger loss at x + U(-eps, eps), in the box, than at what the training attack
         returns; rises under catastrophic overfitting. None without an attack.
@@ -44,7 +44,7 @@ class Reading:
 class Monitor:
     """Watches a fixed batch for catastrophic overfitting: `reading = monitor.check()`, once an epoch, say.
 
-    Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994, section 5.4) the accuracy under a single-step
+    Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994) the accuracy under a single-step
     training attack rises while the one under PGD falls toward zero. There is an alarm when the accuracy under PGD is
     more than `drop` below the best so far and the gap to the one under the training attack is wider than it was then
     by more than `drop`: after an unlucky step both accuracies fall, and the gap does not widen so. A model that has
@@ -169,7 +169,7 @@ def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torc
     """The share of samples that the attack left with a smaller loss than its random start: a 0-dim float tensor.
 
     Near 0 in sound single-step training, it rises with catastrophic overfitting (Lin et al. 2023, "Eliminating
-    catastrophic overfitting via abnormal adversarial examples regularization", NeurIPS, section 3). FGSM-RS and N-FGSM
+    catastrophic overfitting via abnormal adversarial examples regularization", NeurIPS). FGSM-RS and N-FGSM
     have both losses at hand; the model must have been in the same mode for both.
 
     Args:
