@@ -1,0 +1,194 @@
+"""Is single-step training still training? A probe for catastrophic overfitting, for any training loop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fastadv.attacks.base import Attack
+from fastadv.attacks.checks import check_eps, highest
+from fastadv.attacks.objective import Objective
+from fastadv.attacks.state import frozen
+from fastadv.data import to_float
+from fastadv.evaluation.robustness import seeded
+from fastadv.evaluation.samples import gathered
+from fastadv.functional import pgd_step_, random_init
+
+COLLAPSED = 0.5  # of the training attack's accuracy; sound training leaves PGD nearly all of it
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a `Monitor` saw: shares of the probe batch in [0, 1], of the model in eval mode.
+
+    probe_pgd: accuracy under PGD from a random start.
+    probe_attack: accuracy under the training attack; on the clean images if there is none.
+    gap: probe_attack - probe_pgd; grows toward 1 under catastrophic overfitting.
+    alignment: mean cosine of the loss gradients at x and at x + U(-eps, eps); falls toward 0 under catastrophic
+        overfitting (Andriushchenko and Flammarion 2020, arXiv 2007.02617). Samples with a zero gradient
+        do not count; None if no other is left.
+    abnormal: share of samples with a larger loss at x + U(-eps, eps), in the box, than at what the training attack
+        returns; rises under catastrophic overfitting. None without an attack.
+    alarm: None, or what has happened, with the numbers.
+    """
+
+    probe_pgd: float
+    probe_attack: float
+    gap: float
+    alignment: float | None
+    abnormal: float | None
+    alarm: str | None
+
+
+class Monitor:
+    """Watches a fixed batch for catastrophic overfitting: `reading = monitor.check()`, once an epoch, say.
+
+    Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994) the accuracy under a single-step
+    training attack rises while the one under PGD falls toward zero. There is an alarm when the accuracy under PGD is
+    more than `drop` below the best so far and the gap to the one under the training attack is wider than it was then
+    by more than `drop`: after an unlucky step both accuracies fall, and the gap does not widen so. A model that has
+    collapsed before the first reading, or was never any good, shows in the gap alone: it is wider than `drop`, and
+    PGD leaves less than half of the accuracy under the training attack. Training on clean images has no catastrophic
+    overfitting, and no alarm.
+
+    A check costs `steps` + 1 gradients with respect to the images, two forward passes and the training attack. The
+    model and torch's generators are left as they were found. The same weights always give the same reading.
+
+    Args:
+        model: any callable from images (N, ...) to logits, as in `Attack`.
+        images, labels: the probe batch, one batch to the model: (N, ...) in [0, 1] or uint8, and int64 (N,). A
+            hundred images tell a collapse from noise; held-out ones tell it from ordinary overfitting too.
+        attack: the training attack; one of fastadv, any callable from (images, labels) to images, or None for
+            training on clean images. May be set to another one later.
+        eps: budget of PGD and of the noise, in pixels of [0, 1]; PGD's steps are eps / 4.
+        steps: number of PGD's steps.
+        drop: how far accuracy under PGD may fall below the best, or below the one under the training attack.
+        seed: of the random starts, and of torch's generators for other libraries' attacks.
+
+    Raises:
+        TypeError: images are neither floats nor uint8, or labels are not int64.
+        ValueError: no images, images beyond [0, 1], or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        attack: Callable | None,
+        eps: float,
+        *,
+        steps: int = 5,
+        drop: float = 0.20,
+        seed: int = 0,
+    ):
+        check_eps(eps, "Linf")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if not 0 < drop < 1:
+            raise ValueError(f"drop is a share in (0, 1), got {drop}")
+        if attack is not None and not callable(attack):
+            raise TypeError(f"attack must be a callable from (images, labels) to images, or None, got {attack!r}")
+        # One process may check alone: the wrapper would wait for the others.
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        images, self.labels = gathered((images, labels), model, None)
+        self.images = to_float(images.to(self.labels.device))
+        self.attack = attack
+        self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
+        self.best: float | None = None  # accuracy under PGD
+        self._best_gap: float | None = None
+        self._objective = Objective(self.model, "ce")
+        self._objective.check_classes(highest(self.labels))
+
+    def check(self) -> Reading:
+        """Look at the model as it is now.
+
+        Raises:
+            TypeError: the model returns no logits.
+            ValueError: a label is beyond its classes.
+        """
+        with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model):
+            at_clean, *clean = self._objective.gradient(self.images, self.labels)
+            x_adv = random_init(self.images, self.eps, seed=self.seed)
+            at_noise, noise_losses, _ = self._objective.gradient(x_adv, self.labels)
+            grad = at_noise
+            for step in range(self.steps):
+                if step:
+                    grad = self._objective.gradient(x_adv, self.labels)[0]
+                pgd_step_(x_adv, grad, self.images, alpha=self.eps / 4, eps=self.eps)
+            probe_pgd = self._accuracy(self._objective.logits(x_adv))
+            losses, logits = clean if self.attack is None else self._objective.judge(self._attacked(), self.labels)
+            probe_attack = self._accuracy(logits)
+            alignment = _alignment(at_clean, at_noise)
+            abnormal = None if self.attack is None else abnormal_share(noise_losses, losses).item()
+        gap = probe_attack - probe_pgd
+        alarm = None if self.attack is None else self._alarm(probe_pgd, probe_attack)
+        if alarm is None and (self.best is None or probe_pgd > self.best):
+            self.best, self._best_gap = probe_pgd, gap
+        return Reading(probe_pgd, probe_attack, gap, alignment, abnormal, alarm)
+
+    def state(self) -> dict:
+        """What readings depend on besides the weights, for JSON; `load` takes it back exactly."""
+        return {"best": self.best, "best_gap": self._best_gap}
+
+    def load(self, state: dict) -> None:
+        """Go on from `state()` of another monitor.
+
+        Raises:
+            ValueError: it is no such state.
+        """
+        if state.keys() != self.state().keys():
+            raise ValueError(f"a monitor's state has the keys best and best_gap, got {', '.join(state)}")
+        self.best, self._best_gap = state["best"], state["best_gap"]
+
+    def _attacked(self) -> torch.Tensor:
+        if isinstance(self.attack, Attack):
+            return self.attack(self.images, self.labels, seed=self.seed)
+        with torch.enable_grad():
+            return self.attack(self.images, self.labels).detach()
+
+    def _accuracy(self, logits: torch.Tensor) -> float:
+        return int((logits.argmax(1) == self.labels).sum()) / len(self.labels)
+
+    def _alarm(self, pgd: float, attack: float) -> str | None:
+        gap = attack - pgd
+        # A gap below zero, of an attack beyond the budget such as N-FGSM, may close.
+        fell = self.best is not None and min(self.best - pgd, gap - max(self._best_gap, 0)) > self.drop
+        collapsed = gap > self.drop and pgd < COLLAPSED * attack
+        if not (fell or collapsed):
+            return None
+        then = "" if self.best is None else f"; at its best it was {self.best:.1%} and {self.best + self._best_gap:.1%}"
+        return (
+            f"catastrophic overfitting: accuracy on the probe batch is {pgd:.1%} under PGD-{self.steps} and "
+            f"{attack:.1%} under the training attack{then}"
+        )
+
+
+def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torch.Tensor:
+    """The share of samples that the attack left with a smaller loss than its random start: a 0-dim float tensor.
+
+    Near 0 in sound single-step training, it rises with catastrophic overfitting (Lin et al. 2023, "Eliminating
+    catastrophic overfitting via abnormal adversarial examples regularization", NeurIPS). FGSM-RS and N-FGSM
+    have both losses at hand; the model must have been in the same mode for both.
+
+    Args:
+        losses_noise, losses_adv: one loss for each sample, at the start and at the attack's result: floats (N,).
+
+    Raises:
+        ValueError: their shapes differ, or are not (N,).
+    """
+    if losses_noise.ndim != 1 or losses_noise.shape != losses_adv.shape:
+        raise ValueError(
+            "losses are one for each sample, of the same samples: "
+            f"got the shapes {tuple(losses_noise.shape)} and {tuple(losses_adv.shape)}"
+        )
+    return (losses_noise > losses_adv).float().mean()
+
+
+def _alignment(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Mean cosine of the rows, those that are zero left out."""
+    a, b = (rows.flatten(1).double() for rows in (a, b))  # a confident model's are too small to be squared in float32
+    cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    cosines = cosines[~cosines.isnan()]
+    return cosines.mean().item() if len(cosines) else None
