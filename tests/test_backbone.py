@@ -10,9 +10,10 @@ from attacked import one_thread as one_thread
 from sklearn.linear_model import Ridge
 from torch import nn
 
-from fastadv import data, models
+from fastadv import data
 from fastadv.attacks import PGD
 from fastadv.evaluation import robust_accuracy
+from fastadv.models.networks import mlp
 from fastadv.training import backbone
 from fastadv.training.backbone import backbone_robustness, ridge_head
 
@@ -22,7 +23,7 @@ OLD, NEW = data.load("digits", classes=range(5)), data.load("digits", classes=ra
 
 def pretrained(robustly):
     """On the digits 0-4."""
-    model = models.build("mlp", OLD.shape, 5)
+    model = mlp(OLD.shape, 5)
     images, labels = OLD.train
     attack, optimizer = PGD(model, EPS, EPS / 4, 7), torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(20):
@@ -36,7 +37,7 @@ def pretrained(robustly):
 
 
 def test_only_a_standard_backbone_is_warned_of():
-    standard, robust = (backbone_robustness(pretrained(robustly), *NEW.train, EPS, classes=5) for robustly in (0, 1))
+    standard, robust = (backbone_robustness(pretrained(robustly), *NEW.train, EPS) for robustly in (0, 1))
     for result in (standard, robust):
         assert result["clean_accuracy"] > 0.75
         assert result["eps"] == EPS
@@ -72,7 +73,7 @@ def test_accuracies_are_those_of_a_model_with_that_head(bias):
     net.head = nn.Linear(24, 5, bias=bias)
     images, _ = batch_of(1000)
     labels = (5 * images.mean((1, 2, 3)).argsort().argsort() / 1000).long()
-    result = backbone_robustness(net, images, labels, eps, classes=5, seed=seed, fit=900, judge=300, steps=4)
+    result = backbone_robustness(net, images, labels, eps, seed=seed, fit=900, judge=300, steps=4)
 
     other, order = copy.deepcopy(net).eval(), torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
     judge, fit = order[:200], order[200:]  # a fifth, and the rest
@@ -116,10 +117,10 @@ def test_model_and_generators_are_left_as_they_were(failing):
     if failing:
         broken = net.norm.register_forward_hook(lambda m, args, out: out[:, :3] if net.hidden[0] > 1 else out)
         with pytest.raises(RuntimeError):
-            backbone_robustness(*call, classes=5)
+            backbone_robustness(*call)
         broken.remove()
     else:
-        backbone_robustness(*call, classes=5)
+        backbone_robustness(*call)
     for old, new in zip(before, state_of(net), strict=True):
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(old, new, strict=True))
     assert net.head.weight is weight
@@ -130,7 +131,7 @@ def test_model_and_generators_are_left_as_they_were(failing):
 def test_what_cannot_be_measured_says_why():
     images, labels = batch_of(20)
     conv = nn.Sequential(nn.Conv2d(3, 5, 6), nn.Flatten())
-    result = backbone_robustness(conv, images, labels, EPS, classes=5, head="0")
+    result = backbone_robustness(conv, images, labels, EPS, head="0")
     assert result == {
         "clean_accuracy": None,
         "robust_accuracy": None,
@@ -138,7 +139,7 @@ def test_what_cannot_be_measured_says_why():
         "warning": "the backbone's robustness is not measured: the head 0 is no plain nn.Linear but a Conv2d",
     }
     tokens = nn.Sequential(nn.Flatten(2), nn.Linear(36, 5), nn.Flatten(), nn.Linear(15, 5))
-    result = backbone_robustness(tokens, images, labels, EPS, classes=5, head="1")
+    result = backbone_robustness(tokens, images, labels, EPS, head="1")
     assert result["robust_accuracy"] is None
     assert "does not get one vector of features for each image" in result["warning"]
 
@@ -146,8 +147,7 @@ def test_what_cannot_be_measured_says_why():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": 4}, "below classes = 4, got 4"),
-        ({"classes": 6}, "the head head must have an output for each of 6 classes"),
+        ({"labels": torch.arange(1, 6)}, "below the head's 5 outputs, got 5"),
         ({"eps": 8}, r"pixels of \[0, 1\]"),
         ({"judge": 0}, "judge must be at least 1, got 0"),
         ({"head": "top"}, "no module called 'top'"),
@@ -155,6 +155,6 @@ def test_what_cannot_be_measured_says_why():
     ],
 )
 def test_bad_input_is_refused(changes, message):
-    settings = {"images": torch.rand(5, 3, 6, 6), "labels": torch.arange(5), "eps": EPS, "classes": 5, **changes}
+    settings = {"images": torch.rand(5, 3, 6, 6), "labels": torch.arange(5), "eps": EPS, **changes}
     with pytest.raises(ValueError, match=message):
         backbone_robustness(Net(), **settings)

@@ -1,5 +1,6 @@
 """The command line, in process."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,14 +12,16 @@ import torch
 
 from fastadv import cli, data, models
 from fastadv.attacks import PGD
+from fastadv.commands.arguments import budget, class_list, eps_budget
 from fastadv.evaluation import robust_accuracy
+from fastadv.models.networks import conv
 
 
 @pytest.mark.parametrize(
     ("text", "codes"), [("8", 8), ("8/255", 8), ("0.5", 0.5), ("0", 0), ("0.25/255", 0.25), ("255", 255)]
 )
 def test_eps_is_in_units_of_one_255th(text, codes):
-    assert cli.eps_budget(text) == codes / 255
+    assert eps_budget(text) == codes / 255
 
 
 @pytest.mark.parametrize("text", ["0.031", "0.3", "1e-3"])
@@ -32,20 +35,19 @@ def test_eps_that_looks_like_pixels_of_the_unit_range_is_refused(text, capsys):
 
 @pytest.mark.parametrize("text", ["-1", "256", "nan", "inf", "8/256", "8/", "eight", ""])
 def test_other_budgets_are_refused(text):
-    for parse in (cli.eps_budget, cli.budget):
-        with pytest.raises(cli.argparse.ArgumentTypeError, match="is not a number of 1/255"):
+    for parse in (eps_budget, budget):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a number of 1/255"):
             parse(text)
 
 
 def test_a_small_step_is_accepted():
-    assert cli.budget("0.25") == 0.25 / 255
+    assert budget("0.25") == 0.25 / 255
 
 
 def test_class_lists():
-    assert cli.class_list("5-9") == [5, 6, 7, 8, 9]
-    assert cli.class_list("0,3,5-7") == [0, 3, 5, 6, 7]
-    with pytest.raises(cli.argparse.ArgumentTypeError, match="5-9 or 0,3,5-7"):
-        cli.class_list("a-b")
+    assert class_list("5-9") == [5, 6, 7, 8, 9]
+    assert class_list("0,3,5-7") == [0, 3, 5, 6, 7]
+    assert class_list("cat, sea lion") == ["cat", "sea lion"]
 
 
 def finetune(out, *options):
@@ -88,10 +90,11 @@ def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsy
     )
     final = last_line(tmp_path / "run")
 
-    model = models.build("conv", (3, 32, 32), 3)
+    model = conv((3, 32, 32), 3)
     attack = PGD(model, 16 / 255, 4 / 255, 10)
     untrained = robust_accuracy(model, TEST, attack, seed=3)
-    assert models.load(model, tmp_path / "run" / "model.safetensors", classes=("0", "1", "2"))
+    model = models.load(tmp_path / "run" / "model.safetensors").pixels
+    attack = PGD(model, 16 / 255, 4 / 255, 10)
     trained = robust_accuracy(model, TEST, attack, seed=3)
     assert trained["robust_accuracy"] > untrained["robust_accuracy"] + 0.3
     assert trained == {key: final[key] for key in trained}
@@ -115,14 +118,16 @@ def test_transfer_with_a_linear_probe_keeps_the_source_backbone(tmp_path, capsys
         "pgd",
     )
     assert "with a new head" in capsys.readouterr().out
-    source, target = (models.build("mlp", (1, 8, 8), 5) for _ in range(2))
-    models.load(source, init, classes=tuple("01234"))
-    models.load(target, tmp_path / "target" / "model.safetensors", classes=tuple("56789"))
-    changed = {key for key, value in source.state_dict().items() if not torch.equal(value, target.state_dict()[key])}
+    source, target = (models.load(tmp_path / run / "model.safetensors") for run in ("source", "target"))
+    assert target.classes == tuple("56789")
+    source, target = (model.network.state_dict() for model in (source, target))
+    changed = {key for key, value in source.items() if not torch.equal(value, target[key])}
     assert changed == {"5.weight", "5.bias"}
     lines = [json.loads(line) for line in (tmp_path / "target" / "log.jsonl").read_text().splitlines()]
-    assert [line.get("epoch") for line in lines] == [0, 1, 2, 3, 4, None]
-    assert all("robust_accuracy" in line for line in lines)
+    assert set(lines[0]["backbone"]) >= {"clean_accuracy", "robust_accuracy"}
+    assert lines[1] == {"stage": 0, "method": "linear", "trainable": 5 * 257, "total": 5 * 257 + 256 * (65 + 257)}
+    assert [line.get("epoch") for line in lines[2:]] == [0, 1, 2, 3, 4, None]
+    assert all("robust_accuracy" in line for line in lines[2:])
 
 
 def test_same_seed_same_file(tmp_path):
@@ -159,7 +164,7 @@ def test_an_own_model_in_the_working_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data", "absent.npz"), "no data set or file called 'absent.npz'"),
+        (("--data", "absent.npz", "--model", "mlp"), "absent.npz"),
         (("--data", "digits", "--model", "mlpp"), "unknown model 'mlpp'"),
         (("--data", "digits", "--model", "mlp", "--init", "absent"), "no file 'absent'"),
         (("--data", "digits", "--model", "mlp", "--steps", "3"), "the attack fgsm has no setting 'steps'"),
@@ -182,7 +187,7 @@ def test_an_earlier_result_is_not_overwritten(tmp_path):
 def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(SystemExit, match=r"pip install 'fastadv\[train\]'"):
-        finetune(tmp_path, "--data", "digits")
+        finetune(tmp_path, "--data", "digits", "--model", "mlp")
     with pytest.raises(ImportError, match="sklearn"):
         data.load("digits")
 
@@ -198,4 +203,15 @@ def test_importing_fastadv_imports_no_extra():
     code = "import torch, sys; before = set(sys.modules); import fastadv; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     tops = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not tops & {"sklearn", "matplotlib", "tqdm", "safetensors"}
+    assert not tops & {
+        "sklearn",
+        "matplotlib",
+        "tqdm",
+        "safetensors",
+        "accelerate",
+        "peft",
+        "transformers",
+        "PIL",
+        "pyarrow",
+        "timm",
+    }

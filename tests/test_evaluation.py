@@ -733,19 +733,19 @@ def test_data_of_a_wrong_type_are_refused(net, images, labels, message):
 def weights(tmp_path):
     torch.manual_seed(0)
     digits = data.load("digits")
-    model = models.build("mlp", digits.shape, 10)
+    made = models.source("mlp").build(digits.classes, digits.shape)
+    model = made.network
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(15):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(digits.x_train), digits.y_train).backward()
         optimizer.step()
-    models.save(model, tmp_path / "model.safetensors", classes=digits.classes)
+    models.save(made, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
 def command(weights, out, *options):
-    cli.main(["evaluate", "--data", "digits", "--model", "mlp", "--init", str(weights), "--out", str(out),
-              "--device", "cpu", *options])  # fmt: skip
+    cli.main(["evaluate", "--data", "digits", "--model", str(weights), "--out", str(out), "--device", "cpu", *options])
 
 
 def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
@@ -770,8 +770,7 @@ def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
     assert report["settings"]["seed"] == 0
 
     digits = data.load("digits")
-    model = models.build("mlp", digits.shape, 10)
-    models.load(model, weights, classes=digits.classes)
+    model = models.load(weights).network
     direct = evaluate(
         model, (digits.x_test[:50], digits.y_test[:50]), ["fgsm", "pgd"], eps=[4 / 255, 8 / 255], slots=16
     )
@@ -785,5 +784,5 @@ def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
 
 
 def test_command_wants_the_heads_own_classes(weights, tmp_path):
-    with pytest.raises(SystemExit, match="give the --classes it was trained on"):
+    with pytest.raises(SystemExit, match="give the --classes that it was trained on"):
         command(weights, tmp_path / "out", "--classes", "0-4")

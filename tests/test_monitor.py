@@ -10,8 +10,9 @@ from attacked import EPS, Net, batch_of, fresh_seed
 from attacked import one_thread as one_thread
 from torch import nn
 
-from fastadv import data, models
+from fastadv import data
 from fastadv.attacks import FGSM, NFGSM, PGD, Normalized, by_name
+from fastadv.models.networks import mlp
 from fastadv.training.monitor import Monitor, abnormal_share
 
 DIGITS = data.load("digits", classes=range(5))
@@ -26,7 +27,7 @@ def accuracy(model, images, labels):
 def train(attack, epochs, seed):
     """Readings after each epoch of training on digits at a large budget, in a loop of the test's own."""
     torch.manual_seed(seed)
-    model = models.build("mlp", DIGITS.shape, 5)
+    model = mlp(DIGITS.shape, 5)
     attack = by_name(attack, model, LARGE_EPS)
     monitor = Monitor(model, DIGITS.x_train[:128], DIGITS.y_train[:128], attack, LARGE_EPS)
     images, labels = DIGITS.x_train[128:], DIGITS.y_train[128:]

@@ -10,6 +10,7 @@ from torch import nn
 from fastadv import data, models
 from fastadv.attacks import FGSM, PGD
 from fastadv.evaluation import robust_accuracy
+from fastadv.models import networks
 from fastadv.training import Trainer
 from fastadv.training.schedule import lr_factor
 
@@ -30,7 +31,7 @@ TRAIN_32, TEST_32 = colours(64, 1, side=32), colours(33, 2, side=32)
 
 def conv(seed=0):
     torch.manual_seed(seed)
-    return models.build("conv", (3, 32, 32), 3)
+    return networks.conv((3, 32, 32), 3)
 
 
 def trainer(model, **changes):
@@ -110,8 +111,8 @@ def test_one_step_of_full_training_is_the_textbook_one(optimizer):
     grad = torch.autograd.grad(nn.functional.cross_entropy(reference(images), TRAIN[1]), images)[0]
     adv = (images + EPS * grad.sign()).clamp(0, 1).detach()
     nn.functional.cross_entropy(reference(adv), TRAIN[1]).backward()
-    by_hand = {"adamw": torch.optim.AdamW(reference.parameters(), lr=1e-2)}
-    by_hand["sgd"] = torch.optim.SGD(reference.parameters(), lr=1e-2, momentum=0.9)
+    by_hand = {"adamw": torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0)}
+    by_hand["sgd"] = torch.optim.SGD(reference.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
     by_hand[optimizer].step()
     torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-5)
 
@@ -150,11 +151,13 @@ def test_same_seed_same_bits_and_the_callers_generator_untouched():
 
 def test_log_agrees_with_a_new_evaluation(tmp_path):
     model = conv()
-    records = trainer(model, epochs=3, eval_every=2, log=tmp_path / "log.jsonl", seed=5).fit(TRAIN, TEST)
+    settings = {"epochs": 3, "eval_every": 2, "seed": 5, "folder": tmp_path, "probe": 0}
+    records = trainer(model, **settings).fit(TRAIN, TEST, TEST)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == records
+    assert lines.pop(0) == {"stage": 0, "method": "full", "trainable": 23891, "total": 23891}
     assert [line.get("epoch") for line in lines] == [0, 1, 2, None]
-    assert ["robust_accuracy" in line for line in lines] == [False, True, False, True]
+    assert ["robust_accuracy" in line for line in lines] == [False, True, True, True]
     for line in lines[:-1]:
         assert {"loss", "train_accuracy", "lr", "train_s"} <= line.keys()
     again = robust_accuracy(model, TEST, PGD(model, EPS, EPS / 4, 10), seed=5)
@@ -172,8 +175,8 @@ def test_learning_rate_warms_up_in_steps_and_falls_along_a_cosine():
     assert 0 < factors[-1] < 0.1
     assert lr_factor(0, 0, 1) == 1.0
     records = trainer(conv(), attack=None, epochs=2, warmup=6).fit(TRAIN, TEST)  # 6 steps an epoch
-    assert records[0]["lr"] == pytest.approx(1e-2)
-    assert records[1]["lr"] == pytest.approx(1e-2 * lr_factor(11, 6, 12))
+    assert records[1]["lr"] == pytest.approx(1e-2)
+    assert records[2]["lr"] == pytest.approx(1e-2 * lr_factor(11, 6, 12))
 
 
 def test_a_last_batch_of_one_image_does_not_reach_batch_norm():
@@ -185,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     model[1].weight.data[0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 0, step 0"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 0, batch 0"):
         trainer(model).fit(TRAIN, TEST)
     assert torch.equal(model[1].bias, before["1.bias"])
 
@@ -193,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "lora"}, "unknown method 'lora'; there are full, linear"),
+        ({"method": "adapter"}, "unknown method 'adapter'; there are full, linear, bias, lora"),
         ({"attack": "cw"}, "unknown attack 'cw'"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; there are adamw, sgd"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),

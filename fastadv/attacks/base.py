@@ -97,6 +97,7 @@ class Attack(ABC):
         self.chunk = chunk
         inner, self._normalization = _unwrapped(model)
         self.objective = Objective(inner, loss, targeted=bool(targeted), autocast=autocast, compiled=compile)
+        self._start_losses: torch.Tensor | None = None
         self._first = True
         self._width = 0  # the batch size that was compiled
         self._graphs: dict[tuple, GraphEngine] = {}
@@ -193,13 +194,19 @@ class Attack(ABC):
                 x_init = None
                 again = seeds_for(seed, x, restart)
             engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
-            engine.run()
+            losses = engine.run()
             adv = engine.slots.adv.clone() if self.graph else engine.slots.adv  # a graph's is written again
             if self.restarts == 1:
+                self._start_losses = losses[: self.objective.counted] if self.steps == 1 and self.draws else None
                 return adv
             losses, logits = self.objective.judge(engine.slots.input, targets)
             best = _stronger(best, (adv, losses, self.fooled(logits, targets)))
         return best[0]
+
+    @property
+    def start_losses(self) -> torch.Tensor | None:
+        """Of the last images under a single step from a random start: their losses there, which it took anyway."""
+        return self._start_losses
 
     def slots(self, x, targets, eps, seed, x_init=None) -> Slots:
         """New slots for these images; `seed` may be None for an attack that draws nothing."""

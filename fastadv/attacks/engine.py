@@ -65,10 +65,12 @@ class Engine:
         self.attack.step(self.slots, grad)
         return losses, logits
 
-    def run(self) -> None:
+    def run(self) -> torch.Tensor:
+        """All steps; the losses before the last one."""
         self.start()
         for _ in range(self.attack.steps):
-            self.iterate()
+            losses, _ = self.iterate()
+        return losses
 
 
 @contextlib.contextmanager

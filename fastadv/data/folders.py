@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastadv._extras import require
-from fastadv.data.pictures import Picture
+from fastadv.data.pictures import Picture, extensions
 from fastadv.data.source import Part, Source
 
 _PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -26,12 +25,12 @@ def folders(root: Path) -> Source:
     Raises:
         ValueError: no pictures, a class without pictures, or a class that is not in the training part.
     """
-    extensions = _extensions()
-    places = _places(root, extensions) or {"train": root}
+    endings = extensions()
+    places = _places(root, endings) or {"train": root}
     others = [] if root in places.values() else [path for path in _visible(root) if path not in places.values()]
     contents = {}
     for part, place in places.items():
-        contents[part], left_out = _classes(place, extensions)
+        contents[part], left_out = _classes(place, endings)
         if not any(contents[part].values()):
             raise ValueError(f"{place} has no folders with pictures; the layout is {_LAYOUT}")
         others += left_out
@@ -42,18 +41,11 @@ def folders(root: Path) -> Source:
     return Source(parts, names)
 
 
-def _extensions() -> frozenset[str]:
-    """Of what Pillow can read, in lower case."""
-    image = require("PIL.Image")
-    image.preinit()  # the common formats: Pillow tries them in the order in which they were registered
-    return frozenset(ending for ending, name in image.registered_extensions().items() if name in image.OPEN)
-
-
-def _places(root: Path, extensions: frozenset[str]) -> dict[str, Path]:
+def _places(root: Path, endings: frozenset[str]) -> dict[str, Path]:
     """The folders of the parts; empty where the folder train, if any, is a class: one with pictures of its own."""
     train = root / "train"
     own = _visible(train) if train.is_dir() else []
-    if not any(path.is_dir() for path in own) or any(path.suffix.lower() in extensions for path in own):
+    if not any(path.is_dir() for path in own) or any(path.suffix.lower() in endings for path in own):
         return {}
     found = {part: [root / name for name in names if (root / name).is_dir()] for part, names in _PARTS.items()}
     for places in found.values():
@@ -71,7 +63,7 @@ def _key(path: Path) -> tuple[str, ...]:
     return tuple(unicodedata.normalize("NFC", part) for part in path.parts)
 
 
-def _classes(place: Path, extensions: frozenset[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+def _classes(place: Path, endings: frozenset[str]) -> tuple[dict[str, list[Path]], list[Path]]:
     """The pictures of each class, both sorted, and the other files."""
     found, others = {}, []
     for entry in _visible(place):
@@ -79,8 +71,8 @@ def _classes(place: Path, extensions: frozenset[str]) -> tuple[dict[str, list[Pa
             others.append(entry)
             continue
         files = _files(entry)
-        found[_key(entry)[-1]] = [path for path in files if path.suffix.lower() in extensions]
-        others += [path for path in files if path.suffix.lower() not in extensions]
+        found[_key(entry)[-1]] = [path for path in files if path.suffix.lower() in endings]
+        others += [path for path in files if path.suffix.lower() not in endings]
     return found, others
 
 

@@ -32,6 +32,13 @@ class Picture:
         return read(self.name) if self.content is None else decode(self.content, self.name)
 
 
+def extensions() -> frozenset[str]:
+    """How the names of pictures end that Pillow can read, in lower case, such as ".jpg"."""
+    image = require("PIL.Image")
+    image.preinit()  # the common formats: Pillow tries them in the order in which they were registered
+    return frozenset(ending for ending, name in image.registered_extensions().items() if name in image.OPEN)
+
+
 def read(path: str | Path) -> "Image":
     """The picture in a file, as RGB.
 

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastadv._extras import require
+from fastadv.files import write_atomically
 
 FORMAT = 1
 _KEY = "fastadv"  # one key: safetensors writes several in random order
@@ -51,31 +51,17 @@ class StateFile:
     def save(self, tensors: Mapping[str, torch.Tensor], facts: Mapping) -> None:
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         metadata = {_KEY: json.dumps({"format": FORMAT, "run": self.run, **facts})}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(self.path.name + ".new")
-        with open(new, "wb") as file:
-            file.write(require("safetensors.torch").save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
-        if os.name == "posix":  # the renaming too must be on the disk
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        write_atomically(self.path, require("safetensors.torch").save(tensors, metadata))
 
 
-def fingerprint(settings: Mapping, data: tuple[torch.Tensor, ...], model: Callable) -> str:
+def fingerprint(settings: Mapping, data: Sequence[torch.Tensor], model: Callable) -> str:
     """A hash of what an evaluation's result depends on. Of a model that is not an nn.Module only the type is known."""
     state = model.state_dict() if isinstance(model, nn.Module) else {}
     weights = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     known = {
         "settings": settings,
         "model": repr(model) if isinstance(model, nn.Module) else type(model).__qualname__,
-        "tensors": [
-            (name, str(t.dtype), list(t.shape)) for name, t in [*zip("xy", data, strict=True), *weights.items()]
-        ],
+        "tensors": [(name, str(t.dtype), list(t.shape)) for name, t in [*enumerate(data), *weights.items()]],
     }
     digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
     for t in (*data, *weights.values()):

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastadv import _files
 from fastadv._extras import require
+from fastadv.files import write_atomically
 from fastadv.models.model import Model, construct
 from fastadv.models.structure import find_head, new_head
 from fastadv.preprocessing import Preprocessing
@@ -40,7 +40,7 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     }
     tensors = {name: _stored(name, value, dtype) for name, value in _untied(model.network.state_dict()).items()}
     # One entry: safetensors writes several in random order, and equal models would give unequal files.
-    _files.write(path, require("safetensors.torch").save(tensors, {_KEY: json.dumps(facts)}))
+    write_atomically(path, require("safetensors.torch").save(tensors, {_KEY: json.dumps(facts)}))
 
 
 def load(path: str | Path, *, classes: Sequence[str] | None = None) -> Model:

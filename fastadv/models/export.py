@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fastadv import _files
 from fastadv._extras import require
+from fastadv.files import write_atomically
 from fastadv.models.model import Model
 from fastadv.preprocessing import Preprocessing
 
@@ -31,11 +31,11 @@ def export(model: Model, path: str | Path) -> None:
     elif path.suffix == ".safetensors":
         # Copies: readers expect tied weights under each of their names, safetensors refuses shared memory.
         state = {name: t.detach().cpu().clone().contiguous() for name, t in model.network.state_dict().items()}
-        _files.write(path, require("safetensors.torch").save(state, {"format": "pt"}))
+        write_atomically(path, require("safetensors.torch").save(state, {"format": "pt"}))
     elif path.suffix in (".pt", ".pth"):
         content = io.BytesIO()
         torch.save({name: t.detach().cpu() for name, t in model.network.state_dict().items()}, content)
-        _files.write(path, content.getvalue())
+        write_atomically(path, content.getvalue())
     else:
         raise ValueError(f"{path} must end in .safetensors, .pt or .pth, to say which file it is to be")
 
@@ -46,7 +46,7 @@ def _folder(model: Model, path: Path) -> None:
     model.network.config.id2label = dict(enumerate(model.classes))
     model.network.config.label2id = {name: i for i, name in enumerate(model.classes)}
     model.network.save_pretrained(path)
-    _files.write(path / "preprocessor_config.json", json.dumps(_processor(model.preprocessing), indent=2).encode())
+    write_atomically(path / "preprocessor_config.json", json.dumps(_processor(model.preprocessing), indent=2).encode())
 
 
 def _processor(given: Preprocessing) -> dict:

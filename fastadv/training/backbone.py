@@ -24,7 +24,6 @@ def backbone_robustness(
     labels: torch.Tensor,
     eps: float,
     *,
-    classes: int,
     head: str | None = None,
     steps: int = 10,
     seed: int = 0,
@@ -44,7 +43,6 @@ def backbone_robustness(
         model: from images to logits (N, classes), the output of its head.
         images, labels: training images (N, ...) in [0, 1] or uint8, and int64 (N,); split at random.
         eps: budget, in pixels of [0, 1].
-        classes: number of classes, which are the head's outputs.
         head: name of the head; None means the last nn.Linear.
         steps: number of PGD's steps.
         seed: of the split and of PGD's random start.
@@ -58,7 +56,7 @@ def backbone_robustness(
 
     Raises:
         TypeError: images are neither floats nor uint8, or labels are not int64.
-        ValueError: fewer than two images; labels or the head's outputs do not go with `classes`; no such head; or a
+        ValueError: fewer than two images; a label is beyond the head's outputs; no such head; or a
             number is out of range.
     """
     check_eps(eps, "Linf")
@@ -68,13 +66,11 @@ def backbone_robustness(
     images, labels = gathered((images, labels), model, None)
     if len(labels) < 2:
         raise ValueError("there must be an image to fit the head to and one to judge it on, got 1 image")
-    if highest(labels) >= classes:
-        raise ValueError(f"labels must be below classes = {classes}, got {highest(labels)}")
     name, module = find_head(model, head)
     if type(module) is not nn.Linear:
         return _not_measured(eps, f"the head {name} is no plain nn.Linear but a {type(module).__name__}")
-    if module.out_features != classes:
-        raise ValueError(f"the head {name} must have an output for each of {classes} classes, got {module}")
+    if highest(labels) >= module.out_features:
+        raise ValueError(f"labels must be below the head's {module.out_features} outputs, got {highest(labels)}")
 
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     judges = min(judge, max(1, len(labels) // 5, len(labels) - fit))

@@ -23,6 +23,7 @@ class Tuning:
         parameters: (name, parameter) of each that trains.
         total: how many numbers the parameters of the model hold, LoRA's factors included.
         trainable: how many of them train.
+        tensors: all that training can change, by name: what trains, and the buffers of what is in train mode.
     """
 
     def __init__(self, model: nn.Module, buffers: dict[str, torch.Tensor], fixed: int):
@@ -31,11 +32,11 @@ class Tuning:
             raise ValueError("no parameter requires grad: there is nothing to train")
         self.trainable = sum(parameter.numel() for _, parameter in self.parameters) - fixed
         self.total = sum(parameter.numel() for parameter in model.parameters())
-        self._state = dict(self.parameters) | buffers
+        self.tensors = dict(self.parameters) | buffers
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy of all that training can change: what trains, and the buffers of what is in train mode."""
-        return {name: tensor.detach().clone() for name, tensor in self._state.items()}
+        """A copy of `tensors`."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Go back to `state`.
@@ -43,11 +44,11 @@ class Tuning:
         Raises:
             ValueError: it is the state of another model or method; nothing was changed.
         """
-        shapes = {name: tensor.shape for name, tensor in self._state.items()}
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
             raise ValueError("the state is of another model or another method: its names or shapes differ")
         with torch.no_grad():
-            for name, tensor in self._state.items():
+            for name, tensor in self.tensors.items():
                 tensor.copy_(state[name])
 
 

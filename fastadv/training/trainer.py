@@ -1,54 +1,72 @@
-"""The training loop."""
+"""The training loop: stages of epochs of steps, watched, evaluated and kept on the disk."""
 
+import hashlib
 import json
+import logging
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import PGD, by_name
+from fastadv.attacks import PGD, Attack, by_name
 from fastadv.data import to_float
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
-from fastadv.training.methods import METHODS, trainable
+from fastadv.evaluation.saved import fingerprint
+from fastadv.files import write_atomically
+from fastadv.functional import sample_seeds
+from fastadv.training.augment import Augment
+from fastadv.training.average import Average
+from fastadv.training.backbone import backbone_robustness
+from fastadv.training.checkpoints import Checkpoints, Groups
+from fastadv.training.interruption import Interruption
+from fastadv.training.methods import trainable
+from fastadv.training.monitor import Monitor
 from fastadv.training.schedule import lr_factor
+from fastadv.training.settings import Settings, Stage
+from fastadv.training.step import Step
 
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
-}
+logger = logging.getLogger("fastadv")
+
+# What the seeds of other things than the attack have in place of the epoch.
+AUGMENTING = 2**31  # and the epoch
+ORDERING = 2**32 - 1
+PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
 
 class Trainer:
     """Adversarial training of `model`: each batch is attacked, then learnt from.
 
-    Madry et al. 2018 (arXiv 1706.06083) with PGD, Wong et al. 2020 (arXiv 2001.03994) with a single step.
-    The same seed gives the same weights on the CPU (with as many threads).
+    Madry et al. 2018 (arXiv 1706.06083) with PGD, Wong et al. 2020 (arXiv 2001.03994) with a single step; from a
+    robust backbone "Are Fast Methods Stable in Adversarially Robust Transfer Learning?" (2025). The weights that are
+    kept are those with the best accuracy under `eval_attack` on the validation images, never under the attack trained
+    with. The same seed gives the same weights on the CPU (with as many threads), also for a run that was cut and
+    resumed. Under `accelerate launch` or `torchrun` each process takes its part of each batch; batch-norm in train mode
+    then sees that part alone, everything else is as in one process.
 
     Args:
-        model: from images (N, C, H, W) to logits (N, classes); trained in place.
+        model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
+            trained in place.
         eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
-        attack: a name ("fgsm", "fgsm-rs", "nfgsm", "pgd"), any callable from (images, labels) to images, or
+        attack: a name ("fgsm", "fgsm-rs", "nfgsm", "pgd"), an attack of fastadv on `model` (which then gets a seed per
+            image, from the run's seed, its number and the epoch), any callable from (images, labels) to images, or
             None for training on clean images.
-        method: "full", or "linear": only the head trains, the rest of the model keeps its bits.
-        head: name of the head module for "linear"; None means the last nn.Linear.
-        epochs, batch_size: an epoch is cut into batches of nearly equal size, at most batch_size.
-        lr: peak learning rate.
-        optimizer: "adamw", or "sgd" (momentum 0.9).
-        warmup: steps (not epochs) of linear warm-up; a cosine to 0 follows.
-        seed: of the data order, the attack and the model's own random layers; torch's generators are put
-            back after the run.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
-        eval_every: evaluate after every so many epochs too; 0 means at the end only.
-        log: path of a JSON-lines file: one line an epoch, then one with the final evaluation.
-        device: where to train; None leaves the model and the data where they are.
+        folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written.
+        resume: go on from the newest checkpoint in `folder`, if there is one.
+        measure_backbone: measure the backbone's own robustness first; None means if a part of the model is frozen.
+        device: where to train; None means what accelerate chooses: a GPU if there is one.
         progress: show a progress bar (on a terminal only).
+        settings: the fields of `Settings`.
 
     Raises:
+        ImportError: the `train` extra is not installed.
         ValueError: unknown attack, method or optimizer, or a number out of range.
     """
 
@@ -58,130 +76,465 @@ class Trainer:
         eps: float,
         *,
         attack: str | Callable | None = "fgsm",
-        method: str = "full",
-        head: str | None = None,
-        epochs: int = 20,
-        batch_size: int = 64,
-        lr: float = 1e-3,
-        optimizer: str = "adamw",
-        warmup: int = 0,
-        seed: int = 0,
         eval_attack: Callable | None = None,
-        eval_every: int = 0,
-        log: str | Path | None = None,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        measure_backbone: bool | None = None,
         device: torch.device | str | None = None,
         progress: bool = True,
+        **settings,
     ):
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
-        for name, value, least in (
-            ("epochs", epochs, 1),
-            ("batch_size", batch_size, 1),
-            ("warmup", warmup, 0),
-            ("eval_every", eval_every, 0),
-            ("lr", lr, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.model = model if device is None else model.to(device)
-        self.attack = by_name(attack, model, eps) if isinstance(attack, str) else attack
-        self.eval_attack = eval_attack or PGD(model, eps, eps / 4, 10)
-        self.method, self.head = method, head
-        self.epochs, self.batch_size = epochs, batch_size
-        self.lr, self.optimizer, self.warmup = lr, optimizer, warmup
-        self.seed = seed
-        self.eval_every = eval_every
-        self.log = log
-        self.device = device
-        self.progress = progress
+        self.settings = Settings(**settings)
+        self.model, self.eps = model, eps
+        self.attack, self.eval_attack = attack, eval_attack
+        if isinstance(attack, str):
+            by_name(attack, model, eps, **self.settings.attack)  # refuses what is wrong, now
+        self.folder = None if folder is None else Path(folder)
+        self.resume = resume
+        self.measure_backbone = measure_backbone
+        self.device, self.progress = device, progress
 
-    def fit(self, train: Batch, test: Batch) -> list[dict]:
-        """Train on `train`, evaluate on `test`.
+    def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[dict]:
+        """Train on `train`, choose weights on `val`, evaluate them on `test`.
 
         Args:
-            train, test: (images, labels): (N, C, H, W), floats in [0, 1] or uint8, and int64 (N,).
+            train, val, test: (images, labels): (N, C, H, W), floats in [0, 1] or uint8, and int64 (N,). Without `val`
+                the last weights are taken; without `test` the final evaluation is on `val`, which is then no fair
+                judge of the choice.
 
         Returns:
-            The records of the log: for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
-            training images), "lr" (of the last step), "train_s" (seconds without evaluation), and, when
-            evaluated, "clean_accuracy" and "robust_accuracy"; at last {"final": True, "epochs",
-            "clean_accuracy", "robust_accuracy", "eval_attack", "train_s" (of all epochs)}.
+            The records, dicts for `json.dump`. First, where measured, {"backbone": ...}. For each stage {"stage",
+            "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
+            training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
+            "action" where it acted, and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
+            {"final": True, "epochs", "best_epoch", "clean_accuracy", "robust_accuracy", "eval_attack", "train_s"}.
+            Fields that end in _s are seconds; all others are the same in a resumed run.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights are those before that step.
-            ImportError: the `train` extra is not installed.
-            ValueError: no training images, no such head, nothing to train.
+            FileExistsError: the folder has the state of a run, and `resume` was not asked for.
+            FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
+                batch is in its nonfinite.safetensors.
+            KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; with a folder there is a checkpoint first.
+            ValueError: no training images, no such head, nothing to train; the state is another run's.
         """
-        steps = math.ceil(len(train[0]) / self.batch_size)
-        if steps == 0:
+        return _Run(self, train, val, test).run()
+
+
+@dataclass
+class _Place:
+    """Where a run is: numbers for JSON, from which and the tensors it goes on."""
+
+    stage: int = 0
+    epoch: int = 0  # of all stages
+    first_epoch: int = 0  # of this stage
+    batch: int = 0
+    loss_sum: float = 0.0
+    right: float = 0.0
+    abnormal: float = 0.0
+    looked: float = 0.0
+    train_s: float = 0.0
+    lr: float = 0.0
+    lr_scale: float = 1.0
+    switched: bool = False
+    stopped: bool = False
+    best: float | None = None
+    best_epoch: int | None = None
+    monitor: dict | None = None
+    records: list[dict] = field(default_factory=list)
+
+
+class _Run:
+    """A call of `Trainer.fit`."""
+
+    def __init__(self, trainer: Trainer, train: Batch, val: Batch | None, test: Batch | None):
+        self.trainer, self.settings = trainer, trainer.settings
+        self.here = require("accelerate").Accelerator()
+        alone = self.here.num_processes == 1
+        self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
+        self.images, self.labels = train
+        self.val = val if val is not None and len(val[0]) else None
+        self.test = test if test is not None and len(test[0]) else self.val
+        self.steps = math.ceil(len(self.images) / self.settings.batch_size)
+        self._check()
+        layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
+        self.model = trainer.model.to(device=self.device, memory_format=layout)
+        self.layout = torch.channels_last if self.settings.channels_last else None
+        precision = self.settings.precision or self.here.mixed_precision
+        if precision not in ("no", "bf16"):
+            raise ValueError(f"precision must be no or bf16, got {precision} from accelerate")
+        self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
+        self.at = _Place()
+        self.interruption = Interruption()
+        self.options = {"autocast": self.autocast, "memory_format": self.layout, "compile": self.settings.compile}
+        self.checkpoints: Checkpoints | None = None
+        self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
+        self.changed: set[str] = set()  # of these, what is not on the disk yet
+
+    def _check(self) -> None:
+        least = self.here.num_processes * self.settings.accumulate
+        if self.steps == 0:
             raise ValueError("there are no images to train on")
-        self.records = []
-        if self.log is not None:
-            Path(self.log).write_text("")
-        with (
-            seeded(self.seed),
-            trainable(self.model, self.method, self.head) as parameters,
-            self._bar(steps) as bar,
-        ):
-            optimizer = OPTIMIZERS[self.optimizer](parameters, lr=self.lr)
-            order = torch.Generator().manual_seed(self.seed)
-            for epoch in range(self.epochs):
-                # tensor_split leaves no tail of one image, on which batch-norm fails.
-                batches = torch.randperm(len(train[0]), generator=order).tensor_split(steps)
-                record = self._epoch(epoch, batches, train, optimizer, bar)
-                if self.eval_every and (epoch + 1) % self.eval_every == 0:
-                    record |= self._evaluate(test)
-                self._write(record)
-                bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
-            optimizer.zero_grad()
-        seconds = sum(record["train_s"] for record in self.records)
-        final = {"final": True, "epochs": self.epochs, **self._evaluate(test)}
-        self._write(final | {"eval_attack": repr(self.eval_attack), "train_s": seconds})
-        return self.records
+        if len(self.images) // self.steps < least:
+            raise ValueError(
+                f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
+                "(processes times accumulate): take a larger batch_size"
+            )
 
-    def _epoch(self, epoch, batches, train, optimizer, bar) -> dict:
-        images, labels = train
-        start = time.perf_counter()
-        loss_sum = correct = 0
-        for i, index in enumerate(batches):
-            step = epoch * len(batches) + i
-            lr = self.lr * lr_factor(step, self.warmup, self.epochs * len(batches))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            x, y = images[index].to(self.device), labels[index].to(self.device)
-            x = to_float(x) if self.attack is None else self.attack(x, y)
-            logits = self.model(x)
-            loss = F.cross_entropy(logits.float(), y)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss is {value} at epoch {epoch}, step {step}: try a lower lr than {self.lr}"
+    # ------------------------------------------------------------------ the whole run
+
+    def run(self) -> list[dict]:
+        groups = self._open()
+        catching = self.interruption if self.checkpoints else nullcontext()
+        with seeded(self.settings.seed), catching, self._bar() as self.bar:
+            if not self.at.records:
+                self._measure_backbone()
+            for number, stage in list(enumerate(self.settings.stages))[self.at.stage :]:
+                self._stage(number, stage, groups)
+                groups = None
+                if self.at.stopped:
+                    break
+            if not self.at.records[-1].get("final"):
+                self._record(self._final())
+                self._save(dict.fromkeys(self.groups))
+        return self.at.records
+
+    def _bar(self):
+        epochs = sum(stage.epochs for stage in self.settings.stages)
+        done = self.at.epoch * self.steps + self.at.batch
+        hidden = None if self.trainer.progress and self.here.is_main_process else True  # None: shown on a terminal only
+        return require("tqdm").tqdm(total=epochs * self.steps, initial=done, unit="batch", disable=hidden)
+
+    def _open(self) -> Groups | None:
+        """The tensors of the checkpoint to go on from, if there is one; `at` is then where it was."""
+        folder = self.trainer.folder
+        if folder is None:
+            return None
+        self.checkpoints = Checkpoints(folder / "state", self._fingerprint())
+        if self.checkpoints.exist() and not self.trainer.resume:
+            raise FileExistsError(f"{folder} has the state of a run: resume it, or choose another folder")
+        groups, facts = self.checkpoints.load() or (None, None)
+        if facts is not None:
+            self.at = _Place(**facts["place"])
+            if facts["machine"] != self._machine():
+                warnings.warn(
+                    f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
+                    "will be others than without the interruption",
+                    stacklevel=4,
                 )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss_sum += value * len(y)
-            correct += (logits.argmax(dim=1) == y).sum()
-            bar.update()
-        return {
-            "epoch": epoch,
-            "loss": loss_sum / len(labels),
-            "train_accuracy": float(correct) / len(labels),
-            "lr": lr,
-            "train_s": time.perf_counter() - start,
-        }
+            logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
+        if self.here.is_main_process:
+            lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
+            write_atomically(folder / "log.jsonl", lines.encode())
+        return groups
 
-    def _evaluate(self, test: Batch) -> dict[str, float]:
-        return robust_accuracy(self.model, test, self.eval_attack, seed=self.seed, device=self.device)
+    def _fingerprint(self) -> str:
+        data = [t for part in ((self.images, self.labels), self.val, self.test) if part is not None for t in part]
+        trainer = self.trainer
+        known = {"eps": trainer.eps, "attack": _name(trainer.attack), "eval_attack": _name(trainer.eval_attack)}
+        return fingerprint(known | asdict(self.settings) | {"checkpoint_s": None}, data, self.model)
 
-    def _write(self, record: dict) -> None:
-        self.records.append(record)
-        if self.log is not None:
-            with open(self.log, "a") as file:
+    def _machine(self) -> dict:
+        return {"threads": torch.get_num_threads(), "processes": self.here.num_processes, "device": self.device.type}
+
+    def _measure_backbone(self) -> None:
+        wanted = self.trainer.measure_backbone
+        if wanted is None:
+            wanted = self.settings.stages[0].method != "full"
+        if wanted:
+            s = self.settings
+            found = backbone_robustness(
+                self.model, self.images, self.labels, self.trainer.eps, head=s.head, seed=s.seed
+            )
+            self._record({"backbone": found})
+            if found["warning"]:
+                warnings.warn(found["warning"], stacklevel=4)
+
+    def _final(self) -> dict:
+        seconds = sum(record.get("train_s", 0.0) for record in self.at.records)
+        attack = self.trainer.eval_attack or self._pgd10()
+        result = {} if self.test is None else self._accuracy(self.test, attack)
+        final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **result}
+        return final | {"eval_attack": repr(attack), "train_s": seconds}
+
+    def _pgd10(self, **options) -> PGD:
+        return PGD(self.model, self.trainer.eps, self.trainer.eps / 4, 10, **options)
+
+    # ------------------------------------------------------------------ a stage
+
+    def _stage(self, number: int, stage: Stage, groups: Groups | None) -> None:
+        s = self.settings
+        torch.manual_seed(s.seed)  # low-rank factors begin at random
+        options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
+        example = to_float(self.images[:1].to(self.device))
+        with trainable(self.model, stage.method, s.head, example=example, **options) as self.tuning:
+            self.optimizer = _optimizer(self.tuning.parameters, s)
+            alone = self.here.num_processes == 1
+            self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
+            if groups is None:
+                self._begin(number, stage)
+            self._use(s.switch_to if self.at.switched else self.trainer.attack)
+            self.average = Average(self.tuning.state(), s.average) if s.average else None
+            self.monitor = self._new_monitor()
+            self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
+            self.evaluating = self.trainer.eval_attack or self._pgd10(**self.options)
+            if groups is None:
+                self._save()
+            else:
+                self._load(groups)
+            while self.at.epoch < self.at.first_epoch + stage.epochs and not self.at.stopped:
+                self._epoch(stage)
+            chosen = self.best or (self.average and self.average.state)
+            if chosen:
+                self.tuning.load(chosen)
+
+    def _begin(self, number: int, stage: Stage) -> None:
+        self.at = _Place(stage=number, epoch=self.at.epoch, first_epoch=self.at.epoch, records=self.at.records)
+        counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
+        self._record({"stage": number, "method": stage.method, **counts})
+        logger.info("%s: %s of %s parameters train", stage.method, *(f"{count:,}" for count in counts.values()))
+
+    def _use(self, attack: str | Callable | None) -> None:
+        """Train with this attack from now on."""
+        s = self.settings
+        if isinstance(attack, str):
+            changes = {} if self.at.switched else s.attack
+            attack = by_name(attack, self.model, self.trainer.eps, **changes, **self.options)
+        learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
+        learning |= {"autocast": self.autocast, "compile": s.compile}
+        self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
+
+    def _new_monitor(self) -> Monitor | None:
+        if not self.settings.probe or self.step.attack is None:
+            return None
+        chosen = self._order(PROBE)[: self.settings.probe]
+        images, labels = (part[chosen].to(self.device) for part in (self.images, self.labels))
+        return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, seed=self.settings.seed)
+
+    # ------------------------------------------------------------------ an epoch
+
+    def _epoch(self, stage: Stage) -> None:
+        start, before = time.perf_counter(), self.at.train_s
+        saved = start
+        for index in self._order(self.at.epoch).tensor_split(self.steps)[self.at.batch :]:
+            asked = self._batch(stage, index)
+            now = time.perf_counter()
+            self.at.train_s = before + now - start
+            if self.checkpoints and (asked or now - saved >= self.settings.checkpoint_s):
+                self._save()
+                saved = now
+            if asked:
+                logger.info("interrupted; the state is in %s", self.trainer.folder)
+                self.interruption.act()
+        self._finish_epoch(stage)
+        self._save()
+
+    def _finish_epoch(self, stage: Stage) -> None:
+        at, count = self.at, len(self.images)
+        record = {"epoch": at.epoch, "loss": at.loss_sum / count, "train_accuracy": at.right / count, "lr": at.lr}
+        record["train_s"] = at.train_s
+        free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
+        at.epoch, at.batch, at.train_s = at.epoch + 1, 0, 0.0
+        at.loss_sum = at.right = at.abnormal = at.looked = 0.0
+        done, every = at.epoch - at.first_epoch, self.settings.eval_every
+        with self._averaged():
+            record |= self._watch() | free
+            if self.val is not None and (done == stage.epochs or (every and done % every == 0)):
+                record |= self._validate()
+        action = record.get("action")
+        if action in ("rollback", "switch"):
+            self._go_back(action)
+        at.stopped = action == "stop"
+        self._record(record)
+        self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """The order of the images in an epoch, from the seed and its number alone."""
+        seed = sample_seeds(self.settings.seed, torch.tensor([epoch]), ORDERING)
+        return torch.randperm(len(self.images), generator=torch.Generator().manual_seed(int(seed)))
+
+    def _batch(self, stage: Stage, index: torch.Tensor) -> bool:
+        """Learn from the images `index`; whether the run is to be interrupted."""
+        at, world = self.at, self.here.num_processes
+        done = (at.epoch - at.first_epoch) * self.steps + at.batch
+        at.lr = stage.lr * at.lr_scale * lr_factor(done, self.settings.warmup, stage.epochs * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = at.lr
+        # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
+        torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
+        mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
+        scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
+        parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
+        asked = torch.tensor([self.interruption.signal or 0], dtype=torch.float64, device=self.device)
+        total = torch.cat((sum(parts), asked))
+        if world > 1:
+            total = self.here.reduce(total, "sum")
+        loss, right, abnormal, looked, asked = total.tolist()
+        loss /= world
+        if not math.isfinite(loss):
+            self._refuse(loss, index)
+        self.step.apply()
+        if self.average is not None:
+            self.average.update(self.tuning.tensors, done)
+        at.loss_sum += loss * len(index)
+        at.right, at.abnormal, at.looked = at.right + right, at.abnormal + abnormal, at.looked + looked
+        at.batch += 1
+        self.bar.update()
+        return asked > 0
+
+    def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
+        images, labels = self._batch_of(part)
+        seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
+        return self.step.gradients(images, labels, seeds, **options)
+
+    def _batch_of(self, part: torch.Tensor) -> Batch:
+        images, labels = self.images[part].to(self.device), self.labels[part].to(self.device)
+        if self.layout is not None:
+            images = images.contiguous(memory_format=self.layout)
+        if self.augment is not None:
+            images = self.augment(
+                images, sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch + AUGMENTING)
+            )
+        return images, labels
+
+    def _refuse(self, loss: float, index: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        where = ""
+        if self.trainer.folder is not None and self.here.is_main_process:
+            path = self.trainer.folder / "nonfinite.safetensors"
+            images, labels = self._batch_of(index)
+            batch = {"images": images.contiguous(), "labels": labels, "index": index}
+            write_atomically(path, require("safetensors.torch").save(batch))
+            where = f"; the batch is in {path}"
+        raise FloatingPointError(
+            f"the loss is {loss} at epoch {self.at.epoch}, batch {self.at.batch}{where}. Try a lower lr than "
+            f"{self.settings.lr}, clip=1 or a warmup"
+        )
+
+    # ------------------------------------------------------------------ between epochs
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the averaged weights in the model, where there are any."""
+        if self.average is None:
+            yield
+            return
+        current = self.tuning.state()
+        self.tuning.load(self.average.state)
+        yield
+        self.tuning.load(current)
+
+    def _watch(self) -> dict:
+        """What the monitor reads, and what is to be done about it."""
+        if self.monitor is None:
+            return {}
+        start = time.perf_counter()
+        reading = asdict(self.monitor.check())
+        self.at.monitor = self.monitor.state()
+        reading["monitor_s"] = time.perf_counter() - start
+        if reading["alarm"] is None:
+            self.good = self.tuning.state()
+            self.changed.add("good")
+            return reading
+        action = self.settings.on_overfitting
+        if action == "switch" and self.at.switched:
+            action = "warn"
+        warnings.warn(f"epoch {self.at.epoch - 1}: {reading['alarm']} ({action})", stacklevel=7)
+        return reading | {"action": action}
+
+    def _go_back(self, action: str) -> None:
+        self.tuning.load(self.good)
+        self.optimizer.state.clear()
+        if self.average is not None:
+            self.average = Average(self.good, self.settings.average)
+        if action == "rollback":
+            self.at.lr_scale /= 2
+        else:
+            self.at.switched = True
+            self._use(self.settings.switch_to)
+            self.monitor.attack = self.step.attack
+
+    def _validate(self) -> dict:
+        start = time.perf_counter()
+        result = self._accuracy(self.val, self.evaluating)
+        if self.at.best is None or result["robust_accuracy"] > self.at.best:
+            self.at.best, self.at.best_epoch = result["robust_accuracy"], self.at.epoch - 1
+            self.best = self.tuning.state()
+            self.changed.add("best")
+        return result | {"eval_s": time.perf_counter() - start}
+
+    def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
+        result = robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device)
+        if self.here.num_processes > 1:  # all found the same, but for their rounding: the first process decides
+            values = torch.tensor(list(result.values()), dtype=torch.float64, device=self.device)
+            values = require("accelerate.utils").broadcast(values)
+            result = dict(zip(result, values.tolist(), strict=True))
+        return result
+
+    # ------------------------------------------------------------------ the disk
+
+    def _record(self, record: dict) -> None:
+        self.at.records.append(record)
+        if self.trainer.folder is not None and self.here.is_main_process:
+            with open(self.trainer.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def _bar(self, steps: int):
-        disable = None if self.progress else True  # None: shown on a terminal only
-        return require("tqdm").tqdm(total=self.epochs * steps, unit="batch", disable=disable)
+    def _save(self, groups: dict[str, None] | None = None) -> None:
+        """Write a checkpoint of the stage, or of its end, with the tensors of the one before."""
+        if self.checkpoints is None:
+            return
+        if self.here.is_main_process:
+            groups = self._tensors() if groups is None else groups
+            self.checkpoints.save(groups, {"place": asdict(self.at), "machine": self._machine()})
+        self.groups, self.changed = groups, set()
+        self.here.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor] | None]:
+        groups = {"weights": self.tuning.tensors, "optimizer": _state(self.optimizer)}
+        if self.average is not None:
+            groups["average"] = self.average.state
+        kept = {"good": self.good, "best": self.best}
+        return groups | {
+            name: part if name in self.changed else None for name, part in kept.items() if part is not None
+        }
+
+    def _load(self, groups: Groups) -> None:
+        self.tuning.load(groups["weights"])
+        _load_state(self.optimizer, groups["optimizer"])
+        self.good, self.best, self.changed = groups["good"], groups.get("best"), set()
+        if self.average is not None:
+            self.average.state = {name: t.to(self.device) for name, t in groups["average"].items()}
+        if self.monitor is not None and self.at.monitor is not None:
+            self.monitor.load(self.at.monitor)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers; torch's generator on the CPU looks at 32 bits of it."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
+
+
+def _name(attack: str | Callable | None) -> str:
+    return repr(attack) if attack is None or isinstance(attack, (str, Attack)) else type(attack).__qualname__
+
+
+def _optimizer(parameters: Sequence[tuple[str, nn.Parameter]], s: Settings) -> torch.optim.Optimizer:
+    weights = [p for _, p in parameters if p.ndim > 1]
+    others = [p for _, p in parameters if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(groups, s.lr)
+    return torch.optim.SGD(groups, s.lr, momentum=0.9, nesterov=True)
+
+
+def _state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    states = optimizer.state_dict()["state"].items()
+    return {f"{i}.{key}": t for i, state in states for key, t in state.items() if isinstance(t, torch.Tensor)}
+
+
+def _load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for name, t in tensors.items():
+        number, _, key = name.partition(".")
+        states.setdefault(int(number), {})[key] = t
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

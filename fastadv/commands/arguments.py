@@ -1,0 +1,76 @@
+"""What the arguments of several commands mean."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastadv import models
+
+
+def budget(text: str) -> float:
+    """A length in 1/255 units, "8" or "8/255", as a float in [0, 1].
+
+    Raises:
+        argparse.ArgumentTypeError: not such a number, or outside [0, 255].
+    """
+    number, slash, unit = text.partition("/")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 255 or (slash and unit.strip() != "255"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1/255, such as 8 or 8/255")
+    return value / 255
+
+
+def eps_budget(text: str) -> float:
+    """As `budget`; below 0.5 it must be spelt out as a fraction of 255, because it is probably in [0, 1].
+
+    Only --eps is read so strictly: a step or a noise of a fraction of 1/255 is nothing unusual.
+    """
+    value = budget(text)
+    if "/" not in text and 0 < float(text) < 0.5:
+        raise argparse.ArgumentTypeError(
+            f"eps is in units of 1/255, and {text} of them is next to nothing; "
+            f"{text} of the range [0, 1] is --eps {255 * float(text):.4g}. To mean it, write {text}/255"
+        )
+    return value
+
+
+def class_list(text: str) -> list[int | str]:
+    """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list."""
+    try:
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        return [label for end in ends for label in range(end[0], end[-1] + 1)]
+    except ValueError:
+        return [name.strip() for name in text.split(",")]
+
+
+def adder(parser: argparse.ArgumentParser) -> Callable:
+    """`add(name, kind, default, **options)` for a parser whose help shows the defaults."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+
+    def add(name: str, kind: Callable = str, default: object = None, **options) -> None:
+        # A help text, if only a blank, is what makes argparse print the default.
+        parser.add_argument(name, type=kind, default=default, **{"help": " ", **options})
+
+    return add
+
+
+def add_data(add: Callable) -> None:
+    add("--data", required=True, help="digits, cifar10, a folder of pictures, of parquet files, or an .npz file")
+    add("--data-folder", Path, help="where cifar10 is (the variable FASTADV_DATA, else data, if not given)")
+    add("--classes", class_list, help="labels or names to keep, such as 5-9 or cat,dog (all if not given)")
+    add("--seed", int, 0)
+    add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model_source(name: str) -> models.Source:
+    """`models.source`, where module:function may lie in the working folder, as with python -m."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return models.source(name)

@@ -1,0 +1,65 @@
+"""fastadv evaluate: a checkpoint's clean and robust accuracy."""
+
+import argparse
+import json
+from pathlib import Path
+
+from fastadv import data, models
+from fastadv.attacks import PRESETS
+from fastadv.commands.arguments import add_data, adder, eps_budget
+from fastadv.evaluation import evaluate
+from fastadv.evaluation.robustness import ITERATES
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    add = adder(parser)
+    add_data(add)
+    add("--model", required=True, help="a checkpoint.safetensors")
+    add("--attacks", default="fgsm,pgd-20,pgd-50-10", help=f"some of {', '.join(PRESETS)}")
+    add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
+    add("--iterate", default="any", choices=ITERATES, help="which iterates are judged, start included; any is stronger")
+    add("--limit", int, help="test images to evaluate, from the first (all if not given)")
+    add("--slots", int, 128, help="images under attack at a time")
+    parser.add_argument(
+        "--save-images", action="store_true", help="write adversarial images to the folder images in --out"
+    )
+    add("--out", Path, required=True, help="folder for report.json; a run that was cut goes on from its state there")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
+    model = models.load(arguments.model)
+    dataset = data.load(
+        arguments.data,
+        preprocessing=model.preprocessing,
+        classes=arguments.classes,
+        folder=arguments.data_folder,
+        seed=arguments.seed,
+    )
+    if dataset.classes != model.classes:
+        raise ValueError(
+            f"the model's classes are {', '.join(model.classes)}, and the data's {', '.join(dataset.classes)}: give "
+            "the --classes that it was trained on, in their order"
+        )
+    images, labels = (part[: arguments.limit] for part in dataset.test)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report = evaluate(
+        model.pixels.to(arguments.device),
+        (images, labels),
+        arguments.attacks.split(","),
+        eps=arguments.eps,
+        iterate=arguments.iterate,
+        slots=arguments.slots,
+        seed=arguments.seed,
+        state=arguments.out / "state.safetensors",
+        save_images=arguments.out / "images" if arguments.save_images else None,
+    )
+    (arguments.out / "report.json").write_text(json.dumps(report) + "\n")
+    print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
+    print(f"{'attack':12}{'eps':>8}{'robust':>9}{'passes':>12}{'seconds':>10}")
+    for result in report["attacks"]:
+        accuracy, eps = result["robust_accuracy"], f"{255 * result['eps']:g}/255"
+        print(f"{result['attack']:12}{eps:>8}{accuracy:9.1%}{result['passes']:12,}{result['seconds']:10.1f}")
+    print(f"saved {arguments.out / 'report.json'}")

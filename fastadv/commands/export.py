@@ -1,0 +1,17 @@
+"""fastadv export: a plain model for timm, transformers or torch, without fastadv."""
+
+import argparse
+from pathlib import Path
+
+from fastadv import models
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    parser.add_argument("model", type=Path, help="a checkpoint.safetensors")
+    parser.add_argument("out", type=Path, help="a file .safetensors or .pt; for a model of transformers a folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    models.export(models.load(arguments.model), arguments.out)
+    print(f"saved {arguments.out}")

@@ -1,0 +1,122 @@
+"""fastadv finetune: a robust model of one's own classes."""
+
+import argparse
+import dataclasses
+import platform
+from pathlib import Path
+
+import torch
+
+from fastadv import data, models
+from fastadv.attacks import PRESETS
+from fastadv.commands.arguments import add_data, adder, budget, eps_budget, model_source
+from fastadv.report import write_report
+from fastadv.training import Trainer
+from fastadv.training.settings import Settings
+from fastadv.version import __version__
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    add = adder(parser)
+    add_data(add)
+    add("--validation", float, 0.1, help="share of the training images to choose weights on, where none are set apart")
+    add("--model", default="robust-resnet", help=f"{', '.join(models.CHOICES)}, or a checkpoint.safetensors")
+    add("--init", help="safetensors file with weights for the model; a head for other classes is replaced")
+    add("--attack", default="fgsm", choices=(*PRESETS, "none"))
+    add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
+    _add_settings(add, parser)
+    add("--out", Path, required=True, help="folder for model.safetensors, report.html, log.jsonl and the state")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")
+
+
+def _add_settings(add, parser: argparse.ArgumentParser) -> None:
+    """Every setting by its own name; lengths in units of 1/255."""
+    kinds = {"alpha": budget, "noise": budget, "steps": int, "clip": float, "lora_targets": _names}
+    for field in dataclasses.fields(Settings):
+        option, facts = "--" + field.name.replace("_", "-"), field.metadata
+        if field.name == "seed":  # of the data too
+            continue
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action="store_true", help=facts["help"])
+            continue
+        kind = kinds.get(field.name, str if field.default is None else type(field.default))
+        add(option, kind, field.default, choices=facts["choices"], help=facts["help"].replace("in pixels", "in 1/255"))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    weights = arguments.out / "model.safetensors"
+    if weights.exists() and not arguments.resume:
+        raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
+    source = model_source(arguments.model)
+    dataset = data.load(
+        arguments.data,
+        preprocessing=source.preprocessing,
+        classes=arguments.classes,
+        validation=arguments.validation,
+        folder=arguments.data_folder,
+        seed=arguments.seed,
+    )
+    for note in dataset.notes:
+        print(note)
+    torch.manual_seed(arguments.seed)
+    model = source.build(dataset.classes, dataset.shape)
+    if arguments.init:
+        kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
+        print(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
+    records = train(arguments, model, dataset)
+    models.save(model, weights)
+    write_report(
+        arguments.out / "report.html",
+        f"{arguments.model}, {arguments.method}, {arguments.attack}",
+        model.pixels,
+        records,
+        dataset.test,
+        dataset.classes,
+        arguments.eps,
+        _facts(arguments, dataset, records[-1]),
+    )
+    final = records[-1]
+    print(f"clean accuracy  {final['clean_accuracy']:.1%} on {len(dataset.y_test)} test images")
+    print(f"PGD-10 accuracy {final['robust_accuracy']:.1%} at eps {255 * arguments.eps:g}/255")
+    print(f"saved {weights} and {arguments.out / 'report.html'} ({final['train_s']:.1f} s of training)")
+
+
+def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> dict[str, dict]:
+    parts = {"training": dataset.y_train, "validation": dataset.y_val, "test": dataset.y_test}
+    settings = {name: value for name, value in vars(arguments).items() if name != "run" and value is not None}
+    return {
+        "Data": {
+            "classes": ", ".join(dataset.classes),
+            **{f"{part} images": len(labels) for part, labels in parts.items()},
+            **({"notes": " ".join(dataset.notes)} if dataset.notes else {}),
+        },
+        "Run": {"weights of epoch": final["best_epoch"], "seconds of training": round(final["train_s"], 1)},
+        "Settings (eps, alpha and noise of pixels in [0, 1])": settings,
+        "Versions": {
+            "fastadv": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": str(arguments.device),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data) -> list[dict]:
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
+    trainer = Trainer(
+        model.pixels,
+        arguments.eps,
+        attack=None if arguments.attack == "none" else arguments.attack,
+        folder=arguments.out,
+        resume=arguments.resume,
+        measure_backbone=True if model.pretrained else None,
+        device=arguments.device,
+        **settings,
+    )
+    return trainer.fit(dataset.train, dataset.val, dataset.test)

@@ -1,0 +1,92 @@
+"""fastadv pretrain: the small robust backbone that the package contains, from CIFAR-10 alone."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from fastadv import data, models
+from fastadv.attacks import PGD
+from fastadv.commands.arguments import add_data, adder, class_list
+from fastadv.evaluation import evaluate
+from fastadv.files import write_atomically
+from fastadv.preprocessing import Preprocessing
+from fastadv.training import Trainer
+
+EPS = 8 / 255
+NETWORK = "resnet?widths=[64,96,176]&blocks=2"
+RECIPE = {
+    "attack": "fgsm-rs",
+    "optimizer": "sgd",
+    "lr": 0.2,
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.1,
+    "batch_size": 125,  # divides the 30,000 images: one compilation
+    "average": 0.998,
+    "augment": True,
+    "precision": "bf16",
+    "compile": True,
+    "channels_last": True,
+    "eval_every": 0,
+}
+WARMUP = 0.15  # of all steps
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    add = adder(parser)
+    add_data(add)
+    parser.set_defaults(data="cifar10", classes=class_list("0-5"))
+    parser._option_string_actions["--data"].required = False
+    add("--epochs", int, 30)
+    add("--limit", int, 1000, help="test images for PGD-50-10, from the first")
+    add("--out", Path, required=True, help="folder for robust-resnet.safetensors, its card and the state")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    dataset = data.load(
+        arguments.data, classes=arguments.classes, validation=0, folder=arguments.data_folder, seed=arguments.seed
+    )
+    torch.manual_seed(arguments.seed)
+    model = models.source(NETWORK).build(dataset.classes, dataset.shape)
+    steps = -(-len(dataset.y_train) // RECIPE["batch_size"])
+    trainer = Trainer(
+        model.pixels,
+        EPS,
+        folder=arguments.out,
+        resume=arguments.resume,
+        device=arguments.device,
+        epochs=arguments.epochs,
+        warmup=int(WARMUP * arguments.epochs * steps),
+        seed=arguments.seed,
+        **RECIPE,
+    )
+    records = trainer.fit(dataset.train)
+    model.preprocessing = Preprocessing(dataset.shape[1:])
+    weights = arguments.out / "robust-resnet.safetensors"
+    models.save(model, weights, dtype=torch.float16)
+    card = measure(models.load(weights), dataset, arguments) | {"train_s": records[-1]["train_s"]}
+    write_atomically(arguments.out / "robust-resnet.json", (json.dumps(card, indent=1) + "\n").encode())
+    print(f"clean accuracy {card['clean_accuracy']:.1%}, PGD-50-10 {card['robust_accuracy']:.1%}; saved {weights}")
+
+
+def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespace) -> dict:
+    """The card: what the weights are, how they were made, how good they are."""
+    pixels = model.pixels.to(device=arguments.device, memory_format=torch.channels_last)
+    options = {"autocast": torch.bfloat16, "compile": True, "memory_format": torch.channels_last}
+    attack = PGD(pixels, EPS, EPS / 4, 50, restarts=10, **options)
+    images, labels = (part[: arguments.limit] for part in dataset.test)
+    report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=arguments.out / "evaluation.safetensors")
+    return {
+        "data": f"CIFAR-10, training images of {', '.join(dataset.classes)} ({len(dataset.y_train):,})",
+        "command": f"fastadv pretrain --data cifar10 --epochs {arguments.epochs} --seed {arguments.seed}",
+        "parameters": sum(p.numel() for p in pixels.parameters()),
+        "eps": "8/255",
+        "test_images": len(labels),
+        "clean_accuracy": report["clean_accuracy"],
+        "robust_accuracy": report["attacks"][0]["robust_accuracy"],
+        "attack": report["attacks"][0]["settings"],
+        "versions": report["versions"],
+    }

@@ -1,0 +1,30 @@
+"""Files that are the old ones or the new ones, whatever happens in between."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Replace `path`, or make it: the content goes to a temporary file beside it, to the disk, and then by that name.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; what was there is there still.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the renaming too must be on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,29 @@
+"""Weights averaged over the steps of a run."""
+
+from collections.abc import Mapping
+
+import torch
+
+
+class Average:
+    """Exponential moving average of tensors by name; counts and the like are taken as they are.
+
+    The decay rises with the steps, (1 + t) / (10 + t) at first, so that the beginning is soon forgotten
+    (as in Polyak averaging; Izmailov et al. 2018, arXiv 1803.05407, for the effect on networks).
+
+    Args:
+        state: the tensors to begin with; they are copied.
+        decay: at most this, such as 0.998.
+    """
+
+    def __init__(self, state: Mapping[str, torch.Tensor], decay: float):
+        self.state = {name: t.detach().clone() for name, t in state.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        averaged = [name for name, t in state.items() if t.is_floating_point()]
+        torch._foreach_lerp_([self.state[n] for n in averaged], [state[n].detach() for n in averaged], weight)
+        for name in state.keys() - set(averaged):
+            self.state[name].copy_(state[name])

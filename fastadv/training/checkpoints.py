@@ -1,0 +1,125 @@
+"""The states of a training run in a folder, from which it goes on where it was cut."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from fastadv._extras import require
+from fastadv.files import write_atomically
+
+FORMAT = 1
+KEPT = 2
+
+Groups = dict[str, dict[str, torch.Tensor]]
+
+
+class Checkpoints:
+    """Groups of tensors and JSON facts; the last two are kept, nothing is pickled.
+
+    Tensors lie in safetensors files that are named by their hash, so that weights which are the newest, the best and
+    the last good ones at once are written once. A checkpoint is a JSON file that names them; it comes last and by a
+    renaming, so a run that is killed in between has its previous one.
+
+    Args:
+        folder: of the files; made when something is saved.
+        run: fingerprint of the run that they belong to.
+    """
+
+    def __init__(self, folder: str | Path, run: str):
+        self.folder, self.run = Path(folder), run
+        self._number = 0
+        self._files: dict[str, str] = {}
+
+    def exist(self) -> bool:
+        return bool(self._manifests())
+
+    def save(self, groups: Mapping[str, Mapping[str, torch.Tensor] | None], facts: Mapping) -> None:
+        """Write a checkpoint; a group that is None is as in the one before.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the ones before can be loaded still.
+        """
+        files = {name: self._files[name] if part is None else self._write(part) for name, part in groups.items()}
+        body = json.dumps({"format": FORMAT, "run": self.run, "files": files, "facts": facts})
+        content = f"{_hash(body.encode())}\n{body}\n".encode()
+        write_atomically(self.folder / f"{self._number + 1:08}.json", content)
+        self._number, self._files = self._number + 1, files
+        self._clean()
+
+    def load(self) -> tuple[Groups, dict] | None:
+        """Groups and facts of the newest checkpoint whose hashes are right; None where there is no checkpoint.
+
+        Raises:
+            ValueError: they are of another run, or none of them is whole.
+        """
+        safetensors = require("safetensors")
+        damaged: dict[Path, str] = {}
+        for manifest in reversed(self._manifests()):
+            try:
+                body = self._checked(manifest)
+                groups = {name: self._read(file) for name, file in body["files"].items()}
+            except OtherRunError:
+                raise
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                damaged[manifest] = f"{manifest} is damaged: {error}"
+                continue
+            if damaged:
+                warnings.warn(f"{'; '.join(damaged.values())}. Going on from the one before", stacklevel=2)
+                for path in damaged:
+                    path.unlink()
+            self._number, self._files = int(manifest.stem), body["files"]
+            return groups, body["facts"]
+        if damaged:
+            raise ValueError(f"no checkpoint can be loaded: {'; '.join(damaged.values())}. To begin again, remove it")
+        return None
+
+    def _manifests(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.json") if path.stem.isdigit())
+
+    def _write(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        content = require("safetensors.torch").save(tensors)
+        path = self.folder / f"{_hash(content)}.safetensors"
+        if not path.exists():
+            write_atomically(path, content)
+        return path.name
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        content = (self.folder / name).read_bytes()
+        if _hash(content) != Path(name).stem:
+            raise ValueError(f"{name} has other content than was written")
+        return require("safetensors.torch").load(content)
+
+    def _checked(self, manifest: Path) -> dict:
+        digest, _, body = manifest.read_text().rstrip("\n").partition("\n")
+        if _hash(body.encode()) != digest:
+            raise ValueError("it has other content than was written")
+        facts = json.loads(body)
+        if (facts["format"], facts["run"]) != (FORMAT, self.run):
+            raise OtherRunError(
+                f"{self.folder} holds the state of another run: other settings, data or weights. Choose another "
+                "folder, or remove it to begin again"
+            )
+        return facts
+
+    def _clean(self) -> None:
+        """Remove what no kept checkpoint names, half-written files included."""
+        manifests = self._manifests()
+        kept = set()
+        for manifest in manifests[-KEPT:]:
+            kept |= {manifest.name, *json.loads(manifest.read_text().partition("\n")[2])["files"].values()}
+        for path in self.folder.iterdir():
+            if path.name not in kept and path.name.endswith((".json", ".safetensors", ".new")):
+                path.unlink()
+
+
+class OtherRunError(ValueError):
+    """The checkpoints belong to another run."""
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

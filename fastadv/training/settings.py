@@ -1,0 +1,91 @@
+"""What a training run is told: numbers and names, checked before anything is changed."""
+
+from dataclasses import dataclass, field, fields
+
+from fastadv.training.methods import METHODS
+
+
+def _of(default, help: str, *, choices: tuple | None = None, least: float | None = None, most: float | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a `Trainer`, and options of `fastadv finetune` by the same names."""
+
+    method: str = _of("full", "what trains: all; the head; biases and head; low-rank factors and head", choices=METHODS)
+    head: str | None = _of(None, "name of the head module (the one that the model's structure gives if not given)")
+    head_start: int = _of(0, "epochs of linear probing before the method, which starts from its head", least=0)
+    head_start_lr: float = _of(1e-2, "peak learning rate of these", least=0)
+    rank: int = _of(16, "of the low-rank factors", least=1)
+    lora_alpha: float = _of(16.0, "their product is scaled by this / rank", least=0)
+    lora_targets: tuple[str, ...] | None = _of(None, "modules that get them (those that the structure gives)")
+    alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
+    noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
+    steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
+    epochs: int = _of(20, "passes over the training images", least=1)
+    batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
+    accumulate: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
+    lr: float = _of(1e-3, "peak learning rate", least=0)
+    warmup: int = _of(0, "steps (not epochs) of linear warm-up; a cosine to 0 follows", least=0)
+    optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
+    weight_decay: float = _of(0.0, "of weights, not of biases and norms", least=0)
+    clean_weight: float = _of(0.0, "share of the loss on clean images", least=0, most=1)
+    label_smoothing: float = _of(0.0, "of the loss that is learnt from", least=0, most=1)
+    clip: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", least=0)
+    average: float = _of(
+        0.0, "decay of a moving average of the weights, then the result, such as 0.998", least=0, most=1
+    )
+    precision: str | None = _of(None, "of attack and update (what accelerate launch says)", choices=("no", "bf16"))
+    compile: bool = _of(False, "run attack and update under torch.compile")
+    channels_last: bool = _of(False, "memory format of the model and the images")
+    augment: bool = _of(False, "random crops, after padding by an eighth of the height, and flips")
+    seed: int = _of(0, "of everything that is random")
+    eval_every: int = _of(1, "epochs between evaluations on validation images; 0: after the last one only", least=0)
+    probe: int = _of(256, "training images on which the monitor looks for overfitting; 0: no monitor", least=0)
+    on_overfitting: str = _of(
+        "warn",
+        "rollback: to the last good weights, with half the learning rate; switch: to them, and another attack",
+        choices=("warn", "stop", "rollback", "switch"),
+    )
+    switch_to: str = _of("pgd", "the attack after a switch", choices=("pgd", "nfgsm"))
+    checkpoint_s: float = _of(600.0, "seconds between two checkpoints; there is one after each epoch as well", least=0)
+
+    def __post_init__(self):
+        for each in fields(self):
+            _check(each.name, getattr(self, each.name), each.default, **each.metadata)
+        if self.head_start and self.method == "linear":
+            raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
+
+    @property
+    def attack(self) -> dict[str, float | None]:
+        """Changes to the settings of an attack that is given by name."""
+        return {"alpha": self.alpha, "noise": self.noise, "steps": self.steps}
+
+    @property
+    def stages(self) -> tuple["Stage", ...]:
+        first = (Stage("linear", self.head_start, self.head_start_lr),) if self.head_start else ()
+        return (*first, Stage(self.method, self.epochs, self.lr))
+
+
+Settings.__doc__ += "\n\n    " + "\n    ".join(f"{each.name}: {each.metadata['help']}." for each in fields(Settings))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with one method and one schedule."""
+
+    method: str
+    epochs: int
+    lr: float
+
+
+def _check(name: str, value: object, default: object, help: str, choices, least, most) -> None:
+    if value is None and default is None:
+        return
+    if choices is not None and value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and not value <= most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")

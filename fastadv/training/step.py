@@ -1,0 +1,133 @@
+"""One step of adversarial training: the attack's passes, the update's, and nothing twice."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastadv.attacks import Attack
+from fastadv.attacks.objective import find_logits
+from fastadv.data import to_float
+
+
+class Step:
+    """Attacks a batch and learns from it; `gradients`, then `apply`.
+
+    The cost is that of the attack and one forward and backward pass of the model: for FGSM two forward passes, one
+    backward pass to the images and one to what trains.
+
+    Args:
+        model: what is trained; any outputs that attacks take.
+        attack: one of fastadv, any callable from (images, labels) to images, or None for clean images.
+        optimizer: of the parameters that train.
+        through: what the update calls, such as the model under DistributedDataParallel; None means the model.
+        clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
+        label_smoothing: of the loss that is learnt from.
+        clip: largest norm of the gradient of all parameters; None means no clipping.
+        autocast: dtype of torch.autocast for the update; the attack has its own.
+        compile: run the update's forward pass and loss under torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attack: Callable | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        through: Callable | None = None,
+        clean_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        clip: float | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+    ):
+        self.model, self.attack, self.optimizer = model, attack, optimizer
+        self.through = model if through is None else through
+        self.clean_weight, self.label_smoothing = clean_weight, label_smoothing
+        self.clip, self.autocast = clip, autocast
+        self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
+
+    def gradients(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+        more: bool = False,
+    ) -> torch.Tensor:
+        """Add the gradients of a batch to the parameters'.
+
+        Args:
+            images: (N, C, H, W), floats in [0, 1] or uint8; labels: int64 (N,).
+            seeds: int64 (N,), one for each image, of the attack's random start; a callable that is no attack of
+                fastadv draws from torch's generator instead.
+            scale: the loss is the sum over the batch times this; None means 1/N, a mean.
+            more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
+
+        Returns:
+            (4,) on the images' device: the scaled loss; how many images were classified correctly after the attack;
+            on how many noise alone raised the loss more than the attack did, and how many of these were looked at: a
+            sign of overfitting to the attack that costs nothing where attack and update run in the same mode.
+        """
+        x_adv = self._attacked(images, labels, seeds)
+        clean = to_float(images) if self.clean_weight else None
+        both = x_adv if clean is None else torch.cat((x_adv, clean))
+        scale = 1 / len(labels) if scale is None else scale
+        with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
+            loss, logits = self._losses(both, labels, scale)
+            loss.backward()
+        with torch.no_grad():
+            logits = logits.detach()[: len(labels)]
+            right = (logits.argmax(1) == labels).sum()
+            abnormal, looked = self._abnormal(logits, labels)
+            return torch.stack([value.double() for value in (loss.detach(), right, abnormal, looked)])
+
+    def apply(self) -> None:
+        """Change the parameters by their gradients, and forget these."""
+        if self.clip is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _attacked(self, images, labels, seeds):
+        if self.attack is None:
+            return to_float(images)
+        return (
+            self.attack(images, labels, seed=seeds) if isinstance(self.attack, Attack) else self.attack(images, labels)
+        )
+
+    def _forward(self, images, labels, scale):
+        precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
+        with precision:
+            outputs = self.through(images)
+        logits = find_logits(outputs, len(images))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(
+            logits,
+            labels if len(images) == len(labels) else labels.repeat(2),
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        adversarial, clean = losses[: len(labels)], losses[len(labels) :]
+        loss = adversarial.sum() if not len(clean) else torch.lerp(adversarial.sum(), clean.sum(), self.clean_weight)
+        return loss * scale, logits
+
+    def _abnormal(self, logits, labels):
+        start = getattr(self.attack, "start_losses", None)
+        if start is None or len(start) != len(labels) or not self._same_mode():
+            return torch.zeros(2, device=labels.device)
+        after = F.cross_entropy(logits, labels, reduction="none")
+        return (start > after).sum(), torch.tensor(len(labels), device=labels.device)
+
+    def _same_mode(self):
+        """Whether the update ran the model as the attack did, in eval mode as far as that matters."""
+        return not any(module.training and _depends_on_mode(module) for module in self.model.modules())
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    return dropout or isinstance(module, nn.modules.batchnorm._BatchNorm)

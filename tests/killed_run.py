@@ -1,0 +1,136 @@
+"""A training run that is killed again and again: run by test_resume.py as a program, which forks its runs.
+
+    python killed_run.py FOLDER KILLS SEED
+
+Writes result.json to FOLDER. torch is imported once; each run is a fork that is killed with SIGKILL, at a random moment
+or inside a write: when a file is written and not renamed yet, or tensors lie there and their checkpoint does not.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastadv.training import Trainer
+from fastadv.training.step import Step
+
+torch.set_num_threads(1)
+
+
+def model():
+    """With all that a checkpoint has to hold: batch-norm's statistics, dropout's draws."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Linear(128, 3))
+
+
+def images(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    bright = nn.functional.one_hot(labels, 3)[:, :, None, None]
+    noise = torch.rand(count, 3, 8, 8, generator=generator)
+    return (255 * (0.4 * bright + 0.6 * noise)).to(torch.uint8), labels
+
+
+def train(folder, resume=True):
+    network = model()
+    settings = {"attack": "fgsm-rs", "epochs": 4, "batch_size": 16, "lr": 1e-2, "augment": True, "average": 0.9}
+    settings |= {"head_start": 2, "probe": 32, "checkpoint_s": 0.0, "progress": False, "warmup": 3}
+    trainer = Trainer(network, 16 / 255, folder=folder, resume=resume, **settings)
+    trainer.fit(images(96, 1), images(33, 2), images(33, 3))
+    return network
+
+
+def fork(folder, before=lambda: None):
+    """A run in a process of its own, which counts its steps in a file: its number."""
+    number = os.fork()
+    if number:
+        return number
+    try:
+        apply = Step.apply
+
+        def counted(step):
+            with open(folder / "steps", "ab") as file:
+                file.write(b".")
+            apply(step)
+
+        Step.apply = counted
+        before()
+        torch.save(train(folder / "run").state_dict(), folder / "weights.pt")
+        os._exit(0)
+    except BaseException as error:
+        (folder / "error").write_text(repr(error))
+        os._exit(1)
+
+
+def die_inside_a_write(chance):
+    """Replaces the renaming by one that kills this process instead, sometimes."""
+    replace = Path.replace
+
+    def deadly(path, target):
+        if chance.random() < 0.15:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    Path.replace = deadly
+
+
+def steps(folder):
+    path = folder / "steps"
+    return path.stat().st_size if path.exists() else 0
+
+
+def checkpoints(folder):
+    return len(list((folder / "run" / "state").glob("*.json")))
+
+
+def main(folder, kills, seed):
+    chance = random.Random(seed)
+    whole, cut = folder / "whole", folder / "cut"
+    whole.mkdir(), cut.mkdir()
+    began = time.perf_counter()
+    assert os.waitpid(fork(whole), 0)[1] == 0, (whole / "error").read_text()
+    lasted = time.perf_counter() - began
+
+    deaths = []
+    while len(deaths) < kills:
+        inside = len(deaths) >= kills - max(1, kills * 3 // 20)
+        own = random.Random(chance.random())
+        number = fork(cut, (lambda own=own: die_inside_a_write(own)) if inside else lambda: None)
+        if not inside:
+            while 2 * len(deaths) + 1 >= kills and not checkpoints(cut):
+                time.sleep(0.01)
+            # Short enough that the run is not over before it was killed often enough.
+            time.sleep(lasted * chance.uniform(0.02, 1.6 / kills))
+            os.kill(number, signal.SIGKILL)
+        status = os.waitpid(number, 0)[1]
+        if os.WIFEXITED(status):
+            break  # it came to its end, or failed
+        deaths.append({"checkpoints": checkpoints(cut), "inside_a_write": inside, "steps": steps(cut)})
+    finished = (cut / "weights.pt").exists() or os.waitpid(fork(cut), 0)[1] == 0
+    assert finished, (cut / "error").read_text()
+    first, second = (torch.load(part / "weights.pt") for part in (whole, cut))
+    logs = [[json.loads(line) for line in (part / "run" / "log.jsonl").open()] for part in (whole, cut)]
+    result = {
+        "deaths": deaths,
+        "same_bits": all(torch.equal(first[name], second[name]) for name in first),
+        "same_log": [without_seconds(line) for line in logs[0]] == [without_seconds(line) for line in logs[1]],
+        "steps": [steps(whole), steps(cut)],
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if not key.endswith("_s")}
+    return value
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,175 @@
+"""A run that is killed, interrupted, or finds the disk full goes on to the same bits; nothing of its state is lost."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import killed_run
+import pytest
+import torch
+
+from fastadv.training import Trainer
+from fastadv.training.checkpoints import Checkpoints
+
+KILLS = 20
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
+    seed = random.randrange(2**31)
+    program = [sys.executable, killed_run.__file__, tmp_path, str(KILLS), str(seed)]
+    subprocess.run([*map(str, program)], check=True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    deaths = result["deaths"]
+    assert len(deaths) == KILLS, f"seed {seed}"
+    assert result["same_bits"], f"seed {seed}"
+    assert result["same_log"], f"seed {seed}"
+    assert sum(death["inside_a_write"] for death in deaths) == max(1, KILLS * 3 // 20)
+    assert 2 * sum(death["checkpoints"] > 0 for death in deaths) >= KILLS
+    whole, cut = result["steps"]
+    # With a checkpoint after each step a death costs the step under way, and one whose checkpoint was being written.
+    assert whole <= cut <= whole + 2 * KILLS, f"seed {seed}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(tmp_path, number, monkeypatch):
+    whole = killed_run.train(tmp_path / "whole")
+    taken = []
+    apply = killed_run.Step.apply
+
+    def counted(step):
+        apply(step)
+        taken.append(None)
+        if len(taken) == 9:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(killed_run.Step, "apply", counted)
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
+        killed_run.train(tmp_path / "cut")
+    if number == signal.SIGTERM:
+        assert caught.value.code == 143
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    resumed = killed_run.train(tmp_path / "cut")
+    assert len(taken) == 36  # six epochs of six batches: no step was taken twice
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_finished_run_gives_its_weights_and_records_again(tmp_path):
+    first = killed_run.train(tmp_path)
+    log = (tmp_path / "log.jsonl").read_text()
+    second = killed_run.train(tmp_path)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    assert (tmp_path / "log.jsonl").read_text() == log
+    with pytest.raises(FileExistsError, match="resume it, or choose another folder"):
+        killed_run.train(tmp_path, resume=False)
+
+
+def test_another_run_s_state_is_refused(tmp_path):
+    killed_run.train(tmp_path)
+    trainer = Trainer(killed_run.model(), 8 / 255, folder=tmp_path, resume=True, progress=False)
+    with pytest.raises(ValueError, match="the state of another run"):
+        trainer.fit(killed_run.images(96, 1), killed_run.images(33, 2))
+
+
+def test_other_threads_are_warned_of(tmp_path):
+    def train(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            killed_run.train(tmp_path)
+        finally:
+            torch.set_num_threads(before)
+
+    train(1)
+    with pytest.warns(UserWarning, match="'threads': 1.* goes on with .*'threads': 2"):
+        train(2)
+
+
+# ---------------------------------------------------------------------- the files
+
+
+def tensors(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(300, generator=generator), "n": torch.tensor(seed)}
+
+
+def same(groups, seed):
+    return all(torch.equal(groups["weights"][name], value) for name, value in tensors(seed).items())
+
+
+def test_the_last_two_are_kept_and_equal_tensors_once(tmp_path):
+    files = Checkpoints(tmp_path, "run")
+    assert files.load() is None
+    for seed in range(4):
+        files.save({"weights": tensors(seed), "best": tensors(2) if seed >= 2 else tensors(seed)}, {"seed": seed})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in names if name.endswith(".json")] == ["00000003.json", "00000004.json"]
+    assert len(names) == 2 + 2  # the tensors of seeds 2 and 3
+    groups, facts = Checkpoints(tmp_path, "run").load()
+    assert facts == {"seed": 3}
+    assert same(groups, 3)
+    assert torch.equal(groups["best"]["a"], tensors(2)["a"])
+    files.save({"weights": tensors(5), "best": None}, {"seed": 5})
+    groups, _ = Checkpoints(tmp_path, "run").load()
+    assert torch.equal(groups["best"]["a"], tensors(2)["a"])
+
+
+@pytest.mark.parametrize("victim", ["newest manifest", "its tensors", "tensors missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, victim):
+    files = Checkpoints(tmp_path, "run")
+    for seed in range(2):
+        files.save({"weights": tensors(seed)}, {"seed": seed})
+    manifest = tmp_path / "00000002.json"
+    path = manifest
+    if victim != "newest manifest":
+        path = tmp_path / json.loads(manifest.read_text().splitlines()[1])["files"]["weights"]
+    content = bytearray(path.read_bytes())
+    content[random.randrange(len(content) - 1)] ^= 1
+    path.unlink() if victim == "tensors missing" else path.write_bytes(content)
+    again = Checkpoints(tmp_path, "run")
+    with pytest.warns(UserWarning, match="00000002.json is damaged"):
+        groups, facts = again.load()
+    assert facts == {"seed": 0}
+    assert same(groups, 0)
+    again.save({"weights": tensors(7)}, {"seed": 7})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Checkpoints(tmp_path, "run").load()[1] == {"seed": 7}
+
+
+def test_nothing_whole_is_an_error_and_not_a_new_beginning(tmp_path):
+    Checkpoints(tmp_path, "run").save({"weights": tensors(0)}, {})
+    next(tmp_path.glob("*.json")).write_text("{}")
+    with pytest.raises(ValueError, match="no checkpoint can be loaded"):
+        Checkpoints(tmp_path, "run").load()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    files = Checkpoints(tmp_path, "run")
+    files.save({"weights": tensors(0)}, {"seed": 0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))  # the system refuses longer files, as a full disk does
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space"):
+            files.save({"weights": tensors(1)}, {"seed": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.glob("*.new"))
+    groups, facts = Checkpoints(tmp_path, "run").load()
+    assert facts == {"seed": 0}
+    assert same(groups, 0)
+
+
+def test_nothing_is_pickled(tmp_path):
+    killed_run.train(tmp_path)
+    kinds = {path.suffix for path in Path(tmp_path).rglob("*") if path.is_file()}
+    assert kinds == {".json", ".jsonl", ".safetensors"}
