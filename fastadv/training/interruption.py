@@ -8,6 +8,8 @@ from types import TracebackType
 class Interruption:
     """Inside, the first SIGTERM or SIGINT is only noted in `signal`; a second one acts as it did before.
 
+    A signal that nobody has acted on is acted on at the end.
+
     Outside the main thread Python can set no handlers, and signals act as before.
     """
 
@@ -24,6 +26,8 @@ class Interruption:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._restore()
+        if kind is None and self.signal is not None:
+            self.act()
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = number
