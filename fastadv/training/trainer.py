@@ -213,7 +213,7 @@ class _Run:
                     break
             if not self.at.records[-1].get("final"):
                 self._record(self._final())
-                self._save(dict.fromkeys(self.groups))
+                self._save(self.groups)
         return self.at.records
 
     def _bar(self):
@@ -502,7 +502,8 @@ class _Run:
         if self.here.is_main_process:
             groups = self._tensors() if groups is None else groups
             self.checkpoints.save(groups, {"place": asdict(self.at), "machine": self._machine()})
-        self.groups, self.changed = groups, set()
+            self.groups = dict.fromkeys(groups)
+        self.changed = set()
         self.here.wait_for_everyone()
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor] | None]:
@@ -515,6 +516,7 @@ class _Run:
         }
 
     def _load(self, groups: Groups) -> None:
+        self.groups = dict.fromkeys(groups)
         self.tuning.load(groups["weights"])
         _load_state(self.optimizer, groups["optimizer"])
         self.good, self.best, self.changed = groups["good"], groups.get("best"), set()
