@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ class Trainer:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.
             FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
                 batch is in its nonfinite.safetensors.
-            KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; with a folder there is a checkpoint first.
+            KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
             ValueError: no training images, no such head, nothing to train; the state is another run's.
         """
         return _Run(self, train, val, test).run()
@@ -185,8 +186,7 @@ class _Run:
 
     def run(self) -> list[dict]:
         groups = self._open()
-        catching = self.interruption if self.checkpoints else nullcontext()
-        with seeded(self.settings.seed), catching, self._bar() as self.bar:
+        with seeded(self.settings.seed), self._bar() as self.bar:
             if not self.at.records:
                 self._measure_backbone()
             for number, stage in list(enumerate(self.settings.stages))[self.at.stage :]:
@@ -288,6 +288,7 @@ class _Run:
                 self._load(groups)
             while self.at.epoch < self.at.first_epoch + stage.epochs and not self.at.stopped:
                 self._epoch(stage)
+            self._save()
             chosen = self.best or (self.average and self.average.state)
             if chosen:
                 self.tuning.load(chosen)
@@ -318,20 +319,30 @@ class _Run:
     # ------------------------------------------------------------------ an epoch
 
     def _epoch(self, stage: Stage) -> None:
+        with self.interruption if self.checkpoints else nullcontext():
+            asked = self._steps(stage)
+            # Before the evaluation, which may take longer than the patience of who sends SIGTERM.
+            self._save()
+            if asked:
+                logger.info("interrupted: the state is in %s", self.trainer.folder)
+        if asked:  # by a signal to another process of this run
+            raise SystemExit(128 + signal.SIGTERM)
+        self._finish_epoch(stage)
+
+    def _steps(self, stage: Stage) -> bool:
+        """The steps that are left of an epoch; whether they were interrupted."""
         start, before = time.perf_counter(), self.at.train_s
         saved = start
         for index in self._order(self.at.epoch).tensor_split(self.steps)[self.at.batch :]:
-            asked = self._batch(stage, index)
+            asked = self._batch(stage, index) and self.checkpoints is not None
             now = time.perf_counter()
             self.at.train_s = before + now - start
-            if self.checkpoints and (asked or now - saved >= self.settings.checkpoint_s):
+            if asked:
+                return True
+            if now - saved >= self.settings.checkpoint_s:
                 self._save()
                 saved = now
-            if asked:
-                logger.info("interrupted; the state is in %s", self.trainer.folder)
-                self.interruption.act()
-        self._finish_epoch(stage)
-        self._save()
+        return False
 
     def _finish_epoch(self, stage: Stage) -> None:
         at, count = self.at, len(self.images)
@@ -369,7 +380,7 @@ class _Run:
         mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
-        asked = torch.tensor([self.interruption.signal or 0], dtype=torch.float64, device=self.device)
+        asked = torch.tensor([self.interruption.noted or 0], dtype=torch.float64, device=self.device)
         total = torch.cat((sum(parts), asked))
         if world > 1:
             total = self.here.reduce(total, "sum")
