@@ -70,7 +70,7 @@ class Checkpoints:
             if damaged:
                 warnings.warn(f"{'; '.join(damaged.values())}. Going on from the one before", stacklevel=2)
                 for path in damaged:
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # each process of a run does
             self._number, self._files = int(manifest.stem), body["files"]
             return groups, body["facts"]
         if damaged:

@@ -45,7 +45,7 @@ class Settings:
     probe: int = _of(256, "training images on which the monitor looks for overfitting; 0: no monitor", least=0)
     on_overfitting: str = _of(
         "warn",
-        "rollback: to the last good weights, with half the learning rate; switch: to them, and another attack",
+        "stop: with the last good weights; rollback: to them, with half the learning rate; switch: and another attack",
         choices=("warn", "stop", "rollback", "switch"),
     )
     switch_to: str = _of("pgd", "the attack after a switch", choices=("pgd", "nfgsm"))

@@ -94,11 +94,10 @@ class Step:
         self.optimizer.zero_grad()
 
     def _attacked(self, images, labels, seeds):
-        if self.attack is None:
-            return to_float(images)
-        return (
-            self.attack(images, labels, seed=seeds) if isinstance(self.attack, Attack) else self.attack(images, labels)
-        )
+        if isinstance(self.attack, Attack):
+            return self.attack(images, labels, seed=seeds)
+        images = to_float(images)
+        return images if self.attack is None else self.attack(images, labels)
 
     def _forward(self, images, labels, scale):
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
@@ -117,14 +116,17 @@ class Step:
         return loss * scale, logits
 
     def _abnormal(self, logits, labels):
-        start = getattr(self.attack, "start_losses", None)
-        if start is None or len(start) != len(labels) or not self._same_mode():
+        start = self.attack.start_losses if isinstance(self.attack, Attack) and self._comparable() else None
+        if start is None or len(start) != len(labels):
             return torch.zeros(2, device=labels.device)
         after = F.cross_entropy(logits, labels, reduction="none")
         return (start > after).sum(), torch.tensor(len(labels), device=labels.device)
 
-    def _same_mode(self):
-        """Whether the update ran the model as the attack did, in eval mode as far as that matters."""
+    def _comparable(self):
+        """Whether the attack's losses are cross-entropies, of the model in the mode in which the update ran it."""
+        attack = self.attack
+        if attack.loss != "ce" or attack.targeted or attack.training_mode == "batch_norm":
+            return False
         return not any(module.training and _depends_on_mode(module) for module in self.model.modules())
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks import PGD, Attack, by_name
+from fastadv.attacks.checks import beyond_the_box, check_images, check_labels
 from fastadv.data import to_float
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
 from fastadv.evaluation.saved import fingerprint
@@ -68,6 +69,7 @@ class Trainer:
 
     Raises:
         ImportError: the `train` extra is not installed.
+        TypeError: `attack` or `eval_attack` cannot be called.
         ValueError: unknown attack, method or optimizer, or a number out of range.
     """
 
@@ -90,6 +92,12 @@ class Trainer:
         self.attack, self.eval_attack = attack, eval_attack
         if isinstance(attack, str):
             by_name(attack, model, eps, **self.settings.attack)  # refuses what is wrong, now
+        elif attack is not None and not callable(attack):
+            raise TypeError(
+                f"attack must be a name, a callable from (images, labels) to images, or None: got {attack!r}"
+            )
+        if eval_attack is not None and not callable(eval_attack):
+            raise TypeError(f"eval_attack must be a callable from (images, labels) to images, got {eval_attack!r}")
         self.folder = None if folder is None else Path(folder)
         self.resume = resume
         self.measure_backbone = measure_backbone
@@ -116,7 +124,9 @@ class Trainer:
             FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
                 batch is in its nonfinite.safetensors.
             KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
-            ValueError: no training images, no such head, nothing to train; the state is another run's.
+            TypeError: images are neither floats nor uint8, or labels are not int64.
+            ValueError: no training images, images beyond [0, 1] or not as many as labels; a batch too small for its
+                parts; no such head, nothing to train; the state is another run's.
         """
         return _Run(self, train, val, test).run()
 
@@ -149,20 +159,19 @@ class _Run:
 
     def __init__(self, trainer: Trainer, train: Batch, val: Batch | None, test: Batch | None):
         self.trainer, self.settings = trainer, trainer.settings
-        self.here = require("accelerate").Accelerator()
+        # Told to choose for itself, accelerate takes processes without an accelerator for as many separate runs.
+        self.here = require("accelerate").Accelerator(cpu=not torch.accelerator.is_available())
         alone = self.here.num_processes == 1
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
         self.images, self.labels = train
         self.val = val if val is not None and len(val[0]) else None
         self.test = test if test is not None and len(test[0]) else self.val
         self.steps = math.ceil(len(self.images) / self.settings.batch_size)
-        self._check()
+        precision = self.settings.precision or self.here.mixed_precision
+        self._check(precision)
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         self.model = trainer.model.to(device=self.device, memory_format=layout)
         self.layout = torch.channels_last if self.settings.channels_last else None
-        precision = self.settings.precision or self.here.mixed_precision
-        if precision not in ("no", "bf16"):
-            raise ValueError(f"precision must be no or bf16, got {precision} from accelerate")
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
         self.at = _Place()
@@ -172,10 +181,18 @@ class _Run:
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
 
-    def _check(self) -> None:
+    def _check(self, precision: str) -> None:
         least = self.here.num_processes * self.settings.accumulate
+        if precision not in ("no", "bf16"):
+            raise ValueError(f"precision must be no or bf16, got {precision} from accelerate")
         if self.steps == 0:
             raise ValueError("there are no images to train on")
+        for images, labels in filter(None, ((self.images, self.labels), self.val, self.test)):
+            check_images(images)
+            check_labels(labels, images)
+            wrong = beyond_the_box(images)
+            if wrong:
+                raise ValueError(wrong)
         if len(self.images) // self.steps < least:
             raise ValueError(
                 f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
@@ -259,7 +276,7 @@ class _Run:
         attack = self.trainer.eval_attack or self._pgd10()
         result = {} if self.test is None else self._accuracy(self.test, attack)
         final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **result}
-        return final | {"eval_attack": repr(attack), "train_s": seconds}
+        return final | {"eval_attack": _name(attack), "train_s": seconds}
 
     def _pgd10(self, **options) -> PGD:
         return PGD(self.model, self.trainer.eps, self.trainer.eps / 4, 10, **options)
@@ -334,12 +351,12 @@ class _Run:
         start, before = time.perf_counter(), self.at.train_s
         saved = start
         for index in self._order(self.at.epoch).tensor_split(self.steps)[self.at.batch :]:
-            asked = self._batch(stage, index) and self.checkpoints is not None
+            due, asked = self._batch(stage, index, time.perf_counter() - saved >= self.settings.checkpoint_s)
             now = time.perf_counter()
             self.at.train_s = before + now - start
             if asked:
                 return True
-            if now - saved >= self.settings.checkpoint_s:
+            if due:
                 self._save()
                 saved = now
         return False
@@ -357,7 +374,7 @@ class _Run:
             if self.val is not None and (done == stage.epochs or (every and done % every == 0)):
                 record |= self._validate()
         action = record.get("action")
-        if action in ("rollback", "switch"):
+        if action in ("stop", "rollback", "switch"):
             self._go_back(action)
         at.stopped = action == "stop"
         self._record(record)
@@ -368,8 +385,8 @@ class _Run:
         seed = sample_seeds(self.settings.seed, torch.tensor([epoch]), ORDERING)
         return torch.randperm(len(self.images), generator=torch.Generator().manual_seed(int(seed)))
 
-    def _batch(self, stage: Stage, index: torch.Tensor) -> bool:
-        """Learn from the images `index`; whether the run is to be interrupted."""
+    def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
+        """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
         at, world = self.at, self.here.num_processes
         done = (at.epoch - at.first_epoch) * self.steps + at.batch
         at.lr = stage.lr * at.lr_scale * lr_factor(done, self.settings.warmup, stage.epochs * self.steps)
@@ -380,11 +397,11 @@ class _Run:
         mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
-        asked = torch.tensor([self.interruption.noted or 0], dtype=torch.float64, device=self.device)
-        total = torch.cat((sum(parts), asked))
+        wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
+        total = torch.cat((sum(parts), wishes))
         if world > 1:
             total = self.here.reduce(total, "sum")
-        loss, right, abnormal, looked, asked = total.tolist()
+        loss, right, abnormal, looked, due, asked = total.tolist()
         loss /= world
         if not math.isfinite(loss):
             self._refuse(loss, index)
@@ -395,7 +412,7 @@ class _Run:
         at.right, at.abnormal, at.looked = at.right + right, at.abnormal + abnormal, at.looked + looked
         at.batch += 1
         self.bar.update()
-        return asked > 0
+        return due > 0, asked > 0
 
     def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
         images, labels = self._batch_of(part)
@@ -444,7 +461,7 @@ class _Run:
         if self.monitor is None:
             return {}
         start = time.perf_counter()
-        reading = asdict(self.monitor.check())
+        reading = self._agreed(asdict(self.monitor.check()))
         self.at.monitor = self.monitor.state()
         reading["monitor_s"] = time.perf_counter() - start
         if reading["alarm"] is None:
@@ -464,7 +481,7 @@ class _Run:
             self.average = Average(self.good, self.settings.average)
         if action == "rollback":
             self.at.lr_scale /= 2
-        else:
+        elif action == "switch":
             self.at.switched = True
             self._use(self.settings.switch_to)
             self.monitor.attack = self.step.attack
@@ -479,12 +496,11 @@ class _Run:
         return result | {"eval_s": time.perf_counter() - start}
 
     def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
-        result = robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device)
-        if self.here.num_processes > 1:  # all found the same, but for their rounding: the first process decides
-            values = torch.tensor(list(result.values()), dtype=torch.float64, device=self.device)
-            values = require("accelerate.utils").broadcast(values)
-            result = dict(zip(result, values.tolist(), strict=True))
-        return result
+        return self._agreed(robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device))
+
+    def _agreed(self, found: dict) -> dict:
+        """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
+        return require("accelerate.utils").broadcast_object_list([found])[0]
 
     # ------------------------------------------------------------------ the disk
 

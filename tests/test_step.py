@@ -1,0 +1,390 @@
+"""One step of adversarial training against the same step written out by hand."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fastadv import random_init
+from fastadv.attacks import FGSM, NFGSM, PGD, by_name
+from fastadv.training.methods import METHODS, trainable
+from fastadv.training.step import Step
+
+EPS, LR, CLASSES = 0.1, 0.5, 4
+
+
+def network(dtype=torch.float64):
+    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, CLASSES)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batch(count=9, dtype=torch.float64):
+    return torch.rand(count, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (count,))
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
+
+
+def cross_entropy(logits, labels, smoothing=0.0):
+    targets = (1 - smoothing) * F.one_hot(labels, CLASSES).to(logits.dtype) + smoothing / CLASSES
+    return -(targets * (logits - logits.logsumexp(1, keepdim=True))).sum(1)
+
+
+def fgsm_by_hand(model, images, labels):
+    images = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(model(images), labels).sum(), images)
+    return (images + EPS * grad.sign()).clamp(0, 1).detach()
+
+
+def learnt_by_hand(model, x_adv, images, labels, clean_weight=0.0, smoothing=0.0, clip=None):
+    """Loss and weights after a step of plain SGD on a mixture of adversarial and clean images."""
+    on_adv, on_clean = (cross_entropy(model(x), labels, smoothing).mean() for x in (x_adv, images))
+    loss = (1 - clean_weight) * on_adv + clean_weight * on_clean
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(loss, parameters)
+    norm = torch.cat([grad.flatten() for grad in grads]).norm()
+    factor = 1.0 if clip is None else min(1.0, clip / norm)
+    return loss.item(), [(p - LR * factor * grad).detach() for p, grad in zip(parameters, grads, strict=True)]
+
+
+def taken(step, images, labels, parts=None, seeds=None):
+    """The step on a batch cut into `parts`; what `gradients` returned, summed up."""
+    sizes = parts or [len(labels)]
+    cut = zip(images.split(sizes), labels.split(sizes), strict=True)
+    results = [
+        step.gradients(x, y, seeds, scale=1 / len(labels), more=i + 1 < len(sizes)) for i, (x, y) in enumerate(cut)
+    ]
+    step.apply()
+    return sum(results)
+
+
+def assert_weights(model, expected, **tolerance):
+    torch.testing.assert_close([p.detach() for p in model.parameters()], expected, **tolerance)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("parts", [[9], [5, 4], [4, 4, 1]], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("clean_weight", [0.0, 0.3, 1.0])
+def test_a_step_is_the_textbook_one_in_however_many_parts(clean_weight, smoothing, parts):
+    model, (images, labels) = network(), batch()
+    x_adv = fgsm_by_hand(model, images, labels)
+    loss, weights = learnt_by_hand(model, x_adv, images, labels, clean_weight, smoothing)
+    right = (model(x_adv).argmax(1) == labels).sum()
+    step = Step(model, FGSM(model, EPS), sgd(model), clean_weight=clean_weight, label_smoothing=smoothing)
+    result = taken(step, images, labels, parts)
+    assert result.dtype == torch.float64
+    assert result.tolist() == pytest.approx([loss, right.item(), 0, 0], rel=1e-12)
+    assert_weights(model, weights, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_clip_bounds_the_norm_of_the_whole_gradient(share):
+    model, (images, labels) = network(), batch()
+    x_adv = fgsm_by_hand(model, images, labels)
+    grads = torch.autograd.grad(cross_entropy(model(x_adv), labels).mean(), list(model.parameters()))
+    clip = share * torch.cat([grad.flatten() for grad in grads]).norm().item()
+    _, weights = learnt_by_hand(model, x_adv, images, labels, clip=clip)
+    taken(Step(model, FGSM(model, EPS), sgd(model), clip=clip), images, labels, [5, 4])
+    assert_weights(model, weights, rtol=1e-5, atol=1e-5)  # PyTorch adds 1e-6 to the norm
+
+
+def test_without_a_scale_the_loss_is_a_mean():
+    model, (images, labels) = network(), batch(5)
+    step = Step(model, None, sgd(model))
+    expected = cross_entropy(model(images), labels).mean().item()
+    assert step.gradients(images, labels)[0].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_float32_and_uint8_images(dtype):
+    model, (images, labels) = network(torch.float32), batch(dtype=torch.float32)
+    images = (255 * images).to(torch.uint8) if dtype == torch.uint8 else images
+    pixels = (images.double() / 255).float() if dtype == torch.uint8 else images
+    loss, weights = learnt_by_hand(model, fgsm_by_hand(model, pixels, labels), pixels, labels, 0.3)
+    result = taken(Step(model, FGSM(model, EPS), sgd(model), clean_weight=0.3), images, labels)
+    assert result[0].item() == pytest.approx(loss, rel=1e-5)
+    assert_weights(model, weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_callable_gets_float_images_and_labels_and_nothing_else(dtype):
+    model, (images, labels) = network(torch.float32), batch(dtype=torch.float32)
+    images = (255 * images).to(torch.uint8) if dtype == torch.uint8 else images
+    pixels = (images.double() / 255).float() if dtype == torch.uint8 else images
+    calls = []
+
+    def attack(*args, **keywords):
+        calls.append((args, keywords))
+        return 1 - args[0]
+
+    loss, weights = learnt_by_hand(model, 1 - pixels, pixels, labels)
+    result = taken(Step(model, attack, sgd(model)), images, labels, seeds=torch.arange(len(labels)))
+    (((x, y), keywords),) = calls
+    torch.testing.assert_close(x, pixels, rtol=0, atol=1e-7)
+    assert y is labels or torch.equal(y, labels)
+    assert keywords == {}
+    assert result[0].item() == pytest.approx(loss, rel=1e-5)
+    assert_weights(model, weights, rtol=1e-4, atol=1e-6)
+
+
+def test_without_an_attack_it_is_standard_training():
+    model, (images, labels) = network(), batch()
+    loss, weights = learnt_by_hand(model, images, images, labels)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(None))
+    result = taken(Step(model, None, sgd(model)), images, labels)
+    assert len(calls) == 1
+    assert result[0].item() == pytest.approx(loss, rel=1e-12)
+    assert_weights(model, weights, rtol=1e-12, atol=1e-14)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model, wrap):
+        super().__init__()
+        self.model, self.wrap = model, wrap
+
+    def forward(self, x):
+        return self.wrap(self.model(x))
+
+
+OUTPUTS = {
+    "object": lambda logits: SimpleNamespace(loss=None, logits=logits),
+    "ModelOutput": lambda logits: transformers.modeling_outputs.ImageClassifierOutput(logits=logits),
+    "dict": lambda logits: {"features": logits[:, :1], "logits": logits},
+    "tuple": lambda logits: (logits, logits.sum()),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_logits_are_found_in_other_outputs(kind):
+    model, (images, labels) = network(), batch()
+    _, weights = learnt_by_hand(model, fgsm_by_hand(model, images, labels), images, labels, 0.3)
+    wrapped = Wrapped(model, OUTPUTS[kind])
+    taken(Step(wrapped, FGSM(wrapped, EPS), sgd(model), clean_weight=0.3), images, labels, [5, 4])
+    assert_weights(model, weights, rtol=1e-12, atol=1e-14)
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_their_own():
+    model, (images, labels) = network(), batch()
+    _, weights = learnt_by_hand(model, fgsm_by_hand(model, images, labels), images, labels)
+    frozen = [p for module in model[:4] for p in module.parameters()]
+    before = [p.detach().clone() for p in frozen]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    step = Step(model, FGSM(model, EPS), sgd(model))
+    step.gradients(images, labels)
+    assert [p.grad is None for p in model.parameters()] == [True] * 4 + [False] * 2
+    step.apply()
+    assert_weights(model, [*before, *weights[4:]], rtol=1e-12, atol=1e-14)
+
+
+def test_bf16_is_used_in_attack_and_update_and_the_loss_is_in_float32():
+    model, (images, labels) = network(torch.float32), batch(dtype=torch.float32)
+    seen = []
+    model.register_forward_hook(lambda module, _, out: seen.append((model[0].weight.requires_grad, out.detach())))
+    step = Step(model, FGSM(model, EPS, autocast=torch.bfloat16), sgd(model), autocast=torch.bfloat16)
+    result = step.gradients(images, labels)
+    assert [trains for trains, _ in seen] == [False, True]
+    assert {out.dtype for _, out in seen} == {torch.bfloat16}
+    loss = cross_entropy(seen[1][1].double(), labels).mean().item()
+    assert result[0].item() == pytest.approx(loss, rel=1e-6)  # bfloat16 itself has steps of 4e-3
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    # The gradient is that of float32 up to bfloat16's rounding.
+    in_float32 = copy.deepcopy(model).requires_grad_()
+    in_float32.zero_grad()
+    cross_entropy(in_float32(fgsm_by_hand(in_float32, images, labels)), labels).mean().backward()
+    ours, theirs = (torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (model, in_float32))
+    assert F.cosine_similarity(ours, theirs, dim=0) > 0.98
+
+
+# ---------------------------------------------------------------------- what a step costs
+
+
+def plain_conv():
+    layers = [
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.SiLU(),
+        nn.Conv2d(8, 16, 1),
+        nn.SiLU(),
+        nn.Conv2d(16, 16, 3, 2, 1),
+        nn.SiLU(),
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
+
+
+def vit():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, attn_implementation="eager", **sizes)
+    config.num_labels = CLASSES
+    return transformers.ViTForImageClassification(config)
+
+
+NETWORKS = {"conv": plain_conv, "vit": vit}
+COSTLY = torch.rand(4, 3, 16, 16), torch.arange(4) % CLASSES
+
+
+def logits_of(outputs):
+    return getattr(outputs, "logits", outputs)
+
+
+class Flops(TorchDispatchMode):
+    """PyTorch's counts of each operation. Its own FlopCounterMode refuses a gradient with respect to the images."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+class Passes:
+    """FLOPs of a forward pass, of a backward one to the images, and of one to what trains; each counted alone."""
+
+    def __init__(self, model):
+        images, labels = COSTLY
+        with Flops() as forward, torch.no_grad():
+            model(images)
+        self.forward = forward.total
+        loss = F.cross_entropy(logits_of(model(images)), labels)
+        with Flops() as update:
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        self.update = update.total
+        trains = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trains:
+            parameter.requires_grad_(False)
+        leaf = images.clone().requires_grad_()
+        loss = F.cross_entropy(logits_of(model(leaf)), labels)
+        with Flops() as to_images:
+            torch.autograd.grad(loss, leaf)
+        self.to_images = to_images.total
+        for parameter in trains:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "nfgsm", "pgd"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_step_costs_the_attack_s_passes_and_one_of_each_kind(kind, method, attack):
+    model, (images, labels) = NETWORKS[kind](), COSTLY
+    with trainable(model, method, rank=2, example=images):
+        passes = Passes(model)
+        step = Step(model, by_name(attack, model, EPS), sgd(model))
+        with Flops() as counter:
+            step.gradients(images, labels, torch.arange(len(labels)))
+            step.apply()
+    repeats = 7 if attack == "pgd" else 1
+    expected = repeats * (passes.forward + passes.to_images) + passes.forward + passes.update
+    assert counter.total == expected
+
+
+def convolution(channels, out, kernel, pixels):
+    return 2 * len(COSTLY[1]) * channels * kernel**2 * out * pixels
+
+
+HEAD = {"conv": 2 * len(COSTLY[1]) * 16 * CLASSES, "vit": 2 * len(COSTLY[1]) * 16 * CLASSES}
+
+
+def test_the_passes_of_a_convolutional_network_in_closed_form():
+    first = convolution(3, 8, 3, 64)
+    forward = first + convolution(8, 16, 1, 64) + convolution(16, 16, 3, 16) + HEAD["conv"]
+    updates = {"full": 2 * forward - first, "linear": HEAD["conv"], "bias": forward - first + HEAD["conv"]}
+    for method, update in updates.items():
+        model = plain_conv()
+        with trainable(model, method):
+            passes = Passes(model)
+        assert (passes.forward, passes.to_images, passes.update) == (forward, forward, update), method
+
+
+def test_attention_costs_twice_on_the_way_back_and_a_linear_probe_nothing_but_its_head():
+    model = vit()
+    with trainable(model, "linear"):
+        passes = Passes(model)
+    tokens = (16 // 8) ** 2 + 1
+    attention = 2 * 2 * 2 * len(COSTLY[1]) * tokens**2 * 16  # layers, products, a multiplication and an addition
+    assert passes.to_images == passes.forward + attention
+    assert passes.update == HEAD["vit"]
+
+
+# ---------------------------------------------------------------------- abnormal samples, for free
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+
+def rough():
+    """A network on which a long step often lands where the loss is smaller."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), Sine(), nn.Linear(16, CLASSES)).double()
+    model[1].weight.data *= 10
+    return model
+
+
+@pytest.mark.parametrize("kind", [FGSM, NFGSM])
+def test_the_free_share_of_abnormal_samples_is_the_computed_one(kind):
+    model, (images, labels) = rough(), batch(64)
+    seeds = torch.randint(2**40, (64,))
+    attack = kind(model, 0.3, alpha=0.6, noise=0.25)
+    start = random_init(images, 0.25, seed=seeds)
+    losses = [cross_entropy(model(x), labels) for x in (start, attack(images, labels, seed=seeds))]
+    expected = (losses[0] > losses[1]).sum().item()
+    assert 0 < expected < 64
+    step = Step(model.train(), attack, sgd(model), label_smoothing=0.2, clean_weight=0.5)
+    assert step.gradients(images, labels, seeds)[2:].tolist() == [expected, 64]
+
+
+@pytest.mark.parametrize(
+    ("layer", "looked"), [(nn.Dropout(0.1), 0), (nn.Dropout(0.0), 16), (nn.BatchNorm1d(16), 0), (nn.LayerNorm(16), 16)]
+)
+def test_none_is_looked_at_where_attack_and_update_differ_in_mode(layer, looked):
+    model, (images, labels) = rough(), batch(16)
+    model.insert(2, copy.deepcopy(layer).double())
+    attack = FGSM(model, 0.3, alpha=0.6, noise=0.25)
+    step = Step(model.train(), attack, sgd(model))
+    assert step.gradients(images, labels)[3] == looked
+    model.eval()
+    assert step.gradients(images, labels)[3] == 16
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda model: FGSM(model, EPS),  # no random start, so no loss there
+        lambda model: PGD(model, EPS, EPS, 1, random_start=False),
+        lambda model: PGD(model, EPS, EPS / 4, 3),
+        lambda model: FGSM(model, EPS, noise=None, loss="margin"),
+        lambda model: FGSM(model, EPS, noise=None, targeted="random"),
+        lambda model: FGSM(model, EPS, noise=None, restarts=2),
+        lambda model: None,
+        lambda model: lambda x, y: x,
+    ],
+)
+def test_none_is_looked_at_where_no_such_loss_is_at_hand(attack):
+    model, (images, labels) = rough(), batch(16)
+    step = Step(model, attack(model), sgd(model))
+    assert step.gradients(images, labels)[2:].tolist() == [0, 0]
+
+
+def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode():
+    model, (images, labels) = rough(), batch(16)
+    model.insert(2, nn.BatchNorm1d(16).double())
+    model.eval()
+    step = Step(model, FGSM(model, EPS, noise=None, training_mode="batch_norm"), sgd(model))
+    assert step.gradients(images, labels)[2:].tolist() == [0, 0]
