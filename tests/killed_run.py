@@ -38,10 +38,10 @@ def images(count, seed):
     return (255 * (0.4 * bright + 0.6 * noise)).to(torch.uint8), labels
 
 
-def train(folder, resume=True):
+def train(folder, resume=True, checkpoint_s=0.0):
     network = model()
     settings = {"attack": "fgsm-rs", "epochs": 4, "batch_size": 16, "lr": 1e-2, "augment": True, "average": 0.9}
-    settings |= {"head_start": 2, "probe": 32, "checkpoint_s": 0.0, "progress": False, "warmup": 3}
+    settings |= {"head_start": 2, "probe": 32, "checkpoint_s": checkpoint_s, "progress": False, "warmup": 3}
     trainer = Trainer(network, 16 / 255, folder=folder, resume=resume, **settings)
     trainer.fit(images(96, 1), images(33, 2), images(33, 3))
     return network

@@ -14,7 +14,7 @@ import killed_run
 import pytest
 import torch
 
-from fastadv.training import Trainer
+from fastadv.training import Trainer, trainer
 from fastadv.training.checkpoints import Checkpoints
 
 KILLS = 20
@@ -36,9 +36,23 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     assert whole <= cut <= whole + 2 * KILLS, f"seed {seed}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint(tmp_path, number, monkeypatch):
-    whole = killed_run.train(tmp_path / "whole")
+class Terminated(Exception):
+    """What SIGTERM does in this test."""
+
+
+@pytest.fixture
+def terminating():
+    def terminate(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    yield terminate
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_leaves_a_checkpoint_and_then_acts(tmp_path, number, error, monkeypatch, terminating):
+    whole = killed_run.train(tmp_path / "whole", checkpoint_s=1e9)
     taken = []
     apply = killed_run.Step.apply
 
@@ -49,14 +63,34 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, number, monkeypatch):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(killed_run.Step, "apply", counted)
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
-        killed_run.train(tmp_path / "cut")
-    if number == signal.SIGTERM:
-        assert caught.value.code == 143
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
-    resumed = killed_run.train(tmp_path / "cut")
+    with pytest.raises(error):
+        killed_run.train(tmp_path / "cut", checkpoint_s=1e9)
+    assert signal.getsignal(signal.SIGTERM) is terminating
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = killed_run.train(tmp_path / "cut", checkpoint_s=1e9)
     assert len(taken) == 36  # six epochs of six batches: no step was taken twice
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_signal_during_an_evaluation_acts_at_once_and_costs_no_step(tmp_path, monkeypatch, terminating):
+    whole = killed_run.train(tmp_path / "whole", checkpoint_s=1e9)
+    evaluations, taken = [], []
+    measure, apply = trainer.robust_accuracy, killed_run.Step.apply
+
+    def interrupted(*args, **options):
+        evaluations.append(None)
+        if len(evaluations) == 3:
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("it went on")
+        return measure(*args, **options)
+
+    monkeypatch.setattr(trainer, "robust_accuracy", interrupted)
+    monkeypatch.setattr(killed_run.Step, "apply", lambda step: (taken.append(None), apply(step)))
+    with pytest.raises(Terminated):
+        killed_run.train(tmp_path / "cut", checkpoint_s=1e9)
+    resumed = killed_run.train(tmp_path / "cut", checkpoint_s=1e9)
+    assert len(taken) == 36
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 
@@ -73,9 +107,9 @@ def test_a_finished_run_gives_its_weights_and_records_again(tmp_path):
 
 def test_another_run_s_state_is_refused(tmp_path):
     killed_run.train(tmp_path)
-    trainer = Trainer(killed_run.model(), 8 / 255, folder=tmp_path, resume=True, progress=False)
+    other = Trainer(killed_run.model(), 8 / 255, folder=tmp_path, resume=True, progress=False)
     with pytest.raises(ValueError, match="the state of another run"):
-        trainer.fit(killed_run.images(96, 1), killed_run.images(33, 2))
+        other.fit(killed_run.images(96, 1), killed_run.images(33, 2))
 
 
 def test_other_threads_are_warned_of(tmp_path):

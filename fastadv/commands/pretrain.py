@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespace) -> dict:
     """The card: what the weights are, how they were made, how good they are."""
     pixels = model.pixels.to(device=arguments.device, memory_format=torch.channels_last)
-    options = {"autocast": torch.bfloat16, "compile": True, "memory_format": torch.channels_last}
+    options = {"autocast": torch.bfloat16, "compile": RECIPE["compile"], "memory_format": torch.channels_last}
     attack = PGD(pixels, EPS, EPS / 4, 50, restarts=10, **options)
     images, labels = (part[: arguments.limit] for part in dataset.test)
     report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=arguments.out / "evaluation.safetensors")

@@ -2,7 +2,7 @@
 
 from fastadv.models.checkpoints import load, load_weights, save
 from fastadv.models.export import export
-from fastadv.models.model import Model
+from fastadv.models.model import Model, construct
 from fastadv.models.sources import CHOICES, Source, source
 from fastadv.models.structure import Target, find_blocks, find_head, lora_targets, new_head
 
@@ -11,6 +11,7 @@ __all__ = [
     "Model",
     "Source",
     "Target",
+    "construct",
     "export",
     "find_blocks",
     "find_head",

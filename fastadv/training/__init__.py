@@ -1,5 +1,11 @@
-"""Adversarial fine-tuning."""
+"""Adversarial fine-tuning, and its parts for a loop of your own."""
 
+from fastadv.training.augment import Augment
+from fastadv.training.backbone import backbone_robustness
+from fastadv.training.methods import trainable
+from fastadv.training.monitor import Monitor
+from fastadv.training.settings import Settings
+from fastadv.training.step import Step
 from fastadv.training.trainer import Trainer
 
-__all__ = ["Trainer"]
+__all__ = ["Augment", "Monitor", "Settings", "Step", "Trainer", "backbone_robustness", "trainable"]

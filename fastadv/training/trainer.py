@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,7 +123,7 @@ class Trainer:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.
             FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
                 batch is in its nonfinite.safetensors.
-            KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; with a folder there is a checkpoint first.
+            KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
             TypeError: images are neither floats nor uint8, or labels are not int64.
             ValueError: no training images, images beyond [0, 1] or not as many as labels; a batch too small for its
                 parts; no such head, nothing to train; the state is another run's.
@@ -202,8 +203,7 @@ class _Run:
 
     def run(self) -> list[dict]:
         groups = self._open()
-        catching = self.interruption if self.checkpoints else nullcontext()
-        with seeded(self.settings.seed), catching, self._bar() as self.bar:
+        with seeded(self.settings.seed), self._bar() as self.bar:
             if not self.at.records:
                 self._measure_backbone()
             for number, stage in list(enumerate(self.settings.stages))[self.at.stage :]:
@@ -264,6 +264,10 @@ class _Run:
                 self.model, self.images, self.labels, self.trainer.eps, head=s.head, seed=s.seed
             )
             self._record({"backbone": found})
+            if found["clean_accuracy"] is not None:
+                shares = [f"{found[name]:.1%}" for name in ("clean_accuracy", "robust_accuracy")]
+                words = "the backbone before training, with a new head: %s clean, %s under PGD-10 at eps %g/255"
+                logger.info(words, *shares, 255 * self.trainer.eps)
             if found["warning"]:
                 warnings.warn(found["warning"], stacklevel=4)
 
@@ -301,6 +305,7 @@ class _Run:
                 self._load(groups)
             while self.at.epoch < self.at.first_epoch + stage.epochs and not self.at.stopped:
                 self._epoch(stage)
+            self._save()
             chosen = self.best or (self.average and self.average.state)
             if chosen:
                 self.tuning.load(chosen)
@@ -331,20 +336,30 @@ class _Run:
     # ------------------------------------------------------------------ an epoch
 
     def _epoch(self, stage: Stage) -> None:
+        with self.interruption if self.checkpoints else nullcontext():
+            asked = self._steps(stage)
+            # Before the evaluation, which may take longer than the patience of who sends SIGTERM.
+            self._save()
+            if asked:
+                logger.info("interrupted: the state is in %s", self.trainer.folder)
+        if asked:  # by a signal to another process of this run
+            raise SystemExit(128 + signal.SIGTERM)
+        self._finish_epoch(stage)
+
+    def _steps(self, stage: Stage) -> bool:
+        """The steps that are left of an epoch; whether they were interrupted."""
         start, before = time.perf_counter(), self.at.train_s
         saved = start
         for index in self._order(self.at.epoch).tensor_split(self.steps)[self.at.batch :]:
             due, asked = self._batch(stage, index, time.perf_counter() - saved >= self.settings.checkpoint_s)
             now = time.perf_counter()
             self.at.train_s = before + now - start
-            if due or asked:
+            if asked:
+                return True
+            if due:
                 self._save()
                 saved = now
-            if asked:
-                logger.info("interrupted; the state is in %s", self.trainer.folder)
-                self.interruption.act()
-        self._finish_epoch(stage)
-        self._save()
+        return False
 
     def _finish_epoch(self, stage: Stage) -> None:
         at, count = self.at, len(self.images)
@@ -382,7 +397,7 @@ class _Run:
         mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
-        wishes = torch.tensor([due, self.interruption.signal or 0], dtype=torch.float64, device=self.device)
+        wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
         total = torch.cat((sum(parts), wishes))
         if world > 1:
             total = self.here.reduce(total, "sum")

@@ -1,0 +1,154 @@
+"""From a folder of pictures to a model, its report, its predictions and its export, by the command line in process."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from fastadv import cli, data, models
+from fastadv.commands import pretrain
+from fastadv.models.networks import resnet
+from fastadv.preprocessing import Preprocessing
+
+COLOURS = {"blue": (40, 40, 200), "grün": (40, 200, 40), "red": (200, 40, 40)}
+
+
+def picture(colour, rng, size=(40, 36)):
+    pixels = np.clip(np.array(colour) + rng.normal(0, 40, (*size, 3)), 0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures") / "photos", np.random.default_rng()
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            picture(colour, rng).save(folder / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A checkpoint for 16x16 pictures with a normalisation; its weights are random, as its head will not be."""
+    torch.manual_seed(0)
+    network = resnet((3, 16, 16), 2, widths=(16, 16), blocks=1)
+    architecture = {"kind": "own", "name": "resnet", "shape": [3, 16, 16], "options": {"widths": [16, 16], "blocks": 1}}
+    given = Preprocessing((16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop=0.9)
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    models.save(models.Model(network, given, architecture, ("a", "b"), pretrained=True), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(photos, backbone, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    finetune(photos, backbone, out)
+    return out
+
+
+def finetune(photos, backbone, out, *options):
+    common = ("--data", photos, "--model", backbone, "--out", out, "--device", "cpu", "--eps", "4")
+    fast = ("--epochs", "12", "--lr", "0.03", "--batch-size", "12", "--method", "bias")
+    cli.main(["finetune", *map(str, (*common, *fast, *options))])
+
+
+def test_a_folder_of_pictures_becomes_a_robust_model(tuned):
+    final = json.loads((tuned / "log.jsonl").read_text().splitlines()[-1])
+    assert final["clean_accuracy"] > 0.9
+    assert final["robust_accuracy"] > 0.7
+    assert models.load(tuned / "model.safetensors").classes == tuple(COLOURS)
+
+
+def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tuned, tmp_path):
+    table = tmp_path / "table.csv"
+    cli.main(["predict", str(photos), "--model", str(tuned / "model.safetensors"), "--out", str(table)])
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 60
+    model = models.load(tuned / "model.safetensors")
+    loaded = data.load(photos, preprocessing=model.preprocessing, seed=0)
+    with torch.no_grad():
+        shares = model.pixels.eval()(data.to_float(loaded.x_val)).softmax(1)
+    found = {tuple(row[name] for name in COLOURS) for row in rows}
+    for share in shares.tolist():
+        assert tuple(f"{value:.6f}" for value in share) in found
+    for row in rows:
+        assert row["class"] == max(COLOURS, key=lambda name: float(row[name]))
+        assert row["probability"] == row[row["class"]]
+    right = sum(f"/{row['class']}/" in row["picture"] for row in rows)
+    assert right >= 54
+
+
+def test_one_picture_goes_to_the_terminal(photos, tuned, capsys):
+    cli.main(["predict", str(photos / "red" / "0.jpg"), "--model", str(tuned / "model.safetensors")])
+    header, row = csv.reader(capsys.readouterr().out.splitlines())
+    assert header == ["picture", "class", "probability", *COLOURS]
+    assert row[0].endswith("red/0.jpg")
+
+
+@pytest.mark.parametrize(("name", "message"), [("absent.jpg", "no picture 'absent.jpg'"), (".", "no picture '.'")])
+def test_no_pictures_are_an_error(tuned, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["predict", name, "--model", str(tuned / "model.safetensors")])
+
+
+def test_the_export_is_plain_and_says_the_same(tuned, tmp_path):
+    cli.main(["export", str(tuned / "model.safetensors"), str(tmp_path / "plain.safetensors")])
+    network = resnet((3, 16, 16), 3, widths=(16, 16), blocks=1)
+    network.load_state_dict(safetensors.torch.load_file(tmp_path / "plain.safetensors"))
+    images = torch.rand(4, 3, 16, 16)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
+    ours = models.load(tuned / "model.safetensors").pixels.eval()
+    torch.testing.assert_close(network.eval()((images - mean) / std), ours(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_needs_no_other_file_and_says_what_the_log_says(tuned):
+    text = (tuned / "report.html").read_text()
+    final = json.loads((tuned / "log.jsonl").read_text().splitlines()[-1])
+    for share in (final["clean_accuracy"], final["robust_accuracy"]):
+        assert f"{100 * share:.1f} %" in text
+    assert set(re.findall(r'(?:src|href)="([^"]{5})', text)) == {"data:"}
+    assert text.count("data:image/png;base64,") == 2
+    for word in ("grün", "batch_size", torch.__version__, "Robust accuracy (PGD-10, eps 4/255)"):
+        assert word in text
+
+
+def test_a_finished_run_can_be_asked_for_again(photos, backbone, tuned, capsys):
+    weights, log = ((tuned / name).read_bytes() for name in ("model.safetensors", "log.jsonl"))
+    finetune(photos, backbone, tuned, "--resume")
+    assert (tuned / "model.safetensors").read_bytes() == weights
+    assert (tuned / "log.jsonl").read_bytes() == log
+    with pytest.raises(SystemExit, match="choose another --out, or --resume"):
+        finetune(photos, backbone, tuned)
+
+
+def test_pretraining_writes_a_backbone_and_its_card(tmp_path, monkeypatch):
+    rng = np.random.default_rng()
+    colours = [*COLOURS.values(), (200, 200, 40), (40, 200, 200), (200, 40, 200), (230, 230, 230)]
+    labels = np.arange(140) % 7
+    images = np.stack([np.asarray(picture(colours[label], rng, (32, 32))).transpose(2, 0, 1) for label in labels])
+    arrays = {"x_train": images[:105], "y_train": labels[:105], "x_test": images[105:], "y_test": labels[105:]}
+    np.savez(tmp_path / "colours.npz", **arrays)
+    monkeypatch.setattr(pretrain, "NETWORK", "resnet?widths=[8,8]&blocks=1")
+    monkeypatch.setitem(pretrain.RECIPE, "compile", False)
+    monkeypatch.setitem(pretrain.RECIPE, "batch_size", 15)
+    options = ("--data", tmp_path / "colours.npz", "--epochs", "3", "--limit", "12", "--device", "cpu")
+    cli.main(["pretrain", *map(str, options), "--out", str(tmp_path / "out")])
+    card = json.loads((tmp_path / "out" / "robust-resnet.json").read_text())
+    model = models.load(tmp_path / "out" / "robust-resnet.safetensors")
+    assert model.classes == tuple("012345")  # the last class is not used
+    assert model.preprocessing.size == (32, 32)
+    assert card["parameters"] == sum(p.numel() for p in model.network.parameters())
+    assert card["test_images"] == 12
+    assert card["robust_accuracy"] <= card["clean_accuracy"]
+    assert "(90)" in card["data"]
+    chosen = [i for i in range(105, 140) if labels[i] < 6][:12]
+    with torch.no_grad():
+        says = model.pixels.eval()(torch.from_numpy(images[chosen]) / 255).argmax(1).numpy()
+    assert card["clean_accuracy"] == pytest.approx((says == labels[chosen]).mean(), abs=1 / 11)  # the card's is in bf16
