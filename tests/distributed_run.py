@@ -1,26 +1,27 @@
-"""Training as one of several processes, or as the only one: run by test_distributed.py as a program.
+"""Training as one of several processes: run by test_distributed.py as a program, which itself trains as the only one.
 
     python -m torch.distributed.run --nproc_per_node 2 distributed_run.py compare FOLDER
-    python distributed_run.py compare FOLDER
-    ... distributed_run.py interrupted FOLDER [STEPS]
+    python -m torch.distributed.run --nproc_per_node 2 distributed_run.py interrupted FOLDER STEPS
 
-`compare` trains every case of CASES and writes CASE-PROCESSES-RANK.pt to FOLDER: weights, and what the records say.
-`interrupted` trains in FOLDER; the last process gets a SIGTERM of its own after STEPS steps.
+`compare` trains every case of CASES, and then one on which the processes have reason to disagree; it writes
+CASE-RANK.pt to FOLDER. `interrupted` trains in FOLDER until the last process gets a SIGTERM, after STEPS steps;
+steps-RANK in FOLDER has a byte for each step.
 """
 
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastadv.training import Trainer
+from fastadv.training import Monitor, trainer
 from fastadv.training.step import Step
 
 torch.set_num_threads(1)
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
 
 
 def images(count, seed, dtype=torch.float64):
@@ -61,43 +62,48 @@ def train(norm, dtype, changes, **options):
     model = network(norm, dtype)
     settings = {"attack": "fgsm-rs", "epochs": 5, "batch_size": 16, "lr": 1e-2, "augment": True, "eval_every": 2}
     settings |= {"probe": 32, "measure_backbone": False, "progress": False, **changes}
-    trainer = Trainer(model, 16 / 255, **settings, **options)
-    return model, trainer.fit(images(157, 1, dtype), images(33, 2, dtype))
+    records = trainer.Trainer(model, 16 / 255, **settings, **options).fit(images(157, 1, dtype), images(33, 2, dtype))
+    return model, records
 
 
 def compare(folder):
     for name, case in CASES.items():
         model, records = train(*case)
-        result = {"weights": model.state_dict(), "records": records, "processes": PROCESSES}
-        torch.save(result, folder / f"{name}-{PROCESSES}-{RANK}.pt")
-    # Batch-norm in train mode: each process has other statistics, and all must do the same nevertheless.
-    model, records = train(batch_norm, torch.float32, {"method": "full", "on_overfitting": "stop"}, **eager(folder))
-    torch.save({"records": records}, folder / f"statistics-{PROCESSES}-{RANK}.pt")
+        save(folder, name, {"weights": model.state_dict(), "records": records})
+    trainer.Monitor = OneSided
+    options = {"folder": folder / "run", "checkpoint_s": 0.0 if RANK == 0 else 1e9}
+    _, records = train(batch_norm, torch.float32, {"method": "full", "on_overfitting": "stop"}, **options)
+    save(folder, "disagreement", {"records": records})
 
 
-def eager(folder):
-    """A checkpoint is always due, by the clock of the first process alone."""
-    return {"folder": folder / f"statistics-{PROCESSES}", "checkpoint_s": 0.0 if RANK == 0 else 1e9}
+class OneSided(Monitor):
+    """Gives an alarm in the first process alone, at the third check."""
+
+    checks = 0
+
+    def check(self):
+        self.checks += 1
+        return replace(super().check(), alarm="fire" if self.checks == 3 and RANK == 0 else None)
+
+
+def save(folder, name, result):
+    torch.save(result, folder / f"{name}-{RANK}.pt")
 
 
 def interrupted(folder, steps):
-    taken, apply = [], Step.apply
+    apply, path = Step.apply, folder / f"steps-{RANK}"
 
     def counted(step):
         apply(step)
-        taken.append(None)
-        if len(taken) == steps and RANK == PROCESSES - 1:
+        with open(path, "ab") as file:
+            file.write(b".")
+        if path.stat().st_size == steps and RANK == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Step.apply = counted
-    try:
-        train(*CASES["full"], folder=folder / "run", resume=True)
-    finally:
-        (folder / f"steps-{PROCESSES}-{RANK}").write_text(str(len(taken)))
+    train(*CASES["full"], folder=folder)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compare":
-        compare(Path(sys.argv[2]))
-    else:
-        interrupted(Path(sys.argv[2]), int(sys.argv[3]))
+    program, folder, *steps = sys.argv[1:]
+    (compare if program == "compare" else interrupted)(Path(folder), *map(int, steps))

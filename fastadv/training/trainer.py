@@ -531,7 +531,6 @@ class _Run:
         }
 
     def _load(self, groups: Groups) -> None:
-        self.groups = dict.fromkeys(groups)
         self.tuning.load(groups["weights"])
         _load_state(self.optimizer, groups["optimizer"])
         self.good, self.best, self.changed = groups["good"], groups.get("best"), set()
