@@ -1,0 +1,610 @@
+"""The training loop against what it promises: seeds, choices of weights, answers to overfitting, refusals."""
+
+import copy
+from dataclasses import asdict
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastadv import data, sample_seeds
+from fastadv.attacks import FGSM, NFGSM, PGD
+from fastadv.evaluation import robust_accuracy
+from fastadv.models import find_head, networks
+from fastadv.training import Trainer, trainer
+from fastadv.training.augment import Augment
+from fastadv.training.average import Average
+from fastadv.training.monitor import Reading
+from fastadv.training.step import Step
+
+EPS = 16 / 255
+
+
+def colours(count, seed, side=8):
+    """Noisy uint8 images (count, 3, side, side); the class is the channel that is bright."""
+    labels = torch.arange(count) % 3
+    bright = F.one_hot(labels, 3)[:, :, None, None]
+    noise = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return (255 * (0.4 * bright + 0.6 * noise)).to(torch.uint8), labels
+
+
+TRAIN, VAL, TEST = colours(50, 1), colours(20, 2), colours(21, 3)
+
+
+def conv(batch_norm=True):
+    """With a 1x1 convolution for LoRA, batch-norm and no dropout."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8) if batch_norm else nn.Identity()
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), norm, nn.SiLU(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(128, 3))
+
+
+def fit(model, *, parts=(TRAIN, VAL), **changes):
+    settings = {"epochs": 2, "batch_size": 10, "lr": 1e-2, "probe": 0, "measure_backbone": False, "progress": False}
+    options = settings | changes
+    return Trainer(model, options.pop("eps", EPS), **options).fit(*parts)
+
+
+def copied(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture
+def after_steps(monkeypatch):
+    """The weights after each step, in a list, taken from the model that `watch` was given."""
+    states, watched, apply = [], [], Step.apply
+
+    def noted(step):
+        apply(step)
+        states.append(copied(watched[0]))
+
+    monkeypatch.setattr(Step, "apply", noted)
+    return states, watched.append
+
+
+# ---------------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(50, 1), (10, 1), (10, 3), (7, 2)])
+def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, accumulate):
+    """Its start is drawn from the run's seed, its own number and the epoch."""
+    model = conv()
+    reference = copy.deepcopy(model).eval()
+    shown, order = [], []
+    hook = model.register_forward_hook(lambda module, args, _: shown.append((module.training, args[0].clone())))
+    batch_of = trainer._Run._batch_of
+
+    def noted(run, part):
+        order.append(part)
+        return batch_of(run, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Run, "_batch_of", noted)
+        options = {"batch_size": batch_size, "accumulate": accumulate, "lr": 0.0, "method": "bias", "seed": 5}
+        fit(model, attack="fgsm-rs", parts=(TRAIN,), **options)
+    hook.remove()
+    assert torch.cat(order).sort()[0].tolist() == sorted([*range(50), *range(50)])
+    # The second of every two passes is the update's.
+    updates = [x for _, x in shown][1 : 2 * len(order) : 2]
+    for number, (index, x) in enumerate(zip(order, updates, strict=True)):
+        epoch = 2 * number // len(order)
+        images, labels = data.to_float(TRAIN[0][index]), TRAIN[1][index]
+        seeds = sample_seeds(5, index, epoch)
+        expected = FGSM(reference, EPS, alpha=1.25 * EPS, noise=None)(images, labels, seed=seeds)
+        # A gradient of nearly nothing may have another sign in another batch.
+        assert ((x - expected).abs() > 1e-6).float().mean() < 0.01
+        assert (x - images).abs().max() > 0.5 * EPS
+
+
+# ---------------------------------------------------------------------- what trains
+
+
+METHODS = {
+    "full": {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "6.weight", "6.bias"},
+    "linear": {"6.weight", "6.bias"},
+    "bias": {"0.bias", "1.bias", "3.bias", "6.weight", "6.bias"},
+    "lora": {"3.weight", "6.weight", "6.bias"},
+}
+STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_after_ten_steps_what_should_train_has_changed_and_no_other_bit(method):
+    model = conv()
+    before = copied(model)
+    records = fit(model, method=method, rank=2)
+    assert changed(model, before) == METHODS[method] | (STATISTICS if method == "full" else set())
+    assert [record["lr"] for record in records if "lr" in record][-1] > 0
+
+
+@pytest.mark.parametrize("method", ["full", "bias", "lora"])
+def test_a_head_start_trains_the_head_and_the_method_begins_with_it(method, after_steps):
+    states, watch = after_steps
+    model = conv()
+    watch(model)
+    before = copied(model)
+    records = fit(model, method=method, rank=2, head_start=2, epochs=2, parts=(TRAIN,))
+    assert len(states) == 20
+    first, second = states[9], states[10]
+    assert {name for name in first if not torch.equal(first[name], before[name])} == METHODS["linear"]
+    moved = (second["6.weight"] - first["6.weight"]).abs().max()
+    assert 0 < moved < 0.011  # one step of AdamW at lr 0.01
+    assert changed(model, before) == METHODS[method] | (STATISTICS if method == "full" else set())
+    assert [record["method"] for record in records if "stage" in record] == ["linear", method]
+    assert [record["epoch"] for record in records if "epoch" in record] == [0, 1, 2, 3]
+
+
+# ---------------------------------------------------------------------- which weights
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [([0.2, 0.6, 0.5, 0.1], 1), ([0.3, 0.3, 0.2, 0.3], 0), ([0, 0, 0, 0.1], 3)]
+)
+def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(scores, best, monkeypatch, after_steps):
+    states, watch = after_steps
+    model, left, attacks = conv(), iter([*scores, 0.0]), []
+    watch(model)
+
+    def scripted(model, batch, attack, **options):
+        attacks.append(attack)
+        assert batch is (VAL if len(attacks) <= 4 else TEST)
+        return {"clean_accuracy": 1.0, "robust_accuracy": next(left)}
+
+    monkeypatch.setattr(trainer, "robust_accuracy", scripted)
+    records = fit(model, epochs=4, parts=(TRAIN, VAL, TEST))
+    assert same(copied(model), states[5 * best + 4])
+    assert records[-1]["best_epoch"] == best
+    assert all(type(attack) is PGD and attack.steps == 10 for attack in attacks)
+
+
+def test_the_training_attack_never_chooses(after_steps):
+    """Against the attack given for evaluation the later epochs are worse; against the training attack, better."""
+    states, watch = after_steps
+    model = conv()
+    watch(model)
+    epochs = iter(range(100))
+
+    def evaluating(x, y):  # from the second epoch on nothing is left
+        return x if next(epochs) == 0 else 1 - x
+
+    records = fit(model, epochs=3, attack="fgsm", eval_attack=evaluating)
+    epochs_of = [record for record in records if "epoch" in record]
+    assert epochs_of[0]["robust_accuracy"] > max(record["robust_accuracy"] for record in epochs_of[1:])
+    assert epochs_of[2]["train_accuracy"] > epochs_of[0]["train_accuracy"]
+    assert same(copied(model), states[4])
+
+
+def test_without_validation_images_the_last_weights_are_taken(after_steps):
+    states, watch = after_steps
+    model = conv()
+    watch(model)
+    records = fit(model, parts=(TRAIN,))
+    assert same(copied(model), states[-1])
+    assert records[-1]["best_epoch"] is None
+    assert "robust_accuracy" not in records[-1]
+
+
+# ---------------------------------------------------------------------- answers to overfitting
+
+
+@pytest.fixture
+def alarms(monkeypatch):
+    """`alarms(2)`: a monitor with an alarm at its third check, which notes its attack at each."""
+
+    def script(*numbers):
+        seen = []
+
+        class Scripted:
+            def __init__(self, model, images, labels, attack, eps, *, seed):
+                self.attack = attack
+
+            def check(self):
+                alarm = "it burns" if len(seen) in numbers else None
+                seen.append(self.attack)
+                return Reading(0.5, 0.5, 0.0, 1.0, 0.0, alarm)
+
+            def state(self):
+                return {"best": 0.5, "best_gap": 0.0}
+
+        monkeypatch.setattr(trainer, "Monitor", Scripted)
+        return seen
+
+    return script
+
+
+def actions(records):
+    return [record.get("action") for record in records if "epoch" in record]
+
+
+def learning_rates(records):
+    return [record["lr"] for record in records if "epoch" in record]
+
+
+OPTIONS = {"probe": 8, "epochs": 4, "parts": (TRAIN,), "attack": "fgsm-rs"}
+
+
+def test_a_warning_changes_nothing(alarms):
+    quiet, warned = conv(), conv()
+    alarms()
+    fit(quiet, **OPTIONS)
+    alarms(1)
+    with pytest.warns(UserWarning, match=r"epoch 1: it burns \(warn\)"):
+        records = fit(warned, **OPTIONS)
+    assert same(copied(quiet), copied(warned))
+    assert actions(records) == [None, "warn", None, None]
+
+
+def test_stopping_leaves_the_last_good_weights(alarms, after_steps):
+    (states, watch), model = after_steps, conv()
+    watch(model)
+    alarms(2)
+    with pytest.warns(UserWarning, match="it burns"):
+        records = fit(model, on_overfitting="stop", **OPTIONS)
+    assert len(states) == 15
+    assert same(copied(model), states[9])
+    assert actions(records) == [None, None, "stop"]
+    assert records[-1]["final"]
+    assert records[-1]["epochs"] == 3
+
+
+def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_steps, monkeypatch):
+    (states, watch), model, scores = after_steps, conv(), iter([0.6, 0.5, 0.4, 0.0])
+    watch(model)
+    alarms(2)
+    scripted = {"clean_accuracy": 1.0}
+    monkeypatch.setattr(trainer, "robust_accuracy", lambda *_, **__: scripted | {"robust_accuracy": next(scores)})
+    with pytest.warns(UserWarning, match="it burns"):
+        fit(model, on_overfitting="stop", **OPTIONS | {"parts": (TRAIN, VAL)})
+    assert same(copied(model), states[4])
+
+
+@pytest.fixture
+def before_steps(monkeypatch):
+    """The weights that each batch found."""
+    states, watched, batch = [], [], trainer._Run._batch
+
+    def noted(run, *arguments):
+        states.append(copied(watched[0]))
+        return batch(run, *arguments)
+
+    monkeypatch.setattr(trainer._Run, "_batch", noted)
+    return states, watched.append
+
+
+def test_rollback_goes_to_the_last_good_weights_and_halves_the_learning_rate(alarms, before_steps):
+    (states, watch), model = before_steps, conv()
+    watch(model)
+    alarms(1, 2)
+    with pytest.warns(UserWarning, match=r"it burns \(rollback\)"):
+        records = fit(model, on_overfitting="rollback", **OPTIONS)
+    good = states[5]  # after the first epoch
+    assert same(states[10], good)
+    assert same(states[15], good)
+    assert not same(states[11], good)
+    assert actions(records) == [None, "rollback", "rollback", None]
+    alarms()
+    undisturbed = learning_rates(fit(conv(), **OPTIONS))
+    expected = [rate * factor for rate, factor in zip(undisturbed, (1, 1, 0.5, 0.25), strict=True)]
+    assert learning_rates(records) == pytest.approx(expected, rel=1e-12)
+
+
+def test_rollback_in_the_first_epoch_goes_to_the_beginning(alarms, before_steps):
+    (states, watch), model = before_steps, conv()
+    watch(model)
+    alarms(0)
+    with pytest.warns(UserWarning, match="it burns"):
+        fit(model, on_overfitting="rollback", **OPTIONS)
+    assert same(states[5], states[0])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("pgd", PGD), ("nfgsm", NFGSM)])
+def test_switching_goes_to_the_last_good_weights_and_another_attack(name, kind, alarms, before_steps, monkeypatch):
+    (states, watch), model, used = before_steps, conv(), []
+    watch(model)
+    gradients = Step.gradients
+    monkeypatch.setattr(
+        Step, "gradients", lambda step, *a, **k: (used.append(step.attack), gradients(step, *a, **k))[1]
+    )
+    watching = alarms(1, 3)
+    with pytest.warns(UserWarning, match="it burns"):
+        records = fit(model, on_overfitting="switch", switch_to=name, alpha=0.01, **OPTIONS)
+    assert same(states[10], states[5])
+    assert [type(attack) for attack in used] == [FGSM] * 10 + [kind] * 10
+    assert (used[0].alpha, used[0].noise) == (0.01, EPS)
+    assert used[-1].eps == EPS
+    assert (used[-1].alpha, used[-1].steps) == ((EPS / 4, 7) if name == "pgd" else (None, 1))
+    assert [type(attack) for attack in watching] == [FGSM] * 2 + [kind] * 2
+    assert actions(records) == [None, "switch", None, "warn"]  # there is nothing more to switch to
+    assert learning_rates(records) == learning_rates(fit(conv(), **OPTIONS))
+
+
+def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
+    def run(folder, cut=None):
+        model = conv()
+        alarms(1)
+        batch, count = trainer._Run._batch, iter(range(100))
+
+        def failing(run, *arguments):
+            if next(count) == cut:
+                raise RuntimeError("cut")
+            return batch(run, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer._Run, "_batch", failing)
+            fit(model, on_overfitting="switch", average=0.9, folder=folder, resume=True, **OPTIONS)
+        return model
+
+    with pytest.warns(UserWarning, match="it burns"):
+        whole = run(tmp_path / "whole")
+    with pytest.warns(UserWarning, match="it burns"), pytest.raises(RuntimeError, match="cut"):
+        run(tmp_path / "cut", cut=17)
+    alarms()
+    resumed = conv()
+    fit(resumed, on_overfitting="switch", average=0.9, folder=tmp_path / "cut", resume=True, **OPTIONS)
+    assert same(copied(whole), copied(resumed))
+
+
+def test_a_run_cut_in_its_final_evaluation_can_be_resumed_twice(tmp_path, monkeypatch):
+    models, evaluate = [conv(), conv(), conv()], robust_accuracy
+
+    def failing(*arguments, **options):
+        raise RuntimeError("cut")
+
+    options = {"folder": tmp_path, "resume": True, "parts": (TRAIN, None, TEST)}
+    monkeypatch.setattr(trainer, "robust_accuracy", failing)
+    with pytest.raises(RuntimeError, match="cut"):
+        fit(models[0], **options)
+    monkeypatch.setattr(trainer, "robust_accuracy", evaluate)
+    first, second = (fit(model, **options) for model in models[1:])
+    assert first == second
+    assert all(same(copied(models[0]), copied(model)) for model in models[1:])
+
+
+# ---------------------------------------------------------------------- overfitting itself
+
+
+def digits(classes, **changes):
+    dataset = data.load("digits", classes=classes)
+    torch.manual_seed(0)
+    model = networks.mlp(dataset.shape, len(classes))
+    return model, dataset, {"optimizer": "adamw", "lr": 2e-3, "batch_size": 64, "probe": 256, **changes}
+
+
+def trained(model, dataset, **settings):
+    """(records, PGD-10's accuracy of the last weights on the test images)."""
+    eps = settings["eps"]
+    records = fit(model, parts=(dataset.train,), **settings)
+    return records, robust_accuracy(model, dataset.test, PGD(model, eps, eps / 4, 10))["robust_accuracy"]
+
+
+@pytest.fixture(scope="module")
+def by_action():
+    """Digits 0-4 from scratch at a budget that FGSM overfits at: (records, robust accuracy) by attack or answer."""
+    runs = {"pgd": {"attack": "pgd"}, "fgsm": {}}
+    runs |= {action: {"on_overfitting": action} for action in ("stop", "rollback", "switch")}
+    found = {}
+    for name, changes in runs.items():
+        model, dataset, settings = digits(range(5), eps=0.3, epochs=40, attack="fgsm")
+        with pytest.warns(UserWarning) if name != "pgd" else pytest.MonkeyPatch.context():
+            found[name] = trained(model, dataset, **settings | changes)
+    return found
+
+
+def test_fgsm_from_scratch_overfits_and_the_alarm_tells(by_action):
+    records, robust = by_action["fgsm"]
+    alarmed = [record["epoch"] for record in records if record.get("alarm")]
+    assert alarmed
+    assert alarmed[0] < 30
+    assert robust < by_action["pgd"][1] - 0.2
+    assert not any(record.get("alarm") for record in by_action["pgd"][0])
+
+
+def test_each_answer_to_overfitting_is_better_than_none(by_action):
+    without = by_action["fgsm"][1]
+    for action in ("stop", "rollback", "switch"):
+        records, robust = by_action[action]
+        assert action in actions(records)
+        assert robust > without + 0.1, action
+    assert len(actions(by_action["stop"][0])) < 40
+
+
+def test_after_a_switch_it_is_as_robust_as_under_pgd_throughout(by_action):
+    assert by_action["switch"][1] > by_action["pgd"][1] - 0.05
+
+
+def test_fine_tuning_a_robust_network_gives_no_alarm():
+    model, dataset, settings = digits(range(5), eps=0.1, epochs=10, attack="pgd")
+    trained(model, dataset, **settings)
+    _, dataset, settings = digits(range(5, 10), eps=0.1, epochs=15, attack="fgsm")
+    find_head(model)[1].reset_parameters()
+    records, robust = trained(model, dataset, **settings)
+    assert robust > 0.7
+    assert not any(record.get("alarm") for record in records)
+    assert "alarm" in records[1]
+
+
+# ---------------------------------------------------------------------- a loss that is not finite
+
+
+def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path, before_steps):
+    (states, watch), model = before_steps, conv(batch_norm=False)
+    watch(model)
+    images, labels = colours(50, 1)
+    images = images.float() / 255
+    poisoned, seen = 31, []
+
+    def attack(x, y):
+        seen.append(x)
+        return torch.where((x == images[poisoned]).flatten(1).all(1)[:, None, None, None], torch.inf, x)
+
+    with pytest.raises(FloatingPointError, match=r"at epoch 0, batch \d.*nonfinite.safetensors"):
+        fit(model, attack=attack, folder=tmp_path, parts=((images, labels),))
+    kept = safetensors.torch.load_file(tmp_path / "nonfinite.safetensors")
+    assert kept.keys() == {"images", "labels", "index"}
+    assert poisoned in kept["index"]
+    assert torch.equal(kept["images"], images[kept["index"]])
+    assert torch.equal(kept["images"], seen[-1])
+    assert torch.equal(kept["labels"], labels[kept["index"]])
+    assert same(copied(model), states[-1])
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+# ---------------------------------------------------------------------- averaging
+
+
+def test_an_average_is_the_recursion_by_hand():
+    values = [{"w": torch.rand(3, 2, dtype=torch.float64), "count": torch.tensor(i)} for i in range(40)]
+    average = Average(values[0], 0.7)
+    expected = values[0]["w"].clone()
+    for step, state in enumerate(values[1:]):
+        average.update(state, step)
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * state["w"]
+        torch.testing.assert_close(average.state["w"], expected, rtol=1e-12, atol=1e-14)
+        assert average.state["count"] == state["count"]
+
+
+def test_the_averaged_weights_are_evaluated_and_returned(after_steps, monkeypatch):
+    (states, watch), model, evaluated = after_steps, conv(), []
+    watch(model)
+    start = copied(model)
+
+    def noted(model, batch, attack, **options):
+        evaluated.append(copied(model))
+        return {"clean_accuracy": 1.0, "robust_accuracy": len(evaluated) / 10}
+
+    monkeypatch.setattr(trainer, "robust_accuracy", noted)
+    fit(model, average=0.6)
+    expected = {name: value for name, value in start.items() if value.is_floating_point()}
+    for step, state in enumerate(states):
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = {name: decay * value + (1 - decay) * state[name] for name, value in expected.items()}
+        if step % 5 == 4:
+            torch.testing.assert_close({name: evaluated[step // 5][name] for name in expected}, expected)
+    assert same(copied(model), evaluated[1])
+    assert not same(copied(model), states[-1])
+
+
+# ---------------------------------------------------------------------- how the images come, and in which precision
+
+
+def test_augmented_images_reach_the_model_as_their_seeds_say():
+    def shown(seed):
+        model, seen, order = conv(), [], []
+        model.register_forward_hook(lambda module, args, _: seen.append(args[0]))
+        batch_of = trainer._Run._batch_of
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer._Run, "_batch_of", lambda run, part: (order.append(part), batch_of(run, part))[1])
+            fit(model, attack=None, augment=True, seed=seed, epochs=1, parts=(TRAIN,))
+        return torch.cat(order), torch.cat(seen)
+
+    order, seen = shown(5)
+    seeds = sample_seeds(5, order, trainer.AUGMENTING)
+    torch.testing.assert_close(seen, data.to_float(Augment(crop=1)(TRAIN[0][order], seeds)), rtol=0, atol=0)
+    assert not torch.equal(seen, data.to_float(TRAIN[0][order]))
+    again, other = shown(5), shown(6)
+    assert torch.equal(again[1], seen)
+    first, second = (x[index.argsort()] for index, x in ((order, seen), other))
+    assert not torch.equal(first, second)
+
+
+def losses(records):
+    return [record["loss"] for record in records if "epoch" in record]
+
+
+def test_channels_last_reaches_the_model_and_changes_no_result():
+    layouts = []
+    model = conv()
+    model.register_forward_pre_hook(
+        lambda module, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    changed_layout = losses(fit(model, channels_last=True, augment=True, parts=(TRAIN,)))
+    assert all(layouts)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert changed_layout == pytest.approx(losses(fit(conv(), augment=True, parts=(TRAIN,))), rel=1e-3)
+
+
+def test_a_compiled_run_has_the_same_losses():
+    options = {"parts": (colours(48, 1),), "batch_size": 16, "clean_weight": 0.3, "epochs": 2}
+    mlps = [nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
+    mlps[1].load_state_dict(mlps[0].state_dict())
+    compiled, eager = (losses(fit(mlp, compile=flag, **options)) for mlp, flag in zip(mlps, (True, False), strict=True))
+    assert compiled == pytest.approx(eager, abs=1e-4)
+
+
+def test_bf16_trains_weights_that_stay_float32():
+    model, dtypes = conv(), set()
+    model[0].register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    records = fit(model, precision="bf16", epochs=6, parts=(TRAIN,), attack="pgd")
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    in_float32 = losses(fit(conv(), epochs=6, parts=(TRAIN,), attack="pgd"))
+    assert losses(records) == pytest.approx(in_float32, abs=0.05)
+    assert losses(records)[-1] < 0.7 * losses(records)[0]
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_start": 2, "method": "linear"}, "head_start is linear probing before another method"),
+        ({"clean_weight": 1.1}, "clean_weight must be at most 1, got 1.1"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be at least 0, got -0.1"),
+        ({"clip": -1.0}, "clip must be at least 0, got -1.0"),
+        ({"average": float("nan")}, "average must be at least 0, got nan"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'; there are no, bf16"),
+        ({"on_overfitting": "panic"}, "unknown on_overfitting 'panic'; there are warn, stop, rollback, switch"),
+        ({"switch_to": "fgsm"}, "unknown switch_to 'fgsm'; there are pgd, nfgsm"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"attack": "fgsm", "steps": 3}, "the attack fgsm has no setting 'steps'"),
+        ({"attack": "pgd", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 10, "accumulate": 11}, "a batch of 10 images cannot be cut into 11 parts"),
+        ({"parts": ((TRAIN[0], TRAIN[1][:40]),)}, "labels"),
+        ({"parts": (TRAIN, (VAL[0].float(), VAL[1]))}, r"\[0, 1\]"),
+        ({"method": "linear", "head": "7"}, "no module called '7'"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_changed(changes, message):
+    model = conv()
+    before = copied(model)
+    with pytest.raises(ValueError, match=message):
+        fit(model, channels_last="head" not in changes, **changes)
+    assert same(copied(model), before)
+    assert model[0].weight.is_contiguous()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attack": 3}, "attack must be a name, a callable"),
+        ({"eval_attack": "pgd-20"}, "eval_attack must be a callable"),
+        ({"parts": ((TRAIN[0].int(), TRAIN[1]),)}, "images must be a float or uint8 tensor"),
+        ({"parts": (TRAIN, (VAL[0], VAL[1].float()))}, "labels must be an int64 tensor"),
+    ],
+)
+def test_wrong_types_are_refused(changes, message):
+    with pytest.raises(TypeError, match=message):
+        fit(conv(), **changes)
+
+
+def test_a_precision_of_accelerate_s_that_is_not_known_is_refused(monkeypatch):
+    model = conv()
+    monkeypatch.setattr(trainer.require("accelerate").Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(ValueError, match="precision must be no or bf16, got fp16 from accelerate"):
+        fit(model, channels_last=True)
+    assert model[0].weight.is_contiguous()
+    fit(model, precision="bf16", epochs=1, parts=(TRAIN,))  # what was asked for wins
