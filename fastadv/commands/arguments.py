@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fastadv import models
+from fastadv import data, models
+from fastadv.preprocessing import Preprocessing
 
 
 def budget(text: str) -> float:
@@ -61,12 +62,34 @@ def adder(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_data(add: Callable) -> None:
-    add("--data", required=True, help="digits, cifar10, a folder of pictures, of parquet files, or an .npz file")
+def add_data(parser: argparse.ArgumentParser, add: Callable, default: str | None = None) -> None:
+    add(
+        "--data",
+        default=default,
+        required=default is None,
+        help="digits, cifar10, a folder of pictures, of parquet files, or an .npz file",
+    )
     add("--data-folder", Path, help="where cifar10 is (the variable FASTADV_DATA, else data, if not given)")
     add("--classes", class_list, help="labels or names to keep, such as 5-9 or cat,dog (all if not given)")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
     add("--seed", int, 0)
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None, **options) -> data.Data:
+    """The data that `add_data`'s arguments name, with a word on what the set itself does not have."""
+    dataset = data.load(
+        arguments.data,
+        preprocessing=preprocessing,
+        classes=arguments.classes,
+        folder=arguments.data_folder,
+        skip_corrupt=arguments.skip_corrupt,
+        seed=arguments.seed,
+        **options,
+    )
+    for note in dataset.notes:
+        print(note)
+    return dataset
 
 
 def model_source(name: str) -> models.Source:

@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from fastadv import data, models
+from fastadv import models
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, eps_budget
+from fastadv.commands.arguments import add_data, adder, eps_budget, load_data
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ITERATES
 
@@ -14,7 +14,7 @@ from fastadv.evaluation.robustness import ITERATES
 def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
-    add_data(add)
+    add_data(parser, add)
     add("--model", required=True, help="a checkpoint.safetensors")
     add("--attacks", default="fgsm,pgd-20,pgd-50-10", help=f"some of {', '.join(PRESETS)}")
     add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
@@ -31,13 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     model = models.load(arguments.model)
-    dataset = data.load(
-        arguments.data,
-        preprocessing=model.preprocessing,
-        classes=arguments.classes,
-        folder=arguments.data_folder,
-        seed=arguments.seed,
-    )
+    dataset = load_data(arguments, model.preprocessing)
     if dataset.classes != model.classes:
         raise ValueError(
             f"the model's classes are {', '.join(model.classes)}, and the data's {', '.join(dataset.classes)}: give "

@@ -9,7 +9,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, budget, eps_budget, model_source
+from fastadv.commands.arguments import add_data, adder, budget, eps_budget, load_data, model_source
 from fastadv.report import write_report
 from fastadv.training import Trainer
 from fastadv.training.settings import Settings
@@ -19,7 +19,7 @@ from fastadv.version import __version__
 def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
-    add_data(add)
+    add_data(parser, add)
     add("--validation", float, 0.1, help="share of the training images to choose weights on, where none are set apart")
     add("--model", default="robust-resnet", help=f"{', '.join(models.CHOICES)}, or a checkpoint.safetensors")
     add("--init", help="safetensors file with weights for the model; a head for other classes is replaced")
@@ -53,16 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     if weights.exists() and not arguments.resume:
         raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
     source = model_source(arguments.model)
-    dataset = data.load(
-        arguments.data,
-        preprocessing=source.preprocessing,
-        classes=arguments.classes,
-        validation=arguments.validation,
-        folder=arguments.data_folder,
-        seed=arguments.seed,
-    )
-    for note in dataset.notes:
-        print(note)
+    dataset = load_data(arguments, source.preprocessing, validation=arguments.validation)
     torch.manual_seed(arguments.seed)
     model = source.build(dataset.classes, dataset.shape)
     if arguments.init:

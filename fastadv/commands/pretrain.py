@@ -8,7 +8,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.attacks import PGD
-from fastadv.commands.arguments import add_data, adder, class_list
+from fastadv.commands.arguments import add_data, adder, class_list, load_data
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
 from fastadv.preprocessing import Preprocessing
@@ -36,9 +36,8 @@ WARMUP = 0.15  # of all steps
 def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
-    add_data(add)
-    parser.set_defaults(data="cifar10", classes=class_list("0-5"))
-    parser._option_string_actions["--data"].required = False
+    add_data(parser, add, default="cifar10")
+    parser.set_defaults(classes=class_list("0-5"))
     add("--epochs", int, 30)
     add("--limit", int, 1000, help="test images for PGD-50-10, from the first")
     add("--out", Path, required=True, help="folder for robust-resnet.safetensors, its card and the state")
@@ -46,9 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    dataset = data.load(
-        arguments.data, classes=arguments.classes, validation=0, folder=arguments.data_folder, seed=arguments.seed
-    )
+    dataset = load_data(arguments, None, validation=0)
     torch.manual_seed(arguments.seed)
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)
     steps = -(-len(dataset.y_train) // RECIPE["batch_size"])
