@@ -20,8 +20,13 @@ def run(*arguments, **variables):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [*LAUNCH, distributed_run.__file__, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stderr
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            _, errors = launcher.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # it ends its processes, which may wait for each other
+            raise
+    return launcher.returncode, errors
 
 
 @pytest.fixture(scope="module")
