@@ -133,14 +133,22 @@ def memory_row(r):
     return tuple(row)
 
 
-TRAINING_HEADER = ("network", "batch", "attack's passes, ms", "update's, ms", "update, ms", "our kernels, ms", "share")
+STEP_ATTACKS = ("fgsm", "fgsm-rs", "pgd")
+TRAINING_HEADER = (
+    *("network", "method", "batch", "F + Bx, ms", "F + B, ms", "optimiser, ms", "FGSM step, ms"),
+    *(f"{attack} / its parts" for attack in STEP_ATTACKS),
+    *("FGSM / standard", "PGD-7 / FGSM"),
+)
 
 
 def training_row(r):
-    ms = {name: seconds * 1e3 for name, seconds in r["median_seconds"].items()}
-    passes = [ms[f"{what}: forward"] + ms[f"{what}: backward"] for what in ("attack", "update")]
-    figures = (*passes, ms["update"], ms["random start"] + ms["step kernel"])
-    return (r["network"], str(r["batch"]), *(f"{v:.2f}" for v in figures), f"{r['kernels_share']:.1%}")
+    seconds = (r["median_seconds"][name] for name in ("F + Bx", "F + B", "optimiser", "fgsm"))
+    ratios = (*(r["over_parts"][attack] for attack in STEP_ATTACKS), r["fgsm_over_standard"], r["pgd_over_fgsm"])
+    return (
+        *(r["network"], r["method"], str(r["batch"])),
+        *(f"{1e3 * value:,.1f}" for value in seconds),
+        *(f"{value:.2f}" for value in ratios),
+    )
 
 
 COUNTER_HEADER = (
@@ -186,7 +194,7 @@ KINDS = (
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
-    ("training", "an adversarial training step (FGSM-RS)", TRAINING_HEADER, training_row),
+    ("training", "a step of adversarial training, medians", TRAINING_HEADER, training_row),
     ("evaluation", "restarts on a trained network", EVALUATION_HEADER, evaluation_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
 )
