@@ -39,7 +39,7 @@ def load(paths):
 
 def figures(result):
     launches = [{"kind": "counter", **launch} for launch in result.get("launches", [])]
-    return [b["extra_info"] for b in result.get("benchmarks", [])] + launches
+    return [b["extra_info"] for b in result.get("benchmarks", [])] + launches + result.get("summary", [])
 
 
 def check_roofline(rows):
@@ -151,6 +151,25 @@ def training_row(r):
     )
 
 
+TRANSFER_HEADER = (
+    *("method", "attack", "seeds", "parameters that train", "clean", "PGD-10"),
+    *("s of training", "time / FGSM", "alarms"),
+)
+
+
+def accuracy(found):
+    spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
+    return f"{100 * found['mean']:.1f}{spread} %"
+
+
+def transfer_row(r):
+    return (
+        *(r["method"], r["attack"], str(r["seeds"]), f"{r['trainable']:,}"),
+        *(accuracy(r["clean_accuracy"]), accuracy(r["robust_accuracy"]), f"{r['train_s']:,.1f}"),
+        *("-" if r["time_over_fgsm"] is None else f"{r['time_over_fgsm']:.2f}", str(r["alarms"])),
+    )
+
+
 COUNTER_HEADER = (
     *("op", "image/grad", "backend", "µs", "GB/s"),
     *("of DRAM's peak", "instructions an element", "issue slots"),
@@ -195,6 +214,7 @@ KINDS = (
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
     ("training", "a step of adversarial training, medians", TRAINING_HEADER, training_row),
+    ("transfer", "robust transfer, mean and standard deviation over seeds", TRANSFER_HEADER, transfer_row),
     ("evaluation", "restarts on a trained network", EVALUATION_HEADER, evaluation_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
 )
