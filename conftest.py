@@ -3,6 +3,14 @@
 import os
 
 import pytest
+import torch
+
+# timm and peft import torchvision, whose usual build does not load beside a CPU torch: it lacks the operators that its
+# own library would define. Declared they are enough, for nothing here calls them.
+if torch.version.cuda is None:
+    _torchvision = torch.library.Library("torchvision", "FRAGMENT")  # kept: with it its operators would go
+    for _name in ("nms", "qnms"):
+        _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def pytest_addoption(parser):

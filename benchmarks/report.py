@@ -39,7 +39,7 @@ def load(paths):
 
 def figures(result):
     launches = [{"kind": "counter", **launch} for launch in result.get("launches", [])]
-    return [b["extra_info"] for b in result.get("benchmarks", [])] + launches
+    return [b["extra_info"] for b in result.get("benchmarks", [])] + launches + result.get("summary", [])
 
 
 def check_roofline(rows):
@@ -133,14 +133,41 @@ def memory_row(r):
     return tuple(row)
 
 
-TRAINING_HEADER = ("network", "batch", "attack's passes, ms", "update's, ms", "update, ms", "our kernels, ms", "share")
+STEP_ATTACKS = ("fgsm", "fgsm-rs", "pgd")
+TRAINING_HEADER = (
+    *("network", "method", "batch", "F + Bx, ms", "F + B, ms", "optimiser, ms", "FGSM step, ms"),
+    *(f"{attack} / its parts" for attack in STEP_ATTACKS),
+    *("FGSM / standard", "PGD-7 / FGSM"),
+)
 
 
 def training_row(r):
-    ms = {name: seconds * 1e3 for name, seconds in r["median_seconds"].items()}
-    passes = [ms[f"{what}: forward"] + ms[f"{what}: backward"] for what in ("attack", "update")]
-    figures = (*passes, ms["update"], ms["random start"] + ms["step kernel"])
-    return (r["network"], str(r["batch"]), *(f"{v:.2f}" for v in figures), f"{r['kernels_share']:.1%}")
+    seconds = (r["fastest_seconds"][name] for name in ("F + Bx", "F + B", "optimiser", "fgsm"))
+    ratios = (*(r["over_parts"][attack] for attack in STEP_ATTACKS), r["fgsm_over_standard"], r["pgd_over_fgsm"])
+    return (
+        *(r["network"], r["method"], str(r["batch"])),
+        *(f"{1e3 * value:,.1f}" for value in seconds),
+        *(f"{value:.2f}" for value in ratios),
+    )
+
+
+TRANSFER_HEADER = (
+    *("method", "attack", "seeds", "parameters that train", "clean", "PGD-10"),
+    *("s of training", "time / FGSM", "alarms"),
+)
+
+
+def accuracy(found):
+    spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
+    return f"{100 * found['mean']:.1f}{spread} %"
+
+
+def transfer_row(r):
+    return (
+        *(r["method"], r["attack"], str(r["seeds"]), f"{r['trainable']:,}"),
+        *(accuracy(r["clean_accuracy"]), accuracy(r["robust_accuracy"]), f"{r['train_s']:,.1f}"),
+        *("-" if r["time_over_fgsm"] is None else f"{r['time_over_fgsm']:.2f}", str(r["alarms"])),
+    )
 
 
 COUNTER_HEADER = (
@@ -186,7 +213,8 @@ KINDS = (
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
-    ("training", "an adversarial training step (FGSM-RS)", TRAINING_HEADER, training_row),
+    ("training", "a step of adversarial training, fastest readings", TRAINING_HEADER, training_row),
+    ("transfer", "robust transfer, mean and standard deviation over seeds", TRANSFER_HEADER, transfer_row),
     ("evaluation", "restarts on a trained network", EVALUATION_HEADER, evaluation_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
 )

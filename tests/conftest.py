@@ -8,13 +8,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# timm imports torchvision, whose usual build does not load beside a CPU torch: it lacks the operators that its own
-# library would define. Declared they are enough, for nothing here calls them.
-if torch.version.cuda is None:
-    _torchvision = torch.library.Library("torchvision", "FRAGMENT")  # kept: with it its operators would go
-    for _name in ("nms", "qnms"):
-        _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import pytest
 from hypothesis import HealthCheck, settings
 

@@ -81,6 +81,19 @@ def test_benchmarks_have_pytest_benchmark_format_and_the_ratios(dry):
     assert {r["op"] for r in host} == {"pgd_step", "fgsm_step", "fgsm_rs_step", "random_init"}
 
 
+def test_the_training_part_has_steps_and_runs(dry):
+    found = result(dry, "training")
+    rows = [b["extra_info"] for b in found["benchmarks"]]
+    assert {row["method"] for row in rows} == {"full", "lora"}
+    for row in rows:
+        seconds = row["fastest_seconds"]
+        parts = 7 * seconds["F + Bx"] + seconds["F + B"] + seconds["optimiser"]
+        assert row["over_parts"]["pgd"] == pytest.approx(seconds["pgd"] / parts)
+    runs = [(row["method"], row["attack"]) for row in found["transfer"]["rows"]]
+    assert runs == [("linear", "fgsm"), ("linear", "pgd"), ("full", "fgsm"), ("full", "pgd")]
+    assert [(row["method"], row["attack"]) for row in found["summary"]] == runs
+
+
 def test_a_second_run_skips_what_is_done(dry):
     before = {path: path.stat().st_mtime_ns for path in dry.glob("*.json")}
     again = run(SCRIPT, dry, "--dry-run")
@@ -120,6 +133,8 @@ def test_report_makes_tables_and_a_plot(dry, tmp_path):
     written = text.read_text()
     assert "dry run: no measurement" in written
     assert "| pgd_step | tiny | f32/f32 | cpu |" in written
+    assert "| vit | lora | 4 |" in written
+    assert "| linear | pgd | 1 |" in written
     assert all(f"{part}: ok" in written for part in ("build", "correctness", "kernels", "sanitizer"))
     assert picture.read_bytes().startswith(b"\x89PNG")
 

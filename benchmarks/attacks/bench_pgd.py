@@ -7,20 +7,11 @@ import timing
 import torch
 from cases import DEVICE
 from contenders import contenders
-from networks import NETWORKS
+from networks import NETWORKS, example
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
 STEPS = 10
-
-
-def attacked(network, quick):
-    """A new model, images and labels."""
-    make, n = NETWORKS[network]
-    n = 4 if quick else n
-    torch.manual_seed(0)
-    model = make().to(DEVICE).eval()
-    return model, torch.rand(n, 3, 32, 32, device=DEVICE), torch.randint(0, 10, (n,), device=DEVICE)
 
 
 def reading(call, images, labels):
@@ -36,7 +27,7 @@ def reading(call, images, labels):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_pgd(network, measure):
-    model, images, labels = attacked(network, measure.quick)
+    model, images, labels = example(network, measure.quick)
     steps = 2 if measure.quick else STEPS
     readings = {
         name: reading(attack, images, labels)
@@ -89,7 +80,7 @@ class Held:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_memory(network, measure):
     """One step of each: what is held is the same in all."""
-    model, images, labels = attacked(network, measure.quick)
+    model, images, labels = example(network, measure.quick)
     held, readings = {}, {}
     for name, attack in contenders(model, 1, DEVICE, quick=True).items():
         with Held(model) as counted:

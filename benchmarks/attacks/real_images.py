@@ -1,31 +1,23 @@
 """Images to train and attack on: CIFAR-10 where there is a copy, else scikit-learn's digits, enlarged."""
 
-import io
 import os
-from pathlib import Path
 
-import torch
 from torch.nn.functional import interpolate
 
 from fastadv.data import load
 
 
-def cifar10(folder, part, count):
-    """The first images of train.parquet or test.parquet, uint8 (N, 3, 32, 32), and their labels."""
-    import numpy as np
-    import pyarrow.parquet
-    from PIL import Image
-
-    table = pyarrow.parquet.read_table(Path(folder) / f"{part}.parquet").slice(0, count)
-    rows = table.column("image").to_pylist()
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(table.column("label").to_pylist())
+def cifar10(folder, train, test):
+    """So many of the first training and test images, uint8 (N, 3, 32, 32), each with their labels."""
+    data = load("cifar10", folder=folder, validation=0)
+    return (data.x_train[:train], data.y_train[:train]), (data.x_test[:test], data.y_test[:test])
 
 
-def digits(part, count):
+def digits(train, test):
     """The same of the digits, floats."""
-    images, labels = getattr(load("digits"), part)
-    return interpolate(images[:count], (32, 32)).repeat(1, 3, 1, 1), labels[:count]
+    data = load("digits", validation=0)
+    parts = ((data.x_train[:train], data.y_train[:train]), (data.x_test[:test], data.y_test[:test]))
+    return tuple((interpolate(images, (32, 32)).repeat(1, 3, 1, 1), labels) for images, labels in parts)
 
 
 def found(train, test):
@@ -35,5 +27,5 @@ def found(train, test):
     """
     folder = os.environ.get("FASTADV_CIFAR10")
     if folder:
-        return "CIFAR-10", 8 / 255, cifar10(folder, "train", train), cifar10(folder, "test", test)
-    return "digits", 64 / 255, digits("train", train), digits("test", test)
+        return "CIFAR-10", 8 / 255, *cifar10(folder, train, test)
+    return "digits", 64 / 255, *digits(train, test)

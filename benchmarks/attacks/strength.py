@@ -4,7 +4,7 @@ Beside torchattacks with as many steps and restarts; then the options that make 
 
     python benchmarks/attacks/strength.py CIFAR10_FOLDER --out strength.json
 
-CIFAR10_FOLDER holds train.parquet and test.parquet as Hugging Face stores CIFAR-10 (pyarrow and pillow read them).
+CIFAR10_FOLDER is what `fastadv.data.load("cifar10", folder=...)` reads.
 A small network is trained adversarially first (FGSM-RS, a minute or two on a CPU), then attacked on the first test
 images. On the GPU where there is one.
 """
@@ -86,8 +86,8 @@ def main():
     parser.add_argument("--test", type=int, default=1_000)
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
-    folder, counts = args.cifar10, {"train": args.train, "test": args.test}
-    train, test = ([t.to(DEVICE) for t in real_images.cifar10(folder, part, n)] for part, n in counts.items())
+    parts = real_images.cifar10(args.cifar10, args.train, args.test)
+    train, test = ([t.to(DEVICE) for t in part] for part in parts)
     torch.manual_seed(0)
     model = networks.strided().to(DEVICE)
     settings = {"attack": "fgsm-rs", "epochs": args.epochs, "batch_size": 64, "lr": 1e-3, "warmup": 100}

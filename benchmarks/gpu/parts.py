@@ -172,7 +172,7 @@ def kernels(out):
 BENCHMARKS = {
     "bench": {op: op for op in ("pgd_step", "fgsm_step", "fgsm_rs_step", "random_init")},
     "attacks": {network: f"(test_pgd or test_memory) and {network}" for network in ("conv", "resnet18", "vit")},
-    "training": {"step": "test_training_step"},
+    "training": {network: f"test_training_step and {network}" for network in ("resnet18", "vit")},
 }
 DRY_BENCHMARKS = {
     "bench": {"one": "pgd_step-tiny-f32/f32-cpu or host"},
@@ -213,7 +213,7 @@ def real_images(out):
     path = out / "images.strength.json"
     folder = os.environ.get("FASTADV_CIFAR10")
     if not folder:
-        return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with train.parquet and test.parquet"}
+        return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with CIFAR-10"}
     status, _ = run(
         out / "images.log", sys.executable, "benchmarks/attacks/strength.py", folder, "--out", str(path),
         PYTHONPATH=f"{os.environ['PYTHONPATH']}:{ROOT / 'benchmarks/attacks'}",
@@ -221,10 +221,29 @@ def real_images(out):
     return {"ok": status == 0, **(json.loads(path.read_text()) if status == 0 else {})}
 
 
+def transfer(out):
+    """transfer.py: FGSM and PGD from a robust backbone, on the classes that it was not trained on."""
+    path = out / "transfer.runs.json"  # has each finished run: after a timeout the others follow
+    folder = os.environ.get("FASTADV_CIFAR10")
+    if DRY_RUN:
+        chosen = ["--data=digits", "--model=mlp", "--epochs=1", "--device=cpu"]
+        chosen += [f"--{part}-limit=32" for part in ("train", "val", "test")]
+    elif folder:
+        chosen = ["--data=cifar10", f"--data-folder={folder}", "--classes=6-9", "--epochs=10"]
+    else:
+        return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with CIFAR-10", "summary": []}
+    command = (sys.executable, "benchmarks/training/transfer.py", "--seeds=1", *chosen, f"--out={path}")
+    status, _ = run(out / "transfer.log", *command)
+    return {"ok": status == 0, **(json.loads(path.read_text()) if status == 0 else {"summary": []})}
+
+
 def training(out):
+    folder = out / "training"
     result = benchmarks("training", out)
-    images = step(out / "training" / "images.json", lambda: real_images(out / "training"))
-    return {**result, "ok": result["ok"] and images["ok"], "real_images": images}
+    images = step(folder / "images.json", lambda: real_images(folder))
+    runs = step(folder / "transfer.json", lambda: transfer(folder))
+    ok = all(made["ok"] for made in (result, images, runs))
+    return {**result, "ok": ok, "real_images": images, "transfer": runs, "summary": runs["summary"]}
 
 
 # ------------------------------------------------------------------ counters

@@ -6,8 +6,8 @@
 # Parts, in this order: build correctness kernels bench attacks training counters sanitizer. Each writes
 # OUTDIR/NAME.json, takes under ten minutes, and is skipped where that file says it succeeded; within a part, finished
 # steps are skipped too, so after a timeout the same command goes on. --dry-run does every part without a GPU, on tiny
-# sizes: no figure of it counts. PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10's
-# train.parquet and test.parquet. It needs no network. Exit status: 0 if every part asked for is done.
+# sizes: no figure of it counts. PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10,
+# for the runs that train on it. It needs no network. Exit status: 0 if every part asked for is done.
 set -euo pipefail
 
 usage() {

@@ -1,6 +1,7 @@
-"""The attacked networks, for 32x32 images and ten classes: small, but each of a kind people attack."""
+"""The attacked and trained networks, for 32x32 images and ten classes: small, but each of a kind people attack."""
 
 import torch
+from cases import DEVICE
 from torch import nn
 
 
@@ -87,3 +88,12 @@ class Layer(nn.Module):
 
 # name -> (network, batch size)
 NETWORKS = {"conv": (conv, 128), "resnet18": (resnet18, 32), "vit": (ViT, 32)}
+
+
+def example(network, quick):
+    """A new model, images and labels."""
+    make, n = NETWORKS[network]
+    n = 4 if quick else n
+    torch.manual_seed(0)
+    model = make().to(DEVICE).eval()
+    return model, torch.rand(n, 3, 32, 32, device=DEVICE), torch.randint(0, 10, (n,), device=DEVICE)

@@ -1,0 +1,149 @@
+"""A step of adversarial training beside the sum of its parts, for every method and attack.
+
+An attack with K steps takes K forward passes and backward passes to the images (F + Bx), the update one forward pass
+and a backward pass to what trains (F + B), then the optimiser: no step can cost less than the sum. Its ratio to the sum
+is what the trainer adds: random starts, steps of the attack, flags set and put back. In bfloat16 where there is a GPU.
+Ratios are of the fastest readings: what else runs on the machine only ever adds, and here a few per cent matter.
+"""
+
+import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import pytest
+import timing
+import torch
+import torch.nn.functional as F
+from cases import DEVICE
+from networks import example
+
+from fastadv.attacks import by_name
+from fastadv.attacks.state import flags_kept
+from fastadv.functional import sample_seeds
+from fastadv.training.methods import METHODS, trainable
+from fastadv.training.step import Step
+
+pytestmark = pytest.mark.benchmark(timer=timing.clock)
+
+EPS = 8 / 255
+ATTACKS = {"none": 0, "fgsm": 1, "fgsm-rs": 1, "pgd": 7}  # and its gradients
+AUTOCAST = torch.bfloat16 if DEVICE.type == "cuda" else None
+# Of a single thread the processor's time can be had, in which nothing else that runs on the machine is counted.
+CLOCK = time.process_time if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def pytest_generate_tests(metafunc):
+    quick = float(metafunc.config.getoption("benchmark_max_time")) == 0
+    networks, methods = (("vit",), ("full", "lora")) if quick else (("resnet18", "vit"), METHODS)
+    metafunc.parametrize("network", networks)
+    metafunc.parametrize("method", methods)
+
+
+def expected(seconds, gradients):
+    """The sum of the parts of a step whose attack takes so many gradients of the images."""
+    return gradients * seconds["F + Bx"] + seconds["F + B"] + seconds["optimiser"]
+
+
+def figures(seconds):
+    """The ratios people ask for, from the seconds of every step and part."""
+    return {
+        "over_parts": {attack: seconds[attack] / expected(seconds, gradients) for attack, gradients in ATTACKS.items()},
+        "fgsm_over_standard": seconds["fgsm"] / seconds["none"],
+        "pgd_over_fgsm": seconds["pgd"] / seconds["fgsm"],
+    }
+
+
+def reading(call, prepared=nullcontext):
+    """A function that returns the seconds of one call; setting up and clearing up are not among them."""
+
+    def now():
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return CLOCK()
+
+    def read():
+        with prepared():
+            start = now()
+            call()
+            return now() - start
+
+    return read
+
+
+def parts(model, optimizer, images, labels):
+    """name -> reading of each part, written by hand."""
+
+    @contextmanager
+    def attacked():
+        with flags_kept(model):
+            model.eval().requires_grad_(False)
+            yield
+
+    @contextmanager
+    def without_gradients():
+        yield
+        optimizer.zero_grad()
+
+    def with_gradients():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.randn_like(parameter)
+        return nullcontext()
+
+    def loss(x):
+        with torch.autocast(DEVICE.type, AUTOCAST) if AUTOCAST else nullcontext():
+            return F.cross_entropy(model(x), labels)
+
+    def to_images():
+        leaf = images.detach().requires_grad_()
+        torch.autograd.grad(loss(leaf), leaf)
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {
+        "F + Bx": reading(to_images, attacked),
+        "F + B": reading(lambda: loss(images).backward(), without_gradients),
+        "optimiser": reading(update, with_gradients),
+    }
+
+
+def steps(model, optimizer, images, labels):
+    """name -> reading of a whole step with each attack."""
+    seeds = sample_seeds(0, torch.arange(len(images), device=DEVICE))
+
+    def step(name):
+        attack = None if name == "none" else by_name(name, model, EPS, autocast=AUTOCAST)
+        return Step(model, attack, optimizer, autocast=AUTOCAST)
+
+    def call(step):
+        step.gradients(images, labels, seeds)
+        step.apply()
+
+    return {name: reading(partial(call, step(name))) for name in ATTACKS}
+
+
+def test_training_step(network, method, measure):
+    model, images, labels = example(network, measure.quick)
+    if DEVICE.type == "cuda":
+        images, labels = images.repeat(8, 1, 1, 1), labels.repeat(8)
+    else:
+        images, labels = images[:8], labels[:8]  # a fixed cost would show
+    with trainable(model, method, example=images) as tuning:
+        optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], 1e-5)
+        given = (model, optimizer, images, labels)
+        seconds = measure(parts(*given) | steps(*given), first="fgsm")
+    fastest = {name: min(values) for name, values in seconds.items()}
+    measure.record(
+        kind="training",
+        network=network,
+        method=method,
+        batch=len(images),
+        backend=DEVICE.type,
+        trainable=tuning.trainable,
+        fastest_seconds=fastest,
+        median_seconds=timing.medians(seconds),
+        relative_iqr=timing.spreads(seconds),
+        **figures(fastest),
+    )
