@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastadv.training import Monitor, trainer
+from fastadv.training import Monitor, Trainer, run
 from fastadv.training.step import Step
 
 torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def train(norm, dtype, changes, **options):
     model = network(norm, dtype)
     settings = {"attack": "fgsm-rs", "epochs": 5, "batch_size": 16, "lr": 1e-2, "augment": True, "eval_every": 2}
     settings |= {"probe": 32, "measure_backbone": False, "progress": False, **changes}
-    records = trainer.Trainer(model, 16 / 255, **settings, **options).fit(images(157, 1, dtype), images(33, 2, dtype))
+    records = Trainer(model, 16 / 255, **settings, **options).fit(images(157, 1, dtype), images(33, 2, dtype))
     return model, records
 
 
@@ -70,7 +70,7 @@ def compare(folder):
     for name, case in CASES.items():
         model, records = train(*case)
         save(folder, name, {"weights": model.state_dict(), "records": records})
-    trainer.Monitor = OneSided
+    run.Monitor = OneSided
     options = {"folder": folder / "run", "checkpoint_s": 0.0 if RANK == 0 else 1e9}
     _, records = train(batch_norm, torch.float32, {"method": "full", "on_overfitting": "stop"}, **options)
     save(folder, "disagreement", {"records": records})

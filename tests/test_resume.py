@@ -14,7 +14,7 @@ import killed_run
 import pytest
 import torch
 
-from fastadv.training import Trainer, trainer
+from fastadv.training import Trainer, run
 from fastadv.training.checkpoints import Checkpoints
 
 KILLS = 20
@@ -76,7 +76,7 @@ def test_a_signal_leaves_a_checkpoint_and_then_acts(tmp_path, number, error, mon
 def test_a_signal_during_an_evaluation_acts_at_once_and_costs_no_step(tmp_path, monkeypatch, terminating):
     whole = killed_run.train(tmp_path / "whole", checkpoint_s=1e9)
     evaluations, taken = [], []
-    measure, apply = trainer.robust_accuracy, killed_run.Step.apply
+    measure, apply = run.robust_accuracy, killed_run.Step.apply
 
     def interrupted(*args, **options):
         evaluations.append(None)
@@ -85,7 +85,7 @@ def test_a_signal_during_an_evaluation_acts_at_once_and_costs_no_step(tmp_path, 
             pytest.fail("it went on")
         return measure(*args, **options)
 
-    monkeypatch.setattr(trainer, "robust_accuracy", interrupted)
+    monkeypatch.setattr(run, "robust_accuracy", interrupted)
     monkeypatch.setattr(killed_run.Step, "apply", lambda step: (taken.append(None), apply(step)))
     with pytest.raises(Terminated):
         killed_run.train(tmp_path / "cut", checkpoint_s=1e9)

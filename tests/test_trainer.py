@@ -13,7 +13,7 @@ from fastadv import data, sample_seeds
 from fastadv.attacks import FGSM, NFGSM, PGD
 from fastadv.evaluation import robust_accuracy
 from fastadv.models import find_head, networks
-from fastadv.training import Trainer, trainer
+from fastadv.training import Trainer, run
 from fastadv.training.augment import Augment
 from fastadv.training.average import Average
 from fastadv.training.monitor import Reading
@@ -82,14 +82,14 @@ def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, accumulate):
     reference = copy.deepcopy(model).eval()
     shown, order = [], []
     hook = model.register_forward_hook(lambda module, args, _: shown.append((module.training, args[0].clone())))
-    batch_of = trainer._Run._batch_of
+    batch_of = run.Run._batch_of
 
     def noted(run, part):
         order.append(part)
         return batch_of(run, part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer._Run, "_batch_of", noted)
+        patch.setattr(run.Run, "_batch_of", noted)
         options = {"batch_size": batch_size, "accumulate": accumulate, "lr": 0.0, "method": "bias", "seed": 5}
         fit(model, attack="fgsm-rs", parts=(TRAIN,), **options)
     hook.remove()
@@ -160,7 +160,7 @@ def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(scores
         assert batch is (VAL if len(attacks) <= 4 else TEST)
         return {"clean_accuracy": 1.0, "robust_accuracy": next(left)}
 
-    monkeypatch.setattr(trainer, "robust_accuracy", scripted)
+    monkeypatch.setattr(run, "robust_accuracy", scripted)
     records = fit(model, epochs=4, parts=(TRAIN, VAL, TEST))
     assert same(copied(model), states[5 * best + 4])
     assert records[-1]["best_epoch"] == best
@@ -219,7 +219,7 @@ def alarms(monkeypatch):
             def load(self, state):
                 assert state == self.state()
 
-        monkeypatch.setattr(trainer, "Monitor", Scripted)
+        monkeypatch.setattr(run, "Monitor", Scripted)
         return seen
 
     return script
@@ -265,7 +265,7 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
     watch(model)
     alarms(2)
     scripted = {"clean_accuracy": 1.0}
-    monkeypatch.setattr(trainer, "robust_accuracy", lambda *_, **__: scripted | {"robust_accuracy": next(scores)})
+    monkeypatch.setattr(run, "robust_accuracy", lambda *_, **__: scripted | {"robust_accuracy": next(scores)})
     with pytest.warns(UserWarning, match="it burns"):
         fit(model, on_overfitting="stop", **OPTIONS | {"parts": (TRAIN, VAL)})
     assert same(copied(model), states[4])
@@ -274,13 +274,13 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
 @pytest.fixture
 def before_steps(monkeypatch):
     """The weights that each batch found."""
-    states, watched, batch = [], [], trainer._Run._batch
+    states, watched, batch = [], [], run.Run._batch
 
     def noted(run, *arguments):
         states.append(copied(watched[0]))
         return batch(run, *arguments)
 
-    monkeypatch.setattr(trainer._Run, "_batch", noted)
+    monkeypatch.setattr(run.Run, "_batch", noted)
     return states, watched.append
 
 
@@ -332,25 +332,25 @@ def test_switching_goes_to_the_last_good_weights_and_another_attack(name, kind, 
 
 
 def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
-    def run(folder, cut=None):
+    def train(folder, cut=None):
         model = conv()
         alarms(1)
-        batch, count = trainer._Run._batch, iter(range(100))
+        batch, count = run.Run._batch, iter(range(100))
 
-        def failing(run, *arguments):
+        def failing(self, *arguments):
             if next(count) == cut:
                 raise RuntimeError("cut")
-            return batch(run, *arguments)
+            return batch(self, *arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer._Run, "_batch", failing)
+            patch.setattr(run.Run, "_batch", failing)
             fit(model, on_overfitting="switch", average=0.9, folder=folder, resume=True, **OPTIONS)
         return model
 
     with pytest.warns(UserWarning, match="it burns"):
-        whole = run(tmp_path / "whole")
+        whole = train(tmp_path / "whole")
     with pytest.warns(UserWarning, match="it burns"), pytest.raises(RuntimeError, match="cut"):
-        run(tmp_path / "cut", cut=17)
+        train(tmp_path / "cut", cut=17)
     alarms()
     resumed = conv()
     fit(resumed, on_overfitting="switch", average=0.9, folder=tmp_path / "cut", resume=True, **OPTIONS)
@@ -364,10 +364,10 @@ def test_a_run_cut_in_its_final_evaluation_can_be_resumed_twice(tmp_path, monkey
         raise RuntimeError("cut")
 
     options = {"folder": tmp_path, "resume": True, "parts": (TRAIN, None, TEST)}
-    monkeypatch.setattr(trainer, "robust_accuracy", failing)
+    monkeypatch.setattr(run, "robust_accuracy", failing)
     with pytest.raises(RuntimeError, match="cut"):
         fit(models[0], **options)
-    monkeypatch.setattr(trainer, "robust_accuracy", evaluate)
+    monkeypatch.setattr(run, "robust_accuracy", evaluate)
     first, second = (fit(model, **options) for model in models[1:])
     assert first == second
     assert all(same(copied(models[0]), copied(model)) for model in models[1:])
@@ -496,7 +496,7 @@ def test_the_averaged_weights_are_evaluated_and_returned(after_steps, monkeypatc
         evaluated.append(copied(model))
         return {"clean_accuracy": 1.0, "robust_accuracy": len(evaluated) / 10}
 
-    monkeypatch.setattr(trainer, "robust_accuracy", noted)
+    monkeypatch.setattr(run, "robust_accuracy", noted)
     fit(model, average=0.6)
     expected = {name: value for name, value in start.items() if value.is_floating_point()}
     for step, state in enumerate(states):
@@ -515,14 +515,14 @@ def test_augmented_images_reach_the_model_as_their_seeds_say():
     def shown(seed):
         model, seen, order = conv(), [], []
         model.register_forward_hook(lambda module, args, _: seen.append(args[0]))
-        batch_of = trainer._Run._batch_of
+        batch_of = run.Run._batch_of
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer._Run, "_batch_of", lambda run, part: (order.append(part), batch_of(run, part))[1])
+            patch.setattr(run.Run, "_batch_of", lambda run, part: (order.append(part), batch_of(run, part))[1])
             fit(model, attack=None, augment=True, seed=seed, epochs=1, parts=(TRAIN,))
         return torch.cat(order), torch.cat(seen)
 
     order, seen = shown(5)
-    seeds = sample_seeds(5, order, trainer.AUGMENTING)
+    seeds = sample_seeds(5, order, run.AUGMENTING)
     torch.testing.assert_close(seen, data.to_float(Augment(crop=1)(TRAIN[0][order], seeds)), rtol=0, atol=0)
     assert not torch.equal(seen, data.to_float(TRAIN[0][order]))
     again, other = shown(5), shown(6)
@@ -616,7 +616,7 @@ def test_wrong_types_are_refused(changes, message):
 
 def test_a_precision_of_accelerate_s_that_is_not_known_is_refused(monkeypatch):
     model = conv()
-    monkeypatch.setattr(trainer.require("accelerate").Accelerator, "mixed_precision", "fp16")
+    monkeypatch.setattr(run.require("accelerate").Accelerator, "mixed_precision", "fp16")
     with pytest.raises(ValueError, match="precision must be no or bf16, got fp16 from accelerate"):
         fit(model, channels_last=True)
     assert model[0].weight.is_contiguous()

@@ -1,0 +1,464 @@
+"""The run of a Trainer: stages of epochs of steps, watched, evaluated and kept on the disk."""
+
+import hashlib
+import json
+import logging
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastadv._extras import require
+from fastadv.attacks import PGD, Attack, by_name
+from fastadv.attacks.checks import beyond_the_box, check_images, check_labels
+from fastadv.data import to_float
+from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
+from fastadv.evaluation.saved import fingerprint
+from fastadv.files import write_atomically
+from fastadv.functional import sample_seeds
+from fastadv.training.augment import Augment
+from fastadv.training.average import Average
+from fastadv.training.backbone import backbone_robustness
+from fastadv.training.checkpoints import Checkpoints, Groups
+from fastadv.training.interruption import Interruption
+from fastadv.training.methods import trainable
+from fastadv.training.monitor import Monitor
+from fastadv.training.optimizers import load_state, optimizer_of, state_of
+from fastadv.training.schedule import lr_factor
+from fastadv.training.settings import Stage
+from fastadv.training.step import Step
+
+if TYPE_CHECKING:
+    from fastadv.training.trainer import Trainer
+
+logger = logging.getLogger("fastadv")
+
+# What the seeds of other things than the attack have in place of the epoch.
+AUGMENTING = 2**31  # and the epoch
+ORDERING = 2**32 - 1
+PROBE = 2**31  # the epoch whose order chooses the monitor's images
+
+
+@dataclass
+class Place:
+    """Where a run is: numbers for JSON, from which and the tensors it goes on."""
+
+    stage: int = 0
+    epoch: int = 0  # of all stages
+    first_epoch: int = 0  # of this stage
+    batch: int = 0
+    loss_sum: float = 0.0
+    right: float = 0.0
+    abnormal: float = 0.0
+    looked: float = 0.0
+    train_s: float = 0.0
+    lr: float = 0.0
+    lr_scale: float = 1.0
+    switched: bool = False
+    stopped: bool = False
+    best: float | None = None
+    best_epoch: int | None = None
+    monitor: dict | None = None
+    records: list[dict] = field(default_factory=list)
+
+
+class Run:
+    """A call of `Trainer.fit`."""
+
+    def __init__(self, trainer: "Trainer", train: Batch, val: Batch | None, test: Batch | None):
+        self.trainer, self.settings = trainer, trainer.settings
+        # Told to choose for itself, accelerate takes processes without an accelerator for as many separate runs.
+        self.here = require("accelerate").Accelerator(cpu=not torch.accelerator.is_available())
+        alone = self.here.num_processes == 1
+        self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
+        self.images, self.labels = train
+        self.val = val if val is not None and len(val[0]) else None
+        self.test = test if test is not None and len(test[0]) else self.val
+        self.steps = math.ceil(len(self.images) / self.settings.batch_size)
+        precision = self.settings.precision or self.here.mixed_precision
+        self._check(precision)
+        layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
+        self.model = trainer.model.to(device=self.device, memory_format=layout)
+        self.layout = torch.channels_last if self.settings.channels_last else None
+        self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
+        self.at = Place()
+        self.interruption = Interruption()
+        self.options = {"autocast": self.autocast, "memory_format": self.layout, "compile": self.settings.compile}
+        self.checkpoints: Checkpoints | None = None
+        self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
+        self.changed: set[str] = set()  # of these, what is not on the disk yet
+
+    def _check(self, precision: str) -> None:
+        least = self.here.num_processes * self.settings.accumulate
+        if precision not in ("no", "bf16"):
+            raise ValueError(f"precision must be no or bf16, got {precision} from accelerate")
+        if self.steps == 0:
+            raise ValueError("there are no images to train on")
+        for images, labels in filter(None, ((self.images, self.labels), self.val, self.test)):
+            check_images(images)
+            check_labels(labels, images)
+            wrong = beyond_the_box(images)
+            if wrong:
+                raise ValueError(wrong)
+        if len(self.images) // self.steps < least:
+            raise ValueError(
+                f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
+                "(processes times accumulate): take a larger batch_size"
+            )
+
+    # ------------------------------------------------------------------ the whole run
+
+    def run(self) -> list[dict]:
+        groups = self._open()
+        with seeded(self.settings.seed), self._bar() as self.bar:
+            if not self.at.records:
+                self._measure_backbone()
+            for number, stage in list(enumerate(self.settings.stages))[self.at.stage :]:
+                self._stage(number, stage, groups)
+                groups = None
+                if self.at.stopped:
+                    break
+            if not self.at.records[-1].get("final"):
+                self._record(self._final())
+                self._save(self.groups)
+        return self.at.records
+
+    def _bar(self):
+        epochs = sum(stage.epochs for stage in self.settings.stages)
+        done = self.at.epoch * self.steps + self.at.batch
+        hidden = None if self.trainer.progress and self.here.is_main_process else True  # None: shown on a terminal only
+        return require("tqdm").tqdm(total=epochs * self.steps, initial=done, unit="batch", disable=hidden)
+
+    def _open(self) -> Groups | None:
+        """The tensors of the checkpoint to go on from, if there is one; `at` is then where it was."""
+        folder = self.trainer.folder
+        if folder is None:
+            return None
+        self.checkpoints = Checkpoints(folder / "state", self._fingerprint())
+        if self.checkpoints.exist() and not self.trainer.resume:
+            raise FileExistsError(f"{folder} has the state of a run: resume it, or choose another folder")
+        groups, facts = self.checkpoints.load() or (None, None)
+        if facts is not None:
+            self.at = Place(**facts["place"])
+            if facts["machine"] != self._machine():
+                warnings.warn(
+                    f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
+                    "will be others than without the interruption",
+                    stacklevel=4,
+                )
+            logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
+        if self.here.is_main_process:
+            lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
+            write_atomically(folder / "log.jsonl", lines.encode())
+        return groups
+
+    def _fingerprint(self) -> str:
+        data = [t for part in ((self.images, self.labels), self.val, self.test) if part is not None for t in part]
+        trainer = self.trainer
+        known = {"eps": trainer.eps, "attack": _name(trainer.attack), "eval_attack": _name(trainer.eval_attack)}
+        return fingerprint(known | asdict(self.settings) | {"checkpoint_s": None}, data, self.model)
+
+    def _machine(self) -> dict:
+        return {"threads": torch.get_num_threads(), "processes": self.here.num_processes, "device": self.device.type}
+
+    def _measure_backbone(self) -> None:
+        wanted = self.trainer.measure_backbone
+        if wanted is None:
+            wanted = self.settings.stages[0].method != "full"
+        if wanted:
+            s = self.settings
+            found = backbone_robustness(
+                self.model, self.images, self.labels, self.trainer.eps, head=s.head, seed=s.seed
+            )
+            self._record({"backbone": found})
+            if found["clean_accuracy"] is not None:
+                shares = [f"{found[name]:.1%}" for name in ("clean_accuracy", "robust_accuracy")]
+                words = "the backbone before training, with a new head: %s clean, %s under PGD-10 at eps %g/255"
+                logger.info(words, *shares, 255 * self.trainer.eps)
+            if found["warning"]:
+                warnings.warn(found["warning"], stacklevel=4)
+
+    def _final(self) -> dict:
+        seconds = sum(record.get("train_s", 0.0) for record in self.at.records)
+        attack = self.trainer.eval_attack or self._pgd10()
+        result = {} if self.test is None else self._accuracy(self.test, attack)
+        final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **result}
+        return final | {"eval_attack": _name(attack), "train_s": seconds}
+
+    def _pgd10(self, **options) -> PGD:
+        return PGD(self.model, self.trainer.eps, self.trainer.eps / 4, 10, **options)
+
+    # ------------------------------------------------------------------ a stage
+
+    def _stage(self, number: int, stage: Stage, groups: Groups | None) -> None:
+        s = self.settings
+        torch.manual_seed(s.seed)  # low-rank factors begin at random
+        options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
+        example = to_float(self.images[:1].to(self.device))
+        with trainable(self.model, stage.method, s.head, example=example, **options) as self.tuning:
+            self.optimizer = optimizer_of(self.tuning.parameters, s)
+            alone = self.here.num_processes == 1
+            self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
+            if groups is None:
+                self._begin(number, stage)
+            self._use(s.switch_to if self.at.switched else self.trainer.attack)
+            self.average = Average(self.tuning.state(), s.average) if s.average else None
+            self.monitor = self._new_monitor()
+            self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
+            self.evaluating = self.trainer.eval_attack or self._pgd10(**self.options)
+            if groups is None:
+                self._save()
+            else:
+                self._load(groups)
+            while self.at.epoch < self.at.first_epoch + stage.epochs and not self.at.stopped:
+                self._epoch(stage)
+            self._save()
+            chosen = self.best or (self.average and self.average.state)
+            if chosen:
+                self.tuning.load(chosen)
+
+    def _begin(self, number: int, stage: Stage) -> None:
+        self.at = Place(stage=number, epoch=self.at.epoch, first_epoch=self.at.epoch, records=self.at.records)
+        counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
+        self._record({"stage": number, "method": stage.method, **counts})
+        logger.info("%s: %s of %s parameters train", stage.method, *(f"{count:,}" for count in counts.values()))
+
+    def _use(self, attack: str | Callable | None) -> None:
+        """Train with this attack from now on."""
+        s = self.settings
+        if isinstance(attack, str):
+            changes = {} if self.at.switched else s.attack
+            attack = by_name(attack, self.model, self.trainer.eps, **changes, **self.options)
+        learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
+        learning |= {"autocast": self.autocast, "compile": s.compile}
+        self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
+
+    def _new_monitor(self) -> Monitor | None:
+        if not self.settings.probe or self.step.attack is None:
+            return None
+        chosen = self._order(PROBE)[: self.settings.probe]
+        images, labels = (part[chosen].to(self.device) for part in (self.images, self.labels))
+        return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, seed=self.settings.seed)
+
+    # ------------------------------------------------------------------ an epoch
+
+    def _epoch(self, stage: Stage) -> None:
+        with self.interruption if self.checkpoints else nullcontext():
+            asked = self._steps(stage)
+            # Before the evaluation, which may take longer than the patience of who sends SIGTERM.
+            self._save()
+            if asked:
+                logger.info("interrupted: the state is in %s", self.trainer.folder)
+        if asked:  # by a signal to another process of this run
+            raise SystemExit(128 + signal.SIGTERM)
+        self._finish_epoch(stage)
+
+    def _steps(self, stage: Stage) -> bool:
+        """The steps that are left of an epoch; whether they were interrupted."""
+        start, before = time.perf_counter(), self.at.train_s
+        saved = start
+        for index in self._order(self.at.epoch).tensor_split(self.steps)[self.at.batch :]:
+            due, asked = self._batch(stage, index, time.perf_counter() - saved >= self.settings.checkpoint_s)
+            now = time.perf_counter()
+            self.at.train_s = before + now - start
+            if asked:
+                return True
+            if due:
+                self._save()
+                saved = now
+        return False
+
+    def _finish_epoch(self, stage: Stage) -> None:
+        at, count = self.at, len(self.images)
+        record = {"epoch": at.epoch, "loss": at.loss_sum / count, "train_accuracy": at.right / count, "lr": at.lr}
+        record["train_s"] = at.train_s
+        free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
+        at.epoch, at.batch, at.train_s = at.epoch + 1, 0, 0.0
+        at.loss_sum = at.right = at.abnormal = at.looked = 0.0
+        done, every = at.epoch - at.first_epoch, self.settings.eval_every
+        with self._averaged():
+            record |= self._watch() | free
+            if self.val is not None and (done == stage.epochs or (every and done % every == 0)):
+                record |= self._validate()
+        action = record.get("action")
+        if action in ("stop", "rollback", "switch"):
+            self._go_back(action)
+        at.stopped = action == "stop"
+        self._record(record)
+        self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """The order of the images in an epoch, from the seed and its number alone."""
+        seed = sample_seeds(self.settings.seed, torch.tensor([epoch]), ORDERING)
+        return torch.randperm(len(self.images), generator=torch.Generator().manual_seed(int(seed)))
+
+    def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
+        """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
+        at, world = self.at, self.here.num_processes
+        done = (at.epoch - at.first_epoch) * self.steps + at.batch
+        at.lr = stage.lr * at.lr_scale * lr_factor(done, self.settings.warmup, stage.epochs * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = at.lr
+        # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
+        torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
+        mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
+        scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
+        parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
+        wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
+        total = torch.cat((sum(parts), wishes))
+        if world > 1:
+            total = self.here.reduce(total, "sum")
+        loss, right, abnormal, looked, due, asked = total.tolist()
+        loss /= world
+        if not math.isfinite(loss):
+            self._refuse(loss, index)
+        self.step.apply()
+        if self.average is not None:
+            self.average.update(self.tuning.tensors, done)
+        at.loss_sum += loss * len(index)
+        at.right, at.abnormal, at.looked = at.right + right, at.abnormal + abnormal, at.looked + looked
+        at.batch += 1
+        self.bar.update()
+        return due > 0, asked > 0
+
+    def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
+        images, labels = self._batch_of(part)
+        seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
+        return self.step.gradients(images, labels, seeds, **options)
+
+    def _batch_of(self, part: torch.Tensor) -> Batch:
+        images, labels = self.images[part].to(self.device), self.labels[part].to(self.device)
+        if self.layout is not None:
+            images = images.contiguous(memory_format=self.layout)
+        if self.augment is not None:
+            images = self.augment(
+                images, sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch + AUGMENTING)
+            )
+        return images, labels
+
+    def _refuse(self, loss: float, index: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        where = ""
+        if self.trainer.folder is not None and self.here.is_main_process:
+            path = self.trainer.folder / "nonfinite.safetensors"
+            images, labels = self._batch_of(index)
+            batch = {"images": images.contiguous(), "labels": labels, "index": index}
+            write_atomically(path, require("safetensors.torch").save(batch))
+            where = f"; the batch is in {path}"
+        raise FloatingPointError(
+            f"the loss is {loss} at epoch {self.at.epoch}, batch {self.at.batch}{where}. Try a lower lr than "
+            f"{self.settings.lr}, clip=1 or a warmup"
+        )
+
+    # ------------------------------------------------------------------ between epochs
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the averaged weights in the model, where there are any."""
+        if self.average is None:
+            yield
+            return
+        current = self.tuning.state()
+        self.tuning.load(self.average.state)
+        yield
+        self.tuning.load(current)
+
+    def _watch(self) -> dict:
+        """What the monitor reads, and what is to be done about it."""
+        if self.monitor is None:
+            return {}
+        start = time.perf_counter()
+        reading = self._agreed(asdict(self.monitor.check()))
+        self.at.monitor = self.monitor.state()
+        reading["monitor_s"] = time.perf_counter() - start
+        if reading["alarm"] is None:
+            self.good = self.tuning.state()
+            self.changed.add("good")
+            return reading
+        action = self.settings.on_overfitting
+        if action == "switch" and self.at.switched:
+            action = "warn"
+        warnings.warn(f"epoch {self.at.epoch - 1}: {reading['alarm']} ({action})", stacklevel=7)
+        return reading | {"action": action}
+
+    def _go_back(self, action: str) -> None:
+        self.tuning.load(self.good)
+        self.optimizer.state.clear()
+        if self.average is not None:
+            self.average = Average(self.good, self.settings.average)
+        if action == "rollback":
+            self.at.lr_scale /= 2
+        elif action == "switch":
+            self.at.switched = True
+            self._use(self.settings.switch_to)
+            self.monitor.attack = self.step.attack
+
+    def _validate(self) -> dict:
+        start = time.perf_counter()
+        result = self._accuracy(self.val, self.evaluating)
+        if self.at.best is None or result["robust_accuracy"] > self.at.best:
+            self.at.best, self.at.best_epoch = result["robust_accuracy"], self.at.epoch - 1
+            self.best = self.tuning.state()
+            self.changed.add("best")
+        return result | {"eval_s": time.perf_counter() - start}
+
+    def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
+        return self._agreed(robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device))
+
+    def _agreed(self, found: dict) -> dict:
+        """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
+        return require("accelerate.utils").broadcast_object_list([found])[0]
+
+    # ------------------------------------------------------------------ the disk
+
+    def _record(self, record: dict) -> None:
+        self.at.records.append(record)
+        if self.trainer.folder is not None and self.here.is_main_process:
+            with open(self.trainer.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _save(self, groups: dict[str, None] | None = None) -> None:
+        """Write a checkpoint of the stage, or of its end, with the tensors of the one before."""
+        if self.checkpoints is None:
+            return
+        if self.here.is_main_process:
+            groups = self._tensors() if groups is None else groups
+            self.checkpoints.save(groups, {"place": asdict(self.at), "machine": self._machine()})
+            self.groups = dict.fromkeys(groups)
+        self.changed = set()
+        self.here.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor] | None]:
+        groups = {"weights": self.tuning.tensors, "optimizer": state_of(self.optimizer)}
+        if self.average is not None:
+            groups["average"] = self.average.state
+        kept = {"good": self.good, "best": self.best}
+        return groups | {
+            name: part if name in self.changed else None for name, part in kept.items() if part is not None
+        }
+
+    def _load(self, groups: Groups) -> None:
+        self.tuning.load(groups["weights"])
+        load_state(self.optimizer, groups["optimizer"])
+        self.good, self.best, self.changed = groups["good"], groups.get("best"), set()
+        if self.average is not None:
+            self.average.state = {name: t.to(self.device) for name, t in groups["average"].items()}
+        if self.monitor is not None and self.at.monitor is not None:
+            self.monitor.load(self.at.monitor)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers; torch's generator on the CPU looks at 32 bits of it."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
+
+
+def _name(attack: str | Callable | None) -> str:
+    return repr(attack) if attack is None or isinstance(attack, (str, Attack)) else type(attack).__qualname__
