@@ -213,7 +213,7 @@ KINDS = (
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
-    ("training", "a step of adversarial training, fastest readings", TRAINING_HEADER, training_row),
+    ("training cost", "a step of adversarial training, fastest readings", TRAINING_HEADER, training_row),
     ("transfer", "robust transfer, mean and standard deviation over seeds", TRANSFER_HEADER, transfer_row),
     ("evaluation", "restarts on a trained network", EVALUATION_HEADER, evaluation_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),

@@ -136,7 +136,7 @@ def test_training_step(network, method, measure):
         seconds = measure(parts(*given) | steps(*given), first="fgsm")
     fastest = {name: min(values) for name, values in seconds.items()}
     measure.record(
-        kind="training",
+        kind="training cost",
         network=network,
         method=method,
         batch=len(images),
