@@ -4,6 +4,7 @@ import dataclasses
 import json
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -744,3 +745,17 @@ def test_endings_that_fit_no_format_are_refused(tmp_path, hf_folder):
         models.export(built(), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="exported as a folder"):
         models.export(models.source(f"hf:{hf_folder}").build("ab"), tmp_path / "a.safetensors")
+
+
+def test_the_embedded_backbone_is_what_its_card_says():
+    folder = Path(models.__file__).parent
+    card = json.loads((folder / "robust-resnet.json").read_text())
+    assert (folder / "robust-resnet.safetensors").stat().st_size <= 3_000_000
+    source = models.source("robust-resnet")
+    model = source.build(tuple("abcd"))
+    assert model.pretrained
+    assert source.preprocessing.shape == (3, 32, 32)
+    own = models.load(folder / "robust-resnet.safetensors").network
+    assert sum(p.numel() for p in own.parameters()) == card["parameters"]
+    assert model.pixels(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+    assert 0.4 < card["robust_accuracy"] < card["clean_accuracy"] < 1

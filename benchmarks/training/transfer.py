@@ -33,7 +33,7 @@ LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}
 # What a file's rows must have in common, besides the learning rates.
 SETTINGS = (
     *("model", "data", "classes", "eps", "epochs", "batch_size", "validation"),
-    *("train_limit", "val_limit", "test_limit"),
+    *("train_limit", "val_limit", "test_limit", "precision", "channels_last"),
 )
 
 
@@ -68,6 +68,8 @@ def parser():
     add("--validation", float, 0.1, help="share of the training images to choose weights on")
     for part in ("train", "val", "test"):
         add(f"--{part}-limit", int, help="so many images, the first of an order that is always the same")
+    add("--precision", help="of attack and update", choices=("no", "bf16"))
+    made.add_argument("--channels-last", action="store_true", help="memory format of the model and the images")
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
     add("--out", Path, required=True, help="the JSON file")
     return made
@@ -119,6 +121,8 @@ def run(args, source, dataset, method, attack, seed):
         lr=lr,
         epochs=args.epochs,
         batch_size=args.batch_size,
+        precision=args.precision,
+        channels_last=args.channels_last,
         seed=seed,
     )
     train = limited(dataset.train, args.train_limit)
