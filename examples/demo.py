@@ -20,8 +20,8 @@ from fastadv import data, models
 from fastadv.attacks import PGD
 from fastadv.training import Trainer
 
-EPS = 24 / 255
-EPOCHS = 8
+EPS = 16 / 255
+EPOCHS = 6
 SETTINGS = {
     "from scratch": ("full", 2e-3),
     "full fine-tuning": ("full", 1e-3),
