@@ -42,12 +42,23 @@ class Terminated(Exception):
 
 @pytest.fixture
 def terminating():
+    """Signals act as in a program on a terminal, whatever the tests are run by."""
+
     def terminate(number, frame):
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = [signal.signal(signal.SIGTERM, terminate), signal.signal(signal.SIGINT, signal.default_int_handler)]
     yield terminate
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch, terminating):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    apply = killed_run.Step.apply
+    monkeypatch.setattr(killed_run.Step, "apply", lambda step: (apply(step), os.kill(os.getpid(), signal.SIGINT)))
+    killed_run.train(tmp_path)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["final"]
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])

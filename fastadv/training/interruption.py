@@ -8,7 +8,8 @@ from types import TracebackType
 class Interruption:
     """Inside, the first SIGTERM or SIGINT is only noted, in `noted`; it acts at the end. A second one acts at once.
 
-    Outside the main thread Python can set no handlers, and signals act as ever.
+    A signal that is ignored, as under nohup, stays so. Outside the main thread Python can set no handlers, and signals
+    act as ever.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -20,7 +21,8 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         self.noted = None
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            heeded = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
