@@ -111,7 +111,7 @@ def draw(path: Path, target: data.Data, runs: dict) -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25), wspace=0.04)
-    draw_images(left, target, {key: runs[key][0] for key in (("from scratch", "FGSM"), ("full fine-tuning", "FGSM"))})
+    draw_images(left, target, {key: runs[key][0] for key in (("linear probing", "FGSM"), ("full fine-tuning", "FGSM"))})
     draw_curves(right, {key: records for key, (_, records) in runs.items()})
     figure.savefig(path, dpi=160)
 
@@ -159,7 +159,7 @@ def draw_curves(figure, runs: dict[tuple[str, str], list[dict]]) -> None:
             axis.annotate(
                 f"{attack} {robust[-1]:.0f} %",
                 (epochs[-1], robust[-1]),
-                xytext=(0, 16 if attack == "PGD-7" else -20),
+                xytext=(0, -34 if attack == "PGD-7" else -50),
                 textcoords="offset points",
                 color=colour,
                 ha="right",
