@@ -17,7 +17,7 @@ import torch
 
 import fastadv
 from fastadv import data, models
-from fastadv.attacks import PGD
+from fastadv.attacks import PGD, by_name
 from fastadv.training import Trainer
 
 EPS = 16 / 255
@@ -66,7 +66,7 @@ def train(model: torch.nn.Module, digits: data.Data, preset: str, method: str, l
 
 
 def pgd10(model: torch.nn.Module) -> PGD:
-    return PGD(model, EPS, EPS / 4, 10, autocast=torch.bfloat16, memory_format=torch.channels_last)
+    return by_name("pgd-10", model, EPS, autocast=torch.bfloat16, memory_format=torch.channels_last)
 
 
 def table_of(runs: dict[tuple[str, str], list[dict]]) -> list[dict]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import PGD
+from fastadv.attacks import by_name
 from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
 from fastadv.data import to_float
@@ -123,7 +123,7 @@ def _examples(model: nn.Module, test: Batch, classes: Sequence[str], eps: float)
     """Image, perturbation and adversarial image in columns, with what the model says."""
     device = next(model.parameters()).device
     images, labels = to_float(test[0][:SHOWN].to(device)), test[1][:SHOWN].to(device)
-    x_adv = PGD(model, eps, eps / 4, 10)(images, labels, seed=0)
+    x_adv = by_name("pgd-10", model, eps)(images, labels, seed=0)
     with torch.no_grad(), frozen(model):
         says = [find_logits(model(x), len(x)).argmax(1).tolist() for x in (images, x_adv)]
     figure = require("matplotlib.figure").Figure(figsize=(1.25 * len(images), 4.4), layout="constrained")

@@ -98,6 +98,15 @@ def beyond_the_box(images: torch.Tensor) -> str | None:
     )
 
 
+def check_samples(images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Refuse what is no set of images in [0, 1] with a class each. Waits for the device."""
+    check_images(images)
+    check_labels(labels, images)
+    wrong = beyond_the_box(images)
+    if wrong:
+        raise ValueError(wrong)
+
+
 def highest(labels: torch.Tensor) -> int:
     """The highest of int64 labels. Waits for the device.
 

@@ -82,7 +82,7 @@ class Objective:
         """The logits of x, without a gradient, in float32 at least."""
         with torch.no_grad(), self._precision(x), self._attention(x):
             outputs = self.model(x)
-        logits = _raised(find_logits(outputs, len(x)))
+        logits = raised(find_logits(outputs, len(x)))
         if self._highest >= 0:
             self._check_highest(logits)
         return logits
@@ -104,7 +104,7 @@ class Objective:
         if callable(self.loss):
             logits, losses = None, _per_sample(self.loss(outputs, targets), len(x))
         else:
-            logits = _raised(find_logits(outputs, len(x)))
+            logits = raised(find_logits(outputs, len(x)))
             if self._highest >= 0:
                 self._check_highest(logits)
             losses = LOSSES[self.loss](logits, targets)
@@ -144,7 +144,8 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
     return found
 
 
-def _raised(logits: torch.Tensor) -> torch.Tensor:
+def raised(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

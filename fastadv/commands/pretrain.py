@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastadv import data, models
-from fastadv.attacks import PGD
+from fastadv.attacks import by_name
 from fastadv.commands.arguments import add_data, adder, class_list, load_data
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
@@ -73,7 +73,7 @@ def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespa
     """The card: what the weights are, how they were made, how good they are."""
     pixels = model.pixels.to(device=arguments.device, memory_format=torch.channels_last)
     options = {"autocast": torch.bfloat16, "compile": RECIPE["compile"], "memory_format": torch.channels_last}
-    attack = PGD(pixels, EPS, EPS / 4, 50, restarts=10, **options)
+    attack = by_name("pgd-50-10", pixels, EPS, **options)
     images, labels = (part[: arguments.limit] for part in dataset.test)
     report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=arguments.out / "evaluation.safetensors")
     return {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from fastadv.attacks.checks import beyond_the_box, check_device, check_images, check_labels, device_of
+from fastadv.attacks.checks import check_device, check_samples, device_of
 from fastadv.attacks.state import as_normal
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -22,11 +22,7 @@ def gathered(data: Batch | Iterable[Batch], model: Callable, device: torch.devic
     if not sum(len(labels) for _, labels in batches):
         raise ValueError("there are no images to evaluate")
     images, labels = (as_normal(torch.cat(part)) for part in zip(*batches, strict=True))
-    check_images(images)
-    check_labels(labels, images)
-    wrong = beyond_the_box(images)
-    if wrong:
-        raise ValueError(wrong)
+    check_samples(images, labels)
     labels = labels.to(device or device_of(model) or images.device)
     check_device(labels.device, model)
     return images, labels

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import PGD, Attack, by_name
-from fastadv.attacks.checks import beyond_the_box, check_images, check_labels
+from fastadv.attacks import Attack, by_name
+from fastadv.attacks.checks import check_samples
 from fastadv.data import to_float
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
 from fastadv.evaluation.saved import fingerprint
@@ -103,11 +103,7 @@ class Run:
         if self.steps == 0:
             raise ValueError("there are no images to train on")
         for images, labels in filter(None, ((self.images, self.labels), self.val, self.test)):
-            check_images(images)
-            check_labels(labels, images)
-            wrong = beyond_the_box(images)
-            if wrong:
-                raise ValueError(wrong)
+            check_samples(images, labels)
         if len(self.images) // self.steps < least:
             raise ValueError(
                 f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
@@ -188,13 +184,10 @@ class Run:
 
     def _final(self) -> dict:
         seconds = sum(record.get("train_s", 0.0) for record in self.at.records)
-        attack = self.trainer.eval_attack or self._pgd10()
+        attack = self.trainer.eval_attack or by_name("pgd-10", self.model, self.trainer.eps)
         result = {} if self.test is None else self._accuracy(self.test, attack)
         final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **result}
         return final | {"eval_attack": _name(attack), "train_s": seconds}
-
-    def _pgd10(self, **options) -> PGD:
-        return PGD(self.model, self.trainer.eps, self.trainer.eps / 4, 10, **options)
 
     # ------------------------------------------------------------------ a stage
 
@@ -210,10 +203,11 @@ class Run:
             if groups is None:
                 self._begin(number, stage)
             self._use(s.switch_to if self.at.switched else self.trainer.attack)
-            self.average = Average(self.tuning.state(), s.average) if s.average else None
+            self.average = Average(self.tuning.tensors, s.average) if s.average else None
             self.monitor = self._new_monitor()
             self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
-            self.evaluating = self.trainer.eval_attack or self._pgd10(**self.options)
+            against = by_name("pgd-10", self.model, self.trainer.eps, **self.options)
+            self.evaluating = self.trainer.eval_attack or against
             if groups is None:
                 self._save()
             else:

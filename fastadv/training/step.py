@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv.attacks import Attack
-from fastadv.attacks.objective import find_logits
+from fastadv.attacks.objective import find_logits, raised
 from fastadv.data import to_float
 
 
@@ -103,8 +103,7 @@ class Step:
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
         with precision:
             outputs = self.through(images)
-        logits = find_logits(outputs, len(images))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = raised(find_logits(outputs, len(images)))
         losses = F.cross_entropy(
             logits,
             labels if len(images) == len(labels) else labels.repeat(2),
