@@ -199,25 +199,31 @@ def test_without_validation_images_the_last_weights_are_taken(after_steps):
 
 @pytest.fixture
 def alarms(monkeypatch):
-    """`alarms(2)`: a monitor with an alarm at its third check, which notes its attack at each."""
+    """`alarms(2)`: a monitor with an alarm at its third check, which notes its attack at each.
 
-    def script(*numbers):
+    probes: accuracy under PGD at each check, 0.5 if not given.
+    """
+
+    def script(*numbers, probes=()):
         seen = []
 
         class Scripted:
             def __init__(self, model, images, labels, attack, eps, *, seed):
-                self.attack = attack
+                self.attack, self.best = attack, None
 
             def check(self):
                 alarm = "it burns" if len(seen) in numbers else None
+                pgd = probes[len(seen)] if probes else 0.5
                 seen.append(self.attack)
-                return Reading(0.5, 0.5, 0.0, 1.0, 0.0, alarm)
+                if alarm is None:
+                    self.best = max(pgd, self.best or 0)
+                return Reading(pgd, 0.5, 0.5 - pgd, 1.0, 0.0, alarm)
 
             def state(self):
-                return {"best": 0.5, "best_gap": 0.0}
+                return {"best": self.best, "best_gap": 0.0}
 
             def load(self, state):
-                assert state == self.state()
+                self.best = state["best"]
 
         monkeypatch.setattr(run, "Monitor", Scripted)
         return seen
@@ -258,6 +264,39 @@ def test_stopping_leaves_the_last_good_weights(alarms, after_steps):
     assert actions(records) == [None, None, "stop"]
     assert records[-1]["final"]
     assert records[-1]["epochs"] == 3
+
+
+@pytest.mark.parametrize(("probes", "best"), [([0.5, 0.6, 0.4], 1), ([0.5, 0.4, 0.5], 2), ([0.6, 0.5, 0.4], 0)])
+def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, after_steps, before_steps, tmp_path):
+    """Also after a resume; weights whose decline has begun without an alarm are no good."""
+    (states, watch), model = after_steps, conv()
+    (found, watch_before) = before_steps
+    watch(model)
+    watch_before(model)
+    probes = [*probes, 0.3, 0.5]
+    alarms(3, probes=probes)
+    with pytest.warns(UserWarning, match="it burns"):
+        fit(model, on_overfitting="rollback", **OPTIONS | {"epochs": 5})
+    good = states[5 * best + 4]
+    assert same(found[20], good)
+    cut = conv()
+    alarms(probes=probes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "_watch", lambda run, watch=run.Run._watch: cut_at(run, 3) or watch(run))
+        with pytest.raises(RuntimeError, match="cut"):
+            fit(cut, on_overfitting="rollback", folder=tmp_path, **OPTIONS | {"epochs": 5})
+    found.clear()
+    resumed = conv()
+    watch_before.__self__[0] = resumed
+    alarms(0, probes=probes[3:])
+    with pytest.warns(UserWarning, match="it burns"):
+        fit(resumed, on_overfitting="rollback", folder=tmp_path, resume=True, **OPTIONS | {"epochs": 5})
+    assert same(found[0], good)
+
+
+def cut_at(run, epoch):
+    if run.at.epoch == epoch + 1:
+        raise RuntimeError("cut")
 
 
 def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_steps, monkeypatch):
@@ -328,7 +367,9 @@ def test_switching_goes_to_the_last_good_weights_and_another_attack(name, kind, 
     assert (used[-1].alpha, used[-1].steps) == ((EPS / 4, 7) if name == "pgd" else (None, 1))
     assert [type(attack) for attack in watching] == [FGSM] * 2 + [kind] * 2
     assert actions(records) == [None, "switch", None, "warn"]  # there is nothing more to switch to
-    assert learning_rates(records) == learning_rates(fit(conv(), **OPTIONS))
+    steps = torch.tensor([4, 9, 4, 9])  # the last of the epochs, of 20 steps, and then of the 10 that are left
+    expected = 1e-2 * (1 + torch.cos(torch.pi * steps / torch.tensor([20, 20, 10, 10]))) / 2
+    assert learning_rates(records) == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
@@ -426,8 +467,9 @@ def test_until_the_alarm_nothing_differs_and_then_the_answer_is_given(by_answer,
     for key in ("loss", "lr", "probe_pgd", "alignment"):
         assert [record[key] for record in records[: epoch + 1]] == [record[key] for record in without[: epoch + 1]]
     assert records[epoch]["action"] == answer
-    rates = {"stop": [], "rollback": [without[epoch + 1]["lr"] / 2], "switch": [without[epoch + 1]["lr"]]}[answer]
-    assert [record["lr"] for record in records[epoch + 1 : epoch + 2]] == pytest.approx(rates)
+    rates = {"stop": [], "rollback": [without[epoch + 1]["lr"] / 2]}.get(answer)
+    if rates is not None:  # a switch begins the schedule again
+        assert [record["lr"] for record in records[epoch + 1 : epoch + 2]] == pytest.approx(rates)
 
 
 def test_after_a_switch_it_is_as_robust_as_under_pgd_throughout(by_answer):
@@ -449,8 +491,9 @@ def test_fine_tuning_a_robust_network_gives_no_alarm():
 # ---------------------------------------------------------------------- a loss that is not finite
 
 
-def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path, before_steps):
-    (states, watch), model = before_steps, conv(batch_norm=False)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_batch_of_a_loss_that_is_not_finite_is_kept(batch_norm, tmp_path, before_steps):
+    (states, watch), model = before_steps, conv(batch_norm)
     watch(model)
     images, labels = colours(50, 1)
     images = images.float() / 255
@@ -575,8 +618,12 @@ def test_bf16_trains_weights_that_stay_float32():
         ({"head_start": 2, "method": "linear"}, "head_start is linear probing before another method"),
         ({"clean_weight": 1.1}, "clean_weight must be at most 1, got 1.1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0, got -0.1"),
-        ({"clip": -1.0}, "clip must be at least 0, got -1.0"),
-        ({"average": float("nan")}, "average must be at least 0, got nan"),
+        ({"clip": -1.0}, "clip must be above 0, got -1.0"),
+        ({"clip": 0}, "clip must be above 0, got 0"),
+        ({"epochs": 2.5}, "epochs is a whole number, got 2.5"),
+        ({"rank": 4.0}, "rank is a whole number, got 4.0"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
+        ({"average": float("nan")}, "average must be finite, got nan"),
         ({"precision": "fp16"}, "unknown precision 'fp16'; there are no, bf16"),
         ({"on_overfitting": "panic"}, "unknown on_overfitting 'panic'; there are warn, stop, rollback, switch"),
         ({"switch_to": "fgsm"}, "unknown switch_to 'fgsm'; there are pgd, nfgsm"),

@@ -41,7 +41,8 @@ def _add_settings(add, parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option, action="store_true", help=facts["help"])
             continue
         kind = kinds.get(field.name, str if field.default is None else type(field.default))
-        add(option, kind, field.default, choices=facts["choices"], help=facts["help"].replace("in pixels", "in 1/255"))
+        choices = facts["limits"].get("choices")
+        add(option, kind, field.default, choices=choices, help=facts["help"].replace("in pixels", "in 1/255"))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ class Place:
     stage: int = 0
     epoch: int = 0  # of all stages
     first_epoch: int = 0  # of this stage
+    schedule_epoch: int = 0  # where the schedule of the learning rate began: a switch begins it again
     batch: int = 0
     loss_sum: float = 0.0
     right: float = 0.0
@@ -206,6 +207,8 @@ class Run:
             self.average = Average(self.tuning.tensors, s.average) if s.average else None
             self.monitor = self._new_monitor()
             self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
+            self.buffers = [t for t in self.tuning.tensors.values() if not isinstance(t, nn.Parameter)]
+            self.before = [buffer.clone() for buffer in self.buffers]
             against = by_name("pgd-10", self.model, self.trainer.eps, **self.options)
             self.evaluating = self.trainer.eval_attack or against
             if groups is None:
@@ -220,7 +223,8 @@ class Run:
                 self.tuning.load(chosen)
 
     def _begin(self, number: int, stage: Stage) -> None:
-        self.at = Place(stage=number, epoch=self.at.epoch, first_epoch=self.at.epoch, records=self.at.records)
+        now = self.at.epoch
+        self.at = Place(stage=number, epoch=now, first_epoch=now, schedule_epoch=now, records=self.at.records)
         counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
         self._record({"stage": number, "method": stage.method, **counts})
         logger.info("%s: %s of %s parameters train", stage.method, *(f"{count:,}" for count in counts.values()))
@@ -297,12 +301,15 @@ class Run:
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
         """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
         at, world = self.at, self.here.num_processes
-        done = (at.epoch - at.first_epoch) * self.steps + at.batch
-        at.lr = stage.lr * at.lr_scale * lr_factor(done, self.settings.warmup, stage.epochs * self.steps)
+        done = (at.epoch - at.schedule_epoch) * self.steps + at.batch
+        total = (at.first_epoch + stage.epochs - at.schedule_epoch) * self.steps
+        at.lr = stage.lr * at.lr_scale * lr_factor(done, self.settings.warmup, total)
         for group in self.optimizer.param_groups:
             group["lr"] = at.lr
         # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
         torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
+        if self.buffers:
+            torch._foreach_copy_(self.before, self.buffers)
         mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
@@ -340,6 +347,8 @@ class Run:
 
     def _refuse(self, loss: float, index: torch.Tensor) -> None:
         self.optimizer.zero_grad()
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(before)
         where = ""
         if self.trainer.folder is not None and self.here.is_main_process:
             path = self.trainer.folder / "nonfinite.safetensors"
@@ -370,12 +379,15 @@ class Run:
         if self.monitor is None:
             return {}
         start = time.perf_counter()
-        reading = self._agreed(asdict(self.monitor.check()))
-        self.at.monitor = self.monitor.state()
+        reading, state = self._agreed((asdict(self.monitor.check()), self.monitor.state()))
+        self.monitor.load(state)
+        self.at.monitor = state
         reading["monitor_s"] = time.perf_counter() - start
         if reading["alarm"] is None:
-            self.good = self.tuning.state()
-            self.changed.add("good")
+            # Not merely without alarm: the decline begins some epochs before it shows.
+            if reading["probe_pgd"] >= state["best"]:
+                self.good = self.tuning.state()
+                self.changed.add("good")
             return reading
         action = self.settings.on_overfitting
         if action == "switch" and self.at.switched:
@@ -391,7 +403,7 @@ class Run:
         if action == "rollback":
             self.at.lr_scale /= 2
         elif action == "switch":
-            self.at.switched = True
+            self.at.switched, self.at.schedule_epoch = True, self.at.epoch
             self._use(self.settings.switch_to)
             self.monitor.attack = self.step.attack
 
@@ -407,7 +419,7 @@ class Run:
     def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
         return self._agreed(robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device))
 
-    def _agreed(self, found: dict) -> dict:
+    def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
         return require("accelerate.utils").broadcast_object_list([found])[0]
 

@@ -1,12 +1,14 @@
 """What a training run is told: numbers and names, checked before anything is changed."""
 
+import math
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 
 from fastadv.training.methods import METHODS
 
 
-def _of(default, help: str, *, choices: tuple | None = None, least: float | None = None, most: float | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+def _of(default, help: str, **limits):
+    return field(default=default, metadata={"help": help, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Settings:
     weight_decay: float = _of(0.0, "of weights, not of biases and norms", least=0)
     clean_weight: float = _of(0.0, "share of the loss on clean images", least=0, most=1)
     label_smoothing: float = _of(0.0, "of the loss that is learnt from", least=0, most=1)
-    clip: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", least=0)
+    clip: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", above=0)
     average: float = _of(
         0.0, "decay of a moving average of the weights, then the result, such as 0.998", least=0, most=1
     )
@@ -45,7 +47,8 @@ class Settings:
     probe: int = _of(256, "training images on which the monitor looks for overfitting; 0: no monitor", least=0)
     on_overfitting: str = _of(
         "warn",
-        "stop: with the last good weights; rollback: to them, with half the learning rate; switch: and another attack",
+        "stop: with the weights of the best probe; rollback: to them, with half the learning rate; switch: to them, "
+        "with another attack and a learning rate that begins again, over the epochs that are left",
         choices=("warn", "stop", "rollback", "switch"),
     )
     switch_to: str = _of("pgd", "the attack after a switch", choices=("pgd", "nfgsm"))
@@ -53,7 +56,9 @@ class Settings:
 
     def __post_init__(self):
         for each in fields(self):
-            _check(each.name, getattr(self, each.name), each.default, **each.metadata)
+            value = getattr(self, each.name)
+            if value is not None or each.default is not None:
+                _check(each.name, value, each.type, **each.metadata["limits"])
         if self.head_start and self.method == "linear":
             raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
 
@@ -80,12 +85,16 @@ class Stage:
     lr: float
 
 
-def _check(name: str, value: object, default: object, help: str, choices, least, most) -> None:
-    if value is None and default is None:
-        return
+def _check(name: str, value: object, kind: type, choices=None, least=None, above=None, most=None) -> None:
     if choices is not None and value not in choices:
         raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
+    if kind in (int, int | None) and not isinstance(value, Integral):
+        raise ValueError(f"{name} is a whole number, got {value!r}")
+    if kind in (float, float | None) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
     if least is not None and not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} must be above {above}, got {value}")
     if most is not None and not value <= most:
         raise ValueError(f"{name} must be at most {most}, got {value}")
