@@ -113,7 +113,11 @@ def _towards(w, difference, R: tl.constexpr):
 
 
 @triton.jit
-def _round_inward(bound, R: tl.constexpr, UP: tl.constexpr):
+def _bound(bound, C: tl.constexpr, R: tl.constexpr, UP: tl.constexpr, SIMPLE: tl.constexpr):
+    """lo, rounded up to R, or hi, rounded down: in C."""
+    bound = tl.cast(bound, C)
+    if SIMPLE:
+        return bound
     w = _round_to(bound, R)
     if UP:
         return tl.where(w < bound, _towards(w, tl.full(w.shape, -1.0, w.dtype), R), w)
@@ -146,9 +150,9 @@ def _where_beyond(above, below):
     )
 
 
-_NUDGE = _where_beyond("sub.rn.f32 $0, $1, $4", "add.rn.f32 $0, $1, $4")
+_NUDGE = _where_beyond("sub.rn.f32 $0, $0, $4", "add.rn.f32 $0, $0, $4")
 # Less the least of all, rounded down, is the next float.
-_PULL_FLOAT32 = _where_beyond("sub.rm.f32 $0, $1, 0f00000001", "add.rp.f32 $0, $1, 0f00000001")
+_PULL_FLOAT32 = _where_beyond("sub.rm.f32 $0, $0, 0f00000001", "add.rp.f32 $0, $0, 0f00000001")
 
 
 @triton.jit
@@ -192,7 +196,7 @@ def _finish(t, x, radius, lo, hi, R: tl.constexpr, ORDINARY: tl.constexpr):
         w = _round_to(_nudged(w, difference, radius, _to_neighbour(w, R)), R)
     else:
         w = tl.where(tl.abs(difference) > radius, _towards(w, difference, R), w)
-    return _clamp(w, _round_inward(lo, R, True), _round_inward(hi, R, False))
+    return _clamp(w, lo, hi)
 
 
 @triton.jit
@@ -231,21 +235,31 @@ def _pixel(x, C: tl.constexpr):
 
 
 @triton.jit
-def _random_bits(seed, first_group, GROUPS: tl.constexpr):
-    """The 16 random bits of 8 * GROUPS elements, as uint32."""
+def _last_bits(words, UPPER: tl.constexpr):
+    """The lower or upper 16 bits of uint32 words as the last bits of floats: 2^23 + h. Conversions are slow."""
+    if _PTX:
+        code: tl.constexpr = "prmt.b32 $0, $1, 0x4b00, 0x5432;" if UPPER else "prmt.b32 $0, $1, 0x4b00, 0x5410;"
+        return tl.inline_asm_elementwise(code, "=f,r", [words], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        h = words >> 16 if UPPER else words & 0xFFFF
+        return (h | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _random(seed, first_group, GROUPS: tl.constexpr):
+    """2^23 + h of 8 * GROUPS elements, h the 16 random bits of each."""
     group = first_group + tl.arange(0, GROUPS)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([GROUPS * 4])
-    return tl.join(words & 0xFFFF, words >> 16).reshape([GROUPS * 8])
+    return tl.join(_last_bits(words, False), _last_bits(words, True)).reshape([GROUPS * 8])
 
 
 @triton.jit
 def _start(x, h, noise, lo, hi, R: tl.constexpr, ORDINARY: tl.constexpr):
     C: tl.constexpr = x.dtype
-    # k / 2 = h - 32767.5. Conversions of integers are slow: the float 2^23 + h has h for its last bits.
-    half = ((h | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) - 32767.5
+    half = (h - 8388608.0) - 32767.5  # k / 2; h is 2^23 too large
     if not ORDINARY:  # perhaps so small a noise that scale is subnormal
         noise_ = (noise * 0.0000152587890625) * (2 * half).to(C)
     else:
@@ -265,30 +279,35 @@ def _step(x0, grad, x, alpha, eps, lo, hi, R: tl.constexpr, PROJECT: tl.constexp
     else:
         moved = x0 + alpha * ((grad > 0).to(C) - (grad < 0).to(C))
     if not PROJECT:
-        return _clamp(_round_to(moved, R), _round_inward(lo, R, True), _round_inward(hi, R, False))
+        return _clamp(_round_to(moved, R), lo, hi)
     return _finish(x + _clamp(moved - x, -eps, eps), x, eps, lo, hi, R, ORDINARY)
 
 
 @triton.jit
 def _element(x, x0, grad, h, alpha, eps, noise, lo, hi, C: tl.constexpr, R: tl.constexpr, FLAGS: tl.constexpr):
-    """The op on a block of elements. FLAGS: which of (noise, step, x0, project, radii of ordinary size) there is."""
-    ORDINARY: tl.constexpr = FLAGS[4]
+    """The op on a block of elements.
+
+    FLAGS: which of (noise, step, x0, project, radii of ordinary size, bounds that every type has) there is.
+    """
     NOISE: tl.constexpr = FLAGS[0]
     STEP: tl.constexpr = FLAGS[1]
     HAS_X0: tl.constexpr = FLAGS[2]
-    if not STEP:
-        return _start(_pixel(x, C), h, tl.cast(noise, C), tl.cast(lo, C), tl.cast(hi, C), R, ORDINARY)
+    ORDINARY: tl.constexpr = FLAGS[4]
+    SIMPLE: tl.constexpr = FLAGS[5]
+    lo_, hi_ = _bound(lo, C, R, True, SIMPLE), _bound(hi, C, R, False, SIMPLE)
     clean = _pixel(x, C)
+    if not STEP:
+        return _start(clean, h, tl.cast(noise, C), lo_, hi_, R, ORDINARY)
     if HAS_X0:
         start = _pixel(x0, C)
     elif NOISE:
         # What random_init returned: in x's type (float32 for uint8), computed in float32 unless x is float64.
         C0: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
         R0: tl.constexpr = tl.float32 if x.dtype == tl.uint8 else x.dtype
-        start = _start(_pixel(x, C0), h, tl.cast(noise, C0), tl.cast(lo, C0), tl.cast(hi, C0), R0, ORDINARY).to(C)
+        lo0, hi0 = _bound(lo, C0, R0, True, SIMPLE), _bound(hi, C0, R0, False, SIMPLE)
+        start = _start(_pixel(x, C0), h, tl.cast(noise, C0), lo0, hi0, R0, ORDINARY).to(C)
     else:
         start = clean
-    lo_, hi_ = tl.cast(lo, C), tl.cast(hi, C)
     return _step(start, grad, clean, tl.cast(alpha, C), tl.cast(eps, C), lo_, hi_, R, FLAGS[3], ORDINARY)
 
 
@@ -310,20 +329,21 @@ def _load_seed(seed, block, PER_SAMPLE: tl.constexpr):
 @triton.jit
 def flat_kernel(
     x, x0, grad, out, z, seed, alpha, eps, noise, lo, hi, mean, scale, channels, inner, size,
-    C: tl.constexpr, FLAGS: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, FLAGS: tl.constexpr, PER_SAMPLE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every tensor dense in the order of the positions; program (i, n): elements i*BLOCK, ... of sample n.
 
     z: the model's next input, or None; a position's channel is position // inner % channels.
+    WHOLE: size is a multiple of BLOCK, and nothing needs a mask.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     block = tl.program_id(1).to(tl.int64)
-    offset = block * size + first
+    offset = block * size + first if PER_SAMPLE else first
     lane = tl.arange(0, BLOCK)
-    mask = lane < size - first
-    h = tl.zeros([BLOCK], tl.uint32)
+    mask = None if WHOLE else lane < size - first
+    h = tl.zeros([BLOCK], tl.float32)
     if FLAGS[0]:
-        h = _random_bits(_load_seed(seed, block, PER_SAMPLE), first // 8, BLOCK // 8)
+        h = _random(_load_seed(seed, block, PER_SAMPLE), first // 8, BLOCK // 8)
     x_ = tl.load(x + offset + lane, mask)
     x0_ = tl.load(x0 + offset + lane, mask) if FLAGS[2] else x_
     grad_ = tl.load(grad + offset + lane, mask) if FLAGS[1] else x_
@@ -368,9 +388,9 @@ def any_kernel(
     block = tl.program_id(1).to(tl.int64)
     position = first + tl.arange(0, BLOCK)
     mask = position < size
-    h = tl.zeros([BLOCK], tl.uint32)
+    h = tl.zeros([BLOCK], tl.float32)
     if FLAGS[0]:
-        h = _random_bits(_load_seed(seed, block, PER_SAMPLE), first // 8, BLOCK // 8)
+        h = _random(_load_seed(seed, block, PER_SAMPLE), first // 8, BLOCK // 8)
     x_ = tl.load(x + block * block_strides[0] + _place(position, sizes, strides[0]), mask)
     x0_, grad_ = x_, x_
     if FLAGS[2]:
@@ -428,11 +448,16 @@ def _ordinary(x, out, radii):
     return fits and all(t is None and (r == 0 or 2.0**-100 <= r <= largest) for r, t in radii)
 
 
+def _simple(number, tensor):
+    """Whether every type has that number: 0, 1 and the like."""
+    return tensor is None and abs(number) <= 1 and 128 * number % 1 == 0
+
+
 def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None):
     """params: (number, tensor or None) of alpha, eps, noise, lo and hi; flags: which of (noise, step, x0, project)."""
     if x.numel() == 0:
         return
-    flags = (*flags, _ordinary(x, out, params[1:3]))
+    flags = (*flags, _ordinary(x, out, params[1:3]), all(_simple(*bound) for bound in params[3:]))
     per_sample = seed is not None and seed.numel() != 1
     places = position_strides(x, per_sample)
     blocks = x.shape[0] if per_sample else 1
@@ -451,7 +476,7 @@ def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None
     with torch.cuda.device(x.device) if x.is_cuda else _HERE:
         narrow = max(channels, inner) + BLOCK < 2**32  # where flat_kernel's own divisions are right
         if narrow and not any(tensors) and all(t is None or _lies_at(t, places, x.shape) for t in images):
-            flat_kernel[grid](*images, seed, *values, *normalization, size, **constants)
+            flat_kernel[grid](*images, seed, *values, *normalization, size, WHOLE=size % BLOCK == 0, **constants)
             return
         first_dim = 1 if per_sample else 0
         order = sorted(range(first_dim, x.dim()), key=lambda d: -places[d])
