@@ -140,6 +140,27 @@ def test_model_input_equals_the_oracle(backend, op):
     prop()
 
 
+@pytest.mark.parametrize("seeds", ["one", "each"])
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 128, 96), (3, 2, 48, 64)], ids=str)
+def test_images_of_whole_blocks(kernel, shape, seeds):
+    """Channels of 4096, 12288 and 3072 elements: of whole blocks, also of the widest, and images alone of them."""
+    name, device = kernel
+    x, grad = torch.rand(shape), torch.randn(shape)
+    seed = 5 if seeds == "one" else torch.arange(shape[0]) - 1
+    normalization = fastadv.Normalization((0.4, 0.5, 0.6)[: shape[1]], (0.2, 0.25, 0.3)[: shape[1]])
+
+    def call(device):
+        options = {"seed": seed if seeds == "one" else seed.to(device), "normalization": normalization}
+        z, image = torch.empty(shape, device=device), x.to(device)
+        return fastadv.fgsm_step(image, grad.to(device), 8 / 255, alpha=0.02, noise=8 / 255, z=z, **options), z
+
+    with fastadv.backend("reference"):
+        want = call("cpu")
+    with fastadv.backend(name):
+        got = call(device)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
 @given(s.cases("random_init"), s.model_inputs())
 def test_normalization_equals_the_oracle(case, model_input):
     """Called on an image it does what the steps do."""

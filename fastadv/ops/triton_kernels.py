@@ -329,12 +329,13 @@ def _load_seed(seed, block, PER_SAMPLE: tl.constexpr):
 @triton.jit
 def flat_kernel(
     x, x0, grad, out, z, seed, alpha, eps, noise, lo, hi, mean, scale, channels, inner, size,
-    C: tl.constexpr, FLAGS: tl.constexpr, PER_SAMPLE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, FLAGS: tl.constexpr, PER_SAMPLE: tl.constexpr, WHOLE: tl.constexpr, ONE_CHANNEL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every tensor dense in the order of the positions; program (i, n): elements i*BLOCK, ... of sample n.
 
     z: the model's next input, or None; a position's channel is position // inner % channels.
-    WHOLE: size is a multiple of BLOCK, and nothing needs a mask.
+    WHOLE: size is a multiple of BLOCK, and nothing needs a mask. ONE_CHANNEL: inner is, so each program has one.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     block = tl.program_id(1).to(tl.int64)
@@ -351,12 +352,17 @@ def flat_kernel(
     result = _element(x_, x0_, grad_, h, alpha, eps, noise, lo, hi, C, R, FLAGS)
     tl.store(out + offset + lane, _stored(result, R), mask)
     if z is not None:
-        # Divisions of 64 bits are slow: once for all, then a lane's own way in 32.
-        channel = (first // inner % channels).to(tl.uint32)
-        run = (lane.to(tl.uint32) + (first % inner).to(tl.uint32)) // tl.cast(inner, tl.uint32)
-        channel = (channel + run) % tl.cast(channels, tl.uint32)
+        # Divisions are slow, of 64 bits above all: one for all lanes where they share the channel.
+        if ONE_CHANNEL:
+            channel = tl.program_id(0).to(tl.uint32) // (tl.cast(inner, tl.uint32) // BLOCK) % tl.cast(channels, tl.uint32)
+            known = None
+        else:
+            channel = (first // inner % channels).to(tl.uint32)
+            run = (lane.to(tl.uint32) + (first % inner).to(tl.uint32)) // tl.cast(inner, tl.uint32)
+            channel = (channel + run) % tl.cast(channels, tl.uint32)
+            known = mask
         Z: tl.constexpr = z.dtype.element_ty
-        tl.store(z + offset + lane, _normalized(result, mean, scale, channel, mask, Z), mask)
+        tl.store(z + offset + lane, _normalized(result, mean, scale, channel, known, Z), mask)
 
 
 @triton.jit
@@ -468,7 +474,7 @@ def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None
     tensors = tuple(t is not None for _, t in params)
     values = [number if t is None else t for number, t in params]
     channels = mean.numel() if z is not None else 1
-    inner = places[1] if channels > 1 else 1
+    inner = places[1] if channels > 1 else BLOCK
     images = (x, x0, grad, out, z)
     normalization = (mean, scale, channels, inner)
     constants = {"C": _TL[c], "FLAGS": flags, "PER_SAMPLE": per_sample, "BLOCK": BLOCK, **OPTIONS}
@@ -476,7 +482,8 @@ def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None
     with torch.cuda.device(x.device) if x.is_cuda else _HERE:
         narrow = max(channels, inner) + BLOCK < 2**32  # where flat_kernel's own divisions are right
         if narrow and not any(tensors) and all(t is None or _lies_at(t, places, x.shape) for t in images):
-            flat_kernel[grid](*images, seed, *values, *normalization, size, WHOLE=size % BLOCK == 0, **constants)
+            whole = {"WHOLE": size % BLOCK == 0, "ONE_CHANNEL": inner % BLOCK == 0}
+            flat_kernel[grid](*images, seed, *values, *normalization, size, **whole, **constants)
             return
         first_dim = 1 if per_sample else 0
         order = sorted(range(first_dim, x.dim()), key=lambda d: -places[d])
