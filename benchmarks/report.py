@@ -142,7 +142,7 @@ TRAINING_HEADER = (
 
 
 def training_row(r):
-    seconds = (r["fastest_seconds"][name] for name in ("F + Bx", "F + B", "optimiser", "fgsm"))
+    seconds = (r["quartile_seconds"][name] for name in ("F + Bx", "F + B", "optimiser", "fgsm"))
     ratios = (*(r["over_parts"][attack] for attack in STEP_ATTACKS), r["fgsm_over_standard"], r["pgd_over_fgsm"])
     return (
         *(r["network"], r["method"], str(r["batch"])),
@@ -213,7 +213,7 @@ KINDS = (
     ("op", "ops, medians", OP_HEADER, op_row),
     ("host", "one call on 16 elements", HOST_HEADER, host_row),
     ("attack", "attacks, medians", ATTACK_HEADER, attack_row),
-    ("training cost", "a step of adversarial training, fastest readings", TRAINING_HEADER, training_row),
+    ("training cost", "a step of adversarial training, lower quartiles", TRAINING_HEADER, training_row),
     ("transfer", "robust transfer, mean and standard deviation over seeds", TRANSFER_HEADER, transfer_row),
     ("evaluation", "restarts on a trained network", EVALUATION_HEADER, evaluation_row),
     ("memory", "memory held for the backward pass", MEMORY_HEADER, memory_row),
