@@ -353,14 +353,15 @@ def flat_kernel(
     tl.store(out + offset + lane, _stored(result, R), mask)
     if z is not None:
         # Divisions are slow, of 64 bits above all: one for all lanes where they share the channel.
+        inner_ = tl.cast(inner, tl.uint32)
         if ONE_CHANNEL:
-            channel = tl.program_id(0).to(tl.uint32) // (tl.cast(inner, tl.uint32) // BLOCK) % tl.cast(channels, tl.uint32)
+            channel = tl.program_id(0).to(tl.uint32) // (inner_ // BLOCK)
             known = None
         else:
-            channel = (first // inner % channels).to(tl.uint32)
-            run = (lane.to(tl.uint32) + (first % inner).to(tl.uint32)) // tl.cast(inner, tl.uint32)
-            channel = (channel + run) % tl.cast(channels, tl.uint32)
+            run = (lane.to(tl.uint32) + (first % inner).to(tl.uint32)) // inner_
+            channel = (first // inner % channels).to(tl.uint32) + run
             known = mask
+        channel = channel % tl.cast(channels, tl.uint32)
         Z: tl.constexpr = z.dtype.element_ty
         tl.store(z + offset + lane, _normalized(result, mean, scale, channel, known, Z), mask)
 
