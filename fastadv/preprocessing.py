@@ -59,6 +59,12 @@ class Preprocessing:
             raise ValueError(f"crop must be in (0, 1], got {self.crop}")
 
     @property
+    def covered(self) -> tuple[int, int]:
+        """(H, W) that a resized picture just covers, before the centre is cut out."""
+        # Rounded first: 224 / (224 / 354) is a little below 354.
+        return tuple(math.floor(round(side / self.crop, 6)) for side in self.size)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self.channels, *self.size
@@ -83,7 +89,7 @@ class Preprocessing:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        least_height, least_width = (math.floor(side / self.crop) for side in self.size)
+        least_height, least_width = self.covered
         if least_height * width >= least_width * height:
             return width * least_height // height, least_height
         return least_width, height * least_width // width

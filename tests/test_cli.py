@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +160,10 @@ def test_an_own_model_in_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finetune("run", "--data", "digits", "--model", "my_net:net", "--attack", "none", "--lr", "0.01")
     assert last_line(tmp_path / "run")["clean_accuracy"] > 0.3
+    monkeypatch.delitem(sys.modules, "my_net")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    cli.main(["export", "run/model.safetensors", "plain.safetensors"])
+    assert Path("plain.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -215,3 +220,21 @@ def test_importing_fastadv_imports_no_extra():
         "pyarrow",
         "timm",
     }
+
+
+def test_images_of_one_class_after_the_other_are_sampled_from_all(tmp_path):
+    rng = np.random.default_rng()
+    labels = np.repeat(np.arange(5), 20)
+    arrays = {f"{kind}_{part}": value for part in ("train", "test") for kind, value in (("x", None), ("y", labels))}
+    arrays |= {f"x_{part}": rng.random((100, 1, 2, 2), np.float32) for part in ("train", "test")}
+    np.savez(tmp_path / "sorted.npz", **arrays)
+    finetune(tmp_path / "run", "--data", str(tmp_path / "sorted.npz"), "--model", "mlp", "--attack", "none")
+    model = ("--model", tmp_path / "run" / "model.safetensors", "--data", tmp_path / "sorted.npz", "--device", "cpu")
+    cli.main(["evaluate", *map(str, (*model, "--attacks", "fgsm", "--limit", "20", "--out", tmp_path / "report"))])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    chosen = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:20].sort()[0]
+    with torch.no_grad():
+        network = models.load(tmp_path / "run" / "model.safetensors").pixels.eval()
+        says = network(torch.from_numpy(arrays["x_test"])[chosen]).argmax(1)
+    assert report["clean_correct"] == (says == torch.from_numpy(labels)[chosen]).tolist()
+    assert len(set(labels[chosen])) > 2

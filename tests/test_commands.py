@@ -119,6 +119,28 @@ def test_the_report_needs_no_other_file_and_says_what_the_log_says(tuned):
         assert word in text
 
 
+def test_the_parts_do_not_depend_on_the_seed_of_the_training(photos, backbone, tmp_path, capsys):
+    for seed in (1, 2):
+        finetune(photos, backbone, tmp_path / str(seed), "--seed", seed, "--epochs", "1")
+    assert capsys.readouterr().out.count("chosen by seed 0") == 2
+    finals = [json.loads((tmp_path / s / "log.jsonl").read_text().splitlines()[-1]) for s in "12"]
+    model = models.load(tmp_path / "2" / "model.safetensors")
+    test = data.load(photos, preprocessing=model.preprocessing).test
+    with torch.no_grad():
+        says = model.pixels.eval()(data.to_float(test[0])).argmax(1)
+    assert finals[1]["clean_accuracy"] == pytest.approx((says == test[1]).float().mean().item())
+    finetune(photos, backbone, tmp_path / "3", "--split-seed", "4", "--epochs", "1")
+    assert "chosen by seed 4" in capsys.readouterr().out
+
+
+def test_under_several_processes_one_writes_the_result(photos, backbone, tmp_path, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setattr(accelerate.PartialState, "is_main_process", False)
+    finetune(photos, backbone, tmp_path / "second", "--epochs", "1")
+    assert not (tmp_path / "second" / "model.safetensors").exists()
+    assert not (tmp_path / "second" / "report.html").exists()
+
+
 def test_a_finished_run_can_be_asked_for_again(photos, backbone, tuned, capsys):
     weights, log = ((tuned / name).read_bytes() for name in ("model.safetensors", "log.jsonl"))
     finetune(photos, backbone, tuned, "--resume")

@@ -206,9 +206,12 @@ def test_bad_npz_is_refused_by_what_is_wrong(tmp_path, changes, message):
 def test_other_files_and_names_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="'digit'; give 'digits', 'cifar10', or the path"):
         data.load("digit")
-    (tmp_path / "set.npz").write_text("not an archive")
-    with pytest.raises(ValueError, match=r"is not an \.npz file"):
-        data.load(tmp_path / "set.npz")
+    np.savez(tmp_path / "whole.npz", **arrays())
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for content in (b"not an archive", b"", whole[: len(whole) // 2]):
+        (tmp_path / "set.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"is not an \.npz file"):
+            data.load(tmp_path / "set.npz")
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"is not an \.npz file|no array"):
         data.load(tmp_path / "one.npy")
@@ -303,6 +306,7 @@ def test_a_picture_of_the_models_size_keeps_its_bits():
         ((64, 64), (28, 28), 0.875, (32, 32), (2, 2)),
         ((50, 75), (224, 224), 0.875, (256, 384), (16, 80)),
         ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),  # half of 5, rounded to the even 2
+        ((100, 100), (224, 224), 224 / 354, (354, 354), (65, 65)),  # 224 / (224 / 354) is 353.99...
         ((31, 17), (16, 16), 0.95, (29, 16), (6, 0)),  # 16 / .95 = 16.8, cut to 16; 31 * 16 / 17 = 29.2; 6.5 to 6
     ],
 )
@@ -387,6 +391,54 @@ def test_a_class_may_be_called_train(tmp_path):
     assert data.load(tmp_path).classes == ("plane", "train")
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("TRAIN", "test")])
+def test_parts_may_be_spelt_otherwise(tmp_path, names):
+    counts = {f"{part}/{name}": 4 for part in names for name in "ab"}
+    found = photos(tmp_path, counts)
+    loaded = data.load(tmp_path, validation=0)
+    assert loaded.classes == ("a", "b")
+    assert rows(loaded.x_test[loaded.y_test == 1]) == found[f"{names[1]}/b"]
+
+
+def test_a_stray_picture_beside_the_classes_makes_no_class_of_the_parts(tmp_path):
+    photos(tmp_path, {"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2, "train": 1})
+    with pytest.warns(UserWarning, match="left out, no picture of a class: 1, such as"):
+        assert data.load(tmp_path, validation=0).classes == ("a", "b")
+
+
+@pytest.mark.parametrize("counts", [{"test/a": 4, "val/a": 4}, {"train": 4, "test": 4}])
+def test_parts_without_classes_or_training_are_refused(tmp_path, counts):
+    photos(tmp_path, counts)
+    with pytest.raises(ValueError, match="parts without classes, or classes without a training part"):
+        data.load(tmp_path)
+
+
+def test_a_name_that_is_stored_in_two_ways_is_one_class(tmp_path):
+    photos(tmp_path, {"\u00e9": 5, "e": 5})
+    for i in range(5):  # as a copy from another system brings it along
+        path = tmp_path / "e\u0301" / f"other-{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(noise(6, 6)))
+    loaded = data.load(tmp_path, validation=0)
+    assert loaded.classes == ("e", "\u00e9")
+    assert (len(loaded.y_train) + len(loaded.y_test), int((loaded.y_train == 1).sum())) == (15, 8)
+
+
+def test_a_class_that_is_left_out_needs_no_images(tmp_path):
+    photos(tmp_path, {"a": 10, "b": 10, "c": 1})
+    with pytest.raises(ValueError, match="class 'c' has a single training image"):
+        data.load(tmp_path)
+    some = data.load(tmp_path, classes=["a", "b"])
+    assert some.classes == ("a", "b")
+    assert len(some.y_train) + len(some.y_val) + len(some.y_test) == 20
+
+
+def test_numbers_are_names_where_folders_are_called_so(tmp_path):
+    photos(tmp_path, {"1": 5, "2": 5, "3": 5})
+    assert data.load(tmp_path, classes=[1, 3]).classes == ("1", "3")
+    assert data.load(tmp_path, classes=[0]).classes == ("1",)
+
+
 def test_hidden_files_do_not_count_and_others_are_counted(tmp_path):
     photos(tmp_path, {"a": 5, "b": 5, "a/.thumbs": 3, ".cache": 3})
     (tmp_path / "a" / ".DS_Store").write_text("")
@@ -448,6 +500,21 @@ def test_damaged_files_are_listed_or_left_out(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 40 pictures can be read"):
         data.load(tmp_path, skip_corrupt=True)
+
+
+def test_a_damaged_picture_that_was_a_class_s_only_one_to_validate_on_is_a_warning(tmp_path):
+    photos(tmp_path, {"a": 15, "b": 15})
+    whole = data.load(tmp_path, preprocessing=(given := Preprocessing((6, 6))))
+    (lost,) = whole.x_val[whole.y_val == 0]
+    for path in (tmp_path / "a").iterdir():
+        if np.array_equal(given.apply(Image.open(path)), lost):
+            path.write_bytes(b"damaged")
+    with (
+        pytest.warns(UserWarning, match="none of the val pictures of the class 'a' can be read"),
+        pytest.warns(UserWarning, match="1 of 30 pictures were left out"),
+    ):
+        loaded = data.load(tmp_path, preprocessing=given, skip_corrupt=True)
+    assert loaded.y_val.tolist() == [1]
 
 
 def test_too_little_memory_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
@@ -614,6 +681,10 @@ def test_what_is_not_cifar10_is_refused(tmp_path):
     parquet(tmp_path / "train.parquet", [noise(32, 32)] * 4, [0, 0, 1, 1], names=("cat", "dog"))
     with pytest.raises(ValueError, match=r"are not CIFAR-10: their classes are \('cat', 'dog'\)"):
         data.load("cifar10", folder=tmp_path)
+    parquet(tmp_path / "train.parquet", [noise(32, 32)] * 4, [0, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"not complete: .* has no test\*\.parquet"):
+        data.load("cifar10", folder=tmp_path)
+    (tmp_path / "train.parquet").unlink()
     files = binary(batches())
     cut = {**files, "cifar-10-batches-bin/data_batch_2.bin": b"short"}
     write(tmp_path / "cut", cut)

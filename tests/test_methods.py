@@ -383,3 +383,29 @@ def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="nothing to train"), trainable(model, "full"):
         pass
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class Counting(nn.Module):
+    """Puts another tensor in the place of its buffer at each call, as some models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        if self.training:
+            self.seen = self.seen + len(x)
+        return self.head(x)
+
+
+def test_a_buffer_that_the_model_replaces_is_the_one_that_is_kept():
+    model = Counting()
+    with trainable(model, "full") as tuning:
+        model(torch.rand(3, 2))
+        state = tuning.state()
+        model(torch.rand(4, 2))
+        assert state["seen"] == 3
+        assert tuning.tensors["seen"] is model.seen
+        tuning.load(state)
+    assert model.seen == 3

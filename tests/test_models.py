@@ -233,8 +233,18 @@ def test_a_folder_of_transformers(hf_folder, offline):
             },
             Preprocessing((32, 32), 3, (0.0,) * 3, (0.5,) * 3, "bicubic", 0.8),
         ),
+        (
+            {
+                "image_processor_type": "DeiTImageProcessor",
+                "size": {"height": 40, "width": 40},
+                "do_center_crop": True,
+                "crop_size": {"height": 32, "width": 32},
+                "resample": 3,
+            },
+            Preprocessing((32, 32), 3, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.8),
+        ),
     ],
-    ids=["convnext", "clip"],
+    ids=["convnext", "clip", "deit"],
 )
 def test_other_image_processors(hf_folder, offline, processor, expected):
     (hf_folder / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -323,6 +333,23 @@ class Branching(nn.Module):
         self.auxiliary = nn.Linear(4, 9)
 
 
+def test_an_image_processor_without_a_size_is_refused(hf_folder, offline, monkeypatch):
+    processor = type("Processor", (), {"to_dict": lambda self: {"data_config": {}}})
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda path: processor())
+    with pytest.raises(ValueError, match="does not say the size of its images; a model of timm's is timm:NAME"):
+        models.source(f"hf:{hf_folder}")
+
+
+@pytest.mark.parametrize(("name", "fits"), [("conv", (1, 9, 11)), ("mlp", (1, 8, 8))])
+def test_images_of_another_shape_are_refused(tmp_path, name, fits):
+    models.save(models.source(name).build("ab", (1, 8, 8)), tmp_path / "m.safetensors")
+    source = models.source(str(tmp_path / "m.safetensors"))
+    assert source.build("ab", fits).pixels(torch.rand(2, *fits)).shape == (2, 2)
+    for shape in ((3, 8, 8), *([(1, 9, 11)] if name == "mlp" else [])):
+        with pytest.raises(ValueError, match=r"takes images of the shape \(1, 8, 8\), these have"):
+            source.build("ab", shape)
+
+
 def test_the_head_is_the_one_named_declared_known_or_the_last_linear(hf_folder):
     model = models.source("mlp").build("abcde", (1, 8, 8)).network
     assert models.find_head(model) == ("5", model[5])
@@ -350,6 +377,12 @@ def test_heads_that_are_not_there_are_refused():
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
     with pytest.raises(ValueError, match="several classifiers, head, head_dist: name one"):
         models.find_head(distilled)
+    small = dict.fromkeys(("hidden_size", "intermediate_size", "num_labels"), 8)
+    small |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.DeiTConfig(**small, image_size=32)
+    with pytest.raises(ValueError, match="several classifiers, cls_classifier, distillation_classifier: name one"):
+        models.find_head(transformers.DeiTForImageClassificationWithTeacher(config))
+    assert models.find_head(transformers.DeiTForImageClassification(config))[0] == "classifier"
 
 
 @pytest.mark.parametrize("name", ["mlp", VIT, "hf", "distilled"])

@@ -106,6 +106,20 @@ def test_any_callable_is_an_attack_and_draws_the_same_each_time(net):
     assert first.probe_attack == ours.probe_attack
 
 
+def test_a_compiled_attack_fills_its_batches_no_further_after_a_check(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model.register_forward_hook(lambda module, args, _: seen.append(len(args[0])))
+    images, labels = torch.rand(32, 3, 2, 2), torch.arange(32) % 3
+    attack = PGD(model, 0.1, 0.05, 2, compile=True)
+    attack(images[:8], labels[:8])
+    Monitor(model, images, labels, attack, 0.1).check()
+    seen.clear()
+    attack(images[:7], labels[:7])
+    assert set(seen) == {8}
+
+
 def test_a_check_leaves_model_and_generators_as_they_were(net):
     net.train()
     net.norm.eval()

@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -133,6 +134,31 @@ def test_a_callable_gets_float_images_and_labels_and_nothing_else(dtype):
     assert keywords == {}
     assert result[0].item() == pytest.approx(loss, rel=1e-5)
     assert_weights(model, weights, rtol=1e-4, atol=1e-6)
+
+
+def test_a_foreign_attack_leaves_nothing_in_the_parameters_or_the_buffers():
+    """One written by hand, that calls backward() in train mode."""
+
+    def attack(x, y):
+        x = x.clone().requires_grad_()
+        cross_entropy(model(x), y).sum().backward()
+        return x + EPS * x.grad.sign()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), *network().children()).double().train()
+    images, labels = batch()
+    alone = copy.deepcopy(model)
+    x_adv = fgsm_by_hand(copy.deepcopy(model), images, labels)
+    x_adv = torch.where((x_adv - images).abs() > 0, images + EPS * (x_adv - images).sign(), x_adv)
+    cross_entropy(alone(attack(images, labels).detach()), labels).mean().backward()
+    model.zero_grad()
+    model.load_state_dict(alone.state_dict())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(dict(nn.BatchNorm2d(3).double().named_buffers())[name.partition(".")[2]])
+    Step(model, attack, sgd(model)).gradients(images, labels)
+    for (name, got), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert model[0].num_batches_tracked == 1
 
 
 def test_without_an_attack_it_is_standard_training():
@@ -351,7 +377,11 @@ def test_the_free_share_of_abnormal_samples_is_the_computed_one(kind):
 
 
 @pytest.mark.parametrize(
-    ("layer", "looked"), [(nn.Dropout(0.1), 0), (nn.Dropout(0.0), 16), (nn.BatchNorm1d(16), 0), (nn.LayerNorm(16), 16)]
+    ("layer", "looked"),
+    [
+        *((nn.Dropout(0.1), 0), (nn.Dropout(0.0), 16), (nn.BatchNorm1d(16), 0), (nn.LayerNorm(16), 16)),
+        *((timm.layers.DropPath(0.1), 0), (timm.layers.DropPath(0.0), 16)),
+    ],
 )
 def test_none_is_looked_at_where_attack_and_update_differ_in_mode(layer, looked):
     model, (images, labels) = rough(), batch(16)

@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         ({"attack": "cw"}, "unknown attack 'cw'"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; there are adamw, sgd"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"lr": float("nan")}, "lr must be at least 0, got nan"),
+        ({"lr": float("nan")}, "lr must be finite, got nan"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -72,6 +72,7 @@ def add_data(parser: argparse.ArgumentParser, add: Callable, default: str | None
     add("--data-folder", Path, help="where cifar10 is (the variable FASTADV_DATA, else data, if not given)")
     add("--classes", class_list, help="labels or names to keep, such as 5-9 or cat,dog (all if not given)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
+    add("--split-seed", int, 0, help="of the parts that a set does not have: the same for training and evaluation")
     add("--seed", int, 0)
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -84,7 +85,7 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
         classes=arguments.classes,
         folder=arguments.data_folder,
         skip_corrupt=arguments.skip_corrupt,
-        seed=arguments.seed,
+        seed=arguments.split_seed,
         **options,
     )
     for note in dataset.notes:
@@ -93,7 +94,18 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
 
 
 def model_source(name: str) -> models.Source:
-    """`models.source`, where module:function may lie in the working folder, as with python -m."""
+    """`models.source`, where module:function may lie in the working folder."""
+    _see_working_folder()
+    return models.source(name)
+
+
+def load_model(path: str | Path) -> models.Model:
+    """`models.load`, where the module of its architecture may lie in the working folder."""
+    _see_working_folder()
+    return models.load(path)
+
+
+def _see_working_folder() -> None:
+    """As python -m does."""
     if "" not in sys.path:
         sys.path.insert(0, "")
-    return models.source(name)

@@ -4,9 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
-from fastadv import models
+import torch
+
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, eps_budget, load_data
+from fastadv.commands.arguments import add_data, adder, eps_budget, load_data, load_model
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ITERATES
 
@@ -19,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--attacks", default="fgsm,pgd-20,pgd-50-10", help=f"some of {', '.join(PRESETS)}")
     add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
     add("--iterate", default="any", choices=ITERATES, help="which iterates are judged, start included; any is stronger")
-    add("--limit", int, help="test images to evaluate, from the first (all if not given)")
+    add("--limit", int, help="so many test images, a sample that is always the same (all if not given)")
     add("--slots", int, 128, help="images under attack at a time")
     parser.add_argument(
         "--save-images", action="store_true", help="write adversarial images to the folder images in --out"
@@ -30,14 +31,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
-    model = models.load(arguments.model)
+    model = load_model(arguments.model)
     dataset = load_data(arguments, model.preprocessing)
+    model.check_shape(dataset.shape)
     if dataset.classes != model.classes:
         raise ValueError(
             f"the model's classes are {', '.join(model.classes)}, and the data's {', '.join(dataset.classes)}: give "
             "the --classes that it was trained on, in their order"
         )
-    images, labels = (part[: arguments.limit] for part in dataset.test)
+    images, labels = (part[_sample(len(dataset.y_test), arguments.limit)] for part in dataset.test)
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = evaluate(
         model.pixels.to(arguments.device),
@@ -57,3 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         accuracy, eps = result["robust_accuracy"], f"{255 * result['eps']:g}/255"
         print(f"{result['attack']:12}{eps:>8}{accuracy:9.1%}{result['passes']:12,}{result['seconds']:10.1f}")
     print(f"saved {arguments.out / 'report.json'}")
+
+
+def _sample(count: int, limit: int | None) -> torch.Tensor:
+    """Indices of `limit` images; the first ones of a folder are all of one class."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort()[0]

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastadv import models
+from fastadv.commands.arguments import load_model
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -13,5 +14,5 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    models.export(models.load(arguments.model), arguments.out)
+    models.export(load_model(arguments.model), arguments.out)
     print(f"saved {arguments.out}")

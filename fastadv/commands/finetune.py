@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastadv import data, models
+from fastadv._extras import require
 from fastadv.attacks import PRESETS
 from fastadv.commands.arguments import add_data, adder, budget, eps_budget, load_data, model_source
 from fastadv.report import write_report
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
         print(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
     records = train(arguments, model, dataset)
+    if not require("accelerate").PartialState().is_main_process:
+        return
     models.save(model, weights)
     write_report(
         arguments.out / "report.html",

@@ -12,7 +12,7 @@ import torch
 from fastadv import models
 from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
-from fastadv.commands.arguments import adder
+from fastadv.commands.arguments import adder, load_model
 from fastadv.data import to_float
 from fastadv.data.pictures import extensions, read
 
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model = models.load(arguments.model)
+    model = load_model(arguments.model)
     if model.preprocessing is None:
         raise ValueError(f"{arguments.model} does not say what size of images it takes: it cannot classify pictures")
     paths = [path for given in arguments.pictures for path in found(given)]

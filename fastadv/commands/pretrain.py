@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         **RECIPE,
     )
     records = trainer.fit(dataset.train)
-    model.preprocessing = Preprocessing(dataset.shape[1:])
+    model.preprocessing = Preprocessing(dataset.shape[1:], dataset.shape[0])
     weights = arguments.out / "robust-resnet.safetensors"
     models.save(model, weights, dtype=torch.float16)
     card = measure(models.load(weights), dataset, arguments) | {"train_s": records[-1]["train_s"]}

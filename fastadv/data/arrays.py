@@ -1,5 +1,7 @@
 """Sets that are arrays: scikit-learn's digits, and .npz files."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ def npz(path: Path) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in (*_REQUIRED, "x_val", "y_val") if key in archive}
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
     for key in (*_REQUIRED, *(("x_val", "y_val") if {"x_val", "y_val"} & set(arrays) else ())):
         if key not in arrays:

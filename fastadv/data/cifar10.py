@@ -50,6 +50,8 @@ def _renamed(source: Source, place: Path) -> Source:
     named = source.classes != tuple(str(label) for label in range(len(source.classes)))
     if len(source.classes) > len(CLASSES) or (named and source.classes != CLASSES):
         raise ValueError(f"the parquet files in {place} are not CIFAR-10: their classes are {source.classes[:12]}")
+    if "test" not in source.parts:
+        raise ValueError(f"CIFAR-10 is not complete: {place} has no test*.parquet; get it too")
     return Source(source.parts, CLASSES)
 
 

@@ -10,7 +10,7 @@ import torch
 from fastadv.data.pictures import Picture, extensions
 from fastadv.data.source import Part, Source
 
-_PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _LAYOUT = (
     "photos/CLASS/*.jpg, or photos/train/CLASS/*.jpg and, if you have them, photos/val/CLASS and photos/test/CLASS"
 )
@@ -42,16 +42,26 @@ def folders(root: Path) -> Source:
 
 
 def _places(root: Path, endings: frozenset[str]) -> dict[str, Path]:
-    """The folders of the parts; empty where the folder train, if any, is a class: one with pictures of its own."""
-    train = root / "train"
-    own = _visible(train) if train.is_dir() else []
-    if not any(path.is_dir() for path in own) or any(path.suffix.lower() in endings for path in own):
-        return {}
-    found = {part: [root / name for name in names if (root / name).is_dir()] for part, names in _PARTS.items()}
-    for places in found.values():
-        if len(places) > 1:
-            raise ValueError(f"{root} has both {places[0].name} and {places[1].name}: leave one")
-    return {part: places[0] for part, places in found.items() if places}
+    """The folders of the parts; empty where they are classes.
+
+    A folder train with pictures of its own is a class called so, unless a part with classes lies beside it.
+    """
+    folders = [path for path in _visible(root) if path.is_dir()]
+    found = {part: [path for path in folders if path.name.casefold() in names] for part, names in _PARTS.items()}
+    holders = [path for places in found.values() for path in places if any(p.is_dir() for p in _visible(path))]
+    train = found["train"][0] if found["train"] else None
+    if train in holders:
+        is_class = any(path.suffix.lower() in endings for path in _visible(train))
+        if not is_class or len(holders) > 1:
+            for places in found.values():
+                if len(places) > 1:
+                    raise ValueError(f"{root} has both {places[0].name} and {places[1].name}: leave one")
+            return {part: places[0] for part, places in found.items() if places}
+    if len(folders) > 1 and len(folders) == sum(map(len, found.values())):
+        raise ValueError(
+            f"{root} has parts without classes, or classes without a training part: the layout is {_LAYOUT}"
+        )
+    return {}
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -71,7 +81,8 @@ def _classes(place: Path, endings: frozenset[str]) -> tuple[dict[str, list[Path]
             others.append(entry)
             continue
         files = _files(entry)
-        found[_key(entry)[-1]] = [path for path in files if path.suffix.lower() in endings]
+        pictures = found.setdefault(_key(entry)[-1], [])  # which may be the name of two folders
+        pictures += [path for path in files if path.suffix.lower() in endings]
         others += [path for path in files if path.suffix.lower() not in endings]
     return found, others
 

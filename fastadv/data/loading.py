@@ -1,6 +1,7 @@
 """A data set by its name or path."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ def load(
             pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or valid, validation) and test beside it.
         preprocessing: of the model the images are for; they become uint8 of its size. None leaves images as they
             are: those of one set must then have one size.
-        classes: labels or names of the classes to keep, relabelled 0, 1, ... in the order given.
+        classes: names or labels of the classes to keep, relabelled 0, 1, ... in the order given. Numbers are names
+            where all of them are.
         validation: share in [0, 1), of at most 2,000 images in all and at least one of each class; 0 means none.
         folder: where "cifar10" is, itself or as the subfolder cifar10; None means the environment variable
             FASTADV_DATA, else ./data.
@@ -59,14 +61,14 @@ def load(
     if not 0 <= validation < 1:
         raise ValueError(f"validation must be a share in [0, 1), got {validation}")
     source = _find(name_or_path, folder, seed, codes=preprocessing is not None)
-    parts, notes = completed(source, validation, seed)
     names = source.classes
+    chosen = list(range(len(names))) if classes is None else _labels(classes, names)
+    parts, notes = completed(source, validation, seed, chosen)
     if classes is not None:
-        chosen = _labels(classes, names)
         parts = {name: _selected(part, chosen) for name, part in parts.items()}
-        _check_present(parts, [names[label] for label in chosen])
         names = tuple(names[label] for label in chosen)
-    parts = _decoded(parts, preprocessing, skip_corrupt, names)
+        _check_present(parts, names)
+    parts = _decoded(parts, preprocessing, skip_corrupt, names, given=source.parts.keys())
     tensors = {f"x_{name}": part.images.contiguous() for name, part in parts.items()}
     tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
     return Data(**tensors, classes=names, notes=notes)
@@ -90,6 +92,8 @@ def _find(name_or_path: str | Path, folder: str | Path | None, seed: int, codes:
 
 
 def _labels(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
+    if all(str(chosen) in names for chosen in classes):  # folders may be called 1, 2, 3
+        classes = [str(chosen) for chosen in classes]
     for chosen in classes:
         if isinstance(chosen, str) and chosen not in names:
             raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}")
@@ -114,9 +118,13 @@ def _check_present(parts: dict[str, Part], names: Sequence[str]) -> None:
 
 
 def _decoded(
-    parts: dict[str, Part], preprocessing: Preprocessing | None, skip_corrupt: bool, names: tuple[str, ...]
+    parts: dict[str, Part],
+    preprocessing: Preprocessing | None,
+    skip_corrupt: bool,
+    names: tuple[str, ...],
+    given: Collection[str],
 ) -> dict[str, Part]:
-    """The parts with their images as tensors."""
+    """The parts with their images as tensors; those `given` must have every class still."""
     parts = {name: _as_pictures(part, preprocessing) for name, part in parts.items()}
     if isinstance(parts["train"].images, torch.Tensor):
         return parts
@@ -130,7 +138,10 @@ def _decoded(
     }
     for name, part in decoded.items():
         for label in set(parts[name].labels.tolist()) - set(part.labels.tolist()):
-            raise ValueError(f"none of the {name} pictures of the class {names[label]!r} can be read: add some")
+            lost = f"none of the {name} pictures of the class {names[label]!r} can be read"
+            if name in given:
+                raise ValueError(f"{lost}: add some")
+            warnings.warn(f"{lost}: it has none in the part that was split off", stacklevel=3)
     return decoded
 
 

@@ -56,7 +56,7 @@ def _processor(given: Preprocessing) -> dict:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": given.channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(min(height, width) / given.crop)},
+        "size": {"shortest_edge": min(given.covered)},
         "resample": _RESAMPLE[given.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},

@@ -1,7 +1,7 @@
 """A network together with what is needed to use it and to build it again."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +30,17 @@ class Model:
     architecture: dict
     classes: tuple[str, ...]
     pretrained: bool
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse images (C, H, W) other than the network was made for.
+
+        Raises:
+            ValueError: it takes others.
+        """
+        made = self.preprocessing.shape if self.preprocessing else self.architecture.get("shape")
+        any_size = self.preprocessing is None and self.architecture.get("name") != "mlp"  # but see the function's own
+        if made and tuple(made)[: 1 if any_size else 3] != tuple(shape)[: 1 if any_size else 3]:
+            raise ValueError(f"the model takes images of the shape {tuple(made)}, these have {tuple(shape)}")
 
     @cached_property
     def pixels(self) -> nn.Module:

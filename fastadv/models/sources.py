@@ -148,7 +148,14 @@ def _checkpoint(name, path):
     facts = read_facts(path)
     if facts is None:
         raise ValueError(f"{path} does not say how its model is built: name the model, and load these weights into it")
-    return Source(name, preprocessing_of(facts), lambda classes, shape: load(path, classes=classes))
+
+    def build(classes, shape):
+        model = load(path, classes=classes)
+        if shape is not None:
+            model.check_shape(shape)
+        return model
+
+    return Source(name, preprocessing_of(facts), build)
 
 
 def _embedded(name):
@@ -256,12 +263,14 @@ def _hf(name, base):
 
 
 def _hf_preprocessing(given: dict) -> Preprocessing:
-    size, crop = given["size"], given.get("crop_pct") or 1.0
+    size, crop = given.get("size") or {}, given.get("crop_pct") or 1.0
     edge = size.get("shortest_edge")
-    height, width = (edge, edge) if edge else (size["height"], size["width"])
+    if not edge and not {"height", "width"} <= size.keys():
+        raise ValueError("its image processor does not say the size of its images; a model of timm's is timm:NAME")
+    resized = height, width = (edge, edge) if edge else (size["height"], size["width"])
     if given.get("do_center_crop") and given.get("crop_size"):
         height, width = given["crop_size"]["height"], given["crop_size"]["width"]
-        crop = min(1.0, min(height, width) / edge) if edge else crop
+        crop = min(1.0, height / resized[0], width / resized[1])
     # It multiplies codes by a factor and then normalises; ours are of pixels in [0, 1].
     scale = 255 * (given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1)
     normalises = given.get("do_normalize", True) and given.get("image_mean")

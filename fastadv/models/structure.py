@@ -65,7 +65,12 @@ def _head_name(network: nn.Module) -> str:
     if not linear:
         raise ValueError("the model has no nn.Linear; name its classifier with head=")
     labels = getattr(getattr(network, "config", None), "num_labels", None)
-    return ([key for key, module in linear.items() if module.out_features == labels] or list(linear))[-1]
+    fitting = [key for key, module in linear.items() if module.out_features == labels]
+    # Such as DeiT's second one, which learnt from a teacher.
+    tops = {key.partition(".")[0] for key in fitting} - {getattr(network, "base_model_prefix", None)}
+    if len(tops) > 1:
+        raise ValueError(f"the model has several classifiers, {', '.join(sorted(tops))}: name one with head=")
+    return (fitting or list(linear))[-1]
 
 
 def _timm_classifier(network: nn.Module) -> str | tuple[str, ...] | None:

@@ -89,8 +89,10 @@ class Checkpoints:
         return path.name
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
-        content = (self.folder / name).read_bytes()
-        if _hash(content) != Path(name).stem:
+        path = self.folder / name
+        content = path.read_bytes()
+        if _hash(content) != path.stem:
+            path.unlink(missing_ok=True)  # or equal tensors would not be written again
             raise ValueError(f"{name} has other content than was written")
         return require("safetensors.torch").load(content)
 

@@ -1,7 +1,7 @@
 """What trains: everything, the head alone, the biases too, or low-rank updates (LoRA)."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 
@@ -23,16 +23,27 @@ class Tuning:
         parameters: (name, parameter) of each that trains.
         total: how many numbers the parameters of the model hold, LoRA's factors included.
         trainable: how many of them train.
-        tensors: all that training can change, by name: what trains, and the buffers of what is in train mode.
+        buffers: of what is in train mode, by name.
+        tensors: all that training can change, by name: what trains, and `buffers`.
     """
 
-    def __init__(self, model: nn.Module, buffers: dict[str, torch.Tensor], fixed: int):
+    def __init__(self, model: nn.Module, buffers: Iterable[str], fixed: int):
         self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter requires grad: there is nothing to train")
         self.trainable = sum(parameter.numel() for _, parameter in self.parameters) - fixed
         self.total = sum(parameter.numel() for parameter in model.parameters())
-        self.tensors = dict(self.parameters) | buffers
+        # By owner: a model may put another tensor in the place of a buffer.
+        owners = ((name, *name.rpartition(".")[::2]) for name in buffers)
+        self._buffers = {name: (model.get_submodule(owner)._buffers, key) for name, owner, key in owners}
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {name: held[key] for name, (held, key) in self._buffers.items()}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(self.parameters) | self.buffers
 
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of `tensors`."""
@@ -44,11 +55,12 @@ class Tuning:
         Raises:
             ValueError: it is the state of another model or method; nothing was changed.
         """
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        tensors = self.tensors
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
             raise ValueError("the state is of another model or another method: its names or shapes differ")
         with torch.no_grad():
-            for name, tensor in self.tensors.items():
+            for name, tensor in tensors.items():
                 tensor.copy_(state[name])
 
 
@@ -102,7 +114,7 @@ def trainable(
                 is_bias = method == "bias" and name.rpartition(".")[2] == "bias"
                 parameter.requires_grad_(is_bias or _within(name, head) or id(parameter) not in own)
         model.train()
-        buffers = {name: buffer for name, buffer in model.named_buffers() if head is None or _within(name, head)}
+        buffers = [name for name, _ in model.named_buffers() if head is None or _within(name, head)]
         tuning = Tuning(model, buffers, fixed)
         stack.callback(_drop_gradients, tuning)
         yield tuning

@@ -1,5 +1,6 @@
 """Is single-step training still training? A probe for catastrophic overfitting, for any training loop."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -144,7 +145,8 @@ class Monitor:
 
     def _attacked(self) -> torch.Tensor:
         if isinstance(self.attack, Attack):
-            return self.attack(self.images, self.labels, seed=self.seed)
+            # A copy, or a compiled attack would fill all its batches up to the size of this one.
+            return copy.copy(self.attack)(self.images, self.labels, seed=self.seed)
         with torch.enable_grad():
             return self.attack(self.images, self.labels).detach()
 

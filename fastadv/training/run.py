@@ -83,12 +83,12 @@ class Run:
         self.val = val if val is not None and len(val[0]) else None
         self.test = test if test is not None and len(test[0]) else self.val
         self.steps = math.ceil(len(self.images) / self.settings.batch_size)
-        precision = self.settings.precision or self.here.mixed_precision
-        self._check(precision)
+        self.precision = self.settings.precision or self.here.mixed_precision
+        self._check()
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         self.model = trainer.model.to(device=self.device, memory_format=layout)
         self.layout = torch.channels_last if self.settings.channels_last else None
-        self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.autocast = torch.bfloat16 if self.precision == "bf16" else None
         self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
         self.at = Place()
         self.interruption = Interruption()
@@ -97,10 +97,10 @@ class Run:
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
 
-    def _check(self, precision: str) -> None:
+    def _check(self) -> None:
         least = self.here.num_processes * self.settings.accumulate
-        if precision not in ("no", "bf16"):
-            raise ValueError(f"precision must be no or bf16, got {precision} from accelerate")
+        if self.precision not in ("no", "bf16"):
+            raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
         if self.steps == 0:
             raise ValueError("there are no images to train on")
         for images, labels in filter(None, ((self.images, self.labels), self.val, self.test)):
@@ -164,7 +164,12 @@ class Run:
         return fingerprint(known | asdict(self.settings) | {"checkpoint_s": None}, data, self.model)
 
     def _machine(self) -> dict:
-        return {"threads": torch.get_num_threads(), "processes": self.here.num_processes, "device": self.device.type}
+        return {
+            "threads": torch.get_num_threads(),
+            "processes": self.here.num_processes,
+            "device": self.device.type,
+            "precision": self.precision,
+        }
 
     def _measure_backbone(self) -> None:
         wanted = self.trainer.measure_backbone
@@ -207,8 +212,7 @@ class Run:
             self.average = Average(self.tuning.tensors, s.average) if s.average else None
             self.monitor = self._new_monitor()
             self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
-            self.buffers = [t for t in self.tuning.tensors.values() if not isinstance(t, nn.Parameter)]
-            self.before = [buffer.clone() for buffer in self.buffers]
+            self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
             against = by_name("pgd-10", self.model, self.trainer.eps, **self.options)
             self.evaluating = self.trainer.eval_attack or against
             if groups is None:
@@ -308,8 +312,8 @@ class Run:
             group["lr"] = at.lr
         # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
         torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
-        if self.buffers:
-            torch._foreach_copy_(self.before, self.buffers)
+        if self.before:
+            torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
         mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
@@ -347,7 +351,7 @@ class Run:
 
     def _refuse(self, loss: float, index: torch.Tensor) -> None:
         self.optimizer.zero_grad()
-        for buffer, before in zip(self.buffers, self.before, strict=True):
+        for buffer, before in zip(self.tuning.buffers.values(), self.before, strict=True):
             buffer.copy_(before)
         where = ""
         if self.trainer.folder is not None and self.here.is_main_process:
@@ -399,7 +403,7 @@ class Run:
         self.tuning.load(self.good)
         self.optimizer.state.clear()
         if self.average is not None:
-            self.average = Average(self.good, self.settings.average)
+            self.average = Average(self.tuning.tensors, self.settings.average)
         if action == "rollback":
             self.at.lr_scale /= 2
         elif action == "switch":

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastadv.attacks import Attack
 from fastadv.attacks.objective import find_logits, raised
+from fastadv.attacks.state import frozen
 from fastadv.data import to_float
 
 
@@ -48,6 +49,7 @@ class Step:
         self.clean_weight, self.label_smoothing = clean_weight, label_smoothing
         self.clip, self.autocast = clip, autocast
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
+        self._moody = [module for module in model.modules() if _depends_on_mode(module)]
 
     def gradients(
         self,
@@ -97,7 +99,11 @@ class Step:
         if isinstance(self.attack, Attack):
             return self.attack(images, labels, seed=seeds)
         images = to_float(images)
-        return images if self.attack is None else self.attack(images, labels)
+        if self.attack is None:
+            return images
+        # It may leave gradients in the parameters, or move batch-norm's averages.
+        with frozen(self.model, "as_is"), torch.enable_grad():
+            return self.attack(images, labels).detach()
 
     def _forward(self, images, labels, scale):
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
@@ -126,9 +132,10 @@ class Step:
         attack = self.attack
         if attack.loss != "ce" or attack.targeted or attack.training_mode == "batch_norm":
             return False
-        return not any(module.training and _depends_on_mode(module) for module in self.model.modules())
+        return not any(module.training for module in self._moody)
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
-    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    return dropout or isinstance(module, nn.modules.batchnorm._BatchNorm)
+    """Batch-norm, dropout, and what timm, torchvision and transformers call stochastic depth."""
+    drops = (value for name, value in vars(module).items() if name == "p" or "drop" in name)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or any(isinstance(p, float) and p > 0 for p in drops)
