@@ -12,7 +12,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
             file.write(content)

@@ -41,10 +41,10 @@ def test_only_a_standard_backbone_is_warned_of():
     for result in (standard, robust):
         assert result["clean_accuracy"] > 0.75
         assert result["eps"] == EPS
-    assert standard["robust_accuracy"] < 0.06
+    assert standard["robust_accuracy"] < 0.17  # 0 to 0.12 in ten runs
     assert standard["warning"].startswith("the backbone is not robust at eps = 51/255: a linear head fitted to its")
     assert f"PGD-10 leaves {standard['robust_accuracy']:.1%}" in standard["warning"]
-    assert robust["robust_accuracy"] > 0.15
+    assert robust["robust_accuracy"] > 0.2  # 0.30 to 0.40 in these
     assert robust["warning"] is None
 
 
