@@ -122,7 +122,8 @@ def _curves(records: Sequence[Mapping]):
 def _examples(model: nn.Module, test: Batch, classes: Sequence[str], eps: float):
     """Image, perturbation and adversarial image in columns, with what the model says."""
     device = next(model.parameters()).device
-    spread = torch.arange(min(SHOWN, len(test[0]))) * len(test[0]) // min(SHOWN, len(test[0]))  # over all classes
+    count = min(SHOWN, len(test[0]))
+    spread = torch.arange(count) * len(test[0]) // count  # over all classes
     images, labels = to_float(test[0][spread].to(device)), test[1][spread].to(device)
     x_adv = by_name("pgd-10", model, eps)(images, labels, seed=0)
     with torch.no_grad(), frozen(model):

@@ -49,14 +49,12 @@ def _places(root: Path, endings: frozenset[str]) -> dict[str, Path]:
     folders = [path for path in _visible(root) if path.is_dir()]
     found = {part: [path for path in folders if path.name.casefold() in names] for part, names in _PARTS.items()}
     holders = [path for places in found.values() for path in places if any(p.is_dir() for p in _visible(path))]
-    train = found["train"][0] if found["train"] else None
-    if train in holders:
-        is_class = any(path.suffix.lower() in endings for path in _visible(train))
-        if not is_class or len(holders) > 1:
-            for places in found.values():
-                if len(places) > 1:
-                    raise ValueError(f"{root} has both {places[0].name} and {places[1].name}: leave one")
-            return {part: places[0] for part, places in found.items() if places}
+    train = next(iter(found["train"]), None)
+    if train in holders and (len(holders) > 1 or not any(p.suffix.lower() in endings for p in _visible(train))):
+        for places in found.values():
+            if len(places) > 1:
+                raise ValueError(f"{root} has both {places[0].name} and {places[1].name}: leave one")
+        return {part: places[0] for part, places in found.items() if places}
     if len(folders) > 1 and len(folders) == sum(map(len, found.values())):
         raise ValueError(
             f"{root} has parts without classes, or classes without a training part: the layout is {_LAYOUT}"

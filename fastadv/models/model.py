@@ -38,8 +38,8 @@ class Model:
             ValueError: it takes others.
         """
         made = self.preprocessing.shape if self.preprocessing else self.architecture.get("shape")
-        any_size = self.preprocessing is None and self.architecture.get("name") != "mlp"  # but see the function's own
-        if made and tuple(made)[: 1 if any_size else 3] != tuple(shape)[: 1 if any_size else 3]:
+        fixed = 3 if self.preprocessing or self.architecture.get("name") == "mlp" else 1  # others may take any size
+        if made and tuple(made)[:fixed] != tuple(shape)[:fixed]:
             raise ValueError(f"the model takes images of the shape {tuple(made)}, these have {tuple(shape)}")
 
     @cached_property
