@@ -25,8 +25,7 @@ def figures(nbytes, median):
     rate = nbytes["fastadv"] / median["fastadv"]
     copy_rate = nbytes["copy"] / median["copy"]
     found = {
-        "speedup_over_naive": median["naive"] / median["fastadv"],
-        "speedup_over_compile": median["compile"] / median["fastadv"],
+        **{f"speedup_over_{name}": median[name] / median["fastadv"] for name in ("naive", "compile") if name in median},
         "share_of_copy_rate": rate / copy_rate,
         "bytes_per_second": rate,
         "copy_bytes_per_second": copy_rate,

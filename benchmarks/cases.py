@@ -192,19 +192,23 @@ def compiled(op, shape, pair, z):
     return torch.compile(naive_step(op, pair, z), fullgraph=True, dynamic=shape is None)
 
 
+# Names with commas between them; all where there are none. What is compiled takes longer to compile than to time.
+CHOSEN_CONTENDERS = [name for name in os.environ.get("FASTADV_BENCH_CONTENDERS", "").split(",") if name]
+
+
 def contenders(case, quick):
     """name -> a function that takes (inputs, out) and returns the call to time.
 
     A quick run compiles once for all sizes: compiling takes most of its time, and it is no measurement anyway.
     """
     fused, naive = OPS[case.op].fused, naive_step(case.op, case.pair, case.z)
-    other = compiled(case.op, None if quick else SIZES[case.size], case.pair, case.z)
+    shape = None if quick else SIZES[case.size]
     made = {
         "fastadv": lambda inputs, out: functools.partial(fused, *inputs, out=out, **case.model_input(out)),
         "naive": lambda inputs, out: functools.partial(naive, *inputs),
-        "compile": lambda inputs, out: functools.partial(other, *inputs),
+        "compile": lambda inputs, out: functools.partial(compiled(case.op, shape, case.pair, case.z), *inputs),
         "copy": lambda inputs, out: functools.partial(out.copy_, torch.rand_like(out)),
     }
     if DEVICE.type == "cuda":  # a kernel that does nothing: the floor of small sizes
         made["empty"] = lambda inputs, out: functools.partial(torch.cuda._sleep, 0)
-    return made
+    return {name: make for name, make in made.items() if not CHOSEN_CONTENDERS or name in CHOSEN_CONTENDERS}

@@ -16,10 +16,10 @@ VERSIONS = ("device", "device_type", "threads", "torch", "triton", "python", "cu
 
 
 class Measure:
-    def __init__(self, benchmark, config, facts):
-        self.benchmark, self.config, self.facts = benchmark, config, facts
-        self.min_rounds = config.getoption("benchmark_min_rounds")
-        self.max_time = float(config.getoption("benchmark_max_time"))
+    def __init__(self, benchmark, node, facts):
+        self.benchmark, self.node, self.config, self.facts = benchmark, node, node.config, facts
+        self.min_rounds = self.config.getoption("benchmark_min_rounds")
+        self.max_time = float(self.config.getoption("benchmark_max_time"))
 
     @property
     def quick(self):
@@ -32,6 +32,7 @@ class Measure:
     def record(self, **figures):
         figures |= {name: self.facts[name] for name in VERSIONS}
         self.benchmark.extra_info.update(figures)
+        self.node.user_properties.append(("figures", figures))  # gpu/kept.py keeps them at once
         self.config.stash.setdefault(FIGURES, []).append(figures)
 
 
@@ -42,7 +43,7 @@ def facts():
 
 @pytest.fixture
 def measure(benchmark, request, facts):
-    return Measure(benchmark, request.config, facts)
+    return Measure(benchmark, request.node, facts)
 
 
 def pytest_benchmark_update_machine_info(machine_info):

@@ -241,11 +241,11 @@ def test_broken_samples_are_counted_and_leave_the_others_alone(name, broken, opt
         adv = attack(images, labels, seed=seeds)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert int(attack.objective.nonfinite) == 3 * steps_of(name)
+    assert str(caught[0].message).startswith(f"{3 * steps_of(name)} losses")
     assert bool(adv.isfinite().all())
     assert same(adv[~bad], whole[~bad])
     assert bool((distances(name, adv, images) <= radius(name) * (1 + 1e-6)).all())
-    if name not in RANDOM:
+    if name not in RANDOM and broken != "no probability":  # there the loss alone is infinite
         assert same(adv[bad], images[bad])
 
 
@@ -277,7 +277,6 @@ def test_a_sample_that_breaks_in_one_step_takes_the_others(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attack(images, labels, seed=seeds)
-    assert int(attack.objective.nonfinite) == 0
 
 
 SINGLE = ("FGSM", "FFGSM", "NFGSM", "MIFGSM")  # MIFGSM goes on along its momentum
@@ -296,7 +295,6 @@ def test_padding_is_not_counted(monkeypatch):
     bad = True
     with pytest.warns(UserWarning, match="10 losses were not finite"):
         attack(images[:2], labels[:2])
-    assert int(attack.objective.nonfinite) == 10
 
 
 # Nothing waits for the device
@@ -347,7 +345,7 @@ def test_the_host_reads_the_device_once_and_last(name, call, monkeypatch):
         reads = [i for i, (_, _, waits) in enumerate(log.ops) if waits]
         assert len(reads) == 1
         rest = {op for op, *_ in log.ops[reads[0] + 1 :]}
-        assert rest <= {"aten.detach.default", "aten.copy_.default"}  # buffers are put back
+        assert rest <= {"aten.detach.default", "aten._foreach_copy_.default"}  # buffers are put back
         assert reads[0] > 10
 
 

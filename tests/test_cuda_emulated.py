@@ -4,6 +4,7 @@ What a GPU's own instructions do is not in this; every index, access, table row 
 a GPU in test_contract.py.
 """
 
+import ctypes
 import importlib.util
 import itertools
 import subprocess
@@ -163,3 +164,33 @@ def test_more_samples_than_the_grid_has_rows():
         want = fastadv.random_init(x, 0.1, seed=seeds)
     with fastadv.backend("cuda"):
         assert torch.equal(fastadv.random_init(x, 0.1, seed=seeds), want)
+
+
+def left_by_c(name):
+    """An environment variable that the emulated runtime has set: Python's os.environ does not see it."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return getenv(name)
+
+
+def test_only_kernels_that_wait_are_launched_before_their_predecessor_has_ended(monkeypatch):
+    """What counts is what the code was made of, 8.0 on the first device and 9.0 on the second, not the device."""
+    monkeypatch.setenv("FASTADV_EMULATED_PTX", "80,90")
+    x, found = torch.rand(2, 3, 8, 8), []
+    calls = {
+        "flat": lambda: fastadv.random_init(x, 0.1, seed=1),
+        "any": lambda: fastadv.random_init(x[..., 1:], 0.1, seed=1),  # this kernel never waits
+    }
+    for name, device in itertools.product(calls, "01"):
+        monkeypatch.setenv("FASTADV_EMULATED_DEVICE", device)
+        with fastadv.backend("cuda"):
+            calls[name]()
+        found.append((name, device, left_by_c(b"FASTADV_EMULATED_ATTRIBUTES")))
+    assert found == [("flat", "0", b"0"), ("flat", "1", b"1"), ("any", "0", b"0"), ("any", "1", b"0")]
+
+
+def test_a_failed_launch_raises_and_leaves_no_error_behind(monkeypatch):
+    monkeypatch.setenv("FASTADV_EMULATED_ERROR", "209")
+    with fastadv.backend("cuda"), pytest.raises(RuntimeError, match="fastadv: launch"):
+        fastadv.random_init(torch.rand(2, 3, 8, 8), 0.1, seed=1)
+    assert left_by_c(b"FASTADV_EMULATED_LAST") == b"0"

@@ -71,8 +71,8 @@ def contenders(model, eps, steps, restarts):
         with torch.no_grad():
             return model(adv).argmax(1) == labels
 
-    def slots(images, labels, iterate="any"):
-        report = evaluate(model, (images, labels), [ours], iterate=iterate, slots=BATCH, progress=False)
+    def slots(images, labels, iterate="any", attack=ours):
+        report = evaluate(model, (images, labels), [attack], iterate=iterate, slots=BATCH, progress=False)
         return report["attacks"][0]["robust_accuracy"]
 
     def nothing_dropped(x, y):
@@ -83,6 +83,9 @@ def contenders(model, eps, steps, restarts):
         "fastadv last": lambda images, labels: slots(images, labels, "last"),
         "nothing dropped": lambda images, labels: in_batches(nothing_dropped, images, labels),
     }
+    if DEVICE.type == "cuda":
+        captured = PGD(model, **settings, restarts=restarts, graph=True)
+        made["fastadv graph"] = lambda images, labels: slots(images, labels, attack=captured)
     if torchattacks:
         theirs = torchattacks.MultiAttack([torchattacks.PGD(model, **settings) for _ in range(restarts)])
         made["torchattacks"] = lambda images, labels: in_batches(lambda x, y: judged(theirs(x, y), y), images, labels)

@@ -6,7 +6,7 @@ import pytest
 import timing
 import torch
 from cases import DEVICE
-from contenders import contenders
+from contenders import compiled, contenders
 from networks import NETWORKS, example
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
@@ -25,14 +25,24 @@ def reading(call, images, labels):
     return read
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+def pytest_generate_tests(metafunc):
+    quick = float(metafunc.config.getoption("benchmark_max_time")) == 0
+    compiles = metafunc.function is test_pgd_compiled
+    metafunc.parametrize("network", ("conv",) if quick and compiles else NETWORKS)
+
+
 def test_pgd(network, measure):
+    compare(network, measure, contenders)
+
+
+def test_pgd_compiled(network, measure):
+    compare(network, measure, compiled)
+
+
+def compare(network, measure, contenders):
     model, images, labels = example(network, measure.quick)
     steps = 2 if measure.quick else STEPS
-    readings = {
-        name: reading(attack, images, labels)
-        for name, attack in contenders(model, steps, DEVICE, measure.quick).items()
-    }
+    readings = {name: reading(attack, images, labels) for name, attack in contenders(model, steps, DEVICE).items()}
     for read in readings.values():
         read()
     seconds = measure(readings, first="fastadv")
@@ -77,12 +87,11 @@ class Held:
         return t
 
 
-@pytest.mark.parametrize("network", NETWORKS)
 def test_memory(network, measure):
     """One step of each: what is held is the same in all."""
     model, images, labels = example(network, measure.quick)
     held, readings = {}, {}
-    for name, attack in contenders(model, 1, DEVICE, quick=True).items():
+    for name, attack in contenders(model, 1, DEVICE).items():
         with Held(model) as counted:
             attack(images, labels)
         weights = sum(counted.weights.values())

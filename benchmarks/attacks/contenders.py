@@ -87,7 +87,7 @@ def peers(model, steps, device):
     return found
 
 
-def contenders(model, steps, device, quick):
+def contenders(model, steps, device):
     """name -> attack(images, labels)."""
     found = {
         "fastadv": fast(model, steps),
@@ -95,10 +95,24 @@ def contenders(model, steps, device, quick):
         "backward": functools.partial(backward_loop, model, steps=steps),
         "fastadv bf16": fast(model, steps, autocast=torch.bfloat16),
     }
-    if not quick:
-        found["fastadv compile"] = fast(model, steps, compile=True)
-        found["fastadv bf16 compile"] = fast(model, steps, autocast=torch.bfloat16, compile=True)
     if device.type == "cuda":
         found["fastadv graph"] = fast(model, steps, graph=True)
         found["fastadv bf16 graph"] = fast(model, steps, autocast=torch.bfloat16, graph=True)
+    return found
+
+
+def compiled(model, steps, device):
+    """The same under torch.compile, which takes longer than all the others' rounds; ours eager to compare with."""
+    found = {
+        "fastadv": fast(model, steps),
+        "fastadv compile": fast(model, steps, compile=True),
+        "fastadv bf16 compile": fast(model, steps, autocast=torch.bfloat16, compile=True),
+        "backward compile": functools.partial(backward_loop, torch.compile(model), steps=steps),
+    }
+    if torchattacks:
+        found["torchattacks"] = torchattacks_pgd(model, steps)
+        found["torchattacks compile"] = torchattacks_pgd(torch.compile(model), steps)
+    if device.type == "cuda":
+        found["fastadv bf16 graph"] = fast(model, steps, autocast=torch.bfloat16, graph=True)
+        found["fastadv bf16 compile graph"] = fast(model, steps, autocast=torch.bfloat16, compile=True, graph=True)
     return found

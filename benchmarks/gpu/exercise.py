@@ -1,12 +1,16 @@
 """Calls every op x dtypes x layout x kind of parameter, with and without z, on each kernel backend, small, and compares
 with the reference.
 
-Run by itself, or under compute-sanitizer, which watches the memory accesses; with the backends' names, or all. Without
-a GPU: the CPU kernels, and Triton's in its interpreter (TRITON_INTERPRET=1), with fewer dtypes.
+Run by itself, or under compute-sanitizer, which watches the memory accesses; with the backends' names, or all;
+`--seconds` ends it after so many, and takes the calls in a random order. Without a GPU: the CPU kernels, and Triton's
+in its interpreter (TRITON_INTERPRET=1), with fewer dtypes.
 """
 
+import argparse
 import itertools
+import random
 import sys
+import time
 
 import torch
 
@@ -89,13 +93,22 @@ def cases():
                 yield op, image, grad, layout, kind, with_z
 
 
-def main():
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("backends", nargs="*", help=f"of {', '.join(BACKENDS)} (all)")
+    parser.add_argument("--seconds", type=float, help="end after so many")
+    args = parser.parse_args(argv)
+    chosen, end = list(cases()), time.monotonic() + (args.seconds or float("inf"))
+    if args.seconds:
+        random.shuffle(chosen)
     done, mismatches = 0, []
-    for op, image, grad, layout, parameter, with_z in cases():
+    for op, image, grad, layout, parameter, with_z in chosen:
+        if time.monotonic() > end:
+            break
         values = values_of(image, grad)
         with fastadv.backend("reference"):
             want = call(op, values, layout, parameter, with_z, "cpu")
-        for backend in sys.argv[1:] or BACKENDS:
+        for backend in args.backends or BACKENDS:
             with fastadv.backend(backend):
                 got = call(op, values, layout, parameter, with_z, DEVICE)
             done += 1

@@ -1,9 +1,12 @@
-"""One launch of every op, dtypes and backend on tensors beyond the caches: what counters.py has ncu look at.
+"""One launch of every op, dtypes and backend on tensors beyond the caches: what parts.py has ncu look at.
 
-Prints what it launched, in order, as JSON.
+    python benchmarks/gpu/launches.py ["triton or random_init"]
+
+Those that have one of the words in their name. Prints what it launched, in order, as JSON.
 """
 
 import json
+import sys
 
 import cases
 import torch
@@ -13,9 +16,9 @@ import fastadv
 SIZE = "large"
 
 
-def main():
+def main(words=""):
     launched = []
-    chosen = [c for c in cases.all_cases() if c.size == SIZE]
+    chosen = [c for c in cases.all_cases() if c.size == SIZE and any(word in c.id for word in words.split(" or "))]
     for case in chosen:
         inputs, out = case.inputs(), case.output()
         with fastadv.backend(case.backend), torch.no_grad():
@@ -29,4 +32,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

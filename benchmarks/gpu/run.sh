@@ -1,53 +1,20 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU: builds for it, checks the CUDA and Triton kernels on it, measures them.
 #
-#   benchmarks/gpu/run.sh OUTDIR [--dry-run] [--part NAME]
+#   benchmarks/gpu/run.sh DIR [--minutes N] [--to FOLDER] [--part NAME] [--dry-run]
 #
-# Parts, in this order: build correctness kernels bench attacks training counters sanitizer. Each writes
-# OUTDIR/NAME.json, takes under ten minutes, and is skipped where that file says it succeeded; within a part, finished
-# steps are skipped too, so after a timeout the same command goes on. --dry-run does every part without a GPU, on tiny
-# sizes: no figure of it counts. PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10,
-# for the runs that train on it. It needs no network. Exit status: 0 if every part asked for is done.
+# For a machine that is lent for a quarter of an hour. `--minutes 9` does what is least known first: build, correctness,
+# attacks, steps, transfer, evaluation. A second call in the same DIR, `--minutes 3`, goes on: bench, counters and
+# sanitizer of what has changed, then what was cut. A part is killed at its cap in seconds (or where the minutes end) and
+# what it had is kept; finished parts, tests and figures are not done again. `--part` does one part alone, those among
+# them that no call includes: benchmarks/gpu/plan.py has the table.
+#
+# DIR is best an ignored folder of the tree, such as gpu-results. Each part leaves DIR/PART.json; all of them go to
+# FOLDER/results.tar.gz after each part, and a table of what was done, what is unmeasured and how long that would take
+# is printed last. --dry-run does every part without a GPU, on tiny sizes, and one that hangs, to be cut: no figure of
+# it counts. PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10, FASTADV_COMMIT the commit
+# where there is no repository. No network is needed. Exit status: 0 if every part that was begun is done.
 set -euo pipefail
 
-usage() {
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
-parts=(build correctness kernels bench attacks training counters sanitizer)
-seconds=${FASTADV_PART_SECONDS:-580}
-out=""
-while (($#)); do
-  case $1 in
-    --dry-run) export FASTADV_DRY_RUN=1 CUDA_VISIBLE_DEVICES="" TRITON_INTERPRET=1 ;;
-    --part)
-      [[ " ${parts[*]} " == *" ${2:-} "* ]] || usage
-      parts=("$2")
-      shift
-      ;;
-    -*) usage ;;
-    *) [[ -z $out ]] && out=$1 || usage ;;
-  esac
-  shift
-done
-[[ -n $out ]] || usage
-
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
 root=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$root"
-export PYTHONPATH="$root:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
-
-# One process says what is left: each takes seconds to import torch.
-left=" $("${PYTHON:-python3}" benchmarks/gpu/parts.py --left "$out" "${parts[@]}") "
-failed=()
-for part in "${parts[@]}"; do
-  [[ $left == *" $part "* ]] || { echo "$part: done already" && continue; }
-  # timeout ends the whole process group, compilers and test workers included.
-  timeout --kill-after=10 "$seconds" "${PYTHON:-python3}" benchmarks/gpu/parts.py "$part" "$out" || failed+=("$part")
-done
-if ((${#failed[@]})); then
-  echo "not done: ${failed[*]}; the logs are in $out" >&2
-  exit 1
-fi
+exec "${PYTHON:-python3}" "$root/benchmarks/gpu/plan.py" "$@"

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -69,22 +70,28 @@ const AnyEntry kAny[] = {
 };
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fastadv: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call of another library would find it
+  throw std::runtime_error(std::string("fastadv: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Of the current device; asked once a thread and device.
-int capability_major() {
-  thread_local int known_device = -1, major = 0;
+// Whether the kernel waits for the one ahead of it: where its code is for compute capability 9.0, which a newer device
+// may have made of PTX for 8.0. The flat kernels are all compiled alike: one is asked, once a device.
+bool waits_for_predecessor(const void* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> versions[kDevices];  // of the PTX that the code was made of; 0: not asked yet
   const int device = current_device();
-  if (device != known_device) {
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-    known_device = device;
+  int version = device < kDevices ? versions[device].load(std::memory_order_relaxed) : 0;
+  if (version == 0) {
+    cudaFuncAttributes a{};
+    check(cudaFuncGetAttributes(&a, kernel), "attributes");
+    version = a.ptxVersion;
+    if (device < kDevices) versions[device].store(version, std::memory_order_relaxed);
   }
-  return major;
+  return version >= 90;
 }
 
-// Whether a launch may begin while the kernel ahead of it ends: only what waits for that by itself.
+// Whether a launch may begin while the kernel ahead of it ends: only what can wait for that by itself.
 enum class Overlap : bool { kNo, kYes };
 
 // A launch as a plain function call: tests/emulated_cuda runs the same lines without a GPU.
@@ -98,7 +105,7 @@ void run(void (*kernel)(Parameters...), dim3 grid, void* stream, const Arguments
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &overlap;
-  config.numAttrs = kOverlap == Overlap::kYes && capability_major() >= 9;
+  config.numAttrs = kOverlap == Overlap::kYes && waits_for_predecessor(reinterpret_cast<const void*>(kernel));
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 

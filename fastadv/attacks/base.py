@@ -98,6 +98,7 @@ class Attack(ABC):
         inner, self._normalization = _unwrapped(model)
         self.objective = Objective(inner, loss, targeted=bool(targeted), autocast=autocast, compiled=compile)
         self._start_losses: torch.Tensor | None = None
+        self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
         self._first = True
         self._width = 0  # the batch size that was compiled
         self._graphs: dict[tuple, GraphEngine] = {}
@@ -152,7 +153,7 @@ class Attack(ABC):
             seed = scalar(seed)
             if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
                 seed = new_seed(x.device)
-            self.objective.forget(x.device)
+            self._seen = []
             try:
                 if self._first:
                     self._check_values(x, labels)
@@ -163,7 +164,7 @@ class Attack(ABC):
                     f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)}, or autocast"
                 ) from error
             self._first = self._first and len(x) == 0
-            self._report()
+            self._report_losses()
         return adv
 
     def _attack(self, x, targets, eps, seed, x_init):
@@ -183,21 +184,22 @@ class Attack(ABC):
         if pad > 0:
             x, targets, eps, seed, x_init = (padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
         self._width = max(self._width, n)
-        self.objective.counted = n if pad > 0 else None
-        adv = self._strongest(x, targets, eps, seed, x_init)
+        adv = self._strongest(x, targets, eps, seed, x_init, n)
         return adv[:n] if pad > 0 else adv
 
-    def _strongest(self, x, targets, eps, seed, x_init):
+    def _strongest(self, x, targets, eps, seed, x_init, n):
+        """Of all restarts; the first n of the images are no filling."""
         best = None
         for restart in range(self.restarts):
             if restart > 0:
                 x_init = None
                 again = seeds_for(seed, x, restart)
             engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
-            losses = engine.run()
+            seen = engine.run()[:, :n]
+            self._seen.append(seen)
             adv = engine.slots.adv.clone() if self.graph else engine.slots.adv  # a graph's is written again
             if self.restarts == 1:
-                self._start_losses = losses[: self.objective.counted] if self.steps == 1 and self.draws else None
+                self._start_losses = seen[0] if self.steps == 1 and self.draws else None
                 return adv
             losses, logits = self.objective.judge(engine.slots.input, targets)
             best = _stronger(best, (adv, losses, self.fooled(logits, targets)))
@@ -340,14 +342,16 @@ class Attack(ABC):
         if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
             self.objective.check_classes(highest(labels), self._clean_logits(x) if self.compile else None)
 
-    def _report(self) -> None:
-        count = self.objective.nonfinite
-        if count.is_cuda and torch.cuda.is_current_stream_capturing():
+    def _report_losses(self) -> None:
+        """Warn of losses that were not finite, counted at the end: small models are waited for by the launches."""
+        seen, self._seen = self._seen, []
+        if seen[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if int(count):
+        # x - x is 0 where x is finite, else NaN. One read for all chunks and restarts.
+        if count := int(sum((losses - losses != 0).sum() for losses in seen)):
             warnings.warn(
-                f"{int(count)} losses were not finite; those samples took no step there. Is the model in a half "
-                "precision that its logits leave?",
+                f"{count} losses were not finite; where a gradient is not, its sample takes no step. Is the model in a "
+                "half precision that its logits leave?",
                 stacklevel=3,
             )
 

@@ -66,11 +66,9 @@ class Engine:
         return losses, logits
 
     def run(self) -> torch.Tensor:
-        """All steps; the losses before the last one."""
+        """All steps; the losses before each of them, (steps, N)."""
         self.start()
-        for _ in range(self.attack.steps):
-            losses, _ = self.iterate()
-        return losses
+        return torch.stack([self.iterate()[0] for _ in range(self.attack.steps)])
 
 
 @contextlib.contextmanager
@@ -120,4 +118,5 @@ class GraphEngine(Engine):
 
     def iterate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._graph.replay()
-        return self._result
+        losses, logits = self._result
+        return losses.clone(), logits  # which the next replay writes again

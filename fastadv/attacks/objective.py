@@ -13,8 +13,7 @@ class Objective:
     """A model and a loss; `gradient(x, targets)` is what an attack climbs.
 
     The losses are summed, not averaged: the sign does not care about the scale, and in half precision a mean pushes
-    small gradients to zero. Logits below float32 are raised to float32 for the same reason. A sample whose loss is
-    not finite adds nothing to the sum and one to `nonfinite`, a tensor on the device.
+    small gradients to zero. Logits below float32 are raised to float32 for the same reason.
 
     Args:
         model: any callable from images (N, ...) to outputs.
@@ -38,16 +37,8 @@ class Objective:
         self.targeted = targeted
         self.autocast = autocast
         self.compiled = compiled
-        self.nonfinite = torch.zeros((), dtype=torch.int64)
-        self.counted: int | None = None  # how many samples are no filling
         self._highest = -1
         self._losses = torch.compile(self._forward, dynamic=False) if compiled else self._forward
-
-    def forget(self, device: torch.device) -> None:
-        """Count from zero, in a tensor on `device` that stays the same: a captured graph keeps its address."""
-        if self.nonfinite.device != device or self.nonfinite.is_inference():
-            self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-        self.nonfinite.zero_()
 
     def gradient(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
         """(gradient of the summed loss, like x; losses (N,); the model's outputs, detached logits where there are any).
@@ -61,16 +52,8 @@ class Objective:
             losses, logits = self._losses(leaf, targets)
             if not losses.requires_grad:
                 raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
-            # Small models are waited for by the launches: isfinite alone is four, and a masked sum as many again.
-            finite = losses.detach().abs() < torch.inf
-            (grad,) = torch.autograd.grad(losses, leaf, finite.to(losses.dtype))
-        self._count(finite if self.counted is None else finite[: self.counted])
+            (grad,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
         return grad, losses.detach(), logits
-
-    def _count(self, finite):
-        if self.nonfinite.device != finite.device:  # in an evaluation, which counts for itself
-            self.forget(finite.device)
-        self.nonfinite += (~finite).sum()
 
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(losses, logits), without a gradient."""

@@ -34,11 +34,11 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
 
     "eval": every module in eval mode. "as_is": as found, so that dropout draws and batch-norm uses the batch.
     "batch_norm": batch-norm in train mode, the rest in eval mode. Buffers, such as running statistics or a count of
-    calls, are put back: cloned once, because neither a captured graph nor batch-norm marks those that it writes to.
+    calls, are put back: copied once, because neither a captured graph nor batch-norm marks those that it writes to.
     """
     with flags_kept(model):
         named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
-        before = [(buffer, buffer.clone()) for _, _, buffer in named if buffer is not None and _is_writable(buffer)]
+        before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
         if training_mode != "as_is":
             for module in _modules(model):
                 module.training = training_mode == "batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -47,12 +47,28 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
         try:
             yield
         finally:
-            for buffer, value in before:
-                # Through .data: for autograd nothing has changed, so a backward that began before still works.
-                buffer.data.copy_(value)
+            before.put_back()
             for module, name, buffer in named:  # a model may have put another tensor there
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
+
+
+class _Copies:
+    """Copies of tensors; all of a kind by one launch, for a small network has as many buffers as an attack launches."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self._kinds: dict[tuple, tuple[list, list]] = {}
+        for t in tensors:
+            # Through .data: for autograd nothing changes, so a backward that began before still works.
+            mine, copies = self._kinds.setdefault((t.device, t.dtype), ([], []))
+            mine.append(t.data)
+            copies.append(torch.empty_like(t))
+        for mine, copies in self._kinds.values():
+            torch._foreach_copy_(copies, mine)
+
+    def put_back(self) -> None:
+        for mine, copies in self._kinds.values():
+            torch._foreach_copy_(mine, copies)
 
 
 def as_normal(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define __global__
@@ -48,9 +49,31 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
+// What the kernels' code was made of, on the device that is asked: FASTADV_EMULATED_PTX has a version for each device,
+// FASTADV_EMULATED_DEVICE the current one's index, and FASTADV_EMULATED_ERROR what a launch returns. Left there are
+// whether the last launch had attributes, FASTADV_EMULATED_ATTRIBUTES, and FASTADV_EMULATED_LAST, whether an error was
+// not read.
+inline int from_environment(const char* name, int place = 0) {
+  const char* text = std::getenv(name);
+  for (; text && place > 0; --place) text = std::strchr(text, ',') ? std::strchr(text, ',') + 1 : nullptr;
+  return text ? std::atoi(text) : 0;
+}
+inline cudaError_t cudaGetLastError() {
+  setenv("FASTADV_EMULATED_LAST", "0", 1);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = from_environment("FASTADV_EMULATED_DEVICE"), cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  setenv("FASTADV_EMULATED_ATTRIBUTES", config->numAttrs ? "1" : "0", 1);
+  if (const int error = from_environment("FASTADV_EMULATED_ERROR")) {
+    setenv("FASTADV_EMULATED_LAST", "1", 1);
+    return error;
+  }
   gridDim = config->gridDim;
   for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
@@ -58,13 +81,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// There is no device to ask.
 struct cudaFuncAttributes {
-  int numRegs = 0;
+  int numRegs = 0, ptxVersion = 0;
   size_t localSizeBytes = 0, sharedSizeBytes = 0;
 };
-enum { cudaDevAttrMaxThreadsPerMultiProcessor, cudaDevAttrComputeCapabilityMajor };
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+enum { cudaDevAttrMaxThreadsPerMultiProcessor };
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
+  int device = 0;
+  cudaGetDevice(&device);
+  return a->ptxVersion = from_environment("FASTADV_EMULATED_PTX", device), cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 1, cudaSuccess; }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int*, const void*, int, size_t) { return cudaSuccess; }

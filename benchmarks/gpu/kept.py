@@ -1,0 +1,55 @@
+"""A pytest plugin that keeps how each test ended, and its figures, as it ends; what passed before is not run again.
+
+    pytest -p kept --kept FILE
+
+FILE has a JSON object a line: {"collected": tests} for each time they were collected, and for each test {"test",
+"outcome", "seconds", "figures"}. A run that is killed has lost the test that it was at.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ENDED = ("passed", "skipped")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kept", type=Path, metavar="FILE", help="keep how each test ended there, and go on from it")
+
+
+def pytest_configure(config):
+    if config.getoption("kept"):
+        config.pluginmanager.register(Kept(config))
+
+
+class Kept:
+    def __init__(self, config):
+        self.path = config.getoption("kept")
+        worker = getattr(config, "workerinput", {}).get("workerid")  # of pytest-xdist
+        self.collects, self.reports = worker in (None, "gw0"), worker is None
+        if self.reports and self.path.exists():  # without a line that was cut
+            text = self.path.read_text()
+            self.path.write_text(text[: text.rfind("\n") + 1])
+
+    def add(self, **line):
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def ended(self):
+        text = self.path.read_text() if self.path.exists() else ""
+        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return {line["test"] for line in found if line.get("outcome") in ENDED}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        ended = self.ended()
+        if self.collects:
+            self.add(collected=len(items))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in ended])
+        items[:] = [item for item in items if item.nodeid not in ended]
+
+    def pytest_runtest_logreport(self, report):
+        if self.reports and (report.when == "call" or report.outcome != "passed"):
+            figures = [value for name, value in report.user_properties if name == "figures"]
+            self.add(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), figures=figures)
