@@ -1,6 +1,13 @@
 """`pytest` runs the tests, `pytest --benchmark` the benchmarks; a path on the command line wins over both."""
 
 import os
+import sys
+from pathlib import Path
+
+# `python -m pytest` puts the current folder on the path, and with it sources that may not be built. Before fastadv is
+# imported: what is installed is what runs.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
 
 import pytest
 import torch

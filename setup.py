@@ -198,6 +198,8 @@ PARTS = {"cpu": add_cpu, "cuda": add_cuda}
 
 class BuildNative(build_ext):
     def run(self):
+        if not CSRC.is_dir():
+            sys.exit(f"{CSRC} is missing: these sources are not whole, and what they install would have no kernels")
         self.facts = {}
         super().run()
         package = HERE if self.inplace or self.editable_mode else Path(self.build_lib)

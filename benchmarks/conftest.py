@@ -5,6 +5,12 @@ The rounds are pytest-benchmark's options: at least `--benchmark-min-rounds`, an
 `pytest --benchmark --benchmark-min-rounds=1 --benchmark-max-time=0`.
 """
 
+import sys
+from pathlib import Path
+
+# For the modules beside the benchmarks; behind what is installed.
+sys.path.extend(str(Path(__file__).resolve().parent / folder) for folder in ("", "attacks", "training"))
+
 import environment
 import pytest
 import report

@@ -102,7 +102,7 @@ def host_row(r):
 
 
 PEERS = ("torchattacks", "foolbox", "ART", "backward")
-FASTEST_OVER = ("torchattacks", "torchattacks bf16")
+FASTEST_OVER = ("torchattacks", "torchattacks bf16", "torchattacks compile")
 ATTACK_HEADER = (
     *("attack", "network", "batch", "ms"),
     *(f"x {peer}" for peer in PEERS),

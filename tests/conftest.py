@@ -1,14 +1,19 @@
 """What every op test needs: the backends and the devices they run on, and the examples hypothesis draws."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent))  # for the helpers beside the tests
 
 # Without a GPU the Triton kernels run in Triton's interpreter: to be asked for before the first import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from gpus import needs_gpu
 from hypothesis import HealthCheck, settings
 
 EXAMPLES = max(1, int(os.environ.get("FASTADV_TEST_EXAMPLES", "200")))
@@ -23,8 +28,6 @@ settings.register_profile(
     report_multiple_bugs=False,
 )
 settings.load_profile("fastadv")
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 # Every backend and where it runs. Nothing but the GPU may be missing: what was not built fails its tests.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

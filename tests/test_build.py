@@ -7,8 +7,11 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -21,39 +24,61 @@ STABLE = re.compile(r"(aoti_torch_|torch_)\w+$")
 PYTORCH = re.compile(r"torch|aten|c10|at::")
 
 
-def build_wheel(folder, **environment):
+def checkout(folder):
+    """The checkout as git would clone it, nothing built."""
     source = folder / "source"
     subprocess.run(["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], check=True,
                    stdout=(folder / "files").open("wb"))  # fmt: skip
     source.mkdir()
     tar = f"tar -C {ROOT} --null -T {folder / 'files'} -c | tar -C {source} -x"
     subprocess.run(tar, shell=True, check=True)
+    return source
+
+
+def build_wheel(source, folder, **environment):
     command = [sys.executable, "-m", "pip", "wheel", "-q", source, "--no-build-isolation", "--no-deps", "-w", folder]
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     return run, list(folder.glob("*.whl"))
 
 
+def built_wheel(source, folder, **environment):
+    run, wheels = build_wheel(source, folder, **environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (path,) = wheels
+    return path
+
+
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
+def unpacked_sdist(tmp_path_factory):
+    """What a source distribution holds, where nothing else of the checkout is."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=checkout(folder), capture_output=True, check=True)
+    (path,) = folder.glob("*.tar.gz")
+    (folder / "unpacked").mkdir()
+    subprocess.run(["tar", "-xzf", path, "-C", folder / "unpacked"], check=True)
+    (source,) = (folder / "unpacked").iterdir()
+    return source
+
+
+@pytest.fixture(scope="session")
+def wheel_file(unpacked_sdist, tmp_path_factory):
+    return built_wheel(unpacked_sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def wheel(request, tmp_path_factory):
     given = os.environ.get("FASTADV_TEST_WHEEL")
-    folder = tmp_path_factory.mktemp("wheel")
-    if given:
-        path = ROOT / given
-    else:
-        run, wheels = build_wheel(folder)
-        assert run.returncode == 0, run.stderr[-3000:]
-        (path,) = wheels
-    zipfile.ZipFile(path).extractall(folder / "unpacked")
-    return folder / "unpacked"
+    folder = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(ROOT / given if given else request.getfixturevalue("wheel_file")).extractall(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def bare_wheel(tmp_path_factory):
     """Built where there is no compiler and no nvcc."""
     folder = tmp_path_factory.mktemp("bare")
-    run, wheels = build_wheel(folder, CXX="/nonexistent/c++", CUDA_HOME="/nonexistent")
-    assert run.returncode == 0, run.stderr[-3000:]
-    (path,) = wheels
+    path = built_wheel(checkout(folder), folder, CXX="/nonexistent/c++", CUDA_HOME="/nonexistent")
     zipfile.ZipFile(path).extractall(folder / "unpacked")
     return folder / "unpacked"
 
@@ -117,6 +142,7 @@ def test_without_a_compiler_the_ops_work(bare_wheel):
         "import torch, fastadv, json\n"
         "x = torch.rand(2, 3, 5, 5)\n"
         "y = fastadv.fgsm_step(x, torch.ones_like(x), 0.5)\n"
+        "fastadv.random_init(x, 0.5)\n"
         "info = fastadv.info()\n"
         "print(json.dumps([fastadv.__file__, info['serves']['cpu'], info['calls'], info['backends']['cpu'],\n"
         "                  bool(((y - x).abs() <= 0.5).all() and y.max() <= 1 and y.max() > x.max())]))"
@@ -127,13 +153,90 @@ def test_without_a_compiler_the_ops_work(bare_wheel):
     file, serves, calls, cpu, right = json.loads(run.stdout)
     assert file.startswith(str(bare_wheel))
     assert (serves, right) == ("reference", True)
-    assert calls["reference"] == 1
+    assert calls["reference"] == 2
     assert not cpu["available"]
     assert "not built" in cpu["why"]
+    (told,) = re.findall(r"UserWarning: (.*)", run.stderr)  # once
+    assert f"imported from {bare_wheel / 'fastadv'}" in told
+    assert "C++ compiler" in told
+    assert "40 times slower" in told
 
 
 def test_a_part_that_was_demanded_and_cannot_be_built_is_an_error(tmp_path):
-    run, wheels = build_wheel(tmp_path, FASTADV_CPU="1", FASTADV_CUDA="0", CXX="/nonexistent/c++")
+    run, wheels = build_wheel(checkout(tmp_path), tmp_path, FASTADV_CPU="1", FASTADV_CUDA="0", CXX="/nonexistent/c++")
     assert run.returncode != 0
     assert not wheels
     assert "FASTADV_CPU=1, but no C++ compiler" in run.stdout + run.stderr
+
+
+def test_an_sdist_is_enough_to_build_the_kernels(wheel_file):
+    names = zipfile.ZipFile(wheel_file).namelist()
+    assert any(name.startswith("fastadv/_cpu.") and name.endswith(".so") for name in names)
+
+
+def test_sources_without_those_of_the_kernels_are_refused(tmp_path):
+    source = checkout(tmp_path)
+    shutil.rmtree(source / "csrc")
+    run, wheels = build_wheel(source, tmp_path)
+    assert run.returncode != 0
+    assert not wheels
+    assert "csrc is missing" in run.stdout + run.stderr
+
+
+# What is installed is what runs
+
+
+@pytest.fixture
+def python(tmp_path):
+    """The interpreter of an empty environment, with what fastadv needs, but no fastadv."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    # A folder that is named there is on the path, without the editable installs that it may have.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return tmp_path / "venv/bin/python"
+
+
+def in_checkout(source, *command):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FASTADV"))}
+    environment["FASTADV_BENCH_CONTENDERS"] = "fastadv,naive,copy"  # compiling is slow
+    return subprocess.run(list(map(str, command)), cwd=source, env=environment, capture_output=True, text=True)
+
+
+def install(python, *what):
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--ignore-installed"]
+    subprocess.run([*command, "--no-build-isolation", *what], check=True, capture_output=True)
+
+
+BENCHMARK = ("--benchmark", "-k", "pgd_step-cifar-f32/f32-cpu", "--benchmark-min-rounds=1", "--benchmark-max-time=0")
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["installed", "editable"])
+def test_in_the_checkout_the_kernels_that_were_built_serve(python, tmp_path, wheel_file, editable):
+    source = checkout(tmp_path)
+    install(python, *(("-e", source) if editable else (wheel_file,)))
+    benchmark = in_checkout(source, python, "-m", "pytest", "-W", "error::UserWarning", *BENCHMARK)
+    assert benchmark.returncode == 0, benchmark.stdout
+    assert re.search(r"^pgd_step +cifar +f32/f32 +cpu ", benchmark.stdout, re.MULTILINE)
+    pytest_itself = (python, "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())")  # as its script
+    tests = in_checkout(source, *pytest_itself, "-W", "error::UserWarning", "tests/test_philox.py", "-k", "cpu")
+    assert tests.returncode == 0, tests.stdout
+    info = in_checkout(tmp_path, python, "-m", "fastadv", "info").stdout
+    where = source if editable else next((python.parent.parent / "lib").glob("python*/site-packages"))
+    assert f"imported_from: {where / 'fastadv'}\n" in info
+    assert "serves: \n  cpu: cpu\n" in info
+
+
+def test_a_source_tree_that_was_not_built_says_so(python, tmp_path, wheel_file):
+    """Alone on the path, and before an installed fastadv."""
+    source = checkout(tmp_path)
+    code = "import torch, fastadv; x = torch.rand(3); fastadv.fgsm_step(x, x, 0.1); fastadv.random_init(x, 0.1)"
+    for installed in (False, True):
+        if installed:
+            install(python, wheel_file)
+        run = in_checkout(source, python, "-c", code)
+        assert run.returncode == 0, run.stderr
+        (told,) = re.findall(r"UserWarning: (.*)", run.stderr)  # once
+        assert f"imported from {source / 'fastadv'}" in told
+        assert "40 times slower" in told
+        (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+        assert (f"a built one is in {site / 'fastadv'}" if installed else f"pip install -e {source}") in told

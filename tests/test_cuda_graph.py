@@ -5,9 +5,9 @@ import gc
 
 import pytest
 import torch
+from gpus import needs_gpu
 from torch import nn
 
-from conftest import needs_gpu
 from fastadv.attacks import FFGSM, FGSM, MIFGSM, NFGSM, PGD, Normalized
 from fastadv.evaluation import evaluate
 

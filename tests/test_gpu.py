@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from gpus import needs_gpu
 
 import fastadv
-from conftest import needs_gpu
 from fastadv.ops import philox_words
 
 pytestmark = needs_gpu

@@ -102,7 +102,7 @@ GPU_TESTS = [
 
 def pytest(out, part, *arguments, **env):
     """pytest itself in place of this process: what it writes is the part's log, and its status the part's."""
-    kept = ("-p", "kept", "--kept", out / f"{part}.jsonl", "-p", "no:cacheprovider")
+    kept = ("-p", "kept", "--kept", out / f"kept/{part}.jsonl", "-p", "no:cacheprovider")
     command = (sys.executable, "-m", "pytest", *kept, *arguments)
     status = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **env}).returncode
     return {"ok": status in (0, 5)}  # 5: all had been done before
@@ -117,11 +117,11 @@ def correctness(out):
     return pytest(out, "correctness", *GPU_TESTS, "-k", "cuda or triton", *workers, FASTADV_TEST_EXAMPLES=examples)
 
 
-def benchmarks(out, part, files, which="", seconds=1.0, **env):
-    """Benchmarks of some files, each contender timed for so many seconds."""
-    quick = ("--benchmark-min-rounds=1", "--benchmark-max-time=0") if DRY_RUN else (f"--benchmark-max-time={seconds}",)
-    files = [f"benchmarks/{file}" for file in files]
-    return pytest(out, part, "--benchmark", *files, "-k", which, "--benchmark-quiet", *quick, **env)
+def benchmarks(out, part, files, which="", seconds=1.0, rounds=5, **env):
+    """Benchmarks of some files, each case timed for so many seconds and rounds at least."""
+    seconds, rounds = (0, 1) if DRY_RUN else (seconds, rounds)
+    how = ("--benchmark-quiet", f"--benchmark-min-rounds={rounds}", f"--benchmark-max-time={seconds}")
+    return pytest(out, part, "--benchmark", *(f"benchmarks/{file}" for file in files), "-k", which, *how, **env)
 
 
 def attacks(out):
@@ -137,7 +137,7 @@ def steps(out):
 
 def evaluation(out):
     """PGD-50 with ten restarts on a trained network."""
-    return benchmarks(out, "evaluation", ["attacks/bench_evaluation.py"])
+    return benchmarks(out, "evaluation", ["attacks/bench_evaluation.py"], rounds=1)
 
 
 # What has changed since the last run on a GPU that measured it: Triton's kernels; random_init was never timed.
@@ -165,7 +165,7 @@ def images():
 
 def transfer(out):
     """transfer.py: FGSM and PGD from a robust backbone, on the classes that it was not trained on."""
-    path = out / "transfer.runs.json"  # has each finished run: after a cut the others follow
+    path = out / "kept/transfer.json"  # has each finished run: after a cut the others follow
     if DRY_RUN:
         chosen = ["--data=digits", "--model=mlp", "--epochs=1", "--seeds=1", "--device=cpu"]
         chosen += [f"--{part}-limit=32" for part in ("train", "val", "test")]
@@ -175,18 +175,18 @@ def transfer(out):
         return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with CIFAR-10"}
     command = (sys.executable, "benchmarks/training/transfer.py", *chosen, "--out", path)
     status, _ = run(out / "transfer.runs.log", *command)
-    return {"ok": status == 0, **plan.read(path)}
+    return {"ok": status == 0}
 
 
 def strength(out):
     """strength.py: a network trained and attacked on CIFAR-10."""
-    path = out / "strength.runs.json"
+    path = out / "kept/strength.json"
     if DRY_RUN or not images():
         return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with CIFAR-10"}
     command = (sys.executable, "benchmarks/attacks/strength.py", images(), "--out", path)
     paths = os.pathsep.join((os.environ["PYTHONPATH"], str(ROOT / "benchmarks/attacks")))
     status, _ = run(out / "strength.runs.log", *command, PYTHONPATH=paths)
-    return {"ok": status == 0, **plan.read(path)}
+    return {"ok": status == 0}
 
 
 # ------------------------------------------------------------------ sanitizer
@@ -209,15 +209,18 @@ def sanitize(out, tool, backends, seconds):
     }
 
 
-def sanitizer(out, backends=("triton",), seconds=("--seconds", "10"), part="sanitizer"):
-    """So many seconds of calls, in a random order, under each tool; a tool that is done is not run again."""
-    path, tools = out / f"{part}.tools.json", {}
-    for tool in (None,) if DRY_RUN else TOOLS:
-        tools = plan.read(path)
+def sanitizer(out, backends=("triton",), seconds=("--seconds", "12"), part="sanitizer"):
+    """So many seconds of calls by themselves, for Triton to compile them, and of the same under each tool.
+
+    A tool that is done is not run again.
+    """
+    path, tools = out / f"kept/{part}.json", {}
+    for tool in (None,) if DRY_RUN else (None, *TOOLS):
+        tools = plan.read(path).get("tools", {})
         if not tools.get(tool or "none", {}).get("ok"):
             tools[tool or "none"] = sanitize(out, tool, () if DRY_RUN else backends, seconds)
-            plan.write(path, tools)
-    return {"ok": all(tool["ok"] for tool in tools.values()), "tools": tools}
+            plan.write(path, {"tools": tools})
+    return {"ok": all(tool["ok"] for tool in tools.values())}
 
 
 def sanitizer_all(out):

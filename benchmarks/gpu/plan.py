@@ -57,8 +57,11 @@ def lines(path):
 
 
 def collect(out, part):
-    """Puts what kept.py kept of the part's tests into PART.json: how they ended, and their figures."""
-    kept = lines(out / f"{part}.jsonl")
+    """Puts what a part kept as it went into PART.json: its runs, and how its tests ended, with their figures."""
+    result = read(out / f"{part}.json") | read(out / f"kept/{part}.json")
+    if result:
+        write(out / f"{part}.json", result)
+    kept = lines(out / f"kept/{part}.jsonl")
     if not kept:
         return
     tests = {line["test"]: line for line in kept if "test" in line}
@@ -67,7 +70,7 @@ def collect(out, part):
     total = max((line["collected"] for line in kept if "collected" in line), default=len(tests))
     counts = {"of": total, **{outcome: ended[outcome] for outcome in ("passed", "failed", "skipped")}}
     figures = [figure for line in tests.values() for figure in line["figures"]]
-    write(out / f"{part}.json", read(out / f"{part}.json") | {"tests": counts, "failed": failed, "summary": figures})
+    write(out / f"{part}.json", result | {"tests": counts, "failed": failed, "summary": figures})
 
 
 def pack(out, folder):
@@ -136,11 +139,13 @@ def environment_of(dry_run):
 
 
 class Plan:
-    """The parts of one call, and what is known of those of the calls before it (DIR/plan.json)."""
+    """The parts of one call, and what is known of those of the calls before it (DIR/kept/plan.json)."""
 
-    def __init__(self, out, caps, command=command_of):
+    def __init__(self, out, caps, command=command_of, built=lambda: any((ROOT / "fastadv").glob("_cuda*.so"))):
         self.out, self.caps, self.command = out, caps, command
-        self.known = read(out / "plan.json")
+        self.built = built  # on another machine the results may be there, and what was built not
+        (out / "kept").mkdir(parents=True, exist_ok=True)
+        self.known = read(out / "kept/plan.json")
 
     def order(self):
         """Those that were never begun, then those that were cut or failed."""
@@ -148,6 +153,8 @@ class Plan:
         return sorted(left, key=lambda part: self.outcome(part) is not None)
 
     def outcome(self, part):
+        if part == "build" and not self.built():
+            return None
         return self.known.get(part, {}).get("outcome")
 
     def run(self, seconds, environment, to=None):
@@ -171,7 +178,7 @@ class Plan:
         collect(self.out, part)
         before = self.known.get(part, {}).get("seconds", 0)
         self.known[part] = {"outcome": outcome, "seconds": round(before + seconds, 1)}
-        write(self.out / "plan.json", self.known)
+        write(self.out / "kept/plan.json", self.known)
         print(f"{part}: {outcome}, {seconds} s", flush=True)
         if outcome != "done":
             print(log.read_text(errors="replace")[-1500:], flush=True)
@@ -210,12 +217,11 @@ def parser():
 def main(argv=None):
     arguments = parser().parse_args(argv)
     out = arguments.dir.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     dry_run = arguments.dry_run
     caps = {arguments.part: (CAPS | MORE)[arguments.part]} if arguments.part else CAPS
     if dry_run and not arguments.part:
         caps = {"build": CAPS["build"], **HANGING, **CAPS}
-    plan = Plan(out, caps)
+    plan = Plan(out, caps, built=lambda: True) if dry_run else Plan(out, caps)
     done = plan.run(60 * arguments.minutes, environment_of(dry_run), arguments.to)
     if dry_run and not arguments.part:
         done = plan.outcome("hanging") == "cut" and all(plan.outcome(part) == "done" for part in CAPS)

@@ -6,6 +6,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
+import warnings
+from pathlib import Path
 
 import torch
 from torch.compiler import is_compiling
@@ -14,6 +17,7 @@ from fastadv.ops import reference
 from fastadv.ops.schemas import BACKENDS, OPS, SCHEMAS, below_autograd
 
 NATIVE = frozenset({"cpu", "cuda"})
+PACKAGE = Path(__file__).resolve().parents[1]
 
 _chosen = contextvars.ContextVar("fastadv_backend", default=os.environ.get("FASTADV_BACKEND") or None)
 _calls = dict.fromkeys(("triton", "reference"), 0)  # the native libraries count their own
@@ -34,10 +38,38 @@ def _register_python(backend, implementations):
         torch.library.impl(f"fastadv::{name}.{backend}", "CompositeExplicitAutograd", kernel)
 
 
+def _has(module):
+    """Whether this very package has a module that the build makes: an editable install would lend its own to any."""
+    spec = importlib.util.find_spec(f"fastadv.{module}")
+    return spec is not None and Path(spec.origin).resolve().parent in (PACKAGE, Path(__file__).parents[1])
+
+
+def facts():
+    """What setup.py wrote down of the build; None in a source tree that was never built."""
+    return importlib.import_module("fastadv._build").FACTS if _has("_build") else None
+
+
+def _warn_of_the_reference(what, how):
+    warnings.warn(
+        f"fastadv was imported from {PACKAGE}, and {what}: plain PyTorch serves them, some 40 times slower than the "
+        f"CPU kernels. To change that, {how}.",
+        stacklevel=2,
+    )
+
+
+def _warn_of_a_source_tree():
+    """The folder that Python starts in comes first on its path, also where it holds these sources."""
+    places = (Path(entry, "fastadv") for entry in sys.path)
+    other = next((place for place in places if (place / "_build.py").exists()), None)
+    how = f"start Python with -P or in another folder: a built one is in {other}" if other else ""
+    how = how or f"build it there (pip install -e {PACKAGE.parent}), or install it and start Python in another folder"
+    _warn_of_the_reference("this source tree was not built, so it has no kernels for CPU tensors", how)
+
+
 @functools.cache
 def native(backend):
     """`fastadv._cpu` or `fastadv._cuda`, whose import registers its kernels: (module or None, why it is None)."""
-    if importlib.util.find_spec(f"fastadv._{backend}") is None:
+    if not _has(f"_{backend}"):
         return None, "the extension was not built: see fastadv.info()['build']"
     if backend == "cuda" and torch.version.cuda is None:
         return None, "this PyTorch was built without CUDA"
@@ -66,6 +98,8 @@ _register_python("reference", reference.IMPLEMENTATIONS)
 _register_python("triton", {name: _triton_kernel(name) for name in SCHEMAS})
 for _backend in NATIVE:
     native(_backend)
+if facts() is None:
+    _warn_of_a_source_tree()
 
 
 def why_not(backend, device_type):
@@ -115,7 +149,14 @@ def resolve(name, device_type):
 
 @functools.cache
 def _resolve_device(name, device):
-    return resolve(name, device.type)
+    found = resolve(name, device.type)
+    if name is None and found == "reference" and device.type in NATIVE and facts() is not None:
+        why = facts()[device.type].get("why") or native(device.type)[1]
+        _warn_of_the_reference(
+            f"it has no kernels for {device.type} tensors ({why})",
+            "mend that and install it again (`fastadv info` says more)",
+        )
+    return found
 
 
 @torch.compiler.assume_constant_result

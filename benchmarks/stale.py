@@ -1,0 +1,137 @@
+"""Which stored figures were measured before the code they depend on changed, and at which commit.
+
+    python benchmarks/stale.py [--write]
+
+Compares each file in benchmarks/results with git: the commit that it names, against the files as they are now. --write
+brings the lists in README.md and benchmarks/results/README.md up to date; a test says when that is due.
+"""
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- stale figures: benchmarks/stale.py --write -->", "<!-- end -->"
+
+OPS = ("fastadv/functional.py", "fastadv/ops", ":!fastadv/ops/triton_kernels.py", "csrc")
+CPU_OPS, CUDA_OPS = (*OPS, ":!csrc/cuda"), (*OPS, ":!csrc/cpu")
+TRITON_OPS = ("fastadv/functional.py", "fastadv/ops", "csrc/philox.h")
+ATTACKS = ("fastadv/attacks",)
+EVALUATION = (*ATTACKS, "fastadv/evaluation")
+TRAINING = (*EVALUATION, "fastadv/training")
+
+# Kind of figure (by the benchmark's rows, or the part that made the file) -> the files it depends on.
+DEPENDS = {
+    "op": OPS,
+    "host": OPS,
+    "attack": ATTACKS,
+    "memory": ATTACKS,
+    "evaluation": EVALUATION,
+    "strength": ATTACKS,
+    "training": (*ATTACKS, "fastadv/training/step.py"),  # of the first run on a GPU
+    "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
+    "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
+    "build": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h"),
+    "kernels": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h"),
+    "sass": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h", "fastadv/ops/triton_kernels.py"),
+    "correctness": OPS,
+    "counter": OPS,
+    "sanitizer": OPS,
+}
+OF_BACKEND = {"cpu": CPU_OPS, "reference": CPU_OPS, "cuda": CUDA_OPS, "triton": TRITON_OPS}
+
+
+def kinds(result):
+    """(kind, backend or None) of everything that a result has figures of."""
+    rows = [b["extra_info"] for b in result.get("benchmarks", [])] + result.get("summary", [])
+    rows += [{"kind": "counter", **launch} for launch in result.get("launches", [])]
+    found = {(row["kind"], row.get("backend")) for row in rows if "kind" in row}
+    return found or {(result["part"], None)}
+
+
+def depends(result):
+    """The paths that a result depends on, in git's notation."""
+    found = set()
+    for kind, backend in kinds(result):
+        ops = kind in ("op", "host", "counter")
+        found.add(OF_BACKEND[backend] if ops and backend else DEPENDS[kind])
+    return sorted(found)
+
+
+def git(root, *command):
+    run = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+    return run.stdout.split("\n")[:-1] if run.returncode == 0 else None
+
+
+def changed(root, result):
+    """The files that differ now from those that were measured; None where git does not know the commit."""
+    commit = result["environment"]["commit"].rstrip("+")
+    found = set()
+    for paths in depends(result):
+        for command in (("diff", "--name-only", commit, "--"), ("ls-files", "--others", "--exclude-standard", "--")):
+            names = git(root, *command, *paths)
+            if names is None:
+                return None
+            found.update(name for name in names if name.endswith((".py", ".h", ".cuh", ".cu", ".cpp", ".safetensors")))
+    return sorted(found)
+
+
+def results(root):
+    folder = root / "benchmarks/results"
+    return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
+
+
+def stale(root):
+    """File -> (commit, files changed since); None where git does not know the commit."""
+    found = {}
+    for name, result in results(root).items():
+        names = changed(root, result)
+        if names != []:
+            found[name] = names and (result["environment"]["commit"][:7], names)
+    return found
+
+
+# ------------------------------------------------------------------ the two lists
+
+
+def in_readme(found):
+    """A line a commit."""
+    commits = {}
+    for name, (commit, _) in found.items():
+        commits.setdefault(commit, []).append(f"`{Path(name).with_suffix('')}`")
+    return [f"- {commit}: {', '.join(names)}" for commit, names in commits.items()] or ["None."]
+
+
+def in_results(found):
+    """A line a file, and what has changed."""
+    return [
+        f"- [{name}]({name}), measured at {commit}; changed since: {', '.join(f'`{path}`' for path in paths)}"
+        for name, (commit, paths) in found.items()
+    ] or ["None."]
+
+
+PLACES = {"README.md": in_readme, "benchmarks/results/README.md": in_results}
+
+
+def filled(text, told):
+    """The text with these lines between its two marks."""
+    before, rest = text.split(BEGIN)
+    told = "\n".join(told)
+    return f"{before}{BEGIN}\n{told}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="bring the lists up to date")
+    args = parser.parse_args(argv)
+    found = stale(ROOT)
+    known = {name: facts for name, facts in found.items() if facts}
+    print(*in_results(known), *(f"git does not know the commit of {name}" for name in found.keys() - known), sep="\n")
+    for place, lines in PLACES.items() if args.write else ():
+        path = ROOT / place
+        path.write_text(filled(path.read_text(), lines(known)))
+
+
+if __name__ == "__main__":
+    main()
