@@ -14,20 +14,8 @@ if not torch.cuda.is_available():
 
 import pytest
 from gpus import needs_gpu
-from hypothesis import HealthCheck, settings
 
 EXAMPLES = max(1, int(os.environ.get("FASTADV_TEST_EXAMPLES", "200")))
-
-# Examples are fresh on every run; hypothesis prints the failing one with the seed of its numbers.
-settings.register_profile(
-    "fastadv",
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    database=None,
-    report_multiple_bugs=False,
-)
-settings.load_profile("fastadv")
 
 # Every backend and where it runs. Nothing but the GPU may be missing: what was not built fails its tests.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,3 +34,20 @@ def pytest_generate_tests(metafunc):
     for name, params in (("backend", BACKENDS), ("kernel", KERNELS), ("native", NATIVE)):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, params)
+
+
+def pytest_configure(config):
+    """Examples are fresh on every run; hypothesis prints the failing one with the seed of its numbers."""
+    if config.getoption("benchmark"):
+        return  # which has this file loaded too, and needs no hypothesis
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "fastadv",
+        max_examples=EXAMPLES,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        report_multiple_bugs=False,
+    )
+    settings.load_profile("fastadv")
