@@ -1,12 +1,54 @@
 """What an attack borrows from a model, and how it gives it back."""
 
+import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import nn
 
 TRAINING_MODES = ("eval", "as_is", "batch_norm")
+
+
+# ------------------------------------------------------------------ one thread at a time
+
+_owners: dict[int, int] = {}  # id of a module whose flags are borrowed -> the thread that will put them back
+_owners_lock = threading.Lock()
+
+
+def _forget_owners() -> None:
+    """In a child process, whose only thread may have no parent's attack to wait for."""
+    global _owners_lock
+    _owners.clear()
+    _owners_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    os.register_at_fork(after_in_child=_forget_owners)
+
+
+@contextmanager
+def _alone(modules: list[nn.Module]) -> Iterator[None]:
+    """Refuse modules that another thread has borrowed; this one may borrow them again."""
+    me = threading.get_ident()
+    with _owners_lock:
+        if any(_owners.get(id(module), me) != me for module in modules):
+            raise RuntimeError(
+                "another thread is attacking or judging this model, whose modes and flags are that one's to put back: "
+                "take turns, or give each thread a copy (copy.deepcopy(model))"
+            )
+        mine = [id(module) for module in modules if id(module) not in _owners]
+        _owners.update(dict.fromkeys(mine, me))
+    try:
+        yield
+    finally:
+        with _owners_lock:
+            for key in mine:
+                _owners.pop(key, None)
+
+
+# ------------------------------------------------------------------ modes, flags, buffers
 
 
 @contextmanager
@@ -16,16 +58,23 @@ def flags_kept(model: Callable) -> Iterator[None]:
     Flags are set on the modules themselves: `.eval()` and `.train()` are methods that models override (to
     keep batch-norm frozen, say), and they cannot put back a model whose modules are in different modes.
     A model that is not an `nn.Module` has no flags.
+
+    Raises:
+        RuntimeError: another thread has borrowed the model.
     """
-    training = [(module, module.training) for module in _modules(model)]
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in _parameters(model)]
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)
+    modules = _modules(model)
+    with _alone(modules):
+        training = [(module, module.training) for module in modules if hasattr(module, "training")]
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in _parameters(model)]
+
+        def put_back():
+            for module, flag in training:
+                module.training = flag
+            for parameter, flag in requires_grad:
+                parameter.requires_grad_(flag)
+
+        with _at_the_end(put_back):
+            yield
 
 
 @contextmanager
@@ -41,16 +90,32 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
         before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
         if training_mode != "as_is":
             for module in _modules(model):
-                module.training = training_mode == "batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+                if hasattr(module, "training"):
+                    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                    module.training = training_mode == "batch_norm" and batch_norm
         for parameter in _parameters(model):
             parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
+
+        def put_back():
             before.put_back()
-            for module, name, buffer in named:  # a model may have put another tensor there
-                if module._buffers.get(name) is not buffer:
+            for module, name, buffer in named:  # a model may have put another tensor there; TorchScript cannot
+                if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
+
+        with _at_the_end(put_back):
+            yield
+
+
+@contextmanager
+def _at_the_end(put_back: Callable[[], None]) -> Iterator[None]:
+    """Call it whatever happens; an error of its own never hides the one that came first."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            put_back()
+        raise
+    put_back()
 
 
 class _Copies:
@@ -69,6 +134,11 @@ class _Copies:
     def put_back(self) -> None:
         for mine, copies in self._kinds.values():
             torch._foreach_copy_(mine, copies)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """With the device as CUDA's current one: streams, events and captures are of that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def as_normal(tensor: torch.Tensor) -> torch.Tensor:
