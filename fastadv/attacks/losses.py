@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 
 def ce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with int64 labels (N,) or soft labels (N, C)."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    """Cross-entropy with int64 labels (N,) or soft labels (N, C); a class of probability 0 may have a logit of -inf."""
+    if not targets.is_floating_point():
+        return F.cross_entropy(logits, targets, reduction="none")
+    return -(targets * _possible(F.log_softmax(logits, dim=1), targets)).sum(1)
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -32,8 +34,16 @@ def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def kl(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """KL(probabilities || softmax(logits)): Zhang et al. 2019, TRADES (arXiv 1901.08573, section 3.3)."""
-    return F.kl_div(F.log_softmax(logits, dim=1), probabilities, reduction="none").sum(1)
+    """KL(probabilities || softmax(logits)): Zhang et al. 2019, TRADES (arXiv 1901.08573, section 3.3).
+
+    A class that is impossible in both, with logits of -inf, adds nothing.
+    """
+    return F.kl_div(_possible(F.log_softmax(logits, dim=1), probabilities), probabilities, reduction="none").sum(1)
+
+
+def _possible(log_probabilities, targets):
+    """0 where the target is 0: there the product is 0 whatever the other factor, and -inf would make it NaN."""
+    return log_probabilities.masked_fill(targets == 0, 0.0)
 
 
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
