@@ -94,7 +94,7 @@ def test_host_waits_for_the_device_only_at_the_end(model, attack, graph, monkeyp
     images, labels = batch()
     attacked = attack(model, EPS, graph=graph)
     attacked(images, labels, seed=1)
-    monkeypatch.setattr(attacked, "_report_losses", lambda: None)  # the one read, after the loop
+    monkeypatch.setattr(attacked, "_report", lambda: None)  # the one read, after the loop
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -2,32 +2,43 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from fastadv.attacks.checks import (
+    BOX,
     CHOSEN,
     beyond_the_box,
+    box_of,
     check_device,
     check_eps,
     check_has_classes,
     check_images,
     check_labels,
     check_options,
+    check_soft,
     check_start,
     highest,
 )
-from fastadv.attacks.engine import Engine, GraphEngine, Slots
-from fastadv.attacks.normalized import Normalized
+from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
+from fastadv.attacks.normalized import Normalized, is_plain
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.rows import padded, part_of, per_sample, scalar, seeds_for
-from fastadv.attacks.state import as_normal, frozen
+from fastadv.attacks.state import as_normal, frozen, on
 from fastadv.data import to_float
 from fastadv.functional import new_seed, random_init
 from fastadv.ops.autograd import result_like
 from fastadv.ops.generator import as_int64
+from fastadv.ops.reference import compute_dtype
+
+GRAPHS = 8  # that are kept; each has its own memory
+IGNORED = -100  # the label that cross-entropy passes over
+LABELLED = ("ce", "margin", "dlr")  # losses that look labels up
+# From so many images on, the share of zero gradients at the first step of the first call is looked at.
+WATCHED, ALARMING = 8, 0.1
 
 
 class Attack(ABC):
@@ -44,11 +55,12 @@ class Attack(ABC):
         eps: budget.
         targeted: False; True: the labels given are the targets; "random": a class other than the label; or
             "least_likely": the class with the smallest logit on the clean image.
-        loss: "ce", "margin", "dlr", "kl" (from the model's output on the clean images), or a callable from
-            (outputs, targets) to one value per sample; targets are then whatever was passed as labels.
+        loss: "ce", "margin", "dlr", "kl" (from the model's output on the clean images; it takes a random start, for it
+            is 0 at the image itself), or a callable from (outputs, targets) to one value per sample; targets are then
+            whatever was passed as labels.
         restarts: the attack is run so often from other random starts, and the strongest result is kept for each
-            image: one that is misclassified if there is any, and among those the one with the largest loss; a loss
-            of NaN is the smallest.
+            image: the one with the largest loss, where a loss of NaN is the smallest; with int64 labels and a named
+            loss other than "kl", one that is misclassified before any that is not.
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
             and bfloat16 keeps it; float16 can lose small gradients. On the CPU attention of few tokens stays in
@@ -57,7 +69,12 @@ class Attack(ABC):
         compile: run the model and the loss under torch.compile; a batch smaller than the first is filled up, so that
             nothing is compiled twice.
         graph: capture one iteration per shape as a CUDA graph and replay it.
-        chunk: attack so many images at a time, for less memory.
+        chunk: attack so many images at a time, for less memory. A seed that is one for all then becomes one for each
+            image, so that the noise is another than without `chunk`; seeds that are one for each image stay.
+        clip: (lo, hi), the box that images are in; None for inputs without one, such as embeddings. With any but the
+            default eps and the other lengths are in the inputs' own unit.
+
+    All of these are attributes, and one that is assigned later acts as if it had been given.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type or value.
@@ -81,9 +98,8 @@ class Attack(ABC):
         compile: bool = False,
         graph: bool = False,
         chunk: int | None = None,
+        clip: tuple[float, float] | None = BOX,
     ):
-        check_eps(eps, self.norm)
-        check_options(targeted, loss, restarts, training_mode, graph, chunk)
         self.model = model
         self.eps = eps
         self.targeted = targeted
@@ -95,13 +111,61 @@ class Attack(ABC):
         self.compile = compile
         self.graph = graph
         self.chunk = chunk
-        inner, self._normalization = _unwrapped(model)
-        self.objective = Objective(inner, loss, targeted=bool(targeted), autocast=autocast, compiled=compile)
+        self.clip = clip
         self._start_losses: torch.Tensor | None = None
         self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
+        self._counts: dict[str, torch.Tensor] = {}  # what else is told of at its end
+        self._settled: dict[str, object] = {}
+        self._made_of: dict[str, object] = {}
+        self._graphs: OrderedDict[tuple, GraphEngine] = OrderedDict()
+        Attack.check(self)
+        self._make_objective()
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} defines forward, which nothing calls here: an attack of fastadv defines start(slots) "
+                "and step(slots, grad), or is any callable from (images, labels) to images without this base"
+            )
+
+    # ------------------------------------------------------------------ settings
+
+    def check(self) -> None:
+        """Refuse settings of a wrong type or value; called before they act, also after one was assigned."""
+        check_eps(self.eps, self.norm, self.clip)
+        check_options(
+            *(self.targeted, self.loss, self.restarts, self.training_mode, self.autocast, self.memory_format),
+            *(self.graph, self.chunk, self.clip),
+        )
+
+    def _settle(self) -> None:
+        """Where a setting has changed, check it and forget what was made with the old ones."""
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        del settings["objective"]
+        eps = settings.pop("eps")  # graphs have it as a tensor, so that a schedule needs but one
+        if _same(settings, self._settled):
+            check_eps(eps, self.norm, self.clip)
+        else:
+            self.check()
+            self._settled = settings
+            self._graphs.clear()
+        self._make_objective()
+
+    def _make_objective(self) -> None:
+        """The attacked function, made again where settings that it has have changed, or how the model is wrapped."""
+        inner, normalization = _unwrapped(self.model)
+        made_of = {"inner": inner, "normalization": normalization}
+        made_of |= {name: getattr(self, name) for name in ("loss", "targeted", "autocast", "compile")}
+        if _same(made_of, self._made_of):
+            return
+        self._made_of, self._normalization = made_of, normalization
+        self.objective = Objective(
+            inner, self.loss, targeted=bool(self.targeted), autocast=self.autocast, compiled=self.compile
+        )
+        self._graphs.clear()
         self._first = True
         self._width = 0  # the batch size that was compiled
-        self._graphs: dict[tuple, GraphEngine] = {}
 
     # ------------------------------------------------------------------ what an attack is
 
@@ -143,28 +207,32 @@ class Attack(ABC):
 
         Raises:
             TypeError: images, labels or x_init are of a wrong type or dtype, or the model's output is.
-            ValueError: a wrong shape, device or value. Values of labels are looked at in the first batch only.
+            ValueError: a wrong shape, device or value; images beyond `clip`, soft labels that do not sum to 1. Values
+                are looked at in the first batch only; labels of later ones that name no class are warned of.
+            RuntimeError: another thread is attacking the model, or its output does not depend on its input.
         """
+        self._settle()
         self._check_batch(images, labels, x_init)
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode):
+        with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode), on(images.device):
             x = as_normal(images)
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
             seed = scalar(seed)
             if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
                 seed = new_seed(x.device)
-            self._seen = []
+            self._seen, self._counts = [], {}
             try:
                 if self._first:
                     self._check_values(x, labels)
-                targets = self._targets(x, labels, seed)
+                targets = self._targets(x, labels, seed, given=x_init is not None)
                 adv = self._attack(x, targets, self._budget(eps, x), seed, x_init)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
-                    f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)}, or autocast"
+                    f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)} (which "
+                    "draws other noise from a seed that is one for all), or autocast"
                 ) from error
             self._first = self._first and len(x) == 0
-            self._report_losses()
+            self._report()
         return adv
 
     def _attack(self, x, targets, eps, seed, x_init):
@@ -212,12 +280,14 @@ class Attack(ABC):
 
     def slots(self, x, targets, eps, seed, x_init=None) -> Slots:
         """New slots for these images; `seed` may be None for an attack that draws nothing."""
+        self._settle()
         adv = None
         if x_init is not None:
             dtype = result_like(x[:0]).dtype
             x_init = as_normal(x_init)
             x_init = x_init if x_init.dtype == torch.uint8 else x_init.to(dtype)
-            adv = random_init(x_init, 0.0, seed=0, out=torch.empty_like(x_init, dtype=dtype))  # a copy in the box
+            copy = torch.empty_like(x_init, dtype=dtype)
+            adv = random_init(x_init, 0.0, seed=0, clip=box_of(self.clip), out=copy)  # in the box
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
         slots = Slots(x, targets, eps, seed, adv=adv)
@@ -242,18 +312,23 @@ class Attack(ABC):
             return Engine(self, slots)
         if isinstance(slots.seed, int):  # a number would be captured as it is
             slots.seed = torch.full((), as_int64(slots.seed), dtype=torch.int64, device=slots.x.device)
-        tensors = slots.tensors()
-        eps = slots.eps if not isinstance(slots.eps, torch.Tensor) else None
-        key = (eps, slots.given, *((n, t.shape, t.stride(), t.dtype, t.device) for n, t in tensors.items()))
+        if not isinstance(slots.eps, torch.Tensor):
+            slots.eps = torch.full((), slots.eps, dtype=compute_dtype(slots.x), device=slots.x.device)
+        shapes = ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in slots.tensors().items())
+        key = (slots.given, *shapes, *baked(self.objective.model, slots.x.device))
         if key not in self._graphs:
             self._graphs[key] = GraphEngine(self, slots)
+            if len(self._graphs) > GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
         engine = self._graphs[key]
         engine.load(slots)
         return engine
 
     def also(self, slots: Slots) -> dict:
-        """Keywords for the ops: with normalisation they write the model's next input too."""
-        return {} if slots.z is None else {"normalization": self._normalization, "z": slots.z}
+        """Keywords for the ops: the box; with normalisation they write the model's next input too."""
+        box = {"clip": box_of(self.clip)}
+        return box if slots.z is None else {**box, "normalization": self._normalization, "z": slots.z}
 
     def in_pixels(self, grad: torch.Tensor) -> torch.Tensor:
         """A gradient with respect to the model's input as one with respect to the image, in float32 at least."""
@@ -264,13 +339,23 @@ class Attack(ABC):
 
     # ------------------------------------------------------------------ targets
 
-    def _targets(self, x, labels, seed):
+    def _targets(self, x, labels, seed, given):
+        if labels is not None and labels.dtype == torch.int64 and not self._first and self.loss in LABELLED:
+            labels = self._sound(as_normal(labels))
         if labels is not None and (labels.is_floating_point() or not self.needs_clean):
             return as_normal(labels)
         seeds = seed
         if self.targeted == "random":
             seeds = seeds_for(seed, x, 2**32 - 1)
-        return self.targets(self._clean_logits(x), labels, seeds)
+        return self.targets(self._clean_logits(x), labels, seeds, given)
+
+    def _sound(self, labels):
+        """Labels of later batches: those that name no class are counted, for a GPU would end the process on them."""
+        if self.objective.classes is None:
+            return labels
+        wrong = (labels < 0) | (labels >= self.objective.classes)
+        self._counts["labels"] = wrong.sum()
+        return labels.masked_fill(wrong, IGNORED if self.loss == "ce" else 0)
 
     @property
     def needs_clean(self) -> bool:
@@ -278,10 +363,23 @@ class Attack(ABC):
         return self.loss == "kl" or self.targeted in CHOSEN
 
     def targets(
-        self, logits: torch.Tensor, labels: torch.Tensor | None, seeds: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        seeds: torch.Tensor | None = None,
+        given: bool = False,
     ) -> torch.Tensor:
-        """What the loss compares with, from the clean images' logits (N, C); `seeds` (N,) draw random targets."""
+        """What the loss compares with, from the clean images' logits (N, C); `seeds` (N,) draw random targets.
+
+        Raises:
+            ValueError: the loss is 0 at the attack's start, and its gradient too; none was `given` to start from.
+        """
         if self.loss == "kl":
+            if not (self.draws or given):
+                raise ValueError(
+                    "the loss kl compares with the clean images, and is 0 there with its gradient: start at random "
+                    "(random_start=True, noise above 0, TPGD), pass x_init, or soft labels to compare with"
+                )
             return logits.softmax(1)
         if labels is None:
             labels = logits.argmax(1)
@@ -315,14 +413,21 @@ class Attack(ABC):
         if eps is None:
             return self.eps
         if not isinstance(eps, torch.Tensor):
-            check_eps(eps, self.norm)
-            return eps
+            check_eps(eps, self.norm, self.clip)
+            return float(eps)
+        if not eps.is_floating_point() or eps.device != x.device:
+            raise TypeError(
+                f"eps must be a float tensor on the images' device {x.device}, got {eps.dtype} on {eps.device}"
+            )
+        if self._first and eps.numel():
+            for value in torch.stack(eps.double().aminmax()).tolist():
+                check_eps(value, self.norm, self.clip)
         if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
 
     def _check_batch(self, images, labels, x_init) -> None:
-        check_images(images)
+        check_images(images, self.clip)
         check_device(images.device, self.model)
         if x_init is not None:
             check_start(x_init, images)
@@ -336,22 +441,43 @@ class Attack(ABC):
         """In the first batch only, because it waits for the device: a label that is too large kills a CUDA context."""
         if not len(x):
             return
-        wrong = beyond_the_box(x)
+        wrong = beyond_the_box(x, self.clip)
         if wrong:
-            warnings.warn(wrong, stacklevel=3)
+            raise ValueError(wrong)
         if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
             self.objective.check_classes(highest(labels), self._clean_logits(x) if self.compile else None)
+        if labels is not None and labels.is_floating_point() and not callable(self.loss):
+            check_soft(labels)
+        self.objective.watch = len(x) >= WATCHED
 
-    def _report_losses(self) -> None:
-        """Warn of losses that were not finite, counted at the end: small models are waited for by the launches."""
+    def _report(self) -> None:
+        """Warn of what was counted on the device, in one read at the end: what small models wait for is launches."""
         seen, self._seen = self._seen, []
         if seen[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        # x - x is 0 where x is finite, else NaN. One read for all chunks and restarts.
-        if count := int(sum((losses - losses != 0).sum() for losses in seen)):
+        still, self.objective.still = self.objective.still, None
+        # x - x is 0 where x is finite, else NaN.
+        counts = {"losses": sum((losses - losses != 0).sum() for losses in seen), **self._counts}
+        if still is not None:
+            counts["still"] = still.sum()
+        values = torch.stack(list(counts.values())).tolist() if len(counts) > 1 else [int(counts["losses"])]
+        told = dict(zip(counts, values, strict=True))
+        if told["losses"]:
             warnings.warn(
-                f"{count} losses were not finite; where a gradient is not, its sample takes no step. Is the model in a "
-                "half precision that its logits leave?",
+                f"{told['losses']} losses were not finite; where a gradient is not, its sample takes no step. Is the "
+                "model in a half precision that its logits leave?",
+                stacklevel=3,
+            )
+        if told.get("labels"):
+            warnings.warn(
+                f"{told['labels']} labels name no class, they must be in [0, {self.objective.classes}): their samples "
+                "were not attacked as they should be",
+                stacklevel=3,
+            )
+        if still is not None and told["still"] >= ALARMING * len(still):
+            warnings.warn(
+                f"the gradient is exactly zero for {told['still']} of {len(still)} images at the first step, and no "
+                "attack that follows it gets anywhere there: does the model round, saturate, or return probabilities?",
                 stacklevel=3,
             )
 
@@ -369,14 +495,25 @@ class Attack(ABC):
 
 
 def _unwrapped(model):
-    """(what is called, its normalisation or None)."""
-    normalization = None
-    while isinstance(model, (Normalized, nn.parallel.DistributedDataParallel)):
-        if isinstance(model, Normalized):
-            model, normalization = model.model, model.normalization
-        else:
-            model = model.module
+    """(what is called, its normalisation or None): what calls the model would do more than that is called as it is."""
+    model, normalization = _one_rank(model), None
+    if type(model) is Normalized and is_plain(model):
+        model, normalization = _one_rank(model.model), model.normalization
     return model, normalization
+
+
+def _one_rank(model):
+    """Without DistributedDataParallel, whose forward waits for the other ranks."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _same(settings, others):
+    """Whether two dicts have the same values; tensors, modules and the like are the same if they are one."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return settings.keys() == others.keys() and all(
+        value is others[name] or (type(value) is type(others[name]) in plain and value == others[name])
+        for name, value in settings.items()
+    )
 
 
 def _stronger(best, new):

@@ -1,7 +1,10 @@
 """What attacks and evaluations refuse: options, images and labels that cannot be meant."""
 
+import math
 from collections.abc import Callable
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,32 +21,76 @@ def device_of(model: Callable) -> torch.device | None:
     return next((parameter.device for parameter in parameters), None)
 
 
-def check_options(targeted, loss, restarts, training_mode, graph, chunk) -> None:
-    if targeted not in TARGETED:
+BOX = (0.0, 1.0)
+SLACK = 1e-6  # what resizing and denormalising leave beyond a bound
+
+
+def box_of(clip: tuple[float, float] | None) -> tuple[float, float]:
+    """(lo, hi) of an attack's `clip`, where None is no box."""
+    return (-math.inf, math.inf) if clip is None else (float(clip[0]), float(clip[1]))
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_options(targeted, loss, restarts, training_mode, autocast, memory_format, graph, chunk, clip) -> None:
+    if not isinstance(targeted, (bool, str)) or targeted not in TARGETED:
         raise ValueError(f"targeted must be one of {', '.join(map(repr, TARGETED))}, got {targeted!r}")
     if not callable(loss) and loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
     if targeted and loss == "kl":
         raise ValueError("the loss kl has no target class: leave targeted at False, or choose another loss")
-    for name, value in (("restarts", restarts), ("chunk", 1 if chunk is None else chunk)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_whole("restarts", restarts)
+    check_whole("chunk", 1 if chunk is None else chunk)
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise TypeError(f"autocast must be a dtype such as torch.bfloat16, or None, got {autocast!r}")
+    if memory_format is not None and not isinstance(memory_format, torch.memory_format):
+        raise TypeError(f"memory_format must be one of torch's, such as torch.channels_last, got {memory_format!r}")
+    _check_clip(clip)
     if training_mode not in TRAINING_MODES:
         raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
     if graph and not torch.cuda.is_available():
         raise RuntimeError("graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither")
 
 
-def check_eps(eps: float, norm: str) -> None:
-    if norm == "Linf" and not 0 <= eps <= 1:
+def _check_clip(clip) -> None:
+    if clip is None:
+        return
+    try:
+        lo, hi = clip
+    except (TypeError, ValueError):
+        raise TypeError(f"clip must be (lo, hi), or None for inputs without a box, got {clip!r}") from None
+    for bound in (lo, hi):
+        if isinstance(bound, bool) or not isinstance(bound, Real):
+            raise TypeError(f"clip must be two numbers (lo, hi), got {clip!r}")
+    if not lo < hi:
+        raise ValueError(f"clip must be (lo, hi) with lo below hi, got {clip!r}")
+
+
+def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
+    if isinstance(eps, Real) and norm == "Linf" and box_of(clip) == BOX and not 0 <= eps <= 1:
         raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
-    if not eps >= 0:
+    check_number("eps", eps)
+    if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
 
 
-def check_images(images: torch.Tensor) -> None:
+def check_images(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -> None:
     if not _is_image(images):
         raise TypeError(f"images must be a float or uint8 tensor, got {_kind(images)}")
+    if images.dtype == torch.uint8 and box_of(clip) != BOX:
+        raise TypeError(f"uint8 images mean images / 255, in [0, 1], and clip is {clip}: pass floats")
     if images.ndim == 0:
         raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
 
@@ -85,17 +132,36 @@ def check_labels(labels: torch.Tensor, images: torch.Tensor, *, soft: bool = Fal
         raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
 
 
-def beyond_the_box(images: torch.Tensor) -> str | None:
+def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -> str | None:
     """What is wrong with the images' range, if anything is. Waits for the device."""
-    if not images.is_floating_point():
+    if not images.is_floating_point() or not images.numel():
         return None
     low, high = torch.stack(images.aminmax()).tolist()
-    if low >= 0 and high <= 1:
+    lo, hi = box_of(clip)
+    if lo - SLACK <= low and high <= hi + SLACK:
         return None
+    told = f"images must be in [{lo:g}, {hi:g}], got [{low:.9g}, {high:.9g}]"
+    if box_of(clip) != BOX:
+        return told if low == low else f"{told}: some are NaN"
     return (
-        f"images must be in [0, 1], got [{low:.4g}, {high:.4g}]: if they are normalised, pass them as they were "
-        "before, and Normalized(model, mean, std) as the model"
+        f"{told}: if they are normalised, pass them as they were before, and Normalized(model, mean, std) as the "
+        "model; for inputs with another range or none an attack takes clip=(lo, hi) or clip=None"
     )
+
+
+def check_soft(labels: torch.Tensor) -> None:
+    """Refuse rows that are no probabilities. Waits for the device."""
+    if not labels.numel():
+        return
+    sums, lowest = labels.double().sum(1), float(labels.min())
+    off = float((sums - 1).abs().max())
+    if not (lowest >= 0 and off <= 1e-2):
+        raise ValueError(
+            f"soft labels (N, C) must be probabilities, rows that sum to 1; got sums from "
+            f"{float(sums.min()):.4g} to {float(sums.max()):.4g}, and a lowest value of {lowest:.4g}. For several "
+            "labels a sample pass loss=, such as lambda outputs, targets: "
+            "binary_cross_entropy_with_logits(outputs, targets, reduction='none').sum(1)"
+        )
 
 
 def check_samples(images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -124,4 +190,8 @@ def _is_image(tensor) -> bool:
 
 
 def _kind(value) -> object:
-    return getattr(value, "dtype", type(value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if isinstance(value, np.ndarray):
+        return f"a NumPy array of {value.dtype}: pass torch.from_numpy(array)"
+    return type(value)

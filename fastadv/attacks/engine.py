@@ -12,6 +12,7 @@ import gc
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fastadv.ops.autograd import result_like
 
@@ -84,6 +85,27 @@ def no_collection():
             gc.enable()
 
 
+def baked(model: object, device: torch.device) -> tuple:
+    """What a captured graph has baked in beside the slots' shapes and the attack's settings.
+
+    The model's modules with their modes, the memory of its parameters and buffers, the caller's autocast, and how
+    PyTorch is told to compute. A graph that is kept by this keeps the modules too, so that none is taken for another.
+    """
+    modules = tuple(model.modules()) if isinstance(model, nn.Module) else (model,)
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    kind = device.type
+    backends = torch.backends
+    return (
+        modules,
+        tuple(getattr(module, "training", None) for module in modules),
+        tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors),
+        torch.is_autocast_enabled(kind) and (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()),
+        *(backends.cudnn.enabled, backends.cudnn.deterministic, backends.cudnn.benchmark),
+        *(backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
 class GraphEngine(Engine):
     """The same with one iteration captured as a CUDA graph and replayed: `iterate` launches one thing.
 
@@ -107,7 +129,7 @@ class GraphEngine(Engine):
                 super().iterate()
         torch.cuda.current_stream(slots.x.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with no_collection(), torch.cuda.graph(self._graph):
+        with no_collection(), torch.cuda.graph(self._graph, stream=stream):
             self._result = super().iterate()
 
     def load(self, slots: Slots) -> None:

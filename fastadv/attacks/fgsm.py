@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from fastadv.attacks.base import Attack
+from fastadv.attacks.checks import check_number
 from fastadv.attacks.engine import Slots
 from fastadv.functional import fgsm_step, pgd_step_, random_init
 
@@ -31,8 +32,20 @@ class FGSM(Attack):
         super().__init__(model, eps, **options)
         self.alpha = alpha
         self.noise = noise
-        self.draws = noise is None or noise > 0  # None follows the eps of the call
+        self.check()
         self._warn_of_step(alpha)
+
+    @property
+    def draws(self) -> bool:
+        return self.noise is None or self.noise > 0  # None follows the eps of the call
+
+    def check(self) -> None:
+        super().check()
+        for name, value in (("alpha", self.alpha), ("noise", self.noise)):
+            if value is not None:
+                check_number(name, value)
+        if self.noise is not None and self.noise < 0:
+            raise ValueError(f"noise must not be negative, got {self.noise}")
 
     def _noise(self, eps: float | torch.Tensor) -> float | torch.Tensor:
         return self.noise if self.noise is not None else self.NOISE * eps

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastadv.attacks.checks import box_of
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian, uniform_per_sample
 from fastadv.attacks.pgd import PGD
@@ -61,10 +62,20 @@ class PGDL2(PGD):
         """clean + delta, brought into the ball, then the box."""
         norm = per_sample(l2_norm(delta), delta)
         shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)  # no 0 / 0
-        adv = (clean + delta * shrink).clamp_(0.0, 1.0).to(clean.dtype)
+        adv = _in_dtype_of(clean, (clean + delta * shrink).clamp_(*box_of(self.clip)), slots.eps)
         slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
         if slots.z is not None:
             slots.z.copy_(self._normalization(adv))
+
+
+def _in_dtype_of(clean, adv, eps):
+    """`adv` rounded to the images' dtype; a sample that rounding takes out of the ball, towards its image instead."""
+    near = adv.to(clean.dtype)
+    if near.dtype == adv.dtype:
+        return near
+    outside = l2_norm(near.to(adv.dtype) - clean) > (eps.flatten() if isinstance(eps, torch.Tensor) else eps)
+    further = (near.to(adv.dtype) - clean).abs() > (adv - clean).abs()
+    return torch.where(per_sample(outside, near) & further, torch.nextafter(near, clean), near)
 
 
 def l2_norm(t: torch.Tensor) -> torch.Tensor:

@@ -21,13 +21,18 @@ class Normalized(nn.Module):
         mean, std: a number, or one per channel, for images in [0, 1].
 
     Raises:
-        ValueError: std is not above 0, or mean or std are not finite.
+        ValueError: std is not above 0, mean or std are not finite, or a mean is above 1: it is for pixels of [0, 255].
     """
 
     def __init__(self, model: Callable, mean: float | Sequence[float], std: float | Sequence[float]):
         super().__init__()
         self.model = model
         self.normalization = Normalization(mean, std)
+        means = self.normalization.mean if isinstance(self.normalization.mean, tuple) else (self.normalization.mean,)
+        if max(means) > 1:
+            raise ValueError(
+                f"mean is {mean}, for pixels of [0, 255], and images are in [0, 1]: divide mean and std by 255"
+            )
         inside = [name for name, m in model.named_modules() if _normalises(m)] if isinstance(model, nn.Module) else []
         if inside:
             warnings.warn(
@@ -41,6 +46,16 @@ class Normalized(nn.Module):
 
     def forward(self, images: torch.Tensor) -> object:
         return self.model(self.normalization(to_float(images)))
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether calling it runs its class's `forward` and nothing else: no hooks, no forward of its own, not compiled."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return not any(getattr(model, name) for name in hooks) and not ({"forward", "_compiled_call_impl"} & _set(model))
+
+
+def _set(model):
+    return {name for name, value in vars(model).items() if value is not None}
 
 
 def _normalises(module: nn.Module) -> bool:

@@ -37,6 +37,10 @@ class Objective:
         self.targeted = targeted
         self.autocast = autocast
         self.compiled = compiled
+        self.classes: int | None = None  # of the logits that were seen last
+        self.still: torch.Tensor | None = None  # whose gradient was exactly 0, (N,) bool, where `watch` was set
+        self.watch = False
+        self._copies = False  # whether the model writes to its input
         self._highest = -1
         self._losses = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
@@ -45,29 +49,50 @@ class Objective:
 
         Raises:
             TypeError: the outputs are no logits, or the losses not one float per sample.
+            ValueError: there are fewer than two classes, or labels beyond them.
             RuntimeError: the outputs do not depend on x.
         """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            losses, logits = self._losses(leaf, targets)
-            if not losses.requires_grad:
-                raise RuntimeError("the model's output does not depend on its input: is it under no_grad, or detached?")
-            (grad,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+            losses, logits = self._of_leaf(leaf, targets)
+            grad = None
+            if losses.requires_grad:
+                (grad,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses), allow_unused=True)
+        if grad is None:
+            raise RuntimeError(
+                "the model's output does not depend on its input through autograd, so that no attack can follow its "
+                "gradient: does it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? "
+                "Attack a differentiable version of it, and judge this one on what that gives"
+            )
+        if logits is not None:
+            self.classes = logits.shape[1]
+        if self.watch:
+            self.watch, self.still = False, (grad == 0).flatten(1).all(1)
         return grad, losses.detach(), logits
 
+    def _of_leaf(self, leaf, targets):
+        """Losses and logits of the images, or of a copy where the model writes to its input."""
+        if not self._copies:
+            try:
+                return self._losses(leaf, targets)
+            except RuntimeError as error:  # PyTorch refuses that for a leaf, before anything is written
+                if "leaf Variable that requires grad" not in str(error):
+                    raise
+                self._copies = True
+        return self._losses(leaf.clone(), targets)
+
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(losses, logits), without a gradient."""
+        """(losses, logits), without a gradient. The model sees a copy, as it may write there."""
         with torch.no_grad():
-            losses, logits = self._losses(x, targets)
+            losses, logits = self._losses(x.clone(), targets)
         return losses, logits
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The logits of x, without a gradient, in float32 at least."""
+        """The logits of x, without a gradient, in float32 at least. The model sees a copy, as it may write there."""
         with torch.no_grad(), self._precision(x), self._attention(x):
-            outputs = self.model(x)
-        logits = raised(find_logits(outputs, len(x)))
-        if self._highest >= 0:
-            self._check_highest(logits)
+            outputs = self.model(x.clone())
+        logits = self._checked(raised(find_logits(outputs, len(x))))
+        self.classes = logits.shape[1]
         return logits
 
     def check_classes(self, highest: int, logits: torch.Tensor | None = None) -> None:
@@ -75,6 +100,17 @@ class Objective:
         self._highest = highest
         if logits is not None:
             self._check_highest(logits)
+
+    def _checked(self, logits):
+        if logits.shape[1] < 2:
+            raise ValueError(
+                f"the model returns one logit, {tuple(logits.shape)}: of a single class nothing can be wrong, and a "
+                "softmax over it is always 1. For a binary classifier pass loss=, such as lambda outputs, targets: "
+                "binary_cross_entropy_with_logits(outputs[:, 0], targets.float(), reduction='none')"
+            )
+        if self._highest >= 0:
+            self._check_highest(logits)
+        return logits
 
     def _check_highest(self, logits):
         highest, self._highest = self._highest, -1
@@ -87,9 +123,7 @@ class Objective:
         if callable(self.loss):
             logits, losses = None, _per_sample(self.loss(outputs, targets), len(x))
         else:
-            logits = raised(find_logits(outputs, len(x)))
-            if self._highest >= 0:
-                self._check_highest(logits)
+            logits = self._checked(raised(find_logits(outputs, len(x))))
             losses = LOSSES[self.loss](logits, targets)
             logits = logits.detach()
         if self.targeted:

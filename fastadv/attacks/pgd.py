@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from fastadv.attacks.base import Attack
+from fastadv.attacks.checks import box_of, check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian
 from fastadv.attacks.rows import per_sample
@@ -36,12 +37,20 @@ class PGD(Attack):
         **options,
     ):
         super().__init__(model, eps, **options)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
         self.alpha = alpha
         self.steps = steps
-        self.random_start = self.draws = random_start
+        self.random_start = random_start
+        self.check()
         self._warn_of_step(alpha)
+
+    @property
+    def draws(self) -> bool:
+        return self.random_start
+
+    def check(self) -> None:
+        super().check()
+        check_whole("steps", self.steps)
+        check_number("alpha", self.alpha)
 
     def start(self, slots: Slots) -> None:
         # Without noise random_init is an exact copy (or conversion of uint8); it then needs no draw.
@@ -76,7 +85,7 @@ class TPGD(PGD):
         super().__init__(model, eps, alpha, steps, **{"loss": "kl", **options})
 
     def start(self, slots: Slots) -> None:
-        near = random_init(slots.x, 0.0, seed=0)
+        near = random_init(slots.x, 0.0, seed=0, clip=box_of(self.clip))
         near += self.START * gaussian(near, slots.seed)
         # A step along no gradient brings it into the ball and the box, and writes the model's input.
         slots.adv = pgd_step(
