@@ -116,11 +116,92 @@ def test_a_finished_run_gives_its_weights_and_records_again(tmp_path):
         killed_run.train(tmp_path, resume=False)
 
 
-def test_another_run_s_state_is_refused(tmp_path):
-    killed_run.train(tmp_path)
-    other = Trainer(killed_run.model(), 8 / 255, folder=tmp_path, resume=True, progress=False)
-    with pytest.raises(ValueError, match="the state of another run"):
-        other.fit(killed_run.images(96, 1), killed_run.images(33, 2))
+def short(folder, cut=None, part=0, **changes):
+    """Weights, losses and records of a run of batches of 16 in 96 images, killed by an exception after `cut` steps."""
+    network, taken = killed_run.model(), []
+    options = {"attack": "fgsm-rs", "epochs": 3, "batch_size": 16, "lr": 1e-2, "probe": 0, "progress": False}
+    options |= {"measure_backbone": False, "checkpoint_s": 0.0 if cut else 600.0, "folder": folder, "resume": True}
+    options |= changes
+    batch = run.Run._batch
+
+    def failing(self, *arguments):
+        if len(taken) == cut:
+            raise RuntimeError("cut")
+        taken.append(None)
+        return batch(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "_batch", failing)
+        parts = (killed_run.images(96, 1 + part), killed_run.images(33, 2))
+        records = Trainer(network, options.pop("eps", 16 / 255), **options).fit(*parts)
+    return network.state_dict(), [record["loss"] for record in records if "epoch" in record], records
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in (folder / "state").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 2e-2}, "another run: lr was 0.01, now 0.02. Choose"),
+        ({"eps": 8 / 255, "seed": 3}, "eps was 0.06.*, now 0.03.*; seed was 0, now 3. Choose"),
+        ({"attack": "fgsm"}, "attack was 'fgsm-rs', now 'fgsm'. Choose"),
+        ({"part": 7}, "run: training images was [0-9a-f]*, now [0-9a-f]*. Choose"),
+        ({"epochs": 4}, "of a run of 3 epochs, now there are to be 4: its 8 steps so far would"),
+    ],
+)
+def test_another_run_s_state_is_refused_and_what_differs_is_named(tmp_path, changes, message):
+    with pytest.raises(RuntimeError, match="cut"):
+        short(tmp_path, cut=8)
+    before = state(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        short(tmp_path, **changes)
+    assert state(tmp_path) == before
+
+
+def test_a_resumed_run_may_be_evaluated_and_kept_at_other_times(tmp_path):
+    with pytest.raises(RuntimeError, match="cut"):
+        short(tmp_path / "cut", cut=8, eval_every=1)
+    (weights, losses, records), expected = (short(tmp_path / name, eval_every=0) for name in ("cut", "whole"))
+    assert losses == expected[1]
+    assert ["robust_accuracy" in record for record in records if "epoch" in record] == [True, False, True]
+    assert weights.keys() == expected[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "cut", "goes_on"),
+    [
+        ({"warmup": 10}, 9, True),
+        ({"warmup": 10}, 11, True),  # the peak is the cosine's first step
+        ({"warmup": 10}, 12, False),
+        ({"head_start": 2}, 11, True),
+        ({"head_start": 2}, 14, False),
+        ({"warmup": 18}, None, True),  # a finished run without a cosine
+    ],
+)
+def test_more_epochs_are_taken_where_no_step_so_far_would_have_been_another(settings, cut, goes_on, tmp_path):
+    try:
+        short(tmp_path / "cut", cut=cut, **settings)
+    except RuntimeError:
+        assert cut
+    if not goes_on:
+        with pytest.raises(ValueError, match="of a run of 3 epochs, now there are to be 5"):
+            short(tmp_path / "cut", epochs=5, **settings)
+        return
+    weights, losses, records = short(tmp_path / "cut", epochs=5, **settings)
+    expected = short(tmp_path / "whole", epochs=5, **settings)
+    assert losses == expected[1]
+    assert all(torch.equal(value, expected[0][name]) for name, value in weights.items())
+    seconds = sum(record["train_s"] for record in records if "epoch" in record)
+    assert records[-1]["train_s"] == pytest.approx(seconds)
+
+
+def test_fewer_epochs_than_are_done_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="cut"):
+        short(tmp_path, cut=7, warmup=6)
+    with pytest.raises(ValueError, match="of a run of 3 epochs, now there are to be 1"):
+        short(tmp_path, epochs=1, warmup=6)
 
 
 def test_other_threads_are_warned_of(tmp_path):

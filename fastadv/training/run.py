@@ -26,7 +26,7 @@ from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
 from fastadv.training.average import Average
 from fastadv.training.backbone import backbone_robustness
-from fastadv.training.checkpoints import Checkpoints, Groups
+from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.interruption import Interruption
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
@@ -139,7 +139,7 @@ class Run:
         folder = self.trainer.folder
         if folder is None:
             return None
-        self.checkpoints = Checkpoints(folder / "state", self._fingerprint())
+        self.checkpoints = Checkpoints(folder / "state", self._identity())
         if self.checkpoints.exist() and not self.trainer.resume:
             raise FileExistsError(f"{folder} has the state of a run: resume it, or choose another folder")
         groups, facts = self.checkpoints.load() or (None, None)
@@ -154,14 +154,36 @@ class Run:
             logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
         if self.here.is_main_process:
             lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
+            self._check_epochs(facts["epochs"])
             write_atomically(folder / "log.jsonl", lines.encode())
         return groups
 
-    def _fingerprint(self) -> str:
-        data = [t for part in ((self.images, self.labels), self.val, self.test) if part is not None for t in part]
-        trainer = self.trainer
-        known = {"eps": trainer.eps, "attack": _name(trainer.attack), "eval_attack": _name(trainer.eval_attack)}
-        return fingerprint(known | asdict(self.settings) | {"checkpoint_s": None}, data, self.model)
+    def _identity(self) -> dict[str, str]:
+        """All that the steps, and the choice among their weights, depend on: what a state is refused for, by name."""
+        trainer, settings = self.trainer, asdict(self.settings)
+        for free in ("checkpoint_s", "eval_every", "epochs"):  # epochs: see `_check_epochs`
+            del settings[free]
+        known = {name: repr(value) for name, value in {"eps": trainer.eps, **settings}.items()}
+        known |= {"attack": _name(trainer.attack), "eval_attack": _name(trainer.eval_attack)}
+        parts = {"training images": (self.images, self.labels), "validation images": self.val, "test images": self.test}
+        known |= {name: fingerprint({}, () if part is None else part, None) for name, part in parts.items()}
+        return known | {"model": fingerprint({}, (), self.model)}
+
+    def _check_epochs(self, before: int) -> None:
+        """Refuse another number of epochs than `before`, where a step so far would have had another learning rate."""
+        at, s = self.at, self.settings
+        if before == s.epochs or at.stage < len(s.stages) - 1:
+            return
+        done = (at.epoch - at.first_epoch) * self.steps + at.batch
+        if at.switched or done > s.epochs * self.steps or self._rates(done, before) != self._rates(done, s.epochs):
+            raise OtherRunError(
+                f"the state in {self.trainer.folder} is of a run of {before} epochs, now there are to be {s.epochs}: "
+                f"its {done} steps so far would have had other learning rates, which fall toward the last epoch. "
+                "Choose another folder, or go on to the end and train its weights further"
+            )
+
+    def _rates(self, steps: int, epochs: int) -> list[float]:
+        return [lr_factor(step, self.settings.warmup, epochs * self.steps) for step in range(steps)]
 
     def _machine(self) -> dict:
         return {
@@ -189,7 +211,7 @@ class Run:
                 warnings.warn(found["warning"], stacklevel=4)
 
     def _final(self) -> dict:
-        seconds = sum(record.get("train_s", 0.0) for record in self.at.records)
+        seconds = sum(record["train_s"] for record in self.at.records if "epoch" in record)
         attack = self.trainer.eval_attack or by_name("pgd-10", self.model, self.trainer.eps)
         result = {} if self.test is None else self._accuracy(self.test, attack)
         final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **result}
@@ -441,7 +463,8 @@ class Run:
             return
         if self.here.is_main_process:
             groups = self._tensors() if groups is None else groups
-            self.checkpoints.save(groups, {"place": asdict(self.at), "machine": self._machine()})
+            facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
+            self.checkpoints.save(groups, facts)
             self.groups = dict.fromkeys(groups)
         self.changed = set()
         self.here.wait_for_everyone()
