@@ -32,6 +32,7 @@ from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
 from fastadv.training.schedule import lr_factor
+from fastadv.training.processes import precision, processes
 from fastadv.training.settings import Stage
 from fastadv.training.step import Step
 
@@ -75,15 +76,14 @@ class Run:
 
     def __init__(self, trainer: "Trainer", train: Batch, val: Batch | None, test: Batch | None):
         self.trainer, self.settings = trainer, trainer.settings
-        # Told to choose for itself, accelerate takes processes without an accelerator for as many separate runs.
-        self.here = require("accelerate").Accelerator(cpu=not torch.accelerator.is_available())
+        self.here = processes()
         alone = self.here.num_processes == 1
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
         self.images, self.labels = train
         self.val = val if val is not None and len(val[0]) else None
         self.test = test if test is not None and len(test[0]) else self.val
         self.steps = math.ceil(len(self.images) / self.settings.batch_size)
-        self.precision = self.settings.precision or self.here.mixed_precision
+        self.precision = self.settings.precision or precision()
         self._check()
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         self.model = trainer.model.to(device=self.device, memory_format=layout)
@@ -342,7 +342,7 @@ class Run:
         wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
         total = torch.cat((sum(parts), wishes))
         if world > 1:
-            total = self.here.reduce(total, "sum")
+            total = require("accelerate.utils").reduce(total, "sum")
         loss, right, abnormal, looked, due, asked = total.tolist()
         loss /= world
         if not math.isfinite(loss):
