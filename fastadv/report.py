@@ -59,6 +59,7 @@ def write_report(
     parts = [
         f"<h1>{escape(title)}</h1>",
         _table({"Clean accuracy": _percent(final["clean_accuracy"]), **_robust(final, eps)}, "big"),
+        *(f"<p>{escape(words)}</p>" for words in _choice(final)),
         *(f'<p class="warning">{escape(alarm)}</p>' for alarm in alarms),
         "<h2>Over the epochs</h2>",
         _image(_curves(records), "accuracies over the epochs"),
@@ -72,6 +73,17 @@ def write_report(
         parts += [f"<h2>{escape(heading)}</h2>", _table(table)]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     write_atomically(path, (head + "\n".join(parts) + "</html>\n").encode())
+
+
+def _choice(final: Mapping) -> list[str]:
+    """A sentence where chance alone may have told the chosen weights from others."""
+    if not final.get("within_noise"):
+        return []
+    others, by = ", ".join(map(str, final["within_noise"])), final["chosen_by"].replace("_", " ")
+    return [
+        f"These are the weights of epoch {final['best_epoch']}, chosen by {by} on the validation images. Within noise "
+        f"of them, worse by at most two standard errors ({_percent(final['noise'])}): those of epoch {others}."
+    ]
 
 
 def _robust(record: Mapping, eps: float) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv import data, sample_seeds
-from fastadv.attacks import FGSM, NFGSM, PGD
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2
 from fastadv.evaluation import robust_accuracy
 from fastadv.models import find_head, networks
 from fastadv.training import Trainer, run
@@ -147,28 +147,70 @@ def test_a_head_start_trains_the_head_and_the_method_begins_with_it(method, afte
 # ---------------------------------------------------------------------- which weights
 
 
-@pytest.mark.parametrize(
-    ("scores", "best"), [([0.2, 0.6, 0.5, 0.1], 1), ([0.3, 0.3, 0.2, 0.3], 0), ([0, 0, 0, 0.1], 3)]
-)
-def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(scores, best, monkeypatch, after_steps):
+@pytest.fixture
+def scripted(monkeypatch):
+    """`scripted((clean, robust), ...)`: what the evaluations find, one after the other; the attacks are noted."""
+
+    def script(*found):
+        attacks, left = [], iter(found)
+
+        def measure(model, batch, attack, **options):
+            attacks.append(attack)
+            assert batch is (VAL if len(attacks) < len(found) else TEST)
+            return dict(zip(("clean_accuracy", "robust_accuracy"), next(left), strict=True))
+
+        monkeypatch.setattr(run, "robust_accuracy", measure)
+        return attacks
+
+    return script
+
+
+CHOICES = [
+    ("fgsm", [(1, 0.2), (0.6, 0.6), (1, 0.5), (1, 0.1)], 1),
+    ("fgsm", [(0.8, 0.3), (0.9, 0.3), (0.7, 0.3), (1, 0.2)], 1),  # of equals the one that is better on clean images
+    ("fgsm", [(0.9, 0.3), (0.9, 0.3), (0.8, 0.3), (1, 0.2)], 1),  # of equals again the latest
+    ("fgsm", [(0.5, 0), (0.7, 0), (0.8, 0), (0.9, 0)], 3),
+    (None, [(0.5, 0.3), (0.8, 0.2), (0.9, 0.1), (0.7, 0.4)], 2),
+    (None, [(0.9, 0.3), (0.8, 0.5), (0.9, 0), (0.7, 0.4)], 2),
+]
+
+
+@pytest.mark.parametrize(("attack", "found", "best"), CHOICES)
+def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(attack, found, best, scripted, after_steps):
     states, watch = after_steps
-    model, left, attacks = conv(), iter([*scores, 0.0]), []
+    model, attacks = conv(), scripted(*found, (0, 0))
     watch(model)
-
-    def scripted(model, batch, attack, **options):
-        attacks.append(attack)
-        assert batch is (VAL if len(attacks) <= 4 else TEST)
-        return {"clean_accuracy": 1.0, "robust_accuracy": next(left)}
-
-    monkeypatch.setattr(run, "robust_accuracy", scripted)
-    records = fit(model, epochs=4, parts=(TRAIN, VAL, TEST))
+    records = fit(model, attack=attack, epochs=4, parts=(TRAIN, VAL, TEST))
     assert same(copied(model), states[5 * best + 4])
     assert records[-1]["best_epoch"] == best
     assert all(type(attack) is PGD and attack.steps == 10 for attack in attacks)
 
+    assert records[-1]["chosen_by"] == ("robust_accuracy" if attack else "clean_accuracy")
 
 def test_the_training_attack_never_chooses(after_steps):
     """Against the attack given for evaluation the later epochs are worse; against the training attack, better."""
+def test_the_final_record_says_which_epochs_chance_alone_may_have_told_from_the_best(scripted):
+    shares = [0.05, 0.6, 0.9, 0.85, 0.7]
+    scripted(*((1, share) for share in shares), (0, 0))
+    final = fit(conv(), epochs=5, parts=(TRAIN, VAL, TEST))[-1]
+    count = len(VAL[0])
+    middle = (0.9 * count + 2) / (count + 4)  # Agresti and Coull 1998
+    assert final["noise"] == pytest.approx(2 * (middle * (1 - middle) / (count + 4)) ** 0.5)
+    assert final["within_noise"] == [epoch for epoch in (0, 1, 3, 4) if shares[epoch] >= 0.9 - final["noise"]] == [3]
+    scripted((0.7, 0), (0.1, 0), (0, 0))
+    assert fit(conv(), attack=None, parts=(TRAIN, VAL, TEST))[-1]["within_noise"] == []
+    assert "noise" not in fit(conv(), parts=(TRAIN,))[-1]
+
+
+@pytest.mark.parametrize("attack", ["pgdl2", "object"])
+def test_training_with_an_l2_attack_is_refused(attack):
+    model = conv()
+    attack = PGDL2(model, 0.5) if attack == "object" else attack
+    with pytest.raises(ValueError, match=r"training with an L2 attack .* not possible yet.* such as fgsm or pgd"):
+        fit(model, attack=attack)
+    fit(model, epochs=1, eval_attack=PGDL2(model, 0.5))
+
+
     states, watch = after_steps
     model = conv()
     watch(model)
@@ -301,6 +343,16 @@ def cut_at(run, epoch):
 
 def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_steps, monkeypatch):
     (states, watch), model, scores = after_steps, conv(), iter([0.6, 0.5, 0.4, 0.0])
+def test_an_alarm_in_a_head_start_ends_that_stage_alone(alarms, tmp_path):
+    alarms(1)
+    options = OPTIONS | {"head_start": 4, "epochs": 2, "on_overfitting": "stop", "folder": tmp_path, "resume": True}
+    with pytest.warns(UserWarning, match=r"it burns \(stop\)"):
+        records = fit(conv(), **options)
+    assert [record["method"] for record in records if "stage" in record] == ["linear", "full"]
+    assert actions(records) == [None, "stop", None, None]
+    assert fit(conv(), **options) == records  # as the state has it
+
+
     watch(model)
     alarms(2)
     scripted = {"clean_accuracy": 1.0}

@@ -31,9 +31,9 @@ from fastadv.training.interruption import Interruption
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
-from fastadv.training.schedule import lr_factor
 from fastadv.training.processes import precision, processes
 from fastadv.training.settings import Stage
+from fastadv.training.schedule import lr_factor
 from fastadv.training.step import Step
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Place:
     lr_scale: float = 1.0
     switched: bool = False
     stopped: bool = False
-    best: float | None = None
+    best: list[float] | None = None  # what the best weights were chosen by
     best_epoch: int | None = None
     monitor: dict | None = None
     records: list[dict] = field(default_factory=list)
@@ -121,8 +121,6 @@ class Run:
             for number, stage in list(enumerate(self.settings.stages))[self.at.stage :]:
                 self._stage(number, stage, groups)
                 groups = None
-                if self.at.stopped:
-                    break
             if not self.at.records[-1].get("final"):
                 self._record(self._final())
                 self._save(self.groups)
@@ -154,8 +152,8 @@ class Run:
             logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
         if self.here.is_main_process:
             lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
-            self._check_epochs(facts["epochs"])
             write_atomically(folder / "log.jsonl", lines.encode())
+            self._check_epochs(facts["epochs"])
         return groups
 
     def _identity(self) -> dict[str, str]:
@@ -214,7 +212,7 @@ class Run:
         seconds = sum(record["train_s"] for record in self.at.records if "epoch" in record)
         attack = self.trainer.eval_attack or by_name("pgd-10", self.model, self.trainer.eps)
         result = {} if self.test is None else self._accuracy(self.test, attack)
-        final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **result}
+        final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **self._choice(), **result}
         return final | {"eval_attack": _name(attack), "train_s": seconds}
 
     # ------------------------------------------------------------------ a stage
@@ -228,6 +226,22 @@ class Run:
             self.optimizer = optimizer_of(self.tuning.parameters, s)
             alone = self.here.num_processes == 1
             self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
+    def _choice(self) -> dict:
+        """By what the weights were chosen, and from which other epochs chance alone may have told them."""
+        if self.at.best_epoch is None:
+            return {}
+        by = self._criteria()[0]
+        rows = [record for record in self.at.records if by in record and record.get("epoch", -1) >= self.at.first_epoch]
+        shares = {record["epoch"]: record[by] for record in rows}
+        best = shares.pop(self.at.best_epoch)
+        noise = two_standard_errors(best, len(self.val[0]))
+        near = [epoch for epoch, share in shares.items() if best - share <= noise]
+        return {"chosen_by": by, "noise": noise, "within_noise": near}
+
+    def _criteria(self) -> tuple[str, ...]:
+        """The accuracies that weights are chosen by, the first one first; of equals the latest are taken."""
+        return ("clean_accuracy",) if self.trainer.attack is None else ("robust_accuracy", "clean_accuracy")
+
             if groups is None:
                 self._begin(number, stage)
             self._use(s.switch_to if self.at.switched else self.trainer.attack)
@@ -436,8 +450,9 @@ class Run:
     def _validate(self) -> dict:
         start = time.perf_counter()
         result = self._accuracy(self.val, self.evaluating)
-        if self.at.best is None or result["robust_accuracy"] > self.at.best:
-            self.at.best, self.at.best_epoch = result["robust_accuracy"], self.at.epoch - 1
+        found = [result[name] for name in self._criteria()]
+        if self.at.best is None or found >= self.at.best:
+            self.at.best, self.at.best_epoch = found, self.at.epoch - 1
             self.best = self.tuning.state()
             self.changed.add("best")
         return result | {"eval_s": time.perf_counter() - start}

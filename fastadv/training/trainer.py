@@ -18,9 +18,10 @@ class Trainer:
     Madry et al. 2018 (arXiv 1706.06083) with PGD, Wong et al. 2020 (arXiv 2001.03994) with a single step; from a
     robust backbone "Are Fast Methods Stable in Adversarially Robust Transfer Learning?" (2025). The weights that are
     kept are those with the best accuracy under `eval_attack` on the validation images, never under the attack trained
-    with. The same seed gives the same weights on the CPU (with as many threads), also for a run that was cut and
-    resumed. Under `accelerate launch` or `torchrun` each process takes its part of each batch; batch-norm in train mode
-    then sees that part alone, everything else is as in one process.
+    with; of equals those with the best clean accuracy, and of equals again the latest. Training on clean images is
+    judged by clean accuracy. The same seed gives the same weights on the CPU (with as many threads), also for a run
+    that was cut and resumed. Under `accelerate launch` or `torchrun` each process takes its part of each batch;
+    batch-norm in train mode then sees that part alone, everything else is as in one process.
 
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
@@ -87,8 +88,10 @@ class Trainer:
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
             training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
             "action" where it acted, and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
-            {"final": True, "epochs", "best_epoch", "clean_accuracy", "robust_accuracy", "eval_attack", "train_s"}.
-            Fields that end in _s are seconds; all others are the same in a resumed run.
+            {"final": True, "epochs", "best_epoch", "clean_accuracy", "robust_accuracy", "eval_attack", "train_s"}, and
+            where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and
+            "within_noise" (other epochs that were worse by no more). Fields that end in _s are seconds; all others are
+            the same in a resumed run.
 
         Raises:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.
