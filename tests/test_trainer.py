@@ -3,11 +3,13 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastadv import data, sample_seeds
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2
@@ -183,12 +185,10 @@ def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(attack
     records = fit(model, attack=attack, epochs=4, parts=(TRAIN, VAL, TEST))
     assert same(copied(model), states[5 * best + 4])
     assert records[-1]["best_epoch"] == best
+    assert records[-1]["chosen_by"] == ("robust_accuracy" if attack else "clean_accuracy")
     assert all(type(attack) is PGD and attack.steps == 10 for attack in attacks)
 
-    assert records[-1]["chosen_by"] == ("robust_accuracy" if attack else "clean_accuracy")
 
-def test_the_training_attack_never_chooses(after_steps):
-    """Against the attack given for evaluation the later epochs are worse; against the training attack, better."""
 def test_the_final_record_says_which_epochs_chance_alone_may_have_told_from_the_best(scripted):
     shares = [0.05, 0.6, 0.9, 0.85, 0.7]
     scripted(*((1, share) for share in shares), (0, 0))
@@ -211,6 +211,8 @@ def test_training_with_an_l2_attack_is_refused(attack):
     fit(model, epochs=1, eval_attack=PGDL2(model, 0.5))
 
 
+def test_the_training_attack_never_chooses(after_steps):
+    """Against the attack given for evaluation the later epochs are worse; against the training attack, better."""
     states, watch = after_steps
     model = conv()
     watch(model)
@@ -341,8 +343,6 @@ def cut_at(run, epoch):
         raise RuntimeError("cut")
 
 
-def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_steps, monkeypatch):
-    (states, watch), model, scores = after_steps, conv(), iter([0.6, 0.5, 0.4, 0.0])
 def test_an_alarm_in_a_head_start_ends_that_stage_alone(alarms, tmp_path):
     alarms(1)
     options = OPTIONS | {"head_start": 4, "epochs": 2, "on_overfitting": "stop", "folder": tmp_path, "resume": True}
@@ -353,6 +353,8 @@ def test_an_alarm_in_a_head_start_ends_that_stage_alone(alarms, tmp_path):
     assert fit(conv(), **options) == records  # as the state has it
 
 
+def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_steps, monkeypatch):
+    (states, watch), model, scores = after_steps, conv(), iter([0.6, 0.5, 0.4, 0.0])
     watch(model)
     alarms(2)
     scripted = {"clean_accuracy": 1.0}
@@ -683,6 +685,17 @@ def test_bf16_trains_weights_that_stay_float32():
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"attack": "fgsm", "steps": 3}, "the attack fgsm has no setting 'steps'"),
         ({"attack": "pgd", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"warmup": 11, "epochs": 2}, "a warmup of 11 steps is longer than the 10 steps of the 2 epochs of full"),
+        ({"warmup": 6, "head_start": 1}, "a warmup of 6 steps is longer than the 5 steps of the 1 epochs of linear"),
+        ({"on_overfitting": "stop"}, "on_overfitting='stop' answers the monitor, and probe=0"),
+        ({"lora_targets": ["3"]}, "lora_targets are those of the method lora, and the method is full"),
+        ({"attack": None, "alpha": 0.1, "steps": 3}, "alpha, steps belong to an attack given by name, got .* None"),
+        ({"steps": 1.5, "attack": "pgd"}, "steps is a whole number, got 1.5"),
+        ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
+        ({"eps": 8, "attack": None}, "eps is in pixels"),
+        ({"parts": ((TRAIN[0], TRAIN[1] - 1),)}, "labels must not be negative, got -1"),
+        ({"parts": (TRAIN, (VAL[0], VAL[1] - 100)), "attack": None}, "labels must not be negative, got -100"),
+        ({"parts": ((TRAIN[0], 0 * TRAIN[1] + 2),)}, "all of class 2: there is nothing to tell apart"),
         ({"batch_size": 10, "accumulate": 11}, "a batch of 10 images cannot be cut into 11 parts"),
         ({"parts": ((TRAIN[0], TRAIN[1][:40]),)}, "labels"),
         ({"parts": (TRAIN, (VAL[0].float(), VAL[1]))}, r"\[0, 1\]"),
@@ -703,14 +716,76 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(changes, message):
     ("changes", "message"),
     [
         ({"attack": 3}, "attack must be a name, a callable"),
+        ({"attack": FGSM}, "attack must be a name, a callable .* got <class"),
+        ({"attack": [FGSM]}, "attack must be a name, a callable"),
         ({"eval_attack": "pgd-20"}, "eval_attack must be a callable"),
+        ({"eval_attack": PGD}, "eval_attack must be a callable .* got <class"),
+        ({"eps": "8"}, "eps is a number, got '8'"),
+        ({"eps": torch.tensor(0.1)}, r"eps is a number, got tensor\(0.1"),
+        ({"epochs": "2"}, "epochs is a whole number, got '2'"),
+        ({"epochs": None}, "epochs is a whole number, got None"),
+        ({"epochs": True}, "epochs is a whole number, got True"),
+        ({"lr": "0.1"}, "lr is a number, got '0.1'"),
+        ({"lr": torch.tensor(0.1)}, "lr is a number, got tensor"),
+        ({"clip": [1.0]}, r"clip is a number, got \[1.0\]"),
+        ({"compile": "no"}, "compile is True or False, got 'no'"),
+        ({"augment": 0}, "augment is True or False, got 0"),
+        ({"resume": "no"}, "resume is True or False, got 'no'"),
+        ({"measure_backbone": "yes"}, "measure_backbone is True or False, got 'yes'"),
+        ({"head": 3, "method": "linear"}, "head is a name, got 3"),
+        ({"method": "lora", "lora_targets": "qkv"}, "lora_targets is a sequence of names, got 'qkv'"),
+        ({"parts": (DataLoader(TensorDataset(*TRAIN), 10),)}, r"a pair \(images, labels\) .* got DataLoader"),
+        ({"parts": (TensorDataset(*TRAIN),)}, r"a pair \(images, labels\) .* got TensorDataset"),
+        ({"parts": (TRAIN, dict(zip(("images", "labels"), VAL, strict=True)))}, "val must be a pair .* got dict"),
+        ({"parts": ((*TRAIN, TRAIN[1]),)}, r"train must be a pair \(images, labels\) .* got tuple"),
+        ({"parts": ((TRAIN[0].numpy().astype(str), TRAIN[1].numpy()),)}, "numpy"),
         ({"parts": ((TRAIN[0].int(), TRAIN[1]),)}, "images must be a float or uint8 tensor"),
         ({"parts": (TRAIN, (VAL[0], VAL[1].float()))}, "labels must be an int64 tensor"),
     ],
 )
-def test_wrong_types_are_refused(changes, message):
+def test_wrong_types_are_refused_and_nothing_is_changed(changes, message, tmp_path):
+    model = conv()
+    before = copied(model)
     with pytest.raises(TypeError, match=message):
-        fit(conv(), **changes)
+        fit(model, channels_last="augment" not in changes, folder=tmp_path, **changes)
+    assert same(copied(model), before)
+    assert model[0].weight.is_contiguous()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet'"):
+        Trainer("resnet", EPS)
+
+
+def test_numbers_of_numpy_are_numbers_and_its_arrays_images_and_labels(tmp_path):
+    models = [conv(), conv()]
+    plain = fit(models[0], parts=(TRAIN, VAL), lr=0.03125, clip=2, folder=tmp_path / "plain")
+    images, labels = (t.numpy() for t in TRAIN)
+    labels = labels.astype(np.uint8)
+    images.flags.writeable = False
+    options = {"lr": np.float32(0.03125), "clip": np.int64(2), "epochs": np.int32(2), "eps": np.float64(EPS)}
+    parts = ((images, labels), (VAL[0], VAL[1].numpy().astype(np.int32)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arrays = fit(models[1], parts=parts, folder=tmp_path / "arrays", **options)
+    assert losses(arrays) == losses(plain)
+    assert same(copied(models[0]), copied(models[1]))
+
+
+def test_the_callers_own_accelerator_is_left_as_it_was_and_may_come_later():
+    accelerate, state = run.require("accelerate"), run.require("accelerate.state")
+    fit(conv(), epochs=1, parts=(TRAIN,))
+    try:
+        own = accelerate.Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)
+        model, dtypes = conv(), set()
+        model[0].register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+        fit(model, epochs=1, parts=(TRAIN,))
+        assert dtypes == {torch.bfloat16}  # as the caller's says
+        assert (own.gradient_accumulation_steps, own.mixed_precision) == (4, "bf16")
+    finally:
+        state.AcceleratorState._reset_state()
+        state.GradientState._reset_state()
 
 
 def test_a_precision_of_accelerate_s_that_is_not_known_is_refused(monkeypatch):

@@ -12,12 +12,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
-from fastadv.attacks.checks import check_samples
+from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
 from fastadv.evaluation.saved import fingerprint
@@ -32,8 +33,8 @@ from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
 from fastadv.training.processes import precision, processes
-from fastadv.training.settings import Stage
 from fastadv.training.schedule import lr_factor
+from fastadv.training.settings import Stage
 from fastadv.training.step import Step
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class Run:
         self.here = processes()
         alone = self.here.num_processes == 1
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
-        self.images, self.labels = train
+        self.images, self.labels = _pair("train", train)
+        val, test = (None if part is None else _pair(name, part) for name, part in (("val", val), ("test", test)))
         self.val = val if val is not None and len(val[0]) else None
         self.test = test if test is not None and len(test[0]) else self.val
         self.steps = math.ceil(len(self.images) / self.settings.batch_size)
@@ -105,6 +107,15 @@ class Run:
             raise ValueError("there are no images to train on")
         for images, labels in filter(None, ((self.images, self.labels), self.val, self.test)):
             check_samples(images, labels)
+            highest(labels)  # refuses negative ones, which a loss skips
+        if self.labels.min() == self.labels.max():
+            raise ValueError(f"the training images are all of class {self.labels[0]}: there is nothing to tell apart")
+        for stage in self.settings.stages:
+            if self.settings.warmup > stage.epochs * self.steps:
+                raise ValueError(
+                    f"a warmup of {self.settings.warmup} steps is longer than the {stage.epochs * self.steps} steps of "
+                    f"the {stage.epochs} epochs of {stage.method}: the learning rate would never reach its peak"
+                )
         if len(self.images) // self.steps < least:
             raise ValueError(
                 f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
@@ -143,6 +154,7 @@ class Run:
         groups, facts = self.checkpoints.load() or (None, None)
         if facts is not None:
             self.at = Place(**facts["place"])
+            self._check_epochs(facts["epochs"])
             if facts["machine"] != self._machine():
                 warnings.warn(
                     f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
@@ -153,7 +165,6 @@ class Run:
         if self.here.is_main_process:
             lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
             write_atomically(folder / "log.jsonl", lines.encode())
-            self._check_epochs(facts["epochs"])
         return groups
 
     def _identity(self) -> dict[str, str]:
@@ -215,17 +226,6 @@ class Run:
         final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **self._choice(), **result}
         return final | {"eval_attack": _name(attack), "train_s": seconds}
 
-    # ------------------------------------------------------------------ a stage
-
-    def _stage(self, number: int, stage: Stage, groups: Groups | None) -> None:
-        s = self.settings
-        torch.manual_seed(s.seed)  # low-rank factors begin at random
-        options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
-        example = to_float(self.images[:1].to(self.device))
-        with trainable(self.model, stage.method, s.head, example=example, **options) as self.tuning:
-            self.optimizer = optimizer_of(self.tuning.parameters, s)
-            alone = self.here.num_processes == 1
-            self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
     def _choice(self) -> dict:
         """By what the weights were chosen, and from which other epochs chance alone may have told them."""
         if self.at.best_epoch is None:
@@ -242,6 +242,17 @@ class Run:
         """The accuracies that weights are chosen by, the first one first; of equals the latest are taken."""
         return ("clean_accuracy",) if self.trainer.attack is None else ("robust_accuracy", "clean_accuracy")
 
+    # ------------------------------------------------------------------ a stage
+
+    def _stage(self, number: int, stage: Stage, groups: Groups | None) -> None:
+        s = self.settings
+        torch.manual_seed(s.seed)  # low-rank factors begin at random
+        options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
+        example = to_float(self.images[:1].to(self.device))
+        with trainable(self.model, stage.method, s.head, example=example, **options) as self.tuning:
+            self.optimizer = optimizer_of(self.tuning.parameters, s)
+            alone = self.here.num_processes == 1
+            self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
             if groups is None:
                 self._begin(number, stage)
             self._use(s.switch_to if self.at.switched else self.trainer.attack)
@@ -501,6 +512,35 @@ class Run:
             self.average.state = {name: t.to(self.device) for name, t in groups["average"].items()}
         if self.monitor is not None and self.at.monitor is not None:
             self.monitor.load(self.at.monitor)
+
+
+def _pair(name: str, data: object) -> Batch:
+    """A pair of images and labels as it is; NumPy arrays become tensors."""
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise TypeError(
+            f"{name} must be a pair (images, labels) of tensors or NumPy arrays with all images, got "
+            f"{type(data).__name__}: torch.cat makes one of batches"
+        )
+    if not any(isinstance(part, np.ndarray) for part in data):
+        return data
+    images, labels = data
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        labels = labels.astype(np.int64)
+    return _tensor(images), _tensor(labels)
+
+
+def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Without a copy where torch can share the memory: not of an array that is read-only or runs backwards."""
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(np.require(array, requirements=("C", "W")))
+    return array
+
+
+def two_standard_errors(share: float, count: int) -> float:
+    """Of a share of `count`, which is not 0 for shares of 0 and 1: Agresti and Coull 1998, "Approximate is better than
+    'exact' for interval estimation of binomial proportions"."""
+    middle = (share * count + 2) / (count + 4)
+    return 2 * math.sqrt(middle * (1 - middle) / (count + 4))
 
 
 def _mixed(*numbers: int) -> int:

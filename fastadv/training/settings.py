@@ -1,10 +1,14 @@
 """What a training run is told: numbers and names, checked before anything is changed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
+from typing import get_args, get_origin
 
 from fastadv.training.methods import METHODS
+
+WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
 
 
 def _of(default, help: str, **limits):
@@ -42,7 +46,7 @@ class Settings:
     compile: bool = _of(False, "run attack and update under torch.compile")
     channels_last: bool = _of(False, "memory format of the model and the images")
     augment: bool = _of(False, "random crops, after padding by an eighth of the height, and flips")
-    seed: int = _of(0, "of everything that is random")
+    seed: int = _of(0, "of everything that is random", least=-(2**63), most=2**64 - 1)
     eval_every: int = _of(1, "epochs between evaluations on validation images; 0: after the last one only", least=0)
     probe: int = _of(256, "training images on which the monitor looks for overfitting; 0: no monitor", least=0)
     on_overfitting: str = _of(
@@ -58,9 +62,17 @@ class Settings:
         for each in fields(self):
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
-                _check(each.name, value, each.type, **each.metadata["limits"])
+                value = _checked(each.name, value, _kind(each.type), **each.metadata["limits"])
+                object.__setattr__(self, each.name, value)
         if self.head_start and self.method == "linear":
             raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
+        if self.lora_targets is not None and self.method != "lora":
+            raise ValueError(f"lora_targets are those of the method lora, and the method is {self.method}")
+        if self.on_overfitting != "warn" and not self.probe:
+            raise ValueError(
+                f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
+                "leave probe as it is, or on_overfitting"
+            )
 
     @property
     def attack(self) -> dict[str, float | None]:
@@ -85,12 +97,38 @@ class Stage:
     lr: float
 
 
-def _check(name: str, value: object, kind: type, choices=None, least=None, above=None, most=None) -> None:
+def of_kind(name: str, value: object, kind: type) -> object:
+    """`value` as a plain `kind`, a key of WANTED; numbers of NumPy are numbers.
+
+    Raises:
+        TypeError: it is something else. ValueError: a number that is not whole, where an int is wanted.
+    """
+    if kind is tuple:
+        right = isinstance(value, Sequence) and not isinstance(value, str)
+    elif kind in (int, float):
+        right = isinstance(value, Real) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, kind)
+    wanted = f"{name} is {WANTED[kind]}, got {value!r}"
+    if not right:
+        raise TypeError(wanted)
+    if kind is int and not isinstance(value, Integral):
+        raise ValueError(wanted)
+    return kind(value)
+
+
+def _kind(annotation: object) -> type:
+    """What is wanted where it is not None."""
+    first = (*get_args(annotation), annotation)[0]
+    return get_origin(first) or first
+
+
+def _checked(name: str, value: object, kind: type, choices=None, least=None, above=None, most=None) -> object:
+    """`value` as a plain `kind`, within its limits."""
     if choices is not None and value not in choices:
         raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
-    if kind in (int, int | None) and not isinstance(value, Integral):
-        raise ValueError(f"{name} is a whole number, got {value!r}")
-    if kind in (float, float | None) and not math.isfinite(value):
+    value = of_kind(name, value, kind)
+    if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     if least is not None and not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -98,3 +136,4 @@ def _check(name: str, value: object, kind: type, choices=None, least=None, above
         raise ValueError(f"{name} must be above {above}, got {value}")
     if most is not None and not value <= most:
         raise ValueError(f"{name} must be at most {most}, got {value}")
+    return value

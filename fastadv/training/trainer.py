@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastadv.attacks import by_name
+from fastadv.attacks import Attack, by_name
+from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
 from fastadv.training.run import Run
-from fastadv.training.settings import Settings
+from fastadv.training.settings import Settings, of_kind
 
 
 class Trainer:
@@ -41,8 +42,9 @@ class Trainer:
 
     Raises:
         ImportError: the `train` extra is not installed.
-        TypeError: `attack` or `eval_attack` cannot be called.
-        ValueError: unknown attack, method or optimizer, or a number out of range.
+        TypeError: an argument or a setting is of a wrong type, or an attack cannot be called.
+        ValueError: unknown attack, method or optimizer, a number out of range, a setting that nothing would heed, or
+            training with an L2 attack, for which weights cannot be chosen yet.
     """
 
     def __init__(
@@ -60,28 +62,43 @@ class Trainer:
         **settings,
     ):
         self.settings = Settings(**settings)
-        self.model, self.eps = model, eps
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {model!r}")
+        self.model, self.eps = model, of_kind("eps", eps, float)
+        check_eps(self.eps, "Linf")
         self.attack, self.eval_attack = attack, eval_attack
-        if isinstance(attack, str):
-            by_name(attack, model, eps, **self.settings.attack)  # refuses what is wrong, now
-        elif attack is not None and not callable(attack):
-            raise TypeError(
-                f"attack must be a name, a callable from (images, labels) to images, or None: got {attack!r}"
-            )
-        if eval_attack is not None and not callable(eval_attack):
-            raise TypeError(f"eval_attack must be a callable from (images, labels) to images, got {eval_attack!r}")
+        self._check_attacks()
         self.folder = None if folder is None else Path(folder)
-        self.resume = resume
-        self.measure_backbone = measure_backbone
-        self.device, self.progress = device, progress
+        self.resume, self.progress = of_kind("resume", resume, bool), of_kind("progress", progress, bool)
+        self.measure_backbone = (
+            None if measure_backbone is None else of_kind("measure_backbone", measure_backbone, bool)
+        )
+        self.device = None if device is None else torch.device(device)
+
+    def _check_attacks(self) -> None:
+        attack, changes = self.attack, {name: v for name, v in self.settings.attack.items() if v is not None}
+        if isinstance(attack, str):
+            attack = by_name(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
+        elif changes:
+            raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
+        for name, given in (("attack", attack), ("eval_attack", self.eval_attack)):
+            if given is not None and (isinstance(given, type) or not callable(given)):
+                kind = "a name, a callable" if name == "attack" else "a callable"
+                raise TypeError(f"{name} must be {kind} from (images, labels) to images, or None: got {given!r}")
+        if isinstance(attack, Attack) and attack.norm != "Linf":
+            raise ValueError(
+                f"training with an {attack.norm} attack ({self.attack!r}) is not possible yet: its weights would be "
+                "chosen, and its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, "
+                "such as fgsm or pgd; evaluation takes L2 attacks"
+            )
 
     def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[dict]:
         """Train on `train`, choose weights on `val`, evaluate them on `test`.
 
         Args:
-            train, val, test: (images, labels): (N, C, H, W), floats in [0, 1] or uint8, and int64 (N,). Without `val`
-                the last weights are taken; without `test` the final evaluation is on `val`, which is then no fair
-                judge of the choice.
+            train, val, test: pairs (images, labels), tensors or NumPy arrays: (N, C, H, W), floats in [0, 1] or uint8,
+                and int64 (N,). Without `val` the last weights are taken; without `test` the final evaluation is on
+                `val`, which is then no fair judge of the choice.
 
         Returns:
             The records, dicts for `json.dump`. First, where measured, {"backbone": ...}. For each stage {"stage",
@@ -98,8 +115,10 @@ class Trainer:
             FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
                 batch is in its nonfinite.safetensors.
             KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
-            TypeError: images are neither floats nor uint8, or labels are not int64.
-            ValueError: no training images, images beyond [0, 1] or not as many as labels; a batch too small for its
-                parts; no such head, nothing to train; the state is another run's.
+            TypeError: no pair of images and labels, such as a DataLoader; images are neither floats nor uint8, or
+                labels are not int64.
+            ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
+                below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
+                the state is another run's: the message names what differs.
         """
         return Run(self, train, val, test).run()
