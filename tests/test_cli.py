@@ -1,6 +1,7 @@
 """The command line, in process."""
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastadv import cli, data, models
 from fastadv.attacks import PGD
+from fastadv.attacks.checks import device_of
+from fastadv.commands import evaluate as evaluate_command
+from fastadv.commands import finetune as finetune_command
 from fastadv.commands.arguments import budget, class_list, eps_budget
 from fastadv.evaluation import robust_accuracy
-from fastadv.models.networks import conv
+from fastadv.models.networks import conv, mlp
+from fastadv.training.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,218 @@ def finetune(out, *options):
 
 def last_line(out):
     return json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+
+
+# ---------------------------------------------------------------------- every option acts
+
+
+class Asked(Exception):
+    """Raised where the work would begin."""
+
+
+def options_of(command):
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    return {action.option_strings[0] for action in parser._actions} - {"-h"}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What data sets are asked for; it is always digits, of all classes."""
+    found, load = {}, data.load
+
+    def noted(name, *, preprocessing, classes, **options):
+        found.update({"data": str(name), "classes": classes}, **{f"load {key}": v for key, v in options.items()})
+        return load("digits", **options)
+
+    monkeypatch.setattr(data, "load", noted)
+    return found
+
+
+def run(command, given, option, word):
+    """The command as far as the work begins, with an option instead of what is given."""
+    words = [part for name, value in given.items() if name != option for part in (name, value)]
+    with pytest.raises(Asked):
+        cli.main([command, *words, *([option] if option else []), *(word.split() if word else [])])
+
+
+@pytest.fixture
+def asked_of_finetune(monkeypatch, tmp_path, loaded):
+    """`asked("--lr", "0.1")`: a dict of all that `fastadv finetune` hands on."""
+    found, source = {}, finetune_command.model_source
+
+    class Noted:
+        def __init__(self, model, eps, **options):
+            found.update(eps=eps, **options)
+
+        def fit(self, train, val, test):
+            raise Asked(found.update(validation=round(len(val[0]) / (len(train[0]) + len(val[0])), 1)))
+
+    monkeypatch.setattr(finetune_command, "Trainer", Noted)
+    monkeypatch.setattr(finetune_command, "model_source", lambda name: found.update(model=name) or source("mlp"))
+    monkeypatch.setattr(models, "load_weights", lambda network, path, **_: found.update(init=path))
+
+    def asked(option=None, word=None):
+        found.clear()
+        given = {"--data": "digits", "--model": "mlp", "--out": str(tmp_path), "--device": "cpu"}
+        run("finetune", given, option, word)
+        return loaded | found
+
+    return asked
+
+
+# The words of an option, and what they change: the settings by their names.
+SETTINGS = {
+    "method": ("lora", "lora"),
+    "head": ("5", "5"),
+    "head_start": ("3", 3),
+    "head_start_lr": ("0.5", 0.5),
+    "rank": ("3", 3),
+    "lora_alpha": ("7", 7.0),
+    "lora_targets": ("a.b,c", ("a.b", "c")),
+    "alpha": ("5/255", 5 / 255),
+    "noise": ("0.2", 0.2 / 255),
+    "steps": ("3", 3),
+    "epochs": ("7", 7),
+    "batch_size": ("9", 9),
+    "accumulate": ("2", 2),
+    "lr": ("0.3", 0.3),
+    "warmup": ("4", 4),
+    "optimizer": ("sgd", "sgd"),
+    "weight_decay": ("0.1", 0.1),
+    "clean_weight": ("0.4", 0.4),
+    "label_smoothing": ("0.2", 0.2),
+    "clip": ("1.5", 1.5),
+    "average": ("0.9", 0.9),
+    "precision": ("bf16", "bf16"),
+    "compile": (None, True),
+    "channels_last": (None, True),
+    "augment": (None, True),
+    "eval_every": ("4", 4),
+    "probe": ("100", 100),
+    "on_overfitting": ("stop", "stop"),
+    "switch_to": ("nfgsm", "nfgsm"),
+    "checkpoint_s": ("30", 30.0),
+}
+OPTIONS = {f"--{name.replace('_', '-')}": (word, {name: value}) for name, (word, value) in SETTINGS.items()}
+OPTIONS |= {
+    "--data": ("photos", {"data": "photos"}),
+    "--data-folder": ("here", {"load folder": Path("here")}),
+    "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
+    "--skip-corrupt": (None, {"load skip_corrupt": True}),
+    "--split-seed": ("5", {"load seed": 5}),
+    "--seed": ("5", {"seed": 5}),
+    "--device": ("cuda:7", {"device": torch.device("cuda:7")}),
+    "--validation": ("0.3", {"load validation": 0.3, "validation": 0.3}),
+    "--model": ("conv", {"model": "conv"}),
+    "--init": ("w.safetensors", {"init": "w.safetensors"}),
+    "--attack": ("pgd", {"attack": "pgd"}),
+    "--eps": ("4", {"eps": 4 / 255}),
+    "--out": ("there", {"folder": Path("there")}),
+    "--resume": (None, {"resume": True}),
+}
+
+
+def test_no_option_of_finetune_is_left_out_and_their_values_are_settings_values():
+    assert options_of(finetune_command) == OPTIONS.keys()
+    assert {*SETTINGS, "seed"} == {field.name for field in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_of_finetune_changes_what_it_says_and_nothing_else(option, asked_of_finetune):
+    word, changes = OPTIONS[option]
+    assert asked_of_finetune(option, word) == asked_of_finetune() | changes
+
+
+def test_without_an_option_a_setting_is_its_own_default(asked_of_finetune):
+    found = asked_of_finetune()
+    assert Settings(**{name: found[name] for name in (*SETTINGS, "seed")}) == Settings()
+    assert found["attack"] == "fgsm"
+    assert asked_of_finetune("--attack", "none")["attack"] is None
+
+
+def saved(network, shape, classes, path):
+    architecture = {"kind": "own", "name": "mlp", "shape": list(shape), "options": {}}
+    models.save(models.Model(network, None, architecture, tuple(classes), pretrained=False), path)
+
+
+@pytest.fixture
+def asked_of_evaluate(monkeypatch, tmp_path, loaded):
+    """`asked("--slots", "9")`: a dict of all that `fastadv evaluate` hands on."""
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for name in ("one", "other"):
+        saved(mlp((1, 8, 8), 10), (1, 8, 8), map(str, range(10)), tmp_path / name)
+
+    def noted(model, batch, attacks, **options):
+        raise Asked(found.update(attacks=attacks, device=device_of(model), count=len(batch[1]), **options))
+
+    monkeypatch.setattr(evaluate_command, "evaluate", noted)
+    load = evaluate_command.load_model
+    monkeypatch.setattr(evaluate_command, "load_model", lambda path: found.update(model=Path(path).name) or load(path))
+
+    def asked(option=None, word=None):
+        found.clear()
+        model = tmp_path / (word if option == "--model" else "one")
+        given = {"--data": "digits", "--out": "out", "--device": "cpu", "--model": str(model)}
+        run("evaluate", given, option, str(model) if option == "--model" else word)
+        return loaded | found
+
+    return asked
+
+
+EVALUATION = {
+    "--data": ("photos", {"data": "photos"}),
+    "--data-folder": ("here", {"load folder": Path("here")}),
+    "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
+    "--skip-corrupt": (None, {"load skip_corrupt": True}),
+    "--split-seed": ("5", {"load seed": 5}),
+    "--seed": ("5", {"seed": 5}),
+    "--device": ("meta", {"device": torch.device("meta")}),
+    "--model": ("other", {"model": "other"}),
+    "--attacks": ("pgd,fgsm", {"attacks": ["pgd", "fgsm"]}),
+    "--eps": ("4 2/255", {"eps": [4 / 255, 2 / 255]}),
+    "--iterate": ("last", {"iterate": "last"}),
+    "--limit": ("7", {"count": 7}),
+    "--slots": ("9", {"slots": 9}),
+    "--save-images": (None, {"save_images": Path("out/images")}),
+    "--out": ("there", {"state": Path("there/state.safetensors")}),
+}
+
+
+def test_no_option_of_evaluate_is_left_out():
+    assert options_of(evaluate_command) == EVALUATION.keys()
+
+
+@pytest.mark.parametrize("option", EVALUATION)
+def test_an_option_of_evaluate_changes_what_it_says_and_nothing_else(option, asked_of_evaluate):
+    word, changes = EVALUATION[option]
+    without, found = asked_of_evaluate(), asked_of_evaluate(option, word)
+    if option == "--split-seed":
+        del without["count"], found["count"]
+    assert found == without | changes
+
+
+def test_evaluate_wants_the_classes_of_the_model_in_its_order(tmp_path):
+    """Of a model that learnt classes in another order than the set's, all images are right in that order alone."""
+    labels = torch.arange(60) % 3
+    images = 0.6 * F.one_hot(labels, 3)[:, :, None, None] + 0.4 * torch.rand(60, 3, 2, 2)
+    parts = {"x_train": images, "y_train": labels, "x_test": images.flip(0), "y_test": labels.flip(0)}
+    np.savez(tmp_path / "set.npz", **{name: part.numpy() for name, part in parts.items()})
+    network, known = mlp((3, 2, 2), 2), labels != 1
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(network(images[known]), (labels[known] == 0).long()).backward()
+        optimizer.step()
+    saved(network, (3, 2, 2), ("2", "0"), tmp_path / "model.safetensors")
+    options = ("--data", tmp_path / "set.npz", "--model", tmp_path / "model.safetensors", "--attacks", "fgsm")
+    evaluate = ("evaluate", *map(str, options), "--device", "cpu", "--out", str(tmp_path / "report"), "--classes")
+    cli.main([*evaluate, "2,0"])
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["clean_accuracy"] == 1
+    for other in ("0,2", "2,1", "2,0,1"):
+        with pytest.raises(SystemExit, match=f"classes are 2, 0, and the data's {other.replace(',', ', ')}:"):
+            cli.main([*evaluate, other])
 
 
 def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsys):

@@ -1,0 +1,356 @@
+"""Every setting acts: a run with one setting changed is the loop by hand with that one changed, and no other run."""
+
+import copy
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastadv import random_init, sample_seeds
+from fastadv.training import Monitor, Trainer, run
+from fastadv.training.monitor import Reading
+from fastadv.training.settings import Settings
+
+EPS, COUNT, CLASSES = 0.1, 24, 3
+
+
+def images(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    return torch.rand(count, 3, 4, 4, dtype=torch.float64, generator=generator), labels
+
+
+TRAIN, VAL = images(COUNT, 1), images(9, 2)
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES)]
+    return nn.Sequential(*layers).double()
+
+
+BASE = {"attack": "fgsm", "epochs": 2, "batch_size": 8, "lr": 0.03, "probe": 0}
+
+
+def trained(changes, parts=(TRAIN,)):
+    """(weights, the indices of each part of a batch in the order of the run, the records)."""
+    model, order, batch_of = network(), [], run.Run._batch_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "_batch_of", lambda self, part: (order.append(part), batch_of(self, part))[1])
+        records = Trainer(model, EPS, measure_backbone=False, progress=False, **BASE | changes).fit(*parts)
+    return model.state_dict(), order, records
+
+
+# ---------------------------------------------------------------------- the loop by hand
+
+
+def smoothed_losses(logits, labels, smoothing=0.0):
+    targets = (1 - smoothing) * F.one_hot(labels, CLASSES) + smoothing / CLASSES
+    return -(targets * (logits - logits.logsumexp(1, keepdim=True))).sum(1)
+
+
+def attacked(model, x, y, seeds, attack, alpha=None, noise=None, steps=None):
+    if attack is None:
+        return x
+    steps = (steps or 7) if attack == "pgd" else 1
+    alpha = alpha or {"fgsm": EPS, "fgsm-rs": 1.25 * EPS, "pgd": EPS / 4}[attack]
+    noise = {"fgsm": 0.0, "fgsm-rs": noise or EPS, "pgd": EPS}[attack]
+    adv = random_init(x, noise, seed=seeds)
+    for _ in range(steps):
+        adv.requires_grad_()
+        (grad,) = torch.autograd.grad(smoothed_losses(model(adv), y).sum(), adv)
+        adv = torch.min(torch.max(adv.detach() + alpha * grad.sign(), x - EPS), x + EPS).clamp(0, 1)
+    return adv
+
+
+def parameters_of(model, method, head, lora):
+    if method == "full":
+        return dict(model.named_parameters())
+    trains = {name: p for name, p in model.named_parameters() if name.startswith(f"{head}.")}
+    if method == "bias":
+        trains |= {name: p for name, p in model.named_parameters() if name.endswith("bias")}
+    return trains | {f"{name}.{i}": factor for name, pair in lora.items() for i, factor in enumerate(pair)}
+
+
+class Lora:
+    """A model with scale * B A added to the weights of `targets`; the factors begin as peft's do after the seed."""
+
+    def __init__(self, model, targets, rank, alpha, seed):
+        torch.manual_seed(seed)
+        self.model, self.scale, self.factors = model, alpha / rank, {}
+        for name in targets:
+            layer = model.get_submodule(name)
+            a, b = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
+            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            nn.init.zeros_(b.weight)
+            self.factors[name] = [nn.Parameter(each.weight.detach().double()) for each in (a, b)]
+
+    def weight(self, name):
+        a, b = self.factors[name]
+        return self.model.get_submodule(name).weight + self.scale * b @ a
+
+    def __call__(self, x):
+        weights = {f"{name}.weight": self.weight(name) for name in self.factors}
+        return torch.func.functional_call(self.model, weights, (x,))
+
+
+def by_hand(order, **s):
+    """The weights after the run of `Settings(**s)`, on the parts of batches in `order`."""
+    s = {field.name: field.default for field in fields(Settings)} | {"attack": None} | BASE | s
+    attack = {name: s[name] for name in ("attack", "alpha", "noise", "steps")}
+    model, left, epoch = network(), iter(order), -1
+    stages = [("linear", s["head_start"], s["head_start_lr"])] if s["head_start"] else []
+    for method, epochs, peak in [*stages, (s["method"], s["epochs"], s["lr"])]:
+        lora = Lora(model, (s["lora_targets"] or ()) if method == "lora" else (), s["rank"], s["lora_alpha"], s["seed"])
+        trains = parameters_of(model, method, s["head"] or "4", lora.factors)
+        # Weights of layers and factors decay, biases and the norm's weight do not.
+        decay = [0.0 if name.endswith("bias") or name == "2.weight" else s["weight_decay"] for name in trains]
+        groups = [{"params": [p], "weight_decay": d} for p, d in zip(trains.values(), decay, strict=True)]
+        adamw = s["optimizer"] == "adamw"
+        optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups, 1, momentum=0.9, nesterov=True)
+        average = {name: p.detach().clone() for name, p in model.state_dict().items()}
+        steps = -(-COUNT // s["batch_size"])
+        for step in range(epochs * steps):
+            epoch += step % steps == 0
+            share = (step - s["warmup"]) / (epochs * steps - s["warmup"])
+            factor = (step + 1) / s["warmup"] if step < s["warmup"] else (1 + math.cos(math.pi * share)) / 2
+            parts = [next(left) for _ in range(s["accumulate"])]
+            for part in parts:
+                x, y, seeds = TRAIN[0][part], TRAIN[1][part], sample_seeds(s["seed"], part, epoch)
+                kept = copy.deepcopy(model.state_dict())
+                model.eval()
+                adv = attacked(lora, x, y, seeds, **attack)
+                model.load_state_dict(kept)
+                model.train(method == "full")
+                both = torch.cat((adv, x)) if s["clean_weight"] else adv
+                losses = smoothed_losses(lora(both), y.repeat(len(both) // len(y)), s["label_smoothing"])
+                shares = [1 - s["clean_weight"]] * len(y) + [s["clean_weight"]] * (len(both) - len(y))
+                loss = (losses * torch.tensor(shares, dtype=torch.float64)).sum() / sum(map(len, parts))
+                for p, grad in zip(trains.values(), torch.autograd.grad(loss, [*trains.values()]), strict=True):
+                    p.grad = grad if p.grad is None else p.grad + grad
+            norm = torch.cat([p.grad.flatten() for p in trains.values()]).norm()
+            for group, p in zip(optimizer.param_groups, trains.values(), strict=True):
+                p.grad *= min(1.0, (s["clip"] or math.inf) / (norm + 1e-6))
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(s["average"], (1 + step) / (10 + step))
+            for name, value in model.state_dict().items():
+                average[name] = (
+                    decay * average[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
+                )
+        with torch.no_grad():
+            for name in lora.factors:
+                model.get_submodule(name).weight.copy_(lora.weight(name))
+        if s["average"]:
+            model.load_state_dict(average)
+    return model.state_dict()
+
+
+def apart(one, other):
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+# What the weights depend on: (field, its value, what else is needed to see it, and another value of it at times).
+LORA = {"method": "lora", "lora_targets": ["1"], "rank": 2}
+IN_THE_WEIGHTS = [
+    ("method", "linear", {}),
+    ("method", "bias", {}),
+    ("method", "lora", {"lora_targets": ["1"]}),
+    ("head", "1", {"method": "linear"}),
+    ("head_start", 2, {"head_start_lr": 0.1}),
+    ("head_start_lr", 0.05, {"head_start": 1, "warmup": 2}),
+    ("rank", 3, LORA),
+    ("lora_alpha", 5.0, LORA),
+    ("lora_targets", ["1", "4"], LORA | {"head": "4"}),
+    ("alpha", 0.06, {}),
+    ("alpha", 0.03, {"attack": "pgd"}),
+    ("noise", 0.04, {"attack": "fgsm-rs"}),
+    ("steps", 3, {"attack": "pgd"}),
+    ("epochs", 3, {}),
+    ("batch_size", 12, {}),
+    ("accumulate", 3, {}),
+    ("lr", 0.01, {}),
+    ("warmup", 4, {}),
+    ("optimizer", "sgd", {}),
+    ("weight_decay", 0.5, {}),
+    ("weight_decay", 0.1, {"optimizer": "sgd"}),
+    ("clean_weight", 0.3, {}),
+    ("clean_weight", 1.0, {}),
+    ("label_smoothing", 0.2, {}),
+    ("clip", 0.1, {"optimizer": "sgd"}),
+    ("average", 0.7, {}),
+    ("seed", 3, {"attack": "fgsm-rs"}),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "needed"), IN_THE_WEIGHTS)
+def test_a_setting_changes_what_it_says_and_nothing_else(field, value, needed):
+    weights, order, _ = trained(needed | {field: value})
+    torch.testing.assert_close(weights, by_hand(order, **needed | {field: value}), rtol=0, atol=1e-8)
+    without, _, _ = trained({} if field == "method" else needed)
+    assert apart(weights, without) > 1e-4
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "pgd", None])
+def test_without_changes_it_is_the_loop_by_hand_too(attack):
+    weights, order, _ = trained({"attack": attack})
+    torch.testing.assert_close(weights, by_hand(order, attack=attack), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_epoch_has_every_image_once_in_an_order_of_its_own(accumulate):
+    def epochs(**changes):
+        return torch.cat(trained({"epochs": 4, "accumulate": accumulate, **changes})[1]).reshape(4, COUNT)
+
+    order = epochs()
+    assert (order.sort(1)[0] == torch.arange(COUNT)).all()
+    assert len({tuple(row) for row in order.tolist()}) == 4
+    assert torch.equal(order, epochs(batch_size=5))
+    assert not torch.equal(order, epochs(seed=1))
+
+
+# ---------------------------------------------------------------------- what shows elsewhere
+
+
+def augment():
+    """Each epoch has crops and flips of its own, of the padded image; without it the images are as they are."""
+    side, pad = 16, 2
+    x = torch.rand(COUNT, 1, side, side)
+    seen = []
+
+    def shown(**changes):
+        seen.clear()
+        model = nn.Sequential(nn.Flatten(), nn.Linear(side * side, CLASSES))
+        settings = BASE | {"attack": lambda x, y: seen.append(x) or x, "batch_size": COUNT, "lr": 0.0} | changes
+        Trainer(model, EPS, measure_backbone=False, progress=False, **settings).fit((x, TRAIN[1]))
+        return list(seen)
+
+    padded = F.pad(x, (pad,) * 4)
+    crops = padded.unfold(2, side, 1).unfold(3, side, 1).reshape(COUNT, -1, side, side)
+    crops = torch.cat((crops, crops.flip(3)), 1).transpose(0, 1)  # (crop, image, H, W)
+    found = []
+    for epoch in shown(augment=True):
+        places = [(crops == one).flatten(2).all(2).nonzero().tolist() for one in epoch]
+        assert all(len(place) == 1 for place in places)
+        found.append({image: crop for ((crop, image),) in places})
+    assert len(set(found[0].values())) > COUNT / 2
+    assert sum(found[0][image] != found[1][image] for image in range(COUNT)) > COUNT / 2
+    assert all((one == x).flatten(1).all(1).any() for one in shown(augment=False)[0])
+
+
+def precision():
+    dtypes = set()
+    model = network().float()
+    model[1].register_forward_hook(lambda module, args, out: dtypes.add((module.weight.requires_grad, out.dtype)))
+    x, y = TRAIN
+    for name, dtype in (("bf16", torch.bfloat16), ("no", torch.float32)):
+        dtypes.clear()
+        Trainer(model, EPS, precision=name, measure_backbone=False, progress=False, **BASE).fit((x.float(), y))
+        assert dtypes == {(False, dtype), (True, dtype)}  # in the attack and in the update
+
+
+def compile():
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+        weights, _, _ = trained({"compile": True})
+        assert len(compiled) == 3  # the attack, the update and the evaluation's attack
+        plain, _, _ = trained({"compile": False})
+        assert len(compiled) == 3
+    torch.testing.assert_close(weights, plain, rtol=0, atol=1e-8)
+
+
+def channels_last():
+    for wanted in (True, False):
+        model, seen = nn.Sequential(nn.Conv2d(3, 12, 3), *network()).double(), []
+        model.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        Trainer(model, EPS, channels_last=wanted, measure_backbone=False, progress=False, **BASE).fit(TRAIN)
+        assert {x.is_contiguous(memory_format=torch.channels_last) for x in seen} == {wanted}
+
+
+def eval_every():
+    for every, evaluated in ((1, [0, 1, 2, 3]), (3, [2, 3]), (0, [3])):
+        _, _, records = trained({"epochs": 4, "eval_every": every}, parts=(TRAIN, VAL))
+        assert [r["epoch"] for r in records if "epoch" in r and "robust_accuracy" in r] == evaluated
+
+
+def probe():
+    seen = []
+
+    def noted(model, x, *arguments, **options):
+        seen.append(x)
+        return Monitor(model, x, *arguments, **options)
+
+    for count in (0, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "Monitor", noted)
+            _, _, records = trained({"probe": count})
+        assert [len(x) for x in seen] == ([count] if count else [])
+        assert all(any(torch.equal(one, image) for image in TRAIN[0]) for x in seen for one in x)
+        assert ["probe_pgd" in r for r in records if "epoch" in r] == [bool(count)] * 2
+
+
+def answers():
+    """What each answer to an alarm after the first epoch does to the epochs, the rates and the attack after it."""
+    for changes, attacks, rates in (
+        ({"on_overfitting": "warn"}, ["FGSM"] * 3, [1, 1, 1]),
+        ({"on_overfitting": "stop"}, ["FGSM"], [1]),
+        ({"on_overfitting": "rollback"}, ["FGSM"] * 3, [1, 0.5, 0.5]),
+        ({"on_overfitting": "switch", "switch_to": "pgd"}, ["FGSM", "PGD", "PGD"], None),
+        ({"on_overfitting": "switch", "switch_to": "nfgsm"}, ["FGSM", "NFGSM", "NFGSM"], None),
+    ):
+        used = []
+
+        class Once:
+            def __init__(self, model, x, y, attack, eps, *, seed):
+                self.attack = attack
+
+            def check(self, used=used):
+                used.append(type(self.attack).__name__)
+                return Reading(0.5, 0.5, 0.0, None, 0.0, "fire" if len(used) == 1 else None)
+
+            def state(self):
+                return {"best": 0.5}
+
+            def load(self, state):
+                pass
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "Monitor", Once)
+            with pytest.warns(UserWarning, match="epoch 0: fire"):
+                _, _, records = trained({"epochs": 3, "probe": 4, **changes})
+        assert used == attacks
+        found = [r["lr"] for r in records if "epoch" in r]
+        cosine = [0.03 * (1 + math.cos(math.pi * step / 9)) / 2 for step in (2, 5, 8)]
+        if rates is None:  # begun again, over the two epochs that are left
+            assert found == pytest.approx([cosine[0], *(0.015 * (1 + math.cos(math.pi * i / 6)) for i in (2, 5))])
+        else:
+            assert found == pytest.approx([rate * factor for rate, factor in zip(cosine, rates, strict=False)])
+
+
+ELSEWHERE = {each.__name__: each for each in (augment, precision, compile, channels_last, eval_every, probe)}
+ELSEWHERE |= {"on_overfitting": answers, "switch_to": answers}
+
+
+@pytest.mark.parametrize("field", ELSEWHERE)
+def test_a_setting_that_shows_elsewhere_acts_there(field):
+    ELSEWHERE[field]()
+
+
+def test_checkpoint_s_is_the_time_between_two_checkpoints(tmp_path):
+    for seconds, count in ((0.0, 2 * COUNT // 8), (1e9, 0)):
+        saved, save = [], run.Checkpoints.save
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.Checkpoints, "save", lambda *a, save=save, saved=saved: saved.append(None) or save(*a))
+            trained({"checkpoint_s": seconds, "folder": tmp_path / str(count)})
+        always = 5  # at the beginning and the end of the stage, after each of two epochs, at the end
+        assert len(saved) == count + always
+
+
+def test_no_setting_is_left_out():
+    tried = {field for field, _, _ in IN_THE_WEIGHTS} | ELSEWHERE.keys() | {"checkpoint_s"}
+    assert tried == {field.name for field in fields(Settings)}
