@@ -84,6 +84,8 @@ def test_bad_input_is_refused():
     for crop in (-1, 1.5, True):
         with pytest.raises(ValueError, match="crop must be an integer of at least 0"):
             Augment(crop)
+    with pytest.raises(TypeError, match="flip is True or False, got 'no'"):
+        Augment(flip="no")
     images = torch.rand(4, 3, 8, 8)
     with pytest.raises(ValueError, match=r"images must be \(N, C, H, W\)"):
         Augment()(images[0], seeds_of(3))

@@ -418,3 +418,22 @@ def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode()
     model.eval()
     step = Step(model, FGSM(model, EPS, noise=None, training_mode="batch_norm"), sgd(model))
     assert step.gradients(images, labels)[2:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"clean_weight": 1.5}, ValueError, "clean_weight must be at most 1, got 1.5"),
+        ({"clean_weight": "0.5"}, TypeError, "clean_weight is a number, got '0.5'"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be at least 0, got -0.1"),
+        ({"clip": 0}, ValueError, "clip must be above 0, got 0"),
+        ({"autocast": "bf16"}, TypeError, "autocast is a dtype such as torch.bfloat16, or None, got 'bf16'"),
+        ({"attack": "fgsm"}, TypeError, "attack must be a callable .* got 'fgsm'"),
+        ({"attack": FGSM}, TypeError, "attack must be a callable .* got <class"),
+        ({"attack": PGD(None, EPS, clip=(0, 255))}, ValueError, r"images in \[0, 1\], and attack is made for clip"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, error, message):
+    model = network()
+    with pytest.raises(error, match=message):
+        Step(model, **{"attack": None, "optimizer": sgd(model), **options})

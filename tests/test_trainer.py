@@ -693,6 +693,14 @@ def test_bf16_trains_weights_that_stay_float32():
         ({"steps": 1.5, "attack": "pgd"}, "steps is a whole number, got 1.5"),
         ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
         ({"eps": 8, "attack": None}, "eps is in pixels"),
+        (
+            {"attack": PGD(nn.Identity(), 0.1, clip=(-1, 1))},
+            r"images in \[0, 1\], and attack is made for clip=\(-1, 1\)",
+        ),
+        (
+            {"eval_attack": PGD(nn.Identity(), 0.1, clip=None)},
+            r"images in \[0, 1\], and eval_attack is made for .*None",
+        ),
         ({"parts": ((TRAIN[0], TRAIN[1] - 1),)}, "labels must not be negative, got -1"),
         ({"parts": (TRAIN, (VAL[0], VAL[1] - 100)), "attack": None}, "labels must not be negative, got -100"),
         ({"parts": ((TRAIN[0], 0 * TRAIN[1] + 2),)}, "all of class 2: there is nothing to tell apart"),
@@ -764,8 +772,10 @@ def test_numbers_of_numpy_are_numbers_and_its_arrays_images_and_labels(tmp_path)
     images, labels = (t.numpy() for t in TRAIN)
     labels = labels.astype(np.uint8)
     images.flags.writeable = False
+    held_out = (VAL[0].numpy() / 255, VAL[1].numpy().astype(np.int32))
+    assert held_out[0].dtype == np.float64
     options = {"lr": np.float32(0.03125), "clip": np.int64(2), "epochs": np.int32(2), "eps": np.float64(EPS)}
-    parts = ((images, labels), (VAL[0], VAL[1].numpy().astype(np.int32)))
+    parts = ((images, labels), held_out)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         arrays = fit(models[1], parts=parts, folder=tmp_path / "arrays", **options)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastadv.ops.generator import as_int64
+from fastadv.training.settings import of_kind
 
 
 class Augment:
@@ -17,7 +18,7 @@ class Augment:
         flip: whether to flip. Leave it out where a mirror image is another class, as with digits.
 
     Raises:
-        ValueError: crop is no integer of at least 0.
+        TypeError: flip is not True or False. ValueError: crop is no integer of at least 0.
 
     Source: He et al. 2016, "Deep residual learning for image recognition", section 4.2.
     """
@@ -25,7 +26,7 @@ class Augment:
     def __init__(self, crop: int = 4, flip: bool = True):
         if isinstance(crop, bool) or not isinstance(crop, int) or crop < 0:
             raise ValueError(f"crop must be an integer of at least 0, in pixels, got {crop!r}")
-        self.crop, self.flip = crop, flip
+        self.crop, self.flip = crop, of_kind("flip", flip, bool)
 
     def __call__(self, images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
         """The images, changed.

@@ -8,13 +8,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import check_eps, highest
+from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
 from fastadv.data import to_float
 from fastadv.evaluation.robustness import seeded
 from fastadv.evaluation.samples import gathered
 from fastadv.functional import pgd_step_, random_init
+from fastadv.training.step import check_attack
 
 COLLAPSED = 0.5  # of the training attack's accuracy; sound training leaves PGD nearly all of it
 
@@ -68,7 +69,7 @@ class Monitor:
         seed: of the random starts, and of torch's generators for other libraries' attacks.
 
     Raises:
-        TypeError: images are neither floats nor uint8, or labels are not int64.
+        TypeError: images are neither floats nor uint8, labels are not int64, or an option is of a wrong type.
         ValueError: no images, images beyond [0, 1], or an option is out of range.
     """
 
@@ -85,12 +86,11 @@ class Monitor:
         seed: int = 0,
     ):
         check_eps(eps, "Linf")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_whole("steps", steps)
+        check_number("drop", drop)
         if not 0 < drop < 1:
             raise ValueError(f"drop is a share in (0, 1), got {drop}")
-        if attack is not None and not callable(attack):
-            raise TypeError(f"attack must be a callable from (images, labels) to images, or None, got {attack!r}")
+        check_attack("attack", attack)
         # One process may check alone: the wrapper would wait for the others.
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         images, self.labels = gathered((images, labels), model, None)

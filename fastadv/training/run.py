@@ -80,8 +80,10 @@ class Run:
         self.here = processes()
         alone = self.here.num_processes == 1
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
-        self.images, self.labels = _pair("train", train)
-        val, test = (None if part is None else _pair(name, part) for name, part in (("val", val), ("test", test)))
+        self.images, self.labels = _pair("train", train, trainer.model)
+        val, test = (
+            None if part is None else _pair(name, part, trainer.model) for name, part in (("val", val), ("test", test))
+        )
         self.val = val if val is not None and len(val[0]) else None
         self.test = test if test is not None and len(test[0]) else self.val
         self.steps = math.ceil(len(self.images) / self.settings.batch_size)
@@ -98,6 +100,11 @@ class Run:
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
+
+    def _held_out(self, name: str, data: object) -> Batch | None:
+        """None where there are no images."""
+        pair = None if data is None else _pair(name, data, self.trainer.model)
+        return pair if pair is not None and len(pair[0]) else None
 
     def _check(self) -> None:
         least = self.here.num_processes * self.settings.accumulate
@@ -514,8 +521,10 @@ class Run:
             self.monitor.load(self.at.monitor)
 
 
-def _pair(name: str, data: object) -> Batch:
-    """A pair of images and labels as it is; NumPy arrays become tensors."""
+def _pair(name: str, data: object, model: nn.Module) -> Batch:
+    """A pair of images and labels as it is. NumPy arrays become tensors; its dtypes say nothing of what is meant: it
+    computes in float64, and has integers of every size.
+    """
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise TypeError(
             f"{name} must be a pair (images, labels) of tensors or NumPy arrays with all images, got "
@@ -523,10 +532,12 @@ def _pair(name: str, data: object) -> Batch:
         )
     if not any(isinstance(part, np.ndarray) for part in data):
         return data
-    images, labels = data
-    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
-        labels = labels.astype(np.int64)
-    return _tensor(images), _tensor(labels)
+    images, labels = map(_tensor, data)
+    if isinstance(data[0], np.ndarray) and images.dtype == torch.float64:
+        images = images.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64))
+    if isinstance(data[1], np.ndarray) and data[1].dtype.kind in "iu":
+        labels = labels.long()
+    return images, labels
 
 
 def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class Settings:
         for each in fields(self):
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
-                value = _checked(each.name, value, _kind(each.type), **each.metadata["limits"])
+                value = checked(each.name, value, _kind(each.type), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
         if self.head_start and self.method == "linear":
             raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
@@ -123,8 +123,8 @@ def _kind(annotation: object) -> type:
     return get_origin(first) or first
 
 
-def _checked(name: str, value: object, kind: type, choices=None, least=None, above=None, most=None) -> object:
-    """`value` as a plain `kind`, within its limits."""
+def checked(name: str, value: object, kind: type, choices=None, least=None, above=None, most=None) -> object:
+    """`value` as a plain `kind`, a key of WANTED, within its limits."""
     if choices is not None and value not in choices:
         raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
     value = of_kind(name, value, kind)

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv.attacks import Attack
+from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.objective import find_logits, raised
 from fastadv.attacks.state import frozen
 from fastadv.data import to_float
+from fastadv.training.settings import checked
 
 
 class Step:
@@ -29,6 +31,9 @@ class Step:
         clip: largest norm of the gradient of all parameters; None means no clipping.
         autocast: dtype of torch.autocast for the update; the attack has its own.
         compile: run the update's forward pass and loss under torch.compile.
+
+    Raises:
+        TypeError, ValueError: an option is of a wrong type or value.
     """
 
     def __init__(
@@ -44,10 +49,15 @@ class Step:
         autocast: torch.dtype | None = None,
         compile: bool = False,
     ):
+        check_attack("attack", attack)
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")
         self.model, self.attack, self.optimizer = model, attack, optimizer
         self.through = model if through is None else through
-        self.clean_weight, self.label_smoothing = clean_weight, label_smoothing
-        self.clip, self.autocast = clip, autocast
+        self.clean_weight = checked("clean_weight", clean_weight, float, least=0, most=1)
+        self.label_smoothing = checked("label_smoothing", label_smoothing, float, least=0, most=1)
+        self.clip = None if clip is None else checked("clip", clip, float, above=0)
+        self.autocast = autocast
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
         self._moody = [module for module in model.modules() if _depends_on_mode(module)]
 
@@ -133,6 +143,17 @@ class Step:
         if attack.loss != "ce" or attack.targeted or attack.training_mode == "batch_norm":
             return False
         return not any(module.training for module in self._moody)
+
+
+def check_attack(name: str, attack: object, also: str = "") -> None:
+    """Refuse what trains nothing: no callable, a class, or an attack on inputs that are no images in [0, 1]."""
+    if attack is not None and (isinstance(attack, type) or not callable(attack)):
+        raise TypeError(f"{name} must be {also}a callable from (images, labels) to images, or None: got {attack!r}")
+    if isinstance(attack, Attack) and box_of(attack.clip) != BOX:
+        raise ValueError(
+            f"training takes images in [0, 1], and {name} is made for clip={attack.clip}: scale the images, and give "
+            "the model's own range to Normalized(model, mean, std)"
+        )
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

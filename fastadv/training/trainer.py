@@ -11,6 +11,7 @@ from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
 from fastadv.training.run import Run
 from fastadv.training.settings import Settings, of_kind
+from fastadv.training.step import check_attack
 
 
 class Trainer:
@@ -81,10 +82,8 @@ class Trainer:
             attack = by_name(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
-        for name, given in (("attack", attack), ("eval_attack", self.eval_attack)):
-            if given is not None and (isinstance(given, type) or not callable(given)):
-                kind = "a name, a callable" if name == "attack" else "a callable"
-                raise TypeError(f"{name} must be {kind} from (images, labels) to images, or None: got {given!r}")
+        check_attack("attack", attack, also="a name, ")
+        check_attack("eval_attack", self.eval_attack)
         if isinstance(attack, Attack) and attack.norm != "Linf":
             raise ValueError(
                 f"training with an {attack.norm} attack ({self.attack!r}) is not possible yet: its weights would be "
