@@ -761,6 +761,38 @@ def test_wrong_types_are_refused_and_nothing_is_changed(changes, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("attack", ["fgsm", None])
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_a_label_that_the_model_has_no_class_for_is_refused_in_the_first_batch(attack, part, tmp_path):
+    model, parts = conv(), {"train": TRAIN, "val": VAL, "test": TEST}
+    before = copied(model)
+    labels = parts[part][1].clone()
+    labels[-1] = 3
+    parts[part] = (parts[part][0], labels)
+    with pytest.raises(ValueError, match="labels must be below the model's 3 classes, got 3"):
+        fit(model, attack=attack, parts=parts.values(), folder=tmp_path)
+    assert same(copied(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_error_in_a_batch_leaves_the_model_as_it_was_before_it(after_steps):
+    """After the first half of the batch has moved batch-norm's averages."""
+    (states, watch), model, calls = after_steps, conv(), []
+    watch(model)
+
+    def failing(x, y):
+        calls.append(None)
+        if len(calls) == 2 * 7 + 2:
+            raise KeyError("the first error")
+        return x
+
+    with pytest.raises(KeyError, match="the first error"):
+        fit(model, attack=failing, parts=(TRAIN,), accumulate=2)
+    assert len(states) == 7
+    assert same(copied(model), states[6])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet'"):
         Trainer("resnet", EPS)

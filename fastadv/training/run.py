@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ class Run:
         self.test = test if test is not None and len(test[0]) else self.val
         self.steps = math.ceil(len(self.images) / self.settings.batch_size)
         self.precision = self.settings.precision or precision()
-        self._check()
+        self.highest = self._check()
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         self.model = trainer.model.to(device=self.device, memory_format=layout)
         self.layout = torch.channels_last if self.settings.channels_last else None
@@ -106,15 +106,16 @@ class Run:
         pair = None if data is None else _pair(name, data, self.trainer.model)
         return pair if pair is not None and len(pair[0]) else None
 
-    def _check(self) -> None:
+    def _check(self) -> int:
+        """Refuse what cannot be; the highest label."""
         least = self.here.num_processes * self.settings.accumulate
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
         if self.steps == 0:
             raise ValueError("there are no images to train on")
-        for images, labels in filter(None, ((self.images, self.labels), self.val, self.test)):
+        parts = [part for part in ((self.images, self.labels), self.val, self.test) if part is not None]
+        for images, labels in parts:
             check_samples(images, labels)
-            highest(labels)  # refuses negative ones, which a loss skips
         if self.labels.min() == self.labels.max():
             raise ValueError(f"the training images are all of class {self.labels[0]}: there is nothing to tell apart")
         for stage in self.settings.stages:
@@ -128,6 +129,7 @@ class Run:
                 f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
                 "(processes times accumulate): take a larger batch_size"
             )
+        return max(highest(labels) for _, labels in parts)  # refuses negative ones too, which a loss skips
 
     # ------------------------------------------------------------------ the whole run
 
@@ -294,7 +296,7 @@ class Run:
             changes = {} if self.at.switched else s.attack
             attack = by_name(attack, self.model, self.trainer.eps, **changes, **self.options)
         learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
-        learning |= {"autocast": self.autocast, "compile": s.compile}
+        learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
         self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
 
     def _new_monitor(self) -> Monitor | None:
@@ -370,7 +372,12 @@ class Run:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
         mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
-        parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
+        try:
+            parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
+        except BaseException:
+            with suppress(Exception):  # it would hide the first one
+                self._undo()
+            raise
         wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
         total = torch.cat((sum(parts), wishes))
         if world > 1:
@@ -403,10 +410,14 @@ class Run:
             )
         return images, labels
 
-    def _refuse(self, loss: float, index: torch.Tensor) -> None:
+    def _undo(self) -> None:
+        """As it was before the batch."""
         self.optimizer.zero_grad()
         for buffer, before in zip(self.tuning.buffers.values(), self.before, strict=True):
             buffer.copy_(before)
+
+    def _refuse(self, loss: float, index: torch.Tensor) -> None:
+        self._undo()
         where = ""
         if self.trainer.folder is not None and self.here.is_main_process:
             path = self.trainer.folder / "nonfinite.safetensors"

@@ -31,6 +31,8 @@ class Step:
         clip: largest norm of the gradient of all parameters; None means no clipping.
         autocast: dtype of torch.autocast for the update; the attack has its own.
         compile: run the update's forward pass and loss under torch.compile.
+        highest: of all labels that will come, so that `gradients` refuses one that the model has no class for without
+            waiting for the device.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type or value.
@@ -48,6 +50,7 @@ class Step:
         clip: float | None = None,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        highest: int = 0,
     ):
         check_attack("attack", attack)
         if autocast is not None and not isinstance(autocast, torch.dtype):
@@ -57,7 +60,7 @@ class Step:
         self.clean_weight = checked("clean_weight", clean_weight, float, least=0, most=1)
         self.label_smoothing = checked("label_smoothing", label_smoothing, float, least=0, most=1)
         self.clip = None if clip is None else checked("clip", clip, float, above=0)
-        self.autocast = autocast
+        self.autocast, self.highest = autocast, highest
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
         self._moody = [module for module in model.modules() if _depends_on_mode(module)]
 
@@ -120,6 +123,8 @@ class Step:
         with precision:
             outputs = self.through(images)
         logits = raised(find_logits(outputs, len(images)))
+        if self.highest >= logits.shape[1]:
+            raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {self.highest}")
         losses = F.cross_entropy(
             logits,
             labels if len(images) == len(labels) else labels.repeat(2),
