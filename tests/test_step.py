@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from fastadv import random_init
 from fastadv.attacks import FGSM, NFGSM, PGD, by_name
 from fastadv.training.methods import METHODS, trainable
+from fastadv.training.monitor import Monitor
 from fastadv.training.step import Step
 
 EPS, LR, CLASSES = 0.1, 0.5, 4
@@ -437,3 +438,23 @@ def test_what_cannot_be_is_refused(options, error, message):
     model = network()
     with pytest.raises(error, match=message):
         Step(model, **{"attack": None, "optimizer": sgd(model), **options})
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda x: (x, x), TypeError, "it returned tuple"),
+        (lambda x: x.numpy(), TypeError, "it returned ndarray"),
+        (lambda x: (255 * x).byte(), TypeError, "it returned torch.uint8"),
+        (lambda x: x[:1], ValueError, r"it returned the shape \(1, 3, 8, 8\)"),
+        (lambda x: x.mean(0), ValueError, r"it returned the shape \(3, 8, 8\)"),
+    ],
+)
+def test_an_attack_that_returns_no_images_like_those_it_got_is_refused(returned, error, message):
+    model, (images, labels) = network(), batch()
+    attack = lambda x, y: returned(x)  # noqa: E731
+    wanted = rf"a float tensor of shape \(9, 3, 8, 8\); {message}"
+    with pytest.raises(error, match=wanted):
+        Step(model, attack, sgd(model)).gradients(images, labels)
+    with pytest.raises(error, match=wanted):
+        Monitor(model, images, labels, attack, EPS).check()

@@ -15,7 +15,7 @@ from fastadv.data import to_float
 from fastadv.evaluation.robustness import seeded
 from fastadv.evaluation.samples import gathered
 from fastadv.functional import pgd_step_, random_init
-from fastadv.training.step import check_attack
+from fastadv.training.step import adversarial, check_attack
 
 COLLAPSED = 0.5  # of the training attack's accuracy; sound training leaves PGD nearly all of it
 
@@ -148,7 +148,7 @@ class Monitor:
             # A copy, or a compiled attack would fill all its batches up to the size of this one.
             return copy.copy(self.attack)(self.images, self.labels, seed=self.seed)
         with torch.enable_grad():
-            return self.attack(self.images, self.labels).detach()
+            return adversarial(self.attack, self.images, self.labels)
 
     def _accuracy(self, logits: torch.Tensor) -> float:
         return int((logits.argmax(1) == self.labels).sum()) / len(self.labels)

@@ -81,11 +81,8 @@ class Run:
         alone = self.here.num_processes == 1
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
         self.images, self.labels = _pair("train", train, trainer.model)
-        val, test = (
-            None if part is None else _pair(name, part, trainer.model) for name, part in (("val", val), ("test", test))
-        )
-        self.val = val if val is not None and len(val[0]) else None
-        self.test = test if test is not None and len(test[0]) else self.val
+        self.val = self._held_out("val", val)
+        self.test = self._held_out("test", test) or self.val
         self.steps = math.ceil(len(self.images) / self.settings.batch_size)
         self.precision = self.settings.precision or precision()
         self.highest = self._check()
