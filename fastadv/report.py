@@ -13,6 +13,7 @@ from fastadv._extras import require
 from fastadv.attacks import by_name
 from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
 from fastadv.evaluation.samples import Batch
 from fastadv.files import write_atomically
@@ -139,7 +140,7 @@ def _examples(model: nn.Module, test: Batch, classes: Sequence[str], eps: float)
     images, labels = to_float(test[0][spread].to(device)), test[1][spread].to(device)
     x_adv = by_name("pgd-10", model, eps)(images, labels, seed=0)
     with torch.no_grad(), frozen(model):
-        says = [find_logits(model(x), len(x)).argmax(1).tolist() for x in (images, x_adv)]
+        says = [predicted(find_logits(model(x), len(x))).tolist() for x in (images, x_adv)]
     figure = require("matplotlib.figure").Figure(figsize=(1.25 * len(images), 4.4), layout="constrained")
     axes = figure.subplots(3, len(images), squeeze=False)
     perturbation = (x_adv - images) / (2 * max(eps, 1e-6)) + 0.5
@@ -149,7 +150,8 @@ def _examples(model: nn.Module, test: Batch, classes: Sequence[str], eps: float)
             axis.set_axis_off()
             if named is not None:
                 right = named[i] == int(labels[i])
-                axis.set_title(classes[named[i]], fontsize=8, color="#2e7d32" if right else "#c62828")
+                name = classes[named[i]] if named[i] >= 0 else "no prediction"
+                axis.set_title(name, fontsize=8, color="#2e7d32" if right else "#c62828")
     return figure
 
 

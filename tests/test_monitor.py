@@ -216,6 +216,14 @@ def test_a_resumed_monitor_goes_on_exactly():
         whole.load({"best": 0.5})
 
 
+@pytest.mark.parametrize("row", [[float("nan"), 0, 0], [0, float("nan"), 1], [0.5, 0.5, 0.5]])
+def test_no_prediction_is_a_wrong_answer_whatever_the_label(row):
+    x, y = torch.rand(6, 3), torch.arange(6) % 3
+    monitor = Monitor(lambda x: torch.tensor(row) + 0 * x, x, y, lambda x, y: x, EPS)
+    reading = monitor.check()
+    assert (reading.probe_pgd, reading.probe_attack) == (0, 0)
+
+
 def test_tiny_gradients_still_have_an_angle():
     """A confident model's gradients vanish in float32 when squared; an affine one's are the same everywhere."""
     weight = torch.randn(2, 12)

@@ -122,3 +122,11 @@ def test_under_each_picture_is_what_the_model_says_of_it(report):
             assert axis.title.get_color() == ("#2e7d32" if says == labels[i] else "#c62828")
         fooled += (shown[0].mean() > 0.5) != (shown[2].mean() > 0.5)
     assert 0 < fooled < 8
+
+
+def test_a_picture_of_which_the_model_says_nothing_is_titled_so(report, monkeypatch):
+    monkeypatch.setattr(Brightness, "forward", lambda self, x: self.scale * 0 * x.flatten(1)[:, :2])
+    with pytest.warns(UserWarning, match="the gradient is exactly zero"):
+        _, (_, pictures), *_ = report()
+    titled = [axis for axis in pictures.axes if axis.get_title()]
+    assert {(axis.get_title(), axis.title.get_color()) for axis in titled} == {("no prediction", "#c62828")}

@@ -458,3 +458,15 @@ def test_an_attack_that_returns_no_images_like_those_it_got_is_refused(returned,
         Step(model, attack, sgd(model)).gradients(images, labels)
     with pytest.raises(error, match=wanted):
         Monitor(model, images, labels, attack, EPS).check()
+
+
+def test_no_prediction_is_a_wrong_answer_in_the_accuracy_of_training():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES)).double()
+    images, labels = batch(8)
+    labels[:4] = 0
+    with torch.no_grad():
+        model[1].weight.zero_()  # all logits equal
+        model[1].bias.zero_()
+    assert Step(model, None, sgd(model)).gradients(images, labels)[1] == 0
+    model[1].bias.data[0] = 1
+    assert Step(model, None, sgd(model)).gradients(images, labels)[1] == (labels == 0).sum()

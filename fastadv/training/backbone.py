@@ -7,6 +7,7 @@ from torch.func import functional_call
 from fastadv.attacks import PGD
 from fastadv.attacks.checks import check_eps, highest
 from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
 from fastadv.evaluation.robustness import robust_accuracy, seeded
 from fastadv.evaluation.samples import gathered
@@ -84,8 +85,8 @@ def backbone_robustness(
             return _not_measured(eps, f"the head {name} does not get one vector of features for each image")
         probe = _Probe(model, name, module)
         probe.fit(features, y_fit)
-        predicted = nn.functional.linear(_features(model, module, x_judge), *probe.parameters.values()).argmax(1)
-        clean = int((predicted == y_judge).sum()) / judges
+        logits = nn.functional.linear(_features(model, module, x_judge), *probe.parameters.values())
+        clean = int((predicted(logits) == y_judge).sum()) / judges
         for refit in range(1, 1 + REFITS):
             x_adv = PGD(probe, eps, eps / 2, 3, chunk=BATCH)(x_fit, y_fit, seed=seed + refit)
             features = torch.cat((features, _features(model, module, x_adv)))

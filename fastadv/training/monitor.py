@@ -11,6 +11,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
 from fastadv.evaluation.robustness import seeded
 from fastadv.evaluation.samples import gathered
@@ -151,7 +152,7 @@ class Monitor:
             return adversarial(self.attack, self.images, self.labels)
 
     def _accuracy(self, logits: torch.Tensor) -> float:
-        return int((logits.argmax(1) == self.labels).sum()) / len(self.labels)
+        return int((predicted(logits) == self.labels).sum()) / len(self.labels)
 
     def _alarm(self, pgd: float, attack: float) -> str | None:
         gap = attack - pgd

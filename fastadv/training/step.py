@@ -11,6 +11,7 @@ from fastadv.attacks import Attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.objective import find_logits, raised
 from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
 from fastadv.training.settings import checked
 
@@ -96,7 +97,7 @@ class Step:
             loss.backward()
         with torch.no_grad():
             logits = logits.detach()[: len(labels)]
-            right = (logits.argmax(1) == labels).sum()
+            right = (predicted(logits) == labels).sum()
             abnormal, looked = self._abnormal(logits, labels)
             return torch.stack([value.double() for value in (loss.detach(), right, abnormal, looked)])
 
