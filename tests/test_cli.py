@@ -18,6 +18,7 @@ from fastadv.attacks import PGD
 from fastadv.attacks.checks import device_of
 from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
+from fastadv.commands import pretrain as pretrain_command
 from fastadv.commands.arguments import budget, class_list, eps_budget
 from fastadv.evaluation import robust_accuracy
 from fastadv.models.networks import conv, mlp
@@ -253,6 +254,42 @@ def test_an_option_of_evaluate_changes_what_it_says_and_nothing_else(option, ask
     if option == "--split-seed":
         del without["count"], found["count"]
     assert found == without | changes
+
+
+PRETRAINING = {
+    "--data": ("photos", {"data": "photos"}),
+    "--data-folder": ("here", {"load folder": Path("here")}),
+    "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
+    "--skip-corrupt": (None, {"load skip_corrupt": True}),
+    "--split-seed": ("5", {"load seed": 5}),
+    "--seed": ("5", {"seed": 5}),
+    "--device": ("cuda:7", {"device": torch.device("cuda:7")}),
+    "--epochs": ("20", {"epochs": 20, "warmup": 0.15}),
+    "--out": ("there", {"folder": Path("there")}),
+    "--resume": (None, {"resume": True}),
+}
+
+
+@pytest.mark.parametrize("option", PRETRAINING)
+def test_an_option_of_pretrain_changes_what_it_says_and_nothing_else(option, monkeypatch, tmp_path, loaded):
+    found = {}
+
+    class Noted:
+        def __init__(self, model, eps, **options):
+            found.update(eps=eps, **options)
+
+        def fit(self, train):  # the warm-up is a share of the steps
+            steps = found["epochs"] * -(-len(train[0]) // found["batch_size"])
+            raise Asked(found.update(warmup=round(found["warmup"] / steps, 2)))
+
+    monkeypatch.setattr(pretrain_command, "Trainer", Noted)
+    monkeypatch.setattr(pretrain_command, "NETWORK", "resnet?widths=[4,4]&blocks=1")
+    assert options_of(pretrain_command) == {*PRETRAINING, "--limit"}  # of the test images, after training
+    given, (word, changes) = {"--data": "digits", "--out": str(tmp_path), "--device": "cpu"}, PRETRAINING[option]
+    run("pretrain", given, None, None)
+    without = loaded | found
+    run("pretrain", given, option, word)
+    assert loaded | found == without | changes
 
 
 def test_evaluate_wants_the_classes_of_the_model_in_its_order(tmp_path):

@@ -188,7 +188,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     model[1].weight.data[0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 0, batch 0"):
+    with (
+        pytest.warns(UserWarning, match="losses were not finite"),
+        pytest.raises(FloatingPointError, match="the loss is nan at epoch 0, batch 0"),
+    ):
         trainer(model).fit(TRAIN, TEST)
     assert torch.equal(model[1].bias, before["1.bias"])
 
