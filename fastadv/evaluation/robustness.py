@@ -15,6 +15,7 @@ from fastadv._extras import require
 from fastadv.attacks.checks import highest
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import NONE, predicted
 from fastadv.data import to_float
 from fastadv.evaluation import suspicions
 from fastadv.evaluation.images import Gallery
@@ -28,6 +29,7 @@ from fastadv.version import __version__
 
 ITERATES = ("any", "last")
 SAVE_EVERY = 10.0  # seconds between two states on the disk
+KEPT = ("restart", "step", "said")  # of the verdicts
 
 
 def evaluate(
@@ -48,11 +50,13 @@ def evaluate(
     """Robust accuracy of `model` in eval mode, left as found.
 
     A sample that is misclassified as it is counts as not robust and is not attacked. Any other is fooled by an attack
-    when it is misclassified, as whatever class, at an iterate of any restart. An attack of fastadv runs on a fixed
-    number of slots; a slot whose sample is fooled or finished takes the next one, in the order (restart, sample), so
-    that no gradient is computed for a sample that is settled. Its options autocast, compile, graph and memory_format
-    hold, and the verdicts are those of the model under them; chunk does not. Any other attack, and one of fastadv on
-    another model, is called batch by batch, and what it returns is judged.
+    when it is misclassified, as whatever class, at an iterate of any restart. Where a logit is NaN, or all are equal,
+    the model gives no prediction: that is misclassified whatever the label, and counted apart.
+
+    An attack of fastadv runs on a fixed number of slots; a slot whose sample is fooled or finished takes the next one,
+    in the order (restart, sample), so that no gradient is computed for a sample that is settled. Its options autocast,
+    compile, graph and memory_format hold, and the verdicts are those of the model under them; chunk does not. Any other
+    attack, and one of fastadv on another model, is called batch by batch, and what it returns is judged.
 
     Args:
         model: any callable from images to logits (N, C), as in `Attack`.
@@ -79,8 +83,9 @@ def evaluate(
             fooled.
 
     Returns:
-        A dict for `json.dump`: "clean_accuracy"; "clean_correct" (a bool per sample); "attacks", a list of {"attack",
-        "eps", "robust_accuracy", "passes" (gradients of one image; null where not known), "seconds",
+        A dict for `json.dump`: "clean_accuracy"; "clean_correct" (a bool per sample); "no_prediction" (clean samples
+        that get none); "attacks", a list of {"attack", "eps", "robust_accuracy", "no_prediction" (samples that are
+        fooled because they get none), "passes" (gradients of one image; null where not known), "seconds",
         "nonfinite_losses", "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
         where there is none or it is not known), "settings", with save_images also "robust_accuracy_8bit"}; "warnings"
         (also given by `warnings.warn`); "settings"; "versions".
@@ -141,7 +146,8 @@ class _Run:
         self._objective = Objective(model, "ce")
         self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
-        self.correct = self.clean.argmax(1) == labels
+        said = predicted(self.clean)
+        self.correct, self.silent = said == labels, int((said == NONE).sum())
         self._first = torch.arange(slots, device=labels.device)
         self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first))))
 
@@ -227,7 +233,9 @@ class _Run:
             images = self._staged(rows)
             with seeded(self.seed + i), torch.enable_grad():
                 adv = trial.opponent(to_float(images), self.labels[rows]).detach()
-            wrong = (self._objective.logits(adv).argmax(1) != self.labels[rows])[: len(chunk)]
+            said = predicted(self._objective.logits(adv))[: len(chunk)]
+            wrong = said != self.labels[chunk]
+            verdicts.said[chunk] = said
             verdicts.step[chunk[wrong]] = 0
             verdicts.restart[chunk[~wrong]] = 1
             if trial.gallery is not None:
@@ -248,12 +256,15 @@ class _Run:
         if ours:
             first = self._first
             self._warn(suspicions.of_gradients(self._objective, to_float(self._staged(first)), self.labels[first]))
+        silenced = [(trial.opponent.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
+        self._warn(suspicions.of_predictions([("no attack", self.silent), *silenced], n))
         self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
         robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
         self._warn(suspicions.of_accuracies(robust))
         return {
             "clean_accuracy": int(self.correct.sum()) / n,
             "clean_correct": self.correct.tolist(),
+            "no_prediction": self.silent,
             "attacks": results,
             "warnings": self.notes,
         }
@@ -274,6 +285,7 @@ class _Run:
             "eps": opponent.eps,
             "robust_accuracy": int(self._robust(trial).sum()) / n,
             **saved,
+            "no_prediction": int(verdicts.silenced.sum()),
             "passes": verdicts.passes if opponent.ours else None,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
@@ -289,7 +301,7 @@ def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:
     tensors, facts = {}, []
     for i, trial in enumerate(trials):
         verdicts = trial.verdicts
-        tensors |= {f"{i}.restart": verdicts.restart, f"{i}.step": verdicts.step}
+        tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in KEPT}
         if trial.gallery is not None:
             tensors[f"{i}.right"] = trial.gallery.right
         facts.append({"passes": verdicts.passes, "nonfinite": verdicts.nonfinite, "seconds": trial.seconds})
@@ -303,7 +315,8 @@ def _load(file: StateFile, trials: Sequence[_Trial]) -> None:
     tensors, facts = loaded
     for i, (trial, known) in enumerate(zip(trials, facts["attacks"], strict=True)):
         verdicts, device = trial.verdicts, trial.verdicts.todo.device
-        verdicts.restart, verdicts.step = (tensors[f"{i}.{name}"].to(device) for name in ("restart", "step"))
+        for name in KEPT:
+            setattr(verdicts, name, tensors[f"{i}.{name}"].to(device))
         verdicts.passes, verdicts.nonfinite, trial.seconds = (known[k] for k in ("passes", "nonfinite", "seconds"))
         if trial.gallery is not None:
             trial.gallery.right = tensors[f"{i}.right"].to(device)

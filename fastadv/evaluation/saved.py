@@ -11,7 +11,7 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "fastadv"  # one key: safetensors writes several in random order
 
 

@@ -10,6 +10,7 @@ import torch
 
 from fastadv.attacks.base import Attack
 from fastadv.attacks.objective import Objective
+from fastadv.attacks.verdicts import SILENT, predicted
 
 CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
 ZERO = 0.05
@@ -18,13 +19,14 @@ ZERO = 0.05
 def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
     """About the outputs for one batch: are they the same again, and are they logits?"""
     outputs = logits(images)
-    allowed = CHANGE * outputs.abs().max()
-    if (logits(images) - outputs).abs().max() > allowed:
+    # A class that cannot be has a logit of -inf, which is no scale and equals itself.
+    allowed = CHANGE * outputs.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    if ((logits(images) - outputs).abs() > allowed).any():
         yield (
             "the model's output is random: two calls with the same images differ. An attack then needs the gradient "
             "of many draws, and the verdicts hold for one draw"
         )
-    elif (logits(images.flip(0)).flip(0) - outputs).abs().max() > allowed:
+    elif ((logits(images.flip(0)).flip(0) - outputs).abs() > allowed).any():
         yield (
             "the model's output for an image depends on the others in its batch, and the queue mixes batches: is "
             "batch-norm using the batch's statistics?"
@@ -39,13 +41,20 @@ def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
 def of_gradients(objective: Objective, images: torch.Tensor, labels: torch.Tensor) -> Iterator[str]:
     """About the gradient at one batch of images, those classified correctly."""
     grad, _, logits = objective.gradient(images, labels)
-    correct = logits.argmax(1) == labels
+    correct = predicted(logits) == labels
     zero = correct & ~grad.flatten(1).any(1)
     if zero.sum() > ZERO * correct.sum():
         yield (
             f"the gradient is zero for {int(zero.sum())} of {int(correct.sum())} images: an attack by gradients "
             "cannot find its way. Is something in the model rounded or saturated?"
         )
+
+
+def of_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[str]:
+    """About (name, samples without a prediction), of so many images."""
+    for name, count in counts:
+        if count:
+            yield f"no prediction for {count} of {images} images under {name}, counted as wrong: {SILENT}"
 
 
 def of_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:
