@@ -11,6 +11,8 @@ import torch
 from fastadv.attacks.base import Attack
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.verdicts import SILENT, predicted
+from fastadv.evaluation.foreign import Reach
+from fastadv.evaluation.opponents import Opponent
 
 CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
 ZERO = 0.05
@@ -55,6 +57,26 @@ def of_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[s
     for name, count in counts:
         if count:
             yield f"no prediction for {count} of {images} images under {name}, counted as wrong: {SILENT}"
+
+
+def of_reach(opponent: Opponent, reach: Reach) -> Iterator[str]:
+    """About where the images are that an attack of another library returned."""
+    if reach.nonfinite:
+        yield (
+            f"{reach.nonfinite} of the images that {opponent.title} returned are not finite: they get no prediction "
+            "and are counted as wrong"
+        )
+    if reach.leaves_box():
+        yield (
+            f"the images that {opponent.title} returned go from {reach.low:.6g} to {reach.high:.6g}, beyond [0, 1]: "
+            "its robust accuracy is left out"
+        )
+    if reach.exceeds(opponent.eps, opponent.norm):
+        yield (
+            f"the images that {opponent.title} returned are up to {reach.linf:.6g} in L-inf and {reach.l2:.6g} in L2 "
+            f"from the clean ones, beyond its eps of {opponent.eps:.6g}: its robust accuracy is left out. Does it take "
+            "images in [0, 1], and its eps in their unit?"
+        )
 
 
 def of_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:

@@ -421,7 +421,10 @@ class Run:
         return result | {"eval_s": time.perf_counter() - start}
 
     def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
-        return self._agreed(robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device))
+        found = robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device)
+        if found["robust_accuracy"] is None:  # its warning says how far it went
+            raise ValueError(f"eval_attack {_name(attack)} leaves its eps or [0, 1]: weights cannot be chosen by it")
+        return self._agreed(found)
 
     def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
