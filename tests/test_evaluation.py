@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from matplotlib.image import imread
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -33,7 +35,7 @@ EPS, SLOTS = 16 / 255, 7
 
 
 class Net(nn.Module):
-    """A small float64 network that counts its calls, sees their shapes, and can be cut."""
+    """A small float64 network that sees the shapes of its calls, in each of which there is one `sin`."""
 
     def __init__(self, inputs=48):
         super().__init__()
@@ -42,12 +44,10 @@ class Net(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4)
-        self.shapes, self.cut_at = [], None
+        self.shapes = []
 
     def forward(self, x):
         self.shapes.append(tuple(x.shape))
-        if len(self.shapes) == self.cut_at:
-            raise Cut
         return self.logits(x)
 
     def logits(self, x):
@@ -56,6 +56,23 @@ class Net(nn.Module):
 
 class Cut(BaseException):
     """As a kill: nothing is meant to handle it."""
+
+
+class CutAt(TorchFunctionMode):
+    """Ends the `count`-th call of a Net, from outside: nothing of the model or the attack is another one."""
+
+    def __init__(self, count, end=None):
+        super().__init__()
+        self.left, self.end = count, end
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.sin:
+            self.left -= 1
+            if self.left == 0:
+                if self.end is None:
+                    raise Cut
+                self.end()
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -325,11 +342,9 @@ def test_the_model_sees_one_shape(net, samples, tmp_path):
 def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
     net.first.weight.requires_grad_(False)
     net.second.training = False
-    for net.cut_at in (12, None):
-        try:
+    for end in (pytest.raises(Cut), CutAt(12)), (nullcontext(), nullcontext()):
+        with end[0], end[1]:
             evaluate(net, samples, [hardest(net)], slots=SLOTS)
-        except Cut:
-            assert net.cut_at == 12
         assert [module.training for module in net.modules()] == [True, True, False]
         assert [p.requires_grad for p in net.parameters()] == [False, True, True, True]
         assert all(p.grad is None for p in net.parameters())
@@ -352,10 +367,8 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
         return two_attacks(model, samples, pool=pool, save_images=tmp_path / f"{options}", **options)
 
     whole = run(net)
-    first = Net()
-    first.cut_at = int(share * len(net.shapes))
-    with pytest.raises(Cut):
-        run(first, state=path)
+    with pytest.raises(Cut), CutAt(int(share * len(net.shapes))):
+        run(Net(), state=path)
     saved = [known["passes"] for known in facts(path)["attacks"]]
     assert (saved[0] > 0, saved[1] > 0) == (True, share == 0.9)
 
@@ -380,7 +393,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
 CHILD = """
 import os, signal, sys
 import torch
-from test_evaluation import Net, forty_samples, two_attacks
+from test_evaluation import CutAt, Net, forty_samples, two_attacks
 from fastadv.evaluation import robustness
 
 path, where, fatal = sys.argv[1:]
@@ -395,7 +408,7 @@ def dies_in(function):
     return call
 
 if where == "model":
-    Net.forward = dies_in(Net.forward)
+    CutAt(int(fatal), lambda: os.kill(os.getpid(), signal.SIGKILL)).__enter__()
 else:
     os.fsync = dies_in(os.fsync)
 torch.set_num_threads(1)
@@ -443,10 +456,8 @@ def test_another_librarys_attack_goes_on_too(net, samples, tmp_path, monkeypatch
         return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], slots=SLOTS, **options)
 
     whole = run(net)
-    first = Net()
-    first.cut_at = 25
-    with pytest.raises(Cut):
-        run(first, state=tmp_path / "state")
+    with pytest.raises(Cut), CutAt(25):
+        run(Net(), state=tmp_path / "state")
     second = Net()
     assert run(second, state=tmp_path / "state")["attacks"][0]["fooled"] == whole["attacks"][0]["fooled"]
     assert len(second.shapes) < len(net.shapes)
@@ -461,26 +472,31 @@ def other_image(options):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "named"),
     [
-        other_weights,
-        other_image,
-        lambda options: options.update(seed=1),
-        lambda options: options.update(iterate="last"),
-        lambda options: options.update(eps=EPS / 2),
-        lambda options: options.update(attacks=["pgd"]),
+        (other_weights, "the model's weights, the model"),
+        (other_image, "images"),
+        (lambda options: options.update(seed=1), r"seed \(0 there, 1 here\)"),
+        (lambda options: options.update(iterate="last"), r"iterate \('any' there, 'last' here\)"),
+        (lambda options: options.update(eps=EPS / 2), r"eps of attack 1 \(0.06.* there, 0.03.* here\)"),
+        (lambda options: options.update(attacks=["pgd"]), r"attack of attack 1 \('fgsm' there, 'pgd' here\)"),
+        (None, None),
     ],
-    ids=["weights", "image", "seed", "iterate", "eps", "attack"],
+    ids=["weights", "image", "seed", "iterate", "eps", "attack", "nothing"],
 )
-def test_a_state_of_another_run_is_refused(net, samples, tmp_path, change):
-    options = {"net": net, "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
+def test_a_state_of_another_run_is_refused_and_what_differs_is_named(samples, tmp_path, change, named):
+    options = {"net": Net(), "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
 
     def run(net, samples, attacks, **options):
-        return evaluate(net, samples, attacks, slots=SLOTS, state=tmp_path / "state", **options)
+        return evaluate(net, samples, attacks, slots=SLOTS, state=tmp_path / "state", **options)["attacks"]
 
-    run(**options)
+    first = run(**options)
+    options["net"] = Net()
+    if change is None:
+        assert run(**options) == first
+        return
     change(options)
-    with pytest.raises(ValueError, match="state of another run"):
+    with pytest.raises(ValueError, match=f"state of another run, which differs in.*{named}"):
         run(**options)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks.checks import highest
@@ -23,11 +24,12 @@ from fastadv.data import to_float
 from fastadv.evaluation import suspicions
 from fastadv.evaluation.alone import alone
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
+from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery
 from fastadv.evaluation.opponents import EPS, Opponent, is_several, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
-from fastadv.evaluation.saved import StateFile, fingerprint
+from fastadv.evaluation.saved import StateFile
 from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds
 from fastadv.version import __version__
@@ -83,7 +85,9 @@ def evaluate(
             libraries' attacks the generators of torch, NumPy and Python are seeded from those of a batch's samples, and
             put back.
         device: where to evaluate; None means the model's, or where the images are if it has no parameters.
-        state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it.
+        state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it. It
+            belongs to the settings, the data, the model and the attacks, with all that these hold or close over; an
+            attribute `fastadv_key`, a string, says instead what one of them is.
         save_images: a folder for the adversarial images as PNG, of the iterate that fooled or the last one. Each pixel
             is the nearest 8-bit code within the budget; they are classified again.
         progress: show a progress bar (on a terminal only); its remaining time is what is needed if nothing more is
@@ -101,7 +105,8 @@ def evaluate(
         by more than rounding, its robust accuracy is null, and a warning says how far it went.
 
     Raises:
-        TypeError: images or labels are of a wrong dtype, or the model's output is.
+        TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
+            hold something that cannot be told from another one, such as an open file.
         ValueError: there are no images; an option, a shape or a label is wrong; or `state` belongs to another run.
 
     Source: Madry et al. 2018 (arXiv 1706.06083, section 5) for robust accuracy under PGD with restarts.
@@ -118,7 +123,7 @@ def evaluate(
     slots = min(slots, len(images))
     settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
     settings["attacks"] = [each.facts() for each in against]
-    file = StateFile(state, fingerprint(settings, (images, labels), model)) if state else None
+    file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
     with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model):
         run = _Run(model, images, labels, iterate == "last", slots, pool, seed)
         trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
@@ -315,6 +320,19 @@ class _Run:
             **first,
             "settings": opponent.facts(),
         }
+
+
+def _identity(settings, model, images, labels, against: Sequence[Opponent]) -> str:
+    """Of a run, for its state."""
+    parts = {name: value for name, value in settings.items() if name != "attacks"}
+    for number, (opponent, facts) in enumerate(zip(against, settings["attacks"], strict=True), 1):
+        attack = f"attack {number}"
+        parts |= {f"{name} of {attack}": value for name, value in facts.items()} | {attack: opponent.attack}
+    weights = model.state_dict() if isinstance(model, nn.Module) else {}
+    run = fingerprint({**parts, "images": images, "labels": labels, "the model's weights": weights, "the model": model})
+    if untold(run):
+        raise TypeError(f"there is no state for such a run: {', '.join(untold(run))}")
+    return run
 
 
 def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:

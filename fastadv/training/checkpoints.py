@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from fastadv._extras import require
+from fastadv.evaluation.identity import differences
 from fastadv.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 
 Groups = dict[str, dict[str, torch.Tensor]]
@@ -101,10 +102,12 @@ class Checkpoints:
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
         facts = json.loads(body)
-        if (facts["format"], facts["run"]) != (FORMAT, self.run):
+        if facts["format"] != FORMAT:
+            raise OtherRunError(f"{self.folder} holds a state of another version of fastadv: remove it to begin again")
+        if facts["run"] != self.run:
             raise OtherRunError(
-                f"{self.folder} holds the state of another run: other settings, data or weights. Choose another "
-                "folder, or remove it to begin again"
+                f"{self.folder} holds the state of another run, which differs in "
+                f"{differences(self.run, facts['run'])}. Choose another folder, or remove it to begin again"
             )
         return facts
 

@@ -19,8 +19,8 @@ from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples
 from fastadv.data import to_float
+from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
-from fastadv.evaluation.saved import fingerprint
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
@@ -43,6 +43,7 @@ logger = logging.getLogger("fastadv")
 # What the seeds of other things than the attack have in place of the epoch.
 AUGMENTING = 2**31  # and the epoch
 ORDERING = 2**32 - 1
+FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
 
@@ -145,6 +146,10 @@ class Run:
         groups, facts = self.checkpoints.load() or (None, None)
         if facts is not None:
             self.at = Place(**facts["place"])
+            if self.at.epoch > sum(stage.epochs for stage in self.settings.stages):
+                raise ValueError(
+                    f"the run in {folder} has {self.at.epoch} epochs behind it, more than it is to have now"
+                )
             if facts["machine"] != self._machine():
                 warnings.warn(
                     f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
@@ -158,10 +163,16 @@ class Run:
         return groups
 
     def _fingerprint(self) -> str:
-        data = [t for part in ((self.images, self.labels), self.val, self.test) if part is not None for t in part]
-        trainer = self.trainer
-        known = {"eps": trainer.eps, "attack": _name(trainer.attack), "eval_attack": _name(trainer.eval_attack)}
-        return fingerprint(known | asdict(self.settings) | {"checkpoint_s": None}, data, self.model)
+        """Of all that past steps depend on: not of how many epochs there are, nor of when it evaluates and saves."""
+        trainer, parts = self.trainer, ((self.images, self.labels), self.val, self.test)
+        settings = {name: v for name, v in asdict(self.settings).items() if name not in FREE}
+        attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
+        data = dict(zip(("training data", "validation data", "test data"), parts, strict=True))
+        model = {"the model's weights": self.model.state_dict(), "the model": self.model}
+        run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **model})
+        for what in untold(run):
+            warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
+        return run
 
     def _machine(self) -> dict:
         return {
