@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastadv import cli, data, models
-from fastadv.commands import pretrain
+from fastadv.commands import predict, pretrain
 from fastadv.models.networks import resnet
 from fastadv.preprocessing import Preprocessing
 
@@ -82,6 +83,25 @@ def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tune
         assert row["probability"] == row[row["class"]]
     right = sum(f"/{row['class']}/" in row["picture"] for row in rows)
     assert right >= 54
+
+
+class Blind(torch.nn.Module):
+    """Tells colours by their channel; NaN for what is dark, and the same for every class where it is white."""
+
+    def forward(self, images):
+        means = images.mean((2, 3))
+        return torch.where(means.amax(1, keepdim=True) < 0.1, torch.nan, (10 * means).round())
+
+
+def test_a_picture_without_a_prediction_gets_no_class(tuned, tmp_path):
+    colours = {"0": (200, 0, 0), "1": (0, 0, 0), "2": (255, 255, 255), "3": (0, 0, 200), "4": (200, 200, 0)}
+    for name, colour in colours.items():
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{name}.png")
+    model = SimpleNamespace(pixels=Blind(), preprocessing=Preprocessing((16, 16)), classes=("r", "g", "b"))
+    with pytest.warns(UserWarning, match="no prediction for 2 of 5 pictures"):
+        rows = list(predict.predictions(model, [tmp_path / f"{i}.png" for i in range(5)], torch.device("cpu")))
+    assert [row[1] for row in rows] == ["r", "no prediction", "no prediction", "b", "r"]
+    assert [row[2] == "" for row in rows] == [False, True, True, False, False]
 
 
 def test_one_picture_goes_to_the_terminal(photos, tuned, capsys):

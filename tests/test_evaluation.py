@@ -2,23 +2,29 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
 from matplotlib.image import imread
+from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastadv import cli, data, models, random_init, sample_seeds
-from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, by_name
+from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, Normalized, by_name
 from fastadv.evaluation import evaluate, robustness, suspicions
 from fastadv.evaluation.images import nearest_codes
 from fastadv.evaluation.queue import READ_EVERY, Queue
@@ -29,7 +35,7 @@ EPS, SLOTS = 16 / 255, 7
 
 
 class Net(nn.Module):
-    """A small float64 network that counts its calls, sees their shapes, and can be cut."""
+    """A small float64 network that sees the shapes of its calls, in each of which there is one `sin`."""
 
     def __init__(self, inputs=48):
         super().__init__()
@@ -38,12 +44,10 @@ class Net(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 4)
-        self.shapes, self.cut_at = [], None
+        self.shapes = []
 
     def forward(self, x):
         self.shapes.append(tuple(x.shape))
-        if len(self.shapes) == self.cut_at:
-            raise Cut
         return self.logits(x)
 
     def logits(self, x):
@@ -52,6 +56,23 @@ class Net(nn.Module):
 
 class Cut(BaseException):
     """As a kill: nothing is meant to handle it."""
+
+
+class CutAt(TorchFunctionMode):
+    """Ends the `count`-th call of a Net, from outside: nothing of the model or the attack is another one."""
+
+    def __init__(self, count, end=None):
+        super().__init__()
+        self.left, self.end = count, end
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.sin:
+            self.left -= 1
+            if self.left == 0:
+                if self.end is None:
+                    raise Cut
+                self.end()
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -311,18 +332,19 @@ def test_the_guard_sees_a_read():
 
 def test_the_model_sees_one_shape(net, samples, tmp_path):
     theirs = torchattacks.PGD(net, eps=EPS, steps=2)
-    evaluate(net, samples, ["fgsm", hardest(net), theirs], slots=SLOTS, save_images=tmp_path)
+    evaluate(net, samples, ["fgsm", hardest(net)], slots=SLOTS, save_images=tmp_path)
     assert set(net.shapes) == {(SLOTS, 3, 4, 4)}
+    net.shapes.clear()
+    evaluate(net, samples, [theirs], slots=SLOTS, save_images=tmp_path)
+    assert set(net.shapes) == {(SLOTS, 3, 4, 4), (36 % SLOTS, 3, 4, 4)}  # another library's is not paid for copies
 
 
 def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
     net.first.weight.requires_grad_(False)
     net.second.training = False
-    for net.cut_at in (12, None):
-        try:
+    for end in (pytest.raises(Cut), CutAt(12)), (nullcontext(), nullcontext()):
+        with end[0], end[1]:
             evaluate(net, samples, [hardest(net)], slots=SLOTS)
-        except Cut:
-            assert net.cut_at == 12
         assert [module.training for module in net.modules()] == [True, True, False]
         assert [p.requires_grad for p in net.parameters()] == [False, True, True, True]
         assert all(p.grad is None for p in net.parameters())
@@ -345,10 +367,8 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
         return two_attacks(model, samples, pool=pool, save_images=tmp_path / f"{options}", **options)
 
     whole = run(net)
-    first = Net()
-    first.cut_at = int(share * len(net.shapes))
-    with pytest.raises(Cut):
-        run(first, state=path)
+    with pytest.raises(Cut), CutAt(int(share * len(net.shapes))):
+        run(Net(), state=path)
     saved = [known["passes"] for known in facts(path)["attacks"]]
     assert (saved[0] > 0, saved[1] > 0) == (True, share == 0.9)
 
@@ -373,7 +393,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
 CHILD = """
 import os, signal, sys
 import torch
-from test_evaluation import Net, forty_samples, two_attacks
+from test_evaluation import CutAt, Net, forty_samples, two_attacks
 from fastadv.evaluation import robustness
 
 path, where, fatal = sys.argv[1:]
@@ -388,7 +408,7 @@ def dies_in(function):
     return call
 
 if where == "model":
-    Net.forward = dies_in(Net.forward)
+    CutAt(int(fatal), lambda: os.kill(os.getpid(), signal.SIGKILL)).__enter__()
 else:
     os.fsync = dies_in(os.fsync)
 torch.set_num_threads(1)
@@ -436,10 +456,8 @@ def test_another_librarys_attack_goes_on_too(net, samples, tmp_path, monkeypatch
         return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], slots=SLOTS, **options)
 
     whole = run(net)
-    first = Net()
-    first.cut_at = 25
-    with pytest.raises(Cut):
-        run(first, state=tmp_path / "state")
+    with pytest.raises(Cut), CutAt(25):
+        run(Net(), state=tmp_path / "state")
     second = Net()
     assert run(second, state=tmp_path / "state")["attacks"][0]["fooled"] == whole["attacks"][0]["fooled"]
     assert len(second.shapes) < len(net.shapes)
@@ -454,26 +472,31 @@ def other_image(options):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "named"),
     [
-        other_weights,
-        other_image,
-        lambda options: options.update(seed=1),
-        lambda options: options.update(iterate="last"),
-        lambda options: options.update(eps=EPS / 2),
-        lambda options: options.update(attacks=["pgd"]),
+        (other_weights, "the model's weights, the model"),
+        (other_image, "images"),
+        (lambda options: options.update(seed=1), r"seed \(0 there, 1 here\)"),
+        (lambda options: options.update(iterate="last"), r"iterate \('any' there, 'last' here\)"),
+        (lambda options: options.update(eps=EPS / 2), r"eps of attack 1 \(0.06.* there, 0.03.* here\)"),
+        (lambda options: options.update(attacks=["pgd"]), r"attack of attack 1 \('fgsm' there, 'pgd' here\)"),
+        (None, None),
     ],
-    ids=["weights", "image", "seed", "iterate", "eps", "attack"],
+    ids=["weights", "image", "seed", "iterate", "eps", "attack", "nothing"],
 )
-def test_a_state_of_another_run_is_refused(net, samples, tmp_path, change):
-    options = {"net": net, "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
+def test_a_state_of_another_run_is_refused_and_what_differs_is_named(samples, tmp_path, change, named):
+    options = {"net": Net(), "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
 
     def run(net, samples, attacks, **options):
-        return evaluate(net, samples, attacks, slots=SLOTS, state=tmp_path / "state", **options)
+        return evaluate(net, samples, attacks, slots=SLOTS, state=tmp_path / "state", **options)["attacks"]
 
-    run(**options)
+    first = run(**options)
+    options["net"] = Net()
+    if change is None:
+        assert run(**options) == first
+        return
     change(options)
-    with pytest.raises(ValueError, match="state of another run"):
+    with pytest.raises(ValueError, match=f"state of another run, which differs in.*{named}"):
         run(**options)
 
 
@@ -595,11 +618,12 @@ def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samp
 
 def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
     def broken(x):
-        return net(x) * torch.nan
+        clean = torch.cdist(x.flatten(1).detach(), samples[0].flatten(1)).amin(1) < 1e-6
+        return torch.where(clean[:, None], net(x), torch.nan)
 
     attacks = [FGSM(broken, EPS), PGDL2(broken, 0.25, 0.1, 1)]
     with pytest.warns(UserWarning, match="not finite"):
-        report = evaluate(broken, (samples[0], torch.zeros(40).long()), attacks, slots=SLOTS)
+        report = evaluate(broken, samples, attacks, slots=SLOTS)
     notes = [note for note in report["warnings"] if "not finite" in note]
     assert [note.split(" losses under ")[1].split(" were")[0] for note in notes] == ["FGSM at 16/255", "PGDL2 at 0.25"]
 
@@ -607,10 +631,211 @@ def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
 def test_an_attack_on_another_model_is_a_transfer(net, samples):
     weak = lambda x: net(1 - x)  # noqa: E731
     attack = PGD(weak, EPS, EPS, 1, random_start=False)
-    result = evaluate(net, samples, [attack], slots=SLOTS)["attacks"][0]
+    result = evaluate(net, samples, attack, slots=SLOTS)["attacks"][0]  # a single one is as good as a list
     right = net(samples[0]).argmax(1) == samples[1]
     fooled = right & (net(attack(*samples)).argmax(1) != samples[1])
     assert result["fooled"] == fooled.tolist()
+
+
+class Foreign:
+    """Any attack of another library: `call` makes what it returns."""
+
+    def __init__(self, call, **attributes):
+        self.call, self.seen = call, []
+        vars(self).update(attributes)
+
+    def __call__(self, images, labels):
+        self.seen.append((images.clone(), labels))
+        return self.call(images, labels)
+
+
+def moved(images, linf, l2):
+    """Images that are `linf` away in one pixel and about `l2` in all."""
+    rest = images[0].numel() - 1
+    delta = torch.full_like(images, ((l2**2 - linf**2) / rest) ** 0.5).flatten(1)
+    delta[:, 7] = linf
+    inwards = torch.where(images > 0.5, -1.0, 1.0)
+    return images + inwards * delta.view_as(images)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda adv: adv.numpy(),
+        lambda adv: adv.numpy()[:, ::-1][:, ::-1].astype("float64"),
+        lambda adv: (adv, torch.ones(len(adv), dtype=torch.bool)),
+        lambda adv: [adv.numpy(), None],
+        lambda adv: adv.requires_grad_(),
+        lambda adv: adv.float(),
+    ],
+    ids=["array", "float64 array", "pair", "list", "with a graph", "float32"],
+)
+def test_what_an_attack_returns_may_have_several_forms(net, samples, form):
+    attack = Foreign(lambda images, labels: form(moved(images, 0.05, 0.3)))
+    result = evaluate(net, samples, [attack], slots=SLOTS)["attacks"][0]
+    images, labels = samples
+    wrong = net(moved(images, 0.05, 0.3)).argmax(1) != labels
+    assert result["fooled"] == (wrong & (net(images).argmax(1) == labels)).tolist()
+    assert result["largest_linf"] == pytest.approx(0.05, abs=1e-6)
+    assert result["largest_l2"] == pytest.approx(0.3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda images: images[:2], ValueError, r"shape \(7, 3, 4, 4\).*it returned the shape \(2, 3, 4, 4\)"),
+        (lambda images: images.flatten(1), ValueError, r"it returned the shape \(7, 48\)"),
+        (lambda images: None, TypeError, "it returned a NoneType"),
+        (lambda images: (images, images, images), TypeError, "it returned a tuple"),
+        (lambda images: (images * 255).long(), TypeError, "it returned torch.int64"),
+        (lambda images: [image.tolist() for image in images], TypeError, "it returned a list"),
+    ],
+)
+def test_what_is_no_images_is_refused_in_words(net, samples, returned, error, message):
+    with pytest.raises(error, match=f"must return the adversarial images.*{message}"):
+        evaluate(net, samples, [Foreign(lambda images, labels: returned(images))], slots=SLOTS)
+
+
+@pytest.mark.parametrize(
+    ("linf", "l2", "attributes", "kept", "title"),
+    [
+        (0.0399, 0.2, {"eps": 0.04}, True, "Foreign at 0.04"),
+        (0.0401, 0.2, {"eps": 0.04}, False, "Foreign at 0.04"),
+        (0.0401, 0.2, {"epsilon": 0.04, "norm": "Linf"}, False, "Foreign at 10.2/255"),
+        (0.04 + 9e-7, 0.2, {"eps": 0.04}, True, ""),  # rounding
+        (0.04 + 2e-6, 0.2, {"eps": 0.04}, False, "Foreign at 0.04"),
+        (0.2, 0.2999, {"eps": 0.3, "norm": "L2"}, True, ""),
+        (0.2, 0.3001, {"eps": 0.3, "norm": "L2"}, False, "Foreign at 0.3 "),
+        (0.2, 0.3001, {"eps": 0.3}, True, ""),  # perhaps L-inf: not known to be beyond
+        (0.2, 0.3001, {"eps": None}, True, ""),
+    ],
+)
+def test_images_beyond_the_attacks_own_eps_give_no_figure(net, samples, recwarn, linf, l2, attributes, kept, title):
+    attack = Foreign(lambda images, labels: moved(images, linf, l2), **attributes)
+    report = evaluate(net, samples, [attack], slots=SLOTS)
+    result = report["attacks"][0]
+    assert (result["largest_linf"], result["largest_l2"]) == pytest.approx((linf, l2), abs=1e-9)
+    if kept:
+        assert not report["warnings"]
+        assert not recwarn.list
+        assert result["robust_accuracy"] == (36 - sum(result["fooled"])) / 40
+    else:
+        assert result["robust_accuracy"] is None
+        (note,) = report["warnings"]
+        assert title in note
+        assert "beyond its eps" in note
+        assert "255" not in note or attributes.get("norm") == "Linf"
+        assert robustness.robust_accuracy(net, samples, attack, slots=SLOTS)["robust_accuracy"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_a_unit_in_the_last_place_is_no_transgression(dtype, recwarn):
+    net = Net().float()
+    clean = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    images = (clean * 255).to(dtype) if dtype == torch.uint8 else clean.to(dtype)
+    pixels = images / 255 if dtype == torch.uint8 else images
+    labels = net(pixels).argmax(1)
+    attack = Foreign(lambda x, y: (x.float() + 8 / 255 * (torch.rand_like(x.float()) - 0.5).sign()).clamp(0, 1).to(x))
+    attack.eps = 8 / 255
+    result = evaluate(net, (images, labels), [attack], slots=4)["attacks"][0]
+    assert result["robust_accuracy"] is not None
+    assert result["largest_linf"] == pytest.approx(8 / 255, abs=0.004 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize(("shift", "kept"), [(9e-7, True), (2e-5, False)])
+def test_images_that_leave_the_box_give_no_figure(net, samples, shift, kept):
+    def call(images, labels):
+        adv = images.clone()
+        adv[0, 0, 0, 0], adv[0, 0, 0, 1] = -shift, 1 + shift
+        return adv
+
+    report = evaluate(net, samples, [Foreign(call)], slots=SLOTS)
+    assert (report["attacks"][0]["robust_accuracy"] is not None) == kept
+    assert any("beyond [0, 1]" in note for note in report["warnings"]) != kept
+
+
+@pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_get_no_prediction(net, samples, pixel):
+    """Also of a model that gives one, because it puts something in their place."""
+
+    def model(x):
+        return net(x.nan_to_num(0.5, 0.5, 0.5))
+
+    def call(images, labels):
+        images[::3, 1, 2, 3] = pixel
+        return images
+
+    report = evaluate(model, samples, [Foreign(call, eps=0.1)], slots=SLOTS)
+    result = report["attacks"][0]
+    attacked = [i for i, right in enumerate(report["clean_correct"]) if right]
+    batches = [attacked[i : i + SLOTS] for i in range(0, 36, SLOTS)]
+    broken = {sample for batch in batches for sample in batch[::3]}
+    assert result["fooled"] == [i in broken for i in range(40)]
+    assert result["no_prediction"] == len(broken)
+    assert result["robust_accuracy"] == (36 - len(broken)) / 40
+    assert any(
+        f"{len(broken)} of the images that Foreign at 0.1 returned are not finite" in w for w in report["warnings"]
+    )
+
+
+def test_an_attack_that_writes_into_what_it_gets_is_measured_all_the_same(net, samples):
+    def call(images, labels):
+        labels.zero_()
+        return images.add_(0.5).clamp_(0, 1)
+
+    before = samples[0].clone(), samples[1].clone()
+    result = evaluate(net, samples, [Foreign(call, eps=0.1)], slots=64)["attacks"][0]
+    assert result["largest_linf"] == pytest.approx(0.5)
+    assert result["robust_accuracy"] is None
+    assert all(torch.equal(*pair) for pair in zip(samples, before, strict=True))
+    wrong = net((samples[0] + 0.5).clamp(0, 1)).argmax(1) != samples[1]
+    assert result["fooled"] == (wrong & (net(samples[0]).argmax(1) == samples[1])).tolist()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.rand(8),
+        lambda: torch.from_numpy(np.random.rand(8)),  # noqa: NPY002 (what other libraries draw from)
+        lambda: torch.tensor([random.random() for _ in range(8)]),
+    ],
+    ids=["torch", "numpy", "random"],
+)
+def test_batches_of_another_library_draw_each_their_own(net, samples, draw):
+    def run(seed, slots=SLOTS):
+        drawn = []
+        attack = Foreign(lambda images, labels: (drawn.append(draw()), images)[1])
+        evaluate(net, samples, [attack], slots=slots, seed=seed)
+        return [tuple(each.tolist()) for each in drawn]
+
+    after = draw()
+    first, again, other = run(0), run(0), run(1)
+    assert first == again
+    assert len(first) == 6
+    assert len({*first, *other}) == 12  # nor does a batch draw as the next one does under the next seed
+    assert not torch.equal(draw(), after)
+
+
+def test_the_generators_are_given_back_as_they_were(net, samples):
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    before = state()
+    evaluate(net, samples, [Foreign(lambda images, labels: (draw_all(), images)[1])], slots=SLOTS)
+    assert state() == before
+
+
+def draw_all():
+    return random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+
+
+def test_robust_accuracy_answers_for_every_eps(net, samples):
+    budgets = (EPS / 4, EPS / 2, EPS)
+    each = [robustness.robust_accuracy(net, samples, "pgd", eps=eps, slots=SLOTS)["robust_accuracy"] for eps in budgets]
+    assert each == sorted(each, reverse=True)
+    assert each[0] > each[-1]
+    for several in (budgets, list(budgets), np.array(budgets), torch.tensor(budgets, dtype=torch.float64)):
+        assert robustness.robust_accuracy(net, samples, "pgd", eps=several, slots=SLOTS)["robust_accuracy"] == each
 
 
 # Warnings
@@ -642,7 +867,8 @@ def test_suspicious_models_are_called_so(net, samples, recwarn, change, message)
 def test_losses_that_are_not_finite_are_counted(net, samples):
     def model(x):
         logits = net(x)
-        return torch.where(x.detach().flatten(1)[:, :1] > samples[0].flatten(1)[:, 0].median(), logits, torch.inf)
+        sound = x.detach().flatten(1)[:, :1] > samples[0].flatten(1)[:, 0].median()
+        return torch.where(sound | (logits < logits.amax(1, keepdim=True)), logits, torch.inf)
 
     with pytest.warns(UserWarning, match="not finite"):
         report = evaluate(model, samples, [PGD(model, 0.0, 0.0, 1, random_start=False)], slots=SLOTS)
@@ -724,6 +950,141 @@ def test_what_cannot_work_is_refused(net, samples, options, message):
 def test_data_of_a_wrong_type_are_refused(net, images, labels, message):
     with pytest.raises(TypeError, match=message):
         evaluate(net, (images, labels), ["fgsm"])
+
+
+def as_dicts(images, labels):
+    names = random.choice(["images", "image", "pixel_values", "img"]), random.choice(["labels", "label"])
+    return [dict(zip(names, pair, strict=True), other=3) for pair in zip(images, labels, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: (x.numpy(), y.numpy()),
+        lambda x, y: (x.numpy(), y.numpy().astype(np.int32)),
+        lambda x, y: [x.numpy(), y],
+        lambda x, y: TensorDataset(x, y),
+        lambda x, y: DataLoader(TensorDataset(x, y), 9),
+        lambda x, y: DataLoader(as_dicts(x, y), 9),
+        lambda x, y: as_dicts(x.split(9), y.split(9)),
+        lambda x, y: dict(zip(("images", "labels"), (x, y), strict=True)),
+        lambda x, y: ((a.numpy(), b.numpy()) for a, b in zip(x.split(9), y.split(9), strict=True)),
+    ],
+    ids=["arrays", "int32", "mixed", "dataset", "loader", "loader of dicts", "dicts", "dict", "generator of arrays"],
+)
+def test_data_come_in_many_forms(net, samples, form, recwarn):
+    samples[0].numpy().flags.writeable = False
+    expected, found = (evaluate(net, d, ["pgd"], slots=SLOTS) for d in (samples, form(*samples)))
+    assert found["clean_correct"] == expected["clean_correct"]
+    assert found["attacks"][0]["step"] == expected["attacks"][0]["step"]
+    assert not recwarn.list
+
+
+def test_numpys_float64_is_what_the_model_takes(samples):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    images, labels = (np.array(part) for part in samples)
+    expected = evaluate(net, (samples[0].float(), samples[1]), ["fgsm"])
+    assert evaluate(net, (images, labels), ["fgsm"])["attacks"][0]["fooled"] == expected["attacks"][0]["fooled"]
+
+
+class Pictures(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (4, 4)), i
+
+
+@pytest.mark.parametrize(
+    ("form", "got"),
+    [
+        (lambda x, y: DataLoader(TensorDataset(x, y, y), 9), "a list of 3 entries"),
+        (lambda x, y: TensorDataset(x, y, y), "a list of 3 entries"),
+        (lambda x, y: [{"inputs": x, "labels": y}], "the keys inputs, labels"),
+        (lambda x, y: x, "a Tensor"),
+        (lambda x, y: (x, y.tolist()), "labels that are a list"),
+        (lambda x, y: 3, "a int"),
+        (lambda x, y: "photos", "a str"),
+        (lambda x, y: Pictures(), "its samples make no batch"),
+        (lambda x, y: [x, x], "a pair"),
+    ],
+)
+def test_other_data_are_refused_with_what_is_wanted(net, samples, form, got):
+    if got == "a pair":
+        with pytest.raises(TypeError, match="labels must be an int64 tensor"):
+            evaluate(net, form(*samples), ["fgsm"])
+        return
+    with pytest.raises(TypeError, match=rf"a pair \(images, labels\).*got {got}|a pair.*{got}"):
+        evaluate(net, form(*samples), ["fgsm"])
+
+
+@pytest.mark.parametrize("excess", [1e-7, 9e-7])
+def test_images_that_rounding_put_beyond_the_box_are_put_back(net, samples, excess):
+    images = samples[0].clone()
+    images[0, 0, 0, 0], images[1, 0, 0, 0] = 1 + excess, -excess
+    before = images.clone()
+    attack = Foreign(lambda images, labels: images)
+    evaluate(net, (images, samples[1]), [attack], slots=64)
+    seen = attack.seen[0][0]
+    assert (seen.min(), seen.max()) == (0, 1)
+    assert torch.equal(images, before)
+    with pytest.raises(ValueError, match="images must be in"):
+        evaluate(net, (images + 1e-5, samples[1]), ["fgsm"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attacks": [PGD]}, TypeError, "the class PGD"),
+        ({"attacks": PGD}, TypeError, "the class PGD"),
+        ({"attacks": 0.5}, TypeError, "names or callables, got float"),
+        ({"eps": "8/255"}, TypeError, "eps must be a number in pixels"),
+        ({"eps": ["8"]}, TypeError, "eps must be a number in pixels"),
+        ({"eps": []}, TypeError, "eps must be a number in pixels"),
+        ({"eps": None}, TypeError, "eps must be a number in pixels"),
+        ({"eps": True}, TypeError, "eps must be a number in pixels"),
+        ({"eps": float("nan")}, ValueError, "pixels of"),
+        ({"eps": -0.1}, ValueError, "pixels of"),
+        ({"slots": 2.5}, TypeError, "slots must be an int"),
+        ({"pool": "3"}, TypeError, "pool must be an int"),
+        ({"seed": 1.5}, TypeError, "seed must be an int"),
+        ({"attacks": [FGSM(Net(), EPS)], "eps": EPS / 4}, ValueError, "eps is for attacks by name.*FGSM at 16/255"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(net, samples, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(net, samples, **{"attacks": ["fgsm"], **options})
+
+
+@pytest.mark.parametrize("eps", [np.float32(EPS), np.float64(EPS), torch.tensor(EPS), np.array([EPS, EPS / 2])])
+def test_numbers_are_taken_from_whichever_library(net, samples, eps):
+    found = [r["eps"] for r in evaluate(net, samples, "fgsm", eps=eps)["attacks"]]
+    assert found == pytest.approx([EPS, EPS / 2][: len(found)])
+    json.dumps(found)
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("around", [lambda m: m, lambda m: Normalized(m, 0.5, 0.5), nn.Sequential])
+def test_one_process_of_several_may_evaluate(samples, one_process, monkeypatch, around):
+    """What waits for the other processes is DistributedDataParallel's own forward."""
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).double()
+    calls, forward = [], nn.parallel.DistributedDataParallel.forward
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "forward", lambda *a: calls.append(1) or forward(*a))
+    wrapped = around(nn.parallel.DistributedDataParallel(inner))
+    attacks = [hardest(around(inner)), Foreign(lambda images, labels: FGSM(wrapped, EPS)(images, labels))]
+    found = evaluate(wrapped, samples, ["fgsm", "pgd", attacks[1]], slots=SLOTS)
+    assert not calls
+    expected = evaluate(around(inner), samples, ["fgsm", "pgd", attacks[1]], slots=SLOTS)
+    assert [r["fooled"] for r in found["attacks"]] == [r["fooled"] for r in expected["attacks"]]
+    calls.clear()
+    wrapped(samples[0])
+    assert calls == [1]
 
 
 # The command

@@ -28,6 +28,7 @@ from fastadv.attacks.normalized import Normalized, is_plain
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.rows import padded, part_of, per_sample, scalar, seeds_for
 from fastadv.attacks.state import as_normal, frozen, on
+from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
 from fastadv.functional import new_seed, random_init
 from fastadv.ops.autograd import result_like
@@ -300,11 +301,11 @@ class Attack(ABC):
     def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
         """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes.
 
-        No prediction, where logits are NaN, is not what it wants.
+        No prediction is wrong for every label, and reaches no target.
         """
         if logits is None or targets.is_floating_point():
             return None
-        return ((logits.argmax(1) == targets) == bool(self.targeted)) & ~logits.isnan().any(1)
+        return (predicted(logits) == targets) == bool(self.targeted)
 
     def engine(self, slots: Slots) -> Engine:
         """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from fastadv import models
 from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import NONE, SILENT, predicted
 from fastadv.commands.arguments import adder, load_model
 from fastadv.data import to_float
 from fastadv.data.pictures import extensions, read
@@ -58,14 +60,17 @@ def found(path: Path) -> list[Path]:
 def predictions(model: models.Model, paths: list[Path], device: torch.device) -> Iterator[tuple]:
     """(path, class, its probability, the probability of each class), for each picture.
 
-    A picture goes through the preprocessing of the validation images, bit for bit.
+    A picture goes through the preprocessing of the validation images, bit for bit. One for which the model gives no
+    prediction has these words for its class and nothing for its probability; at the end a warning counts them.
     """
-    network = model.pixels.to(device)
+    network, silent = model.pixels.to(device), 0
     with torch.no_grad(), frozen(network):
         for part in (paths[i : i + BATCH] for i in range(0, len(paths), BATCH)):
             images = torch.stack([torch.from_numpy(model.preprocessing.apply(read(path))) for path in part])
-            outputs = network(to_float(images.to(device)))
-            shares = find_logits(outputs, len(part)).float().softmax(1).cpu()
-            for path, row in zip(part, shares.tolist(), strict=True):
-                best = max(range(len(row)), key=row.__getitem__)
-                yield (str(path), model.classes[best], f"{row[best]:.6f}", *(f"{share:.6f}" for share in row))
+            logits = find_logits(network(to_float(images.to(device))), len(part)).float().cpu()
+            for path, best, row in zip(part, predicted(logits).tolist(), logits.softmax(1).tolist(), strict=True):
+                says = ("no prediction", "") if best == NONE else (model.classes[best], f"{row[best]:.6f}")
+                silent += best == NONE
+                yield (str(path), *says, *(f"{share:.6f}" for share in row))
+    if silent:
+        warnings.warn(f"no prediction for {silent} of {len(paths)} pictures: {SILENT}", stacklevel=2)

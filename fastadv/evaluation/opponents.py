@@ -1,10 +1,13 @@
 """What a model is evaluated against: attacks by name, of this package, or of any other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 
 import torch
 
-from fastadv.attacks import Attack, by_name
+from fastadv.attacks import PRESETS, Attack, by_name
+
+EPS = 8 / 255  # of attacks by name, where nothing else is said
 
 
 class Opponent:
@@ -12,16 +15,18 @@ class Opponent:
 
     def __init__(self, name: str, attack: Callable, model: Callable):
         self.name, self.attack = name, attack
-        self.eps = getattr(attack, "eps", getattr(attack, "epsilon", None))  # AutoAttack's is called epsilon
+        self.eps = _number(getattr(attack, "eps", getattr(attack, "epsilon", None)))  # AutoAttack's is called epsilon
+        self.norm = _norm(getattr(attack, "norm", None))
         self.ours = isinstance(attack, Attack) and attack.model is model
         if self.ours and attack.targeted is True:
             raise ValueError(f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely'")
         if self.ours and attack.training_mode != "eval":
             raise ValueError(f"{attack!r} attacks the model in another mode than the eval mode that is evaluated")
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> object:
+        """What the attack returns for floats (N, ...) and int64 (N,), of which it may do with its own as it likes."""
         call = self.attack if callable(self.attack) else self.attack.run_standard_evaluation
-        return call(images, labels)
+        return call(images.clone(), labels.clone())
 
     @property
     def restarts(self) -> int:
@@ -29,13 +34,16 @@ class Opponent:
 
     @property
     def title(self) -> str:
-        if self.eps is None:
-            return self.name
-        return f"{self.name} at " + (f"{255 * self.eps:.4g}/255" if self.is_linf else f"{self.eps:.4g}")
+        return self.name if self.eps is None else f"{self.name} at {self.budget}{'/255' if self.is_linf else ''}"
+
+    @property
+    def budget(self) -> str:
+        """Its eps as a number: of 1/255 in L-inf, else of whatever its unit is."""
+        return f"{255 * self.eps:.4g}" if self.is_linf else f"{self.eps:.4g}"
 
     @property
     def is_linf(self) -> bool:
-        return not isinstance(self.attack, Attack) or self.attack.norm == "Linf"
+        return self.norm == "Linf"
 
     def facts(self) -> dict:
         """Its name and public settings, as far as they are values that can be written down."""
@@ -45,21 +53,63 @@ class Opponent:
         return {"attack": self.name, "type": type(self.attack).__qualname__, **kept}
 
 
-def opponents(model: Callable, attacks: Sequence[str | Callable], budgets: Sequence[float]) -> Iterator[Opponent]:
-    """The attacks to evaluate `model` under, names at each of `budgets`.
+def opponents(
+    model: Callable, attacks: str | Callable | Sequence[str | Callable], eps: float | Sequence[float]
+) -> list[Opponent]:
+    """The attacks to evaluate `model` under, names at each of `eps`.
 
     Raises:
-        TypeError: an attack is neither a name nor anything that can be called.
-        ValueError: an unknown name, a wrong eps, or an attack that the verdict has no meaning for.
+        TypeError: an attack is neither a name nor anything that can be called, or a class; or eps is no number.
+        ValueError: an unknown name, a wrong eps or one that no attack asks for, or an attack that the verdict has no
+            meaning for.
     """
-    for attack in [attacks] if isinstance(attacks, str) else attacks:
+    budgets = budgets_of(eps)
+    against = []
+    for attack in [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else attacks:
         if isinstance(attack, str):
-            for eps in budgets:
-                yield Opponent(attack, by_name(attack, model, eps), model)
-        elif callable(attack) or hasattr(attack, "run_standard_evaluation"):
-            yield Opponent(getattr(attack, "__name__", type(attack).__name__), attack, model)
+            against += [Opponent(attack, by_name(attack, model, each), model) for each in budgets]
+        elif isinstance(attack, type):
+            raise TypeError(f"attacks are names or callables, got the class {attack.__name__}: call it with the model")
+        elif _is_attack(attack):
+            against.append(Opponent(getattr(attack, "__name__", type(attack).__name__), attack, model))
         else:
             raise TypeError(f"attacks are names or callables, got {type(attack).__name__}")
+    named = any(opponent.name in PRESETS for opponent in against)
+    unasked = set(budgets) - {EPS} - {opponent.eps for opponent in against}
+    if against and unasked and not named:
+        raise ValueError(
+            f"eps is for attacks by name, and none of {', '.join(opponent.title for opponent in against)} asks for "
+            f"{', '.join(f'{each:.6g}' for each in sorted(unasked))}: give an attack for each eps, or names"
+        )
+    return against
+
+
+def _is_attack(value) -> bool:
+    return isinstance(value, str) or callable(value) or hasattr(value, "run_standard_evaluation")
+
+
+def is_several(eps: object) -> bool:
+    return isinstance(eps, (tuple, list)) or getattr(eps, "ndim", 0) == 1
+
+
+def budgets_of(eps: float | Sequence[float]) -> list[float]:
+    """One or several, as a list."""
+    budgets = [_number(each) for each in (eps if is_several(eps) else [eps])]
+    if None in budgets or not budgets:
+        raise TypeError(f"eps must be a number in pixels of [0, 1], such as 8/255, or several of them, got {eps!r}")
+    return budgets
+
+
+def _number(value) -> float | None:
+    """A number, as Python's, NumPy's or a tensor's; None for anything else."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def _norm(said) -> str | None:
+    """The norm that an attack names as its own, in whatever spelling; None where it is not known."""
+    return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(str(said).lower())
 
 
 def _shown(value):

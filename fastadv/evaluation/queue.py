@@ -7,6 +7,7 @@ import torch
 from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.rows import per_sample
+from fastadv.attacks.verdicts import NONE, predicted
 from fastadv.functional import sample_seeds
 from fastadv.ops.autograd import result_like
 
@@ -17,7 +18,8 @@ class Verdicts:
     """What is known of each sample; from it alone a run goes on where it was cut.
 
     restart: restarts that the sample survived, int64 (N,); step: the step of restart `restart` at which it was fooled,
-    -1 where it was not, int64 (N,); todo: whether it is to be attacked at all, bool (N,); restarts: how many there are.
+    -1 where it was not, int64 (N,); said: the class that it was then taken for, -1 for none at all, int64 (N,); todo:
+    whether it is to be attacked at all, bool (N,); restarts: how many there are.
     passes: gradients computed for slots that held a sample; nonfinite: losses among them that were not finite.
     """
 
@@ -25,11 +27,17 @@ class Verdicts:
         self.todo, self.restarts = todo, restarts
         self.restart = torch.zeros_like(todo, dtype=torch.int64)
         self.step = torch.full_like(self.restart, -1)
+        self.said = torch.zeros_like(self.restart)
         self.passes = self.nonfinite = 0
 
     @property
     def fooled(self) -> torch.Tensor:
         return self.step >= 0
+
+    @property
+    def silenced(self) -> torch.Tensor:
+        """Fooled by an image for which the model gives no prediction."""
+        return self.fooled & (self.said == NONE)
 
     @property
     def unsettled(self) -> torch.Tensor:
@@ -43,12 +51,12 @@ class Verdicts:
     def part(self, rows: torch.Tensor, restarts: int) -> "Verdicts":
         """Those of the samples `rows` (n,), to be run until `restarts`; `take` brings them back."""
         part = Verdicts(self.todo[rows], restarts)
-        part.restart, part.step = self.restart[rows], self.step[rows]
+        part.restart, part.step, part.said = self.restart[rows], self.step[rows], self.said[rows]
         part.passes, part.nonfinite = self.passes, self.nonfinite
         return part
 
     def take(self, rows: torch.Tensor, part: "Verdicts") -> None:
-        self.restart[rows], self.step[rows] = part.restart, part.step
+        self.restart[rows], self.step[rows], self.said[rows] = part.restart, part.step, part.said
         self.passes, self.nonfinite = part.passes, part.nonfinite
 
 
@@ -95,6 +103,7 @@ class Queue:
         self._ring = torch.cat((order, order.new_zeros(self._n + 1 - len(order))))
         self._restart = torch.cat((verdicts.restart, verdicts.restart.new_zeros(1)))
         self._step = torch.cat((verdicts.step, verdicts.step.new_zeros(1)))
+        self._said = torch.cat((verdicts.said, verdicts.said.new_zeros(1)))
         self._head, self._tail = count.clone(), count + len(order)
         self._passes, self._nonfinite = count + verdicts.passes, count + verdicts.nonfinite
         self._sample = torch.full((slots,), self._n, device=images.device)
@@ -137,6 +146,7 @@ class Queue:
     def update(self) -> None:
         """Bring `verdicts` up to date; the samples in the slots begin their restart again where a run goes on so."""
         self.verdicts.restart, self.verdicts.step = self._restart[:-1].clone(), self._step[:-1].clone()
+        self.verdicts.said = self._said[:-1].clone()
         self.verdicts.passes, self.verdicts.nonfinite = torch.stack((self._passes, self._nonfinite)).tolist()
 
     def iterate(self) -> None:
@@ -147,7 +157,8 @@ class Queue:
         own_loss = callable(self.attack.loss)
         logits = self.attack.objective.logits(slots.input) if own_loss else None
         losses, found = self.engine.iterate()
-        wrong = (logits if own_loss else found).argmax(1) != self._label
+        said = predicted(logits if own_loss else found)
+        wrong = said != self._label
 
         live = self._sample < none
         at_end = live & (self._age == steps)
@@ -155,7 +166,9 @@ class Queue:
         survived = at_end & ~fooled
         self._passes += live.sum()
         self._nonfinite += (live & ~losses.isfinite()).sum()
-        self._step.scatter_(0, torch.where(fooled, self._sample, none), self._age)
+        settled = torch.where(fooled, self._sample, none)
+        self._step.scatter_(0, settled, self._age)
+        self._said.scatter_(0, settled, said)
         self._restart.scatter_add_(0, self._sample, survived.long())
         again = survived & (self._restart[self._sample] < self.verdicts.restarts)
         done = fooled | at_end

@@ -1,33 +1,42 @@
 """Clean and robust accuracy of a model under several attacks, with everything that is needed to believe them."""
 
 import platform
+import random
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks.checks import highest
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import NONE, predicted
 from fastadv.data import to_float
 from fastadv.evaluation import suspicions
+from fastadv.evaluation.alone import alone
+from fastadv.evaluation.foreign import Reach, as_images, one_seed
+from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery
-from fastadv.evaluation.opponents import Opponent, opponents
+from fastadv.evaluation.opponents import EPS, Opponent, is_several, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
-from fastadv.evaluation.saved import StateFile, fingerprint
+from fastadv.evaluation.saved import StateFile
 from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds
 from fastadv.version import __version__
 
 ITERATES = ("any", "last")
 SAVE_EVERY = 10.0  # seconds between two states on the disk
+KEPT = ("restart", "step", "said")  # of the verdicts
 
 
 def evaluate(
@@ -35,7 +44,7 @@ def evaluate(
     data: Batch | Iterable[Batch],
     attacks: Sequence[str | Callable] = ("fgsm", "pgd-20", "pgd-50-10"),
     *,
-    eps: float | Sequence[float] = 8 / 255,
+    eps: float | Sequence[float] = EPS,
     iterate: str = "any",
     slots: int = 128,
     pool: int | None = None,
@@ -48,19 +57,22 @@ def evaluate(
     """Robust accuracy of `model` in eval mode, left as found.
 
     A sample that is misclassified as it is counts as not robust and is not attacked. Any other is fooled by an attack
-    when it is misclassified, as whatever class, at an iterate of any restart. An attack of fastadv runs on a fixed
-    number of slots; a slot whose sample is fooled or finished takes the next one, in the order (restart, sample), so
-    that no gradient is computed for a sample that is settled. Its options autocast, compile, graph and memory_format
-    hold, and the verdicts are those of the model under them; chunk does not. Any other attack, and one of fastadv on
-    another model, is called batch by batch, and what it returns is judged.
+    when it is misclassified, as whatever class, at an iterate of any restart. Where a logit is NaN, or all are equal,
+    the model gives no prediction: that is misclassified whatever the label, and counted apart.
+
+    An attack of fastadv runs on a fixed number of slots; a slot whose sample is fooled or finished takes the next one,
+    in the order (restart, sample), so that no gradient is computed for a sample that is settled. Its options autocast,
+    compile, graph and memory_format hold, and the verdicts are those of the model under them; chunk does not. Any other
+    attack, and one of fastadv on another model, is called batch by batch, and what it returns is judged.
 
     Args:
         model: any callable from images to logits (N, C), as in `Attack`.
-        data: a pair (images, labels) or an iterable of such batches; images (N, ...) in [0, 1] or uint8, labels int64
-            (N,). What is attacked is moved to the device; uint8 stays uint8 there.
-        attacks: names (keys of PRESETS), each at every eps; objects of fastadv; or callables from (images, labels) to
-            images, such as those of torchattacks or AutoAttack's `run_standard_evaluation`. These two have an eps of
-            their own.
+        data: a pair (images, labels) of tensors or NumPy arrays, or a loader or Dataset of such pairs, or of dicts;
+            images (N, ...) in [0, 1] or uint8, labels int64 (N,). What is attacked is moved to the device; uint8 stays
+            uint8 there.
+        attacks: one or several: names (keys of PRESETS), each at every eps; objects of fastadv; or callables from
+            (images, labels) to images (a tensor, a NumPy array, or a pair that begins with one), such as those of
+            torchattacks or AutoAttack's `run_standard_evaluation`. These two have an eps of their own.
         eps: one or several, in pixels of [0, 1].
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
@@ -69,40 +81,50 @@ def evaluate(
             cost their time: with few images choose few.
         pool: images on the device at a time, None for all: for data sets that do not fit there. Take many times the
             slots, because these run empty before the next images come.
-        seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. torch's
-            generators are seeded with it for other libraries' attacks, and put back.
+        seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. For other
+            libraries' attacks the generators of torch, NumPy and Python are seeded from those of a batch's samples, and
+            put back.
         device: where to evaluate; None means the model's, or where the images are if it has no parameters.
-        state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it.
+        state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it. It
+            belongs to the settings, the data, the model and the attacks, with all that these hold or close over; an
+            attribute `fastadv_key`, a string, says instead what one of them is.
         save_images: a folder for the adversarial images as PNG, of the iterate that fooled or the last one. Each pixel
             is the nearest 8-bit code within the budget; they are classified again.
         progress: show a progress bar (on a terminal only); its remaining time is what is needed if nothing more is
             fooled.
 
     Returns:
-        A dict for `json.dump`: "clean_accuracy"; "clean_correct" (a bool per sample); "attacks", a list of {"attack",
-        "eps", "robust_accuracy", "passes" (gradients of one image; null where not known), "seconds",
+        A dict for `json.dump`: "clean_accuracy"; "clean_correct" (a bool per sample); "no_prediction" (clean samples
+        that get none); "attacks", a list of {"attack", "eps", "robust_accuracy", "largest_linf" and "largest_l2" (how
+        far another library's attack went; null for those of fastadv, which stay in their ball), "no_prediction"
+        (samples that are fooled because they get none), "passes" (gradients of one image; null where not known),
+        "seconds",
         "nonfinite_losses", "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
         where there is none or it is not known), "settings", with save_images also "robust_accuracy_8bit"}; "warnings"
-        (also given by `warnings.warn`); "settings"; "versions".
+        (also given by `warnings.warn`); "settings"; "versions". Where another library's attack left [0, 1] or its eps
+        by more than rounding, its robust accuracy is null, and a warning says how far it went.
 
     Raises:
-        TypeError: images or labels are of a wrong dtype, or the model's output is.
+        TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
+            hold something that cannot be told from another one, such as an open file.
         ValueError: there are no images; an option, a shape or a label is wrong; or `state` belongs to another run.
 
     Source: Madry et al. 2018 (arXiv 1706.06083, section 5) for robust accuracy under PGD with restarts.
     """
     if iterate not in ITERATES:
         raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
-    for name, value in (("slots", slots), ("pool", 1 if pool is None else pool)):
-        if value < 1:
+    for name, value in (("slots", slots), ("pool", pool), ("seed", seed)):
+        if not isinstance(value, Integral) and (name, value) != ("pool", None):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if name != "seed" and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    against = list(opponents(model, attacks, [eps] if isinstance(eps, (int, float)) else eps))
+    against = opponents(model, attacks, eps)
     images, labels = gathered(data, model, device)
     slots = min(slots, len(images))
     settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
     settings["attacks"] = [each.facts() for each in against]
-    file = StateFile(state, fingerprint(settings, (images, labels), model)) if state else None
-    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+    file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
+    with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model):
         run = _Run(model, images, labels, iterate == "last", slots, pool, seed)
         trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
         if file is not None:
@@ -128,6 +150,7 @@ class _Trial:
     opponent: Opponent
     verdicts: Verdicts
     gallery: Gallery | None
+    reach: Reach | None  # of an attack that is called batch by batch
     seconds: float = 0.0
 
 
@@ -141,7 +164,8 @@ class _Run:
         self._objective = Objective(model, "ce")
         self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
-        self.correct = self.clean.argmax(1) == labels
+        said = predicted(self.clean)
+        self.correct, self.silent = said == labels, int((said == NONE).sum())
         self._first = torch.arange(slots, device=labels.device)
         self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first))))
 
@@ -169,10 +193,12 @@ class _Run:
     def trial(self, number: int, opponent: Opponent, folder: str | Path | None) -> _Trial:
         gallery = None
         if folder is not None:
-            codes = "" if opponent.eps is None else f"-{255 * opponent.eps:.4g}"
-            path = Path(folder) / f"{number}-{opponent.name}{codes}"
+            path = Path(folder) / "-".join(
+                [f"{number}", opponent.name, *([] if opponent.eps is None else [opponent.budget])]
+            )
             gallery = Gallery(path, self.images, opponent.eps if opponent.is_linf else None, self.labels.device)
-        return _Trial(opponent, Verdicts(self.correct, opponent.restarts), gallery)
+        reach = None if opponent.ours else Reach()
+        return _Trial(opponent, Verdicts(self.correct, opponent.restarts), gallery, reach)
 
     def attack(self, trial: _Trial, save: Callable[[], None], progress: bool) -> None:
         """Finish `trial`; what is known is saved every few seconds and at the end."""
@@ -223,17 +249,19 @@ class _Run:
         for i, chunk in enumerate(chunks):
             if not verdicts.unsettled[chunk].any():
                 continue
-            rows = self._filled(chunk)
-            images = self._staged(rows)
-            with seeded(self.seed + i), torch.enable_grad():
-                adv = trial.opponent(to_float(images), self.labels[rows]).detach()
-            wrong = (self._objective.logits(adv).argmax(1) != self.labels[rows])[: len(chunk)]
+            images = to_float(self._staged(chunk))
+            with seeded(one_seed(sample_seeds(self.seed, chunk))), torch.enable_grad():
+                returned = trial.opponent(images, self.labels[chunk])
+            adv = as_images(returned, images)
+            finite = trial.reach.add(adv, images)
+            said = torch.where(finite, predicted(self._objective.logits(adv)), NONE)
+            wrong = said != self.labels[chunk]
+            verdicts.said[chunk] = said
             verdicts.step[chunk[wrong]] = 0
             verdicts.restart[chunk[~wrong]] = 1
             if trial.gallery is not None:
-                n = len(chunk)
                 trial.gallery.begin(chunk)
-                trial.gallery.put(torch.arange(n, device=adv.device), adv[:n], images[:n])
+                trial.gallery.put(torch.arange(len(chunk), device=adv.device), adv, self._staged(chunk))
                 self._write_images(trial)
             yield i + 1, len(chunks) - i - 1
 
@@ -248,12 +276,17 @@ class _Run:
         if ours:
             first = self._first
             self._warn(suspicions.of_gradients(self._objective, to_float(self._staged(first)), self.labels[first]))
+        silenced = [(trial.opponent.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
+        self._warn(suspicions.of_predictions([("no attack", self.silent), *silenced], n))
+        theirs = [trial for trial in trials if not trial.opponent.ours]
+        self._warn(note for trial in theirs for note in suspicions.of_reach(trial.opponent, trial.reach))
         self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
         robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
         self._warn(suspicions.of_accuracies(robust))
         return {
             "clean_accuracy": int(self.correct.sum()) / n,
             "clean_correct": self.correct.tolist(),
+            "no_prediction": self.silent,
             "attacks": results,
             "warnings": self.notes,
         }
@@ -262,18 +295,24 @@ class _Run:
         return self.correct & ~trial.verdicts.fooled
 
     def _result(self, trial) -> dict:
-        opponent, verdicts = trial.opponent, trial.verdicts
+        opponent, verdicts, reach = trial.opponent, trial.verdicts, trial.reach
         n, fooled = len(self.images), verdicts.fooled.tolist()
         first = {
             name: [v if f and opponent.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
             for name, values in (("restart", verdicts.restart), ("step", verdicts.step))
         }
-        saved = {} if trial.gallery is None else {"robust_accuracy_8bit": int((trial.gallery.right == 1).sum()) / n}
+        accuracy = {"robust_accuracy": int(self._robust(trial).sum()) / n}
+        if trial.gallery is not None:
+            accuracy["robust_accuracy_8bit"] = int((trial.gallery.right == 1).sum()) / n
+        if reach is not None and (reach.leaves_box() or reach.exceeds(opponent.eps, opponent.norm)):
+            accuracy = dict.fromkeys(accuracy)
         return {
             "attack": opponent.name,
             "eps": opponent.eps,
-            "robust_accuracy": int(self._robust(trial).sum()) / n,
-            **saved,
+            **accuracy,
+            "largest_linf": reach and reach.linf,
+            "largest_l2": reach and reach.l2,
+            "no_prediction": int(verdicts.silenced.sum()),
             "passes": verdicts.passes if opponent.ours else None,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
@@ -283,16 +322,30 @@ class _Run:
         }
 
 
+def _identity(settings, model, images, labels, against: Sequence[Opponent]) -> str:
+    """Of a run, for its state."""
+    parts = {name: value for name, value in settings.items() if name != "attacks"}
+    for number, (opponent, facts) in enumerate(zip(against, settings["attacks"], strict=True), 1):
+        attack = f"attack {number}"
+        parts |= {f"{name} of {attack}": value for name, value in facts.items()} | {attack: opponent.attack}
+    weights = model.state_dict() if isinstance(model, nn.Module) else {}
+    run = fingerprint({**parts, "images": images, "labels": labels, "the model's weights": weights, "the model": model})
+    if untold(run):
+        raise TypeError(f"there is no state for such a run: {', '.join(untold(run))}")
+    return run
+
+
 def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:
     if file is None:
         return
     tensors, facts = {}, []
     for i, trial in enumerate(trials):
         verdicts = trial.verdicts
-        tensors |= {f"{i}.restart": verdicts.restart, f"{i}.step": verdicts.step}
+        tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in KEPT}
         if trial.gallery is not None:
             tensors[f"{i}.right"] = trial.gallery.right
-        facts.append({"passes": verdicts.passes, "nonfinite": verdicts.nonfinite, "seconds": trial.seconds})
+        known = {"passes": verdicts.passes, "nonfinite": verdicts.nonfinite, "seconds": trial.seconds}
+        facts.append(known | {"reach": trial.reach and asdict(trial.reach)})
     file.save(tensors, {"attacks": facts})
 
 
@@ -303,27 +356,39 @@ def _load(file: StateFile, trials: Sequence[_Trial]) -> None:
     tensors, facts = loaded
     for i, (trial, known) in enumerate(zip(trials, facts["attacks"], strict=True)):
         verdicts, device = trial.verdicts, trial.verdicts.todo.device
-        verdicts.restart, verdicts.step = (tensors[f"{i}.{name}"].to(device) for name in ("restart", "step"))
+        for name in KEPT:
+            setattr(verdicts, name, tensors[f"{i}.{name}"].to(device))
         verdicts.passes, verdicts.nonfinite, trial.seconds = (known[k] for k in ("passes", "nonfinite", "seconds"))
+        trial.reach = known["reach"] and Reach(**known["reach"])
         if trial.gallery is not None:
             trial.gallery.right = tensors[f"{i}.right"].to(device)
 
 
 def robust_accuracy(
     model: Callable, data: Batch | Iterable[Batch], attack: str | Callable, **options
-) -> Mapping[str, float]:
-    """{"clean_accuracy": ..., "robust_accuracy": ...} of one attack: `evaluate` in short, without a progress bar."""
+) -> Mapping[str, float | list[float | None] | None]:
+    """{"clean_accuracy": ..., "robust_accuracy": ...} of one attack: `evaluate` in short, without a progress bar.
+
+    With several `eps` the robust accuracy is a list, one for each in their order.
+    """
     report = evaluate(model, data, [attack], progress=False, **options)
-    return {
-        "clean_accuracy": report["clean_accuracy"],
-        "robust_accuracy": report["attacks"][0]["robust_accuracy"],
-    }
+    found = [result["robust_accuracy"] for result in report["attacks"]]
+    accuracy = found if is_several(options.get("eps")) else found[0]
+    return {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": accuracy}
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generators inside, give them back as they were."""
+    """Seed the generators of torch, NumPy and Python inside, give them back as they were."""
+    # NumPy's old one: it is what other libraries draw from.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    before = np.random.get_state(), random.getstate()  # noqa: NPY002
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        yield
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(before[0])  # noqa: NPY002
+            random.setstate(before[1])

@@ -1,28 +1,99 @@
 """The samples of an evaluation: all of them, checked."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from fastadv.attacks.checks import check_device, check_samples, device_of
 from fastadv.attacks.state import as_normal
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
+BATCH = 256  # samples of a Dataset at a time
+ROUNDING = 1e-6  # beyond the box: what resizing or putting a normalisation back leaves behind
+IMAGES = ("images", "image", "pixel_values", "img")  # keys of batches that are dicts
+LABELS = ("labels", "label")
+WANTED = (
+    "data must be a pair (images, labels) of tensors or NumPy arrays, or a loader or Dataset of such pairs, or of "
+    f"dicts with one of the keys {', '.join(IMAGES)} and one of {', '.join(LABELS)}"
+)
 
-def gathered(data: Batch | Iterable[Batch], model: Callable, device: torch.device | str | None) -> Batch:
+
+def gathered(data: Batch | Iterable[Batch] | Dataset, model: Callable, device: torch.device | str | None) -> Batch:
     """All images of a pair or of batches, where they are, and all labels, on `device`; None means the model's.
 
+    Images are (N, ...), floats in [0, 1] or uint8; floats that rounding put up to 1e-6 beyond the box are put back.
+
     Raises:
-        TypeError: images are neither floats nor uint8, or labels are not int64.
+        TypeError: `data` is something else; images are neither floats nor uint8, or labels are not int64.
         ValueError: there are none, their shapes or values cannot be, or `device` is not the model's.
     """
-    is_pair = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], torch.Tensor)
-    batches = [data] if is_pair else list(data)
-    if not sum(len(labels) for _, labels in batches):
+    batches = [_pair(batch, model) for batch in _batches(data)]
+    if not sum(labels.numel() for _, labels in batches):
         raise ValueError("there are no images to evaluate")
-    images, labels = (as_normal(torch.cat(part)) for part in zip(*batches, strict=True))
+    images, labels = (as_normal(part[0] if len(part) == 1 else torch.cat(part)) for part in zip(*batches, strict=True))
+    images = _in_the_box(images)
     check_samples(images, labels)
     labels = labels.to(device or device_of(model) or images.device)
     check_device(labels.device, model)
     return images, labels
+
+
+def _batches(data) -> Iterable:
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
+        return [data]
+    if isinstance(data, Mapping):
+        return [data]
+    if isinstance(data, Dataset):
+        try:
+            return list(DataLoader(data, BATCH))
+        except TypeError as error:  # pictures that are no tensors yet
+            raise TypeError(f"{WANTED}; its samples make no batch: {error}") from error
+    if isinstance(data, (torch.Tensor, np.ndarray, str)) or not isinstance(data, Iterable):
+        raise TypeError(f"{WANTED}; got a {type(data).__name__}")
+    return data
+
+
+def _pair(batch, model: Callable) -> Batch:
+    """One batch as a pair of tensors."""
+    if isinstance(batch, Mapping):
+        keys = [next((name for name in names if name in batch), None) for names in (IMAGES, LABELS)]
+        if None in keys:
+            raise TypeError(f"{WANTED}; got a dict with the keys {', '.join(map(str, batch))}")
+        batch = [batch[key] for key in keys]
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        size = f" of {len(batch)} entries" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(f"{WANTED}; got a batch that is a {type(batch).__name__}{size}")
+    images, labels = (as_tensor(part) for part in batch)
+    for name, part in (("images", images), ("labels", labels)):
+        if not isinstance(part, torch.Tensor):
+            raise TypeError(f"{WANTED}; got {name} that are a {type(part).__name__}")
+    # NumPy's own dtypes say nothing of what is meant: it computes in float64, and has integers of every size.
+    if isinstance(batch[0], np.ndarray) and images.dtype == torch.float64:
+        images = images.to(next((p.dtype for p in _parameters(model)), torch.float64))
+    if isinstance(batch[1], np.ndarray) and batch[1].dtype.kind in "iu":
+        labels = labels.long()
+    return images, labels
+
+
+def as_tensor(value: object) -> object:
+    """A NumPy array as a tensor, anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return torch.from_numpy(np.require(value, requirements=("C", "W")))  # torch takes no other without a word
+
+
+def _parameters(model: Callable) -> Iterable[torch.Tensor]:
+    return model.parameters() if isinstance(model, nn.Module) else ()
+
+
+def _in_the_box(images: torch.Tensor) -> torch.Tensor:
+    if not images.is_floating_point() or not images.numel():
+        return images
+    low, high = torch.stack(images.aminmax()).tolist()
+    if -ROUNDING <= low and high <= 1 + ROUNDING and not 0 <= low <= high <= 1:
+        return images.clamp(0, 1)
+    return images

@@ -1,17 +1,16 @@
 """The state of a run as a file, from which it goes on where it was cut."""
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fastadv._extras import require
+from fastadv.evaluation.identity import differences
 from fastadv.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "fastadv"  # one key: safetensors writes several in random order
 
 
@@ -20,7 +19,7 @@ class StateFile:
 
     Args:
         path: of the file.
-        run: fingerprint of the run that it belongs to.
+        run: `fingerprint` of the run that it belongs to.
     """
 
     def __init__(self, path: str | Path, run: str):
@@ -41,10 +40,12 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (safetensors.SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path} is no state file of an evaluation: {error}") from error
-        if (facts.get("format"), facts.get("run")) != (FORMAT, self.run):
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is a state of another version of fastadv: remove it to begin again")
+        if facts["run"] != self.run:
             raise ValueError(
-                f"{self.path} is the state of another run: other settings, data or weights. Choose another path, or "
-                "remove it to begin again"
+                f"{self.path} is the state of another run, which differs in {differences(self.run, facts['run'])}. "
+                "Choose another path, or remove it to begin again"
             )
         return tensors, facts
 
@@ -52,18 +53,3 @@ class StateFile:
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         metadata = {_KEY: json.dumps({"format": FORMAT, "run": self.run, **facts})}
         write_atomically(self.path, require("safetensors.torch").save(tensors, metadata))
-
-
-def fingerprint(settings: Mapping, data: Sequence[torch.Tensor], model: Callable) -> str:
-    """A hash of what an evaluation's result depends on. Of a model that is not an nn.Module only the type is known."""
-    state = model.state_dict() if isinstance(model, nn.Module) else {}
-    weights = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
-    known = {
-        "settings": settings,
-        "model": repr(model) if isinstance(model, nn.Module) else type(model).__qualname__,
-        "tensors": [(name, str(t.dtype), list(t.shape)) for name, t in [*enumerate(data), *weights.items()]],
-    }
-    digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16)
-    for t in (*data, *weights.values()):
-        digest.update(t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()

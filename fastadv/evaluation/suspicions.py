@@ -10,6 +10,9 @@ import torch
 
 from fastadv.attacks.base import Attack
 from fastadv.attacks.objective import Objective
+from fastadv.attacks.verdicts import SILENT, predicted
+from fastadv.evaluation.foreign import Reach
+from fastadv.evaluation.opponents import Opponent
 
 CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
 ZERO = 0.05
@@ -18,13 +21,14 @@ ZERO = 0.05
 def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
     """About the outputs for one batch: are they the same again, and are they logits?"""
     outputs = logits(images)
-    allowed = CHANGE * outputs.abs().max()
-    if (logits(images) - outputs).abs().max() > allowed:
+    # A class that cannot be has a logit of -inf, which is no scale and equals itself.
+    allowed = CHANGE * outputs.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    if ((logits(images) - outputs).abs() > allowed).any():
         yield (
             "the model's output is random: two calls with the same images differ. An attack then needs the gradient "
             "of many draws, and the verdicts hold for one draw"
         )
-    elif (logits(images.flip(0)).flip(0) - outputs).abs().max() > allowed:
+    elif ((logits(images.flip(0)).flip(0) - outputs).abs() > allowed).any():
         yield (
             "the model's output for an image depends on the others in its batch, and the queue mixes batches: is "
             "batch-norm using the batch's statistics?"
@@ -39,12 +43,39 @@ def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
 def of_gradients(objective: Objective, images: torch.Tensor, labels: torch.Tensor) -> Iterator[str]:
     """About the gradient at one batch of images, those classified correctly."""
     grad, _, logits = objective.gradient(images, labels)
-    correct = logits.argmax(1) == labels
+    correct = predicted(logits) == labels
     zero = correct & ~grad.flatten(1).any(1)
     if zero.sum() > ZERO * correct.sum():
         yield (
             f"the gradient is zero for {int(zero.sum())} of {int(correct.sum())} images: an attack by gradients "
             "cannot find its way. Is something in the model rounded or saturated?"
+        )
+
+
+def of_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[str]:
+    """About (name, samples without a prediction), of so many images."""
+    for name, count in counts:
+        if count:
+            yield f"no prediction for {count} of {images} images under {name}, counted as wrong: {SILENT}"
+
+
+def of_reach(opponent: Opponent, reach: Reach) -> Iterator[str]:
+    """About where the images are that an attack of another library returned."""
+    if reach.nonfinite:
+        yield (
+            f"{reach.nonfinite} of the images that {opponent.title} returned are not finite: they get no prediction "
+            "and are counted as wrong"
+        )
+    if reach.leaves_box():
+        yield (
+            f"the images that {opponent.title} returned go from {reach.low:.6g} to {reach.high:.6g}, beyond [0, 1]: "
+            "its robust accuracy is left out"
+        )
+    if reach.exceeds(opponent.eps, opponent.norm):
+        yield (
+            f"the images that {opponent.title} returned are up to {reach.linf:.6g} in L-inf and {reach.l2:.6g} in L2 "
+            f"from the clean ones, beyond its eps of {opponent.eps:.6g}: its robust accuracy is left out. Does it take "
+            "images in [0, 1], and its eps in their unit?"
         )
 
 

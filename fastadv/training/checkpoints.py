@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fastadv._extras import require
+from fastadv.evaluation.identity import differences
 from fastadv.files import write_atomically
 
 FORMAT = 2
@@ -26,10 +27,10 @@ class Checkpoints:
 
     Args:
         folder: of the files; made when something is saved.
-        run: what the run that they belong to depends on, by name, or a fingerprint of it; for JSON.
+        run: `fingerprint` of the run that they belong to.
     """
 
-    def __init__(self, folder: str | Path, run: Mapping[str, str] | str):
+    def __init__(self, folder: str | Path, run: str):
         self.folder, self.run = Path(folder), run
         self._number = 0
         self._files: dict[str, str] = {}
@@ -101,22 +102,14 @@ class Checkpoints:
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
         facts = json.loads(body)
-        if (facts["format"], facts["run"]) != (FORMAT, self.run):
-            what = "; ".join(self._differences(facts)) or "other settings, data or weights"
+        if facts["format"] != FORMAT:
+            raise OtherRunError(f"{self.folder} holds a state of another version of fastadv: remove it to begin again")
+        if facts["run"] != self.run:
             raise OtherRunError(
-                f"{self.folder} holds the state of another run: {what}. Choose another folder, or remove it to begin "
-                "again"
+                f"{self.folder} holds the state of another run, which differs in "
+                f"{differences(self.run, facts['run'])}. Choose another folder, or remove it to begin again"
             )
         return facts
-
-    def _differences(self, facts: Mapping) -> list[str]:
-        then, now = facts["run"], self.run
-        if facts["format"] != FORMAT:
-            return [f"it was written by another version of fastadv, in format {facts['format']} and not {FORMAT}"]
-        if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
-            return []
-        names = [*then, *(name for name in now if name not in then)]
-        return [f"{n} was {then.get(n)}, now {now.get(n)}" for n in names if then.get(n) != now.get(n)]
 
     def _clean(self) -> None:
         """Remove what no kept checkpoint names, half-written files included."""

@@ -13,10 +13,11 @@ from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
+from fastadv.evaluation.foreign import as_images
 from fastadv.evaluation.robustness import seeded
 from fastadv.evaluation.samples import gathered
 from fastadv.functional import pgd_step_, random_init
-from fastadv.training.step import adversarial, check_attack
+from fastadv.training.step import check_attack
 
 COLLAPSED = 0.5  # of the training attack's accuracy; sound training leaves PGD nearly all of it
 
@@ -149,7 +150,7 @@ class Monitor:
             # A copy, or a compiled attack would fill all its batches up to the size of this one.
             return copy.copy(self.attack)(self.images, self.labels, seed=self.seed)
         with torch.enable_grad():
-            return adversarial(self.attack, self.images, self.labels)
+            return as_images(self.attack(self.images, self.labels), self.images)
 
     def _accuracy(self, logits: torch.Tensor) -> float:
         return int((predicted(logits) == self.labels).sum()) / len(self.labels)

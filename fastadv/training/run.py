@@ -20,8 +20,8 @@ from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
+from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
-from fastadv.evaluation.saved import fingerprint
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
@@ -45,6 +45,7 @@ logger = logging.getLogger("fastadv")
 # What the seeds of other things than the attack have in place of the epoch.
 AUGMENTING = 2**31  # and the epoch
 ORDERING = 2**32 - 1
+FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; of epochs see `_check_epochs`
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
 
@@ -154,7 +155,7 @@ class Run:
         folder = self.trainer.folder
         if folder is None:
             return None
-        self.checkpoints = Checkpoints(folder / "state", self._identity())
+        self.checkpoints = Checkpoints(folder / "state", self._fingerprint())
         if self.checkpoints.exist() and not self.trainer.resume:
             raise FileExistsError(f"{folder} has the state of a run: resume it, or choose another folder")
         groups, facts = self.checkpoints.load() or (None, None)
@@ -173,28 +174,38 @@ class Run:
             write_atomically(folder / "log.jsonl", lines.encode())
         return groups
 
-    def _identity(self) -> dict[str, str]:
-        """All that the steps, and the choice among their weights, depend on: what a state is refused for, by name."""
-        trainer, settings = self.trainer, asdict(self.settings)
-        for free in ("checkpoint_s", "eval_every", "epochs"):  # epochs: see `_check_epochs`
-            del settings[free]
-        known = {name: repr(value) for name, value in {"eps": trainer.eps, **settings}.items()}
-        known |= {"attack": _name(trainer.attack), "eval_attack": _name(trainer.eval_attack)}
-        parts = {"training images": (self.images, self.labels), "validation images": self.val, "test images": self.test}
-        known |= {name: fingerprint({}, () if part is None else part, None) for name, part in parts.items()}
-        return known | {"model": fingerprint({}, (), self.model)}
+    def _fingerprint(self) -> str:
+        """Of all that the steps so far and the choice among their weights depend on."""
+        trainer, parts = self.trainer, ((self.images, self.labels), self.val, self.test)
+        settings = {name: v for name, v in asdict(self.settings).items() if name not in FREE}
+        attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
+        data = dict(zip(("training data", "validation data", "test data"), parts, strict=True))
+        model = {"the model's weights": self.model.state_dict(), "the model": self.model}
+        run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **model})
+        for what in untold(run):
+            warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
+        return run
 
     def _check_epochs(self, before: int) -> None:
-        """Refuse another number of epochs than `before`, where a step so far would have had another learning rate."""
+        """Where there are to be others than `before`, say whether a step so far would have had another learning rate.
+
+        Raises:
+            OtherRunError: there are more behind it already.
+        """
         at, s = self.at, self.settings
         if before == s.epochs or at.stage < len(s.stages) - 1:
             return
         done = (at.epoch - at.first_epoch) * self.steps + at.batch
-        if at.switched or done > s.epochs * self.steps or self._rates(done, before) != self._rates(done, s.epochs):
+        if done > s.epochs * self.steps:
             raise OtherRunError(
-                f"the state in {self.trainer.folder} is of a run of {before} epochs, now there are to be {s.epochs}: "
-                f"its {done} steps so far would have had other learning rates, which fall toward the last epoch. "
-                "Choose another folder, or go on to the end and train its weights further"
+                f"the run in {self.trainer.folder} has {math.ceil(done / self.steps)} epochs behind it, more than the "
+                f"{s.epochs} that it is to have now: choose another folder"
+            )
+        if at.switched or self._rates(done, before) != self._rates(done, s.epochs):
+            warnings.warn(
+                f"the run was to have {before} epochs and goes on to {s.epochs}: the learning rate of its {done} steps "
+                f"so far fell toward the end of {before}, and the result is not that of {s.epochs} in one run",
+                stacklevel=5,
             )
 
     def _rates(self, steps: int, epochs: int) -> list[float]:
@@ -484,7 +495,10 @@ class Run:
         return result | {"eval_s": time.perf_counter() - start}
 
     def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
-        return self._agreed(robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device))
+        found = robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device)
+        if found["robust_accuracy"] is None:  # its warning says how far it went
+            raise ValueError(f"eval_attack {_name(attack)} leaves its eps or [0, 1]: weights cannot be chosen by it")
+        return self._agreed(found)
 
     def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""

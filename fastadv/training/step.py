@@ -13,6 +13,7 @@ from fastadv.attacks.objective import find_logits, raised
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
+from fastadv.evaluation.foreign import as_images
 from fastadv.training.settings import checked
 
 
@@ -117,7 +118,7 @@ class Step:
             return images
         # It may leave gradients in the parameters, or move batch-norm's averages.
         with frozen(self.model, "as_is"), torch.enable_grad():
-            return adversarial(self.attack, images, labels)
+            return as_images(self.attack(images, labels), images)
 
     def _forward(self, images, labels, scale):
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
@@ -160,17 +161,6 @@ def check_attack(name: str, attack: object, also: str = "") -> None:
             f"training takes images in [0, 1], and {name} is made for clip={attack.clip}: scale the images, and give "
             "the model's own range to Normalized(model, mean, std)"
         )
-
-
-def adversarial(attack: Callable, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What another library's attack makes of the images, like these: to be learnt from it must be as many, as large."""
-    made = attack(images, labels)
-    wanted = f"an attack must return the adversarial images, a float tensor of shape {tuple(images.shape)}; it returned"
-    if not isinstance(made, torch.Tensor) or not made.is_floating_point():
-        raise TypeError(f"{wanted} {made.dtype if isinstance(made, torch.Tensor) else type(made).__name__}")
-    if made.shape != images.shape:
-        raise ValueError(f"{wanted} the shape {tuple(made.shape)}")
-    return made.detach()
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

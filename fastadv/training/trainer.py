@@ -34,8 +34,9 @@ class Trainer:
             None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written.
-        resume: go on from the newest checkpoint in `folder`, if there is one. `checkpoint_s` and `eval_every` may then
-            be others, and `epochs` as long as no step so far had another learning rate: in a head start or a warm-up.
+        resume: go on from the newest checkpoint in `folder`, if there is one. `checkpoint_s`, `eval_every` and `epochs`
+            may then be others; a warning says where, with other epochs, the steps so far would have had other learning
+            rates: after a warm-up these fall toward the last epoch.
         measure_backbone: measure the backbone's own robustness first; None means if a part of the model is frozen.
         device: where to train; None means what accelerate chooses: a GPU if there is one.
         progress: show a progress bar (on a terminal only).

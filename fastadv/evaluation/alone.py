@@ -1,0 +1,26 @@
+"""A model that one process of several may call."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def alone(model: Callable) -> Iterator[None]:
+    """Each DistributedDataParallel in `model` calls its module and does no more, until the end.
+
+    By itself it waits in every call for the other processes, which need not evaluate.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    waiting = [vars(module) for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
+    before = [attributes.get("forward") for attributes in waiting]
+    for attributes in waiting:
+        attributes["forward"] = attributes["_modules"]["module"].__call__
+    try:
+        yield
+    finally:
+        for attributes, forward in zip(waiting, before, strict=True):
+            del attributes["forward"]
+            if forward is not None:
+                attributes["forward"] = forward

@@ -1,0 +1,78 @@
+"""What an attack of another library gets and returns: a seed for its batch, and a look before it is judged."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from fastadv.data import to_float
+from fastadv.evaluation.samples import as_tensor
+
+SLACK = 1e-6  # beyond a budget or the box, and one unit in the last place of the images' dtype besides
+
+
+@dataclass
+class Reach:
+    """Where an attack's images lie, of all batches so far: at most so far from the clean ones, from `low` to `high`.
+
+    linf, l2: of one image, in pixels of [0, 1]. nonfinite: images with a pixel that is no finite number; they count
+    nowhere else. ulp: of the images' dtype.
+    """
+
+    linf: float = 0.0
+    l2: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+    nonfinite: int = 0
+    ulp: float = 0.0
+
+    def add(self, adv: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Take in a batch (N, ...), floats of one dtype; which of them are finite, (N,) bool."""
+        self.ulp = torch.finfo(images.dtype).eps
+        finite = adv.flatten(1).isfinite().all(1)
+        self.nonfinite += int((~finite).sum())
+        adv, images = (each[finite].flatten(1).double() for each in (adv, images))
+        if adv.numel():
+            distance = adv - images
+            self.linf = max(self.linf, float(distance.abs().max()))
+            self.l2 = max(self.l2, float(distance.norm(dim=1).max()))
+            self.low, self.high = min(self.low, float(adv.min())), max(self.high, float(adv.max()))
+        return finite
+
+    def leaves_box(self) -> bool:
+        slack = SLACK + self.ulp
+        return self.low < -slack or self.high > 1 + slack
+
+    def exceeds(self, eps: float | None, norm: str | None) -> bool:
+        """Of an unknown norm L-inf is looked at: no distance in another one is smaller."""
+        return eps is not None and (self.l2 if norm == "L2" else self.linf) > eps + SLACK + self.ulp
+
+
+def as_images(returned: object, images: torch.Tensor) -> torch.Tensor:
+    """The adversarial images that an attack returned for `images`, like these.
+
+    Args:
+        returned: a tensor or a NumPy array, or a pair that begins with one, such as (adversarial, success).
+        images: floats (N, ...).
+
+    Raises:
+        TypeError: it is something else, or neither floats nor uint8.
+        ValueError: its shape is another one.
+    """
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        returned = returned[0]
+    returned = as_tensor(returned)
+    wanted = f"an attack must return the adversarial images, a float or uint8 tensor of shape {tuple(images.shape)}"
+    wanted += " (or a NumPy array, or a pair that begins with one)"
+    if not isinstance(returned, torch.Tensor):
+        raise TypeError(f"{wanted}; it returned a {type(returned).__name__}")
+    if not (returned.is_floating_point() or returned.dtype == torch.uint8):
+        raise TypeError(f"{wanted}; it returned {returned.dtype}")
+    if returned.shape != images.shape:
+        raise ValueError(f"{wanted}; it returned the shape {tuple(returned.shape)}")
+    return to_float(returned.detach()).to(images)
+
+
+def one_seed(seeds: torch.Tensor) -> int:
+    """Of a batch, from those of its samples: 32 bits, because torch's generator on the CPU and NumPy's take no more."""
+    return int.from_bytes(hashlib.blake2b(seeds.cpu().numpy().tobytes(), digest_size=4).digest(), "little")

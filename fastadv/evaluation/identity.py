@@ -1,0 +1,258 @@
+"""What a run's state belongs to: each part of it by name, as its value or as a hash of all that it holds.
+
+Of a part all is read that it computes with: weights, plain attributes, a function's code, what it closes over and the
+globals that it uses. What comes from an installed package is known by its name.
+"""
+
+import contextlib
+import copyreg
+import dis
+import functools
+import hashlib
+import inspect
+import json
+import sys
+import types
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastadv.attacks import FGSM, Attack
+
+KEY = "fastadv_key"  # an attribute that says what an object is, instead of all that it holds
+HASH, UNTOLD = "#", "?"  # what a part begins with that is no value; Python's values begin with neither
+SHORT = 60  # characters of a value that is shown as it is
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), PurePath, range, np.generic)
+_NAMED = (torch.dtype, torch.layout, torch.memory_format)
+# Of a module: what says nothing of the function that it computes in eval mode.
+_ASIDE = {"training", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"}
+_ASIDE |= {"_load_state_dict_post_hooks", "_non_persistent_buffers_set", "_is_full_backward_hook"}
+_OF_CLASSES = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__firstlineno__", "_abc_impl"}
+_OF_CLASSES |= {"__static_attributes__", "__annotate_func__", "__annotations_cache__", "__annotate__"}
+
+
+def fingerprint(parts: Mapping[str, object]) -> str:
+    """JSON: {name of a part: its value where that is short, or a hash}, equal where two runs compute the same.
+
+    A part that cannot be told from another one equals none, not even itself.
+    """
+    reader = _Reader()
+    return json.dumps({name: _shown(part) or _hashed(reader, part) for name, part in parts.items()})
+
+
+def differences(here: str, there: str) -> str:
+    """What differs between two fingerprints that are not equal, in words."""
+    here, there = json.loads(here), json.loads(there)
+    found = untold(here)
+    for name in {**here, **there}:
+        old, new = there.get(name, "nothing"), here.get(name, "nothing")
+        if old != new and not any(each.startswith(UNTOLD) for each in (old, new)):
+            hashed = any(each.startswith(HASH) for each in (old, new))
+            found.append(name if hashed else f"{name} ({old} there, {new} here)")
+    return ", ".join(found)
+
+
+def untold(run: str | Mapping[str, str]) -> list[str]:
+    """The parts of a fingerprint that equal no other ones, in words."""
+    run = json.loads(run) if isinstance(run, str) else run
+    return [
+        f"{name} (it holds {found.partition(' ')[2]}, which cannot be told from another one: give what holds it a name "
+        f"of its own, an attribute {KEY})"
+        for name, found in run.items()
+        if found.startswith(UNTOLD)
+    ]
+
+
+class Untold(TypeError):
+    """An object cannot be told from another one."""
+
+
+def _shown(part) -> str | None:
+    text = repr(part)[: SHORT + 1] if isinstance(part, _PLAIN) else ""
+    return text if 0 < len(text) <= SHORT else None
+
+
+def _hashed(reader: "_Reader", part) -> str:
+    try:
+        return HASH + reader.hash(part).hex()
+    except Untold as error:
+        return f"{UNTOLD}{uuid.uuid4().hex} {error}"
+
+
+class _Reader:
+    """Hashes of objects, each read once; where it meets itself again its place is all that counts."""
+
+    def __init__(self):
+        self._known: dict[int, tuple[bytes, object]] = {}  # the object too, or its id would be used again
+
+    def hash(self, value) -> bytes:
+        if isinstance(value, (*_PLAIN, *_NAMED)):
+            return _digest((type(value).__qualname__.encode(), repr(value).encode()))
+        if id(value) not in self._known:
+            self._known[id(value)] = (b"itself", value)
+            self._known[id(value)] = (_digest(self._parts(value)), value)
+        return self._known[id(value)][0]
+
+    def _parts(self, value) -> Iterator[bytes]:
+        kind = type(value)
+        key = inspect.getattr_static(value, KEY, None)
+        yield kind.__qualname__.encode()
+        if isinstance(key, str):
+            yield key.encode()
+        elif isinstance(value, torch.Tensor):
+            yield from self._tensor(value)
+        elif isinstance(value, np.ndarray):
+            yield f"{value.dtype.str} {value.shape}".encode()
+            yield self.hash(value.tolist()) if value.dtype == object else value.tobytes()
+        elif isinstance(value, torch.device):
+            return  # where something is computed is no part of it
+        elif isinstance(value, Mapping):
+            yield from map(self.hash, (each for item in value.items() for each in item))
+        elif isinstance(value, (list, tuple, deque)):
+            yield from map(self.hash, value)
+        elif isinstance(value, (set, frozenset)):
+            yield from sorted(map(self.hash, value))
+        elif isinstance(value, types.ModuleType):
+            yield value.__name__.encode()
+        elif isinstance(value, type):
+            yield from self._class(value)
+        elif isinstance(value, (types.FunctionType, types.CodeType, types.CellType)):
+            yield from self._function(value)
+        elif isinstance(value, types.MethodType):
+            yield from map(self.hash, (value.__func__, value.__self__))
+        elif isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
+            owner = getattr(value, "__self__", None)
+            yield f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode()
+            yield self.hash(owner)
+        elif isinstance(value, functools.partial):
+            yield from map(self.hash, (value.func, value.args, value.keywords))
+        elif isinstance(value, (property, classmethod, staticmethod)):
+            names = ("fget", "fset", "__func__")
+            yield from (self.hash(getattr(value, name)) for name in names if hasattr(value, name))
+        elif isinstance(value, weakref.ref):
+            yield self.hash(value())
+        elif isinstance(value, torch.Generator):
+            yield self.hash(value.get_state())
+        elif isinstance(value, nn.Module):
+            yield from self._module(value)
+        elif isinstance(value, Attack):
+            yield from map(self.hash, (kind, settings_of(value)))
+        else:
+            yield from self._object(value)
+
+    def _tensor(self, value) -> Iterator[bytes]:
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        try:
+            flat = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # quantised, sparse, without data
+            raise Untold(f"a tensor of {value.dtype} and {value.layout}") from error
+        yield flat.tobytes() if flat.nbytes < 2**20 else hashlib.blake2b(flat).digest()
+
+    def _module(self, value) -> Iterator[bytes]:
+        if isinstance(value, nn.parallel.DistributedDataParallel):
+            yield self.hash(value.module)
+        elif hasattr(value, "_orig_mod"):  # of torch.compile
+            yield self.hash(value._orig_mod)
+        elif isinstance(value, torch.jit.ScriptModule):
+            yield str(value.inlined_graph).encode()
+            yield self.hash(dict(value.state_dict()))
+        else:
+            yield self.hash(type(value))
+            attributes = {name: v for name, v in vars(value).items() if name not in _ASIDE}
+            # The keys of hooks count how many there were before.
+            hooks = {n: list(v.values()) for n, v in attributes.items() if n.endswith("_hooks") and isinstance(v, dict)}
+            attributes |= hooks
+            if isinstance(value, torch.fx.GraphModule):
+                attributes = {name: v for name, v in attributes.items() if name != "_graph"} | {"code": value.code}
+            yield from self._attributes(attributes)
+
+    def _class(self, value) -> Iterator[bytes]:
+        if _is_installed(value.__module__):
+            yield f"{value.__module__}.{value.__qualname__}".encode()
+        else:
+            yield from map(self.hash, value.__bases__)
+            yield from self._attributes({name: v for name, v in vars(value).items() if name not in _OF_CLASSES})
+
+    def _function(self, value) -> Iterator[bytes]:
+        if isinstance(value, types.CellType):
+            with contextlib.suppress(ValueError):  # it is empty
+                yield self.hash(value.cell_contents)
+        elif isinstance(value, types.CodeType):
+            yield from (value.co_code, self.hash(value.co_consts), self.hash(value.co_names))
+        else:
+            yield from self._attributes(vars(value))
+            yield from map(self.hash, (value.__defaults__, value.__kwdefaults__, value.__closure__))
+            if _is_installed(value.__module__):
+                yield f"{value.__module__}.{value.__qualname__}".encode()
+            else:
+                yield self.hash(value.__code__)
+                known = value.__globals__
+                yield from self._attributes(
+                    {name: known[name] for name in _globals_of(value.__code__) if name in known}
+                )
+
+    def _object(self, value) -> Iterator[bytes]:
+        """Of any other object what a pickle of it would hold."""
+        try:
+            reduced = value.__reduce_ex__(4)
+        except Exception as error:  # whatever a class has to say to it
+            raise Untold(f"a {type(value).__qualname__}") from error
+        if isinstance(reduced, str):
+            yield reduced.encode()
+            yield self.hash(getattr(value, "__wrapped__", None))  # of functools.cache
+            return
+        made, arguments, state, *items = (*reduced, None)[: max(3, len(reduced))]
+        yield from map(self.hash, (made if made is not copyreg.__newobj__ else None, arguments))
+        parts = state if isinstance(state, tuple) else (state,)
+        for part in parts:
+            yield from self._attributes(part) if isinstance(part, dict) else (self.hash(part),)
+        yield from (self.hash(list(each)) for each in items if isinstance(each, Iterable))
+
+    def _attributes(self, values: Mapping[str, object]) -> Iterator[bytes]:
+        for name in sorted(values, key=str):
+            yield str(name).encode()
+            yield self.hash(values[name])
+
+
+def settings_of(attack: Attack) -> dict[str, object]:
+    """What an attack of this package, or one derived from it, was made with; not what it keeps from its calls."""
+    made = [name for kind in type(attack).__mro__ if "__init__" in vars(kind) for name in _parameters(kind)]
+    kept = {name for name in vars(attack) if name not in vars(_PATTERN) or not name.startswith("_")} - {"objective"}
+    return {name: getattr(attack, name) for name in sorted({*made, *kept}) if hasattr(attack, name)}
+
+
+_PATTERN = FGSM(len)
+
+
+def _parameters(kind: type) -> Iterable[str]:
+    return inspect.signature(kind.__init__).parameters if kind is not object else ()
+
+
+def _globals_of(code: types.CodeType) -> set[str]:
+    """The names of globals that a function, or one inside of it, looks up."""
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    here = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return here.union(*map(_globals_of, inner))
+
+
+def _is_installed(module: str | None) -> bool:
+    top = (module or "").partition(".")[0]
+    if top == "fastadv" or (top in sys.stdlib_module_names and top != "__main__"):
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _digest(parts: Iterable[bytes]) -> bytes:
+    """Of parts of any length: that each is hashed first keeps one from running into the next."""
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(hashlib.blake2b(part, digest_size=16).digest())
+    return whole.digest()

@@ -1,0 +1,155 @@
+"""What counts as a prediction, by rules written out sample by sample, wherever a verdict is given."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from attacked import one_thread as one_thread
+from torch import nn
+
+from fastadv.attacks import PGD, by_name
+from fastadv.attacks.verdicts import predicted
+from fastadv.evaluation import evaluate
+
+EPS = 8 / 255
+
+
+def by_rule(row):
+    """The class that one row of logits names; None where it names none."""
+    if any(math.isnan(value) for value in row) or (len(row) > 1 and len(set(row)) == 1):
+        return None
+    return row.index(max(row))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 100])
+def test_rows_of_few_values_name_what_the_rule_says(dtype, classes):
+    values = torch.tensor([0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan])
+    chances = torch.tensor([4.0, 4, 4, 1, 2, 4 / classes])
+    rows = torch.cat(
+        (values[:, None].expand(-1, classes), values[chances.multinomial(400 * classes, True)].view(400, -1))
+    )
+    found = predicted(rows.to(dtype)).tolist()
+    assert [None if named == -1 else named for named in found] == [by_rule(row) for row in rows.tolist()]
+
+
+class Broken(nn.Module):
+    """A sound linear network but for what `damage` makes of (images, logits)."""
+
+    def __init__(self, damage):
+        super().__init__()
+        self.head, self.damage = nn.Linear(12, 3), damage
+
+    def forward(self, x):
+        return self.damage(x, self.head(x.flatten(1) - 0.5))
+
+
+def sample_of(count=10):
+    """Images whose first pixel is 0 or 0.5: a model can tell the second half without its gradient."""
+    images = torch.rand(count, 3, 2, 2)
+    images[:, 0, 0, 0] = (torch.arange(count) >= count // 2) * 0.5
+    return images
+
+
+def second_half(x):
+    return x.detach()[:, 0, 0, 0] > 0.25
+
+
+def nan_in_column(column):
+    def damage(x, logits):
+        here = second_half(x)[:, None] & (torch.arange(3) == column)
+        return torch.where(here, torch.nan, logits)
+
+    return damage
+
+
+def constant(x, logits):
+    return torch.where(second_half(x)[:, None], 0 * logits + 0.7, logits)
+
+
+@pytest.mark.parametrize("damage", [*map(nan_in_column, range(3)), constant], ids=["nan0", "nan1", "nan2", "constant"])
+@pytest.mark.parametrize("column", range(3))
+def test_no_prediction_is_wrong_for_every_label(damage, column):
+    model, images = Broken(damage), sample_of()
+    labels = torch.full((10,), column)
+    with torch.no_grad():
+        rows = model(images).tolist()
+    with pytest.warns(UserWarning, match="no prediction for 5 of 10 images under no attack"):
+        report = evaluate(model, (images, labels), ["fgsm"], eps=0.0, slots=4)
+    assert report["clean_correct"] == [by_rule(row) == column for row in rows]
+    assert report["no_prediction"] == 5
+    assert report["attacks"][0]["no_prediction"] == 0  # what is wrong already is not attacked
+    assert report["attacks"][0]["robust_accuracy"] == report["clean_accuracy"]
+
+
+def own_loss(outputs, labels):
+    return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+@pytest.mark.parametrize("broken", [lambda logits: logits * torch.nan, lambda logits: 0 * logits], ids=["nan", "equal"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"targeted": "random"}, {"loss": lambda out, y: nn.functional.cross_entropy(out, y, reduction="none")}],
+)
+def test_an_attack_that_silences_the_model_has_fooled_it(broken, options):
+    images = sample_of()
+    near = torch.cdist  # distance to the clean images tells which of them is under attack
+
+    def damage(x, logits):
+        moved = near(x.detach().flatten(1), images.flatten(1), p=math.inf).amin(1) > EPS / 4
+        return torch.where((moved & second_half(x))[:, None], broken(logits.detach()), logits * 1e-3 + large)
+
+    large = torch.tensor([2.0, 0.0, 0.0])  # else class 0, whatever the attack
+    model, labels = Broken(damage), torch.zeros(10, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="no prediction for 5 of 10 images under PGD at 8/255"):
+        report = evaluate(model, (images, labels), [PGD(model, EPS, EPS / 2, 3, **options)], slots=3)
+    result = report["attacks"][0]
+    assert report["clean_accuracy"] == 1
+    assert report["no_prediction"] == 0
+    assert result["fooled"] == [False] * 5 + [True] * 5
+    assert (result["no_prediction"], result["robust_accuracy"]) == (5, 0.5)
+
+
+def test_a_target_is_not_reached_where_nothing_is_predicted():
+    """Of two restarts the one that reaches the target is kept, not the one that silences the model."""
+    images = torch.full((4, 3, 2, 2), 0.5)
+    targets = torch.zeros(4, dtype=torch.int64)
+    calls = []
+
+    def model(x):
+        logits = x.flatten(1)[:, :3] * 1e-3 + torch.tensor([1.0, 0.0, 0.0])
+        calls.append(len(calls))
+        return logits if len(calls) in (1, 2) else logits * 1e3 * torch.tensor([1.0, torch.nan, 1.0])
+
+    adv = PGD(model, EPS, EPS, 1, targeted=True, restarts=2, loss="margin")(images, targets, seed=3)
+    first = PGD(lambda x: x.flatten(1)[:, :3], EPS, EPS, 1, targeted=True, loss="margin")(images, targets, seed=3)
+    assert torch.equal(adv, first)
+
+
+def test_masked_classes_are_evaluated_as_if_they_were_not_there():
+    torch.manual_seed(int(torch.randint(2**31, ())))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).double()
+    images = torch.rand(30, 3, 4, 4, dtype=torch.float64)
+    labels = model(images)[:, :3].argmax(1)
+
+    def masked(x):
+        return model(x).masked_fill(torch.arange(5) >= 3, -torch.inf)
+
+    reports = []
+    for judged in (masked, lambda x: model(x)[:, :3]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attacks = [by_name(name, judged, EPS, loss=loss) for name in ("fgsm", "pgd") for loss in ("ce", "margin")]
+            reports.append(evaluate(judged, (images, labels), attacks, slots=8))
+    one, other = ([r["fooled"] for r in report["attacks"]] for report in reports)
+    assert one == other
+    assert 0 < sum(one[0]) < 30
+
+
+def test_masked_classes_hide_no_random_output():
+    def model(x):
+        return torch.cat((x.flatten(1)[:, :2] + torch.rand(len(x), 2), torch.full((len(x), 1), -torch.inf)), 1)
+
+    with pytest.warns(UserWarning, match="output is random"):
+        evaluate(model, (torch.rand(8, 3, 2, 2), torch.zeros(8, dtype=torch.int64)), ["fgsm"], slots=8)
