@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from torch._guards import active_fake_mode
 from torch.compiler import is_compiling
 
 from fastadv.ops import checks
@@ -54,19 +55,23 @@ class Normalization:
 
         0-dim where both are one number. Kept: making one copies from the host, which a CUDA graph cannot capture.
         """
+        if is_compiling() or (torch._C._len_torch_dispatch_stack() and active_fake_mode() is not None):
+            # These are no tensors yet, or have no numbers.
+            return self._make(dim, dtype, device)
         key = dim, dtype, device
-        if key in self._made and not is_compiling():
-            return self._made[key]
+        if key not in self._made:
+            # Every later call has them, whatever this one is in: not as inference tensors, nor as a transform's.
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                self._made[key] = self._make(dim, dtype, device)
+        return self._made[key]
+
+    def _make(self, dim, dtype, device):
         mean, std = self.mean, self.std
-        if self.channels is not None:
-            mean, std = (v if isinstance(v, tuple) else (v,) * self.channels for v in (mean, std))
-            made = [torch.tensor(v, dtype=dtype, device=device) for v in (mean, [1.0 / s for s in std])]
-            made = tuple(t.view(1, -1, *(1,) * (dim - 2)) for t in made)
-        else:
-            made = tuple(torch.tensor(v, dtype=dtype, device=device) for v in (mean, 1.0 / std))
-        if not is_compiling():  # what a compiler traces is not a tensor yet
-            self._made[key] = made
-        return made
+        if self.channels is None:
+            return tuple(torch.tensor(v, dtype=dtype, device=device) for v in (mean, 1.0 / std))
+        mean, std = (v if isinstance(v, tuple) else (v,) * self.channels for v in (mean, std))
+        made = [torch.tensor(v, dtype=dtype, device=device) for v in (mean, [1.0 / s for s in std])]
+        return tuple(t.view(1, -1, *(1,) * (dim - 2)) for t in made)
 
     def __call__(self, w, dtype=None):
         """z for the float image w, in dtype (w's own where it is None).
