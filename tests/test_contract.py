@@ -13,6 +13,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import fastadv
+from fastadv.ops import backends
 
 
 def settings_for(name):
@@ -198,6 +199,27 @@ def test_budgets_change_wherever_they_do(native, shape, kind, layout):
         got = list(results(device))
     for a, b in zip(got, want, strict=True):
         assert oracle.same(oracle.values(a), oracle.values(b)), oracle.mismatch(oracle.values(a), oracle.values(b))
+
+
+@pytest.mark.parametrize("eps", ["number", "each"])
+def test_triton_takes_more_samples_than_a_grid_has_rows(monkeypatch, eps):
+    """In several launches; with rows for 3 samples here, for the interpreter takes minutes for 65,536."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, grad, seed = torch.rand(7, 2, 5), torch.randn(7, 2, 5), torch.arange(7) * 2**40
+    eps = 0.1 if eps == "number" else torch.rand(7, 1, 1) / 10
+    normalization = fastadv.Normalization((0.4, 0.5), 0.3)
+
+    def results(device):
+        image, e = x.to(device), eps.to(device) if torch.is_tensor(eps) else eps
+        options = {"seed": seed.to(device), "normalization": normalization, "z": torch.empty_like(image)}
+        return fastadv.fgsm_step(image, grad.to(device), e, noise=e, **options), options["z"]
+
+    with fastadv.backend("reference"):
+        want = results("cpu")
+    with fastadv.backend("triton"):
+        monkeypatch.setattr(backends.triton()[0], "MOST_SAMPLES", 3)
+        got = results(device)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("op", s.OPS)
