@@ -1,5 +1,8 @@
 """Gradients: torch.clamp's, ties pass; the sign's argument gets zeros; and only where they were asked for."""
 
+import copy
+import io
+
 import numpy as np
 import oracle
 import pytest
@@ -402,3 +405,19 @@ def test_constants_are_kept_for_every_later_call(backend, constants, use):
             fastadv.random_init(x, 0.0, seed=1, normalization=normalization, z=z)
             assert torch.equal(z, result)
             list(first_uses(normalization, x))
+
+
+def test_constants_do_not_go_stale():
+    """A model is saved with its normalisation, and may be loaded onto another device; new numbers are a new object."""
+    normalization, x = fastadv.Normalization((0.1, 0.2, 0.3), 0.5), torch.rand(SHAPE)
+    want, file = normalization(x), io.BytesIO()
+    torch.save(normalization, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta", weights_only=False)
+    for other in (loaded, copy.deepcopy(normalization)):
+        assert torch.equal(other(x), want)
+        assert (other.mean, other.std) == (normalization.mean, normalization.std)
+    for name in ("mean", "std"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(normalization, name, 0.25)
+    assert torch.equal(normalization(x), want)

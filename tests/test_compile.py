@@ -136,6 +136,24 @@ def test_a_draw_in_a_compiled_function_repeats_under_manual_seed(native):
         assert not torch.equal(first, second)
 
 
+def test_compiled_writes_are_counted(native):
+    """What a compiled step overwrites cannot be backpropagated through either."""
+    name, device = native
+    x, x_adv, grad = inputs(device)
+    w = torch.ones((), device=device, requires_grad=True)
+
+    def step(x_adv, z):
+        fastadv.pgd_step_(x_adv, grad, x, alpha=0.02, eps=0.1, normalization=NORMALIZATION, z=z)
+
+    with fastadv.backend(name):
+        compiled, z = torch.compile(step, fullgraph=True, backend="aot_eager"), torch.empty_like(x)
+        losses = [(w * x_adv).sum(), (w * z).sum()]
+        compiled(x_adv, z)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def seeded(x, seed):
     each = fastadv.sample_seeds(seed, torch.arange(x.shape[0], device=x.device))
     start = fastadv.random_init(x, 0.1, seed=seed)

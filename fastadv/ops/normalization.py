@@ -32,7 +32,7 @@ class Normalization:
     """
 
     def __init__(self, mean, std):
-        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+        self._mean, self._std = _numbers("mean", mean), _numbers("std", std)
         lengths = {len(v) for v in (self.mean, self.std) if isinstance(v, tuple)}
         if len(lengths) > 1:
             raise ValueError(f"mean and std must have one number per channel, got {len(self.mean)} and {len(self.std)}")
@@ -41,6 +41,18 @@ class Normalization:
                 raise ValueError(f"std must be above 0, got {self.std}")
         self.channels = max(lengths, default=None)  # None: any
         self._made = {}
+
+    # They cannot be assigned: what was made of them would stay.
+    @property
+    def mean(self):
+        return self._mean
+
+    @property
+    def std(self):
+        return self._std
+
+    def __getstate__(self):
+        return {**self.__dict__, "_made": {}}  # a loader may move tensors to a device that their key does not name
 
     def __repr__(self):
         return f"Normalization(mean={self.mean}, std={self.std})"
