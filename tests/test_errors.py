@@ -269,6 +269,7 @@ BAD_SAMPLE_SEEDS = {
     "seed float": ((1.0, INDEX), TypeError, "seed", "float"),
     "seed large": ((2**64, INDEX), ValueError, "seed", str(2**64)),
     "restart negative": ((0, INDEX, -1), ValueError, "restart", "-1"),
+    "restart NumPy's": ((0, INDEX, np.int64(-1)), ValueError, "restart", "-1"),
     "restart large": ((0, INDEX, 2**32), ValueError, "restart", str(2**32)),
     "restart float": ((0, INDEX, 1.0), TypeError, "restart", "float"),
 }
@@ -443,6 +444,14 @@ def test_numpy_numbers_are_numbers(kind):
     assert all(torch.equal(a, b) for a, b in zip(results(eps, alpha, (lo, hi), seed), want, strict=True))
     with pytest.raises(ValueError, match=says("eps", "-")):
         fastadv.fgsm_step(t["x"], t["grad"], kind(-1))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.uint64], ids=lambda k: k.__name__)
+def test_numpy_integers_are_ints(kind):
+    seed = 2**64 - 3 if kind is np.uint64 else 7
+    x = torch.rand(SHAPE)
+    assert torch.equal(fastadv.random_init(x, 0.1, seed=kind(seed)), fastadv.random_init(x, 0.1, seed=seed))
+    assert torch.equal(fastadv.sample_seeds(kind(seed), INDEX, kind(2)), fastadv.sample_seeds(seed, INDEX, 2))
 
 
 # ------------------------------------------------------------------------------------------------- backends
