@@ -20,7 +20,6 @@ names the argument and what it got.
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from fastadv.ops import checks
@@ -29,6 +28,7 @@ from fastadv.ops.backends import NATIVE, run, serving
 from fastadv.ops.generator import new_seed, sample_seeds
 from fastadv.ops.normalization import Normalization
 from fastadv.ops.reference import compute_dtype
+from fastadv.ops.schemas import increment_versions
 
 __all__ = [
     "Normalization",
@@ -64,7 +64,7 @@ def _apply(name, images, parameters, box, out, normalization, z, *flags):
         else:
             _run_with_z(name, backend, result, images, args, normalization, z)
         if (out is not None or z is not None) and not compiling:  # a compiler counts by itself
-            increment_version(out if z is None else (result, z))
+            increment_versions((out,) if z is None else (result, z))
         return result
     except Exception:
         # The native kernels check for themselves, in nanoseconds, and write nothing where they refuse: here is why.

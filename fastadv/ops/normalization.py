@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch._guards import active_fake_mode
 from torch.compiler import is_compiling
 
@@ -67,7 +68,7 @@ class Normalization:
 
         0-dim where both are one number. Kept: making one copies from the host, which a CUDA graph cannot capture.
         """
-        if is_compiling() or (torch._C._len_torch_dispatch_stack() and active_fake_mode() is not None):
+        if is_compiling() or (_len_torch_dispatch_stack() and active_fake_mode() is not None):
             # These are no tensors yet, or have no numbers.
             return self._make(dim, dtype, device)
         key = dim, dtype, device
