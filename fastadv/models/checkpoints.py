@@ -10,7 +10,7 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.files import write_atomically
 from fastadv.models.model import Model, construct
-from fastadv.models.structure import find_head, new_head
+from fastadv.models.structure import classifiers, find_head, new_head
 from fastadv.preprocessing import Preprocessing
 
 FORMAT = 1
@@ -66,7 +66,8 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None) -> Model:
     _check_fit(path, weights, network.state_dict())
     network.load_state_dict(weights, strict=False)
     if classes is not None and tuple(classes) != own:
-        new_head(network, len(classes))
+        shape = facts["architecture"].get("shape")
+        new_head(network, len(classes), None if shape is None else torch.zeros(1, *shape))
         own = tuple(classes)
     return Model(network, preprocessing_of(facts), facts["architecture"], own, pretrained=True)
 
@@ -89,8 +90,9 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
         ValueError: not a safetensors file, or its tensors do not fit outside the head.
     """
     facts, weights, own = read_facts(path), _weights(path), network.state_dict()
-    prefix = find_head(network, head)[0] + "."
-    in_head = {key for key in own if key.startswith(prefix)}
+    heads = classifiers(network) if head is None else (head,)
+    prefixes = tuple(find_head(network, name)[0] + "." for name in heads)
+    in_head = {key for key in own if key.startswith(prefixes)}
     keep_head = (facts is None or facts["classes"] == list(classes)) and all(
         key in weights and weights[key].shape == own[key].shape for key in in_head
     )
