@@ -1,5 +1,6 @@
 """Data sets: what they hold, how they are split and prepared, and what is refused."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -7,6 +8,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import time
 import types
 import warnings
 
@@ -22,6 +24,8 @@ from fastadv import data
 from fastadv.data import decoding
 from fastadv.data.cifar10 import CLASSES
 from fastadv.data.pictures import read
+from fastadv.data.source import digests
+from fastadv.data.splits import Split
 from fastadv.preprocessing import Preprocessing
 
 RNG = np.random.default_rng(random.getrandbits(32))
@@ -52,9 +56,8 @@ def test_digits_are_all_there_in_the_unit_range():
     images = torch.cat((digits.x_train, digits.x_val, digits.x_test))
     expected = torch.from_numpy(load_digits().images / 16).float()
     assert torch.equal(images.flatten(1).sort(dim=0)[0], expected.flatten(1).sort(dim=0)[0])
-    share = digits.y_test.bincount() / torch.cat((digits.y_train, digits.y_val, digits.y_test)).bincount()
-    assert ((share - 0.25).abs() < 0.01).all()
-    assert digits.notes == ()
+    assert len(digits.notes) == 1
+    assert "no test part: 20 % of its training part are" in digits.notes[0]
 
 
 def test_digits_for_a_model_are_codes_of_its_size():
@@ -79,31 +82,132 @@ def test_split_follows_the_seed_alone():
     assert not torch.equal(first.x_val, other.x_val)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.29, 0.5, 1e-6])
-def test_validation_is_a_share_of_each_class_out_of_the_training_part(share):
-    whole, split = data.load("digits", validation=0), data.load("digits", validation=share)
-    assert whole.x_val.shape == (0, 1, 8, 8)
+def small_images(path, count):
+    """An .npz file with so many random training images of three classes, and a test image of each."""
+    images, labels = RNG.integers(0, 256, (count + 3, 3, 2, 2), dtype=np.uint8), np.arange(count + 3) % 3
+    np.savez(path, x_train=images[:-3], y_train=labels[:-3], x_test=images[-3:], y_test=labels[-3:])
+    return path
+
+
+def pairs(part):
+    """Which images with which labels, in no order, each as often as it is there."""
+    return sorted((image.numpy().tobytes(), int(label)) for image, label in zip(*part, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.29, 0.5])
+def test_validation_is_a_share_of_what_is_not_the_test_part(tmp_path, share):
+    count = 4000
+    path = small_images(tmp_path / "a.npz", count)
+    loaded = data.load(path, validation=share)
+    spread = (count * share * (1 - share)) ** 0.5  # of a binomial count
+    assert abs(len(loaded.y_val) - share * count) < 5 * spread
+    assert pairs([torch.cat(t) for t in zip(loaded.train, loaded.val, strict=True)]) == pairs(
+        data.load(path, validation=0).train
+    )
+    folder = photos(tmp_path / "photos", dict.fromkeys("ab", 100), size=(4, 4))
+    whole, split = (data.load(tmp_path / "photos", validation=v, test=0.4) for v in (0, share))
     assert torch.equal(whole.x_test, split.x_test)
-    counts = whole.y_train.bincount()
-    assert split.y_val.bincount().tolist() == [max(1, int(share * count + 1e-9)) for count in counts.tolist()]
-    both = torch.cat((split.x_train, split.x_val)).flatten(1), torch.cat((split.y_train, split.y_val))
-    tagged = [
-        sorted(zip(x.tolist(), y.tolist(), strict=True)) for x, y in (both, (whole.x_train.flatten(1), whole.y_train))
-    ]
-    assert tagged[0] == tagged[1]
+    assert abs(len(split.y_test) - 0.4 * 200) < 5 * (200 * 0.4 * 0.6) ** 0.5
+    assert abs(len(split.y_val) - share * 0.6 * 200) < 5 * (200 * share * 0.6) ** 0.5
+    assert rows(torch.cat((split.x_train, split.x_val, split.x_test))) == set.union(*folder.values())
 
 
-def test_validation_has_at_most_2000_images(tmp_path):
-    images = np.zeros((6000, 1, 1, 1), np.uint8)
-    np.savez(tmp_path / "set.npz", x_train=images, y_train=np.arange(6000) % 3, x_test=images[:3], y_test=np.arange(3))
-    assert data.load(tmp_path / "set.npz", validation=0.5).y_val.bincount().tolist() == [666, 666, 666]
+def test_the_seed_chooses_independently_of_other_seeds(tmp_path):
+    path = small_images(tmp_path / "a.npz", 4000)
+    one, other = (rows(data.load(path, validation=0.25, seed=seed).x_val) for seed in (3, 4))
+    assert abs(len(one & other) - 4000 / 16) < 5 * (4000 / 16) ** 0.5
 
 
-def test_a_share_is_not_rounded_below_itself(tmp_path):
-    images = np.zeros((200, 1, 1, 1), np.uint8)
-    np.savez(tmp_path / "set.npz", x_train=images, y_train=np.arange(200) % 2, x_test=images[:2], y_test=np.arange(2))
-    assert 0.29 * 100 < 29
-    assert data.load(tmp_path / "set.npz", validation=0.29).y_val.bincount().tolist() == [29, 29]
+def test_one_more_picture_moves_no_other_and_names_mean_nothing(tmp_path):
+    photos(tmp_path, {"a": 60, "b": 60})
+    before = data.load(tmp_path, validation=0.3)
+    assert len(before.notes) == 1, "60 pictures and none in a fifth: a chance of one in a million"
+    photos(tmp_path / "more", {"a": 7, "b": 3})
+    for i, path in enumerate(sorted((tmp_path / "more").glob("*/*"))):  # among the others, in the middle
+        path.rename(tmp_path / path.parent.name / f"0{15 + 2 * i}-new{path.suffix}")
+    for folder in (tmp_path / "more").iterdir():
+        folder.rmdir()
+    (tmp_path / "more").rmdir()
+    for path in list((tmp_path / "a").iterdir())[::2]:
+        path.rename(tmp_path / "a" / f"{random.getrandbits(32):08x}{path.suffix}")
+    after = data.load(tmp_path, validation=0.3)
+    assert sum(len(part[1]) for part in (after.train, after.val, after.test)) == 130
+    for part in ("train", "val", "test"):
+        assert rows(getattr(before, f"x_{part}")) <= rows(getattr(after, f"x_{part}"))
+
+
+def test_equal_pictures_fall_on_one_side_and_two_labels_are_counted(tmp_path):
+    photos(tmp_path, {"a": 30, "b": 30})
+    for i, path in enumerate(sorted((tmp_path / "a").iterdir())):
+        for copy in range(i % 3):
+            (tmp_path / "a" / f"copy-{copy}-{path.name}").write_bytes(path.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = data.load(tmp_path, validation=0.3)
+    parts = [rows(loaded.x_train), rows(loaded.x_val), rows(loaded.x_test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 60
+    assert len(loaded.y_train) + len(loaded.y_val) + len(loaded.y_test) == 90
+    for path in list((tmp_path / "b").iterdir())[:4]:
+        (tmp_path / "a" / f"b-{path.name}").write_bytes(path.read_bytes())
+    with pytest.warns(UserWarning, match="4 of 60 different pictures are there under two labels, .* as a and as b"):
+        loaded = data.load(tmp_path, validation=0.3)
+    parts = [rows(loaded.x_train), rows(loaded.x_val), rows(loaded.x_test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 60
+    with warnings.catch_warnings():  # a single class of the two has nothing to contradict
+        warnings.simplefilter("error")
+        data.load(tmp_path, classes=["b"])
+
+
+def place(path, seed):
+    """A file's u, written out: model files count on it."""
+    content = hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
+    hashed = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(hashed, "little") / 2**64
+
+
+def test_parts_are_those_of_the_hash_and_a_class_without_a_picture_has_the_nearest_one(tmp_path):
+    photos(tmp_path, {"few": 3, "many": 150, "single": 1})
+    moved = 0
+    for seed in range(12):
+        loaded = data.load(tmp_path, classes=["many", "few"], validation=0.125, seed=seed)
+        parts = {"test": (0, 0.2), "val": (0.2, 0.3), "train": (0.3, 1)}
+        natural = {
+            (part, name): {path for path in (tmp_path / name).iterdir() if low <= place(path, seed) < high}
+            for part, (low, high) in parts.items()
+            for name in ("many", "few")
+        }
+        lacking = [name for name in ("many", "few") if not all(natural[part, name] for part in parts)]
+        for name in lacking:  # by hand: with three pictures the first is a test picture, the next one for validation
+            assert name == "few", "150 pictures and none in a tenth: a chance of one in a million"
+            ordered = sorted((tmp_path / name).iterdir(), key=lambda path: place(path, seed))
+            natural |= {(part, name): {path} for part, path in zip(parts, ordered, strict=True)}
+        for label, name in enumerate(("many", "few")):
+            for part in parts:
+                images, labels = getattr(loaded, part)
+                pixels = {np.asarray(read(path)).transpose(2, 0, 1).tobytes() for path in natural[part, name]}
+                assert rows(images[labels == label]) == pixels, (seed, part, name)
+        assert any("nearest one: few (" in note for note in loaded.notes) == bool(lacking)
+        moved += bool(lacking)
+    assert moved > 0
+    with pytest.raises(ValueError, match="class 'single' has 1 different training image, and 3 parts need one each"):
+        data.load(tmp_path)
+
+
+def test_a_set_whose_own_parts_share_pictures_is_warned_of(tmp_path):
+    photos(tmp_path, {f"{part}/{name}": 6 for part in ("train", "test") for name in "ab"})
+    for path in list((tmp_path / "train" / "b").iterdir())[:3]:
+        (tmp_path / "test" / "b" / f"again-{path.name}").write_bytes(path.read_bytes())
+    with pytest.warns(UserWarning, match="3 of the 15 test pictures are training pictures as well"):
+        data.load(tmp_path)
+
+
+def test_sixty_thousand_small_images_are_hashed_in_a_moment():
+    images = torch.from_numpy(RNG.integers(0, 256, (60_000, 1, 28, 28), dtype=np.uint8))
+    start = time.perf_counter()
+    found = digests(images)
+    Split().places(found.numpy())
+    assert time.perf_counter() - start < 2
+    assert len(found.unique()) == 60_000
 
 
 def test_classes_are_kept_in_order_and_relabelled():
@@ -156,10 +260,10 @@ def test_npz_is_read_as_it_is(tmp_path, dtype):
 
 
 def test_npz_may_bring_its_own_validation_part(tmp_path):
-    own = {"x_val": arrays()["x_test"][::-1], "y_val": np.arange(4)[::-1]}
+    own = {"x_val": 255 - arrays()["x_test"], "y_val": np.arange(4)[::-1]}
     np.savez(tmp_path / "set.npz", **arrays(**own))
     loaded = data.load(tmp_path / "set.npz")
-    assert torch.equal(loaded.x_val, torch.from_numpy(own["x_val"].copy()))
+    assert torch.equal(loaded.x_val, torch.from_numpy(own["x_val"]))
     assert loaded.y_val.tolist() == [3, 2, 1, 0]
     assert len(loaded.x_train) == 8
 
@@ -194,7 +298,7 @@ def test_npz_is_prepared_for_a_model(tmp_path):
         ({"y_train": np.zeros(7, int)}, r"y_train must be of shape \(8,\), one for each image, got \(7,\)"),
         ({"y_train": np.zeros(8)}, "y_train must be integers, got float64"),
         ({"y_train": np.full(8, -1)}, "y_train must not be negative, got -1"),
-        ({"y_train": np.array([0, 0, 1, 1, 2, 2, 2, 3])}, "class '3' has a single training image"),
+        ({"y_train": np.array([0, 0, 1, 1, 2, 2, 2, 3])}, "class '3' has 1 different training image, and 2 parts"),
     ],
 )
 def test_bad_npz_is_refused_by_what_is_wrong(tmp_path, changes, message):
@@ -364,12 +468,11 @@ def test_classes_in_a_folder_are_split_three_ways(tmp_path):
     assert "no test part" in loaded.notes[0]
     assert loaded.x_train.dtype == torch.uint8
     assert loaded.x_train.is_contiguous()
-    counts = [labels.bincount().tolist() for labels in (loaded.y_train, loaded.y_val, loaded.y_test)]
-    assert counts == [[7, 15, 3], [1, 1, 1], [2, 4, 1]]  # a fifth; then a tenth, rounded down, but one at least
     for label, name in enumerate(("zèbre", "Äpfel", "äpfel/deep")):
         parts = [rows(x[y == label]) for x, y in (loaded.train, loaded.val, loaded.test)]
         assert set.union(*parts) == found[name]
         assert sum(map(len, parts)) == len(found[name])
+        assert all(parts)
     again = data.load(str(tmp_path))
     assert all(torch.equal(getattr(loaded, key), getattr(again, key)) for key in ("x_train", "x_val", "x_test"))
     assert not torch.equal(loaded.x_train, data.load(tmp_path, seed=1).x_train)
@@ -421,12 +524,12 @@ def test_a_name_that_is_stored_in_two_ways_is_one_class(tmp_path):
         path.write_bytes(png(noise(6, 6)))
     loaded = data.load(tmp_path, validation=0)
     assert loaded.classes == ("e", "\u00e9")
-    assert (len(loaded.y_train) + len(loaded.y_test), int((loaded.y_train == 1).sum())) == (15, 8)
+    assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [5, 10]
 
 
 def test_a_class_that_is_left_out_needs_no_images(tmp_path):
     photos(tmp_path, {"a": 10, "b": 10, "c": 1})
-    with pytest.raises(ValueError, match="class 'c' has a single training image"):
+    with pytest.raises(ValueError, match="class 'c' has 1 different training image"):
         data.load(tmp_path)
     some = data.load(tmp_path, classes=["a", "b"])
     assert some.classes == ("a", "b")
@@ -445,7 +548,7 @@ def test_hidden_files_do_not_count_and_others_are_counted(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = data.load(tmp_path)
-    assert [len(labels) for labels in (loaded.y_train, loaded.y_val, loaded.y_test)] == [6, 2, 2]
+    assert sum(len(labels) for labels in (loaded.y_train, loaded.y_val, loaded.y_test)) == 10
     for name in ("readme.txt", "a/notes.md", "b/Thumbs.db"):
         (tmp_path / name).write_text("")
     with pytest.warns(UserWarning, match="left out, no picture of a class: 3, such as") as warned:
@@ -493,34 +596,36 @@ def test_damaged_files_are_listed_or_left_out(tmp_path):
     whole = {read(path).tobytes() for path in (tmp_path / "b").iterdir()}
     assert {image.permute(1, 2, 0).numpy().tobytes() for image in images[labels == 1]} == whole
     for path in (tmp_path / "a").iterdir():
-        path.write_bytes(b"")
+        path.write_bytes(path.name.encode())
     with pytest.warns(UserWarning, match="20 of 40"), pytest.raises(ValueError, match="class 'a' can be read"):
         data.load(tmp_path, skip_corrupt=True)
     for path in (tmp_path / "b").iterdir():
-        path.write_bytes(b"")
+        path.write_bytes(b"b" + path.name.encode())
     with pytest.raises(ValueError, match="none of the 40 pictures can be read"):
         data.load(tmp_path, skip_corrupt=True)
 
 
-def test_a_damaged_picture_that_was_a_class_s_only_one_to_validate_on_is_a_warning(tmp_path):
-    photos(tmp_path, {"a": 15, "b": 15})
-    whole = data.load(tmp_path, preprocessing=(given := Preprocessing((6, 6))))
-    (lost,) = whole.x_val[whole.y_val == 0]
-    for path in (tmp_path / "a").iterdir():
-        if np.array_equal(given.apply(Image.open(path)), lost):
-            path.write_bytes(b"damaged")
-    with (
-        pytest.warns(UserWarning, match="none of the val pictures of the class 'a' can be read"),
-        pytest.warns(UserWarning, match="1 of 30 pictures were left out"),
-    ):
-        loaded = data.load(tmp_path, preprocessing=given, skip_corrupt=True)
-    assert loaded.y_val.tolist() == [1]
+def test_a_damaged_picture_that_was_a_class_s_only_one_in_a_part_is_a_warning(tmp_path):
+    photos(tmp_path, {"a": 12, "b": 12})
+    (tmp_path / "a" / "000.png").write_bytes(b"damaged")
+    for seed in range(1000):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            loaded = data.load(tmp_path, skip_corrupt=True, seed=seed)
+        said = sorted(str(warning.message) for warning in told)
+        if said[1:]:  # the damaged one was the only one of its part
+            break
+    part = "val" if "val" in said[1] else "test"
+    assert said[0].startswith("1 of 24 pictures were left out")
+    assert said[1].startswith(f"none of the {part} pictures of the class 'a' can be read: it has none in the part")
+    assert (getattr(loaded, f"y_{part}") == 1).all()
+    assert sum(len(labels) for labels in (loaded.y_train, loaded.y_val, loaded.y_test)) == 23
 
 
 def test_too_little_memory_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
     photos(tmp_path, {"a": 4, "b": 4})
     monkeypatch.setattr(decoding, "_free_memory", lambda: 8 * 3 * 50 * 50 - 1)
-    assert len(data.load(tmp_path, preprocessing=Preprocessing((49, 50))).x_train) == 4
+    assert data.load(tmp_path, preprocessing=Preprocessing((49, 50))).shape == (3, 49, 50)
     with pytest.raises(ValueError, match=r"8 images of 50 x 50 take 0\.0 GB .* smaller size"):
         data.load(tmp_path, preprocessing=Preprocessing((50, 50)))
     monkeypatch.undo()
@@ -575,7 +680,7 @@ def test_one_file_is_split_and_its_classes_may_be_numbers(tmp_path, label, raw):
     assert {
         (x.numpy().tobytes(), int(y)) for images, labels in parts for x, y in zip(images, labels, strict=True)
     } == pairs
-    assert [len(y) for _, y in parts] == [6, 2, 2]
+    assert sum(len(y) for _, y in parts) == 10
 
 
 def test_parquet_files_of_another_layout_are_refused(tmp_path):
@@ -659,7 +764,7 @@ def test_cifar10_is_read_from_its_archives(tmp_path, monkeypatch, make, archive,
     is_cifar(data.load("cifar10", folder=tmp_path, validation=0), content)
     monkeypatch.setenv("FASTADV_DATA", str(tmp_path / "cifar10"))
     is_cifar(data.load("cifar10", validation=0), content)
-    assert data.load("cifar10").y_val.bincount(minlength=10).tolist() == [1] * 10
+    assert (data.load("cifar10").y_val.bincount(minlength=10) > 0).all()
 
 
 def test_cifar10_is_read_from_parquet_files_in_the_working_folder(tmp_path, monkeypatch):

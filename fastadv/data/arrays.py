@@ -2,26 +2,26 @@
 
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastadv._extras import require
-from fastadv.data.source import Part, Source
+from fastadv.data.source import Part, Source, digests
 
 _REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
 
-def digits(seed: int, codes: bool) -> Source:
-    """1,797 grey 8x8 images: float32 in [0, 1], or uint8 if `codes`; a quarter of each class is the test part."""
+def digits(codes: bool) -> Source:
+    """1,797 grey 8x8 images, one part: float32 in [0, 1], or uint8 if `codes`, with the same digests."""
     images, labels = require("sklearn.datasets").load_digits(return_X_y=True)
     images = images.reshape(-1, 1, 8, 8) / 16  # 16 is the brightest
-    images = np.rint(255 * images).astype(np.uint8) if codes else images.astype(np.float32)
-    x_train, x_test, y_train, y_test = require("sklearn.model_selection").train_test_split(
-        images, labels, test_size=0.25, stratify=labels, random_state=seed
-    )
-    return _source({"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test})
+    rounded = np.rint(255 * images).astype(np.uint8)
+    source = _source({"x_train": rounded if codes else images, "y_train": labels})
+    contents = digests(torch.from_numpy(rounded))
+    return replace(source, parts={"train": replace(source.parts["train"], digests=contents)})
 
 
 def npz(path: Path) -> Source:
