@@ -556,6 +556,67 @@ def test_hidden_files_do_not_count_and_others_are_counted(tmp_path):
     assert len(warned) == 1
 
 
+@pytest.mark.parametrize("prefix", ["photos", "a/b/c", "test", "train"])
+def test_classes_below_a_single_folder_are_found(tmp_path, prefix):
+    found = photos(tmp_path, {f"{prefix}/{name}": 6 for name in "ab"})
+    (tmp_path / "__MACOSX" / prefix).mkdir(parents=True)
+    (tmp_path / "readme.txt").write_text("")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = data.load(tmp_path, validation=0)
+    said = [str(warning.message) for warning in told]
+    if prefix != "train":  # which is a layout of its own
+        assert f"are not the classes: took those in these folders (train: {prefix})" in said.pop(0)
+    assert said == [f"left out, no picture of a class: 1, such as {tmp_path / 'readme.txt'}"]
+    assert loaded.classes == ("a", "b")
+    for label, name in enumerate("ab"):
+        parts = [rows(images[labels == label]) for images, labels in (loaded.train, loaded.test)]
+        assert set.union(*parts) == found[f"{prefix}/{name}"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("train_set", "test_set"),
+        ("Training Data", "Testing Data"),
+        ("flowers-train", "flowers-valid"),
+        ("train/train", "test"),
+        ("deep/train", "deep/test"),
+    ],
+)
+def test_parts_one_level_deeper_or_with_longer_names_are_found(tmp_path, names):
+    found = photos(tmp_path, {f"{part}/{name}": 6 for part in names for name in "ab"})
+    photos(tmp_path, {"seg_pred/seg_pred": 2} if "seg" in names[0] else {})
+    with pytest.warns(UserWarning, match="are not the classes: took those in these folders"):
+        loaded = data.load(tmp_path, validation=0)
+    assert loaded.classes == ("a", "b")
+    other = "x_val" if "valid" in names[1] else "x_test"
+    train = loaded.x_train if other == "x_test" else torch.cat((loaded.x_train, loaded.x_test))
+    for images, part in ((train, names[0]), (getattr(loaded, other), names[1])):
+        assert rows(images) == found[f"{part}/a"] | found[f"{part}/b"]
+
+
+def test_folders_of_folders_that_may_be_classes_are_spoken_of(tmp_path):
+    photos(tmp_path, {f"{site}/{name}": 6 for site in ("north", "south") for name in "ab"})
+    with pytest.warns(UserWarning, match=r"the folders in them \(a, b and so on\) are not told apart: if those are"):
+        assert data.load(tmp_path).classes == ("north", "south")
+    photos(tmp_path / "inverted", {f"{name}/{part}": 6 for part in ("train", "test") for name in "ab"})
+    with pytest.raises(ValueError, match=r"has the parts test, train in the folders of its classes: the layout is"):
+        data.load(tmp_path / "inverted")
+
+
+def test_folders_below_the_classes_are_theirs_without_a_word(tmp_path):
+    photos(tmp_path / "images", {f"{name}/images": 6 for name in "ab"})  # as Tiny ImageNet has it
+    photos(tmp_path / "words", {"train_station/old": 6, "train_station/new": 6, "test_tube": 6})
+    photos(tmp_path / "some", {"a": 6, "a/more": 6, "a/most": 6, "b/more": 6, "b/most": 6})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.load(tmp_path / "images").classes == ("a", "b")
+        assert data.load(tmp_path / "words").classes == ("test_tube", "train_station")
+        assert len(data.load(tmp_path / "some", validation=0).y_train) < 30
+
+
 def test_folders_that_are_no_set_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no folders with pictures; the layout is photos/CLASS"):
         data.load(tmp_path)
