@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastadv import data
+from fastadv.commands.arguments import class_list
 from fastadv.data import decoding
 from fastadv.data.cifar10 import CLASSES
 from fastadv.data.pictures import read
@@ -259,6 +260,22 @@ def test_npz_is_read_as_it_is(tmp_path, dtype):
     assert torch.equal(data.to_float(loaded.x_train), torch.from_numpy(arrays()["x_train"] / 255).float())
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 1), (1, 4, 1), (64, 1, 1), (3, 4, 3), (12, 2, 3), (5, 6, 7)])
+def test_unusual_shapes_that_are_no_channels_last_are_taken(tmp_path, shape):
+    parts = arrays()
+    images = RNG.integers(0, 256, (12, *shape), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", **parts | {"x_train": images[:8], "x_test": images[8:]})
+    assert data.load(tmp_path / "set.npz", validation=0).shape == shape
+
+
+def test_floats_a_hair_beyond_one_are_clamped(tmp_path):
+    parts = {key: arrays()[key] / np.float32(255) for key in ("x_train", "x_test")}
+    parts["x_train"][0, 0, 0, :2] = 1 + 2**-23, -(2**-24)
+    np.savez(tmp_path / "set.npz", **arrays(**parts))
+    expected = torch.from_numpy(parts["x_train"]).clamp(0, 1)
+    assert torch.equal(data.load(tmp_path / "set.npz", validation=0).x_train, expected)
+
+
 def test_npz_may_bring_its_own_validation_part(tmp_path):
     own = {"x_val": 255 - arrays()["x_test"], "y_val": np.arange(4)[::-1]}
     np.savez(tmp_path / "set.npz", **arrays(**own))
@@ -292,6 +309,10 @@ def test_npz_is_prepared_for_a_model(tmp_path):
         ),
         ({"x_train": np.zeros((8, 3, 4, 4), np.int64)}, "x_train must be uint8 or floating point, got int64"),
         ({"x_test": np.full((4, 3, 4, 4), 255.0)}, r"x_test must be in \[0, 1\], got \[255, 255\]"),
+        ({"x_test": np.full((4, 3, 4, 4), 1.00001)}, r"x_test must be in \[0, 1\], got \[1\.00001, 1\.00001\]"),
+        ({"x_train": np.zeros((8, 32, 32, 3))}, r"\(8, 32, 32, 3\) is .* as Keras has it: save np\.moveaxis\(x_train"),
+        ({"x_train": np.zeros((8, 4, 4, 3), np.uint8)}, "is .* as Keras has it"),
+        ({"x_test": np.zeros((4, 28, 28, 1), np.uint8)}, r"x_test, -1, 1\), of the shape \(4, 1, 28, 28\)"),
         ({"x_test": np.full((4, 3, 4, 4), np.nan)}, r"x_test must be in \[0, 1\]"),
         ({"x_test": np.zeros((4, 3, 5, 5))}, "different shapes"),
         ({"x_val": np.zeros((4, 3, 4, 4))}, "no array y_val"),
@@ -540,6 +561,41 @@ def test_numbers_are_names_where_folders_are_called_so(tmp_path):
     photos(tmp_path, {"1": 5, "2": 5, "3": 5})
     assert data.load(tmp_path, classes=[1, 3]).classes == ("1", "3")
     assert data.load(tmp_path, classes=[0]).classes == ("1",)
+    with pytest.raises(ValueError, match="class 1 may be the one called 1 or the label 1, which is the class called 2"):
+        data.load(tmp_path, classes=[0, 1])
+
+
+@pytest.mark.parametrize("names", [("01", "02", "03"), ("9", "10", "11"), ("2", "0", "5")])
+def test_classes_asked_for_on_the_command_line_are_those_or_refused(tmp_path, names):
+    photos(tmp_path, dict.fromkeys(names, 5))
+    for chosen in (names[:2], names[1:], names[::-1]):
+        assert data.load(tmp_path, classes=class_list(",".join(chosen))).classes == chosen
+    if names[0] == "01":
+        with pytest.raises(ValueError, match=r"class 1 may be the one called 01 or the label 1, .* called 02"):
+            data.load(tmp_path, classes=class_list("1,2"))
+        with pytest.raises(ValueError, match="no class '01-03'; there are 01, 02, 03"):
+            data.load(tmp_path, classes=class_list("01-03"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5-9", [5, 6, 7, 8, 9]),
+        ("0,3, 5-7", [0, 3, 5, 6, 7]),
+        ("10", [10]),
+        ("cat, dog", ["cat", "dog"]),
+        ("01,02", ["01", "02"]),
+        ("1,02", ["1", "02"]),
+        ("1_0", ["1_0"]),
+        ("5-3", ["5-3"]),
+        ("1-2-3", ["1-2-3"]),
+        ("0,5-3", ["0", "5-3"]),
+        ("-1", ["-1"]),
+        ("3-", ["3-"]),
+    ],
+)
+def test_what_is_not_written_as_a_label_is_a_name(text, expected):
+    assert class_list(text) == expected
 
 
 def test_hidden_files_do_not_count_and_others_are_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,12 +45,19 @@ def eps_budget(text: str) -> float:
 
 
 def class_list(text: str) -> list[int | str]:
-    """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list."""
-    try:
-        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-        return [label for end in ends for label in range(end[0], end[-1] + 1)]
-    except ValueError:
-        return [name.strip() for name in text.split(",")]
+    """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list.
+
+    What is not written as a label is, such as 01 or 9-5, makes all of them names.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    ends = [_label_range(part) for part in parts]
+    return parts if None in ends else [label for first, last in ends for label in range(first, last + 1)]
+
+
+def _label_range(text: str) -> tuple[int, int] | None:
+    found = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    return (first, last) if first <= last else None
 
 
 def adder(parser: argparse.ArgumentParser) -> Callable:

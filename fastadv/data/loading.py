@@ -103,8 +103,16 @@ def _labels(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
     for chosen in classes:
         if isinstance(chosen, str) and chosen not in names:
             raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}")
-        if not isinstance(chosen, str) and not 0 <= chosen < len(names):
+        if isinstance(chosen, str):
+            continue
+        if not 0 <= chosen < len(names):
             raise ValueError(f"class {chosen} has no training or no test images; there are 0 to {len(names) - 1}")
+        called = [name for name in names if name.isdecimal() and int(name) == chosen]
+        if called and called != [names[chosen]]:
+            raise ValueError(
+                f"class {chosen} may be the one called {called[0]} or the label {chosen}, which is the class called "
+                f"{names[chosen]}: give all classes by their names, {', '.join(names)}"
+            )
     labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in classes]
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"classes must be different and at least one, got {list(classes)}")
