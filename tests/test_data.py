@@ -784,7 +784,7 @@ def test_shards_are_read_in_order(tmp_path, folder):
         data.load(tmp_path)
 
 
-@pytest.mark.parametrize("label", ["label", "labels", "fine_label"])
+@pytest.mark.parametrize("label", ["label", "labels", "fine_label", "target", "cls"])
 @pytest.mark.parametrize("raw", [False, True])
 def test_one_file_is_split_and_its_classes_may_be_numbers(tmp_path, label, raw):
     pixels = [noise(4, 4) for _ in range(10)]
@@ -803,12 +803,12 @@ def test_one_file_is_split_and_its_classes_may_be_numbers(tmp_path, label, raw):
 def test_parquet_files_of_another_layout_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"pixels": [1, 2], "label": [0, 1]}), path)
-    with pytest.raises(ValueError, match=r"needs a column image or img .*its columns are pixels \(int64\), label"):
+    with pytest.raises(ValueError, match=r"needs a column image, img, .*its columns are pixels \(int64\), label"):
         data.load(path)
     with pytest.raises(ValueError, match=r"has parquet files \(a\.parquet\), but no train"):
         data.load(tmp_path)
-    pq.write_table(pa.table({"image": [b"", b""], "label": ["cat", "dog"]}), path)
-    with pytest.raises(ValueError, match=r"its columns are image \(binary\), label \(string\)"):
+    pq.write_table(pa.table({"image": [b"", b""], "label": [0.5, 1.5]}), path)
+    with pytest.raises(ValueError, match=r"its columns are image \(binary\), label \(double\)"):
         data.load(path)
     paths = pa.array([{"bytes": None, "path": "a.png"}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     pq.write_table(pa.table({"image": paths, "label": [0, 1]}), path)
@@ -823,6 +823,49 @@ def test_parquet_files_of_another_layout_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="not a parquet file, or it is damaged"):
         data.load(path)
+
+
+def named(path, pixels, labels):
+    """A parquet file of pictures that lie beside it, in files, and labels as they are."""
+    files = [f"{path.stem}-{i}.png" for i in range(len(labels))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file, image in zip(files, pixels, strict=True):
+        (path.parent / file).write_bytes(png(image))
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([{"bytes": None, "path": file} for file in files], kind)
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+
+
+def test_labels_may_be_names_and_pictures_may_lie_beside_the_file(tmp_path):
+    pixels, labels = [noise(4, 4) for _ in range(30)], ["dog", "cat", "eel"] * 10
+    named(tmp_path / "default" / "train" / "0000.parquet", pixels[:12], labels[:12])
+    named(tmp_path / "default" / "train" / "0001.parquet", pixels[12:24], labels[12:24])
+    named(tmp_path / "default" / "test" / "0000.parquet", pixels[24:], labels[24:])
+    loaded = data.load(tmp_path, validation=0)
+    assert loaded.classes == ("cat", "dog", "eel")
+    assert [loaded.classes[label] for label in (*loaded.y_train, *loaded.y_test)] == labels
+    images = torch.cat((loaded.x_train, loaded.x_test))
+    assert np.array_equal(images.permute(0, 2, 3, 1), np.stack(pixels))
+    named(tmp_path / "default" / "test" / "0000.parquet", pixels[24:], ["cat", "dog", "cow"] * 2)
+    with pytest.raises(ValueError, match="has the label 'cow', which the training part lacks"):
+        data.load(tmp_path)
+    named(tmp_path / "default" / "test" / "0000.parquet", pixels[24:], [0, 1, 2] * 2)
+    with pytest.raises(ValueError, match="are integers in some files and strings in others"):
+        data.load(tmp_path)
+
+
+def test_a_test_part_without_labels_is_left_out_with_a_warning(tmp_path):
+    pixels = [noise(4, 4) for _ in range(60)]
+    parquet(tmp_path / "train.parquet", pixels[:40], [0, 1] * 20)
+    parquet(tmp_path / "validation.parquet", pixels[40:50], [0, 1] * 5)
+    parquet(tmp_path / "test.parquet", pixels[50:], [-1] * 10)
+    with pytest.warns(UserWarning, match="the label -1 alone: the part is left out"):
+        loaded = data.load(tmp_path)
+    assert "no test part" in loaded.notes[0]
+    assert rows(torch.cat((loaded.x_train, loaded.x_test))) == {p.transpose(2, 0, 1).tobytes() for p in pixels[:40]}
+    parquet(tmp_path / "test.parquet", pixels[50:], [-1] * 9 + [0])
+    with pytest.raises(ValueError, match="label -1: the images of this part have no labels"):
+        data.load(tmp_path)
 
 
 # CIFAR-10

@@ -43,9 +43,9 @@ def load(
             read from `folder`: parquet files, or the archive cifar-10-binary.tar.gz or cifar-10-python.tar.gz,
             extracted or not. An .npz file holds x_train, y_train, x_test, y_test and, if it likes, x_val, y_val:
             images (N, C, H, W), uint8 or floats in [0, 1]; integer labels (N,). A parquet file, or a folder with
-            train*.parquet, val*.parquet and test*.parquet, has a column image or img of encoded pictures and a column
-            label, labels or fine_label of integers. A folder of pictures is photos/CLASS/..., or photos/train/CLASS/...
-            with val (or valid, validation) and test beside it.
+            train*.parquet, val*.parquet and test*.parquet as the Hugging Face hub has them, has a column such as image
+            of encoded pictures or of their files' paths and a column such as label of integers or names. A folder of
+            pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or valid, validation) and test beside it.
         preprocessing: of the model the images are for; they become uint8 of its size. None leaves images as they
             are: those of one set must then have one size.
         classes: names or labels of the classes to keep, relabelled 0, 1, ... in the order given. Numbers are names
