@@ -250,3 +250,30 @@ def test_a_single_class_is_refused_before_anything_is_trained(photos, backbone, 
     with pytest.raises(SystemExit, match="have a single class, red, and there is nothing to tell apart"):
         finetune(photos, backbone, tmp_path / "run", "--classes", "red")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_validation_share_and_the_split_seed_choose_the_parts_of_the_report(photos, backbone, tmp_path):
+    for share, seed in ((0.4, 0), (0.1, 1)):
+        out = tmp_path / f"{share}-{seed}"
+        finetune(photos, backbone, out, "--validation", share, "--split-seed", seed, "--epochs", "1")
+        expected = data.load(photos, preprocessing=Preprocessing((16, 16), crop=0.9), validation=share, seed=seed)
+        text = re.sub(r"<[^>]*>|\s+", " ", (out / "report.html").read_text())
+        for part, labels in (("training", expected.y_train), ("validation", expected.y_val), ("test", expected.y_test)):
+            assert re.search(rf"{part} images\s+{len(labels)}\s", text), (part, share, seed)
+
+
+def test_classes_are_trained_and_judged_in_the_order_asked_for(photos, backbone, tmp_path):
+    names = ("red", "blue", "grün")
+    order = ("--classes", ",".join(names))
+    finetune(photos, backbone, tmp_path / "run", *order)
+    weights = tmp_path / "run" / "model.safetensors"
+    model = models.load(weights)
+    assert model.classes == names
+    report = judged(weights, photos, tmp_path / "right", *order)
+    assert report["clean_accuracy"] > 0.8
+    with torch.no_grad():
+        red = data.to_float(data.load(photos, preprocessing=model.preprocessing, classes=["red"]).x_test)
+        assert model.pixels.eval()(red).argmax(1).bincount(minlength=3).argmax() == 0
+    for other in ((), ("--classes", "red,grün,blue")):
+        with pytest.raises(SystemExit, match=r"classes are red, blue, grün, and the data.s .* in their order"):
+            judged(weights, photos, tmp_path / "wrong", *other)
