@@ -116,7 +116,10 @@ def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
     """
     count = known(model.trained_on, digests)
     if count:
-        print(f"the model was trained on {count} of the {len(digests)} test images")
+        print(
+            f"the model was trained on {count} of the {len(digests)} test images (about one new image in 10,000 is "
+            "taken for such a one)"
+        )
     return count
 
 
