@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -547,6 +549,16 @@ def test_a_name_that_is_stored_in_two_ways_is_one_class(tmp_path):
     loaded = data.load(tmp_path, validation=0)
     assert loaded.classes == ("e", "\u00e9")
     assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [5, 10]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    photos(tmp_path, {"caf\u00e9": 3, "t\u00e9\u200d \u3000": 3})
+    (tmp_path / "caf\u00e9").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(ValueError, match=r"the class 'caf\\udce9' in .* not UTF-8: rename its folder"):
+        data.load(tmp_path)
+    shutil.rmtree(os.fsencode(tmp_path) + b"/caf\xe9")
+    assert data.load(tmp_path).classes == ("t\u00e9\u200d \u3000",)
 
 
 def test_a_class_that_is_left_out_needs_no_images(tmp_path):

@@ -174,6 +174,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _part(found: dict[str, list[Path]], names: tuple[str, ...], place: Path) -> Part:
     for name, paths in found.items():
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no UTF-8, which no file could hold
+            raise ValueError(f"the class {name!r} in {str(place)!r} has a name that is not UTF-8: rename its folder")
         if not paths:
             raise ValueError(f"the class {name!r} has no pictures in {place}: add some, or delete its folder")
         if name not in names:
