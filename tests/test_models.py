@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -16,6 +17,8 @@ from torch import nn
 
 from fastadv import models
 from fastadv.attacks import Normalized
+from fastadv.data.splits import Split
+from fastadv.data.trained import TrainedOn, known
 from fastadv.models import sources
 from fastadv.preprocessing import Preprocessing
 
@@ -793,6 +796,63 @@ def test_equal_models_give_equal_files_with_one_entry(tmp_path):
         "options": {"widths": [8, 8, 16], "blocks": 1},
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def data_of(digests):
+    return SimpleNamespace(digests={"train": digests}, split=Split(seed=5, test=0.3, validation=0.2))
+
+
+@pytest.mark.parametrize("count", [3, 400, 5000])
+def test_a_file_knows_its_training_pictures_and_takes_few_others_for_them(tmp_path, count):
+    model = built()
+    trained, others = torch.randint(-(2**63), 2**63 - 1, (count + 1_000_000,)).split([count, 1_000_000])
+    model.trained_on = (TrainedOn.of(data_of(trained)),)
+    models.save(model, tmp_path / "a.safetensors")
+    (record,) = models.load(tmp_path / "a.safetensors").trained_on
+    assert record.split == Split(5, 0.3, 0.2)
+    assert record.pictures == count
+    assert record.knows(trained).all()
+    assert record.knows(others).sum() < 400  # 67 by the formula (1 - exp(-14 / 20)) ** 14
+    assert len(record.filter) == max(1024, 20 * count / 8)
+    assert known([record], torch.cat((trained[:3], others[:1000]))) in (3, 4, 5)
+
+
+def test_more_than_a_million_training_pictures_are_not_remembered(tmp_path):
+    model = built()
+    model.trained_on = (TrainedOn.of(data_of(torch.arange(1_000_001))),)
+    models.save(model, tmp_path / "a.safetensors")
+    (record,) = models.load(tmp_path / "a.safetensors").trained_on
+    assert (record.pictures, record.filter) == (1_000_001, None)
+    assert known([record], torch.arange(3)) is None
+    small = TrainedOn.of(data_of(torch.arange(100)))
+    assert known([record, small], torch.arange(-1000, -990)) is None
+    assert known([record, small], torch.arange(3)) == 3
+
+
+def rewritten(path, change):
+    """The file with its facts changed."""
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["fastadv"])
+    change(facts)
+    safetensors.torch.save_file(tensors, path, {"fastadv": json.dumps(facts)})
+
+
+def test_files_from_before_the_record_load_and_damaged_records_are_refused(tmp_path):
+    model, path = built(), tmp_path / "a.safetensors"
+    model.trained_on = (TrainedOn.of(data_of(torch.arange(10))),)
+    models.save(model, path)
+    rewritten(path, lambda facts: facts["trained_on"][0].update(pictures=10_000))
+    with pytest.raises(ValueError, match="training pictures is damaged: its filter has another length"):
+        models.load(path)
+    rewritten(path, lambda facts: facts["trained_on"][0].update(format=2))
+    with pytest.raises(ValueError, match="training pictures has the format 2, this fastadv reads 1"):
+        models.load(path)
+    rewritten(path, lambda facts: facts["trained_on"][0].pop("format"))
+    with pytest.raises(ValueError, match="training pictures is damaged"):
+        models.load(path)
+    rewritten(path, lambda facts: facts.pop("trained_on"))
+    assert models.load(path).trained_on == ()
 
 
 def test_options_left_out_are_written_too(tmp_path):
