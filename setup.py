@@ -1,7 +1,7 @@
 """Builds the native extensions with ninja; `pyproject.toml` has everything else.
 
 FASTADV_CPU, FASTADV_CUDA: `auto` (the default) builds what the toolchain allows and says why it skipped the rest,
-`1` makes that an error, `0` skips. TORCH_CUDA_ARCH_LIST ("8.0;9.0;10.0+PTX") and MAX_JOBS are honoured. With no
+`1` makes that an error, `0` skips. TORCH_CUDA_ARCH_LIST ("7.5;8.0;9.0;10.0+PTX") and MAX_JOBS are honoured. With no
 compiler at all the package still installs: Triton and the reference need none.
 """
 
@@ -23,7 +23,7 @@ CSRC = HERE / "csrc"
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *EXACT]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-t=2"]
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHS = "7.5;8.0;9.0;10.0+PTX"
 # One build runs on every later PyTorch.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 

@@ -76,7 +76,7 @@ struct Format<float> {
 template <>
 struct Format<BFloat16> {
   static FASTADV_HD float round(float t) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     // Two at once is the fast conversion; with 0 for the lower one, its bits are the rounded float's.
     uint32_t bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(t), "f"(0.0f));

@@ -9,7 +9,9 @@ budget; prefer float32 or uint8 images, the gradient may be bfloat16.
 `out=` takes the result without allocating anything; it may be an input to the letter, and no other overlap.
 `normalization=` and `z=`, together, have the model's next input written in the same pass: a Normalization, and a float
 tensor of x's shape, in any dtype and layout, that overlaps nothing. It has no derivative.
-Where grad mode is on and an image requires grad, gradients flow as through torch.clamp; grad itself gets zeros.
+Where grad mode is on and an image requires grad, gradients flow as through torch.clamp; grad itself gets zeros. There
+is no forward-mode derivative. Writing into `out` and `z` counts as PyTorch's own in-place operations do: a graph that
+saved them refuses to go backward. The replay of a CUDA graph writes without that, as PyTorch's replays do.
 
 Raises, before anything is written: TypeError for a wrong type or dtype; ValueError for a wrong shape, device, value
 or an `out` that overlaps an input; RuntimeError for what autograd, vmap or the chosen backend cannot do. The message
@@ -17,6 +19,7 @@ names the argument and what it got.
 """
 
 import torch
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastadv.ops import checks
@@ -25,6 +28,7 @@ from fastadv.ops.backends import NATIVE, run, serving
 from fastadv.ops.generator import new_seed, sample_seeds
 from fastadv.ops.normalization import Normalization
 from fastadv.ops.reference import compute_dtype
+from fastadv.ops.schemas import increment_versions
 
 __all__ = [
     "Normalization",
@@ -43,20 +47,24 @@ _BOX = (0.0, 1.0)
 def _apply(name, images, parameters, box, out, normalization, z, *flags):
     """Run the op into `out`, or into a new tensor like its first argument."""
     args = (*images, *flags, *_short(parameters, box))
+    if forward_ad._current_level >= 0:  # in a dual_level or in torch.func.jvp
+        checks.no_tangents(name, args, out, z)
     try:
         if torch.is_grad_enabled():
             for t in images if out is None else (*images, out):
                 if t.requires_grad:
                     return _differentiate(name, args, out, normalization, z)
         like = images[0]
-        backend = serving(like.device)
-        if backend not in NATIVE or is_compiling():
+        backend, compiling = serving(like.device), is_compiling()
+        if backend not in NATIVE or compiling:
             _check(name, args, out, normalization, z)
         result = result_like(like) if out is None else out
         if z is None and normalization is None:
             run(name, backend, (result, *args))
         else:
             _run_with_z(name, backend, result, images, args, normalization, z)
+        if (out is not None or z is not None) and not compiling:  # a compiler counts by itself
+            increment_versions((out,) if z is None else (result, z))
         return result
     except Exception:
         # The native kernels check for themselves, in nanoseconds, and write nothing where they refuse: here is why.

@@ -16,6 +16,15 @@ def _devices():
     return found
 
 
+def _by_device(found):
+    """{device: text} as {device type: text}, but for the devices of a type that differ."""
+    of_type = {}
+    for device, text in found.items():
+        of_type.setdefault(device.split(":")[0], set()).add(text)
+    alone = {t for t, texts in of_type.items() if len(texts) == 1}
+    return {t if (t := device.split(":")[0]) in alone else device: text for device, text in found.items()}
+
+
 def _build():
     """What setup.py wrote down, and what the extensions know of themselves."""
     if facts() is None:
@@ -28,20 +37,20 @@ def info():
 
     A dict: `version`, `imported_from` (a folder), `torch` {version, cuda}, `devices` {name: text}, `backends` {name:
     {available, why}} (`why` says why not, per device type), `serves` {device type: backend}, `build` {...}, `calls`
-    {backend: kernel calls in this process}.
+    {backend: kernel calls in this process}. Where GPUs differ in who serves them, each has an entry of its own.
     """
-    types = sorted({name.split(":")[0] for name in _devices()})
-    reasons = {b: {t: why_not(b, t) for t in types} for b in BACKENDS}
+    devices = _devices()
+    reasons = {b: _by_device({d: why_not(b, d) for d in devices}) for b in BACKENDS}
     return {
         "version": __version__,
         "imported_from": str(PACKAGE),
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
-        "devices": _devices(),
+        "devices": devices,
         "backends": {
             b: {"available": not all(why.values()), "why": "; ".join(f"{t}: {w}" for t, w in why.items() if w)}
             for b, why in reasons.items()
         },
-        "serves": {t: resolve(None, t) for t in types},
+        "serves": _by_device({d: resolve(None, d) for d in devices}),
         "build": _build(),
         "calls": calls(),
     }

@@ -48,6 +48,8 @@ class Preprocessing:
             if len(values) != self.channels or not all(math.isfinite(value) for value in values):
                 raise ValueError(f"{name} must be {self.channels} finite numbers or one, got {getattr(self, name)}")
             object.__setattr__(self, name, values)
+        if max(map(abs, self.mean)) > 2:
+            raise ValueError(f"mean must be of pixels in [0, 1], got {self.mean}: divide mean and std by 255")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
         if len(self.size) != 2 or any(int(side) != side or side < 1 for side in self.size):

@@ -319,6 +319,33 @@ def test_logits_are_found_in_what_models_return(net, batch, name, output, module
         assert torch.equal(ATTACKS[name](model, **o)(*batch, seed=1), expected)
 
 
+AMBIGUOUS = {
+    "features first": lambda features, z: (features, z),
+    "logits first": lambda features, z: [z, features],
+    "as many features": lambda features, z: (z * 2, z),
+    "dict": lambda features, z: {"features": features, "prediction": z},
+}
+CLEAR = {
+    "tokens": lambda features, z: (features[:, None], z),
+    "labels": lambda features, z: (z.argmax(1), z),
+    "dict": lambda features, z: {"features": features, "logits": z},
+    "dict of one matrix": lambda features, z: {"loss": z.sum(), "prediction": z},
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_features_beside_logits_are_not_attacked(net, batch, case):
+    attack = PGD(lambda x: AMBIGUOUS[case](x.flatten(1), net(x)))
+    with pytest.raises(TypeError, match=r"key `logits`; it returned .* may be the logits or features"):
+        attack(*batch)
+
+
+@pytest.mark.parametrize("case", CLEAR)
+def test_logits_beside_other_things_are_found(net, batch, case):
+    attack = PGD(lambda x: CLEAR[case](x.flatten(1), net(x)))
+    assert torch.equal(attack(*batch, seed=1), PGD(net)(*batch, seed=1))
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """A process group of this process alone."""

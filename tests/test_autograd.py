@@ -1,12 +1,16 @@
 """Gradients: torch.clamp's, ties pass; the sign's argument gets zeros; and only where they were asked for."""
 
+import copy
+import io
+
 import numpy as np
 import oracle
 import pytest
 import strategies as s
 import torch
 from dispatched import Dispatched
-from torch.autograd import gradcheck
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck
 
 import fastadv
 
@@ -304,3 +308,116 @@ def test_an_error_that_somebody_keeps_leaves_autograd_on(backend, call):
             assert fastadv.random_init(x.to(device), 0.1, seed=1).requires_grad
     finally:
         del kept  # or the tests after this one would fail too
+
+
+# -------------------------------------------------------------------------------- torch.func, forward-mode, constants
+
+
+def squared(t):
+    """A function of x whose gradient is that of a step's result, squared."""
+    return {
+        "random_init": lambda x: (fastadv.random_init(x, 0.1, seed=3) ** 2).sum(),
+        "fgsm_step": lambda x: (fastadv.fgsm_step(x, t["grad"], 0.1, noise=0.2, seed=3) ** 2).sum(),
+        "pgd_step": lambda x: (fastadv.pgd_step(t["x_adv"], t["grad"], x, alpha=0.05, eps=0.1) ** 2).sum(),
+    }
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_torch_func_takes_the_same_gradient(backend, op):
+    name, device = backend
+    t = inputs(device)
+    f, x = squared(t)[op], t["x"].clone().requires_grad_()
+    with fastadv.backend(name):
+        (want,) = torch.autograd.grad(f(x), x)
+        assert want.any()
+        assert torch.equal(torch.func.grad(f)(t["x"]), want)
+        assert torch.equal(torch.func.vjp(f, t["x"])[1](torch.ones((), device=device))[0], want)
+        assert torch.equal(torch.func.jacrev(f)(t["x"]), want)
+        second = torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(t["x"])
+        assert torch.equal(second, 2.0 * (want != 0))  # of a piecewise linear function's square
+
+
+def test_a_gradient_for_each_sample_is_refused(backend):
+    name, device = backend
+    f = squared(inputs(device))["random_init"]
+    with fastadv.backend(name), pytest.raises(RuntimeError, match=r"does not support torch\.vmap"):
+        torch.func.vmap(torch.func.grad(f))(torch.rand(SHAPE, device=device))
+
+
+@pytest.mark.parametrize("which", ["x", "x_adv", "grad", "eps", "out"])
+def test_forward_mode_is_refused_and_not_dropped(backend, which):
+    name, device = backend
+    every = {
+        **inputs(device),
+        "eps": torch.tensor(0.1, device=device),
+        "out": torch.full(SHAPE, torch.nan, device=device),
+    }
+
+    def step(v):
+        t = {**every, which: v}
+        return fastadv.pgd_step(t["x_adv"], t["grad"], t["x"], alpha=0.05, eps=t["eps"], out=t["out"])
+
+    tangent = torch.ones_like(every[which])
+    with fastadv.backend(name):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(every[which], tangent)
+            with pytest.raises(RuntimeError, match="parameter" if which == "eps" else which):
+                step(dual)
+            raw = getattr(torch.ops.fastadv.pgd_step, name)
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                raw(every["out"], dual.expand(SHAPE), every["grad"], every["x"], 0.05, 0.1)
+            assert every["out"].isnan().all()
+            assert not step(every[which]).isnan().any()  # without a tangent a level changes nothing
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.func.jvp(step, (every[which],), (tangent,))
+
+
+def first_uses(normalization, x):
+    """Where a cache of constants may be filled so that it serves nobody else."""
+    with torch.inference_mode():
+        yield normalization(x.clone())
+    with FakeTensorMode() as mode:
+        yield normalization(torch.rand(x.shape, device=x.device))
+        yield normalization(mode.from_tensor(x))
+    yield torch.func.grad(lambda x: normalization(x).sum())(x)
+    yield normalization(x.double())
+    yield normalization(x.half())
+
+
+@pytest.mark.parametrize("use", range(6))
+@pytest.mark.parametrize("constants", [(0.3, 0.7), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))], ids=["one", "each"])
+def test_constants_are_kept_for_every_later_call(backend, constants, use):
+    name, device = backend
+    x = torch.rand(SHAPE, device=device)
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=device).view(-1, 1, 1) for v in constants)
+    normalization = fastadv.Normalization(*constants)
+    assert list(first_uses(normalization, x))[use] is not None
+    with fastadv.backend(name):
+        for _ in range(2):
+            leaf, z = x.clone().requires_grad_(), torch.empty_like(x)
+            result = normalization(leaf)
+            result.sum().backward()
+            want = (x.double() - mean) / std
+            assert result.dtype == torch.float32
+            torch.testing.assert_close(result.double(), want, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(normalization(x.double()), want, rtol=1e-15, atol=1e-15)
+            torch.testing.assert_close(leaf.grad.double(), (1 / std).expand(SHAPE), rtol=1e-6, atol=0)
+            fastadv.random_init(x, 0.0, seed=1, normalization=normalization, z=z)
+            assert torch.equal(z, result)
+            list(first_uses(normalization, x))
+
+
+def test_constants_do_not_go_stale():
+    """A model is saved with its normalisation, and may be loaded onto another device; new numbers are a new object."""
+    normalization, x = fastadv.Normalization((0.1, 0.2, 0.3), 0.5), torch.rand(SHAPE)
+    want, file = normalization(x), io.BytesIO()
+    torch.save(normalization, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta", weights_only=False)
+    for other in (loaded, copy.deepcopy(normalization)):
+        assert torch.equal(other(x), want)
+        assert (other.mean, other.std) == (normalization.mean, normalization.std)
+    for name in ("mean", "std"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(normalization, name, 0.25)
+    assert torch.equal(normalization(x), want)

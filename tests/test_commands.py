@@ -13,6 +13,8 @@ from PIL import Image
 
 from fastadv import cli, data, models
 from fastadv.commands import predict, pretrain
+from fastadv.data.pictures import Picture
+from fastadv.data.source import digests
 from fastadv.models.networks import resnet
 from fastadv.preprocessing import Preprocessing
 
@@ -194,3 +196,104 @@ def test_pretraining_writes_a_backbone_and_its_card(tmp_path, monkeypatch):
     with torch.no_grad():
         says = model.pixels.eval()(torch.from_numpy(images[chosen]) / 255).argmax(1).numpy()
     assert card["clean_accuracy"] == pytest.approx((says == labels[chosen]).mean(), abs=1 / 11)  # the card's is in bf16
+
+
+def judged(model, folder, out, *options):
+    cli.main(["evaluate", "--data", str(folder), "--model", str(model), "--out", str(out), "--device", "cpu",
+              "--attacks", "fgsm", *map(str, options)])  # fmt: skip
+    return json.loads((out / "report.json").read_text())
+
+
+def test_evaluate_judges_the_test_part_of_the_training_and_nothing_that_was_trained_on(
+    photos, backbone, tmp_path, capsys
+):
+    finetune(photos, backbone, tmp_path / "run", "--split-seed", "7", "--epochs", "1")
+    weights = tmp_path / "run" / "model.safetensors"
+    model = models.load(weights)
+    report = judged(weights, photos, tmp_path / "same")
+    images, labels = data.load(photos, preprocessing=model.preprocessing, seed=7).test
+    with torch.no_grad():
+        says = model.pixels.eval()(data.to_float(images)).argmax(1)
+    assert report["clean_correct"] == (says == labels).tolist()
+    assert report["trained_on"] == 0
+    assert "was trained on" not in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match=r"trained on \d+ of the \d+ images that are to judge it.*--split-seed 7"):
+        judged(weights, photos, tmp_path / "other", "--split-seed", "8")
+    assert not (tmp_path / "other").exists()
+    mine, other = (data.load(photos, preprocessing=model.preprocessing, seed=seed).digests for seed in (7, 8))
+    shared = len(set(mine["train"].tolist()) & set(other["test"].tolist()))
+    report = judged(weights, photos, tmp_path / "other", "--split-seed", "8", "--allow-overlap")
+    assert report["trained_on"] == shared > 0
+    assert f"the model was trained on {shared} of the {len(other['test'])} test images" in capsys.readouterr().out
+
+
+def test_training_pictures_are_found_under_other_names_and_in_other_folders(photos, tuned, tmp_path, capsys):
+    model = models.load(tuned / "model.safetensors")
+    trained = set(data.load(photos, preprocessing=model.preprocessing).digests["train"].tolist())
+    rng = np.random.default_rng()
+    for name, colour in COLOURS.items():
+        for part, count in (("train", 3), ("test", 30)):
+            (tmp_path / "new" / part / name).mkdir(parents=True)
+            for i in range(count):
+                picture(colour, rng).save(tmp_path / "new" / part / name / f"{i}.png")
+    contents = [path.read_bytes() for path in (photos / "red").iterdir()]
+    mine = [content for content in contents if digests([Picture("", content)]).item() in trained]
+    for i, content in enumerate(mine[:4]):  # of 94 in the end: below 5 %
+        (tmp_path / "new" / "test" / "red" / f"copy-{i}.jpg").write_bytes(content)
+    report = judged(tuned / "model.safetensors", tmp_path / "new", tmp_path / "out")
+    assert report["trained_on"] == 4
+    assert "the model was trained on 4 of the" in capsys.readouterr().out
+
+
+def test_a_second_training_remembers_the_first(photos, tuned, tmp_path, capsys):
+    first = models.load(tuned / "model.safetensors").trained_on
+    finetune(photos, tuned / "model.safetensors", tmp_path / "one", "--split-seed", "3", "--epochs", "1")
+    assert re.search(r"the model was trained on \d+ of the \d+ test images", capsys.readouterr().out)
+    init = ("--init", tuned / "model.safetensors", "--split-seed", "3", "--epochs", "1")
+    finetune(photos, tuned / "model.safetensors", tmp_path / "two", *init)
+    for name in ("one", "two"):
+        records = models.load(tmp_path / name / "model.safetensors").trained_on
+        assert records[: len(first)] == first
+        assert records[-1].split.seed == 3
+
+
+def test_a_file_without_a_record_says_that_it_has_none(photos, tuned, tmp_path, capsys):
+    model = models.load(tuned / "model.safetensors")
+    model.trained_on = ()
+    models.save(model, tmp_path / "old.safetensors")
+    assert judged(tmp_path / "old.safetensors", photos, tmp_path / "out")["trained_on"] is None
+    assert "does not say which images it was trained on" in capsys.readouterr().out
+
+
+def test_a_single_class_is_refused_before_anything_is_trained(photos, backbone, tmp_path):
+    with pytest.raises(SystemExit, match="have a single class, red, and there is nothing to tell apart"):
+        finetune(photos, backbone, tmp_path / "run", "--classes", "red")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_validation_share_and_the_split_seed_choose_the_parts_of_the_report(photos, backbone, tmp_path):
+    for share, seed in ((0.4, 0), (0.1, 1)):
+        out = tmp_path / f"{share}-{seed}"
+        finetune(photos, backbone, out, "--validation", share, "--split-seed", seed, "--epochs", "1")
+        expected = data.load(photos, preprocessing=Preprocessing((16, 16), crop=0.9), validation=share, seed=seed)
+        text = re.sub(r"<[^>]*>|\s+", " ", (out / "report.html").read_text())
+        for part, labels in (("training", expected.y_train), ("validation", expected.y_val), ("test", expected.y_test)):
+            assert re.search(rf"{part} images\s+{len(labels)}\s", text), (part, share, seed)
+
+
+def test_classes_are_trained_and_judged_in_the_order_asked_for(photos, backbone, tmp_path):
+    names = ("red", "blue", "grün")
+    order = ("--classes", ",".join(names))
+    finetune(photos, backbone, tmp_path / "run", *order)
+    weights = tmp_path / "run" / "model.safetensors"
+    model = models.load(weights)
+    assert model.classes == names
+    report = judged(weights, photos, tmp_path / "right", *order)
+    assert report["clean_accuracy"] > 0.8
+    with torch.no_grad():
+        red = data.to_float(data.load(photos, preprocessing=model.preprocessing, classes=["red"]).x_test)
+        assert model.pixels.eval()(red).argmax(1).bincount(minlength=3).argmax() == 0
+    for other in ((), ("--classes", "red,grün,blue")):
+        with pytest.raises(SystemExit, match=r"classes are red, blue, grün, and the data.s .* in their order"):
+            judged(weights, photos, tmp_path / "wrong", *other)

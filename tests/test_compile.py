@@ -1,5 +1,6 @@
 """torch.compile, torch.export and opcheck see through the ops, and change no bit of what they compute."""
 
+import random
 import warnings
 
 import numpy as np
@@ -7,6 +8,7 @@ import oracle
 import pytest
 import strategies as s
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastadv
 
@@ -132,6 +134,48 @@ def test_a_draw_in_a_compiled_function_repeats_under_manual_seed(native):
         assert torch.equal(draw(x), first)
         assert torch.equal(draw(x), second)
         assert not torch.equal(first, second)
+
+
+def test_compiled_writes_are_counted(native):
+    """What a compiled step overwrites cannot be backpropagated through either."""
+    name, device = native
+    x, x_adv, grad = inputs(device)
+    w = torch.ones((), device=device, requires_grad=True)
+
+    def step(x_adv, z):
+        fastadv.pgd_step_(x_adv, grad, x, alpha=0.02, eps=0.1, normalization=NORMALIZATION, z=z)
+
+    with fastadv.backend(name):
+        compiled, z = torch.compile(step, fullgraph=True, backend="aot_eager"), torch.empty_like(x)
+        losses = [(w * x_adv).sum(), (w * z).sum()]
+        compiled(x_adv, z)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def seeded(x, seed):
+    each = fastadv.sample_seeds(seed, torch.arange(x.shape[0], device=x.device))
+    start = fastadv.random_init(x, 0.1, seed=seed)
+    return start, fastadv.fgsm_step(x, x - 0.5, 0.1, noise=0.2, seed=seed), fastadv.random_init(x, 0.1, seed=each)
+
+
+@pytest.mark.parametrize("kind", ["counted", "any", "drawn"])
+def test_seeds_compile_once_and_once_for_all(native, kind):
+    """An int is a number of the graph at its second value, whatever its sign and size."""
+    name, device = native
+    rng = random.Random()
+    seeds = {
+        "counted": range(12),
+        "any": [-1, 2**64 - 1, -(2**63), 2**63, *(rng.randrange(-(2**63), 2**64) for _ in range(8))],
+        "drawn": [fastadv.new_seed(device) for _ in range(12)],
+    }[kind]
+    x, count = inputs(device)[0], CompileCounterWithBackend("aot_eager")
+    with fastadv.backend(name):
+        compiled = torch.compile(seeded, fullgraph=True, backend=count)
+        for seed in seeds:
+            same_bits(compiled(x, seed), seeded(x, seed))
+    assert count.frame_count <= 2
 
 
 # Inductor is what may lay tensors out anew; it is slow to start, so it compiles two functions.

@@ -1,8 +1,10 @@
 """The ops against the numeric contract, on whole random calls: every backend against the reference, and the
 reference against an oracle that shares no code with it. Both bit for bit."""
 
+import time
 from dataclasses import replace
 
+import numpy as np
 import oracle
 import pytest
 import strategies as s
@@ -11,6 +13,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import fastadv
+from fastadv.ops import backends
 
 
 def settings_for(name):
@@ -160,6 +163,86 @@ def test_images_of_whole_blocks(kernel, shape, seeds):
     with fastadv.backend(name):
         got = call(device)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
+def budgets(shape, kind, rng):
+    """eps as a tensor; one of many is NaN."""
+    size = {"0d": (), "N": shape[:1], "NC": shape[:2]}[kind]
+    eps = rng.uniform(0.01, 0.1, size)
+    if size and eps.size > 2:
+        eps.flat[1] = np.nan
+    return torch.from_numpy(eps.reshape(size + (1,) * (len(shape) - len(size)) if size else size)).float()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("kind", ["0d", "N", "NC"])
+@pytest.mark.parametrize("shape", [(5, 3, 17, 19), (3, 2, 33, 31), (40, 65), (9, 7), (3, 4, 16, 16)], ids=str)
+def test_budgets_change_wherever_they_do(native, shape, kind, layout):
+    """Within a tile, at its end and beyond it: with one value for a stretch of elements, and with arrays of them."""
+    name, device = native
+    rng = np.random.default_rng()
+    t = {k: s.laid_out(rng.random(shape), torch.float32, layout, rng) for k in ("x", "x_adv", "grad")}
+    eps, seeds = budgets(shape, kind, rng), torch.from_numpy(rng.integers(-(2**63), 2**63, shape[0]))
+    normalization = fastadv.Normalization(rng.random(shape[1]).tolist(), 0.3)
+
+    def results(device):
+        x, x_adv, grad = (s.on(v, device) for v in t.values())
+        e, seed, z = eps.to(device), seeds.to(device), torch.empty(shape, device=device)
+        yield fastadv.pgd_step(x_adv, grad, x, alpha=0.03, eps=e, normalization=normalization, z=z)
+        yield z
+        yield fastadv.fgsm_step(x, grad, 0.1, alpha=e, noise=e, seed=7, project=False)
+        yield fastadv.random_init(x, e, seed=seed, clip=(e.nan_to_num(0), 0.9))
+
+    with fastadv.backend("reference"):
+        want = list(results("cpu"))
+    with fastadv.backend(name):
+        got = list(results(device))
+    for a, b in zip(got, want, strict=True):
+        assert oracle.same(oracle.values(a), oracle.values(b)), oracle.mismatch(oracle.values(a), oracle.values(b))
+
+
+@pytest.mark.parametrize("eps", ["number", "each"])
+def test_triton_takes_more_samples_than_a_grid_has_rows(monkeypatch, eps):
+    """In several launches; with rows for 3 samples here, for the interpreter takes minutes for 65,536."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, grad, seed = torch.rand(7, 2, 5), torch.randn(7, 2, 5), torch.arange(7) * 2**40
+    eps = 0.1 if eps == "number" else torch.rand(7, 1, 1) / 10
+    normalization = fastadv.Normalization((0.4, 0.5), 0.3)
+
+    def results(device):
+        image, e = x.to(device), eps.to(device) if torch.is_tensor(eps) else eps
+        options = {"seed": seed.to(device), "normalization": normalization, "z": torch.empty_like(image)}
+        return fastadv.fgsm_step(image, grad.to(device), e, noise=e, **options), options["z"]
+
+    with fastadv.backend("reference"):
+        want = results("cpu")
+    with fastadv.backend("triton"):
+        monkeypatch.setattr(backends.triton()[0], "MOST_SAMPLES", 3)
+        got = results(device)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_a_budget_for_each_sample_costs_what_one_costs(op):
+    """The same bytes move: within twice the time, on the CPU. (Arrays of parameters take eight times as long.)"""
+    x, grad, out = torch.rand(128, 3, 32, 32), torch.randn(128, 3, 32, 32), torch.empty(128, 3, 32, 32)
+    call = {
+        "random_init": lambda eps: fastadv.random_init(x, eps, seed=1, out=out),
+        "fgsm_step": lambda eps: fastadv.fgsm_step(x, grad, eps, out=out),
+        "pgd_step": lambda eps: fastadv.pgd_step(x, grad, x, alpha=0.01, eps=eps, out=out),
+    }[op]
+    budgets = {"number": 0.03, "0-dim": torch.tensor(0.03), "each": torch.full((128, 1, 1, 1), 0.03)}
+    least, threads = dict.fromkeys(budgets, float("inf")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(40):
+            for name, eps in budgets.items():
+                begin = time.thread_time()
+                call(eps)
+                least[name] = min(least[name], time.thread_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    assert max(least.values()) < 2 * least["number"], least
 
 
 @given(s.cases("random_init"), s.model_inputs())

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import strategies as s
 import torch
 
 import fastadv
+from fastadv.ops import backends
 
 NAN, INF = float("nan"), float("inf")
 N, C, H, W = SHAPE = (2, 3, 4, 5)
@@ -267,6 +269,7 @@ BAD_SAMPLE_SEEDS = {
     "seed float": ((1.0, INDEX), TypeError, "seed", "float"),
     "seed large": ((2**64, INDEX), ValueError, "seed", str(2**64)),
     "restart negative": ((0, INDEX, -1), ValueError, "restart", "-1"),
+    "restart NumPy's": ((0, INDEX, np.int64(-1)), ValueError, "restart", "-1"),
     "restart large": ((0, INDEX, 2**32), ValueError, "restart", str(2**32)),
     "restart float": ((0, INDEX, 1.0), TypeError, "restart", "float"),
 }
@@ -422,6 +425,35 @@ def test_normalization_is_for_float_images_of_its_channels():
         normalization(torch.zeros(N, C + 1))
 
 
+# ------------------------------------------------------------------------------------------------- NumPy's numbers
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64], ids=lambda k: k.__name__)
+def test_numpy_numbers_are_numbers(kind):
+    """The number that NumPy holds, rounded as any other."""
+    t = {k: torch.rand(SHAPE) for k in ("x", "grad", "x_adv")}
+    eps, alpha, lo, hi, seed = (kind(v) for v in (0.75, 0.3, 0.125, 1, 3))
+    seed = np.int64(seed)
+
+    def results(eps, alpha, clip, seed):
+        yield fastadv.pgd_step(t["x_adv"], t["grad"], t["x"], alpha=alpha, eps=eps, clip=clip)
+        yield fastadv.fgsm_step(t["x"], t["grad"], eps, alpha=alpha, noise=eps, seed=seed, clip=clip)
+        yield fastadv.random_init(t["x"], eps, seed=seed, clip=clip)
+
+    want = results(float(eps), float(alpha), (float(lo), float(hi)), int(seed))
+    assert all(torch.equal(a, b) for a, b in zip(results(eps, alpha, (lo, hi), seed), want, strict=True))
+    with pytest.raises(ValueError, match=says("eps", "-")):
+        fastadv.fgsm_step(t["x"], t["grad"], kind(-1))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.uint64], ids=lambda k: k.__name__)
+def test_numpy_integers_are_ints(kind):
+    seed = 2**64 - 3 if kind is np.uint64 else 7
+    x = torch.rand(SHAPE)
+    assert torch.equal(fastadv.random_init(x, 0.1, seed=kind(seed)), fastadv.random_init(x, 0.1, seed=seed))
+    assert torch.equal(fastadv.sample_seeds(kind(seed), INDEX, kind(2)), fastadv.sample_seeds(seed, INDEX, 2))
+
+
 # ------------------------------------------------------------------------------------------------- backends
 
 
@@ -481,6 +513,78 @@ def test_a_named_backend_never_falls_back():
     with pytest.raises(RuntimeError, match=r"(?s)(?=.*cuda)(?=.*cpu)"), fastadv.backend("cuda"):
         fastadv.fgsm_step(x, x, 0.1, out=out)
     assert out.isnan().all()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """CUDA kernels built for a list of architectures, Triton, and GPUs of these compute capabilities."""
+
+    def there_are(archs, *capabilities):
+        def capability(device=None):
+            return capabilities[device if isinstance(device, int) else torch.device(device or "cuda").index or 0]
+
+        module = SimpleNamespace(facts=lambda: {"archs": archs}, calls=lambda: 0)
+        found = {"cuda": (module, ""), "cpu": backends.native("cpu")}
+        monkeypatch.setattr(backends, "native", found.get)
+        monkeypatch.setattr(backends, "triton", lambda: (SimpleNamespace(INTERPRETED=False), ""))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+
+    backends._resolve_device.cache_clear()
+    yield there_are
+    backends._resolve_device.cache_clear()
+
+
+SERVED = [
+    ("8.0;9.0;10.0+PTX", (7, 5), False),
+    ("7.5;8.0;9.0;10.0+PTX", (7, 5), True),
+    ("8.0", (8, 6), True),  # machine code serves later minor numbers
+    ("8.6", (8, 0), False),
+    ("8.0 8.6", (8, 9), True),
+    ("8.0;9.0", (10, 0), False),
+    ("8.0+PTX", (9, 0), True),  # PTX serves all that is later
+    ("9.0+PTX", (8, 9), False),
+    ("9.0a", (9, 0), True),  # but that of one device alone
+    ("9.0a+PTX", (10, 0), False),
+    ("10.0a+PTX", (10, 3), False),
+    ("10.0f", (10, 3), True),  # and that of a family in it
+    ("10.0f+PTX", (12, 0), False),
+]
+
+
+@pytest.mark.parametrize(("archs", "capability", "served"), SERVED, ids=str)
+def test_a_gpu_without_machine_code_goes_to_triton(gpus, archs, capability, served):
+    gpus(archs, capability)
+    assert backends.serving(torch.device("cuda", 0)) == ("cuda" if served else "triton")
+    with fastadv.backend("triton"):
+        assert backends.serving(torch.device("cuda", 0)) == "triton"
+    with fastadv.backend("cuda"):
+        if served:
+            assert backends.serving(torch.device("cuda", 0)) == "cuda"
+        else:
+            with pytest.raises(RuntimeError, match=rf"built for .*compute capability {capability[0]}\.{capability[1]}"):
+                backends.serving(torch.device("cuda", 0))
+
+
+def test_info_says_which_gpu_is_served_by_what(gpus):
+    gpus("8.0;9.0", (9, 0), (7, 5))
+    info = fastadv.info()
+    assert info["serves"] == {"cpu": "cpu", "cuda:0": "cuda", "cuda:1": "triton"}
+    assert info["backends"]["cuda"]["available"]
+    assert "cuda:1: it was built for 8.0;9.0" in info["backends"]["cuda"]["why"]
+    gpus("8.0;9.0", (9, 0), (8, 6))
+    assert fastadv.info()["serves"] == {"cpu": "cpu", "cuda": "cuda"}
+
+
+def test_a_gpu_that_only_the_reference_can_serve_is_warned_of(gpus, monkeypatch):
+    gpus("8.0", (7, 5))
+    monkeypatch.setattr(backends, "triton", lambda: (None, "the triton package is not installed"))
+    monkeypatch.setattr(backends, "facts", lambda: {"cuda": {"built": True}})
+    with pytest.warns(UserWarning, match=r"plain PyTorch.*") as warned:
+        assert backends.serving(torch.device("cuda", 0)) == "reference"
+    assert "compute capability 7.5" in str(warned[0].message)
 
 
 def test_backend_is_undone_also_by_an_exception():

@@ -102,12 +102,17 @@ BACKENDS = ["triton", *(["cuda"] if shutil.which("nvcc") else [])]
 RECORD = sass.read(sass.RECORD)
 
 
-def compiled(folder, *options):
-    """The rows, from a process of its own: this one has Triton's interpreter switched on."""
+def output(*command):
+    """Of a process of its own: this one has Triton's interpreter switched on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, GPU / "sass.py", *options, "--json", folder / "rows.json"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def compiled(folder, *options):
+    """The rows."""
+    output(GPU / "sass.py", *options, "--json", folder / "rows.json")
     return sass.read(folder / "rows.json")
 
 
@@ -139,6 +144,14 @@ def test_nothing_spills_and_nothing_is_fused(hopper, made_by):
 def test_nothing_spills_and_nothing_is_fused_elsewhere(others):
     assert len(others["rows"]) >= 2 * 12
     assert [(row["kernel"], row["arch"]) for row in others["rows"] if bad(row)] == []
+
+
+def test_every_form_compiles_for_the_oldest_gpu():
+    """Turing has no instruction for bfloat16, and no minimum that keeps NaN: what stands in for them must be used."""
+    forms = output(GPU / "triton_aot.py", "75").splitlines()
+    assert len(set(forms)) == len(forms) >= 50
+    assert {"flat", "any"} <= {word for form in forms for word in form.split()}
+    assert sum("bf16" in form for form in forms) >= 10
 
 
 def test_packs_move_128_bits_at_a_time(hopper):

@@ -11,8 +11,11 @@ import transformers
 from torch import nn
 
 from fastadv.attacks import FGSM, Normalized
-from fastadv.models import Target, find_head
+from fastadv.models import Target, find_head, lora_targets
+from fastadv.training import Trainer
 from fastadv.training.methods import METHODS, trainable
+from fastadv.training.optimizers import optimizer_of
+from fastadv.training.settings import Settings
 
 SHAPE = (3, 32, 32)
 
@@ -409,3 +412,274 @@ def test_a_buffer_that_the_model_replaces_is_the_one_that_is_kept():
         assert tuning.tensors["seen"] is model.seen
         tuning.load(state)
     assert model.seen == 3
+
+
+# ---------------------------------------------------------------------- what was named is what trains
+
+
+class Tokens(nn.Module):
+    """16 tokens of 24 channels through `body`, then a classifier."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 24, 8, 8), body, nn.Linear(24, 3)
+
+    def forward(self, images):
+        tokens = self.body(self.stem(images).flatten(2).transpose(1, 2))
+        return self.head((tokens[0] if isinstance(tokens, tuple) else tokens).mean(1))
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, tokens):
+        return super().forward(tokens, tokens, tokens)
+
+
+def hf(kind, **options):
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    size |= {"image_size": 32, "patch_size": 8}
+    config = transformers.AutoConfig.for_model(kind, **(options or size))
+    config.num_labels = 3
+    return transformers.AutoModelForImageClassification.from_config(config)
+
+
+VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+FAMILIES = {
+    "timm swin": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(2,), num_heads=(2,)
+    ),
+    "timm beit": lambda: timm.create_model("beit_base_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2),
+    "timm convnext": lambda: timm.create_model("convnext_tiny", dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)),
+    "timm coatnet": lambda: Tokens(timm.models.maxxvit.AttentionCl(24, dim_head=6)),
+    "hf clip": lambda: hf("clip", vision_config=VISION | {"image_size": 32, "patch_size": 8}),
+    "hf siglip": lambda: hf("siglip", vision_config=VISION | {"image_size": 32, "patch_size": 8}),
+    "hf dinov2": lambda: hf("dinov2"),
+    "hf swin": lambda: hf(
+        "swin", image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4
+    ),
+    "torch": lambda: Tokens(nn.TransformerEncoderLayer(24, 2, 32, activation="gelu", batch_first=True)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_changes_the_rows_that_it_found_and_the_head_in_every_family(name):
+    network, x = FAMILIES[name](), torch.rand(4, *SHAPE)
+    with torch.no_grad():
+        for parameter in network.parameters():  # some start at zero, and stop every gradient
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    targets = lora_targets(network, x)
+    head = find_head(network, None, x)[0]
+    before = copied(network)
+    with trainable(network, "lora", rank=2, example=x) as tuning:
+        steps(network, tuning, 2)
+        network.eval()
+        learnt = logits(network(x))
+        with torch.no_grad():
+            torch.testing.assert_close(logits(network(x)), learnt)  # without a gradient PyTorch takes other kernels
+    names = {f"{target.name}.weight" for target in targets}
+    assert changed(network, before) == names | {key for key in before if key.startswith(f"{head}.")}
+    for target in targets:
+        key = f"{target.name}.weight"
+        expected = torch.zeros(len(before[key]), dtype=torch.bool)
+        for rows in target.rows:
+            expected[rows] = True
+        assert torch.equal((network.state_dict()[key] != before[key]).flatten(1).any(1), expected)
+    torch.testing.assert_close(logits(network.eval()(x)), learnt, rtol=1e-4, atol=1e-5)
+
+
+class UsedWithoutACall(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.called, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, images):
+        return self.head(self.called(F.linear(images.flatten(1), self.qkv.weight).relu()))
+
+
+@pytest.mark.parametrize(
+    ("network", "named", "unreached"),
+    [
+        (UsedWithoutACall(), ["called", "qkv"], "qkv"),
+        (Tokens(SelfAttention(24, 2, batch_first=True)), ["body.out_proj"], r"body\.out_proj"),
+    ],
+)
+def test_factors_without_a_gradient_are_refused_at_the_first_step(network, named, unreached):
+    images, before = torch.rand(4, 3, 2, 2) if named[0] == "called" else torch.rand(4, *SHAPE), copied(network)
+
+    def step():
+        with trainable(network, "lora", rank=2, lora_targets=named) as tuning:
+            optimizer = torch.optim.SGD([p for _, p in tuning.parameters], lr=1.0)
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()  # another one's steps are its own affair
+            for _ in range(2):
+                F.cross_entropy(network(images), torch.tensor([0, 1, 2, 0])).backward()
+                optimizer.step()
+
+    with pytest.raises(ValueError, match=rf"LoRA's factors in {unreached} got no gradient: .* --lora-targets|\(--lora"):
+        step()
+    assert not changed(network, before)
+
+
+def tied_weights():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    network[3].weight = network[1].weight
+    return network
+
+
+def one_layer_twice():
+    network = tied_weights()
+    network[3] = network[1]
+    return network
+
+
+@pytest.mark.parametrize("make", [tied_weights, one_layer_twice])
+@pytest.mark.parametrize("named", [["1"], None])
+def test_weights_that_another_layer_has_too_are_refused(make, named):
+    network = make()
+    before = copied(network)
+    with (
+        pytest.raises(ValueError, match=r"1 and 3 have one weight \(tied weights\).*--lora-targets"),
+        trainable(network, "lora", lora_targets=named, example=torch.rand(1, 1, 2, 2)),
+    ):
+        pass
+    assert not changed(network, before)
+
+
+def test_another_name_of_what_holds_a_layer_is_no_tie():
+    network = hf_vit()
+    network.blocks = network.vit.layers
+    with trainable(network, "lora", rank=2, example=torch.rand(1, *SHAPE)) as tuning:
+        steps(network, tuning, 1)
+        learnt = logits(network.eval()(torch.ones(1, *SHAPE))).detach()
+    torch.testing.assert_close(logits(network.eval()(torch.ones(1, *SHAPE))), learnt, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_tied_to_a_layer_before_it_trains():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4))
+    network[3].weight = network[1].weight
+    for method in ("linear", "bias"):
+        with trainable(network, method) as tuning:
+            assert {id(p) for _, p in tuning.parameters} == {id(p) for p in network[3].parameters()}
+            assert tuning.trainable == 20
+
+
+def test_every_bias_trains():
+    beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=3)
+    attention, rnn = SelfAttention(24, 2, batch_first=True, add_bias_kv=True), nn.LSTM(24, 24, batch_first=True)
+    expected = {
+        "attention": ["in_proj_bias", "out_proj.bias", "bias_k", "bias_v"],
+        "rnn": ["bias_ih_l0", "bias_hh_l0"],
+        "beit": ["attn.q_bias", "attn.v_bias", "attn.proj.bias"],
+    }
+    for network, prefix, names in (
+        (Tokens(attention), "body.", expected["attention"]),
+        (Tokens(rnn), "body.", expected["rnn"]),
+        (beit, "blocks.0.", expected["beit"]),
+    ):
+        before = copied(network)
+        with trainable(network, "bias") as tuning:
+            steps(network, tuning, 2)
+        differ = changed(network, before)
+        assert {prefix + name for name in names} <= differ
+        assert {key for key in differ if "bias" not in key} == {"head.weight"}
+        assert not any("table" in key for key in differ)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.classifier, self.auxiliary = nn.Linear(12, 8), nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, images):
+        x = self.body(images.flatten(1)).relu()
+        return {"logits": self.classifier(x), "auxiliary": self.auxiliary(x)}
+
+
+def test_the_head_that_trains_is_the_one_that_gives_the_logits():
+    network, images = Auxiliary(), torch.rand(2, 3, 2, 2)
+    with trainable(network, "linear", example=images) as tuning:
+        assert [name for name, _ in tuning.parameters] == ["classifier.weight", "classifier.bias"]
+    with trainable(network, "lora", example=images, rank=2) as tuning:
+        adapted = {name.partition(".lora")[0] for name, _ in tuning.parameters if "lora" in name}
+    assert adapted == {"body", "auxiliary"}
+
+
+# ---------------------------------------------------------------------- two classifiers
+
+
+def distilled(name):
+    if name == "deit":
+        return timm.create_model(
+            "deit_tiny_distilled_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=3
+        )
+    sizes = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (1, 1, 1), "key_dim": 8}
+    return timm.create_model("levit_128s", img_size=64, num_classes=3, **sizes)
+
+
+@pytest.mark.parametrize("name", ["deit", "levit"])
+def test_networks_with_two_classifiers_train_whole_or_at_the_one_that_is_named(name):
+    side = 32 if name == "deit" else 64
+    data = torch.rand(8, 3, side, side), torch.arange(8) % 3
+    network = distilled(name)
+    before = copied(network)
+    options = {"epochs": 1, "batch_size": 4, "probe": 0, "progress": False, "device": "cpu"}
+    with pytest.warns(UserWarning, match="is not measured: the model has several classifiers, head"):
+        records = Trainer(network, 4 / 255, measure_backbone=True, **options).fit(data, data)
+    assert records[0]["backbone"]["clean_accuracy"] is None
+    differ = changed(network, before)
+    assert all(any(key.startswith(head) for key in differ) for head in ("head.", "head_dist."))
+    with pytest.raises(ValueError, match=r"several classifiers, head.*: name one with head="):
+        Trainer(network, 4 / 255, method="linear", measure_backbone=False, **options).fit(data, data)
+    if name == "deit":
+        with trainable(network, "lora", "head_dist", rank=2, example=data[0]) as tuning:
+            names = {key.partition(".lora")[0] for key, _ in tuning.parameters}
+        assert names == {"head_dist.weight", "head_dist.bias", "blocks.0.attn.qkv"}
+
+
+# ---------------------------------------------------------------------- weight decay
+
+
+class Decaying(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+        self.norm, self.attention = nn.LayerNorm((4, 2)), nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.position_embedding, self.words = nn.Embedding(5, 4), nn.Embedding(5, 4)
+        for name in ("pos_embed", "cls_token", "register_tokens", "class_embedding", "relative_position_bias_table"):
+            setattr(self, name, nn.Parameter(torch.ones(1, 2, 4)))
+        self.tied, self.scale, self.projection = self.linear.weight, nn.Parameter(torch.ones(2, 2)), nn.Linear(4, 2)
+
+    def no_weight_decay(self):
+        return {"scale", "projection.*"}
+
+
+DECAY = {"conv.weight", "linear.weight", "attention.in_proj_weight", "attention.out_proj.weight", "words.weight"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: Normalized(net, 0.5, 0.5)])
+def test_weights_decay_and_nothing_else(optimizer, wrap):
+    network = Decaying()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    model = wrap(network)
+    settings = Settings(optimizer=optimizer, lr=0.5, weight_decay=0.1)
+    stepping = optimizer_of(model, [(name, p) for name, p in model.named_parameters()], settings)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stepping.step()
+    decaying = {id(network.get_parameter(name)) for name in DECAY}
+    for name, parameter in network.named_parameters():
+        decay = 0.5 * 0.1 * (1.9 if optimizer == "sgd" else 1)  # Nesterov's momentum takes the first step 1.9 times
+        factor = 1 - decay if id(parameter) in decaying else 1
+        torch.testing.assert_close(parameter.detach(), factor * before[name], rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("make", [lambda: distilled("levit"), FAMILIES["timm swin"], FAMILIES["timm beit"]])
+def test_what_a_network_of_timm_lists_does_not_decay(make):
+    network = make()
+    settings = Settings(weight_decay=0.1)
+    groups = optimizer_of(network, list(network.named_parameters()), settings).param_groups
+    decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    listed = {name for name in network.no_weight_decay() if name in dict(network.named_parameters())}
+    expected = {name for name, p in network.named_parameters() if p.ndim > 1} - listed
+    assert {name for name, p in network.named_parameters() if id(p) in decaying} == {
+        name for name in expected if "table" not in name
+    }

@@ -1,10 +1,12 @@
 """Models: what their names build, where their head and blocks are, and their files."""
 
+import copy
 import dataclasses
 import json
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -15,6 +17,8 @@ from torch import nn
 
 from fastadv import models
 from fastadv.attacks import Normalized
+from fastadv.data.splits import Split
+from fastadv.data.trained import TrainedOn, known
 from fastadv.models import sources
 from fastadv.preprocessing import Preprocessing
 
@@ -472,14 +476,10 @@ def test_lora_finds_the_dense_1x1_convolutions_of_a_convolutional_network():
     assert models.lora_targets(network, torch.rand(1, *SHAPE)) == [models.Target("2"), models.Target("4")]
 
 
-def test_lora_refuses_what_it_would_not_reach():
-    for network in (
-        models.source("conv").build("ab", SHAPE).network,
-        # Its attention uses the weights of qkv without calling the layer: an adapter there would do nothing.
-        timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=2),
-    ):
-        with pytest.raises(ValueError, match=r"choose another method, or name its layers with lora_targets="):
-            models.lora_targets(network, torch.rand(1, *SHAPE))
+def test_lora_refuses_a_network_without_layers_for_it():
+    network = models.source("conv").build("ab", SHAPE).network
+    with pytest.raises(ValueError, match=r"choose another method, or name its layers with .*--lora-targets"):
+        models.lora_targets(network, torch.rand(1, *SHAPE))
 
 
 def test_looking_for_layers_leaves_the_model_as_it_was():
@@ -491,6 +491,270 @@ def test_looking_for_layers_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------- heads that run
+
+
+class TwoOutputs(nn.Module):
+    """The logits come from a layer that is neither the last one defined, nor the last one that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classifier = nn.Linear(12, 3), nn.Linear(3, 3)
+        self.auxiliary, self.spare = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, images):
+        x = self.body(images.flatten(1)).relu()
+        return {"logits": self.classifier(x) / 0.07, "auxiliary": self.auxiliary(x)}
+
+
+class Averaged(TwoOutputs):
+    def forward(self, images):
+        x = self.body(images.flatten(1)).relu()
+        return (self.classifier(x) + self.auxiliary(x)) / 2
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: torch.compile(net, backend="eager")])
+def test_the_head_is_the_layer_that_gives_the_logits(wrap):
+    network, images = TwoOutputs(), torch.rand(2, 3, 2, 2)
+    assert models.find_head(network)[0] == "spare"  # without running it nothing better is known
+    before = torch.get_rng_state()
+    name, head = models.find_head(wrap(network), None, images)
+    assert head is network.classifier
+    assert name.endswith("classifier")
+    assert models.find_head(Normalized(network, 0.5, 0.5), None, (255 * images).byte())[0] == "model.classifier"
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match=r"depend on is auxiliary, .* or one of several, with head="):
+        models.find_head(Averaged(), None, images)
+    with pytest.raises(ValueError, match=r"depend on is 1, and they .* are not its outputs: .*with head="):
+        models.find_head(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.AdaptiveAvgPool1d(3)), None, images)
+    with pytest.raises(ValueError, match=r"depend on no nn\.Linear that runs: name the classifier with head="):
+        models.find_head(nn.Flatten(), None, images)
+
+
+def test_a_file_of_such_a_network_gets_its_new_head_there(tmp_path, own_net, monkeypatch):
+    import own_net as module
+
+    monkeypatch.setattr(module, "net", lambda shape, classes: TwoOutputs())
+    model = models.source("own_net:net").build("abc", (3, 2, 2))
+    models.save(model, tmp_path / "a.safetensors")
+    network = models.load(tmp_path / "a.safetensors", classes="vwxyz").network
+    assert network.classifier.out_features == 5
+    assert network.spare.out_features == network.auxiliary.out_features == 3
+
+
+def two_classifiers(name):
+    if name == "deit":
+        return timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=2)
+    if name == "levit":
+        sizes = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (1, 1, 1), "key_dim": 8}
+        return timm.create_model("levit_128s", img_size=64, **sizes)
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**small, image_size=32))
+
+
+@pytest.mark.parametrize("name", ["deit", "levit", "transformers"])
+def test_both_classifiers_are_new_and_neither_is_loaded(tmp_path, name):
+    shape = (2, 3, 64, 64) if name == "levit" else (2, *SHAPE)
+    network = two_classifiers(name)
+    models.new_head(network, 7)
+    out = network.eval()(torch.rand(shape))
+    assert getattr(out, "logits", out).shape == (2, 7)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "a.safetensors")
+    other = two_classifiers(name)
+    models.new_head(other, 5)
+    heads = copy.deepcopy([value for key, value in other.state_dict().items() if value.shape[:1] == (5,)])
+    assert not models.load_weights(other, tmp_path / "a.safetensors", classes="abcde")
+    left = [value for key, value in other.state_dict().items() if value.shape[:1] == (5,)]
+    assert len(left) >= 4
+    assert all(map(torch.equal, left, heads))
+    first = next(iter(network.state_dict()))
+    assert torch.equal(other.state_dict()[first], network.state_dict()[first])
+
+
+# ---------------------------------------------------------------------- queries and values
+
+
+class OneBlock(nn.Module):
+    """Images become 16 tokens of 24 channels, then go through `attention`."""
+
+    def __init__(self, attention, convolutional=False):
+        super().__init__()
+        self.stem, self.attention, self.convolutional = nn.Conv2d(3, 24, 8, 8), attention, convolutional
+        self.mlp, self.head = nn.Sequential(nn.Linear(24, 24), nn.GELU()), nn.Linear(24, 3)
+
+    def forward(self, images):
+        x = self.stem(images)
+        if self.convolutional:
+            x = x + self.attention(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        if not self.convolutional:
+            tokens = tokens + self.attention(tokens)
+        return self.head(self.mlp(tokens).mean(1))
+
+
+class Separate(nn.Module):
+    """Three projections, defined and called in an order of their own, by names that say nothing."""
+
+    def __init__(self, order, names="abc"):
+        super().__init__()
+        self.names = dict(zip(order, names, strict=True))
+        for name in names:
+            self.add_module(name, nn.Linear(24, 24))
+        self.out = nn.Linear(24, 24)
+
+    def forward(self, x):
+        made = {letter: getattr(self, name)(x) for letter, name in self.names.items()}
+        q, k, v = (made[letter].unflatten(-1, (2, 12)).transpose(1, 2) for letter in "qkv")
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Fused(nn.Module):
+    """One projection whose rows are in an order of their own."""
+
+    def __init__(self, letters, name="qkv"):
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Linear(24, 72))
+        self.out = nn.Linear(24, 24)
+        self.rows = {letter: [i for i, each in enumerate(letters) if each == letter] for letter in "qkv"}
+
+    def forward(self, x):
+        made = getattr(self, self.name)(x)
+        q, k, v = (made[..., self.rows[letter]].unflatten(-1, (2, 12)).transpose(1, 2) for letter in "qkv")
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def trained(target, rows):
+    """For each row whether it trains."""
+    chosen = [False] * rows
+    for part in target.rows:
+        chosen[part] = [True] * len(chosen[part])
+    return chosen
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("order", ["qkv", "kvq", "vkq", "kqv"])
+def test_queries_and_values_are_told_by_their_effect(order, zero):
+    attention = Separate(order)
+    if zero:  # then neither queries nor keys do anything to the logits
+        nn.init.zeros_(attention.get_submodule(attention.names["v"]).weight)
+        nn.init.zeros_(attention.get_submodule(attention.names["v"]).bias)
+    targets = models.lora_targets(OneBlock(attention), torch.rand(1, 3, 32, 32))
+    assert {target.name for target in targets} == {f"attention.{attention.names[letter]}" for letter in "qv"}
+    assert all(trained(target, 24) == [True] * 24 for target in targets)
+
+
+class WithoutSoftmax(Separate):
+    """Its output is in proportion to keys as it is to values: only their names tell them apart."""
+
+    def forward(self, x):
+        q, k, v = (getattr(self, self.names[letter])(x) for letter in "qkv")
+        return self.out(q @ (k.transpose(1, 2) @ v))
+
+
+def test_known_names_come_before_effects():
+    named = OneBlock(WithoutSoftmax("vkq", ("value", "key", "query")))
+    assert {target.name for target in models.lora_targets(named, torch.rand(1, 3, 32, 32))} == {
+        "attention.query",
+        "attention.value",
+    }
+    with pytest.raises(
+        ValueError, match=r"what attention\.a, attention\.b, attention\.c make.* or name its .*--lora-t"
+    ):
+        models.lora_targets(OneBlock(WithoutSoftmax("vkq")), torch.rand(1, 3, 32, 32))
+
+
+def test_known_names_come_before_their_order():
+    for names in (("k_proj", "v_proj", "q_proj"), ("value", "key", "query")):
+        order = [name[0] if name[0] in "kv" else "q" for name in names]
+        network = OneBlock(Separate(order, names))
+        found = {target.name for target in models.lora_targets(network, torch.rand(1, 3, 32, 32))}
+        assert found == {f"attention.{network.attention.names[letter]}" for letter in "qv"}
+    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8}
+    for kind in ("clip", "siglip"):  # they define k, v, q
+        config = transformers.AutoConfig.for_model(kind, vision_config=vision)
+        network = transformers.AutoModelForImageClassification.from_config(config)
+        found = {target.name.partition("layers.")[2] for target in models.lora_targets(network, torch.rand(1, *SHAPE))}
+        assert found == {f"{i}.self_attn.{letter}_proj" for i in range(2) for letter in "qv"}
+
+
+LAYOUTS = {
+    "thirds": "q" * 24 + "k" * 24 + "v" * 24,
+    "thirds, values first": "v" * 24 + "q" * 24 + "k" * 24,
+    "head by head": ("q" * 12 + "k" * 12 + "v" * 12) * 2,
+    "six heads": ("k" * 4 + "v" * 4 + "q" * 4) * 6,
+    "row by row": "qkv" * 24,
+}
+
+
+@pytest.mark.parametrize("name", ["qkv", "mix"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_a_fused_projection_queries_and_values_train(layout, name):
+    (target,) = models.lora_targets(OneBlock(Fused(LAYOUTS[layout], name)), torch.rand(1, 3, 32, 32))
+    assert target.name == f"attention.{name}"
+    assert trained(target, 72) == [letter in "qv" for letter in LAYOUTS[layout]]
+
+
+def test_a_fused_projection_in_no_known_order_is_refused():
+    for letters in ("qkv" + "q" * 23 + "k" * 23 + "v" * 23, "q" * 12 + "k" * 24 + "v" * 24 + "q" * 12):
+        for name in ("qkv", "mix"):
+            with pytest.raises(ValueError, match=rf"what attention\.{name} make.* or name its .*--lora-targets"):
+                models.lora_targets(OneBlock(Fused(letters, name)), torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+@pytest.mark.parametrize("convolutional", [True, False])
+def test_the_two_layouts_of_timms_maxvit_and_coatnet(convolutional, head_first):
+    kind = timm.models.maxxvit.Attention2d if convolutional else timm.models.maxxvit.AttentionCl
+    network = OneBlock(kind(24, dim_head=6, head_first=head_first), convolutional)
+    (target,) = models.lora_targets(network, torch.rand(1, 3, 32, 32))
+    part = 6 if head_first else 24
+    assert target.name == "attention.qkv"
+    assert trained(target, 72) == [row // part % 3 != 1 for row in range(72)]
+
+
+def test_queries_beside_fused_keys_and_values():
+    network = timm.create_model(
+        "pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(8, 8, 8, 8), num_heads=(1, 2, 2, 2), num_classes=3
+    )
+    targets = {target.name: target for target in models.lora_targets(network, torch.rand(1, 3, 64, 64))}
+    assert targets.keys() == {f"stages.{i}.blocks.0.attn.{name}" for i in range(4) for name in ("q", "kv")}
+    for name, target in targets.items():
+        assert trained(target, 16) == ([False] * 8 if name.endswith("kv") else [True] * 8) + [True] * 8
+
+
+WITHOUT = {
+    "convnext_tiny": {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)},
+    "mixer": {},
+    # The weights of their qkv are used without calling the layer: an adapter there would do nothing.
+    "swinv2_tiny_window8_256": {"img_size": 64, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)},
+    "beit_base_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 2},
+    "eva02_tiny_patch14_224": {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 2, "patch_size": 16},
+}
+
+
+def without_attention(name):
+    if name == "mixer":  # timm's functions for it take no sizes
+        return timm.models.MlpMixer(num_classes=3, img_size=64, patch_size=16, num_blocks=1, embed_dim=24)
+    return timm.create_model(name, num_classes=3, **WITHOUT[name])
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_attention_that_can_be_adapted_every_linear_layer_that_runs_is(name):
+    network, image, called = without_attention(name), torch.rand(1, 3, 64, 64), set()
+    network.never = nn.Linear(2, 2)
+    for key, layer in network.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda layer, args, out, key=key: called.add(key))
+    network.eval()(image)
+    expected = {key for key in called if not key.startswith("head")}
+    assert len(expected) >= 3
+    targets = models.lora_targets(network, image)
+    assert {target.name for target in targets} == expected
+    assert all(target.rows == (slice(None),) for target in targets)
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -532,6 +796,63 @@ def test_equal_models_give_equal_files_with_one_entry(tmp_path):
         "options": {"widths": [8, 8, 16], "blocks": 1},
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def data_of(digests):
+    return SimpleNamespace(digests={"train": digests}, split=Split(seed=5, test=0.3, validation=0.2))
+
+
+@pytest.mark.parametrize("count", [3, 400, 5000])
+def test_a_file_knows_its_training_pictures_and_takes_few_others_for_them(tmp_path, count):
+    model = built()
+    trained, others = torch.randint(-(2**63), 2**63 - 1, (count + 1_000_000,)).split([count, 1_000_000])
+    model.trained_on = (TrainedOn.of(data_of(trained)),)
+    models.save(model, tmp_path / "a.safetensors")
+    (record,) = models.load(tmp_path / "a.safetensors").trained_on
+    assert record.split == Split(5, 0.3, 0.2)
+    assert record.pictures == count
+    assert record.knows(trained).all()
+    assert record.knows(others).sum() < 400  # 67 by the formula (1 - exp(-14 / 20)) ** 14
+    assert len(record.filter) == max(1024, 20 * count / 8)
+    assert known([record], torch.cat((trained[:3], others[:1000]))) in (3, 4, 5)
+
+
+def test_more_than_a_million_training_pictures_are_not_remembered(tmp_path):
+    model = built()
+    model.trained_on = (TrainedOn.of(data_of(torch.arange(1_000_001))),)
+    models.save(model, tmp_path / "a.safetensors")
+    (record,) = models.load(tmp_path / "a.safetensors").trained_on
+    assert (record.pictures, record.filter) == (1_000_001, None)
+    assert known([record], torch.arange(3)) is None
+    small = TrainedOn.of(data_of(torch.arange(100)))
+    assert known([record, small], torch.arange(-1000, -990)) is None
+    assert known([record, small], torch.arange(3)) == 3
+
+
+def rewritten(path, change):
+    """The file with its facts changed."""
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["fastadv"])
+    change(facts)
+    safetensors.torch.save_file(tensors, path, {"fastadv": json.dumps(facts)})
+
+
+def test_files_from_before_the_record_load_and_damaged_records_are_refused(tmp_path):
+    model, path = built(), tmp_path / "a.safetensors"
+    model.trained_on = (TrainedOn.of(data_of(torch.arange(10))),)
+    models.save(model, path)
+    rewritten(path, lambda facts: facts["trained_on"][0].update(pictures=10_000))
+    with pytest.raises(ValueError, match="training pictures is damaged: its filter has another length"):
+        models.load(path)
+    rewritten(path, lambda facts: facts["trained_on"][0].update(format=2))
+    with pytest.raises(ValueError, match="training pictures has the format 2, this fastadv reads 1"):
+        models.load(path)
+    rewritten(path, lambda facts: facts["trained_on"][0].pop("format"))
+    with pytest.raises(ValueError, match="training pictures is damaged"):
+        models.load(path)
+    rewritten(path, lambda facts: facts.pop("trained_on"))
+    assert models.load(path).trained_on == ()
 
 
 def test_options_left_out_are_written_too(tmp_path):

@@ -10,6 +10,7 @@ from dispatched import Dispatched
 import fastadv
 
 EPS, ALPHA = 8 / 255, 3 / 255
+NORMALIZATION = fastadv.Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 ALIASED = (
     ("pgd_step", "x_adv"),
     ("pgd_step", "x"),
@@ -100,9 +101,64 @@ def test_interleaved_views_of_one_buffer(backend):
             assert torch.equal(t[k], v), k
 
 
-# ------------------------------------------------------------------------------------- the model's next input
+# --------------------------------------------------------------------------------------------- autograd's counter
 
-NORMALIZATION = fastadv.Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+def writes(t):
+    """Calls and what each writes."""
+    z, fresh = torch.empty_like(t["x"]), torch.empty_like(t["x"])
+    z_args = {"normalization": NORMALIZATION, "z": z}
+    base = torch.rand(2, 12, 5, 7, device=fresh.device)
+    x, out = base[:, 0:3], base[:, 3:6]
+    return {
+        "out": (lambda: run("pgd_step", t, out=fresh), (fresh,)),
+        "z": (lambda: run("fgsm_step", t, **z_args), (z,)),
+        "out and z": (lambda: run("random_init", t, out=fresh, **z_args), (fresh, z)),
+        "in place": (lambda: fastadv.pgd_step_(t["x_adv"], t["grad"], t["x"], alpha=ALPHA, eps=EPS), (t["x_adv"],)),
+        "in a gap": (lambda: fastadv.random_init(x, EPS, seed=1, out=out), (out,)),
+    }
+
+
+@pytest.mark.parametrize("call", ["out", "z", "out and z", "in place", "in a gap"])
+def test_what_was_written_cannot_be_backpropagated_through(backend, call):
+    """A graph that saved the old values would give a wrong gradient: autograd sees the write, and says so."""
+    name, device = backend
+    t = on(tensors(), device)
+    write, written = writes(t)[call]
+    others = [v for v in t.values() if all(v is not w for w in written)]
+    w = torch.ones((), device=device, requires_grad=True)
+    losses, unchanged = [(w * v).sum() for v in written], [v._version for v in others]
+    with fastadv.backend(name):
+        write()
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    assert [v._version for v in others] == unchanged
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_raw_ops_count_their_writes(backend, op):
+    name, device = backend
+    t = on(tensors(), device)
+    out, z = torch.empty_like(t["x"]), torch.empty_like(t["x"])
+    args = {
+        "random_init": (t["x"], EPS, 5),
+        "fgsm_step": (t["x"], t["grad"], True, ALPHA, EPS, EPS, 5),
+        "pgd_step": (t["x_adv"], t["grad"], t["x"], ALPHA, EPS),
+    }[op]
+    constants = NORMALIZATION.parameters(4, torch.float32, t["x"].device)
+    inputs = [v._version for v in t.values()]
+    before = out._version
+    getattr(getattr(torch.ops.fastadv, op), name)(out, *args)
+    assert out._version > before
+    before = out._version, z._version
+    getattr(getattr(torch.ops.fastadv, f"{op}_z"), name)(out, z, *constants, *args)
+    assert out._version > before[0]
+    assert z._version > before[1]
+    assert [v._version for v in t.values()] == inputs
+
+
+# ------------------------------------------------------------------------------------- the model's next input
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])

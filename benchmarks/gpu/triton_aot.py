@@ -1,8 +1,12 @@
 """Compiles, with no GPU, exactly what the Triton launchers would compile for one.
 
+    python benchmarks/gpu/triton_aot.py 75     # every form for sm_75, a line each
+
 The real launchers run, on CPU tensors; a stand-in for the driver names the target, and a launch stops after
 compilation. Not under Triton's interpreter.
 """
+
+import sys
 
 import torch
 import triton
@@ -73,3 +77,9 @@ def compiled(capability, wanted):
                 yield facts, kernel
     finally:
         JITFunction.run = run
+
+
+if __name__ == "__main__":
+    for capability in map(int, sys.argv[1:]):
+        for facts, _ in compiled(capability, lambda facts: True):
+            print(f"sm_{capability}", *filter(None, facts), flush=True)

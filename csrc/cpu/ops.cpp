@@ -38,6 +38,8 @@ char* address(const WalkOf& walk, Slot slot, const Tile& tile) {
   return op.data + (tile.block * op.block_stride + tile.position * stride) * size_of(op.dtype);
 }
 
+void* at(void* data, int64_t i, DType type) { return static_cast<char*>(data) + i * size_of(type); }
+
 // Calls run(pointer, stride, count) for the tile's pieces along the innermost dimension, in order.
 template <class Run>
 void for_runs(const WalkOf& walk, Slot slot, const Tile& tile, const Run& run) {
@@ -147,9 +149,8 @@ class ModelInput {
       const int64_t phase = tile.position % period_;
       normalize[true](tile.count, w, mean_ + phase, scale_ + phase, z.data());
     } else {
-      char* to = static_cast<char*>(z.data());
       for_channels(tile.position, tile.count, [&](int64_t i, int64_t n, const C* mean, const C* scale) {
-        normalize[false](n, w + i, mean, scale, to + i * size_of(call_.dtype(kZ)));
+        normalize[false](n, w + i, mean, scale, at(z.data(), i, call_.dtype(kZ)));
       });
     }
     z.done();
@@ -172,48 +173,97 @@ class ModelInput {
   alignas(64) uint64_t z_[kTile];
 };
 
-// Parameters in the compute type: one value each where all are numbers, else an array of a tile, filled for each.
-// First what enters every sum (noise, alpha), last the box.
+// A call, and its walk as it was made: in `call` dimensions that the parameters alone keep apart are merged.
+struct Job {
+  const Call& call;
+  const WalkOf& parameters;
+};
+
+// Merges neighbouring dimensions where the images allow it, so that they lie as the loops want them.
+void merge_images(WalkOf& walk) {
+  int last = 0;
+  for (int d = 1; d < walk.dims; ++d) {
+    bool merge = true;
+    for (Slot slot : {kX, kX0, kGrad, kOut, kZ}) {
+      const Operand& op = walk.operands[slot];
+      merge = merge && (!op.data || op.strides[last] == op.strides[d] * walk.sizes[d]);
+    }
+    last += !merge;
+    walk.sizes[last] = merge ? walk.sizes[last] * walk.sizes[d] : walk.sizes[d];
+    for (Operand& op : walk.operands) op.strides[last] = op.strides[d];
+  }
+  walk.dims = std::min(walk.dims, last + 1);
+}
+
+// Parameters in the compute type: for a stretch in which none changes one value each, where that is long enough, else
+// an array of a tile. First what enters every sum (noise, alpha), last the box.
 template <class C, Slot... slots>
-struct Parameters {
+class Parameters {
   static constexpr Slot kNames[] = {slots...};
   static constexpr int kCount = sizeof...(slots);
-  alignas(64) C v[kCount][kTile];
-  bool tensors = false;
+  static constexpr int64_t kShortest = 64;
 
-  Parameters(const Call& call, DType result) {
-    for (int k = 0; k < kCount; ++k) {
-      v[k][0] = static_cast<C>(call.numbers[kNames[k]]);
-      tensors = tensors || call.has(kNames[k]);
-    }
-    if (!tensors) round_box(1, result);
+ public:
+  Parameters(const Job& job, DType result) : job_(job), result_(result) {
+    for (Slot slot : kNames) tensors_ = tensors_ || job.call.has(slot);
+    const WalkOf& walk = job.parameters;
+    for (int d = walk.dims - 1; d >= 0 && same_along(d); --d) stretch_ *= walk.sizes[d];
+    arrays_ = tensors_ && stretch_ < std::min(kShortest, walk.block_size);
+    if (!tensors_) load({0, 0, 1});
   }
 
-  void refresh(const Call& call, const Tile& tile, DType result) {
-    if (!tensors) return;
-    for (int k = 0; k < kCount; ++k) {
-      const Slot slot = kNames[k];
-      if (call.has(slot))
-        gather(call.walk, slot, tile, isa().load[kComputeIndex<C>][index_of(call.dtype(slot))], v[k]);
-      else
-        std::fill_n(v[k], tile.count, static_cast<C>(call.numbers[slot]));
+  // Calls run(i, count, arrays) for the tile's stretches, each with its values in place.
+  template <class Run>
+  void for_stretches(const Tile& tile, const Run& run) {
+    if (!tensors_) return run(0, tile.count, false);
+    if (arrays_) {
+      load(tile);
+      return run(0, tile.count, true);
     }
-    keep_nan(call, tile.count);
-    round_box(tile.count, result);
+    for (int64_t i = 0, count; i < tile.count; i += count) {
+      const int64_t position = tile.position + i, number = position / stretch_;
+      count = std::min((number + 1) * stretch_ - position, tile.count - i);
+      if (block_ != tile.block || number_ != number) load({tile.block, position, 1});
+      block_ = tile.block;
+      number_ = number;
+      run(i, count, false);
+    }
   }
+
+  const C* operator[](int k) const { return v_[k]; }
 
  private:
+  bool same_along(int d) const {
+    for (Slot slot : kNames)
+      if (job_.call.has(slot) && job_.parameters.operands[slot].strides[d] != 0) return false;
+    return true;
+  }
+
+  void load(const Tile& tile) {
+    for (int k = 0; k < kCount; ++k) {
+      const Slot slot = kNames[k];
+      if (job_.call.has(slot))
+        gather(job_.parameters, slot, tile, isa().load[kComputeIndex<C>][index_of(job_.call.dtype(slot))], v_[k]);
+      else
+        std::fill_n(v_[k], tile.count, static_cast<C>(job_.call.numbers[slot]));
+    }
+    if (tensors_) keep_nan(tile.count);
+    isa().round_inward[kComputeIndex<C>][index_of(result_)](tile.count, v_[kCount - 2], v_[kCount - 1]);
+  }
+
   // A NaN in any parameter makes the result NaN: carried by the first, which enters every sum.
-  void keep_nan(const Call& call, int64_t n) {
+  void keep_nan(int64_t n) {
     for (int k = 1; k < kCount; ++k) {
-      if (kNames[k] == kEps && !call.project) continue;
-      for (int64_t i = 0; i < n; ++i)
-        if (v[k][i] != v[k][i]) v[0][i] = v[k][i];
+      if (kNames[k] == kEps && !job_.call.project) continue;
+      for (int64_t i = 0; i < n; ++i) v_[0][i] = v_[k][i] != v_[k][i] ? v_[k][i] : v_[0][i];
     }
   }
-  void round_box(int64_t n, DType result) {
-    isa().round_inward[kComputeIndex<C>][index_of(result)](n, v[kCount - 2], v[kCount - 1]);
-  }
+
+  const Job job_;
+  const DType result_;
+  bool tensors_ = false, arrays_ = false;
+  int64_t stretch_ = 1, block_ = -1, number_ = -1;  // how long one is, and the one whose values are there
+  alignas(64) C v_[kCount][kTile];
 };
 
 template <class C>
@@ -225,16 +275,18 @@ using StepParameters = Parameters<C, kAlpha, kEps, kLo, kHi>;
 template <class C>
 class Start {
  public:
-  Start(const Call& call, DType result) : call_(call), result_(result), params_(call, result) {}
+  Start(const Job& job, DType result) : call_(job.call), result_(result), params_(job, result) {}
 
   void run(const Tile& tile, void* out) {
-    params_.refresh(call_, tile, result_);
     const uint64_t seed = call_.seeds ? static_cast<uint64_t>(call_.seeds[tile.block]) : call_.seed;
     isa().random_bits(seed, static_cast<uint64_t>(tile.position) / 8, (tile.count + 7) / 8, words_,
                       {{ahead(kX, tile), ahead(kGrad, tile)}, {ahead_bytes(kX), ahead_bytes(kGrad)}});
     const C* x = fetch(call_, kX, tile, x_);
-    isa().start[kComputeIndex<C>][index_of(result_)][params_.tensors](
-        tile.count, x, reinterpret_cast<const uint16_t*>(words_), params_.v[0], params_.v[1], params_.v[2], out);
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(words_);
+    const auto& start = isa().start[kComputeIndex<C>][index_of(result_)];  // [arrays]
+    params_.for_stretches(tile, [&](int64_t i, int64_t n, bool arrays) {
+      start[arrays](n, x + i, bits + i, params_[0], params_[1], params_[2], at(out, i, result_));
+    });
   }
 
  private:
@@ -254,19 +306,22 @@ class Start {
 template <class C>
 class Step {
  public:
-  explicit Step(const Call& call) : call_(call), params_(call, call.dtype(kOut)), input_(call) {}
+  explicit Step(const Job& job) : call_(job.call), params_(job, call_.dtype(kOut)), input_(call_) {}
 
   // x0: the tile's start in the compute type, or null: then it is the operand kX0, and kX where there is none.
   void operator()(const Tile& tile) { run(tile, nullptr); }
 
   void run(const Tile& tile, const C* x0) {
-    params_.refresh(call_, tile, call_.dtype(kOut));
+    const DType type = call_.dtype(kOut);
     const C* x = fetch(call_, kX, tile, x_);
     if (!x0) x0 = call_.has(kX0) ? fetch(call_, kX0, tile, x0_) : x;
     const C* grad = fetch(call_, kGrad, tile, grad_);
     const Result result(call_, kOut, tile, out_);
-    isa().step[kComputeIndex<C>][index_of(call_.dtype(kOut))][params_.tensors][call_.project](
-        tile.count, x0, grad, x, params_.v[0], params_.v[1], params_.v[2], params_.v[3], result.data());
+    const auto& step = isa().step[kComputeIndex<C>][index_of(type)];  // [arrays][project]
+    params_.for_stretches(tile, [&](int64_t i, int64_t n, bool arrays) {
+      step[arrays][call_.project](n, x0 + i, grad + i, x + i, params_[0], params_[1], params_[2], params_[3],
+                                  at(result.data(), i, type));
+    });
     result.done();
     input_.run(tile, result.data());
   }
@@ -281,11 +336,12 @@ class Step {
 
 // A worker for each thread's share of the tiles, on PyTorch's threads.
 template <class Worker>
-void for_tiles(const Call& call) {
+void for_tiles(const Job& job) {
+  const Call& call = job.call;
   const int64_t size = call.walk.block_size, per_block = (size + kTile - 1) / kTile;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min<int64_t>(size, kTile));
   torch::stable::parallel_for(0, call.walk.blocks * per_block, grain, [&](int64_t begin, int64_t end) {
-    Worker worker(call);
+    Worker worker(job);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t position = i % per_block * kTile;
       worker(Tile{i / per_block, position, std::min<int64_t>(kTile, size - position)});
@@ -296,7 +352,7 @@ void for_tiles(const Call& call) {
 template <class C>
 class RandomInit {
  public:
-  explicit RandomInit(const Call& call) : call_(call), start_(call, call.dtype(kOut)), input_(call) {}
+  explicit RandomInit(const Job& job) : call_(job.call), start_(job, call_.dtype(kOut)), input_(call_) {}
 
   void operator()(const Tile& tile) {
     const Result result(call_, kOut, tile, out_);
@@ -317,8 +373,10 @@ class RandomInit {
 template <class C0, class C>
 class StepFromNoise {
  public:
-  explicit StepFromNoise(const Call& call)
-      : type_(call.dtype(kX) == DType::kUInt8 ? DType::kFloat32 : call.dtype(kX)), start_(call, type_), step_(call) {}
+  explicit StepFromNoise(const Job& job)
+      : type_(job.call.dtype(kX) == DType::kUInt8 ? DType::kFloat32 : job.call.dtype(kX)),
+        start_(job, type_),
+        step_(job) {}
 
   void operator()(const Tile& tile) {
     start_.run(tile, stored_);
@@ -335,22 +393,30 @@ class StepFromNoise {
   alignas(64) C x0_[kTile];
 };
 
+void start(const Job& job) {
+  job.call.any_float64() ? for_tiles<RandomInit<double>>(job) : for_tiles<RandomInit<float>>(job);
+}
+
+void take_step(const Job& job) { job.call.any_float64() ? for_tiles<Step<double>>(job) : for_tiles<Step<float>>(job); }
+
+void start_and_step(const Job& job) {
+  if (!job.call.any_float64()) return for_tiles<StepFromNoise<float, float>>(job);
+  job.call.dtype(kX) == DType::kFloat64 ? for_tiles<StepFromNoise<double, double>>(job)
+                                        : for_tiles<StepFromNoise<float, double>>(job);
+}
+
+void run(const Call& call, void (*op)(const Job&)) {
+  if (call.walk.flat()) return op({call, call.walk});
+  Call merged = call;
+  merge_images(merged.walk);
+  op({merged, call.walk});
+}
+
 }  // namespace
 
-void random_init(const Call& call, void*) {
-  call.any_float64() ? for_tiles<RandomInit<double>>(call) : for_tiles<RandomInit<float>>(call);
-}
-
-void pgd_step(const Call& call, void*) {
-  call.any_float64() ? for_tiles<Step<double>>(call) : for_tiles<Step<float>>(call);
-}
-
-void fgsm_step(const Call& call, void* stream) {
-  if (!call.has_noise) return pgd_step(call, stream);
-  if (!call.any_float64()) return for_tiles<StepFromNoise<float, float>>(call);
-  call.dtype(kX) == DType::kFloat64 ? for_tiles<StepFromNoise<double, double>>(call)
-                                    : for_tiles<StepFromNoise<float, double>>(call);
-}
+void random_init(const Call& call, void*) { run(call, start); }
+void pgd_step(const Call& call, void*) { run(call, take_step); }
+void fgsm_step(const Call& call, void*) { run(call, call.has_noise ? start_and_step : take_step); }
 
 void philox_words(int64_t n, const int64_t* seed, const int64_t* index, const int64_t* restart, uint32_t word3,
                   int64_t* words, void*) {

@@ -72,7 +72,7 @@ struct Two<Half> : TwoHalves<Half> {};
 template <>
 struct Two<BFloat16> : TwoHalves<BFloat16> {};
 
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define FASTADV_HALVES(T, type)                                                            \
   template <>                                                                              \
   __device__ __forceinline__ uint32_t TwoHalves<T>::narrow(Pair v) {                       \

@@ -138,25 +138,31 @@ class Objective:
 
 
 def find_logits(outputs: object, n: int) -> torch.Tensor:
-    """The logits among a model's outputs: these themselves, their attribute or key `logits`, or their first entry.
+    """The logits among a model's outputs: these themselves, their attribute or key `logits`, their key `out`
+    (torchvision's), or else the only float matrix among them.
 
     Raises:
-        TypeError: what was found is not a float tensor (n, C).
+        TypeError: what was found is not a float tensor (n, C), or there are several.
     """
-    found = outputs
+    found, several = outputs, ""
     if not isinstance(found, torch.Tensor):
         if getattr(outputs, "logits", None) is not None:
             found = outputs.logits
-        elif isinstance(outputs, Mapping) and outputs:
-            found = outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
-        elif isinstance(outputs, (tuple, list)) and outputs:
-            found = outputs[0]
-    if not (isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim == 2 and len(found) == n):
-        taken = "" if found is outputs else f", of which the logits would be {_describe(found)}"
+        elif isinstance(outputs, Mapping) and ("logits" in outputs or "out" in outputs):
+            found = outputs["logits"] if "logits" in outputs else outputs["out"]
+        elif isinstance(outputs, (Mapping, tuple, list)) and outputs:
+            entries = list(outputs.values() if isinstance(outputs, Mapping) else outputs)
+            fitting = [t for t in entries if isinstance(t, torch.Tensor) and t.is_floating_point() and t.ndim == 2]
+            found = fitting[0] if fitting else entries[0]
+            if len(fitting) > 1:
+                several = f", in which {' and '.join(map(_describe, fitting))} may be the logits or features"
+    fits = isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim == 2 and len(found) == n
+    if several or not fits:
+        taken = "" if several or found is outputs else f", of which the logits would be {_describe(found)}"
         raise TypeError(
-            f"the model must return logits, a float tensor of shape ({n}, classes); it returned "
-            f"{_describe(outputs)}{taken}. For other outputs pass loss=, a callable from (outputs, targets) to "
-            "one value per sample"
+            f"the model must return logits, a float tensor of shape ({n}, classes), alone or under the attribute or "
+            f"key `logits`; it returned {_describe(outputs)}{several}{taken}. For other outputs pass loss=, a callable "
+            "from (outputs, targets) to one value per sample"
         )
     return found
 

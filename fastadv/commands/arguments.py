@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastadv import data, models
+from fastadv.data.trained import known
 from fastadv.preprocessing import Preprocessing
 
 
@@ -43,12 +45,19 @@ def eps_budget(text: str) -> float:
 
 
 def class_list(text: str) -> list[int | str]:
-    """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list."""
-    try:
-        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-        return [label for end in ends for label in range(end[0], end[-1] + 1)]
-    except ValueError:
-        return [name.strip() for name in text.split(",")]
+    """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list.
+
+    What is not written as a label is, such as 01 or 9-5, makes all of them names.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    ends = [_label_range(part) for part in parts]
+    return parts if None in ends else [label for first, last in ends for label in range(first, last + 1)]
+
+
+def _label_range(text: str) -> tuple[int, int] | None:
+    found = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    return (first, last) if first <= last else None
 
 
 def adder(parser: argparse.ArgumentParser) -> Callable:
@@ -62,7 +71,9 @@ def adder(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_data(parser: argparse.ArgumentParser, add: Callable, default: str | None = None) -> None:
+def add_data(
+    parser: argparse.ArgumentParser, add: Callable, default: str | None = None, split_seed: int | None = 0
+) -> None:
     add(
         "--data",
         default=default,
@@ -72,7 +83,7 @@ def add_data(parser: argparse.ArgumentParser, add: Callable, default: str | None
     add("--data-folder", Path, help="where cifar10 is (the variable FASTADV_DATA, else data, if not given)")
     add("--classes", class_list, help="labels or names to keep, such as 5-9 or cat,dog (all if not given)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
-    add("--split-seed", int, 0, help="of the parts that a set does not have: the same for training and evaluation")
+    add("--split-seed", int, split_seed, help="of the parts that a set does not have: evaluate takes the training's")
     add("--seed", int, 0)
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -90,7 +101,26 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
     )
     for note in dataset.notes:
         print(note)
+    if len(dataset.classes) < 2:
+        raise ValueError(
+            f"the data have a single class, {dataset.classes[0]}, and there is nothing to tell apart: give a folder "
+            "that holds a folder for each class, and --classes with two or more of them"
+        )
     return dataset
+
+
+def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
+    """How many of the pictures with these digests the model was trained on, with a word if any; None: it is not known.
+
+    Training pictures say nothing about how good a model is.
+    """
+    count = known(model.trained_on, digests)
+    if count:
+        print(
+            f"the model was trained on {count} of the {len(digests)} test images (about one new image in 10,000 is "
+            "taken for such a one)"
+        )
+    return count
 
 
 def model_source(name: str) -> models.Source:

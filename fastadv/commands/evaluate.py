@@ -6,21 +6,28 @@ from pathlib import Path
 
 import torch
 
+from fastadv import models
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, eps_budget, load_data, load_model
+from fastadv.commands.arguments import add_data, adder, eps_budget, load_data, load_model, overlap
+from fastadv.data.splits import Split
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ITERATES
+
+MOST_OVERLAP = 0.05  # of the judged images may be training images
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
-    add_data(parser, add)
+    add_data(parser, add, split_seed=None)
     add("--model", required=True, help="a checkpoint.safetensors")
     add("--attacks", default="fgsm,pgd-20,pgd-50-10", help=f"some of {', '.join(PRESETS)}")
     add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
     add("--iterate", default="any", choices=ITERATES, help="which iterates are judged, start included; any is stronger")
     add("--limit", int, help="so many test images, a sample that is always the same (all if not given)")
+    parser.add_argument(
+        "--allow-overlap", action="store_true", help="judge images of which more than 5 %% are training images too"
+    )
     add("--slots", int, 128, help="images under attack at a time")
     parser.add_argument(
         "--save-images", action="store_true", help="write adversarial images to the folder images in --out"
@@ -32,14 +39,19 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     model = load_model(arguments.model)
-    dataset = load_data(arguments, model.preprocessing)
+    split = model.trained_on[-1].split if model.trained_on else Split()
+    if arguments.split_seed is None:
+        arguments.split_seed = split.seed
+    dataset = load_data(arguments, model.preprocessing, validation=0, test=split.test)
     model.check_shape(dataset.shape)
     if dataset.classes != model.classes:
         raise ValueError(
             f"the model's classes are {', '.join(model.classes)}, and the data's {', '.join(dataset.classes)}: give "
             "the --classes that it was trained on, in their order"
         )
-    images, labels = (part[_sample(len(dataset.y_test), arguments.limit)] for part in dataset.test)
+    chosen = _sample(len(dataset.y_test), arguments.limit)
+    images, labels = (part[chosen] for part in dataset.test)
+    trained_on = _checked_overlap(model, dataset.digests["test"][chosen], split, arguments.allow_overlap)
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = evaluate(
         model.pixels.to(arguments.device),
@@ -52,13 +64,31 @@ def run(arguments: argparse.Namespace) -> None:
         state=arguments.out / "state.safetensors",
         save_images=arguments.out / "images" if arguments.save_images else None,
     )
-    (arguments.out / "report.json").write_text(json.dumps(report) + "\n")
+    (arguments.out / "report.json").write_text(json.dumps(report | {"trained_on": trained_on}) + "\n")
     print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
     print(f"{'attack':12}{'eps':>8}{'robust':>9}{'passes':>12}{'seconds':>10}")
     for result in report["attacks"]:
         accuracy, eps = result["robust_accuracy"], f"{255 * result['eps']:g}/255"
         print(f"{result['attack']:12}{eps:>8}{accuracy:9.1%}{result['passes']:12,}{result['seconds']:10.1f}")
     print(f"saved {arguments.out / 'report.json'}")
+
+
+def _checked_overlap(model: models.Model, digests: torch.Tensor, split: Split, allowed: bool) -> int | None:
+    """How many of the images the model was trained on; None where its file does not say.
+
+    Raises:
+        ValueError: more than MOST_OVERLAP of them.
+    """
+    count = overlap(model, digests)
+    if count is None:
+        print("the model's file does not say which images it was trained on: see to it that these are others")
+    elif count > MOST_OVERLAP * len(digests) and not allowed:
+        raise ValueError(
+            f"the model was trained on {count} of the {len(digests)} images that are to judge it, which says nothing "
+            f"about new ones: give others (of the set that it was trained on, --split-seed {split.seed} keeps a test "
+            "part, and is the default), or --allow-overlap"
+        )
+    return count
 
 
 def _sample(count: int, limit: int | None) -> torch.Tensor:

@@ -10,7 +10,9 @@ import torch
 from fastadv import data, models
 from fastadv._extras import require
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, budget, eps_budget, load_data, model_source
+from fastadv.commands.arguments import add_data, adder, budget, eps_budget, load_data, model_source, overlap
+from fastadv.data.trained import TrainedOn
+from fastadv.models.checkpoints import read_facts, trained_on_of
 from fastadv.report import write_report
 from fastadv.training import Trainer
 from fastadv.training.settings import Settings
@@ -61,6 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.init:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
         print(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
+        model.trained_on += trained_on_of(read_facts(arguments.init) or {})
+    overlap(model, dataset.digests["test"])
+    model.trained_on += (TrainedOn.of(dataset),)
     records = train(arguments, model, dataset)
     if not require("accelerate").PartialState().is_main_process:
         return

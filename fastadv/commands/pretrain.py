@@ -9,6 +9,7 @@ import torch
 from fastadv import data, models
 from fastadv.attacks import by_name
 from fastadv.commands.arguments import add_data, adder, class_list, load_data
+from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
 from fastadv.preprocessing import Preprocessing
@@ -62,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     records = trainer.fit(dataset.train)
     model.preprocessing = Preprocessing(dataset.shape[1:], dataset.shape[0])
+    model.trained_on = (TrainedOn.of(dataset),)
     weights = arguments.out / "robust-resnet.safetensors"
     models.save(model, weights, dtype=torch.float16)
     card = measure(models.load(weights), dataset, arguments) | {"train_s": records[-1]["train_s"]}

@@ -2,30 +2,34 @@
 
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastadv._extras import require
-from fastadv.data.source import Part, Source
+from fastadv.data.source import Part, Source, digests
 
+_HAIR = 1e-6  # by which rounding puts a float beyond [0, 1]
 _REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
 
-def digits(seed: int, codes: bool) -> Source:
-    """1,797 grey 8x8 images: float32 in [0, 1], or uint8 if `codes`; a quarter of each class is the test part."""
+def digits(codes: bool) -> Source:
+    """1,797 grey 8x8 images, one part: float32 in [0, 1], or uint8 if `codes`, with the same digests."""
     images, labels = require("sklearn.datasets").load_digits(return_X_y=True)
     images = images.reshape(-1, 1, 8, 8) / 16  # 16 is the brightest
-    images = np.rint(255 * images).astype(np.uint8) if codes else images.astype(np.float32)
-    x_train, x_test, y_train, y_test = require("sklearn.model_selection").train_test_split(
-        images, labels, test_size=0.25, stratify=labels, random_state=seed
-    )
-    return _source({"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test})
+    rounded = np.rint(255 * images).astype(np.uint8)
+    source = _source({"x_train": rounded if codes else images, "y_train": labels})
+    contents = digests(torch.from_numpy(rounded))
+    return replace(source, parts={"train": replace(source.parts["train"], digests=contents)})
 
 
 def npz(path: Path) -> Source:
-    """x_train, y_train, x_test, y_test, and x_val and y_val if the file has them."""
+    """x_train, y_train, x_test, y_test, and x_val and y_val if the file has them.
+
+    Floats that rounding put beyond [0, 1] by a hair are clamped.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in (*_REQUIRED, "x_val", "y_val") if key in archive}
@@ -37,6 +41,8 @@ def npz(path: Path) -> Source:
     for key in arrays:
         if key.startswith("x"):
             _check_images(f"{path}: {key}", arrays[key])
+            if arrays[key].dtype.kind == "f":
+                np.clip(arrays[key], 0, 1, out=arrays[key])
             _check_labels(f"{path}: y{key[1:]}", arrays["y" + key[1:]], len(arrays[key]))
             if arrays[key].shape[1:] != arrays["x_train"].shape[1:]:
                 raise ValueError(f"{path}: x_train and {key} hold images of different shapes")
@@ -48,8 +54,14 @@ def _check_images(name: str, images: np.ndarray) -> None:
         raise ValueError(f"{name} must be uint8 or floating point, got {images.dtype}")
     if images.ndim != 4 or images.size == 0:
         raise ValueError(f"{name} must be images (N, C, H, W), got the shape {images.shape}")
-    if images.dtype.kind == "f" and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"{name} must be in [0, 1], got [{images.min():.4g}, {images.max():.4g}]")
+    count, channels, height, width = images.shape
+    if width in (1, 3, 4) and channels not in (1, 3) and width < min(channels, height):
+        raise ValueError(
+            f"{name} must be images (N, C, H, W), and {images.shape} is (N, H, W, C) as Keras has it: save "
+            f"np.moveaxis({name.rpartition(' ')[2]}, -1, 1), of the shape {(count, width, channels, height)}"
+        )
+    if images.dtype.kind == "f" and not (images.min() >= -_HAIR and images.max() <= 1 + _HAIR):
+        raise ValueError(f"{name} must be in [0, 1], got [{images.min():.9g}, {images.max():.9g}]")
 
 
 def _check_labels(name: str, labels: np.ndarray, count: int) -> None:

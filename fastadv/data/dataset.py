@@ -1,9 +1,10 @@
 """A data set in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from fastadv.data.splits import Split
 from fastadv.functional import random_init
 
 
@@ -12,7 +13,8 @@ class Data:
     """Images (N, C, H, W), float32 in [0, 1] or uint8; labels int64 (N,); a name for each class.
 
     The validation part may have no images. `notes` are for whoever reads the results: what the set did not say
-    itself, such as that its test part was split off here.
+    itself, such as that its test part was split off here. `split` says how the parts that it lacks were made, and
+    `digests` holds for each of "train", "val" and "test" eight bytes of each picture's content, int64 (N,).
     """
 
     x_train: torch.Tensor
@@ -23,6 +25,8 @@ class Data:
     y_test: torch.Tensor
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    split: Split | None = None
+    digests: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def train(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Folders of pictures, one for each class."""
 
 import os
+import re
 import unicodedata
 import warnings
 from pathlib import Path
@@ -19,21 +20,26 @@ _LAYOUT = (
 def folders(root: Path) -> Source:
     """The pictures below `root`, nothing read yet: root/CLASS/..., or root/train/CLASS/... and val, test beside it.
 
-    The classes are those of the training part, sorted by name. Hidden files and folders do not count; other files
-    that are no pictures are left out with a warning.
+    The classes are those of the training part, sorted by name. Where a folder holds nothing but one folder of folders,
+    as a folder that was packed twice, or where the parts are called such as seg_train and seg_test, the classes below
+    are taken, with a warning. Hidden files and folders do not count; other files that are no pictures are left out with
+    a warning.
 
     Raises:
-        ValueError: no pictures, a class without pictures, or a class that is not in the training part.
+        ValueError: no pictures, a class without pictures, a class that is not in the training part, or parts in the
+            folders of the classes.
     """
     endings = extensions()
-    places = _places(root, endings) or {"train": root}
-    others = [] if root in places.values() else [path for path in _visible(root) if path not in places.values()]
+    places = _found(root, endings)
+    others = [path for path in _visible(root) if not any(place.is_relative_to(path) for place in places.values())]
+    others = [] if root in places.values() else others
     contents = {}
     for part, place in places.items():
         contents[part], left_out = _classes(place, endings)
         if not any(contents[part].values()):
             raise ValueError(f"{place} has no folders with pictures; the layout is {_LAYOUT}")
         others += left_out
+    _warn_of_levels(root, places, endings)
     names = tuple(contents["train"])
     parts = {part: _part(found, names, places[part]) for part, found in contents.items()}
     if others:
@@ -41,29 +47,102 @@ def folders(root: Path) -> Source:
     return Source(parts, names)
 
 
+def _found(root: Path, endings: frozenset[str]) -> dict[str, Path]:
+    """The folder of each part that holds the classes' folders; `root` or one below it where there are no parts."""
+    places = _places(root, endings)
+    if places:
+        return {part: _innermost(place, endings) for part, place in places.items()}
+    inner = _innermost(root, endings)
+    return {"train": root} if inner == root else _found(inner, endings)
+
+
+def _innermost(folder: Path, endings: frozenset[str]) -> Path:
+    """Down to the first folder that holds more than one folder without pictures of its own."""
+    inside = _folders(folder)
+    if len(inside) > 1 or any(not _folders(path) or _has_pictures(path, endings) for path in (folder, *inside)):
+        return folder
+    return _innermost(inside[0], endings)
+
+
 def _places(root: Path, endings: frozenset[str]) -> dict[str, Path]:
     """The folders of the parts; empty where they are classes.
 
-    A folder train with pictures of its own is a class called so, unless a part with classes lies beside it.
+    A folder train with pictures of its own is a class called so, unless a part with classes lies beside it. A folder
+    seg_train is a part only where it and one like seg_test have a class in common.
     """
-    folders = [path for path in _visible(root) if path.is_dir()]
+    folders = _folders(root)
     found = {part: [path for path in folders if path.name.casefold() in names] for part, names in _PARTS.items()}
-    holders = [path for places in found.values() for path in places if any(p.is_dir() for p in _visible(path))]
+    holders = [path for places in found.values() for path in places if _folders(path)]
     train = next(iter(found["train"]), None)
-    if train in holders and (len(holders) > 1 or not any(p.suffix.lower() in endings for p in _visible(train))):
-        for places in found.values():
-            if len(places) > 1:
-                raise ValueError(f"{root} has both {places[0].name} and {places[1].name}: leave one")
-        return {part: places[0] for part, places in found.items() if places}
-    if len(folders) > 1 and len(folders) == sum(map(len, found.values())):
+    if train not in holders or (len(holders) == 1 and _has_pictures(train, endings)):
+        if len(folders) > 1 and len(folders) == sum(map(len, found.values())):
+            raise ValueError(
+                f"{root} has parts without classes, or classes without a training part: the layout is {_LAYOUT}"
+            )
+        found = _similar(folders, endings)
+    for places in found.values():
+        if len(places) > 1:
+            raise ValueError(f"{root} has both {places[0].name} and {places[1].name}: leave one")
+    return {part: places[0] for part, places in found.items() if places}
+
+
+def _similar(folders: list[Path], endings: frozenset[str]) -> dict[str, list[Path]]:
+    """The parts whose names have theirs as a word, such as seg_train and seg_test; empty where they are none."""
+    holders = [path for path in folders if _folders(path) and not _has_pictures(path, endings)]
+    words = {path: set(re.split(r"[\W_]+", path.name.casefold())) for path in holders}
+    found = {part: [path for path in holders if words[path].intersection(names)] for part, names in _PARTS.items()}
+    classes = [
+        {path.name for place in places for path in _folders(_innermost(place, endings))} for places in found.values()
+    ]
+    return found if classes[0] & (classes[1] | classes[2]) else {}
+
+
+def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]) -> None:
+    """Say which folders were taken for those of the classes where that is not plain, and what may be classes below."""
+    plain = {
+        part: place == root or (place.parent == root and place.name.casefold() in _PARTS[part])
+        for part, place in places.items()
+    }
+    if not all(plain.values()):
+        taken = ", ".join(f"{part}: {place.relative_to(root)}" for part, place in places.items())
+        warnings.warn(f"the folders in {root} are not the classes: took those in these folders ({taken})", stacklevel=5)
+    classes = _folders(places["train"])
+    if len(classes) < 2 or any(_has_pictures(path, endings) for path in classes):
+        return
+    inside = [[path.name for path in _folders(path)] for path in classes]
+    known = {name for names in _PARTS.values() for name in names}
+    if known.issuperset(name.casefold() for names in inside for name in names):
         raise ValueError(
-            f"{root} has parts without classes, or classes without a training part: the layout is {_LAYOUT}"
+            f"{places['train']} has the parts {', '.join(inside[0])} in the folders of its classes: the layout is "
+            f"{_LAYOUT}"
         )
-    return {}
+    if all(len(names) > 1 for names in inside):
+        warnings.warn(
+            f"the classes are {classes[0].name}, {classes[1].name} and so on, and the folders in them ({inside[0][0]}, "
+            f"{inside[0][1]} and so on) are not told apart: if those are the classes, give {classes[0]}, or folders "
+            "train and test that hold them",
+            stacklevel=5,
+        )
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted((Path(entry) for entry in entries if entry.is_dir() and _counts(entry.name)), key=_key)
+
+
+def _has_pictures(folder: Path, endings: frozenset[str]) -> bool:
+    """Of its own: those in its folders do not count."""
+    paths = (path for path in folder.iterdir() if _counts(path.name))
+    return any(path.suffix.lower() in endings and path.is_file() for path in paths)
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_key)
+    return sorted((path for path in folder.iterdir() if _counts(path.name)), key=_key)
+
+
+def _counts(name: str) -> bool:
+    """Not hidden, nor what macOS packs beside the pictures."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def _key(path: Path) -> tuple[str, ...]:
@@ -88,13 +167,15 @@ def _classes(place: Path, endings: frozenset[str]) -> tuple[dict[str, list[Path]
 def _files(folder: Path) -> list[Path]:
     files = []
     for base, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        files += [Path(base, name) for name in names if not name.startswith(".")]
+        inner[:] = [name for name in inner if _counts(name)]
+        files += [Path(base, name) for name in names if _counts(name)]
     return sorted(files, key=_key)
 
 
 def _part(found: dict[str, list[Path]], names: tuple[str, ...], place: Path) -> Part:
     for name, paths in found.items():
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no UTF-8, which no file could hold
+            raise ValueError(f"the class {name!r} in {str(place)!r} has a name that is not UTF-8: rename its folder")
         if not paths:
             raise ValueError(f"the class {name!r} has no pictures in {place}: add some, or delete its folder")
         if name not in names:

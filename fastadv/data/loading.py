@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fastadv.data.decoding import decode
 from fastadv.data.folders import folders
 from fastadv.data.pictures import Picture
 from fastadv.data.source import Part, Source, joined
-from fastadv.data.splits import completed
+from fastadv.data.splits import TEST_SHARE, Split, completed
 from fastadv.preprocessing import Preprocessing
 
 
@@ -24,29 +25,34 @@ def load(
     preprocessing: Preprocessing | None = None,
     classes: Sequence[int | str] | None = None,
     validation: float = 0.1,
+    test: float = TEST_SHARE,
     folder: str | Path | None = None,
     skip_corrupt: bool = False,
     seed: int = 0,
 ) -> Data:
     """A data set: "digits", "cifar10", an .npz file, parquet files, or a folder of pictures.
 
-    Where the set has no validation part, `validation` of each class of the training part becomes one. Where it has
-    no test part, a fifth of each class of the training part becomes one first, and `Data.notes` says so. Both depend
-    on the set and the seed alone.
+    Where the set has no test part, a share `test` of its training part becomes one, and `Data.notes` says so. Where it
+    has no validation part, a share `validation` of what is left becomes one. Which pictures depends on what each of
+    them contains and on the seed alone (see `Split`): equal pictures fall on one side, and one more moves no other.
+    Every class has at least one picture in each part; where that takes another one than the shares, a note says so.
+    Equal pictures under two labels, or in two parts that the set brings, are warned of.
 
     Args:
-        name_or_path: "digits" is scikit-learn's (1,797 grey 8x8 images, float32; a quarter of each class is the test
-            part, chosen by `seed`). "cifar10" is read from `folder`: parquet files, or the archive
-            cifar-10-binary.tar.gz or cifar-10-python.tar.gz, extracted or not. An .npz file holds x_train, y_train,
-            x_test, y_test and, if it likes, x_val, y_val: images (N, C, H, W), uint8 or floats in [0, 1]; integer
-            labels (N,). A parquet file, or a folder with train*.parquet, val*.parquet and test*.parquet, has a column
-            image or img of encoded pictures and a column label, labels or fine_label of integers. A folder of
+        name_or_path: "digits" is scikit-learn's (1,797 grey 8x8 images, float32, without a test part). "cifar10" is
+            read from `folder`: parquet files, or the archive cifar-10-binary.tar.gz or cifar-10-python.tar.gz,
+            extracted or not. An .npz file holds x_train, y_train, x_test, y_test and, if it likes, x_val, y_val:
+            images (N, C, H, W), uint8 or floats in [0, 1]; integer labels (N,). A parquet file, or a folder with
+            train*.parquet, val*.parquet and test*.parquet as the Hugging Face hub has them, has a column such as image
+            of encoded pictures or of their files' paths and a column such as label of integers or names. A folder of
             pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or valid, validation) and test beside it.
         preprocessing: of the model the images are for; they become uint8 of its size. None leaves images as they
             are: those of one set must then have one size.
         classes: names or labels of the classes to keep, relabelled 0, 1, ... in the order given. Numbers are names
             where all of them are.
-        validation: share in [0, 1), of at most 2,000 images in all and at least one of each class; 0 means none.
+        validation: share in [0, 1) of the images that are not for the test; 0 means none. Of a large set a small share
+            is enough: 0.04 of CIFAR-10's training part are 2,000 images.
+        test: share in (0, 1).
         folder: where "cifar10" is, itself or as the subfolder cifar10; None means the environment variable
             FASTADV_DATA, else ./data.
         skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
@@ -58,12 +64,11 @@ def load(
         ValueError: the content is not as above, a class is missing, pictures cannot be read or have different sizes
             without a preprocessing, or there is too little memory.
     """
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation must be a share in [0, 1), got {validation}")
-    source = _find(name_or_path, folder, seed, codes=preprocessing is not None)
+    split = Split(seed, test, validation)
+    source = _find(name_or_path, folder, codes=preprocessing is not None)
     names = source.classes
     chosen = list(range(len(names))) if classes is None else _labels(classes, names)
-    parts, notes = completed(source, validation, seed, chosen)
+    parts, notes = completed(source, split, chosen)
     if classes is not None:
         parts = {name: _selected(part, chosen) for name, part in parts.items()}
         names = tuple(names[label] for label in chosen)
@@ -71,12 +76,13 @@ def load(
     parts = _decoded(parts, preprocessing, skip_corrupt, names, given=source.parts.keys())
     tensors = {f"x_{name}": part.images.contiguous() for name, part in parts.items()}
     tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
-    return Data(**tensors, classes=names, notes=notes)
+    digests = {name: part.digests for name, part in parts.items()}
+    return Data(**tensors, classes=names, notes=notes, split=split, digests=digests)
 
 
-def _find(name_or_path: str | Path, folder: str | Path | None, seed: int, codes: bool) -> Source:
+def _find(name_or_path: str | Path, folder: str | Path | None, codes: bool) -> Source:
     if str(name_or_path) == "digits":
-        return digits(seed, codes)
+        return digits(codes)
     if str(name_or_path) == "cifar10":
         return cifar10(folder)
     path = Path(name_or_path)
@@ -97,8 +103,16 @@ def _labels(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
     for chosen in classes:
         if isinstance(chosen, str) and chosen not in names:
             raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}")
-        if not isinstance(chosen, str) and not 0 <= chosen < len(names):
+        if isinstance(chosen, str):
+            continue
+        if not 0 <= chosen < len(names):
             raise ValueError(f"class {chosen} has no training or no test images; there are 0 to {len(names) - 1}")
+        called = [name for name in names if name.isdecimal() and int(name) == chosen]
+        if called and called != [names[chosen]]:
+            raise ValueError(
+                f"class {chosen} may be the one called {called[0]} or the label {chosen}, which is the class called "
+                f"{names[chosen]}: give all classes by their names, {', '.join(names)}"
+            )
     labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in classes]
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"classes must be different and at least one, got {list(classes)}")
@@ -108,7 +122,7 @@ def _labels(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
 def _selected(part: Part, labels: list[int]) -> Part:
     match = part.labels[:, None] == torch.tensor(labels)
     kept = part.take(match.any(dim=1).nonzero()[:, 0])
-    return Part(kept.images, match[match.any(dim=1)].long().argmax(dim=1))
+    return replace(kept, labels=match[match.any(dim=1)].long().argmax(dim=1))
 
 
 def _check_present(parts: dict[str, Part], names: Sequence[str]) -> None:
@@ -133,7 +147,7 @@ def _decoded(
     masks = readable.split([len(part.labels) for part in parts.values()])
     pieces = images.split([int(mask.sum()) for mask in masks])
     decoded = {
-        name: Part(piece, part.labels[mask])
+        name: Part(piece, part.labels[mask], part.digests[mask])
         for (name, part), piece, mask in zip(parts.items(), pieces, masks, strict=True)
     }
     for name, part in decoded.items():
@@ -158,4 +172,4 @@ def _as_pictures(part: Part, preprocessing: Preprocessing | None) -> Part:
         )
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     pixels = pixels[..., 0] if shape[0] == 1 else pixels
-    return Part([Picture(f"image {i}", image) for i, image in enumerate(pixels)], part.labels)
+    return replace(part, images=[Picture(f"image {i}", image) for i, image in enumerate(pixels)])

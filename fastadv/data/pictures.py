@@ -31,6 +31,10 @@ class Picture:
             return require("PIL.Image").fromarray(self.content)
         return read(self.name) if self.content is None else decode(self.content, self.name)
 
+    def stored(self) -> bytes | np.ndarray:
+        """What it is made of: a file's bytes, or its content as it is."""
+        return Path(self.name).read_bytes() if self.content is None else self.content
+
 
 def extensions() -> frozenset[str]:
     """How the names of pictures end that Pillow can read, in lower case, such as ".jpg"."""

@@ -1,44 +1,153 @@
-"""The parts that a set does not have: a validation and a test part, split off the training part."""
+"""The parts that a set does not have: a test and a validation part, split off the training part by content."""
 
-import math
+import itertools
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 
+import numpy as np
 import torch
 
 from fastadv.data.source import Part, Source
 
 TEST_SHARE = 0.2
-MOST_VALIDATION = 2000
+_NAMES = ("test", "val", "train")  # in the order of a picture's place
+_CALLED = {"test": "test", "val": "validation", "train": "training"}
 
 
-def completed(
-    source: Source, validation: float, seed: int, wanted: Sequence[int]
-) -> tuple[dict[str, Part], tuple[str, ...]]:
-    """The parts "train", "val" and "test", and notes on what was made here; only `wanted` classes need images."""
-    parts, notes = dict(source.parts), ()
-    if "test" not in parts:
-        parts["train"], parts["test"] = _split(parts["train"], TEST_SHARE, source.classes, seed, wanted)
-        notes = (f"the set has no test part: a fifth of its training part is the test part, chosen by seed {seed}",)
-    if "val" not in parts:
-        share = min(validation, MOST_VALIDATION / max(1, len(parts["train"].labels)))
-        parts["train"], parts["val"] = _split(parts["train"], share, source.classes, seed, wanted)
-    return parts, notes
+@dataclass(frozen=True)
+class Split:
+    """How the parts that a set lacks are made: by what a picture contains, a seed and shares, and nothing else.
+
+    A picture's place is u = H(seed, content) in [0, 1). It is a test picture where u < test, a validation picture
+    where u is in the next `validation` of the rest, and a training picture beyond. Equal pictures have one place
+    whatever their names and classes, and one more picture moves no other.
+
+    Attributes:
+        test: share of the pictures, in (0, 1), of a set that has no test part.
+        validation: share in [0, 1) of the pictures that are not the test part's, of a set that has no validation part.
+    """
+
+    seed: int = 0
+    test: float = TEST_SHARE
+    validation: float = 0.1
+
+    def __post_init__(self):
+        if not 0 < self.test < 1:
+            raise ValueError(f"test must be a share in (0, 1), got {self.test}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must be a share in [0, 1), got {self.validation}")
+
+    def places(self, digests: np.ndarray) -> np.ndarray:
+        """u of each content, float64 in [0, 1), from its digest, int64 (N,)."""
+        key = str(self.seed).encode()
+        hashed = (blake2b(digest, digest_size=8, key=key).digest() for digest in digests)
+        return (np.frombuffer(b"".join(hashed), "<u8") >> np.uint64(11)) * 2.0**-53
 
 
-def _split(part: Part, share: float, classes: tuple[str, ...], seed: int, wanted: Sequence[int]) -> tuple[Part, Part]:
-    """What stays, and what is split off: `share` of each class, rounded down, at least one; nothing where it is 0."""
-    generator = torch.Generator().manual_seed(seed)
-    held = torch.zeros(len(part.labels), dtype=torch.bool)
-    for label in part.labels.unique().tolist() if share else ():
-        members = (part.labels == label).nonzero()[:, 0]
-        if len(members) < 2:
-            if label not in wanted:
-                continue
-            raise ValueError(
-                f"class {classes[label]!r} has a single training image, and a part must be split off: "
-                "add images, leave the class out, or give parts of your own (validation=0 makes no validation part)"
+def completed(source: Source, split: Split, wanted: Sequence[int]) -> tuple[dict[str, Part], tuple[str, ...]]:
+    """The parts "train", "val" and "test", and notes on what was made here; only `wanted` classes need images.
+
+    Raises:
+        ValueError: a wanted class has too few different images.
+    """
+    given = parts = {name: part.digested() for name, part in source.parts.items()}
+    _warn_of_repetitions(given, source.classes, wanted)
+    notes = []
+    if len(given) < len(_NAMES):
+        test = 0.0 if "test" in given else split.test
+        validation = 0.0 if "val" in given else split.validation * (1 - test)
+        whole = given["train"]
+        owner, moved = _owners(whole, split, test, validation, source.classes, wanted)
+        pieces = {name: whole.take((owner == i).nonzero()[:, 0]) for i, name in enumerate(_NAMES)}
+        parts = {**pieces, **given, "train": pieces["train"]}
+        if test:
+            notes.append(
+                f"the set has no test part: {100 * test:g} % of its training part are the test part, "
+                f"chosen by seed {split.seed}"
             )
-        # Rounded first: 0.29 * 100 is a little below 29.
-        count = min(max(1, math.floor(round(share * len(members), 6))), len(members) - 1)
-        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return part.take((~held).nonzero()[:, 0]), part.take(held.nonzero()[:, 0])
+        if moved:
+            notes.append(
+                f"where the shares gave a part no picture of a class, it has the nearest one: {', '.join(moved)} "
+                "(only there can one more picture move another)"
+            )
+    return {name: parts[name] for name in ("train", "val", "test")}, tuple(notes)
+
+
+def _owners(
+    whole: Part, split: Split, test: float, validation: float, names: Sequence[str], wanted: Sequence[int]
+) -> tuple[torch.Tensor, list[str]]:
+    """The index in _NAMES of each picture's part, (N,), and the classes for which the shares alone did not do.
+
+    Args:
+        test, validation: shares of all pictures; 0: no such part is made.
+    """
+    contents, which = np.unique(whole.digests.numpy(), return_inverse=True)
+    places, labels = split.places(contents), whole.labels.numpy()
+    owner = np.searchsorted((test, test + validation), places, side="right")
+    classes = {label: np.unique(which[labels == label]) for label in np.unique(labels).tolist()}
+    needed = 1 + (test > 0) + (validation > 0)
+    for label in wanted:
+        count = len(classes.get(label, ()))
+        if 0 < count < needed:
+            raise ValueError(
+                f"class {names[label]!r} has {count} different training image{'s' if count > 1 else ''}, and {needed} "
+                "parts need one each: add images, leave the class out, or give parts of your own (validation=0 makes "
+                "no validation part)"
+            )
+    large = {label: mine for label, mine in classes.items() if len(mine) >= needed}
+    # The test part first, whatever the validation share: evaluation has the same without one.
+    moved = _fill(owner, places, large, 0) if test else set()
+    moved |= _fill(owner, places, large, 1) if validation else set()
+    for label in large.keys() & set(wanted):
+        if len(np.unique(owner[large[label]])) < needed:
+            raise ValueError(
+                f"class {names[label]!r} shares so many of its few images with other classes that a part has none of "
+                "it: delete images that are there under two labels"
+            )
+    return torch.from_numpy(owner[which]), [names[label] for label in sorted(moved.intersection(wanted))]
+
+
+def _fill(owner: np.ndarray, places: np.ndarray, classes: dict[int, np.ndarray], part: int) -> set[int]:
+    """Give this part a content of each class that has none there, and leave the parts after it one; says which classes.
+
+    Args:
+        owner: index in _NAMES for each content; it is changed.
+        places: of each content. classes: contents of each class. part: 0 (test) or 1 (validation).
+    """
+    changed = set()
+    for label, mine in classes.items():
+        mine = mine[np.lexsort((places[mine], owner[mine]))]
+        first, last = np.searchsorted(owner[mine], (part, part + 1))
+        left = 2 if part == 0 and len(mine) > 2 else 1  # of a test part, for validation too
+        new = min(max(last, first + 1), len(mine) - left)
+        if first < new != last:
+            owner[mine[first:new]] = part
+            owner[mine[new:last]] = owner[mine[last]] if last < len(mine) else len(_NAMES) - 1
+            changed.add(label)
+    return changed
+
+
+def _warn_of_repetitions(parts: dict[str, Part], names: Sequence[str], wanted: Sequence[int]) -> None:
+    """Equal pictures under two labels, or in two parts that the set itself brings."""
+    kept = {name: np.isin(part.labels, wanted) for name, part in parts.items()}
+    found = {name: part.digests.numpy()[kept[name]] for name, part in parts.items()}
+    labels = np.concatenate([part.labels.numpy()[kept[name]] for name, part in parts.items()])
+    pairs = np.unique(np.stack([np.concatenate(list(found.values())), labels], axis=1), axis=0)
+    contents, counts = np.unique(pairs[:, 0], return_counts=True)
+    if (counts > 1).any():
+        several = [names[label] for label in pairs[pairs[:, 0] == contents[counts > 1][0], 1]]
+        warnings.warn(
+            f"{(counts > 1).sum()} of {len(contents)} different pictures are there under two labels, one of them as "
+            f"{' and as '.join(several)}: one of the labels is wrong",
+            stacklevel=4,
+        )
+    for one, other in itertools.combinations([name for name in _NAMES if name in parts], 2):
+        among = np.isin(found[one], found[other]).sum()
+        if among:
+            warnings.warn(
+                f"{among} of the {len(found[one])} {_CALLED[one]} pictures are {_CALLED[other]} pictures as well: "
+                "accuracy on them says nothing about new pictures",
+                stacklevel=4,
+            )

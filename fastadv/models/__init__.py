@@ -3,8 +3,9 @@
 from fastadv.models.checkpoints import load, load_weights, save
 from fastadv.models.export import export
 from fastadv.models.model import Model, construct
+from fastadv.models.projections import Target, lora_targets
 from fastadv.models.sources import CHOICES, Source, source
-from fastadv.models.structure import Target, find_blocks, find_head, lora_targets, new_head
+from fastadv.models.structure import find_blocks, find_head, new_head
 
 __all__ = [
     "CHOICES",

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
+from fastadv.data.trained import TrainedOn
 from fastadv.files import write_atomically
 from fastadv.models.model import Model, construct
-from fastadv.models.structure import find_head, new_head
+from fastadv.models.structure import classifiers, find_head, new_head
 from fastadv.preprocessing import Preprocessing
 
 FORMAT = 1
@@ -19,7 +20,7 @@ _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write weights, buffers, class names, preprocessing and architecture to a safetensors file.
+    """Write weights, buffers, class names, preprocessing, architecture and training pictures to a safetensors file.
 
     Tied weights are written once, under their first name. The file replaces an older one when it is whole.
 
@@ -37,6 +38,7 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
         "classes": list(model.classes),
         "preprocessing": model.preprocessing and model.preprocessing.to_json(),
         "architecture": model.architecture,
+        "trained_on": [record.to_json() for record in model.trained_on],
     }
     tensors = {name: _stored(name, value, dtype) for name, value in _untied(model.network.state_dict()).items()}
     # One entry: safetensors writes several in random order, and equal models would give unequal files.
@@ -66,9 +68,11 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None) -> Model:
     _check_fit(path, weights, network.state_dict())
     network.load_state_dict(weights, strict=False)
     if classes is not None and tuple(classes) != own:
-        new_head(network, len(classes))
+        shape = facts["architecture"].get("shape")
+        new_head(network, len(classes), None if shape is None else torch.zeros(1, *shape))
         own = tuple(classes)
-    return Model(network, preprocessing_of(facts), facts["architecture"], own, pretrained=True)
+    preprocessing, trained_on = preprocessing_of(facts), trained_on_of(facts)
+    return Model(network, preprocessing, facts["architecture"], own, pretrained=True, trained_on=trained_on)
 
 
 def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str], head: str | None = None) -> bool:
@@ -89,8 +93,9 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
         ValueError: not a safetensors file, or its tensors do not fit outside the head.
     """
     facts, weights, own = read_facts(path), _weights(path), network.state_dict()
-    prefix = find_head(network, head)[0] + "."
-    in_head = {key for key in own if key.startswith(prefix)}
+    heads = classifiers(network) if head is None else (head,)
+    prefixes = tuple(find_head(network, name)[0] + "." for name in heads)
+    in_head = {key for key in own if key.startswith(prefixes)}
     keep_head = (facts is None or facts["classes"] == list(classes)) and all(
         key in weights and weights[key].shape == own[key].shape for key in in_head
     )
@@ -103,6 +108,8 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
 
 def read_facts(path: str | Path) -> dict | None:
     """What `save` wrote beside the tensors: format, classes, preprocessing, architecture; None: it did not write it.
+
+    Later files also have trained_on, which `trained_on_of` reads.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -127,6 +134,10 @@ def read_facts(path: str | Path) -> dict | None:
 
 def preprocessing_of(facts: dict) -> Preprocessing | None:
     return facts["preprocessing"] and Preprocessing.from_json(facts["preprocessing"])
+
+
+def trained_on_of(facts: dict) -> tuple[TrainedOn, ...]:
+    return tuple(TrainedOn.from_json(values) for values in facts.get("trained_on", ()))
 
 
 def _opened(path: str | Path):

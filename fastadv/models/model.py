@@ -9,6 +9,7 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks import Normalized
+from fastadv.data.trained import TrainedOn
 from fastadv.models.networks import OWN
 from fastadv.preprocessing import Preprocessing
 
@@ -23,6 +24,7 @@ class Model:
         architecture: for `construct`; only what JSON knows.
         classes: name of each logit.
         pretrained: whether the backbone's weights were learnt on other data before.
+        trained_on: what is known of the pictures that its weights were learnt on, one training after the other.
     """
 
     network: nn.Module
@@ -30,6 +32,7 @@ class Model:
     architecture: dict
     classes: tuple[str, ...]
     pretrained: bool
+    trained_on: tuple[TrainedOn, ...] = ()
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse images (C, H, W) other than the network was made for.

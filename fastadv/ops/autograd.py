@@ -7,6 +7,7 @@ import torch
 
 from fastadv.ops import reference
 from fastadv.ops.backends import run, serving
+from fastadv.ops.schemas import refuse_vmap
 
 
 def result_like(x):
@@ -62,16 +63,26 @@ _MASKS = {"random_init": _random_init_masks, "fgsm_step": _fgsm_step_masks, "pgd
 
 
 class Step(torch.autograd.Function):
-    """`Step.apply(op name, *the op's arguments but out)`; the result is like the first argument."""
+    """`Step.apply(op name, *the op's arguments but out)`; the result is like the first argument.
+
+    In this form, with a context that is set up apart, torch.func.grad and vjp take it, too.
+    """
 
     @staticmethod
-    def forward(ctx, name, *args):
-        ctx.name = name
-        ctx.args = [None if isinstance(a, torch.Tensor) else a for a in args]
-        ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in args))
+    def forward(name, *args):
         out = result_like(args[0])
         run(name, serving(out.device), (out, *args))
         return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name, *args = inputs
+        ctx.args = [None if isinstance(a, torch.Tensor) else a for a in args]
+        ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in args))
+
+    @staticmethod
+    def vmap(info, in_dims, name, *args):
+        refuse_vmap(name)()
 
     @staticmethod
     def backward(ctx, grad_out):

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -102,22 +103,48 @@ if facts() is None:
     _warn_of_a_source_tree()
 
 
-def why_not(backend, device_type):
-    """'' where the backend serves the device, else the reason."""
+def _runs_on(archs, capability):
+    """Whether kernels built for a list such as `8.0;9.0a;10.0+PTX` run on a device of that compute capability.
+
+    Machine code serves its own and later minor numbers, PTX all that is later, and what was built for one device
+    ("a") that one alone.
+    """
+    for major, minor, kind, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", archs):
+        built = int(major), int(minor)
+        later = built <= capability if ptx and not kind else built[0] == capability[0] and built[1] <= capability[1]
+        if built == capability or (later and kind != "a"):
+            return True
+    return False
+
+
+def _lacks_code(module, device):
+    """'' where the CUDA kernels were built for the device, else the reason."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    archs, (major, minor) = module.facts()["archs"], torch.cuda.get_device_capability(device)
+    if _runs_on(archs, (major, minor)):
+        return ""
+    return f"it was built for {archs} (TORCH_CUDA_ARCH_LIST), and the GPU has compute capability {major}.{minor}"
+
+
+def why_not(backend, device):
+    """'' where the backend serves the device (a torch.device, or its name), else the reason."""
+    device = torch.device(device)
     if backend == "reference":
         return ""
     if backend in NATIVE:
-        if device_type != backend:
+        if device.type != backend:
             return f"it serves {backend} tensors only"
-        return native(backend)[1]
+        module, why = native(backend)
+        return why if module is None or backend == "cpu" else _lacks_code(module, device)
     module, why = triton()
     if module is None:
         return why
-    if device_type == "cpu" and not module.INTERPRETED:
+    if device.type == "cpu" and not module.INTERPRETED:
         return "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before fastadv is used"
-    if device_type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda"):
         return "it serves cuda tensors only"
-    return "" if device_type == "cpu" or torch.cuda.is_available() else "there is no GPU"
+    return "" if device.type == "cpu" or torch.cuda.is_available() else "there is no GPU"
 
 
 # What serves a device when nobody chose: the first that can. Triton's interpreter is for tests, never a default.
@@ -132,26 +159,27 @@ def _check_name(name):
         )
 
 
-def resolve(name, device_type):
-    """The name of the backend that serves `device_type`: `name`, or the best there is where it is None.
+def resolve(name, device):
+    """The name of the backend that serves the device: `name`, or the best there is where it is None.
 
     Raises:
         RuntimeError: the name is unknown, or the named backend cannot serve the device.
     """
     if name is None:
-        return next(b for b in _ORDER.get(device_type, ("reference",)) if not why_not(b, device_type))
+        order = _ORDER.get(torch.device(device).type, ("reference",))
+        return next(b for b in order if not why_not(b, device))
     _check_name(name)
-    why = why_not(name, device_type)
+    why = why_not(name, device)
     if why:
-        raise RuntimeError(f"backend {name!r} cannot serve {device_type} tensors: {why}")
+        raise RuntimeError(f"backend {name!r} cannot serve {torch.device(device).type} tensors: {why}")
     return name
 
 
 @functools.cache
 def _resolve_device(name, device):
-    found = resolve(name, device.type)
+    found = resolve(name, device)
     if name is None and found == "reference" and device.type in NATIVE and facts() is not None:
-        why = facts()[device.type].get("why") or native(device.type)[1]
+        why = facts()[device.type].get("why") or why_not(device.type, device)
         _warn_of_the_reference(
             f"it has no kernels for {device.type} tensors ({why})",
             "mend that and install it again (`fastadv info` says more)",

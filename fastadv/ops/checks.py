@@ -5,6 +5,8 @@ import numbers
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fastadv.ops.generator import as_int64
 
@@ -56,6 +58,17 @@ def images(op_name, args, out, z=None):
         _output("out", out, named, args)
     if z is not None:
         _output("z", z, {**named, "out": out}, (*args, out), may_be_input=False)
+
+
+def no_tangents(op_name, args, out, z):
+    """Forward-mode AD: a tangent would be lost without a word."""
+    names = {id(t): name for name, t in {**image_arguments(op_name, args), "out": out, "z": z}.items()}
+    for t in (*args, out, z):
+        if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"{names.get(id(t), 'a parameter')} has a forward-mode tangent, and a step has no forward-mode "
+                "derivative: use reverse mode (torch.func.grad or vjp), or detach it"
+            )
 
 
 def _real(name, value, wanted="a number or a tensor"):
@@ -144,7 +157,8 @@ def box(clip, x):
 
 def seed(value, x):
     """A seed: an int64, or a tensor with one element or one per sample."""
-    if type(value) is int and 0 <= value < 2**63:
+    # A compiled function takes the long way for every int: a branch would be compiled for each side.
+    if not is_compiling() and type(value) is int and 0 <= value < 2**63:
         return value
     if isinstance(value, torch.Tensor):
         if value.dtype != torch.int64:
@@ -205,7 +219,7 @@ def _output(name, out, named, args, may_be_input=True):
     """`out` may be an input to the letter (same memory, dtype and strides); any other overlap is refused."""
     like_name, like = next(iter(named.items()))
     _operand(name, out, like_name, like)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return  # functionalisation gives every mutated tensor memory of its own
     if out.is_meta or out.numel() == 0:
         return

@@ -1,5 +1,7 @@
 """The random numbers: seeds, and the generator by itself (contract.md, "Random bits")."""
 
+import numbers
+
 import torch
 
 from fastadv.ops.backends import backend, run, serving
@@ -32,11 +34,11 @@ def _int64_tensor(name, value, device):
                 f"{name} must be an int or an int64 tensor on {device}, got {value.dtype} on {value.device}"
             )
         return value
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name} must be in [-2^63, 2^64), got {value}")
-    return torch.full((), as_int64(value), dtype=torch.int64, device=device)
+    return torch.full((), as_int64(int(value)), dtype=torch.int64, device=device)
 
 
 def sample_seeds(seed, index, restart=0):
@@ -55,7 +57,7 @@ def sample_seeds(seed, index, restart=0):
         raise TypeError(f"index must be an int64 tensor, got {got}")
     if index.dim() != 1:
         raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
-    if isinstance(restart, int) and not 0 <= restart < 2**32:
+    if isinstance(restart, numbers.Integral) and not 0 <= restart < 2**32:
         raise ValueError(f"restart must be in [0, 2^32), got {restart}")
     seed = _int64_tensor("seed", seed, index.device)
     words = _philox(seed, index, _int64_tensor("restart", restart, index.device), 1)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._guards import active_fake_mode
 from torch.compiler import is_compiling
 
 from fastadv.ops import checks
@@ -31,7 +33,7 @@ class Normalization:
     """
 
     def __init__(self, mean, std):
-        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+        self._mean, self._std = _numbers("mean", mean), _numbers("std", std)
         lengths = {len(v) for v in (self.mean, self.std) if isinstance(v, tuple)}
         if len(lengths) > 1:
             raise ValueError(f"mean and std must have one number per channel, got {len(self.mean)} and {len(self.std)}")
@@ -40,6 +42,18 @@ class Normalization:
                 raise ValueError(f"std must be above 0, got {self.std}")
         self.channels = max(lengths, default=None)  # None: any
         self._made = {}
+
+    # They cannot be assigned: what was made of them would stay.
+    @property
+    def mean(self):
+        return self._mean
+
+    @property
+    def std(self):
+        return self._std
+
+    def __getstate__(self):
+        return {**self.__dict__, "_made": {}}  # a loader may move tensors to a device that their key does not name
 
     def __repr__(self):
         return f"Normalization(mean={self.mean}, std={self.std})"
@@ -54,19 +68,23 @@ class Normalization:
 
         0-dim where both are one number. Kept: making one copies from the host, which a CUDA graph cannot capture.
         """
+        if is_compiling() or (_len_torch_dispatch_stack() and active_fake_mode() is not None):
+            # These are no tensors yet, or have no numbers.
+            return self._make(dim, dtype, device)
         key = dim, dtype, device
-        if key in self._made and not is_compiling():
-            return self._made[key]
+        if key not in self._made:
+            # Every later call has them, whatever this one is in: not as inference tensors, nor as a transform's.
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                self._made[key] = self._make(dim, dtype, device)
+        return self._made[key]
+
+    def _make(self, dim, dtype, device):
         mean, std = self.mean, self.std
-        if self.channels is not None:
-            mean, std = (v if isinstance(v, tuple) else (v,) * self.channels for v in (mean, std))
-            made = [torch.tensor(v, dtype=dtype, device=device) for v in (mean, [1.0 / s for s in std])]
-            made = tuple(t.view(1, -1, *(1,) * (dim - 2)) for t in made)
-        else:
-            made = tuple(torch.tensor(v, dtype=dtype, device=device) for v in (mean, 1.0 / std))
-        if not is_compiling():  # what a compiler traces is not a tensor yet
-            self._made[key] = made
-        return made
+        if self.channels is None:
+            return tuple(torch.tensor(v, dtype=dtype, device=device) for v in (mean, 1.0 / std))
+        mean, std = (v if isinstance(v, tuple) else (v,) * self.channels for v in (mean, std))
+        made = [torch.tensor(v, dtype=dtype, device=device) for v in (mean, [1.0 / s for s in std])]
+        return tuple(t.view(1, -1, *(1,) * (dim - 2)) for t in made)
 
     def __call__(self, w, dtype=None):
         """z for the float image w, in dtype (w's own where it is None).

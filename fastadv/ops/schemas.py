@@ -9,13 +9,16 @@ once, for every backend.
 """
 
 import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
 def _schemas(name, first, *parameters):
     """The two forms of a step."""
-    numbers = [f"{'int' if p == 'seed' else 'float'} {p}" for p in parameters]
+    # A SymInt: compiled functions serve every seed, instead of being compiled anew for each.
+    numbers = [f"{'SymInt' if p == 'seed' else 'float'} {p}" for p in parameters]
     tensors = [f"Tensor? {p}_t=None" for p in (*parameters, "lo", "hi")]
     rest = ", ".join([first, *numbers, "float lo=0.0, float hi=1.0", *tensors])
     return {
@@ -36,6 +39,7 @@ SCHEMAS = {
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+increment_versions = torch._C._increment_version  # torch.autograd.graph.increment_version of several, in half the time
 
 
 def _public(op_name):
@@ -44,15 +48,22 @@ def _public(op_name):
 
 def _refuse_grad(name, op):
     """The kernel at the Autograd key: the raw ops have no derivative, so they refuse instead of dropping it."""
+    public = _public(name.split(".")[0])
+    results = sum(a.is_write for a in op._schema.arguments)  # they come first
 
     def guard(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(
                 f"torch.ops.fastadv.{name} has no derivative and got an input that requires grad: "
-                f"call {_public(name.split('.')[0])}, or wrap the call in torch.no_grad()"
+                f"call {public}, or wrap the call in torch.no_grad()"
             )
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise RuntimeError(f"torch.ops.fastadv.{name} has no derivative and got a forward-mode tangent")
         with below_autograd():
             op(*args)
+        if not is_compiling():
+            increment_versions(args[:results])
 
     return guard
 
@@ -64,7 +75,9 @@ def _fake(*args):
         raise RuntimeError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
 
 
-def _refuse_vmap(name):
+def refuse_vmap(name):
+    """A function of any arguments that raises."""
+
     def refuse(*args):
         raise RuntimeError(
             f"{_public(name)} does not support torch.vmap: call it on the whole batch; eps, alpha, noise and clip "
@@ -83,7 +96,7 @@ def _define():
             op = getattr(getattr(torch.ops.fastadv, op_name), backend)
             torch.library.register_fake(f"fastadv::{name}", _fake)
             torch.library.impl(f"fastadv::{name}", "Autograd", _refuse_grad(name, op))
-            torch.library.impl(f"fastadv::{name}", "FuncTorchBatched", _refuse_vmap(op_name))
+            torch.library.impl(f"fastadv::{name}", "FuncTorchBatched", refuse_vmap(op_name))
             ops[op_name, backend] = op
     return ops
 

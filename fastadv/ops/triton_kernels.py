@@ -10,6 +10,7 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from fastadv.ops.geometry import position_strides
 from fastadv.ops.reference import compute_dtype, seed_tensor
@@ -18,6 +19,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # The interpreter's cost is the number of programs.
 BLOCK = 4096 if INTERPRETED else 1024
+MOST_SAMPLES = 65535  # with a seed each, in one launch: so many lie in a grid's second dimension
 # Each operation rounds once: a fused multiply-add would not.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -26,7 +28,7 @@ _HERE = contextlib.nullcontext()
 _TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
+_HIP = tl.constexpr(not INTERPRETED and torch.version.hip is not None)
 _PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 
 # 1/255 in two parts: the first has so few bits that a uint8's product with it is exact.
@@ -51,16 +53,16 @@ def _to_odd_float32(t):
 @triton.jit
 def _bfloat16_value(t):
     """float32 rounded to bfloat16, as a float32."""
-    if _PTX:
+    if _PTX and cuda_capability_geq(8, 0):
         # Two at once is the fast conversion; with 0 for the lower one, its bits are the rounded float's.
         code: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $1, 0f00000000;"
         return tl.inline_asm_elementwise(code, "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
-    elif _INTERPRETED:  # it truncates
+    elif _HIP:
+        return t.to(tl.bfloat16).to(tl.float32)
+    else:  # older GPUs have no conversion, and the interpreter's truncates
         bits = t.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(t == t, rounded.to(tl.float32, bitcast=True), t)
-    else:
-        return t.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
@@ -460,12 +462,27 @@ def _simple(number, tensor):
     return tensor is None and abs(number) <= 1 and 128 * number % 1 == 0
 
 
+def _launch_parts(x, x0, grad, out, seed, params, flags, z, mean, scale):
+    """So many samples at once as a grid takes: with a seed each, nobody notices."""
+    n = x.shape[0]
+    for first in range(0, n, MOST_SAMPLES):
+
+        def part(t, rows=slice(first, first + MOST_SAMPLES)):
+            return t[rows] if t is not None and t.dim() > 0 and t.shape[0] == n else t
+
+        parts = [part(t) for t in (x, x0, grad, out, seed)]
+        _launch(*parts, [(number, part(t)) for number, t in params], flags, part(z), mean, scale)
+
+
 def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None):
     """params: (number, tensor or None) of alpha, eps, noise, lo and hi; flags: which of (noise, step, x0, project)."""
     if x.numel() == 0:
         return
-    flags = (*flags, _ordinary(x, out, params[1:3]), all(_simple(*bound) for bound in params[3:]))
     per_sample = seed is not None and seed.numel() != 1
+    if per_sample and x.shape[0] > MOST_SAMPLES:
+        _launch_parts(x, x0, grad, out, seed, params, flags, z, mean, scale)
+        return
+    flags = (*flags, _ordinary(x, out, params[1:3]), all(_simple(*bound) for bound in params[3:]))
     places = position_strides(x, per_sample)
     blocks = x.shape[0] if per_sample else 1
     size = x.numel() // blocks

@@ -44,7 +44,7 @@ def backbone_robustness(
         model: from images to logits (N, classes), the output of its head.
         images, labels: training images (N, ...) in [0, 1] or uint8, and int64 (N,); split at random.
         eps: budget, in pixels of [0, 1].
-        head: name of the head; None means the last nn.Linear.
+        head: name of the head; None means `fastadv.models.find_head`'s.
         steps: number of PGD's steps.
         seed: of the split and of PGD's random start.
         fit: fit the head to so many images at most.
@@ -52,8 +52,9 @@ def backbone_robustness(
 
     Returns:
         {"clean_accuracy", "robust_accuracy", "eps", "warning"}. The accuracies are None, and the warning says why,
-        where the head is no plain nn.Linear on one feature vector per image. Else the warning is None, or says that
-        the backbone is not robust: less than a fifth of its accuracy, which is above chance, is left under PGD.
+        where the head is no plain nn.Linear on one feature vector per image, or there are several. Else the warning is
+        None, or says that the backbone is not robust: less than a fifth of its accuracy, which is above chance, is left
+        under PGD.
 
     Raises:
         TypeError: images are neither floats nor uint8, or labels are not int64.
@@ -67,7 +68,12 @@ def backbone_robustness(
     images, labels = gathered((images, labels), model, None)
     if len(labels) < 2:
         raise ValueError("there must be an image to fit the head to and one to judge it on, got 1 image")
-    name, module = find_head(model, head)
+    try:
+        name, module = find_head(model, head, images[:1].to(labels.device))
+    except ValueError as error:
+        if head is not None:
+            raise
+        return _not_measured(eps, str(error))
     if type(module) is not nn.Linear:
         return _not_measured(eps, f"the head {name} is no plain nn.Linear but a {type(module).__name__}")
     if highest(labels) >= module.out_features:

@@ -1,12 +1,15 @@
 """What trains: everything, the head alone, the biases too, or low-rank updates (LoRA)."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MethodType
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastadv import models
 from fastadv._extras import require
@@ -78,11 +81,13 @@ def trainable(
 
     - "full": the model is in train mode and every parameter that requires grad trains.
     - "linear": the head trains. Nothing before it requires grad, so an update runs no backward through the backbone.
-    - "bias": every parameter called `bias` trains, and the head (BitFit: Ben Zaken et al. 2022, arXiv 2106.10199).
+    - "bias": every bias trains, such as `bias`, `in_proj_bias`, `q_bias` and `bias_ih_l0`, and the head (BitFit: Ben
+      Zaken et al. 2022, arXiv 2106.10199).
     - "lora": a low-rank update of some layers, and the head (Hu et al. 2022, arXiv 2106.09685).
 
-    With every method but "full" the backbone stays in eval mode, also after `model.train()`, so that batch-norm's
-    buffers keep their bits; the head alone follows the mode.
+    A weight of the head that a layer before it has too (tied weights) trains: it is one parameter. With every method
+    but "full" the backbone stays in eval mode, also after `model.train()`, so that batch-norm's buffers keep their
+    bits; the head alone follows the mode.
 
     At the end, whatever happens, LoRA's updates are merged into the weights, every flag is as it was, no parameter
     that trained has a gradient, and the model has its own modules and names again.
@@ -94,25 +99,30 @@ def trainable(
         rank, alpha: of LoRA: an update is alpha / rank times the product of factors of that rank.
         lora_targets: names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means those
             that `fastadv.models.lora_targets` finds.
-        example: images (N, C, H, W) as the model takes them, to find those layers with.
+        example: images (N, C, H, W) as the model takes them, to find the head and those layers by running it.
 
     Raises:
         ImportError: "lora" without peft, of the `train` extra.
-        ValueError: unknown method, no such head or layer, nothing that trains, or a number out of range.
+        ValueError: unknown method, no such head or layer, a layer for LoRA whose weight another one has too, nothing
+            that trains, or a number out of range; and at the first step of an optimizer, before it changes anything,
+            a layer for LoRA whose factors got no gradient.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    head = None if method == "full" else find_head(model, head)[0]
-    targets = _targets(model, rank, alpha, lora_targets, example) if method == "lora" else []
+    head, classifier = (None, None) if method == "full" else find_head(model, head, example)
+    targets = _targets(model, rank, alpha, lora_targets, example, head) if method == "lora" else []
     own = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(flags_kept(model))
         fixed = stack.enter_context(_adapted(model, targets, rank, alpha)) if targets else 0
         if head is not None:
             stack.enter_context(_head_follows_mode(model, head))
-            for name, parameter in model.named_parameters():
-                is_bias = method == "bias" and name.rpartition(".")[2] == "bias"
-                parameter.requires_grad_(is_bias or _within(name, head) or id(parameter) not in own)
+            # By identity: a tied parameter has several names.
+            named = list(model.named_parameters(remove_duplicate=False))
+            chosen = {id(parameter) for parameter in classifier.parameters()}
+            chosen |= {id(parameter) for name, parameter in named if method == "bias" and _is_bias(name)}
+            for _, parameter in named:
+                parameter.requires_grad_(id(parameter) in chosen or id(parameter) not in own)
         model.train()
         buffers = [name for name, _ in model.named_buffers() if head is None or _within(name, head)]
         tuning = Tuning(model, buffers, fixed)
@@ -122,6 +132,12 @@ def trainable(
 
 def _within(name: str, module: str) -> bool:
     return not module or name.startswith(f"{module}.")
+
+
+def _is_bias(name: str) -> bool:
+    """Not a table of biases that are added to attention."""
+    words = name.rpartition(".")[2].split("_")
+    return "bias" in (words[0], words[-1])
 
 
 def _drop_gradients(tuning: Tuning) -> None:
@@ -152,13 +168,31 @@ def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
 # ---------------------------------------------------------------------- LoRA
 
 
-def _targets(model, rank, alpha, given, example) -> list[Target]:
+def _targets(model, rank, alpha, given, example, head) -> list[Target]:
+    targets = _chosen_targets(model, rank, alpha, given, example, head)
+    # Each place that holds a weight, be it by a layer of its own or by one layer that is held twice.
+    held = [(name, key, child) for name, module in model.named_modules() for key, child in module._modules.items()]
+    places = defaultdict(list)
+    for name, key, child in [("", "", model), *held]:
+        for parameter in () if child is None else child.parameters(recurse=False):
+            places[id(parameter)].append(f"{name}.{key}".lstrip("."))
+    for target in targets:
+        shared = places[id(model.get_submodule(target.name).weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"{' and '.join(shared)} have one weight (tied weights), and LoRA would change it for all of them: "
+                "name other layers with lora_targets= (--lora-targets), or choose another method"
+            )
+    return targets
+
+
+def _chosen_targets(model, rank, alpha, given, example, head) -> list[Target]:
     if rank < 1 or not alpha > 0:
         raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
     if given is None:
         if example is None:
             raise ValueError("LoRA finds its layers in a forward pass: pass example=, images, or name lora_targets=")
-        return models.lora_targets(model, example)
+        return models.lora_targets(model, example, head)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     targets = [target if isinstance(target, Target) else Target(target) for target in given]
     if not targets:
@@ -178,10 +212,32 @@ def _adapted(model: nn.Module, targets: Sequence[Target], rank: int, alpha: floa
     names = "|".join(re.escape(target.name) for target in targets)  # a pattern is matched whole, a list by endings
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
     tuner = peft.LoraModel(model, {"default": config}, "default")
+    # PyTorch's own layers of a transformer read the weights of their linear layers in inference: not the factors.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    factors = {target.name: model.get_submodule(target.name).lora_B["default"].weight for target in targets}
+    first_step = register_optimizer_step_pre_hook(partial(_check_reached, factors))
     try:
-        yield sum(_hold(model.get_submodule(target.name).lora_B["default"].weight, target.rows) for target in targets)
+        yield sum(_hold(factors[target.name], target.rows) for target in targets)
     finally:
+        first_step.remove()
+        torch.backends.mha.set_fastpath_enabled(fast)
         tuner.merge_and_unload(progressbar=False)
+
+
+def _check_reached(factors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *_) -> None:
+    """Before the first step of their optimizer: all of them must have a gradient."""
+    if not factors:  # this was not the first step
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, factor in factors.items() if id(factor) in held and factor.grad is None]
+    if missing:
+        raise ValueError(
+            f"LoRA's factors in {', '.join(missing)} got no gradient: the model uses the weight without calling the "
+            "layer, or does not need its output. Name other layers with lora_targets= (--lora-targets)"
+        )
+    if any(id(factor) in held for factor in factors.values()):
+        factors.clear()
 
 
 def _hold(factor: nn.Parameter, rows: Sequence[slice]) -> int:

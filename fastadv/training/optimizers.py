@@ -1,21 +1,54 @@
 """Optimisers by name, and their states as tensors by name."""
 
+import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from fastadv.training.settings import Settings
 
+# The last word of the names of positions, of class tokens and their like, and of tables of biases for attention.
+_NO_DECAY = re.compile(
+    r"(^|_)(pos|position|positional|rel|relative|cls|bias|biases)(_|\d|$)|tokens?\d*(_\d+)?$|^class_emb"
+)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # their weights may have several dimensions, those of others have one
 
-def optimizer_of(parameters: Sequence[tuple[str, nn.Parameter]], s: Settings) -> torch.optim.Optimizer:
-    weights = [p for _, p in parameters if p.ndim > 1]
-    others = [p for _, p in parameters if p.ndim <= 1]
+
+def optimizer_of(
+    model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], s: Settings
+) -> torch.optim.Optimizer:
+    """The optimizer of `parameters`, some of the model's; weights decay, and nothing else does."""
+    kept = _without_decay(model)
+    weights = [p for _, p in parameters if id(p) not in kept]
+    others = [p for _, p in parameters if id(p) in kept]
     groups = [{"params": weights, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if s.optimizer == "adamw":
         return torch.optim.AdamW(groups, s.lr)
     return torch.optim.SGD(groups, s.lr, momentum=0.9, nesterov=True)
+
+
+def _without_decay(model: nn.Module) -> set[int]:
+    """Biases, norms, positions, tokens and what timm's models list; by identity, for a tied one has several names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    listing = {name: m for name, m in modules.items() if callable(getattr(m, "no_weight_decay", None))}
+    listed = [f"{name}.{pattern}".lstrip(".") for name, m in listing.items() for pattern in m.no_weight_decay()]
+    return {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.ndim <= 1
+        or isinstance(modules[name.rpartition(".")[0]], _NORMS)
+        or _NO_DECAY.search(_called(name, modules))
+        or any(fnmatchcase(name, pattern) for pattern in listed)
+    }
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The last word of a parameter's name; of an nn.Embedding's weight the embedding's own."""
+    owner, _, word = name.rpartition(".")
+    return owner.rpartition(".")[2] if isinstance(modules[owner], nn.Embedding) else word
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

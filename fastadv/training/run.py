@@ -267,7 +267,7 @@ class Run:
         options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
         example = to_float(self.images[:1].to(self.device))
         with trainable(self.model, stage.method, s.head, example=example, **options) as self.tuning:
-            self.optimizer = optimizer_of(self.tuning.parameters, s)
+            self.optimizer = optimizer_of(self.model, self.tuning.parameters, s)
             alone = self.here.num_processes == 1
             self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
             if groups is None:

@@ -35,7 +35,7 @@ class Settings:
     lr: float = _of(1e-3, "peak learning rate", least=0)
     warmup: int = _of(0, "steps (not epochs) of linear warm-up; a cosine to 0 follows", least=0)
     optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
-    weight_decay: float = _of(0.0, "of weights, not of biases and norms", least=0)
+    weight_decay: float = _of(0.0, "of weights, not of biases, norms, positions and tokens", least=0)
     clean_weight: float = _of(0.0, "share of the loss on clean images", least=0, most=1)
     label_smoothing: float = _of(0.0, "of the loss that is learnt from", least=0, most=1)
     clip: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", above=0)

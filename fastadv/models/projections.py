@@ -1,0 +1,276 @@
+"""The layers that LoRA adapts: queries and values where there is attention, else every linear layer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import nn
+
+from fastadv.attacks.state import frozen
+from fastadv.data import to_float
+from fastadv.models.structure import find_head
+
+# What timm and transformers call the layers of queries and of values, and those that give several at once.
+_PAIRS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q", "v"),
+    ("query_proj", "value_proj"),
+    ("projection_query", "projection_value"),
+    ("to_q", "to_v"),
+    ("to_query", "to_value"),
+    ("q_lin", "v_lin"),
+    ("wq", "wv"),
+)
+_ALONE = {name for pair in _PAIRS for name in pair}
+_FUSED = {"qkv", "qkv_proj", "to_qkv", "Wqkv", "query_key_value"}
+_FUSED |= {"kv", "kv_proj", "to_kv", "qk", "qk_proj", "to_qk"}
+ROWS = 16  # of a layer are disturbed at first, more only while two layouts explain them
+SIZE = 30.0  # of the disturbance, of outputs whose standard deviation is 1: attention is then far from linear in a key
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that LoRA adapts: its name, and the slices of its outputs that train."""
+
+    name: str
+    rows: tuple[slice, ...] = (slice(None),)
+
+
+def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> list[Target]:
+    """The layers that LoRA adapts (Hu et al. 2022, arXiv 2106.09685, section 4.2: queries and values).
+
+    Found among the linear layers (nn.Linear, and nn.Conv2d of 1x1 with groups == 1) that run in a forward pass:
+
+    - attention whose layers have names that timm or transformers give: q_proj and v_proj, query and value, q and v;
+    - other attention by effect. Candidates are layers called qkv, kv or qk, an nn.Linear with three times as many
+      outputs as inputs beside one with as many outputs as inputs, and three nn.Linear or more that take the very same
+      tensor. One output of one token is disturbed: a query changes that token alone, a key or a value others too, the
+      value in proportion. Of a fused layer the queries and values train, be they in thirds or head by head;
+    - where there is no attention: every linear layer that runs.
+
+    The head is left out, and so is a layer whose weight is used without calling the layer.
+
+    Args:
+        module: a network, or one wrapped.
+        example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
+        head: name of the classifier; None means `find_head`'s.
+
+    Raises:
+        ValueError: nothing found, or attention of which it is not clear what makes its queries and values.
+    """
+    head = find_head(module, head, example)[0]
+    names = {layer: name for name, layer in module.named_modules()}
+    with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
+        calls = _calls(module, example)
+        linear = {names[layer]: layer for layer in calls if _is_linear(layer)}
+        ran = {name: layer for name, layer in linear.items() if not f"{name}.".startswith(f"{head}.")}
+        targets = [target for name in names.values() for target in _of_attention(module, name, ran, calls)]
+    targets = targets or [Target(name) for name in names.values() if name in ran]
+    if not targets:
+        raise ValueError(
+            "LoRA found neither linear layers nor 1x1 convolutions before the head: choose another method, or name its "
+            "layers with lora_targets= (--lora-targets)"
+        )
+    return targets
+
+
+def _calls(module: nn.Module, example: torch.Tensor) -> dict[nn.Module, tuple[tuple, dict]]:
+    """The arguments of each module in a forward pass, in the order in which they run."""
+    calls: dict[nn.Module, tuple[tuple, dict]] = {}
+
+    def note(called, args, kwargs):
+        calls.setdefault(called, (args, kwargs))
+
+    modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
+    hooks = [each.register_forward_pre_hook(note, with_kwargs=True) for each in modules]
+    try:
+        module(to_float(example[:1]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    pointwise = isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and layer.groups == 1
+    return pointwise or isinstance(layer, nn.Linear)
+
+
+# ---------------------------------------------------------------------- attention
+
+
+def _of_attention(module, name, ran, calls) -> list[Target]:
+    """What LoRA adapts of the layers in the children of the module `name`."""
+    own, found = [], {}
+    for key, _ in module.get_submodule(name).named_children():
+        full = f"{name}.{key}" if name else key
+        if isinstance(ran.get(full), nn.Linear):
+            own.append(full)
+        inside = [layer for layer in ran if f"{layer}.".startswith(f"{full}.")]
+        if len(inside) == 1 and key in _ALONE | _FUSED:  # the layer itself, or one beside a norm or a pooling
+            found[key] = inside[0]
+    for q, v in _PAIRS:
+        if q in found and v in found:
+            return [Target(found[q]), Target(found[v])]
+    fused = [full for key, full in found.items() if key in _FUSED]
+    group = list(found.values()) if fused else _by_structure(own, ran, calls)
+    if not group:
+        return []
+    while module.get_submodule(name) not in calls:  # a container such as nn.ModuleDict is never called
+        name = name.rpartition(".")[0]
+    caller = module.get_submodule(name)
+    attention = _Attention(caller, calls[caller], [ran[full] for full in group])
+    layouts = attention.layouts()
+    if layouts is None or "".join(sorted("".join(layout.parts for layout in layouts))) != "kqv":
+        if not fused and not attention.mixes:
+            return []  # such as the parallel branches of an MLP
+        raise ValueError(
+            f"LoRA adapts queries and values, and what {', '.join(group)} make is neither queries, keys and values one "
+            "after the other nor head by head: choose another method, or name its layers with lora_targets= "
+            "(--lora-targets)"
+        )
+    pairs = zip(group, layouts, strict=True)
+    return [Target(full, layout.slices("qv")) for full, layout in pairs if layout.parts != "k"]
+
+
+def _by_structure(own, ran, calls) -> list[str]:
+    """Layers side by side that may be the projections of attention."""
+    sizes = {full: tuple(ran[full].weight.shape) for full in own}
+    fused = [full for full, (out, d) in sizes.items() if out == 3 * d and (d, d) in sizes.values()]
+    if fused:
+        return fused
+    inputs = {full: _first(*calls[ran[full]]) for full in own}
+    groups = ([other for other in own if inputs[other] is inputs[full]] for full in own)
+    return next((group for group in groups if len(group) >= 3), [])
+
+
+def _first(args: tuple, kwargs: dict) -> torch.Tensor:
+    return next(iter((*args, *kwargs.values())))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the rows of a layer make: equal parts, one after the other, as many times as there are heads."""
+
+    parts: str
+    heads: int
+    rows: int
+
+    def letter(self, row: int) -> str:
+        return self.parts[row * self.heads * len(self.parts) // self.rows % len(self.parts)]
+
+    def slices(self, letters: str) -> tuple[slice, ...]:
+        if len(self.parts) == 1:
+            return (slice(None),)
+        size = self.rows // (self.heads * len(self.parts))
+        return tuple(slice(i, i + size) for i in range(0, self.rows, size) if self.letter(i) in letters)
+
+
+def _possible(rows: int) -> Iterator[_Layout]:
+    for count in (1, 2, 3):
+        for heads in range(1, 1 + rows // count if count > 1 else 2):
+            if rows % (heads * count) == 0:
+                yield from (_Layout("".join(parts), heads, rows) for parts in permutations("qkv", count))
+
+
+class _Attention:
+    """A module run again and again, with random numbers in the place of what some of its layers give.
+
+    So nothing depends on the weights, which may be zero. What a disturbance of these numbers does is looked at where
+    the tokens enter the linear layers and convolutions that follow, and where they leave the module.
+
+    Attributes:
+        mixes: whether a disturbance of one token reached another one.
+    """
+
+    def __init__(self, module: nn.Module, call: tuple[tuple, dict], layers: Sequence[nn.Module]):
+        self.module, self.call, self.layers = module, call, layers
+        self.generator = torch.Generator().manual_seed(0)
+        self.outputs: dict[nn.Module, torch.Tensor] = {}
+        self.before = self._run()
+        self.mixes = False
+
+    def layouts(self) -> list[_Layout] | None:
+        """Of each layer; None where a layer has none."""
+        sizes = [_tokens(self.outputs[layer], layer).shape[1] for layer in self.layers]
+        orders = [torch.randperm(size, generator=self.generator).split(ROWS) for size in sizes]
+        first = [self._effects(layer, order[0]) for layer, order in zip(self.layers, orders, strict=True)]
+        # The first place that all of them reach, and some from token to token: behind it tokens may be pooled.
+        places = list(zip(*(seen for rows in first for seen in rows.values()), strict=True))
+        self.mixes = any({"k", "v"} & set(place) for place in places)
+        point = next((i for i, place in enumerate(places) if "-" not in place and {"k", "v"} & set(place)), None)
+        if point is None:
+            return None
+        found = []
+        for layer, size, (_, *others), effects in zip(self.layers, sizes, orders, first, strict=True):
+            possible = list(_possible(size))
+            while True:
+                known = {row: seen[point] for row, seen in effects.items()}
+                possible = [layout for layout in possible if all(layout.letter(row) == known[row] for row in known)]
+                if len(possible) < 2 or not others:
+                    break
+                effects = self._effects(layer, others.pop(0))
+            found += possible
+        return found if len(found) == len(self.layers) else None
+
+    def _effects(self, layer: nn.Module, rows: torch.Tensor) -> dict[int, list[str]]:
+        """For each row what it seems to make, at each place that is looked at: "q", "k", "v", or "-" for no effect."""
+        return {row: self._effect(layer, row) for row in rows.tolist()}
+
+    def _effect(self, layer: nn.Module, row: int) -> list[str]:
+        token = int(torch.randint(len(_tokens(self.outputs[layer], layer)), (), generator=self.generator))
+        once, twice = (self._run(layer, token, row, size) for size in (SIZE, 2 * SIZE))
+        return [_letter(*place) for place in zip(self.before, once, twice, strict=True)]
+
+    def _run(self, disturbed: nn.Module | None = None, token: int = 0, row: int = 0, size: float = 0.0):
+        """The tokens (tokens, channels) at each place that is looked at, where there are several."""
+        seen = []
+
+        def note(layer, args, kwargs):
+            seen.append(_tokens(_first(args, kwargs), layer).clone())
+
+        def replace(layer, args, out):
+            if layer not in self.outputs:
+                self.outputs[layer] = torch.randn(out.shape, generator=self.generator).to(out)
+            given = self.outputs[layer].clone()
+            if layer is disturbed:
+                last = _channels_last(given, layer)
+                place = torch.unravel_index(torch.tensor(token), last.shape[:-1])
+                last[(*place, row)] += size
+            return given
+
+        looked = [m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in self.layers]
+        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in looked]
+        hooks += [layer.register_forward_hook(replace) for layer in self.layers]
+        args, kwargs = self.call
+        try:
+            out = self.module(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        out = out if isinstance(out, torch.Tensor) else next((t for t in out if isinstance(t, torch.Tensor)), None)
+        if out is not None and out.ndim > 1:
+            seen.append(_tokens(out, self.layers[0]))
+        return [tokens for tokens in seen if len(tokens) > 1]
+
+
+def _channels_last(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """What enters or leaves `layer`, seen with its channels in the last dimension."""
+    return x.movedim(1, -1) if isinstance(layer, nn.Conv2d) and x.ndim > 3 else x
+
+
+def _tokens(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """The same as (tokens, channels)."""
+    return _channels_last(x, layer).reshape(-1, _channels_last(x, layer).shape[-1])
+
+
+def _letter(before: torch.Tensor, once: torch.Tensor, twice: torch.Tensor) -> str:
+    """What a row makes by what a disturbance of one token's, and twice that disturbance, did to all tokens."""
+    changed = int((once != before).any(1).sum())
+    if changed < 2:
+        return "-q"[changed]
+    once, twice = once - before, twice - before
+    rounding = 0.01 + 8 * torch.finfo(before.dtype).eps  # also of TF32
+    return "v" if (twice - 2 * once).abs().max() <= rounding * twice.abs().max() else "k"
