@@ -263,7 +263,8 @@ class _Run:
         """
         zero = looked = 0
         targets = self._targets(attack)
-        for part in self.correct.nonzero()[:PROBED, 0].split(self.slots):
+        first = self.correct.nonzero()[:PROBED, 0]
+        for part in first.split(self.slots) if len(first) else ():
             rows = self._filled(part)
             x = self._staged(rows)
             if attack.memory_format is not None:
