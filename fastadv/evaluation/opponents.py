@@ -5,7 +5,7 @@ from numbers import Real
 
 import torch
 
-from fastadv.attacks import PRESETS, Attack, by_name
+from fastadv.attacks import Attack, by_name
 
 EPS = 8 / 255  # of attacks by name, where nothing else is said
 
@@ -65,7 +65,8 @@ def opponents(
     """
     budgets = budgets_of(eps)
     against = []
-    for attack in [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else attacks:
+    given = [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else list(attacks)
+    for attack in given:
         if isinstance(attack, str):
             against += [Opponent(attack, by_name(attack, model, each), model) for each in budgets]
         elif isinstance(attack, type):
@@ -74,9 +75,8 @@ def opponents(
             against.append(Opponent(getattr(attack, "__name__", type(attack).__name__), attack, model))
         else:
             raise TypeError(f"attacks are names or callables, got {type(attack).__name__}")
-    named = any(opponent.name in PRESETS for opponent in against)
     unasked = set(budgets) - {EPS} - {opponent.eps for opponent in against}
-    if against and unasked and not named:
+    if against and unasked and not any(isinstance(attack, str) for attack in given):
         raise ValueError(
             f"eps is for attacks by name, and none of {', '.join(opponent.title for opponent in against)} asks for "
             f"{', '.join(f'{each:.6g}' for each in sorted(unasked))}: give an attack for each eps, or names"

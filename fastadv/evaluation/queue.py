@@ -165,7 +165,7 @@ class Queue:
         fooled = wrong & (at_end if self._last else live)
         survived = at_end & ~fooled
         self._passes += live.sum()
-        self._nonfinite += (live & ~losses.isfinite()).sum()
+        self._nonfinite += (live & (losses - losses != 0)).sum()  # 0 where finite, else NaN
         settled = torch.where(fooled, self._sample, none)
         self._step.scatter_(0, settled, self._age)
         self._said.scatter_(0, settled, said)
@@ -194,7 +194,8 @@ class Queue:
         torch.index_select(self._images, 0, rows, out=mine.x)
         torch.index_select(self._targets, 0, rows, out=mine.targets)
         torch.index_select(self._labels, 0, rows, out=self._label)
-        mine.seed.copy_(sample_seeds(self._seed, self._numbers[rows], self._restart[rows]))
+        if self.attack.draws:
+            mine.seed.copy_(sample_seeds(self._seed, self._numbers[rows], self._restart[rows]))
         Engine(self.attack, new).start()
         kept = mine.tensors()
         for name, fresh in new.tensors().items():

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
+from fastadv.attacks import Attack
 from fastadv.attacks.checks import highest
+from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, predicted
@@ -36,6 +38,7 @@ from fastadv.version import __version__
 
 ITERATES = ("any", "last")
 SAVE_EVERY = 10.0  # seconds between two states on the disk
+PROBED = 64  # samples whose first gradients are looked at
 KEPT = ("restart", "step", "said")  # of the verdicts
 
 
@@ -99,7 +102,8 @@ def evaluate(
         far another library's attack went; null for those of fastadv, which stay in their ball), "no_prediction"
         (samples that are fooled because they get none), "passes" (gradients of one image; null where not known),
         "seconds",
-        "nonfinite_losses", "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
+        "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
+        the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
         where there is none or it is not known), "settings", with save_images also "robust_accuracy_8bit"}; "warnings"
         (also given by `warnings.warn`); "settings"; "versions". Where another library's attack left [0, 1] or its eps
         by more than rounding, its robust accuracy is null, and a warning says how far it went.
@@ -152,6 +156,7 @@ class _Trial:
     gallery: Gallery | None
     reach: Reach | None  # of an attack that is called batch by batch
     seconds: float = 0.0
+    zeros: tuple[int, int] | None = None  # samples whose first gradient is 0, and samples looked at
 
 
 class _Run:
@@ -164,6 +169,11 @@ class _Run:
         self._objective = Objective(model, "ce")
         self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
+        if self.clean.shape[1] < 2:
+            raise ValueError(
+                "the model must have two classes at least, and returns one logit: nothing can be misclassified. Where "
+                "one logit z stands for two classes return both, torch.cat((0 * z, z), 1), whose softmax is z's sigmoid"
+            )
         said = predicted(self.clean)
         self.correct, self.silent = said == labels, int((said == NONE).sum())
         self._first = torch.arange(slots, device=labels.device)
@@ -227,10 +237,7 @@ class _Run:
         save()
 
     def _windows(self, trial) -> Windows:
-        attack, gallery, targets = trial.opponent.attack, trial.gallery, self.labels
-        if attack.needs_clean:
-            numbers = torch.arange(len(self.images), device=self.labels.device)
-            targets = attack.targets(self.clean, self.labels, sample_seeds(self.seed, numbers, restart=2**32 - 1))
+        attack, gallery, targets = trial.opponent.attack, trial.gallery, self._targets(trial.opponent.attack)
 
         def queue(rows, verdicts):
             if gallery is not None:
@@ -241,6 +248,37 @@ class _Run:
             return Queue(attack, self._staged(rows), self.labels[rows], targets[rows], verdicts, keep=keep, **options)
 
         return Windows(trial.verdicts, self.pool, queue)
+
+    def _targets(self, attack: Attack) -> torch.Tensor:
+        """What its loss compares with, for all samples."""
+        if not attack.needs_clean:
+            return self.labels
+        numbers = torch.arange(len(self.images), device=self.labels.device)
+        return attack.targets(self.clean, self.labels, sample_seeds(self.seed, numbers, restart=2**32 - 1))
+
+    def _zero_gradients(self, attack: Attack) -> tuple[int, int]:
+        """(samples whose gradient is 0 where the attack starts, samples looked at: the first of those to be attacked).
+
+        At the clean image itself kl has no gradient on any model: such samples are not looked at.
+        """
+        zero = looked = 0
+        targets = self._targets(attack)
+        first = self.correct.nonzero()[:PROBED, 0]
+        for part in first.split(self.slots) if len(first) else ():
+            rows = self._filled(part)
+            x = self._staged(rows)
+            if attack.memory_format is not None:
+                x = x.contiguous(memory_format=attack.memory_format)
+            slots = attack.slots(x, targets[rows], attack.eps, sample_seeds(self.seed, rows))
+            Engine(attack, slots).start()
+            grad, _, _ = attack.objective.gradient(slots.input, slots.targets)
+            counts = torch.ones_like(rows, dtype=torch.bool)
+            if attack.loss == "kl":
+                counts = (slots.adv != to_float(x)).flatten(1).any(1)
+            counts = counts[: len(part)]
+            looked += int(counts.sum())
+            zero += int((counts & ~grad[: len(part)].flatten(1).any(1)).sum())
+        return zero, looked
 
     def _batches(self, trial) -> Iterator[tuple[int, int]]:
         """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
@@ -271,11 +309,11 @@ class _Run:
 
     def report(self, trials: Sequence[_Trial]) -> dict:
         n = len(self.images)
+        for trial in trials:
+            trial.zeros = self._zero_gradients(trial.opponent.attack) if trial.opponent.ours else None
         results = [self._result(trial) for trial in trials]
         ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
-        if ours:
-            first = self._first
-            self._warn(suspicions.of_gradients(self._objective, to_float(self._staged(first)), self.labels[first]))
+        self._warn(suspicions.of_gradients((t.opponent.title, *t.zeros) for t in trials if t.zeros))
         silenced = [(trial.opponent.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
         self._warn(suspicions.of_predictions([("no attack", self.silent), *silenced], n))
         theirs = [trial for trial in trials if not trial.opponent.ours]
@@ -316,6 +354,7 @@ class _Run:
             "passes": verdicts.passes if opponent.ours else None,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
+            "zero_gradients": trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else None,
             "fooled": fooled,
             **first,
             "settings": opponent.facts(),

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.objective import Objective
-from fastadv.attacks.verdicts import SILENT, predicted
+from fastadv.attacks.verdicts import SILENT
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.opponents import Opponent
 
 CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
-ZERO = 0.05
+ZERO, FEW = 0.1, 8  # share of gradients, of as many at least, that is no accident
 
 
 def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
@@ -40,16 +39,14 @@ def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
         )
 
 
-def of_gradients(objective: Objective, images: torch.Tensor, labels: torch.Tensor) -> Iterator[str]:
-    """About the gradient at one batch of images, those classified correctly."""
-    grad, _, logits = objective.gradient(images, labels)
-    correct = predicted(logits) == labels
-    zero = correct & ~grad.flatten(1).any(1)
-    if zero.sum() > ZERO * correct.sum():
-        yield (
-            f"the gradient is zero for {int(zero.sum())} of {int(correct.sum())} images: an attack by gradients "
-            "cannot find its way. Is something in the model rounded or saturated?"
-        )
+def of_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
+    """About (name, samples whose gradient is exactly 0 where the attack starts, samples looked at)."""
+    for name, zero, looked in counts:
+        if looked >= FEW and zero >= ZERO * looked:
+            yield (
+                f"the gradient is zero for {zero} of {looked} images where {name} starts: an attack by gradients "
+                "cannot find its way. Is something in the model rounded or saturated?"
+            )
 
 
 def of_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[str]:
