@@ -18,6 +18,8 @@ from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, N
 from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.losses import LOSSES
+from fastadv.evaluation import evaluate
+from fastadv.training import Trainer
 
 SEEDS = torch.arange(N)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -565,3 +567,12 @@ def test_random_targets_are_drawn_by_a_counter_of_their_own():
     targets = (labels + 1 + draw % (CLASSES - 1)) % CLASSES
     got = PGD(model, EPS, targeted="random")(images, labels, seed=seeds)
     assert torch.equal(got, PGD(model, EPS, targeted=True)(images, targets, seed=seeds))
+
+
+def test_what_takes_images_alone_refuses_attacks_on_other_inputs():
+    model, (images, labels) = net(), batch_of(N)
+    attack = PGD(model, EPS, clip=(-1, 1))
+    with pytest.raises(ValueError, match=r"clip=\(-1, 1\), and what is judged are images in \[0, 1\]"):
+        evaluate(model, (images, labels), [attack], progress=False)
+    with pytest.raises(ValueError, match=r"clip=\(-1, 1\)"):
+        Trainer(model, EPS, attack=attack, epochs=1).fit((images, labels))

@@ -912,6 +912,7 @@ def test_a_model_of_one_class_is_refused_with_what_works(samples):
     assert report["attacks"][0]["fooled"] == ((model(adv)[:, 0] > 0).long() != labels).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is zero", "ignore:no prediction")
 def test_losses_that_are_not_finite_are_counted(net, samples):
     def model(x):
         logits = net(x)

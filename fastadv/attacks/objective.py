@@ -105,8 +105,9 @@ class Objective:
         if logits.shape[1] < 2:
             raise ValueError(
                 f"the model returns one logit, {tuple(logits.shape)}: of a single class nothing can be wrong, and a "
-                "softmax over it is always 1. For a binary classifier pass loss=, such as lambda outputs, targets: "
-                "binary_cross_entropy_with_logits(outputs[:, 0], targets.float(), reduction='none')"
+                "softmax over it is always 1. Where one logit z stands for two classes return both, "
+                "torch.cat((0 * z, z), 1), whose softmax is z's sigmoid; or pass an attack loss=, such as lambda z, y: "
+                "binary_cross_entropy_with_logits(z[:, 0], y.float(), reduction='none')"
             )
         if self._highest >= 0:
             self._check_highest(logits)

@@ -6,6 +6,7 @@ from numbers import Real
 import torch
 
 from fastadv.attacks import Attack, by_name
+from fastadv.attacks.checks import BOX, box_of
 
 EPS = 8 / 255  # of attacks by name, where nothing else is said
 
@@ -20,6 +21,11 @@ class Opponent:
         self.ours = isinstance(attack, Attack) and attack.model is model
         if self.ours and attack.targeted is True:
             raise ValueError(f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely'")
+        if isinstance(attack, Attack) and box_of(attack.clip) != BOX:
+            raise ValueError(
+                f"{attack!r} is made for clip={attack.clip}, and what is judged are images in [0, 1]: scale them, and "
+                "give the model's own range to Normalized(model, mean, std)"
+            )
         if self.ours and attack.training_mode != "eval":
             raise ValueError(f"{attack!r} attacks the model in another mode than the eval mode that is evaluated")
 

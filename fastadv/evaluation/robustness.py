@@ -169,11 +169,6 @@ class _Run:
         self._objective = Objective(model, "ce")
         self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
-        if self.clean.shape[1] < 2:
-            raise ValueError(
-                "the model must have two classes at least, and returns one logit: nothing can be misclassified. Where "
-                "one logit z stands for two classes return both, torch.cat((0 * z, z), 1), whose softmax is z's sigmoid"
-            )
         said = predicted(self.clean)
         self.correct, self.silent = said == labels, int((said == NONE).sum())
         self._first = torch.arange(slots, device=labels.device)
