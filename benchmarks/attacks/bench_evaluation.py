@@ -50,9 +50,9 @@ def trained(quick):
     name, eps, train, test = real_images.found(*((64, 16) if quick else (6_000, IMAGES)))
     torch.manual_seed(0)
     model = networks.strided().to(DEVICE)
-    epochs = 1 if quick else 4
+    epochs, warmup = (1, 0) if quick else (4, 20)
     train, test = ([t.to(DEVICE) for t in part] for part in (train, test))
-    Trainer(model, eps, attack="fgsm-rs", epochs=epochs, lr=1e-3, warmup=20, progress=False).fit(train, test)
+    Trainer(model, eps, attack="fgsm-rs", epochs=epochs, lr=1e-3, warmup=warmup, progress=False).fit(train, test)
     return name, eps, model.eval(), to_float(test[0]), test[1]
 
 
