@@ -616,6 +616,7 @@ def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samp
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is zero", "ignore:no prediction")
 def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
     def broken(x):
         clean = torch.cdist(x.flatten(1).detach(), samples[0].flatten(1)).amin(1) < 1e-6
@@ -742,6 +743,7 @@ def test_a_unit_in_the_last_place_is_no_transgression(dtype, recwarn):
     assert result["largest_linf"] == pytest.approx(8 / 255, abs=0.004 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the images that Foreign returned")
 @pytest.mark.parametrize(("shift", "kept"), [(9e-7, True), (2e-5, False)])
 def test_images_that_leave_the_box_give_no_figure(net, samples, shift, kept):
     def call(images, labels):
@@ -754,6 +756,7 @@ def test_images_that_leave_the_box_give_no_figure(net, samples, shift, kept):
     assert any("beyond [0, 1]" in note for note in report["warnings"]) != kept
 
 
+@pytest.mark.filterwarnings("ignore:no prediction", "ignore:.* are not finite")
 @pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
 def test_images_that_are_not_finite_get_no_prediction(net, samples, pixel):
     """Also of a model that gives one, because it puts something in their place."""
@@ -778,6 +781,7 @@ def test_images_that_are_not_finite_get_no_prediction(net, samples, pixel):
     )
 
 
+@pytest.mark.filterwarnings("ignore:the images that Foreign")
 def test_an_attack_that_writes_into_what_it_gets_is_measured_all_the_same(net, samples):
     def call(images, labels):
         labels.zero_()
@@ -879,6 +883,7 @@ def test_the_share_of_zero_gradients_is_reported_and_warned_of_from_a_tenth_on(n
     assert len(recwarn.list) == told
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is zero")
 @pytest.mark.parametrize("count", [7, 8])
 def test_a_few_zero_gradients_may_be_an_accident(samples, count):
     model = lambda x: (x.flatten(1)[:, :3] * 4).round() / 4 + 0 * x.flatten(1)[:, :3] + torch.arange(3)  # noqa: E731

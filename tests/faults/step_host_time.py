@@ -1,12 +1,15 @@
 """Host time of one eager PGD step on a tiny model, where the host is all that counts, beside torchattacks' loop body.
 1: slower than torchattacks. Also printed: what remains without the mask of finite losses and its count, and with the
 autograd engine called without torch.autograd.grad's checks. CPU time of this thread, the least of many."""
+
 import sys
 import time
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Variable
+
 from fastadv import pgd_step_
 from fastadv.attacks import PGD
 from fastadv.attacks.engine import Engine
