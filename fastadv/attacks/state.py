@@ -73,7 +73,7 @@ def flags_kept(model: Callable) -> Iterator[None]:
             for parameter, flag in requires_grad:
                 parameter.requires_grad_(flag)
 
-        with _at_the_end(put_back):
+        with at_the_end(put_back):
             yield
 
 
@@ -102,12 +102,12 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
                 if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
 
-        with _at_the_end(put_back):
+        with at_the_end(put_back):
             yield
 
 
 @contextmanager
-def _at_the_end(put_back: Callable[[], None]) -> Iterator[None]:
+def at_the_end(put_back: Callable[[], None]) -> Iterator[None]:
     """Call it whatever happens; an error of its own never hides the one that came first."""
     try:
         yield

@@ -20,7 +20,7 @@ from fastadv.attacks import Attack
 from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.state import frozen
+from fastadv.attacks.state import frozen, on
 from fastadv.attacks.verdicts import NONE, predicted
 from fastadv.data import to_float
 from fastadv.evaluation import suspicions
@@ -128,7 +128,7 @@ def evaluate(
     settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
     settings["attacks"] = [each.facts() for each in against]
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
-    with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model):
+    with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
         run = _Run(model, images, labels, iterate == "last", slots, pool, seed)
         trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
         if file is not None:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastadv import models
 from fastadv._extras import require
-from fastadv.attacks.state import flags_kept
+from fastadv.attacks.state import at_the_end, flags_kept
 from fastadv.models import Target, find_head
 
 METHODS = ("full", "linear", "bias", "lora")
@@ -157,12 +157,14 @@ def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
 
     before = vars(model).get("train")
     model.train = MethodType(train, model)  # bound, so that a deep copy's is its own
-    try:
-        yield
-    finally:
+
+    def put_back():
         del model.train
         if before is not None:
             model.train = before
+
+    with at_the_end(put_back):
+        yield
 
 
 # ---------------------------------------------------------------------- LoRA
@@ -217,12 +219,14 @@ def _adapted(model: nn.Module, targets: Sequence[Target], rank: int, alpha: floa
     torch.backends.mha.set_fastpath_enabled(False)
     factors = {target.name: model.get_submodule(target.name).lora_B["default"].weight for target in targets}
     first_step = register_optimizer_step_pre_hook(partial(_check_reached, factors))
-    try:
-        yield sum(_hold(factors[target.name], target.rows) for target in targets)
-    finally:
+
+    def put_back():
         first_step.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         tuner.merge_and_unload(progressbar=False)
+
+    with at_the_end(put_back):
+        yield sum(_hold(factors[target.name], target.rows) for target in targets)
 
 
 def _check_reached(factors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *_) -> None:
