@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu/run.sh DIR [--minutes N] [--to FOLDER] [--part NAME] [--dry-run]
 #
-# For a machine that is lent for a quarter of an hour. `--minutes 9` does what is least known first: build, correctness,
+# For a machine that is at hand for a quarter of an hour. `--minutes 9` does what is least known first: build, correctness,
 # attacks, steps, transfer, evaluation. A second call in the same DIR, `--minutes 3`, goes on: bench, counters and
 # sanitizer of what has changed, then what was cut. A part is killed at its cap in seconds (or where the minutes end) and
 # what it had is kept; finished parts, tests and figures are not done again. `--part` does one part alone, those among
