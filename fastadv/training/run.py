@@ -22,6 +22,7 @@ from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
+from fastadv.evaluation.samples import as_tensor
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
@@ -554,19 +555,12 @@ def _pair(name: str, data: object, model: nn.Module) -> Batch:
         )
     if not any(isinstance(part, np.ndarray) for part in data):
         return data
-    images, labels = map(_tensor, data)
+    images, labels = map(as_tensor, data)
     if isinstance(data[0], np.ndarray) and images.dtype == torch.float64:
         images = images.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64))
     if isinstance(data[1], np.ndarray) and data[1].dtype.kind in "iu":
         labels = labels.long()
     return images, labels
-
-
-def _tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Without a copy where torch can share the memory: not of an array that is read-only or runs backwards."""
-    if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.require(array, requirements=("C", "W")))
-    return array
 
 
 def two_standard_errors(share: float, count: int) -> float:
