@@ -9,6 +9,7 @@ FILE has a JSON object a line: {"collected": tests} for each time they were coll
 import json
 from pathlib import Path
 
+import plan
 import pytest
 
 ENDED = ("passed", "skipped")
@@ -37,9 +38,7 @@ class Kept:
             file.write(json.dumps(line) + "\n")
 
     def ended(self):
-        text = self.path.read_text() if self.path.exists() else ""
-        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        return {line["test"] for line in found if line.get("outcome") in ENDED}
+        return {line["test"] for line in plan.lines(self.path) if line.get("outcome") in ENDED}
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fastadv.attacks.checks import SLACK
 from fastadv.data import to_float
 from fastadv.evaluation.samples import as_tensor
-
-SLACK = 1e-6  # beyond a budget or the box, and one unit in the last place of the images' dtype besides
 
 
 @dataclass
@@ -39,13 +38,17 @@ class Reach:
             self.low, self.high = min(self.low, float(adv.min())), max(self.high, float(adv.max()))
         return finite
 
+    @property
+    def slack(self) -> float:
+        """What rounding may leave beyond a budget or the box."""
+        return SLACK + self.ulp
+
     def leaves_box(self) -> bool:
-        slack = SLACK + self.ulp
-        return self.low < -slack or self.high > 1 + slack
+        return self.low < -self.slack or self.high > 1 + self.slack
 
     def exceeds(self, eps: float | None, norm: str | None) -> bool:
         """Of an unknown norm L-inf is looked at: no distance in another one is smaller."""
-        return eps is not None and (self.l2 if norm == "L2" else self.linf) > eps + SLACK + self.ulp
+        return eps is not None and (self.l2 if norm == "L2" else self.linf) > eps + self.slack
 
 
 def as_images(returned: object, images: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastadv.attacks.checks import check_device, check_samples, device_of
+from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.state import as_normal
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 BATCH = 256  # samples of a Dataset at a time
-ROUNDING = 1e-6  # beyond the box: what resizing or putting a normalisation back leaves behind
 IMAGES = ("images", "image", "pixel_values", "img")  # keys of batches that are dicts
 LABELS = ("labels", "label")
 WANTED = (
@@ -67,16 +66,24 @@ def _pair(batch, model: Callable) -> Batch:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         size = f" of {len(batch)} entries" if isinstance(batch, (tuple, list)) else ""
         raise TypeError(f"{WANTED}; got a batch that is a {type(batch).__name__}{size}")
-    images, labels = (as_tensor(part) for part in batch)
-    for name, part in (("images", images), ("labels", labels)):
-        if not isinstance(part, torch.Tensor):
+    for name, part in zip(("images", "labels"), batch, strict=True):
+        if not isinstance(part, (torch.Tensor, np.ndarray)):
             raise TypeError(f"{WANTED}; got {name} that are a {type(part).__name__}")
-    # NumPy's own dtypes say nothing of what is meant: it computes in float64, and has integers of every size.
-    if isinstance(batch[0], np.ndarray) and images.dtype == torch.float64:
-        images = images.to(next((p.dtype for p in _parameters(model)), torch.float64))
-    if isinstance(batch[1], np.ndarray) and batch[1].dtype.kind in "iu":
-        labels = labels.long()
-    return images, labels
+    return as_tensors(*batch, model)
+
+
+def as_tensors(images: object, labels: object, model: Callable) -> Batch:
+    """NumPy arrays as tensors, anything else as it is.
+
+    NumPy's own dtypes say nothing of what is meant: it computes in float64, and has integers of every size. So images
+    in it get the dtype of the model's weights, and integer labels are int64.
+    """
+    found, named = as_tensor(images), as_tensor(labels)
+    if isinstance(images, np.ndarray) and found.dtype == torch.float64:
+        found = found.to(next((p.dtype for p in _parameters(model) if p.is_floating_point()), torch.float64))
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        named = named.long()
+    return found, named
 
 
 def as_tensor(value: object) -> object:
@@ -94,6 +101,6 @@ def _in_the_box(images: torch.Tensor) -> torch.Tensor:
     if not images.is_floating_point() or not images.numel():
         return images
     low, high = torch.stack(images.aminmax()).tolist()
-    if -ROUNDING <= low and high <= 1 + ROUNDING and not 0 <= low <= high <= 1:
+    if -SLACK <= low and high <= 1 + SLACK and not 0 <= low <= high <= 1:
         return images.clamp(0, 1)
     return images

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +21,7 @@ from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
-from fastadv.evaluation.samples import as_tensor
+from fastadv.evaluation.samples import as_tensors
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
@@ -545,22 +544,13 @@ class Run:
 
 
 def _pair(name: str, data: object, model: nn.Module) -> Batch:
-    """A pair of images and labels as it is. NumPy arrays become tensors; its dtypes say nothing of what is meant: it
-    computes in float64, and has integers of every size.
-    """
+    """A pair of images and labels, NumPy arrays as tensors."""
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise TypeError(
             f"{name} must be a pair (images, labels) of tensors or NumPy arrays with all images, got "
             f"{type(data).__name__}: torch.cat makes one of batches"
         )
-    if not any(isinstance(part, np.ndarray) for part in data):
-        return data
-    images, labels = map(as_tensor, data)
-    if isinstance(data[0], np.ndarray) and images.dtype == torch.float64:
-        images = images.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64))
-    if isinstance(data[1], np.ndarray) and data[1].dtype.kind in "iu":
-        labels = labels.long()
-    return images, labels
+    return as_tensors(*data, model)
 
 
 def two_standard_errors(share: float, count: int) -> float:
