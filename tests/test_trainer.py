@@ -161,7 +161,8 @@ def scripted(monkeypatch):
         def measure(model, batch, attack, **options):
             attacks.append(attack)
             images, labels = VAL if len(attacks) < len(found) else TEST
-            assert batch[0] is images and batch[1] is labels
+            assert batch[0] is images
+            assert batch[1] is labels
             return dict(zip(("clean_accuracy", "robust_accuracy"), next(left), strict=True))
 
         monkeypatch.setattr(run, "robust_accuracy", measure)

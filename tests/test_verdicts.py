@@ -21,7 +21,10 @@ EPS = 8 / 255
 
 def by_rule(row):
     """The class that one row of logits names; None where it names none."""
-    if any(math.isnan(value) for value in row) or (len(row) > 1 and len(set(row)) == 1):
+    if any(math.isnan(value) for value in row):
+        return None
+    row = [0.0, *row] if len(row) == 1 else row  # a single logit is that of the second of two classes
+    if len(set(row)) == 1:
         return None
     return row.index(max(row))
 

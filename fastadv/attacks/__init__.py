@@ -6,6 +6,7 @@ from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
+from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.presets import PRESETS, by_name
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "NFGSM",
     "PGD",
     "PGDL2",
+    "PMA",
+    "PMAL2",
     "PRESETS",
     "TPGD",
     "Attack",

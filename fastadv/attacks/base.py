@@ -19,16 +19,18 @@ from fastadv.attacks.checks import (
     check_images,
     check_labels,
     check_options,
+    check_signs,
     check_soft,
     check_start,
     highest,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
+from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import Normalized, is_plain
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.rows import padded, part_of, per_sample, scalar, seeds_for
 from fastadv.attacks.state import as_normal, frozen, on
-from fastadv.attacks.verdicts import predicted
+from fastadv.attacks.verdicts import is_label, predicted, verdict
 from fastadv.data import to_float
 from fastadv.functional import new_seed, random_init
 from fastadv.ops.autograd import result_like
@@ -37,7 +39,6 @@ from fastadv.ops.reference import compute_dtype
 
 GRAPHS = 8  # that are kept; each has its own memory
 IGNORED = -100  # the label that cross-entropy passes over
-LABELLED = ("ce", "margin", "dlr")  # losses that look labels up
 # From so many images on, the share of zero gradients at the first step of the first call is looked at.
 WATCHED, ALARMING = 8, 0.1
 
@@ -56,12 +57,16 @@ class Attack(ABC):
         eps: budget.
         targeted: False; True: the labels given are the targets; "random": a class other than the label; or
             "least_likely": the class with the smallest logit on the clean image.
-        loss: "ce", "margin", "dlr", "kl" (from the model's output on the clean images; it takes a random start, for it
-            is 0 at the image itself), or a callable from (outputs, targets) to one value per sample; targets are then
-            whatever was passed as labels.
-        restarts: the attack is run so often from other random starts, and the strongest result is kept for each
-            image: the one with the largest loss, where a loss of NaN is the smallest; with int64 labels and a named
-            loss other than "kl", one that is misclassified before any that is not.
+        loss: "ce", "margin", "dlr", "probability_margin"; "targeted_margin" or "targeted_dlr", towards one class after
+            the other; "bce", for a single logit or several labels a sample; "kl" (from the model's output on the clean
+            images; it takes a random start, for it is 0 at the image itself); or a callable from (outputs, targets) to
+            one value per sample; targets are then whatever was passed as labels.
+        target_classes: the losses "targeted_margin" and "targeted_dlr" are run towards so many classes, in the order of
+            the clean images' logits (in float32, of two that are equal the lower class first), the label left out.
+        restarts: the attack is run so often from other random starts (towards each of its target classes), and the
+            strongest result is kept for each image: the one with the largest loss, where a loss of NaN is the smallest;
+            with a named loss other than "kl" and labels that are not soft, one that is misclassified before any that is
+            not.
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
             and bfloat16 keeps it; float16 can lose small gradients. On the CPU attention of few tokens stays in
@@ -84,6 +89,8 @@ class Attack(ABC):
     steps = 1
     draws = False  # whether it needs a seed
     norm = "Linf"  # in which eps is a distance
+    by_gradient = True  # else its steps see losses and logits only
+    by_age = False  # whether its steps depend on the slots' `age` and `restart`
 
     def __init__(
         self,
@@ -92,6 +99,7 @@ class Attack(ABC):
         *,
         targeted: bool | str = False,
         loss: str | Callable = "ce",
+        target_classes: int = 9,
         restarts: int = 1,
         training_mode: str = "eval",
         autocast: torch.dtype | None = None,
@@ -105,6 +113,7 @@ class Attack(ABC):
         self.eps = eps
         self.targeted = targeted
         self.loss = loss
+        self.target_classes = target_classes
         self.restarts = restarts
         self.training_mode = training_mode
         self.autocast = autocast
@@ -136,8 +145,8 @@ class Attack(ABC):
         """Refuse settings of a wrong type or value; called before they act, also after one was assigned."""
         check_eps(self.eps, self.norm, self.clip)
         check_options(
-            *(self.targeted, self.loss, self.restarts, self.training_mode, self.autocast, self.memory_format),
-            *(self.graph, self.chunk, self.clip),
+            *(self.targeted, self.loss, self.target_classes, self.restarts, self.training_mode, self.autocast),
+            *(self.memory_format, self.graph, self.chunk, self.clip),
         )
 
     def _settle(self) -> None:
@@ -181,6 +190,34 @@ class Attack(ABC):
     def prepare(self, slots: Slots) -> None:  # noqa: B027 (most attacks keep nothing)
         """Make what the attack keeps in `slots.memory`, as it is before the first step."""
 
+    def aim(self, slots: Slots) -> torch.Tensor:
+        """What the loss compares the outputs for these slots with."""
+        if self.compares != "pairs":
+            return slots.targets
+        rank = 1 + slots.restart // self.restarts
+        return slots.targets.gather(1, torch.stack((torch.zeros_like(rank), rank), 1))
+
+    def ended(self, slots: Slots) -> torch.Tensor:
+        """Which slots hold their last iterate, (N,) bool."""
+        return slots.age >= self.steps
+
+    def inside(self, slots: Slots) -> torch.Tensor | None:
+        """Which iterates may count as a success, (N,) bool; None where all may, as none leaves the budget."""
+        return None
+
+    def result(self, slots: Slots) -> torch.Tensor:
+        """What a call returns when all steps are taken."""
+        return slots.adv
+
+    @property
+    def compares(self) -> str:
+        """What its loss compares the outputs with, as in `Loss`; "anything" where it is one of your own."""
+        return "anything" if callable(self.loss) else LOSSES[self.loss].compares
+
+    def runs(self, targets: torch.Tensor) -> int:
+        """How often it is run: its restarts, towards each target class."""
+        return self.restarts * (targets.shape[1] - 1 if self.compares == "pairs" else 1)
+
     # ------------------------------------------------------------------ calling it
 
     def __call__(
@@ -197,7 +234,8 @@ class Attack(ABC):
         Args:
             images: (N, ...) in [0, 1], any floating-point type, or uint8 meaning images / 255.
             labels: int64 (N,) on the images' device, each in [0, classes); for the loss "ce" also float (N, C), soft
-                labels; for a loss of your own anything with N rows. None means the model's own predictions.
+                labels; for "bce" also (N, C), 0 or 1 for each logit; for a loss of your own anything with N rows. None
+                means the model's own predictions.
             eps: instead of the attack's: a number, or a tensor (N,) for one per sample.
             seed: of the random start: an int, or an int64 tensor with one element or of shape (N,). None draws one
                 from torch's generator on the images' device.
@@ -219,7 +257,8 @@ class Attack(ABC):
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
             seed = scalar(seed)
-            if seed is None and (self.draws or self.restarts > 1 or self.targeted == "random"):
+            several = self.restarts > 1 or self.compares == "pairs"
+            if seed is None and (self.draws or several or self.targeted == "random"):
                 seed = new_seed(x.device)
             self._seen, self._counts = [], {}
             try:
@@ -258,21 +297,30 @@ class Attack(ABC):
 
     def _strongest(self, x, targets, eps, seed, x_init, n):
         """Of all restarts; the first n of the images are no filling."""
-        best = None
-        for restart in range(self.restarts):
-            if restart > 0:
+        best, runs = None, self.runs(targets)
+        for run in range(runs):
+            if run > 0:
                 x_init = None
-                again = seeds_for(seed, x, restart)
-            engine = self.engine(self.slots(x, targets, eps, again if restart > 0 else seed, x_init))
+                again = seeds_for(seed, x, run)
+            slots = self.slots(x, targets, eps, again if run > 0 else seed, x_init)
+            if self.by_age or self.compares == "pairs":
+                slots.age = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+                slots.restart = torch.full_like(slots.age, run)
+            engine = self.engine(slots)
             seen = engine.run()[:, :n]
             self._seen.append(seen)
-            adv = engine.slots.adv.clone() if self.graph else engine.slots.adv  # a graph's is written again
-            if self.restarts == 1:
+            adv = self.result(engine.slots)
+            adv = adv.clone() if self.graph else adv  # a graph's is written again
+            if runs == 1:
                 self._start_losses = seen[0] if self.steps == 1 and self.draws else None
                 return adv
-            losses, logits = self.objective.judge(engine.slots.input, targets)
+            losses, logits = self.objective.judge(self._seen_by_model(adv), self.aim(engine.slots))
             best = _stronger(best, (adv, losses, self.fooled(logits, targets)))
         return best[0]
+
+    def _seen_by_model(self, adv):
+        pixels = to_float(adv)
+        return pixels if self._normalization is None else self._normalization(pixels)
 
     @property
     def start_losses(self) -> torch.Tensor | None:
@@ -303,9 +351,11 @@ class Attack(ABC):
 
         No prediction is wrong for every label, and reaches no target.
         """
-        if logits is None or targets.is_floating_point():
+        soft = self.compares == "soft" and targets.is_floating_point()
+        if logits is None or soft or self.compares in ("anything", "clean"):
             return None
-        return (predicted(logits) == targets) == bool(self.targeted)
+        labels = targets[:, 0] if self.compares == "pairs" else targets
+        return is_label(verdict(logits, labels), labels) == bool(self.targeted)
 
     def engine(self, slots: Slots) -> Engine:
         """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
@@ -341,7 +391,8 @@ class Attack(ABC):
     # ------------------------------------------------------------------ targets
 
     def _targets(self, x, labels, seed, given):
-        if labels is not None and labels.dtype == torch.int64 and not self._first and self.loss in LABELLED:
+        looked_up = self.compares in ("labels", "soft", "pairs")
+        if labels is not None and labels.dtype == torch.int64 and not self._first and looked_up:
             labels = self._sound(as_normal(labels))
         if labels is not None and (labels.is_floating_point() or not self.needs_clean):
             return as_normal(labels)
@@ -361,7 +412,7 @@ class Attack(ABC):
     @property
     def needs_clean(self) -> bool:
         """Whether its targets depend on the model's outputs on the clean images."""
-        return self.loss == "kl" or self.targeted in CHOSEN
+        return self.compares in ("clean", "pairs") or self.targeted in CHOSEN
 
     def targets(
         self,
@@ -375,7 +426,7 @@ class Attack(ABC):
         Raises:
             ValueError: the loss is 0 at the attack's start, and its gradient too; none was `given` to start from.
         """
-        if self.loss == "kl":
+        if self.compares == "clean":
             if not (self.draws or given):
                 raise ValueError(
                     "the loss kl compares with the clean images, and is 0 there with its gradient: start at random "
@@ -383,7 +434,12 @@ class Attack(ABC):
                 )
             return logits.softmax(1)
         if labels is None:
-            labels = logits.argmax(1)
+            labels = (logits > 0).long() if self.compares == "signs" else predicted(logits).clamp(min=0)
+        if self.compares == "pairs":
+            others = logits.float().scatter(1, labels[:, None], -torch.inf)
+            ranked = others.argsort(dim=1, descending=True, stable=True)
+            ranked = ranked[ranked != labels[:, None]].reshape(len(labels), -1)  # others may be -inf too
+            return torch.cat((labels[:, None], ranked[:, : self.target_classes]), 1)
         if self.targeted == "least_likely":
             return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
         if self.targeted == "random":
@@ -392,8 +448,7 @@ class Attack(ABC):
         return labels
 
     def _clean_logits(self, x):
-        pixels = to_float(x)
-        pixels = pixels if self._normalization is None else self._normalization(pixels)
+        pixels = self._seen_by_model(x)
         if self.chunk is None or len(x) <= self.chunk:
             return self.objective.logits(pixels)
         return torch.cat([self.objective.logits(part) for part in pixels.split(self.chunk)])
@@ -433,7 +488,9 @@ class Attack(ABC):
         if x_init is not None:
             check_start(x_init, images)
         if labels is not None:
-            check_labels(labels, images, soft=self.loss in ("ce", "kl"), any_kind=callable(self.loss))
+            check_labels(
+                labels, images, soft=self.compares in ("soft", "clean"), any_kind=self.compares in ("anything", "signs")
+            )
             check_has_classes(labels, self.targeted)
         elif callable(self.loss) or self.targeted is True:
             raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
@@ -447,8 +504,10 @@ class Attack(ABC):
             raise ValueError(wrong)
         if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
             self.objective.check_classes(highest(labels), self._clean_logits(x) if self.compile else None)
-        if labels is not None and labels.is_floating_point() and not callable(self.loss):
+        if labels is not None and labels.is_floating_point() and self.compares in ("soft", "clean"):
             check_soft(labels)
+        if labels is not None and self.compares == "signs":
+            check_signs(labels)
         self.objective.watch = len(x) >= WATCHED
 
     def _report(self) -> None:

@@ -44,13 +44,17 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def check_options(targeted, loss, restarts, training_mode, autocast, memory_format, graph, chunk, clip) -> None:
+def check_options(
+    targeted, loss, target_classes, restarts, training_mode, autocast, memory_format, graph, chunk, clip
+) -> None:
     if not isinstance(targeted, (bool, str)) or targeted not in TARGETED:
         raise ValueError(f"targeted must be one of {', '.join(map(repr, TARGETED))}, got {targeted!r}")
     if not callable(loss) and loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
-    if targeted and loss == "kl":
-        raise ValueError("the loss kl has no target class: leave targeted at False, or choose another loss")
+    if targeted and not callable(loss) and LOSSES[loss].compares in ("clean", "pairs"):
+        why = "has no target class" if loss == "kl" else "chooses its target classes itself"
+        raise ValueError(f"the loss {loss} {why}: leave targeted at False, or choose another loss")
+    check_whole("target_classes", target_classes)
     check_whole("restarts", restarts)
     check_whole("chunk", 1 if chunk is None else chunk)
     if autocast is not None and not isinstance(autocast, torch.dtype):
@@ -159,9 +163,14 @@ def check_soft(labels: torch.Tensor) -> None:
         raise ValueError(
             f"soft labels (N, C) must be probabilities, rows that sum to 1; got sums from "
             f"{float(sums.min()):.4g} to {float(sums.max()):.4g}, and a lowest value of {lowest:.4g}. For several "
-            "labels a sample pass loss=, such as lambda outputs, targets: "
-            "binary_cross_entropy_with_logits(outputs, targets, reduction='none').sum(1)"
+            "labels a sample pass loss='bce'"
         )
+
+
+def check_signs(labels: torch.Tensor) -> None:
+    """Refuse labels that are neither 0 nor 1. Waits for the device."""
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError("the loss bce compares each logit with a label of 0 or 1, and some labels are neither")
 
 
 def check_samples(images: torch.Tensor, labels: torch.Tensor) -> None:

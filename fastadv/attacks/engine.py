@@ -19,6 +19,7 @@ from fastadv.ops.autograd import result_like
 if TYPE_CHECKING:
     from fastadv.attacks.base import Attack
 
+NAMES = ("x", "targets", "eps", "seed", "adv", "z", "age", "restart")
 WARM_UP = 3  # iterations before a capture: cuDNN's and cuBLAS's choices and workspaces must exist by then
 
 
@@ -28,14 +29,18 @@ class Slots:
     x: clean images; targets: what the loss compares with; eps: float or tensor (N, 1, ...); seed: int, or int64 with
     one element or (N,); adv: the iterate, None before the start; z: the model's input where normalisation is folded
     into the steps, else None; given: whether `adv` came from outside, so that it cannot be made again from the seed;
+    age, restart: steps since the start and number of the run, int64 (N,), None where the attack does not ask for them;
     memory: tensors that an attack keeps from step to step.
+    losses, logits: of the iterate, when a step is taken; inside: which iterates may count, (N,) bool, None for all.
     """
 
-    def __init__(self, x, targets, eps, seed, *, adv=None, z=None):
+    def __init__(self, x, targets, eps, seed, *, adv=None, z=None, age=None, restart=None):
         self.x, self.targets, self.eps, self.seed = x, targets, eps, seed
         self.adv, self.z = adv, z
+        self.age, self.restart = age, restart
         self.given = adv is not None
         self.memory: dict[str, torch.Tensor] = {}
+        self.losses = self.logits = self.inside = None
 
     @property
     def input(self) -> torch.Tensor:
@@ -45,7 +50,7 @@ class Slots:
         return self.x if self.adv is None else self.adv
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = {name: getattr(self, name) for name in ("x", "targets", "eps", "seed", "adv", "z")}
+        named = {name: getattr(self, name) for name in NAMES}
         return {name: t for name, t in {**named, **self.memory}.items() if isinstance(t, torch.Tensor)}
 
 
@@ -62,9 +67,16 @@ class Engine:
 
     def iterate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One gradient and one step; the losses and logits of the iterate before the step."""
-        grad, losses, logits = self.attack.objective.gradient(self.slots.input, self.slots.targets)
-        self.attack.step(self.slots, grad)
-        return losses, logits
+        attack, slots = self.attack, self.slots
+        if attack.by_gradient:
+            grad, slots.losses, slots.logits = attack.objective.gradient(slots.input, attack.aim(slots))
+        else:
+            grad, (slots.losses, slots.logits) = None, attack.objective.judge(slots.input, attack.aim(slots))
+        slots.inside = attack.inside(slots)
+        attack.step(slots, grad)
+        if slots.age is not None:
+            slots.age += 1
+        return slots.losses, slots.logits
 
     def run(self) -> torch.Tensor:
         """All steps; the losses before each of them, (steps, N)."""
@@ -117,8 +129,9 @@ class GraphEngine(Engine):
         super().__init__(attack, slots)
         # Tensors of its own: the graph keeps their addresses.
         slots.memory = {}
-        for name, t in slots.tensors().items():
-            setattr(slots, name, t.clone())
+        for name in NAMES:
+            if isinstance(getattr(slots, name), torch.Tensor):
+                setattr(slots, name, getattr(slots, name).clone())
         if slots.adv is None:
             slots.adv = result_like(slots.x)
         stream = torch.cuda.Stream(slots.x.device)

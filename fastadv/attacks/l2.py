@@ -18,11 +18,11 @@ class PGDL2(PGD):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the ball, the L2 norm of a whole perturbation with pixels in [0, 1].
-        alpha: length of a step.
+        alpha: length of a step; None means eps.
         steps: number of steps, at least 1.
         random_start: start in a random direction at a uniformly random distance within eps, else at the image.
         eps_for_division: added to the gradient's norm.
-        options: see `Attack`.
+        options: as PGD's, `schedule` among them; see `Attack`.
 
     Raises:
         ValueError: eps is negative, or steps is below 1.
@@ -34,7 +34,7 @@ class PGDL2(PGD):
         self,
         model: Callable,
         eps: float = 1.0,
-        alpha: float = 0.2,
+        alpha: float | None = 0.2,
         steps: int = 10,
         random_start: bool = True,
         eps_for_division: float = 1e-10,
@@ -56,7 +56,7 @@ class PGDL2(PGD):
         clean = to_float(slots.x)
         grad = self.in_pixels(grad).nan_to_num(0.0)
         step = grad / per_sample(l2_norm(grad) + self.eps_for_division, grad)
-        self._write(slots, clean, slots.adv + self.alpha * step - clean)
+        self._write(slots, clean, slots.adv + (self.length(slots) * step).to(step.dtype) - clean)
 
     def _write(self, slots, clean, delta):
         """clean + delta, brought into the ball, then the box."""

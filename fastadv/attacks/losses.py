@@ -1,9 +1,26 @@
-"""What an attack maximises: one value per sample, from logits (N, C) and targets."""
+"""What an attack maximises: one value per sample, from logits (N, C) and what they are compared with."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss by name: called with logits (N, C) and targets, it gives one value per sample, (N,).
+
+    compares: with what: "labels", int64 (N,); "soft", these or probabilities (N, C); "clean", the probabilities
+    (N, C) for the clean images; "pairs", int64 (N, 2), the label and the class that the sample is driven to; "signs",
+    0 or 1 for each logit, (N, C), or int64 (N,) for a single one.
+    """
+
+    of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    compares: str = "labels"
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.of(logits, targets)
 
 
 def ce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -11,6 +28,17 @@ def ce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if not targets.is_floating_point():
         return F.cross_entropy(logits, targets, reduction="none")
     return -(targets * _possible(F.log_softmax(logits, dim=1), targets)).sum(1)
+
+
+def bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy, summed over the logits: for one logit, or one for each of several labels a sample."""
+    if targets.numel() != logits.numel():
+        raise ValueError(
+            f"the loss bce takes a label of 0 or 1 for each logit, and labels {tuple(targets.shape)} are not one for "
+            f"each of {tuple(logits.shape)}"
+        )
+    targets = targets.reshape(logits.shape).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -22,15 +50,65 @@ def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own)[:, 0]
 
 
-def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Difference of logits ratio: the margin over the distance of the first logit from the third; 3 classes at least.
+def targeted_margin(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """The other class's logit minus the label's."""
+    own, other = logits.gather(1, pairs).unbind(1)
+    return other - own
 
-    Croce and Hein 2020 (arXiv 2003.01690, section 4.2).
+
+def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Difference of logits ratio: the margin over the distance of the first logit from the third.
+
+    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of two classes, whose ratio is +-1 everywhere, the margin.
     """
     if logits.shape[1] < 3:
-        raise ValueError(f"the loss dlr takes 3 classes at least, the model has {logits.shape[1]}: use margin or ce")
+        return margin(logits, labels)
     first, _, third = logits.topk(3, dim=1).values.unbind(1)
     return margin(logits, labels) / (first - third + 1e-12)
+
+
+def targeted_dlr(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """The targeted margin over the distance of the first logit from the mean of the third and the fourth.
+
+    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of three classes the third alone; of two the margin itself.
+    """
+    classes = logits.shape[1]
+    if classes < 3:
+        return targeted_margin(logits, pairs)
+    highest = logits.topk(min(classes, 4), dim=1).values
+    return targeted_margin(logits, pairs) / (highest[:, 0] - highest[:, 2:].mean(1) + 1e-12)
+
+
+LABEL, OTHER, BOTH = 0, 1, 2  # what of the probabilities is climbed: away from the label's, to the best other's
+
+
+def probability_margin(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The best other class's probability minus the label's, p_m - p_y; with `targets` (N, 2), labels and what is to be
+    climbed, LABEL for -p_y, OTHER for p_m, BOTH for their sum.
+
+    Xie et al. 2025 (arXiv 2411.15210). Its gradient is the true one divided by a positive factor of each sample: by
+    1 - p_y, by p_y (1 - p_y) and by p_m for the three of them; so it does not vanish where the model is sure.
+    """
+    own, kind = (
+        targets.split(1, 1) if targets.ndim == 2 else (targets[:, None], torch.full_like(targets, BOTH)[:, None])
+    )
+    label, other = kind == LABEL, kind == OTHER
+    with torch.no_grad():
+        others = logits.scatter(1, own, -torch.inf)
+        rest = others.logsumexp(1, keepdim=True)
+        share = (others - rest).exp()  # of the probability that is not the label's
+        ahead = logits.gather(1, own) - rest
+        p_own, p_rest = ahead.sigmoid(), (-ahead).sigmoid()
+        share_best, best = share.max(1, keepdim=True)
+        p_best = share_best * p_rest
+        factors = torch.where(label, share, torch.where(other, -p_rest * share, share * (p_own - p_best)))
+        at_best = torch.where(other, 1 - p_best, share_best * (1 - p_best + p_own))
+        at_own = torch.where(label, -1.0, torch.where(other, -p_own, -p_own * (1 + share_best)))
+        factors = factors.scatter(1, best, torch.where(label, share_best, at_best)).scatter(1, own, at_own)
+        value = torch.where(label, -p_own, torch.where(other, p_best, p_best - p_own))[:, 0]
+    # A class that cannot be has a logit of -inf and a factor of 0, whose product would be NaN.
+    climb = torch.where(factors == 0, 0.0, factors * logits).sum(1)
+    return value + (climb - climb.detach()).nan_to_num(0.0)
 
 
 def kl(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -46,9 +124,13 @@ def _possible(log_probabilities, targets):
     return log_probabilities.masked_fill(targets == 0, 0.0)
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "ce": ce,
-    "margin": margin,
-    "dlr": dlr,
-    "kl": kl,
+LOSSES: dict[str, Loss] = {
+    "ce": Loss(ce, "soft"),
+    "margin": Loss(margin),
+    "dlr": Loss(dlr),
+    "probability_margin": Loss(probability_margin),
+    "targeted_margin": Loss(targeted_margin, "pairs"),
+    "targeted_dlr": Loss(targeted_dlr, "pairs"),
+    "bce": Loss(bce, "signs"),
+    "kl": Loss(kl, "clean"),
 }

@@ -102,12 +102,11 @@ class Objective:
             self._check_highest(logits)
 
     def _checked(self, logits):
-        if logits.shape[1] < 2:
+        if logits.shape[1] < 2 and self.loss != "bce":
             raise ValueError(
                 f"the model returns one logit, {tuple(logits.shape)}: of a single class nothing can be wrong, and a "
-                "softmax over it is always 1. Where one logit z stands for two classes return both, "
-                "torch.cat((0 * z, z), 1), whose softmax is z's sigmoid; or pass an attack loss=, such as lambda z, y: "
-                "binary_cross_entropy_with_logits(z[:, 0], y.float(), reduction='none')"
+                "softmax over it is always 1. Where one logit z stands for two classes pass the attack loss='bce', or "
+                "return both, torch.cat((0 * z, z), 1), whose softmax is z's sigmoid"
             )
         if self._highest >= 0:
             self._check_highest(logits)
@@ -115,14 +114,16 @@ class Objective:
 
     def _check_highest(self, logits):
         highest, self._highest = self._highest, -1
-        if highest >= logits.shape[1]:
-            raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {highest}")
+        classes = max(logits.shape[1], 2)  # one logit tells two classes apart
+        if highest >= classes:
+            raise ValueError(f"labels must be below the model's {classes} classes, got {highest}")
 
     def _forward(self, x, targets):
         with self._precision(x), self._attention(x):
             outputs = self.model(x)
         if callable(self.loss):
-            logits, losses = None, _per_sample(self.loss(outputs, targets), len(x))
+            losses = _per_sample(self.loss(outputs, targets), len(x))
+            logits = raised(outputs).detach() if _are_logits(outputs, len(x)) else None
         else:
             logits = self._checked(raised(find_logits(outputs, len(x))))
             losses = LOSSES[self.loss](logits, targets)
@@ -157,8 +158,7 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
             found = fitting[0] if fitting else entries[0]
             if len(fitting) > 1:
                 several = f", in which {' and '.join(map(_describe, fitting))} may be the logits or features"
-    fits = isinstance(found, torch.Tensor) and found.is_floating_point() and found.ndim == 2 and len(found) == n
-    if several or not fits:
+    if several or not _are_logits(found, n):
         taken = "" if several or found is outputs else f", of which the logits would be {_describe(found)}"
         raise TypeError(
             f"the model must return logits, a float tensor of shape ({n}, classes), alone or under the attribute or "
@@ -166,6 +166,10 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
             "from (outputs, targets) to one value per sample"
         )
     return found
+
+
+def _are_logits(outputs: object, n: int) -> bool:
+    return isinstance(outputs, torch.Tensor) and outputs.is_floating_point() and outputs.ndim == 2 and len(outputs) == n
 
 
 def raised(logits: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from fastadv.attacks.checks import box_of, check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian
 from fastadv.attacks.rows import per_sample
+from fastadv.attacks.schedules import SCHEDULES, Factors
 from fastadv.functional import pgd_step, pgd_step_, random_init
 
 
@@ -18,28 +19,32 @@ class PGD(Attack):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the ball around the image, in pixels of [0, 1].
-        alpha: step size in the same unit.
+        alpha: step size in the same unit; None means eps.
         steps: number of steps, at least 1.
         random_start: start at a uniformly random point of the ball, else at the image.
+        schedule: of the step size: "constant", or "cosine", from 2 alpha down to nearly 0 by half a cosine.
         options: see `Attack`.
 
     Raises:
-        ValueError: eps is not in [0, 1], or steps is below 1.
+        ValueError: eps is not in [0, 1], steps is below 1, or there is no such schedule.
     """
 
     def __init__(
         self,
         model: Callable,
         eps: float = 8 / 255,
-        alpha: float = 2 / 255,
+        alpha: float | None = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
+        schedule: str = "constant",
         **options,
     ):
         super().__init__(model, eps, **options)
         self.alpha = alpha
         self.steps = steps
         self.random_start = random_start
+        self.schedule = schedule
+        self._factors: tuple[list[float], Factors] | None = None
         self.check()
         self._warn_of_step(alpha)
 
@@ -50,7 +55,28 @@ class PGD(Attack):
     def check(self) -> None:
         super().check()
         check_whole("steps", self.steps)
-        check_number("alpha", self.alpha)
+        if self.alpha is not None:
+            check_number("alpha", self.alpha)
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+
+    @property
+    def by_age(self) -> bool:
+        return self.schedule != "constant"
+
+    def factors(self) -> list[float]:
+        """Of the step size, for each step."""
+        return [SCHEDULES[self.schedule](step, self.steps) for step in range(self.steps)]
+
+    def length(self, slots: Slots) -> float | torch.Tensor:
+        """Of the next step: one for all, or (N, 1, ...)."""
+        alpha = slots.eps if self.alpha is None else self.alpha
+        if not self.by_age:
+            return alpha
+        factors = self.factors()
+        if self._factors is None or self._factors[0] != factors:
+            self._factors = factors, Factors(factors)
+        return alpha * per_sample(self._factors[1](slots.age), slots.x)
 
     def start(self, slots: Slots) -> None:
         # Without noise random_init is an exact copy (or conversion of uint8); it then needs no draw.
@@ -58,7 +84,7 @@ class PGD(Attack):
         slots.adv = random_init(slots.x, noise, seed=seed, out=slots.adv, **self.also(slots))
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
-        pgd_step_(slots.adv, grad, slots.x, alpha=self.alpha, eps=slots.eps, **self.also(slots))
+        pgd_step_(slots.adv, grad, slots.x, alpha=self.length(slots), eps=slots.eps, **self.also(slots))
 
 
 class BIM(PGD):

@@ -7,6 +7,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
+from fastadv.attacks.pma import PMA
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
 PRESETS = {
@@ -17,6 +18,8 @@ PRESETS = {
     "pgd-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "pgd-20": (PGD, lambda eps: {"alpha": eps / 4, "steps": 20}),
     "pgd-50-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 50, "restarts": 10}),
+    "pma": (PMA, lambda eps: {}),
+    "pma-100-2": (PMA, lambda eps: {"steps": 100, "restarts": 2}),
     "bim": (BIM, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
     "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),

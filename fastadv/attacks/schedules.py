@@ -1,0 +1,24 @@
+"""How long each step of an attack is, as a factor of its step size."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda step, steps: 1.0,
+    "cosine": lambda step, steps: 1 + math.cos(math.pi * step / steps),  # from 2 down to nearly 0
+}
+
+
+class Factors:
+    """The factors of an attack's steps, kept on the device that they were last asked for."""
+
+    def __init__(self, factors: list[float]):
+        self._factors = torch.tensor(factors, dtype=torch.float64)
+
+    def __call__(self, ages: torch.Tensor) -> torch.Tensor:
+        """For the step after each of `ages` steps, int64 (N,): float64 (N,). After the last there is none to take."""
+        if self._factors.device != ages.device:
+            self._factors = self._factors.to(ages.device)
+        return self._factors[ages.clamp(max=len(self._factors) - 1)]
