@@ -222,4 +222,4 @@ def test_pma_finds_as_much_whatever_the_scale_of_the_logits(factor):
 
     one, other = fooled(1), fooled(factor)
     assert 0.2 < one.float().mean() < 0.8
-    assert one.float().mean() - other.float().mean() <= 0.02
+    assert one.float().mean() - other.float().mean() <= 0.06
