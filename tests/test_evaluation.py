@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastadv import cli, data, models, random_init, sample_seeds
-from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, Normalized, by_name
-from fastadv.evaluation import evaluate, robustness, suspicions
+from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, PMA, PMAL2, Normalized, by_name
+from fastadv.evaluation import evaluate, queue, robustness, suspicions
 from fastadv.evaluation.images import nearest_codes
-from fastadv.evaluation.queue import READ_EVERY, Queue
+from fastadv.evaluation.queue import Queue
 from fastadv.evaluation.saved import StateFile
 from fastadv.evaluation.windows import Windows
 
@@ -132,8 +132,16 @@ def verdicts(result):
 # The verdict
 
 
+@pytest.fixture(params=["rows", "one shape"])
+def shape(request, monkeypatch):
+    """As many rows as there are images under attack, or the slots of one number that a GPU has."""
+    if request.param == "one shape":
+        monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
+    return request.param
+
+
 @pytest.mark.parametrize("iterate", ["any", "last"])
-def test_verdict_restart_and_step_are_those_of_a_plain_loop(net, samples, iterate):
+def test_verdict_restart_and_step_are_those_of_a_plain_loop(net, samples, iterate, shape):
     attack = hardest(net)
     report = evaluate(net, samples, [attack], slots=SLOTS, seed=11, iterate=iterate)
     expected = plain_loop(net, *samples, attack, 11, iterate == "last")
@@ -144,13 +152,35 @@ def test_verdict_restart_and_step_are_those_of_a_plain_loop(net, samples, iterat
     assert len({s for _, s in fooled}) > (1 if iterate == "any" else 0)
     assert report["clean_accuracy"] == 36 / 40
     assert result["robust_accuracy"] == (36 - len(fooled)) / 40 > 0
-    # No pass is lost: none for a sample that is wrong from the start or settled.
+    # No pass is lost: none for a sample that is wrong from the start or settled, nor a gradient after the last step.
     cost = sum(r * 5 + s + 1 for r, s in fooled) + (36 - len(fooled)) * 3 * 5
-    assert result["passes"] == cost
+    gradients = sum(r * 4 + min(s + 1, 4) for r, s in fooled) + (36 - len(fooled)) * 3 * 4
+    assert result["forwards"] == cost
+    assert result["passes"] == (gradients if shape == "rows" else cost)
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5])
+def test_verdicts_do_not_depend_on_how_far_the_host_is_ahead(net, samples, lag, monkeypatch):
+    """As on a GPU, where it knows the numbers of some turns before."""
+    told, turns, iterate = [], [], Queue.iterate
+
+    def late(self, turn, numbers):
+        told.append(numbers.tolist())
+        return (turn - lag, told[turn - lag - 1]) if turn > lag else (0, [0, 0, 0, 0])
+
+    expected = evaluate(net, samples, [hardest(net)], slots=SLOTS, seed=11)["attacks"][0]
+    monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
+    monkeypatch.setattr(queue._Pilot, "read", late)
+    monkeypatch.setattr(Queue, "iterate", lambda self: turns.append(1) or iterate(self))
+    found = evaluate(net, samples, [hardest(net)], slots=SLOTS, seed=11)["attacks"][0]
+    assert verdicts(found) == verdicts(expected)
+    assert found["forwards"] == expected["forwards"]
+    # A slot that has ended waits for the host, and at the end all do.
+    assert len(turns) <= (1 + lag / 3) * expected["forwards"] / SLOTS + 5 + 2 * lag
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
-def test_verdicts_do_not_depend_on_the_slots(net, samples, slots):
+def test_verdicts_do_not_depend_on_the_slots(net, samples, slots, shape):
     one, other = (evaluate(net, samples, [hardest(net)], slots=n, seed=2)["attacks"][0] for n in (SLOTS, slots))
     assert verdicts(one) == verdicts(other)
     assert one["passes"] == other["passes"]
@@ -164,14 +194,34 @@ def test_verdicts_do_not_depend_on_the_slots(net, samples, slots):
         lambda model: by_name("tpgd", model, EPS),
         lambda model: MIFGSM(model, EPS, EPS / 4, 4),
         lambda model: PGDL2(model, 0.4, 0.1, 4),
+        lambda model: PMA(model, EPS, 4),
+        lambda model: PMAL2(model, 0.4, 4),
+        lambda model: PGD(model, EPS, EPS / 2, 4, schedule="cosine"),
+        lambda model: hardest(model, loss="targeted_margin", restarts=1),
+        lambda model: hardest(model, loss="targeted_dlr", restarts=2),
         lambda model: hardest(model, loss="margin"),
         lambda model: hardest(model, targeted="random"),
         lambda model: hardest(model, targeted="least_likely"),
         lambda model: hardest(model, loss=lambda outputs, y: nn.functional.cross_entropy(outputs, y, reduction="none")),
     ],
-    ids=["fgsm", "fgsm-rs", "tpgd", "mifgsm", "pgdl2", "margin", "random", "least-likely", "own-loss"],
+    ids=[
+        "fgsm",
+        "fgsm-rs",
+        "tpgd",
+        "mifgsm",
+        "pgdl2",
+        "pma",
+        "pma-l2",
+        "cosine",
+        "targeted-margin",
+        "targeted-dlr",
+        "margin",
+        "random",
+        "least-likely",
+        "own-loss",
+    ],
 )
-def test_every_attack_refills_as_it_begins(net, samples, attack_on):
+def test_every_attack_refills_as_it_begins(net, samples, attack_on, shape):
     """What an attack keeps in a slot must not leak into the next sample: one slot a sample has nothing to leak."""
     few, all_at_once = (evaluate(net, samples, [attack_on(net)], slots=n, seed=5)["attacks"][0] for n in (3, 40))
     assert verdicts(few) == verdicts(all_at_once)
@@ -236,17 +286,20 @@ def test_verdicts_under_autocast_are_those_of_a_plain_loop_under_autocast(net, s
 
 
 @pytest.mark.parametrize("pool", [None, 10, 3])
-def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch, pool):
-    taken, refill = [], Queue._refill
+def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch, pool, shape):
+    taken, settle = [], Queue.settle
 
-    def spy(self, free):
-        before = self._sample.clone()
-        refill(self, free)
-        assert not (before[~free] != self._sample[~free]).any()
-        rows = self._sample[free & (self._sample < self._n)]
-        taken.extend(zip(self._restart[rows].tolist(), self._numbers[rows].tolist(), strict=True))
+    def held(self):
+        rows = self._sample[self._open]
+        return list(zip(self._restart[rows].tolist(), self._numbers[rows].tolist(), strict=True))
 
-    monkeypatch.setattr(Queue, "_refill", spy)
+    def spy(self):
+        before = held(self)
+        settle(self)
+        assert set(before) <= set(held(self))
+        taken.extend(pair for pair in held(self) if pair not in before)
+
+    monkeypatch.setattr(Queue, "settle", spy)
     evaluate(net, samples, [hardest(net)], slots=SLOTS, pool=pool)
     assert taken == sorted(taken)
     assert len(taken) == len(set(taken)) > 40
@@ -306,21 +359,21 @@ class NoReads(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_the_host_reads_once_in_eight_iterations(net, samples, monkeypatch, tmp_path):
-    iterations, readings = [], []
-    iterate, read = Queue.iterate, robustness.Queue._read
+@pytest.mark.parametrize("part", ["iterate", "settle"])
+def test_the_host_reads_nothing_where_the_slots_are_of_one_number(net, samples, monkeypatch, tmp_path, part):
+    calls, original = [], getattr(Queue, part)
 
     def guarded(self):
-        iterations.append(1)
+        calls.append(1)
         with NoReads(), monkeypatch.context() as patch:
             for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
                 patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the host reads"))
-            iterate(self)
+            original(self)
 
-    monkeypatch.setattr(Queue, "iterate", guarded)
-    monkeypatch.setattr(Queue, "_read", lambda self: readings.append(1) or read(self))
-    evaluate(net, samples, [hardest(net), FGSM(net, EPS)], slots=SLOTS, save_images=tmp_path)
-    assert len(iterations) == READ_EVERY * len(readings) > 40
+    monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
+    monkeypatch.setattr(Queue, part, guarded)
+    evaluate(net, samples, [hardest(net), FGSM(net, EPS), PMA(net, EPS, 4)], slots=SLOTS, save_images=tmp_path)
+    assert len(calls) > 40
 
 
 def test_the_guard_sees_a_read():
@@ -330,7 +383,8 @@ def test_the_guard_sees_a_read():
             read()
 
 
-def test_the_model_sees_one_shape(net, samples, tmp_path):
+def test_the_model_sees_one_shape(net, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     theirs = torchattacks.PGD(net, eps=EPS, steps=2)
     evaluate(net, samples, ["fgsm", hardest(net)], slots=SLOTS, save_images=tmp_path)
     assert set(net.shapes) == {(SLOTS, 3, 4, 4)}

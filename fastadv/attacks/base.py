@@ -303,9 +303,8 @@ class Attack(ABC):
                 x_init = None
                 again = seeds_for(seed, x, run)
             slots = self.slots(x, targets, eps, again if run > 0 else seed, x_init)
-            if self.by_age or self.compares == "pairs":
-                slots.age = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-                slots.restart = torch.full_like(slots.age, run)
+            if slots.restart is not None:
+                slots.restart.fill_(run)
             engine = self.engine(slots)
             seen = engine.run()[:, :n]
             self._seen.append(seen)
@@ -340,11 +339,18 @@ class Attack(ABC):
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
         slots = Slots(x, targets, eps, seed, adv=adv)
+        if self.by_age or self.compares == "pairs":
+            slots.age, slots.restart = torch.zeros(2, len(x), dtype=torch.int64, device=x.device)
         if self._normalization is not None:
             slots.z = result_like(x)
             if adv is not None:
-                slots.z.copy_(self._normalization(adv))
+                self.show(slots)
         return slots
+
+    def show(self, slots: Slots) -> None:
+        """Make the iterate the model's next input, where that is another tensor."""
+        if slots.z is not None:
+            slots.z.copy_(self._normalization(slots.adv))
 
     def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
         """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes.

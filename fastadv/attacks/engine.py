@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastadv.attacks.rows import taken, together
 from fastadv.ops.autograd import result_like
 
 if TYPE_CHECKING:
@@ -52,6 +53,29 @@ class Slots:
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {name: getattr(self, name) for name in NAMES}
         return {name: t for name, t in {**named, **self.memory}.items() if isinstance(t, torch.Tensor)}
+
+    def rows(self, index: torch.Tensor) -> Slots:
+        """Copies of the slots `index` (n,)."""
+        part = copy.copy(self)
+        part.memory = {name: taken(t, index) for name, t in self.memory.items()}
+        for name in NAMES:
+            value = getattr(self, name)
+            setattr(part, name, taken(value, index) if _has_rows(value, self) else value)
+        return part
+
+
+def joined(first: Slots, second: Slots) -> Slots:
+    """The slots of both, which belong to one attack."""
+    both = copy.copy(first)
+    both.memory = {name: together(t, second.memory[name]) for name, t in first.memory.items()}
+    for name in NAMES:
+        value = getattr(first, name)
+        setattr(both, name, together(value, getattr(second, name)) if _has_rows(value, first) else value)
+    return both
+
+
+def _has_rows(value: object, slots: Slots) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(slots.x)
 
 
 class Engine:

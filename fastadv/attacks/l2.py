@@ -64,8 +64,7 @@ class PGDL2(PGD):
         shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)  # no 0 / 0
         adv = _in_dtype_of(clean, (clean + delta * shrink).clamp_(*box_of(self.clip)), slots.eps)
         slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
-        if slots.z is not None:
-            slots.z.copy_(self._normalization(adv))
+        self.show(slots)
 
 
 def _in_dtype_of(clean, adv, eps):

@@ -32,8 +32,22 @@ def padded(value, n, pad):
     """With its last row `pad` times more, where it has n rows."""
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != n:
         return value
-    filled = torch.cat((value, value[-1:].expand(pad, *value.shape[1:])))
+    return together(value, value[-1:].expand(pad, *value.shape[1:]))
+
+
+def together(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The rows of both, laid out as the first."""
+    return _laid_out(torch.cat((first, second)), first)
+
+
+def taken(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows `index`, laid out as all of them."""
+    return _laid_out(value.index_select(0, index), value)
+
+
+def _laid_out(value, like):
+    # Neither cat nor index_select keeps it, and noise follows the layout.
     for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if value.ndim == ndim and value.is_contiguous(memory_format=layout):
-            filled = filled.contiguous(memory_format=layout)  # cat does not keep it, and noise follows the layout
-    return filled
+        if like.ndim == ndim and like.is_contiguous(memory_format=layout):
+            return value.contiguous(memory_format=layout)
+    return value

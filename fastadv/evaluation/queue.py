@@ -1,34 +1,38 @@
 """The evaluation's queue: a slot whose image is fooled or finished takes the next one, all of it on the device."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.engine import Engine
+from fastadv.attacks.engine import Engine, Slots, joined
 from fastadv.attacks.rows import per_sample
-from fastadv.attacks.verdicts import NONE, predicted
+from fastadv.attacks.verdicts import NONE, verdict
 from fastadv.functional import sample_seeds
 from fastadv.ops.autograd import result_like
 
-READ_EVERY = 8  # iterations between two looks of the host at how far it is
+LAG = 2  # iterations that a GPU's host may be ahead of it
 
 
 class Verdicts:
     """What is known of each sample; from it alone a run goes on where it was cut.
 
-    restart: restarts that the sample survived, int64 (N,); step: the step of restart `restart` at which it was fooled,
-    -1 where it was not, int64 (N,); said: the class that it was then taken for, -1 for none at all, int64 (N,); todo:
-    whether it is to be attacked at all, bool (N,); restarts: how many there are.
-    passes: gradients computed for slots that held a sample; nonfinite: losses among them that were not finite.
+    restart: runs that the sample survived, int64 (N,); step: the step of run `restart` at which it was fooled, -1 where
+    it was not, int64 (N,); said: what the model then took it for, as `verdict` gives it, int64 (N,); todo: whether it
+    is to be attacked at all, bool (N,); restarts: how many runs there are.
+    passes, forwards: gradients computed and forward passes run for slots that held a sample; nonfinite: losses among
+    them that were not finite.
     """
+
+    COUNTS = ("passes", "forwards", "nonfinite")
 
     def __init__(self, todo: torch.Tensor, restarts: int):
         self.todo, self.restarts = todo, restarts
         self.restart = torch.zeros_like(todo, dtype=torch.int64)
         self.step = torch.full_like(self.restart, -1)
         self.said = torch.zeros_like(self.restart)
-        self.passes = self.nonfinite = 0
+        self.passes = self.forwards = self.nonfinite = 0
 
     @property
     def fooled(self) -> torch.Tensor:
@@ -52,29 +56,40 @@ class Verdicts:
         """Those of the samples `rows` (n,), to be run until `restarts`; `take` brings them back."""
         part = Verdicts(self.todo[rows], restarts)
         part.restart, part.step, part.said = self.restart[rows], self.step[rows], self.said[rows]
-        part.passes, part.nonfinite = self.passes, self.nonfinite
+        part.passes, part.forwards, part.nonfinite = self.passes, self.forwards, self.nonfinite
         return part
 
     def take(self, rows: torch.Tensor, part: "Verdicts") -> None:
         self.restart[rows], self.step[rows], self.said[rows] = part.restart, part.step, part.said
-        self.passes, self.nonfinite = part.passes, part.nonfinite
+        self.passes, self.forwards, self.nonfinite = part.passes, part.forwards, part.nonfinite
+
+
+def takes_one_shape(images: torch.Tensor, attack: Attack) -> bool:
+    return images.is_cuda or attack.compile or attack.graph
 
 
 class Queue:
-    """Runs `attack` on samples through a fixed number of slots, in the order (restart, sample).
+    """Runs `attack` on samples through a number of slots, in the order (run, sample).
 
-    Every restart that a sample survives takes as many iterations, so survivors come back in the order in which they
-    were taken: a ring that they join at its end stays ordered. All counts are tensors, and a prefix sum over the free
-    slots says which sample goes where: the host waits for nothing, and the model sees one shape.
+    An iteration is a gradient, a verdict and a step in every slot; what has ended is booked, and its slot refilled,
+    only where something has. Every run that a sample survives takes as many iterations, so survivors come back in the
+    order in which they were taken: a ring that they join at its end stays ordered.
+
+    On a GPU, and for a compiled model, the slots are of one number throughout: the model sees one shape, a prefix sum
+    over the free slots says which sample goes where, and the host, which is up to two iterations ahead, waits for
+    nothing. An image that has taken its last step is then judged by one more iteration, whose gradient is lost. On the
+    CPU there are no more rows than images under attack, and these are judged by a forward pass.
 
     Args:
         attack: on a model in the state in which it shall be judged.
-        images, labels, targets: (N, ...), (N,), (N, ...) on the model's device. Images stay uint8 if they are.
+        images, labels, targets: (N, ...), (N,) or (N, C), (N, ...) on the model's device. Images stay uint8 if they
+            are.
         verdicts: of the samples; those that are still to be attacked are, and the verdicts are written there.
         slots: images under attack at a time.
-        seed, numbers: sample i draws `sample_seeds(seed, numbers[i], restart)`; int64 (N,).
-        last: judge the last iterate of a restart only, instead of every one and the start.
-        keep: gets in each iteration (rows, iterates, images): which sample each slot has finished with this iterate,
+        seed, numbers: sample i draws `sample_seeds(seed, numbers[i], run)`; int64 (N,).
+        last: judge the last iterate of a run only, instead of every one and the start.
+        starts: images (N, ...) from which the first run starts, instead of the attack's own start.
+        keep: gets (rows, iterates, images) of slots that have ended: which sample each has finished with this iterate,
             the one that fooled or the last of all, and from which image; N where none.
     """
 
@@ -90,147 +105,254 @@ class Queue:
         seed: int,
         numbers: torch.Tensor,
         last: bool = False,
+        starts: torch.Tensor | None = None,
         keep: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
     ):
         self.attack, self.verdicts = attack, verdicts
         self._images, self._labels, self._targets = images, labels, targets
+        self._codes = labels if labels.ndim == 1 else labels.new_ones(len(labels), dtype=torch.int64)
         self._seed, self._numbers, self._last, self._keep = seed, numbers, last, keep
-        self._n = len(images)
-        count = torch.zeros((), dtype=torch.int64, device=images.device)
+        self._starts = starts
+        self._n, self._slots = len(images), slots
+        self._fixed = takes_one_shape(images, attack)
+        self._own_forward = attack.compares == "anything"  # until its logits are seen
+        none = torch.zeros((), dtype=torch.int64, device=images.device)
         order = verdicts.restart.argsort(stable=True)
         order = order[verdicts.unsettled[order]]
         # Row N takes what is written for slots that have nothing to write, and stands for no sample.
         self._ring = torch.cat((order, order.new_zeros(self._n + 1 - len(order))))
-        self._restart = torch.cat((verdicts.restart, verdicts.restart.new_zeros(1)))
-        self._step = torch.cat((verdicts.step, verdicts.step.new_zeros(1)))
-        self._said = torch.cat((verdicts.said, verdicts.said.new_zeros(1)))
-        self._head, self._tail = count.clone(), count + len(order)
-        self._passes, self._nonfinite = count + verdicts.passes, count + verdicts.nonfinite
-        self._sample = torch.full((slots,), self._n, device=images.device)
-        self._age = torch.zeros_like(self._sample)  # steps since the start
-        self._readout = _Readout(images.device)
+        self._restart, self._step, self._said = (
+            torch.cat((t, t.new_zeros(1))) for t in (verdicts.restart, verdicts.step, verdicts.said)
+        )
+        self._head, self._tail = none.clone(), none + len(order)
+        self._counts = {name: none + getattr(verdicts, name) for name in Verdicts.COUNTS}
+        self._numbers_told = torch.zeros(4, dtype=torch.int64, device=images.device)
+        self._pilot = _Pilot(images.device)
+        empty = torch.zeros(slots if self._fixed else 0, dtype=torch.int64, device=images.device)
+        self._hold(empty + self._n, empty != 0)
+        self._at, self._answer, self._bad = empty.clone(), empty.clone(), empty.clone()
+        self.engine = None
+        if self._fixed:
+            self._make_fixed(torch.zeros_like(empty))
+        self.settle()
 
-        rows = torch.zeros_like(self._sample)
-        x = images.index_select(0, rows)
-        if attack.memory_format is not None:
-            x = x.contiguous(memory_format=attack.memory_format)
-        mine = self._filled(x, targets.index_select(0, rows), rows.clone())
-        self.engine = attack.engine(mine)
-        self.engine.start()
-        mine = self.engine.slots
-        # The next images' slots share what is looked up again for all slots anyway.
-        self._next = self._filled(mine.x, mine.targets, mine.seed)
-        self._label = labels.index_select(0, rows)
-        self._refill(self._sample == self._n)
-
-    def _filled(self, x, targets, seed):
-        slots = self.attack.slots(x, targets, self.attack.eps, seed)
-        slots.adv = result_like(x)
-        return slots
+    # ------------------------------------------------------------------ the loop
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Until all is done; yields (passes so far, passes left at most) every few iterations.
+        """Until all is done; yields (forward passes so far, those left at most) in every iteration.
 
         `verdicts` are up to date after `update()`, and at the end.
         """
-        while True:
-            for _ in range(READ_EVERY):
-                self.iterate()
-            passes, left = self._read()
-            if left >= 0:
-                yield passes, left
-            if left == 0:
+        settled = 0
+        for turn in count(1):
+            known, (pending, unfinished, done, left) = self._pilot.read(turn, self._numbers_told)
+            if known and not unfinished:
                 break
+            if known > settled and pending:
+                self.settle()
+                settled = turn
+                continue
+            if known:
+                yield done, left
+            self.iterate()
         self.update()
+        yield self.verdicts.forwards, 0
 
     def update(self) -> None:
-        """Bring `verdicts` up to date; the samples in the slots begin their restart again where a run goes on so."""
+        """Bring `verdicts` up to date; the samples in the slots begin their run again where a run goes on so."""
+        self.settle()
         self.verdicts.restart, self.verdicts.step = self._restart[:-1].clone(), self._step[:-1].clone()
         self.verdicts.said = self._said[:-1].clone()
-        self.verdicts.passes, self.verdicts.nonfinite = torch.stack((self._passes, self._nonfinite)).tolist()
+        under_way = (self.engine.slots.age * self._open).sum()
+        self.verdicts.passes = int(self._counts["passes"] + under_way * self.attack.by_gradient)
+        self.verdicts.forwards = int(self._counts["forwards"] + under_way)
+        self.verdicts.nonfinite = int(self._counts["nonfinite"] + (self._bad * self._open).sum())
 
     def iterate(self) -> None:
-        """One gradient and one step in every slot, the verdicts, and new samples into the slots that are done."""
-        slots, steps, none = self.engine.slots, self.attack.steps, self._n
+        """One gradient and one step in every slot, and the verdicts; on the CPU also on images that thereby ended."""
+        attack, slots = self.attack, self.engine.slots
+        at_end = attack.ended(slots) if self._fixed else None
         before = None if self._keep is None else slots.adv.clone()
         # A loss of one's own need not be one of logits; the verdict is.
-        own_loss = callable(self.attack.loss)
-        logits = self.attack.objective.logits(slots.input) if own_loss else None
-        losses, found = self.engine.iterate()
-        said = predicted(logits if own_loss else found)
-        wrong = said != self._label
-
-        live = self._sample < none
-        at_end = live & (self._age == steps)
-        fooled = wrong & (at_end if self._last else live)
-        survived = at_end & ~fooled
-        self._passes += live.sum()
-        self._nonfinite += (live & (losses - losses != 0)).sum()  # 0 where finite, else NaN
-        settled = torch.where(fooled, self._sample, none)
-        self._step.scatter_(0, settled, self._age)
-        self._said.scatter_(0, settled, said)
-        self._restart.scatter_add_(0, self._sample, survived.long())
-        again = survived & (self._restart[self._sample] < self.verdicts.restarts)
-        done = fooled | at_end
+        own = attack.objective.logits(slots.input) if self._own_forward else None
+        losses, logits = self.engine.iterate()
+        if logits is None:
+            logits = own
+        else:
+            self._own_forward = False
+        said = self._verdict(logits, self._label, slots.inside, self._code)
+        stops = said != self._code
+        if self._fixed:
+            stops = at_end if self._last else stops | at_end
+        ends = self._open & stops
+        if self._last and not self._fixed:
+            ends = torch.zeros_like(ends)
+        self._at = torch.where(ends, slots.age, self._at)
+        self._answer = torch.where(ends, said, self._answer)
+        self._bad += self._open & (losses - losses != 0)  # 0 where finite, else NaN
+        self._open ^= ends
         if before is not None:
-            self._keep(torch.where(done & ~again, self._sample, none), before, slots.x)
+            self._final = torch.where(per_sample(ends, before), before, self._final)
+        self._numbers_told[0] += ends.sum()
+        if not self._fixed:
+            self._judge_ended()
 
+    def _judge_ended(self):
+        """By a forward pass of those that have taken their last step."""
+        slots = self.engine.slots
+        rows = (self._open & self.attack.ended(slots)).nonzero()[:, 0]
+        if not len(rows):
+            return
+        ended = slots.rows(rows)
+        objective = self.attack.objective
+        losses, logits = objective.judge(ended.input, self.attack.aim(ended))
+        logits = objective.logits(ended.input) if logits is None else logits
+        inside = self.attack.inside(ended)
+        self._bad[rows] += losses - losses != 0
+        self._answer[rows] = self._verdict(logits, self._label[rows], inside, self._code[rows])
+        self._at[rows] = ended.age + 1
+        self._open[rows] = False
+        if self._keep is not None:
+            self._final[rows] = ended.adv
+        self._numbers_told[0] += len(rows)
+
+    def _verdict(self, logits, labels, inside, right):
+        said = verdict(logits, labels)
+        return said if inside is None else torch.where(inside, said, right)
+
+    # ------------------------------------------------------------------ booking and refilling
+
+    def settle(self) -> None:
+        """Book what has ended, and put the next samples into the slots that it leaves free."""
+        if self.engine is not None:
+            self._book()
+        if self._fixed:
+            self._refill()
+        else:
+            self._exchange()
+        waiting = self.verdicts.todo & (self._step[:-1] < 0)
+        left = ((self.verdicts.restarts - self._restart[:-1]) * waiting).clamp(min=0)
+        under_way = (self.engine.slots.age * self._open).sum()
+        done, most = self._counts["forwards"] + under_way, left.sum() * (self.attack.steps + 1) - under_way
+        self._numbers_told.copy_(torch.stack((torch.zeros_like(done), (left > 0).sum(), done, most.clamp(min=0))))
+
+    def _book(self):
+        none, slots = self._n, self.engine.slots
+        ended = (self._sample < none) & ~self._open
+        fell = ended & (self._answer != self._code)
+        if self.attack.by_gradient:  # a forward pass apart has none
+            self._counts["passes"] += (torch.minimum(self._at, slots.age) * ended).sum()
+        self._counts["forwards"] += (self._at * ended).sum()
+        self._counts["nonfinite"] += (self._bad * ended).sum()
+        settled = torch.where(fell, self._sample, none)
+        self._step.scatter_(0, settled, self._at - 1)
+        self._said.scatter_(0, settled, self._answer)
+        self._restart.scatter_add_(0, self._sample, (ended & ~fell).long())
+        again = ended & ~fell & (self._restart[self._sample] < self.verdicts.restarts)
+        if self._keep is not None:
+            self._keep(torch.where(ended & ~again, self._sample, none), self._final, slots.x)
         place = (self._tail + again.cumsum(0) - 1) % none
         self._ring.scatter_(0, torch.where(again, place, none), self._sample)
         self._tail += again.sum()
-        self._age += 1
-        self._refill(done | ~live)
+        self._sample = torch.where(ended, none, self._sample)
 
-    def _refill(self, free):
+    def _exchange(self):
+        """On the CPU: the slots that are still open, and new ones for as many samples as there is room for."""
+        keep = self._open.nonzero()[:, 0]
+        room = min(self._slots - len(keep), int(self._tail - self._head))
+        if self.engine is not None and not room and len(keep) == len(self._open):
+            return
+        rows = self._ring[(self._head + torch.arange(room, device=keep.device)) % self._n]
+        self._head += room
+        fresh = self._filled(self._images.index_select(0, rows), self._targets[rows], rows)
+        self._started(fresh, rows)
+        if self.engine is None:
+            self.engine = Engine(self.attack, fresh)
+        else:
+            self.engine.slots = joined(self.engine.slots.rows(keep), fresh)
+        self._hold(torch.cat((self._sample[keep], rows)), torch.ones(len(keep) + room, dtype=torch.bool))
+        self._at, self._answer, self._bad = (
+            torch.cat((t[keep], torch.zeros_like(rows))) for t in (self._at, self._answer, self._bad)
+        )
+        self._final = None if self._keep is None else torch.empty_like(self.engine.slots.adv)
+
+    def _make_fixed(self, rows):
+        mine = self._filled(self._images.index_select(0, rows), self._targets[rows], rows.clone())
+        self.engine = self.attack.engine(mine)
+        self.engine.start()
+        mine = self.engine.slots
+        # The next images' slots share what is looked up again for all slots anyway.
+        self._next = self._filled(mine.x, mine.targets, rows)
+        self._next.seed, self._next.restart = mine.seed, mine.restart
+        self._final = None if self._keep is None else torch.empty_like(mine.adv)
+
+    def _refill(self):
+        """Where the slots are of one number: new samples into the free ones, by values alone."""
+        free = ~self._open
         rank = free.cumsum(0) - 1
         taken = free & (rank < self._tail - self._head)
         following = self._ring[(self._head + rank) % self._n]
-        self._sample = torch.where(taken, following, torch.where(free, self._n, self._sample))
-        self._age = torch.where(free, 0, self._age)
         self._head += taken.sum()
-
-        rows = self._sample.clamp(max=self._n - 1)
+        rows = self._hold(torch.where(taken, following, self._sample), self._open | taken)
+        self._bad = torch.where(taken, 0, self._bad)
         mine, new = self.engine.slots, self._next
         torch.index_select(self._images, 0, rows, out=mine.x)
         torch.index_select(self._targets, 0, rows, out=mine.targets)
-        torch.index_select(self._labels, 0, rows, out=self._label)
+        mine.restart.copy_(self._restart[self._sample])
         if self.attack.draws:
-            mine.seed.copy_(sample_seeds(self._seed, self._numbers[rows], self._restart[rows]))
-        Engine(self.attack, new).start()
+            mine.seed.copy_(self._seeds(rows))
+        self._started(new, rows)
         kept = mine.tensors()
         for name, fresh in new.tensors().items():
             if fresh is not kept[name]:
                 torch.where(per_sample(taken, fresh), fresh, kept[name], out=kept[name])
 
-    def _read(self):
-        """(passes, passes left at most), on the host."""
-        waiting = self.verdicts.todo & (self._step[:-1] < 0)
-        restarts = ((self.verdicts.restarts - self._restart[:-1]) * waiting).sum()
-        live = self._sample < self._n
-        left = restarts * (self.attack.steps + 1) - (live * self._age).sum()
-        return self._readout(self._passes, left)
+    def _hold(self, samples, opened):
+        """Which sample each slot holds; their rows, where none is any row."""
+        self._sample, self._open = samples, opened
+        rows = samples.clamp(max=self._n - 1)
+        self._label, self._code = self._labels.index_select(0, rows), self._codes.index_select(0, rows)
+        return rows
+
+    def _filled(self, x, targets, rows) -> Slots:
+        """Slots for the samples `rows`, not started."""
+        if self.attack.memory_format is not None:
+            x = x.contiguous(memory_format=self.attack.memory_format)
+        seeds = self._seeds(rows) if self.attack.draws else rows
+        slots = self.attack.slots(x, targets, self.attack.eps, seeds)
+        slots.adv = result_like(x)
+        slots.age, slots.restart = torch.zeros_like(rows), self._restart[rows]
+        return slots
+
+    def _seeds(self, rows):
+        return sample_seeds(self._seed, self._numbers[rows], self._restart[rows])
+
+    def _started(self, slots: Slots, rows: torch.Tensor) -> None:
+        Engine(self.attack, slots).start()
+        if self._starts is not None:
+            first = per_sample(slots.restart == 0, slots.adv)
+            slots.adv.copy_(torch.where(first, self._starts[rows].to(slots.adv.dtype), slots.adv))
+            self.attack.show(slots)
 
 
-class _Readout:
-    """Numbers from the device, without waiting for it: on a GPU those of the call before."""
+class _Pilot:
+    """Numbers from the device, without waiting for it: on a GPU those of two turns before."""
 
     def __init__(self, device: torch.device):
-        self._event = None
-        if device.type == "cuda":
-            self._host = torch.empty(2, dtype=torch.int64, pin_memory=True)
-            self._event = torch.cuda.Event()
-            self._pending = False
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            self._host = [torch.empty(4, dtype=torch.int64, pin_memory=True) for _ in range(LAG + 1)]
+            self._events = [torch.cuda.Event() for _ in range(LAG + 1)]
 
-    def __call__(self, passes: torch.Tensor, left: torch.Tensor) -> tuple[int, int]:
-        numbers = torch.stack((passes, left))
-        if self._event is None:
-            return tuple(numbers.tolist())
-        if self._pending:
-            self._event.synchronize()
-            before = tuple(self._host.tolist())
-        else:
-            before = (0, -1)  # not known yet
-        self._host.copy_(numbers, non_blocking=True)
-        self._event.record()
-        self._pending = True
-        return before
+    def read(self, turn: int, numbers: torch.Tensor) -> tuple[int, list[int]]:
+        """(the turn that they are of, 0 where there is none yet; the four numbers)."""
+        if not self._on_gpu:
+            return turn, numbers.tolist()
+        mine, known = turn % (LAG + 1), turn - LAG
+        self._host[mine].copy_(numbers, non_blocking=True)
+        self._events[mine].record()
+        if known < 1:
+            return 0, [0, 0, 0, 0]
+        before = known % (LAG + 1)
+        self._events[before].synchronize()
+        return known, self._host[before].tolist()

@@ -39,7 +39,7 @@ from fastadv.version import __version__
 ITERATES = ("any", "last")
 SAVE_EVERY = 10.0  # seconds between two states on the disk
 PROBED = 64  # samples whose first gradients are looked at
-KEPT = ("restart", "step", "said")  # of the verdicts
+KEPT = ("restart", "step", "said")  # of the verdicts, beside their counts
 
 
 def evaluate(
@@ -100,8 +100,8 @@ def evaluate(
         A dict for `json.dump`: "clean_accuracy"; "clean_correct" (a bool per sample); "no_prediction" (clean samples
         that get none); "attacks", a list of {"attack", "eps", "robust_accuracy", "largest_linf" and "largest_l2" (how
         far another library's attack went; null for those of fastadv, which stay in their ball), "no_prediction"
-        (samples that are fooled because they get none), "passes" (gradients of one image; null where not known),
-        "seconds",
+        (samples that are fooled because they get none), "passes" and "forwards" (gradients and forward passes of one
+        image; null where not known), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
         the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
         where there is none or it is not known), "settings", with save_images also "robust_accuracy_8bit"}; "warnings"
@@ -347,6 +347,7 @@ class _Run:
             "largest_l2": reach and reach.l2,
             "no_prediction": int(verdicts.silenced.sum()),
             "passes": verdicts.passes if opponent.ours else None,
+            "forwards": verdicts.forwards if opponent.ours else None,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
             "zero_gradients": trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else None,
@@ -378,8 +379,8 @@ def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:
         tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in KEPT}
         if trial.gallery is not None:
             tensors[f"{i}.right"] = trial.gallery.right
-        known = {"passes": verdicts.passes, "nonfinite": verdicts.nonfinite, "seconds": trial.seconds}
-        facts.append(known | {"reach": trial.reach and asdict(trial.reach)})
+        known = {name: getattr(verdicts, name) for name in Verdicts.COUNTS}
+        facts.append(known | {"seconds": trial.seconds, "reach": trial.reach and asdict(trial.reach)})
     file.save(tensors, {"attacks": facts})
 
 
@@ -392,7 +393,9 @@ def _load(file: StateFile, trials: Sequence[_Trial]) -> None:
         verdicts, device = trial.verdicts, trial.verdicts.todo.device
         for name in KEPT:
             setattr(verdicts, name, tensors[f"{i}.{name}"].to(device))
-        verdicts.passes, verdicts.nonfinite, trial.seconds = (known[k] for k in ("passes", "nonfinite", "seconds"))
+        for name in Verdicts.COUNTS:
+            setattr(verdicts, name, known[name])
+        trial.seconds = known["seconds"]
         trial.reach = known["reach"] and Reach(**known["reach"])
         if trial.gallery is not None:
             trial.gallery.right = tensors[f"{i}.right"].to(device)

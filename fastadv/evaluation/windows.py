@@ -23,7 +23,7 @@ class Windows:
         self.verdicts, self._pool, self._make = verdicts, pool, queue
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Until all is done; yields (passes so far, passes left at most) every few iterations."""
+        """Until all is done; yields (forward passes so far, those left at most) in every iteration."""
         while self.verdicts.unsettled.any():
             self._rows, restarts = self._window()
             self._part = self.verdicts.part(self._rows, restarts)
