@@ -214,9 +214,9 @@ class Attack(ABC):
         """What its loss compares the outputs with, as in `Loss`; "anything" where it is one of your own."""
         return "anything" if callable(self.loss) else LOSSES[self.loss].compares
 
-    def runs(self, targets: torch.Tensor) -> int:
-        """How often it is run: its restarts, towards each target class."""
-        return self.restarts * (targets.shape[1] - 1 if self.compares == "pairs" else 1)
+    def runs(self, classes: int) -> int:
+        """How often it is run on a model of so many classes: its restarts, towards each target class."""
+        return self.restarts * (min(self.target_classes, classes - 1) if self.compares == "pairs" else 1)
 
     # ------------------------------------------------------------------ calling it
 
@@ -297,7 +297,7 @@ class Attack(ABC):
 
     def _strongest(self, x, targets, eps, seed, x_init, n):
         """Of all restarts; the first n of the images are no filling."""
-        best, runs = None, self.runs(targets)
+        best, runs = None, self.runs(targets.shape[1] if self.compares == "pairs" else 0)
         for run in range(runs):
             if run > 0:
                 x_init = None

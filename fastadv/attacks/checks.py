@@ -170,13 +170,16 @@ def check_soft(labels: torch.Tensor) -> None:
 def check_signs(labels: torch.Tensor) -> None:
     """Refuse labels that are neither 0 nor 1. Waits for the device."""
     if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError("the loss bce compares each logit with a label of 0 or 1, and some labels are neither")
+        raise ValueError("several labels a sample are 0 or 1 for each logit, and some are neither")
 
 
 def check_samples(images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse what is no set of images in [0, 1] with a class each. Waits for the device."""
+    """Refuse what is no set of images in [0, 1] with a class, or several labels, each. Waits for the device."""
     check_images(images)
-    check_labels(labels, images)
+    several = isinstance(labels, torch.Tensor) and labels.ndim == 2
+    check_labels(labels, images, any_kind=several)
+    if several:
+        check_signs(labels)
     wrong = beyond_the_box(images)
     if wrong:
         raise ValueError(wrong)

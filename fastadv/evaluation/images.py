@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
-from fastadv.attacks.verdicts import predicted
+from fastadv.attacks.verdicts import is_label, verdict
 from fastadv.data import to_float
 
 
@@ -53,7 +53,7 @@ class Gallery:
         as_images = to_float(codes)
         if self._dtype.is_floating_point:
             as_images = as_images.to(self._dtype)
-        self.right[samples] = (predicted(logits(as_images)) == labels[samples]).long()
+        self.right[samples] = is_label(verdict(logits(as_images), labels[samples]), labels[samples]).long()
 
 
 def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> torch.Tensor:

@@ -35,8 +35,9 @@ class Opponent:
         return call(images.clone(), labels.clone())
 
     @property
-    def restarts(self) -> int:
-        return self.attack.restarts if self.ours else 1
+    def has_budget(self) -> bool:
+        """Whether it keeps to a ball of a known norm and radius; N-FGSM is not projected on one."""
+        return None not in (self.eps, self.norm) and getattr(self.attack, "project", True)
 
     @property
     def title(self) -> str:
@@ -88,6 +89,16 @@ def opponents(
             f"{', '.join(f'{each:.6g}' for each in sorted(unasked))}: give an attack for each eps, or names"
         )
     return against
+
+
+def check_they_take(against: Iterable[Opponent], labels: torch.Tensor) -> None:
+    """Refuse attacks whose loss compares with one class, where the labels (N, C) are several a sample."""
+    for opponent in against:
+        if labels.ndim == 2 and opponent.ours and opponent.attack.compares not in ("signs", "anything"):
+            raise ValueError(
+                f"the labels {tuple(labels.shape)} are several a sample, and {opponent.title} compares with one class: "
+                "give attacks with loss='bce', such as PGD(model, loss='bce')"
+            )
 
 
 def _is_attack(value) -> bool:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen, on
-from fastadv.attacks.verdicts import NONE, predicted
+from fastadv.attacks.verdicts import NONE, is_label, verdict
 from fastadv.data import to_float
 from fastadv.evaluation import suspicions
 from fastadv.evaluation.alone import alone
+from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by, in_turn
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery
-from fastadv.evaluation.opponents import EPS, Opponent, is_several, opponents
+from fastadv.evaluation.opponents import EPS, Opponent, check_they_take, is_several, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
 from fastadv.evaluation.saved import StateFile
@@ -37,6 +38,7 @@ from fastadv.functional import sample_seeds
 from fastadv.version import __version__
 
 ITERATES = ("any", "last")
+ATTACKS = ("fgsm", "pgd-10", "pma")
 SAVE_EVERY = 10.0  # seconds between two states on the disk
 PROBED = 64  # samples whose first gradients are looked at
 KEPT = ("restart", "step", "said")  # of the verdicts, beside their counts
@@ -45,9 +47,10 @@ KEPT = ("restart", "step", "said")  # of the verdicts, beside their counts
 def evaluate(
     model: Callable,
     data: Batch | Iterable[Batch],
-    attacks: Sequence[str | Callable] = ("fgsm", "pgd-20", "pgd-50-10"),
+    attacks: Sequence[str | Callable] = ATTACKS,
     *,
     eps: float | Sequence[float] = EPS,
+    ensemble: bool = True,
     iterate: str = "any",
     slots: int = 128,
     pool: int | None = None,
@@ -61,7 +64,12 @@ def evaluate(
 
     A sample that is misclassified as it is counts as not robust and is not attacked. Any other is fooled by an attack
     when it is misclassified, as whatever class, at an iterate of any restart. Where a logit is NaN, or all are equal,
-    the model gives no prediction: that is misclassified whatever the label, and counted apart.
+    the model gives no prediction: that is misclassified whatever the label, and counted apart. Labels (N, C), 0 or 1
+    for each logit, are several a sample, which is right where the sign of every logit is that of its label; as for a
+    model of one logit, attacks then take loss="bce".
+
+    The attacks run one after the other, and each gets the samples that are left: robust is what withstands all of them
+    within a budget. A sample that is fooled within some eps is fooled within any larger one of the same norm.
 
     An attack of fastadv runs on a fixed number of slots; a slot whose sample is fooled or finished takes the next one,
     in the order (restart, sample), so that no gradient is computed for a sample that is settled. Its options autocast,
@@ -71,12 +79,15 @@ def evaluate(
     Args:
         model: any callable from images to logits (N, C), as in `Attack`.
         data: a pair (images, labels) of tensors or NumPy arrays, or a loader or Dataset of such pairs, or of dicts;
-            images (N, ...) in [0, 1] or uint8, labels int64 (N,). What is attacked is moved to the device; uint8 stays
-            uint8 there.
+            images (N, ...) in [0, 1] or uint8, labels int64 (N,), or 0 or 1 (N, C). What is attacked is moved to the
+            device; uint8 stays uint8 there.
         attacks: one or several: names (keys of PRESETS), each at every eps; objects of fastadv; or callables from
             (images, labels) to images (a tensor, a NumPy array, or a pair that begins with one), such as those of
-            torchattacks or AutoAttack's `run_standard_evaluation`. These two have an eps of their own.
+            torchattacks or AutoAttack's `run_standard_evaluation`. These two have an eps of their own; where they have
+            no attribute `norm`, "Linf" or "L2", they are independent of the others and count for no budget.
         eps: one or several, in pixels of [0, 1].
+        ensemble: whether each attack gets what those before it left; else all get all samples, for figures that do not
+            depend on each other.
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
         slots: images under attack at a time, the batch size of everything; no more than there are images. The restarts
@@ -97,16 +108,20 @@ def evaluate(
             fooled.
 
     Returns:
-        A dict for `json.dump`: "clean_accuracy"; "clean_correct" (a bool per sample); "no_prediction" (clean samples
-        that get none); "attacks", a list of {"attack", "eps", "robust_accuracy", "largest_linf" and "largest_l2" (how
-        far another library's attack went; null for those of fastadv, which stay in their ball), "no_prediction"
-        (samples that are fooled because they get none), "passes" and "forwards" (gradients and forward passes of one
-        image; null where not known), "seconds",
+        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list
+        where there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy",
+        "attacks" (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with
+        several budgets; "clean_correct" (a bool per sample); "no_prediction" (clean samples that get none); "attacks",
+        a list of {"attack", "eps", "robust_accuracy" (the share that it was given and did not fool), "given" (samples
+        that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
+        fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none), "passes"
+        and "forwards" (gradients and forward passes of one image; null where not known), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
         the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
-        where there is none or it is not known), "settings", with save_images also "robust_accuracy_8bit"}; "warnings"
-        (also given by `warnings.warn`); "settings"; "versions". Where another library's attack left [0, 1] or its eps
-        by more than rounding, its robust accuracy is null, and a warning says how far it went.
+        where there is none or it is not known), "latest" (restart and step of the sample that fell last), "settings",
+        with save_images also "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings";
+        "versions". Where another library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is
+        null, it counts for no budget, and a warning says how far it went.
 
     Raises:
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
@@ -124,18 +139,24 @@ def evaluate(
             raise ValueError(f"{name} must be at least 1, got {value}")
     against = opponents(model, attacks, eps)
     images, labels = gathered(data, model, device)
+    check_they_take(against, labels)
     slots = min(slots, len(images))
-    settings = {"iterate": iterate, "slots": slots, "seed": seed, "save_images": save_images is not None}
+    settings = {"iterate": iterate, "ensemble": ensemble, "slots": slots, "seed": seed}
+    settings["save_images"] = save_images is not None
     settings["attacks"] = [each.facts() for each in against]
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
     with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
-        run = _Run(model, images, labels, iterate == "last", slots, pool, seed)
+        signs = all(opponent.ours and opponent.attack.compares == "signs" for opponent in against)
+        run = _Run(model, images, labels, iterate == "last", slots, pool, seed, "bce" if signs else "ce")
         trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
         if file is not None:
             _load(file, trials)
-        for trial in trials:
+        order = in_turn(trials)
+        for i, trial in enumerate(order):
+            if ensemble:
+                run.hand_on(order[:i], trial)
             run.attack(trial, lambda: _save(file, trials), progress and sys.stderr.isatty())
-        report = run.report(trials)
+        report = run.report(trials, ensemble)
     return report | {
         "settings": {
             **settings,
@@ -147,30 +168,19 @@ def evaluate(
     }
 
 
-@dataclass
-class _Trial:
-    """An opponent and how far it is."""
-
-    opponent: Opponent
-    verdicts: Verdicts
-    gallery: Gallery | None
-    reach: Reach | None  # of an attack that is called batch by batch
-    seconds: float = 0.0
-    zeros: tuple[int, int] | None = None  # samples whose first gradient is 0, and samples looked at
-
-
 class _Run:
     """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
 
-    def __init__(self, model, images, labels, last, slots, pool, seed):
+    def __init__(self, model, images, labels, last, slots, pool, seed, loss):
         self.images, self.labels = images, labels
         self.last, self.slots, self.pool, self.seed = last, slots, pool, seed
         self.notes: list[str] = []
-        self._objective = Objective(model, "ce")
-        self._objective.check_classes(highest(labels))
+        self._objective = Objective(model, loss)
+        if labels.ndim == 1:
+            self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
-        said = predicted(self.clean)
-        self.correct, self.silent = said == labels, int((said == NONE).sum())
+        said = verdict(self.clean, labels)
+        self.correct, self.silent = is_label(said, labels), int((said == NONE).sum())
         self._first = torch.arange(slots, device=labels.device)
         self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first))))
 
@@ -195,7 +205,7 @@ class _Run:
             self.notes.append(note)
             warnings.warn(note, stacklevel=4)
 
-    def trial(self, number: int, opponent: Opponent, folder: str | Path | None) -> _Trial:
+    def trial(self, number: int, opponent: Opponent, folder: str | Path | None) -> Trial:
         gallery = None
         if folder is not None:
             path = Path(folder) / "-".join(
@@ -203,9 +213,15 @@ class _Run:
             )
             gallery = Gallery(path, self.images, opponent.eps if opponent.is_linf else None, self.labels.device)
         reach = None if opponent.ours else Reach()
-        return _Trial(opponent, Verdicts(self.correct, opponent.restarts), gallery, reach)
+        runs = opponent.attack.runs(self.clean.shape[1]) if opponent.ours else 1
+        return Trial(opponent, Verdicts(self.correct, runs), gallery, reach)
 
-    def attack(self, trial: _Trial, save: Callable[[], None], progress: bool) -> None:
+    def hand_on(self, before: Sequence[Trial], trial: Trial) -> None:
+        """Give `trial` those samples alone that the trials before it have not fooled within its budget."""
+        budget = (trial.opponent.norm, trial.opponent.eps) if trial.opponent.has_budget else (None, None)
+        trial.verdicts.todo = self.correct & ~fooled_by(before, *budget, self.correct)
+
+    def attack(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
         """Finish `trial`; what is known is saved every few seconds and at the end."""
         if not trial.verdicts.unsettled.any():
             return
@@ -266,7 +282,7 @@ class _Run:
                 x = x.contiguous(memory_format=attack.memory_format)
             slots = attack.slots(x, targets[rows], attack.eps, sample_seeds(self.seed, rows))
             Engine(attack, slots).start()
-            grad, _, _ = attack.objective.gradient(slots.input, slots.targets)
+            grad, _, _ = attack.objective.gradient(slots.input, attack.aim(slots))
             counts = torch.ones_like(rows, dtype=torch.bool)
             if attack.loss == "kl":
                 counts = (slots.adv != to_float(x)).flatten(1).any(1)
@@ -278,7 +294,7 @@ class _Run:
     def _batches(self, trial) -> Iterator[tuple[int, int]]:
         """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
         verdicts = trial.verdicts
-        chunks = self.correct.nonzero()[:, 0].split(self.slots)
+        chunks = verdicts.todo.nonzero()[:, 0].split(self.slots)
         for i, chunk in enumerate(chunks):
             if not verdicts.unsettled[chunk].any():
                 continue
@@ -287,8 +303,8 @@ class _Run:
                 returned = trial.opponent(images, self.labels[chunk])
             adv = as_images(returned, images)
             finite = trial.reach.add(adv, images)
-            said = torch.where(finite, predicted(self._objective.logits(adv)), NONE)
-            wrong = said != self.labels[chunk]
+            said = torch.where(finite, verdict(self._objective.logits(adv), self.labels[chunk]), NONE)
+            wrong = ~is_label(said, self.labels[chunk])
             verdicts.said[chunk] = said
             verdicts.step[chunk[wrong]] = 0
             verdicts.restart[chunk[~wrong]] = 1
@@ -302,10 +318,11 @@ class _Run:
         if trial.gallery is not None:
             trial.gallery.flush(trial.verdicts.todo & ~trial.verdicts.unsettled, self.labels, self.logits)
 
-    def report(self, trials: Sequence[_Trial]) -> dict:
+    def report(self, trials: Sequence[Trial], ensemble: bool) -> dict:
         n = len(self.images)
         for trial in trials:
-            trial.zeros = self._zero_gradients(trial.opponent.attack) if trial.opponent.ours else None
+            by_gradient = trial.opponent.ours and trial.opponent.attack.by_gradient
+            trial.zeros = self._zero_gradients(trial.opponent.attack) if by_gradient else None
         results = [self._result(trial) for trial in trials]
         ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
         self._warn(suspicions.of_gradients((t.opponent.title, *t.zeros) for t in trials if t.zeros))
@@ -314,10 +331,27 @@ class _Run:
         theirs = [trial for trial in trials if not trial.opponent.ours]
         self._warn(note for trial in theirs for note in suspicions.of_reach(trial.opponent, trial.reach))
         self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
-        robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
-        self._warn(suspicions.of_accuracies(robust))
+        if not ensemble:
+            robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
+            self._warn(suspicions.of_accuracies(robust))
+        self._warn(suspicions.of_late_falls(trial for trial in trials if trial.opponent.ours))
+        clean = int(self.correct.sum()) / n
+        found = [
+            {
+                "norm": norm,
+                "eps": eps,
+                "robust_accuracy": int(robust.sum()) / n,
+                "attacks": names,
+                "robust": robust.tolist(),
+            }
+            for norm, eps, names, robust in budgets(trials, self.correct)
+        ]
+        accuracies = [each["robust_accuracy"] for each in found]
         return {
-            "clean_accuracy": int(self.correct.sum()) / n,
+            "clean_accuracy": clean,
+            "robust_accuracy": accuracies[0] if len(accuracies) == 1 else accuracies,
+            "budgets": found,
+            "curves": _curves(found, clean),
             "clean_correct": self.correct.tolist(),
             "no_prediction": self.silent,
             "attacks": results,
@@ -325,7 +359,8 @@ class _Run:
         }
 
     def _robust(self, trial) -> torch.Tensor:
-        return self.correct & ~trial.verdicts.fooled
+        """Of the samples that it was given, those that it did not fool."""
+        return trial.verdicts.todo & ~trial.verdicts.fooled
 
     def _result(self, trial) -> dict:
         opponent, verdicts, reach = trial.opponent, trial.verdicts, trial.reach
@@ -343,6 +378,7 @@ class _Run:
             "attack": opponent.name,
             "eps": opponent.eps,
             **accuracy,
+            "given": int(verdicts.todo.sum()),
             "largest_linf": reach and reach.linf,
             "largest_l2": reach and reach.l2,
             "no_prediction": int(verdicts.silenced.sum()),
@@ -353,6 +389,7 @@ class _Run:
             "zero_gradients": trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else None,
             "fooled": fooled,
             **first,
+            "latest": trial.latest if opponent.ours else None,
             "settings": opponent.facts(),
         }
 
@@ -370,7 +407,14 @@ def _identity(settings, model, images, labels, against: Sequence[Opponent]) -> s
     return run
 
 
-def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:
+def _curves(found: Sequence[Mapping], clean: float) -> list[dict]:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for each in found:
+        points.setdefault(each["norm"], []).append((each["eps"], each["robust_accuracy"]))
+    return [curve(norm, of_norm, clean) for norm, of_norm in points.items() if len(of_norm) > 1]
+
+
+def _save(file: StateFile | None, trials: Sequence[Trial]) -> None:
     if file is None:
         return
     tensors, facts = {}, []
@@ -384,7 +428,7 @@ def _save(file: StateFile | None, trials: Sequence[_Trial]) -> None:
     file.save(tensors, {"attacks": facts})
 
 
-def _load(file: StateFile, trials: Sequence[_Trial]) -> None:
+def _load(file: StateFile, trials: Sequence[Trial]) -> None:
     loaded = file.load()
     if loaded is None:
         return

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from fastadv.attacks.base import Attack
+from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.verdicts import SILENT
+from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.opponents import Opponent
 
@@ -74,6 +76,21 @@ def of_reach(opponent: Opponent, reach: Reach) -> Iterator[str]:
             f"from the clean ones, beyond its eps of {opponent.eps:.6g}: its robust accuracy is left out. Does it take "
             "images in [0, 1], and its eps in their unit?"
         )
+
+
+def of_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
+    """About PMA that found its last samples in the last tenth of its last run: there may be more to find."""
+    for trial in trials:
+        attack, verdicts = trial.opponent.attack, trial.verdicts
+        if isinstance(attack, (PMA, PMAL2)):
+            last_run = verdicts.fooled & (verdicts.restart == verdicts.restarts - 1)
+            late = int((last_run & (verdicts.step > 0.9 * attack.steps)).sum())
+            if late:
+                yield (
+                    f"{late} samples fell in the last tenth of the last of the {verdicts.restarts} runs of "
+                    f"{trial.opponent.title}, of {attack.steps} steps each: longer runs may find more. Evaluate with "
+                    "--attacks pma-100-2"
+                )
 
 
 def of_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:

@@ -1,0 +1,155 @@
+"""What attacks find together, against unions and sums by hand."""
+
+import pytest
+import torch
+import torchattacks
+from test_evaluation import EPS, SLOTS, Net, forty_samples, hardest
+
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, by_name
+from fastadv.evaluation import evaluate
+from fastadv.evaluation.ensemble import curve
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def samples():
+    return forty_samples()
+
+
+def union(results):
+    return [any(each) for each in zip(*(result["fooled"] for result in results), strict=True)]
+
+
+def both(net, samples, attacks, **options):
+    return [evaluate(net, samples, attacks, slots=SLOTS, ensemble=e, seed=3, **options) for e in (True, False)]
+
+
+def test_survivors_are_handed_on_and_all_together_fool_what_each_alone_does(net, samples):
+    theirs = torchattacks.PGD(net, EPS, EPS / 4, 4)
+    theirs.norm = "Linf"
+    attacks = [FGSM(net, EPS), hardest(net), PMA(net, EPS, 4), theirs]
+    together, alone = both(net, samples, attacks)
+    correct = together["clean_correct"]
+    left = sum(correct)
+    seen = [False] * 40
+    for one, each in zip(together["attacks"], alone["attacks"], strict=True):
+        assert one["given"] == left
+        # An attack of ours draws by the sample and not by the batch: it finds the same of those that it is given.
+        assert each["given"] == sum(correct)
+        if each["passes"] is not None:
+            assert one["fooled"] == [f and not s for f, s in zip(each["fooled"], seen, strict=True)]
+        seen = [f or s for f, s in zip(one["fooled"], seen, strict=True)]
+        left -= sum(one["fooled"])
+        assert one["robust_accuracy"] == left / 40
+    assert seen == union(together["attacks"])
+    assert together["robust_accuracy"] == left / 40 > 0
+    assert together["budgets"][0]["robust"] == [c and not s for c, s in zip(correct, seen, strict=True)]
+    assert together["budgets"][0]["attacks"] == ["FGSM", "PGD", "PMA", "PGD"][:3]
+    ours = union(alone["attacks"][:3])
+    assert all(s or not o for o, s in zip(ours, seen, strict=True))
+    assert sum(r["passes"] for r in together["attacks"][:3]) < sum(r["passes"] for r in alone["attacks"][:3])
+
+
+def test_what_falls_within_a_budget_falls_within_a_larger_one_without_work(net, samples):
+    eps = [EPS, EPS / 4, EPS / 2]
+    together, alone = both(net, samples, ["fgsm", "pgd"], eps=eps)
+    found = {(r["attack"], r["eps"]): r for r in together["attacks"]}
+    single = {(r["attack"], r["eps"]): r["fooled"] for r in alone["attacks"]}
+    assert list(found) == list(single)
+    for budget in together["budgets"]:
+        fooled = union([{"fooled": f} for (_, e), f in single.items() if e <= budget["eps"]])
+        right = together["clean_correct"]
+        assert budget["robust"] == [c and not f for c, f in zip(right, fooled, strict=True)]
+    assert [b["eps"] for b in together["budgets"]] == eps
+    assert together["robust_accuracy"] == [b["robust_accuracy"] for b in together["budgets"]]
+    small, middle, large = (found["fgsm", e] for e in sorted(eps))
+    assert middle["given"] == small["given"] - sum(small["fooled"])
+    assert large["given"] == middle["given"] - sum(middle["fooled"])
+    assert found["pgd", EPS / 4]["given"] == small["given"] - sum(small["fooled"])
+
+
+def test_only_what_keeps_to_a_ball_counts_for_it(net, samples):
+    """Another norm is another threat; N-FGSM leaves its ball; an image beyond the budget is no find."""
+
+    class Beyond:
+        __name__, eps, norm = "Beyond", EPS, "Linf"
+
+        def __call__(self, images, labels):
+            return (images + 0.5).clamp(0, 1)
+
+    attacks = [NFGSM(net, EPS), PGDL2(net, 0.4, 0.1, 4), Beyond(), PGD(net, EPS, EPS / 4, 4)]
+    attacks.append(torchattacks.PGD(net, EPS, EPS / 4, 4))  # of a norm that it does not name
+    with pytest.warns(UserWarning, match="beyond its eps"):
+        report = evaluate(net, samples, attacks, slots=SLOTS)
+    assert [r["given"] for r in report["attacks"]] == [36] * 5
+    assert [(b["norm"], b["eps"], b["attacks"]) for b in report["budgets"]] == [
+        ("L2", 0.4, ["PGDL2"]),
+        ("Linf", EPS, ["PGD"]),
+    ]
+    assert report["robust_accuracy"] == [report["attacks"][i]["robust_accuracy"] for i in (1, 3)]
+
+
+def test_the_curve_s_figures_are_sums_by_hand():
+    found = curve("Linf", [(0.4, 0.1), (0.1, 0.5)], 0.9)
+    assert found["eps"] == [0.0, 0.1, 0.4]
+    assert found["robust_accuracy"] == [0.9, 0.5, 0.1]
+    assert found["area"] == pytest.approx((0.1 * (0.9 + 0.5) / 2 + 0.3 * (0.5 + 0.1) / 2) / 0.4)
+    # Of ten samples one is wrong, four fall by 0.1, four more by 0.4, and one withstands that.
+    assert found["expected_robustness"] == pytest.approx((4 * 0.1 + 1 * 0.4) / 10)
+
+
+def test_several_budgets_make_a_curve(net, samples):
+    report = evaluate(net, samples, ["fgsm", "pma"], eps=[EPS, EPS / 2], slots=SLOTS)
+    (found,) = report["curves"]
+    assert found["eps"] == [0.0, EPS / 2, EPS]
+    assert found["robust_accuracy"] == [report["clean_accuracy"], *report["robust_accuracy"][::-1]]
+    assert not evaluate(net, samples, ["fgsm"], slots=SLOTS)["curves"]
+
+
+def test_a_late_fall_is_told_of(net, samples):
+    """A model that gives way at the last steps of the second run only."""
+    calls = []
+
+    def stubborn(x):
+        if x.requires_grad:
+            calls.append(1)
+        return net(x) + (torch.tensor([0.0, 0, 1e3]) if len(calls) >= 40 else 0)
+
+    with pytest.warns(UserWarning, match=r"samples fell in the last tenth.*pma-100-2"):
+        report = evaluate(stubborn, samples, [by_name("pma", stubborn, 1e-4)], slots=64)
+    assert report["attacks"][0]["latest"]["restart"] == 1
+    assert report["attacks"][0]["latest"]["step"] >= 19
+    quiet = evaluate(net, samples, ["pma"], eps=1e-4, slots=64)
+    assert not quiet["warnings"]
+
+
+def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
+    """On linear models a sign step along the weight is the worst of all."""
+    torch.manual_seed(1)
+    images = torch.rand(60, 3, 2, 2)
+    one = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1))
+    with torch.no_grad():
+        one[1].bias -= one(images).mean()
+    labels = (one(images)[:, 0] > 0).long()
+    report = evaluate(one, (images, labels), [FGSM(one, 8 / 255, loss="bce")], slots=SLOTS)
+    step = (1 - 2 * labels).view(-1, 1, 1, 1) * one[1].weight.detach().sign().view(3, 2, 2)
+    adv = (images + 8 / 255 * step).clamp(0, 1)
+    assert report["attacks"][0]["fooled"] == ((one(adv)[:, 0] > 0).long() != labels).tolist()
+    assert 0 < report["robust_accuracy"] < report["clean_accuracy"] == 1
+
+    several = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    signs = (several(images) > 0).long()
+    signs[:5, 0] ^= 1
+    attack = PGD(several, 8 / 255, loss="bce", random_start=False, steps=3)
+    report = evaluate(several, (images, signs), [attack], slots=SLOTS)
+    assert report["clean_correct"] == [False] * 5 + [True] * 55
+    found = several(attack(images, signs))
+    fooled = ((found > 0) != (signs > 0)).any(1)
+    assert all(f for f, last in zip(report["attacks"][0]["fooled"], fooled.tolist(), strict=True) if last and f)
+    assert sum(report["attacks"][0]["fooled"]) >= int(fooled[5:].sum()) > 0
+    with pytest.raises(ValueError, match="loss='bce'"):
+        evaluate(several, (images, signs), ["fgsm"], slots=SLOTS)
