@@ -76,6 +76,30 @@ def write_report(
     write_atomically(path, (head + "\n".join(parts) + "</html>\n").encode())
 
 
+def write_curves(path: str | Path, curves: Sequence[Mapping]) -> None:
+    """Write robust accuracy over the budget as a PNG file: `curves` as `fastadv.evaluation.evaluate` returns them.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    figure = require("matplotlib.figure").Figure(figsize=(4.5 * len(curves), 3.2), layout="constrained")
+    for axis, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        scale, unit = (255, " / 255") if curve["norm"] == "Linf" else (1, " in L2")
+        eps, robust = ([scale * e for e in curve["eps"]], [100 * share for share in curve["robust_accuracy"]])
+        axis.plot(eps, robust, color="#00798c", marker=".")
+        axis.fill_between(eps, robust, color="#00798c", alpha=0.15)
+        axis.set(xlabel=f"eps{unit}", ylabel="robust accuracy, %", xlim=(0, eps[-1]), ylim=(0, 100))
+        axis.set_title(
+            f"mean {100 * curve['area']:.1f} %, expected robustness {scale * curve['expected_robustness']:.3g}{unit}",
+            fontsize=9,
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getvalue())
+
+
 def _choice(final: Mapping) -> list[str]:
     """A sentence where chance alone may have told the chosen weights from others."""
     if not final.get("within_noise"):
@@ -88,7 +112,10 @@ def _choice(final: Mapping) -> list[str]:
 
 
 def _robust(record: Mapping, eps: float) -> dict[str, str]:
-    return {f"Robust accuracy (PGD-10, eps {255 * eps:g}/255)": _percent(record["robust_accuracy"])}
+    rows = {f"Robust accuracy (PGD-10, eps {255 * eps:g}/255)": _percent(record["robust_accuracy"])}
+    if "pma_accuracy" in record:
+        rows["and under PMA, two runs of 20 steps"] = _percent(record["pma_accuracy"])
+    return rows
 
 
 def _percent(share: float) -> str:

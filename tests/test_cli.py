@@ -239,6 +239,7 @@ EVALUATION = {
     "--eps": ("4 2/255", {"eps": [4 / 255, 2 / 255]}),
     "--iterate": ("last", {"iterate": "last"}),
     "--limit": ("7", {"count": 7}),
+    "--independent": (None, {"ensemble": False}),
     "--allow-overlap": (None, {}),  # it only lets images pass that are refused else
     "--slots": ("9", {"slots": 9}),
     "--save-images": (None, {"save_images": Path("out/images")}),
@@ -357,7 +358,9 @@ def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsy
     trained = robust_accuracy(model, TEST, attack, seed=3)
     assert trained["robust_accuracy"] > untrained["robust_accuracy"] + 0.3
     assert trained == {key: final[key] for key in trained}
-    assert f"PGD-10 accuracy {trained['robust_accuracy']:.1%} at eps 16/255" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"robust accuracy {trained['robust_accuracy']:.1%} under PGD-10 at eps 16/255" in printed
+    assert f"{trained['pma_accuracy']:.1%} of them and PMA" in printed
 
 
 def test_transfer_with_a_linear_probe_keeps_the_source_backbone(tmp_path, capsys):

@@ -1240,6 +1240,9 @@ def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
         )
     assert report["versions"]["torch"] == torch.__version__
     assert report["settings"]["seed"] == 0
+    for budget in report["budgets"]:
+        assert f"{budget['robust_accuracy']:.1%} at eps {255 * budget['eps']:g}/255, under fgsm, pgd" in printed
+    assert (tmp_path / "out" / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
     digits = data.load("digits")
     model = models.load(weights).network

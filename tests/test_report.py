@@ -8,7 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastadv.report import write_report
+from fastadv.evaluation.ensemble import curve
+from fastadv.report import write_curves, write_report
 
 EPS, CLASSES = 0.1, ("dark <0.5", "bright")
 RECORDS = [
@@ -17,8 +18,8 @@ RECORDS = [
     {"epoch": 0, "train_accuracy": 0.41, "clean_accuracy": 0.72, "robust_accuracy": 0.31, "probe_pgd": 0.21},
     {"epoch": 1, "train_accuracy": 0.42, "clean_accuracy": 0.73, "robust_accuracy": 0.32, "probe_pgd": 0.22}
     | {"alarm": "overfitting & more", "action": "rollback"},
-    {"final": True, "best_epoch": 1, "clean_accuracy": 0.93, "robust_accuracy": 0.34, "chosen_by": "robust_accuracy"}
-    | {"noise": 0.105, "within_noise": [0]},
+    {"final": True, "best_epoch": 1, "clean_accuracy": 0.93, "robust_accuracy": 0.34, "pma_accuracy": 0.32}
+    | {"chosen_by": "robust_accuracy", "noise": 0.105, "within_noise": [0]},
 ]
 
 
@@ -72,7 +73,7 @@ def test_the_numbers_are_those_of_the_records(report):
     text, (curves, _), _, _ = report()
     robust = "Robust accuracy (PGD-10, eps 25.5/255)"
     assert tables(text) == [
-        {"Clean accuracy": "93.0 %", robust: "34.0 %"},
+        {"Clean accuracy": "93.0 %", robust: "34.0 %", "and under PMA, two runs of 20 steps": "32.0 %"},
         {"Clean accuracy": "81.0 %", robust: "12.0 %"},
         {"lr": "&lt;1"},
     ]
@@ -87,6 +88,18 @@ def test_the_numbers_are_those_of_the_records(report):
     assert shown.keys() == expected.keys()
     for label, key in expected.items():
         assert shown[label] == [[1, pytest.approx(100 * RECORDS[2][key])], [2, pytest.approx(100 * RECORDS[3][key])]]
+
+
+def test_the_curve_s_points_are_the_shares_at_their_budgets(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, buffer, **_: (seen.append(self), buffer.write(b"png")))
+    found = curve("Linf", [(8 / 255, 0.2), (4 / 255, 0.5)], 0.9)
+    write_curves(tmp_path / "c.png", [found, curve("L2", [(0.5, 0.4)], 0.8)])
+    assert (tmp_path / "c.png").read_bytes() == b"png"
+    first, second = ([line.get_xydata().tolist() for line in axis.lines] for axis in seen[0].axes)
+    assert first == [[[0, 90], [pytest.approx(4), 50], [pytest.approx(8), 20]]]
+    assert second == [[[0, 80], [0.5, 40]]]
+    assert "mean 52.5 %" in seen[0].axes[0].get_title()
 
 
 def test_alarms_and_a_weak_backbone_are_warned_of_and_a_choice_within_noise_is_said(report):

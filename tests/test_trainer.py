@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastadv import data, sample_seeds
-from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2
-from fastadv.evaluation import robust_accuracy
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, by_name
+from fastadv.evaluation import evaluate, robust_accuracy
 from fastadv.models import find_head, networks
 from fastadv.training import Trainer, run
 from fastadv.training.augment import Augment
@@ -160,9 +160,8 @@ def scripted(monkeypatch):
 
         def measure(model, batch, attack, **options):
             attacks.append(attack)
-            images, labels = VAL if len(attacks) < len(found) else TEST
-            assert batch[0] is images
-            assert batch[1] is labels
+            assert batch[0] is VAL[0]
+            assert batch[1] is VAL[1]
             return dict(zip(("clean_accuracy", "robust_accuracy"), next(left), strict=True))
 
         monkeypatch.setattr(run, "robust_accuracy", measure)
@@ -184,7 +183,7 @@ CHOICES = [
 @pytest.mark.parametrize(("attack", "found", "best"), CHOICES)
 def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(attack, found, best, scripted, after_steps):
     states, watch = after_steps
-    model, attacks = conv(), scripted(*found, (0, 0))
+    model, attacks = conv(), scripted(*found)
     watch(model)
     records = fit(model, attack=attack, epochs=4, parts=(TRAIN, VAL, TEST))
     assert same(copied(model), states[5 * best + 4])
@@ -193,15 +192,27 @@ def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(attack
     assert all(type(attack) is PGD and attack.steps == 10 for attack in attacks)
 
 
+def test_the_final_figures_are_those_of_the_evaluation_s_attack_and_of_pma_on_what_it_leaves():
+    model = conv()
+    final = fit(model, epochs=3, eps=0.1, parts=(TRAIN, VAL, TEST), seed=4)[-1]
+    attacks = [by_name(name, model, 0.1) for name in ("pgd-10", "pma")]
+    alone = [result["fooled"] for result in evaluate(model, TEST, attacks, ensemble=False, seed=4)["attacks"]]
+    images, labels = data.to_float(TEST[0]), TEST[1]
+    right = (model.eval()(images).argmax(1) == labels).tolist()
+    assert final["clean_accuracy"] == sum(right) / 21
+    assert final["robust_accuracy"] == sum(r and not p for r, p in zip(right, alone[0], strict=True)) / 21
+    assert final["pma_accuracy"] == sum(r and not (p or q) for r, p, q in zip(right, *alone, strict=True)) / 21
+
+
 def test_the_final_record_says_which_epochs_chance_alone_may_have_told_from_the_best(scripted):
     shares = [0.05, 0.6, 0.9, 0.85, 0.7]
-    scripted(*((1, share) for share in shares), (0, 0))
+    scripted(*((1, share) for share in shares))
     final = fit(conv(), epochs=5, parts=(TRAIN, VAL, TEST))[-1]
     count = len(VAL[0])
     middle = (0.9 * count + 2) / (count + 4)  # Agresti and Coull 1998
     assert final["noise"] == pytest.approx(2 * (middle * (1 - middle) / (count + 4)) ** 0.5)
     assert final["within_noise"] == [epoch for epoch in (0, 1, 3, 4) if shares[epoch] >= 0.9 - final["noise"]] == [3]
-    scripted((0.7, 0), (0.1, 0), (0, 0))
+    scripted((0.7, 0), (0.1, 0))
     assert fit(conv(), attack=None, parts=(TRAIN, VAL, TEST))[-1]["within_noise"] == []
     assert "noise" not in fit(conv(), parts=(TRAIN,))[-1]
 
@@ -457,16 +468,16 @@ def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
 
 
 def test_a_run_cut_in_its_final_evaluation_can_be_resumed_twice(tmp_path, monkeypatch):
-    models, evaluate = [conv(), conv(), conv()], robust_accuracy
+    models = [conv(), conv(), conv()]
 
     def failing(*arguments, **options):
         raise RuntimeError("cut")
 
     options = {"folder": tmp_path, "resume": True, "parts": (TRAIN, None, TEST)}
-    monkeypatch.setattr(run, "robust_accuracy", failing)
+    monkeypatch.setattr(run, "evaluate", failing)
     with pytest.raises(RuntimeError, match="cut"):
         fit(models[0], **options)
-    monkeypatch.setattr(run, "robust_accuracy", evaluate)
+    monkeypatch.setattr(run, "evaluate", evaluate)
     first, second = (fit(model, **options) for model in models[1:])
     assert first == second
     assert all(same(copied(models[0]), copied(model)) for model in models[1:])

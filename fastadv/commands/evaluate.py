@@ -11,7 +11,8 @@ from fastadv.attacks import PRESETS
 from fastadv.commands.arguments import add_data, adder, eps_budget, load_data, load_model, overlap
 from fastadv.data.splits import Split
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.robustness import ITERATES
+from fastadv.evaluation.robustness import ATTACKS, ITERATES
+from fastadv.report import write_curves
 
 MOST_OVERLAP = 0.05  # of the judged images may be training images
 
@@ -21,8 +22,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     add_data(parser, add, split_seed=None)
     add("--model", required=True, help="a checkpoint.safetensors")
-    add("--attacks", default="fgsm,pgd-20,pgd-50-10", help=f"some of {', '.join(PRESETS)}")
+    add("--attacks", default=",".join(ATTACKS), help=f"some of {', '.join(PRESETS)}")
     add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
+    parser.add_argument(
+        "--independent", action="store_true", help="give each attack all images, not those that the ones before it left"
+    )
     add("--iterate", default="any", choices=ITERATES, help="which iterates are judged, start included; any is stronger")
     add("--limit", int, help="so many test images, a sample that is always the same (all if not given)")
     parser.add_argument(
@@ -58,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         (images, labels),
         arguments.attacks.split(","),
         eps=arguments.eps,
+        ensemble=not arguments.independent,
         iterate=arguments.iterate,
         slots=arguments.slots,
         seed=arguments.seed,
@@ -66,11 +71,29 @@ def run(arguments: argparse.Namespace) -> None:
     )
     (arguments.out / "report.json").write_text(json.dumps(report | {"trained_on": trained_on}) + "\n")
     print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
-    print(f"{'attack':12}{'eps':>8}{'robust':>9}{'passes':>12}{'seconds':>10}")
-    for result in report["attacks"]:
-        accuracy, eps = result["robust_accuracy"], f"{255 * result['eps']:g}/255"
-        print(f"{result['attack']:12}{eps:>8}{accuracy:9.1%}{result['passes']:12,}{result['seconds']:10.1f}")
+    _print_attacks(report["attacks"])
+    for budget in report["budgets"]:
+        at = f"{255 * budget['eps']:g}/255" if budget["norm"] == "Linf" else f"{budget['eps']:g} in {budget['norm']}"
+        print(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {at}, under {', '.join(budget['attacks'])}")
     print(f"saved {arguments.out / 'report.json'}")
+    if report["curves"]:
+        write_curves(arguments.out / "curve.png", report["curves"])
+        print(f"saved {arguments.out / 'curve.png'}")
+
+
+def _print_attacks(results: list[dict]) -> None:
+    """A row each: what it left of what it was given, how often it ran, its gradients, and its last find."""
+    print(
+        f"{'attack':12}{'eps':>8}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}"
+    )
+    for result in results:
+        eps, latest, settings = f"{255 * result['eps']:g}/255", result["latest"], result["settings"]
+        runs = f"{settings.get('restarts', 1)} x {settings.get('steps', 1)}"
+        fell = f"run {latest['restart'] + 1}, {latest['step']}" if latest else "-"
+        print(
+            f"{result['attack']:12}{eps:>8}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:8,}"
+            f"{runs:>15}{fell:>14}{result['seconds']:8.1f}"
+        )
 
 
 def _checked_overlap(model: models.Model, digests: torch.Tensor, split: Split, allowed: bool) -> int | None:

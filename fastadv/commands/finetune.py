@@ -82,7 +82,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
     final = records[-1]
     print(f"clean accuracy  {final['clean_accuracy']:.1%} on {len(dataset.y_test)} test images")
-    print(f"PGD-10 accuracy {final['robust_accuracy']:.1%} at eps {255 * arguments.eps:g}/255")
+    print(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * arguments.eps:g}/255")
+    print(
+        f"                {final['pma_accuracy']:.1%} of them and PMA together, two runs of 20 steps: the one to report"
+    )
     print(f"saved {weights} and {arguments.out / 'report.html'} ({final['train_s']:.1f} s of training)")
 
 

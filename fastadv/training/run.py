@@ -20,7 +20,7 @@ from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
 from fastadv.evaluation.identity import fingerprint, untold
-from fastadv.evaluation.robustness import Batch, robust_accuracy, seeded
+from fastadv.evaluation.robustness import Batch, evaluate, robust_accuracy, seeded
 from fastadv.evaluation.samples import as_tensors
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
@@ -239,9 +239,18 @@ class Run:
     def _final(self) -> dict:
         seconds = sum(record["train_s"] for record in self.at.records if "epoch" in record)
         attack = self.trainer.eval_attack or by_name("pgd-10", self.model, self.trainer.eps)
-        result = {} if self.test is None else self._accuracy(self.test, attack)
+        result = {} if self.test is None else self._judged(attack)
         final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **self._choice(), **result}
         return final | {"eval_attack": _name(attack), "train_s": seconds}
+
+    def _judged(self, attack: Callable) -> dict[str, float]:
+        """Of the test images: those that withstand the attack of the evaluations, and those that PMA leaves of them."""
+        attacks = [attack, by_name("pma", self.model, self.trainer.eps)]
+        options = {"seed": self.settings.seed, "device": self.device, "progress": False}
+        report = evaluate(self.model, self.test, attacks, **options)
+        shares = [result["robust_accuracy"] for result in report["attacks"]]
+        found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
+        return self._agreed(self._checked(found, attack))
 
     def _choice(self) -> dict:
         """By what the weights were chosen, and from which other epochs chance alone may have told them."""
@@ -496,9 +505,12 @@ class Run:
 
     def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
         found = robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device)
+        return self._agreed(self._checked(found, attack))
+
+    def _checked(self, found: dict[str, float], attack: Callable) -> dict[str, float]:
         if found["robust_accuracy"] is None:  # its warning says how far it went
             raise ValueError(f"eval_attack {_name(attack)} leaves its eps or [0, 1]: weights cannot be chosen by it")
-        return self._agreed(found)
+        return found
 
     def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""

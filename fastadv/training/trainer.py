@@ -105,7 +105,8 @@ class Trainer:
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
             training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
             "action" where it acted, and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
-            {"final": True, "epochs", "best_epoch", "clean_accuracy", "robust_accuracy", "eval_attack", "train_s"}, and
+            {"final": True, "epochs", "best_epoch", "clean_accuracy", "robust_accuracy", "pma_accuracy" (of those that
+            withstand `eval_attack` and then PMA), "eval_attack", "train_s"}, and
             where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and
             "within_noise" (other epochs that were worse by no more). Fields that end in _s are seconds; all others are
             the same in a resumed run.
