@@ -4,6 +4,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fastadv.attacks.checks import (
     CHOSEN,
     beyond_the_box,
     box_of,
+    check_alpha_of,
     check_device,
     check_eps,
     check_has_classes,
@@ -22,13 +24,15 @@ from fastadv.attacks.checks import (
     check_signs,
     check_soft,
     check_start,
+    check_whole,
     highest,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
 from fastadv.attacks.losses import LOSSES
-from fastadv.attacks.normalized import Normalized, is_plain
+from fastadv.attacks.modes import Modes
+from fastadv.attacks.normalized import Normalized, denormalized, is_plain, normalization_of
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.rows import padded, part_of, per_sample, scalar, seeds_for
+from fastadv.attacks.rows import has_rows, padded, part_of, per_sample, scalar, seeds_for
 from fastadv.attacks.state import as_normal, frozen, on
 from fastadv.attacks.verdicts import is_label, predicted, verdict
 from fastadv.data import to_float
@@ -43,7 +47,7 @@ IGNORED = -100  # the label that cross-entropy passes over
 WATCHED, ALARMING = 8, 0.1
 
 
-class Attack(ABC):
+class Attack(Modes, ABC):
     """An attack on `model` within `eps`, in pixels of [0, 1].
 
     While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
@@ -55,8 +59,10 @@ class Attack(ABC):
         model: any callable from images to logits (N, C). `Normalized(model, mean, std)` where it takes normalised
             images: these stay in [0, 1] and eps in pixels.
         eps: budget.
-        targeted: False; True: the labels given are the targets; "random": a class other than the label; or
-            "least_likely": the class with the smallest logit on the clean image.
+        targeted: False; True: the labels given are the targets; "random": a class other than the label;
+            "least_likely": the class with the smallest logit on the clean image; or a callable from (images, labels),
+            images in pixels, to the targets, int64 (N,).
+        kth_min: "least_likely" is the class with the k-th smallest logit, the label left out.
         loss: "ce", "margin", "dlr", "probability_margin"; "targeted_margin" or "targeted_dlr", towards one class after
             the other; "bce", for a single logit or several labels a sample; "kl" (from the model's output on the clean
             images; it takes a random start, for it is 0 at the image itself); or a callable from (outputs, targets) to
@@ -79,6 +85,10 @@ class Attack(ABC):
             image, so that the noise is another than without `chunk`; seeds that are one for each image stay.
         clip: (lo, hi), the box that images are in; None for inputs without one, such as embeddings. With any but the
             default eps and the other lengths are in the inputs' own unit.
+        images_normalized: (mean, std), each a number or one per channel, where the images that are passed, x_init too,
+            are (pixels - mean) / std and the model takes such images. Those that come back are normalised likewise;
+            eps, alpha, noise and clip stay in pixels. The same as an attack on `Normalized(model, mean, std)`, from
+            and to pixels. None: images are pixels.
 
     All of these are attributes, and one that is assigned later acts as if it had been given.
 
@@ -88,6 +98,11 @@ class Attack(ABC):
 
     steps = 1
     draws = False  # whether it needs a seed
+    alpha: float | torch.Tensor | None = None
+    """Step size: a number; None, for eps; or a float tensor on the images' device, 0-dim, (N,) with one for each image
+    of a call, or as the steps take it, (N, 1, 1, 1), (1, C, 1, 1) or (N, C, 1, 1). Its values are looked at in the
+    first batch only. With `graph` step sizes of each image may change from call to call; another tensor of a single
+    row, as another number, is captured anew."""
     norm = "Linf"  # in which eps is a distance
     by_gradient = True  # else its steps see losses and logits only
     by_age = False  # whether its steps depend on the slots' `age` and `restart`
@@ -97,7 +112,7 @@ class Attack(ABC):
         model: Callable,
         eps: float,
         *,
-        targeted: bool | str = False,
+        targeted: bool | str | Callable = False,
         loss: str | Callable = "ce",
         target_classes: int = 9,
         restarts: int = 1,
@@ -108,6 +123,8 @@ class Attack(ABC):
         graph: bool = False,
         chunk: int | None = None,
         clip: tuple[float, float] | None = BOX,
+        kth_min: int = 1,
+        images_normalized: tuple | None = None,
     ):
         self.model = model
         self.eps = eps
@@ -122,6 +139,8 @@ class Attack(ABC):
         self.graph = graph
         self.chunk = chunk
         self.clip = clip
+        self.kth_min = kth_min
+        self.images_normalized = images_normalized
         self._start_losses: torch.Tensor | None = None
         self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
         self._counts: dict[str, torch.Tensor] = {}  # what else is told of at its end
@@ -148,10 +167,14 @@ class Attack(ABC):
             *(self.targeted, self.loss, self.target_classes, self.restarts, self.training_mode, self.autocast),
             *(self.memory_format, self.graph, self.chunk, self.clip),
         )
+        check_whole("kth_min", self.kth_min)
+        if self.images_normalized is not None:
+            normalization_of(self.images_normalized, self.model)
 
     def _settle(self) -> None:
         """Where a setting has changed, check it and forget what was made with the old ones."""
-        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        # What has a row for each image comes with the slots.
+        settings = {name: v for name, v in vars(self).items() if not name.startswith("_") and not has_rows(v)}
         del settings["objective"]
         eps = settings.pop("eps")  # graphs have it as a tensor, so that a schedule needs but one
         if _same(settings, self._settled):
@@ -166,9 +189,13 @@ class Attack(ABC):
         """The attacked function, made again where settings that it has have changed, or how the model is wrapped."""
         inner, normalization = _unwrapped(self.model)
         made_of = {"inner": inner, "normalization": normalization}
-        made_of |= {name: getattr(self, name) for name in ("loss", "targeted", "autocast", "compile")}
+        made_of |= {
+            name: getattr(self, name) for name in ("images_normalized", "loss", "targeted", "autocast", "compile")
+        }
         if _same(made_of, self._made_of):
             return
+        if self.images_normalized is not None:
+            normalization = normalization_of(self.images_normalized, self.model)
         self._made_of, self._normalization = made_of, normalization
         self.objective = Objective(
             inner, self.loss, targeted=bool(self.targeted), autocast=self.autocast, compiled=self.compile
@@ -187,7 +214,7 @@ class Attack(ABC):
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
         """Write the next iterate; `grad` is with respect to `slots.input`."""
 
-    def prepare(self, slots: Slots) -> None:  # noqa: B027 (most attacks keep nothing)
+    def prepare(self, slots: Slots) -> None:
         """Make what the attack keeps in `slots.memory`, as it is before the first step."""
 
     def aim(self, slots: Slots) -> torch.Tensor:
@@ -200,6 +227,11 @@ class Attack(ABC):
     def ended(self, slots: Slots) -> torch.Tensor:
         """Which slots hold their last iterate, (N,) bool."""
         return slots.age >= self.steps
+
+    def step_size(self, slots: Slots) -> float | torch.Tensor:
+        """alpha, one for all or (N, 1, ...); eps where it is None."""
+        alpha = self.alpha if slots.alpha is None else slots.alpha
+        return slots.eps if alpha is None else alpha
 
     def inside(self, slots: Slots) -> torch.Tensor | None:
         """Which iterates may count as a success, (N,) bool; None where all may, as none leaves the budget."""
@@ -232,7 +264,8 @@ class Attack(ABC):
         """Adversarial images: the last iterate. `images` are not changed. Works under no_grad and inference_mode.
 
         Args:
-            images: (N, ...) in [0, 1], any floating-point type, or uint8 meaning images / 255.
+            images: (N, ...) in [0, 1], any floating-point type, or uint8 meaning images / 255; with
+                `images_normalized` floats, normalised.
             labels: int64 (N,) on the images' device, each in [0, classes); for the loss "ce" also float (N, C), soft
                 labels; for "bce" also (N, C), 0 or 1 for each logit; for a loss of your own anything with N rows. None
                 means the model's own predictions.
@@ -242,7 +275,8 @@ class Attack(ABC):
             x_init: images to start from, instead of the attack's own start.
 
         Returns:
-            A tensor like `images` (float32 for uint8), detached, within eps of them and in [0, 1].
+            A tensor like `images` (float32 for uint8), detached, within eps of them and in [0, 1]; with
+            `images_normalized` normalised.
 
         Raises:
             TypeError: images, labels or x_init are of a wrong type or dtype, or the model's output is.
@@ -254,6 +288,9 @@ class Attack(ABC):
         self._check_batch(images, labels, x_init)
         with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode), on(images.device):
             x = as_normal(images)
+            if self.images_normalized is not None:
+                x = denormalized(x, self._normalization, self.clip, look=self._first)
+                x_init = x_init if x_init is None else denormalized(x_init, self._normalization, self.clip, look=False)
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
             seed = scalar(seed)
@@ -261,11 +298,14 @@ class Attack(ABC):
             if seed is None and (self.draws or several or self.targeted == "random"):
                 seed = new_seed(x.device)
             self._seen, self._counts = [], {}
+            alpha = self._own_alpha(x)
             try:
+                if callable(self.targeted):
+                    labels = self._mapped(x, labels)
                 if self._first:
                     self._check_values(x, labels)
                 targets = self._targets(x, labels, seed, given=x_init is not None)
-                adv = self._attack(x, targets, self._budget(eps, x), seed, x_init)
+                adv = self._attack(x, targets, self._budget(eps, x), seed, x_init, alpha)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)} (which "
@@ -273,29 +313,29 @@ class Attack(ABC):
                 ) from error
             self._first = self._first and len(x) == 0
             self._report()
-        return adv
+            return adv if self.images_normalized is None else self._normalization(adv)
 
-    def _attack(self, x, targets, eps, seed, x_init):
+    def _attack(self, x, targets, eps, seed, x_init, alpha):
         n = len(x)
         if self.chunk is not None and n > self.chunk:
             if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
                 seed = seeds_for(seed, x)  # each chunk needs noise of its own
             parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
-            return torch.cat(
-                [self._run(x[p], targets[p], part_of(eps, p), part_of(seed, p), part_of(x_init, p)) for p in parts]
-            )
-        return self._run(x, targets, eps, seed, x_init)
+            rest = (eps, seed, x_init, alpha)
+            return torch.cat([self._run(x[p], targets[p], *(part_of(value, p) for value in rest)) for p in parts])
+        return self._run(x, targets, eps, seed, x_init, alpha)
 
-    def _run(self, x, targets, eps, seed, x_init):
+    def _run(self, x, targets, eps, seed, x_init, alpha):
         n = len(x)
         pad = self._width - n if self.compile and self.training_mode == "eval" else 0
         if pad > 0:
-            x, targets, eps, seed, x_init = (padded(t, n, pad) for t in (x, targets, eps, seed, x_init))
+            rest = (x, targets, eps, seed, x_init, alpha)
+            x, targets, eps, seed, x_init, alpha = (padded(value, n, pad) for value in rest)
         self._width = max(self._width, n)
-        adv = self._strongest(x, targets, eps, seed, x_init, n)
+        adv = self._strongest(x, targets, eps, seed, x_init, alpha, n)
         return adv[:n] if pad > 0 else adv
 
-    def _strongest(self, x, targets, eps, seed, x_init, n):
+    def _strongest(self, x, targets, eps, seed, x_init, alpha, n):
         """Of all restarts; the first n of the images are no filling."""
         best, runs = None, self.runs(targets.shape[1] if self.compares == "pairs" else 0)
         for run in range(runs):
@@ -303,6 +343,7 @@ class Attack(ABC):
                 x_init = None
                 again = seeds_for(seed, x, run)
             slots = self.slots(x, targets, eps, again if run > 0 else seed, x_init)
+            slots.alpha = alpha
             if slots.restart is not None:
                 slots.restart.fill_(run)
             engine = self.engine(slots)
@@ -447,7 +488,10 @@ class Attack(ABC):
             ranked = ranked[ranked != labels[:, None]].reshape(len(labels), -1)  # others may be -inf too
             return torch.cat((labels[:, None], ranked[:, : self.target_classes]), 1)
         if self.targeted == "least_likely":
-            return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
+            if self.kth_min >= logits.shape[1]:
+                raise ValueError(f"kth_min is {self.kth_min}, of {logits.shape[1]} classes with the label left out")
+            ranked = logits.scatter(1, labels[:, None], torch.inf).argsort(dim=1, stable=True)
+            return ranked[:, self.kth_min - 1]
         if self.targeted == "random":
             classes = logits.shape[1]
             return (labels + 1 + (seeds & 0xFFFFFFFF) % (classes - 1)) % classes
@@ -462,7 +506,7 @@ class Attack(ABC):
     # ------------------------------------------------------------------ checks
 
     def _warn_of_step(self, alpha) -> None:
-        if alpha is not None and alpha > 2 * self.eps:
+        if isinstance(alpha, Real) and alpha > 2 * self.eps:
             below = type(self).__mro__[: type(self).__mro__.index(Attack)]
             constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
             warnings.warn(
@@ -487,6 +531,16 @@ class Attack(ABC):
         if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
+
+    def _own_alpha(self, x):
+        """The step sizes (N, 1, ...) of these images; None where they are one for all."""
+        if not isinstance(self.alpha, torch.Tensor):
+            return None
+        check_alpha_of(self.alpha, x, look=self._first)
+        alpha = as_normal(self.alpha)
+        if alpha.ndim == 1:
+            return per_sample(alpha, x)
+        return alpha if has_rows(alpha) else None
 
     def _check_batch(self, images, labels, x_init) -> None:
         check_images(images, self.clip)
@@ -557,6 +611,8 @@ class Attack(ABC):
         if self.norm == "Linf" and name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
             in_255 = round(value * 255, 6)
             return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
+        if has_rows(value):
+            return f"<one for each of {len(value)}>"
         return getattr(value, "__name__", None) or repr(value)
 
 

@@ -12,7 +12,7 @@ from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.state import TRAINING_MODES
 
 CHOSEN = ("random", "least_likely")  # targets that the attack chooses, for labels that it knows
-TARGETED = (False, True, *CHOSEN)
+TARGETED = (False, True, *CHOSEN)  # or a callable
 
 
 def device_of(model: Callable) -> torch.device | None:
@@ -47,8 +47,11 @@ def check_number(name: str, value: object) -> None:
 def check_options(
     targeted, loss, target_classes, restarts, training_mode, autocast, memory_format, graph, chunk, clip
 ) -> None:
-    if not isinstance(targeted, (bool, str)) or targeted not in TARGETED:
-        raise ValueError(f"targeted must be one of {', '.join(map(repr, TARGETED))}, got {targeted!r}")
+    if not callable(targeted) and (not isinstance(targeted, (bool, str)) or targeted not in TARGETED):
+        raise ValueError(
+            f"targeted must be one of {', '.join(map(repr, TARGETED))}, or a callable from (images, labels) to target "
+            f"labels, got {targeted!r}"
+        )
     if not callable(loss) and loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
     if targeted and not callable(loss) and LOSSES[loss].compares in ("clean", "pairs"):
@@ -90,6 +93,32 @@ def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> 
         raise ValueError(f"eps must not be negative, got {eps}")
 
 
+def check_alpha(alpha: object) -> None:
+    """Refuse what is neither a finite number nor a float tensor."""
+    if not isinstance(alpha, torch.Tensor):
+        check_number("alpha", alpha)
+    elif not alpha.is_floating_point():
+        raise TypeError(f"alpha must be a number or a float tensor, got {alpha.dtype}")
+    elif alpha.requires_grad:
+        raise ValueError("alpha requires grad, and an attack has no derivative with respect to it: detach it")
+
+
+def check_alpha_of(alpha: torch.Tensor, images: torch.Tensor, *, look: bool) -> None:
+    """Refuse step sizes that do not go with the images; with `look` those that are not finite: it waits for them."""
+    if alpha.device != images.device:
+        raise ValueError(f"alpha must be on the images' device {images.device}, got {alpha.device}")
+    wanted = (*images.shape[:2], *(1,) * (images.ndim - 2))
+    fits = alpha.ndim == len(wanted) and all(size in (1, w) for size, w in zip(alpha.shape, wanted, strict=True))
+    if alpha.shape not in ((), images.shape[:1]) and (alpha.ndim < 2 or not fits):
+        raise ValueError(
+            f"alpha must be a number, a 0-dim tensor, one of shape ({len(images)},), one per image, or of the images' "
+            f"rank as (N, 1, 1, 1), (1, C, 1, 1) or (N, C, 1, 1); got {tuple(alpha.shape)} for images "
+            f"{tuple(images.shape)}"
+        )
+    if look and not bool(alpha.isfinite().all()):
+        raise ValueError("alpha must be finite, and some of it is not")
+
+
 def check_images(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -> None:
     if not _is_image(images):
         raise TypeError(f"images must be a float or uint8 tensor, got {_kind(images)}")
@@ -122,18 +151,20 @@ def check_has_classes(labels: torch.Tensor, targeted: bool | str) -> None:
         )
 
 
-def check_labels(labels: torch.Tensor, images: torch.Tensor, *, soft: bool = False, any_kind: bool = False) -> None:
+def check_labels(
+    labels: torch.Tensor, images: torch.Tensor, *, soft: bool = False, any_kind: bool = False, name: str = "labels"
+) -> None:
     """Refuse what is not int64 (N,); with `soft` float (N, C) is right too, with `any_kind` whatever has N rows."""
     is_tensor = isinstance(labels, torch.Tensor)
     rows = any_kind or (soft and is_tensor and labels.is_floating_point() and labels.ndim == 2)
     if not is_tensor or not (rows or labels.dtype == torch.int64):
-        raise TypeError(f"labels must be an int64 tensor, got {_kind(labels)}")
+        raise TypeError(f"{name} must be an int64 tensor, got {_kind(labels)}")
     if (labels.shape[:1] if rows else labels.shape) != images.shape[:1]:
         raise ValueError(
-            f"labels must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
+            f"{name} must be of shape (N,), one for each of images {tuple(images.shape)}, got {tuple(labels.shape)}"
         )
     if labels.device != images.device:
-        raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+        raise ValueError(f"{name} must be on the images' device {images.device}, got {labels.device}")
 
 
 def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -> str | None:

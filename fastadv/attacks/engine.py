@@ -20,7 +20,7 @@ from fastadv.ops.autograd import result_like
 if TYPE_CHECKING:
     from fastadv.attacks.base import Attack
 
-NAMES = ("x", "targets", "eps", "seed", "adv", "z", "age", "restart")
+NAMES = ("x", "targets", "eps", "seed", "adv", "z", "age", "restart", "alpha")
 WARM_UP = 3  # iterations before a capture: cuDNN's and cuBLAS's choices and workspaces must exist by then
 
 
@@ -31,7 +31,8 @@ class Slots:
     one element or (N,); adv: the iterate, None before the start; z: the model's input where normalisation is folded
     into the steps, else None; given: whether `adv` came from outside, so that it cannot be made again from the seed;
     age, restart: steps since the start and number of the run, int64 (N,), None where the attack does not ask for them;
-    memory: tensors that an attack keeps from step to step.
+    alpha: step sizes, float (N, 1, ...), None where they are one for all; memory: tensors that an attack keeps from
+    step to step.
     losses, logits: of the iterate, when a step is taken; inside: which iterates may count, (N,) bool, None for all.
     """
 
@@ -39,6 +40,7 @@ class Slots:
         self.x, self.targets, self.eps, self.seed = x, targets, eps, seed
         self.adv, self.z = adv, z
         self.age, self.restart = age, restart
+        self.alpha = None
         self.given = adv is not None
         self.memory: dict[str, torch.Tensor] = {}
         self.losses = self.logits = self.inside = None

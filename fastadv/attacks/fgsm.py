@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import check_number
+from fastadv.attacks.checks import check_alpha, check_number
 from fastadv.attacks.engine import Slots
 from fastadv.functional import fgsm_step, pgd_step_, random_init
 
@@ -18,8 +18,9 @@ class FGSM(Attack):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the ball around the image, in pixels of [0, 1].
-        alpha: step size in the same unit; None means eps.
-        noise: half-width of the uniform random start, in the same unit; None means eps.
+        alpha: step size in the same unit; None means eps; also a tensor, see `Attack.alpha`.
+        noise: half-width of the uniform random start, in the same unit; None means eps, also where that has one value
+            per image.
         options: see `Attack`.
     """
 
@@ -27,7 +28,13 @@ class FGSM(Attack):
     NOISE = 1  # times eps, where noise is None
 
     def __init__(
-        self, model: Callable, eps: float = 8 / 255, *, alpha: float | None = None, noise: float | None = 0.0, **options
+        self,
+        model: Callable,
+        eps: float = 8 / 255,
+        *,
+        alpha: float | torch.Tensor | None = None,
+        noise: float | None = 0.0,
+        **options,
     ):
         super().__init__(model, eps, **options)
         self.alpha = alpha
@@ -41,11 +48,12 @@ class FGSM(Attack):
 
     def check(self) -> None:
         super().check()
-        for name, value in (("alpha", self.alpha), ("noise", self.noise)):
-            if value is not None:
-                check_number(name, value)
-        if self.noise is not None and self.noise < 0:
-            raise ValueError(f"noise must not be negative, got {self.noise}")
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+        if self.noise is not None:
+            check_number("noise", self.noise)
+            if self.noise < 0:
+                raise ValueError(f"noise must not be negative, got {self.noise}")
 
     def _noise(self, eps: float | torch.Tensor) -> float | torch.Tensor:
         return self.noise if self.noise is not None else self.NOISE * eps
@@ -57,7 +65,7 @@ class FGSM(Attack):
             slots.adv = random_init(slots.x, self._noise(slots.eps), seed=seed, out=slots.adv, **self.also(slots))
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
-        alpha = slots.eps if self.alpha is None else self.alpha
+        alpha = self.step_size(slots)
         if slots.given and self.project:
             pgd_step_(slots.adv, grad, slots.x, alpha=alpha, eps=slots.eps, **self.also(slots))
             return

@@ -18,7 +18,7 @@ class PGDL2(PGD):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the ball, the L2 norm of a whole perturbation with pixels in [0, 1].
-        alpha: length of a step; None means eps.
+        alpha: length of a step; None means eps; also a tensor, see `Attack.alpha`.
         steps: number of steps, at least 1.
         random_start: start in a random direction at a uniformly random distance within eps, else at the image.
         eps_for_division: added to the gradient's norm.
@@ -34,7 +34,7 @@ class PGDL2(PGD):
         self,
         model: Callable,
         eps: float = 1.0,
-        alpha: float | None = 0.2,
+        alpha: float | torch.Tensor | None = 0.2,
         steps: int = 10,
         random_start: bool = True,
         eps_for_division: float = 1e-10,

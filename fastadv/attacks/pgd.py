@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import box_of, check_number, check_whole
+from fastadv.attacks.checks import box_of, check_alpha, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian
 from fastadv.attacks.rows import per_sample
@@ -19,7 +19,7 @@ class PGD(Attack):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the ball around the image, in pixels of [0, 1].
-        alpha: step size in the same unit; None means eps.
+        alpha: step size in the same unit; None means eps; also a tensor, see `Attack.alpha`.
         steps: number of steps, at least 1.
         random_start: start at a uniformly random point of the ball, else at the image.
         schedule: of the step size: "constant", or "cosine", from 2 alpha down to nearly 0 by half a cosine.
@@ -33,7 +33,7 @@ class PGD(Attack):
         self,
         model: Callable,
         eps: float = 8 / 255,
-        alpha: float | None = 2 / 255,
+        alpha: float | torch.Tensor | None = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
         schedule: str = "constant",
@@ -56,7 +56,7 @@ class PGD(Attack):
         super().check()
         check_whole("steps", self.steps)
         if self.alpha is not None:
-            check_number("alpha", self.alpha)
+            check_alpha(self.alpha)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
 
@@ -70,7 +70,7 @@ class PGD(Attack):
 
     def length(self, slots: Slots) -> float | torch.Tensor:
         """Of the next step: one for all, or (N, 1, ...)."""
-        alpha = slots.eps if self.alpha is None else self.alpha
+        alpha = self.step_size(slots)
         if not self.by_age:
             return alpha
         factors = self.factors()

@@ -22,10 +22,14 @@ def seeds_for(seed, x, restart=0):
     return sample_seeds(seed, make(len(x), dtype=torch.int64, device=x.device), restart)
 
 
+def has_rows(value: object) -> bool:
+    """Whether it has a row for each sample; a tensor of one row is as good for any of them."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) > 1
+
+
 def part_of(value, part):
     """The rows `part` (a slice), where there are rows."""
-    rows = isinstance(value, torch.Tensor) and value.ndim > 0 and value.numel() > 1
-    return value[part] if rows else value
+    return value[part] if has_rows(value) else value
 
 
 def padded(value, n, pad):

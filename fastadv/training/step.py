@@ -161,6 +161,11 @@ def check_attack(name: str, attack: object, also: str = "") -> None:
             f"training takes images in [0, 1], and {name} is made for clip={attack.clip}: scale the images, and give "
             "the model's own range to Normalized(model, mean, std)"
         )
+    if isinstance(attack, Attack) and attack.images_normalized is not None:
+        raise ValueError(
+            f"training takes images in [0, 1], and {name} is made for normalised ones: make it on "
+            "Normalized(model, mean, std), without images_normalized"
+        )
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
