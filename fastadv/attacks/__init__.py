@@ -8,6 +8,7 @@ from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.presets import PRESETS, by_name
+from fastadv.attacks.square import Square
 
 __all__ = [
     "BIM",
@@ -24,5 +25,6 @@ __all__ = [
     "TPGD",
     "Attack",
     "Normalized",
+    "Square",
     "by_name",
 ]
