@@ -336,7 +336,7 @@ def test_a_start_from_outside_is_brought_into_the_ball(kind):
     attack, far = KINDS[kind](model, n_queries=1), torch.rand(3, *SHAPE, dtype=torch.float64)
     delta = attack(images, labels, x_init=far) - images
     if attack.norm == "Linf":
-        assert torch.equal(delta, (images + (far - images).clamp(-EPS, EPS)).clamp(0, 1) - images)
+        torch.testing.assert_close(delta, (far - images).clamp(-EPS, EPS), rtol=0, atol=1e-12)
     else:
         assert (delta.flatten(1).norm(dim=1) <= attack.eps * (1 + 1e-9)).all()
         assert (torch.cosine_similarity(delta.flatten(1), (far - images).flatten(1)) > 1 - 1e-9).all()
@@ -370,12 +370,12 @@ def test_preset():
 def trained():
     """A small network that has learnt which of four patterns is under the noise, and images of it."""
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.rand(CLASSES, 3, 12, 12, generator=generator)
+    patterns = torch.rand(CLASSES, 3, 10, 10, generator=generator)
     labels = torch.randint(CLASSES, (600,), generator=generator)
-    images = (0.3 + 0.4 * patterns[labels] + 0.25 * torch.randn(600, 3, 12, 12, generator=generator)).clamp(0, 1)
+    images = (0.4 + 0.2 * patterns[labels] + 0.2 * torch.randn(600, 3, 10, 10, generator=generator)).clamp(0, 1)
     torch.manual_seed(0)
     model = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
+        *(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES))
     )
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(60):
@@ -392,14 +392,14 @@ def shares(attacks, model, images, labels):
     return torch.tensor([(model(attack(images, labels)).argmax(1) != labels).double().mean() for attack in attacks])
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.05)])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.12)])
 def test_as_strong_as_torchattacks(trained, norm, eps):
-    queries, seeds, ours = 60, range(4), {"Linf": Square}[norm]
+    queries, seeds, ours = 60, range(8), {"Linf": Square}[norm]
     found = shares([lambda x, y, s=s: ours(trained[0], eps, queries)(x, y, seed=s) for s in seeds], *trained)
     peer = [
         torchattacks.Square(trained[0], norm, eps, n_queries=queries - 1, seed=s, resc_schedule=False) for s in seeds
     ]
     expected = shares(peer, *trained)
     assert 0.2 < expected.mean() < 0.8
-    # Four seeds differ by about 0.02 from each other.
-    assert abs(found.mean() - expected.mean()) < 0.05
+    # Theirs draws for a batch, not for a sample: its seeds differ by about 0.03 from each other.
+    assert abs(found.mean() - expected.mean()) < 0.06
