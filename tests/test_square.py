@@ -1,5 +1,6 @@
 """The Square attack against loops by hand that draw its numbers themselves, statistics, and torchattacks."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,10 +12,11 @@ from attacked import fresh_seed
 from attacked import one_thread as one_thread
 from torch import nn
 
-from fastadv.attacks import Normalized, Square, by_name
+from fastadv.attacks import Normalized, Square, SquareL2, by_name
 from fastadv.attacks.engine import Engine
 
 EPS = 0.07
+L2_EPS = 0.9
 CLASSES = 4
 # The window's side in an image of 32 x 32, for each query i: the square root of 1024 p, p = .8 and its halves, by hand.
 SIDES_OF_32 = [
@@ -236,10 +238,135 @@ def test_stripes_are_of_both_signs():
         assert (torch.corrcoef(signs.T) - torch.eye(12)).abs().max() * math.sqrt(n) < 5
 
 
+# ------------------------------------------------------------------------------------------ L2
+
+
+def bump_by_hand(side, turned):
+    """Two pyramids of nested rectangles, one after the other."""
+
+    def pyramid(height, width):
+        out = torch.zeros(height, width, dtype=torch.float64)
+        for k in range(max(height, width) // 2 + 1):
+            top, left = max(height // 2 - k, 0), max(width // 2 - k, 0)
+            out[top : height // 2 + k + 1, left : width // 2 + k + 1] += 1 / (k + 1) ** 2
+        return out / out.norm() if height else out
+
+    bump = torch.cat((pyramid(side // 2, side), -pyramid(side - side // 2, side)))
+    bump /= bump.norm()
+    return bump.T if turned else bump
+
+
+def l2_start_by_hand(image, seed):
+    c, h, w = image.shape
+    side, halves = min(h, w) // 5, oracle.random_halves(seed, np.arange((1 + c) * 25)).reshape(1 + c, 5, 5) >= 2**15
+    delta, top, left = torch.zeros_like(image), (h - 5 * side) // 2, (w - 5 * side) // 2
+    for channel, i, j in itertools.product(range(c), range(5), range(5)):
+        tile = bump_by_hand(side, not halves[0, i, j]) * (1 if halves[1 + channel, i, j] else -1)
+        delta[channel, top + i * side :, left + j * side :][:side, :side] = tile
+    return image + L2_EPS * delta / delta.norm()
+
+
+def l2_by_hand(model, image, label, seed, queries):
+    """(what the model is shown, the same before the box, best point) of one sample, window after window."""
+    c, h, w = image.shape
+    free, best, highest, shown, unbounded = l2_start_by_hand(image, seed), None, None, [], []
+    for query in range(queries):
+        unbounded.append(free)
+        shown.append(free.clamp(0, 1))
+        key = key_by_hand(model(shown[-1][None])[0], label, "margin", False)
+        if highest is None or key > highest:
+            best, highest = shown[-1], key
+        p = 0.8 / 2 ** sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000))
+        s = max(round(math.sqrt(p * h * w)), 3)
+        s = min(s + (s % 2 == 0), h, w)
+        u = drawn(seed, query, 5 + c)
+        (top, left), (other_top, other_left) = ((int(u[i] * (h - s)), int(u[i + 1] * (w - s))) for i in (0, 2))
+        window = slice(top, top + s), slice(left, left + s)
+        other = slice(other_top, other_top + s), slice(other_left, other_left + s)
+        delta, both = best - image, torch.zeros(h, w, dtype=torch.bool)
+        both[window] = both[other] = True
+        unused = max(L2_EPS**2 - float((delta**2).sum()), 0)
+        after = delta.clone()
+        for channel in range(c):
+            old = delta[channel][window]
+            new = bump_by_hand(s, u[4] > 0.5) * (1 if u[5 + channel] > 0.5 else -1) + old / (old.norm() + 1e-12)
+            energy = unused / c + float((delta[channel][both] ** 2).sum())
+            after[channel][other] = 0
+            after[channel][window] = new / new.norm() * math.sqrt(energy)
+        free = image + after / after.norm() * L2_EPS
+    return torch.stack(shown), torch.stack(unbounded), best
+
+
+@pytest.mark.parametrize("shape", [(3, 10, 10), (1, 6, 12), (2, 11, 5), (3, 17, 16)])
+def test_l2_follows_a_loop_by_hand(shape):
+    model = network(*shape)
+    images, labels = samples(model, 4, shape)
+    seeds = torch.randint(-(2**62), 2**62, (4,))
+    hand = [l2_by_hand(model, x, int(y), int(seed), 60) for x, y, seed in zip(images, labels, seeds, strict=True)]
+    shown = seen_by(model)
+    best = SquareL2(model, L2_EPS, 60)(images, labels, seed=seeds)
+    for n, (points, _, strongest) in enumerate(hand):
+        torch.testing.assert_close(torch.stack(shown)[:, n], points, rtol=0, atol=1e-7)
+        torch.testing.assert_close(best[n], strongest, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.uint8])
+def test_l2_perturbations_have_the_norm_eps(dtype):
+    images, shown, weight = torch.full((4, 3, 12, 12), 0.5), [], torch.randn(432, CLASSES)
+    images = (images * 255).round().to(dtype) if dtype == torch.uint8 else images.to(dtype)
+
+    def model(x):
+        shown.append(x.clone())
+        return x.float().flatten(1) @ weight
+
+    for scale in (1, 0.02):  # well within the box, and at its border
+        image = images if scale == 1 else images // 127 if dtype == torch.uint8 else images * scale
+        adv = SquareL2(model, L2_EPS, 60)(image, torch.arange(4), seed=1)
+        pixels = torch.from_numpy(oracle.image(image, np.float64))
+        for points in (*shown, adv):
+            norms = (points.double() - pixels).flatten(1).norm(dim=1)
+            assert (norms <= L2_EPS * (1 + 1e-6)).all()
+            if scale == 1:
+                assert (norms >= L2_EPS * (1 - (2e-3 if dtype == torch.float16 else 1e-6))).all()
+            assert points.min() >= 0
+        shown.clear()
+
+
+def test_l2_bumps_are_of_both_axes_and_signs():
+    n, query = 3000, 300
+    images = torch.full((n, 3, 14, 14), 0.5, dtype=torch.float64)
+    ages, seeds = torch.full((n,), query), torch.randint(2**62, (n,))
+    moved = after_one_step(SquareL2(flat, L2_EPS), images, ages, seeds) - images
+    places, counts = torch.zeros(9, 9), torch.zeros(2)
+    upright, signs = bump_by_hand(5, False), torch.zeros(n, 3)
+    for i, one in enumerate(moved):
+        rows, columns = (one[0] != 0).any(1).nonzero()[:, 0], (one[0] != 0).any(0).nonzero()[:, 0]
+        top, left = rows.min(), columns.min()
+        held = one[:, top : top + 5, left : left + 5] * math.sqrt(3) / L2_EPS
+        turned = int((held[0] - held[0].T).abs().max() > 0 and abs((held[0] * upright).sum()) < 0.9)
+        signs[i] = (held * (upright.T if turned else upright)).sum((1, 2))
+        places[top, left] += 1
+        counts[turned] += 1
+    torch.testing.assert_close(signs.abs(), torch.ones_like(signs), rtol=0, atol=1e-6)
+    assert ((places - n / 81) ** 2 / (n / 81)).sum() < 81 + 5 * math.sqrt(2 * 81)
+    assert abs(counts[0] - n / 2) < 5 * math.sqrt(n / 4)
+    assert (signs.mean(0).abs() * math.sqrt(n) < 5).all()
+    assert (torch.corrcoef(signs.T) - torch.eye(3)).abs().max() * math.sqrt(n) < 5
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 9), (2, 1, 9, 4)])
+def test_l2_refuses_images_without_room_for_its_tiles(shape):
+    with pytest.raises(ValueError, match="must have 5 rows and columns at least, got"):
+        SquareL2(nn.Flatten(), L2_EPS)(torch.rand(shape), torch.zeros(2, dtype=torch.int64))
+
+
 # ------------------------------------------------------------------------------------------ both kinds
 
 
-KINDS = {"Linf": lambda model, **o: Square(model, EPS, **{"n_queries": 40, **o})}
+KINDS = {
+    "Linf": lambda model, **o: Square(model, EPS, **{"n_queries": 40, **o}),
+    "L2": lambda model, **o: SquareL2(model, L2_EPS, **{"n_queries": 40, **o}),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 SHAPE = (3, 10, 8)
 
@@ -392,9 +519,9 @@ def shares(attacks, model, images, labels):
     return torch.tensor([(model(attack(images, labels)).argmax(1) != labels).double().mean() for attack in attacks])
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.12)])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.12), ("L2", 1.0)])
 def test_as_strong_as_torchattacks(trained, norm, eps):
-    queries, seeds, ours = 60, range(8), {"Linf": Square}[norm]
+    queries, seeds, ours = 60, range(8), {"Linf": Square, "L2": SquareL2}[norm]
     found = shares([lambda x, y, s=s: ours(trained[0], eps, queries)(x, y, seed=s) for s in seeds], *trained)
     peer = [
         torchattacks.Square(trained[0], norm, eps, n_queries=queries - 1, seed=s, resc_schedule=False) for s in seeds

@@ -9,6 +9,7 @@ from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.presets import PRESETS, by_name
 from fastadv.attacks.square import Square
+from fastadv.attacks.square_l2 import SquareL2
 
 __all__ = [
     "BIM",
@@ -26,5 +27,6 @@ __all__ = [
     "Attack",
     "Normalized",
     "Square",
+    "SquareL2",
     "by_name",
 ]

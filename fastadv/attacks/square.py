@@ -153,7 +153,8 @@ class Square(RandomSearch):
 
     def propose(self, slots: Slots, best: torch.Tensor) -> None:
         drawn = self.numbers(slots, 2 + slots.x.shape[1])
-        rows, columns = windows(drawn[:, :2], self.sides(slots), slots.x)
+        sides = self.sides(slots)
+        rows, columns = window(places(drawn[:, :2], sides, slots.x), sides, slots.x)
         squares = (drawn[:, 2:, None] - 0.5) * rows[:, None]  # (N, C, H); within the window never 0
         torch.mul(squares[..., None], columns[:, None, None], out=slots.adv)
         self._move(slots, best, slots.adv)
@@ -163,14 +164,19 @@ class Square(RandomSearch):
         pgd_step(point, directions, slots.x, alpha=2 * slots.eps, eps=slots.eps, out=slots.adv, **self.also(slots))
 
 
-def windows(drawn: torch.Tensor, sides: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows and which columns of images are in a square window each: bool (N, H), (N, W).
+def places(drawn: torch.Tensor, sides: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The first row and the first column of a window in each image: float64 (N, 2), from `drawn` in (0, 1), (N, 2).
 
-    `drawn` in (0, 1), (N, 2), says where. As in the authors' code none is at the last place where it would fit, unless
-    that is the only one.
+    As in the authors' code none is at the last place where it would fit, unless that is the only one.
     """
     height, width = x.shape[2:]
-    first = (drawn * torch.stack((height - sides, width - sides), 1)).floor()[..., None]
+    return (drawn * torch.stack((height - sides, width - sides), 1)).floor()
+
+
+def window(first: torch.Tensor, sides: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows and which columns of each image are in its window: bool (N, H), (N, W)."""
+    height, width = x.shape[2:]
+    first = first[..., None]
     along = torch.arange(max(height, width), dtype=first.dtype, device=x.device)
     inside = (along >= first) & (along < first + sides[:, None, None])
     return inside[:, 0, :height], inside[:, 1, :width]
