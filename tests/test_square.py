@@ -10,6 +10,7 @@ import torch
 import torchattacks
 from attacked import one_thread as one_thread
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv.attacks import Normalized, Square, SquareL2, by_name
 from fastadv.attacks.engine import Engine
@@ -435,6 +436,50 @@ def test_images_in_bytes_and_a_normalized_model_give_the_same(kind):
     torch.testing.assert_close(KINDS[kind](lambda x: model(x.double()))(codes, labels, seed=4), plain)
     undone = Normalized(lambda z: model(z.double() * 0.25 + 0.5), 0.5, 0.25)
     torch.testing.assert_close(KINDS[kind](undone)(images, labels, seed=4), plain)
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what waits for the device or has a shape that depends on values: a CUDA graph could not hold it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        of_flags = (
+            (t for t in args[1] or () if t is not None and t.dtype == torch.bool) if "index.T" in str(func) else ()
+        )
+        assert not any(True for _ in of_flags)
+        return func(*args, **(kwargs or {}))
+
+
+@every_kind
+@pytest.mark.parametrize("loss", ["margin", "ce"])
+def test_an_iteration_reads_nothing_from_the_device_and_keeps_its_tensors(kind, loss):
+    model = network(*SHAPE)
+    images, labels = samples(model, 3, SHAPE)
+    attack = KINDS[kind](model, loss=loss)
+    slots = attack.slots(images, labels, attack.eps, torch.randint(2**62, (3,)))
+    slots.age, slots.restart = torch.zeros_like(labels), torch.zeros_like(labels)
+    engine = Engine(attack, slots)
+    engine.start()
+    engine.iterate()  # which may look up tables for the first time
+    kept = {name: t.data_ptr() for name, t in slots.tensors().items()}
+    with NoReads():
+        engine.iterate()
+    assert {name: t.data_ptr() for name, t in slots.tensors().items()} == kept
+
+
+@every_kind
+def test_a_budget_a_sample_and_another_layout_change_nothing_else(kind):
+    model = network(*SHAPE)
+    images, labels = samples(model, 4, SHAPE)
+    attack, seeds = KINDS[kind](model), torch.randint(2**62, (4,))
+    budgets = attack.eps * torch.tensor([1, 0.5, 0, 0.7], dtype=torch.float64)
+    together = attack(images, labels, eps=budgets, seed=seeds)
+    for n in range(4):
+        alone = attack(images[n : n + 1], labels[n : n + 1], eps=float(budgets[n]), seed=seeds[n : n + 1])
+        torch.testing.assert_close(together[n : n + 1], alone, rtol=0, atol=1e-9)
+    assert torch.equal(together[2], images[2])
+    last = KINDS[kind](model, memory_format=torch.channels_last)(images, labels, eps=budgets, seed=seeds)
+    torch.testing.assert_close(last, together, rtol=0, atol=1e-9)
 
 
 @every_kind

@@ -28,7 +28,7 @@ class SquareL2(RandomSearch):
     """
 
     norm = "L2"
-    into = PGDL2._write
+    into = PGDL2._write  # brought into the ball, then the box
 
     def __init__(self, model: Callable, eps: float = 0.5, n_queries: int = 5000, p_init: float = 0.8, **options):
         super().__init__(model, eps, n_queries, p_init, **options)
@@ -88,9 +88,10 @@ class SquareL2(RandomSearch):
         norm = (unused / channels + (before - channel_norms(kept).square()).clamp_min(0.0)).sqrt()
 
         bump = self.bumps(clean)(sides, drawn[:, 4] > 0.5, first, delta)[:, None]
-        new = held / (held_norm + TINY) + (drawn[:, 5:] - 0.5).sign()[..., None, None] * bump
+        signs = (drawn[:, 5:] - 0.5).sign()[..., None, None].to(delta.dtype)
+        new = held.div_(held_norm + TINY).addcmul_(signs, bump)
         # The whole is of norm eps then, and there is nothing to rescale.
-        self.into(slots, clean, kept + new * (norm / (channel_norms(new) + TINY)))
+        self.into(slots, clean, kept.addcmul_(new, (norm / (channel_norms(new) + TINY)).to(delta.dtype)))
 
 
 def mask(first: torch.Tensor, sides: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
