@@ -266,48 +266,46 @@ def l2_start_by_hand(image, seed):
     return image + L2_EPS * delta / delta.norm()
 
 
-def l2_by_hand(model, image, label, seed, queries):
-    """(what the model is shown, the same before the box, best point) of one sample, window after window."""
+def l2_query_by_hand(image, best, seed, query):
+    """What follows the best point, before the box."""
     c, h, w = image.shape
-    free, best, highest, shown, unbounded = l2_start_by_hand(image, seed), None, None, [], []
-    for query in range(queries):
-        unbounded.append(free)
-        shown.append(free.clamp(0, 1))
-        key = key_by_hand(model(shown[-1][None])[0], label, "margin", False)
-        if highest is None or key > highest:
-            best, highest = shown[-1], key
-        p = 0.8 / 2 ** sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000))
-        s = max(round(math.sqrt(p * h * w)), 3)
-        s = min(s + (s % 2 == 0), h, w)
-        u = drawn(seed, query, 5 + c)
-        (top, left), (other_top, other_left) = ((int(u[i] * (h - s)), int(u[i + 1] * (w - s))) for i in (0, 2))
-        window = slice(top, top + s), slice(left, left + s)
-        other = slice(other_top, other_top + s), slice(other_left, other_left + s)
-        delta, both = best - image, torch.zeros(h, w, dtype=torch.bool)
-        both[window] = both[other] = True
-        unused = max(L2_EPS**2 - float((delta**2).sum()), 0)
-        after = delta.clone()
-        for channel in range(c):
-            old = delta[channel][window]
-            new = bump_by_hand(s, u[4] > 0.5) * (1 if u[5 + channel] > 0.5 else -1) + old / (old.norm() + 1e-12)
-            energy = unused / c + float((delta[channel][both] ** 2).sum())
-            after[channel][other] = 0
-            after[channel][window] = new / new.norm() * math.sqrt(energy)
-        free = image + after / after.norm() * L2_EPS
-    return torch.stack(shown), torch.stack(unbounded), best
+    p = 0.8 / 2 ** sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000))
+    s = max(round(math.sqrt(p * h * w)), 3)
+    s = min(s + (s % 2 == 0), h, w)
+    u = drawn(seed, query, 5 + c)
+    (top, left), (other_top, other_left) = ((int(u[i] * (h - s)), int(u[i + 1] * (w - s))) for i in (0, 2))
+    window = slice(top, top + s), slice(left, left + s)
+    other = slice(other_top, other_top + s), slice(other_left, other_left + s)
+    delta, both = best - image, torch.zeros(h, w, dtype=torch.bool)
+    both[window] = both[other] = True
+    unused = max(L2_EPS**2 - float((delta**2).sum()), 0)
+    after = delta.clone()
+    for channel in range(c):
+        old = delta[channel][window]
+        new = bump_by_hand(s, u[4] > 0.5) * (1 if u[5 + channel] > 0.5 else -1) + old / (old.norm() + 1e-12)
+        energy = unused / c + float((delta[channel][both] ** 2).sum())
+        after[channel][other] = 0
+        after[channel][window] = new / new.norm() * math.sqrt(energy)
+    return image + after / after.norm() * L2_EPS
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 10), (1, 6, 12), (2, 11, 5), (3, 17, 16)])
-def test_l2_follows_a_loop_by_hand(shape):
+def test_l2_follows_its_rules_by_hand(shape):
+    """Query by query: a window that holds nothing is normalised too, and makes much of the last bit."""
     model = network(*shape)
     images, labels = samples(model, 4, shape)
-    seeds = torch.randint(-(2**62), 2**62, (4,))
-    hand = [l2_by_hand(model, x, int(y), int(seed), 60) for x, y, seed in zip(images, labels, seeds, strict=True)]
-    shown = seen_by(model)
-    best = SquareL2(model, L2_EPS, 60)(images, labels, seed=seeds)
-    for n, (points, _, strongest) in enumerate(hand):
-        torch.testing.assert_close(torch.stack(shown)[:, n], points, rtol=0, atol=1e-7)
-        torch.testing.assert_close(best[n], strongest, rtol=0, atol=1e-7)
+    seeds, shown = torch.randint(-(2**62), 2**62, (4,)), seen_by(model)
+    found = SquareL2(model, L2_EPS, 60)(images, labels, seed=seeds)
+    points = torch.stack(shown)
+    for n, (image, label, seed) in enumerate(zip(images, labels.tolist(), seeds.tolist(), strict=True)):
+        expected, best, highest = l2_start_by_hand(image, seed), None, None
+        for query in range(60):
+            torch.testing.assert_close(points[query, n], expected.clamp(0, 1), rtol=0, atol=1e-7)
+            key = key_by_hand(model(points[query])[n], label, "margin", False)
+            if highest is None or key > highest:
+                best, highest = points[query, n], key
+            expected = l2_query_by_hand(image, best, seed, query)
+        assert torch.equal(found[n], best)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.uint8])
@@ -436,6 +434,36 @@ def test_images_in_bytes_and_a_normalized_model_give_the_same(kind):
     torch.testing.assert_close(KINDS[kind](lambda x: model(x.double()))(codes, labels, seed=4), plain)
     undone = Normalized(lambda z: model(z.double() * 0.25 + 0.5), 0.5, 0.25)
     torch.testing.assert_close(KINDS[kind](undone)(images, labels, seed=4), plain)
+
+
+def scripted(rows):
+    """A model whose logits are these, one row a query, whatever it is shown; and what it is shown."""
+    shown, rows = [], iter(rows)
+
+    def model(x):
+        shown.append(x.clone())
+        return torch.tensor([next(rows)]).log()
+
+    return model, shown
+
+
+@every_kind
+def test_with_another_loss_what_fools_comes_first(kind):
+    right, fools, right_again, fools_more = (0.5, 0.3, 0.2), (0.45, 0.46, 0.09), (0.34, 0.33, 0.33), (0.1, 0.8, 0.1)
+    silent = (math.nan, 0.0, 0.0)
+    image, label = torch.rand(1, 3, 9, 9), torch.zeros(1, dtype=torch.int64)
+    for rows, strongest in (
+        ((right, right_again, fools, right_again), 2),
+        ((right, fools, right_again, fools_more, fools), 3),
+        ((right, right_again, right), 1),
+    ):
+        model, shown = scripted(rows)
+        best = KINDS[kind](model, loss="ce", n_queries=len(rows))
+        assert torch.equal(best(image, label, seed=1), shown[strongest])
+    model, shown = scripted((right, silent, right_again, silent))
+    with pytest.warns(UserWarning, match="2 losses were not finite"):
+        best = KINDS[kind](model, n_queries=4)(image, label, seed=1)
+    assert torch.equal(best, shown[2])
 
 
 class NoReads(TorchDispatchMode):
