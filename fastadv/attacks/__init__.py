@@ -8,6 +8,8 @@ from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.presets import PRESETS, by_name
+from fastadv.attacks.square import Square
+from fastadv.attacks.square_l2 import SquareL2
 
 __all__ = [
     "BIM",
@@ -24,5 +26,7 @@ __all__ = [
     "TPGD",
     "Attack",
     "Normalized",
+    "Square",
+    "SquareL2",
     "by_name",
 ]

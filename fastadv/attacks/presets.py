@@ -8,6 +8,7 @@ from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA
+from fastadv.attacks.square import Square
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
 PRESETS = {
@@ -23,6 +24,7 @@ PRESETS = {
     "bim": (BIM, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
     "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),
+    "square": (Square, lambda eps: {}),
     "pgdl2": (PGDL2, lambda eps: {"alpha": eps / 5, "steps": 20}),
 }
 

@@ -21,4 +21,4 @@ class Factors:
         """For the step after each of `ages` steps, int64 (N,): float64 (N,). After the last there is none to take."""
         if self._factors.device != ages.device:
             self._factors = self._factors.to(ages.device)
-        return self._factors[ages.clamp(max=len(self._factors) - 1)]
+        return self._factors.index_select(0, ages.clamp(max=len(self._factors) - 1))

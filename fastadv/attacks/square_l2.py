@@ -1,0 +1,160 @@
+"""The Square attack on the L2 ball."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from fastadv.attacks.engine import Slots
+from fastadv.attacks.l2 import PGDL2
+from fastadv.attacks.noise import uniform
+from fastadv.attacks.square import RandomSearch, places, window
+from fastadv.data import to_float
+
+TILES = 5  # of the start, along each axis
+TINY = 1e-12
+
+
+class SquareL2(RandomSearch):
+    """The Square attack on the L2 ball: Andriushchenko et al. 2020 (arXiv 1912.00049, algorithms 1 and 3).
+
+    It starts from 5 x 5 bumps, and each query takes what one random window of the best perturbation holds, and what
+    the box left unused, into a bump in another.
+
+    Args: as Square's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
+
+    Raises:
+        ValueError: as Square, and for images of fewer than 5 rows or columns.
+    """
+
+    norm = "L2"
+    into = PGDL2._write  # brought into the ball, then the box
+
+    def __init__(self, model: Callable, eps: float = 0.5, n_queries: int = 5000, p_init: float = 0.8, **options):
+        super().__init__(model, eps, n_queries, p_init, **options)
+        self._bumps: dict[int, Bumps] = {}
+
+    def check_shape(self, x: torch.Tensor) -> None:
+        super().check_shape(x)
+        if min(x.shape[2:]) < TILES:
+            raise ValueError(
+                f"SquareL2 starts from {TILES} x {TILES} tiles: images must have {TILES} rows and columns at least, "
+                f"got {tuple(x.shape)}"
+            )
+
+    def side(self, area: float) -> int:
+        side = max(round(math.sqrt(area)), 3)
+        return side + 1 - side % 2
+
+    def bumps(self, x: torch.Tensor) -> "Bumps":
+        longest = min(x.shape[2:])
+        if longest not in self._bumps:
+            self._bumps[longest] = Bumps(longest)
+        return self._bumps[longest]
+
+    def start(self, slots: Slots) -> None:
+        clean = to_float(slots.x)
+        n, channels, height, width = clean.shape
+        side = min(height, width) // TILES
+        drawn = uniform(clean.new_empty((n, 1 + channels, TILES, TILES), dtype=torch.float32), slots.seed) - 0.5
+        drawn = drawn[..., None, None]
+        bump = self.bumps(clean).of(side, clean)
+        tiles = drawn[:, 1:].sign() * torch.where(drawn[:, :1] > 0, bump, bump.T)  # (N, C, 5, 5, side, side)
+        covered = TILES * side
+        top, left = (height - covered) // 2, (width - covered) // 2
+        delta = torch.zeros_like(clean, dtype=tiles.dtype)
+        delta[:, :, top : top + covered, left : left + covered] = tiles.transpose(3, 4).reshape(
+            n, channels, covered, covered
+        )
+        self.into(slots, clean, delta * (slots.eps / math.sqrt(channels * TILES**2)))
+
+    def into_ball(self, slots: Slots) -> None:
+        clean = to_float(slots.x)
+        self.into(slots, clean, slots.adv - clean)
+
+    def propose(self, slots: Slots, best: torch.Tensor) -> None:
+        clean = to_float(slots.x)
+        delta = best.to(torch.promote_types(best.dtype, torch.float32)) - clean
+        channels = clean.shape[1]
+        drawn, sides = self.numbers(slots, 5 + channels), self.sides(slots)
+        first = places(drawn[:, :2], sides, clean)
+        inside = mask(first, sides, delta)
+        outside = (1 - inside) * (1 - mask(places(drawn[:, 2:4], sides, clean), sides, delta))
+        held, kept = delta * inside, delta * outside
+
+        # For each channel: what both windows hold, and its share of what the box left unused.
+        before, held_norm = channel_norms(delta).square(), channel_norms(held)
+        unused = (slots.eps**2 - before.sum(1, keepdim=True)).clamp_min(0.0)
+        norm = (unused / channels + (before - channel_norms(kept).square()).clamp_min(0.0)).sqrt()
+
+        bump = self.bumps(clean)(sides, drawn[:, 4] > 0.5, first, delta)[:, None]
+        signs = (drawn[:, 5:] - 0.5).sign()[..., None, None].to(delta.dtype)
+        new = held.div_(held_norm + TINY).addcmul_(signs, bump)
+        # The whole is of norm eps then, and there is nothing to rescale.
+        self.into(slots, clean, kept.addcmul_(new, (norm / (channel_norms(new) + TINY)).to(delta.dtype)))
+
+
+def mask(first: torch.Tensor, sides: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """1 in the window, 0 elsewhere: (N, 1, H, W)."""
+    rows, columns = window(first, sides, like)
+    return (rows[:, None, :, None] & columns[:, None, None, :]).to(like.dtype)
+
+
+def channel_norms(t: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(t, dim=(2, 3), keepdim=True)
+
+
+class Bumps:
+    """A bump is two opposite pyramids, on the two halves of a square, of norm 1.
+
+    A pyramid is a sum of nested rectangles around its middle, the k-th weighted 1 / k^2: at a pixel it is as high as at
+    the farther of its two distances, along the two axes. So a bump is made of vectors: at (i, j) of
+    weight(i) weight(j) min(height(i), height(j)).
+
+    longest: side of the largest.
+    """
+
+    def __init__(self, longest: int):
+        # Of each side, along each axis: heights and weights, and 0 outside.
+        self._table = torch.zeros(longest + 1, 2, 2, longest + 2, dtype=torch.float64)
+        for side in range(1, longest + 1):
+            self._table[side, ..., 1 : side + 1] = profiles(side)
+
+    def __call__(
+        self, sides: torch.Tensor, turned: torch.Tensor, first: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        """One in each image, of these sides (N,) and with its first pixels at `first` (N, 2): (N, H, W).
+
+        turned: bool (N,), whether its halves are left and right, not above and below.
+        """
+        if self._table.device != like.device:
+            self._table = self._table.to(like.device)
+        n, (height, width) = len(like), like.shape[2:]
+        axis = 2 * sides.long() + turned
+        vectors = self._table.flatten(0, 1).index_select(0, torch.cat((axis, axis + 1 - 2 * turned.long())))
+        along = torch.arange(1, 1 + max(height, width), dtype=first.dtype, device=like.device)
+        at = (along - first.T.reshape(-1, 1)).clamp(0, vectors.shape[2] - 1).long()
+        vectors = vectors.to(like.dtype).gather(2, at[:, None].expand(-1, 2, -1))
+        down, across = vectors[:n, :, :height, None], vectors[n:, :, None, :width]
+        return torch.minimum(down[:, 0], across[:, 0]) * (down[:, 1] * across[:, 1])
+
+    def of(self, side: int, like: torch.Tensor) -> torch.Tensor:
+        """One with its halves above and below each other: (side, side)."""
+        split, whole = self._table[side, ..., 1 : side + 1].to(
+            like.device, torch.promote_types(like.dtype, torch.float32)
+        )
+        return torch.minimum(split[0, :, None], whole[0]) * split[1, :, None]
+
+
+def profiles(side: int) -> torch.Tensor:
+    """Heights and weights of a bump along the axis that its halves split and along the other: (2, 2, side)."""
+    along, half = torch.arange(side), side // 2
+    below = along >= half
+    sums = torch.arange(1, half + 2, dtype=torch.float64).pow(-2).cumsum(0)
+    heights = sums[-1] - torch.cat((torch.zeros_like(sums[:1]), sums))
+    split = heights[(along - torch.where(below, half + (side - half) // 2, half // 2)).abs()]
+    whole = heights[(along - half).abs()]
+    energy = torch.minimum(split[:, None], whole).square().sum(1)
+    halves = 2 if half else 1  # a single pixel has but one
+    norms = torch.where(below, -energy[below].sum().sqrt(), energy[~below].sum().sqrt()) * math.sqrt(halves)
+    return torch.stack((torch.stack((split, 1 / norms)), torch.stack((whole, torch.ones_like(whole)))))
