@@ -24,7 +24,7 @@ _spec = importlib.util.spec_from_file_location("peer_autoattack", PEERS / "autoa
 autoattack = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(autoattack)
 
-# Of the backbone there are images only where there is CIFAR-10; nothing is skipped without.
+# The backbone's images are there only where FASTADV_CIFAR10 names the copy that the verdicts are of.
 WITH_IMAGES = [name for name in judged.NAMES if name != "backbone" or os.environ.get("FASTADV_CIFAR10")]
 
 judge = functools.cache(judged.judged)

@@ -2,8 +2,9 @@
 
     python benchmarks/peers/judged.py --train
 
-Ten digits and fewer, more classes than digits, trained well and badly, and models that hide their gradient.
---train makes the stored weights anew; the stored verdicts of other attacks do not hold for these.
+Networks for 2 to 100 classes, trained robustly, badly and not at all robustly; the same with a hidden gradient; and
+fastadv's own backbone, which needs CIFAR-10. --train makes the stored weights anew: the verdicts in
+benchmarks/results/autoattack are then to be made again too.
 """
 
 import argparse
@@ -33,9 +34,9 @@ class Recipe:
     """How a model was trained, and the budget at which it is judged: neither all images nor none survive there.
 
     Attributes:
-        classes: up to ten: a digit's remainder; 100: pairs of digits, side by side.
-        attack: its preset; None: clean images.
-        trained_at, eps: budgets of training and judgement, in pixels of [0, 1].
+        classes: up to 10, the class is the digit modulo `classes`; 100 are the pairs of digits, side by side.
+        attack: the preset that made its training images; None: they were clean.
+        trained_at, eps: budgets of training and of judgement, in pixels of [0, 1].
     """
 
     classes: int
@@ -48,6 +49,7 @@ class Recipe:
 TRAINED = {
     "fgsm-rs": Recipe(10, "fgsm-rs", 0.25, 0.25, 40),
     "pgd": Recipe(10, "pgd", 0.25, 0.25, 40),
+    # Catastrophic overfitting: where it was trained FGSM leaves 67 % of the images, PGD-20 none.
     "collapsed": Recipe(10, "fgsm", 0.4, 0.06, 100),
     "clean": Recipe(10, None, 0.0, 0.12, 40),
     "two-classes": Recipe(2, "pgd", 0.15, 0.22, 40),
@@ -84,7 +86,7 @@ def digits(classes):
 
 
 def cifar10():
-    """The first 512 test images of the backbone's classes, and their labels."""
+    """The first 512 test images of the backbone's classes, and their labels; its verdicts are of a copy in JPEG."""
     folder = os.environ.get("FASTADV_CIFAR10")
     if not folder:
         raise FileNotFoundError("the backbone is judged on CIFAR-10: set FASTADV_CIFAR10 to the folder that has it")
