@@ -1,0 +1,145 @@
+"""The stored verdicts of AutoAttack's own package: that they are of these models and images, and say something."""
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attacked import one_thread as one_thread
+
+from fastadv.attacks import FGSM, PGD
+
+PEERS = Path(__file__).resolve().parent.parent / "benchmarks/peers"
+RESULTS = PEERS.parent / "results/autoattack"
+sys.path.append(str(PEERS))
+judged = importlib.import_module("judged")
+# By another name: it imports a package that is called like itself.
+_spec = importlib.util.spec_from_file_location("peer_autoattack", PEERS / "autoattack.py")
+autoattack = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(autoattack)
+
+# The backbone's images are there only where FASTADV_CIFAR10 names the copy that the verdicts are of.
+WITH_IMAGES = [name for name in judged.NAMES if name != "backbone" or os.environ.get("FASTADV_CIFAR10")]
+
+judge = functools.cache(judged.judged)
+
+
+def result(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def stored(name):
+    """Seed -> bool (N,): what is misclassified, by itself or after any part of AutoAttack."""
+    return {run["seed"]: torch.tensor(run["verdicts"]) != autoattack.ROBUST for run in result(name)["runs"]}
+
+
+@pytest.mark.parametrize("name", judged.NAMES)
+def test_the_verdicts_are_of_these_weights(name):
+    """If not: the models were trained again, and `benchmarks/peers/autoattack.py` is due."""
+    model, eps = judged.built(name)
+    assert result(name)["weights"] == judged.digest(model.state_dict().values())
+    assert result(name)["eps"] == eps
+    if name != "backbone":
+        with judged.safe_open(judged.FOLDER / f"{name}.safetensors", "pt") as file:
+            assert judged.Recipe(**json.loads(file.metadata()["recipe"])) == judged.TRAINED[name]
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_the_verdicts_are_of_these_images(name):
+    model, images, labels, _ = judge(name)
+    assert result(name)["images"] == judged.digest((images, labels))
+    assert images.dtype == torch.float32
+    right = model(images).argmax(1) == labels
+    assert result(name)["clean"] == int(right.sum())
+    for run in result(name)["runs"]:
+        assert torch.equal(torch.tensor(run["verdicts"]) != autoattack.MISCLASSIFIED, right)
+
+
+@pytest.mark.parametrize("name", judged.NAMES)
+def test_a_wrong_evaluation_would_show(name):
+    """Neither all nor none survive, and some fall to no part but targeted APGD."""
+    runs = result(name)["runs"]
+    parts = autoattack.parts_for(result(name)["classes"])
+    assert [run["seed"] for run in runs] == [0, 1]
+    for run in runs:
+        counts = {part: run["verdicts"].count(1 + autoattack.PARTS.index(part)) for part in parts}
+        robust, wrong = (run["verdicts"].count(kind) for kind in (autoattack.ROBUST, autoattack.MISCLASSIFIED))
+        assert robust + wrong + sum(counts.values()) == len(run["verdicts"])
+        assert run["robust"] == robust == (~stored(name)[run["seed"]]).sum()
+        assert 0.1 <= robust / len(run["verdicts"]) <= 0.6
+        done = parts[: len(run["seconds"])]  # the backbone's run may have been cut short
+        assert len(done) >= 2
+        assert tuple(run["seconds"]) == tuple(run["gradients"]) == tuple(run["forwards"]) == done
+        assert counts.get("apgd-t", 5) >= 5
+
+
+@pytest.mark.parametrize("name", judged.TRAINED)
+def test_what_pgd_fools_is_fooled(name):
+    """By another attack than those that were stored."""
+    model, images, labels, eps = judge(name)
+    adv = PGD(model, eps, eps / 4, 10)(images, labels)
+    fooled = model(adv).argmax(1) != labels
+    found = torch.stack(list(stored(name).values())).any(0)
+    assert (fooled & ~found).sum() <= 0.01 * len(found)  # on the edge: seeds differ in as many
+    assert fooled.sum() > 0.5 * found.sum()
+
+
+def test_the_collapsed_model_withstands_fgsm_alone():
+    model, images, labels, _ = judge("collapsed")
+    eps = judged.TRAINED["collapsed"].trained_at
+    left = [
+        (model(attack(images, labels)).argmax(1) == labels).float().mean()
+        for attack in (FGSM(model, eps), PGD(model, eps, eps / 4, 20))
+    ]
+    assert left[0] > 0.6
+    assert left[1] < 0.01
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("quantised", 1), ("saturated", 0.9), ("randomised", None)])
+def test_masking_models_hide_their_gradient(name, hidden):
+    model, images, labels, _ = judge(name)
+    images = images.clone().requires_grad_()
+    outputs = model(images)
+    assert (outputs.argmax(1) == labels).float().mean() > 0.9
+    if hidden is None:
+        assert not torch.equal(outputs, model(images))
+        return
+    (grad,) = torch.autograd.grad(F.cross_entropy(outputs, labels), images)
+    assert (grad.flatten(1) == 0).all(1).float().mean() >= hidden
+
+
+class Ensemble:
+    """In AutoAttack's place: each part takes two gradients and a forward of an image, and fools two images more."""
+
+    def __init__(self, model, **settings):
+        self.model, self.attacked, self.settings = model, model, settings
+        self.apgd_targeted, self.fab = types.SimpleNamespace(), types.SimpleNamespace()
+
+    def run_standard_evaluation(self, images, labels, return_labels):
+        self.model(images)
+        with torch.enable_grad():
+            self.attacked(images.repeat(2, 1))
+        with torch.no_grad():
+            self.attacked(images)
+        found = labels.clone()
+        found[:2] += 1
+        return images, found
+
+
+def test_a_run_says_which_part_was_the_first_and_what_it_took(monkeypatch):
+    monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Ensemble))
+    run = {"seed": 7, "verdicts": [-1, 0, -1, -1, -1, 0, -1], "seconds": {}, "gradients": {}, "forwards": {}}
+    for part in ("apgd-ce", "fab-t"):
+        autoattack.run_part(lambda x: x, torch.rand(7, 3), torch.zeros(7).long(), 0.1, 3, run, part)
+    assert run["verdicts"] == [1, 0, 1, 3, 3, 0, -1]
+    assert run["robust"] == 1
+    assert run["gradients"] == {"apgd-ce": 10, "fab-t": 6}
+    assert run["forwards"] == {"apgd-ce": 5, "fab-t": 3}
+    made, _ = autoattack.attack(lambda x: x, 0.1, 3, 7, "fab-t")
+    assert (made.fab.n_target_classes, made.settings["seed"], made.settings["eps"]) == (2, 7, 0.1)
