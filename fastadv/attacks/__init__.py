@@ -1,5 +1,6 @@
 """Adversarial attacks: a model and its labels in, images out (`adv = attack(images, labels)`)."""
 
+from fastadv.attacks.apgd import APGD, APGDL2
 from fastadv.attacks.base import Attack
 from fastadv.attacks.fgsm import FFGSM, FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
@@ -10,6 +11,8 @@ from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.presets import PRESETS, by_name
 
 __all__ = [
+    "APGD",
+    "APGDL2",
     "BIM",
     "FFGSM",
     "FGSM",
