@@ -9,7 +9,7 @@ from fastadv.attacks.checks import check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.l2 import OnL2Ball, l2_norm
 from fastadv.attacks.noise import gaussian, uniform
-from fastadv.attacks.rows import per_sample
+from fastadv.attacks.rows import per_sample, put_
 from fastadv.data import to_float
 from fastadv.functional import pgd_step
 from fastadv.ops.autograd import result_like
@@ -66,17 +66,20 @@ class APGD(Attack):
     def prepare(self, slots: Slots) -> None:
         memory = slots.memory
         if not memory:
-            memory |= {"previous": torch.empty_like(slots.adv), "best": torch.empty_like(slots.adv)}
-            memory["best_grad"] = torch.empty_like(slots.input)
-            memory["length"] = slots.x.new_empty(len(slots.x), dtype=compute_dtype(slots.x))  # of a step, in eps
-            for name in ("best_loss", "last_loss", "checked_loss", "interval", "since", "rises"):
+            compute = compute_dtype(slots.x)
+            memory["previous"] = torch.empty_like(slots.adv, dtype=compute)
+            memory["best"], memory["best_grad"] = torch.empty_like(slots.adv), torch.empty_like(slots.input)
+            memory["length"] = slots.x.new_empty(len(slots.x), dtype=compute)  # of a step, in eps
+            for name in ("best_loss", "last_loss", "checked_loss", "interval", "left", "rises"):
                 memory[name] = slots.x.new_empty(len(slots.x), dtype=torch.float64)
             memory["halved"] = slots.x.new_empty(len(slots.x), dtype=torch.bool)
         memory["previous"].copy_(slots.adv)
         memory["best"].copy_(slots.adv)
         memory["best_grad"].zero_()
-        before = {"length": 2, "best_loss": -torch.inf, "last_loss": 0, "checked_loss": -torch.inf, "halved": True}
-        for name, value in {**before, "interval": self._share(0.22), "since": 0, "rises": 0}.items():
+        before = {"length": 2, "best_loss": -torch.inf, "last_loss": torch.inf, "checked_loss": -torch.inf}
+        interval = self._share(0.22)
+        before |= {"interval": interval, "left": interval + 1, "rises": 0, "halved": True}  # one for the start
+        for name, value in before.items():
             memory[name].fill_(value)
 
     def _share(self, share: float) -> int:
@@ -86,44 +89,37 @@ class APGD(Attack):
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
         memory, first = slots.memory, slots.age == 0
         self._remember(slots, grad)
-        back = per_sample(self._check(memory, slots.losses, first), grad)
-        torch.where(back, memory["best"], slots.adv, out=slots.adv)
-        grad = torch.where(back, memory["best_grad"], grad)
+        back = self._check(memory, slots.losses, first)
+        grad = grad.clone()  # for it may be a view of the model's own
+        put_(back, (slots.adv, memory["best"]), (grad, memory["best_grad"]))
         length = slots.eps * per_sample(memory["length"], grad)
         share = per_sample(torch.where(first, 1.0, SHARE).to(memory["length"].dtype), grad)
         self._move(slots, grad, length, share)
 
     def _remember(self, slots: Slots, grad: torch.Tensor) -> None:
         """The iterate and its gradient, where its loss is the largest so far."""
-        memory, losses = slots.memory, slots.losses.double()
-        larger = losses > memory["best_loss"]
-        for name, value in (("best", slots.adv), ("best_grad", grad), ("best_loss", losses)):
-            kept = memory[name]
-            torch.where(per_sample(larger, kept), value, kept, out=kept)
+        memory = slots.memory
+        now = {"best": slots.adv, "best_grad": grad, "best_loss": slots.losses}
+        put_(slots.losses > memory["best_loss"], *((memory[name], value) for name, value in now.items()))
 
     def _check(self, memory: dict[str, torch.Tensor], losses: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """Count this iterate; at a checkpoint halve what has to be. Which samples go back to their best, (N,) bool.
-
-        The loss before the first step is not known to the counter, as in the authors' code: 0 stands for it.
-        """
-        interval, since, rises, halved = (memory[name] for name in ("interval", "since", "rises", "halved"))
-        since += ~first
-        rises += ~first & (losses > memory["last_loss"])
-        memory["last_loss"].copy_(torch.where(first, 0.0, losses))
-        due = since == interval
-        still = ~halved & (memory["checked_loss"] >= memory["best_loss"])
-        halve = due & ((rises <= self.rho * interval) | still)
+        """Count this iterate; at a checkpoint halve what has to be. Which samples go back to their best, (N,) bool."""
+        interval, left, rises, halved = (memory[name] for name in ("interval", "left", "rises", "halved"))
+        left -= 1
+        rises += losses > memory["last_loss"]
+        # The start's loss is not known to the counter, as in the authors' code: 0 stands for it.
+        memory["last_loss"].copy_(losses.masked_fill(first, 0.0))
+        due = left == 0
+        stuck = ~halved & (memory["checked_loss"] >= memory["best_loss"])
+        halve = due & ((rises <= self.rho * interval) | stuck)
         memory["length"].mul_(torch.where(halve, 0.5, 1.0))
-        torch.where(due, halve, halved, out=halved)
-        torch.where(due, memory["best_loss"], memory["checked_loss"], out=memory["checked_loss"])
-        shorter = (interval - self._share(0.03)).clamp(min=self._share(0.06))
-        torch.where(due, shorter, interval, out=interval)
-        since.masked_fill_(due, 0)
+        interval.sub_(self._share(0.03) * due).clamp_(min=self._share(0.06))
+        put_(due, (halved, halve), (memory["checked_loss"], memory["best_loss"]), (left, interval))
         rises.masked_fill_(due, 0)
         return halve
 
     def _move(self, slots: Slots, grad: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
-        """The step from where the sample is now; `length` and `share` are (N, 1, ...)."""
+        """The step from where the samples are now; `length` and `share` are (N, 1, ...), and grad's memory is free."""
         previous = slots.memory["previous"]
         apgd_step_(slots.adv, previous, grad, slots.x, alpha=length, share=share, eps=slots.eps, **self.also(slots))
 
@@ -145,30 +141,27 @@ class APGDL2(OnL2Ball, APGD):
 
     def _move(self, slots: Slots, grad: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
         clean, here, previous = to_float(slots.x), slots.adv, slots.memory["previous"]
-        grad = self.in_pixels(grad).nan_to_num(0.0)
-        step = grad * (length / per_sample(l2_norm(grad) + TINY, grad)).to(grad.dtype)
+        grad = self.in_pixels(grad).nan_to_num_(0.0)
+        step = grad.mul_(length / per_sample(l2_norm(grad) + TINY, grad))
         target = self._projected(slots, clean, step.add_(here).sub_(clean))
-        mixed = mixed_(target, here.to(target.dtype), previous, share)
-        previous.copy_(here)
-        self._write(slots, clean, mixed.sub_(clean))
+        self._write(slots, clean, mixed_(target, here, previous, share).sub_(clean))
 
 
 def apgd_step_(x_adv, x_prev, grad, x, *, alpha, share, eps, clip, normalization=None, z=None):
-    """One L-inf step with momentum, in place: x_adv becomes the next iterate, x_prev what x_adv was.
+    """One L-inf step with momentum, in place: x_adv becomes the next iterate, x_prev what x_adv was; grad is lost.
 
-    x_adv, x_prev, grad, x as in `pgd_step`, and alpha, share: (N, 1, ...) of the compute type. Every operation rounds
-    once, from left to right: t = pgd_step(x_adv), u = ((t - x_adv) share + x_adv) + (x_adv - x_prev) (1 - share), and u
-    brought into the ball and the box.
+    x_adv, grad, x as in `pgd_step`; x_prev, alpha, share of the compute type, the latter (N, 1, ...). Every operation
+    rounds once: t = pgd_step(x_adv), u = ((t - x_adv) share + x_adv) + (x_adv - x_prev) (1 - share), and u brought into
+    the ball and the box.
     """
-    compute = compute_dtype(x_adv, x)
-    here = x_adv.to(compute)
-    target = pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip).to(compute)
-    mixed = mixed_(target, here, x_prev, share)
-    x_prev.copy_(x_adv)
+    target = pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=grad).to(x_prev.dtype)
+    mixed = mixed_(target, x_adv, x_prev, share)
     pgd_step(mixed, grad, x, alpha=0.0, eps=eps, clip=clip, out=x_adv, normalization=normalization, z=z)
 
 
 def mixed_(target, here, previous, share):
-    """((target - here) share + here) + (here - previous) (1 - share), written into `target`."""
-    momentum = (here - previous).mul_(1 - share)
-    return target.sub_(here).mul_(share).add_(here).add_(momentum)
+    """((target - here) share + here) + (here - previous) (1 - share), in target's memory; `previous` becomes `here`."""
+    momentum = torch.sub(here, previous, out=previous).mul_(1 - share)
+    target.sub_(here).mul_(share).add_(here).add_(momentum)
+    previous.copy_(here)
+    return target

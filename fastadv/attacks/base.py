@@ -28,7 +28,7 @@ from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
 from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import Normalized, is_plain
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.rows import padded, part_of, per_sample, scalar, seeds_for
+from fastadv.attacks.rows import padded, part_of, per_sample, put_, scalar, seeds_for
 from fastadv.attacks.state import as_normal, frozen, on
 from fastadv.attacks.verdicts import is_label, predicted, verdict
 from fastadv.data import to_float
@@ -392,9 +392,7 @@ class Attack(ABC):
         better = _better(slots.strongest, new)
         if slots.inside is not None:
             better &= slots.inside
-        for kept, value in zip(slots.strongest, new, strict=True):
-            if value is not None:
-                torch.where(per_sample(better, kept), value, kept, out=kept)
+        put_(better, *(pair for pair in zip(slots.strongest, new, strict=True) if pair[1] is not None))
 
     def into_ball(self, slots: Slots) -> None:
         """Bring a start that was given into the ball."""

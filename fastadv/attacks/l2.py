@@ -22,10 +22,10 @@ class OnL2Ball:
         self._write(slots, clean, slots.adv - clean)
 
     def _projected(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """clean + delta, brought into the ball, then the box, in float32 at least."""
+        """clean + delta, brought into the ball, then the box, in float32 at least, maybe in its memory."""
         norm = per_sample(l2_norm(delta), delta)
-        shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)  # no 0 / 0
-        return (clean + delta * shrink).clamp_(*box_of(self.clip))
+        shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_(max=1.0)  # no 0 / 0
+        return delta.to(norm.dtype).mul_(shrink).add_(clean).clamp_(*box_of(self.clip))
 
     def _write(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> None:
         """That as the iterate, and as the model's next input."""

@@ -10,6 +10,19 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
+def put_(rows: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """For each (kept, values) write the rows of `values` into `kept` where `rows`, (N,) bool, says so.
+
+    On the CPU, where nothing waits for a read, no other row is touched; a device cannot tell the host which they are.
+    """
+    index = rows.nonzero()[:, 0] if rows.is_cpu else None
+    for kept, values in pairs:
+        if index is None:
+            torch.where(per_sample(rows, kept), values, kept, out=kept)
+        else:
+            kept.index_copy_(0, index, values.index_select(0, index).to(kept.dtype))
+
+
 def scalar(seed):
     """A seed of one element as one without dimensions; others as they are."""
     return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed
