@@ -28,6 +28,7 @@ ATTACKS = {
 }
 RANDOM = ("FFGSM", "NFGSM", "PGD", "TPGD", "PGDL2", "APGD", "APGDL2")  # those that start at random
 IN_L2 = ("PGDL2", "APGDL2")
+TO_CORNERS = ("APGD",)  # from whichever start it may reach the same corner of the ball
 SINGLE_STEP = ("FGSM", "FFGSM", "NFGSM")
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 

@@ -5,7 +5,7 @@ import itertools
 import apgd_oracle
 import pytest
 import torch
-from attacked import ATTACKS, EPS, L2_EPS, Net, batch_of, distances, every_attack, fresh_seed
+from attacked import ATTACKS, EPS, L2_EPS, Net, batch_of, distances, fresh_seed
 from attacked import batch as batch
 from attacked import net as net
 from attacked import one_thread as one_thread
@@ -269,11 +269,9 @@ def strongest(attack, model, trace, labels):
     return torch.stack(best)
 
 
-@every_attack
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "TPGD"])  # whose loss is not one of labels
 def test_the_strongest_of_all_iterates(name, batch):
-    if name == "TPGD":
-        return  # its loss compares with the clean images, which is judged below
-    model, (images, labels) = smooth_like(batch), batch
+    model, (images, labels) = steep(), batch
     for options in ({}, {"loss": "margin"}, {"targeted": True}, {"restarts": 3}):
         watched = Watched(model)
         attack = ATTACKS[name](watched, best_iterate=True, **options)
@@ -281,10 +279,9 @@ def test_the_strongest_of_all_iterates(name, batch):
         runs, steps = options.get("restarts", 1), attack.steps
         shown = torch.stack(watched.seen[-runs * (steps + 1) :])
         torch.testing.assert_close(adv, strongest(attack, model, shown, labels), rtol=0, atol=1e-12)
-        assert (distances(name, adv, images) <= 3.1 * max(EPS, L2_EPS if "L2" in name else 0)).all()
 
 
-def smooth_like(batch):
+def steep():
     model = Net().double().eval()
     with torch.no_grad():
         model.head.weight.mul_(5)

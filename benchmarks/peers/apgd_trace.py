@@ -7,6 +7,7 @@ their model is shown is their trace.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def main():
             given = (model, norm, eps, loss, images, labels, start, target)
             their_trace, (our_trace, lengths) = theirs(*given), ours(*given)
             apart = torch.stack([(a - b).abs().amax() for a, b in zip(their_trace, our_trace, strict=True)])
-            halvings = sum((a != b).sum() for a, b in zip(lengths, lengths[1:], strict=False))
+            halvings = sum((a != b).sum() for a, b in itertools.pairwise(lengths))
             print(
                 f"{norm}, {loss}: {apart.max():.1e} apart at most, {halvings} halvings of {COUNT} samples", flush=True
             )
