@@ -305,6 +305,18 @@ def test_apgd_returns_its_strongest_iterate():
     assert torch.equal(adv, strongest(attack, model, torch.stack(watched.seen[-31:]), labels))
 
 
+@pytest.mark.parametrize("fooling", [0, 1, 2])
+def test_a_misclassified_iterate_comes_before_one_of_larger_loss(fooling):
+    undecided, wrong = torch.tensor([0.01, 0, 0, 0, 0]), torch.tensor([0, 0.1, -9, -9, -9])
+    answers = iter([wrong if step == fooling else undecided for step in range(3)])
+    watched = Watched(lambda x: next(answers) + 1e-9 * x.flatten(1).sum(1, keepdim=True))
+    labels = torch.zeros(1, dtype=torch.int64)
+    assert LOSSES["ce"](wrong[None], labels) < LOSSES["ce"](undecided[None], labels)
+    start = torch.full((1, 3, 4, 4), 0.5)
+    adv = PGD(watched, EPS, EPS / 3, 2, False, best_iterate=True)(start, labels)
+    assert torch.equal(adv, watched.seen[fooling])
+
+
 def test_iterates_that_may_not_count_do_not(net, batch):
     images, labels = batch
 
