@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
+from fastadv.attacks import APGD, APGDL2, BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
 
 EPS = 8 / 255
 L2_EPS = 0.5
@@ -23,8 +23,12 @@ ATTACKS = {
     "MIFGSM": lambda model, **o: MIFGSM(model, EPS, EPS / 2, STEPS, **o),
     "TPGD": lambda model, **o: TPGD(model, EPS, EPS / 2, STEPS, **o),
     "PGDL2": lambda model, **o: PGDL2(model, L2_EPS, L2_EPS / 2, STEPS, **o),
+    "APGD": lambda model, **o: APGD(model, EPS, STEPS, **o),
+    "APGDL2": lambda model, **o: APGDL2(model, L2_EPS, STEPS, **o),
 }
-RANDOM = ("FFGSM", "NFGSM", "PGD", "TPGD", "PGDL2")  # those that start at random
+RANDOM = ("FFGSM", "NFGSM", "PGD", "TPGD", "PGDL2", "APGD", "APGDL2")  # those that start at random
+IN_L2 = ("PGDL2", "APGDL2")
+TO_CORNERS = ("APGD",)  # from whichever start it may reach the same corner of the ball
 SINGLE_STEP = ("FGSM", "FFGSM", "NFGSM")
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
@@ -65,11 +69,11 @@ def batch_of(n=N, dtype=torch.float32, classes=CLASSES, size=6):
 def distances(name, adv, images):
     """Of each sample from its image, in the attack's norm."""
     delta = (adv.double() - images.double()).flatten(1)
-    return delta.norm(dim=1) if name == "PGDL2" else delta.abs().amax(1)
+    return delta.norm(dim=1) if name in IN_L2 else delta.abs().amax(1)
 
 
 def radius(name):
-    return L2_EPS if name == "PGDL2" else 3 * EPS if name == "NFGSM" else EPS
+    return L2_EPS if name in IN_L2 else 3 * EPS if name == "NFGSM" else EPS
 
 
 @pytest.fixture

@@ -424,6 +424,8 @@ OWN = {
     "MIFGSM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}", "decay=1.0"),
     "TPGD": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
     "PGDL2": ("eps=0.5", "alpha=0.25", f"steps={STEPS}", "random_start=True", "eps_for_division=1e-10"),
+    "APGD": ("eps=8/255", f"steps={STEPS}", "rho=0.75", "best_iterate=True"),
+    "APGDL2": ("eps=0.5", f"steps={STEPS}", "rho=0.75", "best_iterate=True"),
 }
 
 

@@ -13,6 +13,7 @@ from attacked import (
     L2_EPS,
     RANDOM,
     SINGLE_STEP,
+    TO_CORNERS,
     N,
     Net,
     batch_of,
@@ -262,7 +263,8 @@ def test_with_seeds_per_sample_a_result_does_not_depend_on_its_neighbours(net, b
     for n in range(N):
         alone = attack(images[n : n + 1], labels[n : n + 1], seed=seeds[n : n + 1])
         torch.testing.assert_close(alone, whole[n : n + 1], rtol=0, atol=1e-9)
-    assert not torch.equal(attack(images, labels, seed=seeds + 1), whole)
+    if name not in TO_CORNERS:
+        assert not torch.equal(attack(images, labels, seed=seeds + 1), whole)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -271,7 +273,8 @@ def test_a_seed_is_an_int_or_a_tensor_with_one_element(net, batch, name):
     results = [attack(*batch, seed=seed) for seed in (9, torch.tensor(9), torch.tensor([9]))]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    assert not torch.equal(results[0], attack(*batch, seed=10))
+    if name not in TO_CORNERS:
+        assert not torch.equal(results[0], attack(*batch, seed=10))
 
 
 # Targets, losses, labels
@@ -452,7 +455,7 @@ def test_restarts_keep_the_strongest_result_of_each_image(name, per_sample, targ
         expected = strength(runs[strongest], n)
         assert strength(best, n)[0] == expected[0]
         assert strength(best, n)[1] == pytest.approx(expected[1], rel=1e-9)
-    if name in RANDOM:
+    if name in RANDOM and name not in TO_CORNERS:
         assert not torch.equal(best, runs[0])
 
 

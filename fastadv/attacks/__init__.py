@@ -1,5 +1,6 @@
 """Adversarial attacks: a model and its labels in, images out (`adv = attack(images, labels)`)."""
 
+from fastadv.attacks.apgd import APGD, APGDL2
 from fastadv.attacks.base import Attack
 from fastadv.attacks.fgsm import FFGSM, FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
@@ -12,6 +13,8 @@ from fastadv.attacks.square import Square
 from fastadv.attacks.square_l2 import SquareL2
 
 __all__ = [
+    "APGD",
+    "APGDL2",
     "BIM",
     "FFGSM",
     "FGSM",

@@ -32,11 +32,11 @@ from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.modes import Modes
 from fastadv.attacks.normalized import Normalized, denormalized, is_plain, normalization_of
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.rows import has_rows, padded, part_of, per_sample, scalar, seeds_for
+from fastadv.attacks.rows import has_rows, padded, part_of, per_sample, put_, scalar, seeds_for
 from fastadv.attacks.state import as_normal, frozen, on
 from fastadv.attacks.verdicts import is_label, predicted, verdict
 from fastadv.data import to_float
-from fastadv.functional import new_seed, random_init
+from fastadv.functional import new_seed, pgd_step_, random_init
 from fastadv.ops.autograd import result_like
 from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
@@ -73,6 +73,10 @@ class Attack(Modes, ABC):
             strongest result is kept for each image: the one with the largest loss, where a loss of NaN is the smallest;
             with a named loss other than "kl" and labels that are not soft, one that is misclassified before any that is
             not.
+        best_iterate: a call returns for each image the strongest of all iterates, in the same order, instead of the
+            last one. It costs a forward pass more.
+        eot: for a model that answers at random: gradient and loss are the means of so many draws at the same point, and
+            the prediction is that of their mean probabilities. Athalye et al. 2018 (arXiv 1802.00420, section 4.2).
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
             and bfloat16 keeps it; float16 can lose small gradients. On the CPU attention of few tokens stays in
@@ -116,6 +120,8 @@ class Attack(Modes, ABC):
         loss: str | Callable = "ce",
         target_classes: int = 9,
         restarts: int = 1,
+        best_iterate: bool = False,
+        eot: int = 1,
         training_mode: str = "eval",
         autocast: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
@@ -132,6 +138,8 @@ class Attack(Modes, ABC):
         self.loss = loss
         self.target_classes = target_classes
         self.restarts = restarts
+        self.best_iterate = best_iterate
+        self.eot = eot
         self.training_mode = training_mode
         self.autocast = autocast
         self.memory_format = memory_format
@@ -164,8 +172,8 @@ class Attack(Modes, ABC):
         """Refuse settings of a wrong type or value; called before they act, also after one was assigned."""
         check_eps(self.eps, self.norm, self.clip)
         check_options(
-            *(self.targeted, self.loss, self.target_classes, self.restarts, self.training_mode, self.autocast),
-            *(self.memory_format, self.graph, self.chunk, self.clip),
+            *(self.targeted, self.loss, self.target_classes, self.restarts, self.eot, self.training_mode),
+            *(self.autocast, self.memory_format, self.graph, self.chunk, self.clip),
         )
         check_whole("kth_min", self.kth_min)
         if self.images_normalized is not None:
@@ -189,16 +197,19 @@ class Attack(Modes, ABC):
         """The attacked function, made again where settings that it has have changed, or how the model is wrapped."""
         inner, normalization = _unwrapped(self.model)
         made_of = {"inner": inner, "normalization": normalization}
-        made_of |= {
-            name: getattr(self, name) for name in ("images_normalized", "loss", "targeted", "autocast", "compile")
-        }
+        names = ("images_normalized", "loss", "targeted", "eot", "autocast", "compile")
+        made_of |= {name: getattr(self, name) for name in names}
         if _same(made_of, self._made_of):
             return
         if self.images_normalized is not None:
             normalization = normalization_of(self.images_normalized, self.model)
         self._made_of, self._normalization = made_of, normalization
         self.objective = Objective(
-            inner, self.loss, targeted=bool(self.targeted), autocast=self.autocast, compiled=self.compile
+            *(inner, self.loss),
+            targeted=bool(self.targeted),
+            eot=self.eot,
+            autocast=self.autocast,
+            compiled=self.compile,
         )
         self._graphs.clear()
         self._first = True
@@ -261,7 +272,9 @@ class Attack(Modes, ABC):
         seed: int | torch.Tensor | None = None,
         x_init: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Adversarial images: the last iterate. `images` are not changed. Works under no_grad and inference_mode.
+        """Adversarial images: the last iterate, or the strongest. `images` are not changed.
+
+        Works under no_grad and inference_mode.
 
         Args:
             images: (N, ...) in [0, 1], any floating-point type, or uint8 meaning images / 255; with
@@ -346,17 +359,32 @@ class Attack(Modes, ABC):
             slots.alpha = alpha
             if slots.restart is not None:
                 slots.restart.fill_(run)
+            if self.best_iterate:
+                slots.best = result_like(x)
+                slots.best_losses = x.new_empty(len(x), dtype=torch.float64)
+                slots.best_fooled = x.new_empty(len(x), dtype=torch.bool)
             engine = self.engine(slots)
             seen = engine.run()[:, :n]
             self._seen.append(seen)
-            adv = self.result(engine.slots)
-            adv = adv.clone() if self.graph else adv  # a graph's is written again
             if runs == 1:
                 self._start_losses = seen[0] if self.steps == 1 and self.draws else None
-                return adv
-            losses, logits = self.objective.judge(self._seen_by_model(adv), self.aim(engine.slots))
-            best = _stronger(best, (adv, losses, self.fooled(logits, targets)))
+            new = self._outcome(engine.slots, judged=runs > 1 or self.best_iterate)
+            if self.graph:  # which writes its own again
+                new = tuple(t if t is None else t.clone() for t in new)
+            best = _stronger(best, new)
         return best[0]
+
+    def _outcome(self, slots, judged):
+        """(images, their losses, which of them fooled) after a run; the latter None where they are not judged."""
+        adv = slots.adv if self.best_iterate else self.result(slots)
+        if not judged:
+            return adv, None, None
+        slots.losses, slots.logits = self.objective.judge(self._seen_by_model(adv), self.aim(slots))
+        if not self.best_iterate:
+            return adv, slots.losses, self.fooled(slots.logits, slots.targets)
+        slots.inside = self.inside(slots)
+        self.keep_best(slots)
+        return slots.strongest
 
     def _seen_by_model(self, adv):
         pixels = to_float(adv)
@@ -403,6 +431,21 @@ class Attack(Modes, ABC):
             return None
         labels = targets[:, 0] if self.compares == "pairs" else targets
         return is_label(verdict(logits, labels), labels) == bool(self.targeted)
+
+    def keep_best(self, slots: Slots) -> None:
+        """The iterate, judged by its losses and logits, where it is stronger than those before it."""
+        fooled = self.fooled(slots.logits, slots.targets)
+        better = _better(slots.strongest, (slots.iterate, slots.losses, fooled))
+        if slots.inside is not None:
+            better &= slots.inside
+        put_(slots.best, better, slots.iterate)
+        torch.where(better, slots.losses, slots.best_losses, out=slots.best_losses)
+        if fooled is not None:
+            torch.where(better, fooled, slots.best_fooled, out=slots.best_fooled)
+
+    def into_ball(self, slots: Slots) -> None:
+        """Bring a start that was given into the ball."""
+        pgd_step_(slots.adv, slots.adv, slots.x, alpha=0.0, eps=slots.eps, **self.also(slots))
 
     def engine(self, slots: Slots) -> Engine:
         """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
@@ -638,12 +681,16 @@ def _same(settings, others):
     )
 
 
+def _better(best, new):
+    """Where the new (images, losses, fooled) are stronger than the best, (N,) bool."""
+    better = (new[1] > best[1]) | (best[1].isnan() & ~new[1].isnan())
+    return better if new[2] is None else (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
+
+
 def _stronger(best, new):
     if best is None:
         return new
-    better = (new[1] > best[1]) | (best[1].isnan() & ~new[1].isnan())
-    if new[2] is not None:
-        better = (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
+    better = _better(best, new)
     return tuple(
         None if b is None else torch.where(per_sample(better, b), n, b) for n, b in zip(new, best, strict=True)
     )

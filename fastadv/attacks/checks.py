@@ -45,7 +45,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_options(
-    targeted, loss, target_classes, restarts, training_mode, autocast, memory_format, graph, chunk, clip
+    targeted, loss, target_classes, restarts, eot, training_mode, autocast, memory_format, graph, chunk, clip
 ) -> None:
     if not callable(targeted) and (not isinstance(targeted, (bool, str)) or targeted not in TARGETED):
         raise ValueError(
@@ -59,6 +59,7 @@ def check_options(
         raise ValueError(f"the loss {loss} {why}: leave targeted at False, or choose another loss")
     check_whole("target_classes", target_classes)
     check_whole("restarts", restarts)
+    check_whole("eot", eot)
     check_whole("chunk", 1 if chunk is None else chunk)
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise TypeError(f"autocast must be a dtype such as torch.bfloat16, or None, got {autocast!r}")

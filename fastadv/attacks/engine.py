@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from fastadv.attacks.rows import taken, together
+from fastadv.data import to_float
 from fastadv.ops.autograd import result_like
 
 if TYPE_CHECKING:
     from fastadv.attacks.base import Attack
 
-NAMES = ("x", "targets", "eps", "seed", "adv", "z", "age", "restart", "alpha")
+NAMES = ("x", "targets", "eps", "seed", "adv", "z", "age", "restart", "alpha", "best", "best_losses", "best_fooled")
 WARM_UP = 3  # iterations before a capture: cuDNN's and cuBLAS's choices and workspaces must exist by then
 
 
@@ -33,6 +34,7 @@ class Slots:
     age, restart: steps since the start and number of the run, int64 (N,), None where the attack does not ask for them;
     alpha: step sizes, float (N, 1, ...), None where they are one for all; memory: tensors that an attack keeps from
     step to step.
+    best, best_losses, best_fooled: where they are asked for, the strongest of the iterates that a step was taken from.
     losses, logits: of the iterate, when a step is taken; inside: which iterates may count, (N,) bool, None for all.
     """
 
@@ -44,13 +46,21 @@ class Slots:
         self.given = adv is not None
         self.memory: dict[str, torch.Tensor] = {}
         self.losses = self.logits = self.inside = None
+        self.best = self.best_losses = self.best_fooled = None
 
     @property
     def input(self) -> torch.Tensor:
-        """What the model sees: without a random start, and before the first step, the images themselves."""
-        if self.z is not None:
-            return self.z
+        """What the model sees."""
+        return self.iterate if self.z is None else self.z
+
+    @property
+    def iterate(self) -> torch.Tensor:
+        """Without a random start, and before the first step, the images themselves."""
         return self.x if self.adv is None else self.adv
+
+    @property
+    def strongest(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.best, self.best_losses, self.best_fooled
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {name: getattr(self, name) for name in NAMES}
@@ -87,9 +97,16 @@ class Engine:
         self.attack, self.slots = attack, slots
 
     def start(self) -> None:
-        if not self.slots.given:
-            self.attack.start(self.slots)
-        self.attack.prepare(self.slots)
+        attack, slots = self.attack, self.slots
+        if not slots.given:
+            attack.start(slots)
+        elif slots.best is not None:
+            attack.into_ball(slots)  # for the start may be the strongest
+        attack.prepare(slots)
+        if slots.best is not None:
+            slots.best.copy_(to_float(slots.x))
+            slots.best_losses.fill_(-torch.inf)
+            slots.best_fooled.fill_(False)
 
     def iterate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One gradient and one step; the losses and logits of the iterate before the step."""
@@ -99,6 +116,8 @@ class Engine:
         else:
             grad, (slots.losses, slots.logits) = None, attack.objective.judge(slots.input, attack.aim(slots))
         slots.inside = attack.inside(slots)
+        if slots.best is not None:
+            attack.keep_best(slots)
         attack.step(slots, grad)
         if slots.age is not None:
             slots.age += 1

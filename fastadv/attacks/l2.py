@@ -12,7 +12,29 @@ from fastadv.attacks.rows import per_sample
 from fastadv.data import to_float
 
 
-class PGDL2(PGD):
+class OnL2Ball:
+    """What the L2 attacks share: how an iterate comes back into the ball."""
+
+    norm = "L2"
+
+    def into_ball(self, slots: Slots) -> None:
+        clean = to_float(slots.x)
+        self._write(slots, clean, slots.adv - clean)
+
+    def _projected(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """clean + delta, brought into the ball, then the box, in float32 at least, maybe in its memory."""
+        norm = per_sample(l2_norm(delta), delta)
+        shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_(max=1.0)  # no 0 / 0
+        return delta.to(norm.dtype).mul_(shrink).add_(clean).clamp_(*box_of(self.clip))
+
+    def _write(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> None:
+        """That as the iterate, and as the model's next input."""
+        adv = _in_dtype_of(clean, self._projected(slots, clean, delta), slots.eps)
+        slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
+        self.show(slots)
+
+
+class PGDL2(OnL2Ball, PGD):
     """Projected gradient descent on the L2 ball: Madry et al. 2018 (arXiv 1706.06083, section 2.1).
 
     Args:
@@ -27,8 +49,6 @@ class PGDL2(PGD):
     Raises:
         ValueError: eps is negative, or steps is below 1.
     """
-
-    norm = "L2"
 
     def __init__(
         self,
@@ -57,14 +77,6 @@ class PGDL2(PGD):
         grad = self.in_pixels(grad).nan_to_num(0.0)
         step = grad / per_sample(l2_norm(grad) + self.eps_for_division, grad)
         self._write(slots, clean, slots.adv + (self.length(slots) * step).to(step.dtype) - clean)
-
-    def _write(self, slots, clean, delta):
-        """clean + delta, brought into the ball, then the box."""
-        norm = per_sample(l2_norm(delta), delta)
-        shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)  # no 0 / 0
-        adv = _in_dtype_of(clean, (clean + delta * shrink).clamp_(*box_of(self.clip)), slots.eps)
-        slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
-        self.show(slots)
 
 
 def _in_dtype_of(clean, adv, eps):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 
 from fastadv.attacks.attention import ShortAttentionInFloat32
 from fastadv.attacks.losses import LOSSES
@@ -19,6 +20,7 @@ class Objective:
         model: any callable from images (N, ...) to outputs.
         loss: a name from LOSSES, of logits; or a callable from (outputs, targets) to one value per sample.
         targeted: the loss of the targets is minimised.
+        eot: gradients and losses are the means of so many draws; logits are the logarithm of their mean probabilities.
         autocast: dtype in which the model runs under torch.autocast; None means as it is.
         compiled: model and loss run under torch.compile, with one graph per shape.
     """
@@ -29,12 +31,14 @@ class Objective:
         loss: str | Callable,
         *,
         targeted: bool = False,
+        eot: int = 1,
         autocast: torch.dtype | None = None,
         compiled: bool = False,
     ):
         self.model = model
         self.loss = loss
         self.targeted = targeted
+        self.eot = eot
         self.autocast = autocast
         self.compiled = compiled
         self.classes: int | None = None  # of the logits that were seen last
@@ -52,6 +56,14 @@ class Objective:
             ValueError: there are fewer than two classes, or labels beyond them.
             RuntimeError: the outputs do not depend on x.
         """
+        grad, losses, logits = self._expected(lambda: self._climb(x, targets))
+        if logits is not None:
+            self.classes = logits.shape[1]
+        if self.watch:
+            self.watch, self.still = False, (grad == 0).flatten(1).all(1)
+        return grad, losses, logits
+
+    def _climb(self, x, targets):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, logits = self._of_leaf(leaf, targets)
@@ -64,10 +76,6 @@ class Objective:
                 "gradient: does it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? "
                 "Attack a differentiable version of it, and judge this one on what that gives"
             )
-        if logits is not None:
-            self.classes = logits.shape[1]
-        if self.watch:
-            self.watch, self.still = False, (grad == 0).flatten(1).all(1)
         return grad, losses.detach(), logits
 
     def _of_leaf(self, leaf, targets):
@@ -84,16 +92,30 @@ class Objective:
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(losses, logits), without a gradient. The model sees a copy, as it may write there."""
         with torch.no_grad():
-            losses, logits = self._losses(x.clone(), targets)
-        return losses, logits
+            return self._expected(lambda: self._losses(x.clone(), targets))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of x, without a gradient, in float32 at least. The model sees a copy, as it may write there."""
+
+        def draw():
+            return (self._checked(raised(find_logits(self.model(x.clone()), len(x)))),)
+
         with torch.no_grad(), self._precision(x), self._attention(x):
-            outputs = self.model(x.clone())
-        logits = self._checked(raised(find_logits(outputs, len(x))))
+            (logits,) = self._expected(draw)
         self.classes = logits.shape[1]
         return logits
+
+    def _expected(self, draw: Callable[[], tuple]) -> tuple:
+        """The means of `eot` draws of (..., logits), which of equal ones are exactly these."""
+        *means, logits = draw()
+        if self.eot == 1:
+            return *means, logits
+        several = [logits]
+        for k in range(2, self.eot + 1):
+            *new, logits = draw()
+            means = [mean + (t - mean) / k for mean, t in zip(means, new, strict=True)]
+            several.append(logits)
+        return *means, None if logits is None else _of_mean_probabilities(torch.stack(several), self.loss)
 
     def check_classes(self, highest: int, logits: torch.Tensor | None = None) -> None:
         """Refuse labels beyond the logits' classes: now, or in the next call where there are no logits yet."""
@@ -166,6 +188,14 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
             "from (outputs, targets) to one value per sample"
         )
     return found
+
+
+def _of_mean_probabilities(logits, loss):
+    """Of (K, N, C) the logits (N, C) of the mean over K. In float64, for differences of any size are to survive it."""
+    logits = logits.double()
+    if loss == "bce" or logits.shape[2] == 1:  # each is a probability by itself
+        return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
+    return logits.log_softmax(2).logsumexp(0)
 
 
 def _are_logits(outputs: object, n: int) -> bool:

