@@ -1,6 +1,7 @@
 """Adversarial attacks: a model and its labels in, images out (`adv = attack(images, labels)`)."""
 
 from fastadv.attacks.base import Attack
+from fastadv.attacks.fab import FAB, FABL2
 from fastadv.attacks.fgsm import FFGSM, FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.losses import LOSSES
@@ -11,6 +12,8 @@ from fastadv.attacks.presets import PRESETS, by_name
 
 __all__ = [
     "BIM",
+    "FAB",
+    "FABL2",
     "FFGSM",
     "FGSM",
     "LOSSES",

@@ -205,9 +205,18 @@ class Attack(ABC):
         """Which iterates may count as a success, (N,) bool; None where all may, as none leaves the budget."""
         return None
 
+    @property
+    def iterations(self) -> int:
+        """How many gradients a run takes, at most."""
+        return self.steps
+
     def result(self, slots: Slots) -> torch.Tensor:
         """What a call returns when all steps are taken."""
         return slots.adv
+
+    def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
+        """By what the results of several runs are compared, (N,), the larger the stronger; `losses` are theirs."""
+        return losses
 
     @property
     def compares(self) -> str:
@@ -315,7 +324,8 @@ class Attack(ABC):
                 self._start_losses = seen[0] if self.steps == 1 and self.draws else None
                 return adv
             losses, logits = self.objective.judge(self._seen_by_model(adv), self.aim(engine.slots))
-            best = _stronger(best, (adv, losses, self.fooled(logits, targets)))
+            strength = self.strength(engine.slots, losses)
+            best = _stronger(best, (adv, strength, self.fooled(logits, targets)))
         return best[0]
 
     def _seen_by_model(self, adv):

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 
 from fastadv.attacks.base import Attack
+from fastadv.attacks.fab import FAB
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
@@ -23,6 +24,7 @@ PRESETS = {
     "bim": (BIM, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
     "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),
+    "fab-t": (FAB, lambda eps: {}),
     "pgdl2": (PGDL2, lambda eps: {"alpha": eps / 5, "steps": 20}),
 }
 
