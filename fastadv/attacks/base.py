@@ -205,11 +205,6 @@ class Attack(ABC):
         """Which iterates may count as a success, (N,) bool; None where all may, as none leaves the budget."""
         return None
 
-    @property
-    def iterations(self) -> int:
-        """How many gradients a run takes, at most."""
-        return self.steps
-
     def result(self, slots: Slots) -> torch.Tensor:
         """What a call returns when all steps are taken."""
         return slots.adv

@@ -55,7 +55,7 @@ class Slots:
 
 
 class Engine:
-    """Runs `attack` on `slots`: `start()`, then `iterate()` as often as the attack has iterations."""
+    """Runs `attack` on `slots`: `start()`, then `iterate()` as often as the attack has steps."""
 
     def __init__(self, attack: Attack, slots: Slots):
         self.attack, self.slots = attack, slots
@@ -79,9 +79,9 @@ class Engine:
         return slots.losses, slots.logits
 
     def run(self) -> torch.Tensor:
-        """All steps; the losses before each iteration, (iterations, N)."""
+        """All steps; the losses before each of them, (steps, N)."""
         self.start()
-        return torch.stack([self.iterate()[0] for _ in range(self.attack.iterations)])
+        return torch.stack([self.iterate()[0] for _ in range(self.attack.steps)])
 
 
 @contextlib.contextmanager

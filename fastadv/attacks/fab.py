@@ -20,8 +20,9 @@ class FAB(Attack):
     """The targeted fast adaptive boundary attack, in L-inf: Croce and Hein 2020 (arXiv 1907.02044, algorithm 1).
 
     It looks for the nearest misclassified point, whatever eps is. Each step goes to the plane on which the label's
-    logit and the target class's are equal, both linearised where the iterate is, and a little towards the image. A step
-    that ends misclassified is followed by one back towards the image, which needs no gradient and is not counted.
+    logit and the target class's are equal, both linearised where the step begins, and a little towards the image. It
+    begins at the iterate, or where that is misclassified a part of the way back to the image: so a step takes the
+    verdict's forward pass, and then a gradient.
 
     A call goes for the `target_classes` best other classes of the clean image, one after the other, and returns the
     nearest misclassified point if it is within eps of the image, else the image itself. An evaluation counts an image
@@ -30,15 +31,17 @@ class FAB(Attack):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the L-inf ball around the image, in pixels of [0, 1].
-        steps: to planes, for each target class.
+        steps: for each target class.
         alpha_max: the largest share of the image's own way to the plane in a step.
         eta: by what a step goes further than to the plane, as a factor, at least 1.
-        beta: by what the way from the image is shortened after a misclassified iterate, as a factor below 1.
+        beta: by what the way from the image is shortened where an iterate is misclassified, as a factor of at most 1.
         options: see `Attack`; the loss is "targeted_margin".
 
     Raises:
         ValueError: eps is not in [0, 1], or a setting is beyond its range.
     """
+
+    by_gradient = False  # it takes its own, after the verdict
 
     def __init__(
         self,
@@ -68,66 +71,62 @@ class FAB(Attack):
         if self.loss != "targeted_margin":
             raise ValueError(f"FAB goes to planes of equal logits, loss='targeted_margin', got {self.loss!r}")
 
-    @property
-    def iterations(self) -> int:
-        # Each step to a plane may be followed by one back; in the last the last iterate is judged.
-        return 2 * self.steps + 1
-
     def start(self, slots: Slots) -> None:
         slots.adv = random_init(slots.x, 0.0, seed=0, out=slots.adv, **self.also(slots))
 
     def prepare(self, slots: Slots) -> None:
-        """planes: steps to planes so far; back: whether the last step was one back towards the image; nearest: the
-        nearest misclassified iterate, at `distance`, which is infinite before there is one."""
-        memory, dtype = slots.memory, torch.promote_types(slots.adv.dtype, torch.float32)
+        """nearest: the nearest misclassified iterate, and its distance, infinite before there is one."""
+        memory, adv = slots.memory, slots.adv
         if "nearest" not in memory:
-            rows = slots.adv.new_empty(len(slots.adv), dtype=dtype)
-            memory["nearest"], memory["distance"] = torch.empty_like(slots.adv), rows
-            memory["planes"], memory["back"] = rows.long(), rows.bool()
-        memory["nearest"].copy_(slots.adv)
+            memory["nearest"] = torch.empty_like(adv)
+            memory["distance"] = adv.new_empty(len(adv), dtype=torch.promote_types(adv.dtype, torch.float32))
+        memory["nearest"].copy_(adv)
         memory["distance"].fill_(torch.inf)
-        memory["planes"].zero_()
-        memory["back"].zero_()
-
-    def ended(self, slots: Slots) -> torch.Tensor:
-        return slots.memory["planes"] >= self.steps
 
     def inside(self, slots: Slots) -> torch.Tensor:
-        dtype = slots.memory["distance"].dtype
-        return _within(self._length(slots.adv.to(dtype) - to_float(slots.x).to(dtype)), slots.eps)
+        return _within(self._distance(slots), slots.eps)
 
-    def step(self, slots: Slots, grad: torch.Tensor) -> None:
-        memory, dtype = slots.memory, slots.memory["distance"].dtype
-        clean, adv = to_float(slots.x).to(dtype), slots.adv.to(dtype)
-        fooled, ended = self.fooled(slots.logits, slots.targets), self.ended(slots)
-        self._keep(slots, fooled, self._length(adv - clean))
-
-        back = fooled & ~memory["back"]
-        nearer = clean + self.beta * (adv - clean)
-        there = self._towards_plane(clean, adv, self.in_pixels(grad).nan_to_num(0.0), slots.losses)
-        following = torch.where(per_sample(back, adv), nearer, there).clamp_(*box_of(self.clip))
-        slots.adv.copy_(torch.where(per_sample(ended, adv), adv, following))
-        if slots.z is not None:
-            slots.z.copy_(self._normalization(slots.adv))
-        memory["planes"] += ~(back | ended)
-        memory["back"].copy_(back)
+    def step(self, slots: Slots, grad: None) -> None:
+        fooled = per_sample(self._keep(slots, slots.logits), slots.adv)
+        clean, adv = self._pixels(slots)
+        self._write(slots, torch.where(fooled, clean + self.beta * (adv - clean), adv))
+        grad, gap, _ = self.objective.gradient(slots.input, self.aim(slots))
+        self._write(slots, self._towards_plane(*self._pixels(slots), self.in_pixels(grad).nan_to_num(0.0), gap))
 
     def result(self, slots: Slots) -> torch.Tensor:
+        self._keep(slots, self.objective.logits(slots.input))
         found = _within(slots.memory["distance"], slots.eps)
         return torch.where(per_sample(found, slots.adv), slots.memory["nearest"], to_float(slots.x))
 
     def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
         return -slots.memory["distance"]
 
-    def _length(self, delta: torch.Tensor) -> torch.Tensor:
-        """Of each row, (N,)."""
-        return l2_norm(delta) if self.norm == "L2" else delta.flatten(1).abs().amax(1)
+    def _pixels(self, slots):
+        """Of the images and of the iterates, in float32 at least."""
+        dtype = slots.memory["distance"].dtype
+        return to_float(slots.x).to(dtype), slots.adv.to(dtype)
 
-    def _keep(self, slots, fooled, distance):
-        memory = slots.memory
+    def _distance(self, slots):
+        clean, adv = self._pixels(slots)
+        return self._length(adv - clean)
+
+    def _length(self, moves):
+        """Of each row, (N,)."""
+        return l2_norm(moves) if self.norm == "L2" else moves.flatten(1).abs().amax(1)
+
+    def _keep(self, slots, logits):
+        """Which iterates are misclassified, (N,); of each sample the nearest is kept."""
+        memory, distance = slots.memory, self._distance(slots)
+        fooled = self.fooled(logits, slots.targets)
         nearer = fooled & (distance < memory["distance"])
         memory["distance"].copy_(torch.where(nearer, distance, memory["distance"]))
         memory["nearest"].copy_(torch.where(per_sample(nearer, slots.adv), slots.adv, memory["nearest"]))
+        return fooled
+
+    def _write(self, slots, adv):
+        slots.adv.copy_(adv.clamp_(*box_of(self.clip)))
+        if slots.z is not None:
+            slots.z.copy_(self._normalization(slots.adv))
 
     def _towards_plane(self, clean, adv, normal, gap):
         """A step to the plane through which `gap`, the margin, is 0 by its gradient `normal`."""
