@@ -40,9 +40,10 @@ def to_hyperplane(
     direction = normal.sign() if norm == "Linf" else normal
     forward = direction * -gap.sign()[..., None]
     # The level at which a pixel comes to its bound: never where it does not move, also if it is there, 0 / 0.
-    limit = torch.maximum(low / forward, high / forward).nan_to_num_(0.0, math.inf)
+    limit = low / forward
+    limit = torch.maximum(limit, high / forward, out=limit).nan_to_num_(0.0, math.inf)
     level = _level(normal * direction, limit, gap.abs())
-    return (forward * level[..., None]).clamp_(low, high)
+    return forward.mul_(level[..., None]).clamp_(low, high)
 
 
 def _level(rate: torch.Tensor, limit: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
