@@ -10,6 +10,7 @@ from torch import nn
 
 from fastadv.attacks import FAB, FABL2, Normalized
 from fastadv.attacks.hyperplane import to_hyperplane
+from fastadv.attacks.rows import seeds_for
 
 BOX = (0.0, 1.0)
 NORMS = {"Linf": (FAB, EPS), "L2": (FABL2, L2_EPS)}
@@ -113,7 +114,8 @@ def test_a_plane_that_the_box_does_not_meet_sends_every_pixel_to_its_bound(norm)
 def test_the_scale_of_the_logits_changes_no_way(norm, dtype, scale):
     v, w, gap, _ = points("plain", 20, 300, dtype)
     moves = to_hyperplane(v, w, gap, norm, BOX)
-    torch.testing.assert_close(to_hyperplane(v, w * scale, gap * scale, norm, BOX), moves, rtol=1e-4, atol=1e-6)
+    scaled = to_hyperplane(v, w * scale, gap * scale, norm, BOX)
+    assert ((w * (scaled - moves)).abs() <= 1e-6 * w.abs().sum(1, keepdim=True)).all()
 
 
 @every_norm
@@ -135,19 +137,26 @@ def test_without_a_box_the_way_has_a_closed_form(norm):
 # ---------------------------------------------------------------------- the algorithm by hand
 
 
-def by_hand(model, image, label, target, norm, steps, alpha_max=0.1, eta=1.05, beta=0.9):
-    """The iterates x_0 .. x_steps, where x_{i+1} is judged before it is drawn back, float64."""
+def by_hand(model, image, label, targets, norm, steps, alpha_max=0.1, eta=1.05, beta=0.9):
+    """The iterates x_0 .. x_steps, float64, each towards the nearest of the planes of the classes `targets`.
+
+    x_{i+1} is judged before it is drawn back.
+    """
 
     def far(delta):
         return max(length(delta[None], norm).item(), 1e-8)
 
     x, seen = image, [image]
     for _ in range(steps):
-        leaf = x.clone().requires_grad_()
-        logits = model(leaf[None])[0]
-        margin = logits[target] - logits[label]
-        (w,) = torch.autograd.grad(margin, leaf)
-        b = (w * x).sum() - margin.item()
+        planes = []
+        for target in targets:
+            leaf = x.clone().requires_grad_()
+            logits = model(leaf[None])[0]
+            margin = logits[target] - logits[label]
+            (w,) = torch.autograd.grad(margin, leaf)
+            size = w.norm() if norm == "L2" else w.abs().sum()
+            planes.append((abs(margin.item()) / size.item(), w, (w * x).sum() - margin.item()))
+        _, w, b = min(planes, key=lambda plane: plane[0])
         d_here, d_clean = (exact_move(v, w, ((w * v).sum() - b).item(), norm) for v in (x, image))
         a = min(far(d_here) / (far(d_here) + far(d_clean)), alpha_max)
         x = ((1 - a) * (x + eta * d_here) + a * (image + eta * d_clean)).clamp(0, 1)
@@ -182,10 +191,10 @@ def case(n=6, classes=5, dtype=torch.float64):
     return model, images, model(images).argmax(1)
 
 
-def started(attack, images, labels, run=0):
+def started(attack, images, labels, run=0, seed=0):
     """An engine on these images, at the start of run number `run`."""
     targets = attack.targets(attack._clean_logits(images), labels)
-    slots = attack.slots(images, targets, attack.eps, None)
+    slots = attack.slots(images, targets, attack.eps, seed)
     slots.age = torch.zeros(len(images), dtype=torch.int64)
     slots.restart = torch.full_like(slots.age, run)
     engine = attack.engine(slots)
@@ -194,13 +203,16 @@ def started(attack, images, labels, run=0):
 
 
 @every_norm
-@pytest.mark.parametrize("run", [0, 2])
-def test_the_iterates_are_the_algorithm_s(norm, run):
+@pytest.mark.parametrize(("loss", "run"), [("targeted_margin", 0), ("targeted_margin", 2), ("margin", 0)])
+def test_the_iterates_are_the_algorithm_s(norm, loss, run):
     model, images, labels = case()
     steps, (cls, eps) = 12, NORMS[norm]
-    attack = cls(model, eps, steps)
+    attack = cls(model, eps, steps, loss=loss)
     engine = started(attack, images, labels, run)
-    targets = attack.targets(model(images), labels)[:, 1 + run]
+    if loss == "margin":
+        targets = [[target for target in range(5) if target != label] for label in labels]
+    else:
+        targets = attack.targets(model(images), labels)[:, 1 + run, None]
     hand = [by_hand(model, *one, norm, steps) for one in zip(images, labels, targets, strict=True)]
     wrong = torch.stack([model(torch.stack(seen)).argmax(1) != label for seen, label in zip(hand, labels, strict=True)])
     assert 0 < wrong[:, 1:].sum() < wrong[:, 1:].numel()  # so that some are drawn back, and some are not
@@ -223,7 +235,7 @@ def test_a_call_returns_the_nearest_of_all_target_classes_or_the_image(norm):
     nearest = []
     for image, label in zip(images, labels, strict=True):
         targets = [target for target in range(5) if target != label]
-        seen = [x for target in targets for x in by_hand(model, image, label, target, norm, steps)]
+        seen = [x for target in targets for x in by_hand(model, image, label, [target], norm, steps)]
         nearest.append(best_of(model, seen, image, label, norm))
     eps = sorted(distance for distance, _ in nearest)[4] * (1 + 1e-6)  # five of eight are within
     adv = cls(model, eps, steps)(images, labels)
@@ -232,6 +244,48 @@ def test_a_call_returns_the_nearest_of_all_target_classes_or_the_image(norm):
     own = torch.tensor([distance for distance, _ in nearest], dtype=torch.float64) * (1 + 1e-6)
     assert (model(cls(model, eps, steps)(images, labels, eps=own)).argmax(1) != labels).all()
     assert torch.equal(cls(model, eps, steps)(images, labels, eps=own * 0.99), images)
+
+
+@every_norm
+@pytest.mark.parametrize("loss", ["targeted_margin", "margin"])
+def test_further_restarts_start_at_random_at_half_of_eps_and_the_nearest_result_is_kept(norm, loss):
+    model, images, labels = case()
+    cls = NORMS[norm][0]
+    attack = cls(model, 0.1, 4, loss=loss, restarts=3)
+    starts = [started(attack, images, labels, run, seed=run).slots.adv for run in range(4)]
+    assert torch.equal(starts[0], images)
+    assert torch.equal(starts[3], images)  # the first run towards the next target class
+    assert not torch.equal(starts[1], starts[2])
+    free = cls(model, 0.1, 4, loss=loss, restarts=3, clip=None)
+    for run in (1, 2):
+        away = started(free, images, labels, run, seed=run).slots.adv - images
+        torch.testing.assert_close(length(away, norm), torch.full((6,), 0.05).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(starts[run], (images + away).clamp(0, 1))
+    attack = cls(model, EVERYWHERE[norm], 3, loss=loss, restarts=3)
+    found = []
+    for run in range(3 if loss == "margin" else 12):
+        engine = started(attack, images, labels, run, seed=seeds_for(5, images, run) if run else 5)
+        for _ in range(3):
+            engine.iterate()
+        attack.result(engine.slots)
+        found.append(engine.slots.memory["distance"])
+    nearest = torch.stack(found).amin(0)
+    expected = torch.where(nearest <= attack.eps, nearest, 0.0)
+    torch.testing.assert_close(length(attack(images, labels, seed=5) - images, norm), expected)
+
+
+@pytest.mark.parametrize("options", [{"loss": "ce"}, {"loss": "margin", "targeted": True}, {"eta": 0.9}, {"beta": 1.1}])
+def test_what_is_no_fab_is_refused(options):
+    with pytest.raises(ValueError, match=r"planes of equal logits|must be in"):
+        FAB(Rows(), **options)
+
+
+@pytest.mark.parametrize("loss", ["targeted_margin", "margin"])
+def test_a_model_without_gradient_is_refused(loss):
+    model, images, labels = case()
+    for blind in (lambda x: model(x.detach()), lambda x: model(x).detach()):
+        with pytest.raises(RuntimeError, match="does not depend on its input"):
+            FAB(blind, loss=loss)(images, labels)
 
 
 # ---------------------------------------------------------------------- linear models
@@ -374,8 +428,10 @@ def test_what_a_call_returns_is_misclassified_within_eps_in_any_type(norm, dtype
 @every_norm
 def test_pixels_whose_gradient_is_nan_stay_and_the_others_move(norm):
     model, images, labels = case(n=4)
-    adv = NORMS[norm][0](lambda x: model(x) + (0 * x[:, 0, :1, 0]).sqrt(), EVERYWHERE[norm], 5)(images, labels)
-    assert (model(adv).argmax(1) != labels).all()
+    adv = NORMS[norm][0](lambda x: model(x) + (0 * x[:, 0, :1, 0]).sqrt(), EVERYWHERE[norm], 10)(images, labels)
+    moved = (adv != images).flatten(1).any(1)
+    assert moved.any()
+    assert (model(adv).argmax(1) != labels)[moved].all()
     assert torch.equal(adv[:, 0, 0, 0], images[:, 0, 0, 0])
 
 

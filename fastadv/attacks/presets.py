@@ -24,6 +24,7 @@ PRESETS = {
     "bim": (BIM, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
     "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),
+    "fab": (FAB, lambda eps: {"loss": "margin", "restarts": 5}),
     "fab-t": (FAB, lambda eps: {}),
     "pgdl2": (PGDL2, lambda eps: {"alpha": eps / 5, "steps": 20}),
 }
