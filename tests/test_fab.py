@@ -281,6 +281,12 @@ def test_what_is_no_fab_is_refused(options):
 
 
 @pytest.mark.parametrize("loss", ["targeted_margin", "margin"])
+def test_no_images_give_none(loss):
+    model, images, labels = case()
+    assert FAB(model, EPS, 2, loss=loss)(images[:0], labels[:0]).shape == (0, 3, 6, 6)
+
+
+@pytest.mark.parametrize("loss", ["targeted_margin", "margin"])
 def test_a_model_without_gradient_is_refused(loss):
     model, images, labels = case()
     for blind in (lambda x: model(x.detach()), lambda x: model(x).detach()):

@@ -1,10 +1,10 @@
-"""FAB-T beside its authors' (Croce & Hein 2020, github.com/fra31/auto-attack): how near it comes, and its own time.
+"""FAB beside its authors' (Croce & Hein 2020, github.com/fra31/auto-attack): how near it comes, and its own time.
 
     OMP_NUM_THREADS=1 python benchmarks/peers/fab_trace.py CHECKOUT
 
-CHECKOUT is a clone of theirs. Both go for the same target classes of a small network that is trained here on random
-patterns: the distance of the nearest point that each finds for each image. Then the time of a step on the mean of the
-pixels and a linear layer, which is that of everything but the model.
+CHECKOUT is a clone of theirs. Both attack a small network that is trained here on random patterns, towards target
+classes (FAB-T) and the nearest of all planes (FAB): the distance of the nearest point that each finds for each image.
+The time of a step is on the mean of the pixels and a linear layer, and so that of everything but the model.
 """
 
 import argparse
@@ -53,25 +53,27 @@ def distances(adv, images, norm):
 
 
 def theirs_towards(model, norm, steps, rank):
-    """Their attack towards the class of rank `rank`, from 1 for the best other class."""
+    """Their attack towards the class of rank `rank`, from 1 for the best other class; 0 for the nearest of all."""
     from autoattack.fab_pt import FABAttack_PT
 
-    attack = FABAttack_PT(model, norm=norm, n_iter=steps, eps=1.0, targeted=True, device="cpu")
+    attack = FABAttack_PT(model, norm=norm, n_iter=steps, eps=1.0, device="cpu")
     attack.target_class = rank + 1
-    return lambda images, labels: attack.attack_single_run(images, labels, is_targeted=True)
+    return lambda images, labels: attack.attack_single_run(images, labels, is_targeted=rank > 0)
 
 
-def compare(norm, steps, targets):
+def compare(norm, loss, steps, targets):
     model, images, labels = trained()
     cls, eps = EVERYWHERE[norm]
-    adv = cls(model, eps, steps, target_classes=targets)(images, labels)
+    adv = cls(model, eps, steps, loss=loss, target_classes=targets)(images, labels)
     assert (model(adv).argmax(1) != labels).all()
     ours = distances(adv, images, norm)
-    found = [theirs_towards(model, norm, steps, rank)(images, labels) for rank in range(1, targets + 1)]
+    ranks = [0] if loss == "margin" else range(1, targets + 1)
+    found = [theirs_towards(model, norm, steps, rank)(images, labels) for rank in ranks]
     theirs = torch.stack([distances(a, images, norm).where(model(a).argmax(1) != labels, torch.inf) for a in found])
     theirs = theirs.amin(0)
     ratio = ours / theirs
-    print(f"{norm}, {steps} steps towards {targets} classes, {len(images)} images: our distance over theirs")
+    towards = "the nearest plane" if loss == "margin" else f"{targets} classes"
+    print(f"{norm}, {steps} steps towards {towards}, {len(images)} images: our distance over theirs")
     print(f"  median {ratio.median():.5f}, from {ratio.min():.4f} to {ratio.max():.4f}")
     for share in (0.25, 0.5, 0.75):
         eps = theirs.quantile(share).item()
@@ -117,7 +119,8 @@ def main():
     sys.path.insert(0, args.checkout)
     for norm in EVERYWHERE:
         own_time(norm, args.steps, args.repeats)
-        compare(norm, args.steps, args.targets)
+        for loss in ("targeted_margin", "margin"):
+            compare(norm, loss, args.steps, args.targets)
 
 
 if __name__ == "__main__":
