@@ -324,6 +324,24 @@ def test_on_a_linear_model_a_few_steps_find_the_nearest_point(norm, classes):
         assert least <= distance <= 1.012 * least
 
 
+@every_norm
+def test_the_nearest_plane_is_so_in_the_attack_s_norm(norm):
+    """Class 1 looks at one pixel, and class 2 a twentieth as hard at each of all 48: in L-inf it is the nearer one."""
+    model, images = linear(3), 0.5 + 0.1 * torch.rand(5, 3, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.zero_()
+        model[1].weight[1, 7], model[1].weight[2] = 20, 1
+        clean = model(images)
+    adv = NORMS[norm][0](
+        lambda x: model(x) - clean * torch.tensor([0, 1, 1]) - torch.tensor([0, 0.5, 0.5]),
+        *(EVERYWHERE[norm], 3),
+        loss="margin",
+    )(images, torch.zeros(5, dtype=torch.int64))
+    expected = 0.5 / 20 if norm == "L2" else 0.5 / 48
+    torch.testing.assert_close(length(adv - images, norm), torch.full((5,), expected).double(), rtol=0.06, atol=0)
+
+
 # ---------------------------------------------------------------------- slots, types, models
 
 

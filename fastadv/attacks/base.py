@@ -443,9 +443,8 @@ class Attack(ABC):
         if self.compares == "pairs":
             others = logits.float().scatter(1, labels[:, None], -torch.inf)
             ranked = others.argsort(dim=1, descending=True, stable=True)
-            ranked = ranked[ranked != labels[:, None]].reshape(
-                len(labels), logits.shape[1] - 1
-            )  # others may be -inf too
+            # The label's own by its number, for other logits may be -inf too.
+            ranked = ranked[ranked != labels[:, None]].reshape(len(labels), logits.shape[1] - 1)
             return torch.cat((labels[:, None], ranked[:, : self.target_classes]), 1)
         if self.targeted == "least_likely":
             return logits.scatter(1, labels[:, None], torch.inf).argmin(1)

@@ -153,10 +153,10 @@ class FAB(Attack):
             grad, gap, _ = self.objective.gradient(slots.input, self.aim(slots))
             return self.in_pixels(grad).nan_to_num(0.0), gap
         nearest = None
-        for number, (grad, gap) in enumerate(self.objective.margins(slots.input, slots.targets)):
+        for grad, gap in self.objective.margins(slots.input, slots.targets):
             normal = self.in_pixels(grad).nan_to_num(0.0)
             size = l2_norm(normal) if self.norm == "L2" else normal.flatten(1).abs().sum(1)
-            distance = torch.where((slots.targets != number) & (size > 0), gap.abs() / size, torch.inf)
+            distance = torch.where(size > 0, gap.abs() / size, torch.inf)  # the label's own has no gradient
             plane = distance, normal, gap
             if nearest is not None:
                 nearer = distance < nearest[0]
@@ -173,10 +173,10 @@ class FAB(Attack):
         gaps = torch.stack((gap, gap + (normal * (clean - adv).flatten(1)).sum(1)))
         points = torch.stack((adv.flatten(1), clean.flatten(1)))
         moves = to_hyperplane(points, normal, gaps, self.norm, box_of(self.clip))
-        from_adv, from_clean = self._length(moves.flatten(0, 1)).clamp_min(LEAST).reshape(2, n)
-        share = (from_adv / (from_adv + from_clean)).clamp(max=self.alpha_max)
-        from_adv, from_clean = points.add_(moves, alpha=self.eta)
-        return from_adv.lerp(from_clean, share[:, None]).reshape(adv.shape)
+        far, far_clean = self._length(moves.flatten(0, 1)).clamp_min(LEAST).reshape(2, n)
+        share = (far / (far + far_clean)).clamp(max=self.alpha_max)
+        beyond, beyond_clean = points.add_(moves, alpha=self.eta)
+        return beyond.lerp(beyond_clean, share[:, None]).reshape(adv.shape)
 
 
 class FABL2(FAB):
