@@ -207,13 +207,14 @@ def started(attack, images, labels, run=0, seed=0):
 def test_the_iterates_are_the_algorithm_s(norm, loss, run):
     model, images, labels = case()
     steps, (cls, eps) = 12, NORMS[norm]
-    attack = cls(model, eps, steps, loss=loss)
+    settings = {"alpha_max": 0.2, "eta": 1.01, "beta": 0.8}
+    attack = cls(model, eps, steps, loss=loss, **settings)
     engine = started(attack, images, labels, run)
     if loss == "margin":
         targets = [[target for target in range(5) if target != label] for label in labels]
     else:
         targets = attack.targets(model(images), labels)[:, 1 + run, None]
-    hand = [by_hand(model, *one, norm, steps) for one in zip(images, labels, targets, strict=True)]
+    hand = [by_hand(model, *one, norm, steps, **settings) for one in zip(images, labels, targets, strict=True)]
     wrong = torch.stack([model(torch.stack(seen)).argmax(1) != label for seen, label in zip(hand, labels, strict=True)])
     assert 0 < wrong[:, 1:].sum() < wrong[:, 1:].numel()  # so that some are drawn back, and some are not
     for t in range(steps):
