@@ -2,6 +2,7 @@
 
 from fastadv.attacks.apgd import APGD, APGDL2
 from fastadv.attacks.base import Attack
+from fastadv.attacks.fab import FAB, FABL2
 from fastadv.attacks.fgsm import FFGSM, FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.losses import LOSSES
@@ -16,6 +17,8 @@ __all__ = [
     "APGD",
     "APGDL2",
     "BIM",
+    "FAB",
+    "FABL2",
     "FFGSM",
     "FGSM",
     "LOSSES",

@@ -252,6 +252,10 @@ class Attack(Modes, ABC):
         """What a call returns when all steps are taken."""
         return slots.adv
 
+    def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
+        """By what the results of several runs are compared, (N,), the larger the stronger; `losses` are theirs."""
+        return losses
+
     @property
     def compares(self) -> str:
         """What its loss compares the outputs with, as in `Loss`; "anything" where it is one of your own."""
@@ -381,7 +385,7 @@ class Attack(Modes, ABC):
             return adv, None, None
         slots.losses, slots.logits = self.objective.judge(self._seen_by_model(adv), self.aim(slots))
         if not self.best_iterate:
-            return adv, slots.losses, self.fooled(slots.logits, slots.targets)
+            return adv, self.strength(slots, slots.losses), self.fooled(slots.logits, slots.targets)
         slots.inside = self.inside(slots)
         self.keep_best(slots)
         return slots.strongest
@@ -528,7 +532,8 @@ class Attack(Modes, ABC):
         if self.compares == "pairs":
             others = logits.float().scatter(1, labels[:, None], -torch.inf)
             ranked = others.argsort(dim=1, descending=True, stable=True)
-            ranked = ranked[ranked != labels[:, None]].reshape(len(labels), -1)  # others may be -inf too
+            # The label's own by its number, for other logits may be -inf too.
+            ranked = ranked[ranked != labels[:, None]].reshape(len(labels), logits.shape[1] - 1)
             return torch.cat((labels[:, None], ranked[:, : self.target_classes]), 1)
         if self.targeted == "least_likely":
             if self.kth_min >= logits.shape[1]:

@@ -1,6 +1,6 @@
 """The attacked function: images in, one loss per sample out, and its gradient with respect to the images alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -67,15 +67,7 @@ class Objective:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, logits = self._of_leaf(leaf, targets)
-            grad = None
-            if losses.requires_grad:
-                (grad,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses), allow_unused=True)
-        if grad is None:
-            raise RuntimeError(
-                "the model's output does not depend on its input through autograd, so that no attack can follow its "
-                "gradient: does it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? "
-                "Attack a differentiable version of it, and judge this one on what that gives"
-            )
+            grad = _gradient(losses, leaf)
         return grad, losses.detach(), logits
 
     def _of_leaf(self, leaf, targets):
@@ -88,6 +80,23 @@ class Objective:
                     raise
                 self._copies = True
         return self._losses(leaf.clone(), targets)
+
+    def margins(self, x: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Class by class, from one forward pass: (gradient, like x, of its logit minus the label's; that, (N,)).
+
+        Both are 0 for the label's own class. The model sees a copy, as it may write there; it is not compiled.
+
+        Raises:
+            As `gradient`.
+        """
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            with self._precision(x), self._attention(x):
+                outputs = self.model(leaf.clone())
+            logits = self._checked(raised(find_logits(outputs, len(x))))
+            margins = (logits - logits.gather(1, labels[:, None])).unbind(1)
+        for margin in margins:
+            yield _gradient(margin, leaf, retain_graph=True), margin.detach()
 
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(losses, logits), without a gradient. The model sees a copy, as it may write there."""
@@ -159,6 +168,21 @@ class Objective:
 
     def _attention(self, x: torch.Tensor) -> AbstractContextManager:
         return ShortAttentionInFloat32() if self.autocast is not None and x.device.type == "cpu" else nullcontext()
+
+
+def _gradient(losses, leaf, retain_graph=False):
+    """Of the sum of the losses, like the leaf."""
+    grad = None
+    if losses.requires_grad:
+        ones = torch.ones_like(losses)
+        (grad,) = torch.autograd.grad(losses, leaf, ones, retain_graph=retain_graph, allow_unused=True)
+    if grad is None:
+        raise RuntimeError(
+            "the model's output does not depend on its input through autograd, so that no attack can follow its "
+            "gradient: does it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? "
+            "Attack a differentiable version of it, and judge this one on what that gives"
+        )
+    return grad
 
 
 def find_logits(outputs: object, n: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.base import Attack
+from fastadv.attacks.fab import FAB
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
@@ -29,6 +30,8 @@ PRESETS = {
     "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
     "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),
     "square": (Square, lambda eps: {}),
+    "fab": (FAB, lambda eps: {"loss": "margin", "restarts": 5}),
+    "fab-t": (FAB, lambda eps: {}),
     "pgdl2": (PGDL2, lambda eps: {"alpha": eps / 5, "steps": 20}),
 }
 

@@ -1,0 +1,195 @@
+"""The fast adaptive boundary attack."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastadv.attacks.base import Attack
+from fastadv.attacks.checks import box_of, check_number, check_whole
+from fastadv.attacks.engine import Slots
+from fastadv.attacks.hyperplane import to_hyperplane
+from fastadv.attacks.l2 import l2_norm
+from fastadv.attacks.noise import gaussian, uniform
+from fastadv.attacks.rows import per_sample
+from fastadv.data import to_float
+from fastadv.functional import random_init
+
+LEAST = 1e-8  # of the two distances to a plane, so that their shares exist
+
+
+class FAB(Attack):
+    """The fast adaptive boundary attack, in L-inf: Croce and Hein 2020 (arXiv 1907.02044, algorithm 1).
+
+    It looks for the nearest misclassified point, whatever eps is. Each step goes to the plane on which the label's
+    logit and another class's are equal, both linearised where the step begins, and a little towards the image. It
+    begins at the iterate, or where that is misclassified a part of the way back to the image: so a step takes the
+    verdict's forward pass, and then a gradient.
+
+    The other class is, one after the other, each of the `target_classes` best of the clean image: FAB-T. With
+    loss="margin" it is that of the nearest plane, anew in each step, which then takes a gradient for each class: FAB.
+
+    A call returns the nearest misclassified point of all runs if it is within eps of the image, else the image itself.
+    An evaluation counts an image as fooled at the first such point. The first run, of each target class, starts at
+    the image, and further restarts at random at a distance of eps / 2.
+
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the L-inf ball around the image, in pixels of [0, 1].
+        steps: of a run.
+        alpha_max: the largest share of the image's own way to the plane in a step.
+        eta: by what a step goes further than to the plane, as a factor, at least 1.
+        beta: by what the way from the image is shortened where an iterate is misclassified, as a factor of at most 1.
+        options: see `Attack`; the loss is "targeted_margin", or "margin". Its compile leaves out the gradients of the
+            latter.
+
+    Raises:
+        ValueError: eps is not in [0, 1], or a setting is beyond its range.
+    """
+
+    by_gradient = False  # it takes its own, after the verdict
+    by_age = True
+
+    def __init__(
+        self,
+        model: Callable,
+        eps: float = 8 / 255,
+        steps: int = 100,
+        alpha_max: float = 0.1,
+        eta: float = 1.05,
+        beta: float = 0.9,
+        **options,
+    ):
+        super().__init__(model, eps, **{"loss": "targeted_margin", **options})
+        self.steps = steps
+        self.alpha_max = alpha_max
+        self.eta = eta
+        self.beta = beta
+        self.check()
+
+    def check(self) -> None:
+        super().check()
+        check_whole("steps", self.steps)
+        for name, least, most in (("alpha_max", 0.0, 1.0), ("eta", 1.0, float("inf")), ("beta", 0.0, 1.0)):
+            value = getattr(self, name)
+            check_number(name, value)
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {value}")
+        if self.loss not in ("targeted_margin", "margin") or self.targeted:
+            raise ValueError(
+                "FAB goes to planes of equal logits, loss='targeted_margin' or 'margin' with targeted=False, got "
+                f"{self.loss!r} and {self.targeted!r}"
+            )
+
+    @property
+    def draws(self) -> bool:
+        return self.restarts > 1
+
+    def start(self, slots: Slots) -> None:
+        slots.adv = random_init(slots.x, 0.0, seed=0, out=slots.adv, **self.also(slots))
+        if not self.draws:
+            return
+        clean = to_float(slots.x)
+        way = gaussian(clean, slots.seed) if self.norm == "L2" else 2 * uniform(clean, slots.seed) - 1
+        way *= slots.eps / 2 / per_sample(self._length(way), way)
+        again = slots.restart % self.restarts > 0
+        self._write(slots, torch.where(per_sample(again, clean), clean + way, clean))
+
+    def prepare(self, slots: Slots) -> None:
+        """nearest: the nearest misclassified iterate, and its distance, infinite before there is one."""
+        memory, adv = slots.memory, slots.adv
+        if "nearest" not in memory:
+            memory["nearest"] = torch.empty_like(adv)
+            memory["distance"] = adv.new_empty(len(adv), dtype=torch.promote_types(adv.dtype, torch.float32))
+        memory["nearest"].copy_(adv)
+        memory["distance"].fill_(torch.inf)
+
+    def inside(self, slots: Slots) -> torch.Tensor:
+        return _within(self._distance(slots), slots.eps)
+
+    def step(self, slots: Slots, grad: None) -> None:
+        fooled = per_sample(self._keep(slots, slots.logits), slots.adv)
+        clean, adv = self._pixels(slots)
+        self._write(slots, torch.where(fooled, clean + self.beta * (adv - clean), adv))
+        self._write(slots, self._towards_plane(*self._pixels(slots), *self._plane(slots)))
+
+    def result(self, slots: Slots) -> torch.Tensor:
+        self._keep(slots, self.objective.logits(slots.input))
+        found = _within(slots.memory["distance"], slots.eps)
+        return torch.where(per_sample(found, slots.adv), slots.memory["nearest"], to_float(slots.x))
+
+    def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
+        return -slots.memory["distance"]
+
+    def _pixels(self, slots):
+        """Of the images and of the iterates, in float32 at least."""
+        dtype = slots.memory["distance"].dtype
+        return to_float(slots.x).to(dtype), slots.adv.to(dtype)
+
+    def _distance(self, slots):
+        clean, adv = self._pixels(slots)
+        return self._length(adv - clean)
+
+    def _length(self, moves):
+        """Of each row, (N,)."""
+        return l2_norm(moves) if self.norm == "L2" else moves.flatten(1).abs().amax(1)
+
+    def _keep(self, slots, logits):
+        """Which iterates are misclassified, (N,); of each sample the nearest is kept."""
+        memory, distance = slots.memory, self._distance(slots)
+        fooled = self.fooled(logits, slots.targets)
+        nearer = fooled & (distance < memory["distance"])
+        memory["distance"].copy_(torch.where(nearer, distance, memory["distance"]))
+        memory["nearest"].copy_(torch.where(per_sample(nearer, slots.adv), slots.adv, memory["nearest"]))
+        return fooled
+
+    def _write(self, slots, adv):
+        slots.adv.copy_(adv.clamp_(*box_of(self.clip)))
+        if slots.z is not None:
+            slots.z.copy_(self._normalization(slots.adv))
+
+    def _plane(self, slots):
+        """(normal, like the images; gap (N,)): the gradient of another class's logit minus the label's, and that."""
+        if self.loss == "targeted_margin":
+            grad, gap, _ = self.objective.gradient(slots.input, self.aim(slots))
+            return self.in_pixels(grad).nan_to_num(0.0), gap
+        nearest = None
+        for grad, gap in self.objective.margins(slots.input, slots.targets):
+            normal = self.in_pixels(grad).nan_to_num(0.0)
+            size = l2_norm(normal) if self.norm == "L2" else normal.flatten(1).abs().sum(1)
+            distance = torch.where(size > 0, gap.abs() / size, torch.inf)  # the label's own has no gradient
+            plane = distance, normal, gap
+            if nearest is not None:
+                nearer = distance < nearest[0]
+                plane = tuple(
+                    torch.where(per_sample(nearer, t), t, best) for t, best in zip(plane, nearest, strict=True)
+                )
+            nearest = plane
+        return nearest[1:]
+
+    def _towards_plane(self, clean, adv, normal, gap):
+        """A step to the plane through which `gap`, the margin, is 0 by its gradient `normal`."""
+        n, normal = len(adv), normal.flatten(1)
+        gap = gap.to(normal.dtype)
+        gaps = torch.stack((gap, gap + (normal * (clean - adv).flatten(1)).sum(1)))
+        points = torch.stack((adv.flatten(1), clean.flatten(1)))
+        moves = to_hyperplane(points, normal, gaps, self.norm, box_of(self.clip))
+        far, far_clean = self._length(moves.flatten(0, 1)).clamp_min(LEAST).reshape(2, n)
+        share = (far / (far + far_clean)).clamp(max=self.alpha_max)
+        beyond, beyond_clean = points.add_(moves, alpha=self.eta)
+        return beyond.lerp(beyond_clean, share[:, None]).reshape(adv.shape)
+
+
+class FABL2(FAB):
+    """The fast adaptive boundary attack, in L2: Croce and Hein 2020 (arXiv 1907.02044, algorithm 1).
+
+    Args: as FAB's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
+    """
+
+    norm = "L2"
+
+    def __init__(self, model: Callable, eps: float = 0.5, *args, **options):
+        super().__init__(model, eps, *args, **options)
+
+
+def _within(distance: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+    return distance <= (eps.flatten().to(distance.dtype) if isinstance(eps, torch.Tensor) else eps)
