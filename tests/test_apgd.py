@@ -244,8 +244,8 @@ def test_the_presets():
     assert [attack.loss for attack in chosen.values()] == ["ce", "dlr", "targeted_dlr"]
     assert all(type(attack) is APGD and attack.steps == 100 for attack in chosen.values())
     images, labels = samples(model, 2)
-    targets = chosen["apgd-t"].targets(model(images), labels)
-    assert chosen["apgd-t"].runs(targets) == 9
+    assert chosen["apgd-t"].targets(model(images), labels).shape[1] == 1 + 9
+    assert chosen["apgd-t"].runs(classes=12) == 9
 
 
 @pytest.mark.parametrize("wrong", [{"rho": -0.1}, {"rho": 1.5}, {"steps": 0}, {"eot": 0}], ids=str)

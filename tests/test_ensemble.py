@@ -119,7 +119,7 @@ def test_a_late_fall_is_told_of(net, samples):
             calls.append(1)
         return net(x) + (torch.tensor([0.0, 0, 1e3]) if len(calls) >= 40 else 0)
 
-    with pytest.warns(UserWarning, match=r"samples fell in the last tenth.*pma-100-2"):
+    with pytest.warns(UserWarning, match=r"fell in the last tenth.*pma-100-2"):
         report = evaluate(stubborn, samples, [by_name("pma", stubborn, 1e-4)], slots=64)
     assert report["attacks"][0]["latest"]["restart"] == 1
     assert report["attacks"][0]["latest"]["step"] >= 19
@@ -153,3 +153,21 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
     assert sum(report["attacks"][0]["fooled"]) >= int(fooled[5:].sum()) > 0
     with pytest.raises(ValueError, match="loss='bce'"):
         evaluate(several, (images, signs), ["fgsm"], slots=SLOTS)
+
+
+@pytest.mark.filterwarnings("ignore:gradients look masked")  # of so weak a model much falls to chance
+def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, samples):
+    """The whole of what so many runs find, and no run more than the rule asks for."""
+    attack = PMA(net, EPS, 4, most_runs=9)
+    found = evaluate(net, samples, [attack], slots=SLOTS, seed=2)["attacks"][0]
+    survivors = [i for i, f in enumerate(found["fooled"]) if not f]
+    runs = max(r for r in found["restart"] if r is not None) + 1
+    falls = [sum(r == run for r in found["restart"]) for run in range(9)]
+    needed = next((n for n in range(2, 9) if not attack.goes_on(falls[:n], 40)), 9)
+    assert survivors
+    assert runs <= needed
+    fixed = PMA(net, EPS, 4, restarts=needed, most_runs=needed)
+    whole = evaluate(net, samples, [fixed], slots=SLOTS, seed=2)["attacks"][0]
+    assert [whole[key] for key in ("fooled", "restart", "step", "passes")] == [
+        found[key] for key in ("fooled", "restart", "step", "passes")
+    ]

@@ -178,7 +178,13 @@ def by_hand(model, images, labels, starts, steps, eps, run):
         p_own = p.gather(1, labels[:, None])[:, 0]
         best = logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(1)
         p_best = p.gather(1, best[:, None])[:, 0]
-        value = p_best - p_own if k >= half else (p_best if run % 2 else -p_own)
+        if k >= half:
+            value = p_best - p_own
+        elif run == 2:  # to the class that comes second on the clean image
+            second = model(images).argsort(dim=1, descending=True)[:, 1]
+            value = (logits.gather(1, second[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+        else:
+            value = p_best if run % 2 else -p_own
         (grad,) = torch.autograd.grad(value.sum(), leaf)
         alpha = eps * (1 + math.cos(math.pi * (k % half) / half))
         x = (images + (x + alpha * grad.sign() - images).clamp(-eps, eps)).clamp(0, 1)
@@ -187,19 +193,34 @@ def by_hand(model, images, labels, starts, steps, eps, run):
 
 
 @pytest.mark.parametrize("steps", [2, 8, 20])
-def test_pma_follows_its_formulas_in_both_runs(steps):
+def test_pma_follows_its_formulas_in_each_run(steps):
     model = nn.Sequential(nn.Flatten(), nn.Linear(27, 16), nn.Tanh(), nn.Linear(16, 5)).double()
     images, labels = samples(model, 12)
     shown = []
     model.register_forward_pre_hook(lambda module, args: shown.append(args[0].detach().clone()))
-    PMA(model, EPS, steps)(images, labels, seed=3)
-    first, second = shown[: steps + 1], shown[steps + 1 :]
-    for run, iterates in enumerate((first, second)):
+    PMA(model, EPS, steps, restarts=4)(images, labels, seed=3)
+    runs = [shown[i : i + steps + 1] for i in range(1, len(shown), steps + 1)]  # the first are the clean images
+    assert len(runs) == 4
+    for run, iterates in enumerate(runs):
         expected = by_hand(model, images, labels, iterates[0], steps, EPS, run)
         assert (iterates[0] - images).abs().max() > EPS / 2
         for found, want in zip(iterates, expected, strict=True):
             torch.testing.assert_close(found, want, rtol=0, atol=1e-9)
-    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(runs[0][0], runs[1][0])
+
+
+def test_pma_goes_on_while_that_finds_something():
+    attack = PMA(linear(), most_runs=12)
+    assert not attack.goes_on([50, 1], 100)
+    assert not attack.goes_on([50, 2], 1000)
+    assert attack.goes_on([50, 3], 1000)
+    falls = [50, 3]
+    for found in (0, 0, 0):
+        falls.append(found)
+        assert attack.goes_on(falls, 1000)
+    assert not attack.goes_on([*falls, 0], 1000)
+    assert attack.goes_on([*falls, 1, 0, 0, 0], 1000)
+    assert not attack.goes_on([50, *[3] * 11], 1000)
 
 
 def test_pma_has_an_even_number_of_steps():

@@ -209,7 +209,7 @@ def test_it_is_a_setting_like_the_others(net, batch):
 # Step sizes of each image
 
 
-@every_attack
+@pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith("APGD")])  # it finds its own
 @pytest.mark.parametrize("options", [{}, {"restarts": 2}, {"chunk": 4}, {"memory_format": torch.channels_last}])
 def test_each_image_has_its_own_step_size(net, batch, name, options):
     images, labels = batch

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from attacked import one_thread as one_thread
 
 from fastadv.attacks import FGSM, PGD
+from fastadv.evaluation import evaluate
 
 PEERS = Path(__file__).resolve().parent.parent / "benchmarks/peers"
 RESULTS = PEERS.parent / "results/autoattack"
@@ -143,3 +144,28 @@ def test_a_run_says_which_part_was_the_first_and_what_it_took(monkeypatch):
     assert run["forwards"] == {"apgd-ce": 5, "fab-t": 3}
     made, _ = autoattack.attack(lambda x: x, 0.1, 3, 7, "fab-t")
     assert (made.fab.n_target_classes, made.settings["seed"], made.settings["eps"]) == (2, 7, 0.1)
+
+
+# ---------------------------------------------------------------------- ours beside them
+
+
+@pytest.mark.filterwarnings("ignore:the last .* fell in the last tenth")
+@pytest.mark.parametrize("name", judged.TRAINED)
+def test_the_default_evaluation_leaves_what_autoattack_leaves(name):
+    """The lower of the package's counts, with an allowance of 1 % of the images for the seeds of both."""
+    model, images, labels, eps = judged.judged(name)
+    report = evaluate(model, (images, labels), eps=eps, progress=False)
+    least = min(int((~fooled).sum()) for fooled in stored(name).values())
+    assert sum(report["budgets"][0]["robust"]) <= least + 5
+    assert not any("masked" in warning for warning in report["warnings"])
+    # Anything that only PGD finds is far from that.
+    pgd = evaluate(model, (images, labels), ["pgd-10"], eps=eps, progress=False)
+    assert sum(pgd["budgets"][0]["robust"]) > least + 5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["quantised", "saturated", "randomised"])
+def test_a_model_that_hides_its_gradient_is_told_of(name):
+    model, images, labels, eps = judge(name)
+    report = evaluate(model, (images[:200], labels[:200]), eps=eps, progress=False)
+    assert any("gradients look masked" in warning for warning in report["warnings"])

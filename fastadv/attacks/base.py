@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -260,6 +260,14 @@ class Attack(Modes, ABC):
     def compares(self) -> str:
         """What its loss compares the outputs with, as in `Loss`; "anything" where it is one of your own."""
         return "anything" if callable(self.loss) else LOSSES[self.loss].compares
+
+    def goes_on(self, falls: Sequence[int], images: int) -> bool:
+        """Whether an evaluation of so many images shall add a run to those that found `falls`, one number each."""
+        return False
+
+    def cost(self, classes: int) -> tuple[int, int]:
+        """Of a step: gradients of an image, and forward passes beside the one that judges the iterate."""
+        return (self.eot if self.by_gradient else 0), 0
 
     def runs(self, classes: int) -> int:
         """How often it is run on a model of so many classes: its restarts, towards each target class."""
@@ -529,20 +537,20 @@ class Attack(Modes, ABC):
             return logits.softmax(1)
         if labels is None:
             labels = (logits > 0).long() if self.compares == "signs" else predicted(logits).clamp(min=0)
+        if self.targeted == "least_likely":
+            if self.kth_min >= logits.shape[1]:
+                raise ValueError(f"kth_min is {self.kth_min}, of {logits.shape[1]} classes with the label left out")
+            ranked = logits.scatter(1, labels[:, None], torch.inf).argsort(dim=1, stable=True)
+            labels = ranked[:, self.kth_min - 1]
+        if self.targeted == "random":
+            classes = logits.shape[1]
+            labels = (labels + 1 + (seeds & 0xFFFFFFFF) % (classes - 1)) % classes
         if self.compares == "pairs":
             others = logits.float().scatter(1, labels[:, None], -torch.inf)
             ranked = others.argsort(dim=1, descending=True, stable=True)
             # The label's own by its number, for other logits may be -inf too.
             ranked = ranked[ranked != labels[:, None]].reshape(len(labels), logits.shape[1] - 1)
             return torch.cat((labels[:, None], ranked[:, : self.target_classes]), 1)
-        if self.targeted == "least_likely":
-            if self.kth_min >= logits.shape[1]:
-                raise ValueError(f"kth_min is {self.kth_min}, of {logits.shape[1]} classes with the label left out")
-            ranked = logits.scatter(1, labels[:, None], torch.inf).argsort(dim=1, stable=True)
-            return ranked[:, self.kth_min - 1]
-        if self.targeted == "random":
-            classes = logits.shape[1]
-            return (labels + 1 + (seeds & 0xFFFFFFFF) % (classes - 1)) % classes
         return labels
 
     def _clean_logits(self, x):

@@ -117,6 +117,9 @@ class FAB(Attack):
         found = _within(slots.memory["distance"], slots.eps)
         return torch.where(per_sample(found, slots.adv), slots.memory["nearest"], to_float(slots.x))
 
+    def cost(self, classes: int) -> tuple[int, int]:
+        return (classes if self.loss == "margin" else 1), 1
+
     def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
         return -slots.memory["distance"]
 

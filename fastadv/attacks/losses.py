@@ -80,11 +80,12 @@ def targeted_dlr(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 
 
 LABEL, OTHER, BOTH = 0, 1, 2  # what of the probabilities is climbed: away from the label's, to the best other's
+TO_CLASS = 3  # plus a class: the margin to it
 
 
 def probability_margin(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The best other class's probability minus the label's, p_m - p_y; with `targets` (N, 2), labels and what is to be
-    climbed, LABEL for -p_y, OTHER for p_m, BOTH for their sum.
+    climbed, LABEL for -p_y, OTHER for p_m, BOTH for their sum, TO_CLASS + t for the logit of t minus the label's.
 
     Xie et al. 2025 (arXiv 2411.15210). Its gradient is the true one divided by a positive factor of each sample: by
     1 - p_y, by p_y (1 - p_y) and by p_m for the three of them; so it does not vanish where the model is sure.
@@ -106,6 +107,10 @@ def probability_margin(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
         at_own = torch.where(label, -1.0, torch.where(other, -p_own, -p_own * (1 + share_best)))
         factors = factors.scatter(1, best, torch.where(label, share_best, at_best)).scatter(1, own, at_own)
         value = torch.where(label, -p_own, torch.where(other, p_best, p_best - p_own))[:, 0]
+        driven, to = kind >= TO_CLASS, (kind - TO_CLASS).clamp(min=0)
+        margins = torch.zeros_like(factors).scatter(1, to, 1.0).scatter(1, own, -1.0)
+        factors = torch.where(driven, margins, factors)
+        value = torch.where(driven, logits.gather(1, to) - logits.gather(1, own), value[:, None])[:, 0]
     # A class that cannot be has a logit of -inf and a factor of 0, whose product would be NaN.
     climb = torch.where(factors == 0, 0.0, factors * logits).sum(1)
     return value + (climb - climb.detach()).nan_to_num(0.0)

@@ -22,7 +22,7 @@ PRESETS = {
     "pgd-20": (PGD, lambda eps: {"alpha": eps / 4, "steps": 20}),
     "pgd-50-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 50, "restarts": 10}),
     "pma": (PMA, lambda eps: {}),
-    "pma-100-2": (PMA, lambda eps: {"steps": 100, "restarts": 2}),
+    "pma-100-2": (PMA, lambda eps: {"steps": 100, "most_runs": 2}),  # as published
     "apgd-ce": (APGD, lambda eps: {}),
     "apgd-dlr": (APGD, lambda eps: {"loss": "dlr"}),
     "apgd-t": (APGD, lambda eps: {"loss": "targeted_dlr", "target_classes": 9}),

@@ -22,6 +22,7 @@ class Trial:
     reach: Reach | None  # of an attack that is called batch by batch
     seconds: float = 0.0
     zeros: tuple[int, int] | None = None  # samples whose first gradient is 0, and samples looked at
+    by_square: torch.Tensor | None = None  # which of the survivors fell to some queries without gradients, (N,) bool
 
     @property
     def within_budget(self) -> bool:
@@ -30,6 +31,14 @@ class Trial:
         if not opponent.has_budget:
             return False
         return reach is None or not (reach.leaves_box() or reach.exceeds(opponent.eps, opponent.norm))
+
+    def is_open(self, images: int) -> bool:
+        """Whether there is anything left to run; an attack may ask for another run of itself."""
+        verdicts, attack = self.verdicts, self.opponent.attack
+        left = bool((verdicts.todo & ~verdicts.fooled).any()) and not verdicts.unsettled.any()
+        if left and self.opponent.ours and attack.goes_on(verdicts.falls, images):
+            verdicts.restarts += 1
+        return bool(verdicts.unsettled.any())
 
     def falls_at(self, norm: str, eps: float) -> bool:
         """Whether a sample that it fooled is fooled at that budget too: its own ball lies in that one."""
@@ -60,6 +69,7 @@ def fooled_by(trials: Sequence[Trial], norm: str | None, eps: float | None, coun
     for trial in trials:
         if norm is not None and eps is not None and trial.falls_at(norm, eps):
             fooled |= trial.verdicts.fooled
+            fooled |= trial.by_square if trial.by_square is not None else False
     return fooled
 
 

@@ -7,6 +7,7 @@ import torch
 
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import BOX, box_of
+from fastadv.attacks.rows import has_rows
 
 EPS = 8 / 255  # of attacks by name, where nothing else is said
 
@@ -19,8 +20,15 @@ class Opponent:
         self.eps = _number(getattr(attack, "eps", getattr(attack, "epsilon", None)))  # AutoAttack's is called epsilon
         self.norm = _norm(getattr(attack, "norm", None))
         self.ours = isinstance(attack, Attack) and attack.model is model
-        if self.ours and attack.targeted is True:
+        if self.ours and (attack.targeted is True or callable(attack.targeted)):
             raise ValueError(f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely'")
+        if self.ours and has_rows(getattr(attack, "alpha", None)):
+            raise ValueError(f"{attack!r} has a step size for each image of one batch: give one number")
+        if isinstance(attack, Attack) and attack.images_normalized is not None:
+            raise ValueError(
+                f"{attack!r} takes normalised images, and what is judged are images in [0, 1]: leave images_normalized "
+                "out, and give evaluate images_normalized, or images in [0, 1] and Normalized(model, mean, std)"
+            )
         if isinstance(attack, Attack) and box_of(attack.clip) != BOX:
             raise ValueError(
                 f"{attack!r} is made for clip={attack.clip}, and what is judged are images in [0, 1]: scale them, and "

@@ -48,6 +48,11 @@ class Verdicts:
         return self.todo & ~self.fooled & (self.restart < self.restarts)
 
     @property
+    def falls(self) -> list[int]:
+        """How many samples each run fooled."""
+        return self.restart[self.fooled].bincount(minlength=self.restarts).tolist()
+
+    @property
     def restarts_left(self) -> int:
         """At most, those that are still to be run, of all samples together."""
         return int(((self.restarts - self.restart) * self.unsettled).sum())
@@ -163,10 +168,12 @@ class Queue:
         self.settle()
         self.verdicts.restart, self.verdicts.step = self._restart[:-1].clone(), self._step[:-1].clone()
         self.verdicts.said = self._said[:-1].clone()
-        under_way = (self.engine.slots.age * self._open).sum()
-        self.verdicts.passes = int(self._counts["passes"] + under_way * self.attack.by_gradient)
-        self.verdicts.forwards = int(self._counts["forwards"] + under_way)
+        booked = dict(self._counts)
+        age = self.engine.slots.age
+        self._count(age, age, self._open)
+        self.verdicts.passes, self.verdicts.forwards = (int(self._counts[name]) for name in ("passes", "forwards"))
         self.verdicts.nonfinite = int(self._counts["nonfinite"] + (self._bad * self._open).sum())
+        self._counts = booked  # those that are under way are counted where they end
 
     def iterate(self) -> None:
         """One gradient and one step in every slot, and the verdicts; on the CPU also on images that thereby ended."""
@@ -240,9 +247,7 @@ class Queue:
         none, slots = self._n, self.engine.slots
         ended = (self._sample < none) & ~self._open
         fell = ended & (self._answer != self._code)
-        if self.attack.by_gradient:  # a forward pass apart has none
-            self._counts["passes"] += (torch.minimum(self._at, slots.age) * ended).sum()
-        self._counts["forwards"] += (self._at * ended).sum()
+        self._count(self._at, torch.minimum(self._at, slots.age), ended)  # a forward pass apart has no step
         self._counts["nonfinite"] += (self._bad * ended).sum()
         settled = torch.where(fell, self._sample, none)
         self._step.scatter_(0, settled, self._at - 1)
@@ -255,6 +260,12 @@ class Queue:
         self._ring.scatter_(0, torch.where(again, place, none), self._sample)
         self._tail += again.sum()
         self._sample = torch.where(ended, none, self._sample)
+
+    def _count(self, judged, steps, held):
+        gradients, beside = self.attack.cost(self.attack.objective.classes)
+        self._counts["passes"] = self._counts["passes"] + gradients * (steps * held).sum()
+        forwards = self.attack.eot * (judged * held).sum() + beside * (steps * held).sum()
+        self._counts["forwards"] = self._counts["forwards"] + forwards
 
     def _exchange(self):
         """On the CPU: the slots that are still open, and new ones for as many samples as there is room for."""

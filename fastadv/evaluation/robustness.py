@@ -29,6 +29,7 @@ from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by, in_tur
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery
+from fastadv.evaluation.masking import Masking, by_chance, most_likely, of_masking, square_of
 from fastadv.evaluation.opponents import EPS, Opponent, check_they_take, is_several, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
@@ -111,7 +112,8 @@ def evaluate(
         A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list
         where there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy",
         "attacks" (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with
-        several budgets; "clean_correct" (a bool per sample); "no_prediction" (clean samples that get none); "attacks",
+        several budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`;
+        "clean_correct" (a bool per sample); "no_prediction" (clean samples that get none); "attacks",
         a list of {"attack", "eps", "robust_accuracy" (the share that it was given and did not fool), "given" (samples
         that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
         fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none), "passes"
@@ -156,7 +158,7 @@ def evaluate(
             if ensemble:
                 run.hand_on(order[:i], trial)
             run.attack(trial, lambda: _save(file, trials), progress and sys.stderr.isatty())
-        report = run.report(trials, ensemble)
+        report = run.report(trials, order, ensemble)
     return report | {
         "settings": {
             **settings,
@@ -223,8 +225,10 @@ class _Run:
 
     def attack(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
         """Finish `trial`; what is known is saved every few seconds and at the end."""
-        if not trial.verdicts.unsettled.any():
-            return
+        while trial.is_open(len(self.images)):
+            self._run(trial, save, progress)
+
+    def _run(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
         opponent, earlier = trial.opponent, trial.seconds
         begun = saved = time.perf_counter()
         windows = self._windows(trial) if opponent.ours else None
@@ -318,11 +322,35 @@ class _Run:
         if trial.gallery is not None:
             trial.gallery.flush(trial.verdicts.todo & ~trial.verdicts.unsettled, self.labels, self.logits)
 
-    def report(self, trials: Sequence[Trial], ensemble: bool) -> dict:
+    def look_for_masking(self, order: Sequence[Trial]) -> list[tuple[Trial, Masking]]:
+        """After each PMA: does the Square attack find what it did not? What that fools counts, too."""
+        found = []
+        for i, trial in enumerate(order):
+            square = square_of(trial, self.images.shape)
+            if square is None or self.labels.ndim > 1:
+                continue
+            opponent, before = trial.opponent, order[: i + 1]
+            survivors = trial.verdicts.todo & ~trial.verdicts.fooled
+            rows = most_likely(survivors, self.clean)
+            verdicts = Verdicts(survivors[rows], 1)
+            options = {"slots": min(self.slots, max(len(rows), 1)), "seed": self.seed, "numbers": rows}
+            if len(rows):
+                for _ in Queue(
+                    *(square, self._staged(rows), self.labels[rows], self.labels[rows], verdicts), **options
+                ).run():
+                    pass
+            trial.by_square = torch.zeros_like(survivors).index_put((rows,), verdicts.fooled)
+            chance = by_chance([t for t in before if t.opponent.eps == opponent.eps]) / len(self.images)
+            zero = trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else 0.0
+            found.append((trial, Masking(len(rows), int(verdicts.fooled.sum()), chance, zero)))
+        return found
+
+    def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> dict:
         n = len(self.images)
         for trial in trials:
             by_gradient = trial.opponent.ours and trial.opponent.attack.by_gradient
             trial.zeros = self._zero_gradients(trial.opponent.attack) if by_gradient else None
+        masked = self.look_for_masking(order)
         results = [self._result(trial) for trial in trials]
         ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
         self._warn(suspicions.of_gradients((t.opponent.title, *t.zeros) for t in trials if t.zeros))
@@ -334,6 +362,7 @@ class _Run:
         if not ensemble:
             robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
             self._warn(suspicions.of_accuracies(robust))
+        self._warn(of_masking([(trial.opponent.title, masking) for trial, masking in masked]))
         self._warn(suspicions.of_late_falls(trial for trial in trials if trial.opponent.ours))
         clean = int(self.correct.sum()) / n
         found = [
@@ -352,6 +381,7 @@ class _Run:
             "robust_accuracy": accuracies[0] if len(accuracies) == 1 else accuracies,
             "budgets": found,
             "curves": _curves(found, clean),
+            "masking": [{"after": trial.opponent.title, **asdict(masking)} for trial, masking in masked],
             "clean_correct": self.correct.tolist(),
             "no_prediction": self.silent,
             "attacks": results,
@@ -439,6 +469,7 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
             setattr(verdicts, name, tensors[f"{i}.{name}"].to(device))
         for name in Verdicts.COUNTS:
             setattr(verdicts, name, known[name])
+        verdicts.restarts = max(verdicts.restarts, int((verdicts.restart + verdicts.fooled.long()).max()))
         trial.seconds = known["seconds"]
         trial.reach = known["reach"] and Reach(**known["reach"])
         if trial.gallery is not None:

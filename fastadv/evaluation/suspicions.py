@@ -26,8 +26,8 @@ def of_outputs(logits: Callable, images: torch.Tensor) -> Iterator[str]:
     allowed = CHANGE * outputs.nan_to_num(0.0, 0.0, 0.0).abs().max()
     if ((logits(images) - outputs).abs() > allowed).any():
         yield (
-            "the model's output is random: two calls with the same images differ. An attack then needs the gradient "
-            "of many draws, and the verdicts hold for one draw"
+            "the model's output is random: two calls with the same images differ, and gradients look masked. An attack "
+            "then needs the gradient of many draws (eot=), and the verdicts hold for one draw"
         )
     elif ((logits(images.flip(0)).flip(0) - outputs).abs() > allowed).any():
         yield (
@@ -79,17 +79,16 @@ def of_reach(opponent: Opponent, reach: Reach) -> Iterator[str]:
 
 
 def of_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
-    """About PMA that found its last samples in the last tenth of its last run: there may be more to find."""
+    """About PMA that found its last samples in the last tenth of a run: there may be more to find."""
     for trial in trials:
         attack, verdicts = trial.opponent.attack, trial.verdicts
-        if isinstance(attack, (PMA, PMAL2)):
-            last_run = verdicts.fooled & (verdicts.restart == verdicts.restarts - 1)
-            late = int((last_run & (verdicts.step > 0.9 * attack.steps)).sum())
+        if isinstance(attack, (PMA, PMAL2)) and trial.latest and trial.latest["restart"] > 0:
+            last = verdicts.fooled & (verdicts.restart == trial.latest["restart"])
+            late = int((last & (verdicts.step > 0.9 * attack.steps)).sum())
             if late:
                 yield (
-                    f"{late} samples fell in the last tenth of the last of the {verdicts.restarts} runs of "
-                    f"{trial.opponent.title}, of {attack.steps} steps each: longer runs may find more. Evaluate with "
-                    "--attacks pma-100-2"
+                    f"the last {late} samples that {trial.opponent.title} fooled fell in the last tenth of the run's "
+                    f"{attack.steps} steps: longer runs may find more. Evaluate with --attacks pma,pma-100-2"
                 )
 
 

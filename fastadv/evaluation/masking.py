@@ -1,0 +1,69 @@
+"""Signs that a model hides its gradients: then no figure of an attack by gradients is its robustness.
+
+Athalye et al. 2018 (arXiv 1802.00420, section 3.1): an attack without gradients finds more, and so does chance.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastadv.attacks import PMA, PMAL2, Square, SquareL2
+from fastadv.evaluation.ensemble import Trial
+
+QUERIES, ASKED = 100, 32  # of the attack without gradients, on so many survivors
+ALLOWED = 1  # of them may fall
+SHARE = 0.02  # of all images that may fall to the random start alone, or be without a gradient
+SQUARES = {PMA: Square, PMAL2: SquareL2}
+
+
+@dataclass
+class Masking:
+    """What was found: of `asked` survivors `fell` to the Square attack; the shares of all images that fell to the
+    random start alone, and of those looked at that have a gradient of exactly 0."""
+
+    asked: int
+    fell: int
+    by_chance: float
+    without_gradient: float
+
+    @property
+    def is_likely(self) -> bool:
+        return self.fell > ALLOWED or max(self.by_chance, self.without_gradient) > SHARE
+
+
+def square_of(trial: Trial, shape: torch.Size) -> Square | SquareL2 | None:
+    """The attack without gradients to run after `trial`, where that is PMA on images (N, C, H, W)."""
+    attack = trial.opponent.attack
+    kind = next((square for pma, square in SQUARES.items() if isinstance(attack, pma)), None)
+    if not trial.opponent.ours or kind is None or len(shape) != 4 or (kind is SquareL2 and min(shape[2:]) < 5):
+        return None
+    return kind(attack.model, attack.eps, QUERIES, autocast=attack.autocast)
+
+
+def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Those whose clean image is nearest to another class, by the margin of its logits: int64, ASKED at most."""
+    rows = survivors.nonzero()[:, 0]
+    best, second = logits[rows].topk(2, dim=1).values.unbind(1)
+    return rows[(best - second).argsort(stable=True)[:ASKED]]
+
+
+def by_chance(trials: Sequence[Trial]) -> int:
+    """Samples that fell to a random start alone."""
+    return sum(
+        int((trial.verdicts.fooled & (trial.verdicts.step == 0)).sum())
+        for trial in trials
+        if trial.opponent.ours and trial.opponent.attack.draws and trial.opponent.attack.by_gradient
+    )
+
+
+def of_masking(found: Sequence[tuple[str, Masking]]) -> Iterator[str]:
+    """About (name of the attack by gradients, what was found after it)."""
+    for name, masking in found:
+        if masking.is_likely:
+            yield (
+                f"gradients look masked under {name}: {masking.fell} of {masking.asked} survivors fell to "
+                f"{QUERIES} queries of the Square attack, {masking.by_chance:.1%} of all images to the random start "
+                f"alone, and {masking.without_gradient:.1%} have no gradient. Its figure may be far too high: run "
+                "--attacks pma,apgd-ce,apgd-t,fab-t,square"
+            )
