@@ -5,7 +5,7 @@ import torch
 import torchattacks
 from test_evaluation import EPS, SLOTS, Net, forty_samples, hardest
 
-from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, by_name
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, by_name
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.ensemble import curve
 
@@ -171,3 +171,19 @@ def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, sample
     assert [whole[key] for key in ("fooled", "restart", "step", "passes")] == [
         found[key] for key in ("fooled", "restart", "step", "passes")
     ]
+
+
+def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
+    inner, mean, std = Net(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    m, s = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
+    images, labels = samples
+    labels = inner((images - m) / s).argmax(1)
+    batches = [((images[i : i + 7] - m) / s, labels[i : i + 7]) for i in range(0, 40, 7)]
+    found = evaluate(inner, batches, ["pgd-10"], eps=EPS / 8, images_normalized=(mean, std), slots=SLOTS)
+    expected = evaluate(Normalized(inner, mean, std), (images, labels), ["pgd-10"], eps=EPS / 8, slots=SLOTS)
+    assert found["attacks"][0]["fooled"] == expected["attacks"][0]["fooled"]
+    assert 0 < found["robust_accuracy"] < found["clean_accuracy"] == 1
+    with pytest.raises(ValueError, match="attacks are names"):
+        evaluate(inner, batches, [FGSM(inner, EPS)], images_normalized=(mean, std))
+    with pytest.raises(ValueError, match="takes normalised images"):
+        evaluate(Net(), samples, [FGSM(Net(), EPS, images_normalized=(mean, std))])

@@ -1,4 +1,4 @@
-"""fastadv's robust accuracy beside AutoAttack's stored verdicts: how many samples each leaves, and for how many gradients.
+"""fastadv's robust accuracy beside AutoAttack's stored verdicts: what each leaves, and for how many gradients.
 
     python benchmarks/peers/verdicts.py [--models pgd clean] [--seeds 0 1] --out verdicts.json
 

@@ -19,6 +19,7 @@ from fastadv._extras import require
 from fastadv.attacks import Attack
 from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
+from fastadv.attacks.normalized import Normalized, normalization_of
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen, on
 from fastadv.attacks.verdicts import NONE, is_label, verdict
@@ -52,6 +53,7 @@ def evaluate(
     *,
     eps: float | Sequence[float] = EPS,
     ensemble: bool = True,
+    images_normalized: tuple | None = None,
     iterate: str = "any",
     slots: int = 128,
     pool: int | None = None,
@@ -89,6 +91,8 @@ def evaluate(
         eps: one or several, in pixels of [0, 1].
         ensemble: whether each attack gets what those before it left; else all get all samples, for figures that do not
             depend on each other.
+        images_normalized: (mean, std) of a loader that normalises already, for a model that takes such images; eps
+            stays in pixels. Attacks are then names.
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
         slots: images under attack at a time, the batch size of everything; no more than there are images. The restarts
@@ -139,8 +143,17 @@ def evaluate(
             raise TypeError(f"{name} must be an int, got {value!r}")
         if name != "seed" and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    normalization = None
+    if images_normalized is not None:
+        normalization = normalization_of(images_normalized, model)
+        if not all(isinstance(attack, str) for attack in ([attacks] if isinstance(attacks, str) else attacks)):
+            raise ValueError(
+                "with images_normalized attacks are names: for others evaluate Normalized(model, mean, std) on images "
+                "in [0, 1]"
+            )
+        model = Normalized(model, *images_normalized)
     against = opponents(model, attacks, eps)
-    images, labels = gathered(data, model, device)
+    images, labels = gathered(data, model, device, normalization)
     check_they_take(against, labels)
     slots = min(slots, len(images))
     settings = {"iterate": iterate, "ensemble": ensemble, "slots": slots, "seed": seed}

@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
+from fastadv.attacks.normalized import denormalized
 from fastadv.attacks.state import as_normal
+from fastadv.functional import Normalization
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -21,10 +23,16 @@ WANTED = (
 )
 
 
-def gathered(data: Batch | Iterable[Batch] | Dataset, model: Callable, device: torch.device | str | None) -> Batch:
+def gathered(
+    data: Batch | Iterable[Batch] | Dataset,
+    model: Callable,
+    device: torch.device | str | None,
+    normalization: Normalization | None = None,
+) -> Batch:
     """All images of a pair or of batches, where they are, and all labels, on `device`; None means the model's.
 
     Images are (N, ...), floats in [0, 1] or uint8; floats that rounding put up to 1e-6 beyond the box are put back.
+    Those that `normalization` was applied to are made pixels again.
 
     Raises:
         TypeError: `data` is something else; images are neither floats nor uint8, or labels are not int64.
@@ -34,7 +42,7 @@ def gathered(data: Batch | Iterable[Batch] | Dataset, model: Callable, device: t
     if not sum(labels.numel() for _, labels in batches):
         raise ValueError("there are no images to evaluate")
     images, labels = (as_normal(part[0] if len(part) == 1 else torch.cat(part)) for part in zip(*batches, strict=True))
-    images = _in_the_box(images)
+    images = _in_the_box(images if normalization is None else denormalized(images, normalization))
     check_samples(images, labels)
     labels = labels.to(device or device_of(model) or images.device)
     check_device(labels.device, model)
