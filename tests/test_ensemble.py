@@ -156,10 +156,10 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
 
 
 @pytest.mark.filterwarnings("ignore:gradients look masked")  # of so weak a model much falls to chance
-def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, samples):
+def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, samples, tmp_path):
     """The whole of what so many runs find, and no run more than the rule asks for."""
     attack = PMA(net, EPS, 4, most_runs=9)
-    found = evaluate(net, samples, [attack], slots=SLOTS, seed=2)["attacks"][0]
+    found = evaluate(net, samples, [attack], slots=SLOTS, seed=2, save_images=tmp_path / "found")["attacks"][0]
     survivors = [i for i, f in enumerate(found["fooled"]) if not f]
     runs = max(r for r in found["restart"] if r is not None) + 1
     falls = [sum(r == run for r in found["restart"]) for run in range(9)]
@@ -167,10 +167,11 @@ def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, sample
     assert survivors
     assert runs <= needed
     fixed = PMA(net, EPS, 4, restarts=needed, most_runs=needed)
-    whole = evaluate(net, samples, [fixed], slots=SLOTS, seed=2)["attacks"][0]
-    assert [whole[key] for key in ("fooled", "restart", "step", "passes")] == [
-        found[key] for key in ("fooled", "restart", "step", "passes")
-    ]
+    whole = evaluate(net, samples, [fixed], slots=SLOTS, seed=2, save_images=tmp_path / "whole")["attacks"][0]
+    keys = ("fooled", "restart", "step", "passes", "robust_accuracy_8bit")
+    assert [whole[key] for key in keys] == [found[key] for key in keys]
+    images = [sorted((f.name, f.read_bytes()) for f in (tmp_path / run).rglob("*.png")) for run in ("found", "whole")]
+    assert images[0] == images[1]
 
 
 def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):

@@ -38,6 +38,8 @@ class Trial:
         left = bool((verdicts.todo & ~verdicts.fooled).any()) and not verdicts.unsettled.any()
         if left and self.opponent.ours and attack.goes_on(verdicts.falls, images):
             verdicts.restarts += 1
+            if self.gallery is not None:  # another image of each will be the last one
+                self.gallery.right[verdicts.unsettled] = -1
         return bool(verdicts.unsettled.any())
 
     def falls_at(self, norm: str, eps: float) -> bool:

@@ -93,7 +93,6 @@ class Queue:
         slots: images under attack at a time.
         seed, numbers: sample i draws `sample_seeds(seed, numbers[i], run)`; int64 (N,).
         last: judge the last iterate of a run only, instead of every one and the start.
-        starts: images (N, ...) from which the first run starts, instead of the attack's own start.
         keep: gets (rows, iterates, images) of slots that have ended: which sample each has finished with this iterate,
             the one that fooled or the last of all, and from which image; N where none.
     """
@@ -110,14 +109,12 @@ class Queue:
         seed: int,
         numbers: torch.Tensor,
         last: bool = False,
-        starts: torch.Tensor | None = None,
         keep: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
     ):
         self.attack, self.verdicts = attack, verdicts
         self._images, self._labels, self._targets = images, labels, targets
         self._codes = labels if labels.ndim == 1 else labels.new_ones(len(labels), dtype=torch.int64)
         self._seed, self._numbers, self._last, self._keep = seed, numbers, last, keep
-        self._starts = starts
         self._n, self._slots = len(images), slots
         self._fixed = takes_one_shape(images, attack)
         self._own_forward = attack.compares == "anything"  # until its logits are seen
@@ -276,7 +273,7 @@ class Queue:
         rows = self._ring[(self._head + torch.arange(room, device=keep.device)) % self._n]
         self._head += room
         fresh = self._filled(self._images.index_select(0, rows), self._targets[rows], rows)
-        self._started(fresh, rows)
+        Engine(self.attack, fresh).start()
         if self.engine is None:
             self.engine = Engine(self.attack, fresh)
         else:
@@ -312,7 +309,7 @@ class Queue:
         mine.restart.copy_(self._restart[self._sample])
         if self.attack.draws:
             mine.seed.copy_(self._seeds(rows))
-        self._started(new, rows)
+        Engine(self.attack, new).start()
         kept = mine.tensors()
         for name, fresh in new.tensors().items():
             if fresh is not kept[name]:
@@ -337,13 +334,6 @@ class Queue:
 
     def _seeds(self, rows):
         return sample_seeds(self._seed, self._numbers[rows], self._restart[rows])
-
-    def _started(self, slots: Slots, rows: torch.Tensor) -> None:
-        Engine(self.attack, slots).start()
-        if self._starts is not None:
-            first = per_sample(slots.restart == 0, slots.adv)
-            slots.adv.copy_(torch.where(first, self._starts[rows].to(slots.adv.dtype), slots.adv))
-            self.attack.show(slots)
 
 
 class _Pilot:
