@@ -288,7 +288,7 @@ def test_containers_that_hold_themselves_end():
 
 @pytest.mark.parametrize("part", ["attack", "model"])
 def test_an_evaluation_s_state_is_refused_for_what_is_not_in_its_settings(tmp_path, part):
-    images, labels = torch.rand(8, 3, 2, 2), torch.randint(3, (8,))
+    images, labels = 0.9 * torch.rand(8, 3, 2, 2), torch.randint(3, (8,))  # what an attack adds stays in the box
 
     def run(value):
         model = Scaled(value if part == "model" else 1.0)
