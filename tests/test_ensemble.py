@@ -8,6 +8,7 @@ from test_evaluation import EPS, SLOTS, Net, forty_samples, hardest
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, by_name
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.ensemble import curve
+from fastadv.evaluation.masking import Masking
 
 
 @pytest.fixture
@@ -155,7 +156,6 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
         evaluate(several, (images, signs), ["fgsm"], slots=SLOTS)
 
 
-@pytest.mark.filterwarnings("ignore:gradients look masked")  # of so weak a model much falls to chance
 def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, samples, tmp_path):
     """The whole of what so many runs find, and no run more than the rule asks for."""
     attack = PMA(net, EPS, 4, most_runs=9)
@@ -188,3 +188,19 @@ def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
         evaluate(inner, batches, [FGSM(inner, EPS)], images_normalized=(mean, std))
     with pytest.raises(ValueError, match="takes normalised images"):
         evaluate(Net(), samples, [FGSM(Net(), EPS, images_normalized=(mean, std))])
+
+
+@pytest.mark.parametrize(
+    ("asked", "fell", "fooled", "by_chance", "without_gradient", "likely"),
+    [
+        (32, 1, 0.5, 0.02, 0.02, False),
+        (32, 2, 0.5, 0.0, 0.0, True),
+        (32, 0, 0.5, 0.1, 0.0, False),  # weak: falls to noise, and to gradients much more
+        (32, 0, 0.3, 0.1, 0.0, True),
+        (32, 0, 0.04, 0.02, 0.0, False),
+        (32, 0, 0.5, 0.0, 0.03, True),
+        (0, 0, 1.0, 0.1, 0.0, False),
+    ],
+)
+def test_what_looks_like_masked_gradients(asked, fell, fooled, by_chance, without_gradient, likely):
+    assert Masking(asked, fell, fooled, by_chance, without_gradient).is_likely == likely

@@ -14,22 +14,25 @@ from fastadv.evaluation.ensemble import Trial
 QUERIES, ASKED = 100, 32  # of the attack without gradients, on so many survivors
 ALLOWED = 1  # of them may fall
 SHARE = 0.02  # of all images that may fall to the random start alone, or be without a gradient
+PART = 0.25  # of what fell at all that may: a model that is merely weak falls to noise as well, but more to gradients
 SQUARES = {PMA: Square, PMAL2: SquareL2}
 
 
 @dataclass
 class Masking:
-    """What was found: of `asked` survivors `fell` to the Square attack; the shares of all images that fell to the
-    random start alone, and of those looked at that have a gradient of exactly 0."""
+    """What was found: of `asked` survivors `fell` to the Square attack; the shares of all images that were fooled at
+    all, by the random start alone, and of those looked at that have a gradient of exactly 0."""
 
     asked: int
     fell: int
+    fooled: float
     by_chance: float
     without_gradient: float
 
     @property
     def is_likely(self) -> bool:
-        return self.fell > ALLOWED or max(self.by_chance, self.without_gradient) > SHARE
+        much_by_chance = self.by_chance > max(SHARE, PART * self.fooled)
+        return self.fell > ALLOWED or much_by_chance or self.without_gradient > SHARE
 
 
 def square_of(trial: Trial, shape: torch.Size) -> Square | SquareL2 | None:
@@ -49,12 +52,10 @@ def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def by_chance(trials: Sequence[Trial]) -> int:
-    """Samples that fell to a random start alone."""
-    return sum(
-        int((trial.verdicts.fooled & (trial.verdicts.step == 0)).sum())
-        for trial in trials
-        if trial.opponent.ours and trial.opponent.attack.draws and trial.opponent.attack.by_gradient
-    )
+    """Samples that any of `trials` fooled by a random start alone."""
+    drawn = [t for t in trials if t.opponent.ours and t.opponent.attack.draws and t.opponent.attack.by_gradient]
+    fell = [trial.verdicts.fooled & (trial.verdicts.step == 0) for trial in drawn]
+    return int(torch.stack(fell).any(0).sum()) if fell else 0
 
 
 def of_masking(found: Sequence[tuple[str, Masking]]) -> Iterator[str]:
