@@ -191,16 +191,17 @@ def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
 
 
 @pytest.mark.parametrize(
-    ("asked", "fell", "fooled", "by_chance", "without_gradient", "likely"),
+    ("images", "asked", "fell", "fooled", "by_chance", "without_gradient", "likely"),
     [
-        (32, 1, 0.5, 0.02, 0.02, False),
-        (32, 2, 0.5, 0.0, 0.0, True),
-        (32, 0, 0.5, 0.1, 0.0, False),  # weak: falls to noise, and to gradients much more
-        (32, 0, 0.3, 0.1, 0.0, True),
-        (32, 0, 0.04, 0.02, 0.0, False),
-        (32, 0, 0.5, 0.0, 0.03, True),
-        (0, 0, 1.0, 0.1, 0.0, False),
+        (1000, 32, 1, 500, 20, 0.02, False),
+        (1000, 32, 2, 500, 0, 0.0, True),
+        (1000, 32, 0, 500, 100, 0.0, False),  # weak: falls to noise, and to gradients much more
+        (1000, 32, 0, 300, 100, 0.0, True),
+        (1000, 32, 0, 40, 20, 0.0, False),
+        (1000, 32, 0, 500, 0, 0.03, True),
+        (18, 1, 0, 5, 2, 0.0, False),  # so few may be chance
+        (18, 1, 0, 8, 5, 0.0, True),
     ],
 )
-def test_what_looks_like_masked_gradients(asked, fell, fooled, by_chance, without_gradient, likely):
-    assert Masking(asked, fell, fooled, by_chance, without_gradient).is_likely == likely
+def test_what_looks_like_masked_gradients(images, asked, fell, fooled, by_chance, without_gradient, likely):
+    assert Masking(images, asked, fell, fooled, by_chance, without_gradient).is_likely == likely

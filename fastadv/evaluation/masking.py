@@ -15,24 +15,26 @@ QUERIES, ASKED = 100, 32  # of the attack without gradients, on so many survivor
 ALLOWED = 1  # of them may fall
 SHARE = 0.02  # of all images that may fall to the random start alone, or be without a gradient
 PART = 0.25  # of what fell at all that may: a model that is merely weak falls to noise as well, but more to gradients
+FEW = 5  # so many images by chance are no accident
 SQUARES = {PMA: Square, PMAL2: SquareL2}
 
 
 @dataclass
 class Masking:
-    """What was found: of `asked` survivors `fell` to the Square attack; the shares of all images that were fooled at
-    all, by the random start alone, and of those looked at that have a gradient of exactly 0."""
+    """What was found: of `asked` survivors `fell` to the Square attack; of all `images` so many were fooled at all, and
+    `by_chance`, by the random start alone; the share of those looked at that have a gradient of exactly 0."""
 
+    images: int
     asked: int
     fell: int
-    fooled: float
-    by_chance: float
+    fooled: int
+    by_chance: int
     without_gradient: float
 
     @property
     def is_likely(self) -> bool:
-        much_by_chance = self.by_chance > max(SHARE, PART * self.fooled)
-        return self.fell > ALLOWED or much_by_chance or self.without_gradient > SHARE
+        allowed = max(SHARE * self.images, PART * self.fooled, FEW - 1)
+        return self.fell > ALLOWED or self.by_chance > allowed or self.without_gradient > SHARE
 
 
 def square_of(trial: Trial, shape: torch.Size) -> Square | SquareL2 | None:
@@ -64,7 +66,7 @@ def of_masking(found: Sequence[tuple[str, Masking]]) -> Iterator[str]:
         if masking.is_likely:
             yield (
                 f"gradients look masked under {name}: {masking.fell} of {masking.asked} survivors fell to "
-                f"{QUERIES} queries of the Square attack, {masking.by_chance:.1%} of all images to the random start "
+                f"{QUERIES} queries of the Square attack, {masking.by_chance} of {masking.images} images to the random start "
                 f"alone, and {masking.without_gradient:.1%} have no gradient. Its figure may be far too high: run "
                 "--attacks pma,apgd-ce,apgd-t,fab-t,square"
             )

@@ -354,9 +354,9 @@ class _Run:
                     pass
             trial.by_square = torch.zeros_like(survivors).index_put((rows,), verdicts.fooled)
             n, zero = len(self.images), trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else 0.0
-            chance = by_chance([t for t in before if t.opponent.eps == opponent.eps]) / n
-            fooled = int((self.correct & ~survivors).sum()) / n
-            found.append((trial, Masking(len(rows), int(verdicts.fooled.sum()), fooled, chance, zero)))
+            chance = by_chance([t for t in before if t.opponent.eps == opponent.eps])
+            fooled = int((self.correct & ~survivors).sum())
+            found.append((trial, Masking(n, len(rows), int(verdicts.fooled.sum()), fooled, chance, zero)))
         return found
 
     def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> dict:
