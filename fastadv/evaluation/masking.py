@@ -65,7 +65,8 @@ def of_masking(found: Sequence[tuple[str, Masking]]) -> Iterator[str]:
     for name, masking in found:
         if masking.is_likely:
             yield (
-                f"gradients look masked under {name}: {masking.fell} of {masking.asked} survivors fell to {QUERIES} queries "
-                f"of the Square attack, {masking.by_chance} of {masking.images} images to the random start alone, and {masking.without_gradient:.1%} have no gradient. Its figure may be far too high: run "
+                f"gradients look masked under {name}: {masking.fell} of {masking.asked} survivors fell to {QUERIES} "
+                f"queries of the Square attack, {masking.by_chance} of {masking.images} images to the random start "
+                f"alone, and {masking.without_gradient:.1%} have no gradient. Its figure may be far too high: run "
                 "--attacks pma,apgd-ce,apgd-t,fab-t,square"
             )
