@@ -3,22 +3,14 @@
 import pytest
 import torch
 import torchattacks
-from test_evaluation import EPS, SLOTS, Net, forty_samples, hardest
+from test_evaluation import EPS, SLOTS, Net, hardest
+from test_evaluation import net as net
+from test_evaluation import samples as samples
 
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, by_name
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.ensemble import curve
 from fastadv.evaluation.masking import Masking
-
-
-@pytest.fixture
-def net():
-    return Net()
-
-
-@pytest.fixture
-def samples():
-    return forty_samples()
 
 
 def union(results):

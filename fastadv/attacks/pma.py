@@ -27,6 +27,20 @@ class _TwoStages:
     by_age = True
     compares = "pairs"
 
+    def __init__(
+        self,
+        model: Callable,
+        eps: float = 8 / 255,
+        steps: int = 20,
+        *,
+        restarts: int = 2,
+        most_runs: int = 20,
+        **options,
+    ):
+        self.most_runs = most_runs
+        options = {"loss": "probability_margin", **options}
+        super().__init__(model, eps, None, steps, True, restarts=restarts, **options)
+
     def runs(self, classes: int) -> int:
         return self.restarts
 
@@ -75,20 +89,6 @@ class PMA(_TwoStages, PGD):
         ValueError: eps is not in [0, 1], or steps is odd or below 2.
     """
 
-    def __init__(
-        self,
-        model: Callable,
-        eps: float = 8 / 255,
-        steps: int = 20,
-        *,
-        restarts: int = 2,
-        most_runs: int = 20,
-        **options,
-    ):
-        self.most_runs = most_runs
-        options = {"loss": "probability_margin", **options}
-        super().__init__(model, eps, None, steps, True, restarts=restarts, **options)
-
 
 class PMAL2(_TwoStages, PGDL2):
     """The probability-margin attack on the L2 ball: Xie et al. 2025 (arXiv 2411.15210).
@@ -96,16 +96,5 @@ class PMAL2(_TwoStages, PGDL2):
     Args: as PMA's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
     """
 
-    def __init__(
-        self,
-        model: Callable,
-        eps: float = 0.5,
-        steps: int = 20,
-        *,
-        restarts: int = 2,
-        most_runs: int = 20,
-        **options,
-    ):
-        self.most_runs = most_runs
-        options = {"loss": "probability_margin", **options}
-        super().__init__(model, eps, None, steps, True, restarts=restarts, **options)
+    def __init__(self, model: Callable, eps: float = 0.5, steps: int = 20, **options):
+        super().__init__(model, eps, steps, **options)
