@@ -2,6 +2,7 @@
 
 from fastadv.attacks.apgd import APGD, APGDL2
 from fastadv.attacks.base import Attack
+from fastadv.attacks.ensembles import ENSEMBLES, Ensemble
 from fastadv.attacks.fab import FAB, FABL2
 from fastadv.attacks.fgsm import FFGSM, FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
@@ -17,6 +18,7 @@ __all__ = [
     "APGD",
     "APGDL2",
     "BIM",
+    "ENSEMBLES",
     "FAB",
     "FABL2",
     "FFGSM",
@@ -31,6 +33,7 @@ __all__ = [
     "PRESETS",
     "TPGD",
     "Attack",
+    "Ensemble",
     "Normalized",
     "Square",
     "SquareL2",

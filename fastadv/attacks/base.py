@@ -232,8 +232,11 @@ class Attack(Modes, ABC):
         """What the loss compares the outputs for these slots with."""
         if self.compares != "pairs":
             return slots.targets
-        rank = 1 + slots.restart // self.restarts
-        return slots.targets.gather(1, torch.stack((torch.zeros_like(rank), rank), 1))
+        return torch.stack((slots.targets[:, 0], self.target_class(slots.targets, slots.restart)), 1)
+
+    def target_class(self, targets: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
+        """Towards which class of its row (label, ranked others) each sample's run of that number goes: int64 (N,)."""
+        return targets.gather(1, (1 + run // self.restarts).clamp(max=targets.shape[1] - 1)[:, None])[:, 0]
 
     def ended(self, slots: Slots) -> torch.Tensor:
         """Which slots hold their last iterate, (N,) bool."""

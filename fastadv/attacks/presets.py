@@ -9,7 +9,7 @@ from fastadv.attacks.fab import FAB
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
-from fastadv.attacks.pma import PMA
+from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.square import Square
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
@@ -22,6 +22,7 @@ PRESETS = {
     "pgd-20": (PGD, lambda eps: {"alpha": eps / 4, "steps": 20}),
     "pgd-50-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 50, "restarts": 10}),
     "pma": (PMA, lambda eps: {}),
+    "pma-l2": (PMAL2, lambda eps: {}),
     "pma-100-2": (PMA, lambda eps: {"steps": 100, "most_runs": 2}),  # as published
     "apgd-ce": (APGD, lambda eps: {}),
     "apgd-dlr": (APGD, lambda eps: {"loss": "dlr"}),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastadv import models
-from fastadv.attacks import PRESETS
+from fastadv.attacks import ENSEMBLES, PRESETS
 from fastadv.commands.arguments import add_data, adder, eps_budget, load_data, load_model, overlap
 from fastadv.data.splits import Split
 from fastadv.evaluation import evaluate
@@ -22,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     add_data(parser, add, split_seed=None)
     add("--model", required=True, help="a checkpoint.safetensors")
-    add("--attacks", default=",".join(ATTACKS), help=f"some of {', '.join(PRESETS)}")
+    add("--attacks", default=",".join(ATTACKS), help=f"some of {', '.join((*PRESETS, *ENSEMBLES))}")
     add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
     parser.add_argument(
         "--independent", action="store_true", help="give each attack all images, not those that the ones before it left"
@@ -73,25 +73,29 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
     _print_attacks(report["attacks"])
     for budget in report["budgets"]:
-        at = f"{255 * budget['eps']:g}/255" if budget["norm"] == "Linf" else f"{budget['eps']:g} in {budget['norm']}"
-        print(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {at}, under {', '.join(budget['attacks'])}")
+        under = ", ".join(budget["attacks"])
+        print(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
     print(f"saved {arguments.out / 'report.json'}")
     if report["curves"]:
         write_curves(arguments.out / "curve.png", report["curves"])
         print(f"saved {arguments.out / 'curve.png'}")
 
 
+def _budget(result: dict) -> str:
+    return f"{255 * result['eps']:g}/255" if result["norm"] == "Linf" else f"{result['eps']:g} {result['norm']}"
+
+
 def _print_attacks(results: list[dict]) -> None:
     """A row each: what it left of what it was given, how often it ran, its gradients, and its last find."""
     print(
-        f"{'attack':12}{'eps':>8}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}"
+        f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}"
     )
     for result in results:
-        eps, latest, settings = f"{255 * result['eps']:g}/255", result["latest"], result["settings"]
-        runs = f"{settings.get('restarts', 1)} x {settings.get('steps', 1)}"
+        eps, latest, settings = _budget(result), result["latest"], result["settings"]
+        runs = f"{result['runs']} x {settings.get('steps', settings.get('n_queries', 1))}"
         fell = f"run {latest['restart'] + 1}, {latest['step']}" if latest else "-"
         print(
-            f"{result['attack']:12}{eps:>8}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:8,}"
+            f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:8,}"
             f"{runs:>15}{fell:>14}{result['seconds']:8.1f}"
         )
 

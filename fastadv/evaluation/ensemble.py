@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from fastadv.evaluation.foreign import Reach
-from fastadv.evaluation.images import Gallery
+from fastadv.evaluation.images import Gallery, Kept
 from fastadv.evaluation.opponents import Opponent
 from fastadv.evaluation.queue import Verdicts
 
@@ -18,7 +18,7 @@ class Trial:
 
     opponent: Opponent
     verdicts: Verdicts
-    gallery: Gallery | None
+    gallery: Gallery | Kept | None
     reach: Reach | None  # of an attack that is called batch by batch
     seconds: float = 0.0
     zeros: tuple[int, int] | None = None  # samples whose first gradient is 0, and samples looked at
@@ -39,7 +39,7 @@ class Trial:
         if left and self.opponent.ours and attack.goes_on(verdicts.falls, images):
             verdicts.restarts += 1
             if self.gallery is not None:  # another image of each will be the last one
-                self.gallery.right[verdicts.unsettled] = -1
+                self.gallery.again(verdicts.unsettled)
         return bool(verdicts.unsettled.any())
 
     def falls_at(self, norm: str, eps: float) -> bool:

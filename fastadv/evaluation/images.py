@@ -1,8 +1,8 @@
-"""Adversarial images as PNG files: eight bits a pixel, still within the budget."""
+"""Adversarial images that are kept: as they are, or as PNG files, eight bits a pixel and still within the budget."""
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ from torch.nn.functional import pad
 
 from fastadv.attacks.verdicts import is_label, verdict
 from fastadv.data import to_float
+from fastadv.evaluation.queue import Verdicts
+from fastadv.ops.autograd import result_like
 
 
 class Gallery:
@@ -37,13 +39,17 @@ class Gallery:
         # A row more, for what belongs to no sample.
         self._codes = torch.empty((len(samples) + 1, *self._shape), dtype=torch.uint8, device=samples.device)
 
+    def again(self, samples: torch.Tensor) -> None:
+        """What was put of these (N,) bool was not their last image."""
+        self.right[samples] = -1
+
     def put(self, rows: torch.Tensor, adv: torch.Tensor, clean: torch.Tensor) -> None:
         """Keep `adv` (n, C, H, W), made from the images `clean`, as `rows`; the row after the last is thrown away."""
         self._codes.index_copy_(0, rows, nearest_codes(adv, clean, self._eps))
 
-    def flush(self, ended: torch.Tensor, labels: torch.Tensor, logits: Callable) -> None:
-        """Write and classify those that `ended` (N,) and are not written yet."""
-        rows = (ended & (self.right < 0))[self._samples].nonzero()[:, 0]
+    def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Callable) -> None:
+        """Write and classify those that have ended and are not written yet."""
+        rows = (verdicts.todo & ~verdicts.unsettled & (self.right < 0))[self._samples].nonzero()[:, 0]
         if not len(rows):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +60,63 @@ class Gallery:
         if self._dtype.is_floating_point:
             as_images = as_images.to(self._dtype)
         self.right[samples] = is_label(verdict(logits(as_images), labels[samples]), labels[samples]).long()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"right": self.right}
+
+    def facts(self) -> dict[str, float]:
+        """For the report."""
+        return {"robust_accuracy_8bit": int((self.right == 1).sum()) / len(self.right)}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.right = state["right"].to(self.right.device)
+
+
+class Kept:
+    """The adversarial images of one attack that fool, on the host.
+
+    Args:
+        images: the clean ones, (N, ...); device: where the adversarial ones are.
+    """
+
+    def __init__(self, images: torch.Tensor, device: torch.device):
+        self._like = result_like(images[:0]).cpu()
+        self._has = torch.zeros(len(images), dtype=torch.bool, device=device)
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.begin(torch.empty(0, dtype=torch.int64, device=device))
+
+    def begin(self, samples: torch.Tensor) -> None:
+        """From now on row i means the sample `samples[i]`; what was put before and is not flushed is lost."""
+        self._samples = samples
+        shape = (len(samples) + 1, *self._like.shape[1:])
+        self._rows = torch.empty(shape, dtype=self._like.dtype, device=samples.device)
+
+    def again(self, samples: torch.Tensor) -> None:
+        """None of these has fooled yet."""
+
+    def put(self, rows: torch.Tensor, adv: torch.Tensor, clean: torch.Tensor) -> None:
+        """Keep `adv` (n, ...) as `rows`; the row after the last is thrown away."""
+        self._rows.index_copy_(0, rows, adv)
+
+    def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Callable) -> None:
+        """Take those that fool to the host."""
+        rows = (verdicts.fooled & ~self._has)[self._samples].nonzero()[:, 0]
+        self._has[self._samples[rows]] = True
+        self._parts.append((self._samples[rows].cpu(), self._rows[rows].cpu()))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `load` takes: samples, int64 (M,) in any order, and their images (M, ...)."""
+        samples, images = ([each[i] for each in self._parts] for i in (0, 1))
+        none = torch.empty(0, dtype=torch.int64)
+        return {"samples": torch.cat([none, *samples]), "images": torch.cat([self._like, *images])}
+
+    def facts(self) -> dict[str, float]:
+        """For the report."""
+        return {}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._parts = [(state["samples"], state["images"])]
+        self._has[state["samples"].to(self._has.device)] = True
 
 
 def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> torch.Tensor:

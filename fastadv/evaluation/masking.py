@@ -13,6 +13,7 @@ from fastadv.evaluation.ensemble import Trial
 
 QUERIES, ASKED = 100, 32  # of the attack without gradients, on so many survivors
 ALLOWED = 1  # of them may fall
+SURPRISE = 0.002  # of all images that Square may find after attacks by gradients
 SHARE = 0.02  # of all images that may fall to the random start alone, or be without a gradient
 PART = 0.25  # of what fell at all that may: a model that is merely weak falls to noise as well, but more to gradients
 FEW = 5  # so many images by chance are no accident
@@ -53,6 +54,23 @@ def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return rows[(best - second).argsort(stable=True)[:ASKED]]
 
 
+def of_square(trials: Sequence[Trial], images: int) -> Iterator[str]:
+    """About Square attacks that found more than a few samples which the attacks before them had left."""
+    for i, trial in enumerate(trials):
+        found = int(trial.verdicts.fooled.sum())
+        before = [t.opponent.title for t in trials[:i] if t.opponent.eps == trial.opponent.eps and not _is_square(t)]
+        if _is_square(trial) and before and found > max(ALLOWED, SURPRISE * images):
+            yield (
+                f"gradients look masked: {trial.opponent.title}, which needs none, fooled {found} samples that "
+                f"{', '.join(before)} had left. The figure may still be too high: give Square more queries and "
+                "restarts, or make an attack for this model"
+            )
+
+
+def _is_square(trial: Trial) -> bool:
+    return isinstance(trial.opponent.attack, (Square, SquareL2))
+
+
 def by_chance(trials: Sequence[Trial]) -> int:
     """Samples that any of `trials` fooled by a random start alone."""
     drawn = [t for t in trials if t.opponent.ours and t.opponent.attack.draws and t.opponent.attack.by_gradient]
@@ -68,5 +86,5 @@ def of_masking(found: Sequence[tuple[str, Masking]]) -> Iterator[str]:
                 f"gradients look masked under {name}: {masking.fell} of {masking.asked} survivors fell to {QUERIES} "
                 f"queries of the Square attack, {masking.by_chance} of {masking.images} images to the random start "
                 f"alone, and {masking.without_gradient:.1%} have no gradient. Its figure may be far too high: run "
-                "--attacks pma,apgd-ce,apgd-t,fab-t,square"
+                "--attacks autoattack"
             )

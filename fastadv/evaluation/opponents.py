@@ -5,7 +5,7 @@ from numbers import Real
 
 import torch
 
-from fastadv.attacks import Attack, by_name
+from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, by_name
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.rows import has_rows
 
@@ -83,7 +83,10 @@ def opponents(
     given = [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else list(attacks)
     for attack in given:
         if isinstance(attack, str):
-            against += [Opponent(attack, by_name(attack, model, each), model) for each in budgets]
+            named = [_named(attack, model, each) for each in budgets]
+            against += [Opponent(*each, model) for part in zip(*named, strict=True) for each in part]
+        elif isinstance(attack, Ensemble):
+            against += [Opponent(*each, model) for each in attack.attacks()]
         elif isinstance(attack, type):
             raise TypeError(f"attacks are names or callables, got the class {attack.__name__}: call it with the model")
         elif _is_attack(attack):
@@ -97,6 +100,15 @@ def opponents(
             f"{', '.join(f'{each:.6g}' for each in sorted(unasked))}: give an attack for each eps, or names"
         )
     return against
+
+
+def _named(name: str, model: Callable, eps: float) -> list[tuple[str, Attack]]:
+    """The attacks that a name stands for, with names of their own."""
+    if name in ENSEMBLES:
+        return Ensemble(model, eps=eps, **ENSEMBLES[name]).attacks()
+    if name not in PRESETS:
+        raise ValueError(f"unknown attack {name!r}; there are {', '.join((*PRESETS, *ENSEMBLES))}")
+    return [(name, by_name(name, model, eps))]
 
 
 def check_they_take(against: Iterable[Opponent], labels: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import Attack
+from fastadv.attacks import LOSSES, Attack
 from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.normalized import Normalized, normalization_of
@@ -29,8 +29,8 @@ from fastadv.evaluation.alone import alone
 from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by, in_turn
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
 from fastadv.evaluation.identity import fingerprint, untold
-from fastadv.evaluation.images import Gallery
-from fastadv.evaluation.masking import Masking, by_chance, most_likely, of_masking, square_of
+from fastadv.evaluation.images import Gallery, Kept
+from fastadv.evaluation.masking import Masking, by_chance, most_likely, of_masking, of_square, square_of
 from fastadv.evaluation.opponents import EPS, Opponent, check_they_take, is_several, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
@@ -40,8 +40,10 @@ from fastadv.functional import sample_seeds
 from fastadv.version import __version__
 
 ITERATES = ("any", "last")
+TARGETED = [name for name, loss in LOSSES.items() if loss.compares == "pairs"]
 ATTACKS = ("fgsm", "pgd-10", "pma")
 SAVE_EVERY = 10.0  # seconds between two states on the disk
+SAVING = 0.5  # seconds that one may take; longer ones are as much rarer
 PROBED = 64  # samples whose first gradients are looked at
 KEPT = ("restart", "step", "said")  # of the verdicts, beside their counts
 
@@ -84,10 +86,11 @@ def evaluate(
         data: a pair (images, labels) of tensors or NumPy arrays, or a loader or Dataset of such pairs, or of dicts;
             images (N, ...) in [0, 1] or uint8, labels int64 (N,), or 0 or 1 (N, C). What is attacked is moved to the
             device; uint8 stays uint8 there.
-        attacks: one or several: names (keys of PRESETS), each at every eps; objects of fastadv; or callables from
-            (images, labels) to images (a tensor, a NumPy array, or a pair that begins with one), such as those of
-            torchattacks or AutoAttack's `run_standard_evaluation`. These two have an eps of their own; where they have
-            no attribute `norm`, "Linf" or "L2", they are independent of the others and count for no budget.
+        attacks: one or several: names (keys of PRESETS, or of ENSEMBLES for several that follow each other), each at
+            every eps; objects of fastadv, `AutoAttack` too; or callables from (images, labels) to images (a tensor, a
+            NumPy array, or a pair that begins with one), such as those of torchattacks or the `run_standard_evaluation`
+            of AutoAttack's authors. These two have an eps of their own; where they have no attribute `norm`, "Linf" or
+            "L2", they are independent of the others and count for no budget.
         eps: one or several, in pixels of [0, 1].
         ensemble: whether each attack gets what those before it left; else all get all samples, for figures that do not
             depend on each other.
@@ -118,16 +121,18 @@ def evaluate(
         "attacks" (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with
         several budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`;
         "clean_correct" (a bool per sample); "no_prediction" (clean samples that get none); "attacks",
-        a list of {"attack", "eps", "robust_accuracy" (the share that it was given and did not fool), "given" (samples
-        that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
-        fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none), "passes"
-        and "forwards" (gradients and forward passes of one image; null where not known), "seconds",
+        a list of {"attack", "eps", "norm", "robust_accuracy" (the share that it was given and did not fool), "given"
+        (samples that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for
+        those of fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none),
+        "passes" and "forwards" (gradients and forward passes of one image; null where not known), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
-        the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled; null
-        where there is none or it is not known), "latest" (restart and step of the sample that fell last), "settings",
-        with save_images also "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings";
-        "versions". Where another library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is
-        null, it counts for no budget, and a warning says how far it went.
+        the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled;
+        where an attack goes towards one class after the other its runs are counted through; null where there is none or
+        it is not known), "target" (of such an attack, the class that this run went to), "runs" (of a sample that
+        withstands), "latest" (restart and step of the sample that fell last), "settings", with save_images also
+        "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings"; "versions". Where another
+        library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is null, it counts for no
+        budget, and a warning says how far it went.
 
     Raises:
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
@@ -138,11 +143,7 @@ def evaluate(
     """
     if iterate not in ITERATES:
         raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
-    for name, value in (("slots", slots), ("pool", pool), ("seed", seed)):
-        if not isinstance(value, Integral) and (name, value) != ("pool", None):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if name != "seed" and value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_counts(slots=slots, pool=pool, seed=seed)
     normalization = None
     if images_normalized is not None:
         normalization = normalization_of(images_normalized, model)
@@ -154,25 +155,64 @@ def evaluate(
         model = Normalized(model, *images_normalized)
     against = opponents(model, attacks, eps)
     images, labels = gathered(data, model, device, normalization)
-    check_they_take(against, labels)
-    slots = min(slots, len(images))
-    settings = {"iterate": iterate, "ensemble": ensemble, "slots": slots, "seed": seed}
+    settings = {"iterate": iterate, "ensemble": ensemble, "slots": min(slots, len(images)), "seed": seed}
     settings["save_images"] = save_images is not None
-    settings["attacks"] = [each.facts() for each in against]
+
+    def gallery(number, opponent):
+        if save_images is None:
+            return None
+        name = "-".join([f"{number}", opponent.name, *([] if opponent.eps is None else [opponent.budget])])
+        eps = opponent.eps if opponent.is_linf else None
+        return Gallery(Path(save_images) / name, images, eps, labels.device)
+
+    return judged(model, images, labels, against, settings, pool, state, gallery, progress=progress)[0]
+
+
+def check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) and (name, value) != ("pool", None):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if name != "seed" and value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def judged(
+    model: Callable,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    against: Sequence[Opponent],
+    settings: Mapping,
+    pool: int | None,
+    state: str | Path | None,
+    gallery: Callable[[int, Opponent], Gallery | Kept | None],
+    *,
+    told: Callable[["Run", Sequence[Trial]], None] = lambda run, ended: None,
+    progress: bool = False,
+) -> tuple[dict, "Run", list[Trial]]:
+    """What `evaluate` does once its arguments are looked at: (what it returns, the run, an attack each).
+
+    Args:
+        settings: iterate, ensemble, slots, seed, and what else makes it another run.
+        gallery: gets an opponent's number and the opponent.
+        told: gets the attacks that have ended, before the first one and after each.
+    """
+    check_they_take(against, labels)
+    settings = {**settings, "attacks": [each.facts() for each in against]}
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
     with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
-        signs = all(opponent.ours and opponent.attack.compares == "signs" for opponent in against)
-        run = _Run(model, images, labels, iterate == "last", slots, pool, seed, "bce" if signs else "ce")
-        trials = [run.trial(number, opponent, save_images) for number, opponent in enumerate(against)]
+        run = Run(model, images, labels, against, settings, pool)
+        trials = [run.trial(opponent, gallery(number, opponent)) for number, opponent in enumerate(against)]
         if file is not None:
             _load(file, trials)
         order = in_turn(trials)
+        told(run, [])
         for i, trial in enumerate(order):
-            if ensemble:
+            if settings["ensemble"]:
                 run.hand_on(order[:i], trial)
             run.attack(trial, lambda: _save(file, trials), progress and sys.stderr.isatty())
-        report = run.report(trials, order, ensemble)
-    return report | {
+            told(run, order[: i + 1])
+        report = run.report(trials, order, settings["ensemble"])
+    report |= {
         "settings": {
             **settings,
             "images": list(images.shape),
@@ -181,23 +221,27 @@ def evaluate(
         },
         "versions": {"fastadv": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    return report, run, trials
 
 
-class _Run:
+class Run:
     """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
 
-    def __init__(self, model, images, labels, last, slots, pool, seed, loss):
-        self.images, self.labels = images, labels
-        self.last, self.slots, self.pool, self.seed = last, slots, pool, seed
+    def __init__(self, model, images, labels, against, settings, pool):
+        self.images, self.labels, self.pool = images, labels, pool
+        self.last, self.slots, self.seed = settings["iterate"] == "last", settings["slots"], settings["seed"]
         self.notes: list[str] = []
-        self._objective = Objective(model, loss)
+        attacks = [opponent.attack for opponent in against if opponent.ours]
+        signs = len(attacks) == len(against) and all(attack.compares == "signs" for attack in attacks)
+        draws = max((attack.eot for attack in attacks), default=1)
+        self._objective = Objective(model, "bce" if signs else "ce", eot=draws)
         if labels.ndim == 1:
             self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
         said = verdict(self.clean, labels)
         self.correct, self.silent = is_label(said, labels), int((said == NONE).sum())
-        self._first = torch.arange(slots, device=labels.device)
-        self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first))))
+        self._first = torch.arange(self.slots, device=labels.device)
+        self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first)), draws))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Of all images, in batches of one shape."""
@@ -218,18 +262,17 @@ class _Run:
     def _warn(self, found: Iterable[str]) -> None:
         for note in found:
             self.notes.append(note)
-            warnings.warn(note, stacklevel=4)
+            warnings.warn(note, stacklevel=5)
 
-    def trial(self, number: int, opponent: Opponent, folder: str | Path | None) -> Trial:
-        gallery = None
-        if folder is not None:
-            path = Path(folder) / "-".join(
-                [f"{number}", opponent.name, *([] if opponent.eps is None else [opponent.budget])]
-            )
-            gallery = Gallery(path, self.images, opponent.eps if opponent.is_linf else None, self.labels.device)
+    def trial(self, opponent: Opponent, gallery: Gallery | Kept | None) -> Trial:
         reach = None if opponent.ours else Reach()
         runs = opponent.attack.runs(self.clean.shape[1]) if opponent.ours else 1
         return Trial(opponent, Verdicts(self.correct, runs), gallery, reach)
+
+    def left(self, ended: Sequence[Trial]) -> torch.Tensor:
+        """Samples that are classified correctly and that none of `ended` fooled, (N,) bool."""
+        fooled = [trial.verdicts.fooled for trial in ended]
+        return self.correct & ~torch.stack([~self.correct, *fooled]).any(0)
 
     def hand_on(self, before: Sequence[Trial], trial: Trial) -> None:
         """Give `trial` those samples alone that the trials before it have not fooled within its budget."""
@@ -244,6 +287,7 @@ class _Run:
     def _run(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
         opponent, earlier = trial.opponent, trial.seconds
         begun = saved = time.perf_counter()
+        pause = SAVE_EVERY
         windows = self._windows(trial) if opponent.ours else None
         unit = "pass" if opponent.ours else "batch"
         bar = require("tqdm").tqdm(desc=opponent.title, unit=unit) if progress else nullcontext()
@@ -254,12 +298,13 @@ class _Run:
                 if progress:
                     bar.total = done + left
                     bar.update(done - bar.n)
-                if now - saved >= SAVE_EVERY:
+                if now - saved >= pause:
                     if windows is not None:
                         windows.update()
                     self._write_images(trial)
                     save()
                     saved = time.perf_counter()
+                    pause = SAVE_EVERY * max(1.0, (saved - now) / SAVING)
         trial.seconds = earlier + time.perf_counter() - begun
         self._write_images(trial)
         save()
@@ -333,7 +378,7 @@ class _Run:
 
     def _write_images(self, trial) -> None:
         if trial.gallery is not None:
-            trial.gallery.flush(trial.verdicts.todo & ~trial.verdicts.unsettled, self.labels, self.logits)
+            trial.gallery.flush(trial.verdicts, self.labels, self.logits)
 
     def look_for_masking(self, order: Sequence[Trial]) -> list[tuple[Trial, Masking]]:
         """After each PMA: does the Square attack find what it did not? What that fools counts, too."""
@@ -376,6 +421,8 @@ class _Run:
         if not ensemble:
             robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
             self._warn(suspicions.of_accuracies(robust))
+        if ensemble:
+            self._warn(of_square(order, n))
         self._warn(of_masking([(trial.opponent.title, masking) for trial, masking in masked]))
         self._warn(suspicions.of_late_falls(trial for trial in trials if trial.opponent.ours))
         clean = int(self.correct.sum()) / n
@@ -413,14 +460,19 @@ class _Run:
             name: [v if f and opponent.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
             for name, values in (("restart", verdicts.restart), ("step", verdicts.step))
         }
+        target = {}
+        if opponent.ours and opponent.attack.loss in TARGETED:
+            classes = opponent.attack.target_class(self._targets(opponent.attack), verdicts.restart)
+            target = {"target": [c if f else None for c, f in zip(classes.tolist(), fooled, strict=True)]}
         accuracy = {"robust_accuracy": int(self._robust(trial).sum()) / n}
         if trial.gallery is not None:
-            accuracy["robust_accuracy_8bit"] = int((trial.gallery.right == 1).sum()) / n
+            accuracy |= trial.gallery.facts()
         if reach is not None and (reach.leaves_box() or reach.exceeds(opponent.eps, opponent.norm)):
             accuracy = dict.fromkeys(accuracy)
         return {
             "attack": opponent.name,
             "eps": opponent.eps,
+            "norm": opponent.norm,
             **accuracy,
             "given": int(verdicts.todo.sum()),
             "largest_linf": reach and reach.linf,
@@ -430,9 +482,11 @@ class _Run:
             "forwards": verdicts.forwards if opponent.ours else None,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
+            "runs": verdicts.restarts,
             "zero_gradients": trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else None,
             "fooled": fooled,
             **first,
+            **target,
             "latest": trial.latest if opponent.ours else None,
             "settings": opponent.facts(),
         }
@@ -466,7 +520,7 @@ def _save(file: StateFile | None, trials: Sequence[Trial]) -> None:
         verdicts = trial.verdicts
         tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in KEPT}
         if trial.gallery is not None:
-            tensors[f"{i}.right"] = trial.gallery.right
+            tensors |= {f"{i}.images.{name}": t for name, t in trial.gallery.state().items()}
         known = {name: getattr(verdicts, name) for name in Verdicts.COUNTS}
         facts.append(known | {"seconds": trial.seconds, "reach": trial.reach and asdict(trial.reach)})
     file.save(tensors, {"attacks": facts})
@@ -487,7 +541,8 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
         trial.seconds = known["seconds"]
         trial.reach = known["reach"] and Reach(**known["reach"])
         if trial.gallery is not None:
-            trial.gallery.right = tensors[f"{i}.right"].to(device)
+            prefix = f"{i}.images."
+            trial.gallery.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
 
 
 def robust_accuracy(

@@ -1,0 +1,149 @@
+"""AutoAttack, called as its authors' program is."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from fastadv.attacks import Ensemble
+from fastadv.attacks.verdicts import verdict
+from fastadv.data import to_float
+from fastadv.evaluation.images import Kept
+from fastadv.evaluation.opponents import EPS, opponents
+from fastadv.evaluation.robustness import check_counts, judged
+from fastadv.evaluation.samples import gathered
+from fastadv.functional import new_seed
+
+
+class AutoAttack(Ensemble):
+    """AutoAttack: Croce and Hein 2020 (arXiv 2003.01690), the yardstick of published robust accuracies.
+
+    Four attacks follow each other, each on the samples that those before it left: Auto-PGD on cross-entropy, on the
+    targeted DLR loss, FAB-T, and Square. With as many or fewer target classes than the model has others, all are gone
+    for. A sample leaves at its first misclassified image, of whatever class.
+
+    Args:
+        model: any callable from images to logits (N, C), C from 2 on, in eval mode while it is attacked.
+        norm: "Linf" or "L2".
+        eps: budget, in pixels of [0, 1].
+        version: "standard"; "plus", with more attacks and restarts; "rand" for a model that answers at random, whose
+            gradients and predictions are then means of 20 draws; or "custom".
+        attacks_to_run: of a custom version: "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square", in any order.
+        seed: sample i draws from `sample_seeds(seed, i, run)`; None draws a seed.
+        device: where to attack; None means the model's.
+        verbose: print the accuracy after each attack.
+        log_path: a file that gets these lines too.
+        options: of every attack, see `Attack`: autocast, compile, graph, memory_format. The verdict is that of the
+            model under them.
+
+    Attributes:
+        apgd, apgd_targeted, fab, square: their settings, which may be assigned before a run: eps, n_restarts; n_iter
+            (square: n_queries); n_target_classes; eot_iter; and each attack's own.
+        attacks_to_run: may be assigned too.
+        report: what `evaluate` returns, of the last run.
+
+    Raises:
+        ValueError: norm is "L1", a version is unknown, or attacks are chosen for one that is not "custom".
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        *,
+        version: str = "standard",
+        attacks_to_run: Sequence[str] = (),
+        seed: int | None = 0,
+        device: torch.device | str | None = None,
+        verbose: bool = True,
+        log_path: str | Path | None = None,
+        is_tf_model: bool = False,
+        **options,
+    ):
+        if is_tf_model:
+            raise ValueError("a TensorFlow model has no PyTorch gradient: attack a PyTorch version of it")
+        super().__init__(model, norm, eps, version=version, attacks_to_run=attacks_to_run, **options)
+        self.seed, self.device, self.verbose, self.log_path = seed, device, verbose, log_path
+        self.report: dict | None = None
+
+    def run_standard_evaluation(
+        self,
+        x_orig: torch.Tensor,
+        y_orig: torch.Tensor,
+        bs: int = 250,
+        return_labels: bool = False,
+        state_path: str | Path | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Adversarial images of the samples that are fooled, and the others as they are.
+
+        Args:
+            x_orig: (N, ...) in [0, 1], floats or uint8. y_orig: int64 (N,).
+            bs: images under attack at a time.
+            return_labels: give the model's predictions for what is returned, too.
+            state_path: a file that keeps what is finished, written every few seconds; a run that was cut goes on from
+                it, and returns all images.
+
+        Returns:
+            A float tensor like `x_orig` on its device; with `return_labels` a pair of it and int64 (N,), -1 where the
+            model gives no prediction.
+
+        Raises:
+            As `evaluate`; ValueError also where nothing is to run, or a state is to be kept of a seed that is drawn.
+        """
+        images, labels, run, trials = self._run(x_orig, y_orig, bs, state_path, ensemble=True)
+        return _returned(images, labels, run, trials, return_labels)
+
+    def run_standard_evaluation_individual(
+        self, x_orig: torch.Tensor, y_orig: torch.Tensor, bs: int = 250, return_labels: bool = False
+    ) -> dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+        """The same for each attack by itself, on all samples: name -> what `run_standard_evaluation` returns."""
+        images, labels, run, trials = self._run(x_orig, y_orig, bs, None, ensemble=False)
+        return {t.opponent.name: _returned(images, labels, run, [t], return_labels) for t in trials}
+
+    def _run(self, x, y, bs, state_path, ensemble):
+        against = opponents(self.model, self, EPS)
+        if not against:
+            raise ValueError(
+                "there is nothing to run: give attacks_to_run, some of apgd-ce, apgd-dlr, apgd-t, fab, ..."
+            )
+        if state_path is not None and self.seed is None:
+            raise ValueError("the run that goes on from a state must have its seed: give AutoAttack(seed=), an int")
+        seed = new_seed("cpu") if self.seed is None else self.seed
+        check_counts(bs=bs, seed=seed)
+        images, labels = gathered((x, y), self.model, self.device)
+        settings = {"iterate": "any", "ensemble": ensemble, "slots": min(bs, len(images)), "seed": int(seed)}
+        begun = time.perf_counter()
+
+        def told(run, ended):
+            accuracy = float(run.left(ended if ensemble else ended[-1:]).float().mean())
+            if not ended:
+                self._log(f"initial accuracy: {accuracy:.2%}")
+            else:
+                after = f"{'after' if ensemble else 'under'} {ended[-1].opponent.name.upper()}"
+                self._log(f"robust accuracy {after}: {accuracy:.2%} (total time {time.perf_counter() - begun:.1f} s)")
+
+        def kept(number, opponent):
+            return Kept(images, labels.device)
+
+        self.report, *found = judged(self.model, images, labels, against, settings, None, state_path, kept, told=told)
+        return images, labels, *found
+
+    def _log(self, line):
+        if self.verbose:
+            print(line, flush=True)
+        if self.log_path is not None:
+            with Path(self.log_path).open("a") as file:
+                file.write(line + "\n")
+
+
+def _returned(images, labels, run, trials, with_labels):
+    """What the first of `trials` that fools a sample made of it, and what the model says of that."""
+    adv, said = to_float(images).clone(), verdict(run.clean, labels).cpu()
+    for trial in trials:
+        state = trial.gallery.state()
+        samples = state["samples"]
+        adv[samples.to(adv.device)] = state["images"].to(adv)
+        said[samples] = trial.verdicts.said.cpu()[samples]
+    return (adv, said.to(adv.device)) if with_labels else adv
