@@ -1,6 +1,7 @@
 """The stored verdicts of AutoAttack's own package: that they are of these models and images, and say something."""
 
 import functools
+import importlib
 import json
 import os
 import sys

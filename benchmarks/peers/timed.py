@@ -2,10 +2,10 @@
 
     python benchmarks/peers/timed.py --device cuda --autoattack CHECKOUT --out timed.json
 
-CHECKOUT is a clone of github.com/fra31/auto-attack; without one fastadv is alone. Every row is written as soon as it is measured, and one that is in the
-file already is not measured again. A row has the seconds from images on the device to verdicts on the host, the images
-that withstand, the gradients and forward passes of single images, and a verdict for each: -1 robust, 0 misclassified
-anyway, else 1 + the number of the attack that fooled it.
+CHECKOUT is a clone of github.com/fra31/auto-attack; without one fastadv is alone. Every row is written as soon as it
+is measured, and one that is in the file already is not measured again. A row has the seconds from images on the device
+to verdicts on the host, the images that withstand, the gradients and forward passes of single images, and a verdict for
+each: -1 robust, 0 misclassified anyway, else 1 + the number of the attack that fooled it.
 
 Before it is timed every contender has run with attacks of two steps: kernels, libraries and compiled models are then
 there; CUDA graphs are captured within the time. The backbone needs FASTADV_CIFAR10, and is left out without it.
