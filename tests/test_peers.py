@@ -1,7 +1,7 @@
 """The stored verdicts of AutoAttack's own package: that they are of these models and images, and say something."""
 
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -19,11 +19,7 @@ from fastadv.evaluation import evaluate
 PEERS = Path(__file__).resolve().parent.parent / "benchmarks/peers"
 RESULTS = PEERS.parent / "results/autoattack"
 sys.path.append(str(PEERS))
-judged = importlib.import_module("judged")
-# By another name: it imports a package that is called like itself.
-_spec = importlib.util.spec_from_file_location("peer_autoattack", PEERS / "autoattack.py")
-autoattack = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(autoattack)
+judged, standard = (importlib.import_module(name) for name in ("judged", "standard"))
 
 # The backbone's images are there only where FASTADV_CIFAR10 names the copy that the verdicts are of.
 WITH_IMAGES = [name for name in judged.NAMES if name != "backbone" or os.environ.get("FASTADV_CIFAR10")]
@@ -37,7 +33,7 @@ def result(name):
 
 def stored(name):
     """Seed -> bool (N,): what is misclassified, by itself or after any part of AutoAttack."""
-    return {run["seed"]: torch.tensor(run["verdicts"]) != autoattack.ROBUST for run in result(name)["runs"]}
+    return {run["seed"]: torch.tensor(run["verdicts"]) != standard.ROBUST for run in result(name)["runs"]}
 
 
 @pytest.mark.parametrize("name", judged.NAMES)
@@ -59,18 +55,18 @@ def test_the_verdicts_are_of_these_images(name):
     right = model(images).argmax(1) == labels
     assert result(name)["clean"] == int(right.sum())
     for run in result(name)["runs"]:
-        assert torch.equal(torch.tensor(run["verdicts"]) != autoattack.MISCLASSIFIED, right)
+        assert torch.equal(torch.tensor(run["verdicts"]) != standard.MISCLASSIFIED, right)
 
 
 @pytest.mark.parametrize("name", judged.NAMES)
 def test_a_wrong_evaluation_would_show(name):
     """Neither all nor none survive, and some fall to no part but targeted APGD."""
     runs = result(name)["runs"]
-    parts = autoattack.parts_for(result(name)["classes"])
+    parts = standard.parts_for(result(name)["classes"])
     assert [run["seed"] for run in runs] == [0, 1]
     for run in runs:
-        counts = {part: run["verdicts"].count(1 + autoattack.PARTS.index(part)) for part in parts}
-        robust, wrong = (run["verdicts"].count(kind) for kind in (autoattack.ROBUST, autoattack.MISCLASSIFIED))
+        counts = {part: run["verdicts"].count(1 + standard.PARTS.index(part)) for part in parts}
+        robust, wrong = (run["verdicts"].count(kind) for kind in (standard.ROBUST, standard.MISCLASSIFIED))
         assert robust + wrong + sum(counts.values()) == len(run["verdicts"])
         assert run["robust"] == robust == (~stored(name)[run["seed"]]).sum()
         assert 0.1 <= robust / len(run["verdicts"]) <= 0.6
@@ -137,12 +133,12 @@ def test_a_run_says_which_part_was_the_first_and_what_it_took(monkeypatch):
     monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Ensemble))
     run = {"seed": 7, "verdicts": [-1, 0, -1, -1, -1, 0, -1], "seconds": {}, "gradients": {}, "forwards": {}}
     for part in ("apgd-ce", "fab-t"):
-        autoattack.run_part(lambda x: x, torch.rand(7, 3), torch.zeros(7).long(), 0.1, 3, run, part)
+        standard.run_part(lambda x: x, torch.rand(7, 3), torch.zeros(7).long(), 0.1, 3, run, part)
     assert run["verdicts"] == [1, 0, 1, 3, 3, 0, -1]
     assert run["robust"] == 1
     assert run["gradients"] == {"apgd-ce": 10, "fab-t": 6}
     assert run["forwards"] == {"apgd-ce": 5, "fab-t": 3}
-    made, _ = autoattack.attack(lambda x: x, 0.1, 3, 7, "fab-t")
+    made, _ = standard.attack(lambda x: x, 0.1, 3, 7, "fab-t")
     assert (made.fab.n_target_classes, made.settings["seed"], made.settings["eps"]) == (2, 7, 0.1)
 
 

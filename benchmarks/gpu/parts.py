@@ -96,7 +96,18 @@ def loaded(out):
 # In this order: what has never run on a GPU, or failed there.
 GPU_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("cuda_graph", "gpu", "contract", "philox", "ball", "compile", "autograd", "out", "errors")
+    for name in (
+        "gpu_attacks",
+        "cuda_graph",
+        "gpu",
+        "contract",
+        "philox",
+        "ball",
+        "compile",
+        "autograd",
+        "out",
+        "errors",
+    )
 ]
 
 
@@ -161,6 +172,19 @@ def bench_all(out):
 
 def images():
     return os.environ.get("FASTADV_CIFAR10")
+
+
+def verdicts(out):
+    """timed.py: fastadv and the authors' AutoAttack on a robust backbone, then on digits."""
+    path = out / "kept/verdicts.json"  # has each row: after a cut the others follow
+    if DRY_RUN:
+        chosen = ["--device=cpu", "--models", "clean", "--images=32", "--quick"]
+    elif checkout := os.environ.get("FASTADV_AUTOATTACK"):
+        chosen = ["--autoattack", checkout]
+    else:
+        chosen = []
+    status, _ = run(out / "verdicts.rows.log", sys.executable, "benchmarks/peers/timed.py", *chosen, "--out", path)
+    return {"ok": status == 0, "why": "" if len(chosen) == 2 else "FASTADV_AUTOATTACK names no clone of its package"}
 
 
 def transfer(out):
@@ -274,7 +298,7 @@ def hanging(out):
     subprocess.run(["sleep", "1000"], check=True)
 
 
-PARTS = (build, correctness, attacks, steps, transfer, evaluation, bench, counters, sanitizer)
+PARTS = (build, correctness, verdicts, attacks, steps, evaluation, bench, counters, sanitizer, transfer)
 PARTS += (strength, bench_all, counters_all, sanitizer_all, hanging)
 
 
