@@ -118,10 +118,10 @@ def test_as_robust_as_torchattacks_says(net, norm, samples):
     torchattacks = pytest.importorskip("torchattacks")
     x, y = samples
     eps = EPS if norm == "Linf" else 0.4
-    targeted = torchattacks.APGDT(net, norm=norm, eps=eps, steps=30, n_classes=4, seed=0)
-    ce = torchattacks.APGD(net, norm=norm, eps=eps, steps=30, seed=0)
+    targeted = torchattacks.APGDT(net, norm=norm, eps=eps, steps=15, n_classes=4, seed=0)
+    ce = torchattacks.APGD(net, norm=norm, eps=eps, steps=15, seed=0)
     robust = net(torchattacks.MultiAttack([ce, targeted])(x, y)).argmax(1) == y
-    ours = few(AutoAttack(net, norm, eps, verbose=False), 30, 100)
+    ours = few(AutoAttack(net, norm, eps, verbose=False), 15, 100)
     adv = ours.run_standard_evaluation(x, y)
     mine = net(adv).argmax(1) == y
     assert 0 < robust.sum() < len(x) - 3

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CAPS = {
     "build": 60,
     "correctness": 110,
-    "verdicts": 110,
+    "verdicts": 150,
     "attacks": 70,
     "steps": 60,
     "evaluation": 60,
