@@ -1,6 +1,5 @@
 """Attacks and the evaluation on a GPU: captured graphs have the eager attack's bits, slots there the CPU's verdicts."""
 
-import inspect
 from functools import partial
 from itertools import count
 
@@ -14,7 +13,7 @@ from test_cuda_graph import one_order as one_order
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv.attacks import APGDL2, FABL2, PGD, PMAL2, PRESETS, Normalized, SquareL2, by_name
+from fastadv.attacks import APGDL2, FABL2, FGSM, PGD, PMAL2, PRESETS, Normalized, Square, SquareL2, by_name
 from fastadv.evaluation import evaluate, queue, robustness
 from fastadv.evaluation.queue import Queue
 
@@ -35,13 +34,12 @@ def device(request):
 def attack_of(name, model, eps=EPS, **options):
     """The preset with few steps, or a class in L2."""
     kind = IN_L2[name] if name in IN_L2 else PRESETS[name][0]
-    known = inspect.signature(kind).parameters
-    lengths = {"steps": STEPS, "n_queries": QUERIES}
-    options |= {length: steps for length, steps in lengths.items() if length in known}
+    if issubclass(kind, (Square, SquareL2)):
+        options["n_queries"] = QUERIES
+    elif not issubclass(kind, FGSM):
+        options["steps"] = STEPS
     if name in IN_L2:
         return kind(model, L2_EPS, **options)
-    if "graph" in options and not options["graph"]:
-        del options["graph"]
     return by_name(name, model, eps, **options)
 
 
