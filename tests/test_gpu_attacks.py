@@ -17,10 +17,11 @@ from fastadv.attacks import APGDL2, FABL2, FGSM, PGD, PMAL2, PRESETS, Normalized
 from fastadv.evaluation import evaluate, queue, robustness
 from fastadv.evaluation.queue import Queue
 
-# What small models fall to late, or by chance, is told of; here it is not what is asked about.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in ("the last", "gradients look masked")]
+# What is strange about so small a model is told of; here it is not what is asked about.
+TOLD = ("the last", "gradients look masked", "robust accuracy rises")
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in TOLD]
 
-STEPS, QUERIES, L2_EPS = 12, 40, 0.15
+STEPS, QUERIES, L2_EPS = 4, 40, 0.1
 IN_L2 = {"apgdl2": APGDL2, "fabl2": FABL2, "pmal2": PMAL2, "squarel2": SquareL2}
 NAMES = (*PRESETS, *IN_L2)
 every_attack = pytest.mark.parametrize("name", NAMES)
@@ -100,7 +101,8 @@ class Exact(nn.Module):
 
     def forward(self, x):
         seen = x + ((x * 2**16).round() / 2**16 - x).detach()
-        return self.second(self.first(seen.flatten(1) - 0.5).relu())
+        waves = (self.first(seen.flatten(1) - 0.5).remainder(2) - 1).abs()  # neither all nor none fall
+        return self.second(waves - 0.5)
 
 
 IMAGES, SLOTS = 48, 7
@@ -146,7 +148,7 @@ def one_shape(monkeypatch):
 
 
 RUNS = ({"slots": 3}, {"slots": 64}, {"pool": 20})
-SMALL = 0.02
+SMALL = 0.012  # where restarts of few steps still find more
 
 
 @every_attack
