@@ -1,6 +1,5 @@
 """Attacks and the evaluation on a GPU: captured graphs have the eager attack's bits, slots there the CPU's verdicts."""
 
-import inspect
 from functools import partial
 from itertools import count
 
@@ -14,14 +13,15 @@ from test_cuda_graph import one_order as one_order
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv.attacks import APGDL2, FABL2, PGD, PMAL2, PRESETS, Normalized, SquareL2, by_name
+from fastadv.attacks import APGDL2, FABL2, FGSM, PGD, PMAL2, PRESETS, Normalized, Square, SquareL2, by_name
 from fastadv.evaluation import evaluate, queue, robustness
 from fastadv.evaluation.queue import Queue
 
-# What small models fall to late, or by chance, is told of; here it is not what is asked about.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in ("the last", "gradients look masked")]
+# What is strange about so small a model is told of; here it is not what is asked about.
+TOLD = ("the last", "gradients look masked", "robust accuracy rises")
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in TOLD]
 
-STEPS, QUERIES, L2_EPS = 12, 40, 0.15
+STEPS, QUERIES, L2_EPS = 4, 40, 0.1
 IN_L2 = {"apgdl2": APGDL2, "fabl2": FABL2, "pmal2": PMAL2, "squarel2": SquareL2}
 NAMES = (*PRESETS, *IN_L2)
 every_attack = pytest.mark.parametrize("name", NAMES)
@@ -35,13 +35,12 @@ def device(request):
 def attack_of(name, model, eps=EPS, **options):
     """The preset with few steps, or a class in L2."""
     kind = IN_L2[name] if name in IN_L2 else PRESETS[name][0]
-    known = inspect.signature(kind).parameters
-    lengths = {"steps": STEPS, "n_queries": QUERIES}
-    options |= {length: steps for length, steps in lengths.items() if length in known}
+    if issubclass(kind, (Square, SquareL2)):
+        options["n_queries"] = QUERIES
+    elif not issubclass(kind, FGSM):
+        options["steps"] = STEPS
     if name in IN_L2:
         return kind(model, L2_EPS, **options)
-    if "graph" in options and not options["graph"]:
-        del options["graph"]
     return by_name(name, model, eps, **options)
 
 
@@ -102,7 +101,8 @@ class Exact(nn.Module):
 
     def forward(self, x):
         seen = x + ((x * 2**16).round() / 2**16 - x).detach()
-        return self.second(self.first(seen.flatten(1) - 0.5).relu())
+        waves = (self.first(seen.flatten(1) - 0.5).remainder(2) - 1).abs()  # neither all nor none fall
+        return self.second(waves - 0.5)
 
 
 IMAGES, SLOTS = 48, 7
@@ -148,7 +148,7 @@ def one_shape(monkeypatch):
 
 
 RUNS = ({"slots": 3}, {"slots": 64}, {"pool": 20})
-SMALL = 0.02
+SMALL = 0.012  # where restarts of few steps still find more
 
 
 @every_attack

@@ -101,10 +101,7 @@ class Objective:
     def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(losses, logits), without a gradient. The model sees a copy, as it may write there."""
         with torch.no_grad():
-            losses, logits = self._expected(lambda: self._losses(x.clone(), targets))
-        if logits is not None:
-            self.classes = logits.shape[1]
-        return losses, logits
+            return self._expected(lambda: self._losses(x.clone(), targets))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of x, without a gradient, in float32 at least. The model sees a copy, as it may write there."""

@@ -91,6 +91,7 @@ class Queue:
             are.
         verdicts: of the samples; those that are still to be attacked are, and the verdicts are written there.
         slots: images under attack at a time.
+        classes: that the model tells apart.
         seed, numbers: sample i draws `sample_seeds(seed, numbers[i], run)`; int64 (N,).
         last: judge the last iterate of a run only, instead of every one and the start.
         keep: gets (rows, iterates, images) of slots that have ended: which sample each has finished with this iterate,
@@ -106,6 +107,7 @@ class Queue:
         verdicts: Verdicts,
         *,
         slots: int,
+        classes: int,
         seed: int,
         numbers: torch.Tensor,
         last: bool = False,
@@ -114,7 +116,7 @@ class Queue:
         self.attack, self.verdicts = attack, verdicts
         self._images, self._labels, self._targets = images, labels, targets
         self._codes = labels if labels.ndim == 1 else labels.new_ones(len(labels), dtype=torch.int64)
-        self._seed, self._numbers, self._last, self._keep = seed, numbers, last, keep
+        self._classes, self._seed, self._numbers, self._last, self._keep = classes, seed, numbers, last, keep
         self._n, self._slots = len(images), slots
         self._fixed = takes_one_shape(images, attack)
         self._own_forward = attack.compares == "anything"  # until its logits are seen
@@ -259,7 +261,7 @@ class Queue:
         self._sample = torch.where(ended, none, self._sample)
 
     def _count(self, judged, steps, held):
-        gradients, beside = self.attack.cost(self.attack.objective.classes)
+        gradients, beside = self.attack.cost(self._classes)
         self._counts["passes"] = self._counts["passes"] + gradients * (steps * held).sum()
         forwards = self.attack.eot * (judged * held).sum() + beside * (steps * held).sum()
         self._counts["forwards"] = self._counts["forwards"] + forwards

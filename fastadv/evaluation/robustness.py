@@ -317,6 +317,7 @@ class Run:
                 self._write_images(trial)
                 gallery.begin(rows)
             options = {"slots": self.slots, "seed": self.seed, "numbers": rows, "last": self.last}
+            options["classes"] = self.clean.shape[1]
             keep = None if gallery is None else gallery.put
             return Queue(attack, self._staged(rows), self.labels[rows], targets[rows], verdicts, keep=keep, **options)
 
@@ -392,6 +393,7 @@ class Run:
             rows = most_likely(survivors, self.clean)
             verdicts = Verdicts(survivors[rows], 1)
             options = {"slots": min(self.slots, max(len(rows), 1)), "seed": self.seed, "numbers": rows}
+            options["classes"] = self.clean.shape[1]
             if len(rows):
                 for _ in Queue(
                     *(square, self._staged(rows), self.labels[rows], self.labels[rows], verdicts), **options
