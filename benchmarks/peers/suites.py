@@ -122,7 +122,8 @@ PEERS = {
     "foolbox": Peer(
         "bethgelab/foolbox",
         ("tests/test_attacks.py", "tests/test_attacks_raise.py", "tests/test_eot_wrapper.py"),
-        rf"pytorch_simple.*-({'|'.join(suite_adapters.FOOLBOX)})\(|(test_fgsm_run_raises|test_eot_wrapper)\[pytorch_simple",
+        rf"pytorch_simple.*-({'|'.join(suite_adapters.FOOLBOX)})\("
+        r"|(test_fgsm_run_raises|test_eot_wrapper)\[pytorch_simple",
         suite_adapters.foolbox,
         options=("--backend", "pytorch"),
         translated=(BOX,),
