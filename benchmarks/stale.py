@@ -29,6 +29,7 @@ DEPENDS = {
     "memory": ATTACKS,
     "evaluation": EVALUATION,
     "strength": ATTACKS,
+    "suites": ATTACKS,
     "training": (*ATTACKS, "fastadv/training/step.py"),  # of the first run on a GPU
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),

@@ -19,7 +19,7 @@ from fastadv.evaluation import evaluate
 PEERS = Path(__file__).resolve().parent.parent / "benchmarks/peers"
 RESULTS = PEERS.parent / "results/autoattack"
 sys.path.append(str(PEERS))
-judged, standard = (importlib.import_module(name) for name in ("judged", "standard"))
+judged, standard, suites = (importlib.import_module(name) for name in ("judged", "standard", "suites"))
 
 # The backbone's images are there only where FASTADV_CIFAR10 names the copy that the verdicts are of.
 WITH_IMAGES = [name for name in judged.NAMES if name != "backbone" or os.environ.get("FASTADV_CIFAR10")]
@@ -165,3 +165,46 @@ def test_a_model_that_hides_its_gradient_is_told_of(name):
     model, images, labels, eps = judge(name)
     report = evaluate(model, (images[:200], labels[:200]), eps=eps, progress=False)
     assert any("gradients look masked" in warning for warning in report["warnings"])
+
+
+# ---------------------------------------------------------------------- their own tests, with our attacks
+
+
+def test_what_their_tests_say_is_explained_or_told():
+    """A failure that theirs has too, one with a reason, one without; and a test that tried nothing of ours."""
+    said = {"outcome": "failed", "said": "no net"}
+    ours = {
+        "fine": {"outcome": "passed", "calls": 2},
+        "tests/test_attacks_raise.py::test_fgsm_run_raises[x]": {"outcome": "failed", "calls": 1, "said": "no error"},
+        "broken": {"outcome": "failed", "calls": 1, "said": "wrong"},
+        "theirs too": {"outcome": "failed", "calls": 0, "said": "elsewhere"},
+        "not ours": {"outcome": "passed", "calls": 0},
+        "left out": {"outcome": "skipped", "calls": 0, "said": "no GPU"},
+    }
+    theirs = {test: said if test == "theirs too" else {"outcome": "passed"} for test in ours}
+    rows = {row["test"]: row.get("why") for row in suites.beside("foolbox", ours, theirs)}
+    assert rows.pop("tests/test_attacks_raise.py::test_fgsm_run_raises[x]").startswith("foolbox's FGSM refuses targets")
+    assert "no net" in rows.pop("theirs too")
+    assert rows == {"fine": None, "broken": "unexplained", "not ours": "unexplained", "left out": None}
+
+
+def test_least_finds_the_first_budget_at_which_an_image_falls():
+    """The class is whether a pixel is above a threshold: it falls at the first multiple of the step beyond the gap."""
+    gaps = torch.tensor([0.05, 0.12, 0.31, 0.9])[:, None]
+
+    def model(x):
+        return torch.cat((torch.zeros_like(x), 8 * (x - gaps)), 1)
+
+    least = suites.suite_adapters.Least(
+        functools.partial(PGD, alpha=None, steps=1, random_start=False), 0.1, model, 0.5, (0, 1)
+    )
+    found = least(torch.zeros(4, 1), None)[:, 0]
+    assert torch.allclose(found, torch.tensor([0.1, 0.2, 0.4, 0.5]))
+
+
+@pytest.mark.parametrize("package", suites.PEERS)
+def test_no_failure_of_a_peers_test_is_left_without_a_reason(package):
+    stored = json.loads((suites.RESULTS / f"{package}.json").read_text())
+    assert stored["tests"]
+    assert [row["test"] for row in stored["tests"] if row.get("why") == "unexplained"] == []
+    assert stored["counts"]["passed"] == sum(row["outcome"] == "passed" for row in stored["tests"])

@@ -147,7 +147,8 @@ class APGDL2(OnL2Ball, APGD):
         """A random direction, as long as the ball allows."""
         clean = to_float(slots.x)
         direction = gaussian(clean, slots.seed)
-        self._write(slots, clean, direction * (slots.eps / per_sample(l2_norm(direction) + TINY, clean)))
+        inverse = per_sample((l2_norm(direction) + TINY).reciprocal(), clean)
+        self._write(slots, clean, direction * (inverse * slots.eps))
 
     def _direction(self, grad: torch.Tensor) -> torch.Tensor:
         grad = self.in_pixels(grad).nan_to_num(0.0)

@@ -422,6 +422,9 @@ class Attack(Modes, ABC):
             adv = random_init(x_init, 0.0, seed=0, clip=box_of(self.clip), out=copy)  # in the box
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
+        if not isinstance(eps, torch.Tensor):
+            # As the ops round it, and a captured graph keeps it: arithmetic with either gives the same bits.
+            eps = torch.tensor(eps, dtype=compute_dtype(x)).item()
         slots = Slots(x, targets, eps, seed, adv=adv)
         if self.by_age or self.compares == "pairs":
             slots.age, slots.restart = torch.zeros(2, len(x), dtype=torch.int64, device=x.device)

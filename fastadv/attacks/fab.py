@@ -90,7 +90,7 @@ class FAB(Attack):
             return
         clean = to_float(slots.x)
         way = gaussian(clean, slots.seed) if self.norm == "L2" else 2 * uniform(clean, slots.seed) - 1
-        way *= slots.eps / 2 / per_sample(self._length(way), way)
+        way *= per_sample(self._length(way).reciprocal(), way) * (slots.eps / 2)
         again = slots.restart % self.restarts > 0
         self._write(slots, torch.where(per_sample(again, clean), clean + way, clean))
 

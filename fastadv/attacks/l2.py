@@ -24,7 +24,8 @@ class OnL2Ball:
     def _projected(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """clean + delta, brought into the ball, then the box, in float32 at least, maybe in its memory."""
         norm = per_sample(l2_norm(delta), delta)
-        shrink = (slots.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_(max=1.0)  # no 0 / 0
+        inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()  # no 0 / 0
+        shrink = (inverse * slots.eps).clamp_(max=1.0)
         return delta.to(norm.dtype).mul_(shrink).add_(clean).clamp_(*box_of(self.clip))
 
     def _write(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> None:
@@ -84,7 +85,9 @@ def _in_dtype_of(clean, adv, eps):
     near = adv.to(clean.dtype)
     if near.dtype == adv.dtype:
         return near
-    outside = l2_norm(near.to(adv.dtype) - clean) > (eps.flatten() if isinstance(eps, torch.Tensor) else eps)
+    outside = l2_norm(near.to(adv.dtype) - clean) > (
+        eps.flatten().to(adv.dtype) if isinstance(eps, torch.Tensor) else eps
+    )
     further = (near.to(adv.dtype) - clean).abs() > (adv - clean).abs()
     return torch.where(per_sample(outside, near) & further, torch.nextafter(near, clean), near)
 

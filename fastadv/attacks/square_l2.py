@@ -63,7 +63,7 @@ class SquareL2(OnL2Ball, RandomSearch):
         delta[:, :, top : top + covered, left : left + covered] = tiles.transpose(3, 4).reshape(
             n, channels, covered, covered
         )
-        self._write(slots, clean, delta * (slots.eps / math.sqrt(channels * TILES**2)))
+        self._write(slots, clean, delta.mul_(1 / math.sqrt(channels * TILES**2)).mul_(slots.eps))
 
     def propose(self, slots: Slots, best: torch.Tensor) -> None:
         clean = to_float(slots.x)
