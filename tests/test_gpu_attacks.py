@@ -81,6 +81,21 @@ def test_graph_equals_eager_bit_for_bit(device, model, name, option):
         assert not torch.equal(found, images / 255 if option == "uint8" else images)
 
 
+@every_attack
+@pytest.mark.parametrize("rows", [False, True], ids=["0-dim", "per image"])
+def test_eps_as_a_tensor_gives_the_bits_of_the_number(name, rows):
+    """On the CPU too: a graph has it as a tensor, so that a call may change it."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    attack = attack_of(name, body, EPS)
+    for _ in range(3):
+        images = torch.rand(6, 3, 8, 8)
+        labels = body(images).argmax(1)
+        eps = torch.tensor(attack.eps)
+        found = attack(images, labels, seed=5, eps=eps.expand(6).clone() if rows else eps)
+        assert torch.equal(found, attack(images, labels, seed=5))
+
+
 # ---------------------------------------------------------------------- verdicts
 
 
