@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torchattacks
-from test_evaluation import EPS, SLOTS, Net, hardest
+from test_evaluation import EPS, SLOTS, Cut, CutAt, Net, forty_samples, hardest
 from test_evaluation import net as net
 from test_evaluation import samples as samples
 
-from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, by_name
-from fastadv.evaluation import evaluate
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, Square, by_name
+from fastadv.evaluation import evaluate, robustness
 from fastadv.evaluation.ensemble import curve
-from fastadv.evaluation.masking import Masking
+from fastadv.evaluation.masking import QUERIES, Masking
 
 
 def union(results):
@@ -197,3 +197,55 @@ def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
 )
 def test_what_looks_like_masked_gradients(images, asked, fell, fooled, by_chance, without_gradient, likely):
     assert Masking(images, asked, fell, fooled, by_chance, without_gradient).is_likely == likely
+
+
+class Rounded(Net):
+    """Gradient-free, so that the Square attack finds what PMA does not."""
+
+    def logits(self, x):
+        return super().logits((x * 8).round() / 8 + 0 * x)
+
+
+def rounded_at_two_budgets(model, **options):
+    images = forty_samples()[0]
+    attacks = [PMA(model, eps, 4, most_runs=2) for eps in (0.1, 0.15)]
+    report = evaluate(model, (images, Rounded()(images).argmax(1)), attacks, slots=64, **options)
+    timeless = [{**each, "seconds": None} for each in report["attacks"]]
+    return {**report, "attacks": timeless}
+
+
+@pytest.mark.filterwarnings("ignore:gradients look masked", "ignore:the gradient is zero", "ignore:the last")
+def test_what_square_found_is_in_the_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    nets = [Rounded() for _ in range(4)]
+    whole = rounded_at_two_budgets(nets[0])
+    assert all(each["fell"] > 2 for each in whole["masking"])
+    for each, attack, budget in zip(whole["masking"], whole["attacks"], whole["budgets"], strict=True):
+        assert budget["robust_accuracy"] <= attack["robust_accuracy"] - each["fell"] / 40
+
+    with pytest.raises(Cut), CutAt(len(nets[0].shapes) - 50):  # in the second budget's queries
+        rounded_at_two_budgets(nets[1], state=tmp_path / "state")
+    assert rounded_at_two_budgets(nets[2], state=tmp_path / "state") == whole
+    assert len(nets[2].shapes) < len(nets[0].shapes) - QUERIES  # those of the first budget are not asked again
+    assert rounded_at_two_budgets(nets[3], state=tmp_path / "state") == whole
+    assert len(nets[3].shapes) < 20  # the clean images and the first gradients
+
+
+def test_square_judges_the_model_under_pma_s_options(samples, monkeypatch):
+    seen, compiled, step = [], [], Square.step
+
+    class Seen(Net):
+        def forward(self, x):
+            seen.append((torch.is_autocast_enabled("cpu"), x.is_contiguous(memory_format=torch.channels_last)))
+            return super().forward(x)
+
+    monkeypatch.setattr(Square, "step", lambda *args: (seen.append("asked"), step(*args)))
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+    model = Seen().float()
+    options = {"autocast": torch.bfloat16, "memory_format": torch.channels_last, "compile": True, "eot": 2}
+    report = evaluate(model, (samples[0].float(), samples[1]), [PMA(model, EPS / 8, 2, **options)], slots=SLOTS)
+    assert report["masking"][0]["asked"] > 0
+    queries = [i for i, each in enumerate(seen) if each == "asked"]
+    assert len(queries) >= QUERIES
+    assert all(seen[i - 3 : i] == [seen[i - 3], (True, True), (True, True)] for i in queries)
+    assert len(compiled) == 2

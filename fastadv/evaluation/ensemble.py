@@ -47,6 +47,11 @@ class Trial:
         return self.within_budget and self.opponent.norm == norm and self.opponent.eps <= eps
 
     @property
+    def zero_gradients(self) -> float | None:
+        """The share of those looked at whose first gradient is 0; None where none was."""
+        return self.zeros[0] / self.zeros[1] if self.zeros and self.zeros[1] else None
+
+    @property
     def latest(self) -> dict[str, int] | None:
         """{"restart", "step"} of the sample that fell last; None where none did."""
         fooled = self.verdicts.fooled
@@ -71,7 +76,6 @@ def fooled_by(trials: Sequence[Trial], norm: str | None, eps: float | None, coun
     for trial in trials:
         if norm is not None and eps is not None and trial.falls_at(norm, eps):
             fooled |= trial.verdicts.fooled
-            fooled |= trial.by_square if trial.by_square is not None else False
     return fooled
 
 
@@ -79,8 +83,12 @@ def budgets(trials: Sequence[Trial], correct: torch.Tensor) -> Iterator[tuple[st
     """(norm, eps, names of the attacks that count there, which samples none of them fools) of every budget."""
     within = [trial for trial in trials if trial.within_budget]
     for norm, eps in dict.fromkeys((trial.opponent.norm, trial.opponent.eps) for trial in within):
-        names = [trial.opponent.name for trial in within if trial.falls_at(norm, eps)]
-        yield norm, eps, list(dict.fromkeys(names)), correct & ~fooled_by(within, norm, eps, correct)
+        counted = [trial for trial in within if trial.falls_at(norm, eps)]
+        robust = correct & ~fooled_by(counted, norm, eps, correct)
+        for trial in counted:
+            # Counted here and not handed on: at the next budget such samples must show again that gradients are masked.
+            robust &= ~trial.by_square if trial.by_square is not None else True
+        yield norm, eps, list(dict.fromkeys(trial.opponent.name for trial in counted)), robust
 
 
 def curve(norm: str, points: Sequence[tuple[float, float]], clean: float) -> dict:

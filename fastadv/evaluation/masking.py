@@ -18,6 +18,7 @@ SHARE = 0.02  # of all images that may fall to the random start alone, or be wit
 PART = 0.25  # of what fell at all that may: a model that is merely weak falls to noise as well, but more to gradients
 FEW = 5  # so many images by chance are no accident
 SQUARES = {PMA: Square, PMAL2: SquareL2}
+OF_THE_MODEL = ("eot", "autocast", "memory_format", "compile", "graph")  # options under which it is judged
 
 
 @dataclass
@@ -44,7 +45,7 @@ def square_of(trial: Trial, shape: torch.Size) -> Square | SquareL2 | None:
     kind = next((square for pma, square in SQUARES.items() if isinstance(attack, pma)), None)
     if not trial.opponent.ours or kind is None or len(shape) != 4 or (kind is SquareL2 and min(shape[2:]) < 5):
         return None
-    return kind(attack.model, attack.eps, QUERIES, autocast=attack.autocast)
+    return kind(attack.model, attack.eps, QUERIES, **{name: getattr(attack, name) for name in OF_THE_MODEL})
 
 
 def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

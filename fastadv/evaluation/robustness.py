@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by, in_tur
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery, Kept
-from fastadv.evaluation.masking import Masking, by_chance, most_likely, of_masking, of_square, square_of
+from fastadv.evaluation.masking import ASKED, Masking, by_chance, most_likely, of_masking, of_square, square_of
 from fastadv.evaluation.opponents import EPS, Opponent, check_they_take, is_several, opponents
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
@@ -206,10 +207,12 @@ def judged(
             _load(file, trials)
         order = in_turn(trials)
         told(run, [])
+        save = partial(_save, file, trials)
         for i, trial in enumerate(order):
             if settings["ensemble"]:
                 run.hand_on(order[:i], trial)
-            run.attack(trial, lambda: _save(file, trials), progress and sys.stderr.isatty())
+            run.attack(trial, save, progress and sys.stderr.isatty())
+            run.ask_square(trial, save)
             told(run, order[: i + 1])
         report = run.report(trials, order, settings["ensemble"])
     report |= {
@@ -381,37 +384,41 @@ class Run:
         if trial.gallery is not None:
             trial.gallery.flush(trial.verdicts, self.labels, self.logits)
 
-    def look_for_masking(self, order: Sequence[Trial]) -> list[tuple[Trial, Masking]]:
-        """After each PMA: does the Square attack find what it did not? What that fools counts, too."""
-        found = []
-        for i, trial in enumerate(order):
-            square = square_of(trial, self.images.shape)
-            if square is None or self.labels.ndim > 1:
-                continue
-            opponent, before = trial.opponent, order[: i + 1]
-            survivors = trial.verdicts.todo & ~trial.verdicts.fooled
-            rows = most_likely(survivors, self.clean)
-            verdicts = Verdicts(survivors[rows], 1)
-            options = {"slots": min(self.slots, max(len(rows), 1)), "seed": self.seed, "numbers": rows}
+    def ask_square(self, trial: Trial, save: Callable[[], None]) -> None:
+        """After PMA: which of the survivors does the Square attack fool? That counts, too."""
+        square = square_of(trial, self.images.shape)
+        if square is None or self.labels.ndim > 1 or trial.by_square is not None:
+            return
+        survivors = self._robust(trial)
+        rows = most_likely(survivors, self.clean)
+        verdicts = Verdicts(survivors[rows], 1)
+        if len(rows):
+            labels = self.labels[rows]
+            options = {"slots": min(self.slots, ASKED), "seed": self.seed, "numbers": rows}
             options["classes"] = self.clean.shape[1]
-            if len(rows):
-                for _ in Queue(
-                    *(square, self._staged(rows), self.labels[rows], self.labels[rows], verdicts), **options
-                ).run():
-                    pass
-            trial.by_square = torch.zeros_like(survivors).index_put((rows,), verdicts.fooled)
-            n, zero = len(self.images), trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else 0.0
-            chance = by_chance([t for t in before if t.opponent.eps == opponent.eps])
-            fooled = int((self.correct & ~survivors).sum())
-            found.append((trial, Masking(n, len(rows), int(verdicts.fooled.sum()), fooled, chance, zero)))
-        return found
+            for _ in Queue(square, self._staged(rows), labels, labels, verdicts, **options).run():
+                pass
+        trial.by_square = torch.zeros_like(survivors).index_put((rows,), verdicts.fooled)
+        save()
+
+    def masking(self, order: Sequence[Trial]) -> Iterator[tuple[Trial, Masking]]:
+        """What was found after each PMA."""
+        n = len(self.images)
+        for i, trial in enumerate(order):
+            if trial.by_square is None:
+                continue
+            survivors = self._robust(trial)
+            chance = by_chance([t for t in order[: i + 1] if t.opponent.eps == trial.opponent.eps])
+            asked, fooled = min(int(survivors.sum()), ASKED), int((self.correct & ~survivors).sum())
+            fell, zero = int(trial.by_square.sum()), trial.zero_gradients or 0.0
+            yield trial, Masking(n, asked, fell, fooled, chance, zero)
 
     def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> dict:
         n = len(self.images)
         for trial in trials:
             by_gradient = trial.opponent.ours and trial.opponent.attack.by_gradient
             trial.zeros = self._zero_gradients(trial.opponent.attack) if by_gradient else None
-        masked = self.look_for_masking(order)
+        masked = list(self.masking(order))
         results = [self._result(trial) for trial in trials]
         ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
         self._warn(suspicions.of_gradients((t.opponent.title, *t.zeros) for t in trials if t.zeros))
@@ -485,7 +492,7 @@ class Run:
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
             "runs": verdicts.restarts,
-            "zero_gradients": trial.zeros[0] / trial.zeros[1] if trial.zeros and trial.zeros[1] else None,
+            "zero_gradients": trial.zero_gradients,
             "fooled": fooled,
             **first,
             **target,
@@ -521,6 +528,8 @@ def _save(file: StateFile | None, trials: Sequence[Trial]) -> None:
     for i, trial in enumerate(trials):
         verdicts = trial.verdicts
         tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in KEPT}
+        if trial.by_square is not None:
+            tensors[f"{i}.by_square"] = trial.by_square
         if trial.gallery is not None:
             tensors |= {f"{i}.images.{name}": t for name, t in trial.gallery.state().items()}
         known = {name: getattr(verdicts, name) for name in Verdicts.COUNTS}
@@ -541,6 +550,8 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
             setattr(verdicts, name, known[name])
         verdicts.restarts = max(verdicts.restarts, int((verdicts.restart + verdicts.fooled.long()).max()))
         trial.seconds = known["seconds"]
+        if f"{i}.by_square" in tensors:
+            trial.by_square = tensors[f"{i}.by_square"].to(device)
         trial.reach = known["reach"] and Reach(**known["reach"])
         if trial.gallery is not None:
             prefix = f"{i}.images."
