@@ -170,7 +170,8 @@ def test_bce_attacks_one_logit_and_several_labels():
 
 def by_hand(model, images, labels, starts, steps, eps, run):
     """PMA's iterates (steps + 1, N, ...) from its formulas, with autograd's gradient of the probabilities."""
-    x, half, iterates = starts, steps // 2, [starts]
+    x, iterates = starts, [starts]
+    period, first = (steps, steps // 4) if run >= 2 else (steps // 2, steps // 2)
     for k in range(steps):
         leaf = x.detach().requires_grad_()
         logits = model(leaf)
@@ -178,15 +179,15 @@ def by_hand(model, images, labels, starts, steps, eps, run):
         p_own = p.gather(1, labels[:, None])[:, 0]
         best = logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(1)
         p_best = p.gather(1, best[:, None])[:, 0]
-        if k >= half:
+        if k >= first:
             value = p_best - p_own
-        elif run == 2:  # to the class that comes second on the clean image
-            second = model(images).argsort(dim=1, descending=True)[:, 1]
-            value = (logits.gather(1, second[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+        elif run >= 2:  # the third run to the class that comes second on the clean image
+            driven_to = model(images).argsort(dim=1, descending=True)[:, 1 + (run - 2) % (logits.shape[1] - 1)]
+            value = (logits.gather(1, driven_to[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
         else:
             value = p_best if run % 2 else -p_own
         (grad,) = torch.autograd.grad(value.sum(), leaf)
-        alpha = eps * (1 + math.cos(math.pi * (k % half) / half))
+        alpha = eps * (1 + math.cos(math.pi * (k % period) / period))
         x = (images + (x + alpha * grad.sign() - images).clamp(-eps, eps)).clamp(0, 1)
         iterates.append(x)
     return iterates
@@ -198,9 +199,9 @@ def test_pma_follows_its_formulas_in_each_run(steps):
     images, labels = samples(model, 12)
     shown = []
     model.register_forward_pre_hook(lambda module, args: shown.append(args[0].detach().clone()))
-    PMA(model, EPS, steps, restarts=4)(images, labels, seed=3)
+    PMA(model, EPS, steps, restarts=7)(images, labels, seed=3)
     runs = [shown[i : i + steps + 1] for i in range(1, len(shown), steps + 1)]  # the first are the clean images
-    assert len(runs) == 4
+    assert len(runs) == 7  # the last goes to the second class again
     for run, iterates in enumerate(runs):
         expected = by_hand(model, images, labels, iterates[0], steps, EPS, run)
         assert (iterates[0] - images).abs().max() > EPS / 2
@@ -209,18 +210,33 @@ def test_pma_follows_its_formulas_in_each_run(steps):
     assert not torch.equal(runs[0][0], runs[1][0])
 
 
+def test_pma_goes_on_where_the_second_run_found_something():
+    """More than one image in 500, and than one image; or more than a tenth of what the first found."""
+    attack = PMA(linear())
+    for second, images, goes_on in ((2, 500, True), (1, 500, False), (1, 100, False), (20, 10_000, False)):
+        assert attack.goes_on([400, second], images) == goes_on
+    assert attack.goes_on([400, 21], 10_000)
+    for first, goes_on in ((9, True), (10, False), (0, True)):
+        assert attack.goes_on([first, 1], 500) == goes_on
+    assert not attack.goes_on([0, 0], 500)
+    assert not attack.goes_on([3, 3], 3000)  # but of little
+    assert not attack.goes_on([50], 500)  # further runs follow two
+
+
 def test_pma_goes_on_while_that_finds_something():
+    """While the last four, the first apart, found more than one image in 1,000."""
     attack = PMA(linear(), most_runs=12)
-    assert not attack.goes_on([50, 1], 100)
-    assert not attack.goes_on([50, 2], 1000)
-    assert attack.goes_on([50, 3], 1000)
-    falls = [50, 3]
-    for found in (0, 0, 0):
-        falls.append(found)
-        assert attack.goes_on(falls, 1000)
-    assert not attack.goes_on([*falls, 0], 1000)
-    assert attack.goes_on([*falls, 1, 0, 0, 0], 1000)
-    assert not attack.goes_on([50, *[3] * 11], 1000)
+    falls = [50, 9]
+    for _ in range(4):
+        assert attack.goes_on(falls, 500)
+        falls.append(0)
+    assert not attack.goes_on(falls, 500)
+    assert not attack.goes_on([18, 1, 5], 500)  # these did not ask for the third
+    assert attack.goes_on([*falls, 1, 0, 0, 0], 500)
+    assert not attack.goes_on([*falls, 1, 0, 0, 0, 0], 500)
+    assert not attack.goes_on([900, 90, 9, 4, 3, 2, 1], 10_000)
+    assert attack.goes_on([900, 90, 9, 4, 4, 2, 1], 10_000)
+    assert not attack.goes_on([50, *[9] * 11], 500)
 
 
 def test_pma_has_an_even_number_of_steps():

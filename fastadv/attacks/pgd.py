@@ -68,6 +68,10 @@ class PGD(Attack):
         """Of the step size, for each step."""
         return [SCHEDULES[self.schedule](step, self.steps) for step in range(self.steps)]
 
+    def factor_of(self, slots: Slots) -> torch.Tensor:
+        """Which of the factors the next step takes, int64 (N,)."""
+        return slots.age
+
     def length(self, slots: Slots) -> float | torch.Tensor:
         """Of the next step: one for all, or (N, 1, ...)."""
         alpha = self.step_size(slots)
@@ -76,7 +80,7 @@ class PGD(Attack):
         factors = self.factors()
         if self._factors is None or self._factors[0] != factors:
             self._factors = factors, Factors(factors)
-        return alpha * per_sample(self._factors[1](slots.age), slots.x)
+        return alpha * per_sample(self._factors[1](self.factor_of(slots)), slots.x)
 
     def start(self, slots: Slots) -> None:
         # Without noise random_init is an exact copy (or conversion of uint8); it then needs no draw.
