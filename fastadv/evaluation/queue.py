@@ -177,7 +177,7 @@ class Queue:
     def iterate(self) -> None:
         """One gradient and one step in every slot, and the verdicts; on the CPU also on images that thereby ended."""
         attack, slots = self.attack, self.engine.slots
-        at_end = attack.ended(slots) if self._fixed else None
+        at_end = attack.ended(slots)  # on the CPU only where a run has no step: other ends are judged below
         before = None if self._keep is None else slots.adv.clone()
         # A loss of one's own need not be one of logits; the verdict is.
         own = attack.objective.logits(slots.input) if self._own_forward else None
@@ -188,11 +188,7 @@ class Queue:
             self._own_forward = False
         said = self._verdict(logits, self._label, slots.inside, self._code)
         stops = said != self._code
-        if self._fixed:
-            stops = at_end if self._last else stops | at_end
-        ends = self._open & stops
-        if self._last and not self._fixed:
-            ends = torch.zeros_like(ends)
+        ends = self._open & (at_end if self._last else stops | at_end)
         self._at = torch.where(ends, slots.age, self._at)
         self._answer = torch.where(ends, said, self._answer)
         self._bad += self._open & (losses - losses != 0)  # 0 where finite, else NaN
