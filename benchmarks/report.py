@@ -152,20 +152,26 @@ def training_row(r):
 
 
 TRANSFER_HEADER = (
-    *("method", "attack", "seeds", "parameters that train", "clean", "PGD-10"),
-    *("s of training", "time / FGSM", "alarms"),
+    *("method", "attack", "seeds", "parameters that train", "clean", "PGD-10", "PMA"),
+    *("images", "PMA there", "AutoAttack there", "s of training", "time / FGSM", "alarms"),
 )
 
 
 def accuracy(found):
+    if found is None:
+        return "-"
     spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
     return f"{100 * found['mean']:.1f}{spread} %"
 
 
 def transfer_row(r):
+    few = r.get("judged") or {}
     return (
         *(r["method"], r["attack"], str(r["seeds"]), f"{r['trainable']:,}"),
-        *(accuracy(r["clean_accuracy"]), accuracy(r["robust_accuracy"]), f"{r['train_s']:,.1f}"),
+        *(accuracy(r.get(name)) for name in ("clean_accuracy", "robust_accuracy", "pma_accuracy")),
+        str(few.get("images", "-")),
+        *(accuracy(few.get(name)) for name in ("PMA", "AutoAttack")),
+        f"{r['train_s']:,.1f}",
         *("-" if r["time_over_fgsm"] is None else f"{r['time_over_fgsm']:.2f}", str(r["alarms"])),
     )
 

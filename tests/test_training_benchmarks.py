@@ -13,7 +13,7 @@ import torch
 from fastadv import data, models
 from fastadv.attacks import PGD
 from fastadv.data.pictures import read
-from fastadv.evaluation import robust_accuracy
+from fastadv.evaluation import evaluate, robust_accuracy
 from fastadv.training import Trainer
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -82,7 +82,7 @@ def test_finished_runs_are_kept_and_the_others_follow(tmp_path, capsys):
 
 
 def test_a_run_is_the_trainers_on_the_limited_images():
-    args = transfer.parser().parse_args([*RUN, "--test-limit=200", "--lr-linear=0.03", "--out=x"])
+    args = transfer.parser().parse_args([*RUN, "--test-limit=200", "--lr-linear=0.03", "--autoattack=30", "--out=x"])
     digits, source = data.load("digits", classes=[5, 6, 7, 8, 9]), models.source("mlp")
     row = transfer.run(args, source, digits, "linear", "pgd", seed=3)
 
@@ -96,6 +96,14 @@ def test_a_run_is_the_trainers_on_the_limited_images():
     Trainer(model, 32 / 255, device="cpu", **settings).fit(first(digits.train, 64), first(digits.val, 32))
     found = robust_accuracy(model, test, PGD(model, 32 / 255, 8 / 255, 10), seed=3)
     assert {name: row[name] for name in found} == found
+    few = tuple(part[:30] for part in test)
+    names = {"PGD-10": "pgd-10", "PMA": "pma", "AutoAttack": "autoattack"}
+    left = torch.ones(30, dtype=torch.bool)
+    assert row["judged"]["accuracy"]["clean"] == evaluate(model, few, "fgsm", eps=32 / 255)["clean_accuracy"]
+    for name, attack in names.items():
+        left &= torch.tensor(evaluate(model, few, attack, eps=32 / 255, seed=3)["budgets"][0]["robust"])
+        assert row["judged"]["accuracy"][name] == left.double().mean()
+    assert row["judged"]["verdicts"].count("robust") == left.sum()
 
 
 def test_the_pictures_are_the_places_they_say_and_test_crops_lie_beside_the_training_crops(tmp_path):

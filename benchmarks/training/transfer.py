@@ -4,22 +4,26 @@
 
 Do fast attacks train as robust a model as PGD does, and in which part of the time? ("Are Fast Methods Stable in
 Adversarially Robust Transfer Learning?", 2025.) All runs have the same images; the seed is that of the new head, of the
-order and of the random starts. Weights are chosen on validation images and judged by PGD-10 on test images, both at
-any iterate. A run that is finished is in the file, and is skipped the next time.
+order and of the random starts. Weights are chosen on validation images under PGD-10 and judged on test images by it and
+by PMA, at any iterate; the first so many of these also by AutoAttack, each attack on what those before it left. A run
+that is finished is in the file, and is skipped the next time.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
 from fastadv import data
-from fastadv.attacks import PRESETS
+from fastadv.attacks import PRESETS, Ensemble, by_name
 from fastadv.commands.arguments import adder, class_list, eps_budget, model_source
+from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
 from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
@@ -30,10 +34,11 @@ import environment
 import report
 
 LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}
+ACCURACIES = ("clean_accuracy", "robust_accuracy", "pma_accuracy")
 # What a file's rows must have in common, besides the learning rates.
 SETTINGS = (
     *("model", "data", "classes", "eps", "epochs", "batch_size", "validation"),
-    *("train_limit", "val_limit", "test_limit", "precision", "channels_last"),
+    *("train_limit", "val_limit", "test_limit", "autoattack", "precision", "channels_last"),
 )
 
 
@@ -68,6 +73,7 @@ def parser():
     add("--validation", float, 0.1, help="share of the training images to choose weights on")
     for part in ("train", "val", "test"):
         add(f"--{part}-limit", int, help="so many images, the first of an order that is always the same")
+    add("--autoattack", int, 0, help="test images that AutoAttack judges, the first of the same order")
     add("--precision", help="of attack and update", choices=("no", "bf16"))
     made.add_argument("--channels-last", action="store_true", help="memory format of the model and the images")
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
@@ -126,8 +132,10 @@ def run(args, source, dataset, method, attack, seed):
         seed=seed,
     )
     train = limited(dataset.train, args.train_limit)
-    records = trainer.fit(train, limited(dataset.val, args.val_limit), limited(dataset.test, args.test_limit))
-    kept = ("clean_accuracy", "robust_accuracy", "train_s", "best_epoch", "eval_attack")
+    test = limited(dataset.test, args.test_limit)
+    records = trainer.fit(train, limited(dataset.val, args.val_limit), test)
+    kept = ("clean_accuracy", "robust_accuracy", "pma_accuracy", "train_s", "best_epoch", "eval_attack")
+    few = tuple(part[: args.autoattack] for part in test)
     return {
         "method": method,
         "attack": attack,
@@ -135,12 +143,46 @@ def run(args, source, dataset, method, attack, seed):
         **{name: records[-1][name] for name in kept},
         "alarms": sum(record.get("alarm") is not None for record in records),
         "trainable": records[0]["trainable"],
+        "judged": judged(model.pixels, few, args.eps, seed) if args.autoattack else None,
     }
+
+
+def judged(model, test, eps, seed):
+    """{"clean", then attack -> the share of the images that it and those before it leave}, and which fooled each."""
+    graph = next(model.parameters()).is_cuda
+    attacks = {"PGD-10": [by_name("pgd-10", model, eps, graph=graph)], "PMA": [by_name("pma", model, eps, graph=graph)]}
+    attacks["AutoAttack"] = [attack for _, attack in Ensemble(model, eps=eps, graph=graph).attacks()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of is in the report
+        report = evaluate(
+            model,
+            test,
+            [attack for parts in attacks.values() for attack in parts],
+            seed=seed,
+            slots=256,
+            progress=False,
+        )
+    verdicts = ["robust" if right else "misclassified" for right in report["clean_correct"]]
+    found, results = {"clean": report["clean_accuracy"]}, iter(report["attacks"])
+    for name, parts in attacks.items():
+        for result in itertools.islice(results, len(parts)):
+            verdicts = [name if fell else said for fell, said in zip(result["fooled"], verdicts, strict=True)]
+        found[name] = verdicts.count("robust") / len(verdicts)
+    return {"accuracy": found, "verdicts": verdicts, "warnings": report["warnings"]}
 
 
 def mean_and_spread(values):
     """Mean and standard deviation; of a single value there is none."""
     return {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else None}
+
+
+def judged_by(found):
+    """Mean and spread under each attack, of the images that AutoAttack judged; None where there are none."""
+    if not found:
+        return None
+    names = found[0]["accuracy"]
+    accuracies = {name: mean_and_spread([each["accuracy"][name] for each in found]) for name in names}
+    return {"images": len(found[0]["verdicts"]), "seeds": len(found), **accuracies}
 
 
 def summary(rows):
@@ -156,7 +198,8 @@ def summary(rows):
             "attack": attack,
             "seeds": len(group),
             "trainable": group[0]["trainable"],
-            **{name: mean_and_spread([r[name] for r in group]) for name in ("clean_accuracy", "robust_accuracy")},
+            **{name: mean_and_spread([r[name] for r in group]) for name in ACCURACIES if all(name in r for r in group)},
+            "judged": judged_by([r["judged"] for r in group if r.get("judged")]),
             "train_s": seconds[method, attack],
             "time_over_fgsm": seconds[method, attack] / seconds[method, "fgsm"] if (method, "fgsm") in groups else None,
             "alarms": sum(row["alarms"] for row in group),
@@ -197,7 +240,8 @@ def main(argv=None):
         save(args.out, settings, rows)
         row = rows[-1]
         print(
-            f"{method}, {attack}, seed {seed}: {row['clean_accuracy']:.1%} clean, {row['robust_accuracy']:.1%} robust, "
+            f"{method}, {attack}, seed {seed}: {row['clean_accuracy']:.1%} clean, {row['robust_accuracy']:.1%} under "
+            f"PGD-10, {row['pma_accuracy']:.1%} under PMA, {row['judged'] and row['judged']['accuracy']}, "
             f"{row['train_s']:.1f} s",
             flush=True,
         )
