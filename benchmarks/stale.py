@@ -30,6 +30,7 @@ DEPENDS = {
     "evaluation": EVALUATION,
     "strength": ATTACKS,
     "suites": ATTACKS,
+    "verdicts": EVALUATION,
     "training": (*ATTACKS, "fastadv/training/step.py"),  # of the first run on a GPU
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
