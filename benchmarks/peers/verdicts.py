@@ -1,8 +1,8 @@
 """fastadv's robust accuracy beside AutoAttack's stored verdicts: what each leaves, and for how many gradients.
 
-    python benchmarks/peers/verdicts.py [--models pgd clean] [--seeds 0 1] --out verdicts.json
+    python benchmarks/peers/verdicts.py [--models pgd clean] [--seeds 0 1] [--attacks autoattack] --out verdicts.json
 
-With the default attacks of `evaluate`. The backbone's images are read from the folder in FASTADV_CIFAR10.
+With the default attacks of `evaluate`, or others. The backbone's images are read from the folder in FASTADV_CIFAR10.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import judged
 import torch
 
 from fastadv.evaluation import evaluate
+from fastadv.evaluation.robustness import ATTACKS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +25,7 @@ STORED = environment.ROOT / "benchmarks/results/autoattack"
 APGD = ("apgd-ce", "apgd-t")
 
 
-def beside(name, seeds):
+def beside(name, seeds, attacks):
     """One model's row; "only_theirs" are samples that the package fooled with both seeds and we did not."""
     model, images, labels, eps = judged.judged(name)
     stored = json.loads((STORED / f"{name}.json").read_text())["runs"]
@@ -33,14 +34,15 @@ def beside(name, seeds):
     for seed in seeds:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            report = evaluate(model, (images, labels), eps=eps, seed=seed, progress=False)
+            report = evaluate(model, (images, labels), attacks, eps=eps, seed=seed, progress=False)
         robust = torch.tensor(report["budgets"][0]["robust"])
         rows.append(
             {
                 "seed": seed,
                 "robust": int(robust.sum()),
                 "gradients": {each["attack"]: each["passes"] for each in report["attacks"]},
-                "runs of pma": max((r for r in report["attacks"][-1]["restart"] if r is not None), default=0) + 1,
+                "forwards": {each["attack"]: each["forwards"] for each in report["attacks"]},
+                "runs": {each["attack"]: each["runs"] for each in report["attacks"]},
                 "only_theirs": (robust & torch.stack(theirs).all(0)).nonzero()[:, 0].tolist(),
                 "warnings": report["warnings"],
             }
@@ -60,16 +62,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=judged.NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--attacks", nargs="+", default=ATTACKS)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for name in arguments.models:
-        rows.append(beside(name, arguments.seeds))
+        rows.append(beside(name, arguments.seeds, arguments.attacks))
         found = [(row["robust"], sum(row["gradients"].values())) for row in rows[-1]["fastadv"]]
         print(name, "AutoAttack leaves", rows[-1]["autoattack"], "fastadv (robust, gradients)", *found, flush=True)
-    report = {"part": "verdicts", **environment.facts(), "models": rows}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        report = {"part": "verdicts", **environment.facts(), "models": rows}
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
