@@ -319,10 +319,10 @@ def test_evaluate_wants_the_classes_of_the_model_in_its_order(tmp_path):
 
 
 def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsys):
-    from test_training import TEST_32 as TEST
-    from test_training import TRAIN_32 as TRAIN
+    from test_training import colours
 
-    arrays = zip(("x_train", "y_train", "x_test", "y_test"), (*TRAIN, *TEST), strict=True)
+    train, test = colours(64, 1, side=32), colours(33, 2, side=32)
+    arrays = zip(("x_train", "y_train", "x_test", "y_test"), (*train, *test), strict=True)
     np.savez(tmp_path / "set.npz", **{key: value.numpy() for key, value in arrays})
     common = (
         "--data",
@@ -352,10 +352,10 @@ def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsy
 
     model = conv((3, 32, 32), 3)
     attack = PGD(model, 16 / 255, 4 / 255, 10)
-    untrained = robust_accuracy(model, TEST, attack, seed=3)
+    untrained = robust_accuracy(model, test, attack, seed=3)
     model = models.load(tmp_path / "run" / "model.safetensors").pixels
     attack = PGD(model, 16 / 255, 4 / 255, 10)
-    trained = robust_accuracy(model, TEST, attack, seed=3)
+    trained = robust_accuracy(model, test, attack, seed=3)
     assert trained["robust_accuracy"] > untrained["robust_accuracy"] + 0.3
     assert trained == {key: final[key] for key in trained}
     printed = capsys.readouterr().out

@@ -179,7 +179,7 @@ def test_pretraining_writes_a_backbone_and_its_card(tmp_path, monkeypatch):
     images = np.stack([np.asarray(picture(colours[label], rng, (32, 32))).transpose(2, 0, 1) for label in labels])
     arrays = {"x_train": images[:105], "y_train": labels[:105], "x_test": images[105:], "y_test": labels[105:]}
     np.savez(tmp_path / "colours.npz", **arrays)
-    monkeypatch.setattr(pretrain, "NETWORK", "resnet?widths=[8,8]&blocks=1")
+    monkeypatch.setattr(pretrain, "NETWORK", "resnet?widths=[16,16]&blocks=1")
     monkeypatch.setitem(pretrain.RECIPE, "compile", False)
     monkeypatch.setitem(pretrain.RECIPE, "batch_size", 15)
     options = ("--data", tmp_path / "colours.npz", "--epochs", "3", "--limit", "12", "--device", "cpu")

@@ -237,10 +237,8 @@ print({case: [fingerprint({"it": make()}) for make in pair] for case, pair in DI
 def test_another_process_says_the_same():
     """With other addresses and other hashes of strings."""
     command = [sys.executable, "-W", "ignore", "-c", PROCESS]
-    printed = [
-        subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120).stdout
-        for _ in range(2)
-    ]
+    both = [subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=120)[0] for process in both]
     assert printed[0] == printed[1] != ""
 
 

@@ -735,6 +735,56 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(changes, message):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def strided(channels=15, kernel=1, stride=2, groups=1):
+    """With a strided convolution, as a residual network's skip is."""
+    skip = nn.Conv2d(channels, channels, kernel, stride, groups=groups)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3))
+    return nn.Sequential(nn.Conv2d(3, channels, 3), skip, *head)
+
+
+class BegunError(Exception):
+    pass
+
+
+@pytest.fixture
+def begin_only(monkeypatch):
+    def begun(_):
+        raise BegunError
+
+    monkeypatch.setattr(run.Run, "run", begun)
+
+
+@pytest.mark.parametrize("settings", [{"channels_last": True}, {"compile": True}, {"method": "lora", "compile": True}])
+@pytest.mark.parametrize("stride", [2, (2, 1), (1, 2)])
+def test_a_convolution_that_pytorch_gets_wrong_on_a_cpu_is_refused(begin_only, settings, stride):
+    model = strided(stride=stride)
+    with pytest.raises(ValueError, match="1 is a 1x1 convolution with a stride and 15 channels"):
+        fit(model, device="cpu", **settings)
+    assert model[0].weight.is_contiguous()
+
+
+def test_it_is_refused_in_a_model_that_has_the_layout_already(begin_only):
+    with pytest.raises(ValueError, match="1 is a 1x1 convolution"):
+        fit(strided().to(memory_format=torch.channels_last), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings"),
+    [
+        ({}, {"channels_last": False}),
+        ({}, {"method": "linear"}),
+        ({}, {"method": "bias"}),
+        ({"channels": 16}, {}),
+        ({"kernel": 2}, {}),
+        ({"stride": 1}, {}),
+        ({"groups": 15}, {}),
+    ],
+)
+def test_other_convolutions_are_trained(begin_only, layer, settings):
+    with pytest.raises(BegunError):
+        fit(strided(**layer), device="cpu", **({"channels_last": True} | settings))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

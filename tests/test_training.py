@@ -26,7 +26,6 @@ def colours(count, seed, side=8):
 
 
 TRAIN, TEST = colours(96, 1), colours(33, 2)
-TRAIN_32, TEST_32 = colours(64, 1, side=32), colours(33, 2, side=32)
 
 
 def conv(seed=0):
@@ -35,28 +34,31 @@ def conv(seed=0):
 
 
 def trainer(model, **changes):
-    settings = {"epochs": 6, "batch_size": 16, "lr": 1e-2, "progress": False}
+    settings = {"epochs": 6, "batch_size": 16, "lr": 1e-2, "probe": 0, "progress": False}
     return Trainer(model, EPS, **settings | changes)
 
 
-@pytest.mark.parametrize("attack", ["fgsm-rs", "pgd"])
-def test_a_convolutional_network_on_32x32_images_becomes_robust(attack):
-    model = conv()
-    untrained = robust_accuracy(model, TEST_32, PGD(model, EPS, EPS / 4, 10))
-    final = trainer(model, attack=attack).fit(TRAIN_32, TEST_32)[-1]
-    assert final["robust_accuracy"] > untrained["robust_accuracy"] + 0.3
-    assert final["robust_accuracy"] > 0.8
+def trained_on_digits(attack):
+    """The final record of a perceptron, at a budget that training on clean images is no match for."""
+    digits, eps = data.load("digits", classes=range(5)), 0.15
+    torch.manual_seed(0)
+    model = networks.mlp(digits.shape, 5)
+    attack = FGSM(model, eps) if attack == "object" else attack
+    settings = {"epochs": 6, "batch_size": 64, "lr": 2e-3, "probe": 0, "eval_every": 0, "progress": False}
+    return Trainer(model, eps, attack=attack, **settings).fit(digits.train, digits.test)[-1]
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "nfgsm", "object"])
-def test_other_attacks_train_too(attack):
-    model = conv()
-    attack = FGSM(model, EPS) if attack == "object" else attack
-    assert trainer(model, attack=attack).fit(TRAIN, TEST)[-1]["robust_accuracy"] > 0.8
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "nfgsm", "pgd", "object"])
+def test_every_attack_makes_robust(attack):
+    final = trained_on_digits(attack)
+    assert final["robust_accuracy"] > 0.6
+    assert final["clean_accuracy"] > 0.9
 
 
-def test_no_attack_trains_on_clean_images():
-    assert trainer(conv(), attack=None).fit(TRAIN, TEST)[-1]["clean_accuracy"] > 0.9
+def test_without_an_attack_a_network_is_not_robust():
+    final = trained_on_digits(None)
+    assert final["robust_accuracy"] < 0.45
+    assert final["clean_accuracy"] > 0.95
 
 
 def test_linear_changes_the_bits_of_the_head_only():
@@ -151,7 +153,7 @@ def test_same_seed_same_bits_and_the_callers_generator_untouched():
 
 def test_log_agrees_with_a_new_evaluation(tmp_path):
     model = conv()
-    settings = {"epochs": 3, "eval_every": 2, "seed": 5, "folder": tmp_path, "probe": 0}
+    settings = {"epochs": 3, "eval_every": 2, "seed": 5, "folder": tmp_path}
     records = trainer(model, **settings).fit(TRAIN, TEST, TEST)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == records

@@ -28,6 +28,7 @@ from fastadv.training.augment import Augment
 from fastadv.training.average import Average
 from fastadv.training.backbone import backbone_robustness
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
+from fastadv.training.convolutions import check_convolutions
 from fastadv.training.interruption import Interruption
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
@@ -109,6 +110,8 @@ class Run:
         least = self.here.num_processes * self.settings.accumulate
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
+        if self.device.type == "cpu":
+            check_convolutions(self.trainer.model, self.settings)
         if self.steps == 0:
             raise ValueError("there are no images to train on")
         parts = [part for part in ((self.images, self.labels), self.val, self.test) if part is not None]

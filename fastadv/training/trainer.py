@@ -120,6 +120,7 @@ class Trainer:
                 labels are not int64.
             ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
                 below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
-                the state is another run's: the message names what differs.
+                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's: the
+                message names what differs.
         """
         return Run(self, train, val, test).run()

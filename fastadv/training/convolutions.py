@@ -1,0 +1,41 @@
+"""The convolutions that PyTorch does not train right on a CPU."""
+
+import torch
+from torch import nn
+
+from fastadv.training.settings import Settings
+
+BLOCK = 16  # channels that the library takes at once, with AVX-512; with AVX2 they are 8, and 8 to 15 would do
+
+
+def check_convolutions(model: nn.Module, settings: Settings) -> None:
+    """Refuse 1x1 convolutions with a stride and fewer than 16 channels, where their weights train in channels-last.
+
+    oneDNN, PyTorch's library for CPUs, writes the gradients of these weights beyond their memory: with several threads
+    the process dies or the gradients are wrong (https://github.com/uxlfoundation/oneDNN/issues/6035; PyTorch 2.13).
+    torch.compile chooses channels-last by itself, and one layer in it passes it on to the next. An attack needs the
+    gradients of images only.
+
+    Raises:
+        ValueError: the model has such a layer.
+    """
+    trained = {"full", "lora"} & {stage.method for stage in settings.stages}
+    if not trained or not (settings.channels_last or settings.compile or _in_channels_last(model)):
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and _overruns(layer):
+            raise ValueError(
+                f"{name} is a 1x1 convolution with a stride and {layer.in_channels} channels. With fewer than {BLOCK}, "
+                "PyTorch on a CPU can crash or give wrong gradients in channels-last layout, which compile uses too. "
+                "Train without channels_last and compile and with the model in the default layout, or on a GPU"
+            )
+
+
+def _overruns(layer: nn.Conv2d) -> bool:
+    strided = layer.kernel_size == (1, 1) and layer.stride != (1, 1)
+    return strided and layer.groups == 1 and layer.in_channels < BLOCK
+
+
+def _in_channels_last(model: nn.Module) -> bool:
+    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
