@@ -16,9 +16,10 @@ QUICK = tests/test_attacked_function.py tests/test_attacks.py tests/test_ball.py
 demo: .venv/demo
 	MPLBACKEND=agg .venv/bin/python examples/demo.py --out demo
 
-# What is healthy runs without a word: a warning that no test asks for fails it.
+# What is healthy runs without a word: a warning that no test asks for fails it. Two workers of one thread each, a file
+# at a time, for what a file's tests share is made once: most tests are too small for a second thread.
 test: .venv/test
-	.venv/bin/python -m pytest -W error::UserWarning
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -W error::UserWarning -n 2 --dist loadfile
 
 test-quick: .venv/test
 	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest -W error::UserWarning -k 'not triton and not 16_bit' $(QUICK)
