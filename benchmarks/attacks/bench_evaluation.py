@@ -23,7 +23,7 @@ from fastadv.training import Trainer
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
 BATCH = 128  # of the peers, and as many slots
-# More survive than there are slots: else some stay empty while the restarts of the last samples follow each other.
+# More survive than there are slots: else a GPU's take further restarts, some of them in vain.
 IMAGES = 640
 ROUNDS = 2  # at most: each is thousands of steps long
 

@@ -33,7 +33,7 @@ SLOTS = 256  # near the package's 250
 FAST = {"autocast": torch.bfloat16, "compile": True, "memory_format": torch.channels_last}
 LENGTHS = ("steps", "n_queries")
 COUNTS = {"gradients": "passes", "forwards": "forwards"}
-IN_ROW = ("attack", "seconds", "given", "passes", "forwards", "latest", "nonfinite_losses")
+IN_ROW = ("attack", "seconds", "given", "passes", "forwards", "waste", "latest", "nonfinite_losses")
 
 
 class Rows:

@@ -239,7 +239,7 @@ class Attack(Modes, ABC):
         return targets.gather(1, (1 + run // self.restarts).clamp(max=targets.shape[1] - 1)[:, None])[:, 0]
 
     def ended(self, slots: Slots) -> torch.Tensor:
-        """Which slots hold their last iterate, (N,) bool."""
+        """Which slots hold their last iterate, (N,) bool: after as many steps in every run."""
         return slots.age >= self.steps
 
     def step_size(self, slots: Slots) -> float | torch.Tensor:

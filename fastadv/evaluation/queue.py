@@ -22,17 +22,18 @@ class Verdicts:
     it was not, int64 (N,); said: what the model then took it for, as `verdict` gives it, int64 (N,); todo: whether it
     is to be attacked at all, bool (N,); restarts: how many runs there are.
     passes, forwards: gradients computed and forward passes run for slots that held a sample; nonfinite: losses among
-    them that were not finite.
+    them that were not finite; waste: the passes in runs after the one that fooled, or the forward passes of an attack
+    that takes no gradients.
     """
 
-    COUNTS = ("passes", "forwards", "nonfinite")
+    COUNTS = ("passes", "forwards", "nonfinite", "waste")
 
     def __init__(self, todo: torch.Tensor, restarts: int):
         self.todo, self.restarts = todo, restarts
         self.restart = torch.zeros_like(todo, dtype=torch.int64)
         self.step = torch.full_like(self.restart, -1)
         self.said = torch.zeros_like(self.restart)
-        self.passes = self.forwards = self.nonfinite = 0
+        self.passes = self.forwards = self.nonfinite = self.waste = 0
 
     @property
     def fooled(self) -> torch.Tensor:
@@ -61,12 +62,16 @@ class Verdicts:
         """Those of the samples `rows` (n,), to be run until `restarts`; `take` brings them back."""
         part = Verdicts(self.todo[rows], restarts)
         part.restart, part.step, part.said = self.restart[rows], self.step[rows], self.said[rows]
-        part.passes, part.forwards, part.nonfinite = self.passes, self.forwards, self.nonfinite
+        part.count_on(self)
         return part
 
     def take(self, rows: torch.Tensor, part: "Verdicts") -> None:
         self.restart[rows], self.step[rows], self.said[rows] = part.restart, part.step, part.said
-        self.passes, self.forwards, self.nonfinite = part.passes, part.forwards, part.nonfinite
+        self.count_on(part)
+
+    def count_on(self, other: "Verdicts") -> None:
+        for name in self.COUNTS:
+            setattr(self, name, getattr(other, name))
 
 
 def takes_one_shape(images: torch.Tensor, attack: Attack) -> bool:
@@ -77,13 +82,17 @@ class Queue:
     """Runs `attack` on samples through a number of slots, in the order (run, sample).
 
     An iteration is a gradient, a verdict and a step in every slot; what has ended is booked, and its slot refilled,
-    only where something has. Every run that a sample survives takes as many iterations, so survivors come back in the
-    order in which they were taken: a ring that they join at its end stays ordered.
+    only where something has.
 
     On a GPU, and for a compiled model, the slots are of one number throughout: the model sees one shape, a prefix sum
-    over the free slots says which sample goes where, and the host, which is up to two iterations ahead, waits for
-    nothing. An image that has taken its last step is then judged by one more iteration, whose gradient is lost. On the
-    CPU there are no more rows than images under attack, and these are judged by a forward pass.
+    over the free slots says what goes where, and the host, which is up to two iterations ahead, waits for nothing. An
+    image that has taken its last step is then judged by one more iteration, whose gradient is lost. When no sample
+    waits, free slots take further runs of samples that are under attack. The verdict is that of the first run that
+    fools: those before it go on, those after it are waste, and are stopped. A run that is survived takes as many
+    iterations as any, so that a sample's runs end in the order in which they began, but for those that fool.
+
+    On the CPU there are no more rows than images under attack, in one run each, and images that have taken their last
+    step are judged by a forward pass.
 
     Args:
         attack: on a model in the state in which it shall be judged.
@@ -121,19 +130,20 @@ class Queue:
         self._fixed = takes_one_shape(images, attack)
         self._own_forward = attack.compares == "anything"  # until its logits are seen
         none = torch.zeros((), dtype=torch.int64, device=images.device)
-        order = verdicts.restart.argsort(stable=True)
-        order = order[verdicts.unsettled[order]]
+        left = verdicts.unsettled
+        self._lowest = int(verdicts.restart.where(left, verdicts.restarts).amin())
         # Row N takes what is written for slots that have nothing to write, and stands for no sample.
-        self._ring = torch.cat((order, order.new_zeros(self._n + 1 - len(order))))
         self._restart, self._step, self._said = (
             torch.cat((t, t.new_zeros(1))) for t in (verdicts.restart, verdicts.step, verdicts.said)
         )
-        self._head, self._tail = none.clone(), none + len(order)
+        self._begun = self._restart.clone()  # runs, those that were survived among them
+        # The first run that fooled, or as many as there are; runs from there on are of no interest.
+        self._until = torch.cat((left * verdicts.restarts, none[None]))
         self._counts = {name: none + getattr(verdicts, name) for name in Verdicts.COUNTS}
         self._numbers_told = torch.zeros(4, dtype=torch.int64, device=images.device)
         self._pilot = _Pilot(images.device)
         empty = torch.zeros(slots if self._fixed else 0, dtype=torch.int64, device=images.device)
-        self._hold(empty + self._n, empty != 0)
+        self._hold(empty + self._n, empty.clone(), empty != 0)
         self._at, self._answer, self._bad = empty.clone(), empty.clone(), empty.clone()
         self.engine = None
         if self._fixed:
@@ -165,13 +175,15 @@ class Queue:
     def update(self) -> None:
         """Bring `verdicts` up to date; the samples in the slots begin their run again where a run goes on so."""
         self.settle()
-        self.verdicts.restart, self.verdicts.step = self._restart[:-1].clone(), self._step[:-1].clone()
-        self.verdicts.said = self._said[:-1].clone()
+        settled = self._restart >= self._until
+        self.verdicts.restart, self.verdicts.said = self._restart[:-1].clone(), self._said[:-1].clone()
+        self.verdicts.step = self._step.where(settled, -1)[:-1]
         booked = dict(self._counts)
         age = self.engine.slots.age
         self._count(age, age, self._open)
-        self.verdicts.passes, self.verdicts.forwards = (int(self._counts[name]) for name in ("passes", "forwards"))
-        self.verdicts.nonfinite = int(self._counts["nonfinite"] + (self._bad * self._open).sum())
+        self._counts["nonfinite"] = self._counts["nonfinite"] + (self._bad * self._open).sum()
+        for name, number in self._counts.items():
+            setattr(self.verdicts, name, int(number))
         self._counts = booked  # those that are under way are counted where they end
 
     def iterate(self) -> None:
@@ -225,113 +237,126 @@ class Queue:
     # ------------------------------------------------------------------ booking and refilling
 
     def settle(self) -> None:
-        """Book what has ended, and put the next samples into the slots that it leaves free."""
+        """Book what has ended, and put the next runs into the slots that it leaves free."""
         if self.engine is not None:
             self._book()
         if self._fixed:
             self._refill()
         else:
             self._exchange()
-        waiting = self.verdicts.todo & (self._step[:-1] < 0)
-        left = ((self.verdicts.restarts - self._restart[:-1]) * waiting).clamp(min=0)
+        left = (self._until - self._restart).clamp(min=0)
         under_way = (self.engine.slots.age * self._open).sum()
         done, most = self._counts["forwards"] + under_way, left.sum() * (self.attack.steps + 1) - under_way
         self._numbers_told.copy_(torch.stack((torch.zeros_like(done), (left > 0).sum(), done, most.clamp(min=0))))
 
     def _book(self):
-        none, slots = self._n, self.engine.slots
-        ended = (self._sample < none) & ~self._open
+        none, slots, runs = self._n, self.engine.slots, self.verdicts.restarts
+        held = self._sample < none
+        ended = held & ~self._open
         fell = ended & (self._answer != self._code)
-        self._count(self._at, torch.minimum(self._at, slots.age), ended)  # a forward pass apart has no step
-        self._counts["nonfinite"] += (self._bad * ended).sum()
-        settled = torch.where(fell, self._sample, none)
+        self._until.scatter_reduce_(0, self._sample, torch.where(fell, self._run, runs), "amin")
+        late = held & (self._run > self._until[self._sample])
+        first, survived, leaves = fell & ~late, ended & ~(fell | late), ended | late
+        judged = torch.where(ended, self._at, slots.age)
+        steps = torch.minimum(judged, slots.age)  # a forward pass apart has no step
+        self._count(judged, steps, leaves)
+        self._counts["nonfinite"] += (self._bad * leaves).sum()
+        # A run that fooled earlier, but comes later, took so many steps; -1 where there is none.
+        overtaken = (self._step[self._sample] + 1) * first
+        unit = self.attack.cost(self._classes)[0] or self.attack.eot
+        self._counts["waste"] += unit * (overtaken + steps * late).sum()
+        settled = torch.where(first, self._sample, none)
         self._step.scatter_(0, settled, self._at - 1)
         self._said.scatter_(0, settled, self._answer)
-        self._restart.scatter_add_(0, self._sample, (ended & ~fell).long())
-        again = ended & ~fell & (self._restart[self._sample] < self.verdicts.restarts)
+        self._restart.scatter_add_(0, self._sample, survived.long())
         if self._keep is not None:
-            self._keep(torch.where(ended & ~again, self._sample, none), self._final, slots.x)
-        place = (self._tail + again.cumsum(0) - 1) % none
-        self._ring.scatter_(0, torch.where(again, place, none), self._sample)
-        self._tail += again.sum()
-        self._sample = torch.where(ended, none, self._sample)
+            kept = first | (survived & (self._run == runs - 1))
+            self._keep(torch.where(kept, self._sample, none), self._final, slots.x)
+        self._sample = torch.where(leaves, none, self._sample)
+        self._open &= ~late
 
     def _count(self, judged, steps, held):
-        gradients, beside = self.attack.cost(self._classes)
-        self._counts["passes"] = self._counts["passes"] + gradients * (steps * held).sum()
-        forwards = self.attack.eot * (judged * held).sum() + beside * (steps * held).sum()
+        (gradients, beside), steps = self.attack.cost(self._classes), (steps * held).sum()
+        self._counts["passes"] = self._counts["passes"] + gradients * steps
+        forwards = self.attack.eot * (judged * held).sum() + beside * steps
         self._counts["forwards"] = self._counts["forwards"] + forwards
 
     def _exchange(self):
         """On the CPU: the slots that are still open, and new ones for as many samples as there is room for."""
         keep = self._open.nonzero()[:, 0]
-        room = min(self._slots - len(keep), int(self._tail - self._head))
+        waiting = ((self._begun == self._restart) & (self._begun < self._until)).nonzero()[:, 0]
+        room = min(self._slots - len(keep), len(waiting))
         if self.engine is not None and not room and len(keep) == len(self._open):
             return
-        rows = self._ring[(self._head + torch.arange(room, device=keep.device)) % self._n]
-        self._head += room
-        fresh = self._filled(self._images.index_select(0, rows), self._targets[rows], rows)
+        places = (self._begun[waiting] * self._n + waiting).topk(room, largest=False).values
+        runs, rows = places // self._n, places % self._n
+        self._begun[rows] += 1
+        fresh = self._filled(self._images.index_select(0, rows), self._targets[rows], rows, runs)
         Engine(self.attack, fresh).start()
         if self.engine is None:
             self.engine = Engine(self.attack, fresh)
         else:
             self.engine.slots = joined(self.engine.slots.rows(keep), fresh)
-        self._hold(torch.cat((self._sample[keep], rows)), torch.ones(len(keep) + room, dtype=torch.bool))
+        opened = torch.ones(len(keep) + room, dtype=torch.bool)
+        self._hold(torch.cat((self._sample[keep], rows)), torch.cat((self._run[keep], runs)), opened)
         self._at, self._answer, self._bad = (
             torch.cat((t[keep], torch.zeros_like(rows))) for t in (self._at, self._answer, self._bad)
         )
         self._final = None if self._keep is None else torch.empty_like(self.engine.slots.adv)
 
     def _make_fixed(self, rows):
-        mine = self._filled(self._images.index_select(0, rows), self._targets[rows], rows.clone())
+        mine = self._filled(self._images.index_select(0, rows), self._targets[rows], rows.clone(), rows.clone())
         self.engine = self.attack.engine(mine)
         self.engine.start()
         mine = self.engine.slots
         # The next images' slots share what is looked up again for all slots anyway.
-        self._next = self._filled(mine.x, mine.targets, rows)
+        self._next = self._filled(mine.x, mine.targets, rows, rows)
         self._next.seed, self._next.restart = mine.seed, mine.restart
         self._final = None if self._keep is None else torch.empty_like(mine.adv)
 
     def _refill(self):
-        """Where the slots are of one number: new samples into the free ones, by values alone."""
+        """Where the slots are of one number: the next runs into the free ones, by values alone."""
         free = ~self._open
-        rank = free.cumsum(0) - 1
-        taken = free & (rank < self._tail - self._head)
-        following = self._ring[(self._head + rank) % self._n]
-        self._head += taken.sum()
-        rows = self._hold(torch.where(taken, following, self._sample), self._open | taken)
+        runs = torch.arange(self._lowest, self.verdicts.restarts, device=free.device)[:, None]
+        due = ((runs >= self._begun[:-1]) & (runs < self._until[:-1])).flatten()  # in the order (run, sample)
+        place = torch.searchsorted(due.cumsum(0), free.cumsum(0))  # the first free slot takes the first, and so on
+        taken = free & (place < len(due))
+        samples = torch.where(taken, place % self._n, self._sample)
+        self._begun.scatter_add_(0, samples, taken.long())
+        run = torch.where(taken, self._lowest + place // self._n, self._run)
+        rows = self._hold(samples, run, self._open | taken)
         self._bad = torch.where(taken, 0, self._bad)
         mine, new = self.engine.slots, self._next
         torch.index_select(self._images, 0, rows, out=mine.x)
         torch.index_select(self._targets, 0, rows, out=mine.targets)
-        mine.restart.copy_(self._restart[self._sample])
+        mine.restart.copy_(run)
         if self.attack.draws:
-            mine.seed.copy_(self._seeds(rows))
+            mine.seed.copy_(self._seeds(rows, run))
         Engine(self.attack, new).start()
         kept = mine.tensors()
         for name, fresh in new.tensors().items():
             if fresh is not kept[name]:
                 torch.where(per_sample(taken, fresh), fresh, kept[name], out=kept[name])
 
-    def _hold(self, samples, opened):
-        """Which sample each slot holds; their rows, where none is any row."""
-        self._sample, self._open = samples, opened
+    def _hold(self, samples, runs, opened):
+        """Which sample each slot holds, in which run; the samples' rows, where none is any row."""
+        self._sample, self._run, self._open = samples, runs, opened
         rows = samples.clamp(max=self._n - 1)
         self._label, self._code = self._labels.index_select(0, rows), self._codes.index_select(0, rows)
         return rows
 
-    def _filled(self, x, targets, rows) -> Slots:
-        """Slots for the samples `rows`, not started."""
+    def _filled(self, x, targets, rows, runs) -> Slots:
+        """Slots for these runs of the samples `rows`, not started."""
         if self.attack.memory_format is not None:
             x = x.contiguous(memory_format=self.attack.memory_format)
-        seeds = self._seeds(rows) if self.attack.draws else rows
+        seeds = self._seeds(rows, runs) if self.attack.draws else rows
         slots = self.attack.slots(x, targets, self.attack.eps, seeds)
         slots.adv = result_like(x)
-        slots.age, slots.restart = torch.zeros_like(rows), self._restart[rows]
+        slots.age, slots.restart = torch.zeros_like(rows), runs
         return slots
 
-    def _seeds(self, rows):
-        return sample_seeds(self._seed, self._numbers[rows], self._restart[rows])
+    def _seeds(self, rows, runs):
+        return sample_seeds(self._seed, self._numbers[rows], runs)
 
 
 class _Pilot:

@@ -78,9 +78,11 @@ def evaluate(
     within a budget. A sample that is fooled within some eps is fooled within any larger one of the same norm.
 
     An attack of fastadv runs on a fixed number of slots; a slot whose sample is fooled or finished takes the next one,
-    in the order (restart, sample), so that no gradient is computed for a sample that is settled. Its options autocast,
-    compile, graph and memory_format hold, and the verdicts are those of the model under them; chunk does not. Any other
-    attack, and one of fastadv on another model, is called batch by batch, and what it returns is judged.
+    in the order (restart, sample). On a GPU, and with compile or graph, slots for which no sample is left take further
+    restarts and targets of samples that are under attack; the verdict is that of the first of these, in their order,
+    that fools. Its options autocast, compile, graph and memory_format hold, and the verdicts are those of the model
+    under them; chunk does not. Any other attack, and one of fastadv on another model, is called batch by batch, and
+    what it returns is judged.
 
     Args:
         model: any callable from images to logits (N, C), as in `Attack`.
@@ -99,9 +101,9 @@ def evaluate(
             stays in pixels. Attacks are then names.
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
-        slots: images under attack at a time, the batch size of everything; no more than there are images. The restarts
-            of a sample follow each other, so slots beyond the number of samples that survive stay empty in the end and
-            cost their time: with few images choose few.
+        slots: images under attack at a time, the batch size of everything; no more than there are images. Slots beyond
+            the number of samples that survive, times their restarts and targets, stay empty in the end: on a GPU they
+            cost their time, so with few images choose few.
         pool: images on the device at a time, None for all: for data sets that do not fit there. Take many times the
             slots, because these run empty before the next images come.
         seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. For other
@@ -125,7 +127,9 @@ def evaluate(
         a list of {"attack", "eps", "norm", "robust_accuracy" (the share that it was given and did not fool), "given"
         (samples that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for
         those of fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none),
-        "passes" and "forwards" (gradients and forward passes of one image; null where not known), "seconds",
+        "passes" and "forwards" (gradients and forward passes of one image; null where not known), "waste" (those of
+        the passes that were in a run after the one that fooled, begun because slots were free; of the forward passes,
+        where an attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
         the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled;
         where an attack goes towards one class after the other its runs are counted through; null where there is none or
@@ -489,6 +493,7 @@ class Run:
             "no_prediction": int(verdicts.silenced.sum()),
             "passes": verdicts.passes if opponent.ours else None,
             "forwards": verdicts.forwards if opponent.ours else None,
+            "waste": verdicts.waste if opponent.ours else None,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
             "runs": verdicts.restarts,

@@ -10,7 +10,7 @@ from fastadv._extras import require
 from fastadv.evaluation.identity import differences
 from fastadv.files import write_atomically
 
-FORMAT = 4
+FORMAT = 5
 _KEY = "fastadv"  # one key: safetensors writes several in random order
 
 
