@@ -286,7 +286,9 @@ def test_containers_that_hold_themselves_end():
 
 @pytest.mark.parametrize("part", ["attack", "model"])
 def test_an_evaluation_s_state_is_refused_for_what_is_not_in_its_settings(tmp_path, part):
-    images, labels = 0.9 * torch.rand(8, 3, 2, 2), torch.randint(3, (8,))  # what an attack adds stays in the box
+    images = 0.9 * torch.rand(8, 3, 2, 2)  # what an attack adds stays in the box
+    with torch.no_grad():
+        labels = Scaled(1.0)(images).argmax(1)  # one to attack at least, else there is no state
 
     def run(value):
         model = Scaled(value if part == "model" else 1.0)
