@@ -46,6 +46,19 @@ def test_dlr_and_its_targeted_kind_follow_their_formulas_for_any_number_of_class
         assert math.isclose(driven[i].item(), expected, rel_tol=1e-12, abs_tol=1e-12)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+def test_a_logit_of_minus_infinity_is_no_class_in_a_ratio(classes):
+    logits = torch.randn(100, classes, dtype=torch.float64, requires_grad=True)  # none equal: which is third is clear
+    labels = torch.randint(classes, (100,))
+    pairs = torch.stack((labels, (labels + 1) % classes), 1)
+    for name, targets in (("dlr", labels), ("targeted_dlr", pairs)):
+        masked = torch.cat((logits, torch.full((100, 3), -torch.inf, dtype=logits.dtype)), 1)
+        expected = LOSSES[name](logits, targets)
+        found = LOSSES[name](masked, targets)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10])
 def test_two_classes_have_a_gradient_under_every_loss(classes):
     logits, labels = rows(50, classes)

@@ -225,6 +225,9 @@ class Attack(Modes, ABC):
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
         """Write the next iterate; `grad` is with respect to `slots.input`."""
 
+    def check_shape(self, x: torch.Tensor) -> None:
+        """Refuse images of a shape that the attack is not made for."""
+
     def prepare(self, slots: Slots) -> None:
         """Make what the attack keeps in `slots.memory`, as it is before the first step."""
 
@@ -413,6 +416,7 @@ class Attack(Modes, ABC):
     def slots(self, x, targets, eps, seed, x_init=None) -> Slots:
         """New slots for these images; `seed` may be None for an attack that draws nothing."""
         self._settle()
+        self.check_shape(x)
         adv = None
         if x_init is not None:
             dtype = result_like(x[:0]).dtype

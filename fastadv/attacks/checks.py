@@ -177,11 +177,14 @@ def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX)
     if lo - SLACK <= low and high <= hi + SLACK:
         return None
     told = f"images must be in [{lo:g}, {hi:g}], got [{low:.9g}, {high:.9g}]"
+    if low != low:
+        return f"{told}: some are NaN"
     if box_of(clip) != BOX:
-        return told if low == low else f"{told}: some are NaN"
+        return told
     return (
-        f"{told}: if they are normalised, pass them as they were before, and Normalized(model, mean, std) as the "
-        "model; for inputs with another range or none an attack takes clip=(lo, hi) or clip=None"
+        f"{told}: divide those of [0, 255] by 255; if they are normalised, pass them as they were before, and "
+        "Normalized(model, mean, std) as the model; for inputs with another range or none an attack takes "
+        "clip=(lo, hi) or clip=None"
     )
 
 
@@ -202,7 +205,10 @@ def check_soft(labels: torch.Tensor) -> None:
 def check_signs(labels: torch.Tensor) -> None:
     """Refuse labels that are neither 0 nor 1. Waits for the device."""
     if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError("several labels a sample are 0 or 1 for each logit, and some are neither")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} are several a sample, 0 or 1 for each logit, and some are neither: pass "
+            "int64 labels (N,) where a sample has one class"
+        )
 
 
 def check_samples(images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 KINDS = {"Linf": (APGD, FAB, Square), "L2": (APGDL2, FABL2, SquareL2)}
 RESTARTS = {"plus": 5}  # of APGD and FAB without targets
 DRAWS = {"rand": 20}  # of a model that answers at random
+OPTIONS = ("autocast", "memory_format", "compile", "graph")  # of every part
 
 
 # Their attributes have the names of the authors' program; another name is refused.
@@ -74,12 +75,18 @@ class Ensemble:
         eps: budget, in pixels of [0, 1].
         version: "standard", "plus", "rand" for models that answer at random, or "custom".
         attacks_to_run: of a custom version, some of PARTS.
-        options: of every attack, see `Attack`, such as autocast, compile, graph, memory_format.
+        options: of every attack, see `Attack`: autocast, memory_format, compile, graph.
 
     Attributes:
         apgd, apgd_targeted, fab, square: what can be set of them: `ForAPGD`, `ForTargetedAPGD`, `ForFAB`, `ForSquare`.
         attacks_to_run: names in the order in which they run; may be assigned.
+
+    Raises:
+        TypeError: the options have another one.
     """
+
+    # eps and version act once: to assign them later is refused, as any name that is not here.
+    __slots__ = ("apgd", "apgd_targeted", "attacks_to_run", "fab", "model", "norm", "options", "square")
 
     def __init__(
         self,
@@ -97,7 +104,12 @@ class Ensemble:
             raise ValueError(f"unknown version {version!r}: choose one of {', '.join(VERSIONS)}")
         if attacks_to_run and version != "custom":
             raise ValueError(f"version {version!r} has attacks of its own: to choose them give version='custom'")
-        self.model, self.norm, self.eps, self.version, self.options = model, norm, eps, version, options
+        for name in set(options) - set(OPTIONS):
+            raise TypeError(
+                f"AutoAttack has no option {name!r}, but {', '.join(OPTIONS)}: what its parts do is set by attributes, "
+                "such as apgd.n_restarts, and images are in [0, 1], with Normalized(model, mean, std) for their model"
+            )
+        self.model, self.norm, self.options = model, norm, options
         self.attacks_to_run = list(attacks_to_run or VERSIONS[version])
         restarts, draws = RESTARTS.get(version, 1), DRAWS.get(version, 1)
         self.apgd = ForAPGD(eps, restarts, eot_iter=draws)
@@ -112,9 +124,10 @@ class Ensemble:
         Raises:
             TypeError, ValueError: a setting or a name is wrong.
         """
-        if isinstance(self.attacks_to_run, str) or set(self.attacks_to_run) - set(PARTS):
-            raise ValueError(f"attacks_to_run must be a list of {', '.join(PARTS)}, got {self.attacks_to_run!r}")
-        return [(name, self._attack(name)) for name in self.attacks_to_run]
+        chosen = self.attacks_to_run
+        if not isinstance(chosen, (list, tuple)) or any(name not in PARTS for name in chosen):
+            raise ValueError(f"attacks_to_run must be a list of {', '.join(PARTS)}, got {chosen!r}")
+        return [(name, self._attack(name)) for name in chosen]
 
     def _attack(self, name):
         apgd, fab, square = KINDS[self.norm]

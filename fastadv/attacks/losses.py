@@ -59,24 +59,33 @@ def targeted_margin(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Difference of logits ratio: the margin over the distance of the first logit from the third.
 
-    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of two classes, whose ratio is +-1 everywhere, the margin.
+    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of two classes, whose ratio is +-1 everywhere, the margin. A
+    class that cannot be, with a logit of -inf, is none.
     """
     if logits.shape[1] < 3:
         return margin(logits, labels)
     first, _, third = logits.topk(3, dim=1).values.unbind(1)
-    return margin(logits, labels) / (first - third + 1e-12)
+    return margin(logits, labels) / _distance(first, third)
 
 
 def targeted_dlr(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """The targeted margin over the distance of the first logit from the mean of the third and the fourth.
 
-    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of three classes the third alone; of two the margin itself.
+    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of three classes the third alone; of two the margin itself. A
+    class that cannot be, with a logit of -inf, is none.
     """
     classes = logits.shape[1]
     if classes < 3:
         return targeted_margin(logits, pairs)
     highest = logits.topk(min(classes, 4), dim=1).values
-    return targeted_margin(logits, pairs) / (highest[:, 0] - highest[:, 2:].mean(1) + 1e-12)
+    first, third, fourth = highest[:, 0], highest[:, 2], highest[:, -1]
+    fourth = torch.where(fourth > -torch.inf, fourth, third)
+    return targeted_margin(logits, pairs) / _distance(first, (third + fourth) / 2)
+
+
+def _distance(first, other):
+    """What a margin is divided by; 1, where the other logit is that of a class that cannot be."""
+    return torch.where(other > -torch.inf, first - other + 1e-12, 1.0)
 
 
 LABEL, OTHER, BOTH = 0, 1, 2  # what of the probabilities is climbed: away from the label's, to the best other's

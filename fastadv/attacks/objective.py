@@ -35,6 +35,9 @@ class Objective:
         autocast: torch.dtype | None = None,
         compiled: bool = False,
     ):
+        if not callable(model) or isinstance(model, type):
+            got = f"the class {model.__name__}: make one" if isinstance(model, type) else f"{model!r}"
+            raise TypeError(f"the model must be a callable from images to logits, got {got}")
         self.model = model
         self.loss = loss
         self.targeted = targeted

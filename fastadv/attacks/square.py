@@ -50,10 +50,6 @@ class RandomSearch(Attack):
                 f"{tuple(x.shape)}"
             )
 
-    def slots(self, x, targets, eps, seed, x_init=None) -> Slots:
-        self.check_shape(x)
-        return super().slots(x, targets, eps, seed, x_init)
-
     @abstractmethod
     def side(self, area: float) -> int:
         """Of a window that is to have this area."""

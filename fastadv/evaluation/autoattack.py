@@ -33,8 +33,8 @@ class AutoAttack(Ensemble):
         seed: sample i draws from `sample_seeds(seed, i, run)`; None draws a seed.
         device: where to attack; None means the model's.
         verbose: print the accuracy after each attack.
-        log_path: a file that gets these lines too.
-        options: of every attack, see `Attack`: autocast, compile, graph, memory_format. The verdict is that of the
+        log_path: a file that gets these lines too, at its end.
+        options: of every attack, see `Attack`: autocast, memory_format, compile, graph. The verdict is that of the
             model under them.
 
     Attributes:
@@ -44,8 +44,11 @@ class AutoAttack(Ensemble):
         report: what `evaluate` returns, of the last run.
 
     Raises:
+        TypeError: the options have another one.
         ValueError: norm is "L1", a version is unknown, or attacks are chosen for one that is not "custom".
     """
+
+    __slots__ = ("device", "log_path", "report", "seed", "verbose")
 
     def __init__(
         self,
@@ -104,16 +107,14 @@ class AutoAttack(Ensemble):
 
     def _run(self, x, y, bs, state_path, ensemble):
         against = opponents(self.model, self, EPS)
-        if not against:
-            raise ValueError(
-                "there is nothing to run: give attacks_to_run, some of apgd-ce, apgd-dlr, apgd-t, fab, ..."
-            )
         if state_path is not None and self.seed is None:
             raise ValueError("the run that goes on from a state must have its seed: give AutoAttack(seed=), an int")
-        seed = new_seed("cpu") if self.seed is None else self.seed
+        seed = int(new_seed("cpu")) if self.seed is None else self.seed
         check_counts(bs=bs, seed=seed)
         images, labels = gathered((x, y), self.model, self.device)
         settings = {"iterate": "any", "ensemble": ensemble, "slots": min(bs, len(images)), "seed": int(seed)}
+        # Also to see that the log can be written, before there is anything to lose.
+        self._log(f"using {', '.join(each.title for each in against)}")
         begun = time.perf_counter()
 
         def told(run, ended):
@@ -134,7 +135,9 @@ class AutoAttack(Ensemble):
         if self.verbose:
             print(line, flush=True)
         if self.log_path is not None:
-            with Path(self.log_path).open("a") as file:
+            path = Path(self.log_path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
                 file.write(line + "\n")
 
 

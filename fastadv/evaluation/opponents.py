@@ -7,6 +7,7 @@ import torch
 
 from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, by_name
 from fastadv.attacks.checks import BOX, box_of
+from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.rows import has_rows
 
 EPS = 8 / 255  # of attacks by name, where nothing else is said
@@ -86,7 +87,10 @@ def opponents(
             named = [_named(attack, model, each) for each in budgets]
             against += [Opponent(*each, model) for part in zip(*named, strict=True) for each in part]
         elif isinstance(attack, Ensemble):
-            against += [Opponent(*each, model) for each in attack.attacks()]
+            parts = attack.attacks()
+            if not parts:
+                raise ValueError(f"there is nothing to run: give attacks_to_run, some of {', '.join(PARTS)}")
+            against += [Opponent(*each, model) for each in parts]
         elif isinstance(attack, type):
             raise TypeError(f"attacks are names or callables, got the class {attack.__name__}: call it with the model")
         elif _is_attack(attack):
@@ -111,13 +115,20 @@ def _named(name: str, model: Callable, eps: float) -> list[tuple[str, Attack]]:
     return [(name, by_name(name, model, eps))]
 
 
-def check_they_take(against: Iterable[Opponent], labels: torch.Tensor) -> None:
-    """Refuse attacks whose loss compares with one class, where the labels (N, C) are several a sample."""
+def check_they_take(against: Iterable[Opponent], images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Refuse attacks that are not made for such images, or whose loss compares with one class where the labels (N, C)
+    are several a sample.
+
+    All of them before the first one runs, or hours of work are lost to the last.
+    """
     for opponent in against:
+        if isinstance(opponent.attack, Attack):
+            opponent.attack.check_shape(images)
         if labels.ndim == 2 and opponent.ours and opponent.attack.compares not in ("signs", "anything"):
             raise ValueError(
                 f"the labels {tuple(labels.shape)} are several a sample, and {opponent.title} compares with one class: "
-                "give attacks with loss='bce', such as PGD(model, loss='bce')"
+                "give attacks with loss='bce', such as PGD(model, loss='bce'), or labels.argmax(1) where each row "
+                "stands for one class"
             )
 
 

@@ -201,7 +201,7 @@ def judged(
         gallery: gets an opponent's number and the opponent.
         told: gets the attacks that have ended, before the first one and after each.
     """
-    check_they_take(against, labels)
+    check_they_take(against, images, labels)
     settings = {**settings, "attacks": [each.facts() for each in against]}
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
     with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
@@ -212,6 +212,7 @@ def judged(
         order = in_turn(trials)
         told(run, [])
         save = partial(_save, file, trials)
+        save()  # where that cannot be written it is known now
         for i, trial in enumerate(order):
             if settings["ensemble"]:
                 run.hand_on(order[:i], trial)

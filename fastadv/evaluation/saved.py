@@ -38,7 +38,7 @@ class StateFile:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:  # a folder is an OSError
             raise ValueError(f"{self.path} is no state file of an evaluation: {error}") from error
         if facts.get("format") != FORMAT:
             raise ValueError(f"{self.path} is a state of another version of fastadv: remove it to begin again")
