@@ -75,8 +75,8 @@ def targeted_dlr(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     classes = logits.shape[1]
     if classes < 3:
         return targeted_margin(logits, pairs)
-    highest = logits.topk(min(classes, 4), dim=1).values
-    return targeted_margin(logits, pairs) / (highest[:, 0] - highest[:, 2:].mean(1) + 1e-12)
+    highest = logits.topk(min(classes, 4), dim=1).values.unbind(1)
+    return targeted_margin(logits, pairs) / (highest[0] - (highest[2] + highest[-1]) / 2 + 1e-12)
 
 
 LABEL, OTHER, BOTH = 0, 1, 2  # what of the probabilities is climbed: away from the label's, to the best other's
