@@ -31,6 +31,7 @@ DEPENDS = {
     "strength": ATTACKS,
     "suites": ATTACKS,
     "verdicts": EVALUATION,
+    "own time": EVALUATION,
     "training": (*ATTACKS, "fastadv/training/step.py"),  # of the first run on a GPU
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
@@ -80,10 +81,11 @@ def changed(root, result):
 
 
 def results(root):
-    """All but what others' attacks found: that depends on models and images, of which those files have digests."""
+    """All but what names no environment: what others' attacks found depends on models and images, whose digests those
+    files have."""
     folder = root / "benchmarks/results"
-    files = [path for path in sorted(folder.rglob("*.json")) if path.parent.name != "autoattack"]
-    return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in files}
+    found = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
+    return {name: result for name, result in found.items() if "environment" in result}
 
 
 def stale(root):

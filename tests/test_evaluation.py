@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastadv import cli, data, models, random_init, sample_seeds
 from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, PMA, PMAL2, Normalized, by_name
+from fastadv.attacks import rows as row_tools
 from fastadv.evaluation import evaluate, queue, robustness, suspicions
 from fastadv.evaluation.images import nearest_codes
 from fastadv.evaluation.queue import Queue
@@ -374,6 +375,7 @@ def test_the_host_reads_nothing_where_the_slots_are_of_one_number(net, samples, 
             original(self)
 
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
+    monkeypatch.setattr(row_tools, "AT_ONCE", ())
     monkeypatch.setattr(Queue, part, guarded)
     evaluate(net, samples, [hardest(net), FGSM(net, EPS), PMA(net, EPS, 4)], slots=SLOTS, save_images=tmp_path)
     assert len(calls) > 40

@@ -9,13 +9,14 @@ from fastadv.attacks.checks import check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.l2 import OnL2Ball, l2_norm
 from fastadv.attacks.noise import gaussian, uniform
-from fastadv.attacks.rows import per_sample, put_
+from fastadv.attacks.rows import any_of, per_sample, put_
 from fastadv.data import to_float
 from fastadv.functional import pgd_step
 from fastadv.ops.autograd import result_like
 from fastadv.ops.reference import compute_dtype
 
-SHARE = 0.75  # of the new step in the next iterate; the rest is momentum
+SHARE = 0.75  # of the new step in the next iterate
+MOMENTUM = 1 - SHARE  # a power of two: its products are exact, fused with an addition or not
 TINY = 1e-12  # added to a norm that something is divided by
 
 
@@ -69,17 +70,22 @@ class APGD(Attack):
             compute = compute_dtype(slots.x)
             memory["previous"] = torch.empty_like(slots.adv, dtype=compute)
             memory["best"] = torch.empty_like(slots.adv)
-            memory["best_direction"] = self._direction(torch.zeros_like(slots.input))
-            memory["length"] = slots.x.new_empty(len(slots.x), dtype=compute)  # of a step, in eps
-            for name in ("best_loss", "last_loss", "checked_loss", "interval", "left", "rises"):
+            # Kept, for on the CPU fresh memory of that size costs more than what is written there.
+            memory["direction"] = self._empty_direction(slots)
+            memory["best_direction"] = self._empty_direction(slots)
+            for name in ("length", "share"):  # of a step, in eps; of the new step in the next iterate
+                memory[name] = slots.x.new_empty(len(slots.x), dtype=compute)
+            for name in ("best_loss", "last_loss", "checked_loss", "rises"):
                 memory[name] = slots.x.new_empty(len(slots.x), dtype=torch.float64)
+            for name in ("interval", "checkpoint"):
+                memory[name] = torch.empty_like(slots.age)
             memory["halved"] = slots.x.new_empty(len(slots.x), dtype=torch.bool)
         memory["previous"].copy_(slots.adv)
         memory["best"].copy_(slots.adv)
         memory["best_direction"].zero_()
-        before = {"length": 2, "best_loss": -torch.inf, "last_loss": torch.inf, "checked_loss": -torch.inf}
+        before = {"length": 2, "share": 1, "best_loss": -torch.inf, "last_loss": torch.inf, "checked_loss": -torch.inf}
         interval = self._share(0.22)
-        before |= {"interval": interval, "left": interval + 1, "rises": 0, "halved": True}  # one for the start
+        before |= {"interval": interval, "checkpoint": interval, "rises": 0, "halved": True}
         for name, value in before.items():
             memory[name].fill_(value)
 
@@ -88,19 +94,25 @@ class APGD(Attack):
         return max(int(share * self.steps), 1)
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
-        memory, first = slots.memory, slots.age == 0
-        direction = self._direction(grad)
+        memory = slots.memory
+        direction = self._direction(grad, memory["direction"])
         self._remember(slots, direction)
-        back = self._check(memory, slots.losses, first)
-        put_(slots.adv, back, memory["best"])
-        put_(direction, back, memory["best_direction"])
+        self._count(slots)
+        due = slots.age == memory["checkpoint"]
+        if any_of(due):
+            back = self._check(memory, due)
+            put_(slots.adv, back, memory["best"])
+            put_(direction, back, memory["best_direction"])
         length = slots.eps * per_sample(memory["length"], direction)
-        share = per_sample(torch.where(first, 1.0, SHARE).to(memory["length"].dtype), direction)
-        self._move(slots, direction, length, share)
+        self._move(slots, direction, length, per_sample(memory["share"], direction))
+        memory["share"].fill_(SHARE)  # the first step has no other before it
 
-    def _direction(self, grad: torch.Tensor) -> torch.Tensor:
-        """In which the loss rises most, in memory of its own; 0 where the gradient is NaN."""
-        return grad.sign()
+    def _empty_direction(self, slots: Slots) -> torch.Tensor:
+        return torch.empty_like(slots.input)
+
+    def _direction(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """In which the loss rises most; 0 where the gradient is NaN."""
+        return torch.sign(grad, out=out)
 
     def _remember(self, slots: Slots, direction: torch.Tensor) -> None:
         """The iterate and the direction there, where its loss is the largest so far."""
@@ -110,20 +122,22 @@ class APGD(Attack):
         put_(memory["best_direction"], larger, direction)
         torch.where(larger, slots.losses, memory["best_loss"], out=memory["best_loss"])
 
-    def _check(self, memory: dict[str, torch.Tensor], losses: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """Count this iterate; at a checkpoint halve what has to be. Which samples go back to their best, (N,) bool."""
-        interval, left, rises, halved = (memory[name] for name in ("interval", "left", "rises", "halved"))
-        left -= 1
-        rises += losses > memory["last_loss"]
+    def _count(self, slots: Slots) -> None:
+        """Whether the loss rose in the last step."""
+        last = slots.memory["last_loss"]
+        slots.memory["rises"] += slots.losses > last
         # The start's loss is not known to the counter, as in the authors' code: 0 stands for it.
-        memory["last_loss"].copy_(losses.masked_fill(first, 0.0))
-        due = left == 0
+        last.copy_(slots.losses.masked_fill(slots.age == 0, 0.0))
+
+    def _check(self, memory: dict[str, torch.Tensor], due: torch.Tensor) -> torch.Tensor:
+        """Halve what has to be, of the samples at a checkpoint. Which ones go back to their best, (N,) bool."""
+        interval, rises, halved = (memory[name] for name in ("interval", "rises", "halved"))
         stuck = ~halved & (memory["checked_loss"] >= memory["best_loss"])
-        halve = due & ((rises <= self.rho * interval) | stuck)
+        halve = due & ((rises <= self.rho * interval.double()) | stuck)
         memory["length"].mul_(torch.where(halve, 0.5, 1.0))
         interval.sub_(self._share(0.03) * due).clamp_(min=self._share(0.06))
-        now = {"halved": halve, "checked_loss": memory["best_loss"], "left": interval}
-        for name, value in now.items():
+        memory["checkpoint"] += interval * due
+        for name, value in {"halved": halve, "checked_loss": memory["best_loss"]}.items():
             torch.where(due, value, memory[name], out=memory[name])
         rises.masked_fill_(due, 0)
         return halve
@@ -150,9 +164,12 @@ class APGDL2(OnL2Ball, APGD):
         inverse = per_sample((l2_norm(direction) + TINY).reciprocal(), clean)
         self._write(slots, clean, direction * (inverse * slots.eps))
 
-    def _direction(self, grad: torch.Tensor) -> torch.Tensor:
-        grad = self.in_pixels(grad).nan_to_num(0.0)
-        return grad.div_(per_sample(l2_norm(grad) + TINY, grad))
+    def _empty_direction(self, slots: Slots) -> torch.Tensor:
+        return torch.empty_like(slots.input, dtype=torch.promote_types(slots.input.dtype, torch.float32))
+
+    def _direction(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        torch.nan_to_num(self.in_pixels(grad), 0.0, out=out)
+        return out.div_(per_sample(l2_norm(out) + TINY, out))
 
     def _move(self, slots: Slots, direction: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
         clean, here, previous = to_float(slots.x), slots.adv, slots.memory["previous"]
@@ -164,7 +181,7 @@ def apgd_step_(x_adv, x_prev, grad, x, *, alpha, share, eps, clip, normalization
     """One L-inf step with momentum, in place: x_adv becomes the next iterate, x_prev what x_adv was; grad is lost.
 
     x_adv, grad, x as in `pgd_step`; x_prev, alpha, share of the compute type, the latter (N, 1, ...). Every operation
-    rounds once: t = pgd_step(x_adv), u = ((t - x_adv) share + x_adv) + (x_adv - x_prev) (1 - share), and u brought into
+    rounds once: t = pgd_step(x_adv), u = ((t - x_adv) share + x_adv) + (x_adv - x_prev) MOMENTUM, and u brought into
     the ball and the box.
     """
     target = pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=grad).to(x_prev.dtype)
@@ -173,8 +190,8 @@ def apgd_step_(x_adv, x_prev, grad, x, *, alpha, share, eps, clip, normalization
 
 
 def mixed_(target, here, previous, share):
-    """((target - here) share + here) + (here - previous) (1 - share), in target's memory; `previous` becomes `here`."""
-    momentum = torch.sub(here, previous, out=previous).mul_(1 - share)
-    target.sub_(here).mul_(share).add_(here).add_(momentum)
+    """((target - here) share + here) + (here - previous) MOMENTUM, in target's memory; `previous` becomes `here`."""
+    momentum = torch.sub(here, previous, out=previous)
+    target.sub_(here).mul_(share).add_(here).add_(momentum, alpha=MOMENTUM)
     previous.copy_(here)
     return target

@@ -10,7 +10,7 @@ from fastadv.attacks.engine import Slots
 from fastadv.attacks.hyperplane import to_hyperplane
 from fastadv.attacks.l2 import l2_norm
 from fastadv.attacks.noise import gaussian, uniform
-from fastadv.attacks.rows import per_sample
+from fastadv.attacks.rows import any_of, per_sample, put_
 from fastadv.data import to_float
 from fastadv.functional import random_init
 
@@ -92,27 +92,38 @@ class FAB(Attack):
         way = gaussian(clean, slots.seed) if self.norm == "L2" else 2 * uniform(clean, slots.seed) - 1
         way *= per_sample(self._length(way).reciprocal(), way) * (slots.eps / 2)
         again = slots.restart % self.restarts > 0
-        self._write(slots, torch.where(per_sample(again, clean), clean + way, clean))
+        slots.adv.copy_(torch.where(per_sample(again, clean), clean + way, clean).clamp_(*box_of(self.clip)))
+        self.show(slots)
 
     def prepare(self, slots: Slots) -> None:
-        """nearest: the nearest misclassified iterate, and its distance, infinite before there is one."""
+        """nearest: the nearest misclassified iterate, and its distance, infinite before there is one; away: that of the
+        iterate, as `inside` found it."""
         memory, adv = slots.memory, slots.adv
         if "nearest" not in memory:
             memory["nearest"] = torch.empty_like(adv)
-            memory["distance"] = adv.new_empty(len(adv), dtype=torch.promote_types(adv.dtype, torch.float32))
+            for name in ("distance", "away"):
+                memory[name] = adv.new_empty(len(adv), dtype=torch.promote_types(adv.dtype, torch.float32))
         memory["nearest"].copy_(adv)
         memory["distance"].fill_(torch.inf)
 
     def inside(self, slots: Slots) -> torch.Tensor:
-        return _within(self._distance(slots), slots.eps)
+        clean, adv = self._pixels(slots)
+        away = slots.memory["away"].copy_(self._length(adv - clean))
+        return _within(away, slots.eps)
 
     def step(self, slots: Slots, grad: None) -> None:
-        fooled = per_sample(self._keep(slots, slots.logits), slots.adv)
-        clean, adv = self._pixels(slots)
-        self._write(slots, torch.where(fooled, clean + self.beta * (adv - clean), adv))
-        self._write(slots, self._towards_plane(*self._pixels(slots), *self._plane(slots)))
+        fooled = self._keep(slots, slots.logits)
+        if any_of(fooled):
+            clean, adv = self._pixels(slots)
+            back = (adv - clean).mul_(self.beta).add_(clean).clamp_(*box_of(self.clip))
+            put_(slots.adv, fooled, back.to(slots.adv.dtype))
+            self.show(slots)
+        beyond = self._towards_plane(*self._pixels(slots), *self._plane(slots))
+        slots.adv.copy_(beyond.clamp_(*box_of(self.clip)))
+        self.show(slots)
 
     def result(self, slots: Slots) -> torch.Tensor:
+        self.inside(slots)
         self._keep(slots, self.objective.logits(slots.input))
         found = _within(slots.memory["distance"], slots.eps)
         return torch.where(per_sample(found, slots.adv), slots.memory["nearest"], to_float(slots.x))
@@ -128,27 +139,20 @@ class FAB(Attack):
         dtype = slots.memory["distance"].dtype
         return to_float(slots.x).to(dtype), slots.adv.to(dtype)
 
-    def _distance(self, slots):
-        clean, adv = self._pixels(slots)
-        return self._length(adv - clean)
-
     def _length(self, moves):
         """Of each row, (N,)."""
         return l2_norm(moves) if self.norm == "L2" else moves.flatten(1).abs().amax(1)
 
     def _keep(self, slots, logits):
         """Which iterates are misclassified, (N,); of each sample the nearest is kept."""
-        memory, distance = slots.memory, self._distance(slots)
+        memory = slots.memory
         fooled = self.fooled(logits, slots.targets)
-        nearer = fooled & (distance < memory["distance"])
-        memory["distance"].copy_(torch.where(nearer, distance, memory["distance"]))
-        memory["nearest"].copy_(torch.where(per_sample(nearer, slots.adv), slots.adv, memory["nearest"]))
+        nearer = fooled & (memory["away"] < memory["distance"])
+        torch.where(nearer, memory["away"], memory["distance"], out=memory["distance"])
+        if any_of(nearer):  # which an iterate that is not finite is not: put_ would spread it
+            nearest = memory["nearest"]
+            torch.where(per_sample(nearer, nearest), slots.adv, nearest, out=nearest)
         return fooled
-
-    def _write(self, slots, adv):
-        slots.adv.copy_(adv.clamp_(*box_of(self.clip)))
-        if slots.z is not None:
-            slots.z.copy_(self._normalization(slots.adv))
 
     def _plane(self, slots):
         """(normal, like the images; gap (N,)): the gradient of another class's logit minus the label's, and that."""

@@ -41,16 +41,18 @@ def to_hyperplane(
     direction = normal.sign() if norm == "Linf" else normal
     forward = direction * -gap.sign()[..., None]
     # The level at which a pixel comes to its bound: never where it does not move, also if it is there, 0 / 0.
-    limit = low / forward
-    limit = torch.maximum(limit, high / forward, out=limit).nan_to_num_(0.0, math.inf)
-    level = _level(normal * direction, limit, gap.abs())
+    limit, upper = low / forward, high / forward
+    torch.maximum(limit, upper, out=limit).nan_to_num_(0.0, math.inf)
+    level = _level(normal * direction, limit, gap.abs(), term=upper)
     return forward.mul_(level[..., None]).clamp_(low, high)
 
 
-def _level(rate: torch.Tensor, limit: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """The level L at which sum rate_j min(L, limit_j) is `goal`; beyond all limits where that is too much."""
+def _level(rate: torch.Tensor, limit: torch.Tensor, goal: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    """The level L at which sum rate_j min(L, limit_j) is `goal`; beyond all limits where that is too much.
+
+    term: like `limit`, memory to work in.
+    """
     level = torch.zeros_like(goal)
-    term = torch.empty_like(limit)
     for _ in range(PASSES):
         at = level[..., None]
         reached = torch.minimum(limit, at, out=term).mul_(rate).sum(-1)

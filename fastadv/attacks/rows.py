@@ -4,6 +4,8 @@ import torch
 
 from fastadv.functional import sample_seeds
 
+AT_ONCE = ("cpu",)  # types of devices whose host has values without waiting
+
 
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(N,) as (N, 1, ...), to go with `like`."""
@@ -15,7 +17,13 @@ def put_(kept: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
 
     lerp is exact at 0 and 1, and on the CPU five times as fast as torch.where.
     """
-    kept.lerp_(values, per_sample(rows, kept).to(kept.dtype))
+    if any_of(rows):
+        kept.lerp_(values, per_sample(rows, kept).to(kept.dtype))
+
+
+def any_of(rows: torch.Tensor) -> bool:
+    """Whether one of `rows`, (N,) bool, may be set: yes on a device whose host would wait for the answer."""
+    return rows.device.type not in AT_ONCE or bool(rows.any())
 
 
 def scalar(seed):

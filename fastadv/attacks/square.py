@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import uniform
-from fastadv.attacks.rows import per_sample, seeds_for
+from fastadv.attacks.rows import put_, seeds_for
 from fastadv.attacks.schedules import Factors
 from fastadv.functional import fgsm_step, pgd_step
 
@@ -88,7 +89,7 @@ class RandomSearch(Attack):
             better = torch.where(won == fooled, better, fooled)
             won |= fooled
         better |= first
-        best.lerp_(slots.adv, per_sample(better, best).to(best.dtype))  # exact, and faster than torch.where
+        put_(best, better, slots.adv)
         torch.where(better, slots.losses, highest, out=highest)
 
     def ended(self, slots: Slots) -> torch.Tensor:
@@ -97,15 +98,15 @@ class RandomSearch(Attack):
     def result(self, slots: Slots) -> torch.Tensor:
         return slots.memory["best"]
 
-    def sides(self, slots: Slots) -> torch.Tensor:
-        """Of the next windows, float64 (N,)."""
+    def sides(self, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the next windows: float64 (N, 1); and how many rows and columns they leave of the image: (N, 2)."""
         height, width = slots.x.shape[2:]
         made_for = height, width, self.p_init
         if made_for not in self._sides:
-            halved = [sum(query > after for after in HALVED_AFTER) for query in range(HALVED_AFTER[-1] + 2)]
-            sides = {n: self.side(self.p_init * 0.5**n * height * width) for n in set(halved)}
-            self._sides[made_for] = Factors([min(sides[n], height, width) for n in halved])
-        return self._sides[made_for](slots.age)
+            halved = [bisect_left(HALVED_AFTER, query) for query in range(HALVED_AFTER[-1] + 2)]
+            sides = {n: min(self.side(self.p_init * 0.5**n * height * width), height, width) for n in set(halved)}
+            self._sides[made_for] = Factors([(sides[n], height - sides[n], width - sides[n]) for n in halved])
+        return self._sides[made_for](slots.age).split((1, 2), 1)
 
     def numbers(self, slots: Slots, count: int) -> torch.Tensor:
         """Uniform in (0, 1), float32 (N, count): others for each query."""
@@ -149,8 +150,8 @@ class Square(RandomSearch):
 
     def propose(self, slots: Slots, best: torch.Tensor) -> None:
         drawn = self.numbers(slots, 2 + slots.x.shape[1])
-        sides = self.sides(slots)
-        rows, columns = window(places(drawn[:, :2], sides, slots.x), sides, slots.x)
+        sides, left = self.sides(slots)
+        rows, columns = window(places(drawn[:, :2], left), sides, slots.x)
         squares = (drawn[:, 2:, None] - 0.5) * rows[:, None]  # (N, C, H); within the window never 0
         torch.mul(squares[..., None], columns[:, None, None], out=slots.adv)
         self._move(slots, best, slots.adv)
@@ -160,19 +161,18 @@ class Square(RandomSearch):
         pgd_step(point, directions, slots.x, alpha=2 * slots.eps, eps=slots.eps, out=slots.adv, **self.also(slots))
 
 
-def places(drawn: torch.Tensor, sides: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def places(drawn: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """The first row and the first column of a window in each image: float64 (N, 2), from `drawn` in (0, 1), (N, 2).
 
-    As in the authors' code none is at the last place where it would fit, unless that is the only one.
+    left: as `RandomSearch.sides` gives it. As in the authors' code none is at the last place where it would fit, unless
+    that is the only one.
     """
-    height, width = x.shape[2:]
-    return (drawn * torch.stack((height - sides, width - sides), 1)).floor()
+    return (drawn * left).floor_()
 
 
 def window(first: torch.Tensor, sides: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows and which columns of each image are in its window: bool (N, H), (N, W)."""
+    """1 for the rows and for the columns of each image that are in its window, else 0: float32 (N, H), (N, W)."""
     height, width = x.shape[2:]
-    first = first[..., None]
-    along = torch.arange(max(height, width), dtype=first.dtype, device=x.device)
-    inside = (along >= first) & (along < first + sides[:, None, None])
+    along = torch.arange(max(height, width), dtype=first.dtype, device=x.device) - first[..., None]
+    inside = ((along >= 0) & (along < sides[..., None])).float()
     return inside[:, 0, :height], inside[:, 1, :width]

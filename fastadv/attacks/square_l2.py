@@ -65,22 +65,29 @@ class SquareL2(OnL2Ball, RandomSearch):
         )
         self._write(slots, clean, delta.mul_(1 / math.sqrt(channels * TILES**2)).mul_(slots.eps))
 
+    def prepare(self, slots: Slots) -> None:
+        super().prepare(slots)
+        if "delta" not in slots.memory:
+            dtype = torch.promote_types(slots.adv.dtype, torch.float32)
+            # Kept, for on the CPU fresh memory of that size costs more than what is written there.
+            slots.memory |= {name: torch.empty_like(slots.adv, dtype=dtype) for name in ("delta", "held")}
+
     def propose(self, slots: Slots, best: torch.Tensor) -> None:
-        clean = to_float(slots.x)
-        delta = best.to(torch.promote_types(best.dtype, torch.float32)) - clean
+        clean, delta = to_float(slots.x), slots.memory["delta"]
+        torch.sub(best.to(delta.dtype), clean, out=delta)
         channels = clean.shape[1]
-        drawn, sides = self.numbers(slots, 5 + channels), self.sides(slots)
-        first = places(drawn[:, :2], sides, clean)
+        drawn, (sides, left) = self.numbers(slots, 5 + channels), self.sides(slots)
+        first = places(drawn[:, :2], left)
         inside = mask(first, sides, delta)
-        outside = (1 - inside) * (1 - mask(places(drawn[:, 2:4], sides, clean), sides, delta))
-        held, kept = delta * inside, delta * outside
+        outside = (1 - inside) * (1 - mask(places(drawn[:, 2:4], left), sides, delta))
 
         # For each channel: what both windows hold, and its share of what the box left unused.
-        before, held_norm = channel_norms(delta).square(), channel_norms(held)
+        before, held = channel_norms(delta).square(), torch.mul(delta, inside, out=slots.memory["held"])
+        kept, held_norm = delta.mul_(outside), channel_norms(held)
         unused = (slots.eps**2 - before.sum(1, keepdim=True)).clamp_min(0.0)
         norm = (unused / channels + (before - channel_norms(kept).square()).clamp_min(0.0)).sqrt()
 
-        bump = self.bumps(clean)(sides, drawn[:, 4] > 0.5, first, delta)[:, None]
+        bump = self.bumps(clean)(sides[:, 0], drawn[:, 4] > 0.5, first, delta)[:, None]
         signs = (drawn[:, 5:] - 0.5).sign()[..., None, None].to(delta.dtype)
         new = held.div_(held_norm + TINY).addcmul_(signs, bump)
         # The whole is of norm eps then, and there is nothing to rescale.
@@ -89,8 +96,8 @@ class SquareL2(OnL2Ball, RandomSearch):
 
 def mask(first: torch.Tensor, sides: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """1 in the window, 0 elsewhere: (N, 1, H, W)."""
-    rows, columns = window(first, sides, like)
-    return (rows[:, None, :, None] & columns[:, None, None, :]).to(like.dtype)
+    rows, columns = (side.to(like.dtype) for side in window(first, sides, like))
+    return rows[:, None, :, None] * columns[:, None, None, :]
 
 
 def channel_norms(t: torch.Tensor) -> torch.Tensor:
@@ -129,7 +136,7 @@ class Bumps:
         at = (along - first.T.reshape(-1, 1)).clamp(0, vectors.shape[2] - 1).long()
         vectors = vectors.to(like.dtype).gather(2, at[:, None].expand(-1, 2, -1))
         down, across = vectors[:n, :, :height, None], vectors[n:, :, None, :width]
-        return torch.minimum(down[:, 0], across[:, 0]) * (down[:, 1] * across[:, 1])
+        return torch.minimum(down[:, 0], across[:, 0]).mul_(down[:, 1] * across[:, 1])
 
     def of(self, side: int, like: torch.Tensor) -> torch.Tensor:
         """One with its halves above and below each other: (side, side)."""

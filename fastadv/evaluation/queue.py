@@ -201,13 +201,14 @@ class Queue:
         said = self._verdict(logits, self._label, slots.inside, self._code)
         stops = said != self._code
         ends = self._open & (at_end if self._last else stops | at_end)
-        self._at = torch.where(ends, slots.age, self._at)
-        self._answer = torch.where(ends, said, self._answer)
         self._bad += self._open & (losses - losses != 0)  # 0 where finite, else NaN
-        self._open ^= ends
-        if before is not None:
-            self._final = torch.where(per_sample(ends, before), before, self._final)
-        self._numbers_told[0] += ends.sum()
+        if self._fixed or ends.any():
+            self._at = torch.where(ends, slots.age, self._at)
+            self._answer = torch.where(ends, said, self._answer)
+            self._open ^= ends
+            if before is not None:
+                self._final = torch.where(per_sample(ends, before), before, self._final)
+            self._numbers_told[0] += ends.sum()
         if not self._fixed:
             self._judge_ended()
 
