@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -428,7 +429,7 @@ class Attack(Modes, ABC):
                 adv = adv.contiguous(memory_format=self.memory_format)
         if not isinstance(eps, torch.Tensor):
             # As the ops round it, and a captured graph keeps it: arithmetic with either gives the same bits.
-            eps = torch.tensor(eps, dtype=compute_dtype(x)).item()
+            eps = eps if compute_dtype(x) == torch.float64 else float(np.float32(eps))
         slots = Slots(x, targets, eps, seed, adv=adv)
         if self.by_age or self.compares == "pairs":
             slots.age, slots.restart = torch.zeros(2, len(x), dtype=torch.int64, device=x.device)
