@@ -250,7 +250,11 @@ def test_abnormal_share_counts_and_refuses_what_is_not_one_per_sample():
         ({"steps": 1.5}, TypeError, "steps must be a whole number, got 1.5"),
         ({"drop": "0.2"}, TypeError, "drop must be a number, got '0.2'"),
         ({"attack": FGSM}, TypeError, "attack must be a callable .* got <class"),
-        ({"attack": PGD(None, EPS, clip=None)}, ValueError, r"images in \[0, 1\], and attack is made for clip=None"),
+        (
+            {"attack": PGD(nn.Identity(), EPS, clip=None)},
+            ValueError,
+            r"images in \[0, 1\], and attack is made for clip=None",
+        ),
         ({"drop": 20}, ValueError, r"share in \(0, 1\), got 20"),
         ({"attack": "fgsm"}, TypeError, "attack must be a callable .* got 'fgsm'"),
         ({"images": torch.rand(6, 3, 6, 6) * 255}, ValueError, r"images must be in \[0, 1\]"),

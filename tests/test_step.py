@@ -431,7 +431,11 @@ def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode()
         ({"autocast": "bf16"}, TypeError, "autocast is a dtype such as torch.bfloat16, or None, got 'bf16'"),
         ({"attack": "fgsm"}, TypeError, "attack must be a callable .* got 'fgsm'"),
         ({"attack": FGSM}, TypeError, "attack must be a callable .* got <class"),
-        ({"attack": PGD(None, EPS, clip=(0, 255))}, ValueError, r"images in \[0, 1\], and attack is made for clip"),
+        (
+            {"attack": PGD(nn.Identity(), EPS, clip=(0, 255))},
+            ValueError,
+            r"images in \[0, 1\], and attack is made for clip",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, message):
