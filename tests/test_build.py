@@ -214,7 +214,7 @@ def python(tmp_path):
 
 
 def in_checkout(source, *command):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FASTADV"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "FASTADV"))}
     environment["FASTADV_BENCH_CONTENDERS"] = "fastadv,naive,copy"  # compiling is slow
     return subprocess.run(list(map(str, command)), cwd=source, env=environment, capture_output=True, text=True)
 
