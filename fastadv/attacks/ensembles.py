@@ -15,7 +15,7 @@ VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
     "custom": (),
 }
-PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+PARTS = VERSIONS["plus"]  # all that there are
 KINDS = {"Linf": (APGD, FAB, Square), "L2": (APGDL2, FABL2, SquareL2)}
 RESTARTS = {"plus": 5}  # of APGD and FAB without targets
 DRAWS = {"rand": 20}  # of a model that answers at random
@@ -136,7 +136,7 @@ class Ensemble:
             return square(self.model, mine.eps, mine.n_queries, mine.p_init, restarts=mine.n_restarts, **self.options)
         if name.startswith("fab"):
             mine = self.fab
-            settings = {name: getattr(mine, name) for name in ("alpha_max", "eta", "beta")}
+            settings = {key: getattr(mine, key) for key in ("alpha_max", "eta", "beta")}
             if name == "fab":
                 settings |= {"loss": "margin", "restarts": mine.n_restarts}
             else:
