@@ -150,6 +150,7 @@ def measured(name, arguments):
     device = torch.device(arguments.device)
     model, images, labels, eps = judged.judged(name)
     model, images, labels = (t.to(device) for t in (model, images[: arguments.images], labels[: arguments.images]))
+    model.requires_grad_(True)  # as its user has it: the package's FAB then takes the weights' gradients too
     for contender, run in CONTENDERS.items():
         if (name, contender) not in arguments.rows and run_here(contender, device, arguments.autoattack):
             for row in run(model, images, labels, eps, arguments.quick):

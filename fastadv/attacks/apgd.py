@@ -70,8 +70,6 @@ class APGD(Attack):
             compute = compute_dtype(slots.x)
             memory["previous"] = torch.empty_like(slots.adv, dtype=compute)
             memory["best"] = torch.empty_like(slots.adv)
-            # Kept, for on the CPU fresh memory of that size costs more than what is written there.
-            memory["direction"] = self._empty_direction(slots)
             memory["best_direction"] = self._empty_direction(slots)
             for name in ("length", "share"):  # of a step, in eps; of the new step in the next iterate
                 memory[name] = slots.x.new_empty(len(slots.x), dtype=compute)
@@ -94,8 +92,10 @@ class APGD(Attack):
         return max(int(share * self.steps), 1)
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
-        memory = slots.memory
-        direction = self._direction(grad, memory["direction"])
+        memory, scratch = slots.memory, slots.scratch
+        if "direction" not in scratch:
+            scratch["direction"] = self._empty_direction(slots)
+        direction = self._direction(grad, scratch["direction"])
         self._remember(slots, direction)
         self._count(slots)
         due = slots.age == memory["checkpoint"]

@@ -33,7 +33,8 @@ class Slots:
     into the steps, else None; given: whether `adv` came from outside, so that it cannot be made again from the seed;
     age, restart: steps since the start and number of the run, int64 (N,), None where the attack does not ask for them;
     alpha: step sizes, float (N, 1, ...), None where they are one for all; memory: tensors that an attack keeps from
-    step to step.
+    step to step; scratch: those that it writes in each step before it reads them, kept because fresh memory costs more
+    on the CPU than what is written there.
     best, best_losses, best_fooled: where they are asked for, the strongest of the iterates that a step was taken from.
     losses, logits: of the iterate, when a step is taken; inside: which iterates may count, (N,) bool, None for all.
     """
@@ -45,6 +46,7 @@ class Slots:
         self.alpha = None
         self.given = adv is not None
         self.memory: dict[str, torch.Tensor] = {}
+        self.scratch: dict[str, torch.Tensor] = {}
         self.losses = self.logits = self.inside = None
         self.best = self.best_losses = self.best_fooled = None
 
@@ -69,6 +71,7 @@ class Slots:
     def rows(self, index: torch.Tensor) -> Slots:
         """Copies of the slots `index` (n,)."""
         part = copy.copy(self)
+        part.scratch = {}
         part.memory = {name: taken(t, index) for name, t in self.memory.items()}
         for name in NAMES:
             value = getattr(self, name)
@@ -79,6 +82,7 @@ class Slots:
 def joined(first: Slots, second: Slots) -> Slots:
     """The slots of both, which belong to one attack."""
     both = copy.copy(first)
+    both.scratch = {}
     both.memory = {name: together(t, second.memory[name]) for name, t in first.memory.items()}
     for name in NAMES:
         value = getattr(first, name)
@@ -114,7 +118,10 @@ class Engine:
         if attack.by_gradient:
             grad, slots.losses, slots.logits = attack.objective.gradient(slots.input, attack.aim(slots))
         else:
-            grad, (slots.losses, slots.logits) = None, attack.objective.judge(slots.input, attack.aim(slots))
+            if "seen" not in slots.scratch:
+                slots.scratch["seen"] = torch.empty_like(slots.input)
+            grad, judge = None, attack.objective.judge
+            slots.losses, slots.logits = judge(slots.input, attack.aim(slots), slots.scratch["seen"])
         slots.inside = attack.inside(slots)
         if slots.best is not None:
             attack.keep_best(slots)

@@ -1,5 +1,6 @@
 """The fast adaptive boundary attack."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from fastadv.attacks.engine import Slots
 from fastadv.attacks.hyperplane import to_hyperplane
 from fastadv.attacks.l2 import l2_norm
 from fastadv.attacks.noise import gaussian, uniform
-from fastadv.attacks.rows import any_of, per_sample, put_
+from fastadv.attacks.rows import any_of, largest, per_sample, put_
 from fastadv.data import to_float
 from fastadv.functional import random_init
 
@@ -108,17 +109,19 @@ class FAB(Attack):
 
     def inside(self, slots: Slots) -> torch.Tensor:
         clean, adv = self._pixels(slots)
-        away = slots.memory["away"].copy_(self._length(adv - clean))
+        move = torch.sub(adv, clean, out=self._scratch(slots)[0, 0].view_as(adv))
+        away = slots.memory["away"].copy_(self._length(move))
         return _within(away, slots.eps)
 
     def step(self, slots: Slots, grad: None) -> None:
         fooled = self._keep(slots, slots.logits)
         if any_of(fooled):
             clean, adv = self._pixels(slots)
-            back = (adv - clean).mul_(self.beta).add_(clean).clamp_(*box_of(self.clip))
+            back = torch.sub(adv, clean, out=self._scratch(slots)[0, 0].view_as(adv))
+            back.mul_(self.beta).add_(clean).clamp_(*box_of(self.clip))
             put_(slots.adv, fooled, back.to(slots.adv.dtype))
             self.show(slots)
-        beyond = self._towards_plane(*self._pixels(slots), *self._plane(slots))
+        beyond = self._towards_plane(self._scratch(slots), *self._pixels(slots), *self._plane(slots))
         slots.adv.copy_(beyond.clamp_(*box_of(self.clip)))
         self.show(slots)
 
@@ -141,7 +144,14 @@ class FAB(Attack):
 
     def _length(self, moves):
         """Of each row, (N,)."""
-        return l2_norm(moves) if self.norm == "L2" else moves.flatten(1).abs().amax(1)
+        return l2_norm(moves) if self.norm == "L2" else largest(moves.flatten(1))
+
+    def _scratch(self, slots):
+        """Memory for four tensors of two points an image each: (4, 2, N, D)."""
+        if "planes" not in slots.scratch:
+            shape = (4, 2, len(slots.adv), math.prod(slots.adv.shape[1:]))
+            slots.scratch["planes"] = slots.adv.new_empty(shape, dtype=slots.memory["distance"].dtype)
+        return slots.scratch["planes"]
 
     def _keep(self, slots, logits):
         """Which iterates are misclassified, (N,); of each sample the nearest is kept."""
@@ -173,13 +183,14 @@ class FAB(Attack):
             nearest = plane
         return nearest[1:]
 
-    def _towards_plane(self, clean, adv, normal, gap):
+    def _towards_plane(self, scratch, clean, adv, normal, gap):
         """A step to the plane through which `gap`, the margin, is 0 by its gradient `normal`."""
         n, normal = len(adv), normal.flatten(1)
         gap = gap.to(normal.dtype)
-        gaps = torch.stack((gap, gap + (normal * (clean - adv).flatten(1)).sum(1)))
-        points = torch.stack((adv.flatten(1), clean.flatten(1)))
-        moves = to_hyperplane(points, normal, gaps, self.norm, box_of(self.clip))
+        points, work = scratch[0], scratch[1:]
+        between = torch.sub(clean.flatten(1), adv.flatten(1), out=points[0]).mul_(normal).sum(1)
+        torch.stack((adv.flatten(1), clean.flatten(1)), out=points)
+        moves = to_hyperplane(points, normal, torch.stack((gap, gap + between)), self.norm, box_of(self.clip), work)
         far, far_clean = self._length(moves.flatten(0, 1)).clamp_min(LEAST).reshape(2, n)
         share = (far / (far + far_clean)).clamp(max=self.alpha_max)
         beyond, beyond_clean = points.add_(moves, alpha=self.eta)

@@ -4,13 +4,20 @@ import math
 
 import torch
 
+from fastadv.attacks.rows import any_of, largest
+
 # Of Newton's method. All but some of the hardest cases in L2, of normals over many orders of magnitude and planes that
 # just touch the box, then have nothing left but rounding errors.
 PASSES = 15
 
 
 def to_hyperplane(
-    points: torch.Tensor, normal: torch.Tensor, gap: torch.Tensor, norm: str, box: tuple[float, float]
+    points: torch.Tensor,
+    normal: torch.Tensor,
+    gap: torch.Tensor,
+    norm: str,
+    box: tuple[float, float],
+    work: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The smallest move of each point onto the hyperplane {u: <normal, u> = b} within the box.
 
@@ -27,23 +34,25 @@ def to_hyperplane(
         gap: (...) <normal, v> - b of each point. Where it is not finite there is no move.
         norm: "Linf" or "L2", in which the move is the smallest.
         box: (lo, hi), which may be infinite.
+        work: (3, ..., D), memory for three tensors like the points.
 
     Returns:
-        (..., D) the moves d.
+        (..., D) the moves d, in the first part of `work` where that is given.
     """
     # The normal's largest entry becomes 1: no square of it and no sum then leaves the range of its type.
-    scale = normal.abs().amax(-1)
+    scale = largest(normal)
     scale = torch.where(scale > 0, scale, 1.0)
     normal = normal / scale[..., None]
     gap = gap.nan_to_num(0.0, 0.0, 0.0) / scale
 
-    low, high = box[0] - points, box[1] - points
     direction = normal.sign() if norm == "Linf" else normal
-    forward = direction * -gap.sign()[..., None]
+    forward, limit, upper = work if work is not None else points.new_empty(3, *points.shape)
+    torch.mul(direction, -gap.sign()[..., None], out=forward)
     # The level at which a pixel comes to its bound: never where it does not move, also if it is there, 0 / 0.
-    limit, upper = low / forward, high / forward
-    torch.maximum(limit, upper, out=limit).nan_to_num_(0.0, math.inf)
+    low, high = (torch.sub(bound, points, out=out) for bound, out in zip(box, (limit, upper), strict=True))
+    torch.maximum(low.div_(forward), high.div_(forward), out=limit).nan_to_num_(0.0, math.inf)
     level = _level(normal * direction, limit, gap.abs(), term=upper)
+    low, high = (torch.sub(bound, points, out=out) for bound, out in zip(box, (limit, upper), strict=True))
     return forward.mul_(level[..., None]).clamp_(low, high)
 
 
@@ -59,5 +68,8 @@ def _level(rate: torch.Tensor, limit: torch.Tensor, goal: torch.Tensor, term: to
         # A comparison that writes 0.0 and 1.0 is five times as fast on the CPU as one that makes a mask.
         slope = torch.gt(limit, at, out=term).mul_(rate).sum(-1)
         further = level + (goal - reached) / slope
-        level = torch.where(slope > 0, further, level).clamp_(0.0, torch.finfo(goal.dtype).max)
+        rises = (slope > 0) & (further > level)  # where it does not, all that is left are rounding errors
+        if not any_of(rises):
+            break
+        level = torch.where(rises, further, level).clamp_(max=torch.finfo(goal.dtype).max)
     return level

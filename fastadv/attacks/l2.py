@@ -30,7 +30,11 @@ class OnL2Ball:
 
     def _write(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> None:
         """That as the iterate, and as the model's next input."""
-        adv = _in_dtype_of(clean, self._projected(slots, clean, delta), slots.eps)
+        self._become(slots, clean, self._projected(slots, clean, delta))
+
+    def _become(self, slots: Slots, clean: torch.Tensor, adv: torch.Tensor) -> None:
+        """What is in the ball and the box already, as the iterate and as the model's next input."""
+        adv = _in_dtype_of(clean, adv, slots.eps)
         slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
         self.show(slots)
 

@@ -101,10 +101,14 @@ class Objective:
         for margin in margins:
             yield _gradient(margin, leaf, retain_graph=True), margin.detach()
 
-    def judge(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(losses, logits), without a gradient. The model sees a copy, as it may write there."""
+    def judge(
+        self, x: torch.Tensor, targets: torch.Tensor, copy: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(losses, logits), without a gradient. The model sees a copy, as it may write there: in the memory of `copy`
+        where that is given and one is enough."""
+        once = copy is not None and self.eot == 1  # an output may be a view of it, and of several draws each counts
         with torch.no_grad():
-            return self._expected(lambda: self._losses(x.clone(), targets))
+            return self._expected(lambda: self._losses(copy.copy_(x) if once else x.clone(), targets))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of x, without a gradient, in float32 at least. The model sees a copy, as it may write there."""

@@ -26,6 +26,11 @@ def any_of(rows: torch.Tensor) -> bool:
     return rows.device.type not in AT_ONCE or bool(rows.any())
 
 
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in the last dimension, without memory for all magnitudes."""
+    return torch.maximum(values.amax(-1), -values.amin(-1))
+
+
 def scalar(seed):
     """A seed of one element as one without dimensions; others as they are."""
     return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastadv.attacks.checks import box_of
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.l2 import OnL2Ball
 from fastadv.attacks.noise import uniform
@@ -65,39 +66,43 @@ class SquareL2(OnL2Ball, RandomSearch):
         )
         self._write(slots, clean, delta.mul_(1 / math.sqrt(channels * TILES**2)).mul_(slots.eps))
 
-    def prepare(self, slots: Slots) -> None:
-        super().prepare(slots)
-        if "delta" not in slots.memory:
-            dtype = torch.promote_types(slots.adv.dtype, torch.float32)
-            # Kept, for on the CPU fresh memory of that size costs more than what is written there.
-            slots.memory |= {name: torch.empty_like(slots.adv, dtype=dtype) for name in ("delta", "held")}
-
     def propose(self, slots: Slots, best: torch.Tensor) -> None:
-        clean, delta = to_float(slots.x), slots.memory["delta"]
+        clean, (delta, held, inside, outside, bump) = to_float(slots.x), self._scratch(slots)
         torch.sub(best.to(delta.dtype), clean, out=delta)
         channels = clean.shape[1]
         drawn, (sides, left) = self.numbers(slots, 5 + channels), self.sides(slots)
         first = places(drawn[:, :2], left)
-        inside = mask(first, sides, delta)
-        outside = (1 - inside) * (1 - mask(places(drawn[:, 2:4], left), sides, delta))
+        mask(first, sides, inside)
+        mask(places(drawn[:, 2:4], left), sides, outside)
+        outside.neg_().add_(1).addcmul_(outside, inside, value=-1)
 
         # For each channel: what both windows hold, and its share of what the box left unused.
-        before, held = channel_norms(delta).square(), torch.mul(delta, inside, out=slots.memory["held"])
+        before = channel_norms(delta).square()
+        torch.mul(delta, inside, out=held)
         kept, held_norm = delta.mul_(outside), channel_norms(held)
-        unused = (slots.eps**2 - before.sum(1, keepdim=True)).clamp_min(0.0)
-        norm = (unused / channels + (before - channel_norms(kept).square()).clamp_min(0.0)).sqrt()
+        unused = slots.eps**2 - before.sum(1, keepdim=True)  # below 0 where rounding errors led out of the ball
+        norm = (unused / channels + before - channel_norms(kept).square()).clamp_min(0.0).sqrt()
 
-        bump = self.bumps(clean)(sides[:, 0], drawn[:, 4] > 0.5, first, delta)[:, None]
+        self.bumps(clean)(sides[:, 0], drawn[:, 4] > 0.5, first, bump[:, 0])
         signs = (drawn[:, 5:] - 0.5).sign()[..., None, None].to(delta.dtype)
-        new = held.div_(held_norm + TINY).addcmul_(signs, bump)
+        new = held.addcmul_(signs * torch.where(held_norm > TINY, held_norm, 1.0), bump)  # both are as long
         # The whole is of norm eps then, and there is nothing to rescale.
-        self._write(slots, clean, kept.addcmul_(new, (norm / (channel_norms(new) + TINY)).to(delta.dtype)))
+        adv = kept.addcmul_(new, (norm / (channel_norms(new) + TINY)).to(delta.dtype)).add_(clean)
+        self._become(slots, clean, adv.clamp_(*box_of(self.clip)))
+
+    def _scratch(self, slots):
+        """Memory for two tensors like the images and three of one channel."""
+        if "delta" not in slots.scratch:
+            like = torch.empty_like(slots.adv, dtype=torch.promote_types(slots.adv.dtype, torch.float32))
+            slots.scratch |= {"delta": like, "held": torch.empty_like(like)}
+            slots.scratch |= {name: torch.empty_like(like[:, :1]) for name in ("inside", "outside", "bump")}
+        return [slots.scratch[name] for name in ("delta", "held", "inside", "outside", "bump")]
 
 
-def mask(first: torch.Tensor, sides: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """1 in the window, 0 elsewhere: (N, 1, H, W)."""
-    rows, columns = (side.to(like.dtype) for side in window(first, sides, like))
-    return rows[:, None, :, None] * columns[:, None, None, :]
+def mask(first: torch.Tensor, sides: torch.Tensor, out: torch.Tensor) -> None:
+    """Write 1 in the window, 0 elsewhere: (N, 1, H, W)."""
+    rows, columns = (side.to(out.dtype) for side in window(first, sides, out))
+    torch.mul(rows[:, None, :, None], columns[:, None, None, :], out=out)
 
 
 def channel_norms(t: torch.Tensor) -> torch.Tensor:
@@ -121,22 +126,22 @@ class Bumps:
             self._table[side, ..., 1 : side + 1] = profiles(side)
 
     def __call__(
-        self, sides: torch.Tensor, turned: torch.Tensor, first: torch.Tensor, like: torch.Tensor
+        self, sides: torch.Tensor, turned: torch.Tensor, first: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
-        """One in each image, of these sides (N,) and with its first pixels at `first` (N, 2): (N, H, W).
+        """Write one in each image, of these sides (N,) and with its first pixels at `first` (N, 2): (N, H, W).
 
         turned: bool (N,), whether its halves are left and right, not above and below.
         """
-        if self._table.device != like.device:
-            self._table = self._table.to(like.device)
-        n, (height, width) = len(like), like.shape[2:]
+        if self._table.device != out.device:
+            self._table = self._table.to(out.device)
+        n, height, width = out.shape
         axis = 2 * sides.long() + turned
         vectors = self._table.flatten(0, 1).index_select(0, torch.cat((axis, axis + 1 - 2 * turned.long())))
-        along = torch.arange(1, 1 + max(height, width), dtype=first.dtype, device=like.device)
+        along = torch.arange(1, 1 + max(height, width), dtype=first.dtype, device=out.device)
         at = (along - first.T.reshape(-1, 1)).clamp(0, vectors.shape[2] - 1).long()
-        vectors = vectors.to(like.dtype).gather(2, at[:, None].expand(-1, 2, -1))
+        vectors = vectors.to(out.dtype).gather(2, at[:, None].expand(-1, 2, -1))
         down, across = vectors[:n, :, :height, None], vectors[n:, :, None, :width]
-        return torch.minimum(down[:, 0], across[:, 0]).mul_(down[:, 1] * across[:, 1])
+        return torch.minimum(down[:, 0], across[:, 0], out=out).mul_(down[:, 1]).mul_(across[:, 1])
 
     def of(self, side: int, like: torch.Tensor) -> torch.Tensor:
         """One with its halves above and below each other: (side, side)."""
