@@ -1,7 +1,7 @@
 """The attacked function: images in, one loss per sample out, and its gradient with respect to the images alone."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +94,7 @@ class Objective:
         """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            with self._precision(x), self._attention(x):
-                outputs = self.model(leaf.clone())
-            logits = self._checked(raised(find_logits(outputs, len(x))))
+            logits = self._checked(raised(find_logits(self._outputs(leaf.clone()), len(x))))
             margins = (logits - logits.gather(1, labels[:, None])).unbind(1)
         for margin in margins:
             yield _gradient(margin, leaf, retain_graph=True), margin.detach()
@@ -114,9 +112,9 @@ class Objective:
         """The logits of x, without a gradient, in float32 at least. The model sees a copy, as it may write there."""
 
         def draw():
-            return (self._checked(raised(find_logits(self.model(x.clone()), len(x)))),)
+            return (self._checked(raised(find_logits(self._outputs(x.clone()), len(x)))),)
 
-        with torch.no_grad(), self._precision(x), self._attention(x):
+        with torch.no_grad():
             (logits,) = self._expected(draw)
         self.classes = logits.shape[1]
         return logits
@@ -157,24 +155,24 @@ class Objective:
             raise ValueError(f"labels must be below the model's {classes} classes, got {highest}")
 
     def _forward(self, x, targets):
-        with self._precision(x), self._attention(x):
-            outputs = self.model(x)
+        outputs, n = self._outputs(x), x.shape[0]
         if callable(self.loss):
-            losses = _per_sample(self.loss(outputs, targets), len(x))
-            logits = raised(outputs).detach() if _are_logits(outputs, len(x)) else None
+            losses = _per_sample(self.loss(outputs, targets), n)
+            logits = raised(outputs).detach() if _are_logits(outputs, n) else None
         else:
-            logits = self._checked(raised(find_logits(outputs, len(x))))
+            logits = self._checked(raised(find_logits(outputs, n)))
             losses = LOSSES[self.loss](logits, targets)
             logits = logits.detach()
         if self.targeted:
             losses = -losses
         return losses, logits
 
-    def _precision(self, x: torch.Tensor) -> AbstractContextManager:
-        return nullcontext() if self.autocast is None else torch.autocast(x.device.type, dtype=self.autocast)
-
-    def _attention(self, x: torch.Tensor) -> AbstractContextManager:
-        return ShortAttentionInFloat32() if self.autocast is not None and x.device.type == "cpu" else nullcontext()
+    def _outputs(self, x):
+        if self.autocast is None:
+            return self.model(x)
+        attention = ShortAttentionInFloat32() if x.device.type == "cpu" else nullcontext()
+        with torch.autocast(x.device.type, dtype=self.autocast), attention:
+            return self.model(x)
 
 
 def _gradient(losses, leaf, retain_graph=False):
@@ -199,6 +197,8 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
     Raises:
         TypeError: what was found is not a float tensor (n, C), or there are several.
     """
+    if _are_logits(outputs, n):
+        return outputs
     found, several = outputs, ""
     if not isinstance(found, torch.Tensor):
         if getattr(outputs, "logits", None) is not None:
@@ -230,12 +230,17 @@ def _of_mean_probabilities(logits, loss):
 
 
 def _are_logits(outputs: object, n: int) -> bool:
-    return isinstance(outputs, torch.Tensor) and outputs.is_floating_point() and outputs.ndim == 2 and len(outputs) == n
+    return (
+        isinstance(outputs, torch.Tensor)
+        and outputs.is_floating_point()
+        and outputs.ndim == 2
+        and outputs.shape[0] == n
+    )
 
 
 def raised(logits: torch.Tensor) -> torch.Tensor:
     """In float32 at least."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if logits.dtype == torch.float32 else logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _per_sample(losses: object, n: int) -> torch.Tensor:
