@@ -33,10 +33,12 @@ class Trainer:
             image, from the run's seed, its number and the epoch), any callable from (images, labels) to images, or
             None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
-        folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written.
-        resume: go on from the newest checkpoint in `folder`, if there is one. `checkpoint_s`, `eval_every` and `epochs`
-            may then be others; a warning says where, with other epochs, the steps so far would have had other learning
-            rates: after a warm-up these fall toward the last epoch.
+        folder: for log.jsonl, a line with the number of its format and one for each record, and the checkpoints; None
+            means that nothing is written.
+        resume: go on from the newest checkpoint in `folder` that is whole and finite, if there is one; a setting that
+            the fastadv which wrote it did not have had its default. `checkpoint_s`, `eval_every` and `epochs` may then
+            be others; a warning says where, with other epochs, the steps so far would have had other learning rates:
+            after a warm-up these fall toward the last epoch.
         measure_backbone: measure the backbone's own robustness first; None means if a part of the model is frozen.
         device: where to train; None means what accelerate chooses: a GPU if there is one.
         progress: show a progress bar (on a terminal only).
@@ -113,14 +115,15 @@ class Trainer:
 
         Raises:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.
-            FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
-                batch is in its nonfinite.safetensors.
+            FloatingPointError: the loss, its gradient, a buffer that a forward pass writes or the weights after a step
+                are not finite; the model has the last finite weights (those before that step; where a step that was
+                finite itself was too large, those kept last), and with a folder the batch is in nonfinite.safetensors.
             KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
             TypeError: no pair of images and labels, such as a DataLoader; images are neither floats nor uint8, or
                 labels are not int64.
             ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
                 below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
-                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's: the
-                message names what differs.
+                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's, or of a
+                newer fastadv: the message names what differs, or what this one does not know.
         """
         return Run(self, train, val, test).run()
