@@ -156,7 +156,6 @@ def test_log_agrees_with_a_new_evaluation(tmp_path):
     settings = {"epochs": 3, "eval_every": 2, "seed": 5, "folder": tmp_path}
     records = trainer(model, **settings).fit(TRAIN, TEST, TEST)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines.pop(0) == {"format": 1}
     assert lines == records
     assert lines.pop(0) == {"stage": 0, "method": "full", "trainable": 23891, "total": 23891}
     assert [line.get("epoch") for line in lines] == [0, 1, 2, None]

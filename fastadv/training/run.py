@@ -49,7 +49,7 @@ logger = logging.getLogger("fastadv")
 AUGMENTING = 2**31  # and the epoch
 ORDERING = 2**32 - 1
 FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; of epochs see `_check_epochs`
-LOG_FORMAT = 1  # the first line of log.jsonl
+LOG_FORMAT = 1  # in the last line of log.jsonl
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
 
@@ -194,7 +194,7 @@ class Run:
                 )
             logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
         if self.here.is_main_process:
-            lines = "".join(json.dumps(record) + "\n" for record in ({"format": LOG_FORMAT}, *self.at.records))
+            lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
             write_atomically(folder / "log.jsonl", lines.encode())
         return groups
 
@@ -264,7 +264,14 @@ class Run:
         seconds = sum(record["train_s"] for record in self.at.records if "epoch" in record)
         attack = self.trainer.eval_attack or by_name("pgd-10", self.model, self.trainer.eps)
         result = {} if self.test is None else self._judged(attack)
-        final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **self._choice(), **result}
+        final = {
+            "final": True,
+            "format": LOG_FORMAT,
+            "epochs": self.at.epoch,
+            "best_epoch": self.at.best_epoch,
+            **self._choice(),
+            **result,
+        }
         return final | {"eval_attack": _name(attack), "train_s": seconds}
 
     def _judged(self, attack: Callable) -> dict[str, float]:

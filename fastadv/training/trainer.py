@@ -33,8 +33,7 @@ class Trainer:
             image, from the run's seed, its number and the epoch), any callable from (images, labels) to images, or
             None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
-        folder: for log.jsonl, a line with the number of its format and one for each record, and the checkpoints; None
-            means that nothing is written.
+        folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written.
         resume: go on from the newest checkpoint in `folder` that is whole and finite, if there is one; a setting that
             the fastadv which wrote it did not have had its default. `checkpoint_s`, `eval_every` and `epochs` may then
             be others; a warning says where, with other epochs, the steps so far would have had other learning rates:
@@ -107,8 +106,8 @@ class Trainer:
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
             training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
             "action" where it acted, and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
-            {"final": True, "epochs", "best_epoch", "clean_accuracy", "robust_accuracy", "pma_accuracy" (of those that
-            withstand `eval_attack` and then PMA), "eval_attack", "train_s"}, and
+            {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy", "robust_accuracy",
+            "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "eval_attack", "train_s"}, and
             where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and
             "within_noise" (other epochs that were worse by no more). Fields that end in _s are seconds; all others are
             the same in a resumed run.
