@@ -266,13 +266,14 @@ def _changed(code: types.CodeType, kind: str, itself: str | None = None) -> set[
     read, written, owner = set(), set(), None
     for instruction in dis.get_instructions(code):
         name, value = instruction.opname, instruction.argval
-        if name in ("COPY", "DUP_TOP", "CACHE"):
+        if name in ("COPY", "DUP_TOP"):  # of what was loaded before
             continue
-        if name in (f"LOAD_{kind}", "LOAD_METHOD") and (itself is None or owner != itself):
+        if name == f"LOAD_{kind}" and (itself is None or owner != itself):
             read.add(value)
         elif name == f"STORE_{kind}":
             written.add(value)
-        owner = value if name.startswith("LOAD_FAST") else None
+        loaded = value if isinstance(value, tuple) else (value,)  # one instruction may load two
+        owner = loaded[-1] if name.startswith("LOAD_FAST") else None
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
     return (read & written).union(*(_changed(each, kind, itself) for each in inner))
 
