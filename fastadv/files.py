@@ -1,4 +1,4 @@
-"""Files that are the old ones or the new ones, whatever happens in between."""
+"""Files that are the old ones or the new ones, whatever happens in between, and the numbers of their formats."""
 
 import os
 from pathlib import Path
@@ -28,3 +28,23 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_format(what: str, found: object, known: int) -> None:
+    """Refuse the format `found` of a file that this version of fastadv writes in the format `known`.
+
+    Args:
+        what: the file, in words.
+
+    Raises:
+        FormatError: it is another one; what to do about it.
+    """
+    if found == known:
+        return
+    newer = isinstance(found, int) and found > known
+    todo = "install a newer fastadv, such as the one that wrote it" if newer else "install the fastadv that wrote it"
+    raise FormatError(f"{what} has the format {found}, this fastadv reads {known}: {todo}")
+
+
+class FormatError(ValueError):
+    """A file is of a version of fastadv that this one does not read."""

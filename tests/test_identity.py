@@ -219,6 +219,65 @@ def test_what_a_call_leaves_behind_is_no_difference():
         assert told(attack) == before == told(make())
 
 
+CALLS = 0
+
+
+class Counting(torch.autograd.Function):
+    calls, scale = 0, 2.0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * Counting.scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        Counting.calls += 1
+        return grad * Counting.scale
+
+
+class Counted(Foreign):
+    calls, weight = 0, 1.0
+
+    @classmethod
+    def count(cls):
+        cls.calls = cls.calls + 1
+
+    def weigh(self, value):
+        self.weight = value * self.weight  # of this one, not of the class
+
+    def __call__(self, images, labels):
+        self.count()
+        return Counting.apply(images)
+
+
+def counting():
+    calls = 0
+
+    def attack(images, labels):
+        global CALLS
+        nonlocal calls
+        calls, CALLS = calls + 1, CALLS + 1
+        return images
+
+    return attack
+
+
+@pytest.mark.parametrize("make", [Counted, counting])
+def test_how_often_something_ran_is_no_difference(make):
+    attack, images = make(), torch.ones(2, 3, requires_grad=True)
+    before = told(attack)
+    attack(images, None).sum().backward()
+    assert told(attack) == before
+    assert (Counting.calls, Counted.calls) >= (1, 1) if make is Counted else CALLS >= 1
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Counting, "scale"), (Counted, "weight")])
+def test_what_a_class_only_reads_or_sets_for_its_instances_is_one(owner, name, monkeypatch):
+    before = told(Counted())
+    monkeypatch.setattr(owner, name, 3.0)
+    assert told(Counted()) != before
+
+
 def test_flags_and_devices_are_no_difference():
     model = net()
     before = told(model)
@@ -274,6 +333,8 @@ def test_what_differs_is_said_by_name_and_value():
     here, there = (fingerprint({"eps": eps, "attack": attack, "same": 3}) for eps, attack in ((1, one), (2, two)))
     assert differences(here, there) == "eps (2 there, 1 here), attack"
     assert "same" not in differences(fingerprint({"same": 3}), there)
+    unnamed = fingerprint({"attack": Foreign(a=[threading.Lock()])})
+    assert differences(fingerprint({"attack": Foreign(a=[1])}), unnamed) == "attack"
     assert set(json.loads(here)) == {"eps", "attack", "same"}
 
 

@@ -1,5 +1,6 @@
 """A run that is killed, interrupted, or finds the disk full goes on to the same bits; nothing of its state is lost."""
 
+import hashlib
 import json
 import os
 import random
@@ -158,6 +159,58 @@ def test_another_run_s_state_is_refused_and_what_differs_is_named(tmp_path, chan
     with pytest.raises(ValueError, match=message):
         short(tmp_path, **changes)
     assert state(tmp_path) == before
+
+
+def rewrite(folder, change):
+    """Change what the manifests of a state say, as another version of fastadv would have written them."""
+    for path in (folder / "state").glob("*.json"):
+        body = json.loads(path.read_text().splitlines()[1])
+        run = json.loads(body["run"])
+        change(body, run)
+        text = json.dumps(body | {"run": json.dumps(run)})
+        path.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")
+
+
+def older(body, run):
+    """Written before there were these."""
+    assert run.pop("label_smoothing") == "0.0"
+    assert run.pop("clip") == "None"
+    assert body["facts"]["place"].pop("switched") is False
+    body["facts"]["machine"].pop("precision")
+
+
+def test_a_state_from_before_a_setting_goes_on_with_its_default(tmp_path):
+    with pytest.raises(RuntimeError, match="cut"):
+        short(tmp_path / "cut", cut=8)
+    rewrite(tmp_path / "cut", older)
+    before = state(tmp_path / "cut")
+    with pytest.raises(ValueError, match=r"which differs in label_smoothing \(0.0 there, 0.1 here\)\. Choose"):
+        short(tmp_path / "cut", label_smoothing=0.1)
+    assert state(tmp_path / "cut") == before
+    (weights, losses, _), expected = short(tmp_path / "cut"), short(tmp_path / "whole")
+    assert losses == expected[1]
+    assert all(torch.equal(value, expected[0][name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda body, run: run.update(mixup="0.4"), r"newer fastadv.*does not know its mixup \(0.4 there\): install"),
+        (lambda body, run: body["facts"]["place"].update(phase=3), "newer fastadv.*does not know its phase: install"),
+        (lambda body, run: body.update(format=3), "has the format 3, this fastadv reads 2: install a newer fastadv"),
+        (lambda body, run: body.update(format=1), "has the format 1, this fastadv reads 2: install the fastadv that"),
+    ],
+    ids=["setting", "place", "newer format", "older format"],
+)
+def test_a_state_with_what_is_not_known_is_refused_by_name(tmp_path, change, message):
+    with pytest.raises(RuntimeError, match="cut"):
+        short(tmp_path, cut=8)
+    rewrite(tmp_path, change)
+    before, log = state(tmp_path), (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match=message):
+        short(tmp_path)
+    assert state(tmp_path) == before
+    assert (tmp_path / "log.jsonl").read_text() == log
 
 
 def test_a_resumed_run_may_be_evaluated_and_kept_at_other_times(tmp_path):

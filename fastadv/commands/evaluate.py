@@ -14,6 +14,7 @@ from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ATTACKS, ITERATES
 from fastadv.report import write_curves
 
+FORMAT = 1  # of report.json
 MOST_OVERLAP = 0.05  # of the judged images may be training images
 
 
@@ -69,7 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
         state=arguments.out / "state.safetensors",
         save_images=arguments.out / "images" if arguments.save_images else None,
     )
-    (arguments.out / "report.json").write_text(json.dumps(report | {"trained_on": trained_on}) + "\n")
+    (arguments.out / "report.json").write_text(
+        json.dumps({"format": FORMAT, **report, "trained_on": trained_on}) + "\n"
+    )
     print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
     _print_attacks(report["attacks"])
     for budget in report["budgets"]:

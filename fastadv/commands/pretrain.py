@@ -15,6 +15,7 @@ from fastadv.files import write_atomically
 from fastadv.preprocessing import Preprocessing
 from fastadv.training import Trainer
 
+FORMAT = 1  # of the card
 EPS = 8 / 255
 NETWORK = "resnet?widths=[64,96,176]&blocks=2"
 RECIPE = {
@@ -79,6 +80,7 @@ def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespa
     images, labels = (part[: arguments.limit] for part in dataset.test)
     report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=arguments.out / "evaluation.safetensors")
     return {
+        "format": FORMAT,
         "data": f"CIFAR-10, training images of {', '.join(dataset.classes)} ({len(dataset.y_train):,})",
         "command": f"fastadv pretrain --data cifar10 --epochs {arguments.epochs} --seed {arguments.seed}",
         "parameters": sum(p.numel() for p in pixels.parameters()),

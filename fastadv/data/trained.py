@@ -10,6 +10,7 @@ import torch
 
 from fastadv.data.dataset import Data
 from fastadv.data.splits import Split
+from fastadv.files import check_format
 
 FORMAT = 1
 BITS = 20  # for each picture
@@ -64,11 +65,7 @@ class TrainedOn:
             ValueError: of a later format, or damaged.
         """
         try:
-            if values["format"] != FORMAT:
-                raise ValueError(
-                    f"what the file says of its training pictures has the format {values['format']}, this fastadv "
-                    f"reads {FORMAT}: install the one that wrote it"
-                )
+            check_format("what the file says of its training pictures", values["format"], FORMAT)
             split, pictures, text = Split(**values["split"]), values["pictures"], values["filter"]
             filter = None if text is None else base64.b64decode(text, validate=True)
             expected = (max(LEAST, BITS * pictures) + 7) // 8

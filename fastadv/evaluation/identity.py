@@ -1,7 +1,8 @@
 """What a run's state belongs to: each part of it by name, as its value or as a hash of all that it holds.
 
 Of a part all is read that it computes with: weights, plain attributes, a function's code, what it closes over and the
-globals that it uses. What comes from an installed package is known by its name.
+globals that it uses; not what its own code counts up as it runs. What comes from an installed package is known by its
+name.
 """
 
 import contextlib
@@ -48,13 +49,13 @@ def fingerprint(parts: Mapping[str, object]) -> str:
 
 
 def differences(here: str, there: str) -> str:
-    """What differs between two fingerprints that are not equal, in words."""
+    """What differs between two fingerprints, in words; nothing where they are equal."""
     here, there = json.loads(here), json.loads(there)
     found = untold(here)
     for name in {**here, **there}:
         old, new = there.get(name, "nothing"), here.get(name, "nothing")
-        if old != new and not any(each.startswith(UNTOLD) for each in (old, new)):
-            hashed = any(each.startswith(HASH) for each in (old, new))
+        if old != new and not new.startswith(UNTOLD):  # these were found above
+            hashed = any(each.startswith((HASH, UNTOLD)) for each in (old, new))
             found.append(name if hashed else f"{name} ({old} there, {new} here)")
     return ", ".join(found)
 
@@ -177,8 +178,9 @@ class _Reader:
         if _is_installed(value.__module__):
             yield f"{value.__module__}.{value.__qualname__}".encode()
         else:
+            aside = _OF_CLASSES.union(*map(_counts_of, vars(value).values()))
             yield from map(self.hash, value.__bases__)
-            yield from self._attributes({name: v for name, v in vars(value).items() if name not in _OF_CLASSES})
+            yield from self._attributes({name: v for name, v in vars(value).items() if name not in aside})
 
     def _function(self, value) -> Iterator[bytes]:
         if isinstance(value, types.CellType):
@@ -188,15 +190,13 @@ class _Reader:
             yield from (value.co_code, self.hash(value.co_consts), self.hash(value.co_names))
         else:
             yield from self._attributes(vars(value))
-            yield from map(self.hash, (value.__defaults__, value.__kwdefaults__, value.__closure__))
+            yield from map(self.hash, (value.__defaults__, value.__kwdefaults__, _constant_cells(value)))
             if _is_installed(value.__module__):
                 yield f"{value.__module__}.{value.__qualname__}".encode()
             else:
                 yield self.hash(value.__code__)
-                known = value.__globals__
-                yield from self._attributes(
-                    {name: known[name] for name in _globals_of(value.__code__) if name in known}
-                )
+                known, used = value.__globals__, _globals_of(value.__code__) - _changed(value.__code__, "GLOBAL")
+                yield from self._attributes({name: known[name] for name in used if name in known})
 
     def _object(self, value) -> Iterator[bytes]:
         """Of any other object what a pickle of it would hold."""
@@ -240,6 +240,42 @@ def _globals_of(code: types.CodeType) -> set[str]:
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
     here = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return here.union(*map(_globals_of, inner))
+
+
+def _constant_cells(function: types.FunctionType) -> tuple | None:
+    """What a function closes over, but for what it counts up."""
+    counts = _changed(function.__code__, "DEREF")
+    names = function.__code__.co_freevars
+    return function.__closure__ and tuple(
+        cell for name, cell in zip(names, function.__closure__, strict=True) if name not in counts
+    )
+
+
+def _counts_of(value) -> set[str]:
+    """The attributes of its class that a method, or a static one, counts up."""
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    if not isinstance(function, types.FunctionType):
+        return set()
+    itself = None if isinstance(value, classmethod) else next(iter(function.__code__.co_varnames), None)
+    return _changed(function.__code__, "ATTR", itself)
+
+
+def _changed(code: types.CodeType, kind: str, itself: str | None = None) -> set[str]:
+    """The names of a `kind` that a function, or one inside of it, both reads and writes: it does not read the
+    attributes of the argument `itself`, its instance."""
+    read, written, owner = set(), set(), None
+    for instruction in dis.get_instructions(code):
+        name, value = instruction.opname, instruction.argval
+        if name in ("COPY", "DUP_TOP"):  # of what was loaded before
+            continue
+        if name == f"LOAD_{kind}" and (itself is None or owner != itself):
+            read.add(value)
+        elif name == f"STORE_{kind}":
+            written.add(value)
+        loaded = value if isinstance(value, tuple) else (value,)  # one instruction may load two
+        owner = loaded[-1] if name.startswith("LOAD_FAST") else None
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return (read & written).union(*(_changed(each, kind, itself) for each in inner))
 
 
 def _is_installed(module: str | None) -> bool:

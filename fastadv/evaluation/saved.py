@@ -8,7 +8,7 @@ import torch
 
 from fastadv._extras import require
 from fastadv.evaluation.identity import differences
-from fastadv.files import write_atomically
+from fastadv.files import check_format, write_atomically
 
 FORMAT = 5
 _KEY = "fastadv"  # one key: safetensors writes several in random order
@@ -40,8 +40,9 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:  # a folder is an OSError
             raise ValueError(f"{self.path} is no state file of an evaluation: {error}") from error
-        if facts.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is a state of another version of fastadv: remove it to begin again")
+        if "format" not in facts:
+            raise ValueError(f"{self.path} is no state file of an evaluation: give another path")
+        check_format(f"the state {self.path}", facts["format"], FORMAT)
         if facts["run"] != self.run:
             raise ValueError(
                 f"{self.path} is the state of another run, which differs in {differences(self.run, facts['run'])}. "

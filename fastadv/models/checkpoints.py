@@ -9,7 +9,7 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.data.trained import TrainedOn
-from fastadv.files import write_atomically
+from fastadv.files import check_format, write_atomically
 from fastadv.models.model import Model, construct
 from fastadv.models.structure import classifiers, find_head, new_head
 from fastadv.preprocessing import Preprocessing
@@ -125,8 +125,7 @@ def read_facts(path: str | Path) -> dict | None:
         missing = {"classes", "preprocessing", "architecture"} - facts.keys()
     except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} says unreadable things about its model: {error!r}") from error
-    if known != FORMAT:
-        raise ValueError(f"{path} has the format {known}, this fastadv reads {FORMAT}: install the one that wrote it")
+    check_format(str(path), known, FORMAT)
     if missing:
         raise ValueError(f"{path} does not say its model's {', '.join(sorted(missing))}")
     return facts

@@ -3,14 +3,15 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from fastadv._extras import require
-from fastadv.evaluation.identity import differences
-from fastadv.files import write_atomically
+from fastadv.evaluation.identity import differences, fingerprint
+from fastadv.files import FormatError, check_format, write_atomically
+from fastadv.training.finite import nonfinite_groups
 
 FORMAT = 2
 KEPT = 2
@@ -28,10 +29,14 @@ class Checkpoints:
     Args:
         folder: of the files; made when something is saved.
         run: `fingerprint` of the run that they belong to.
+        defaults: the values of parts of the fingerprint that had no name when an older state was written.
+        masks: names of tensors that are to hold numbers that are not finite.
     """
 
-    def __init__(self, folder: str | Path, run: str):
-        self.folder, self.run = Path(folder), run
+    def __init__(
+        self, folder: str | Path, run: str, defaults: Mapping[str, object] | None = None, masks: Collection[str] = ()
+    ):
+        self.folder, self.run, self.defaults, self.masks = Path(folder), run, defaults or {}, masks
         self._number = 0
         self._files: dict[str, str] = {}
 
@@ -52,10 +57,10 @@ class Checkpoints:
         self._clean()
 
     def load(self) -> tuple[Groups, dict] | None:
-        """Groups and facts of the newest checkpoint whose hashes are right; None where there is no checkpoint.
+        """Groups and facts of the newest checkpoint that is whole and finite; None where there is no checkpoint.
 
         Raises:
-            ValueError: they are of another run, or none of them is whole.
+            ValueError: they are of another run or format, or none of them is whole.
         """
         safetensors = require("safetensors")
         damaged: dict[Path, str] = {}
@@ -63,7 +68,9 @@ class Checkpoints:
             try:
                 body = self._checked(manifest)
                 groups = {name: self._read(file) for name, file in body["files"].items()}
-            except OtherRunError:
+                if found := nonfinite_groups(groups, self.masks):
+                    raise ValueError(f"numbers in {', '.join(found[:3])} are not finite")
+            except (OtherRunError, FormatError):
                 raise
             except (OSError, ValueError, safetensors.SafetensorError) as error:
                 damaged[manifest] = f"{manifest} is damaged: {error}"
@@ -102,14 +109,26 @@ class Checkpoints:
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
         facts = json.loads(body)
-        if facts["format"] != FORMAT:
-            raise OtherRunError(f"{self.folder} holds a state of another version of fastadv: remove it to begin again")
+        check_format(f"the state in {self.folder}", facts["format"], FORMAT)
         if facts["run"] != self.run:
-            raise OtherRunError(
-                f"{self.folder} holds the state of another run, which differs in "
-                f"{differences(self.run, facts['run'])}. Choose another folder, or remove it to begin again"
-            )
+            self._check_run(json.loads(facts["run"]))
         return facts
+
+    def _check_run(self, there: Mapping[str, str]) -> None:
+        """Refuse another run's fingerprint; what it has no name for, an older version did as the default does."""
+        here, defaults = json.loads(self.run), json.loads(fingerprint(self.defaults))
+        unknown = [f"{name} ({value} there)" for name, value in there.items() if name not in here | defaults]
+        if unknown:
+            raise OtherRunError(
+                f"{self.folder} holds the state of a newer fastadv, and this one does not know its "
+                f"{', '.join(unknown)}: install that one, or choose another folder"
+            )
+        before = {name: there.get(name, defaults.get(name, "nothing")) for name in here}
+        if found := differences(self.run, json.dumps(before)):
+            raise OtherRunError(
+                f"{self.folder} holds the state of another run, which differs in {found}. Choose another folder, or "
+                "remove it to begin again"
+            )
 
     def _clean(self) -> None:
         """Remove what no kept checkpoint names, half-written files included."""

@@ -7,9 +7,10 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,13 +30,14 @@ from fastadv.training.average import Average
 from fastadv.training.backbone import backbone_robustness
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
+from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
 from fastadv.training.interruption import Interruption
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
 from fastadv.training.processes import precision, processes
 from fastadv.training.schedule import lr_factor
-from fastadv.training.settings import Stage
+from fastadv.training.settings import Settings, Stage
 from fastadv.training.step import Step
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ logger = logging.getLogger("fastadv")
 AUGMENTING = 2**31  # and the epoch
 ORDERING = 2**32 - 1
 FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; of epochs see `_check_epochs`
+LOG_FORMAT = 1  # in the last line of log.jsonl
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
 
@@ -73,6 +76,21 @@ class Place:
     monitor: dict | None = None
     records: list[dict] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, values: dict, folder: Path) -> "Place":
+        """From the state in `folder`; what an older version had no name for is as at the start.
+
+        Raises:
+            OtherRunError: it is a newer version's, and has what this one does not know.
+        """
+        unknown = values.keys() - {each.name for each in fields(cls)}
+        if unknown:
+            raise OtherRunError(
+                f"{folder} has the state of a newer fastadv, and this one does not know its "
+                f"{', '.join(sorted(unknown))}: install that one, or choose another folder"
+            )
+        return cls(**values)
+
 
 class Run:
     """A call of `Trainer.fit`."""
@@ -93,6 +111,8 @@ class Run:
         self.layout = torch.channels_last if self.settings.channels_last else None
         self.autocast = torch.bfloat16 if self.precision == "bf16" else None
         self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
+        held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self.masks = set(nonfinite(held))  # what is to hold such numbers, as a mask of logits does
         self.at = Place()
         self.interruption = Interruption()
         self.options = {"autocast": self.autocast, "memory_format": self.layout, "compile": self.settings.compile}
@@ -158,14 +178,15 @@ class Run:
         folder = self.trainer.folder
         if folder is None:
             return None
-        self.checkpoints = Checkpoints(folder / "state", self._fingerprint())
+        defaults = {each.name: each.default for each in fields(Settings)}
+        self.checkpoints = Checkpoints(folder / "state", self._fingerprint(), defaults, self.masks)
         if self.checkpoints.exist() and not self.trainer.resume:
             raise FileExistsError(f"{folder} has the state of a run: resume it, or choose another folder")
         groups, facts = self.checkpoints.load() or (None, None)
         if facts is not None:
-            self.at = Place(**facts["place"])
+            self.at = Place.of(facts["place"], folder)
             self._check_epochs(facts["epochs"])
-            if facts["machine"] != self._machine():
+            if facts["machine"] != {name: value for name, value in self._machine().items() if name in facts["machine"]}:
                 warnings.warn(
                     f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
                     "will be others than without the interruption",
@@ -243,7 +264,14 @@ class Run:
         seconds = sum(record["train_s"] for record in self.at.records if "epoch" in record)
         attack = self.trainer.eval_attack or by_name("pgd-10", self.model, self.trainer.eps)
         result = {} if self.test is None else self._judged(attack)
-        final = {"final": True, "epochs": self.at.epoch, "best_epoch": self.at.best_epoch, **self._choice(), **result}
+        final = {
+            "final": True,
+            "format": LOG_FORMAT,
+            "epochs": self.at.epoch,
+            "best_epoch": self.at.best_epoch,
+            **self._choice(),
+            **result,
+        }
         return final | {"eval_attack": _name(attack), "train_s": seconds}
 
     def _judged(self, attack: Callable) -> dict[str, float]:
@@ -399,13 +427,15 @@ class Run:
                 self._undo()
             raise
         wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
-        total = torch.cat((sum(parts), wishes))
+        norms = torch.stack([norm.to(self.device, torch.float64) for norm in (self.step.norm(), self._statistics())])
+        total = torch.cat((sum(parts), wishes, norms))
         if world > 1:
             total = require("accelerate.utils").reduce(total, "sum")
-        loss, right, abnormal, looked, due, asked = total.tolist()
+        loss, right, abnormal, looked, due, asked, *norms = total.tolist()
         loss /= world
-        if not math.isfinite(loss):
-            self._refuse(loss, index)
+        # All that is wrong is seen here, by all processes alike, before anything is learnt from it.
+        if not all(map(math.isfinite, (loss, *norms))):
+            self._refuse(loss, *norms, index)
         self.step.apply()
         if self.average is not None:
             self.average.update(self.tuning.tensors, done)
@@ -430,25 +460,57 @@ class Run:
             )
         return images, labels
 
+    def _statistics(self) -> torch.Tensor:
+        """The largest magnitude in what a forward pass writes, such as batch-norm's statistics."""
+        buffers = self.tuning.buffers.items() if self.before else ()
+        return largest((buffer for name, buffer in buffers if name not in self.masks), self.device)
+
     def _undo(self) -> None:
         """As it was before the batch."""
-        self.optimizer.zero_grad()
+        self.step.forget()
         for buffer, before in zip(self.tuning.buffers.values(), self.before, strict=True):
             buffer.copy_(before)
 
-    def _refuse(self, loss: float, index: torch.Tensor) -> None:
+    def _refuse(self, loss: float, norm: float, statistics: float, index: torch.Tensor) -> None:
+        """End the run at the batch `index`, before its step."""
         self._undo()
-        where = ""
-        if self.trainer.folder is not None and self.here.is_main_process:
-            path = self.trainer.folder / "nonfinite.safetensors"
-            images, labels = self._batch_of(index)
-            batch = {"images": images.contiguous(), "labels": labels, "index": index}
-            write_atomically(path, require("safetensors.torch").save(batch))
-            where = f"; the batch is in {path}"
+        back = self._sound_weights() if nonfinite(self.tuning.tensors, self.masks) else ""
+        what, todo = fault(loss, norm, statistics)
+        where = self._kept_batch(index)
+        self.here.wait_for_everyone()  # for the first one, which writes
         raise FloatingPointError(
-            f"the loss is {loss} at epoch {self.at.epoch}, batch {self.at.batch}{where}. Try a lower lr than "
-            f"{self.settings.lr}, clip=1 or a warmup"
+            f"{what} at epoch {self.at.epoch}, batch {self.at.batch}{where}; its step was not taken"
+            f"{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup{todo}"
         )
+
+    def _kept_batch(self, index: torch.Tensor) -> str:
+        """Write the batch `index` to the folder; in words, where it is."""
+        if self.trainer.folder is None or not self.here.is_main_process:
+            return ""
+        path = self.trainer.folder / "nonfinite.safetensors"
+        images, labels = self._batch_of(index)
+        batch = {"images": images.contiguous(), "labels": labels, "index": index}
+        try:
+            write_atomically(path, require("safetensors.torch").save(batch, {"fastadv": json.dumps({"format": 1})}))
+        except OSError as error:
+            return f" (the batch could not be written: {error})"
+        return f"; the batch is in {path}"
+
+    def _sound_weights(self) -> str:
+        """Go back to the last weights that were kept; in words, that it was done."""
+        self.tuning.load(self.best or self.good)
+        return ". The step before had left weights that are not finite: the model has the last ones that were kept"
+
+    def _check_finite(self, groups: Mapping[str, Mapping[str, torch.Tensor] | None]) -> None:
+        """Refuse to keep what is not finite, as after a step that was finite and too large."""
+        found = self._agreed(nonfinite_groups(groups, self.masks))
+        if found:
+            back = self._sound_weights()
+            named = ", ".join(found[:3]) + (" ..." if found[3:] else "")
+            raise FloatingPointError(
+                f"{named} is not finite before epoch {self.at.epoch}, batch {self.at.batch}: no checkpoint is written"
+                f"{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup"
+            )
 
     # ------------------------------------------------------------------ between epochs
 
@@ -529,10 +591,11 @@ class Run:
 
     def _save(self, groups: dict[str, None] | None = None) -> None:
         """Write a checkpoint of the stage, or of its end, with the tensors of the one before."""
+        groups = self._tensors() if groups is None else groups
+        self._check_finite(groups)
         if self.checkpoints is None:
             return
         if self.here.is_main_process:
-            groups = self._tensors() if groups is None else groups
             facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
             self.checkpoints.save(groups, facts)
             self.groups = dict.fromkeys(groups)

@@ -1,5 +1,6 @@
 """One step of adversarial training: the attack's passes, the update's, and nothing twice."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -65,6 +66,7 @@ class Step:
         self.autocast, self.highest = autocast, highest
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
         self._moody = [module for module in model.modules() if _depends_on_mode(module)]
+        self._norm: torch.Tensor | None = None
 
     def gradients(
         self,
@@ -89,6 +91,7 @@ class Step:
             on how many noise alone raised the loss more than the attack did, and how many of these were looked at: a
             sign of overfitting to the attack that costs nothing where attack and update run in the same mode.
         """
+        self._norm = None
         x_adv = self._attacked(images, labels, seeds)
         clean = to_float(images) if self.clean_weight else None
         both = x_adv if clean is None else torch.cat((x_adv, clean))
@@ -102,13 +105,38 @@ class Step:
             abnormal, looked = self._abnormal(logits, labels)
             return torch.stack([value.double() for value in (loss.detach(), right, abnormal, looked)])
 
+    def norm(self) -> torch.Tensor:
+        """The norm of the gradient that `apply` is to take next, before clipping: 0-dim, on the parameters' device.
+
+        It is not finite where any number of the gradient is not, or where it is too large for the parameters' dtype.
+        Whoever asks has to look, and to leave `apply` be then: it does not look again, which would wait for the device.
+        """
+        self._norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return self._norm
+
     def apply(self) -> None:
-        """Change the parameters by their gradients, and forget these."""
+        """Change the parameters by their gradients, and forget these.
+
+        Raises:
+            FloatingPointError: the gradient is not finite, and nobody asked for its `norm`; nothing was changed, and
+                the gradients are forgotten.
+        """
+        if self._norm is None and not math.isfinite(found := self.norm().item()):
+            self.forget()
+            raise FloatingPointError(f"the norm of the gradient is {found}: no step was taken")
         if self.clip is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.clip)
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip, self._norm)
         self.optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the gradients."""
+        self._norm = None
         self.optimizer.zero_grad()
+
+    @property
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _attacked(self, images, labels, seeds):
         if isinstance(self.attack, Attack):

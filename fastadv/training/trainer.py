@@ -34,9 +34,10 @@ class Trainer:
             None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written.
-        resume: go on from the newest checkpoint in `folder`, if there is one. `checkpoint_s`, `eval_every` and `epochs`
-            may then be others; a warning says where, with other epochs, the steps so far would have had other learning
-            rates: after a warm-up these fall toward the last epoch.
+        resume: go on from the newest checkpoint in `folder` that is whole and finite, if there is one; a setting that
+            the fastadv which wrote it did not have had its default. `checkpoint_s`, `eval_every` and `epochs` may then
+            be others; a warning says where, with other epochs, the steps so far would have had other learning rates:
+            after a warm-up these fall toward the last epoch.
         measure_backbone: measure the backbone's own robustness first; None means if a part of the model is frozen.
         device: where to train; None means what accelerate chooses: a GPU if there is one.
         progress: show a progress bar (on a terminal only).
@@ -105,22 +106,23 @@ class Trainer:
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
             training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
             "action" where it acted, and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
-            {"final": True, "epochs", "best_epoch", "clean_accuracy", "robust_accuracy", "pma_accuracy" (of those that
-            withstand `eval_attack` and then PMA), "eval_attack", "train_s"}, and
+            {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy", "robust_accuracy",
+            "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "eval_attack", "train_s"}, and
             where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and
             "within_noise" (other epochs that were worse by no more). Fields that end in _s are seconds; all others are
             the same in a resumed run.
 
         Raises:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.
-            FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
-                batch is in its nonfinite.safetensors.
+            FloatingPointError: the loss, its gradient, a buffer that a forward pass writes or the weights after a step
+                are not finite; the model has the last finite weights (those before that step; where a step that was
+                finite itself was too large, those kept last), and with a folder the batch is in nonfinite.safetensors.
             KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
             TypeError: no pair of images and labels, such as a DataLoader; images are neither floats nor uint8, or
                 labels are not int64.
             ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
                 below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
-                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's: the
-                message names what differs.
+                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's, or of a
+                newer fastadv: the message names what differs, or what this one does not know.
         """
         return Run(self, train, val, test).run()
