@@ -739,6 +739,54 @@ def test_damaged_files_are_listed_or_left_out(tmp_path):
         data.load(tmp_path, skip_corrupt=True)
 
 
+BAD = {
+    "empty.png": lambda path: path.touch(),
+    "cut.png": lambda path: path.write_bytes(png(noise(20, 20))[:300]),
+    "nowhere.png": lambda path: path.symlink_to(path.parent / "absent.png"),
+    "itself.jpg": lambda path: path.symlink_to(path),
+    "pipe.jpg": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("part", ["", "train", "test"])
+def test_whatever_cannot_be_read_is_a_corrupt_picture(tmp_path, part):
+    counts = {"a": 40, "b": 40} if not part else {f"{p}/{name}": 40 for p in ("train", "test") for name in "ab"}
+    found = photos(tmp_path, counts)
+    bad = [tmp_path / part / name / file for name in "ab" for file in BAD]
+    for path in bad:
+        BAD[path.name](path)
+    count = 40 * len(counts) + len(bad)
+    with pytest.raises(ValueError, match=f"10 of {count} pictures cannot be read; skip_corrupt=True") as error:
+        data.load(tmp_path)
+    assert sum(str(path) in str(error.value) for path in bad) == 5
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = data.load(tmp_path, skip_corrupt=True, validation=0)
+    assert len(told) == 1, "those that are empty are not equal pictures under two labels or in two parts"
+    assert f"10 of {count} pictures were left out" in str(told[0].message)
+    images, labels = (torch.cat(parts) for parts in zip(loaded.train, loaded.val, loaded.test, strict=True))
+    for label, name in enumerate("ab"):
+        assert rows(images[labels == label]) == set().union(*(found[f] for f in found if f.endswith(name)))
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    found = photos(tmp_path / "set", {"a": 6, "a/deep": 6, "b": 6})
+    photos(tmp_path / "elsewhere", {"": 4})
+    (tmp_path / "set" / "a" / "deep" / "up").symlink_to(tmp_path / "set" / "a")
+    (tmp_path / "set" / "a" / "0").symlink_to(tmp_path / "set" / "a" / "deep")
+    (tmp_path / "set" / "b" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set" / "b")
+    (tmp_path / "set" / "all").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "itself").symlink_to("itself")
+    with pytest.warns(UserWarning, match="left out, no picture of a class: 2, such as .*all") as told:
+        loaded = data.load(tmp_path / "set", validation=0)
+    assert len(told) == 1
+    assert loaded.classes == ("a", "b")
+    labels = torch.cat((loaded.y_train, loaded.y_test))
+    assert labels.bincount().tolist() == [12, 10]
+    assert rows(torch.cat((loaded.x_train, loaded.x_test))) >= set.union(*found.values())
+
+
 def test_a_damaged_picture_that_was_a_class_s_only_one_in_a_part_is_a_warning(tmp_path):
     photos(tmp_path, {"a": 12, "b": 12})
     (tmp_path / "a" / "000.png").write_bytes(b"damaged")

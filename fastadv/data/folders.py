@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 import warnings
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from fastadv.data.pictures import Picture, extensions
 from fastadv.data.source import Part, Source
+from fastadv.data.walking import counts, files_below, folders_in, key, visible
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _LAYOUT = (
@@ -31,7 +31,7 @@ def folders(root: Path) -> Source:
     """
     endings = extensions()
     places = _found(root, endings)
-    others = [path for path in _visible(root) if not any(place.is_relative_to(path) for place in places.values())]
+    others = [path for path in visible(root) if not any(place.is_relative_to(path) for place in places.values())]
     others = [] if root in places.values() else others
     contents = {}
     for part, place in places.items():
@@ -58,8 +58,8 @@ def _found(root: Path, endings: frozenset[str]) -> dict[str, Path]:
 
 def _innermost(folder: Path, endings: frozenset[str]) -> Path:
     """Down to the first folder that holds more than one folder without pictures of its own."""
-    inside = _folders(folder)
-    if len(inside) > 1 or any(not _folders(path) or _has_pictures(path, endings) for path in (folder, *inside)):
+    inside = folders_in(folder)
+    if len(inside) > 1 or any(not folders_in(path) or _has_pictures(path, endings) for path in (folder, *inside)):
         return folder
     return _innermost(inside[0], endings)
 
@@ -70,9 +70,9 @@ def _places(root: Path, endings: frozenset[str]) -> dict[str, Path]:
     A folder train with pictures of its own is a class called so, unless a part with classes lies beside it. A folder
     seg_train is a part only where it and one like seg_test have a class in common.
     """
-    folders = _folders(root)
+    folders = folders_in(root)
     found = {part: [path for path in folders if path.name.casefold() in names] for part, names in _PARTS.items()}
-    holders = [path for places in found.values() for path in places if _folders(path)]
+    holders = [path for places in found.values() for path in places if folders_in(path)]
     train = next(iter(found["train"]), None)
     if train not in holders or (len(holders) == 1 and _has_pictures(train, endings)):
         if len(folders) > 1 and len(folders) == sum(map(len, found.values())):
@@ -88,11 +88,11 @@ def _places(root: Path, endings: frozenset[str]) -> dict[str, Path]:
 
 def _similar(folders: list[Path], endings: frozenset[str]) -> dict[str, list[Path]]:
     """The parts whose names have theirs as a word, such as seg_train and seg_test; empty where they are none."""
-    holders = [path for path in folders if _folders(path) and not _has_pictures(path, endings)]
+    holders = [path for path in folders if folders_in(path) and not _has_pictures(path, endings)]
     words = {path: set(re.split(r"[\W_]+", path.name.casefold())) for path in holders}
     found = {part: [path for path in holders if words[path].intersection(names)] for part, names in _PARTS.items()}
     classes = [
-        {path.name for place in places for path in _folders(_innermost(place, endings))} for places in found.values()
+        {path.name for place in places for path in folders_in(_innermost(place, endings))} for places in found.values()
     ]
     return found if classes[0] & (classes[1] | classes[2]) else {}
 
@@ -106,10 +106,10 @@ def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]
     if not all(plain.values()):
         taken = ", ".join(f"{part}: {place.relative_to(root)}" for part, place in places.items())
         warnings.warn(f"the folders in {root} are not the classes: took those in these folders ({taken})", stacklevel=5)
-    classes = _folders(places["train"])
+    classes = folders_in(places["train"])
     if len(classes) < 2 or any(_has_pictures(path, endings) for path in classes):
         return
-    inside = [[path.name for path in _folders(path)] for path in classes]
+    inside = [[path.name for path in folders_in(path)] for path in classes]
     known = {name for names in _PARTS.values() for name in names}
     if known.issuperset(name.casefold() for names in inside for name in names):
         raise ValueError(
@@ -125,51 +125,22 @@ def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]
         )
 
 
-def _folders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return sorted((Path(entry) for entry in entries if entry.is_dir() and _counts(entry.name)), key=_key)
-
-
 def _has_pictures(folder: Path, endings: frozenset[str]) -> bool:
     """Of its own: those in its folders do not count."""
-    paths = (path for path in folder.iterdir() if _counts(path.name))
-    return any(path.suffix.lower() in endings and path.is_file() for path in paths)
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if _counts(path.name)), key=_key)
-
-
-def _counts(name: str) -> bool:
-    """Not hidden, nor what macOS packs beside the pictures."""
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _key(path: Path) -> tuple[str, ...]:
-    # One name can be stored in two ways ("é" as one character or as two), which differs between systems.
-    return tuple(unicodedata.normalize("NFC", part) for part in path.parts)
+    paths = (path for path in folder.iterdir() if counts(path.name))
+    return any(path.suffix.lower() in endings and not os.path.isdir(path) for path in paths)
 
 
 def _classes(place: Path, endings: frozenset[str]) -> tuple[dict[str, list[Path]], list[Path]]:
     """The pictures of each class, both sorted, and the other files."""
-    found, others = {}, []
-    for entry in _visible(place):
-        if not entry.is_dir():
-            others.append(entry)
-            continue
-        files = _files(entry)
-        pictures = found.setdefault(_key(entry)[-1], [])  # which may be the name of two folders
+    inside = folders_in(place)
+    found, others = {}, [path for path in visible(place) if path not in inside]
+    for folder in inside:
+        files = files_below(folder)
+        pictures = found.setdefault(key(folder)[-1], [])  # which may be the name of two folders
         pictures += [path for path in files if path.suffix.lower() in endings]
         others += [path for path in files if path.suffix.lower() not in endings]
     return found, others
-
-
-def _files(folder: Path) -> list[Path]:
-    files = []
-    for base, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if _counts(name)]
-        files += [Path(base, name) for name in names if _counts(name)]
-    return sorted(files, key=_key)
 
 
 def _part(found: dict[str, list[Path]], names: tuple[str, ...], place: Path) -> Part:

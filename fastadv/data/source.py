@@ -1,5 +1,6 @@
 """A data set where it lies: its parts as they were found, nothing decoded yet."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from fastadv.data.pictures import Picture
+from fastadv.data.pictures import CorruptPictureError, Picture
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,23 @@ def joined(parts: Sequence[Part]) -> Part:
 
 
 def digests(images: torch.Tensor | list[Picture]) -> torch.Tensor:
-    """Eight bytes for each picture's content, int64 (N,): of a file its bytes, of a tensor's images theirs."""
+    """Eight bytes for each picture's content, int64 (N,): of a file its bytes, of a tensor's images theirs.
+
+    A picture without content, which no part will hold in the end, is known by its name.
+    """
     if isinstance(images, torch.Tensor):
         hashed = map(_digest, images.contiguous().numpy())
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
     with ThreadPoolExecutor() as pool:
-        hashed = pool.map(lambda picture: _digest(picture.stored()), images)
+        hashed = pool.map(lambda picture: _digest(_content(picture)), images)
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
+
+
+def _content(picture: Picture) -> bytes | np.ndarray:
+    try:
+        return picture.stored()
+    except CorruptPictureError:  # those that are empty are not equal pictures
+        return os.fsencode(picture.name)
 
 
 def _digest(content: bytes | np.ndarray) -> int:
