@@ -1,7 +1,7 @@
 """A data set where it lies: its parts as they were found, nothing decoded yet."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -34,15 +34,29 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Parts by name: "train", and "val" and "test" where the set has them; a name for each class."""
+    """Parts by name: "train", "val" and "test" where the set has them; a name for each class."""
 
     parts: dict[str, Part]
     classes: tuple[str, ...]
 
 
+def judging(parts: Collection[str], judge: str | None) -> list[str]:
+    """Which of the parts that are there are read.
+
+    Args:
+        judge: None: all, for training. "test": the test part, to judge a model by, and all where there is none. "all".
+    """
+    return ["test"] if judge == "test" and "test" in parts else list(parts)
+
+
 def joined(parts: Sequence[Part]) -> Part:
-    """Parts of encoded pictures, one after the other."""
-    return Part([picture for part in parts for picture in part.images], torch.cat([part.labels for part in parts]))
+    """Parts of encoded pictures, or of tensors, one after the other."""
+    labels = torch.cat([part.labels for part in parts])
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0].images, torch.Tensor):
+        return Part(torch.cat([part.images for part in parts]), labels)
+    return Part([picture for part in parts for picture in part.images], labels)
 
 
 def digests(images: torch.Tensor | list[Picture]) -> torch.Tensor:
