@@ -300,5 +300,5 @@ def test_classes_are_trained_and_judged_in_the_order_asked_for(photos, backbone,
         red = data.to_float(data.load(photos, preprocessing=model.preprocessing, classes=["red"]).x_test)
         assert model.pixels.eval()(red).argmax(1).bincount(minlength=3).argmax() == 0
     for other in ((), ("--classes", "red,grün,blue")):
-        with pytest.raises(SystemExit, match=r"classes are red, blue, grün, and the data.s .* in their order"):
-            judged(weights, photos, tmp_path / "wrong", *other)
+        again = judged(weights, photos, tmp_path / str(len(other)), *other)
+        assert again["clean_correct"] == report["clean_correct"]

@@ -1011,19 +1011,19 @@ def test_a_part_without_labels_of_any_kind_is_left_out(tmp_path, kind, part):
 
 
 def test_some_missing_labels_are_refused_and_missing_pictures_are_corrupt(tmp_path):
-    content, labels = [png(noise(4, 4)) for _ in range(30)], ["b", "a", "c"] * 10
+    content, labels = [png(noise(4, 4)) for _ in range(90)], ["b", "a", "c"] * 30
     pq.write_table(pa.table({"image": content, "label": [None, None, *labels[2:]]}), tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match="2 of 30 labels are missing: leave out those rows"):
+    with pytest.raises(ValueError, match="2 of 90 labels are missing: leave out those rows"):
         data.load(tmp_path / "p.parquet")
     content[4], content[7], content[8] = None, b"", b"damaged"
     categories = pa.array(labels).dictionary_encode()
     pq.write_table(pa.table({"image": content, "label": categories}), tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match=r"3 of 30 pictures cannot be read(.|\n)*p\.parquet, row [47] is empty"):
+    with pytest.raises(ValueError, match=r"3 of 90 pictures cannot be read(.|\n)*p\.parquet, row [47] is empty"):
         data.load(tmp_path / "p.parquet")
-    with pytest.warns(UserWarning, match="3 of 30 pictures were left out"):
+    with pytest.warns(UserWarning, match="3 of 90 pictures were left out"):
         loaded = data.load(tmp_path / "p.parquet", skip_corrupt=True, validation=0)
     assert loaded.classes == ("a", "b", "c")
-    assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [8, 10, 9]
+    assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [28, 30, 29]
 
 
 def test_columns_of_other_names_are_taken_where_they_are_named(tmp_path):

@@ -53,6 +53,7 @@ def _joined(classes: Sequence[str], names: tuple[str, ...]) -> list[str]:
 
 def selected(part: Part, labels: Sequence[int]) -> Part:
     """The images of these labels, which become 0, 1, ... in their order."""
-    match = part.labels[:, None] == torch.tensor(labels)
-    kept = part.take(match.any(dim=1).nonzero()[:, 0])
-    return replace(kept, labels=match[match.any(dim=1)].long().argmax(dim=1))
+    new = torch.full((1 + max([*labels, *part.labels.unique().tolist()], default=0),), -1)
+    new[list(labels)] = torch.arange(len(labels))
+    kept = part.take((new[part.labels] >= 0).nonzero()[:, 0])
+    return replace(kept, labels=new[kept.labels])
