@@ -106,6 +106,7 @@ def test_of_the_set_of_the_training_its_test_part_judges(tmp_path, seed):
         chosen = data.held_out(tmp_path / "mine", CLASSES, trained_on=record, part=part, split=split)
         assert images_of(chosen) == test
         assert f"30 % of its training part are the test part, chosen by seed {seed}" in chosen.notes[0]
+        assert f"{len(loaded.y_train)} of the set's 120 images are the model's training images" in chosen.notes[-1]
     assert images_of(data.held_out(tmp_path / "mine", CLASSES, trained_on=record, part="all")) == found
     some = data.held_out(tmp_path / "mine", CLASSES, trained_on=record, classes=["tulip"])
     assert images_of(some) == {(image, name) for image, name in test if name == "tulip"}

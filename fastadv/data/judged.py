@@ -108,7 +108,13 @@ def _without_test_part(
         if count is not None and count <= MOST_OVERLAP * int(mine.sum()):
             return whole, ("the set has no test part, and the model was trained on another set: all images judge it",)
     training = source.parts.get("train", whole).digested()
-    return split_off(training, split or (trained_on[-1].split if trained_on else Split()), source.classes, wanted)
+    split = split or (trained_on[-1].split if trained_on else Split())
+    test, notes = split_off(training, split, source.classes, wanted)
+    if count:
+        notes += (
+            f"{count} of the set's {int(mine.sum())} images are the model's training images (part all: all judge it)",
+        )
+    return test, notes
 
 
 def _named(part: Part, names: Sequence[str], model_classes: Sequence[str]) -> Part:
