@@ -991,6 +991,35 @@ def test_a_test_part_without_labels_is_left_out_with_a_warning(tmp_path):
         data.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        (
+            "config/de/train.parquet",
+            r"files \.parquet \(of parquet files give the folder that holds train\*\.parquet\)",
+        ),
+        ("train/data-00000-of-00001.arrow", r"files \.arrow \(a set that save_to_disk wrote .* to_parquet\)"),
+        ("train/000.tar", r"files \.tar \(unpack archives first\)"),
+        ("train/notes.txt", r"files \.txt; the layout is photos/CLASS"),
+    ],
+)
+def test_other_layouts_are_refused_with_what_works(tmp_path, file, words):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=f"has no folders with pictures, but {words}"):
+        data.load(tmp_path)
+
+
+def test_parquet_files_of_no_part_are_spoken_of_and_labels_may_be_truths(tmp_path):
+    columns = {"image": [png(noise(4, 4)) for _ in range(24)], "label": [True, False, True] * 8}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "extra.parquet")
+    with pytest.warns(UserWarning, match=r"left out, of no part: 1 files, such as .*extra\.parquet"):
+        loaded = data.load(tmp_path, validation=0)
+    assert loaded.classes == ("False", "True")
+    assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [8, 16]
+
+
 @pytest.mark.parametrize("kind", ["minus one", "null", "null column", "no column"])
 @pytest.mark.parametrize("part", ["test", "validation"])
 def test_a_part_without_labels_of_any_kind_is_left_out(tmp_path, kind, part):

@@ -43,7 +43,9 @@ def folders(root: Path, judge: str | None = None) -> Source:
     for part in judging(places, judge):
         contents[part], left_out = _classes(places[part], endings)
         if not any(contents[part].values()):
-            raise ValueError(f"{places[part]} has no folders with pictures; the layout is {_LAYOUT}")
+            raise ValueError(
+                f"{places[part]} has no folders with pictures{_instead(places[part])}; the layout is {_LAYOUT}"
+            )
         others += left_out
     _warn_of_levels(root, places, endings)
     if judge is None:
@@ -55,6 +57,22 @@ def folders(root: Path, judge: str | None = None) -> Source:
     if others:
         warnings.warn(f"left out, no picture of a class: {len(others)}, such as {others[0]}", stacklevel=4)
     return Source(parts, names)
+
+
+def _instead(place: Path) -> str:
+    """What there is, and what can be done where that is a set in another layout."""
+    kinds = sorted({path.suffix.lower() for path in files_below(place) if path.suffix})
+    if not kinds:
+        return ""
+    ways = {
+        ".parquet": "of parquet files give the folder that holds train*.parquet",
+        ".arrow": "a set that save_to_disk wrote can be written as train.parquet by to_parquet",
+        ".tar": "unpack archives first",
+        ".zip": "unpack archives first",
+        ".gz": "unpack archives first",
+    }
+    found = next((f" ({way})" for kind, way in ways.items() if kind in kinds), "")
+    return f", but files {', '.join(kinds[:5])}{found}"
 
 
 def _found(root: Path, endings: frozenset[str], training: bool) -> dict[str, Path]:

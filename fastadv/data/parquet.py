@@ -51,6 +51,9 @@ def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
         if found["train"] or (not training and any(found.values())):
             for paths in found.values():
                 _check_shards(paths)
+            others = set(place.glob("*.parquet")).difference(*found.values())
+            if others:
+                warnings.warn(f"left out, of no part: {len(others)} files, such as {min(others)}", stacklevel=4)
             return {part: paths for part, paths in found.items() if paths}
         others = sorted(path.name for path in place.glob("*.parquet"))
         if others:
@@ -196,7 +199,8 @@ def _described(schema) -> str:
 def _is_label(kind) -> bool:
     types = require("pyarrow").types
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+    known = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string, types.is_null)
+    return any(is_known(kind) for is_known in known)
 
 
 def _labels(path: Path, columns: Columns) -> list[int | str | None] | None:

@@ -29,11 +29,14 @@ def files_below(
             onerror(error)
             continue
         entered.add((status.st_dev, status.st_ino))
-        for entry in sorted(entries, key=lambda entry: key(Path(entry)), reverse=True):
+        inside = []
+        for entry in entries:
             if not _leads_to_folder(entry):
                 found += [Path(entry)] if hidden or counts(entry.name) else []
             elif counts(entry.name):
-                (linked if entry.is_symlink() else own).append(Path(entry))
+                inside.append(entry)
+        for entry in sorted(inside, key=lambda entry: entry.name, reverse=True):  # that the first is entered first
+            (linked if entry.is_symlink() else own).append(Path(entry))
     return sorted(found, key=key)
 
 
