@@ -293,3 +293,14 @@ def test_pictures_are_decoded_a_batch_ahead_by_so_many_workers(tmp_path, monkeyp
         assert network.sizes == [batch] * (21 // batch) + [21 % batch] * (21 % batch > 0)
         assert max(network.ahead) <= 2 * batch
         assert max(most) == workers
+
+
+@pytest.mark.parametrize(("option", "value", "place"), [("--batch-size", 7, 3), ("--workers", 5, 4)])
+def test_the_numbers_of_the_command_are_those_of_the_decoding(weights, tmp_path, monkeypatch, option, value, place):
+    photos(tmp_path / "new", ["a.png"])
+    given, predictions = [], predict.predictions
+    monkeypatch.setattr(predict, "predictions", lambda *values: given.append(values) or predictions(*values))
+    classified(weights, tmp_path / "p.csv", tmp_path / "new")
+    classified(weights, tmp_path / "p.csv", tmp_path / "new", option, value)
+    assert [before == after for before, after in zip(*given, strict=True)][3:] == [i != place for i in (3, 4)]
+    assert given[1][place] == value
