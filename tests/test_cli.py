@@ -20,6 +20,7 @@ from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
 from fastadv.commands import pretrain as pretrain_command
 from fastadv.commands.arguments import budget, class_list, eps_budget
+from fastadv.data.parquet import Columns
 from fastadv.evaluation import robust_accuracy
 from fastadv.models.networks import conv, mlp
 from fastadv.training.settings import Settings
@@ -56,6 +57,8 @@ def test_class_lists():
     assert class_list("5-9") == [5, 6, 7, 8, 9]
     assert class_list("0,3,5-7") == [0, 3, 5, 6, 7]
     assert class_list("cat, sea lion") == ["cat", "sea lion"]
+    assert class_list('"salt, rock",pepper') == ["salt, rock", "pepper"]
+    assert class_list(' "3-5" , 7,"a ""b"" c",d"e') == ["3-5", "7", 'a "b" c', 'd"e']
 
 
 def finetune(out, *options):
@@ -86,7 +89,7 @@ def loaded(monkeypatch):
 
     def noted(name, *, preprocessing, classes, **options):
         found.update({"data": str(name), "classes": classes}, **{f"load {key}": v for key, v in options.items()})
-        return load("digits", **options)
+        return load("digits", **{**options, "image_column": None, "label_column": None})
 
     monkeypatch.setattr(data, "load", noted)
     return found
@@ -161,6 +164,8 @@ SETTINGS = {
 }
 OPTIONS = {f"--{name.replace('_', '-')}": (word, {name: value}) for name, (word, value) in SETTINGS.items()}
 OPTIONS |= {
+    "--image-column": ("a", {"load image_column": "a"}),
+    "--label-column": ("b", {"load label_column": "b"}),
     "--data": ("photos", {"data": "photos"}),
     "--data-folder": ("here", {"load folder": Path("here")}),
     "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
@@ -202,17 +207,27 @@ def saved(network, shape, classes, path):
 
 
 @pytest.fixture
-def asked_of_evaluate(monkeypatch, tmp_path, loaded):
-    """`asked("--slots", "9")`: a dict of all that `fastadv evaluate` hands on."""
+def asked_of_evaluate(monkeypatch, tmp_path):
+    """`asked("--slots", "9")`: a dict of all that `fastadv evaluate` hands on; the data are always digits."""
     monkeypatch.chdir(tmp_path)
-    found = {}
+    found, held_out, decoded = {}, data.held_out, data.HeldOut.decoded
     for name in ("one", "other"):
         saved(mlp((1, 8, 8), 10), (1, 8, 8), map(str, range(10)), tmp_path / name)
 
     def noted(model, batch, attacks, **options):
         raise Asked(found.update(attacks=attacks, device=device_of(model), count=len(batch[1]), **options))
 
+    def noted_data(name, known, **options):
+        found.update({"data": str(name), **{f"data {key}": value for key, value in options.items()}})
+        return held_out("digits", known, **{**options, "classes": None, "columns": None})
+
+    def noted_decoding(self, preprocessing, skip_corrupt):
+        found.update(skip_corrupt=skip_corrupt)
+        return decoded(self, preprocessing, skip_corrupt)
+
     monkeypatch.setattr(evaluate_command, "evaluate", noted)
+    monkeypatch.setattr(data, "held_out", noted_data)
+    monkeypatch.setattr(data.HeldOut, "decoded", noted_decoding)
     load = evaluate_command.load_model
     monkeypatch.setattr(evaluate_command, "load_model", lambda path: found.update(model=Path(path).name) or load(path))
 
@@ -221,24 +236,27 @@ def asked_of_evaluate(monkeypatch, tmp_path, loaded):
         model = tmp_path / (word if option == "--model" else "one")
         given = {"--data": "digits", "--out": "out", "--device": "cpu", "--model": str(model)}
         run("evaluate", given, option, str(model) if option == "--model" else word)
-        return loaded | found
+        return dict(found)
 
     return asked
 
 
 EVALUATION = {
     "--data": ("photos", {"data": "photos"}),
-    "--data-folder": ("here", {"load folder": Path("here")}),
-    "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
-    "--skip-corrupt": (None, {"load skip_corrupt": True}),
-    "--split-seed": ("5", {"load seed": 5}),
+    "--data-folder": ("here", {"data folder": Path("here")}),
+    "--image-column": ("a", {"data columns": Columns("a", None)}),
+    "--label-column": ("b", {"data columns": Columns(None, "b")}),
+    "--classes": ("1,3-4", {"data classes": [1, 3, 4]}),
+    "--skip-corrupt": (None, {"skip_corrupt": True}),
+    "--part": ("test", {"data part": "test"}),
+    "--split-seed": ("5", {"data split": data.Split(5)}),
     "--seed": ("5", {"seed": 5}),
     "--device": ("meta", {"device": torch.device("meta")}),
     "--model": ("other", {"model": "other"}),
     "--attacks": ("pgd,fgsm", {"attacks": ["pgd", "fgsm"]}),
     "--eps": ("4 2/255", {"eps": [4 / 255, 2 / 255]}),
     "--iterate": ("last", {"iterate": "last"}),
-    "--limit": ("7", {"count": 7}),
+    "--limit": ("7", {"data limit": 7, "count": 7}),
     "--independent": (None, {"ensemble": False}),
     "--allow-overlap": (None, {}),  # it only lets images pass that are refused else
     "--slots": ("9", {"slots": 9}),
@@ -255,12 +273,15 @@ def test_no_option_of_evaluate_is_left_out():
 def test_an_option_of_evaluate_changes_what_it_says_and_nothing_else(option, asked_of_evaluate):
     word, changes = EVALUATION[option]
     without, found = asked_of_evaluate(), asked_of_evaluate(option, word)
-    if option == "--split-seed":
+    if option in ("--split-seed", "--part"):  # a part of the digits instead of all
+        assert 250 < found["count"] < 450 < without["count"] == 1797
         del without["count"], found["count"]
     assert found == without | changes
 
 
 PRETRAINING = {
+    "--image-column": ("a", {"load image_column": "a"}),
+    "--label-column": ("b", {"load label_column": "b"}),
     "--data": ("photos", {"data": "photos"}),
     "--data-folder": ("here", {"load folder": Path("here")}),
     "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
@@ -296,8 +317,8 @@ def test_an_option_of_pretrain_changes_what_it_says_and_nothing_else(option, mon
     assert loaded | found == without | changes
 
 
-def test_evaluate_wants_the_classes_of_the_model_in_its_order(tmp_path):
-    """Of a model that learnt classes in another order than the set's, all images are right in that order alone."""
+def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
+    """A model that learnt classes in another order than the set's is right about all, in whatever order they come."""
     labels = torch.arange(60) % 3
     images, others = (0.6 * F.one_hot(labels, 3)[:, :, None, None] + 0.4 * torch.rand(60, 3, 2, 2) for _ in range(2))
     parts = {"x_train": images, "y_train": labels, "x_test": others, "y_test": labels}
@@ -313,9 +334,15 @@ def test_evaluate_wants_the_classes_of_the_model_in_its_order(tmp_path):
     evaluate = ("evaluate", *map(str, options), "--device", "cpu", "--out", str(tmp_path / "report"), "--classes")
     cli.main([*evaluate, "2,0"])
     assert json.loads((tmp_path / "report" / "report.json").read_text())["clean_accuracy"] == 1
-    for other in ("0,2", "2,1", "2,0,1"):
-        with pytest.raises(SystemExit, match=f"classes are 2, 0, and the data's {other.replace(',', ', ')}:"):
+    for other, count in (("0,2", 40), ("0", 20), ("2", 20)):  # another order, or not all
+        cli.main([*evaluate[:-2], str(tmp_path / other), "--classes", other])
+        report = json.loads((tmp_path / other / "report.json").read_text())
+        assert report["clean_correct"] == [True] * count
+    for other in ("2,1", "2,0,1"):
+        with pytest.raises(SystemExit, match="does not know the classes 1: choose those that it knows: "):
             cli.main([*evaluate, other])
+    with pytest.raises(SystemExit, match="does not know the classes 1: choose those that it knows: 0, 2"):
+        cli.main(list(evaluate[:-1]))
 
 
 def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsys):

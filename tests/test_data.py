@@ -278,6 +278,29 @@ def test_floats_a_hair_beyond_one_are_clamped(tmp_path):
     assert torch.equal(data.load(tmp_path / "set.npz", validation=0).x_train, expected)
 
 
+@pytest.mark.parametrize("there", [(1, 2, 3), (0, 2, 7), (5, 1000, 2**40)])
+def test_labels_that_do_not_count_from_zero_make_no_empty_class(tmp_path, there):
+    labels = {"y_train": np.array(there)[np.arange(8) % 3], "y_test": np.array(there)[[2, 1, 0, 2]]}
+    np.savez(tmp_path / "set.npz", **arrays(**labels))
+    loaded = data.load(tmp_path / "set.npz", validation=0)
+    assert loaded.classes == tuple(map(str, there))
+    assert [there[label] for label in loaded.y_train] == labels["y_train"].tolist()
+    assert [there[label] for label in loaded.y_test] == labels["y_test"].tolist()
+    chosen = data.load(tmp_path / "set.npz", validation=0, classes=class_list(f"{there[2]},{there[0]}"))
+    assert chosen.classes == (str(there[2]), str(there[0]))
+    assert rows(chosen.x_test[chosen.y_test == 0]) == rows(loaded.x_test[[0, 3]])
+
+
+def test_a_class_that_no_training_image_has_is_warned_of(tmp_path):
+    np.savez(tmp_path / "set.npz", **arrays(y_test=np.array([0, 1, 2, 9])))
+    with pytest.warns(UserWarning, match=r"1 of 5 classes have no training images \(9\), and cannot be learnt"):
+        data.load(tmp_path / "set.npz", validation=0)
+    data.load(tmp_path / "set.npz", validation=0, classes=[0, 1, 2])
+    parquet(tmp_path / "p.parquet", [noise(4, 4) for _ in range(12)], [0, 2] * 6, names="abc")
+    with pytest.warns(UserWarning, match=r"1 of 3 classes have no training images \(b\)"):
+        assert data.load(tmp_path / "p.parquet").classes == ("a", "b", "c")
+
+
 def test_npz_may_bring_its_own_validation_part(tmp_path):
     own = {"x_val": 255 - arrays()["x_test"], "y_val": np.arange(4)[::-1]}
     np.savez(tmp_path / "set.npz", **arrays(**own))
@@ -315,6 +338,12 @@ def test_npz_is_prepared_for_a_model(tmp_path):
         ({"x_train": np.zeros((8, 32, 32, 3))}, r"\(8, 32, 32, 3\) is .* as Keras has it: save np\.moveaxis\(x_train"),
         ({"x_train": np.zeros((8, 4, 4, 3), np.uint8)}, "is .* as Keras has it"),
         ({"x_test": np.zeros((4, 28, 28, 1), np.uint8)}, r"x_test, -1, 1\), of the shape \(4, 1, 28, 28\)"),
+        ({"x_train": np.zeros((8, 32, 32, 2), np.uint8)}, r"np\.moveaxis\(x_train, -1, 1\), of .* \(8, 2, 32, 32\)"),
+        ({"x_test": np.zeros((4, 64, 64, 13), np.uint8)}, r"is .* as Keras has it.*\(4, 13, 64, 64\)"),
+        ({"x_train": np.zeros((8, 4, 4), np.uint8)}, r"\(8, 4, 4\): save x_train\[:, None\]"),
+        ({"x_test": np.full((4, 3, 4, 4), 255.0)}, r"got \[255, 255\]: save x_test / 255"),
+        ({"y_train": np.arange(8)[:, None] % 4}, r"y_train must be .* got \(8, 1\): save y_train\[:, 0\]"),
+        ({"y_test": np.eye(4)}, r"y_test must be .* got \(4, 4\): save y_test\.argmax\(1\)"),
         ({"x_test": np.full((4, 3, 4, 4), np.nan)}, r"x_test must be in \[0, 1\]"),
         ({"x_test": np.zeros((4, 3, 5, 5))}, "different shapes"),
         ({"x_val": np.zeros((4, 3, 4, 4))}, "no array y_val"),
@@ -611,6 +640,34 @@ def test_what_is_not_written_as_a_label_is_a_name(text, expected):
     assert class_list(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('"salt, rock",pepper', ("salt, rock", "pepper")),
+        ("salt, rock,pepper", ("salt, rock", "pepper")),
+        ("pepper,salt,rock", ("pepper", "salt, rock")),
+        ('"1-3",pepper', ("1-3", "pepper")),
+        ('pepper,"a ""b"", c"', ("pepper", 'a "b", c')),
+        ('a "b", c,pepper', ('a "b", c', "pepper")),
+        ("sea", ("sea",)),
+        ("sea,salt", ("sea,salt",)),
+    ],
+)
+def test_a_class_whose_name_has_a_comma_can_be_chosen(tmp_path, text, expected):
+    photos(tmp_path, dict.fromkeys(["salt, rock", "pepper", "1-3", 'a "b", c', "sea", "sea,salt"], 4))
+    assert data.load(tmp_path, classes=class_list(text)).classes == expected
+    with pytest.raises(ValueError, match=r"no class 'salt'; .* \(names with commas in double quotes"):
+        data.load(tmp_path, classes=class_list("salt,pepper"))
+
+
+def test_a_part_without_classes_is_left_out_with_a_warning(tmp_path):
+    found = photos(tmp_path, {"train/a": 8, "train/b": 8, "test": 5})
+    with pytest.warns(UserWarning, match="test has pictures of no class: the test part is left out"):
+        loaded = data.load(tmp_path, validation=0)
+    assert "no test part" in loaded.notes[0]
+    assert rows(torch.cat((loaded.x_train, loaded.x_test))) == found["train/a"] | found["train/b"]
+
+
 def test_hidden_files_do_not_count_and_others_are_counted(tmp_path):
     photos(tmp_path, {"a": 5, "b": 5, "a/.thumbs": 3, ".cache": 3})
     (tmp_path / "a" / ".DS_Store").write_text("")
@@ -739,6 +796,54 @@ def test_damaged_files_are_listed_or_left_out(tmp_path):
         data.load(tmp_path, skip_corrupt=True)
 
 
+BAD = {
+    "empty.png": lambda path: path.touch(),
+    "cut.png": lambda path: path.write_bytes(png(noise(20, 20))[:300]),
+    "nowhere.png": lambda path: path.symlink_to(path.parent / "absent.png"),
+    "itself.jpg": lambda path: path.symlink_to(path),
+    "pipe.jpg": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("part", ["", "train", "test"])
+def test_whatever_cannot_be_read_is_a_corrupt_picture(tmp_path, part):
+    counts = {"a": 40, "b": 40} if not part else {f"{p}/{name}": 40 for p in ("train", "test") for name in "ab"}
+    found = photos(tmp_path, counts)
+    bad = [tmp_path / part / name / file for name in "ab" for file in BAD]
+    for path in bad:
+        BAD[path.name](path)
+    count = 40 * len(counts) + len(bad)
+    with pytest.raises(ValueError, match=f"10 of {count} pictures cannot be read; skip_corrupt=True") as error:
+        data.load(tmp_path)
+    assert sum(str(path) in str(error.value) for path in bad) == 5
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = data.load(tmp_path, skip_corrupt=True, validation=0)
+    assert len(told) == 1, "those that are empty are not equal pictures under two labels or in two parts"
+    assert f"10 of {count} pictures were left out" in str(told[0].message)
+    images, labels = (torch.cat(parts) for parts in zip(loaded.train, loaded.val, loaded.test, strict=True))
+    for label, name in enumerate("ab"):
+        assert rows(images[labels == label]) == set().union(*(found[f] for f in found if f.endswith(name)))
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    found = photos(tmp_path / "set", {"a": 6, "a/deep": 6, "b": 6})
+    photos(tmp_path / "elsewhere", {"": 4})
+    (tmp_path / "set" / "a" / "deep" / "up").symlink_to(tmp_path / "set" / "a")
+    (tmp_path / "set" / "a" / "0").symlink_to(tmp_path / "set" / "a" / "deep")
+    (tmp_path / "set" / "b" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set" / "b")
+    (tmp_path / "set" / "all").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "itself").symlink_to("itself")
+    with pytest.warns(UserWarning, match="left out, no picture of a class: 2, such as .*all") as told:
+        loaded = data.load(tmp_path / "set", validation=0)
+    assert len(told) == 1
+    assert loaded.classes == ("a", "b")
+    labels = torch.cat((loaded.y_train, loaded.y_test))
+    assert labels.bincount().tolist() == [12, 10]
+    assert rows(torch.cat((loaded.x_train, loaded.x_test))) >= set.union(*found.values())
+
+
 def test_a_damaged_picture_that_was_a_class_s_only_one_in_a_part_is_a_warning(tmp_path):
     photos(tmp_path, {"a": 12, "b": 12})
     (tmp_path / "a" / "000.png").write_bytes(b"damaged")
@@ -807,9 +912,9 @@ def test_one_file_is_split_and_its_classes_may_be_numbers(tmp_path, label, raw):
     pixels = [noise(4, 4) for _ in range(10)]
     parquet(tmp_path / "mine.parquet", pixels, [0, 2] * 5, image="img", label=label, raw=raw)
     loaded = data.load(tmp_path / "mine.parquet")
-    assert loaded.classes == ("0", "1", "2")
+    assert loaded.classes == ("0", "2")
     assert "no test part" in loaded.notes[0]
-    pairs = {(p.transpose(2, 0, 1).tobytes(), y) for p, y in zip(pixels, [0, 2] * 5, strict=True)}
+    pairs = {(p.transpose(2, 0, 1).tobytes(), y) for p, y in zip(pixels, [0, 1] * 5, strict=True)}
     parts = (loaded.train, loaded.val, loaded.test)
     assert {
         (x.numpy().tobytes(), int(y)) for images, labels in parts for x, y in zip(images, labels, strict=True)
@@ -827,12 +932,13 @@ def test_parquet_files_of_another_layout_are_refused(tmp_path):
     pq.write_table(pa.table({"image": [b"", b""], "label": [0.5, 1.5]}), path)
     with pytest.raises(ValueError, match=r"its columns are image \(binary\), label \(double\)"):
         data.load(path)
-    paths = pa.array([{"bytes": None, "path": "a.png"}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-    pq.write_table(pa.table({"image": paths, "label": [0, 1]}), path)
-    with pytest.raises(ValueError, match="2 of 2 values of the column image are missing"):
-        data.load(path)
+    paths = [{"bytes": None, "path": f"{i}.png"} for i in range(6)]
+    paths = pa.array(paths, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": paths, "label": [0, 1] * 3}), path)
+    with pytest.raises(ValueError, match=r"none of the 6 pictures .*/\d\.png cannot be read \(No such file"):
+        data.load(path, test=0.5, validation=0)
     parquet(path, [noise(4, 4)] * 4, [-1] * 4)
-    with pytest.raises(ValueError, match="label -1: the images of this part have no labels"):
+    with pytest.raises(ValueError, match=r"has no labels .*: give files with labels, or the column that has them"):
         data.load(path)
     parquet(path, [noise(4, 4)] * 4, [0, 0, 5, 5], names=("cat", "dog"))
     with pytest.raises(ValueError, match="names 2 classes, and there is a label 5"):
@@ -876,13 +982,99 @@ def test_a_test_part_without_labels_is_left_out_with_a_warning(tmp_path):
     parquet(tmp_path / "train.parquet", pixels[:40], [0, 1] * 20)
     parquet(tmp_path / "validation.parquet", pixels[40:50], [0, 1] * 5)
     parquet(tmp_path / "test.parquet", pixels[50:], [-1] * 10)
-    with pytest.warns(UserWarning, match="the label -1 alone: the part is left out"):
+    with pytest.warns(UserWarning, match=r"the test part in .* has no labels .*: it is left out"):
         loaded = data.load(tmp_path)
     assert "no test part" in loaded.notes[0]
     assert rows(torch.cat((loaded.x_train, loaded.x_test))) == {p.transpose(2, 0, 1).tobytes() for p in pixels[:40]}
     parquet(tmp_path / "test.parquet", pixels[50:], [-1] * 9 + [0])
-    with pytest.raises(ValueError, match="label -1: the images of this part have no labels"):
+    with pytest.raises(ValueError, match="has the label -1, of images without a label: leave out those rows"):
         data.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        (
+            "config/de/train.parquet",
+            r"files \.parquet \(of parquet files give the folder that holds train\*\.parquet\)",
+        ),
+        ("train/data-00000-of-00001.arrow", r"files \.arrow \(a set that save_to_disk wrote .* to_parquet\)"),
+        ("train/000.tar", r"files \.tar \(unpack archives first\)"),
+        ("train/notes.txt", r"files \.txt; the layout is photos/CLASS"),
+    ],
+)
+def test_other_layouts_are_refused_with_what_works(tmp_path, file, words):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=f"has no folders with pictures, but {words}"):
+        data.load(tmp_path)
+
+
+def test_parquet_files_of_no_part_are_spoken_of_and_labels_may_be_truths(tmp_path):
+    columns = {"image": [png(noise(4, 4)) for _ in range(24)], "label": [True, False, True] * 8}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "extra.parquet")
+    with pytest.warns(UserWarning, match=r"left out, of no part: 1 files, such as .*extra\.parquet"):
+        loaded = data.load(tmp_path, validation=0)
+    assert loaded.classes == ("False", "True")
+    assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [8, 16]
+
+
+@pytest.mark.parametrize("kind", ["minus one", "null", "null column", "no column"])
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_a_part_without_labels_of_any_kind_is_left_out(tmp_path, kind, part):
+    pixels = [noise(4, 4) for _ in range(50)]
+    parquet(tmp_path / "train.parquet", pixels[:40], [0, 1] * 20, names=("cat", "dog"))
+    labels = {"minus one": pa.array([-1] * 10), "null": pa.array([None] * 10, pa.int64()), "null column": pa.nulls(10)}
+    column = {} if kind == "no column" else {"label": labels[kind]}
+    pq.write_table(pa.table({"image": [png(p) for p in pixels[40:]], **column}), tmp_path / f"{part}.parquet")
+    with pytest.warns(UserWarning, match=f"the {part[:3]}.* part in .* has no labels .*: it is left out"):
+        loaded = data.load(tmp_path)
+    assert loaded.classes == ("cat", "dog")
+    parts = torch.cat((loaded.x_train, loaded.x_val, loaded.x_test))
+    assert rows(parts) == {p.transpose(2, 0, 1).tobytes() for p in pixels[:40]}
+    (tmp_path / "train.parquet").unlink()
+    (tmp_path / f"{part}.parquet").rename(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"has no labels .*: give files with labels, or the column that has them"):
+        data.load(tmp_path)
+
+
+def test_some_missing_labels_are_refused_and_missing_pictures_are_corrupt(tmp_path):
+    content, labels = [png(noise(4, 4)) for _ in range(90)], ["b", "a", "c"] * 30
+    pq.write_table(pa.table({"image": content, "label": [None, None, *labels[2:]]}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="2 of 90 labels are missing: leave out those rows"):
+        data.load(tmp_path / "p.parquet")
+    content[4], content[7], content[8] = None, b"", b"damaged"
+    categories = pa.array(labels).dictionary_encode()
+    pq.write_table(pa.table({"image": content, "label": categories}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"3 of 90 pictures cannot be read(.|\n)*p\.parquet, row [47] is empty"):
+        data.load(tmp_path / "p.parquet")
+    with pytest.warns(UserWarning, match="3 of 90 pictures were left out"):
+        loaded = data.load(tmp_path / "p.parquet", skip_corrupt=True, validation=0)
+    assert loaded.classes == ("a", "b", "c")
+    assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [28, 30, 29]
+
+
+def test_columns_of_other_names_are_taken_where_they_are_named(tmp_path):
+    pixels = [noise(4, 4) for _ in range(24)]
+    coarse, fine = [0, 1] * 12, [0, 1, 2] * 8
+    columns = {"image": [b"thumb"] * 24, "scan": [png(p) for p in pixels], "label": fine, "site": coarse}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    loaded = data.load(tmp_path, image_column="scan", label_column="site", validation=0)
+    assert loaded.classes == ("0", "1")
+    for label in (0, 1):
+        images = torch.cat((loaded.x_train[loaded.y_train == label], loaded.x_test[loaded.y_test == label]))
+        assert rows(images) == {p.transpose(2, 0, 1).tobytes() for p in pixels[label::2]}
+    assert data.load(tmp_path, image_column="scan").classes == ("0", "1", "2")
+    with pytest.raises(ValueError, match=r"has no column 'scam'; its columns are image \(binary\), scan"):
+        data.load(tmp_path, image_column="scam")
+    with pytest.raises(ValueError, match="its columns are image"):
+        data.load(tmp_path, image_column="scan", label_column="image")
+    photos(tmp_path / "photos", {"a": 4, "b": 4})
+    with pytest.raises(ValueError, match=r"are for parquet files, and .*photos' has none"):
+        data.load(tmp_path / "photos", label_column="site")
+    with pytest.raises(ValueError, match="are for parquet files, and 'digits' has none"):
+        data.load("digits", image_column="scan")
 
 
 # CIFAR-10
@@ -945,7 +1137,7 @@ def test_cifar10_is_read_from_its_archives(tmp_path, monkeypatch, make, archive,
 
 
 def test_cifar10_is_read_from_parquet_files_in_the_working_folder(tmp_path, monkeypatch):
-    content = batches(2)
+    content = batches(10)
     for part, names in (("train", BATCHES[:5]), ("test", BATCHES[5:])):
         pixels = np.concatenate([content[name][0] for name in names]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = np.concatenate([content[name][1] for name in names])

@@ -44,14 +44,21 @@ def eps_budget(text: str) -> float:
     return value
 
 
+# A name in quotes, or what there is up to the next comma; an empty one follows the last.
+_CLASS = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,|$)|([^,]*))(?:,|$)'
+
+
 def class_list(text: str) -> list[int | str]:
     """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list.
 
-    What is not written as a label is, such as 01 or 9-5, makes all of them names.
+    What is not written as a label is, such as 01 or 9-5, makes all of them names. A name in double quotes is taken as
+    it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice.
     """
-    parts = [part.strip() for part in text.split(",")]
-    ends = [_label_range(part) for part in parts]
-    return parts if None in ends else [label for first, last in ends for label in range(first, last + 1)]
+    parts = [(quoted.replace('""', '"'), plain.strip()) for quoted, plain in re.findall(_CLASS, text)][:-1]
+    ends = [None if quoted else _label_range(plain) for quoted, plain in parts]
+    if None in ends:
+        return [quoted or plain for quoted, plain in parts]
+    return [label for first, last in ends for label in range(first, last + 1)]
 
 
 def _label_range(text: str) -> tuple[int, int] | None:
@@ -81,7 +88,13 @@ def add_data(
         help="digits, cifar10, a folder of pictures, of parquet files, or an .npz file",
     )
     add("--data-folder", Path, help="where cifar10 is (the variable FASTADV_DATA, else data, if not given)")
-    add("--classes", class_list, help="labels or names to keep, such as 5-9 or cat,dog (all if not given)")
+    add(
+        "--classes",
+        class_list,
+        help='labels or names to keep, such as 5-9 or cat,dog or "salt, rock",pepper in its quotes (all if not given)',
+    )
+    add("--image-column", help="of parquet files (image, img or another usual name if not given)")
+    add("--label-column", help="of parquet files (label, labels or another usual name if not given)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
     add("--split-seed", int, split_seed, help="of the parts that a set does not have: evaluate takes the training's")
     add("--seed", int, 0)
@@ -95,6 +108,8 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
         preprocessing=preprocessing,
         classes=arguments.classes,
         folder=arguments.data_folder,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
         skip_corrupt=arguments.skip_corrupt,
         seed=arguments.split_seed,
         **options,

@@ -2,20 +2,23 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fastadv import models
+from fastadv import data, models
 from fastadv.attacks import ENSEMBLES, PRESETS
-from fastadv.commands.arguments import add_data, adder, eps_budget, load_data, load_model, overlap
+from fastadv.commands.arguments import add_data, adder, eps_budget, load_model, overlap
+from fastadv.data.judged import PARTS
+from fastadv.data.parquet import Columns
 from fastadv.data.splits import Split
+from fastadv.data.trained import MOST_OVERLAP
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ATTACKS, ITERATES
 from fastadv.report import write_curves
 
 FORMAT = 1  # of report.json
-MOST_OVERLAP = 0.05  # of the judged images may be training images
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +26,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     add_data(parser, add, split_seed=None)
     add("--model", required=True, help="a checkpoint.safetensors")
+    add(
+        "--part",
+        choices=PARTS,
+        help="of the data: test (what the training split off, where the set has no test part) or all (not given: test, "
+        "or all of a set that has no test part and that the model was not trained on)",
+    )
     add("--attacks", default=",".join(ATTACKS), help=f"some of {', '.join((*PRESETS, *ENSEMBLES))}")
     add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
     parser.add_argument(
@@ -45,18 +54,23 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     model = load_model(arguments.model)
     split = model.trained_on[-1].split if model.trained_on else Split()
-    if arguments.split_seed is None:
-        arguments.split_seed = split.seed
-    dataset = load_data(arguments, model.preprocessing, validation=0, test=split.test)
-    model.check_shape(dataset.shape)
-    if dataset.classes != model.classes:
-        raise ValueError(
-            f"the model's classes are {', '.join(model.classes)}, and the data's {', '.join(dataset.classes)}: give "
-            "the --classes that it was trained on, in their order"
-        )
-    chosen = _sample(len(dataset.y_test), arguments.limit)
-    images, labels = (part[chosen] for part in dataset.test)
-    trained_on = _checked_overlap(model, dataset.digests["test"][chosen], split, arguments.allow_overlap)
+    chosen = data.held_out(
+        arguments.data,
+        model.classes,
+        trained_on=model.trained_on,
+        part=arguments.part,
+        split=None if arguments.split_seed is None else replace(split, seed=arguments.split_seed),
+        classes=arguments.classes,
+        limit=arguments.limit,
+        codes=model.preprocessing is not None,
+        folder=arguments.data_folder,
+        columns=Columns(arguments.image_column, arguments.label_column),
+    )
+    for note in chosen.notes:
+        print(note)
+    trained_on = _checked_overlap(model, chosen.part.digests, split, arguments.allow_overlap)
+    images, labels = chosen.decoded(model.preprocessing, arguments.skip_corrupt)
+    model.check_shape(images.shape[1:])
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = evaluate(
         model.pixels.to(arguments.device),
@@ -115,12 +129,7 @@ def _checked_overlap(model: models.Model, digests: torch.Tensor, split: Split, a
     elif count > MOST_OVERLAP * len(digests) and not allowed:
         raise ValueError(
             f"the model was trained on {count} of the {len(digests)} images that are to judge it, which says nothing "
-            f"about new ones: give others (of the set that it was trained on, --split-seed {split.seed} keeps a test "
-            "part, and is the default), or --allow-overlap"
+            f"about new ones: give others (--part test --split-seed {split.seed} keeps some of the set that it was "
+            "trained on), or --allow-overlap"
         )
     return count
-
-
-def _sample(count: int, limit: int | None) -> torch.Tensor:
-    """Indices of `limit` images; the first ones of a folder are all of one class."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort()[0]

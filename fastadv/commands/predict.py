@@ -1,13 +1,16 @@
 """fastadv predict: the classes of pictures, one or a folder of them."""
 
 import argparse
-import csv
-import sys
+import itertools
+import logging
+import os
 import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastadv import models
@@ -15,10 +18,32 @@ from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
 from fastadv.commands.arguments import adder, load_model
+from fastadv.commands.tables import ENDINGS, table
 from fastadv.data import to_float
-from fastadv.data.pictures import extensions, read
+from fastadv.data.pictures import CorruptPictureError, Picture, extensions
+from fastadv.data.walking import files_below
+from fastadv.preprocessing import Preprocessing
+
+logger = logging.getLogger("fastadv")
 
 BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of a picture.
+
+    Attributes:
+        path: the picture's.
+        shares: the probability of each class; None where the picture cannot be read.
+        best: the class; NONE where the model gives no prediction.
+        error: why the picture cannot be read.
+    """
+
+    path: Path
+    shares: tuple[float, ...] | None = None
+    best: int = NONE
+    error: str | None = None
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -26,51 +51,114 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders of them")
     add("--model", required=True, help="a checkpoint.safetensors")
-    add("--out", Path, help="CSV file (the terminal if not given)")
+    add("--out", Path, help=f"file {' or '.join(ENDINGS)} (CSV to the terminal if not given)")
+    add("--top-k", int, help="so many classes with their probabilities, the best first (each class's if not given)")
+    add("--batch-size", int, BATCH, help="pictures that are decoded and classified at a time")
+    add("--workers", int, os.cpu_count(), help="pictures that are decoded at the same time")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write a row for each picture; one that cannot be read has a row with the reason, and makes the exit status 1."""
     model = load_model(arguments.model)
     if model.preprocessing is None:
         raise ValueError(f"{arguments.model} does not say what size of images it takes: it cannot classify pictures")
-    paths = [path for given in arguments.pictures for path in found(given)]
-    rows = predictions(model, paths, arguments.device)
-    with open(arguments.out, "w", newline="") if arguments.out else nullcontext(sys.stdout) as file:
-        writer = csv.writer(file)
-        writer.writerow(("picture", "class", "probability", *model.classes))
-        writer.writerows(rows)
+    for name, most in (("top_k", len(model.classes)), ("batch_size", None), ("workers", None)):
+        value = getattr(arguments, name)
+        if value is not None and (value < 1 or (most and value > most)):
+            limit = f"from 1 to {most}, the number of the model's classes" if most else "at least 1"
+            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+    pictures = list(itertools.chain.from_iterable(map(found, arguments.pictures)))
+    given = predictions(model, pictures, arguments.device, arguments.batch_size, arguments.workers)
+    errors, silent = [], 0
+    with table(arguments.out, model.classes, arguments.top_k) as write:
+        for prediction in given:
+            errors += [prediction.error] if prediction.error else []
+            silent += prediction.error is None and prediction.best == NONE
+            if not (prediction.error and arguments.skip_corrupt):
+                write(str(prediction.path), prediction.shares, prediction.best, prediction.error)
+    if silent:
+        warnings.warn(f"no prediction for {silent} of {len(pictures)} pictures: {SILENT}", stacklevel=2)
+    _report(errors, len(pictures), arguments.skip_corrupt)
 
 
-def found(path: Path) -> list[Path]:
-    """The picture `path`, or the pictures in this folder and those below it, in order.
+def _report(errors: list[str], count: int, skipped: bool) -> None:
+    if errors and skipped and len(errors) < count:
+        warnings.warn(f"{len(errors)} of {count} pictures were left out: {errors[0]}", stacklevel=3)
+    elif errors:
+        hint = "" if skipped else " (the rows of all such are in the table; --skip-corrupt leaves them out)"
+        raise SystemExit(f"fastadv: error: {len(errors)} of {count} pictures cannot be read{hint}: {errors[0]}")
+
+
+def found(path: Path) -> list[Prediction]:
+    """What is to be classified: the picture `path`, or those in this folder and below it, in order.
+
+    Every file whose name ends as a picture's does, hidden or not; folders that are hidden do not count. A folder that
+    cannot be read has its error already.
 
     Raises:
         FileNotFoundError: there is no such file, or no picture in the folder.
     """
-    if path.is_file():
-        return [path]
-    endings = extensions()
-    pictures = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in endings)
+    if not os.path.isdir(path) and os.path.lexists(path):
+        return [Prediction(path)]
+    endings, closed = extensions(), []
+    below = files_below(path, hidden=True, onerror=closed.append) if os.path.isdir(path) else []
+    pictures = [Prediction(file) for file in below if file.suffix.lower() in endings]
+    pictures += [
+        Prediction(Path(error.filename), error=f"{error.filename} cannot be read ({error.strerror})")
+        for error in closed
+    ]
     if not pictures:
         raise FileNotFoundError(f"no picture {str(path)!r}, and no folder of pictures of this name")
+    others = [file for file in below if file.suffix.lower() not in endings and not file.name.startswith(".")]
+    if others:
+        logger.info("left out, no pictures by their names: %d, such as %s", len(others), others[0])
     return pictures
 
 
-def predictions(model: models.Model, paths: list[Path], device: torch.device) -> Iterator[tuple]:
-    """(path, class, its probability, the probability of each class), for each picture.
+def predictions(
+    model: models.Model, pictures: list[Prediction], device: torch.device, batch_size: int, workers: int
+) -> Iterator[Prediction]:
+    """The predictions of pictures, in their order; of those that cannot be read the error.
 
-    A picture goes through the preprocessing of the validation images, bit for bit. One for which the model gives no
-    prediction has these words for its class and nothing for its probability; at the end a warning counts them.
+    A picture goes through the preprocessing of the validation images, bit for bit. No more than two batches are decoded
+    at a time.
     """
-    network, silent = model.pixels.to(device), 0
+    network = model.pixels.to(device)
     with torch.no_grad(), frozen(network):
-        for part in (paths[i : i + BATCH] for i in range(0, len(paths), BATCH)):
-            images = torch.stack([torch.from_numpy(model.preprocessing.apply(read(path))) for path in part])
-            logits = find_logits(network(to_float(images.to(device))), len(part)).float().cpu()
-            for path, best, row in zip(part, predicted(logits).tolist(), logits.softmax(1).tolist(), strict=True):
-                says = ("no prediction", "") if best == NONE else (model.classes[best], f"{row[best]:.6f}")
-                silent += best == NONE
-                yield (str(path), *says, *(f"{share:.6f}" for share in row))
-    if silent:
-        warnings.warn(f"no prediction for {silent} of {len(paths)} pictures: {SILENT}", stacklevel=2)
+        for part, decoded in _decoded(pictures, model.preprocessing, batch_size, workers):
+            pixels = [each for each in decoded if not isinstance(each, str)]
+            said = iter(_classified(network, pixels, device) if pixels else ())
+            for picture, each in zip(part, decoded, strict=True):
+                if isinstance(each, str):
+                    yield Prediction(picture.path, error=each)
+                else:
+                    yield Prediction(picture.path, *next(said))
+
+
+def _classified(network: torch.nn.Module, pixels: list[np.ndarray], device: torch.device) -> Iterable[tuple]:
+    """The probabilities and the best class of each image uint8 (C, H, W)."""
+    images = torch.from_numpy(np.stack(pixels)).to(device)
+    logits = find_logits(network(to_float(images)), len(images)).float().cpu()
+    return zip(map(tuple, logits.softmax(1).tolist()), predicted(logits).tolist(), strict=True)
+
+
+def _decoded(
+    pictures: list[Prediction], preprocessing: Preprocessing, batch_size: int, workers: int
+) -> Iterator[tuple[list[Prediction], list[np.ndarray | str]]]:
+    """Batches with their pixels or errors; while one is classified the next is decoded."""
+    extensions()  # the formats, before threads register them at the same time
+
+    def pixels(picture: Prediction) -> np.ndarray | str:
+        try:
+            return picture.error or preprocessing.apply(Picture(str(picture.path)).read())
+        except CorruptPictureError as error:
+            return str(error)
+
+    parts = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
+    with ThreadPoolExecutor(workers) as pool:
+        coming = pool.map(pixels, parts[0])
+        for part, following in zip(parts, [*parts[1:], []], strict=True):
+            here, coming = coming, pool.map(pixels, following)
+            yield part, list(here)

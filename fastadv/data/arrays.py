@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastadv._extras import require
-from fastadv.data.source import Part, Source, digests
+from fastadv.data.source import Part, Source, digests, judging
 
 _HAIR = 1e-6  # by which rounding puts a float beyond [0, 1]
 _REQUIRED = ("x_train", "y_train", "x_test", "y_test")
@@ -25,46 +25,72 @@ def digits(codes: bool) -> Source:
     return replace(source, parts={"train": replace(source.parts["train"], digests=contents)})
 
 
-def npz(path: Path) -> Source:
-    """x_train, y_train, x_test, y_test, and x_val and y_val if the file has them.
+def npz(path: Path, judge: str | None = None) -> Source:
+    """x_train, y_train, x_test, y_test, and x_val and y_val if the file has them; the classes are the labels there are.
 
     Floats that rounding put beyond [0, 1] by a hair are clamped.
+
+    Args:
+        judge: None: for training; "test" or "all": to judge a model, see `judging`, which needs one part alone.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in (*_REQUIRED, "x_val", "y_val") if key in archive}
+            arrays = {key: archive[key] for key in _keys(archive, judge) if key in archive}
     except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
-    for key in (*_REQUIRED, *(("x_val", "y_val") if {"x_val", "y_val"} & set(arrays) else ())):
+    needed = _REQUIRED if judge is None else ()
+    needed += tuple(f"{letter}{key[1:]}" for key in arrays for letter in "xy")
+    for key in needed or _REQUIRED:
         if key not in arrays:
             raise ValueError(f"{path} has no array {key}; it needs {', '.join(_REQUIRED)}")
-    for key in arrays:
-        if key.startswith("x"):
-            _check_images(f"{path}: {key}", arrays[key])
-            if arrays[key].dtype.kind == "f":
-                np.clip(arrays[key], 0, 1, out=arrays[key])
-            _check_labels(f"{path}: y{key[1:]}", arrays["y" + key[1:]], len(arrays[key]))
-            if arrays[key].shape[1:] != arrays["x_train"].shape[1:]:
-                raise ValueError(f"{path}: x_train and {key} hold images of different shapes")
+    images = {key: array for key, array in arrays.items() if key.startswith("x")}
+    first = next(iter(images))
+    for key, array in images.items():
+        _check_images(f"{path}: {key}", array)
+        if array.dtype.kind == "f":
+            np.clip(array, 0, 1, out=array)
+        _check_labels(f"{path}: y{key[1:]}", arrays["y" + key[1:]], len(array))
+        if array.shape[1:] != images[first].shape[1:]:
+            raise ValueError(f"{path}: {first} and {key} hold images of different shapes")
     return _source(arrays)
 
 
+def _keys(archive, judge: str | None) -> list[str]:
+    parts = [key[2:] for key in (*_REQUIRED[::2], "x_val") if key in archive or "y" + key[1:] in archive]
+    return [f"{letter}_{part}" for part in judging(parts, judge) for letter in "xy"]
+
+
 def _check_images(name: str, images: np.ndarray) -> None:
+    key = name.rpartition(" ")[2]
     if images.dtype.kind != "f" and images.dtype != "uint8":
         raise ValueError(f"{name} must be uint8 or floating point, got {images.dtype}")
     if images.ndim != 4 or images.size == 0:
-        raise ValueError(f"{name} must be images (N, C, H, W), got the shape {images.shape}")
-    count, channels, height, width = images.shape
-    if width in (1, 3, 4) and channels not in (1, 3) and width < min(channels, height):
+        hint = f": save {key}[:, None]" if images.ndim == 3 else ""
+        raise ValueError(f"{name} must be images (N, C, H, W), got the shape {images.shape}{hint}")
+    if _is_channels_last(*images.shape[1:]):
+        count, height, width, channels = images.shape
         raise ValueError(
             f"{name} must be images (N, C, H, W), and {images.shape} is (N, H, W, C) as Keras has it: save "
-            f"np.moveaxis({name.rpartition(' ')[2]}, -1, 1), of the shape {(count, width, channels, height)}"
+            f"np.moveaxis({key}, -1, 1), of the shape {(count, channels, height, width)}"
         )
     if images.dtype.kind == "f" and not (images.min() >= -_HAIR and images.max() <= 1 + _HAIR):
-        raise ValueError(f"{name} must be in [0, 1], got [{images.min():.9g}, {images.max():.9g}]")
+        hint = f": save {key} / 255" if 0 <= images.min() and 2 < images.max() <= 255 else ""
+        raise ValueError(f"{name} must be in [0, 1], got [{images.min():.9g}, {images.max():.9g}]{hint}")
+
+
+def _is_channels_last(first: int, second: int, last: int) -> bool:
+    """Whether images of three sizes are (H, W, C): few channels, or square in the first two and with fewer of the last.
+
+    What 1 or 3 comes first in is (C, H, W).
+    """
+    return first not in (1, 3) and last < first and ((last in (1, 3, 4) and last < second) or first == second)
 
 
 def _check_labels(name: str, labels: np.ndarray, count: int) -> None:
+    key = name.rpartition(" ")[2]
+    if labels.ndim == 2 and len(labels) == count:
+        hint = f"{key}[:, 0]" if labels.shape[1] == 1 else f"{key}.argmax(1)"
+        raise ValueError(f"{name} must be of shape ({count},), got {labels.shape}: save {hint}")
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers, got {labels.dtype}")
     if labels.shape != (count,):
@@ -74,9 +100,13 @@ def _check_labels(name: str, labels: np.ndarray, count: int) -> None:
 
 
 def _source(arrays: dict[str, np.ndarray]) -> Source:
-    parts = {key[2:]: _part(arrays[key], arrays["y" + key[1:]]) for key in arrays if key.startswith("x")}
-    count = 1 + max(int(part.labels.max()) for part in parts.values())
-    return Source(parts, tuple(str(label) for label in range(count)))
+    there = np.unique(np.concatenate([array.astype(np.int64) for key, array in arrays.items() if key.startswith("y")]))
+    parts = {
+        key[2:]: _part(arrays[key], np.searchsorted(there, arrays["y" + key[1:]]))
+        for key in arrays
+        if key.startswith("x")
+    }
+    return Source(parts, tuple(map(str, there.tolist())))
 
 
 def _part(images: np.ndarray, labels: np.ndarray) -> Part:

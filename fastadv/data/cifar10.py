@@ -34,7 +34,7 @@ def cifar10(folder: str | Path | None) -> Source:
     for place in (folder / "cifar10", folder):
         files = parquet.find(place)
         if files:
-            return _renamed(parquet.read(files), place)
+            return _checked_source(parquet.read(files, names=CLASSES), place)
         for kind, (archive, inner, ending) in _ARCHIVES.items():
             batches = _from_folder(place, inner, ending) or _from_archive(place / archive, ending)
             if batches:
@@ -46,13 +46,12 @@ def cifar10(folder: str | Path | None) -> Source:
     )
 
 
-def _renamed(source: Source, place: Path) -> Source:
-    named = source.classes != tuple(str(label) for label in range(len(source.classes)))
-    if len(source.classes) > len(CLASSES) or (named and source.classes != CLASSES):
+def _checked_source(source: Source, place: Path) -> Source:
+    if source.classes != CLASSES:
         raise ValueError(f"the parquet files in {place} are not CIFAR-10: their classes are {source.classes[:12]}")
     if "test" not in source.parts:
         raise ValueError(f"CIFAR-10 is not complete: {place} has no test*.parquet; get it too")
-    return Source(source.parts, CLASSES)
+    return source
 
 
 def _from_folder(place: Path, inner: str, ending: str) -> dict[str, bytes]:

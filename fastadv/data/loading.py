@@ -10,6 +10,7 @@ import torch
 from fastadv.data import parquet
 from fastadv.data.arrays import digits, npz
 from fastadv.data.cifar10 import cifar10
+from fastadv.data.classes import labels_of, selected
 from fastadv.data.dataset import Data
 from fastadv.data.decoding import decode
 from fastadv.data.folders import folders
@@ -27,6 +28,8 @@ def load(
     validation: float = 0.1,
     test: float = TEST_SHARE,
     folder: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     skip_corrupt: bool = False,
     seed: int = 0,
 ) -> Data:
@@ -44,8 +47,10 @@ def load(
             extracted or not. An .npz file holds x_train, y_train, x_test, y_test and, if it likes, x_val, y_val:
             images (N, C, H, W), uint8 or floats in [0, 1]; integer labels (N,). A parquet file, or a folder with
             train*.parquet, val*.parquet and test*.parquet as the Hugging Face hub has them, has a column such as image
-            of encoded pictures or of their files' paths and a column such as label of integers or names. A folder of
-            pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or valid, validation) and test beside it.
+            of encoded pictures or of their files' paths and a column such as label of integers or names; a part whose
+            labels are all -1 or null is left out with a warning. Classes that have no names are called by their labels,
+            those that are there. A folder of pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or
+            valid, validation) and test beside it.
         preprocessing: of the model the images are for; they become uint8 of its size. None leaves images as they
             are: those of one set must then have one size.
         classes: names or labels of the classes to keep, relabelled 0, 1, ... in the order given. Numbers are names
@@ -55,6 +60,7 @@ def load(
         test: share in (0, 1).
         folder: where "cifar10" is, itself or as the subfolder cifar10; None means the environment variable
             FASTADV_DATA, else ./data.
+        image_column, label_column: of parquet files; None: the first of those that are usual.
         skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
         seed: of the splits.
 
@@ -65,12 +71,13 @@ def load(
             without a preprocessing, or there is too little memory.
     """
     split = Split(seed, test, validation)
-    source = _find(name_or_path, folder, codes=preprocessing is not None)
+    columns = parquet.Columns(image_column, label_column)
+    source = find(name_or_path, folder, columns, codes=preprocessing is not None)
     names = source.classes
-    chosen = list(range(len(names))) if classes is None else _labels(classes, names)
+    chosen = list(range(len(names))) if classes is None else labels_of(classes, names)
     parts, notes = completed(source, split, chosen)
     if classes is not None:
-        parts = {name: _selected(part, chosen) for name, part in parts.items()}
+        parts = {name: selected(part, chosen) for name, part in parts.items()}
         names = tuple(names[label] for label in chosen)
         _check_present(parts, names)
     parts = _decoded(parts, preprocessing, skip_corrupt, names, given=source.parts.keys())
@@ -80,49 +87,38 @@ def load(
     return Data(**tensors, classes=names, notes=notes, split=split, digests=digests)
 
 
-def _find(name_or_path: str | Path, folder: str | Path | None, codes: bool) -> Source:
-    if str(name_or_path) == "digits":
-        return digits(codes)
-    if str(name_or_path) == "cifar10":
-        return cifar10(folder)
+def find(
+    name_or_path: str | Path,
+    folder: str | Path | None,
+    columns: parquet.Columns,
+    *,
+    codes: bool,
+    judge: str | None = None,
+) -> Source:
+    """The set where it lies; `judge` says which of its parts, see `judging`, and None that it is for training.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
     path = Path(name_or_path)
+    named = {"digits": lambda: digits(codes), "cifar10": lambda: cifar10(folder)}
+    files = {} if str(name_or_path) in named or not path.is_dir() else parquet.find(path, training=judge is None)
+    if path.suffix == ".parquet" and path.is_file():
+        files = {"train": [path]}
+    if columns != parquet.Columns() and not files:
+        raise ValueError(f"image_column and label_column are for parquet files, and {str(name_or_path)!r} has none")
+    if str(name_or_path) in named:
+        return named[str(name_or_path)]()
+    if files:
+        return parquet.read(files, columns, judge=judge)
     if path.is_dir():
-        files = parquet.find(path)
-        return parquet.read(files) if files else folders(path)
+        return folders(path, judge)
     if not path.is_file():
         raise FileNotFoundError(
             f"no data set or file called {str(path)!r}; give 'digits', 'cifar10', or the path of an .npz file, "
             "a parquet file, or a folder of parquet files or pictures"
         )
-    return parquet.read({"train": [path]}) if path.suffix == ".parquet" else npz(path)
-
-
-def _labels(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
-    if all(str(chosen) in names for chosen in classes):  # folders may be called 1, 2, 3
-        classes = [str(chosen) for chosen in classes]
-    for chosen in classes:
-        if isinstance(chosen, str) and chosen not in names:
-            raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}")
-        if isinstance(chosen, str):
-            continue
-        if not 0 <= chosen < len(names):
-            raise ValueError(f"class {chosen} has no training or no test images; there are 0 to {len(names) - 1}")
-        called = [name for name in names if name.isdecimal() and int(name) == chosen]
-        if called and called != [names[chosen]]:
-            raise ValueError(
-                f"class {chosen} may be the one called {called[0]} or the label {chosen}, which is the class called "
-                f"{names[chosen]}: give all classes by their names, {', '.join(names)}"
-            )
-    labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in classes]
-    if not labels or len(set(labels)) != len(labels):
-        raise ValueError(f"classes must be different and at least one, got {list(classes)}")
-    return labels
-
-
-def _selected(part: Part, labels: list[int]) -> Part:
-    match = part.labels[:, None] == torch.tensor(labels)
-    kept = part.take(match.any(dim=1).nonzero()[:, 0])
-    return replace(kept, labels=match[match.any(dim=1)].long().argmax(dim=1))
+    return npz(path, judge)
 
 
 def _check_present(parts: dict[str, Part], names: Sequence[str]) -> None:
@@ -139,7 +135,7 @@ def _decoded(
     given: Collection[str],
 ) -> dict[str, Part]:
     """The parts with their images as tensors; those `given` must have every class still."""
-    parts = {name: _as_pictures(part, preprocessing) for name, part in parts.items()}
+    parts = {name: as_pictures(part, preprocessing) for name, part in parts.items()}
     if isinstance(parts["train"].images, torch.Tensor):
         return parts
     whole = joined(list(parts.values()))
@@ -159,7 +155,7 @@ def _decoded(
     return decoded
 
 
-def _as_pictures(part: Part, preprocessing: Preprocessing | None) -> Part:
+def as_pictures(part: Part, preprocessing: Preprocessing | None) -> Part:
     """A tensor's images as pictures where they are not what the model takes."""
     images = part.images
     if not isinstance(images, torch.Tensor) or preprocessing is None or images.shape[1:] == preprocessing.shape:

@@ -3,33 +3,43 @@
 import json
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fastadv._extras import require
 from fastadv.data.pictures import Picture
-from fastadv.data.source import Part, Source, joined
+from fastadv.data.source import Part, Source, joined, judging
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
 _NEEDED = (
     f"a column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]} of encoded pictures (a struct with the fields "
     f"bytes and path, or binary) and a column {', '.join(LABEL_COLUMNS[:-1])} or {LABEL_COLUMNS[-1]} of integers or "
-    "strings"
+    "strings, or others that image_column and label_column name"
 )
 # How files begin (validation*.parquet too begins with val), and how folders of them are called.
 _PARTS = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 _FOLDERS = ("", "data", "plain_text", "default")  # where the hub's sets have them
 
 
-def find(folder: Path) -> dict[str, list[Path]]:
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns; None: the first of those that are usual."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
     """The files of each part in `folder` or its subfolder data, plain_text or default; empty where there are none.
 
     They are called train*.parquet, or lie in a folder train; those of the other parts likewise.
 
     Raises:
-        ValueError: shards are missing, or there are parquet files, and none of them is train*.parquet.
+        ValueError: shards are missing, or there are parquet files, and none of them is train*.parquet (where it is not
+            for `training`, none is of any part).
     """
     for place in (folder / name for name in _FOLDERS):
         found = {part: sorted(place.glob(f"{part}*.parquet")) for part in _PARTS}
@@ -38,64 +48,91 @@ def find(folder: Path) -> dict[str, list[Path]]:
                 part: sorted(path for name in names for path in place.glob(f"{name}/*.parquet"))
                 for part, names in _PARTS.items()
             }
-        if found["train"]:
+        if found["train"] or (not training and any(found.values())):
             for paths in found.values():
                 _check_shards(paths)
+            others = set(place.glob("*.parquet")).difference(*found.values())
+            if others:
+                warnings.warn(f"left out, of no part: {len(others)} files, such as {min(others)}", stacklevel=4)
             return {part: paths for part, paths in found.items() if paths}
         others = sorted(path.name for path in place.glob("*.parquet"))
         if others:
-            raise ValueError(f"{place} has parquet files ({', '.join(others[:5])}), but no train*.parquet")
+            wanted = "train*.parquet" if training else "train*.parquet, test*.parquet or val*.parquet"
+            raise ValueError(f"{place} has parquet files ({', '.join(others[:5])}), but no {wanted}")
     return {}
 
 
-def read(files: dict[str, list[Path]]) -> Source:
-    """The set in these files; the classes' names are in the files' metadata, else they are the labels.
+def read(
+    files: dict[str, list[Path]],
+    columns: Columns = Columns(),
+    names: tuple[str, ...] = (),
+    judge: str | None = None,
+) -> Source:
+    """The set in these files; its classes are those that the files' metadata name, else the labels that there are.
 
-    Where all labels of a part besides the training part are -1, as where the hub keeps them secret, it is left out with
-    a warning.
+    A part without labels is left out with a warning: all of them are -1, as where the hub keeps them secret, or null,
+    or it has no column of labels.
+
+    Args:
+        names: of the classes, where the metadata have none.
+        judge: None: for training; "test" or "all": to judge a model, see `judging`.
 
     Raises:
-        ValueError: a file is damaged or has another layout.
+        ValueError: a file is damaged or has another layout; the training part, or every part, has no labels.
     """
-    shards = {part: [_shard(path) for path in paths] for part, paths in files.items()}
-    for part in [part for part, found in shards.items() if part != "train" and all(map(_unlabelled, found))]:
-        warnings.warn(f"{files[part][0]} has the label -1 alone: the part is left out, it has no labels", stacklevel=4)
-        del shards[part]
-    kinds = {type(label) for found in shards.values() for _, labels in found for label in labels}
-    if len(kinds) > 1:
-        raise ValueError(f"the labels in {files['train'][0].parent} are integers in some files and strings in others")
-    texts = {label for _, labels in shards["train"] for label in labels} if str in kinds else ()
-    names = tuple(sorted(texts)) or _class_names(files["train"][0])
+    labels = {part: [_labels(path, columns) for path in files[part]] for part in judging(files, judge)}
+    for part in [part for part, found in labels.items() if all(map(_is_unlabelled, found))]:
+        what = f"the {part} part in {files[part][0].parent} has no labels (-1, null, or no such column)"
+        if len(files) == 1 or (part == "train" and judge is None):
+            raise ValueError(f"{what}: give files with labels, or the column that has them by label_column")
+        warnings.warn(f"{what}: it is left out", stacklevel=4)
+        return read({other: paths for other, paths in files.items() if other != part}, columns, names, judge)
+    first = next(iter(labels))
+    namers = labels.values() if judge else [labels[first]]  # of training, the training part's alone
+    _check_labels({path: found for part in labels for path, found in zip(files[part], labels[part], strict=True)})
+    texts = {label for found in namers for some in found for label in some if isinstance(label, str)}
+    numbers = {label for found in labels.values() for some in found for label in some if not isinstance(label, str)}
+    named = tuple(sorted(texts)) or _class_names(files[first][0], columns) or names
+    if named and numbers and max(numbers) >= len(named):
+        raise ValueError(f"{files[first][0]} names {len(named)} classes, and there is a label {max(numbers)}")
+    label_of = {name: i for i, name in enumerate(named)} if texts else {}
+    label_of |= {number: number if named else i for i, number in enumerate(sorted(numbers))}
     parts = {
         part: joined(
             [
-                Part(images, _numbers(labels, names, path))
-                for (images, labels), path in zip(found, files[part], strict=True)
+                Part(_pictures(path, columns), _numbers(some, label_of, path))
+                for path, some in zip(files[part], found, strict=True)
             ]
         )
-        for part, found in shards.items()
+        for part, found in labels.items()
     }
-    highest = max(int(part.labels.max()) for part in parts.values() if len(part.labels))
-    names = names or tuple(str(label) for label in range(1 + highest))
-    if highest >= len(names):
-        raise ValueError(f"{files['train'][0]} names {len(names)} classes, and there is a label {highest}")
-    return Source(parts, names)
+    return Source(parts, named or tuple(map(str, sorted(numbers))))
 
 
-def _unlabelled(shard: tuple[list[Picture], list]) -> bool:
-    return bool(shard[1]) and all(label == -1 for label in shard[1])
+def _is_unlabelled(labels: list | None) -> bool:
+    return labels is None or (bool(labels) and all(label in (-1, None) for label in labels))
 
 
-def _numbers(labels: list, names: tuple[str, ...], path: Path) -> torch.Tensor:
-    """Labels int64 (N,); a text is one of the names."""
-    number = {name: i for i, name in enumerate(names)}
-    unknown = next((label for label in labels if isinstance(label, str) and label not in number), None)
+def _check_labels(labels: dict[Path, list | None]) -> None:
+    for path, found in labels.items():
+        if found is None:
+            raise ValueError(f"{path} has no column of labels, which other files of its part have")
+        if None in found:
+            raise ValueError(f"{path}: {found.count(None)} of {len(found)} labels are missing: leave out those rows")
+        least = min((label for label in found if not isinstance(label, str)), default=0)
+        if least < 0:
+            raise ValueError(f"{path} has the label {least}, of images without a label: leave out those rows")
+    if len({type(label) for found in labels.values() for label in found}) > 1:
+        folder = next(iter(labels)).parent
+        raise ValueError(f"the labels in {folder} are integers in some files and strings in others")
+
+
+def _numbers(labels: list, label_of: dict, path: Path) -> torch.Tensor:
+    """Labels int64 (N,) of texts or numbers."""
+    unknown = next((label for label in labels if label not in label_of), None)
     if unknown is not None:
         raise ValueError(f"{path} has the label {unknown!r}, which the training part lacks")
-    values = torch.tensor([number[label] if isinstance(label, str) else label for label in labels], dtype=torch.int64)
-    if len(values) and values.min() < 0:
-        raise ValueError(f"{path} has the label {int(values.min())}: the images of this part have no labels")
-    return values
+    return torch.tensor([label_of[label] for label in labels], dtype=torch.int64)
 
 
 def _check_shards(paths: list[Path]) -> None:
@@ -113,57 +150,85 @@ def _open(path: Path):
         raise ValueError(f"{path} is not a parquet file, or it is damaged ({error}): get it again") from error
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
+def _class_names(path: Path, columns: Columns) -> tuple[str, ...]:
     with _open(path) as file:
         schema = file.schema_arrow
-    _, label = _columns(schema, path)
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[label]["names"])
+        return tuple(str(name) for name in features[_label_column(schema, path, columns)]["names"])
     except (KeyError, TypeError, ValueError):  # no metadata, or none of the labels: they are optional
         return ()
 
 
-def _columns(schema, path: Path) -> tuple[str, str]:
-    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
-    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+def _label_column(schema, path: Path, columns: Columns) -> str | None:
+    """The column of labels; None: there is none of a usual name."""
+    if columns.label is None:
+        column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    else:
+        column = _given(columns.label, schema, path)
+    if column is not None and not _is_label(schema.field(column).type):
+        raise ValueError(f"{path} needs {_NEEDED}; its columns are {_described(schema)}")
+    return column
+
+
+def _image_column(schema, path: Path, columns: Columns) -> str:
+    if columns.image is None:
+        column = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    else:
+        column = _given(columns.image, schema, path)
     types = require("pyarrow").types
-    if image and label and _is_label(schema.field(label).type):
-        kind = schema.field(image).type
+    if column is not None:
+        kind = schema.field(column).type
         if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind = kind.field("bytes").type
         if types.is_binary(kind) or types.is_large_binary(kind):
-            return image, label
-    found = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise ValueError(f"{path} needs {_NEEDED}; its columns are {found}")
+            return column
+    raise ValueError(f"{path} needs {_NEEDED}; its columns are {_described(schema)}")
+
+
+def _given(column: str, schema, path: Path) -> str:
+    if column not in schema.names:
+        raise ValueError(f"{path} has no column {column!r}; its columns are {_described(schema)}")
+    return column
+
+
+def _described(schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
 def _is_label(kind) -> bool:
     types = require("pyarrow").types
-    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    known = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string, types.is_null)
+    return any(is_known(kind) for is_known in known)
 
 
-def _shard(path: Path) -> tuple[list[Picture], list[int] | list[str]]:
-    """The pictures and labels of a file."""
+def _labels(path: Path, columns: Columns) -> list[int | str | None] | None:
+    """The labels of a file; None: it has no column of them."""
     with _open(path) as file:
-        image, label = _columns(file.schema_arrow, path)
+        _image_column(file.schema_arrow, path, columns)
+        label = _label_column(file.schema_arrow, path, columns)
+    return None if label is None else _column(path, label)
+
+
+def _pictures(path: Path, columns: Columns) -> list[Picture]:
+    with _open(path) as file:
+        image = _image_column(file.schema_arrow, path, columns)
+    return [_picture(path, row, value) for row, value in enumerate(_column(path, image))]
+
+
+def _column(path: Path, name: str) -> list:
+    with _open(path) as file:
         try:
-            table = file.read(columns=[image, label])
+            return file.read(columns=[name]).column(name).to_pylist()
         except (require("pyarrow").ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}): get it again") from error
-    labels = table.column(label).to_pylist()
-    pictures = [_picture(path, row, value) for row, value in enumerate(table.column(image).to_pylist())]
-    for name, values in ((image, pictures), (label, labels)):
-        missing = sum(value is None for value in values)
-        if missing:
-            raise ValueError(f"{path}: {missing} of {len(values)} values of the column {name} are missing")
-    return pictures, labels
 
 
-def _picture(path: Path, row: int, value: bytes | dict | None) -> Picture | None:
-    """A row's picture: its bytes, or the file that it names, relative to the parquet file; None: neither is there."""
+def _picture(path: Path, row: int, value: bytes | dict | None) -> Picture:
+    """A row's picture: its bytes, or the file that it names, relative to the parquet file; else it is empty."""
     content = value.get("bytes") if isinstance(value, dict) else value
-    if content is not None:
-        return Picture(f"{path}, row {row}", content)
     named = value.get("path") if isinstance(value, dict) else None
-    return Picture(str(path.parent / named)) if named and (path.parent / named).is_file() else None
+    if content is None and named:
+        return Picture(str(path.parent / named))
+    return Picture(f"{path}, row {row}", content or b"")

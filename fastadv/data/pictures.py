@@ -1,6 +1,8 @@
 """One picture, from a file or from bytes, as RGB."""
 
 import io
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +29,35 @@ class Picture:
     content: bytes | np.ndarray | None = None
 
     def read(self) -> "Image":
+        """The picture as RGB.
+
+        Raises:
+            CorruptPictureError: there is none, or it cannot be read or decoded.
+        """
         if isinstance(self.content, np.ndarray):
             return require("PIL.Image").fromarray(self.content)
-        return read(self.name) if self.content is None else decode(self.content, self.name)
+        return decode(self.stored(), self.name)
 
     def stored(self) -> bytes | np.ndarray:
-        """What it is made of: a file's bytes, or its content as it is."""
-        return Path(self.name).read_bytes() if self.content is None else self.content
+        """What it is made of: a file's bytes, or its content as it is.
+
+        Raises:
+            CorruptPictureError: there is nothing, or the file cannot be read.
+        """
+        content = self._of_file() if self.content is None else self.content
+        if isinstance(content, bytes) and not content:
+            raise CorruptPictureError(f"{self.name} is empty: replace it or delete it")
+        return content
+
+    def _of_file(self) -> bytes:
+        try:
+            if not stat.S_ISREG(os.stat(self.name).st_mode):  # of which a pipe would never end
+                raise CorruptPictureError(f"{self.name} is a device, a pipe or a folder, no picture: delete it")
+            return Path(self.name).read_bytes()
+        except OSError as error:
+            raise CorruptPictureError(
+                f"{self.name} cannot be read ({error.strerror}): replace it or delete it"
+            ) from error
 
 
 def extensions() -> frozenset[str]:
@@ -65,6 +89,10 @@ def decode(content: bytes, name: str) -> "Image":
             return _rgb(picture)
     except image_module.DecompressionBombError as error:
         raise CorruptPictureError(f"{name} has too many pixels to be opened safely: make it smaller") from error
+    except image_module.UnidentifiedImageError as error:
+        raise CorruptPictureError(
+            f"{name} cannot be read as a picture (unknown content): replace it or delete it"
+        ) from error
     except Exception as error:  # what Pillow's decoders raise on damaged files has no common base
         raise CorruptPictureError(f"{name} cannot be read as a picture ({error}): replace it or delete it") from error
 

@@ -1,14 +1,16 @@
 """A data set where it lies: its parts as they were found, nothing decoded yet."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastadv.data.pictures import Picture
+from fastadv.data.pictures import CorruptPictureError, Picture
 
 
 @dataclass(frozen=True)
@@ -33,25 +35,49 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Parts by name: "train", and "val" and "test" where the set has them; a name for each class."""
+    """Parts by name: "train", "val" and "test" where the set has them; a name for each class."""
 
     parts: dict[str, Part]
     classes: tuple[str, ...]
 
 
+def judging(parts: Collection[str], judge: str | None) -> list[str]:
+    """Which of the parts that are there are read.
+
+    Args:
+        judge: None: all, for training. "test": the test part, to judge a model by, and all where there is none. "all".
+    """
+    return ["test"] if judge == "test" and "test" in parts else list(parts)
+
+
 def joined(parts: Sequence[Part]) -> Part:
-    """Parts of encoded pictures, one after the other."""
-    return Part([picture for part in parts for picture in part.images], torch.cat([part.labels for part in parts]))
+    """Parts of encoded pictures, or of tensors, one after the other."""
+    labels = torch.cat([part.labels for part in parts])
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0].images, torch.Tensor):
+        return Part(torch.cat([part.images for part in parts]), labels)
+    return Part([picture for part in parts for picture in part.images], labels)
 
 
 def digests(images: torch.Tensor | list[Picture]) -> torch.Tensor:
-    """Eight bytes for each picture's content, int64 (N,): of a file its bytes, of a tensor's images theirs."""
+    """Eight bytes for each picture's content, int64 (N,): of a file its bytes, of a tensor's images theirs.
+
+    A picture without content, which no part will hold in the end, is known by its name.
+    """
     if isinstance(images, torch.Tensor):
         hashed = map(_digest, images.contiguous().numpy())
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
     with ThreadPoolExecutor() as pool:
-        hashed = pool.map(lambda picture: _digest(picture.stored()), images)
+        hashed = pool.map(lambda picture: _digest(_content(picture)), images)
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
+
+
+def _content(picture: Picture) -> bytes | np.ndarray:
+    try:
+        return picture.stored()
+    except CorruptPictureError:  # by the part, the class and the file, wherever the set lies: no two are equal
+        return os.fsencode(os.path.join(*Path(picture.name).parts[-3:]))
 
 
 def _digest(content: bytes | np.ndarray) -> int:

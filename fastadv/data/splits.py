@@ -53,8 +53,9 @@ def completed(source: Source, split: Split, wanted: Sequence[int]) -> tuple[dict
         ValueError: a wanted class has too few different images.
     """
     given = parts = {name: part.digested() for name, part in source.parts.items()}
-    _warn_of_repetitions(given, source.classes, wanted)
-    notes = []
+    _warn_of_empty_classes(given["train"], source.classes, wanted)
+    warn_of_repetitions(given, source.classes, wanted)
+    notes = ()
     if len(given) < len(_NAMES):
         test = 0.0 if "test" in given else split.test
         validation = 0.0 if "val" in given else split.validation * (1 - test)
@@ -62,17 +63,30 @@ def completed(source: Source, split: Split, wanted: Sequence[int]) -> tuple[dict
         owner, moved = _owners(whole, split, test, validation, source.classes, wanted)
         pieces = {name: whole.take((owner == i).nonzero()[:, 0]) for i, name in enumerate(_NAMES)}
         parts = {**pieces, **given, "train": pieces["train"]}
-        if test:
-            notes.append(
-                f"the set has no test part: {100 * test:g} % of its training part are the test part, "
-                f"chosen by seed {split.seed}"
-            )
-        if moved:
-            notes.append(
-                f"where the shares gave a part no picture of a class, it has the nearest one: {', '.join(moved)} "
-                "(only there can one more picture move another)"
-            )
-    return {name: parts[name] for name in ("train", "val", "test")}, tuple(notes)
+        notes = _notes(split, test, moved)
+    return {name: parts[name] for name in ("train", "val", "test")}, notes
+
+
+def split_off(whole: Part, split: Split, names: Sequence[str], wanted: Sequence[int]) -> tuple[Part, tuple[str, ...]]:
+    """The test part that `completed` makes of a training part, and notes on it.
+
+    Raises:
+        ValueError: a wanted class has too few different images.
+    """
+    owner, moved = _owners(whole, split, split.test, 0.0, names, wanted)
+    return whole.take((owner == _NAMES.index("test")).nonzero()[:, 0]), _notes(split, split.test, moved)
+
+
+def _notes(split: Split, test: float, moved: Sequence[str]) -> tuple[str, ...]:
+    made = (
+        f"the set has no test part: {100 * test:g} % of its training part are the test part, "
+        f"chosen by seed {split.seed}"
+    )
+    filled = (
+        f"where the shares gave a part no picture of a class, it has the nearest one: {', '.join(moved)} "
+        "(only there can one more picture move another)"
+    )
+    return ((made,) if test else ()) + ((filled,) if moved else ())
 
 
 def _owners(
@@ -129,7 +143,19 @@ def _fill(owner: np.ndarray, places: np.ndarray, classes: dict[int, np.ndarray],
     return changed
 
 
-def _warn_of_repetitions(parts: dict[str, Part], names: Sequence[str], wanted: Sequence[int]) -> None:
+def _warn_of_empty_classes(train: Part, names: Sequence[str], wanted: Sequence[int]) -> None:
+    there = set(train.labels.tolist())
+    empty = [names[label] for label in wanted if label not in there]
+    if empty:
+        more = ", ..." if len(empty) > 5 else ""
+        warnings.warn(
+            f"{len(empty)} of {len(wanted)} classes have no training images ({', '.join(empty[:5])}{more}), and cannot "
+            "be learnt: add some, or choose the other classes",
+            stacklevel=4,
+        )
+
+
+def warn_of_repetitions(parts: dict[str, Part], names: Sequence[str], wanted: Sequence[int]) -> None:
     """Equal pictures under two labels, or in two parts that the set itself brings."""
     kept = {name: np.isin(part.labels, wanted) for name, part in parts.items()}
     found = {name: part.digests.numpy()[kept[name]] for name, part in parts.items()}

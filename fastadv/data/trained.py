@@ -15,6 +15,7 @@ from fastadv.files import check_format
 FORMAT = 1
 BITS = 20  # for each picture
 HASHES = 14  # 20 log 2: about one new picture in 10,000 is taken for a known one
+MOST_OVERLAP = 0.05  # of the images that judge a model may be training images
 LEAST, MOST = 1 << 13, 1_000_000  # bits, so that a few pictures are told apart as well; pictures
 
 

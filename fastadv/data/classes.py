@@ -1,0 +1,59 @@
+"""Which classes of a data set are meant, and what is left of a part when they alone are kept."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fastadv.data.source import Part
+
+
+def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
+    """The labels of the classes asked for, by their names or labels. Numbers are names where all of them are.
+
+    Texts that are no names are parts of names that have commas, such as "salt, rock", where a list was cut at those.
+
+    Raises:
+        ValueError: a class is not there, is asked for twice, may be meant in two ways, or there is none.
+    """
+    if all(str(chosen) in names for chosen in classes):  # folders may be called 1, 2, 3
+        classes = [str(chosen) for chosen in classes]
+    elif all(isinstance(chosen, str) for chosen in classes):
+        classes = _joined(classes, names)
+    for chosen in classes:
+        if isinstance(chosen, str) and chosen not in names:
+            hint = ' (names with commas in double quotes: "salt, rock",pepper)' if "," in "".join(names) else ""
+            raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}{hint}")
+        if isinstance(chosen, str):
+            continue
+        if not 0 <= chosen < len(names):
+            raise ValueError(f"class {chosen} has no training or no test images; there are 0 to {len(names) - 1}")
+        called = [name for name in names if name.isdecimal() and int(name) == chosen]
+        if called and called != [names[chosen]]:
+            raise ValueError(
+                f"class {chosen} may be the one called {called[0]} or the label {chosen}, which is the class called "
+                f"{names[chosen]}: give all classes by their names, {', '.join(names)}"
+            )
+    labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in classes]
+    if not labels or len(set(labels)) != len(labels):
+        raise ValueError(f"classes must be different and at least one, got {list(classes)}")
+    return labels
+
+
+def _joined(classes: Sequence[str], names: tuple[str, ...]) -> list[str]:
+    """Neighbours that make a name together as that name, the longest first."""
+    pieces = {tuple(piece.strip() for piece in name.split(",")): name for name in names}
+    found, rest = [], list(classes)
+    while rest:
+        count = next((n for n in range(len(rest), 0, -1) if tuple(rest[:n]) in pieces), 1)
+        found.append(pieces.get(tuple(rest[:count]), rest[0]))
+        del rest[:count]
+    return found
+
+
+def selected(part: Part, labels: Sequence[int]) -> Part:
+    """The images of these labels, which become 0, 1, ... in their order."""
+    new = torch.full((1 + max([*labels, *part.labels.unique().tolist()], default=0),), -1)
+    new[list(labels)] = torch.arange(len(labels))
+    kept = part.take((new[part.labels] >= 0).nonzero()[:, 0])
+    return replace(kept, labels=new[kept.labels])
