@@ -83,6 +83,7 @@ def add_data(
     add("--data-folder", Path, help="where cifar10 is (the variable FASTADV_DATA, else data, if not given)")
     add("--classes", class_list, help="labels or names to keep, such as 5-9 or cat,dog (all if not given)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
+    add("--workers", int, help="threads that decode pictures (one for each core if not given)")
     add("--split-seed", int, split_seed, help="of the parts that a set does not have: evaluate takes the training's")
     add("--seed", int, 0)
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
@@ -96,6 +97,7 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
         classes=arguments.classes,
         folder=arguments.data_folder,
         skip_corrupt=arguments.skip_corrupt,
+        workers=arguments.workers,
         seed=arguments.split_seed,
         **options,
     )

@@ -28,6 +28,7 @@ def load(
     test: float = TEST_SHARE,
     folder: str | Path | None = None,
     skip_corrupt: bool = False,
+    workers: int | None = None,
     seed: int = 0,
 ) -> Data:
     """A data set: "digits", "cifar10", an .npz file, parquet files, or a folder of pictures.
@@ -56,6 +57,7 @@ def load(
         folder: where "cifar10" is, itself or as the subfolder cifar10; None means the environment variable
             FASTADV_DATA, else ./data.
         skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
+        workers: threads that decode pictures; None means one for each core that this process may use.
         seed: of the splits.
 
     Raises:
@@ -73,7 +75,7 @@ def load(
         parts = {name: _selected(part, chosen) for name, part in parts.items()}
         names = tuple(names[label] for label in chosen)
         _check_present(parts, names)
-    parts = _decoded(parts, preprocessing, skip_corrupt, names, given=source.parts.keys())
+    parts = _decoded(parts, preprocessing, skip_corrupt, workers, names, given=source.parts.keys())
     tensors = {f"x_{name}": part.images.contiguous() for name, part in parts.items()}
     tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
     digests = {name: part.digests for name, part in parts.items()}
@@ -135,6 +137,7 @@ def _decoded(
     parts: dict[str, Part],
     preprocessing: Preprocessing | None,
     skip_corrupt: bool,
+    workers: int | None,
     names: tuple[str, ...],
     given: Collection[str],
 ) -> dict[str, Part]:
@@ -143,7 +146,7 @@ def _decoded(
     if isinstance(parts["train"].images, torch.Tensor):
         return parts
     whole = joined(list(parts.values()))
-    images, readable = decode(whole.images, preprocessing, skip_corrupt)
+    images, readable = decode(whole.images, preprocessing, skip_corrupt, workers)
     masks = readable.split([len(part.labels) for part in parts.values()])
     pieces = images.split([int(mask.sum()) for mask in masks])
     decoded = {

@@ -27,7 +27,7 @@ from fastadv.attacks import FGSM, Attack
 
 KEY = "fastadv_key"  # an attribute that says what an object is, instead of all that it holds
 HASH, UNTOLD = "#", "?"  # what a part begins with that is no value; Python's values begin with neither
-AT_ONCE = 2**20  # bytes of a tensor that are copied
+WHOLE = 2**20  # bytes of a tensor that are copied at once
 SHORT = 60  # characters of a value that is shown as it is
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), PurePath, range, np.generic)
@@ -152,12 +152,12 @@ class _Reader:
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         try:
             size = value.numel() * value.element_size()
-            if size < AT_ONCE:
-                yield _bytes(value).tobytes()
+            if size < WHOLE:
+                yield _bytes_of(value).tobytes()
                 return
             whole = hashlib.blake2b()
-            for rows in value.split(max(1, len(value) * AT_ONCE // size)):  # a copy of all images may not fit
-                whole.update(_bytes(rows))
+            for rows in value.split(max(1, len(value) * WHOLE // size)):  # a copy of all images may not fit
+                whole.update(_bytes_of(rows))
         except (RuntimeError, TypeError, NotImplementedError) as error:  # quantised, sparse, without data
             raise Untold(f"a tensor of {value.dtype} and {value.layout}") from error
         yield whole.digest()
@@ -238,7 +238,7 @@ def settings_of(attack: Attack) -> dict[str, object]:
 _PATTERN = FGSM(len)
 
 
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
 
 
