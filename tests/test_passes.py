@@ -12,6 +12,7 @@ from torch import nn
 
 from fastadv.attacks import FGSM, PMA, Normalized
 from fastadv.evaluation import evaluate
+from fastadv.evaluation.suspicions import of_outputs
 from fastadv.training import Monitor, Trainer, backbone_robustness, trainable
 
 EPS = 8 / 255
@@ -168,3 +169,17 @@ def test_an_evaluation_s_precision_and_layout_are_those_of_all_its_passes():
     seen.clear()
     evaluate(model, data, ["fgsm", PMA(model, EPS, autocast=torch.bfloat16)], slots=8, progress=False)
     assert {autocast for _, autocast, _ in seen} == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("change", "autocast", "told"), [(0.01, None, 1), (0.01, torch.bfloat16, 0), (0.3, torch.bfloat16, 1)]
+)
+def test_what_bf16_rounds_is_not_taken_for_chance(change, autocast, told):
+    outputs, calls = torch.tensor([[1.0, -2.0], [0.5, 0.25]]), []
+
+    def logits(images):
+        calls.append(images)
+        return outputs + change * (len(calls) % 2)
+
+    warned = list(of_outputs(logits, torch.rand(2, 3, 4, 4), 1, autocast))
+    assert sum("random" in words for words in warned) == told

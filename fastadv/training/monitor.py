@@ -159,10 +159,11 @@ class Monitor:
     def _look(self, rows: torch.Tensor, attack: Callable | None) -> tuple[torch.Tensor, ...]:
         """Of the images `rows` (n,): right under PGD, right under the attack, cosines of the gradients, losses at the
         random start and under the attack; (n,) each."""
-        count, part = len(rows), self._passes.part
-        rows = torch.cat((rows, rows[-1:].expand(part - count)))  # filled up: the model sees one shape
+        count, pgd, objective = len(rows), self._pgd, self._pgd.objective
+        if pgd.compile:
+            rows = torch.cat((rows, rows[-1:].expand(self._passes.part - count)))  # one shape: one compilation
         x, labels = self._passes.staged(self.images, rows, self.labels.device), self.labels[rows]
-        seeds, pgd, objective = sample_seeds(self.seed, rows), self._pgd, self._pgd.objective
+        seeds = sample_seeds(self.seed, rows)
         clean, noisy = (pgd.slots(x, labels, pgd.eps, seeds, start) for start in (x, None))
         if pgd.compile and self._judge.classes is None:
             self._judge.logits(x)
@@ -176,10 +177,11 @@ class Monitor:
             engine.iterate()
         right = predicted(objective.logits(noisy.input)) == labels
         if attack is not None:
-            logits = self._judge.logits(self._attacked(attack, x, labels, seeds))
+            x, labels = x[:count], labels[:count]
+            logits = self._judge.logits(self._attacked(attack, x, labels, seeds[:count]))
             losses = ce(logits, labels)
-        found = right, predicted(logits) == labels, cosines, noise_losses, losses
-        return tuple(each[:count] for each in found)
+        attacked = predicted(logits) == labels
+        return tuple(each[:count] for each in (right, attacked, cosines, noise_losses, losses))
 
     def _attacked(self, attack, x, labels, seeds):
         if isinstance(attack, Attack):
