@@ -47,8 +47,9 @@ def load(
             train*.parquet, val*.parquet and test*.parquet as the Hugging Face hub has them, has a column such as image
             of encoded pictures or of their files' paths and a column such as label of integers or names. A folder of
             pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or valid, validation) and test beside it.
-        preprocessing: of the model the images are for; they become uint8 of its size. None leaves images as they
-            are: those of one set must then have one size.
+        preprocessing: of the model the images are for; they become uint8 of its size, JPEGs of four times the size or
+            more decoded at a fraction of theirs (see `Preprocessing.enough`). None leaves images as they are: those of
+            one set must then have one size.
         classes: names or labels of the classes to keep, relabelled 0, 1, ... in the order given. Numbers are names
             where all of them are.
         validation: share in [0, 1) of the images that are not for the test; 0 means none. Of a large set a small share
