@@ -67,12 +67,21 @@ class Preprocessing:
         return tuple(math.floor(round(side / self.crop, 6)) for side in self.size)
 
     @property
+    def enough(self) -> tuple[int, int] | None:
+        """(H, W) at which a larger JPEG may be decoded, for speed; None: at its own size.
+
+        Twice what is covered, so that resizing still means over pixels: of photographs no code then differs by more
+        than 3 of 255 from those of the whole picture, and a 12-megapixel JPEG for 224 pixels takes a fifth of the time.
+        """
+        return None if self.interpolation == "nearest" else tuple(2 * side for side in self.covered)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self.channels, *self.size
 
-    def apply(self, picture: "Image") -> np.ndarray:
-        """The picture as uint8 (C, H, W).
+    def apply(self, picture: "Image", box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+        """The picture, or of a reduced one what lies in the box (left, top, right, bottom), as uint8 (C, H, W).
 
         A picture of the model's size keeps its pixels, `crop` or not: what was prepared once is not touched again.
         Any other is resized, its aspect kept, until it just covers size / crop, and the centre is cut out, rounded
@@ -84,17 +93,18 @@ class Preprocessing:
             picture = picture.convert(mode)
         if picture.size != (width, height):
             resample = require("PIL.Image").Resampling[self.interpolation.upper()]
-            picture = picture.resize(self._resized(*picture.size), resample)
+            left, top, right, bottom = box or (0, 0, *picture.size)
+            picture = picture.resize(self._resized(right - left, bottom - top), resample, box)
             left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
             picture = picture.crop((left, top, left + width, top + height))
         pixels = np.asarray(picture).reshape(height, width, self.channels)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
+    def _resized(self, width: float, height: float) -> tuple[int, int]:
         least_height, least_width = self.covered
         if least_height * width >= least_width * height:
-            return width * least_height // height, least_height
-        return least_width, height * least_width // width
+            return int(width * least_height // height), least_height
+        return least_width, int(height * least_width // width)
 
     def to_json(self) -> dict:
         """The settings as a dict that JSON can hold."""

@@ -170,6 +170,7 @@ OPTIONS |= {
     "--data-folder": ("here", {"load folder": Path("here")}),
     "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
     "--skip-corrupt": (None, {"load skip_corrupt": True}),
+    "--workers": ("3", {"load workers": 3}),
     "--split-seed": ("5", {"load seed": 5}),
     "--seed": ("5", {"seed": 5}),
     "--device": ("cuda:7", {"device": torch.device("cuda:7")}),
@@ -221,9 +222,9 @@ def asked_of_evaluate(monkeypatch, tmp_path):
         found.update({"data": str(name), **{f"data {key}": value for key, value in options.items()}})
         return held_out("digits", known, **{**options, "classes": None, "columns": None})
 
-    def noted_decoding(self, preprocessing, skip_corrupt):
-        found.update(skip_corrupt=skip_corrupt)
-        return decoded(self, preprocessing, skip_corrupt)
+    def noted_decoding(self, preprocessing, skip_corrupt, workers):
+        found.update(skip_corrupt=skip_corrupt, workers=workers)
+        return decoded(self, preprocessing, skip_corrupt, workers)
 
     monkeypatch.setattr(evaluate_command, "evaluate", noted)
     monkeypatch.setattr(data, "held_out", noted_data)
@@ -248,6 +249,7 @@ EVALUATION = {
     "--label-column": ("b", {"data columns": Columns(None, "b")}),
     "--classes": ("1,3-4", {"data classes": [1, 3, 4]}),
     "--skip-corrupt": (None, {"skip_corrupt": True}),
+    "--workers": ("3", {"workers": 3}),
     "--part": ("test", {"data part": "test"}),
     "--split-seed": ("5", {"data split": data.Split(5)}),
     "--seed": ("5", {"seed": 5}),
@@ -286,6 +288,7 @@ PRETRAINING = {
     "--data-folder": ("here", {"load folder": Path("here")}),
     "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
     "--skip-corrupt": (None, {"load skip_corrupt": True}),
+    "--workers": ("3", {"load workers": 3}),
     "--split-seed": ("5", {"load seed": 5}),
     "--seed": ("5", {"seed": 5}),
     "--device": ("cuda:7", {"device": torch.device("cuda:7")}),

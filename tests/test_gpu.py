@@ -6,6 +6,7 @@ from gpus import needs_gpu
 
 import fastadv
 from fastadv.ops import philox_words
+from fastadv.training import trainable
 
 pytestmark = needs_gpu
 
@@ -132,3 +133,18 @@ def test_noise_beyond_2_to_the_31_elements(name):
     words = philox_words("reference", 99, first, 100)
     h = torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)
     assert torch.equal(out[8 * first : 8 * first + 800].double().cpu(), 0.5 + (2 * h - 65535).double() * 2.0**-23)
+
+
+def test_copies_of_weights_lie_on_the_host():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 12), torch.nn.BatchNorm1d(12)).cuda()
+    with trainable(model, "full") as tuning:
+        before = torch.cuda.memory_allocated()
+        state = tuning.state()
+        assert torch.cuda.memory_allocated() == before
+        assert {t.device.type for t in state.values()} == {"cpu"}
+        expected = {name: t.detach().cpu() for name, t in tuning.tensors.items()}
+        with torch.no_grad():
+            for t in tuning.tensors.values():
+                t += 1
+        tuning.load(state)
+        assert all(torch.equal(t.detach().cpu(), expected[name]) for name, t in tuning.tensors.items())

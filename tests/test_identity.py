@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
+from dispatched import Allocated
 from torch import nn
 
 from fastadv.attacks import FGSM, PGD, Normalized, by_name
@@ -421,3 +422,15 @@ def test_a_traced_module_is_told_by_its_code():
     assert told(graphs[0]) == told(torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())))
     assert told(graphs[0]) != told(graphs[1])
     assert told(FGSM(graphs[0], EPS)) != told(FGSM(graphs[1], EPS))
+
+
+def test_a_large_tensor_is_read_in_pieces_and_known_by_its_values():
+    images = torch.rand(600, 3, 32, 32)
+    elsewhere = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # the same in another layout
+    with Allocated() as allocated:
+        first, second = (fingerprint({"images": part}) for part in (images, elsewhere))
+    assert first == second
+    assert allocated.most < images.nbytes / 5
+    images[-1, -1, -1, -1] += 1
+    assert fingerprint({"images": images}) != first
+    assert fingerprint({"images": images.reshape(600, -1)}) != fingerprint({"images": images})

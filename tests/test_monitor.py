@@ -10,7 +10,7 @@ from attacked import EPS, Net, batch_of, fresh_seed
 from attacked import one_thread as one_thread
 from torch import nn
 
-from fastadv import data
+from fastadv import data, sample_seeds
 from fastadv.attacks import FGSM, NFGSM, PGD, Normalized, by_name
 from fastadv.models.networks import mlp
 from fastadv.training.monitor import Monitor, abnormal_share
@@ -69,10 +69,11 @@ def test_a_reading_is_what_a_hand_measures(net, attack, normalized):
         images = images.clone().requires_grad_()
         return torch.autograd.grad(losses(images).sum(), images)[0].flatten(1)
 
-    adv = attack(x, y, seed=seed)
-    noisy = PGD(model, EPS, alpha=0.0, steps=1)(x, y, seed=seed)  # its start
+    seeds = sample_seeds(seed, torch.arange(64))
+    adv = attack(x, y, seed=seeds)
+    noisy = PGD(model, EPS, alpha=0.0, steps=1)(x, y, seed=seeds)  # its start
     assert ((noisy - x).abs().amax() <= EPS) & (noisy != x).any()
-    assert reading.probe_pgd == pytest.approx(accuracy(model, PGD(model, EPS, EPS / 4, 5)(x, y, seed=seed), y))
+    assert reading.probe_pgd == pytest.approx(accuracy(model, PGD(model, EPS, EPS / 4, 5)(x, y, seed=seeds), y))
     assert reading.probe_attack == pytest.approx(accuracy(model, adv, y))
     assert reading.gap == reading.probe_attack - reading.probe_pgd
     assert reading.alignment == pytest.approx(F.cosine_similarity(gradient(x), gradient(noisy)).mean().item(), abs=1e-4)

@@ -258,9 +258,9 @@ def compile():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
         weights, _, _ = trained({"compile": True})
-        assert len(compiled) == 3  # the attack, the update and the evaluation's attack
+        assert len(compiled) == 4  # the attack, the update, the monitor and the evaluation's attack
         plain, _, _ = trained({"compile": False})
-        assert len(compiled) == 3
+        assert len(compiled) == 4
     torch.testing.assert_close(weights, plain, rtol=0, atol=1e-8)
 
 
@@ -306,7 +306,7 @@ def answers():
         used = []
 
         class Once:
-            def __init__(self, model, x, y, attack, eps, *, seed):
+            def __init__(self, model, x, y, attack, eps, **options):
                 self.attack = attack
 
             def check(self, used=used):

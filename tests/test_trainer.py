@@ -267,7 +267,7 @@ def alarms(monkeypatch):
         seen = []
 
         class Scripted:
-            def __init__(self, model, images, labels, attack, eps, *, seed):
+            def __init__(self, model, images, labels, attack, eps, **options):
                 self.attack, self.best = attack, None
 
             def check(self):

@@ -96,6 +96,7 @@ def add_data(
     add("--image-column", help="of parquet files (image, img or another usual name if not given)")
     add("--label-column", help="of parquet files (label, labels or another usual name if not given)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
+    add("--workers", int, help="threads that decode pictures (one for each core if not given)")
     add("--split-seed", int, split_seed, help="of the parts that a set does not have: evaluate takes the training's")
     add("--seed", int, 0)
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
@@ -111,6 +112,7 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
         image_column=arguments.image_column,
         label_column=arguments.label_column,
         skip_corrupt=arguments.skip_corrupt,
+        workers=arguments.workers,
         seed=arguments.split_seed,
         **options,
     )

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     for note in chosen.notes:
         print(note)
     trained_on = _checked_overlap(model, chosen.part.digests, split, arguments.allow_overlap)
-    images, labels = chosen.decoded(model.preprocessing, arguments.skip_corrupt)
+    images, labels = chosen.decoded(model.preprocessing, arguments.skip_corrupt, arguments.workers)
     model.check_shape(images.shape[1:])
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = evaluate(

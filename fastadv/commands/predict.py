@@ -20,6 +20,7 @@ from fastadv.attacks.verdicts import NONE, SILENT, predicted
 from fastadv.commands.arguments import adder, load_model
 from fastadv.commands.tables import ENDINGS, table
 from fastadv.data import to_float
+from fastadv.data.decoding import cores
 from fastadv.data.pictures import CorruptPictureError, Picture, extensions
 from fastadv.data.walking import files_below
 from fastadv.preprocessing import Preprocessing
@@ -54,7 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--out", Path, help=f"file {' or '.join(ENDINGS)} (CSV to the terminal if not given)")
     add("--top-k", int, help="so many classes with their probabilities, the best first (each class's if not given)")
     add("--batch-size", int, BATCH, help="pictures that are decoded and classified at a time")
-    add("--workers", int, os.cpu_count(), help="pictures that are decoded at the same time")
+    add("--workers", int, help="threads that decode pictures (one for each core if not given)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
             limit = f"from 1 to {most}, the number of the model's classes" if most else "at least 1"
             raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
     pictures = list(itertools.chain.from_iterable(map(found, arguments.pictures)))
-    given = predictions(model, pictures, arguments.device, arguments.batch_size, arguments.workers)
+    workers = arguments.workers or cores()
+    given = predictions(model, pictures, arguments.device, arguments.batch_size, workers)
     errors, silent = [], 0
     with table(arguments.out, model.classes, arguments.top_k) as write:
         for prediction in given:
@@ -152,7 +154,7 @@ def _decoded(
 
     def pixels(picture: Prediction) -> np.ndarray | str:
         try:
-            return picture.error or preprocessing.apply(Picture(str(picture.path)).read())
+            return picture.error or Picture(str(picture.path)).prepared(preprocessing)
         except CorruptPictureError as error:
             return str(error)
 

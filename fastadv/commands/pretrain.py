@@ -14,6 +14,7 @@ from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
 from fastadv.preprocessing import Preprocessing
 from fastadv.training import Trainer
+from fastadv.training.passes import Passes
 
 FORMAT = 1  # of the card
 EPS = 8 / 255
@@ -75,10 +76,11 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespace) -> dict:
     """The card: what the weights are, how they were made, how good they are."""
     pixels = model.pixels.to(device=arguments.device, memory_format=torch.channels_last)
-    options = {"autocast": torch.bfloat16, "compile": RECIPE["compile"], "memory_format": torch.channels_last}
-    attack = by_name("pgd-50-10", pixels, EPS, **options)
+    passes = Passes(RECIPE["batch_size"], torch.bfloat16, torch.channels_last, RECIPE["compile"])
+    attack = by_name("pgd-50-10", pixels, EPS, **passes.attack)
     images, labels = (part[: arguments.limit] for part in dataset.test)
-    report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=arguments.out / "evaluation.safetensors")
+    state = arguments.out / "evaluation.safetensors"
+    report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=state, **passes.evaluation)
     return {
         "format": FORMAT,
         "data": f"CIFAR-10, training images of {', '.join(dataset.classes)} ({len(dataset.y_train):,})",

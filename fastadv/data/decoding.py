@@ -1,27 +1,44 @@
 """Encoded pictures into one tensor."""
 
+import logging
 import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastadv._extras import require
 from fastadv.data.pictures import CorruptPictureError, Picture
 from fastadv.preprocessing import Preprocessing
 
+logger = logging.getLogger("fastadv")
+
+
+def cores() -> int:
+    """How many this process may use: those of its affinity and its container, shared by a run's processes here."""
+    return max(1, require("joblib").cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
 
 def decode(
-    pictures: list[Picture], preprocessing: Preprocessing | None, skip_corrupt: bool
+    pictures: list[Picture], preprocessing: Preprocessing | None, skip_corrupt: bool, workers: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All pictures as uint8 (N, C, H, W), and which of them could be read, bool (N,).
 
+    On a terminal there is a progress bar, elsewhere a line in the log.
+
+    Args:
+        workers: threads that decode; None means `cores()`.
+
     Raises:
         ValueError: a picture cannot be read and `skip_corrupt` is False; none can be; they have different sizes and
-            there is no preprocessing; they do not fit in memory.
+            there is no preprocessing; they do not fit in memory; workers is below 1.
     """
+    workers = cores() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     require("PIL.Image").preinit()  # the common formats, before threads do it at the same time
     settings = preprocessing or _of_first(pictures)
     _check_memory(len(pictures), settings.shape)
@@ -30,22 +47,33 @@ def decode(
 
     def place(i: int) -> str | None:
         try:
-            picture = pictures[i].read()
+            pixels[i] = pictures[i].prepared(preprocessing) if preprocessing else _unchanged(pictures[i], settings)
         except CorruptPictureError as error:
             return str(error)
-        if preprocessing is None and picture.size != settings.size[::-1]:
-            raise ValueError(
-                f"the pictures have different sizes ({pictures[i].name}: {picture.height} x {picture.width}, others: "
-                f"{settings.size[0]} x {settings.size[1]}): choose a model with an input size, or give a size"
-            )
-        pixels[i] = settings.apply(picture)
         return None
 
-    with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(place, range(len(pictures))))
+    bar = require("tqdm").tqdm(total=len(pictures), desc="decoding", unit="picture", disable=None, delay=1)
+    if bar.disable:
+        logger.info("decoding %s pictures with %d workers", f"{len(pictures):,}", workers)
+    problems = []
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for problem in pool.map(place, range(len(pictures))):
+            problems.append(problem)
+            bar.update()
     readable = torch.tensor([problem is None for problem in problems])
     _report([problem for problem in problems if problem is not None], len(pictures), skip_corrupt)
     return (images if readable.all() else images[readable]), readable
+
+
+def _unchanged(picture: Picture, settings: Preprocessing) -> np.ndarray:
+    """The pixels of a picture that must have the size that these settings leave as it is."""
+    found = picture.read()
+    if found.size != settings.size[::-1]:
+        raise ValueError(
+            f"the pictures have different sizes ({picture.name}: {found.height} x {found.width}, others: "
+            f"{settings.size[0]} x {settings.size[1]}): choose a model with an input size, or give a size"
+        )
+    return settings.apply(found)
 
 
 def _of_first(pictures: list[Picture]) -> Preprocessing:

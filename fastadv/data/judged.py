@@ -25,8 +25,12 @@ class HeldOut:
     part: Part
     notes: tuple[str, ...]
 
-    def decoded(self, preprocessing: Preprocessing | None, skip_corrupt: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def decoded(
+        self, preprocessing: Preprocessing | None, skip_corrupt: bool, workers: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, C, H, W), float32 in [0, 1] or uint8, and labels int64 (N,).
+
+        Args: as of `load`.
 
         Raises:
             ValueError: as `load`, where pictures cannot be read, differ in size, or do not fit in memory.
@@ -34,7 +38,7 @@ class HeldOut:
         part = as_pictures(self.part, preprocessing)
         if isinstance(part.images, torch.Tensor):
             return part.images.contiguous(), part.labels
-        images, readable = decode(part.images, preprocessing, skip_corrupt)
+        images, readable = decode(part.images, preprocessing, skip_corrupt, workers)
         return images, part.labels[readable]
 
 

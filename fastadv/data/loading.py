@@ -31,6 +31,7 @@ def load(
     image_column: str | None = None,
     label_column: str | None = None,
     skip_corrupt: bool = False,
+    workers: int | None = None,
     seed: int = 0,
 ) -> Data:
     """A data set: "digits", "cifar10", an .npz file, parquet files, or a folder of pictures.
@@ -51,8 +52,9 @@ def load(
             labels are all -1 or null is left out with a warning. Classes that have no names are called by their labels,
             those that are there. A folder of pictures is photos/CLASS/..., or photos/train/CLASS/... with val (or
             valid, validation) and test beside it.
-        preprocessing: of the model the images are for; they become uint8 of its size. None leaves images as they
-            are: those of one set must then have one size.
+        preprocessing: of the model the images are for; they become uint8 of its size, JPEGs of four times the size or
+            more decoded at a fraction of theirs (see `Preprocessing.enough`). None leaves images as they are: those of
+            one set must then have one size.
         classes: names or labels of the classes to keep, relabelled 0, 1, ... in the order given. Numbers are names
             where all of them are.
         validation: share in [0, 1) of the images that are not for the test; 0 means none. Of a large set a small share
@@ -62,6 +64,7 @@ def load(
             FASTADV_DATA, else ./data.
         image_column, label_column: of parquet files; None: the first of those that are usual.
         skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
+        workers: threads that decode pictures; None means one for each core that this process may use.
         seed: of the splits.
 
     Raises:
@@ -80,7 +83,7 @@ def load(
         parts = {name: selected(part, chosen) for name, part in parts.items()}
         names = tuple(names[label] for label in chosen)
         _check_present(parts, names)
-    parts = _decoded(parts, preprocessing, skip_corrupt, names, given=source.parts.keys())
+    parts = _decoded(parts, preprocessing, skip_corrupt, workers, names, given=source.parts.keys())
     tensors = {f"x_{name}": part.images.contiguous() for name, part in parts.items()}
     tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
     digests = {name: part.digests for name, part in parts.items()}
@@ -131,6 +134,7 @@ def _decoded(
     parts: dict[str, Part],
     preprocessing: Preprocessing | None,
     skip_corrupt: bool,
+    workers: int | None,
     names: tuple[str, ...],
     given: Collection[str],
 ) -> dict[str, Part]:
@@ -139,7 +143,7 @@ def _decoded(
     if isinstance(parts["train"].images, torch.Tensor):
         return parts
     whole = joined(list(parts.values()))
-    images, readable = decode(whole.images, preprocessing, skip_corrupt)
+    images, readable = decode(whole.images, preprocessing, skip_corrupt, workers)
     masks = readable.split([len(part.labels) for part in parts.values()])
     pieces = images.split([int(mask.sum()) for mask in masks])
     decoded = {

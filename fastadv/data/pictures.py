@@ -14,7 +14,13 @@ from fastadv._extras import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fastadv.preprocessing import Preprocessing
+
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF data
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class CorruptPictureError(ValueError):
@@ -28,6 +34,12 @@ class Picture:
     name: str
     content: bytes | np.ndarray | None = None
 
+    def prepared(self, preprocessing: "Preprocessing") -> np.ndarray:
+        """Its pixels for a model, uint8 (C, H, W), the same wherever they are wanted."""
+        if isinstance(self.content, np.ndarray):
+            return preprocessing.apply(self.read())
+        return preprocessing.apply(*decode(self.stored(), self.name, preprocessing.enough))
+
     def read(self) -> "Image":
         """The picture as RGB.
 
@@ -36,7 +48,7 @@ class Picture:
         """
         if isinstance(self.content, np.ndarray):
             return require("PIL.Image").fromarray(self.content)
-        return decode(self.stored(), self.name)
+        return decode(self.stored(), self.name)[0]
 
     def stored(self) -> bytes | np.ndarray:
         """What it is made of: a file's bytes, or its content as it is.
@@ -77,16 +89,28 @@ def read(path: str | Path) -> "Image":
         FileNotFoundError: no such file. ImportError: the `train` extra is not installed.
         ValueError: the file is damaged, is no picture, is too large, or has pixels without a known range.
     """
-    return decode(Path(path).read_bytes(), str(path))
+    return decode(Path(path).read_bytes(), str(path))[0]
 
 
-def decode(content: bytes, name: str) -> "Image":
-    """The picture in a file's bytes, as `read` returns it; `name` is what an error calls it."""
+def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> tuple["Image", Box]:
+    """The picture in a file's bytes, as `read` returns it, and where it lies: the last pixels may be there in part.
+
+    Args:
+        name: what an error calls it.
+        enough: (H, W), upright. A JPEG is decoded at a half, a quarter or an eighth of its size, the least that has as
+            many pixels on either side, which takes a fraction of the time. None: at its own size, as other formats are.
+    """
     image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
         with image_module.open(io.BytesIO(content)) as picture:
+            box = (0, 0, *picture.size)
+            if enough is not None:
+                orientation = picture.getexif().get(_ORIENTATION)
+                reduced = picture.draft(None, enough if orientation in _ON_ITS_SIDE else enough[::-1])
+                if reduced is not None:  # it is a JPEG
+                    box = _upright(reduced[1], picture.size, orientation)
             ops.exif_transpose(picture, in_place=True)
-            return _rgb(picture)
+            return _rgb(picture), box
     except image_module.DecompressionBombError as error:
         raise CorruptPictureError(f"{name} has too many pixels to be opened safely: make it smaller") from error
     except image_module.UnidentifiedImageError as error:
@@ -95,6 +119,16 @@ def decode(content: bytes, name: str) -> "Image":
         ) from error
     except Exception as error:  # what Pillow's decoders raise on damaged files has no common base
         raise CorruptPictureError(f"{name} cannot be read as a picture ({error}): replace it or delete it") from error
+
+
+def _upright(box: Box, size: tuple[int, int], orientation: int | None) -> Box:
+    """Where a box at the upper left of a picture of this size (W, H) is when that has been turned upright."""
+    (width, height), (all_columns, all_rows) = box[2:], size
+    if orientation in _ON_ITS_SIDE:
+        width, height, all_columns, all_rows = height, width, all_rows, all_columns
+    left = all_columns - width if orientation in (2, 3, 6, 7) else 0
+    top = all_rows - height if orientation in (3, 4, 7, 8) else 0
+    return left, top, left + width, top + height
 
 
 def _rgb(picture: "Image") -> "Image":

@@ -28,6 +28,7 @@ from fastadv.attacks import FGSM, Attack
 
 KEY = "fastadv_key"  # an attribute that says what an object is, instead of all that it holds
 HASH, UNTOLD = "#", "?"  # what a part begins with that is no value; Python's values begin with neither
+WHOLE = 2**20  # bytes of a tensor that are copied at once
 SHORT = 60  # characters of a value that is shown as it is
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), PurePath, range, np.generic)
@@ -151,10 +152,16 @@ class _Reader:
     def _tensor(self, value) -> Iterator[bytes]:
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         try:
-            flat = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+            size = value.numel() * value.element_size()
+            if size < WHOLE:
+                yield _bytes_of(value).tobytes()
+                return
+            whole = hashlib.blake2b()
+            for rows in value.split(max(1, len(value) * WHOLE // size)):  # a copy of all images may not fit
+                whole.update(_bytes_of(rows))
         except (RuntimeError, TypeError, NotImplementedError) as error:  # quantised, sparse, without data
             raise Untold(f"a tensor of {value.dtype} and {value.layout}") from error
-        yield flat.tobytes() if flat.nbytes < 2**20 else hashlib.blake2b(flat).digest()
+        yield whole.digest()
 
     def _module(self, value) -> Iterator[bytes]:
         if isinstance(value, nn.parallel.DistributedDataParallel):
@@ -229,6 +236,10 @@ def settings_of(attack: Attack) -> dict[str, object]:
 
 
 _PATTERN = FGSM(len)
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
 
 
 def _parameters(kind: type) -> Iterable[str]:

@@ -70,9 +70,9 @@ class Opponent:
 
 
 def opponents(
-    model: Callable, attacks: str | Callable | Sequence[str | Callable], eps: float | Sequence[float]
+    model: Callable, attacks: str | Callable | Sequence[str | Callable], eps: float | Sequence[float], **options
 ) -> list[Opponent]:
-    """The attacks to evaluate `model` under, names at each of `eps`.
+    """The attacks to evaluate `model` under, names at each of `eps` and with these options of `Attack`.
 
     Raises:
         TypeError: an attack is neither a name nor anything that can be called, or a class; or eps is no number.
@@ -84,7 +84,7 @@ def opponents(
     given = [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else list(attacks)
     for attack in given:
         if isinstance(attack, str):
-            named = [_named(attack, model, each) for each in budgets]
+            named = [_named(attack, model, each, options) for each in budgets]
             against += [Opponent(*each, model) for part in zip(*named, strict=True) for each in part]
         elif isinstance(attack, Ensemble):
             parts = attack.attacks()
@@ -106,13 +106,13 @@ def opponents(
     return against
 
 
-def _named(name: str, model: Callable, eps: float) -> list[tuple[str, Attack]]:
+def _named(name: str, model: Callable, eps: float, options: dict) -> list[tuple[str, Attack]]:
     """The attacks that a name stands for, with names of their own."""
     if name in ENSEMBLES:
-        return Ensemble(model, eps=eps, **ENSEMBLES[name]).attacks()
+        return Ensemble(model, eps=eps, **ENSEMBLES[name], **options).attacks()
     if name not in PRESETS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join((*PRESETS, *ENSEMBLES))}")
-    return [(name, by_name(name, model, eps))]
+    return [(name, by_name(name, model, eps, **options))]
 
 
 def check_they_take(against: Iterable[Opponent], images: torch.Tensor, labels: torch.Tensor) -> None:

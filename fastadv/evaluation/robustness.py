@@ -62,6 +62,8 @@ def evaluate(
     pool: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
     state: str | Path | None = None,
     save_images: str | Path | None = None,
     progress: bool = True,
@@ -110,6 +112,8 @@ def evaluate(
             libraries' attacks the generators of torch, NumPy and Python are seeded from those of a batch's samples, and
             put back.
         device: where to evaluate; None means the model's, or where the images are if it has no parameters.
+        autocast, memory_format: as in `Attack`, of the clean images, of those that other libraries' attacks return, and
+            of attacks by name; an attack of fastadv that is given has its own.
         state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it. It
             belongs to the settings, the data, the model and the attacks, with all that these hold or close over; an
             attribute `fastadv_key`, a string, says instead what one of them is.
@@ -158,10 +162,12 @@ def evaluate(
                 "in [0, 1]"
             )
         model = Normalized(model, *images_normalized)
-    against = opponents(model, attacks, eps)
+    passes = {"autocast": autocast, "memory_format": memory_format}
+    against = opponents(model, attacks, eps, **passes)
     images, labels = gathered(data, model, device, normalization)
     settings = {"iterate": iterate, "ensemble": ensemble, "slots": min(slots, len(images)), "seed": seed}
     settings["save_images"] = save_images is not None
+    settings |= {name: str(value) for name, value in passes.items() if value is not None}
 
     def gallery(number, opponent):
         if save_images is None:
@@ -170,7 +176,7 @@ def evaluate(
         eps = opponent.eps if opponent.is_linf else None
         return Gallery(Path(save_images) / name, images, eps, labels.device)
 
-    return judged(model, images, labels, against, settings, pool, state, gallery, progress=progress)[0]
+    return judged(model, images, labels, against, settings, pool, state, gallery, progress=progress, **passes)[0]
 
 
 def check_counts(**counts: int | None) -> None:
@@ -193,6 +199,8 @@ def judged(
     *,
     told: Callable[["Run", Sequence[Trial]], None] = lambda run, ended: None,
     progress: bool = False,
+    autocast: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[dict, "Run", list[Trial]]:
     """What `evaluate` does once its arguments are looked at: (what it returns, the run, an attack each).
 
@@ -205,7 +213,7 @@ def judged(
     settings = {**settings, "attacks": [each.facts() for each in against]}
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
     with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
-        run = Run(model, images, labels, against, settings, pool)
+        run = Run(model, images, labels, against, settings, pool, autocast, memory_format)
         trials = [run.trial(opponent, gallery(number, opponent)) for number, opponent in enumerate(against)]
         if file is not None:
             _load(file, trials)
@@ -235,29 +243,34 @@ def judged(
 class Run:
     """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
 
-    def __init__(self, model, images, labels, against, settings, pool):
-        self.images, self.labels, self.pool = images, labels, pool
+    def __init__(self, model, images, labels, against, settings, pool, autocast, memory_format):
+        self.images, self.labels, self.pool, self._layout = images, labels, pool, memory_format
         self.last, self.slots, self.seed = settings["iterate"] == "last", settings["slots"], settings["seed"]
         self.notes: list[str] = []
         attacks = [opponent.attack for opponent in against if opponent.ours]
         signs = len(attacks) == len(against) and all(attack.compares == "signs" for attack in attacks)
         draws = max((attack.eot for attack in attacks), default=1)
-        self._objective = Objective(model, "bce" if signs else "ce", eot=draws)
+        self._objective = Objective(model, "bce" if signs else "ce", eot=draws, autocast=autocast)
         if labels.ndim == 1:
             self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
         said = verdict(self.clean, labels)
         self.correct, self.silent = is_label(said, labels), int((said == NONE).sum())
         self._first = torch.arange(self.slots, device=labels.device)
-        self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first)), draws))
+        first = self._seen_by_model(self._staged(self._first))
+        self._warn(suspicions.of_outputs(self._objective.logits, first, draws, autocast))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Of all images, in batches of one shape."""
         parts = []
         for rows in torch.arange(len(images), device=images.device).split(self.slots):
             batch = images[self._filled(rows)].to(self.labels.device)
-            parts.append(self._objective.logits(to_float(batch))[: len(rows)])
+            parts.append(self._objective.logits(self._seen_by_model(batch))[: len(rows)])
         return torch.cat(parts)
+
+    def _seen_by_model(self, images):
+        images = to_float(images)
+        return images if self._layout is None else images.contiguous(memory_format=self._layout)
 
     def _staged(self, rows):
         """The images `rows`, on the device."""
@@ -374,7 +387,8 @@ class Run:
                 returned = trial.opponent(images, self.labels[chunk])
             adv = as_images(returned, images)
             finite = trial.reach.add(adv, images)
-            said = torch.where(finite, verdict(self._objective.logits(adv), self.labels[chunk]), NONE)
+            logits = self._objective.logits(self._seen_by_model(adv))
+            said = torch.where(finite, verdict(logits, self.labels[chunk]), NONE)
             wrong = ~is_label(said, self.labels[chunk])
             verdicts.said[chunk] = said
             verdicts.step[chunk[wrong]] = 0

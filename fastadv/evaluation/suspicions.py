@@ -19,11 +19,14 @@ CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verd
 ZERO, FEW = 0.1, 8  # share of gradients, of as many at least, that is no accident
 
 
-def of_outputs(logits: Callable, images: torch.Tensor, draws: int) -> Iterator[str]:
+def of_outputs(
+    logits: Callable, images: torch.Tensor, draws: int, autocast: torch.dtype | None = None
+) -> Iterator[str]:
     """About the outputs for one batch, the mean of so many draws: are they the same again, and are they logits?"""
+    change = CHANGE if autocast is None else 4 * torch.finfo(autocast).eps
     outputs = logits(images)
     # A class that cannot be has a logit of -inf, which is no scale and equals itself.
-    allowed = CHANGE * outputs.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    allowed = change * outputs.nan_to_num(0.0, 0.0, 0.0).abs().max()
     if draws == 1 and ((logits(images) - outputs).abs() > allowed).any():
         yield (
             "the model's output is random: two calls with the same images differ, and gradients look masked. An attack "
@@ -34,7 +37,7 @@ def of_outputs(logits: Callable, images: torch.Tensor, draws: int) -> Iterator[s
             "the model's output for an image depends on the others in its batch, and the queue mixes batches: is "
             "batch-norm using the batch's statistics?"
         )
-    if outputs.min() >= 0 and (outputs.sum(1) - 1).abs().max() < CHANGE:
+    if outputs.min() >= 0 and (outputs.sum(1) - 1).abs().max() < change:
         yield (
             "the model returns probabilities, not logits: cross-entropy takes a softmax of them once more, and "
             "gradients vanish. Pass the model without its softmax"

@@ -9,7 +9,8 @@ class Average:
     """Exponential moving average of tensors by name; counts and the like are taken as they are.
 
     The decay rises with the steps, (1 + t) / (10 + t) at first, so that the beginning is soon forgotten
-    (as in Polyak averaging; Izmailov et al. 2018, arXiv 1803.05407, for the effect on networks).
+    (as in Polyak averaging; Izmailov et al. 2018, arXiv 1803.05407, for the effect on networks). It stays on the
+    tensors' device: every step updates it, and all weights would cross to the host in every step.
 
     Args:
         state: the tensors to begin with; they are copied.

@@ -1,19 +1,21 @@
 """How robust is a backbone, before anything is trained? A frozen one gives its head no more than it has."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from fastadv.attacks import PGD
-from fastadv.attacks.checks import check_eps, highest
+from fastadv.attacks.checks import check_eps, check_samples, highest
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
-from fastadv.data import to_float
 from fastadv.evaluation.robustness import robust_accuracy, seeded
-from fastadv.evaluation.samples import gathered
+from fastadv.evaluation.samples import as_tensors, gathered
+from fastadv.functional import sample_seeds
 from fastadv.models import find_head
+from fastadv.training.passes import Passes
 
-BATCH = 128
 RIDGE = 1.0  # times the features' mean variance: less, and the head leans on small features that any attack moves
 REFITS = 2  # on clean images alone a head finds what is not robust in a robust backbone too
 NEAR_NOTHING = 0.2  # of the clean accuracy
@@ -30,6 +32,10 @@ def backbone_robustness(
     seed: int = 0,
     fit: int = 1000,
     judge: int = 256,
+    part: int = 128,
+    autocast: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    compile: bool = False,
 ) -> dict:
     """Clean and robust accuracy of the features of `model`, under a linear head fitted to them in closed form.
 
@@ -38,7 +44,8 @@ def backbone_robustness(
     the features of what PGD-3 makes of the images against the head so far, as adversarial training would; that gives
     the robust accuracy, under PGD with steps of eps / 4. Other images judge both. A standard backbone is left with
     about nothing, a robust one with a good share of its clean accuracy. The model is left as it was found; its own
-    head is never written to.
+    head is never written to. Of the images only those that are looked at are copied, and they go to the device in
+    parts.
 
     Args:
         model: from images to logits (N, classes), the output of its head.
@@ -49,6 +56,8 @@ def backbone_robustness(
         seed: of the split and of PGD's random start.
         fit: fit the head to so many images at most.
         judge: judge it on so many others at most; where there are few images, on a fifth of them.
+        part: images that go through the model at a time.
+        autocast, memory_format, compile: of the passes, as in `Attack`; the features come from the plain model.
 
     Returns:
         {"clean_accuracy", "robust_accuracy", "eps", "warning"}. The accuracies are None, and the warning says why,
@@ -62,12 +71,20 @@ def backbone_robustness(
             number is out of range.
     """
     check_eps(eps, "Linf")
-    for option, value in (("steps", steps), ("fit", fit), ("judge", judge)):
+    for option, value in (("steps", steps), ("fit", fit), ("judge", judge), ("part", part)):
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
-    images, labels = gathered((images, labels), model, None)
+    images, labels = as_tensors(images, labels, model)
+    check_samples(images, labels)
+    if not len(labels):
+        raise ValueError("there are no images to fit a head to")
     if len(labels) < 2:
         raise ValueError("there must be an image to fit the head to and one to judge it on, got 1 image")
+    top = highest(labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    judges = min(judge, max(1, len(labels) // 5, len(labels) - fit))
+    order = order[: judges + fit]
+    images, labels = gathered((images[order.to(images.device)], labels[order.to(labels.device)]), model, None)
     try:
         name, module = find_head(model, head, images[:1].to(labels.device))
     except ValueError as error:
@@ -76,30 +93,36 @@ def backbone_robustness(
         return _not_measured(eps, str(error))
     if type(module) is not nn.Linear:
         return _not_measured(eps, f"the head {name} is no plain nn.Linear but a {type(module).__name__}")
-    if highest(labels) >= module.out_features:
-        raise ValueError(f"labels must be below the head's {module.out_features} outputs, got {highest(labels)}")
+    if top >= module.out_features:
+        raise ValueError(f"labels must be below the head's {module.out_features} outputs, got {top}")
 
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    judges = min(judge, max(1, len(labels) // 5, len(labels) - fit))
-    (x_judge, y_judge), (x_fit, y_fit) = (
-        (images[rows.to(images.device)].to(labels.device), labels[rows.to(labels.device)])
-        for rows in (order[:judges], order[judges:][:fit])
-    )
+    passes = Passes(part, autocast, memory_format, compile)
+    numbers = torch.arange(len(labels), device=labels.device)
+    judging, fitting = numbers[:judges], numbers[judges:]
+
+    def staged(rows: torch.Tensor) -> Iterable[torch.Tensor]:
+        return (passes.staged(images, few, labels.device) for few in rows.split(part))
+
+    def attacked(seed: int) -> Iterable[torch.Tensor]:
+        attack = PGD(probe, eps, eps / 2, 3, **passes.attack)
+        for rows, x in zip(fitting.split(part), staged(fitting), strict=True):
+            yield attack(x, labels[rows], seed=sample_seeds(seed, rows - judges))
+
     with seeded(seed), frozen(model):
-        features = _features(model, module, x_fit)
+        features = _features(model, module, staged(fitting), passes)
         if features is None:
             return _not_measured(eps, f"the head {name} does not get one vector of features for each image")
         probe = _Probe(model, name, module)
-        probe.fit(features, y_fit)
-        logits = nn.functional.linear(_features(model, module, x_judge), *probe.parameters.values())
-        clean = int((predicted(logits) == y_judge).sum()) / judges
+        probe.fit(features, labels[fitting])
+        right = predicted(probe.of_features(_features(model, module, staged(judging), passes))) == labels[judging].cpu()
+        clean = int(right.sum()) / judges
         for refit in range(1, 1 + REFITS):
-            x_adv = PGD(probe, eps, eps / 2, 3, chunk=BATCH)(x_fit, y_fit, seed=seed + refit)
-            features = torch.cat((features, _features(model, module, x_adv)))
-            probe.fit(features, y_fit.repeat(1 + refit))
-        against = PGD(probe, eps, eps / 4, steps)
-        robust = robust_accuracy(probe, (x_judge, y_judge), against, slots=BATCH, seed=seed)["robust_accuracy"]
-    chance = int(y_judge.bincount().max()) / judges
+            features = torch.cat((features, _features(model, module, attacked(seed + refit), passes)))
+            probe.fit(features, labels[fitting].repeat(1 + refit))
+        against = PGD(probe, eps, eps / 4, steps, **passes.attack)
+        judged, options = (images[:judges], labels[:judges]), {"seed": seed, "device": labels.device}
+        robust = robust_accuracy(probe, judged, against, **options, **passes.evaluation)["robust_accuracy"]
+    chance = int(labels[judging].bincount().max()) / judges
     warning = None
     if clean > chance and robust < NEAR_NOTHING * clean:
         warning = (
@@ -121,6 +144,11 @@ class _Probe:
         fitted = ridge_head(features, labels, self.head.out_features, intercept=self.head.bias is not None)
         own = self.head.named_parameters(recurse=False)
         self.parameters = {f"{self.name}.{key}": new.to(old) for (key, old), new in zip(own, fitted, strict=False)}
+
+    def of_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (N, classes) of features (N, D), on the CPU."""
+        weight, *bias = (parameter.cpu() for parameter in self.parameters.values())
+        return nn.functional.linear(features.to(weight.dtype), weight, *bias)
 
     def __call__(self, images: torch.Tensor) -> object:
         return functional_call(self.model, self.parameters, (images,))
@@ -146,18 +174,23 @@ def ridge_head(
 
 
 @torch.no_grad()
-def _features(model: nn.Module, head: nn.Linear, images: torch.Tensor) -> torch.Tensor | None:
-    """What enters `head`: (N, D); None where that is something else."""
-    entered = []
-    hook = head.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
-    try:
-        for batch in images.split(BATCH):
-            model(to_float(batch))
-    finally:
-        hook.remove()
-    if not entered or entered[0].ndim != 2 or sum(map(len, entered)) != len(images):
-        return None
-    return torch.cat(entered)
+def _features(
+    model: nn.Module, head: nn.Linear, batches: Iterable[torch.Tensor], passes: Passes
+) -> torch.Tensor | None:
+    """What enters `head`: (N, D), on the CPU; None where that is something else."""
+    found = []
+    for batch in batches:
+        entered = []
+        hook = head.register_forward_pre_hook(lambda module, args, entered=entered: entered.append(args[0]))
+        try:
+            with passes.precision(batch.device):
+                model(batch)
+        finally:
+            hook.remove()
+        if len(entered) != 1 or entered[0].ndim != 2 or len(entered[0]) != len(batch):
+            return None
+        found.append(entered[0].cpu())
+    return torch.cat(found)
 
 
 def _not_measured(eps: float, why: str) -> dict:

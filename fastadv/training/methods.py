@@ -49,8 +49,8 @@ class Tuning:
         return dict(self.parameters) | self.buffers
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy of `tensors`."""
-        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        """A copy of `tensors` in the host's memory: the device's is for the steps."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Go back to `state`.

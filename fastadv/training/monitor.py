@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from fastadv.attacks import PGD
 from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
+from fastadv.attacks.engine import Engine
+from fastadv.attacks.losses import ce
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
-from fastadv.data import to_float
 from fastadv.evaluation.foreign import as_images
 from fastadv.evaluation.robustness import seeded
 from fastadv.evaluation.samples import gathered
-from fastadv.functional import pgd_step_, random_init
+from fastadv.functional import sample_seeds
+from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack
 
 COLLAPSED = 0.5  # of the training attack's accuracy; sound training leaves PGD nearly all of it
@@ -61,14 +64,17 @@ class Monitor:
 
     Args:
         model: any callable from images (N, ...) to logits, as in `Attack`.
-        images, labels: the probe batch, one batch to the model: (N, ...) in [0, 1] or uint8, and int64 (N,). A
-            hundred images tell a collapse from noise; held-out ones tell it from ordinary overfitting too.
+        images, labels: the probe batch: (N, ...) in [0, 1] or uint8, and int64 (N,). A hundred images tell a collapse
+            from noise; held-out ones tell it from ordinary overfitting too. The images stay where they are.
         attack: the training attack; one of fastadv, any callable from (images, labels) to images, or None for
             training on clean images. May be set to another one later.
         eps: budget of PGD and of the noise, in pixels of [0, 1]; PGD's steps are eps / 4.
         steps: number of PGD's steps.
         drop: how far accuracy under PGD may fall below the best, or below the one under the training attack.
-        seed: of the random starts, and of torch's generators for other libraries' attacks.
+        seed: of the random starts, each image's own, and of torch's generators for other libraries' attacks.
+        part: images that go to the device and through the model at a time; None means all. In eval mode a reading does
+            not depend on it, but for what other libraries' attacks draw.
+        autocast, memory_format, compile: of the monitor's own passes, as in `Attack`; an attack has its own.
 
     Raises:
         TypeError: images are neither floats nor uint8, labels are not int64, or an option is of a wrong type.
@@ -86,23 +92,32 @@ class Monitor:
         steps: int = 5,
         drop: float = 0.20,
         seed: int = 0,
+        part: int | None = None,
+        autocast: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        compile: bool = False,
     ):
         check_eps(eps, "Linf")
         check_whole("steps", steps)
+        if part is not None:
+            check_whole("part", part)
         check_number("drop", drop)
         if not 0 < drop < 1:
             raise ValueError(f"drop is a share in (0, 1), got {drop}")
         check_attack("attack", attack)
         # One process may check alone: the wrapper would wait for the others.
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        images, self.labels = gathered((images, labels), model, None)
-        self.images = to_float(images.to(self.labels.device))
+        self.images, self.labels = gathered((images, labels), model, None)
         self.attack = attack
         self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
         self.best: float | None = None  # accuracy under PGD
         self._best_gap: float | None = None
-        self._objective = Objective(self.model, "ce")
-        self._objective.check_classes(highest(self.labels))
+        count = len(self.labels)
+        self._passes = Passes(min(part or count, count), autocast, memory_format, compile)
+        self._pgd = PGD(self.model, eps, eps / 4, steps, **self._passes.attack)
+        self._judge = Objective(self.model, "ce", autocast=autocast)
+        # Where a label is beyond the classes, that is to be said before anything is compiled.
+        (self._judge if compile else self._pgd.objective).check_classes(highest(self.labels))
 
     def check(self) -> Reading:
         """Look at the model as it is now.
@@ -111,24 +126,20 @@ class Monitor:
             TypeError: the model returns no logits.
             ValueError: a label is beyond its classes.
         """
+        # A copy, or a compiled attack would fill all its batches up to the size of a part.
+        attack = copy.copy(self.attack) if isinstance(self.attack, Attack) else self.attack
         with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model):
-            at_clean, *clean = self._objective.gradient(self.images, self.labels)
-            x_adv = random_init(self.images, self.eps, seed=self.seed)
-            at_noise, noise_losses, _ = self._objective.gradient(x_adv, self.labels)
-            grad = at_noise
-            for step in range(self.steps):
-                if step:
-                    grad = self._objective.gradient(x_adv, self.labels)[0]
-                pgd_step_(x_adv, grad, self.images, alpha=self.eps / 4, eps=self.eps)
-            probe_pgd = self._accuracy(self._objective.logits(x_adv))
-            losses, logits = clean if self.attack is None else self._objective.judge(self._attacked(), self.labels)
-            probe_attack = self._accuracy(logits)
-            alignment = _alignment(at_clean, at_noise)
-            abnormal = None if self.attack is None else abnormal_share(noise_losses, losses).item()
+            rows = torch.arange(len(self.labels), device=self.labels.device).split(self._passes.part)
+            seen = [self._look(part, attack) for part in rows]
+        right, right_attacked, cosines, *losses = (torch.cat(values) for values in zip(*seen, strict=True))
+        probe_pgd, probe_attack = (int(each.sum()) / len(self.labels) for each in (right, right_attacked))
+        cosines = cosines[~cosines.isnan()]  # of a gradient that is zero
+        alignment = cosines.mean().item() if len(cosines) else None
         gap = probe_attack - probe_pgd
         alarm = None if self.attack is None else self._alarm(probe_pgd, probe_attack)
         if alarm is None and (self.best is None or probe_pgd > self.best):
             self.best, self._best_gap = probe_pgd, gap
+        abnormal = None if self.attack is None else abnormal_share(*losses).item()
         return Reading(probe_pgd, probe_attack, gap, alignment, abnormal, alarm)
 
     def state(self) -> dict:
@@ -145,15 +156,38 @@ class Monitor:
             raise ValueError(f"a monitor's state has the keys best and best_gap, got {', '.join(state)}")
         self.best, self._best_gap = state["best"], state["best_gap"]
 
-    def _attacked(self) -> torch.Tensor:
-        if isinstance(self.attack, Attack):
-            # A copy, or a compiled attack would fill all its batches up to the size of this one.
-            return copy.copy(self.attack)(self.images, self.labels, seed=self.seed)
-        with torch.enable_grad():
-            return as_images(self.attack(self.images, self.labels), self.images)
+    def _look(self, rows: torch.Tensor, attack: Callable | None) -> tuple[torch.Tensor, ...]:
+        """Of the images `rows` (n,): right under PGD, right under the attack, cosines of the gradients, losses at the
+        random start and under the attack; (n,) each."""
+        count, pgd, objective = len(rows), self._pgd, self._pgd.objective
+        if pgd.compile:
+            rows = torch.cat((rows, rows[-1:].expand(self._passes.part - count)))  # one shape: one compilation
+        x, labels = self._passes.staged(self.images, rows, self.labels.device), self.labels[rows]
+        seeds = sample_seeds(self.seed, rows)
+        clean, noisy = (pgd.slots(x, labels, pgd.eps, seeds, start) for start in (x, None))
+        if pgd.compile and self._judge.classes is None:
+            self._judge.logits(x)
+        at_clean, losses, logits = objective.gradient(clean.input, labels)
+        engine = Engine(pgd, noisy)
+        engine.start()
+        at_noise, noise_losses, _ = objective.gradient(noisy.input, labels)
+        cosines = _cosines(pgd.in_pixels(at_clean), pgd.in_pixels(at_noise))
+        pgd.step(noisy, at_noise)
+        for _ in range(self.steps - 1):
+            engine.iterate()
+        right = predicted(objective.logits(noisy.input)) == labels
+        if attack is not None:
+            x, labels = x[:count], labels[:count]
+            logits = self._judge.logits(self._attacked(attack, x, labels, seeds[:count]))
+            losses = ce(logits, labels)
+        attacked = predicted(logits) == labels
+        return tuple(each[:count] for each in (right, attacked, cosines, noise_losses, losses))
 
-    def _accuracy(self, logits: torch.Tensor) -> float:
-        return int((predicted(logits) == self.labels).sum()) / len(self.labels)
+    def _attacked(self, attack, x, labels, seeds):
+        if isinstance(attack, Attack):
+            return attack(x, labels, seed=seeds)
+        with torch.enable_grad():
+            return as_images(attack(x, labels), x)
 
     def _alarm(self, pgd: float, attack: float) -> str | None:
         gap = attack - pgd
@@ -190,9 +224,7 @@ def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torc
     return (losses_noise > losses_adv).float().mean()
 
 
-def _alignment(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Mean cosine of the rows, those that are zero left out."""
+def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of the rows, (N,); NaN where one is zero."""
     a, b = (rows.flatten(1).double() for rows in (a, b))  # a confident model's are too small to be squared in float32
-    cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    cosines = cosines[~cosines.isnan()]
-    return cosines.mean().item() if len(cosines) else None
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))

@@ -35,6 +35,7 @@ from fastadv.training.interruption import Interruption
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
+from fastadv.training.passes import Passes
 from fastadv.training.processes import precision, processes
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
@@ -115,7 +116,8 @@ class Run:
         self.masks = set(nonfinite(held))  # what is to hold such numbers, as a mask of logits does
         self.at = Place()
         self.interruption = Interruption()
-        self.options = {"autocast": self.autocast, "memory_format": self.layout, "compile": self.settings.compile}
+        parts = self.steps * self.here.num_processes * self.settings.accumulate  # of an epoch
+        self.passes = Passes(math.ceil(len(self.images) / parts), self.autocast, self.layout, self.settings.compile)
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
@@ -249,9 +251,8 @@ class Run:
             wanted = self.settings.stages[0].method != "full"
         if wanted:
             s = self.settings
-            found = backbone_robustness(
-                self.model, self.images, self.labels, self.trainer.eps, head=s.head, seed=s.seed
-            )
+            options = {"head": s.head, "seed": s.seed, **asdict(self.passes)}
+            found = backbone_robustness(self.model, self.images, self.labels, self.trainer.eps, **options)
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
                 shares = [f"{found[name]:.1%}" for name in ("clean_accuracy", "robust_accuracy")]
@@ -262,7 +263,7 @@ class Run:
 
     def _final(self) -> dict:
         seconds = sum(record["train_s"] for record in self.at.records if "epoch" in record)
-        attack = self.trainer.eval_attack or by_name("pgd-10", self.model, self.trainer.eps)
+        attack = self.trainer.eval_attack or self._named("pgd-10")
         result = {} if self.test is None else self._judged(attack)
         final = {
             "final": True,
@@ -276,8 +277,8 @@ class Run:
 
     def _judged(self, attack: Callable) -> dict[str, float]:
         """Of the test images: those that withstand the attack of the evaluations, and those that PMA leaves of them."""
-        attacks = [attack, by_name("pma", self.model, self.trainer.eps)]
-        options = {"seed": self.settings.seed, "device": self.device, "progress": False}
+        attacks = [attack, self._named("pma")]
+        options = {"seed": self.settings.seed, "device": self.device, "progress": False, **self.passes.evaluation}
         report = evaluate(self.model, self.test, attacks, **options)
         shares = [result["robust_accuracy"] for result in report["attacks"]]
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
@@ -317,8 +318,7 @@ class Run:
             self.monitor = self._new_monitor()
             self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
-            against = by_name("pgd-10", self.model, self.trainer.eps, **self.options)
-            self.evaluating = self.trainer.eval_attack or against
+            self.evaluating = self.trainer.eval_attack or self._named("pgd-10")
             if groups is None:
                 self._save()
             else:
@@ -342,17 +342,21 @@ class Run:
         s = self.settings
         if isinstance(attack, str):
             changes = {} if self.at.switched else s.attack
-            attack = by_name(attack, self.model, self.trainer.eps, **changes, **self.options)
+            attack = self._named(attack, **changes)
         learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
         learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
         self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
+
+    def _named(self, name: str, **changes) -> Attack:
+        return by_name(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
 
     def _new_monitor(self) -> Monitor | None:
         if not self.settings.probe or self.step.attack is None:
             return None
         chosen = self._order(PROBE)[: self.settings.probe]
-        images, labels = (part[chosen].to(self.device) for part in (self.images, self.labels))
-        return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, seed=self.settings.seed)
+        images, labels = (part[chosen] for part in (self.images, self.labels))
+        options = {"seed": self.settings.seed, **asdict(self.passes)}
+        return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, **options)
 
     # ------------------------------------------------------------------ an epoch
 
@@ -569,7 +573,8 @@ class Run:
         return result | {"eval_s": time.perf_counter() - start}
 
     def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
-        found = robust_accuracy(self.model, data, attack, seed=self.settings.seed, device=self.device)
+        options = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
+        found = robust_accuracy(self.model, data, attack, **options)
         return self._agreed(self._checked(found, attack))
 
     def _checked(self, found: dict[str, float], attack: Callable) -> dict[str, float]:

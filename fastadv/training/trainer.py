@@ -25,6 +25,12 @@ class Trainer:
     that was cut and resumed. Under `accelerate launch` or `torchrun` each process takes its part of each batch;
     batch-norm in train mode then sees that part alone, everything else is as in one process.
 
+    Memory follows the batch: no pass of the model has more images than a part of a step, batch_size / (processes times
+    accumulate), and the monitor, the evaluations and the backbone's measurement run in the step's precision, memory
+    layout and compiled as it is, but for attacks that are given as objects or callables, which have their own. Of the
+    validation and test images 16 parts are on the device at a time. Copies of the weights (the last good ones, the best
+    ones) lie on the host, and only an average, which every step updates, is on the device.
+
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
