@@ -270,9 +270,9 @@ class Noting(nn.Module):
 def test_pictures_are_decoded_a_batch_ahead_by_so_many_workers(tmp_path, monkeypatch):
     images = photos(tmp_path, [f"{i:02}.png" for i in range(21)])
     decoded, running, most = [], [], []
-    read, lock = pictures.Picture.read, threading.Lock()
+    prepared, lock = pictures.Picture.prepared, threading.Lock()
 
-    def slow(picture):
+    def slow(picture, preprocessing):
         with lock:
             running.append(picture)
             most.append(len(running))
@@ -280,9 +280,9 @@ def test_pictures_are_decoded_a_batch_ahead_by_so_many_workers(tmp_path, monkeyp
         with lock:
             running.remove(picture)
             decoded.append(picture)
-        return read(picture)
+        return prepared(picture, preprocessing)
 
-    monkeypatch.setattr(pictures.Picture, "read", slow)
+    monkeypatch.setattr(pictures.Picture, "prepared", slow)
     for batch, workers in ((4, 3), (5, 1), (30, 2)):
         decoded.clear(), most.clear()
         network = Noting(decoded)
