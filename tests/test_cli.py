@@ -114,7 +114,12 @@ def asked_of_finetune(monkeypatch, tmp_path, loaded):
             raise Asked(found.update(validation=round(len(val[0]) / (len(train[0]) + len(val[0])), 1)))
 
     monkeypatch.setattr(finetune_command, "Trainer", Noted)
-    monkeypatch.setattr(finetune_command, "model_source", lambda name: found.update(model=name) or source("mlp"))
+
+    def noted(name, trust):
+        found.update(model=name, trust=trust)
+        return source("mlp", trust)
+
+    monkeypatch.setattr(finetune_command, "model_source", noted)
     monkeypatch.setattr(models, "load_weights", lambda network, path, **_: found.update(init=path))
 
     def asked(option=None, word=None):
@@ -170,6 +175,7 @@ OPTIONS |= {
     "--device": ("cuda:7", {"device": torch.device("cuda:7")}),
     "--validation": ("0.3", {"load validation": 0.3, "validation": 0.3}),
     "--model": ("conv", {"model": "conv"}),
+    "--trust-code": (None, {"trust": True}),
     "--init": ("w.safetensors", {"init": "w.safetensors"}),
     "--attack": ("pgd", {"attack": "pgd"}),
     "--eps": ("4", {"eps": 4 / 255}),
@@ -214,7 +220,12 @@ def asked_of_evaluate(monkeypatch, tmp_path, loaded):
 
     monkeypatch.setattr(evaluate_command, "evaluate", noted)
     load = evaluate_command.load_model
-    monkeypatch.setattr(evaluate_command, "load_model", lambda path: found.update(model=Path(path).name) or load(path))
+
+    def loaded_model(path, trust):
+        found.update(model=Path(path).name, trust=trust)
+        return load(path, trust)
+
+    monkeypatch.setattr(evaluate_command, "load_model", loaded_model)
 
     def asked(option=None, word=None):
         found.clear()
@@ -235,6 +246,7 @@ EVALUATION = {
     "--seed": ("5", {"seed": 5}),
     "--device": ("meta", {"device": torch.device("meta")}),
     "--model": ("other", {"model": "other"}),
+    "--trust-code": (None, {"trust": True}),
     "--attacks": ("pgd,fgsm", {"attacks": ["pgd", "fgsm"]}),
     "--eps": ("4 2/255", {"eps": [4 / 255, 2 / 255]}),
     "--iterate": ("last", {"iterate": "last"}),
@@ -419,12 +431,21 @@ def test_an_own_model_in_the_working_folder(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
     )
     monkeypatch.chdir(tmp_path)
+    model, data = "run/model.safetensors", ("--data", "digits", "--out", "out")
     finetune("run", "--data", "digits", "--model", "my_net:net", "--attack", "none", "--lr", "0.01")
     assert last_line(tmp_path / "run")["clean_accuracy"] > 0.3
     monkeypatch.delitem(sys.modules, "my_net")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    cli.main(["export", "run/model.safetensors", "plain.safetensors"])
+    for command in (("export", model), ("predict", "x.jpg", "--model", model), ("evaluate", "--model", model, *data)):
+        with pytest.raises(SystemExit, match=r"'my_net:net', and to load it is to run that code.*--trust-code"):
+            cli.main([*command, *(["plain.safetensors"] if command[0] == "export" else [])])
+        assert "my_net" not in sys.modules
+    # A file there that has the name of a package that is imported late is not that package.
+    Path("safetensors.py").write_text("open('ran', 'w').close()\n")
+    export = [sys.executable, "-m", "fastadv", "export", model, "plain.safetensors", "--trust-code"]
+    subprocess.run(export, check=True)
     assert Path("plain.safetensors").exists()
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(

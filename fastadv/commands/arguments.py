@@ -123,19 +123,29 @@ def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
     return count
 
 
-def model_source(name: str) -> models.Source:
-    """`models.source`, where module:function may lie in the working folder."""
-    _see_working_folder()
-    return models.source(name)
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="let a checkpoint whose model is a function module:function run that code: only if you trust its maker",
+    )
 
 
-def load_model(path: str | Path) -> models.Model:
-    """`models.load`, where the module of its architecture may lie in the working folder."""
-    _see_working_folder()
-    return models.load(path)
+def model_source(name: str, trust_code: bool) -> models.Source:
+    """`models.source`, where a module:function may lie in the working folder."""
+    if trust_code or not name.endswith(".safetensors"):
+        _see_working_folder()
+    return models.source(name, trust_code=trust_code)
+
+
+def load_model(path: str | Path, trust_code: bool) -> models.Model:
+    """`models.load`, where the module of a trusted file's architecture may lie in the working folder."""
+    if trust_code:
+        _see_working_folder()
+    return models.load(path, trust_code=trust_code)
 
 
 def _see_working_folder() -> None:
-    """As python -m does."""
+    """Last, so that no file there takes the place of a package."""
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")

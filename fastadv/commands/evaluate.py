@@ -8,7 +8,7 @@ import torch
 
 from fastadv import models
 from fastadv.attacks import ENSEMBLES, PRESETS
-from fastadv.commands.arguments import add_data, adder, eps_budget, load_data, load_model, overlap
+from fastadv.commands.arguments import add_data, add_trust, adder, eps_budget, load_data, load_model, overlap
 from fastadv.data.splits import Split
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ATTACKS, ITERATES
@@ -22,6 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     add_data(parser, add, split_seed=None)
     add("--model", required=True, help="a checkpoint.safetensors")
+    add_trust(parser)
     add("--attacks", default=",".join(ATTACKS), help=f"some of {', '.join((*PRESETS, *ENSEMBLES))}")
     add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
     parser.add_argument(
@@ -42,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments.trust_code)
     split = model.trained_on[-1].split if model.trained_on else Split()
     if arguments.split_seed is None:
         arguments.split_seed = split.seed

@@ -10,7 +10,7 @@ import torch
 from fastadv import data, models
 from fastadv._extras import require
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, budget, eps_budget, load_data, model_source, overlap
+from fastadv.commands.arguments import add_data, add_trust, adder, budget, eps_budget, load_data, model_source, overlap
 from fastadv.data.trained import TrainedOn
 from fastadv.models.checkpoints import read_facts, trained_on_of
 from fastadv.report import write_report
@@ -25,6 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_data(parser, add)
     add("--validation", float, 0.1, help="share of the training images to choose weights on, where none are set apart")
     add("--model", default="robust-resnet", help=f"{', '.join(models.CHOICES)}, or a checkpoint.safetensors")
+    add_trust(parser)
     add("--init", help="safetensors file with weights for the model; a head for other classes is replaced")
     add("--attack", default="fgsm", choices=(*PRESETS, "none"))
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     weights = arguments.out / "model.safetensors"
     if weights.exists() and not arguments.resume:
         raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
-    source = model_source(arguments.model)
+    source = model_source(arguments.model, arguments.trust_code)
     dataset = load_data(arguments, source.preprocessing, validation=arguments.validation)
     torch.manual_seed(arguments.seed)
     model = source.build(dataset.classes, dataset.shape)

@@ -14,7 +14,7 @@ from fastadv import models
 from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
-from fastadv.commands.arguments import adder, load_model
+from fastadv.commands.arguments import add_trust, adder, load_model
 from fastadv.data import to_float
 from fastadv.data.pictures import extensions, read
 
@@ -26,12 +26,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders of them")
     add("--model", required=True, help="a checkpoint.safetensors")
+    add_trust(parser)
     add("--out", Path, help="CSV file (the terminal if not given)")
     add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments.trust_code)
     if model.preprocessing is None:
         raise ValueError(f"{arguments.model} does not say what size of images it takes: it cannot classify pictures")
     paths = [path for given in arguments.pictures for path in found(given)]

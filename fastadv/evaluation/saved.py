@@ -40,7 +40,7 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:  # a folder is an OSError
             raise ValueError(f"{self.path} is no state file of an evaluation: {error}") from error
-        if facts.get("format") != FORMAT:
+        if not isinstance(facts, dict) or facts.get("format") != FORMAT or not isinstance(facts.get("run"), str):
             raise ValueError(f"{self.path} is a state of another version of fastadv: remove it to begin again")
         if facts["run"] != self.run:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,9 @@ class Checkpoints:
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
         facts = json.loads(body)
+        for name in facts["files"].values():
+            if not re.fullmatch(r"[0-9a-f]{64}\.safetensors", name):  # it would be read, and perhaps removed
+                raise ValueError(f"it names {name!r}, which is no file of a state")
         if facts["format"] != FORMAT:
             raise OtherRunError(f"{self.folder} holds a state of another version of fastadv: remove it to begin again")
         if facts["run"] != self.run:
