@@ -6,22 +6,18 @@ from collections.abc import Iterator
 NAMES = ("act_layer", "global_pool", "norm_layer", "pos_embed")
 TIMM_OPTIONS = (
     *("in_chans", "img_size", "patch_size", "embed_dim", "embed_dims", "depth", "depths", "dims", "num_heads"),
-    *("key_dim", "mlp_ratio", "mlp_ratios"),
-    *("window_size", "window_ratio", "stem_width", "base_width", "cardinality", "layers", "channels"),
-    *("output_stride", "class_token"),
-    *("reg_tokens", "no_embed_class", "qkv_bias", "qk_norm", "init_values", "ls_init_value", "fc_norm", "pre_norm"),
-    *("final_norm"),
-    *("use_fc_norm", "use_abs_pos_emb", "use_rel_pos_bias", "dynamic_img_size", "dynamic_img_pad"),
-    *("strict_img_size", "drop_rate"),
-    *("drop_path_rate", "drop_block_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    *("key_dim", "mlp_ratio", "mlp_ratios", "window_size", "window_ratio", "stem_width", "base_width", "cardinality"),
+    *("layers", "channels", "output_stride", "class_token", "reg_tokens", "no_embed_class", "qkv_bias", "qk_norm"),
+    *("init_values", "ls_init_value", "fc_norm", "pre_norm", "final_norm", "use_fc_norm", "use_abs_pos_emb"),
+    *("use_rel_pos_bias", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "drop_rate", "drop_path_rate"),
+    *("drop_block_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *NAMES,
 )
 # Of a configuration of transformers: what names a module, another model, or a kernel of the hub's.
 OUTWARD = (
     *("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config", "experts_implementation"),
-    *("model_args"),
-    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
-    *("backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "model_args", "backbone"),
+    *("backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"),
 )
 ATTENTION = ("eager", "sdpa")  # what PyTorch itself computes
 
