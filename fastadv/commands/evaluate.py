@@ -8,10 +8,21 @@ import torch
 
 from fastadv import models
 from fastadv.attacks import ENSEMBLES, PRESETS
-from fastadv.commands.arguments import add_data, add_trust, adder, eps_budget, load_data, load_model, overlap
+from fastadv.commands.arguments import (
+    add_data,
+    add_trust,
+    adder,
+    check_folder,
+    eps_budget,
+    load_data,
+    load_model,
+    overlap,
+)
+from fastadv.commands.speech import is_quiet, say
 from fastadv.data.splits import Split
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ATTACKS, ITERATES
+from fastadv.files import write_atomically
 from fastadv.report import write_curves
 
 MOST_OVERLAP = 0.05  # of the judged images may be training images
@@ -43,6 +54,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
+    check_folder(arguments.out)
     model = load_model(arguments.model, arguments.trust_code)
     split = model.trained_on[-1].split if model.trained_on else Split()
     if arguments.split_seed is None:
@@ -69,17 +81,18 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         state=arguments.out / "state.safetensors",
         save_images=arguments.out / "images" if arguments.save_images else None,
+        progress=not is_quiet(),
     )
-    (arguments.out / "report.json").write_text(json.dumps(report | {"trained_on": trained_on}) + "\n")
-    print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
+    write_atomically(arguments.out / "report.json", (json.dumps(report | {"trained_on": trained_on}) + "\n").encode())
+    say(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
     _print_attacks(report["attacks"])
     for budget in report["budgets"]:
         under = ", ".join(budget["attacks"])
-        print(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
-    print(f"saved {arguments.out / 'report.json'}")
+        say(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
+    say(f"saved {arguments.out / 'report.json'}")
     if report["curves"]:
         write_curves(arguments.out / "curve.png", report["curves"])
-        print(f"saved {arguments.out / 'curve.png'}")
+        say(f"saved {arguments.out / 'curve.png'}")
 
 
 def _budget(result: dict) -> str:
@@ -88,14 +101,12 @@ def _budget(result: dict) -> str:
 
 def _print_attacks(results: list[dict]) -> None:
     """A row each: what it left of what it was given, how often it ran, its gradients, and its last find."""
-    print(
-        f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}"
-    )
+    say(f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}")
     for result in results:
         eps, latest, settings = _budget(result), result["latest"], result["settings"]
         runs = f"{result['runs']} x {settings.get('steps', settings.get('n_queries', 1))}"
         fell = f"run {latest['restart'] + 1}, {latest['step']}" if latest else "-"
-        print(
+        say(
             f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:8,}"
             f"{runs:>15}{fell:>14}{result['seconds']:8.1f}"
         )
@@ -109,7 +120,7 @@ def _checked_overlap(model: models.Model, digests: torch.Tensor, split: Split, a
     """
     count = overlap(model, digests)
     if count is None:
-        print("the model's file does not say which images it was trained on: see to it that these are others")
+        say("the model's file does not say which images it was trained on: see to it that these are others")
     elif count > MOST_OVERLAP * len(digests) and not allowed:
         raise ValueError(
             f"the model was trained on {count} of the {len(digests)} images that are to judge it, which says nothing "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastadv import models
 from fastadv.commands.arguments import add_trust, load_model
+from fastadv.commands.speech import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -16,4 +17,4 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     models.export(load_model(arguments.model, arguments.trust_code), arguments.out)
-    print(f"saved {arguments.out}")
+    say(f"saved {arguments.out}")

@@ -10,7 +10,18 @@ import torch
 from fastadv import data, models
 from fastadv._extras import require
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, add_trust, adder, budget, eps_budget, load_data, model_source, overlap
+from fastadv.commands.arguments import (
+    add_data,
+    add_trust,
+    adder,
+    budget,
+    check_folder,
+    eps_budget,
+    load_data,
+    model_source,
+    overlap,
+)
+from fastadv.commands.speech import is_quiet, say
 from fastadv.data.trained import TrainedOn
 from fastadv.models.checkpoints import read_facts, trained_on_of
 from fastadv.report import write_report
@@ -57,13 +68,14 @@ def run(arguments: argparse.Namespace) -> None:
     weights = arguments.out / "model.safetensors"
     if weights.exists() and not arguments.resume:
         raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
+    check_folder(arguments.out)
     source = model_source(arguments.model, arguments.trust_code)
     dataset = load_data(arguments, source.preprocessing, validation=arguments.validation)
     torch.manual_seed(arguments.seed)
     model = source.build(dataset.classes, dataset.shape)
     if arguments.init:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
-        print(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
+        say(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
         model.trained_on += trained_on_of(read_facts(arguments.init) or {})
     overlap(model, dataset.digests["test"])
     model.trained_on += (TrainedOn.of(dataset),)
@@ -82,12 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
         _facts(arguments, dataset, records[-1]),
     )
     final = records[-1]
-    print(f"clean accuracy  {final['clean_accuracy']:.1%} on {len(dataset.y_test)} test images")
-    print(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * arguments.eps:g}/255")
-    print(
+    say(f"clean accuracy  {final['clean_accuracy']:.1%} on {len(dataset.y_test)} test images")
+    say(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * arguments.eps:g}/255")
+    say(
         f"                {final['pma_accuracy']:.1%} of them and PMA together, two runs of 20 steps: the one to report"
     )
-    print(f"saved {weights} and {arguments.out / 'report.html'} ({final['train_s']:.1f} s of training)")
+    say(f"saved {weights} and {arguments.out / 'report.html'} ({final['train_s']:.1f} s of training)")
 
 
 def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> dict[str, dict]:
@@ -121,6 +133,7 @@ def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data
         resume=arguments.resume,
         measure_backbone=True if model.pretrained else None,
         device=arguments.device,
+        progress=not is_quiet(),
         **settings,
     )
     return trainer.fit(dataset.train, dataset.val, dataset.test)

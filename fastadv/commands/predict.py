@@ -14,7 +14,7 @@ from fastadv import models
 from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
-from fastadv.commands.arguments import add_trust, adder, load_model
+from fastadv.commands.arguments import add_device, add_trust, adder, load_model
 from fastadv.data import to_float
 from fastadv.data.pictures import extensions, read
 
@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="a checkpoint.safetensors")
     add_trust(parser)
     add("--out", Path, help="CSV file (the terminal if not given)")
-    add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
+    add_device(add)
 
 
 def run(arguments: argparse.Namespace) -> None:

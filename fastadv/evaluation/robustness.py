@@ -2,11 +2,10 @@
 
 import platform
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from numbers import Integral
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastadv._extras import require
 from fastadv.attacks import LOSSES, Attack
 from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
@@ -33,6 +31,7 @@ from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery, Kept
 from fastadv.evaluation.masking import ASKED, Masking, by_chance, most_likely, of_masking, of_square, square_of
 from fastadv.evaluation.opponents import EPS, Opponent, check_they_take, is_several, opponents
+from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
 from fastadv.evaluation.saved import StateFile
@@ -115,8 +114,8 @@ def evaluate(
             attribute `fastadv_key`, a string, says instead what one of them is.
         save_images: a folder for the adversarial images as PNG, of the iterate that fooled or the last one. Each pixel
             is the nearest 8-bit code within the budget; they are classified again.
-        progress: show a progress bar (on a terminal only); its remaining time is what is needed if nothing more is
-            fooled.
+        progress: show a progress bar on a terminal, whose remaining time is what is needed if nothing more is fooled;
+            elsewhere log a line a minute and at the end of each attack (logger "fastadv", level INFO).
 
     Returns:
         A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list
@@ -216,7 +215,7 @@ def judged(
         for i, trial in enumerate(order):
             if settings["ensemble"]:
                 run.hand_on(order[:i], trial)
-            run.attack(trial, save, progress and sys.stderr.isatty())
+            run.attack(trial, save, progress)
             run.ask_square(trial, save)
             told(run, order[: i + 1])
         report = run.report(trials, order, settings["ensemble"])
@@ -298,14 +297,11 @@ class Run:
         pause = SAVE_EVERY
         windows = self._windows(trial) if opponent.ours else None
         unit = "pass" if opponent.ours else "batch"
-        bar = require("tqdm").tqdm(desc=opponent.title, unit=unit) if progress else nullcontext()
-        with bar:
+        with Progress(opponent.title, unit, progress) as shown:
             for done, left in self._batches(trial) if windows is None else windows.run():
                 now = time.perf_counter()
                 trial.seconds = earlier + now - begun
-                if progress:
-                    bar.total = done + left
-                    bar.update(done - bar.n)
+                shown.update(done, left)
                 if now - saved >= pause:
                     if windows is not None:
                         windows.update()

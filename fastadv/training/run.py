@@ -37,6 +37,7 @@ from fastadv.training.processes import precision, processes
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Stage
 from fastadv.training.step import Step
+from fastadv.training.words import epoch_line
 
 if TYPE_CHECKING:
     from fastadv.training.trainer import Trainer
@@ -171,7 +172,7 @@ class Run:
                     "will be others than without the interruption",
                     stacklevel=4,
                 )
-            logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
+            logger.info("going on in epoch %d after batch %d", self.at.epoch + 1, self.at.batch)
         if self.here.is_main_process:
             lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
             write_atomically(folder / "log.jsonl", lines.encode())
@@ -351,6 +352,7 @@ class Run:
                 return True
             if due:
                 self._save()
+                self._say(f"epoch {self.at.epoch + 1}: batch {self.at.batch} of {self.steps}, the state is saved")
                 saved = now
         return False
 
@@ -371,6 +373,7 @@ class Run:
             self._go_back(action)
         at.stopped = action == "stop"
         self._record(record)
+        self._say(epoch_line(at.records, sum(stage.epochs for stage in self.settings.stages)))
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
     def _order(self, epoch: int) -> torch.Tensor:
@@ -481,7 +484,7 @@ class Run:
         action = self.settings.on_overfitting
         if action == "switch" and self.at.switched:
             action = "warn"
-        warnings.warn(f"epoch {self.at.epoch - 1}: {reading['alarm']} ({action})", stacklevel=7)
+        warnings.warn(f"epoch {self.at.epoch}: {reading['alarm']} ({action})", stacklevel=7)
         return reading | {"action": action}
 
     def _go_back(self, action: str) -> None:
@@ -518,6 +521,11 @@ class Run:
     def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
         return require("accelerate.utils").broadcast_object_list([found])[0]
+
+    def _say(self, text: str) -> None:
+        """What the bar shows, where there is none."""
+        if self.here.is_main_process:
+            logger.log(logging.INFO if self.bar.disable else logging.DEBUG, text)
 
     # ------------------------------------------------------------------ the disk
 

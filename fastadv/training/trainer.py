@@ -39,7 +39,8 @@ class Trainer:
             rates: after a warm-up these fall toward the last epoch.
         measure_backbone: measure the backbone's own robustness first; None means if a part of the model is frozen.
         device: where to train; None means what accelerate chooses: a GPU if there is one.
-        progress: show a progress bar (on a terminal only).
+        progress: show a progress bar on a terminal. Where none is seen, each epoch is a line in the log (logger
+            "fastadv", level INFO).
         settings: the fields of `Settings`.
 
     Raises:
