@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: bad arguments, or a file, a package or a number that the command cannot work with; 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    arguments.command_line = shlex.join(["fastadv", *(sys.argv[1:] if argv is None else argv)])
     with speaking(getattr(arguments, "verbosity", logging.INFO)):
         try:
             arguments.run(arguments)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -91,8 +92,16 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
     say(f"saved {arguments.out / 'report.json'}")
     if report["curves"]:
-        write_curves(arguments.out / "curve.png", report["curves"])
-        say(f"saved {arguments.out / 'curve.png'}")
+        _draw(arguments.out / "curve.png", report["curves"])
+
+
+def _draw(path: Path, curves: list[dict]) -> None:
+    try:
+        write_curves(path, curves)
+    except Exception as error:  # the numbers are on the disk
+        warnings.warn(f"there is no {path.name}: {type(error).__name__}: {error}", stacklevel=2)
+    else:
+        say(f"saved {path}")
 
 
 def _budget(result: dict) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import platform
+import warnings
 from pathlib import Path
 
 import torch
@@ -83,35 +84,54 @@ def run(arguments: argparse.Namespace) -> None:
     if not require("accelerate").PartialState().is_main_process:
         return
     models.save(model, weights)
-    write_report(
-        arguments.out / "report.html",
-        f"{arguments.model}, {arguments.method}, {arguments.attack}",
-        model.pixels,
-        records,
-        dataset.test,
-        dataset.classes,
-        arguments.eps,
-        _facts(arguments, dataset, records[-1]),
-    )
     final = records[-1]
-    say(f"clean accuracy  {final['clean_accuracy']:.1%} on {len(dataset.y_test)} test images")
-    say(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * arguments.eps:g}/255")
+    _say_result(final, len(dataset.y_test), arguments.eps)
+    say(f"saved {weights} ({final['train_s']:.1f} s of training)")
+    try:
+        write_report(
+            arguments.out / "report.html",
+            f"{arguments.model}, {arguments.method}, {arguments.attack}",
+            model.pixels,
+            records,
+            dataset.test,
+            dataset.classes,
+            arguments.eps,
+            _facts(arguments, dataset, final),
+        )
+    except Exception as error:  # all that the run is for is on the disk
+        warnings.warn(f"there is no report.html: {type(error).__name__}: {error}", stacklevel=2)
+    else:
+        say(f"saved {arguments.out / 'report.html'}")
+
+
+def _say_result(final: dict, count: int, eps: float) -> None:
+    if "clean_accuracy" not in final:
+        say("there were no test and no validation images: nothing was measured")
+        return
+    say(f"clean accuracy  {final['clean_accuracy']:.1%} on {count} test images")
+    say(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * eps:g}/255")
     say(
         f"                {final['pma_accuracy']:.1%} of them and PMA together, two runs of 20 steps: the one to report"
     )
-    say(f"saved {weights} and {arguments.out / 'report.html'} ({final['train_s']:.1f} s of training)")
 
 
 def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> dict[str, dict]:
     parts = {"training": dataset.y_train, "validation": dataset.y_val, "test": dataset.y_test}
-    settings = {name: value for name, value in vars(arguments).items() if name != "run" and value is not None}
+    unset = {"run", "verbosity", "command_line"}
+    settings = {name: value for name, value in vars(arguments).items() if name not in unset and value is not None}
+    best = final["best_epoch"]
     return {
         "Data": {
             "classes": ", ".join(dataset.classes),
             **{f"{part} images": len(labels) for part, labels in parts.items()},
             **({"notes": " ".join(dataset.notes)} if dataset.notes else {}),
         },
-        "Run": {"weights of epoch": final["best_epoch"], "seconds of training": round(final["train_s"], 1)},
+        "Run": {
+            "command": arguments.command_line,
+            "weights of epoch": f"{final['epochs']}, the last one" if best is None else best + 1,
+            "epochs": final["epochs"],
+            "seconds of training": round(final["train_s"], 1),
+        },
         "Settings (eps, alpha and noise of pixels in [0, 1])": settings,
         "Versions": {
             "fastadv": __version__,

@@ -118,25 +118,26 @@ def evaluate(
             elsewhere log a line a minute and at the end of each attack (logger "fastadv", level INFO).
 
     Returns:
-        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list
-        where there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy",
-        "attacks" (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with
-        several budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`;
-        "clean_correct" (a bool per sample); "no_prediction" (clean samples that get none); "attacks",
-        a list of {"attack", "eps", "norm", "robust_accuracy" (the share that it was given and did not fool), "given"
-        (samples that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for
-        those of fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none),
-        "passes" and "forwards" (gradients and forward passes of one image; null where not known), "waste" (those of
-        the passes that were in a run after the one that fooled, begun because slots were free; of the forward passes,
-        where an attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
+        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list where
+        there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy", "attacks"
+        (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with several
+        budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`; "clean_correct" (a
+        bool per sample); "clean_said" (a class per sample, -1 where the model gives none; with labels (N, C) 1 where
+        all are right and 0 where one is not); "no_prediction" (clean samples that get none); "attacks", a list of
+        {"attack", "eps", "norm", "robust_accuracy" (the share that it was given and did not fool), "given" (samples
+        that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
+        fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none), "passes"
+        and "forwards" (gradients and forward passes of one image; null where not known), "waste" (those of the passes
+        that were in a run after the one that fooled, begun because slots were free; of the forward passes, where an
+        attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
-        the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled;
-        where an attack goes towards one class after the other its runs are counted through; null where there is none or
-        it is not known), "target" (of such an attack, the class that this run went to), "runs" (of a sample that
-        withstands), "latest" (restart and step of the sample that fell last), "settings", with save_images also
-        "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings"; "versions". Where another
-        library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is null, it counts for no
-        budget, and a warning says how far it went.
+        the attack's start), "fooled" (a bool per sample), "said" (what it is then taken for, as in "clean_said"; null
+        for the others), "restart" and "step" (of the first iterate that fooled; where an attack goes towards one class
+        after the other its runs are counted through; null where there is none or it is not known), "target" (of such an
+        attack, the class that this run went to), "runs" (of a sample that withstands), "latest" (restart and step of
+        the sample that fell last), "settings", with save_images also "robust_accuracy_8bit"}; "warnings" (also given by
+        `warnings.warn`); "settings"; "versions". Where another library's attack left [0, 1] or its eps by more than
+        rounding, its robust accuracy is null, it counts for no budget, and a warning says how far it went.
 
     Raises:
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
@@ -246,7 +247,7 @@ class Run:
             self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
         said = verdict(self.clean, labels)
-        self.correct, self.silent = is_label(said, labels), int((said == NONE).sum())
+        self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
         self._first = torch.arange(self.slots, device=labels.device)
         self._warn(suspicions.of_outputs(self._objective.logits, to_float(self._staged(self._first)), draws))
 
@@ -454,6 +455,7 @@ class Run:
             "curves": _curves(found, clean),
             "masking": [{"after": trial.opponent.title, **asdict(masking)} for trial, masking in masked],
             "clean_correct": self.correct.tolist(),
+            "clean_said": self.said.tolist(),
             "no_prediction": self.silent,
             "attacks": results,
             "warnings": self.notes,
@@ -496,6 +498,7 @@ class Run:
             "runs": verdicts.restarts,
             "zero_gradients": trial.zero_gradients,
             "fooled": fooled,
+            "said": [said if f else None for said, f in zip(verdicts.said.tolist(), fooled, strict=True)],
             **first,
             **target,
             "latest": trial.latest if opponent.ours else None,

@@ -19,6 +19,7 @@ from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
+from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.robustness import Batch, evaluate, robust_accuracy, seeded
 from fastadv.evaluation.samples import as_tensors
@@ -254,7 +255,7 @@ class Run:
         report = evaluate(self.model, self.test, attacks, **options)
         shares = [result["robust_accuracy"] for result in report["attacks"]]
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
-        return self._agreed(self._checked(found, attack))
+        return self._agreed(self._checked(found, attack) | {"confusion": confusions(self.test[1], report)})
 
     def _choice(self) -> dict:
         """By what the weights were chosen, and from which other epochs chance alone may have told them."""
