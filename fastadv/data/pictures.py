@@ -12,6 +12,7 @@ from fastadv._extras import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_RUN = "EPS"  # the one format of Pillow's that is a program, run by Ghostscript
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -40,7 +41,14 @@ def extensions() -> frozenset[str]:
     """How the names of pictures end that Pillow can read, in lower case, such as ".jpg"."""
     image = require("PIL.Image")
     image.preinit()  # the common formats: Pillow tries them in the order in which they were registered
-    return frozenset(ending for ending, name in image.registered_extensions().items() if name in image.OPEN)
+    return frozenset(ending for ending, name in image.registered_extensions().items() if name in _formats())
+
+
+def _formats() -> list[str]:
+    """Formats that are decoded, whatever a file is called, in the order in which they are tried."""
+    image = require("PIL.Image")
+    image.init()
+    return [name for name in image.ID if name != _RUN]
 
 
 def read(path: str | Path) -> "Image":
@@ -60,7 +68,7 @@ def decode(content: bytes, name: str) -> "Image":
     """The picture in a file's bytes, as `read` returns it; `name` is what an error calls it."""
     image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
-        with image_module.open(io.BytesIO(content)) as picture:
+        with image_module.open(io.BytesIO(content), formats=_formats()) as picture:
             ops.exif_transpose(picture, in_place=True)
             return _rgb(picture)
     except image_module.DecompressionBombError as error:

@@ -145,7 +145,7 @@ def preprocessing_of(facts: dict) -> Preprocessing | None:
     """
     given = facts["preprocessing"]
     try:
-        return given and Preprocessing.from_json(given)
+        return None if given is None else Preprocessing.from_json(given)
     except TypeError as error:
         raise ValueError(f"these are no settings of a preprocessing ({error}): {given}") from error
 
