@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, victim):
         assert same(groups, seed)
 
 
-@pytest.mark.parametrize("name", ["../mine.safetensors", "{folder}/mine.safetensors", "mine.safetensors", ".."])
+@pytest.mark.parametrize("name", ["../mine.safetensors", "{folder}/mine.safetensors", "mine.safetensors", "..", ""])
 def test_a_state_of_others_names_no_file_but_its_own(tmp_path, name):
     mine = tmp_path / "mine.safetensors"
     mine.write_text("precious")

@@ -134,7 +134,7 @@ def check_folder(path: Path) -> None:
             file.write(bytes(4096))
     except OSError as error:
         where = "" if place == path.absolute() else f" (to make it in {place})"
-        raise OSError(error.errno, f"cannot write to --out {path}{where}: {error.strerror}") from error
+        raise OSError(f"cannot write to --out {path}{where}: {error.strerror}") from error
 
 
 def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None, **options) -> data.Data:

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import re
 from pathlib import Path
 
 import torch
@@ -20,10 +21,11 @@ def words_of(error: BaseException, arguments: argparse.Namespace) -> str | None:
         return f"out of memory{lighter(arguments)}. {_first_line(error)}"
     if not isinstance(error, EXPECTED):
         return None
+    words = re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__
     if isinstance(error, OSError) and error.errno in FULL:
         on = how_to_go_on(arguments)
-        return f"{error}: make room" + (f", then {on}" if on else " and begin again")
-    return str(error) or type(error).__name__
+        words += ": make room" + (f", then {on}" if on else " and begin again")
+    return words
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -80,7 +80,8 @@ def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespa
     options = {"autocast": torch.bfloat16, "compile": RECIPE["compile"], "memory_format": torch.channels_last}
     attack = by_name("pgd-50-10", pixels, EPS, **options)
     images, labels = (part[: arguments.limit] for part in dataset.test)
-    report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=arguments.out / "evaluation.safetensors")
+    kept = {"state": arguments.out / "evaluation.safetensors", "progress": not is_quiet()}
+    report = evaluate(pixels, (images, labels), [attack], eps=EPS, **kept)
     return {
         "data": f"CIFAR-10, training images of {', '.join(dataset.classes)} ({len(dataset.y_train):,})",
         "command": f"fastadv pretrain --data cifar10 --epochs {arguments.epochs} --seed {arguments.seed}",

@@ -103,8 +103,9 @@ class Checkpoints:
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
         facts = json.loads(body)
-        for name in facts["files"].values():
-            if not re.fullmatch(r"[0-9a-f]{64}\.safetensors", name):  # it would be read, and perhaps removed
+        files = facts.get("files") if isinstance(facts, dict) else None
+        for name in files.values() if isinstance(files, dict) else [files]:
+            if not re.fullmatch(r"[0-9a-f]{64}\.safetensors", str(name)):  # it would be read, and perhaps removed
                 raise ValueError(f"it names {name!r}, which is no file of a state")
         if facts["format"] != FORMAT:
             raise OtherRunError(f"{self.folder} holds a state of another version of fastadv: remove it to begin again")
