@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import fastadv
 from fastadv import cli, data, models
 from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
+from fastadv.commands.speech import speaking
 from fastadv.evaluation import robustness
 from fastadv.training import run
 
@@ -58,7 +60,7 @@ def test_off_a_terminal_each_epoch_is_a_line_with_the_numbers_of_the_log(tmp_pat
 
 def test_an_epoch_that_takes_long_says_how_far_it_is(tmp_path, caplog):
     finetune(tmp_path, "--epochs", "1", "--checkpoint-s", "0", "--batch-size", "60")
-    batches = [m for m in caplog.messages if re.match(r"epoch 1: batch \d of \d, the state is saved", m)]
+    batches = [m for m in caplog.messages if re.match(r"epoch 1: batch \d of \d$", m)]
     assert len(batches) == int(re.search(r"of (\d)", batches[0])[1])
 
 
@@ -72,6 +74,17 @@ def test_quiet_and_verbose_before_the_command_or_behind_it(tmp_path, capsys, cap
         assert any("parameters train" in message for message in caplog.messages) == (option == "-v")
         caplog.clear()
     assert logging.getLogger("fastadv").level == logging.NOTSET  # as it was before
+
+
+def test_a_warning_is_a_line(capsys):
+    for verbosity, start in (
+        (logging.INFO, "fastadv: warning: look out\n"),
+        (logging.DEBUG, "here.py:7: UserWarning:"),
+    ):
+        with speaking(verbosity):
+            assert warnings.formatwarning(UserWarning("look out"), UserWarning, "here.py", 7).startswith(start)
+        print("caf\udce9")  # which the terminal's encoding cannot say
+    assert "caf" in capsys.readouterr().out
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(tmp_path, monkeypatch, capsys):

@@ -353,7 +353,7 @@ class Run:
                 return True
             if due:
                 self._save()
-                self._say(f"epoch {self.at.epoch + 1}: batch {self.at.batch} of {self.steps}, the state is saved")
+                self._say(f"epoch {self.at.epoch + 1}: batch {self.at.batch} of {self.steps}")
                 saved = now
         return False
 
