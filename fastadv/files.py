@@ -21,7 +21,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         new.replace(path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # which a full disk does not say
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # which a full disk does not say
         raise
     if os.name == "posix":  # the renaming too must be on the disk
         folder = os.open(path.parent, os.O_RDONLY)
