@@ -2,9 +2,16 @@
 
 import argparse
 import logging
+import os
+import shlex
+import sys
+import traceback
 from collections.abc import Sequence
 
 from fastadv.commands import evaluate, export, finetune, info, predict, pretrain
+from fastadv.commands.failures import words_of
+from fastadv.commands.speech import add_verbosity, is_verbose, speaking
+from fastadv.version import __version__
 
 COMMANDS = {
     "finetune": (finetune, "train a model adversarially, from a robust backbone to classes of your own"),
@@ -14,26 +21,45 @@ COMMANDS = {
     "pretrain": (pretrain, "train the embedded robust backbone again"),
     "info": (info, "what runs on which device here, and why"),
 }
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command in `argv` (without the program's name; None means the process's own arguments).
 
+    An error is a line that says what was wrong. With -v, or the variable FASTADV_TRACEBACK, its traceback comes first.
+
     Raises:
-        SystemExit: bad arguments, or a file, a package or a number that the command cannot work with.
+        SystemExit: bad arguments, or a file, a package or a number that the command cannot work with; 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("fastadv").setLevel(logging.INFO)
-    try:
-        arguments.run(arguments)
-    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"fastadv: error: {error}") from error
+    arguments.command_line = shlex.join(["fastadv", *(sys.argv[1:] if argv is None else argv)])
+    with speaking(getattr(arguments, "verbosity", logging.INFO)):
+        try:
+            arguments.run(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # its reader has seen enough, as head has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+            raise SystemExit(1) from None
+        except (Exception, KeyboardInterrupt) as error:
+            words = words_of(error, arguments)
+            if words is None:
+                raise
+            if is_verbose() or os.environ.get("FASTADV_TRACEBACK"):
+                traceback.print_exc()
+            if isinstance(error, KeyboardInterrupt):
+                print(f"fastadv: {words}", file=sys.stderr)
+                raise SystemExit(INTERRUPTED) from None
+            raise SystemExit(f"fastadv: error: {words}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastadv", description="Fast adversarial training and fine-tuning.")
+    parser.add_argument("--version", action="version", version=f"fastadv {__version__}")
+    add_verbosity(parser)
     commands = parser.add_subparsers(required=True, metavar=" | ".join(COMMANDS))
     for name, (module, help) in COMMANDS.items():
-        module.add(commands.add_parser(name, help=help))
+        command = commands.add_parser(name, help=help)
+        add_verbosity(command)
+        module.add(command)
     return parser

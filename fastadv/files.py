@@ -19,8 +19,10 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
-    except OSError:
+    except OSError as error:
         new.unlink(missing_ok=True)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # which a full disk does not say
         raise
     if os.name == "posix":  # the renaming too must be on the disk
         folder = os.open(path.parent, os.O_RDONLY)

@@ -9,7 +9,8 @@ from fastadv.version import __version__
 
 
 def _devices():
-    found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    count = torch.get_num_threads()
+    found = {"cpu": f"{platform.machine()}, {count} thread{'s' * (count > 1)}"}
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         found[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"

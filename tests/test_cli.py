@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastadv import cli, data, models
 from fastadv.attacks import PGD
 from fastadv.attacks.checks import device_of
+from fastadv.commands import arguments
 from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
 from fastadv.commands import pretrain as pretrain_command
@@ -117,7 +118,12 @@ def asked_of_finetune(monkeypatch, tmp_path, loaded):
             raise Asked(found.update(validation=round(len(val[0]) / (len(train[0]) + len(val[0])), 1)))
 
     monkeypatch.setattr(finetune_command, "Trainer", Noted)
-    monkeypatch.setattr(finetune_command, "model_source", lambda name: found.update(model=name) or source("mlp"))
+
+    def noted(name, trust):
+        found.update(model=name, trust=trust)
+        return source("mlp", trust)
+
+    monkeypatch.setattr(finetune_command, "model_source", noted)
     monkeypatch.setattr(models, "load_weights", lambda network, path, **_: found.update(init=path))
 
     def asked(option=None, word=None):
@@ -173,9 +179,10 @@ OPTIONS |= {
     "--workers": ("3", {"load workers": 3}),
     "--split-seed": ("5", {"load seed": 5}),
     "--seed": ("5", {"seed": 5}),
-    "--device": ("cuda:7", {"device": torch.device("cuda:7")}),
+    "--device": ("cpu:0", {"device": torch.device("cpu:0")}),
     "--validation": ("0.3", {"load validation": 0.3, "validation": 0.3}),
     "--model": ("conv", {"model": "conv"}),
+    "--trust-code": (None, {"trust": True}),
     "--init": ("w.safetensors", {"init": "w.safetensors"}),
     "--attack": ("pgd", {"attack": "pgd"}),
     "--eps": ("4", {"eps": 4 / 255}),
@@ -229,8 +236,14 @@ def asked_of_evaluate(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate_command, "evaluate", noted)
     monkeypatch.setattr(data, "held_out", noted_data)
     monkeypatch.setattr(data.HeldOut, "decoded", noted_decoding)
+    monkeypatch.setattr(arguments, "devices", lambda: ["cpu", "meta"])
     load = evaluate_command.load_model
-    monkeypatch.setattr(evaluate_command, "load_model", lambda path: found.update(model=Path(path).name) or load(path))
+
+    def loaded_model(path, trust):
+        found.update(model=Path(path).name, trust=trust)
+        return load(path, trust)
+
+    monkeypatch.setattr(evaluate_command, "load_model", loaded_model)
 
     def asked(option=None, word=None):
         found.clear()
@@ -255,6 +268,7 @@ EVALUATION = {
     "--seed": ("5", {"seed": 5}),
     "--device": ("meta", {"device": torch.device("meta")}),
     "--model": ("other", {"model": "other"}),
+    "--trust-code": (None, {"trust": True}),
     "--attacks": ("pgd,fgsm", {"attacks": ["pgd", "fgsm"]}),
     "--eps": ("4 2/255", {"eps": [4 / 255, 2 / 255]}),
     "--iterate": ("last", {"iterate": "last"}),
@@ -291,7 +305,7 @@ PRETRAINING = {
     "--workers": ("3", {"load workers": 3}),
     "--split-seed": ("5", {"load seed": 5}),
     "--seed": ("5", {"seed": 5}),
-    "--device": ("cuda:7", {"device": torch.device("cuda:7")}),
+    "--device": ("cpu:0", {"device": torch.device("cpu:0")}),
     "--epochs": ("20", {"epochs": 20, "warmup": 0.15}),
     "--out": ("there", {"folder": Path("there")}),
     "--resume": (None, {"resume": True}),
@@ -449,12 +463,21 @@ def test_an_own_model_in_the_working_folder(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
     )
     monkeypatch.chdir(tmp_path)
+    model, data = "run/model.safetensors", ("--data", "digits", "--out", "out")
     finetune("run", "--data", "digits", "--model", "my_net:net", "--attack", "none", "--lr", "0.01")
     assert last_line(tmp_path / "run")["clean_accuracy"] > 0.3
     monkeypatch.delitem(sys.modules, "my_net")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    cli.main(["export", "run/model.safetensors", "plain.safetensors"])
+    for command in (("export", model), ("predict", "x.jpg", "--model", model), ("evaluate", "--model", model, *data)):
+        with pytest.raises(SystemExit, match=r"'my_net:net', and to load it is to run that code.*--trust-code"):
+            cli.main([*command, *(["plain.safetensors"] if command[0] == "export" else [])])
+        assert "my_net" not in sys.modules
+    # A file there that has the name of a package that is imported late is not that package.
+    Path("safetensors.py").write_text("open('ran', 'w').close()\n")
+    export = [sys.executable, "-m", "fastadv", "export", model, "plain.safetensors", "--trust-code"]
+    subprocess.run(export, check=True)
     assert Path("plain.safetensors").exists()
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -486,13 +509,6 @@ def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
         finetune(tmp_path, "--data", "digits", "--model", "mlp")
     with pytest.raises(ImportError, match="sklearn"):
         data.load("digits")
-
-
-def test_info_prints_every_fact(capsys):
-    cli.main(["info"])
-    printed = capsys.readouterr().out
-    for word in ("version", "torch", "backends", "cuda", "triton", "cpu", "reference", "build"):
-        assert word in printed
 
 
 def test_importing_fastadv_imports_no_extra():

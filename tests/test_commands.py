@@ -141,7 +141,15 @@ def test_the_report_needs_no_other_file_and_says_what_the_log_says(tuned):
     for share in (final["clean_accuracy"], final["robust_accuracy"]):
         assert f"{100 * share:.1f} %" in text
     assert set(re.findall(r'(?:src|href)="([^"]{5})', text)) == {"data:"}
-    assert text.count("data:image/png;base64,") == 2
+    assert text.count("data:image/png;base64,") == 1 + 3 * 8  # the curves, and three rows of pictures
+    model = models.load(tuned / "model.safetensors")
+    photo = re.search(r"--data (\S+) ", text)[1]
+    images, labels = data.load(photo, preprocessing=model.preprocessing).test
+    with torch.no_grad():
+        says = model.pixels.eval()(data.to_float(images)).argmax(1)
+    pairs = list(zip(labels.tolist(), says.tolist(), strict=True))
+    assert final["confusion"]["clean"] == [[*pair, pairs.count(pair)] for pair in sorted(set(pairs))]
+    assert re.search(r"<th>command</th><td>fastadv finetune --data \S+photos --model .* --epochs 12 ", text)
     for word in ("grün", "batch_size", torch.__version__, "Robust accuracy (PGD-10, eps 4/255)"):
         assert word in text
 

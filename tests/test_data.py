@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_digits
 
 from fastadv import data
 from fastadv.commands.arguments import class_list
 from fastadv.data import decoding
 from fastadv.data.cifar10 import CLASSES
-from fastadv.data.pictures import read
+from fastadv.data.pictures import extensions, read
 from fastadv.data.source import digests
 from fastadv.data.splits import Split
 from fastadv.preprocessing import Preprocessing
@@ -1193,3 +1193,20 @@ def test_importing_the_package_imports_no_extra():
     code = "import sys, fastadv.attacks, fastadv.data, fastadv.training.augment; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"PIL", "pyarrow", "sklearn"} & set(done.stdout.split())
+
+
+def test_a_picture_is_no_program(tmp_path, monkeypatch):
+    """PostScript is one: Pillow has Ghostscript run it, whatever the file is called."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # where Pillow remembers that it found it
+    for name in ("a.jpg", "a.eps"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "EPS")
+        with pytest.raises(ValueError, match="cannot be read as a picture"):
+            read(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    assert not {".eps", ".ps"} & extensions()
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".gif"} <= extensions()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fastadv import cli, data, models, random_init, sample_seeds
 from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, PMA, PMAL2, Normalized, by_name
 from fastadv.attacks import rows as row_tools
-from fastadv.evaluation import evaluate, queue, robustness, suspicions
+from fastadv.evaluation import evaluate, progress, queue, robustness, suspicions
 from fastadv.evaluation.images import nearest_codes
 from fastadv.evaluation.queue import Queue
 from fastadv.evaluation.saved import StateFile
@@ -631,10 +632,22 @@ def test_grey_images_are_saved_as_such(tmp_path):
         evaluate(net, (images.reshape(3, 12), net(images).argmax(1)), ["fgsm"], save_images=tmp_path)
 
 
-def test_progress_is_shown_on_a_terminal_only(net, samples, monkeypatch, capsys):
-    evaluate(net, samples, ["fgsm"], slots=SLOTS)
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(net, samples, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", "fastadv")
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    found = evaluate(net, samples, ["fgsm", "pgd"], slots=SLOTS)["attacks"]
     assert not capsys.readouterr().err
-    monkeypatch.setattr(robustness.sys.stderr, "isatty", lambda: True, raising=False)
+    for name, result in zip(("fgsm", "pgd"), found, strict=True):
+        lines = [message for message in caplog.messages if message.startswith(f"{name} at 8/255: ")]
+        assert len(lines) > 1
+        counts = [int(re.search(r"(\d+) of at most", line)[1]) for line in lines[:-1]]
+        assert counts == sorted(counts)
+        assert counts[-1] == result["forwards"]
+        assert "done in" in lines[-1]
+    caplog.clear()
+    evaluate(net, samples, ["fgsm"], slots=SLOTS, progress=False)
+    assert not caplog.messages
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     passes = evaluate(net, samples, ["fgsm"], slots=SLOTS)["attacks"][0]["forwards"]
     assert f"fgsm at 8/255: 100%|██████████| {passes}/{passes}" in capsys.readouterr().err
 

@@ -155,8 +155,8 @@ def test_shapes_and_classes_are_checked_before_anything_is_built():
         models.source("conv").build([], SHAPE)
     with pytest.raises(ValueError, match="two widths and one block"):
         models.source("resnet?widths=[8]").build("ab", SHAPE)
-    with pytest.raises(ValueError, match=r"timm cannot build .*unexpected keyword argument 'heads'"):
-        models.source("timm:vit_tiny_patch16_224?pretrained=false&heads=3").build("ab")
+    with pytest.raises(ValueError, match=r"timm cannot build .*unexpected keyword argument 'depths'"):
+        models.source("timm:vit_tiny_patch16_224?pretrained=false&depths=3").build("ab")
 
 
 def test_timm_says_what_its_model_takes():
@@ -339,7 +339,7 @@ class Branching(nn.Module):
 
 def test_an_image_processor_without_a_size_is_refused(hf_folder, offline, monkeypatch):
     processor = type("Processor", (), {"to_dict": lambda self: {"data_config": {}}})
-    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda path: processor())
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda path, **_: processor())
     with pytest.raises(ValueError, match="does not say the size of its images; a model of timm's is timm:NAME"):
         models.source(f"hf:{hf_folder}")
 
@@ -539,7 +539,7 @@ def test_a_file_of_such_a_network_gets_its_new_head_there(tmp_path, own_net, mon
     monkeypatch.setattr(module, "net", lambda shape, classes: TwoOutputs())
     model = models.source("own_net:net").build("abc", (3, 2, 2))
     models.save(model, tmp_path / "a.safetensors")
-    network = models.load(tmp_path / "a.safetensors", classes="vwxyz").network
+    network = models.load(tmp_path / "a.safetensors", classes="vwxyz", trust_code=True).network
     assert network.classifier.out_features == 5
     assert network.spare.out_features == network.auxiliary.out_features == 3
 
@@ -767,7 +767,7 @@ def test_a_file_builds_its_model_again_bit_for_bit(tmp_path, own_net, hf_folder)
         path = tmp_path / "new" / "a.safetensors"
         models.save(model, path)
         torch.manual_seed(0)
-        loaded = models.load(path)
+        loaded = models.load(path, trust_code=name == "own_net:net")
         assert loaded.classes == ("é", "b b", "c", "d")
         assert loaded.preprocessing == model.preprocessing
         assert loaded.architecture == model.architecture
@@ -775,8 +775,9 @@ def test_a_file_builds_its_model_again_bit_for_bit(tmp_path, own_net, hf_folder)
         for key, value in model.network.state_dict().items():
             assert torch.equal(value, loaded.network.state_dict()[key]), key
         same_outputs(loaded.pixels, model.pixels)
-        assert models.source(str(path)).preprocessing == model.preprocessing
-        same_outputs(models.source(str(path)).build(model.classes, SHAPE).network, model.network)
+        source = models.source(str(path), trust_code=name == "own_net:net")
+        assert source.preprocessing == model.preprocessing
+        same_outputs(source.build(model.classes, SHAPE).network, model.network)
 
 
 def test_equal_models_give_equal_files_with_one_entry(tmp_path):
@@ -929,7 +930,7 @@ def test_tied_weights_are_saved_once_and_come_back(tmp_path, own_net, monkeypatc
     model = models.source("own_net:net").build("ab", (1, 2, 2))
     models.save(model, tmp_path / "a.safetensors")
     assert len(safetensors.torch.load_file(tmp_path / "a.safetensors")) == 5
-    loaded = models.load(tmp_path / "a.safetensors").network
+    loaded = models.load(tmp_path / "a.safetensors", trust_code=True).network
     assert loaded[1].weight is loaded[2].weight
     assert torch.equal(loaded[1].weight, model.network[1].weight)
     other = tied()
@@ -970,7 +971,122 @@ def with_facts(path, facts):
 def test_files_that_say_other_things_are_refused(tmp_path, facts, message):
     with_facts(tmp_path / "a.safetensors", facts)
     with pytest.raises(ValueError, match=message):
-        models.load(tmp_path / "a.safetensors")
+        models.load(tmp_path / "a.safetensors", trust_code=True)
+
+
+def architecture(kind, **facts):
+    given = {"format": 1, "classes": ["a", "b"], "preprocessing": None, "architecture": {"kind": kind, **facts}}
+    return json.dumps(given)
+
+
+@pytest.fixture
+def traps(tmp_path, monkeypatch):
+    """Where a module and a pickle lie that leave a trace when they run."""
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nnet = None\n")
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    assert not (tmp_path / "ran").exists()
+
+
+WEIGHTS_OF_OTHERS = {
+    "checkpoint_path": "trap.pth",
+    "pretrained_cfg": {"file": "trap.pth"},
+    "pretrained_cfg_overlay": {"url": "http://localhost/trap.pth"},
+    "pretrained": True,
+    "cache_dir": ".",
+    "depth": {"a": 1},
+}
+LEADING_OUT = {
+    "auto_map": {"AutoModelForImageClassification": "trap.Net"},
+    "attn_implementation": "someone/kernel",
+    "backbone": "resnet18",
+    "quantization_config": {"quant_method": "trap"},
+    "text_config": {"_attn_implementation": "someone/kernel"},
+}
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (architecture("function", path="trap:net", shape=[3, 8, 8]), r"'trap:net', and to load it is to run .*--trust"),
+        *(
+            (architecture("timm", name="resnet10t", options={name: value}), f"option '{name}'")
+            for name, value in WEIGHTS_OF_OTHERS.items()
+        ),
+        (architecture("timm", name="local-dir:.", options={}), "no name of a model that timm contains"),
+        (architecture("timm", name="hf-hub:a/b", options={}), "no name of a model that timm contains"),
+        *(
+            (architecture("hf", config={"model_type": "vit", name: value}), "code or models from elsewhere")
+            for name, value in LEADING_OUT.items()
+        ),
+        (architecture("hf", config={"model_type": "timm_wrapper", "architecture": "resnet10t"}), "name it timm:NAME"),
+    ],
+)
+def test_a_file_of_others_leads_to_no_code_no_other_file_and_no_download(traps, monkeypatch, facts, message):
+    monkeypatch.chdir(traps)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it wants to go to the network"))
+    with_facts(traps / "a.safetensors", facts)
+    with pytest.raises(ValueError, match=message):
+        models.load(traps / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        models.source(str(traps / "a.safetensors")).build("ab", (3, 8, 8))
+
+
+def test_a_folder_of_transformers_that_leads_to_other_code_is_refused(hf_folder, offline):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernel"}))
+    with pytest.raises(ValueError, match="sets attn_implementation to 'someone/kernel'"):
+        models.source(f"hf:{hf_folder}").build("ab")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"classes": "ab"},
+        {"classes": []},
+        {"classes": [1, 2]},
+        {"architecture": "resnet"},
+        {"architecture": {"kind": "own"}},
+        {"architecture": {"kind": "own", "name": "mlp", "shape": "3", "options": {}}},
+        {"architecture": {"kind": "own", "name": "mlp", "shape": [3, 8, True], "options": {}}},
+        {"architecture": {"kind": "own", "name": "resnet", "shape": [3, 8, 8], "options": {"widths": [8, "9"]}}},
+        {"architecture": {"kind": "own", "name": "resnet", "shape": [3, 8, 8], "options": {"widths": [8, 2**62]}}},
+        {"architecture": {"kind": "timm", "name": "resnet10t", "options": [1]}},
+        {"architecture": {"kind": "hf", "config": [1]}},
+        {"preprocessing": {"size": 8}},
+        {"preprocessing": "none"},
+        {"preprocessing": ""},
+        {"trained_on": 3},
+        {"trained_on": [3]},
+    ],
+    ids=str,
+)
+def test_a_damaged_description_is_refused_with_words(tmp_path, facts):
+    network = models.source("mlp").build("ab", (3, 2, 2))
+    models.save(network, tmp_path / "a.safetensors")
+    whole = models.checkpoints.read_facts(tmp_path / "a.safetensors")
+    safetensors.torch.save_file(
+        safetensors.torch.load_file(tmp_path / "a.safetensors"),
+        tmp_path / "b.safetensors",
+        {"fastadv": json.dumps(whole | facts)},
+    )
+    with pytest.raises(ValueError, match=r"unreadable|cannot be built|integers|no settings|damaged|options|model_type"):
+        models.load(tmp_path / "b.safetensors")
+
+
+def test_a_file_cut_anywhere_is_refused_with_words(tmp_path):
+    models.save(models.source("mlp").build("ab", (1, 2, 2)), tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    for length in (0, 5, 40, 200, len(content) // 2, len(content) - 1):
+        (tmp_path / "b.safetensors").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="is not a safetensors file"):
+            models.load(tmp_path / "b.safetensors")
 
 
 def test_files_that_are_not_ours_are_refused(tmp_path):

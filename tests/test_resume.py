@@ -326,6 +326,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, victim):
         assert same(groups, seed)
 
 
+@pytest.mark.parametrize("name", ["../mine.safetensors", "{folder}/mine.safetensors", "mine.safetensors", "..", ""])
+def test_a_state_of_others_names_no_file_but_its_own(tmp_path, name):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_text("precious")
+    checkpoints = Checkpoints(tmp_path / "state", "run")
+    checkpoints.save({"weights": tensors(1)}, {})
+    facts = {"format": 2, "run": "run", "files": {"weights": name.format(folder=tmp_path)}, "facts": {}}
+    body = json.dumps(facts)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    (tmp_path / "state" / "00000002.json").write_text(f"{digest}\n{body}\n")
+    with pytest.warns(UserWarning, match="which is no file of a state"):
+        groups, _ = Checkpoints(tmp_path / "state", "run").load()
+    assert same(groups, 1)
+    assert mine.read_text() == "precious"
+
+
 def test_nothing_whole_is_an_error_and_not_a_new_beginning(tmp_path):
     Checkpoints(tmp_path, "run").save({"weights": tensors(0)}, {})
     next(tmp_path.glob("*.json")).write_text("{}")

@@ -321,7 +321,7 @@ def answers():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "Monitor", Once)
-            with pytest.warns(UserWarning, match="epoch 0: fire"):
+            with pytest.warns(UserWarning, match="epoch 1: fire"):
                 _, _, records = trained({"epochs": 3, "probe": 4, **changes})
         assert used == attacks
         found = [r["lr"] for r in records if "epoch" in r]

@@ -306,7 +306,7 @@ def test_a_warning_changes_nothing(alarms):
     alarms()
     fit(quiet, **OPTIONS)
     alarms(1)
-    with pytest.warns(UserWarning, match=r"epoch 1: it burns \(warn\)"):
+    with pytest.warns(UserWarning, match=r"epoch 2: it burns \(warn\)"):
         records = fit(warned, **OPTIONS)
     assert same(copied(quiet), copied(warned))
     assert actions(records) == [None, "warn", None, None]

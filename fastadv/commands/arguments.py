@@ -6,10 +6,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
 from fastadv import data, models
+from fastadv.commands.speech import say
 from fastadv.data.trained import known
 from fastadv.preprocessing import Preprocessing
 
@@ -99,7 +101,54 @@ def add_data(
     add("--workers", int, help="threads that decode pictures (one for each core if not given)")
     add("--split-seed", int, split_seed, help="of the parts that a set does not have: evaluate takes the training's")
     add("--seed", int, 0)
-    add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
+    add_device(add)
+
+
+def add_device(add: Callable) -> None:
+    add("--device", device, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device(text: str) -> torch.device:
+    """A device that is here.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    here = devices()
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r}; here are {', '.join(here)}") from None
+    if found.type != "cpu" and str(found) not in here and (found.index is not None or f"{found}:0" not in here):
+        built = found.type == "cuda" and torch.version.cuda is None and torch.version.hip is None
+        why = f" (this PyTorch {torch.__version__} is built without CUDA)" if built else ""
+        raise argparse.ArgumentTypeError(f"the device {text!r} is not here{why}; here are {', '.join(here)}")
+    return found
+
+
+def devices() -> list[str]:
+    """The names of the devices of this machine that PyTorch can use."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()) if kind)]
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before anything is spent on what is to go there.
+
+    Raises:
+        OSError: it is no folder, or nothing can be written there.
+    """
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"--out is a folder, and {place} is a file: choose another")
+    try:
+        with TemporaryFile(dir=place, buffering=0) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        where = "" if place == path.absolute() else f" (to make it in {place})"
+        raise OSError(f"cannot write to --out {path}{where}: {error.strerror}") from error
 
 
 def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None, **options) -> data.Data:
@@ -117,7 +166,7 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
         **options,
     )
     for note in dataset.notes:
-        print(note)
+        say(note)
     if len(dataset.classes) < 2:
         raise ValueError(
             f"the data have a single class, {dataset.classes[0]}, and there is nothing to tell apart: give a folder "
@@ -133,26 +182,36 @@ def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
     """
     count = known(model.trained_on, digests)
     if count:
-        print(
+        say(
             f"the model was trained on {count} of the {len(digests)} test images (about one new image in 10,000 is "
             "taken for such a one)"
         )
     return count
 
 
-def model_source(name: str) -> models.Source:
-    """`models.source`, where module:function may lie in the working folder."""
-    _see_working_folder()
-    return models.source(name)
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="let a checkpoint whose model is a function module:function run that code: only if you trust its maker",
+    )
 
 
-def load_model(path: str | Path) -> models.Model:
-    """`models.load`, where the module of its architecture may lie in the working folder."""
-    _see_working_folder()
-    return models.load(path)
+def model_source(name: str, trust_code: bool) -> models.Source:
+    """`models.source`, where a module:function may lie in the working folder."""
+    if trust_code or not name.endswith(".safetensors"):
+        _see_working_folder()
+    return models.source(name, trust_code=trust_code)
+
+
+def load_model(path: str | Path, trust_code: bool) -> models.Model:
+    """`models.load`, where the module of a trusted file's architecture may lie in the working folder."""
+    if trust_code:
+        _see_working_folder()
+    return models.load(path, trust_code=trust_code)
 
 
 def _see_working_folder() -> None:
-    """As python -m does."""
+    """Last, so that no file there takes the place of a package."""
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")

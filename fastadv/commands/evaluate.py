@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,23 @@ import torch
 
 from fastadv import data, models
 from fastadv.attacks import ENSEMBLES, PRESETS
-from fastadv.commands.arguments import add_data, adder, eps_budget, load_model, overlap
+from fastadv.commands.arguments import (
+    add_data,
+    add_trust,
+    adder,
+    check_folder,
+    eps_budget,
+    load_model,
+    overlap,
+)
+from fastadv.commands.speech import is_quiet, say
 from fastadv.data.judged import PARTS
 from fastadv.data.parquet import Columns
 from fastadv.data.splits import Split
 from fastadv.data.trained import MOST_OVERLAP
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ATTACKS, ITERATES
+from fastadv.files import write_atomically
 from fastadv.report import write_curves
 
 FORMAT = 1  # of report.json
@@ -26,6 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     add_data(parser, add, split_seed=None)
     add("--model", required=True, help="a checkpoint.safetensors")
+    add_trust(parser)
     add(
         "--part",
         choices=PARTS,
@@ -52,7 +64,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
-    model = load_model(arguments.model)
+    check_folder(arguments.out)
+    model = load_model(arguments.model, arguments.trust_code)
     split = model.trained_on[-1].split if model.trained_on else Split()
     chosen = data.held_out(
         arguments.data,
@@ -67,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         columns=Columns(arguments.image_column, arguments.label_column),
     )
     for note in chosen.notes:
-        print(note)
+        say(note)
     trained_on = _checked_overlap(model, chosen.part.digests, split, arguments.allow_overlap)
     images, labels = chosen.decoded(model.preprocessing, arguments.skip_corrupt, arguments.workers)
     model.check_shape(images.shape[1:])
@@ -83,19 +96,27 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         state=arguments.out / "state.safetensors",
         save_images=arguments.out / "images" if arguments.save_images else None,
+        progress=not is_quiet(),
     )
-    (arguments.out / "report.json").write_text(
-        json.dumps({"format": FORMAT, **report, "trained_on": trained_on}) + "\n"
-    )
-    print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
+    facts = {"format": FORMAT, **report, "trained_on": trained_on}
+    write_atomically(arguments.out / "report.json", (json.dumps(facts) + "\n").encode())
+    say(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
     _print_attacks(report["attacks"])
     for budget in report["budgets"]:
         under = ", ".join(budget["attacks"])
-        print(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
-    print(f"saved {arguments.out / 'report.json'}")
+        say(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
+    say(f"saved {arguments.out / 'report.json'}")
     if report["curves"]:
-        write_curves(arguments.out / "curve.png", report["curves"])
-        print(f"saved {arguments.out / 'curve.png'}")
+        _draw(arguments.out / "curve.png", report["curves"])
+
+
+def _draw(path: Path, curves: list[dict]) -> None:
+    try:
+        write_curves(path, curves)
+    except Exception as error:  # the numbers are on the disk
+        warnings.warn(f"there is no {path.name}: {type(error).__name__}: {error}", stacklevel=2)
+    else:
+        say(f"saved {path}")
 
 
 def _budget(result: dict) -> str:
@@ -104,14 +125,12 @@ def _budget(result: dict) -> str:
 
 def _print_attacks(results: list[dict]) -> None:
     """A row each: what it left of what it was given, how often it ran, its gradients, and its last find."""
-    print(
-        f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}"
-    )
+    say(f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}")
     for result in results:
         eps, latest, settings = _budget(result), result["latest"], result["settings"]
         runs = f"{result['runs']} x {settings.get('steps', settings.get('n_queries', 1))}"
         fell = f"run {latest['restart'] + 1}, {latest['step']}" if latest else "-"
-        print(
+        say(
             f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:8,}"
             f"{runs:>15}{fell:>14}{result['seconds']:8.1f}"
         )
@@ -125,7 +144,7 @@ def _checked_overlap(model: models.Model, digests: torch.Tensor, split: Split, a
     """
     count = overlap(model, digests)
     if count is None:
-        print("the model's file does not say which images it was trained on: see to it that these are others")
+        say("the model's file does not say which images it was trained on: see to it that these are others")
     elif count > MOST_OVERLAP * len(digests) and not allowed:
         raise ValueError(
             f"the model was trained on {count} of the {len(digests)} images that are to judge it, which says nothing "

@@ -4,15 +4,17 @@ import argparse
 from pathlib import Path
 
 from fastadv import models
-from fastadv.commands.arguments import load_model
+from fastadv.commands.arguments import add_trust, load_model
+from fastadv.commands.speech import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("model", type=Path, help="a checkpoint.safetensors")
+    add_trust(parser)
     parser.add_argument("out", type=Path, help="a file .safetensors or .pt; for a model of transformers a folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    models.export(load_model(arguments.model), arguments.out)
-    print(f"saved {arguments.out}")
+    models.export(load_model(arguments.model, arguments.trust_code), arguments.out)
+    say(f"saved {arguments.out}")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import platform
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,7 +11,18 @@ import torch
 from fastadv import data, models
 from fastadv._extras import require
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, budget, eps_budget, load_data, model_source, overlap
+from fastadv.commands.arguments import (
+    add_data,
+    add_trust,
+    adder,
+    budget,
+    check_folder,
+    eps_budget,
+    load_data,
+    model_source,
+    overlap,
+)
+from fastadv.commands.speech import is_quiet, say
 from fastadv.data.trained import TrainedOn
 from fastadv.models.checkpoints import read_facts, trained_on_of
 from fastadv.report import write_report
@@ -25,6 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_data(parser, add)
     add("--validation", float, 0.1, help="share of the training images to choose weights on, where none are set apart")
     add("--model", default="robust-resnet", help=f"{', '.join(models.CHOICES)}, or a checkpoint.safetensors")
+    add_trust(parser)
     add("--init", help="safetensors file with weights for the model; a head for other classes is replaced")
     add("--attack", default="fgsm", choices=(*PRESETS, "none"))
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
@@ -56,13 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
     weights = arguments.out / "model.safetensors"
     if weights.exists() and not arguments.resume:
         raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
-    source = model_source(arguments.model)
+    check_folder(arguments.out)
+    source = model_source(arguments.model, arguments.trust_code)
     dataset = load_data(arguments, source.preprocessing, validation=arguments.validation)
     torch.manual_seed(arguments.seed)
     model = source.build(dataset.classes, dataset.shape)
     if arguments.init:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
-        print(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
+        say(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
         model.trained_on += trained_on_of(read_facts(arguments.init) or {})
     overlap(model, dataset.digests["test"])
     model.trained_on += (TrainedOn.of(dataset),)
@@ -70,35 +84,54 @@ def run(arguments: argparse.Namespace) -> None:
     if not require("accelerate").PartialState().is_main_process:
         return
     models.save(model, weights)
-    write_report(
-        arguments.out / "report.html",
-        f"{arguments.model}, {arguments.method}, {arguments.attack}",
-        model.pixels,
-        records,
-        dataset.test,
-        dataset.classes,
-        arguments.eps,
-        _facts(arguments, dataset, records[-1]),
-    )
     final = records[-1]
-    print(f"clean accuracy  {final['clean_accuracy']:.1%} on {len(dataset.y_test)} test images")
-    print(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * arguments.eps:g}/255")
-    print(
+    _say_result(final, len(dataset.y_test), arguments.eps)
+    say(f"saved {weights} ({final['train_s']:.1f} s of training)")
+    try:
+        write_report(
+            arguments.out / "report.html",
+            f"{arguments.model}, {arguments.method}, {arguments.attack}",
+            model.pixels,
+            records,
+            dataset.test,
+            dataset.classes,
+            arguments.eps,
+            _facts(arguments, dataset, final),
+        )
+    except Exception as error:  # all that the run is for is on the disk
+        warnings.warn(f"there is no report.html: {type(error).__name__}: {error}", stacklevel=2)
+    else:
+        say(f"saved {arguments.out / 'report.html'}")
+
+
+def _say_result(final: dict, count: int, eps: float) -> None:
+    if "clean_accuracy" not in final:
+        say("there were no test and no validation images: nothing was measured")
+        return
+    say(f"clean accuracy  {final['clean_accuracy']:.1%} on {count} test images")
+    say(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * eps:g}/255")
+    say(
         f"                {final['pma_accuracy']:.1%} of them and PMA together, two runs of 20 steps: the one to report"
     )
-    print(f"saved {weights} and {arguments.out / 'report.html'} ({final['train_s']:.1f} s of training)")
 
 
 def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> dict[str, dict]:
     parts = {"training": dataset.y_train, "validation": dataset.y_val, "test": dataset.y_test}
-    settings = {name: value for name, value in vars(arguments).items() if name != "run" and value is not None}
+    unset = {"run", "verbosity", "command_line"}
+    settings = {name: value for name, value in vars(arguments).items() if name not in unset and value is not None}
+    best = final["best_epoch"]
     return {
         "Data": {
             "classes": ", ".join(dataset.classes),
             **{f"{part} images": len(labels) for part, labels in parts.items()},
             **({"notes": " ".join(dataset.notes)} if dataset.notes else {}),
         },
-        "Run": {"weights of epoch": final["best_epoch"], "seconds of training": round(final["train_s"], 1)},
+        "Run": {
+            "command": arguments.command_line,
+            "weights of epoch": f"{final['epochs']}, the last one" if best is None else best + 1,
+            "epochs": final["epochs"],
+            "seconds of training": round(final["train_s"], 1),
+        },
         "Settings (eps, alpha and noise of pixels in [0, 1])": settings,
         "Versions": {
             "fastadv": __version__,
@@ -120,6 +153,7 @@ def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data
         resume=arguments.resume,
         measure_backbone=True if model.pretrained else None,
         device=arguments.device,
+        progress=not is_quiet(),
         **settings,
     )
     return trainer.fit(dataset.train, dataset.val, dataset.test)

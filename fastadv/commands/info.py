@@ -1,17 +1,52 @@
 """fastadv info: what runs on which device here, and why."""
 
 import argparse
+import json
 
 import fastadv
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="the same for programs, as fastadv.info() returns it")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, value in fastadv.info().items():
-        print(f"{name}: {'' if isinstance(value, dict) else value}")
-        for key, item in value.items() if isinstance(value, dict) else ():
-            facts = item.items() if isinstance(item, dict) else ()
-            print(f"  {key}: {', '.join(f'{k} {v}' for k, v in facts) if facts else item}")
+    facts = fastadv.info()
+    print(json.dumps(facts, indent=1) if arguments.json else in_words(facts))
+
+
+def in_words(facts: dict) -> str:
+    """What `fastadv.info` returns, for people."""
+    torch = facts["torch"]
+    cuda = f"with CUDA {torch['cuda']}" if torch["cuda"] else "without CUDA"
+    parts = {
+        "Devices": facts["devices"],
+        "Kernels run": {device: f"by the backend {backend}" for device, backend in facts["serves"].items()},
+        "Backends": {name: _usable(each) for name, each in facts["backends"].items()},
+        "Built": {name: _built(each) for name, each in facts["build"].items()},
+    }
+    lines = [f"fastadv {facts['version']} in {facts['imported_from']}", f"PyTorch {torch['version']}, {cuda}"]
+    for heading, rows in parts.items():
+        lines += ["", heading, *(f"  {name:<10} {words}" for name, words in rows.items())]
+    return "\n".join(lines)
+
+
+def _usable(backend: dict) -> str:
+    if not backend["available"]:
+        return f"not used here. {backend['why']}"
+    return "ready" + (f", but not everywhere. {backend['why']}" if backend["why"] else "")
+
+
+def _built(facts: dict | str) -> str:
+    """What is known of an extension; "built" and "why" are in every one that was not built."""
+    if not isinstance(facts, dict):
+        return str(facts)
+    if facts.get("built") is False:
+        return f"no: {facts['why']}"
+    known = {name: value for name, value in facts.items() if value is not None}
+    return "; ".join(f"{name.replace('_', ' ')}: {_listed(value)}" for name, value in known.items())
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -17,7 +17,7 @@ from fastadv import models
 from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
-from fastadv.commands.arguments import adder, load_model
+from fastadv.commands.arguments import add_device, add_trust, adder, load_model
 from fastadv.commands.tables import ENDINGS, table
 from fastadv.data import to_float
 from fastadv.data.decoding import cores
@@ -52,17 +52,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders of them")
     add("--model", required=True, help="a checkpoint.safetensors")
+    add_trust(parser)
     add("--out", Path, help=f"file {' or '.join(ENDINGS)} (CSV to the terminal if not given)")
     add("--top-k", int, help="so many classes with their probabilities, the best first (each class's if not given)")
     add("--batch-size", int, BATCH, help="pictures that are decoded and classified at a time")
     add("--workers", int, help="threads that decode pictures (one for each core if not given)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
-    add("--device", torch.device, "cuda" if torch.cuda.is_available() else "cpu")
+    add_device(add)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write a row for each picture; one that cannot be read has a row with the reason, and makes the exit status 1."""
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments.trust_code)
     if model.preprocessing is None:
         raise ValueError(f"{arguments.model} does not say what size of images it takes: it cannot classify pictures")
     for name, most in (("top_k", len(model.classes)), ("batch_size", None), ("workers", None)):

@@ -8,7 +8,8 @@ import torch
 
 from fastadv import data, models
 from fastadv.attacks import by_name
-from fastadv.commands.arguments import add_data, adder, class_list, load_data
+from fastadv.commands.arguments import add_data, adder, check_folder, class_list, load_data
+from fastadv.commands.speech import is_quiet, say
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
@@ -48,6 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.out)
     dataset = load_data(arguments, None, validation=0)
     torch.manual_seed(arguments.seed)
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         epochs=arguments.epochs,
         warmup=int(WARMUP * arguments.epochs * steps),
         seed=arguments.seed,
+        progress=not is_quiet(),
         **RECIPE,
     )
     records = trainer.fit(dataset.train)
@@ -70,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     models.save(model, weights, dtype=torch.float16)
     card = measure(models.load(weights), dataset, arguments) | {"train_s": records[-1]["train_s"]}
     write_atomically(arguments.out / "robust-resnet.json", (json.dumps(card, indent=1) + "\n").encode())
-    print(f"clean accuracy {card['clean_accuracy']:.1%}, PGD-50-10 {card['robust_accuracy']:.1%}; saved {weights}")
+    say(f"clean accuracy {card['clean_accuracy']:.1%}, PGD-50-10 {card['robust_accuracy']:.1%}; saved {weights}")
 
 
 def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespace) -> dict:
@@ -79,8 +82,8 @@ def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespa
     passes = Passes(RECIPE["batch_size"], torch.bfloat16, torch.channels_last, RECIPE["compile"])
     attack = by_name("pgd-50-10", pixels, EPS, **passes.attack)
     images, labels = (part[: arguments.limit] for part in dataset.test)
-    state = arguments.out / "evaluation.safetensors"
-    report = evaluate(pixels, (images, labels), [attack], eps=EPS, state=state, **passes.evaluation)
+    kept = {"state": arguments.out / "evaluation.safetensors", "progress": not is_quiet()}
+    report = evaluate(pixels, (images, labels), [attack], eps=EPS, **kept, **passes.evaluation)
     return {
         "format": FORMAT,
         "data": f"CIFAR-10, training images of {', '.join(dataset.classes)} ({len(dataset.y_train):,})",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastadv.preprocessing import Preprocessing
 
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF data
+_RUN = "EPS"  # the one format of Pillow's that is a program, run by Ghostscript
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -76,7 +77,14 @@ def extensions() -> frozenset[str]:
     """How the names of pictures end that Pillow can read, in lower case, such as ".jpg"."""
     image = require("PIL.Image")
     image.preinit()  # the common formats: Pillow tries them in the order in which they were registered
-    return frozenset(ending for ending, name in image.registered_extensions().items() if name in image.OPEN)
+    return frozenset(ending for ending, name in image.registered_extensions().items() if name in _formats())
+
+
+def _formats() -> list[str]:
+    """Formats that are decoded, whatever a file is called, in the order in which they are tried."""
+    image = require("PIL.Image")
+    image.init()
+    return [name for name in image.ID if name != _RUN]
 
 
 def read(path: str | Path) -> "Image":
@@ -102,7 +110,7 @@ def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> 
     """
     image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
-        with image_module.open(io.BytesIO(content)) as picture:
+        with image_module.open(io.BytesIO(content), formats=_formats()) as picture:
             box = (0, 0, *picture.size)
             if enough is not None:
                 orientation = picture.getexif().get(_ORIENTATION)

@@ -2,11 +2,10 @@
 
 import platform
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from numbers import Integral
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastadv._extras import require
 from fastadv.attacks import LOSSES, Attack
 from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
@@ -33,6 +31,7 @@ from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery, Kept
 from fastadv.evaluation.masking import ASKED, Masking, by_chance, most_likely, of_masking, of_square, square_of
 from fastadv.evaluation.opponents import EPS, Opponent, check_they_take, is_several, opponents
+from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.samples import Batch, gathered
 from fastadv.evaluation.saved import StateFile
@@ -119,29 +118,30 @@ def evaluate(
             attribute `fastadv_key`, a string, says instead what one of them is.
         save_images: a folder for the adversarial images as PNG, of the iterate that fooled or the last one. Each pixel
             is the nearest 8-bit code within the budget; they are classified again.
-        progress: show a progress bar (on a terminal only); its remaining time is what is needed if nothing more is
-            fooled.
+        progress: show a progress bar on a terminal, whose remaining time is what is needed if nothing more is fooled;
+            elsewhere log a line a minute and at the end of each attack (logger "fastadv", level INFO).
 
     Returns:
-        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list
-        where there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy",
-        "attacks" (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with
-        several budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`;
-        "clean_correct" (a bool per sample); "no_prediction" (clean samples that get none); "attacks",
-        a list of {"attack", "eps", "norm", "robust_accuracy" (the share that it was given and did not fool), "given"
-        (samples that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for
-        those of fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none),
-        "passes" and "forwards" (gradients and forward passes of one image; null where not known), "waste" (those of
-        the passes that were in a run after the one that fooled, begun because slots were free; of the forward passes,
-        where an attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
+        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list where
+        there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy", "attacks"
+        (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with several
+        budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`; "clean_correct" (a
+        bool per sample); "clean_said" (a class per sample, -1 where the model gives none; with labels (N, C) 1 where
+        all are right and 0 where one is not); "no_prediction" (clean samples that get none); "attacks", a list of
+        {"attack", "eps", "norm", "robust_accuracy" (the share that it was given and did not fool), "given" (samples
+        that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
+        fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none), "passes"
+        and "forwards" (gradients and forward passes of one image; null where not known), "waste" (those of the passes
+        that were in a run after the one that fooled, begun because slots were free; of the forward passes, where an
+        attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
-        the attack's start), "fooled" (a bool per sample), "restart" and "step" (of the first iterate that fooled;
-        where an attack goes towards one class after the other its runs are counted through; null where there is none or
-        it is not known), "target" (of such an attack, the class that this run went to), "runs" (of a sample that
-        withstands), "latest" (restart and step of the sample that fell last), "settings", with save_images also
-        "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings"; "versions". Where another
-        library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is null, it counts for no
-        budget, and a warning says how far it went.
+        the attack's start), "fooled" (a bool per sample), "said" (what it is then taken for, as in "clean_said"; null
+        for the others), "restart" and "step" (of the first iterate that fooled; where an attack goes towards one class
+        after the other its runs are counted through; null where there is none or it is not known), "target" (of such an
+        attack, the class that this run went to), "runs" (of a sample that withstands), "latest" (restart and step of
+        the sample that fell last), "settings", with save_images also "robust_accuracy_8bit"}; "warnings" (also given by
+        `warnings.warn`); "settings"; "versions". Where another library's attack left [0, 1] or its eps by more than
+        rounding, its robust accuracy is null, it counts for no budget, and a warning says how far it went.
 
     Raises:
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
@@ -224,7 +224,7 @@ def judged(
         for i, trial in enumerate(order):
             if settings["ensemble"]:
                 run.hand_on(order[:i], trial)
-            run.attack(trial, save, progress and sys.stderr.isatty())
+            run.attack(trial, save, progress)
             run.ask_square(trial, save)
             told(run, order[: i + 1])
         report = run.report(trials, order, settings["ensemble"])
@@ -255,7 +255,7 @@ class Run:
             self._objective.check_classes(highest(labels))
         self.clean = self.logits(images)
         said = verdict(self.clean, labels)
-        self.correct, self.silent = is_label(said, labels), int((said == NONE).sum())
+        self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
         self._first = torch.arange(self.slots, device=labels.device)
         first = self._seen_by_model(self._staged(self._first))
         self._warn(suspicions.of_outputs(self._objective.logits, first, draws, autocast))
@@ -311,14 +311,11 @@ class Run:
         pause = SAVE_EVERY
         windows = self._windows(trial) if opponent.ours else None
         unit = "pass" if opponent.ours else "batch"
-        bar = require("tqdm").tqdm(desc=opponent.title, unit=unit) if progress else nullcontext()
-        with bar:
+        with Progress(opponent.title, unit, progress) as shown:
             for done, left in self._batches(trial) if windows is None else windows.run():
                 now = time.perf_counter()
                 trial.seconds = earlier + now - begun
-                if progress:
-                    bar.total = done + left
-                    bar.update(done - bar.n)
+                shown.update(done, left)
                 if now - saved >= pause:
                     if windows is not None:
                         windows.update()
@@ -472,6 +469,7 @@ class Run:
             "curves": _curves(found, clean),
             "masking": [{"after": trial.opponent.title, **asdict(masking)} for trial, masking in masked],
             "clean_correct": self.correct.tolist(),
+            "clean_said": self.said.tolist(),
             "no_prediction": self.silent,
             "attacks": results,
             "warnings": self.notes,
@@ -514,6 +512,7 @@ class Run:
             "runs": verdicts.restarts,
             "zero_gradients": trial.zero_gradients,
             "fooled": fooled,
+            "said": [said if f else None for said, f in zip(verdicts.said.tolist(), fooled, strict=True)],
             **first,
             **target,
             "latest": trial.latest if opponent.ours else None,

@@ -40,9 +40,11 @@ class StateFile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:  # a folder is an OSError
             raise ValueError(f"{self.path} is no state file of an evaluation: {error}") from error
-        if "format" not in facts:
+        if not isinstance(facts, dict) or "format" not in facts:
             raise ValueError(f"{self.path} is no state file of an evaluation: give another path")
         check_format(f"the state {self.path}", facts["format"], FORMAT)
+        if not isinstance(facts.get("run"), str):
+            raise ValueError(f"{self.path} is a damaged state of an evaluation: remove it to begin again")
         if facts["run"] != self.run:
             raise ValueError(
                 f"{self.path} is the state of another run, which differs in {differences(self.run, facts['run'])}. "

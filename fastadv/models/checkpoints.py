@@ -45,25 +45,25 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     write_atomically(path, require("safetensors.torch").save(tensors, {_KEY: json.dumps(facts)}))
 
 
-def load(path: str | Path, *, classes: Sequence[str] | None = None) -> Model:
-    """The model in a file that `save` wrote, on the CPU.
-
-    A file whose architecture is a "module:function" imports that module and calls the function: load such files only
-    from those you trust.
+def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: bool = False) -> Model:
+    """The model in a file that `save` wrote, on the CPU. The file runs no code, unless `trust_code`.
 
     Args:
         classes: names of the classes it is to tell apart; if they are not the file's, its head is a new one.
+        trust_code: whether a file whose architecture is a "module:function" may import that module and call the
+            function. Only for files of those you trust.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the package of its architecture is not installed.
-        ValueError: not a safetensors file, not one of ours, or its tensors do not fit its architecture.
+        ValueError: not a safetensors file, not one of ours, its tensors do not fit its architecture, or this is a
+            module's function, without `trust_code`.
     """
     facts = read_facts(path)
     if facts is None:
         raise ValueError(f"{path} does not say how its model is built: load its weights into a model of your own")
     own = tuple(facts["classes"])
-    network = construct(facts["architecture"], len(own))
+    network = _built(path, facts["architecture"], len(own), trust_code)
     weights = _weights(path)
     _check_fit(path, weights, network.state_dict())
     network.load_state_dict(weights, strict=False)
@@ -123,20 +123,50 @@ def read_facts(path: str | Path) -> dict | None:
         facts = json.loads(metadata[_KEY])
         known = facts["format"]
         missing = {"classes", "preprocessing", "architecture"} - facts.keys()
-    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} says unreadable things about its model: {error!r}") from error
     check_format(str(path), known, FORMAT)
     if missing:
         raise ValueError(f"{path} does not say its model's {', '.join(sorted(missing))}")
+    classes = facts["classes"]
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path} says unreadable things about its model: its classes are {classes!r:.200}, not names")
+    if not isinstance(facts["architecture"], dict):
+        raise ValueError(f"{path} says unreadable things about its model: its architecture is no dict")
     return facts
 
 
 def preprocessing_of(facts: dict) -> Preprocessing | None:
-    return facts["preprocessing"] and Preprocessing.from_json(facts["preprocessing"])
+    """What `save` wrote of the model's preprocessing.
+
+    Raises:
+        ValueError: it is none.
+    """
+    given = facts["preprocessing"]
+    try:
+        return None if given is None else Preprocessing.from_json(given)
+    except TypeError as error:
+        raise ValueError(f"these are no settings of a preprocessing ({error}): {given}") from error
 
 
 def trained_on_of(facts: dict) -> tuple[TrainedOn, ...]:
-    return tuple(TrainedOn.from_json(values) for values in facts.get("trained_on", ()))
+    """What `save` wrote of the pictures that the weights were learnt on.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    records = facts.get("trained_on", [])
+    if not isinstance(records, list):
+        raise ValueError(f"what the file says of its training pictures is damaged: it is no list, but {records!r:.200}")
+    return tuple(map(TrainedOn.from_json, records))
+
+
+def _built(path: str | Path, architecture: dict, count: int, trust_code: bool) -> nn.Module:
+    try:
+        return construct(architecture, count, trust_code=trust_code)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        what = f"{path} describes a model that cannot be built"
+        raise ValueError(f"{what} ({type(error).__name__}: {error}): {architecture!r:.400}") from error
 
 
 def _opened(path: str | Path):
@@ -151,7 +181,10 @@ def _opened(path: str | Path):
 
 def _weights(path: str | Path) -> dict[str, torch.Tensor]:
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (require("safetensors").SafetensorError, AttributeError, TypeError) as error:  # a dtype of later days
+            raise ValueError(f"{path} holds a tensor that cannot be read: {error}") from error
 
 
 def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.attacks import Normalized
 from fastadv.data.trained import TrainedOn
+from fastadv.models.foreign import check_shape, check_timm, check_transformers
 from fastadv.models.networks import OWN
 from fastadv.preprocessing import Preprocessing
 
@@ -54,23 +55,42 @@ class Model:
         return Normalized(self.network, given.mean, given.std)
 
 
-def construct(architecture: dict, count: int) -> nn.Module:
+def construct(architecture: dict, count: int, *, trust_code: bool = False) -> nn.Module:
     """A new network with `count` logits and random weights. Nothing is downloaded.
+
+    The architecture may come from a file that others made: it chooses among networks and their sizes, and leads to no
+    code, unless `trust_code` lets it import a module.
 
     Args:
         architecture: {"kind": "own", "name", "shape", "options"}, {"kind": "function", "path": "module:function",
             "shape"}, {"kind": "timm", "name", "options"} or {"kind": "hf", "config"}.
         count: number of classes.
+        trust_code: whether the kind "function" may import its module and call its function.
 
     Raises:
         ImportError: its package is not installed.
         TypeError: the function returned something else than an nn.Module.
-        ValueError: unknown kind, name, option or function.
+        ValueError: unknown kind, name, option or function, or one that leads to code.
     """
     kind = architecture.get("kind")
     if kind not in _KINDS:
         raise ValueError(f"unknown kind of architecture {kind!r}; there are {', '.join(_KINDS)}")
+    check_trust(architecture, trust_code)
     return _KINDS[kind](architecture, count)
+
+
+def check_trust(architecture: dict, trust_code: bool) -> None:
+    """Refuse an architecture that is a function of a module, unless `trust_code`.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if architecture.get("kind") == "function" and not trust_code:
+        raise ValueError(
+            f"the model is built by the function {architecture.get('path')!r}, and to load it is to run that code. If "
+            "you trust whoever made the file, and the module that is found under this name: --trust-code, in Python "
+            "trust_code=True"
+        )
 
 
 def function_at(path: str) -> Callable:
@@ -89,13 +109,13 @@ def function_at(path: str) -> Callable:
 def _own(architecture, count):
     if architecture["name"] not in OWN:
         raise ValueError(f"unknown network {architecture['name']!r}; there are {', '.join(OWN)}")
+    check_shape(architecture["shape"])
     return OWN[architecture["name"]](architecture["shape"], count, **architecture["options"])
 
 
 def _function(architecture, count):
     path, shape = architecture["path"], architecture["shape"]
-    if not all(isinstance(size, int) for size in shape):  # it may come from a file: nothing else goes into a call
-        raise ValueError(f"the shape of an image must be integers, got {shape!r}")
+    check_shape(shape)
     network = function_at(path)(tuple(shape), count)
     if not isinstance(network, nn.Module):
         raise TypeError(f"{path} must return an nn.Module, it returned a {type(network).__name__}")
@@ -104,6 +124,7 @@ def _function(architecture, count):
 
 def _timm(architecture, count):
     name, options = architecture["name"], architecture["options"]
+    check_timm(name, options)
     try:
         return require("timm", "timm").create_model(name, pretrained=False, num_classes=count, **options)
     except (TypeError, RuntimeError) as error:
@@ -111,6 +132,7 @@ def _timm(architecture, count):
 
 
 def _hf(architecture, count):
+    check_transformers(architecture["config"])
     transformers = require("transformers")
     config = transformers.AutoConfig.for_model(**architecture["config"])
     if config.num_labels != count:

@@ -14,7 +14,8 @@ import torch
 
 from fastadv._extras import require
 from fastadv.models.checkpoints import load, preprocessing_of, read_facts
-from fastadv.models.model import Model, construct, function_at
+from fastadv.models.foreign import check_timm, check_transformers
+from fastadv.models.model import Model, check_trust, construct, function_at
 from fastadv.models.networks import OWN
 from fastadv.models.structure import new_head
 from fastadv.preprocessing import Preprocessing
@@ -63,7 +64,7 @@ class Source:
         return self._build(tuple(classes), shape)
 
 
-def source(name: str) -> Source:
+def source(name: str, *, trust_code: bool = False) -> Source:
     """The model called `name`; nothing large is read or downloaded before it is built.
 
     Args:
@@ -79,14 +80,16 @@ def source(name: str) -> Source:
             - "efficientnet-lite0": with the weights that come as a package; the extra of that name.
             - "robust-resnet": a "resnet" that was trained robustly; it comes with fastadv.
             - "FILE.safetensors": what `fastadv.models.save` wrote.
+        trust_code: whether a FILE.safetensors may import the module that builds its model. A "module:function" needs
+            no such word: who names it wants it.
 
     Raises:
         FileNotFoundError: no such file, or neither in the hub's cache nor to be had from the network.
         ImportError: its package is not installed.
-        ValueError: unknown name or option.
+        ValueError: unknown name or option, or a file whose model is a module's function without `trust_code`.
     """
     if name.endswith(".safetensors"):
-        return _checkpoint(name, name)
+        return _checkpoint(name, name, trust_code)
     kind, colon, rest = name.partition(":")
     if kind == "hf" and rest:
         return _hf(name, rest)
@@ -139,18 +142,20 @@ def _function(name):
 
     def build(classes, shape):
         architecture = {"kind": "function", "path": name, "shape": list(shape)}
-        return Model(construct(architecture, len(classes)), None, architecture, classes, pretrained=False)
+        network = construct(architecture, len(classes), trust_code=True)
+        return Model(network, None, architecture, classes, pretrained=False)
 
     return Source(name, None, build)
 
 
-def _checkpoint(name, path):
+def _checkpoint(name, path, trust_code=False):
     facts = read_facts(path)
     if facts is None:
         raise ValueError(f"{path} does not say how its model is built: name the model, and load these weights into it")
+    check_trust(facts["architecture"], trust_code)
 
     def build(classes, shape):
-        model = load(path, classes=classes)
+        model = load(path, classes=classes, trust_code=trust_code)
         if shape is not None:
             model.check_shape(shape)
         return model
@@ -176,6 +181,7 @@ def _timm(name, base, options):
     pretrained = options.pop("pretrained", True)
     if not isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be true or false, got {pretrained!r}")
+    check_timm(base, options)
     try:
         config = timm.get_pretrained_cfg(base)
     except RuntimeError as error:
@@ -248,12 +254,14 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow'
 def _hf(name, base):
     transformers = require("transformers")
     with _found(f"the preprocessor_config.json of {base}", base):
-        processor = transformers.AutoImageProcessor.from_pretrained(base)
+        processor = transformers.AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     preprocessing = _hf_preprocessing(processor.to_dict())
 
     def build(classes, shape):
         with _found(f"the weights of {base}", base):
-            network = transformers.AutoModelForImageClassification.from_pretrained(base).float()
+            check_transformers(transformers.PretrainedConfig.get_config_dict(base)[0])
+            network = transformers.AutoModelForImageClassification.from_pretrained(base, trust_remote_code=False)
+            network = network.float()
         if tuple(network.config.id2label.values()) != classes:
             new_head(network, len(classes))
         architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}

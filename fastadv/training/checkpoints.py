@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -109,7 +110,13 @@ class Checkpoints:
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
         facts = json.loads(body)
+        if not isinstance(facts, dict) or "format" not in facts:
+            raise ValueError("it is no manifest")
         check_format(f"the state in {self.folder}", facts["format"], FORMAT)
+        files = facts.get("files")
+        for name in files.values() if isinstance(files, dict) else [files]:
+            if not re.fullmatch(r"[0-9a-f]{64}\.safetensors", str(name)):  # it would be read, and perhaps removed
+                raise ValueError(f"it names {name!r}, which is no file of a state")
         if facts["run"] != self.run:
             self._check_run(json.loads(facts["run"]))
         return facts

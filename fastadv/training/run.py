@@ -20,6 +20,7 @@ from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
+from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.robustness import Batch, evaluate, robust_accuracy, seeded
 from fastadv.evaluation.samples import as_tensors
@@ -40,6 +41,7 @@ from fastadv.training.processes import precision, processes
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
 from fastadv.training.step import Step
+from fastadv.training.words import epoch_line
 
 if TYPE_CHECKING:
     from fastadv.training.trainer import Trainer
@@ -194,7 +196,7 @@ class Run:
                     "will be others than without the interruption",
                     stacklevel=4,
                 )
-            logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
+            logger.info("going on in epoch %d after batch %d", self.at.epoch + 1, self.at.batch)
         if self.here.is_main_process:
             lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
             write_atomically(folder / "log.jsonl", lines.encode())
@@ -282,7 +284,7 @@ class Run:
         report = evaluate(self.model, self.test, attacks, **options)
         shares = [result["robust_accuracy"] for result in report["attacks"]]
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
-        return self._agreed(self._checked(found, attack))
+        return self._agreed(self._checked(found, attack) | {"confusion": confusions(self.test[1], report)})
 
     def _choice(self) -> dict:
         """By what the weights were chosen, and from which other epochs chance alone may have told them."""
@@ -383,6 +385,7 @@ class Run:
                 return True
             if due:
                 self._save()
+                self._say(f"epoch {self.at.epoch + 1}: batch {self.at.batch} of {self.steps}")
                 saved = now
         return False
 
@@ -403,6 +406,7 @@ class Run:
             self._go_back(action)
         at.stopped = action == "stop"
         self._record(record)
+        self._say(epoch_line(at.records, sum(stage.epochs for stage in self.settings.stages)))
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
     def _order(self, epoch: int) -> torch.Tensor:
@@ -547,7 +551,7 @@ class Run:
         action = self.settings.on_overfitting
         if action == "switch" and self.at.switched:
             action = "warn"
-        warnings.warn(f"epoch {self.at.epoch - 1}: {reading['alarm']} ({action})", stacklevel=7)
+        warnings.warn(f"epoch {self.at.epoch}: {reading['alarm']} ({action})", stacklevel=7)
         return reading | {"action": action}
 
     def _go_back(self, action: str) -> None:
@@ -585,6 +589,11 @@ class Run:
     def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
         return require("accelerate.utils").broadcast_object_list([found])[0]
+
+    def _say(self, text: str) -> None:
+        """What the bar shows, where there is none."""
+        if self.here.is_main_process:
+            logger.log(logging.INFO if self.bar.disable else logging.DEBUG, text)
 
     # ------------------------------------------------------------------ the disk
 

@@ -46,7 +46,8 @@ class Trainer:
             after a warm-up these fall toward the last epoch.
         measure_backbone: measure the backbone's own robustness first; None means if a part of the model is frozen.
         device: where to train; None means what accelerate chooses: a GPU if there is one.
-        progress: show a progress bar (on a terminal only).
+        progress: show a progress bar on a terminal. Where none is seen, each epoch is a line in the log (logger
+            "fastadv", level INFO).
         settings: the fields of `Settings`.
 
     Raises:
@@ -113,10 +114,11 @@ class Trainer:
             training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
             "action" where it acted, and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
             {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy", "robust_accuracy",
-            "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "eval_attack", "train_s"}, and
-            where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and
-            "within_noise" (other epochs that were worse by no more). Fields that end in _s are seconds; all others are
-            the same in a resumed run.
+            "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "confusion" (lists of [label, what the
+            model says, images], "clean" and "attacked" by `eval_attack`), "eval_attack", "train_s"}, and where there
+            was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and "within_noise"
+            (other epochs that were worse by no more). Fields that end in _s are seconds; all others are the same in a
+            resumed run.
 
         Raises:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.

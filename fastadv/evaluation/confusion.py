@@ -1,0 +1,26 @@
+"""Which classes are taken for which others, without an attack and under one."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+
+def confusions(labels: torch.Tensor, report: Mapping) -> dict[str, list[list[int]]]:
+    """Counts of (class, what the model says, samples), for "clean" images and under the report's first attack.
+
+    A sample that the attack does not fool is taken for its class; one that is wrong without it stays what it is. What
+    the model says is -1 where it gives no prediction.
+
+    Args:
+        labels: int64 (N,).
+        report: what `evaluate` returned for these samples.
+    """
+    labels, clean, first = labels.tolist(), report["clean_said"], report["attacks"][0]
+    attacked = [new if fooled else old for new, old, fooled in zip(first["said"], clean, first["fooled"], strict=True)]
+    said = {"clean": clean, "attacked": attacked}
+    return {name: _counted(zip(labels, classes, strict=True)) for name, classes in said.items()}
+
+
+def _counted(pairs) -> list[list[int]]:
+    return [[*pair, count] for pair, count in sorted(Counter(pairs).items())]

@@ -1,0 +1,47 @@
+"""How far an attack on many samples is: a bar on a terminal, and elsewhere a line now and then."""
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from fastadv._extras import require
+
+logger = logging.getLogger("fastadv")
+PAUSE = 60.0  # seconds between two lines
+
+
+class Progress:
+    """Inside, what `update` is told is shown, if it is to be shown at all.
+
+    Args:
+        title: of what goes on.
+        unit: of its steps.
+        shown: whether anything is to be seen.
+    """
+
+    def __init__(self, title: str, unit: str, shown: bool):
+        self.title, self.unit = title, unit
+        self._lines = shown and not sys.stderr.isatty()
+        self._bar = require("tqdm").tqdm(desc=title, unit=unit) if shown and not self._lines else None
+        self._begun = self._said = time.perf_counter()
+        self._done = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def update(self, done: int, left: int) -> None:
+        """So many steps are done, and so many are left if nothing shortens them."""
+        if self._bar is not None:
+            self._bar.total = done + left
+            self._bar.update(done - self._bar.n)
+        self._done, now = done, time.perf_counter()
+        if self._lines and now - self._said >= PAUSE:
+            self._said = now
+            logger.info("%s: %d of at most %d (%s)", self.title, done, done + left, self.unit)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._lines and error is None:
+            logger.info("%s: done in %.1f s", self.title, time.perf_counter() - self._begun)

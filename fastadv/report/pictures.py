@@ -1,0 +1,72 @@
+"""Images, what an attack adds to them, and what the model says of both."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastadv._extras import require
+from fastadv.attacks import by_name
+from fastadv.attacks.objective import find_logits
+from fastadv.attacks.state import frozen
+from fastadv.attacks.verdicts import NONE, predicted
+from fastadv.data import to_float
+from fastadv.evaluation.samples import Batch
+from fastadv.report import html
+
+SHOWN = 8  # images
+SIDE = 224  # pixels of the longer side; larger ones are made smaller
+
+
+def under_attack(model: nn.Module, test: Batch, classes: Sequence[str], eps: float) -> str:
+    """Images of all classes, as columns: each with its perturbation and its adversarial image, under PGD-10."""
+    device = next((parameter.device for parameter in model.parameters()), test[0].device)
+    count = min(SHOWN, len(test[0]))
+    spread = test[1].argsort(stable=True)[torch.arange(count) * len(test[0]) // count]  # over all classes
+    images, labels = to_float(test[0][spread].to(device)), test[1][spread].to(device)
+    x_adv = by_name("pgd-10", model, eps)(images, labels, seed=0)
+    with torch.no_grad(), frozen(model):
+        says = [predicted(find_logits(model(x), len(x))).tolist() for x in (images, x_adv)]
+    perturbation = (x_adv - images) / (2 * max(eps, 1e-6)) + 0.5
+    columns = list(zip(images, perturbation, x_adv, labels.tolist(), *says, strict=True))
+    rows = [
+        [f"{_shown(x, 'image')}{_said(before, label, classes)}" for x, _, _, label, before, _ in columns],
+        [_shown(change, "perturbation") for _, change, *_ in columns],
+        [f"{_shown(adv, 'under attack')}{_said(after, label, classes)}" for _, _, adv, label, _, after in columns],
+    ]
+    head = [html.name(label, classes) for label in labels.tolist()]
+    words = "Above each column its class, below each image what the model says of it. Between them what the attack adds"
+    words += f", on grey and enlarged, so that black and white are eps. {_channels(images.shape[1])}"
+    return html.paragraph(words) + html.table(head, rows, "pictures")
+
+
+def _said(number: int, label: int, classes: Sequence[str]) -> str:
+    right = number == label
+    said = "no prediction" if number == NONE else html.name(number, classes)
+    return f'<div class="{"right" if right else "wrong"}">{"✓" if right else "✗"} {said}</div>'
+
+
+def _channels(count: int) -> str:
+    if count == 2:
+        return "The two channels are shown as red and green."
+    return f"Of the {count} channels the first three are shown, as red, green and blue." if count > 3 else ""
+
+
+def _shown(image: torch.Tensor, words: str) -> str:
+    return html.image(encoded(image), words)
+
+
+def encoded(image: torch.Tensor) -> bytes:
+    """An image (C, H, W) with values in [0, 1] as PNG of 8 bits: one channel is grey, the first three are colours."""
+    codes = (
+        (255 * image.detach().float().nan_to_num().clamp(0, 1)).round().byte().cpu().permute(1, 2, 0).numpy()[..., :3]
+    )
+    if codes.shape[2] == 2:
+        codes = np.concatenate((codes, np.zeros_like(codes[..., :1])), 2)
+    picture = require("PIL.Image").fromarray(np.ascontiguousarray(codes[..., 0] if codes.shape[2] == 1 else codes))
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,37 @@
+"""What a run says of an epoch where no progress bar is seen: in a batch system's log, a pipe, under nohup."""
+
+from collections.abc import Mapping, Sequence
+
+SHOWN = {
+    "train_accuracy": "{:.1%} right in training",
+    "clean_accuracy": "validation {:.1%} clean",
+    "robust_accuracy": "{:.1%} robust",
+    "probe_pgd": "{:.1%} of the probe",
+}
+
+
+def epoch_line(records: Sequence[Mapping], epochs: int) -> str:
+    """The last of the records, which is an epoch's, as a line; epochs are counted from 1.
+
+    Args:
+        records: of a run, as `Trainer.fit` returns them.
+        epochs: how many there are to be.
+    """
+    done = [record for record in records if "epoch" in record]
+    record, mean = done[-1], sum(map(_seconds, done)) / len(done)
+    shares = [words.format(record[name]) for name, words in SHOWN.items() if record.get(name) is not None]
+    number, left = record["epoch"] + 1, epochs - record["epoch"] - 1
+    rest = f", about {_duration(left * mean)} left" if left else ""
+    facts = ", ".join([f"loss {record['loss']:.4g}", *shares, f"{_duration(_seconds(record))}{rest}"])
+    return f"epoch {number}/{epochs}: {facts}"
+
+
+def _seconds(record: Mapping) -> float:
+    return sum(record.get(name, 0.0) for name in ("train_s", "monitor_s", "eval_s"))
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that fits: "4.2 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
