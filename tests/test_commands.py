@@ -100,7 +100,7 @@ def test_a_picture_without_a_prediction_gets_no_class(tmp_path, monkeypatch):
     for name, colour in colours.items():
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"{name}.png")
     model = SimpleNamespace(pixels=Blind(), preprocessing=Preprocessing((16, 16)), classes=("r", "g", "b"))
-    monkeypatch.setattr(predict, "load_model", lambda path: model)
+    monkeypatch.setattr(predict, "load_model", lambda path, trust_code: model)
     for name in ("p.csv", "p.json"):
         with pytest.warns(UserWarning, match="no prediction for 2 of 5 pictures"):
             cli.main(["predict", str(tmp_path), "--model", "blind", "--device", "cpu", "--out", str(tmp_path / name)])
