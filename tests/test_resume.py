@@ -327,12 +327,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, victim):
 
 
 @pytest.mark.parametrize("name", ["../mine.safetensors", "{folder}/mine.safetensors", "mine.safetensors", "..", ""])
-def test_a_state_of_others_names_no_file_but_its_own(tmp_path, name):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_of_others_names_no_file_but_its_own(tmp_path, name, version):
     mine = tmp_path / "mine.safetensors"
     mine.write_text("precious")
     checkpoints = Checkpoints(tmp_path / "state", "run")
     checkpoints.save({"weights": tensors(1)}, {})
-    facts = {"format": 2, "run": "run", "files": {"weights": name.format(folder=tmp_path)}, "facts": {}}
+    facts = {"format": version, "run": "run", "files": {"weights": name.format(folder=tmp_path)}, "facts": {}}
     body = json.dumps(facts)
     digest = hashlib.sha256(body.encode()).hexdigest()
     (tmp_path / "state" / "00000002.json").write_text(f"{digest}\n{body}\n")

@@ -112,11 +112,11 @@ class Checkpoints:
         facts = json.loads(body)
         if not isinstance(facts, dict) or "format" not in facts:
             raise ValueError("it is no manifest")
-        check_format(f"the state in {self.folder}", facts["format"], FORMAT)
-        files = facts.get("files")
+        files = facts.get("files")  # named so in every format
         for name in files.values() if isinstance(files, dict) else [files]:
             if not re.fullmatch(r"[0-9a-f]{64}\.safetensors", str(name)):  # it would be read, and perhaps removed
                 raise ValueError(f"it names {name!r}, which is no file of a state")
+        check_format(f"the state in {self.folder}", facts["format"], FORMAT)
         if facts["run"] != self.run:
             self._check_run(json.loads(facts["run"]))
         return facts
