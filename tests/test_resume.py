@@ -301,4 +301,4 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 def test_nothing_is_pickled(tmp_path):
     killed_run.train(tmp_path)
     kinds = {path.suffix for path in Path(tmp_path).rglob("*") if path.is_file()}
-    assert kinds == {".json", ".jsonl", ".safetensors"}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".lock"}

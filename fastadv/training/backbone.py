@@ -14,6 +14,7 @@ from fastadv.evaluation.samples import gathered
 from fastadv.models import find_head
 
 BATCH = 128
+FIT, JUDGE = 1000, 256  # images at most
 RIDGE = 1.0  # times the features' mean variance: less, and the head leans on small features that any attack moves
 REFITS = 2  # on clean images alone a head finds what is not robust in a robust backbone too
 NEAR_NOTHING = 0.2  # of the clean accuracy
@@ -28,8 +29,8 @@ def backbone_robustness(
     head: str | None = None,
     steps: int = 10,
     seed: int = 0,
-    fit: int = 1000,
-    judge: int = 256,
+    fit: int = FIT,
+    judge: int = JUDGE,
 ) -> dict:
     """Clean and robust accuracy of the features of `model`, under a linear head fitted to them in closed form.
 

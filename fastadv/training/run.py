@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,14 +19,17 @@ from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
-from fastadv.evaluation.identity import fingerprint, untold
+from fastadv.data.share import Share
+from fastadv.evaluation.identity import differences, fingerprint, told, untold
 from fastadv.evaluation.robustness import Batch, evaluate, robust_accuracy, seeded
 from fastadv.evaluation.samples import as_tensors
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
+from fastadv.locks import held
+from fastadv.team import Team
 from fastadv.training.augment import Augment
 from fastadv.training.average import Average
-from fastadv.training.backbone import backbone_robustness
+from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.interruption import Interruption
@@ -34,6 +37,7 @@ from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
 from fastadv.training.processes import precision, processes
+from fastadv.training.replicas import replicated, share_weights
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Stage
 from fastadv.training.step import Step
@@ -47,6 +51,7 @@ logger = logging.getLogger("fastadv")
 AUGMENTING = 2**31  # and the epoch
 ORDERING = 2**32 - 1
 FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; of epochs see `_check_epochs`
+MEASURED = 2**31 + 1  # the epoch whose order chooses the images on which the backbone is measured
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
 
@@ -80,14 +85,16 @@ class Run:
     def __init__(self, trainer: "Trainer", train: Batch, val: Batch | None, test: Batch | None):
         self.trainer, self.settings = trainer, trainer.settings
         self.here = processes()
-        alone = self.here.num_processes == 1
+        self.team = Team(self.here.process_index, self.here.num_processes)
+        alone = self.team.alone
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
-        self.images, self.labels = _pair("train", train, trainer.model)
-        self.val = self._held_out("val", val)
-        self.test = self._held_out("test", test) or self.val
-        self.steps = math.ceil(len(self.images) / self.settings.batch_size)
+        if trainer.device is not None and trainer.device.type != self.device.type:
+            raise ValueError(
+                f"several processes train where accelerate puts them, on {self.device.type}, and device is "
+                f"{trainer.device}: leave it out, or set ACCELERATE_USE_CPU=true for the CPU"
+            )
         self.precision = self.settings.precision or precision()
-        self.highest = self._check()
+        self.team.by_all(lambda: self._take(train, val, test))
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         self.model = trainer.model.to(device=self.device, memory_format=layout)
         self.layout = torch.channels_last if self.settings.channels_last else None
@@ -99,11 +106,53 @@ class Run:
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
+        share_weights(self.model, self.team)
+        self._divide()
+
+    def _take(self, train: Batch, val: Batch | None, test: Batch | None) -> None:
+        self.images, self.labels = _pair("train", train, self.trainer.model)
+        self.val = self._held_out("val", val)
+        self.test = self._held_out("test", test) or self.val
+        self.steps = math.ceil(len(self.labels) / self.settings.batch_size)
+        self.highest = self._check()
+
+    def _divide(self) -> None:
+        """Keep of all images this process's share, when it is known that all have the same ones."""
+        parts = ((self.images, self.labels), self.val, self.test)
+        self.data = dict(zip(("training data", "validation data", "test data"), map(self._told, parts), strict=True))
+        if not self.team.alone:
+            same = {name: value for name, value in asdict(self.settings).items() if name != "checkpoint_s"}
+            all_of_them = self.team.gathered(fingerprint({"eps": self.trainer.eps, **same, **self.data}))
+            for rank, there in enumerate(all_of_them):
+                if there != all_of_them[0]:
+                    raise ValueError(
+                        f"process {rank} differs from process 0 in {differences(all_of_them[0], there)}: all processes "
+                        "of a run need the same"
+                    )
+        same = self.test is self.val
+        self.images, _ = self._shared((self.images, self.labels))
+        self.val = self._shared(self.val)
+        self.test = self.val if same else self._shared(self.test)
+
+    def _told(self, part: Batch | None) -> object:
+        """What says of a part that it is the same: it is read where a fingerprint needs it."""
+        if part is None or (self.team.alone and self.trainer.folder is None):
+            return None
+        images, labels = part
+        if not isinstance(images, Share):
+            return told(images.dtype, images.shape, [images]), labels
+        hashed = told(images.dtype, images.shape, images.chunks(self.device))
+        return self.team.from_first(lambda: hashed), labels
+
+    def _shared(self, part: Batch | None) -> Batch | None:
+        if part is None or isinstance(part[0], Share):
+            return part
+        return Share.of(part[0], self.team), part[1]
 
     def _held_out(self, name: str, data: object) -> Batch | None:
         """None where there are no images."""
         pair = None if data is None else _pair(name, data, self.trainer.model)
-        return pair if pair is not None and len(pair[0]) else None
+        return pair if pair is not None and len(pair[1]) else None
 
     def _check(self) -> int:
         """Refuse what cannot be; the highest label."""
@@ -116,7 +165,8 @@ class Run:
             raise ValueError("there are no images to train on")
         parts = [part for part in ((self.images, self.labels), self.val, self.test) if part is not None]
         for images, labels in parts:
-            check_samples(images, labels)
+            shared = isinstance(images, Share)
+            check_samples(images.mine if shared else images, labels[images.rows] if shared else labels)
         if self.labels.min() == self.labels.max():
             raise ValueError(f"the training images are all of class {self.labels[0]}: there is nothing to tell apart")
         for stage in self.settings.stages:
@@ -125,9 +175,9 @@ class Run:
                     f"a warmup of {self.settings.warmup} steps is longer than the {stage.epochs * self.steps} steps of "
                     f"the {stage.epochs} epochs of {stage.method}: the learning rate would never reach its peak"
                 )
-        if len(self.images) // self.steps < least:
+        if len(self.labels) // self.steps < least:
             raise ValueError(
-                f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
+                f"a batch of {len(self.labels) // self.steps} images cannot be cut into {least} parts "
                 "(processes times accumulate): take a larger batch_size"
             )
         return max(highest(labels) for _, labels in parts)  # refuses negative ones too, which a loss skips
@@ -135,6 +185,15 @@ class Run:
     # ------------------------------------------------------------------ the whole run
 
     def run(self) -> list[dict]:
+        locked = self.trainer.folder is not None and self.here.is_main_process
+        with ExitStack() as stack:
+            folder = self.trainer.folder
+            self.team.from_first(lambda: locked and stack.enter_context(held(folder / "run", f"the run in {folder}")))
+            records = self._run()
+            self.team.wait()
+            return records
+
+    def _run(self) -> list[dict]:
         groups = self._open()
         with seeded(self.settings.seed), self._bar() as self.bar:
             if not self.at.records:
@@ -159,9 +218,7 @@ class Run:
         if folder is None:
             return None
         self.checkpoints = Checkpoints(folder / "state", self._fingerprint())
-        if self.checkpoints.exist() and not self.trainer.resume:
-            raise FileExistsError(f"{folder} has the state of a run: resume it, or choose another folder")
-        groups, facts = self.checkpoints.load() or (None, None)
+        groups, facts = self._found()
         if facts is not None:
             self.at = Place(**facts["place"])
             self._check_epochs(facts["epochs"])
@@ -172,19 +229,35 @@ class Run:
                     stacklevel=4,
                 )
             logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
-        if self.here.is_main_process:
-            lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
-            write_atomically(folder / "log.jsonl", lines.encode())
+        lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
+        self.team.from_first(lambda: write_atomically(folder / "log.jsonl", lines.encode()))
         return groups
+
+    def _found(self) -> tuple[Groups | None, dict | None]:
+        """The state that the first process has: the disks of the others may be other ones."""
+        groups, facts = None, None
+
+        def load() -> dict | None:
+            nonlocal groups
+            if self.checkpoints.exist() and not self.trainer.resume:
+                raise FileExistsError(
+                    f"{self.trainer.folder} has the state of a run: resume it, or choose another folder"
+                )
+            groups, facts = self.checkpoints.load() or (None, None)
+            return facts
+
+        facts = self.team.from_first(load)
+        if facts is not None and not self.team.alone:
+            groups = self.team.tensors_of_first(groups, self.device)
+        return groups, facts
 
     def _fingerprint(self) -> str:
         """Of all that the steps so far and the choice among their weights depend on."""
-        trainer, parts = self.trainer, ((self.images, self.labels), self.val, self.test)
+        trainer = self.trainer
         settings = {name: v for name, v in asdict(self.settings).items() if name not in FREE}
         attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
-        data = dict(zip(("training data", "validation data", "test data"), parts, strict=True))
         model = {"the model's weights": self.model.state_dict(), "the model": self.model}
-        run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **model})
+        run = fingerprint({"eps": trainer.eps, **settings, **attacks, **self.data, **model})
         for what in untold(run):
             warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
         return run
@@ -228,8 +301,10 @@ class Run:
             wanted = self.settings.stages[0].method != "full"
         if wanted:
             s = self.settings
-            found = backbone_robustness(
-                self.model, self.images, self.labels, self.trainer.eps, head=s.head, seed=s.seed
+            rows = self._order(MEASURED)[: FIT + JUDGE].sort()[0]
+            images, labels = self.images.by_all(rows, self.device), self.labels[rows]
+            found = self._agreed(
+                backbone_robustness(self.model, images, labels, self.trainer.eps, head=s.head, seed=s.seed)
             )
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
@@ -263,7 +338,7 @@ class Run:
         rows = [record for record in self.at.records if by in record and record.get("epoch", -1) >= self.at.first_epoch]
         shares = {record["epoch"]: record[by] for record in rows}
         best = shares.pop(self.at.best_epoch)
-        noise = two_standard_errors(best, len(self.val[0]))
+        noise = two_standard_errors(best, len(self.val[1]))
         near = [epoch for epoch, share in shares.items() if best - share <= noise]
         return {"chosen_by": by, "noise": noise, "within_noise": near}
 
@@ -277,11 +352,10 @@ class Run:
         s = self.settings
         torch.manual_seed(s.seed)  # low-rank factors begin at random
         options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
-        example = to_float(self.images[:1].to(self.device))
-        with trainable(self.model, stage.method, s.head, example=example, **options) as self.tuning:
+        example = to_float(self.images.mine[:2].to(self.device))
+        with trainable(self.model, stage.method, s.head, example=example[:1], **options) as self.tuning:
             self.optimizer = optimizer_of(self.model, self.tuning.parameters, s)
-            alone = self.here.num_processes == 1
-            self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
+            self.through = self.model if self.team.alone else replicated(self.model, example, self.team)
             if groups is None:
                 self._begin(number, stage)
             self._use(s.switch_to if self.at.switched else self.trainer.attack)
@@ -323,7 +397,7 @@ class Run:
         if not self.settings.probe or self.step.attack is None:
             return None
         chosen = self._order(PROBE)[: self.settings.probe]
-        images, labels = (part[chosen].to(self.device) for part in (self.images, self.labels))
+        images, labels = self.images.by_all(chosen, self.device), self.labels[chosen].to(self.device)
         return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, seed=self.settings.seed)
 
     # ------------------------------------------------------------------ an epoch
@@ -355,7 +429,7 @@ class Run:
         return False
 
     def _finish_epoch(self, stage: Stage) -> None:
-        at, count = self.at, len(self.images)
+        at, count = self.at, len(self.labels)
         record = {"epoch": at.epoch, "loss": at.loss_sum / count, "train_accuracy": at.right / count, "lr": at.lr}
         record["train_s"] = at.train_s
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
@@ -376,7 +450,7 @@ class Run:
     def _order(self, epoch: int) -> torch.Tensor:
         """The order of the images in an epoch, from the seed and its number alone."""
         seed = sample_seeds(self.settings.seed, torch.tensor([epoch]), ORDERING)
-        return torch.randperm(len(self.images), generator=torch.Generator().manual_seed(int(seed)))
+        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(seed)))
 
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
         """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
@@ -390,18 +464,22 @@ class Run:
         torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
         if self.before:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
-        mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
+        parts = index.tensor_split(world)
+        images = self.images.fetched(parts, self.device).tensor_split(self.settings.accumulate)
+        mine = parts[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         try:
-            parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
+            parts = [
+                self._gradients(each, part, scale=scale, more=i + 1 < len(mine))
+                for i, (each, part) in enumerate(zip(images, mine, strict=True))
+            ]
         except BaseException:
             with suppress(Exception):  # it would hide the first one
                 self._undo()
             raise
         wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
         total = torch.cat((sum(parts), wishes))
-        if world > 1:
-            total = require("accelerate.utils").reduce(total, "sum")
+        total = self.team.summed(total)
         loss, right, abnormal, looked, due, asked = total.tolist()
         loss /= world
         if not math.isfinite(loss):
@@ -415,13 +493,14 @@ class Run:
         self.bar.update()
         return due > 0, asked > 0
 
-    def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
-        images, labels = self._batch_of(part)
+    def _gradients(self, images: torch.Tensor, part: torch.Tensor, **options) -> torch.Tensor:
+        images, labels = self._batch_of(images, part)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
         return self.step.gradients(images, labels, seeds, **options)
 
-    def _batch_of(self, part: torch.Tensor) -> Batch:
-        images, labels = self.images[part].to(self.device), self.labels[part].to(self.device)
+    def _batch_of(self, images: torch.Tensor, part: torch.Tensor) -> Batch:
+        """The `images` with the numbers `part`, as they are learnt from, and their labels."""
+        labels = self.labels[part].to(self.device)
         if self.layout is not None:
             images = images.contiguous(memory_format=self.layout)
         if self.augment is not None:
@@ -439,9 +518,10 @@ class Run:
     def _refuse(self, loss: float, index: torch.Tensor) -> None:
         self._undo()
         where = ""
+        images = self.images.by_first(index, self.device)
         if self.trainer.folder is not None and self.here.is_main_process:
             path = self.trainer.folder / "nonfinite.safetensors"
-            images, labels = self._batch_of(index)
+            images, labels = self._batch_of(images, index)
             batch = {"images": images.contiguous(), "labels": labels, "index": index}
             write_atomically(path, require("safetensors.torch").save(batch))
             where = f"; the batch is in {path}"
@@ -517,27 +597,32 @@ class Run:
 
     def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
-        return require("accelerate.utils").broadcast_object_list([found])[0]
+        return self.team.from_first(lambda: found)
 
     # ------------------------------------------------------------------ the disk
 
     def _record(self, record: dict) -> None:
         self.at.records.append(record)
-        if self.trainer.folder is not None and self.here.is_main_process:
-            with open(self.trainer.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+        if self.trainer.folder is not None:
+            self.team.from_first(lambda: self._log(record))
+
+    def _log(self, record: dict) -> None:
+        with open(self.trainer.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _save(self, groups: dict[str, None] | None = None) -> None:
         """Write a checkpoint of the stage, or of its end, with the tensors of the one before."""
         if self.checkpoints is None:
             return
-        if self.here.is_main_process:
-            groups = self._tensors() if groups is None else groups
+
+        def save() -> None:
+            kept = self._tensors() if groups is None else groups
             facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
-            self.checkpoints.save(groups, facts)
-            self.groups = dict.fromkeys(groups)
+            self.checkpoints.save(kept, facts)
+            self.groups = dict.fromkeys(kept)
+
+        self.team.from_first(save)
         self.changed = set()
-        self.here.wait_for_everyone()
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor] | None]:
         groups = {"weights": self.tuning.tensors, "optimizer": state_of(self.optimizer)}

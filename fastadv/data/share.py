@@ -1,0 +1,131 @@
+"""Images of which each process of a run holds a part."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import distributed
+
+from fastadv.team import Team
+
+CHUNK = 256  # images that go to one process at a time
+
+
+class Share:
+    """Images (N, ...) of a set that the processes of a team hold together, each image in one of them.
+
+    What it gives depends on the set alone, not on who holds what, so that several processes do what one does. Those
+    that say so are collective.
+
+    Args:
+        mine: the images of this process (n, ...), in their order.
+        owners: which process holds each image, int64 (N,); None where this one holds all.
+        team: the processes.
+
+    Attributes:
+        rows: the numbers of this process's images, int64 (n,).
+    """
+
+    def __init__(self, mine: torch.Tensor, owners: torch.Tensor | None = None, team: Team | None = None):
+        self.mine, self.team = mine, team or Team()
+        self.owners = torch.zeros(len(mine), dtype=torch.int64) if owners is None else owners
+        if self.alone:
+            self.rows = torch.arange(len(mine))
+            return
+        self.rows = (self.owners == self.team.rank).nonzero()[:, 0]
+        self._place = torch.zeros_like(self.owners)  # of an image that is here, in `mine`
+        self._place[self.rows] = torch.arange(len(self.rows))
+
+    @classmethod
+    def of(cls, images: torch.Tensor, team: Team) -> "Share":
+        """A part of `images` (N, ...), which every process has; all of them where there are fewer than processes."""
+        if team.alone or len(images) < team.size:
+            return cls(images)
+        owners = dealt(len(images), team)
+        return cls(images[owners == team.rank], owners, team)
+
+    def __len__(self) -> int:
+        """How many this process holds."""
+        return len(self.mine)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process holds all images, and asks nobody for any."""
+        return self.team.alone
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...), of the whole set."""
+        return (len(self.owners), *self.mine.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mine.dtype
+
+    @property
+    def most(self) -> int:
+        """How many the process holds that holds the most."""
+        return int(self.owners.bincount().max())
+
+    def here(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those of the numbers `rows` (n,), on any device, whose images this process holds."""
+        return rows if self.alone else rows[self.owners.to(rows.device)[rows] == self.team.rank]
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """The images of these numbers, all of them held here."""
+        rows = rows.to(self.mine.device)
+        return self.mine[rows if self.alone else self._place.to(rows.device)[rows]]
+
+    def fetched(self, wanted: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Collective: the images that this process wants, whoever holds them, on `device`, one of the team's backend.
+
+        Args:
+            wanted: the numbers (n,) that each process of the team wants; the same in all of them.
+        """
+        mine = wanted[self.team.rank if not self.alone else 0]
+        if self.alone:
+            return self.take(mine).to(device)
+        given = [self.here(numbers) for numbers in wanted]
+        owners = self.owners[mine]
+        received = torch.empty((len(mine), *self.shape[1:]), dtype=self.dtype, device=device)
+        distributed.all_to_all_single(
+            received,
+            self.take(torch.cat(given)).to(device).contiguous(),
+            owners.bincount(minlength=self.team.size).tolist(),
+            [len(numbers) for numbers in given],
+        )
+        images = torch.empty_like(received)
+        images[owners.argsort(stable=True).to(device)] = received  # they came in the order of who sent them
+        return images
+
+    def by_all(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Collective: the images `rows`, in every process."""
+        return self.fetched([rows] * self.team.size, device)
+
+    def by_first(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Collective: the images `rows`, in the first process; none in the others."""
+        return self.fetched([rows, *[rows[:0]] * (self.team.size - 1)], device)
+
+    def chunks(self, device: torch.device) -> Iterator[torch.Tensor]:
+        """Collective: all images in their order, a few at a time, in the first process; none in the others."""
+        for rows in torch.arange(len(self.owners)).split(CHUNK):
+            yield self.by_first(rows, device).cpu()
+
+    def joined(self, values: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Collective: one tensor (N, ...) of what each process has for its images, (n, ...); None where it has none."""
+        if self.alone:
+            return values
+        kinds = self.team.gathered(None if values is None else (values.shape[1:], values.dtype))
+        shape, dtype = next(kind for kind in kinds if kind is not None)
+        whole = torch.zeros((len(self.owners), *shape), dtype=dtype, device=device)
+        if values is not None:
+            whole[self.rows.to(device)] = values
+        return self.team.summed(whole)
+
+    def merged(self, values: torch.Tensor) -> torch.Tensor:
+        """Collective: of tensors (N, ...) that each process knows for its own images, one that holds for all."""
+        return self.joined(values[self.rows.to(values.device)], values.device)
+
+
+def dealt(count: int, team: Team) -> torch.Tensor:
+    """Which process gets each of `count` images: in turn."""
+    return torch.arange(count) % team.size
