@@ -24,7 +24,7 @@ Groups = dict[str, dict[str, torch.Tensor]]
 
 
 class Checkpoints:
-    """Groups of tensors and JSON facts; the last two are kept, nothing is pickled.
+    """Groups of tensors and JSON facts; the last two with different weights are kept, nothing is pickled.
 
     Tensors lie in safetensors files that are named by their hash, so that weights which are the newest, the best and
     the last good ones at once are written once. A checkpoint is a JSON file that names them; it comes last and by a
@@ -126,10 +126,14 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Remove what no kept checkpoint names, half-written files included, of what has a name of this class."""
-        manifests = [path for path in self._manifests() if path.name not in self._damaged]
-        kept = set()
-        for manifest in manifests[-KEPT:]:
-            kept |= {manifest.name, *json.loads(manifest.read_text().partition("\n")[2])["files"].values()}
+        kept, weights = set(), set()
+        for manifest in reversed(self._manifests()):
+            if manifest.name in self._damaged or len(weights) == KEPT:
+                continue
+            files = json.loads(manifest.read_text().partition("\n")[2])["files"]
+            if files.get("weights") not in weights:
+                weights.add(files.get("weights"))
+                kept |= {manifest.name, *files.values()}
         for path in self.folder.iterdir():
             name = path.name.removesuffix(".new")
             if path.name not in kept and (_MANIFEST.fullmatch(name) or _TENSORS.fullmatch(name)):

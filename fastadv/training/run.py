@@ -106,6 +106,7 @@ class Run:
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
+        self.moved = True  # whether the weights are others than on the disk
         share_weights(self.model, self.team)
         self._divide()
 
@@ -361,7 +362,7 @@ class Run:
             self._use(s.switch_to if self.at.switched else self.trainer.attack)
             self.average = Average(self.tuning.tensors, s.average) if s.average else None
             self.monitor = self._new_monitor()
-            self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
+            self.good, self.best, self.changed, self.moved = self.tuning.state(), None, {"good"}, True
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
             against = by_name("pgd-10", self.model, self.trainer.eps, **self.options)
             self.evaluating = self.trainer.eval_attack or against
@@ -445,6 +446,7 @@ class Run:
             self._go_back(action)
         at.stopped = action == "stop"
         self._record(record)
+        self._save()  # or what was just evaluated would be evaluated again
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
     def _order(self, epoch: int) -> torch.Tensor:
@@ -485,6 +487,7 @@ class Run:
         if not math.isfinite(loss):
             self._refuse(loss, index)
         self.step.apply()
+        self.moved = True
         if self.average is not None:
             self.average.update(self.tuning.tensors, done)
         at.loss_sum += loss * len(index)
@@ -567,6 +570,7 @@ class Run:
     def _go_back(self, action: str) -> None:
         self.tuning.load(self.good)
         self.optimizer.state.clear()
+        self.moved = True
         if self.average is not None:
             self.average = Average(self.tuning.tensors, self.settings.average)
         if action == "rollback":
@@ -622,12 +626,13 @@ class Run:
             self.groups = dict.fromkeys(kept)
 
         self.team.from_first(save)
-        self.changed = set()
+        self.changed, self.moved = set(), False
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor] | None]:
         groups = {"weights": self.tuning.tensors, "optimizer": state_of(self.optimizer)}
         if self.average is not None:
             groups["average"] = self.average.state
+        groups = groups if self.moved else dict.fromkeys(groups)
         kept = {"good": self.good, "best": self.best}
         return groups | {
             name: part if name in self.changed else None for name, part in kept.items() if part is not None
