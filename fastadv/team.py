@@ -58,18 +58,22 @@ class Team:
         result, error = _tried(action) if self.rank == 0 else (None, None)
         told = [(result, error and _portable(error))]
         distributed.broadcast_object_list(told, 0)
-        _raise([error or told[0][1]])
-        return told[0][0]
+        result, portable = told[0]
+        if portable is not None:
+            raise error or portable
+        return result
 
     def by_all(self, action: Callable[[], Result]) -> Result:
-        """What `action` returns; where it fails in one process, that error in all of them, before any goes on."""
+        """What `action` returns; where it fails in a process, that error in all of them, before any goes on."""
         if self.alone:
             return action()
         result, error = _tried(action)
         errors = self.gathered(error and _portable(error))
-        errors[self.rank] = error  # with its traceback
-        _raise(errors)
-        return result
+        failed = [rank for rank, each in enumerate(errors) if each is not None]
+        if not failed:
+            return result
+        first = errors[failed[0]]
+        raise first if len(failed) == self.size else _of_process(failed[0], first) from error
 
     def tensors_of_first(self, groups: Groups | None, device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
         """The groups of tensors of the first process, on the CPU; they go by way of `device`, one at a time.
@@ -109,8 +113,10 @@ def _portable(error: Exception) -> Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _raise(errors: list[Exception | None]) -> None:
-    """The first one of them, if there is any."""
-    for error in errors:
-        if error is not None:
-            raise error
+def _of_process(rank: int, error: Exception) -> Exception:
+    """The same with a word on where, for the others may have no such trouble."""
+    words = f"process {rank}: {error}"
+    try:
+        return type(error)(words)
+    except Exception:
+        return RuntimeError(words)

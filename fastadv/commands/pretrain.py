@@ -13,7 +13,9 @@ from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
 from fastadv.preprocessing import Preprocessing
+from fastadv.team import Team
 from fastadv.training import Trainer
+from fastadv.training.processes import one_run, processes, team_of
 
 EPS = 8 / 255
 NETWORK = "resnet?widths=[64,96,176]&blocks=2"
@@ -46,6 +48,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    team = team_of(processes())
+    with one_run(arguments.out, team):
+        _run(arguments, team)
+
+
+def _run(arguments: argparse.Namespace, team: Team) -> None:
     dataset = load_data(arguments, None, validation=0)
     torch.manual_seed(arguments.seed)
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)
@@ -62,6 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
         **RECIPE,
     )
     records = trainer.fit(dataset.train)
+    team.from_first(lambda: _finish(arguments, model, dataset, records))
+
+
+def _finish(arguments: argparse.Namespace, model: models.Model, dataset: data.Data, records: list[dict]) -> None:
     model.preprocessing = Preprocessing(dataset.shape[1:], dataset.shape[0])
     model.trained_on = (TrainedOn.of(dataset),)
     weights = arguments.out / "robust-resnet.safetensors"

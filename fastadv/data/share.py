@@ -110,6 +110,10 @@ class Share:
         for rows in torch.arange(len(self.owners)).split(CHUNK):
             yield self.by_first(rows, device).cpu()
 
+    def whole(self, device: torch.device) -> torch.Tensor:
+        """Collective: all images on the CPU in the first process, none in the others; they go by way of `device`."""
+        return self.mine if self.alone else torch.cat(list(self.chunks(device)))
+
     def joined(self, values: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Collective: one tensor (N, ...) of what each process has for its images, (n, ...); None where it has none."""
         if self.alone:

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from fastadv.data.pictures import Picture
+from fastadv.data.share import Share
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images as a tensor (N, C, H, W) or as encoded pictures, and labels int64 (N,).
+    """Images as a tensor (N, C, H, W), a `Share` of one or encoded pictures, and labels int64 (N,).
 
     `digests` are of what each picture contains, int64 (N,): equal pictures have equal ones, whatever their names.
     """
 
-    images: torch.Tensor | list[Picture]
+    images: torch.Tensor | list[Picture] | Share
     labels: torch.Tensor
     digests: torch.Tensor | None = None
 
@@ -47,12 +48,13 @@ def joined(parts: Sequence[Part]) -> Part:
 def digests(images: torch.Tensor | list[Picture]) -> torch.Tensor:
     """Eight bytes for each picture's content, int64 (N,): of a file its bytes, of a tensor's images theirs."""
     if isinstance(images, torch.Tensor):
-        hashed = map(_digest, images.contiguous().numpy())
+        hashed = map(digest, images.contiguous().numpy())
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
     with ThreadPoolExecutor() as pool:
-        hashed = pool.map(lambda picture: _digest(picture.stored()), images)
+        hashed = pool.map(lambda picture: digest(picture.stored()), images)
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
 
 
-def _digest(content: bytes | np.ndarray) -> int:
+def digest(content: bytes | np.ndarray) -> int:
+    """Eight bytes of a content, as a number of 64 bits."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -39,6 +39,7 @@ from fastadv.evaluation.samples import Batch, gathered
 from fastadv.evaluation.saved import StateFile
 from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds
+from fastadv.locks import held
 from fastadv.version import __version__
 
 ITERATES = ("any", "last")
@@ -212,7 +213,8 @@ def judged(
     check_they_take(against, share.mine, labels)
     settings = {**settings, "attacks": [each.facts() for each in against]}
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
-    with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
+    kept = nullcontext() if state is None else held(state, f"the state {state} of an evaluation")
+    with kept, torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
         run = Run(model, share, labels, against, settings, pool)
         trials = [run.trial(opponent, gallery(number, opponent)) for number, opponent in enumerate(against)]
         if file is not None:

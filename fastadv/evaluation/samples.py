@@ -54,7 +54,8 @@ def gathered(
 
 def _of_share(share: Share, labels: torch.Tensor, model: Callable, device: torch.device | str | None) -> Batch:
     mine = _in_the_box(as_normal(share.mine))
-    check_samples(mine, labels[share.rows])
+    if len(mine):
+        check_samples(mine, labels[share.rows])
     labels = labels.to(device or device_of(model) or share.mine.device)
     check_device(labels.device, model)
     return (share if mine is share.mine else Share(mine, share.owners, share.team)), labels

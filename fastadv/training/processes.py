@@ -6,18 +6,25 @@ accumulation, and would keep a later one from choosing another precision.
 
 import atexit
 import os
+import pickle
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import distributed
 
 from fastadv._extras import require
+from fastadv.locks import held
 from fastadv.team import Team
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+Made = TypeVar("Made")
 
 # What accelerate can do and a run does not: (its variable, its DistributedType, its name).
 SHARDED = (
@@ -52,10 +59,44 @@ def processes() -> "PartialState":
     return here
 
 
-def team() -> Team:
+def team_of(here: "PartialState") -> Team:
     """The processes of the run, as those that tell each other something."""
-    here = processes()
     return Team(here.process_index, here.num_processes)
+
+
+@contextmanager
+def one_run(folder: Path, team: Team) -> Iterator[None]:
+    """Keep other runs out of the first process's `folder`, until the end, to which all processes wait for each other.
+
+    Raises:
+        InUseError: there is one, in all processes.
+    """
+    with ExitStack() as stack:
+        lock = held(folder / "run", f"the run in {folder}")
+        team.from_first(lambda: stack.enter_context(lock))
+        yield
+        team.wait()
+
+
+def of_first(team: Team, make: Callable[[], Made]) -> Made:
+    """What the first process makes, for all: the files that it takes need not be on the disks of the others.
+
+    What cannot be pickled, such as a model of classes inside a function, each makes for itself.
+    """
+    made = None
+
+    def sent() -> bytes | None:
+        nonlocal made
+        made = make()
+        try:
+            return None if team.alone else pickle.dumps(made)
+        except Exception:  # whatever a class has to say to it
+            return None
+
+    content = team.from_first(sent)
+    if content is None:
+        return team.by_all(lambda: make() if made is None else made)
+    return made if made is not None else pickle.loads(content)
 
 
 def precision() -> str:

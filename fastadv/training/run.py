@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,6 @@ from fastadv.evaluation.robustness import Batch, evaluate, robust_accuracy, seed
 from fastadv.evaluation.samples import as_tensors
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
-from fastadv.locks import held
-from fastadv.team import Team
 from fastadv.training.augment import Augment
 from fastadv.training.average import Average
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
@@ -36,7 +34,7 @@ from fastadv.training.interruption import Interruption
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
-from fastadv.training.processes import precision, processes
+from fastadv.training.processes import one_run, precision, processes, team_of
 from fastadv.training.replicas import replicated, share_weights
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Stage
@@ -85,7 +83,7 @@ class Run:
     def __init__(self, trainer: "Trainer", train: Batch, val: Batch | None, test: Batch | None):
         self.trainer, self.settings = trainer, trainer.settings
         self.here = processes()
-        self.team = Team(self.here.process_index, self.here.num_processes)
+        self.team = team_of(self.here)
         alone = self.team.alone
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
         if trainer.device is not None and trainer.device.type != self.device.type:
@@ -166,8 +164,10 @@ class Run:
             raise ValueError("there are no images to train on")
         parts = [part for part in ((self.images, self.labels), self.val, self.test) if part is not None]
         for images, labels in parts:
-            shared = isinstance(images, Share)
-            check_samples(images.mine if shared else images, labels[images.rows] if shared else labels)
+            if isinstance(images, Share):
+                images, labels = images.mine, labels[images.rows]
+            if len(labels):
+                check_samples(images, labels)
         if self.labels.min() == self.labels.max():
             raise ValueError(f"the training images are all of class {self.labels[0]}: there is nothing to tell apart")
         for stage in self.settings.stages:
@@ -186,13 +186,11 @@ class Run:
     # ------------------------------------------------------------------ the whole run
 
     def run(self) -> list[dict]:
-        locked = self.trainer.folder is not None and self.here.is_main_process
-        with ExitStack() as stack:
-            folder = self.trainer.folder
-            self.team.from_first(lambda: locked and stack.enter_context(held(folder / "run", f"the run in {folder}")))
+        folder = self.trainer.folder
+        with nullcontext() if folder is None else one_run(folder, self.team):
             records = self._run()
-            self.team.wait()
-            return records
+        self.team.wait()
+        return records
 
     def _run(self) -> list[dict]:
         groups = self._open()
