@@ -35,6 +35,7 @@ def held(path: str | Path, what: str) -> Iterator[None]:
     """
     filelock = require("filelock")  # PyTorch brings it
     path = Path(path)
+    new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, owner = (path.with_name(path.name + ending) for ending in (".lock", ".owner"))
     mine = filelock.FileLock(str(lock.absolute()), timeout=0, is_singleton=True)
@@ -58,6 +59,9 @@ def held(path: str | Path, what: str) -> Iterator[None]:
     finally:
         if first:
             owner.unlink(missing_ok=True)
+            if new and list(path.parent.iterdir()) == [lock]:  # a run that was refused leaves nothing
+                lock.unlink()
+                path.parent.rmdir()
         mine.release()
 
 

@@ -123,6 +123,20 @@ def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
     return count
 
 
+def check_new(weights: Path, resume: bool) -> None:
+    """Refuse to write over the weights of a run that does not go on.
+
+    Raises:
+        FileExistsError: there are some.
+    """
+    if not weights.exists():
+        return
+    if not resume:
+        raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
+    if not (weights.parent / "state").exists():
+        raise FileExistsError(f"{weights} exists, and beside it no state to resume: choose another --out, or move it")
+
+
 def model_source(name: str) -> models.Source:
     """`models.source`, where module:function may lie in the working folder."""
     _see_working_folder()

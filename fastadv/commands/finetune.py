@@ -9,7 +9,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.attacks import PRESETS
-from fastadv.commands.arguments import add_data, adder, budget, eps_budget, load_data, model_source, overlap
+from fastadv.commands.arguments import add_data, adder, budget, check_new, eps_budget, load_data, model_source, overlap
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation.samples import Batch
 from fastadv.models.checkpoints import read_facts, trained_on_of
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> None:
     weights = arguments.out / "model.safetensors"
-    team.from_first(lambda: _check_new(weights, arguments.resume))
+    team.from_first(lambda: check_new(weights, arguments.resume))
     preprocessing = team.from_first(lambda: model_source(arguments.model).preprocessing)
     dataset = load_data(arguments, preprocessing, validation=arguments.validation, team=team)
     model = of_first(team, lambda: build(arguments, dataset))
@@ -72,11 +72,6 @@ def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> Non
     images, labels = dataset.test
     test = (images if team.alone else images.whole(device)), labels
     team.from_first(lambda: _finish(arguments, weights, model, dataset, records, test))
-
-
-def _check_new(weights: Path, resume: bool) -> None:
-    if weights.exists() and not resume:
-        raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
 
 
 def build(arguments: argparse.Namespace, dataset: data.Data) -> models.Model:

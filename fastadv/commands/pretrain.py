@@ -8,7 +8,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.attacks import by_name
-from fastadv.commands.arguments import add_data, adder, class_list, load_data
+from fastadv.commands.arguments import add_data, adder, check_new, class_list, load_data
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace, team: Team) -> None:
+    team.from_first(lambda: check_new(arguments.out / "robust-resnet.safetensors", arguments.resume))
     dataset = load_data(arguments, None, validation=0)
     torch.manual_seed(arguments.seed)
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)

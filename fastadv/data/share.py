@@ -97,18 +97,18 @@ class Share:
         images[owners.argsort(stable=True).to(device)] = received  # they came in the order of who sent them
         return images
 
-    def by_all(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def to_all(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Collective: the images `rows`, in every process."""
         return self.fetched([rows] * self.team.size, device)
 
-    def by_first(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def to_first(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Collective: the images `rows`, in the first process; none in the others."""
         return self.fetched([rows, *[rows[:0]] * (self.team.size - 1)], device)
 
     def chunks(self, device: torch.device) -> Iterator[torch.Tensor]:
         """Collective: all images in their order, a few at a time, in the first process; none in the others."""
         for rows in torch.arange(len(self.owners)).split(CHUNK):
-            yield self.by_first(rows, device).cpu()
+            yield self.to_first(rows, device).cpu()
 
     def whole(self, device: torch.device) -> torch.Tensor:
         """Collective: all images on the CPU in the first process, none in the others; they go by way of `device`."""

@@ -46,10 +46,11 @@ def processes() -> "PartialState":
     # Told to choose for itself, accelerate takes processes without an accelerator for as many separate runs.
     asked = require("accelerate.utils").parse_flag_from_env("ACCELERATE_USE_CPU")
     here = require("accelerate").PartialState(cpu=asked or not torch.accelerator.is_available())
-    if here.num_processes > 1:
-        atexit.unregister(_end)  # once, and after all that was registered before
-        atexit.register(_end)
-    elif distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return here
+    atexit.unregister(_end)  # it is to run once, before what was registered earlier
+    atexit.register(_end)
+    if here.num_processes < distributed.get_world_size():
         warnings.warn(
             f"there is a process group of {distributed.get_world_size()}, and this process trains alone: accelerate "
             "knows of it by the variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun and "

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -228,9 +230,17 @@ class Run:
                     stacklevel=4,
                 )
             logger.info("going on from epoch %d, batch %d", self.at.epoch, self.at.batch)
-        lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
-        self.team.from_first(lambda: write_atomically(folder / "log.jsonl", lines.encode()))
+        self.team.from_first(lambda: self._begin_log(folder / "log.jsonl", new=facts is None))
         return groups
+
+    def _begin_log(self, path: Path, new: bool) -> None:
+        """Write what is known so far; what another run left there is kept under another name."""
+        if new and path.exists() and path.stat().st_size:
+            aside = next(name for i in count(1) if not (name := path.with_name(f"log.{i}.jsonl")).exists())
+            path.rename(aside)
+            logger.info("%s is of another run: it is %s now", path, aside.name)
+        lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
+        write_atomically(path, lines.encode())
 
     def _found(self) -> tuple[Groups | None, dict | None]:
         """The state that the first process has: the disks of the others may be other ones."""
@@ -301,7 +311,7 @@ class Run:
         if wanted:
             s = self.settings
             rows = self._order(MEASURED)[: FIT + JUDGE].sort()[0]
-            images, labels = self.images.by_all(rows, self.device), self.labels[rows]
+            images, labels = self.images.to_all(rows, self.device), self.labels[rows]
             found = self._agreed(
                 backbone_robustness(self.model, images, labels, self.trainer.eps, head=s.head, seed=s.seed)
             )
@@ -396,7 +406,7 @@ class Run:
         if not self.settings.probe or self.step.attack is None:
             return None
         chosen = self._order(PROBE)[: self.settings.probe]
-        images, labels = self.images.by_all(chosen, self.device), self.labels[chosen].to(self.device)
+        images, labels = self.images.to_all(chosen, self.device), self.labels[chosen].to(self.device)
         return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, seed=self.settings.seed)
 
     # ------------------------------------------------------------------ an epoch
@@ -428,8 +438,8 @@ class Run:
         return False
 
     def _finish_epoch(self, stage: Stage) -> None:
-        at, count = self.at, len(self.labels)
-        record = {"epoch": at.epoch, "loss": at.loss_sum / count, "train_accuracy": at.right / count, "lr": at.lr}
+        at, images = self.at, len(self.labels)
+        record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
         record["train_s"] = at.train_s
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
         at.epoch, at.batch, at.train_s = at.epoch + 1, 0, 0.0
@@ -519,7 +529,7 @@ class Run:
     def _refuse(self, loss: float, index: torch.Tensor) -> None:
         self._undo()
         where = ""
-        images = self.images.by_first(index, self.device)
+        images = self.images.to_first(index, self.device)
         if self.trainer.folder is not None and self.here.is_main_process:
             path = self.trainer.folder / "nonfinite.safetensors"
             images, labels = self._batch_of(images, index)
