@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastadv._extras import require
@@ -22,8 +22,8 @@ def held(path: str | Path, what: str) -> Iterator[None]:
     """Keep every other process from `what` until the end, or until this process dies.
 
     This thread may hold it several times. The lock is the system's (flock; on NFS the server's), on the file
-    `path`.lock; `path`.owner says who has it, and both may be deleted when no run is under way. Where a file system
-    has no locks, a warning says so.
+    `path`.lock; `path`.owner says who has it. A process that was killed leaves both, and they lock nothing. Where a
+    file system has no locks, a warning says so.
 
     Args:
         path: of what is kept, a folder's state or a file; the two names lie beside it.
@@ -59,9 +59,10 @@ def held(path: str | Path, what: str) -> Iterator[None]:
     finally:
         if first:
             owner.unlink(missing_ok=True)
-            if new and list(path.parent.iterdir()) == [lock]:  # a run that was refused leaves nothing
+            with suppress(OSError):  # other files are there
                 lock.unlink()
-                path.parent.rmdir()
+                if new:  # a run that was refused leaves nothing
+                    path.parent.rmdir()
         mine.release()
 
 

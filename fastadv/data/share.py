@@ -32,8 +32,8 @@ class Share:
             self.rows = torch.arange(len(mine))
             return
         self.rows = (self.owners == self.team.rank).nonzero()[:, 0]
-        self._place = torch.zeros_like(self.owners)  # of an image that is here, in `mine`
-        self._place[self.rows] = torch.arange(len(self.rows))
+        self._held = _Held(self.rows, mine, len(self.owners))
+        self._brought: _Held | None = None
 
     @classmethod
     def of(cls, images: torch.Tensor, team: Team) -> "Share":
@@ -71,9 +71,14 @@ class Share:
         return rows if self.alone else rows[self.owners.to(rows.device)[rows] == self.team.rank]
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """The images of these numbers, all of them held here."""
-        rows = rows.to(self.mine.device)
-        return self.mine[rows if self.alone else self._place.to(rows.device)[rows]]
+        """The images of these numbers, of those that were brought last; all are held here where none were."""
+        return self.mine[rows.to(self.mine.device)] if self.alone else (self._brought or self._held).take(rows)
+
+    def bring(self, wanted: Sequence[torch.Tensor], device: torch.device) -> None:
+        """Collective: have ready what `fetched` gives, for `take`."""
+        if not self.alone:
+            images = self.fetched(wanted, device)
+            self._brought = _Held(wanted[self.team.rank], images, len(self.owners))
 
     def fetched(self, wanted: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
         """Collective: the images that this process wants, whoever holds them, on `device`, one of the team's backend.
@@ -81,7 +86,7 @@ class Share:
         Args:
             wanted: the numbers (n,) that each process of the team wants; the same in all of them.
         """
-        mine = wanted[self.team.rank if not self.alone else 0]
+        mine = wanted[self.team.rank]
         if self.alone:
             return self.take(mine).to(device)
         given = [self.here(numbers) for numbers in wanted]
@@ -89,7 +94,7 @@ class Share:
         received = torch.empty((len(mine), *self.shape[1:]), dtype=self.dtype, device=device)
         distributed.all_to_all_single(
             received,
-            self.take(torch.cat(given)).to(device).contiguous(),
+            self._held.take(torch.cat(given)).to(device).contiguous(),
             owners.bincount(minlength=self.team.size).tolist(),
             [len(numbers) for numbers in given],
         )
@@ -128,6 +133,25 @@ class Share:
     def merged(self, values: torch.Tensor) -> torch.Tensor:
         """Collective: of tensors (N, ...) that each process knows for its own images, one that holds for all."""
         return self.joined(values[self.rows.to(values.device)], values.device)
+
+
+class _Held:
+    """Some images of a set, found by their numbers in it.
+
+    Args:
+        rows: the numbers, int64 (n,). images: (n, ...). count: of the whole set.
+    """
+
+    def __init__(self, rows: torch.Tensor, images: torch.Tensor, count: int):
+        self.images = images
+        self._place = torch.full((count,), -1)
+        self._place[rows] = torch.arange(len(rows))
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        places = self._place[rows.cpu()]
+        if len(places) and int(places.min()) < 0:
+            raise LookupError(f"the image {int(rows[places.argmin()])} is in another process")
+        return self.images[places.to(self.images.device)]
 
 
 def dealt(count: int, team: Team) -> torch.Tensor:

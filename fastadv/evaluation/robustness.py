@@ -143,6 +143,7 @@ def evaluate(
         budget, and a warning says how far it went.
 
     Raises:
+        InUseError: another process has the `state`; an OSError.
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
             hold something that cannot be told from another one, such as an open file.
         ValueError: there are no images; an option, a shape or a label is wrong; or `state` belongs to another run.

@@ -131,7 +131,8 @@ class Run:
                         "of a run need the same"
                     )
         same = self.test is self.val
-        self.images, _ = self._shared((self.images, self.labels))
+        if not isinstance(self.images, Share):
+            self.images = Share.of(self.images, self.team)
         self.val = self._shared(self.val)
         self.test = self.val if same else self._shared(self.test)
 
@@ -146,7 +147,7 @@ class Run:
         return self.team.from_first(lambda: hashed), labels
 
     def _shared(self, part: Batch | None) -> Batch | None:
-        if part is None or isinstance(part[0], Share):
+        if part is None or self.team.alone or isinstance(part[0], Share):
             return part
         return Share.of(part[0], self.team), part[1]
 
@@ -475,14 +476,11 @@ class Run:
         if self.before:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
         parts = index.tensor_split(world)
-        images = self.images.fetched(parts, self.device).tensor_split(self.settings.accumulate)
+        self.images.bring(parts, self.device)
         mine = parts[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         try:
-            parts = [
-                self._gradients(each, part, scale=scale, more=i + 1 < len(mine))
-                for i, (each, part) in enumerate(zip(images, mine, strict=True))
-            ]
+            parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
         except BaseException:
             with suppress(Exception):  # it would hide the first one
                 self._undo()
@@ -504,14 +502,13 @@ class Run:
         self.bar.update()
         return due > 0, asked > 0
 
-    def _gradients(self, images: torch.Tensor, part: torch.Tensor, **options) -> torch.Tensor:
-        images, labels = self._batch_of(images, part)
+    def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
+        images, labels = self._batch_of(part)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
         return self.step.gradients(images, labels, seeds, **options)
 
-    def _batch_of(self, images: torch.Tensor, part: torch.Tensor) -> Batch:
-        """The `images` with the numbers `part`, as they are learnt from, and their labels."""
-        labels = self.labels[part].to(self.device)
+    def _batch_of(self, part: torch.Tensor) -> Batch:
+        images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
         if self.layout is not None:
             images = images.contiguous(memory_format=self.layout)
         if self.augment is not None:
@@ -529,10 +526,10 @@ class Run:
     def _refuse(self, loss: float, index: torch.Tensor) -> None:
         self._undo()
         where = ""
-        images = self.images.to_first(index, self.device)
+        self.images.bring([index, *[index[:0]] * (self.team.size - 1)], self.device)
         if self.trainer.folder is not None and self.here.is_main_process:
             path = self.trainer.folder / "nonfinite.safetensors"
-            images, labels = self._batch_of(images, index)
+            images, labels = self._batch_of(index)
             batch = {"images": images.contiguous(), "labels": labels, "index": index}
             write_atomically(path, require("safetensors.torch").save(batch))
             where = f"; the batch is in {path}"

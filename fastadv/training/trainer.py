@@ -22,8 +22,10 @@ class Trainer:
     kept are those with the best accuracy under `eval_attack` on the validation images, never under the attack trained
     with; of equals those with the best clean accuracy, and of equals again the latest. Training on clean images is
     judged by clean accuracy. The same seed gives the same weights on the CPU (with as many threads), also for a run
-    that was cut and resumed. Under `accelerate launch` or `torchrun` each process takes its part of each batch;
-    batch-norm in train mode then sees that part alone, everything else is as in one process.
+    that was cut and resumed. Under `accelerate launch` or `torchrun` each process holds a share of the images, learns from
+    its part of each batch and evaluates its share; all call this with the same data and settings. The model's weights
+    and the state to go on from are the first process's, which alone writes to its `folder`. Batch-norm in train mode
+    then sees a process's part alone, everything else is as in one process.
 
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
@@ -33,7 +35,8 @@ class Trainer:
             image, from the run's seed, its number and the epoch), any callable from (images, labels) to images, or
             None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
-        folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written.
+        folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
+            at a time has it.
         resume: go on from the newest checkpoint in `folder`, if there is one. `checkpoint_s`, `eval_every` and `epochs`
             may then be others; a warning says where, with other epochs, the steps so far would have had other learning
             rates: after a warm-up these fall toward the last epoch.
@@ -115,12 +118,14 @@ class Trainer:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.
             FloatingPointError: the loss is not finite; the weights are those before that step, and with a folder the
                 batch is in its nonfinite.safetensors.
+            InUseError: another process has a run in the folder: the message says which; an OSError.
             KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
             TypeError: no pair of images and labels, such as a DataLoader; images are neither floats nor uint8, or
                 labels are not int64.
             ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
                 below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
-                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's: the
-                message names what differs.
+                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's, or the
+                processes have different data, models or settings: the message names what differs; accelerate is set to
+                FSDP, DeepSpeed or something else that a run does not heed.
         """
         return Run(self, train, val, test).run()
