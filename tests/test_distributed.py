@@ -62,7 +62,16 @@ def test_two_processes_train_as_one_does(folder, case):
         torch.testing.assert_close(each["weights"], alone, rtol=0, atol=tolerance)
         assert [record.keys() for record in each["records"]] == [record.keys() for record in records]
         for one, other in zip(records, each["records"], strict=True):
-            for key in ("loss", "train_accuracy", "lr", "robust_accuracy", "probe_pgd", "abnormal"):
+            for key in (
+                "loss",
+                "train_accuracy",
+                "lr",
+                "clean_accuracy",
+                "robust_accuracy",
+                "pma_accuracy",
+                "probe_pgd",
+                "abnormal",
+            ):
                 assert one.get(key) == pytest.approx(other.get(key), abs=1e-6), key
     assert sum("epoch" in record for record in records) == STEPS // 10
     shares = [each["judged"] / judged for each in results(folder, case)]

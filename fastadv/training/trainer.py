@@ -22,10 +22,10 @@ class Trainer:
     kept are those with the best accuracy under `eval_attack` on the validation images, never under the attack trained
     with; of equals those with the best clean accuracy, and of equals again the latest. Training on clean images is
     judged by clean accuracy. The same seed gives the same weights on the CPU (with as many threads), also for a run
-    that was cut and resumed. Under `accelerate launch` or `torchrun` each process holds a share of the images, learns from
-    its part of each batch and evaluates its share; all call this with the same data and settings. The model's weights
-    and the state to go on from are the first process's, which alone writes to its `folder`. Batch-norm in train mode
-    then sees a process's part alone, everything else is as in one process.
+    that was cut and resumed. Under `accelerate launch` or `torchrun` each process holds a share of the images, learns
+    from its part of each batch and evaluates its share; all call this with the same data and settings. The model's
+    weights and the state to go on from are the first process's, which alone writes to its `folder`. Batch-norm in
+    train mode then sees a process's part alone, everything else is as in one process.
 
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
