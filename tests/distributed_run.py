@@ -11,6 +11,7 @@ steps-RANK in FOLDER has a byte for each step.
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,12 +49,20 @@ def batch_norm():
     return nn.BatchNorm2d(8)
 
 
+def with_a_token():
+    """As a transformer has for masked images: nothing that is learnt here needs it."""
+    layer = layer_norm()
+    layer.mask_token = nn.Parameter(torch.ones(8))
+    return layer
+
+
 # Ten steps an epoch and five epochs; 157 images make batches of 15 and 16, which two processes cut into 7, 8 and 8, 8.
 CASES = {
     "full": (layer_norm, torch.float64, {"method": "full"}),
     "bias": (batch_norm, torch.float64, {"method": "bias", "accumulate": 2, "clip": 0.5}),
     "linear": (batch_norm, torch.float64, {"method": "linear", "optimizer": "sgd", "clean_weight": 0.3}),
     "head start": (batch_norm, torch.float64, {"method": "bias", "head_start": 2, "epochs": 3, "average": 0.9}),
+    "unused": (with_a_token, torch.float64, {"method": "full", "accumulate": 2}),
     "float32": (layer_norm, torch.float32, {"method": "full"}),
 }
 
@@ -62,17 +71,41 @@ def train(norm, dtype, changes, **options):
     model = network(norm, dtype)
     settings = {"attack": "fgsm-rs", "epochs": 5, "batch_size": 16, "lr": 1e-2, "augment": True, "eval_every": 2}
     settings |= {"probe": 32, "measure_backbone": False, "progress": False, **changes}
-    records = Trainer(model, 16 / 255, **settings, **options).fit(images(157, 1, dtype), images(33, 2, dtype))
-    return model, records
+    trainer = Trainer(model, 16 / 255, **settings, **options)
+    with judged_images(model) as judged:
+        records = trainer.fit(images(157, 1, dtype), images(33, 2, dtype))
+    return model, records, len(judged)
+
+
+@contextmanager
+def judged_images(model):
+    """A list that gets an entry for each image which the model sees in an evaluation."""
+    judged, before = [], (run.robust_accuracy, run.evaluate)
+
+    def counted(function):
+        def call(*arguments, **options):
+            hook = model.register_forward_pre_hook(lambda module, args: judged.extend([None] * len(args[0])))
+            try:
+                return function(*arguments, **options)
+            finally:
+                hook.remove()
+
+        return call
+
+    run.robust_accuracy, run.evaluate = map(counted, before)
+    try:
+        yield judged
+    finally:
+        run.robust_accuracy, run.evaluate = before
 
 
 def compare(folder):
     for name, case in CASES.items():
-        model, records = train(*case)
-        save(folder, name, {"weights": model.state_dict(), "records": records})
+        model, records, judged = train(*case)
+        save(folder, name, {"weights": model.state_dict(), "records": records, "judged": judged})
     run.Monitor = OneSided
     options = {"folder": folder / "run", "checkpoint_s": 0.0 if RANK == 0 else 1e9}
-    _, records = train(batch_norm, torch.float32, {"method": "full", "on_overfitting": "stop"}, **options)
+    _, records, _ = train(batch_norm, torch.float32, {"method": "full", "on_overfitting": "stop"}, **options)
     save(folder, "disagreement", {"records": records})
 
 

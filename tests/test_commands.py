@@ -168,14 +168,6 @@ def test_the_parts_do_not_depend_on_the_seed_of_the_training(photos, backbone, t
     assert "chosen by seed 4" in capsys.readouterr().out
 
 
-def test_under_several_processes_one_writes_the_result(photos, backbone, tmp_path, monkeypatch):
-    accelerate = pytest.importorskip("accelerate")
-    monkeypatch.setattr(accelerate.PartialState, "is_main_process", False)
-    finetune(photos, backbone, tmp_path / "second", "--epochs", "1")
-    assert not (tmp_path / "second" / "model.safetensors").exists()
-    assert not (tmp_path / "second" / "report.html").exists()
-
-
 def test_a_finished_run_can_be_asked_for_again(photos, backbone, tuned, capsys):
     weights, log = ((tuned / name).read_bytes() for name in ("model.safetensors", "log.jsonl"))
     finetune(photos, backbone, tuned, "--resume")

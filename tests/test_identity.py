@@ -20,6 +20,7 @@ from torch import nn
 from fastadv.attacks import FGSM, PGD, Normalized, by_name
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.identity import differences, fingerprint, untold
+from fastadv.evaluation.identity import told as in_pieces
 from fastadv.training import Trainer
 
 EPS = 8 / 255
@@ -434,3 +435,13 @@ def test_a_large_tensor_is_read_in_pieces_and_known_by_its_values():
     images[-1, -1, -1, -1] += 1
     assert fingerprint({"images": images}) != first
     assert fingerprint({"images": images.reshape(600, -1)}) != fingerprint({"images": images})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("count", [3, 7001])  # more than a MiB too, which is hashed by itself
+def test_images_that_come_in_pieces_are_the_same_as_in_one(dtype, count):
+    images = torch.randint(0, 256, (count, 3, 8, 8)).to(dtype)
+    labels = torch.randint(0, 5, (count,))
+    whole = fingerprint({"data": (images, labels)})
+    assert fingerprint({"data": (in_pieces(dtype, images.shape, images.split(1000)), labels)}) == whole
+    assert fingerprint({"data": (in_pieces(dtype, images.shape, images.flip(0).split(1000)), labels)}) != whole

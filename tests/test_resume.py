@@ -1,5 +1,6 @@
 """A run that is killed, interrupted, or finds the disk full goes on to the same bits; nothing of its state is lost."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from fastadv.training import Trainer, run
-from fastadv.training.checkpoints import Checkpoints
+from fastadv.training.checkpoints import FORMAT, Checkpoints
 
 KILLS = 20
 
@@ -366,6 +367,70 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     groups, facts = Checkpoints(tmp_path, "run").load()
     assert facts == {"seed": 0}
     assert same(groups, 0)
+
+
+def test_what_a_run_did_not_write_stays(tmp_path):
+    files = Checkpoints(tmp_path, "run")
+    own = ["notes.json", "1.json", "model.safetensors", "weights.new", f"{'g' * 64}.safetensors"]
+    for name in own:
+        (tmp_path / name).write_text("mine")
+    for seed in range(5):
+        files.save({"weights": tensors(seed)}, {})
+    assert {name: (tmp_path / name).read_text() for name in own} == dict.fromkeys(own, "mine")
+    assert len(list(tmp_path.iterdir())) == len(own) + 4
+    assert same(Checkpoints(tmp_path, "run").load()[0], 4)
+
+
+def test_a_log_of_another_run_is_kept_under_another_name(tmp_path):
+    (tmp_path / "log.jsonl").write_text("of another run")
+    killed_run.train(tmp_path, resume=False)
+    assert (tmp_path / "log.1.jsonl").read_text() == "of another run"
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["final"]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_no_damaged_one(tmp_path, monkeypatch):
+    """As on a network drive that is away for a while: the newest would be lost for the one before."""
+    files = Checkpoints(tmp_path, "run")
+    for seed in range(2):
+        files.save({"weights": tensors(seed)}, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    read = Path.read_bytes
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        Checkpoints(tmp_path, "run").load()
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert same(Checkpoints(tmp_path, "run").load()[0], 1)
+
+
+@pytest.mark.parametrize("elsewhere", ["above", "absolute", "a link", "a manifest that is a link"])
+def test_a_checkpoint_is_made_of_files_in_its_folder_alone(tmp_path, elsewhere):
+    folder, outside = tmp_path / "state", tmp_path / "outside"
+    Checkpoints(outside, "run").save({"weights": tensors(1)}, {})
+    Checkpoints(folder, "run").save({"weights": tensors(0)}, {})
+    victim, manifest = next(outside.glob("*.safetensors")), folder / "00000002.json"
+    name = {"above": f"../outside/{victim.name}", "absolute": str(victim)}.get(elsewhere, victim.name)
+    body = json.dumps({"format": FORMAT, "run": "run", "files": {"weights": name}, "facts": {}})
+    manifest.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+    if "link" in elsewhere:
+        (folder / victim.name).symlink_to(victim)
+    if elsewhere == "a manifest that is a link":
+        (folder / victim.name).unlink()
+        (folder / victim.name).write_bytes(victim.read_bytes())
+        manifest.rename(outside / manifest.name)
+        manifest.symlink_to(outside / manifest.name)
+    before = {path: path.read_bytes() for path in outside.iterdir()}
+    again = Checkpoints(folder, "run")
+    with pytest.warns(UserWarning, match=r"00000002.json is damaged: it (names .*no file of tensors|is a link)"):
+        groups, _ = again.load()
+    assert same(groups, 0)
+    again.save({"weights": tensors(2)}, {})
+    assert {path: path.read_bytes() for path in outside.iterdir()} == before
+    assert same(Checkpoints(folder, "run").load()[0], 2)
 
 
 def test_nothing_is_pickled(tmp_path):

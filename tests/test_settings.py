@@ -347,7 +347,7 @@ def test_checkpoint_s_is_the_time_between_two_checkpoints(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run.Checkpoints, "save", lambda *a, save=save, saved=saved: saved.append(None) or save(*a))
             trained({"checkpoint_s": seconds, "folder": tmp_path / str(count)})
-        always = 5  # at the beginning and the end of the stage, after each of two epochs, at the end
+        always = 7  # at the beginning and the end of the stage, around the evaluation of each of two epochs, at the end
         assert len(saved) == count + always
 
 

@@ -197,6 +197,20 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_new(weights: Path, resume: bool) -> None:
+    """Refuse to write over the weights of a run that does not go on.
+
+    Raises:
+        FileExistsError: there are some.
+    """
+    if not weights.exists():
+        return
+    if not resume:
+        raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
+    if not (weights.parent / "state").exists():
+        raise FileExistsError(f"{weights} exists, and beside it no state to resume: choose another --out, or move it")
+
+
 def model_source(name: str, trust_code: bool) -> models.Source:
     """`models.source`, where a module:function may lie in the working folder."""
     if trust_code or not name.endswith(".safetensors"):

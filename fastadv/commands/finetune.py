@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from fastadv import data, models
-from fastadv._extras import require
 from fastadv.attacks import PRESETS
 from fastadv.commands.arguments import (
     add_data,
@@ -17,6 +16,7 @@ from fastadv.commands.arguments import (
     adder,
     budget,
     check_folder,
+    check_new,
     eps_budget,
     load_data,
     model_source,
@@ -24,9 +24,12 @@ from fastadv.commands.arguments import (
 )
 from fastadv.commands.speech import is_quiet, say
 from fastadv.data.trained import TrainedOn
+from fastadv.evaluation.samples import Batch
 from fastadv.models.checkpoints import read_facts, trained_on_of
 from fastadv.report import write_report
+from fastadv.team import Team
 from fastadv.training import Trainer
+from fastadv.training.processes import of_first, one_run, processes, team_of
 from fastadv.training.settings import Settings
 from fastadv.version import __version__
 
@@ -66,23 +69,44 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    here = processes()
+    with one_run(arguments.out, team_of(here)):
+        _run(arguments, here.device, team_of(here))
+
+
+def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> None:
     weights = arguments.out / "model.safetensors"
-    if weights.exists() and not arguments.resume:
-        raise FileExistsError(f"{weights} exists; choose another --out, or --resume")
-    check_folder(arguments.out)
-    source = model_source(arguments.model, arguments.trust_code)
-    dataset = load_data(arguments, source.preprocessing, validation=arguments.validation)
+    team.from_first(lambda: check_new(weights, arguments.resume))
+    team.from_first(lambda: check_folder(arguments.out))
+    preprocessing = team.from_first(lambda: model_source(arguments.model, arguments.trust_code).preprocessing)
+    dataset = load_data(arguments, preprocessing, validation=arguments.validation, team=team)
+    model = of_first(team, lambda: build(arguments, dataset))
+    overlap(model, dataset.digests["test"])
+    model.trained_on += (TrainedOn.of(dataset),)
+    records = train(arguments, model, dataset)
+    images, labels = dataset.test
+    test = (images if team.alone else images.whole(device)), labels
+    team.from_first(lambda: _finish(arguments, weights, model, dataset, records, test))
+
+
+def build(arguments: argparse.Namespace, dataset: data.Data) -> models.Model:
     torch.manual_seed(arguments.seed)
-    model = source.build(dataset.classes, dataset.shape)
+    model = model_source(arguments.model).build(dataset.classes, dataset.shape)
     if arguments.init:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
         say(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
         model.trained_on += trained_on_of(read_facts(arguments.init) or {})
-    overlap(model, dataset.digests["test"])
-    model.trained_on += (TrainedOn.of(dataset),)
-    records = train(arguments, model, dataset)
-    if not require("accelerate").PartialState().is_main_process:
-        return
+    return model
+
+
+def _finish(
+    arguments: argparse.Namespace,
+    weights: Path,
+    model: models.Model,
+    dataset: data.Data,
+    records: list[dict],
+    test: Batch,
+) -> None:
     models.save(model, weights)
     final = records[-1]
     _say_result(final, len(dataset.y_test), arguments.eps)

@@ -8,14 +8,16 @@ import torch
 
 from fastadv import data, models
 from fastadv.attacks import by_name
-from fastadv.commands.arguments import add_data, adder, check_folder, class_list, load_data
+from fastadv.commands.arguments import add_data, adder, check_folder, check_new, class_list, load_data
 from fastadv.commands.speech import is_quiet, say
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
 from fastadv.preprocessing import Preprocessing
+from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.passes import Passes
+from fastadv.training.processes import one_run, processes, team_of
 
 FORMAT = 1  # of the card
 EPS = 8 / 255
@@ -49,7 +51,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_folder(arguments.out)
+    team = team_of(processes())
+    with one_run(arguments.out, team):
+        _run(arguments, team)
+
+
+def _run(arguments: argparse.Namespace, team: Team) -> None:
+    team.from_first(lambda: check_new(arguments.out / "robust-resnet.safetensors", arguments.resume))
+    team.from_first(lambda: check_folder(arguments.out))
     dataset = load_data(arguments, None, validation=0)
     torch.manual_seed(arguments.seed)
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)
@@ -67,6 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
         **RECIPE,
     )
     records = trainer.fit(dataset.train)
+    team.from_first(lambda: _finish(arguments, model, dataset, records))
+
+
+def _finish(arguments: argparse.Namespace, model: models.Model, dataset: data.Data, records: list[dict]) -> None:
     model.preprocessing = Preprocessing(dataset.shape[1:], dataset.shape[0])
     model.trained_on = (TrainedOn.of(dataset),)
     weights = arguments.out / "robust-resnet.safetensors"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastadv.data.share import Share
 from fastadv.data.splits import Split
 from fastadv.functional import random_init
 
@@ -12,16 +13,18 @@ from fastadv.functional import random_init
 class Data:
     """Images (N, C, H, W), float32 in [0, 1] or uint8; labels int64 (N,); a name for each class.
 
+    Of a set that several processes load together each holds a `Share` of the images, and all that is not images.
+
     The validation part may have no images. `notes` are for whoever reads the results: what the set did not say
     itself, such as that its test part was split off here. `split` says how the parts that it lacks were made, and
     `digests` holds for each of "train", "val" and "test" eight bytes of each picture's content, int64 (N,).
     """
 
-    x_train: torch.Tensor
+    x_train: torch.Tensor | Share
     y_train: torch.Tensor
-    x_val: torch.Tensor
+    x_val: torch.Tensor | Share
     y_val: torch.Tensor
-    x_test: torch.Tensor
+    x_test: torch.Tensor | Share
     y_test: torch.Tensor
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -29,15 +32,15 @@ class Data:
     digests: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def train(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def train(self) -> tuple[torch.Tensor | Share, torch.Tensor]:
         return self.x_train, self.y_train
 
     @property
-    def val(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def val(self) -> tuple[torch.Tensor | Share, torch.Tensor]:
         return self.x_val, self.y_val
 
     @property
-    def test(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def test(self) -> tuple[torch.Tensor | Share, torch.Tensor]:
         return self.x_test, self.y_test
 
     @property

@@ -15,9 +15,11 @@ from fastadv.data.dataset import Data
 from fastadv.data.decoding import decode
 from fastadv.data.folders import folders
 from fastadv.data.pictures import Picture
-from fastadv.data.source import Part, Source, joined
+from fastadv.data.share import Share, dealt
+from fastadv.data.source import Part, Source, digest, joined
 from fastadv.data.splits import TEST_SHARE, Split, completed
 from fastadv.preprocessing import Preprocessing
+from fastadv.team import Team
 
 
 def load(
@@ -33,6 +35,7 @@ def load(
     skip_corrupt: bool = False,
     workers: int | None = None,
     seed: int = 0,
+    team: Team | None = None,
 ) -> Data:
     """A data set: "digits", "cifar10", an .npz file, parquet files, or a folder of pictures.
 
@@ -66,16 +69,32 @@ def load(
         skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
         workers: threads that decode pictures; None means one for each core that this process may use.
         seed: of the splits.
+        team: processes that load the set together, each from its own disk: all of them call this, each decodes and
+            holds its share of the images (see `Share`), and all fail where one does.
 
     Raises:
         FileNotFoundError: no such data set, file or folder.
         ImportError: the `train` extra is not installed.
         ValueError: the content is not as above, a class is missing, pictures cannot be read or have different sizes
-            without a preprocessing, or there is too little memory.
+            without a preprocessing, there is too little memory, or the processes have different pictures.
     """
-    split = Split(seed, test, validation)
+    team, split = team or Team(), Split(seed, test, validation)
     columns = parquet.Columns(image_column, label_column)
-    source = find(name_or_path, folder, columns, codes=preprocessing is not None)
+    given, names, parts, notes = team.by_all(
+        lambda: _chosen(find(name_or_path, folder, columns, codes=preprocessing is not None), classes, split)
+    )
+    _check_agreed(team, names, parts)
+    parts = _decoded(parts, preprocessing, skip_corrupt, workers, names, given, team)
+    tensors = {f"x_{name}": part.images for name, part in parts.items()}
+    tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
+    digests = {name: part.digests for name, part in parts.items()}
+    return Data(**tensors, classes=names, notes=notes, split=split, digests=digests)
+
+
+def _chosen(
+    source: Source, classes: Sequence[int | str] | None, split: Split
+) -> tuple[Collection[str], tuple[str, ...], dict[str, Part], tuple[str, ...]]:
+    """(the parts that the set brings, the names of the classes, the parts of these, notes), nothing decoded yet."""
     names = source.classes
     chosen = list(range(len(names))) if classes is None else labels_of(classes, names)
     parts, notes = completed(source, split, chosen)
@@ -83,11 +102,22 @@ def load(
         parts = {name: selected(part, chosen) for name, part in parts.items()}
         names = tuple(names[label] for label in chosen)
         _check_present(parts, names)
-    parts = _decoded(parts, preprocessing, skip_corrupt, workers, names, given=source.parts.keys())
-    tensors = {f"x_{name}": part.images.contiguous() for name, part in parts.items()}
-    tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
-    digests = {name: part.digests for name, part in parts.items()}
-    return Data(**tensors, classes=names, notes=notes, split=split, digests=digests)
+    return tuple(source.parts), names, parts, notes
+
+
+def _check_agreed(team: Team, names: tuple[str, ...], parts: dict[str, Part]) -> None:
+    """Refuse processes with different pictures: what one of them trains on would be another's test."""
+    mine = {"classes": names}
+    for name, part in parts.items():
+        mine[f"{name} pictures"] = (len(part.labels), digest(torch.stack((part.labels, part.digests)).numpy()))
+    for rank, there in enumerate(everyone := team.gathered(mine)):
+        other = [what for what in mine if there[what] != everyone[0][what]]
+        if other:
+            raise ValueError(
+                f"process {rank} has other {other[0]} than process 0: {there[other[0]]!s:.100}, not "
+                f"{everyone[0][other[0]]!s:.100} (of pictures their number and a digest). All processes of a run need "
+                "the same data"
+            )
 
 
 def find(
@@ -137,19 +167,35 @@ def _decoded(
     workers: int | None,
     names: tuple[str, ...],
     given: Collection[str],
+    team: Team,
 ) -> dict[str, Part]:
-    """The parts with their images as tensors; those `given` must have every class still."""
+    """The parts with their images as tensors, or this process's share of them; those `given` must have every class
+    still."""
     parts = {name: as_pictures(part, preprocessing) for name, part in parts.items()}
     if isinstance(parts["train"].images, torch.Tensor):
-        return parts
+        return {name: replace(part, images=_divided(part.images.contiguous(), team)) for name, part in parts.items()}
     whole = joined(list(parts.values()))
-    images, readable = decode(whole.images, preprocessing, skip_corrupt, workers)
-    masks = readable.split([len(part.labels) for part in parts.values()])
-    pieces = images.split([int(mask.sum()) for mask in masks])
-    decoded = {
-        name: Part(piece, part.labels[mask], part.digests[mask])
-        for (name, part), piece, mask in zip(parts.items(), pieces, masks, strict=True)
-    }
+    if len(whole.images) < team.size:
+        team = Team()
+    owners = dealt(len(whole.images), team)
+    rows = (owners == team.rank).nonzero()[:, 0]
+    images, readable = team.by_all(
+        lambda: decode([whole.images[i] for i in rows.tolist()], preprocessing, skip_corrupt, workers)
+    )
+    shapes = team.gathered(tuple(images.shape[1:]))
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"the pictures have different sizes ({' and '.join(map(str, sorted(set(shapes))))}): choose a model with "
+            "an input size, or give a size"
+        )
+    kept = torch.ones(len(owners), dtype=torch.bool)
+    kept[[i for lost in team.gathered(rows[~readable].tolist()) for i in lost]] = False
+    sizes = [len(part.labels) for part in parts.values()]
+    decoded = {}
+    for (name, part), mask, owner in zip(parts.items(), kept.split(sizes), owners.split(sizes), strict=True):
+        piece, images = images.tensor_split([int((mask & (owner == team.rank)).sum())])
+        piece = piece if team.alone else Share(piece, owner[mask], team)
+        decoded[name] = Part(piece, part.labels[mask], part.digests[mask])
     for name, part in decoded.items():
         for label in set(parts[name].labels.tolist()) - set(part.labels.tolist()):
             lost = f"none of the {name} pictures of the class {names[label]!r} can be read"
@@ -157,6 +203,10 @@ def _decoded(
                 raise ValueError(f"{lost}: add some")
             warnings.warn(f"{lost}: it has none in the part that was split off", stacklevel=3)
     return decoded
+
+
+def _divided(images: torch.Tensor, team: Team) -> torch.Tensor | Share:
+    return images if team.alone else Share.of(images, team)
 
 
 def as_pictures(part: Part, preprocessing: Preprocessing | None) -> Part:

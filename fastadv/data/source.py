@@ -11,16 +11,17 @@ import numpy as np
 import torch
 
 from fastadv.data.pictures import CorruptPictureError, Picture
+from fastadv.data.share import Share
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images as a tensor (N, C, H, W) or as encoded pictures, and labels int64 (N,).
+    """Images as a tensor (N, C, H, W), a `Share` of one or encoded pictures, and labels int64 (N,).
 
     `digests` are of what each picture contains, int64 (N,): equal pictures have equal ones, whatever their names.
     """
 
-    images: torch.Tensor | list[Picture]
+    images: torch.Tensor | list[Picture] | Share
     labels: torch.Tensor
     digests: torch.Tensor | None = None
 
@@ -66,10 +67,10 @@ def digests(images: torch.Tensor | list[Picture]) -> torch.Tensor:
     A picture without content, which no part will hold in the end, is known by its name.
     """
     if isinstance(images, torch.Tensor):
-        hashed = map(_digest, images.contiguous().numpy())
+        hashed = map(digest, images.contiguous().numpy())
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
     with ThreadPoolExecutor() as pool:
-        hashed = pool.map(lambda picture: _digest(_content(picture)), images)
+        hashed = pool.map(lambda picture: digest(_content(picture)), images)
         return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
 
 
@@ -80,5 +81,6 @@ def _content(picture: Picture) -> bytes | np.ndarray:
         return os.fsencode(os.path.join(*Path(picture.name).parts[-3:]))
 
 
-def _digest(content: bytes | np.ndarray) -> int:
+def digest(content: bytes | np.ndarray) -> int:
+    """Eight bytes of a content, as a number of 64 bits."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)

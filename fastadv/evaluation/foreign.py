@@ -1,6 +1,7 @@
 """What an attack of another library gets and returns: a seed for its batch, and a look before it is judged."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,13 @@ class Reach:
             self.l2 = max(self.l2, float(distance.norm(dim=1).max()))
             self.low, self.high = min(self.low, float(adv.min())), max(self.high, float(adv.max()))
         return finite
+
+    @classmethod
+    def of(cls, parts: Sequence["Reach"]) -> "Reach":
+        """Of all batches together, some of which each of `parts` saw."""
+        most = {name: max(getattr(part, name) for part in parts) for name in ("linf", "l2", "high", "ulp")}
+        nonfinite = sum(part.nonfinite for part in parts)
+        return cls(**most, low=min(part.low for part in parts), nonfinite=nonfinite)
 
     @property
     def slack(self) -> float:

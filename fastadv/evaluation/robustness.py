@@ -5,7 +5,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from numbers import Integral
@@ -23,6 +23,7 @@ from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen, on
 from fastadv.attacks.verdicts import NONE, is_label, verdict
 from fastadv.data import to_float
+from fastadv.data.share import Share
 from fastadv.evaluation import suspicions
 from fastadv.evaluation.alone import alone
 from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by, in_turn
@@ -37,6 +38,7 @@ from fastadv.evaluation.samples import Batch, gathered
 from fastadv.evaluation.saved import StateFile
 from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds
+from fastadv.locks import held
 from fastadv.version import __version__
 
 ITERATES = ("any", "last")
@@ -89,7 +91,8 @@ def evaluate(
         model: any callable from images to logits (N, C), as in `Attack`.
         data: a pair (images, labels) of tensors or NumPy arrays, or a loader or Dataset of such pairs, or of dicts;
             images (N, ...) in [0, 1] or uint8, labels int64 (N,), or 0 or 1 (N, C). What is attacked is moved to the
-            device; uint8 stays uint8 there.
+            device; uint8 stays uint8 there. With a `Share` of images and all labels each process of its team attacks
+            its own images, and all get the report on the whole.
         attacks: one or several: names (keys of PRESETS, or of ENSEMBLES for several that follow each other), each at
             every eps; objects of fastadv, `AutoAttack` too; or callables from (images, labels) to images (a tensor, a
             NumPy array, or a pair that begins with one), such as those of torchattacks or the `run_standard_evaluation`
@@ -144,6 +147,7 @@ def evaluate(
         rounding, its robust accuracy is null, it counts for no budget, and a warning says how far it went.
 
     Raises:
+        InUseError: another process has the `state`; an OSError.
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
             hold something that cannot be told from another one, such as an open file.
         ValueError: there are no images; an option, a shape or a label is wrong; or `state` belongs to another run.
@@ -165,7 +169,12 @@ def evaluate(
     passes = {"autocast": autocast, "memory_format": memory_format}
     against = opponents(model, attacks, eps, **passes)
     images, labels = gathered(data, model, device, normalization)
-    settings = {"iterate": iterate, "ensemble": ensemble, "slots": min(slots, len(images)), "seed": seed}
+    most = images.most if isinstance(images, Share) else len(images)
+    if isinstance(images, Share) and not images.alone and (state, save_images, normalization) != (None, None, None):
+        raise ValueError(
+            "images that several processes share are evaluated without state, save_images and normalization"
+        )
+    settings = {"iterate": iterate, "ensemble": ensemble, "slots": min(slots, most), "seed": seed}
     settings["save_images"] = save_images is not None
     settings |= {name: str(value) for name, value in passes.items() if value is not None}
 
@@ -209,11 +218,13 @@ def judged(
         gallery: gets an opponent's number and the opponent.
         told: gets the attacks that have ended, before the first one and after each.
     """
-    check_they_take(against, images, labels)
+    share = images if isinstance(images, Share) else Share(images)
+    check_they_take(against, share.mine, labels)
     settings = {**settings, "attacks": [each.facts() for each in against]}
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
-    with torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
-        run = Run(model, images, labels, against, settings, pool, autocast, memory_format)
+    kept = nullcontext() if state is None else held(state, f"the state {state} of an evaluation")
+    with kept, torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
+        run = Run(model, share, labels, against, settings, pool, autocast, memory_format)
         trials = [run.trial(opponent, gallery(number, opponent)) for number, opponent in enumerate(against)]
         if file is not None:
             _load(file, trials)
@@ -231,7 +242,7 @@ def judged(
     report |= {
         "settings": {
             **settings,
-            "images": list(images.shape),
+            "images": list(share.shape),
             "dtype": str(images.dtype),
             "device": str(labels.device),
         },
@@ -243,8 +254,8 @@ def judged(
 class Run:
     """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
 
-    def __init__(self, model, images, labels, against, settings, pool, autocast, memory_format):
-        self.images, self.labels, self.pool, self._layout = images, labels, pool, memory_format
+    def __init__(self, model, share, labels, against, settings, pool, autocast, memory_format):
+        self.share, self.labels, self.pool, self._layout = share, labels, pool, memory_format
         self.last, self.slots, self.seed = settings["iterate"] == "last", settings["slots"], settings["seed"]
         self.notes: list[str] = []
         attacks = [opponent.attack for opponent in against if opponent.ours]
@@ -253,12 +264,19 @@ class Run:
         self._objective = Objective(model, "bce" if signs else "ce", eot=draws, autocast=autocast)
         if labels.ndim == 1:
             self._objective.check_classes(highest(labels))
-        self.clean = self.logits(images)
+        self.clean = share.joined(self.logits(share.mine) if len(share) else None, labels.device)
         said = verdict(self.clean, labels)
         self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
-        self._first = torch.arange(self.slots, device=labels.device)
-        first = self._seen_by_model(self._staged(self._first))
-        self._warn(suspicions.of_outputs(self._objective.logits, first, draws, autocast))
+        self._warn_of_outputs(draws, autocast)
+
+    def _warn_of_outputs(self, draws: int, autocast: torch.dtype | None) -> None:
+        first = self.share.rows[: self.slots].to(self.labels.device)
+        found = ()
+        if len(first):
+            seen = self._seen_by_model(self._staged(first))
+            found = suspicions.of_outputs(self._objective.logits, seen, draws, autocast)
+        told = [note for notes in self.share.team.gathered(list(found)) for note in notes]
+        self._warn(dict.fromkeys(told))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Of all images, in batches of one shape."""
@@ -273,8 +291,8 @@ class Run:
         return images if self._layout is None else images.contiguous(memory_format=self._layout)
 
     def _staged(self, rows):
-        """The images `rows`, on the device."""
-        return self.images[rows.to(self.images.device)].to(self.labels.device)
+        """The images `rows`, which are this process's, on the device."""
+        return self.share.take(rows).to(self.labels.device)
 
     def _filled(self, rows):
         """`rows` filled up to a full batch: the model sees one shape."""
@@ -302,8 +320,29 @@ class Run:
 
     def attack(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
         """Finish `trial`; what is known is saved every few seconds and at the end."""
-        while trial.is_open(len(self.images)):
-            self._run(trial, save, progress)
+        while trial.is_open(len(self.labels)):
+            with self._my_part(trial):
+                self._run(trial, save, progress)
+
+    @contextmanager
+    def _my_part(self, trial: Trial) -> Iterator[None]:
+        """Inside, this process's samples alone are to be attacked; then all know the verdicts on all."""
+        share, verdicts, todo = self.share, trial.verdicts, trial.verdicts.todo
+        if share.alone:
+            yield
+            return
+        before = torch.tensor([getattr(verdicts, name) for name in Verdicts.COUNTS], device=todo.device)
+        verdicts.todo = torch.zeros_like(todo)
+        verdicts.todo[share.rows.to(todo.device)] = todo[share.rows.to(todo.device)]
+        yield
+        verdicts.todo = todo
+        for name in KEPT:
+            setattr(verdicts, name, share.merged(getattr(verdicts, name)))
+        counts = torch.tensor([getattr(verdicts, name) for name in Verdicts.COUNTS], device=todo.device)
+        for name, count in zip(Verdicts.COUNTS, (before + share.team.summed(counts - before)).tolist(), strict=True):
+            setattr(verdicts, name, count)
+        if trial.reach is not None:
+            trial.reach = Reach.of(share.team.gathered(trial.reach))
 
     def _run(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
         opponent, earlier = trial.opponent, trial.seconds
@@ -345,7 +384,7 @@ class Run:
         """What its loss compares with, for all samples."""
         if not attack.needs_clean:
             return self.labels
-        numbers = torch.arange(len(self.images), device=self.labels.device)
+        numbers = torch.arange(len(self.labels), device=self.labels.device)
         return attack.targets(self.clean, self.labels, sample_seeds(self.seed, numbers, restart=2**32 - 1))
 
     def _zero_gradients(self, attack: Attack) -> tuple[int, int]:
@@ -355,7 +394,7 @@ class Run:
         """
         zero = looked = 0
         targets = self._targets(attack)
-        first = self.correct.nonzero()[:PROBED, 0]
+        first = self.share.here(self.correct.nonzero()[:PROBED, 0])
         for part in first.split(self.slots) if len(first) else ():
             rows = self._filled(part)
             x = self._staged(rows)
@@ -370,7 +409,7 @@ class Run:
             counts = counts[: len(part)]
             looked += int(counts.sum())
             zero += int((counts & ~grad[: len(part)].flatten(1).any(1)).sum())
-        return zero, looked
+        return tuple(self.share.team.summed(torch.tensor([zero, looked], device=self.labels.device)).tolist())
 
     def _batches(self, trial) -> Iterator[tuple[int, int]]:
         """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
@@ -402,11 +441,11 @@ class Run:
 
     def ask_square(self, trial: Trial, save: Callable[[], None]) -> None:
         """After PMA: which of the survivors does the Square attack fool? That counts, too."""
-        square = square_of(trial, self.images.shape)
+        square = square_of(trial, self.share.shape)
         if square is None or self.labels.ndim > 1 or trial.by_square is not None:
             return
         survivors = self._robust(trial)
-        rows = most_likely(survivors, self.clean)
+        rows = self.share.here(most_likely(survivors, self.clean))
         verdicts = Verdicts(survivors[rows], 1)
         if len(rows):
             labels = self.labels[rows]
@@ -414,12 +453,13 @@ class Run:
             options["classes"] = self.clean.shape[1]
             for _ in Queue(square, self._staged(rows), labels, labels, verdicts, **options).run():
                 pass
-        trial.by_square = torch.zeros_like(survivors).index_put((rows,), verdicts.fooled)
+        found = torch.zeros_like(self.labels).index_put((rows,), verdicts.fooled.long())
+        trial.by_square = self.share.team.summed(found) > 0
         save()
 
     def masking(self, order: Sequence[Trial]) -> Iterator[tuple[Trial, Masking]]:
         """What was found after each PMA."""
-        n = len(self.images)
+        n = len(self.labels)
         for i, trial in enumerate(order):
             if trial.by_square is None:
                 continue
@@ -430,7 +470,7 @@ class Run:
             yield trial, Masking(n, asked, fell, fooled, chance, zero)
 
     def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> dict:
-        n = len(self.images)
+        n = len(self.labels)
         for trial in trials:
             by_gradient = trial.opponent.ours and trial.opponent.attack.by_gradient
             trial.zeros = self._zero_gradients(trial.opponent.attack) if by_gradient else None
@@ -481,7 +521,7 @@ class Run:
 
     def _result(self, trial) -> dict:
         opponent, verdicts, reach = trial.opponent, trial.verdicts, trial.reach
-        n, fooled = len(self.images), verdicts.fooled.tolist()
+        n, fooled = len(self.labels), verdicts.fooled.tolist()
         first = {
             name: [v if f and opponent.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
             for name, values in (("restart", verdicts.restart), ("step", verdicts.step))

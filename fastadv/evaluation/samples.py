@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.normalized import denormalized
 from fastadv.attacks.state import as_normal
+from fastadv.data.share import Share
 from fastadv.functional import Normalization
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor | Share, torch.Tensor]
 
 BATCH = 256  # samples of a Dataset at a time
 IMAGES = ("images", "image", "pixel_values", "img")  # keys of batches that are dicts
@@ -31,13 +32,15 @@ def gathered(
 ) -> Batch:
     """All images of a pair or of batches, where they are, and all labels, on `device`; None means the model's.
 
-    Images are (N, ...), floats in [0, 1] or uint8; floats that rounding put up to 1e-6 beyond the box are put back.
-    Those that `normalization` was applied to are made pixels again.
+    Images are (N, ...), floats in [0, 1] or uint8; a `Share` of such stays one. Floats that rounding put up to 1e-6
+    beyond the box are put back. Those that `normalization` was applied to are made pixels again.
 
     Raises:
         TypeError: `data` is something else; images are neither floats nor uint8, or labels are not int64.
         ValueError: there are none, their shapes or values cannot be, or `device` is not the model's.
     """
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Share):
+        return _of_share(*data, model, device)
     batches = [_pair(batch, model) for batch in _batches(data)]
     if not sum(labels.numel() for _, labels in batches):
         raise ValueError("there are no images to evaluate")
@@ -47,6 +50,15 @@ def gathered(
     labels = labels.to(device or device_of(model) or images.device)
     check_device(labels.device, model)
     return images, labels
+
+
+def _of_share(share: Share, labels: torch.Tensor, model: Callable, device: torch.device | str | None) -> Batch:
+    mine = _in_the_box(as_normal(share.mine))
+    if len(mine):
+        check_samples(mine, labels[share.rows])
+    labels = labels.to(device or device_of(model) or share.mine.device)
+    check_device(labels.device, model)
+    return (share if mine is share.mine else Share(mine, share.owners, share.team)), labels
 
 
 def _batches(data) -> Iterable:

@@ -16,6 +16,8 @@ from fastadv.functional import sample_seeds
 from fastadv.models import find_head
 from fastadv.training.passes import Passes
 
+BATCH = 128
+FIT, JUDGE = 1000, 256  # images at most
 RIDGE = 1.0  # times the features' mean variance: less, and the head leans on small features that any attack moves
 REFITS = 2  # on clean images alone a head finds what is not robust in a robust backbone too
 NEAR_NOTHING = 0.2  # of the clean accuracy
@@ -30,8 +32,8 @@ def backbone_robustness(
     head: str | None = None,
     steps: int = 10,
     seed: int = 0,
-    fit: int = 1000,
-    judge: int = 256,
+    fit: int = FIT,
+    judge: int = JUDGE,
     part: int = 128,
     autocast: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,

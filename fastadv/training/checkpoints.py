@@ -17,11 +17,15 @@ from fastadv.training.finite import nonfinite_groups
 FORMAT = 2
 KEPT = 2
 
+# The names of what is written here; nothing else is read, replaced or removed.
+_MANIFEST = re.compile(r"\d{8,}\.json")
+_TENSORS = re.compile(r"[0-9a-f]{64}\.safetensors")
+
 Groups = dict[str, dict[str, torch.Tensor]]
 
 
 class Checkpoints:
-    """Groups of tensors and JSON facts; the last two are kept, nothing is pickled.
+    """Groups of tensors and JSON facts; the last two with different weights are kept, nothing is pickled.
 
     Tensors lie in safetensors files that are named by their hash, so that weights which are the newest, the best and
     the last good ones at once are written once. A checkpoint is a JSON file that names them; it comes last and by a
@@ -40,6 +44,7 @@ class Checkpoints:
         self.folder, self.run, self.defaults, self.masks = Path(folder), run, defaults or {}, masks
         self._number = 0
         self._files: dict[str, str] = {}
+        self._damaged: set[str] = set()  # names of files; they go when there is a newer checkpoint
 
     def exist(self) -> bool:
         return bool(self._manifests())
@@ -61,11 +66,13 @@ class Checkpoints:
         """Groups and facts of the newest checkpoint that is whole and finite; None where there is no checkpoint.
 
         Raises:
+            OSError: one cannot be read, which says nothing of its content.
             ValueError: they are of another run or format, or none of them is whole.
         """
         safetensors = require("safetensors")
         damaged: dict[Path, str] = {}
         for manifest in reversed(self._manifests()):
+            self._number = max(self._number, int(manifest.stem))
             try:
                 body = self._checked(manifest)
                 groups = {name: self._read(file) for name, file in body["files"].items()}
@@ -73,35 +80,35 @@ class Checkpoints:
                     raise ValueError(f"numbers in {', '.join(found[:3])} are not finite")
             except (OtherRunError, FormatError):
                 raise
-            except (OSError, ValueError, safetensors.SafetensorError) as error:
+            except (FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
                 damaged[manifest] = f"{manifest} is damaged: {error}"
                 continue
             if damaged:
                 warnings.warn(f"{'; '.join(damaged.values())}. Going on from the one before", stacklevel=2)
-                for path in damaged:
-                    path.unlink(missing_ok=True)  # each process of a run does
-            self._number, self._files = int(manifest.stem), body["files"]
+            self._files = body["files"]
+            self._damaged |= {path.name for path in damaged}
             return groups, body["facts"]
         if damaged:
             raise ValueError(f"no checkpoint can be loaded: {'; '.join(damaged.values())}. To begin again, remove it")
         return None
 
     def _manifests(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("*.json") if path.stem.isdigit())
+        return sorted(path for path in self.folder.glob("*.json") if _MANIFEST.fullmatch(path.name))
 
     def _write(self, tensors: Mapping[str, torch.Tensor]) -> str:
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         content = require("safetensors.torch").save(tensors)
         path = self.folder / f"{_hash(content)}.safetensors"
-        if not path.exists():
+        if path.name in self._damaged or path.is_symlink() or not path.exists():
             write_atomically(path, content)
+            self._damaged.discard(path.name)
         return path.name
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
         path = self.folder / name
         content = path.read_bytes()
         if _hash(content) != path.stem:
-            path.unlink(missing_ok=True)  # or equal tensors would not be written again
+            self._damaged.add(name)
             raise ValueError(f"{name} has other content than was written")
         return require("safetensors.torch").load(content)
 
@@ -109,12 +116,15 @@ class Checkpoints:
         digest, _, body = manifest.read_text().rstrip("\n").partition("\n")
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
+        if manifest.is_symlink():
+            raise ValueError("it is a link to another place")
         facts = json.loads(body)
         if not isinstance(facts, dict) or "format" not in facts:
             raise ValueError("it is no manifest")
         files = facts.get("files")  # named so in every format
         for name in files.values() if isinstance(files, dict) else [files]:
-            if not re.fullmatch(r"[0-9a-f]{64}\.safetensors", str(name)):  # it would be read, and perhaps removed
+            # Others would be read, and perhaps removed.
+            if not _TENSORS.fullmatch(str(name)) or (self.folder / str(name)).is_symlink():
                 raise ValueError(f"it names {name!r}, which is no file of a state")
         check_format(f"the state in {self.folder}", facts["format"], FORMAT)
         if facts["run"] != self.run:
@@ -138,14 +148,20 @@ class Checkpoints:
             )
 
     def _clean(self) -> None:
-        """Remove what no kept checkpoint names, half-written files included."""
-        manifests = self._manifests()
-        kept = set()
-        for manifest in manifests[-KEPT:]:
-            kept |= {manifest.name, *json.loads(manifest.read_text().partition("\n")[2])["files"].values()}
+        """Remove what no kept checkpoint names, half-written files included, of what has a name of this class."""
+        kept, weights = set(), set()
+        for manifest in reversed(self._manifests()):
+            if manifest.name in self._damaged or len(weights) == KEPT:
+                continue
+            files = json.loads(manifest.read_text().partition("\n")[2])["files"]
+            if files.get("weights") not in weights:
+                weights.add(files.get("weights"))
+                kept |= {manifest.name, *files.values()}
         for path in self.folder.iterdir():
-            if path.name not in kept and path.name.endswith((".json", ".safetensors", ".new")):
+            name = path.name.removesuffix(".new")
+            if path.name not in kept and (_MANIFEST.fullmatch(name) or _TENSORS.fullmatch(name)):
                 path.unlink()
+        self._damaged = set()
 
 
 class OtherRunError(ValueError):

@@ -4,22 +4,100 @@ Without an `Accelerator`, all of which share one state: it would change the call
 accumulation, and would keep a later one from choosing another precision.
 """
 
+import atexit
 import os
-from typing import TYPE_CHECKING
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import distributed
 
 from fastadv._extras import require
+from fastadv.locks import held
+from fastadv.team import Team
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+Made = TypeVar("Made")
+
+# What accelerate can do and a run does not: (its variable, its DistributedType, its name).
+SHARDED = (
+    ("ACCELERATE_USE_FSDP", "FSDP", "FSDP"),
+    ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED", "DeepSpeed"),
+    ("ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM", "Megatron-LM"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", None, "accelerate's parallelism_config"),
+)
+
 
 def processes() -> "PartialState":
-    """This process and the others of its run."""
+    """This process and the others of its run.
+
+    Raises:
+        ValueError: accelerate is set to something that a run would not heed: FSDP, DeepSpeed, Megatron-LM, a
+            parallelism_config, a dynamo backend, or gradient accumulation.
+    """
+    _check_settings()
     # Told to choose for itself, accelerate takes processes without an accelerator for as many separate runs.
     asked = require("accelerate.utils").parse_flag_from_env("ACCELERATE_USE_CPU")
-    return require("accelerate").PartialState(cpu=asked or not torch.accelerator.is_available())
+    here = require("accelerate").PartialState(cpu=asked or not torch.accelerator.is_available())
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return here
+    atexit.unregister(_end)  # it is to run once, before what was registered earlier
+    atexit.register(_end)
+    if here.num_processes < distributed.get_world_size():
+        warnings.warn(
+            f"there is a process group of {distributed.get_world_size()}, and this process trains alone: accelerate "
+            "knows of it by the variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun and "
+            "accelerate launch set",
+            stacklevel=3,
+        )
+    return here
+
+
+def team_of(here: "PartialState") -> Team:
+    """The processes of the run, as those that tell each other something."""
+    return Team(here.process_index, here.num_processes)
+
+
+@contextmanager
+def one_run(folder: Path, team: Team) -> Iterator[None]:
+    """Keep other runs out of the first process's `folder`, until the end, to which all processes wait for each other.
+
+    Raises:
+        InUseError: there is one, in all processes.
+    """
+    with ExitStack() as stack:
+        lock = held(folder / "run", f"the run in {folder}")
+        team.from_first(lambda: stack.enter_context(lock))
+        yield
+        team.wait()
+
+
+def of_first(team: Team, make: Callable[[], Made]) -> Made:
+    """What the first process makes, for all: the files that it takes need not be on the disks of the others.
+
+    What cannot be pickled, such as a model of classes inside a function, each makes for itself.
+    """
+    made = None
+
+    def sent() -> bytes | None:
+        nonlocal made
+        made = make()
+        try:
+            return None if team.alone else pickle.dumps(made)
+        except Exception:  # whatever a class has to say to it
+            return None
+
+    content = team.from_first(sent)
+    if content is None:
+        return team.by_all(lambda: make() if made is None else made)
+    return made if made is not None else pickle.loads(content)
 
 
 def precision() -> str:
@@ -28,3 +106,36 @@ def precision() -> str:
     if state.is_initialized():
         return state.AcceleratorState().mixed_precision
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def _check_settings() -> None:
+    is_set = require("accelerate.utils").parse_flag_from_env
+    kind = require("accelerate.state").PartialState._shared_state.get("distributed_type")
+    for variable, called, name in SHARDED:
+        if is_set(variable) or (called and getattr(kind, "value", None) == called):
+            raise ValueError(
+                f"accelerate is set to {name} ({variable}), and fastadv trains with a whole model in each process: "
+                "take a configuration without it, such as accelerate launch --multi_gpu, or torchrun"
+            )
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() != "no":
+        raise ValueError(
+            f"accelerate is set to the dynamo backend {dynamo.lower()} (ACCELERATE_DYNAMO_BACKEND), which fastadv does "
+            "not read: take it out, and ask for compile (--compile)"
+        )
+    parts = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if parts not in ("1", "auto"):
+        raise ValueError(
+            f"accelerate is set to {parts} steps of gradient accumulation (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), "
+            "which fastadv does not read: take it out, and ask for accumulate (--accumulate), parts of a batch"
+        )
+
+
+def _end() -> None:
+    """End the process group with the process: left to the interpreter's end, its threads abort a finished run.
+
+    Where all went well they have waited for each other before; where this one failed, NCCL would wait for the others.
+    """
+    failed = hasattr(sys, "last_value")
+    if distributed.is_initialized() and not (failed and "nccl" in distributed.get_backend()):
+        distributed.destroy_process_group()

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +21,16 @@ from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples, highest
 from fastadv.data import to_float
+from fastadv.data.share import Share
 from fastadv.evaluation.confusion import confusions
-from fastadv.evaluation.identity import fingerprint, untold
+from fastadv.evaluation.identity import differences, fingerprint, told, untold
 from fastadv.evaluation.robustness import Batch, evaluate, robust_accuracy, seeded
 from fastadv.evaluation.samples import as_tensors
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
 from fastadv.training.average import Average
-from fastadv.training.backbone import backbone_robustness
+from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
@@ -37,7 +39,8 @@ from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
 from fastadv.training.passes import Passes
-from fastadv.training.processes import precision, processes
+from fastadv.training.processes import one_run, precision, processes, team_of
+from fastadv.training.replicas import replicated, share_weights
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
 from fastadv.training.step import Step
@@ -53,6 +56,7 @@ AUGMENTING = 2**31  # and the epoch
 ORDERING = 2**32 - 1
 FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; of epochs see `_check_epochs`
 LOG_FORMAT = 1  # in the last line of log.jsonl
+MEASURED = 2**31 + 1  # the epoch whose order chooses the images on which the backbone is measured
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
 
@@ -101,14 +105,16 @@ class Run:
     def __init__(self, trainer: "Trainer", train: Batch, val: Batch | None, test: Batch | None):
         self.trainer, self.settings = trainer, trainer.settings
         self.here = processes()
-        alone = self.here.num_processes == 1
+        self.team = team_of(self.here)
+        alone = self.team.alone
         self.device = torch.device(trainer.device if alone and trainer.device is not None else self.here.device)
-        self.images, self.labels = _pair("train", train, trainer.model)
-        self.val = self._held_out("val", val)
-        self.test = self._held_out("test", test) or self.val
-        self.steps = math.ceil(len(self.images) / self.settings.batch_size)
+        if trainer.device is not None and trainer.device.type != self.device.type:
+            raise ValueError(
+                f"several processes train where accelerate puts them, on {self.device.type}, and device is "
+                f"{trainer.device}: leave it out, or set ACCELERATE_USE_CPU=true for the CPU"
+            )
         self.precision = self.settings.precision or precision()
-        self.highest = self._check()
+        self.team.by_all(lambda: self._take(train, val, test))
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         self.model = trainer.model.to(device=self.device, memory_format=layout)
         self.layout = torch.channels_last if self.settings.channels_last else None
@@ -123,11 +129,55 @@ class Run:
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
+        self.moved = True  # whether the weights are others than on the disk
+        share_weights(self.model, self.team)
+        self._divide()
+
+    def _take(self, train: Batch, val: Batch | None, test: Batch | None) -> None:
+        self.images, self.labels = _pair("train", train, self.trainer.model)
+        self.val = self._held_out("val", val)
+        self.test = self._held_out("test", test) or self.val
+        self.steps = math.ceil(len(self.labels) / self.settings.batch_size)
+        self.highest = self._check()
+
+    def _divide(self) -> None:
+        """Keep of all images this process's share, when it is known that all have the same ones."""
+        parts = ((self.images, self.labels), self.val, self.test)
+        self.data = dict(zip(("training data", "validation data", "test data"), map(self._told, parts), strict=True))
+        if not self.team.alone:
+            same = {name: value for name, value in asdict(self.settings).items() if name != "checkpoint_s"}
+            all_of_them = self.team.gathered(fingerprint({"eps": self.trainer.eps, **same, **self.data}))
+            for rank, there in enumerate(all_of_them):
+                if there != all_of_them[0]:
+                    raise ValueError(
+                        f"process {rank} differs from process 0 in {differences(all_of_them[0], there)}: all processes "
+                        "of a run need the same"
+                    )
+        same = self.test is self.val
+        if not isinstance(self.images, Share):
+            self.images = Share.of(self.images, self.team)
+        self.val = self._shared(self.val)
+        self.test = self.val if same else self._shared(self.test)
+
+    def _told(self, part: Batch | None) -> object:
+        """What says of a part that it is the same: it is read where a fingerprint needs it."""
+        if part is None or (self.team.alone and self.trainer.folder is None):
+            return None
+        images, labels = part
+        if not isinstance(images, Share):
+            return told(images.dtype, images.shape, [images]), labels
+        hashed = told(images.dtype, images.shape, images.chunks(self.device))
+        return self.team.from_first(lambda: hashed), labels
+
+    def _shared(self, part: Batch | None) -> Batch | None:
+        if part is None or self.team.alone or isinstance(part[0], Share):
+            return part
+        return Share.of(part[0], self.team), part[1]
 
     def _held_out(self, name: str, data: object) -> Batch | None:
         """None where there are no images."""
         pair = None if data is None else _pair(name, data, self.trainer.model)
-        return pair if pair is not None and len(pair[0]) else None
+        return pair if pair is not None and len(pair[1]) else None
 
     def _check(self) -> int:
         """Refuse what cannot be; the highest label."""
@@ -140,7 +190,10 @@ class Run:
             raise ValueError("there are no images to train on")
         parts = [part for part in ((self.images, self.labels), self.val, self.test) if part is not None]
         for images, labels in parts:
-            check_samples(images, labels)
+            if isinstance(images, Share):
+                images, labels = images.mine, labels[images.rows]
+            if len(labels):
+                check_samples(images, labels)
         if self.labels.min() == self.labels.max():
             raise ValueError(f"the training images are all of class {self.labels[0]}: there is nothing to tell apart")
         for stage in self.settings.stages:
@@ -149,9 +202,9 @@ class Run:
                     f"a warmup of {self.settings.warmup} steps is longer than the {stage.epochs * self.steps} steps of "
                     f"the {stage.epochs} epochs of {stage.method}: the learning rate would never reach its peak"
                 )
-        if len(self.images) // self.steps < least:
+        if len(self.labels) // self.steps < least:
             raise ValueError(
-                f"a batch of {len(self.images) // self.steps} images cannot be cut into {least} parts "
+                f"a batch of {len(self.labels) // self.steps} images cannot be cut into {least} parts "
                 "(processes times accumulate): take a larger batch_size"
             )
         return max(highest(labels) for _, labels in parts)  # refuses negative ones too, which a loss skips
@@ -159,6 +212,13 @@ class Run:
     # ------------------------------------------------------------------ the whole run
 
     def run(self) -> list[dict]:
+        folder = self.trainer.folder
+        with nullcontext() if folder is None else one_run(folder, self.team):
+            records = self._run()
+        self.team.wait()
+        return records
+
+    def _run(self) -> list[dict]:
         groups = self._open()
         with seeded(self.settings.seed), self._bar() as self.bar:
             if not self.at.records:
@@ -184,9 +244,7 @@ class Run:
             return None
         defaults = {each.name: each.default for each in fields(Settings)}
         self.checkpoints = Checkpoints(folder / "state", self._fingerprint(), defaults, self.masks)
-        if self.checkpoints.exist() and not self.trainer.resume:
-            raise FileExistsError(f"{folder} has the state of a run: resume it, or choose another folder")
-        groups, facts = self.checkpoints.load() or (None, None)
+        groups, facts = self._found()
         if facts is not None:
             self.at = Place.of(facts["place"], folder)
             self._check_epochs(facts["epochs"])
@@ -197,19 +255,43 @@ class Run:
                     stacklevel=4,
                 )
             logger.info("going on in epoch %d after batch %d", self.at.epoch + 1, self.at.batch)
-        if self.here.is_main_process:
-            lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
-            write_atomically(folder / "log.jsonl", lines.encode())
+        self.team.from_first(lambda: self._begin_log(folder / "log.jsonl", new=facts is None))
         return groups
+
+    def _begin_log(self, path: Path, new: bool) -> None:
+        """Write what is known so far; what another run left there is kept under another name."""
+        if new and path.exists() and path.stat().st_size:
+            aside = next(name for i in count(1) if not (name := path.with_name(f"log.{i}.jsonl")).exists())
+            path.rename(aside)
+            logger.info("%s is of another run: it is %s now", path, aside.name)
+        lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
+        write_atomically(path, lines.encode())
+
+    def _found(self) -> tuple[Groups | None, dict | None]:
+        """The state that the first process has: the disks of the others may be other ones."""
+        groups, facts = None, None
+
+        def load() -> dict | None:
+            nonlocal groups
+            if self.checkpoints.exist() and not self.trainer.resume:
+                raise FileExistsError(
+                    f"{self.trainer.folder} has the state of a run: resume it, or choose another folder"
+                )
+            groups, facts = self.checkpoints.load() or (None, None)
+            return facts
+
+        facts = self.team.from_first(load)
+        if facts is not None and not self.team.alone:
+            groups = self.team.tensors_of_first(groups, self.device)
+        return groups, facts
 
     def _fingerprint(self) -> str:
         """Of all that the steps so far and the choice among their weights depend on."""
-        trainer, parts = self.trainer, ((self.images, self.labels), self.val, self.test)
+        trainer = self.trainer
         settings = {name: v for name, v in asdict(self.settings).items() if name not in FREE}
         attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
-        data = dict(zip(("training data", "validation data", "test data"), parts, strict=True))
         model = {"the model's weights": self.model.state_dict(), "the model": self.model}
-        run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **model})
+        run = fingerprint({"eps": trainer.eps, **settings, **attacks, **self.data, **model})
         for what in untold(run):
             warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
         return run
@@ -253,8 +335,10 @@ class Run:
             wanted = self.settings.stages[0].method != "full"
         if wanted:
             s = self.settings
+            rows = self._order(MEASURED)[: FIT + JUDGE].sort()[0]
+            images, labels = self.images.to_all(rows, self.device), self.labels[rows]
             options = {"head": s.head, "seed": s.seed, **asdict(self.passes)}
-            found = backbone_robustness(self.model, self.images, self.labels, self.trainer.eps, **options)
+            found = self._agreed(backbone_robustness(self.model, images, labels, self.trainer.eps, **options))
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
                 shares = [f"{found[name]:.1%}" for name in ("clean_accuracy", "robust_accuracy")]
@@ -294,7 +378,7 @@ class Run:
         rows = [record for record in self.at.records if by in record and record.get("epoch", -1) >= self.at.first_epoch]
         shares = {record["epoch"]: record[by] for record in rows}
         best = shares.pop(self.at.best_epoch)
-        noise = two_standard_errors(best, len(self.val[0]))
+        noise = two_standard_errors(best, len(self.val[1]))
         near = [epoch for epoch, share in shares.items() if best - share <= noise]
         return {"chosen_by": by, "noise": noise, "within_noise": near}
 
@@ -308,17 +392,16 @@ class Run:
         s = self.settings
         torch.manual_seed(s.seed)  # low-rank factors begin at random
         options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
-        example = to_float(self.images[:1].to(self.device))
-        with trainable(self.model, stage.method, s.head, example=example, **options) as self.tuning:
+        example = to_float(self.images.mine[:2].to(self.device))
+        with trainable(self.model, stage.method, s.head, example=example[:1], **options) as self.tuning:
             self.optimizer = optimizer_of(self.model, self.tuning.parameters, s)
-            alone = self.here.num_processes == 1
-            self.through = self.model if alone else nn.parallel.DistributedDataParallel(self.model)
+            self.through = self.model if self.team.alone else replicated(self.model, example, self.team)
             if groups is None:
                 self._begin(number, stage)
             self._use(s.switch_to if self.at.switched else self.trainer.attack)
             self.average = Average(self.tuning.tensors, s.average) if s.average else None
             self.monitor = self._new_monitor()
-            self.good, self.best, self.changed = self.tuning.state(), None, {"good"}
+            self.good, self.best, self.changed, self.moved = self.tuning.state(), None, {"good"}, True
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
             self.evaluating = self.trainer.eval_attack or self._named("pgd-10")
             if groups is None:
@@ -356,7 +439,7 @@ class Run:
         if not self.settings.probe or self.step.attack is None:
             return None
         chosen = self._order(PROBE)[: self.settings.probe]
-        images, labels = (part[chosen] for part in (self.images, self.labels))
+        images, labels = self.images.to_all(chosen, self.device), self.labels[chosen].to(self.device)
         options = {"seed": self.settings.seed, **asdict(self.passes)}
         return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, **options)
 
@@ -390,8 +473,8 @@ class Run:
         return False
 
     def _finish_epoch(self, stage: Stage) -> None:
-        at, count = self.at, len(self.images)
-        record = {"epoch": at.epoch, "loss": at.loss_sum / count, "train_accuracy": at.right / count, "lr": at.lr}
+        at, images = self.at, len(self.labels)
+        record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
         record["train_s"] = at.train_s
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
         at.epoch, at.batch, at.train_s = at.epoch + 1, 0, 0.0
@@ -407,12 +490,13 @@ class Run:
         at.stopped = action == "stop"
         self._record(record)
         self._say(epoch_line(at.records, sum(stage.epochs for stage in self.settings.stages)))
+        self._save()  # or what was just evaluated would be evaluated again
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
     def _order(self, epoch: int) -> torch.Tensor:
         """The order of the images in an epoch, from the seed and its number alone."""
         seed = sample_seeds(self.settings.seed, torch.tensor([epoch]), ORDERING)
-        return torch.randperm(len(self.images), generator=torch.Generator().manual_seed(int(seed)))
+        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(seed)))
 
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
         """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
@@ -426,7 +510,9 @@ class Run:
         torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
         if self.before:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
-        mine = index.tensor_split(world)[self.here.process_index].tensor_split(self.settings.accumulate)
+        parts = index.tensor_split(world)
+        self.images.bring(parts, self.device)
+        mine = parts[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         try:
             parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
@@ -436,15 +522,14 @@ class Run:
             raise
         wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
         norms = torch.stack([norm.to(self.device, torch.float64) for norm in (self.step.norm(), self._statistics())])
-        total = torch.cat((sum(parts), wishes, norms))
-        if world > 1:
-            total = require("accelerate.utils").reduce(total, "sum")
+        total = self.team.summed(torch.cat((sum(parts), wishes, norms)))
         loss, right, abnormal, looked, due, asked, *norms = total.tolist()
         loss /= world
         # All that is wrong is seen here, by all processes alike, before anything is learnt from it.
         if not all(map(math.isfinite, (loss, *norms))):
             self._refuse(loss, *norms, index)
         self.step.apply()
+        self.moved = True
         if self.average is not None:
             self.average.update(self.tuning.tensors, done)
         at.loss_sum += loss * len(index)
@@ -459,7 +544,7 @@ class Run:
         return self.step.gradients(images, labels, seeds, **options)
 
     def _batch_of(self, part: torch.Tensor) -> Batch:
-        images, labels = self.images[part].to(self.device), self.labels[part].to(self.device)
+        images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
         if self.layout is not None:
             images = images.contiguous(memory_format=self.layout)
         if self.augment is not None:
@@ -484,8 +569,9 @@ class Run:
         self._undo()
         back = self._sound_weights() if nonfinite(self.tuning.tensors, self.masks) else ""
         what, todo = fault(loss, norm, statistics)
+        self.images.bring([index, *[index[:0]] * (self.team.size - 1)], self.device)  # to the first one, which writes
         where = self._kept_batch(index)
-        self.here.wait_for_everyone()  # for the first one, which writes
+        self.team.wait()
         raise FloatingPointError(
             f"{what} at epoch {self.at.epoch}, batch {self.at.batch}{where}; its step was not taken"
             f"{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup{todo}"
@@ -557,6 +643,7 @@ class Run:
     def _go_back(self, action: str) -> None:
         self.tuning.load(self.good)
         self.optimizer.state.clear()
+        self.moved = True
         if self.average is not None:
             self.average = Average(self.tuning.tensors, self.settings.average)
         if action == "rollback":
@@ -588,7 +675,7 @@ class Run:
 
     def _agreed(self, found: dict | tuple) -> dict | tuple:
         """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
-        return require("accelerate.utils").broadcast_object_list([found])[0]
+        return self.team.from_first(lambda: found)
 
     def _say(self, text: str) -> None:
         """What the bar shows, where there is none."""
@@ -599,9 +686,12 @@ class Run:
 
     def _record(self, record: dict) -> None:
         self.at.records.append(record)
-        if self.trainer.folder is not None and self.here.is_main_process:
-            with open(self.trainer.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+        if self.trainer.folder is not None:
+            self.team.from_first(lambda: self._log(record))
+
+    def _log(self, record: dict) -> None:
+        with open(self.trainer.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _save(self, groups: dict[str, None] | None = None) -> None:
         """Write a checkpoint of the stage, or of its end, with the tensors of the one before."""
@@ -609,17 +699,20 @@ class Run:
         self._check_finite(groups)
         if self.checkpoints is None:
             return
-        if self.here.is_main_process:
+
+        def save() -> None:
             facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
             self.checkpoints.save(groups, facts)
             self.groups = dict.fromkeys(groups)
-        self.changed = set()
-        self.here.wait_for_everyone()
+
+        self.team.from_first(save)
+        self.changed, self.moved = set(), False
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor] | None]:
         groups = {"weights": self.tuning.tensors, "optimizer": state_of(self.optimizer)}
         if self.average is not None:
             groups["average"] = self.average.state
+        groups = groups if self.moved else dict.fromkeys(groups)
         kept = {"good": self.good, "best": self.best}
         return groups | {
             name: part if name in self.changed else None for name, part in kept.items() if part is not None

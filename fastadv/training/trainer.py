@@ -22,8 +22,10 @@ class Trainer:
     kept are those with the best accuracy under `eval_attack` on the validation images, never under the attack trained
     with; of equals those with the best clean accuracy, and of equals again the latest. Training on clean images is
     judged by clean accuracy. The same seed gives the same weights on the CPU (with as many threads), also for a run
-    that was cut and resumed. Under `accelerate launch` or `torchrun` each process takes its part of each batch;
-    batch-norm in train mode then sees that part alone, everything else is as in one process.
+    that was cut and resumed. Under `accelerate launch` or `torchrun` each process holds a share of the images, learns
+    from its part of each batch and evaluates its share; all call this with the same data and settings. The model's
+    weights and the state to go on from are the first process's, which alone writes to its `folder`. Batch-norm in
+    train mode then sees a process's part alone, everything else is as in one process.
 
     Memory follows the batch: no pass of the model has more images than a part of a step, batch_size / (processes times
     accumulate), and the monitor, the evaluations and the backbone's measurement run in the step's precision, memory
@@ -39,7 +41,8 @@ class Trainer:
             image, from the run's seed, its number and the epoch), any callable from (images, labels) to images, or
             None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
-        folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written.
+        folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
+            at a time has it.
         resume: go on from the newest checkpoint in `folder` that is whole and finite, if there is one; a setting that
             the fastadv which wrote it did not have had its default. `checkpoint_s`, `eval_every` and `epochs` may then
             be others; a warning says where, with other epochs, the steps so far would have had other learning rates:
@@ -125,12 +128,15 @@ class Trainer:
             FloatingPointError: the loss, its gradient, a buffer that a forward pass writes or the weights after a step
                 are not finite; the model has the last finite weights (those before that step; where a step that was
                 finite itself was too large, those kept last), and with a folder the batch is in nonfinite.safetensors.
+            InUseError: another process has a run in the folder: the message says which; an OSError.
             KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
             TypeError: no pair of images and labels, such as a DataLoader; images are neither floats nor uint8, or
                 labels are not int64.
             ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
                 below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
                 on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's, or of a
-                newer fastadv: the message names what differs, or what this one does not know.
+                newer fastadv, or the processes have different data, models or settings: the message names what differs,
+                or what this one does not know; accelerate is set to FSDP, DeepSpeed or something else that a run does
+                not heed.
         """
         return Run(self, train, val, test).run()

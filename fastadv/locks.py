@@ -1,0 +1,81 @@
+"""One run at a time where it keeps its files."""
+
+import json
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fastadv._extras import require
+
+
+class InUseError(OSError):
+    """Another process has a run there."""
+
+
+@contextmanager
+def held(path: str | Path, what: str) -> Iterator[None]:
+    """Keep every other process from `what` until the end, or until this process dies.
+
+    This thread may hold it several times. The lock is the system's (flock; on NFS the server's), on the file
+    `path`.lock; `path`.owner says who has it. A process that was killed leaves both, and they lock nothing. Where a
+    file system has no locks, a warning says so.
+
+    Args:
+        path: of what is kept, a folder's state or a file; the two names lie beside it.
+        what: words for the error, such as "the run in photos".
+
+    Raises:
+        InUseError: another process, or another thread, has it: the message says who, where and since when.
+        OSError: the folder cannot be written to.
+    """
+    filelock = require("filelock")  # PyTorch brings it
+    path = Path(path)
+    new = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, owner = (path.with_name(path.name + ending) for ending in (".lock", ".owner"))
+    mine = filelock.FileLock(str(lock.absolute()), timeout=0, is_singleton=True)
+    first = not mine.is_locked
+    try:
+        mine.acquire()
+    except filelock.Timeout:
+        raise InUseError(
+            f"{what} is in use by another process{_told(owner)}: wait for its end, end it, or choose another place"
+        ) from None
+    except NotImplementedError:
+        warnings.warn(
+            f"the file system of {path.parent} has no locks: nothing keeps a second run out of it", stacklevel=3
+        )
+        yield
+        return
+    try:
+        if first:
+            owner.write_text(json.dumps(_who()) + "\n")
+        yield
+    finally:
+        if first:
+            owner.unlink(missing_ok=True)
+            with suppress(OSError):  # other files are there
+                lock.unlink()
+                if new:  # a run that was refused leaves nothing
+                    path.parent.rmdir()
+        mine.release()
+
+
+def _who() -> dict[str, str | int]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]) if sys.argv else "python"
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command}
+
+
+def _told(owner: Path) -> str:
+    """Who that is; nothing where it has only just begun, and has not said it yet."""
+    try:
+        who = json.loads(owner.read_text())
+        return f" ({who['command']}, process {who['pid']} on {who['host']}, since {who['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

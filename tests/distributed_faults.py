@@ -1,0 +1,82 @@
+"""Two processes in trouble, and on two disks: run by test_distributed.py as a program.
+
+    python -m torch.distributed.run --nproc_per_node 2 distributed_faults.py FOLDER
+
+Each process has a folder of its own, FOLDER/RANK, with the photos of its disk. What each of them met is in
+FOLDER/RANK.json.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from distributed_run import RANK, images, layer_norm, network
+from torch import nn
+
+from fastadv import cli, data
+from fastadv.data.pictures import Picture
+from fastadv.team import Team
+from fastadv.training import Trainer
+
+torch.set_num_threads(1)
+FINETUNE = ("--model", "mlp", "--eps", "8", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "--probe", "0")
+
+
+def outcome(action):
+    """In words; an error is no end here."""
+    try:
+        return str(action())
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def fit(folder=None, seed=1, norm=layer_norm, **settings):
+    settings = {"epochs": 2, "batch_size": 8, "probe": 0, "measure_backbone": False, **settings}
+    trainer = Trainer(network(norm), 16 / 255, folder=folder, progress=False, **settings)
+    records = trainer.fit(images(40, seed), images(12, 2))
+    return [record["epoch"] for record in records if "epoch" in record]
+
+
+def contents(folder):
+    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*.*") if path.suffix != ".lock")
+
+
+def main(top):
+    disk, team, told = top / str(RANK), Team(RANK, 2), {}
+    told["first"] = outcome(lambda: fit(disk / "run"))
+    # Only one has the state now, and cannot read it.
+    state = disk / "run" / "state"
+    assert state.exists() == (RANK == 0)
+    read, before = Path.read_bytes, contents(disk)
+    Path.read_bytes = lambda path: exec('raise OSError("the disk is gone")') if state in path.parents else read(path)
+    told["unreadable"] = outcome(lambda: fit(disk / "run", resume=True))
+    Path.read_bytes = read
+    told["untouched"] = contents(disk) == before
+    told["resumed"] = outcome(lambda: fit(disk / "run", epochs=3, resume=True))
+    told["in use"] = outcome(lambda: fit(top / "locked"))
+    told["other data"] = outcome(lambda: fit(seed=1 + RANK))
+    told["other settings"] = outcome(lambda: fit(lr=1e-3 * (1 + RANK)))
+    told["other model"] = outcome(lambda: fit(norm=layer_norm if RANK else nn.Identity))
+    told["other pictures"] = outcome(lambda: data.load(disk / "differ", team=team))
+    told["damaged picture"] = outcome(lambda: data.load(disk / "damaged", team=team))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = data.load(disk / "damaged", team=team, skip_corrupt=True)
+    told["left out"] = [len(loaded.y_train), *(str(each.message) for each in caught)]
+    whole = loaded.x_train.whole(torch.device("cpu"))
+    torch.save((whole, loaded.y_train), top / f"left-out-{RANK}.pt")
+    read, decoded = Picture.read, []
+    Picture.read = lambda picture: decoded.append(picture.name) or read(picture)
+    arguments = ("finetune", "--data", disk / "photos", *FINETUNE, "--out", disk / "tuned")
+    arguments += ("--init", top / "0" / "init.safetensors" if RANK == 0 else "nowhere.safetensors")
+    told["finetune"] = outcome(lambda: cli.main([*map(str, arguments)]))
+    told["decoded"] = len(set(decoded))
+    (top / f"{RANK}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    assert os.environ["WORLD_SIZE"] == "2"
+    main(Path(sys.argv[1]))
