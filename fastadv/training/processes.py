@@ -5,6 +5,7 @@ accumulation, and would keep a later one from choosing another precision.
 """
 
 import atexit
+import gc
 import os
 import pickle
 import sys
@@ -138,4 +139,5 @@ def _end() -> None:
     """
     failed = hasattr(sys, "last_value")
     if distributed.is_initialized() and not (failed and "nccl" in distributed.get_backend()):
+        gc.collect()  # a DistributedDataParallel among its own cycles would keep the group, and its threads, alive
         distributed.destroy_process_group()
