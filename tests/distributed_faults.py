@@ -6,6 +6,7 @@ Each process has a folder of its own, FOLDER/RANK, with the photos of its disk. 
 FOLDER/RANK.json.
 """
 
+import gc
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from torch import nn
 from fastadv import cli, data
 from fastadv.data.pictures import Picture
 from fastadv.team import Team
-from fastadv.training import Trainer
+from fastadv.training import Trainer, processes
 
 torch.set_num_threads(1)
 FINETUNE = ("--model", "mlp", "--eps", "8", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "--probe", "0")
@@ -74,6 +75,10 @@ def main(top):
     arguments += ("--init", top / "0" / "init.safetensors" if RANK == 0 else "nowhere.safetensors")
     told["finetune"] = outcome(lambda: cli.main([*map(str, arguments)]))
     told["decoded"] = len(set(decoded))
+    gc.disable()
+    fit()
+    processes._end()  # as at the end of the process: threads that outlive it abort a finished run now and then
+    told["kept"] = sum(isinstance(each, nn.parallel.DistributedDataParallel) for each in gc.get_objects())
     (top / f"{RANK}.json").write_text(json.dumps(told))
 
 

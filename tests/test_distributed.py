@@ -160,6 +160,10 @@ def test_the_disk_of_the_first_process_is_enough_to_go_on(troubled):
     assert not (top / "1" / "run").exists()
 
 
+def test_nothing_keeps_the_process_group_alive_at_the_end(troubled):
+    assert [each["kept"] for each in troubled[1]] == [0, 0]
+
+
 def test_two_processes_decode_a_half_each_and_tune_as_one_does(troubled, tmp_path):
     top, met = troubled
     arguments = ("finetune", "--data", top / "0" / "photos", *distributed_faults.FINETUNE, "--out", tmp_path / "tuned")
