@@ -182,7 +182,8 @@ def test_a_checkpoint_that_is_not_finite_gives_way_to_the_one_before(tmp_path):
     files = Checkpoints(tmp_path, "{}", masks={"mask"})
     good = {"w": torch.ones(3), "mask": torch.tensor([-INF])}
     files.save({"weights": good, "optimizer": {}}, {"number": 1})
-    files.save({"weights": good, "optimizer": {"0.exp_avg_sq": torch.tensor([INF])}}, {"number": 2})
+    later = good | {"w": torch.zeros(3)}
+    files.save({"weights": later, "optimizer": {"0.exp_avg_sq": torch.tensor([INF])}}, {"number": 2})
     with pytest.warns(UserWarning, match=r"2.json is damaged: numbers in optimizer 0.exp_avg_sq are not finite"):
         groups, facts = Checkpoints(tmp_path, "{}", masks={"mask"}).load()
     assert facts == {"number": 1}

@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> Non
 
 def build(arguments: argparse.Namespace, dataset: data.Data) -> models.Model:
     torch.manual_seed(arguments.seed)
-    model = model_source(arguments.model).build(dataset.classes, dataset.shape)
+    model = model_source(arguments.model, arguments.trust_code).build(dataset.classes, dataset.shape)
     if arguments.init:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
         say(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
@@ -117,7 +117,7 @@ def _finish(
             f"{arguments.model}, {arguments.method}, {arguments.attack}",
             model.pixels,
             records,
-            dataset.test,
+            test,
             dataset.classes,
             arguments.eps,
             _facts(arguments, dataset, final),
