@@ -1238,7 +1238,8 @@ def command(weights, out, *options):
 
 
 def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
-    options = ("--attacks", "fgsm,pgd", "--eps", "4", "8", "--limit", "50", "--slots", "16", "--save-images")
+    judged = ("--part", "test", "--limit", "50")
+    options = (*judged, "--attacks", "fgsm,pgd", "--eps", "4", "8", "--slots", "16", "--save-images")
     command(weights, tmp_path / "out", *options)
     printed = capsys.readouterr().out
     text = (tmp_path / "out" / "report.json").read_text()
@@ -1274,8 +1275,3 @@ def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "report.json").read_text() == text
     with pytest.raises(SystemExit, match="state of another run"):
         command(weights, tmp_path / "out", *options, "--seed", "1")
-
-
-def test_command_wants_the_heads_own_classes(weights, tmp_path):
-    with pytest.raises(SystemExit, match="give the --classes that it was trained on"):
-        command(weights, tmp_path / "out", "--classes", "0-4")

@@ -220,7 +220,7 @@ def main(argv=None):
     settings = settings_of(args)
     try:
         rows = finished(args.out, settings)
-        source = model_source(args.model)
+        source = model_source(args.model, trust_code=False)
         dataset = data.load(
             args.data,
             preprocessing=source.preprocessing,

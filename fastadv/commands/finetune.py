@@ -70,14 +70,15 @@ def _names(text: str) -> tuple[str, ...]:
 
 def run(arguments: argparse.Namespace) -> None:
     here = processes()
-    with one_run(arguments.out, team_of(here)):
-        _run(arguments, here.device, team_of(here))
+    team = team_of(here)
+    team.from_first(lambda: check_folder(arguments.out))
+    with one_run(arguments.out, team):
+        _run(arguments, here.device, team)
 
 
 def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> None:
     weights = arguments.out / "model.safetensors"
     team.from_first(lambda: check_new(weights, arguments.resume))
-    team.from_first(lambda: check_folder(arguments.out))
     preprocessing = team.from_first(lambda: model_source(arguments.model, arguments.trust_code).preprocessing)
     dataset = load_data(arguments, preprocessing, validation=arguments.validation, team=team)
     model = of_first(team, lambda: build(arguments, dataset))

@@ -52,13 +52,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     team = team_of(processes())
+    team.from_first(lambda: check_folder(arguments.out))
     with one_run(arguments.out, team):
         _run(arguments, team)
 
 
 def _run(arguments: argparse.Namespace, team: Team) -> None:
     team.from_first(lambda: check_new(arguments.out / "robust-resnet.safetensors", arguments.resume))
-    team.from_first(lambda: check_folder(arguments.out))
     dataset = load_data(arguments, None, validation=0)
     torch.manual_seed(arguments.seed)
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)
