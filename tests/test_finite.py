@@ -61,7 +61,7 @@ def test_a_gradient_that_is_not_finite_is_not_learnt_and_the_run_goes_on_to_the_
     whole, states = train(tmp_path / "whole", **settings)
     model = poisoned_run.network()
     parts = settings.get("accumulate", 1)
-    words = rf"gradient is not finite \(its norm is .*the loss is \d.*epoch {step // 4}, batch {step % 4}; the batch"
+    words = rf"gradient is not finite \(its norm is .*the loss is \d.*epoch {step // 4 + 1}, batch {step % 4 + 1}; the batch"
     with poisoned(step * parts, "gradient", value), pytest.raises(FloatingPointError, match=words):
         train(tmp_path / "cut", model, **settings)
     # Batch-norm's statistics in `states` are of the step under way.
@@ -81,7 +81,7 @@ def test_a_gradient_that_is_not_finite_is_not_learnt_and_the_run_goes_on_to_the_
 def test_statistics_that_are_not_finite_are_not_kept(value, tmp_path):
     whole, states = train(tmp_path / "whole")
     model = poisoned_run.network()
-    with poisoned(5, "statistics", value), pytest.raises(FloatingPointError, match=r"statistics, reached .* batch 1;"):
+    with poisoned(5, "statistics", value), pytest.raises(FloatingPointError, match=r"statistics, reached .* batch 2;"):
         train(tmp_path / "cut", model)
     assert_same({"0.weight": model[0].weight.data}, {"0.weight": states[5]["0.weight"]})
     assert model[1].running_var.isfinite().all()
@@ -91,7 +91,7 @@ def test_statistics_that_are_not_finite_are_not_kept(value, tmp_path):
 
 @pytest.mark.parametrize(
     ("batch_size", "words"),
-    [(12, "the loss is nan at epoch 0, batch 1"), (24, "weights 0.weight is not finite before")],
+    [(12, "the loss is nan at epoch 1, batch 2"), (24, "weights 0.weight is not finite before")],
 )
 @pytest.mark.parametrize("with_folder", [True, False])
 def test_a_finite_gradient_whose_step_is_too_large_leaves_the_weights_before(batch_size, words, with_folder, tmp_path):
@@ -201,7 +201,7 @@ def test_a_full_disk_does_not_hide_what_is_wrong(tmp_path):
         poisoned(1, "gradient", NAN),
         patch("fastadv.training.run.write_atomically", full),
         patch("fastadv.training.run.Run._open", lambda run: None),
-        pytest.raises(FloatingPointError, match=r"batch 1 \(the batch could not be written: no space left\); its step"),
+        pytest.raises(FloatingPointError, match=r"batch 2 \(the batch could not be written: no space left\); its step"),
     ):
         train(tmp_path, model)
 
@@ -212,7 +212,7 @@ def test_two_processes_end_alike_where_one_of_them_sees_it(tmp_path):
     subprocess.run(command, check=True, timeout=120, stderr=subprocess.DEVNULL)
     for kind in poisoned_run.KINDS:
         first, second = (torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True) for rank in (0, 1))
-        assert first["where"] == second["where"] == "epoch 1, batch 1"
+        assert first["where"] == second["where"] == "epoch 2, batch 2"
         trained = [name for name in first["weights"] if "running" not in name]
         assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in trained)
         assert all(t.isfinite().all() for each in (first, second) for t in each["weights"].values())

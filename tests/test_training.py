@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     before = copy.deepcopy(model.state_dict())
     with (
         pytest.warns(UserWarning, match="losses were not finite"),
-        pytest.raises(FloatingPointError, match="the loss is nan at epoch 0, batch 0"),
+        pytest.raises(FloatingPointError, match="the loss is nan at epoch 1, batch 1"),
     ):
         trainer(model).fit(TRAIN, TEST)
     assert torch.equal(model[1].bias, before["1.bias"])

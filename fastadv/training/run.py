@@ -573,7 +573,7 @@ class Run:
         where = self._kept_batch(index)
         self.team.wait()
         raise FloatingPointError(
-            f"{what} at epoch {self.at.epoch}, batch {self.at.batch}{where}; its step was not taken"
+            f"{what} at epoch {self.at.epoch + 1}, batch {self.at.batch + 1}{where}; its step was not taken"
             f"{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup{todo}"
         )
 
@@ -602,7 +602,7 @@ class Run:
             back = self._sound_weights()
             named = ", ".join(found[:3]) + (" ..." if found[3:] else "")
             raise FloatingPointError(
-                f"{named} is not finite before epoch {self.at.epoch}, batch {self.at.batch}: no checkpoint is written"
+                f"{named} is not finite before epoch {self.at.epoch + 1}, batch {self.at.batch + 1}: no checkpoint is written"
                 f"{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup"
             )
 
