@@ -61,7 +61,8 @@ def test_a_gradient_that_is_not_finite_is_not_learnt_and_the_run_goes_on_to_the_
     whole, states = train(tmp_path / "whole", **settings)
     model = poisoned_run.network()
     parts = settings.get("accumulate", 1)
-    words = rf"gradient is not finite \(its norm is .*the loss is \d.*epoch {step // 4 + 1}, batch {step % 4 + 1}; the batch"
+    place = f"epoch {step // 4 + 1}, batch {step % 4 + 1}"
+    words = rf"gradient is not finite \(its norm is .*the loss is \d.*{place}; the batch"
     with poisoned(step * parts, "gradient", value), pytest.raises(FloatingPointError, match=words):
         train(tmp_path / "cut", model, **settings)
     # Batch-norm's statistics in `states` are of the step under way.

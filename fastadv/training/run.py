@@ -573,8 +573,7 @@ class Run:
         where = self._kept_batch(index)
         self.team.wait()
         raise FloatingPointError(
-            f"{what} at epoch {self.at.epoch + 1}, batch {self.at.batch + 1}{where}; its step was not taken"
-            f"{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup{todo}"
+            f"{what} at {self._here()}{where}; its step was not taken{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup{todo}"
         )
 
     def _kept_batch(self, index: torch.Tensor) -> str:
@@ -602,9 +601,13 @@ class Run:
             back = self._sound_weights()
             named = ", ".join(found[:3]) + (" ..." if found[3:] else "")
             raise FloatingPointError(
-                f"{named} is not finite before epoch {self.at.epoch + 1}, batch {self.at.batch + 1}: no checkpoint is written"
-                f"{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup"
+                f"{named} is not finite before {self._here()}: no checkpoint is written{back}. Try a lower lr than "
+                f"{self.settings.lr}, clip=1 or a warmup"
             )
+
+    def _here(self) -> str:
+        """The place in words, which count from 1."""
+        return f"epoch {self.at.epoch + 1}, batch {self.at.batch + 1}"
 
     # ------------------------------------------------------------------ between epochs
 
