@@ -573,7 +573,8 @@ class Run:
         where = self._kept_batch(index)
         self.team.wait()
         raise FloatingPointError(
-            f"{what} at {self._here()}{where}; its step was not taken{back}. Try a lower lr than {self.settings.lr}, clip=1 or a warmup{todo}"
+            f"{what} at {self._here()}{where}; its step was not taken{back}. Try a lower lr than {self.settings.lr}, "
+            f"clip=1 or a warmup{todo}"
         )
 
     def _kept_batch(self, index: torch.Tensor) -> str:
