@@ -36,12 +36,15 @@ def outcome(action):
         return f"{type(error).__name__}: {error}"
 
 
-def fit(folder=None, seed=1, norm=layer_norm, mask=None, **settings):
+def fit(folder=None, seed=1, norm=layer_norm, mask=None, owners=None, **settings):
     settings = {"epochs": 2, "batch_size": 8, "probe": 0, "measure_backbone": False, **settings}
     model = network(norm)
     model[1].register_buffer("mask", mask)
     trainer = Trainer(model, 16 / 255, folder=folder, progress=False, **settings)
-    records = trainer.fit(images(40, seed), images(12, 2))
+    train, labels = images(40, seed)
+    if owners is not None:
+        train = Share(train[owners == RANK], owners, Team(RANK, 2))
+    records = trainer.fit((train, labels), images(12, 2))
     return [record["epoch"] for record in records if "epoch" in record]
 
 
@@ -73,6 +76,7 @@ def main(top):
         Run(Trainer(network(layer_norm), 0.1, batch_size=8), x, None, None).passes.part for x in (shared, images(40, 1))
     ]
     told["mask"] = outcome(lambda: fit(mask=torch.tensor([1.0 if RANK else -float("inf")])))
+    told["all in one"] = outcome(lambda: fit(owners=torch.zeros(40, dtype=torch.int64), method="linear", probe=8))
     told["other pictures"] = outcome(lambda: data.load(disk / "differ", team=team))
     told["damaged picture"] = outcome(lambda: data.load(disk / "damaged", team=team))
     with warnings.catch_warnings(record=True) as caught:

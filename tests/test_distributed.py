@@ -171,6 +171,11 @@ def test_what_the_first_process_came_with_is_no_fault_in_the_others(troubled):
     assert [each["mask"] for each in troubled[1]] == ["[0, 1]"] * 2
 
 
+def test_a_process_may_hold_none_of_the_images(troubled):
+    """As where all pictures of its share were damaged."""
+    assert [each["all in one"] for each in troubled[1]] == ["[0, 1]"] * 2
+
+
 def test_nothing_keeps_the_process_group_alive_at_the_end(troubled):
     assert [each["kept"] for each in troubled[1]] == [0, 0]
 

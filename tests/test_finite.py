@@ -133,6 +133,14 @@ def test_numbers_that_the_model_came_with_are_no_fault(tmp_path):
     assert len(train(tmp_path, Masked(), average=0.9, resume=True)[1]) == 0
 
 
+def test_weights_that_the_model_came_with_are_named_where_nothing_can_be_learnt():
+    model = poisoned_run.network()
+    model[4].weight.data[1, 2] = NAN
+    words = "the loss is nan at epoch 1, batch 1; .* The model came with numbers that are not finite in 4.weight$"
+    with pytest.raises(FloatingPointError, match=words), pytest.warns(UserWarning, match="losses were not finite"):
+        train(model=model)
+
+
 def test_a_mask_is_no_part_of_an_average():
     """Of -inf and -inf there is no mean, and what is NaN in a mask is looked for by nobody."""
 

@@ -398,7 +398,7 @@ class Run:
         s = self.settings
         torch.manual_seed(s.seed)  # low-rank factors begin at random
         options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
-        example = to_float(self.images.mine[:2].to(self.device))
+        example = to_float(self.images.to_all(torch.arange(2), self.device))
         with trainable(self.model, stage.method, s.head, example=example[:1], **options) as self.tuning:
             self.optimizer = optimizer_of(self.model, self.tuning.parameters, s)
             self.through = self.model if self.team.alone else replicated(self.model, example, self.team)
@@ -575,6 +575,8 @@ class Run:
         self._undo()
         back = self._sound_weights() if nonfinite(self.tuning.tensors, self.masks) else ""
         what, todo = fault(loss, norm, statistics)
+        if came := [name for name, _ in self.tuning.parameters if name in self.masks]:
+            todo += f". The model came with numbers that are not finite in {', '.join(came[:3])}"
         self.images.bring([index, *[index[:0]] * (self.team.size - 1)], self.device)  # to the first one, which writes
         where = self._kept_batch(index)
         self.team.wait()
