@@ -19,8 +19,10 @@ from torch import nn
 
 from fastadv import cli, data
 from fastadv.data.pictures import Picture
+from fastadv.data.share import Share
 from fastadv.team import Team
 from fastadv.training import Trainer, processes
+from fastadv.training.run import Run
 
 torch.set_num_threads(1)
 FINETUNE = ("--model", "mlp", "--eps", "8", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "--probe", "0")
@@ -34,10 +36,15 @@ def outcome(action):
         return f"{type(error).__name__}: {error}"
 
 
-def fit(folder=None, seed=1, norm=layer_norm, **settings):
+def fit(folder=None, seed=1, norm=layer_norm, mask=None, owners=None, **settings):
     settings = {"epochs": 2, "batch_size": 8, "probe": 0, "measure_backbone": False, **settings}
-    trainer = Trainer(network(norm), 16 / 255, folder=folder, progress=False, **settings)
-    records = trainer.fit(images(40, seed), images(12, 2))
+    model = network(norm)
+    model[1].register_buffer("mask", mask)
+    trainer = Trainer(model, 16 / 255, folder=folder, progress=False, **settings)
+    train, labels = images(40, seed)
+    if owners is not None:
+        train = Share(train[owners == RANK], owners, Team(RANK, 2))
+    records = trainer.fit((train, labels), images(12, 2))
     return [record["epoch"] for record in records if "epoch" in record]
 
 
@@ -61,6 +68,15 @@ def main(top):
     told["other data"] = outcome(lambda: fit(seed=1 + RANK))
     told["other settings"] = outcome(lambda: fit(lr=1e-3 * (1 + RANK)))
     told["other model"] = outcome(lambda: fit(norm=layer_norm if RANK else nn.Identity))
+    told["other attack"] = outcome(lambda: fit(attack=None if RANK else "fgsm", probe=8))
+    told["other measurement"] = outcome(lambda: fit(measure_backbone=RANK == 0))
+    told["other folder"] = outcome(lambda: fit(top / "one" if RANK == 0 else None))
+    shared = (Share.of(images(40, 1)[0], team), images(40, 1)[1])
+    told["parts"] = [
+        Run(Trainer(network(layer_norm), 0.1, batch_size=8), x, None, None).passes.part for x in (shared, images(40, 1))
+    ]
+    told["mask"] = outcome(lambda: fit(mask=torch.tensor([1.0 if RANK else -float("inf")])))
+    told["all in one"] = outcome(lambda: fit(owners=torch.zeros(40, dtype=torch.int64), method="linear", probe=8))
     told["other pictures"] = outcome(lambda: data.load(disk / "differ", team=team))
     told["damaged picture"] = outcome(lambda: data.load(disk / "damaged", team=team))
     with warnings.catch_warnings(record=True) as caught:

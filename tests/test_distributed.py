@@ -141,6 +141,9 @@ def troubled(tmp_path_factory):
         ("in use", "InUseError: the run in .*locked is in use by another process .*process [0-9]+ on .*since"),
         ("other data", "ValueError: process 1 differs from process 0 in training data"),
         ("other settings", "ValueError: process 1 differs from process 0 in lr .0.002 there, 0.001 here"),
+        ("other attack", "ValueError: process 1 differs from process 0 in attack .None there, 'fgsm' here"),
+        ("other measurement", "ValueError: process 1 differs from process 0 in measure_backbone"),
+        ("other folder", "ValueError: process 1 differs from process 0 in having a folder .False there, True here"),
         ("other model", "ValueError: process 1 has another model than process 0, beginning with 1.bias"),
         ("other pictures", "ValueError: process 1 has other (train|val|test) pictures than process 0"),
         ("damaged picture", "ValueError: .*pictures cannot be read"),
@@ -158,6 +161,19 @@ def test_the_disk_of_the_first_process_is_enough_to_go_on(troubled):
         assert (each["first"], each["untouched"], each["resumed"]) == ("[0, 1]", True, "[0, 1, 2]")
     assert (top / "0" / "run" / "state").exists()
     assert not (top / "1" / "run").exists()
+
+
+def test_what_runs_beside_the_steps_takes_their_parts_where_images_come_in_shares(troubled):
+    assert [each["parts"] for each in troubled[1]] == [[4, 4], [4, 4]]  # batches of 8 in two processes
+
+
+def test_what_the_first_process_came_with_is_no_fault_in_the_others(troubled):
+    assert [each["mask"] for each in troubled[1]] == ["[0, 1]"] * 2
+
+
+def test_a_process_may_hold_none_of_the_images(troubled):
+    """As where all pictures of its share were damaged."""
+    assert [each["all in one"] for each in troubled[1]] == ["[0, 1]"] * 2
 
 
 def test_nothing_keeps_the_process_group_alive_at_the_end(troubled):

@@ -133,6 +133,32 @@ def test_numbers_that_the_model_came_with_are_no_fault(tmp_path):
     assert len(train(tmp_path, Masked(), average=0.9, resume=True)[1]) == 0
 
 
+def test_weights_that_the_model_came_with_are_named_where_nothing_can_be_learnt():
+    model = poisoned_run.network()
+    model[4].weight.data[1, 2] = NAN
+    words = "the loss is nan at epoch 1, batch 1; .* The model came with numbers that are not finite in 4.weight$"
+    with pytest.raises(FloatingPointError, match=words), pytest.warns(UserWarning, match="losses were not finite"):
+        train(model=model)
+
+
+def test_a_mask_is_no_part_of_an_average():
+    """Of -inf and -inf there is no mean, and what is NaN in a mask is looked for by nobody."""
+
+    class Impossible(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = poisoned_run.network()
+            self.register_buffer("mask", torch.tensor([0, 0, 0, -INF]))
+
+        def forward(self, x):
+            return nn.functional.pad(self.inner(x), (0, 1)) + self.mask
+
+    model, _ = train(model=Impossible(), average=0.9)
+    assert torch.equal(model.mask, torch.tensor([0, 0, 0, -INF]))
+    without, _ = train(average=0.9)  # a class that cannot be changes nothing
+    assert_same(model.inner.state_dict(), without.state_dict())
+
+
 @pytest.mark.parametrize("ours", [nn.Identity, lambda: nn.BatchNorm2d(3)], ids=["plain", "batch norm"])
 def test_a_step_of_a_loop_of_one_s_own_is_refused_too(ours):
     torch.manual_seed(0)

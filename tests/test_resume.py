@@ -327,6 +327,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, victim):
         assert same(groups, seed)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"a": 1}', bytes(range(128, 256))])
+def test_a_damaged_checkpoint_that_nobody_needs_stops_nothing(tmp_path, content):
+    files = Checkpoints(tmp_path, "{}")
+    for seed in range(2):
+        files.save({"weights": tensors(seed)}, {"seed": seed})
+    (tmp_path / "00000001.json").write_bytes(content)
+    again = Checkpoints(tmp_path, "{}")
+    again.load()
+    for seed in (1, 1, 2):  # the same weights again, as after an evaluation: an older checkpoint would be kept
+        again.save({"weights": tensors(seed)}, {"seed": seed})
+        groups, facts = Checkpoints(tmp_path, "{}").load()
+        assert facts == {"seed": seed}
+        assert same(groups, seed)
+
+
 @pytest.mark.parametrize("name", ["../mine.safetensors", "{folder}/mine.safetensors", "mine.safetensors", "..", ""])
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_state_of_others_names_no_file_but_its_own(tmp_path, name, version):

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, team: Team) -> None:
     team.from_first(lambda: check_new(arguments.out / "robust-resnet.safetensors", arguments.resume))
-    dataset = load_data(arguments, None, validation=0)
+    dataset = team.by_all(lambda: load_data(arguments, None, validation=0))
     torch.manual_seed(arguments.seed)
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)
     steps = -(-len(dataset.y_train) // RECIPE["batch_size"])

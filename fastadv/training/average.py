@@ -4,27 +4,32 @@ from collections.abc import Mapping
 
 import torch
 
+from fastadv.training.finite import nonfinite
+
 
 class Average:
-    """Exponential moving average of tensors by name; counts and the like are taken as they are.
+    """Exponential moving average of tensors by name; counts, masks and the like are taken as they are.
 
     The decay rises with the steps, (1 + t) / (10 + t) at first, so that the beginning is soon forgotten
     (as in Polyak averaging; Izmailov et al. 2018, arXiv 1803.05407, for the effect on networks). It stays on the
     tensors' device: every step updates it, and all weights would cross to the host in every step.
 
     Args:
-        state: the tensors to begin with; they are copied.
+        state: the tensors to begin with; they are copied. One that is not finite is a mask: of -inf and -inf there is
+            no mean.
         decay: at most this, such as 0.998.
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor], decay: float):
         self.state = {name: t.detach().clone() for name, t in state.items()}
         self.decay = decay
+        masks = set(nonfinite(self.state))
+        self._averaged = [name for name, t in self.state.items() if t.is_floating_point() and name not in masks]
 
     @torch.no_grad()
     def update(self, state: Mapping[str, torch.Tensor], step: int) -> None:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        averaged = [name for name, t in state.items() if t.is_floating_point()]
-        torch._foreach_lerp_([self.state[n] for n in averaged], [state[n].detach() for n in averaged], weight)
-        for name in state.keys() - set(averaged):
+        names = self._averaged
+        torch._foreach_lerp_([self.state[n] for n in names], [state[n].detach() for n in names], weight)
+        for name in state.keys() - set(names):
             self.state[name].copy_(state[name])

@@ -153,7 +153,10 @@ class Checkpoints:
         for manifest in reversed(self._manifests()):
             if manifest.name in self._damaged or len(weights) == KEPT:
                 continue
-            files = json.loads(manifest.read_text().partition("\n")[2])["files"]
+            try:
+                files = self._checked(manifest)["files"]
+            except (FileNotFoundError, ValueError):  # `load` found a newer one, and did not look at it
+                continue
             if files.get("weights") not in weights:
                 weights.add(files.get("weights"))
                 kept |= {manifest.name, *files.values()}

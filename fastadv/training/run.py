@@ -120,17 +120,17 @@ class Run:
         self.layout = torch.channels_last if self.settings.channels_last else None
         self.autocast = torch.bfloat16 if self.precision == "bf16" else None
         self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
-        held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self.masks = set(nonfinite(held))  # what is to hold such numbers, as a mask of logits does
         self.at = Place()
         self.interruption = Interruption()
         parts = self.steps * self.here.num_processes * self.settings.accumulate  # of an epoch
-        self.passes = Passes(math.ceil(len(self.images) / parts), self.autocast, self.layout, self.settings.compile)
+        self.passes = Passes(math.ceil(len(self.labels) / parts), self.autocast, self.layout, self.settings.compile)
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
         self.moved = True  # whether the weights are others than on the disk
         share_weights(self.model, self.team)
+        held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self.masks = set(nonfinite(held))  # what is to hold such numbers, as a mask of logits does
         self._divide()
 
     def _take(self, train: Batch, val: Batch | None, test: Batch | None) -> None:
@@ -145,8 +145,14 @@ class Run:
         parts = ((self.images, self.labels), self.val, self.test)
         self.data = dict(zip(("training data", "validation data", "test data"), map(self._told, parts), strict=True))
         if not self.team.alone:
+            trainer = self.trainer
             same = {name: value for name, value in asdict(self.settings).items() if name != "checkpoint_s"}
-            all_of_them = self.team.gathered(fingerprint({"eps": self.trainer.eps, **same, **self.data}))
+            for name in ("attack", "eval_attack"):
+                attack = getattr(trainer, name)
+                same[name] = attack if attack is None or isinstance(attack, str) else type(attack).__qualname__
+            # Where one has a folder, or measures, it asks the others for what they would never give.
+            same |= {"having a folder": trainer.folder is not None, "measure_backbone": trainer.measure_backbone}
+            all_of_them = self.team.gathered(fingerprint({"eps": trainer.eps, **same, **self.data}))
             for rank, there in enumerate(all_of_them):
                 if there != all_of_them[0]:
                     raise ValueError(
@@ -392,7 +398,7 @@ class Run:
         s = self.settings
         torch.manual_seed(s.seed)  # low-rank factors begin at random
         options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
-        example = to_float(self.images.mine[:2].to(self.device))
+        example = to_float(self.images.to_all(torch.arange(2), self.device))
         with trainable(self.model, stage.method, s.head, example=example[:1], **options) as self.tuning:
             self.optimizer = optimizer_of(self.model, self.tuning.parameters, s)
             self.through = self.model if self.team.alone else replicated(self.model, example, self.team)
@@ -569,6 +575,8 @@ class Run:
         self._undo()
         back = self._sound_weights() if nonfinite(self.tuning.tensors, self.masks) else ""
         what, todo = fault(loss, norm, statistics)
+        if came := [name for name, _ in self.tuning.parameters if name in self.masks]:
+            todo += f". The model came with numbers that are not finite in {', '.join(came[:3])}"
         self.images.bring([index, *[index[:0]] * (self.team.size - 1)], self.device)  # to the first one, which writes
         where = self._kept_batch(index)
         self.team.wait()
