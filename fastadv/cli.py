@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with speaking(getattr(arguments, "verbosity", logging.INFO)):
         try:
             arguments.run(arguments)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where the shell closed it
+                sys.stdout.flush()
         except BrokenPipeError:  # its reader has seen enough, as head has
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
             raise SystemExit(1) from None

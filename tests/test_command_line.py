@@ -250,3 +250,8 @@ def test_a_file_that_is_no_model_is_a_line(tmp_path, capsys):
         path.write_bytes(content)
         code, said = failed(capsys, "predict", "x.jpg", "--model", path)
         assert (code, "is not a safetensors file" in said) == (1, True)
+
+
+def test_a_closed_stdout_is_no_fault(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.main(["info"])

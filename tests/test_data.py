@@ -26,6 +26,7 @@ from fastadv import data
 from fastadv.commands.arguments import class_list
 from fastadv.data import decoding
 from fastadv.data.cifar10 import CLASSES
+from fastadv.data.classes import labels_of
 from fastadv.data.pictures import extensions, read
 from fastadv.data.source import digests
 from fastadv.data.splits import Split
@@ -1210,3 +1211,25 @@ def test_a_picture_is_no_program(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
     assert not {".eps", ".ps"} & extensions()
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".gif"} <= extensions()
+
+
+def test_parquet_parts_without_rows_are_no_parts(tmp_path):
+    pixels = [noise(4, 4) for _ in range(40)]
+    parquet(tmp_path / "train.parquet", pixels, [0, 1] * 20)
+    parquet(tmp_path / "test.parquet", [], [], raw=True)
+    with pytest.warns(UserWarning, match=r"the test part in .* has no labels \(no rows,.*: it is left out"):
+        assert len(data.load(tmp_path).x_test) > 0
+    parquet(tmp_path / "alone.parquet", [], [], raw=True)
+    with pytest.raises(ValueError, match=r"has no labels \(no rows,"):
+        data.load(tmp_path / "alone.parquet")
+
+
+def test_arrays_that_nobody_reads_are_spoken_of(tmp_path):
+    np.savez(tmp_path / "set.npz", **arrays(x_valid=arrays()["x_test"], y_valid=np.arange(4)))
+    with pytest.warns(UserWarning, match=r"left out, of no part: x_valid, y_valid \(validation images are x_val"):
+        data.load(tmp_path / "set.npz")
+
+
+def test_a_number_that_is_a_name_and_no_label_is_no_class_without_images():
+    with pytest.raises(ValueError, match="the one called 10 or the label 10, which is no class's: give all classes"):
+        labels_of([10, 2], ("02", "10"))

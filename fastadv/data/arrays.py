@@ -1,5 +1,6 @@
 """Sets that are arrays: scikit-learn's digits, and .npz files."""
 
+import warnings
 import zipfile
 import zlib
 from dataclasses import replace
@@ -36,6 +37,7 @@ def npz(path: Path, judge: str | None = None) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in _keys(archive, judge) if key in archive}
+            others = sorted(set(archive).difference(_keys(archive, "all")))
     except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
     needed = _REQUIRED if judge is None else ()
@@ -43,6 +45,10 @@ def npz(path: Path, judge: str | None = None) -> Source:
     for key in needed or _REQUIRED:
         if key not in arrays:
             raise ValueError(f"{path} has no array {key}; it needs {', '.join(_REQUIRED)}")
+    if others:
+        warnings.warn(
+            f"{path}: left out, of no part: {', '.join(others)} (validation images are x_val, y_val)", stacklevel=4
+        )
     images = {key: array for key, array in arrays.items() if key.startswith("x")}
     first = next(iter(images))
     for key, array in images.items():

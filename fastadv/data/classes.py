@@ -26,13 +26,15 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
             raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}{hint}")
         if isinstance(chosen, str):
             continue
-        if not 0 <= chosen < len(names):
-            raise ValueError(f"class {chosen} has no training or no test images; there are 0 to {len(names) - 1}")
         called = [name for name in names if name.isdecimal() and int(name) == chosen]
-        if called and called != [names[chosen]]:
+        there = 0 <= chosen < len(names)
+        if not called and not there:
+            raise ValueError(f"class {chosen} has no training or no test images; there are 0 to {len(names) - 1}")
+        if called and not (there and called == [names[chosen]]):
+            label = f"the label {chosen}, which is " + (f"the class called {names[chosen]}" if there else "no class's")
             raise ValueError(
-                f"class {chosen} may be the one called {called[0]} or the label {chosen}, which is the class called "
-                f"{names[chosen]}: give all classes by their names, {', '.join(names)}"
+                f"class {chosen} may be the one called {called[0]} or {label}: give all classes by their names, "
+                f"{', '.join(names)}"
             )
     labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in classes]
     if not labels or len(set(labels)) != len(labels):

@@ -82,7 +82,7 @@ def read(
     """
     labels = {part: [_labels(path, columns) for path in files[part]] for part in judging(files, judge)}
     for part in [part for part, found in labels.items() if all(map(_is_unlabelled, found))]:
-        what = f"the {part} part in {files[part][0].parent} has no labels (-1, null, or no such column)"
+        what = f"the {part} part in {files[part][0].parent} has no labels (no rows, -1, null, or no such column)"
         if len(files) == 1 or (part == "train" and judge is None):
             raise ValueError(f"{what}: give files with labels, or the column that has them by label_column")
         warnings.warn(f"{what}: it is left out", stacklevel=4)
@@ -110,7 +110,7 @@ def read(
 
 
 def _is_unlabelled(labels: list | None) -> bool:
-    return labels is None or (bool(labels) and all(label in (-1, None) for label in labels))
+    return labels is None or all(label in (-1, None) for label in labels)
 
 
 def _check_labels(labels: dict[Path, list | None]) -> None:
