@@ -907,6 +907,16 @@ def test_shards_are_read_in_order(tmp_path, folder):
         data.load(tmp_path)
 
 
+def test_two_classes_of_one_name_stay_two(tmp_path):
+    """As ImageNet's short names have: classes are told apart by their names alone."""
+    names = ("crane", "maillot", "crane", "crane (2)")
+    parquet(tmp_path / "train.parquet", [noise(4, 4) for _ in range(8)], [0, 1, 2, 3] * 2, names)
+    parquet(tmp_path / "test.parquet", [noise(4, 4) for _ in range(4)], [3, 2, 1, 0], names)
+    loaded = data.load(tmp_path, validation=0)
+    assert loaded.classes == ("crane", "maillot", "crane (2)", "crane (2) (2)")
+    assert data.held_out(tmp_path, loaded.classes).part.labels.tolist() == loaded.y_test.tolist() == [3, 2, 1, 0]
+
+
 @pytest.mark.parametrize("label", ["label", "labels", "fine_label", "target", "cls"])
 @pytest.mark.parametrize("raw", [False, True])
 def test_one_file_is_split_and_its_classes_may_be_numbers(tmp_path, label, raw):

@@ -1,11 +1,21 @@
 """Which classes of a data set are meant, and what is left of a part when they alone are kept."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
 from fastadv.data.source import Part
+
+
+def distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, a repeated one with a number: classes are told apart by their names alone."""
+    found: dict[str, None] = {}
+    for name in names:
+        called = (name if i == 1 else f"{name} ({i})" for i in itertools.count(1))
+        found[next(each for each in called if each not in found)] = None
+    return tuple(found)
 
 
 def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:

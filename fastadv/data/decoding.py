@@ -94,7 +94,7 @@ def _report(problems: list[str], count: int, skip_corrupt: bool) -> None:
         return
     more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
     listed = "\n".join(problems[:5]) + more
-    hint = "" if skip_corrupt else "; skip_corrupt=True leaves them out"
+    hint = "" if skip_corrupt else "; skip_corrupt=True (--skip-corrupt) leaves them out"
     raise ValueError(f"{len(problems)} of {count} pictures cannot be read{hint}:\n{listed}")
 
 

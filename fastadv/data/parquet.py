@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fastadv._extras import require
+from fastadv.data.classes import distinct
 from fastadv.data.pictures import Picture
 from fastadv.data.source import Part, Source, joined, judging
 
@@ -155,7 +156,7 @@ def _class_names(path: Path, columns: Columns) -> tuple[str, ...]:
         schema = file.schema_arrow
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[_label_column(schema, path, columns)]["names"])
+        return distinct(map(str, features[_label_column(schema, path, columns)]["names"]))
     except (KeyError, TypeError, ValueError):  # no metadata, or none of the labels: they are optional
         return ()
 
