@@ -149,7 +149,7 @@ def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> di
         "Data": {
             "classes": ", ".join(dataset.classes),
             **{f"{part} images": len(labels) for part, labels in parts.items()},
-            **({"notes": " ".join(dataset.notes)} if dataset.notes else {}),
+            **({"notes": "\n".join(dataset.notes)} if dataset.notes else {}),
         },
         "Run": {
             "command": arguments.command_line,

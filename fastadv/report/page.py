@@ -15,6 +15,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
 th { font-weight: 600 } td, th, pre { overflow-wrap: anywhere; white-space: pre-wrap } img { max-width: 100% }
+[class=""] th, .big th { overflow-wrap: normal }
 .big { font-size: 1.4rem } .warning, .wrong { color: #b02a37 } .right { color: #2e7d32 } .wide { overflow-x: auto }
 .numbers td:nth-last-child(-n+3), .numbers th:nth-last-child(-n+3) { text-align: right; white-space: nowrap }
 .matrix td { text-align: right; padding: 0 }
