@@ -85,9 +85,7 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
     "batch_norm": batch-norm in train mode, the rest in eval mode. Buffers, such as running statistics or a count of
     calls, are put back: copied once, because neither a captured graph nor batch-norm marks those that it writes to.
     """
-    with flags_kept(model):
-        named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
-        before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
+    with flags_kept(model), buffers_kept(model):
         if training_mode != "as_is":
             for module in _modules(model):
                 if hasattr(module, "training"):
@@ -95,15 +93,23 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
                     module.training = training_mode == "batch_norm" and batch_norm
         for parameter in _parameters(model):
             parameter.requires_grad_(False)
+        yield
 
-        def put_back():
-            before.put_back()
-            for module, name, buffer in named:  # a model may have put another tensor there; TorchScript cannot
-                if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
 
-        with at_the_end(put_back):
-            yield
+@contextmanager
+def buffers_kept(model: Callable) -> Iterator[None]:
+    """The model's buffers are put back at the end, what they hold and where that lies."""
+    named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
+    before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
+
+    def put_back():
+        before.put_back()
+        for module, name, buffer in named:  # a model may have put another tensor there; TorchScript cannot
+            if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+
+    with at_the_end(put_back):
+        yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import platform
 import warnings
 from pathlib import Path
@@ -79,9 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> None:
     weights = arguments.out / "model.safetensors"
     team.from_first(lambda: check_new(weights, arguments.resume))
-    preprocessing = team.from_first(lambda: model_source(arguments.model, arguments.trust_code).preprocessing)
+    source = functools.cache(lambda: model_source(arguments.model, arguments.trust_code))  # where it is asked for
+    preprocessing = team.from_first(lambda: source().preprocessing)
     dataset = load_data(arguments, preprocessing, validation=arguments.validation, team=team)
-    model = of_first(team, lambda: build(arguments, dataset))
+    model = of_first(team, lambda: build(arguments, source(), dataset))
     overlap(model, dataset.digests["test"])
     model.trained_on += (TrainedOn.of(dataset),)
     records = train(arguments, model, dataset)
@@ -90,9 +92,9 @@ def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> Non
     team.from_first(lambda: _finish(arguments, weights, model, dataset, records, test))
 
 
-def build(arguments: argparse.Namespace, dataset: data.Data) -> models.Model:
+def build(arguments: argparse.Namespace, source: models.Source, dataset: data.Data) -> models.Model:
     torch.manual_seed(arguments.seed)
-    model = model_source(arguments.model, arguments.trust_code).build(dataset.classes, dataset.shape)
+    model = source.build(dataset.classes, dataset.shape)
     if arguments.init:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
         say(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")

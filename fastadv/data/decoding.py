@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastadv._extras import require
-from fastadv.data.pictures import CorruptPictureError, Picture
+from fastadv.data.pictures import CorruptPictureError, Picture, extensions
 from fastadv.preprocessing import Preprocessing
 
 logger = logging.getLogger("fastadv")
@@ -39,7 +39,7 @@ def decode(
     workers = cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    require("PIL.Image").preinit()  # the common formats, before threads do it at the same time
+    extensions()  # the formats, before threads register them at the same time
     settings = preprocessing or _of_first(pictures)
     _check_memory(len(pictures), settings.shape)
     images = torch.empty((len(pictures), *settings.shape), dtype=torch.uint8)

@@ -76,13 +76,13 @@ class Picture:
 def extensions() -> frozenset[str]:
     """How the names of pictures end that Pillow can read, in lower case, such as ".jpg"."""
     image = require("PIL.Image")
-    image.preinit()  # the common formats: Pillow tries them in the order in which they were registered
     return frozenset(ending for ending, name in image.registered_extensions().items() if name in _formats())
 
 
 def _formats() -> list[str]:
     """Formats that are decoded, whatever a file is called, in the order in which they are tried."""
     image = require("PIL.Image")
+    image.preinit()  # the common ones: Pillow tries formats in the order in which they were registered
     image.init()
     return [name for name in image.ID if name != _RUN]
 

@@ -87,18 +87,19 @@ class Told:
 
 def told(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[torch.Tensor]) -> Told:
     """As a tensor of this dtype and shape that comes in pieces, one after the other, on the CPU."""
-    size, whole = dtype.itemsize * math.prod(shape), hashlib.blake2b()
-    content = bytearray()
-    for piece in pieces:
-        flat = _bytes_of(piece)
-        whole.update(flat)
-        if size < WHOLE:
-            content += flat.tobytes()
-    return Told(_digest((b"Tensor", _kind_of(dtype, shape), bytes(content) if size < WHOLE else whole.digest())))
+    size = dtype.itemsize * math.prod(shape)
+    return Told(_digest((b"Tensor", _kind_of(dtype, shape), _content_of(size, pieces))))
 
 
-def _bytes_of(t: torch.Tensor) -> np.ndarray:
-    return t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+def _content_of(size: int, pieces: Iterable[torch.Tensor]) -> bytes:
+    """The bytes of a tensor that has so many, or their hash where these are WHOLE or more."""
+    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for t in pieces)
+    if size < WHOLE:
+        return b"".join(piece.tobytes() for piece in flat)
+    whole = hashlib.blake2b()
+    for piece in flat:
+        whole.update(piece)
+    return whole.digest()
 
 
 def _kind_of(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
@@ -184,15 +185,12 @@ class _Reader:
         yield _kind_of(value.dtype, value.shape)
         try:
             size = value.numel() * value.element_size()
-            if size < WHOLE:
-                yield _bytes_of(value).tobytes()
-                return
-            whole = hashlib.blake2b()
-            for rows in value.split(max(1, len(value) * WHOLE // size)):  # a copy of all images may not fit
-                whole.update(_bytes_of(rows))
+            # In pieces, for a copy of all images may not fit.
+            pieces = [value] if size < WHOLE else value.split(max(1, len(value) * WHOLE // size))
+            content = _content_of(size, pieces)
         except (RuntimeError, TypeError, NotImplementedError) as error:  # quantised, sparse, without data
             raise Untold(f"a tensor of {value.dtype} and {value.layout}") from error
-        yield whole.digest()
+        yield content
 
     def _module(self, value) -> Iterator[bytes]:
         if isinstance(value, nn.parallel.DistributedDataParallel):

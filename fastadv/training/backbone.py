@@ -34,7 +34,7 @@ def backbone_robustness(
     seed: int = 0,
     fit: int = FIT,
     judge: int = JUDGE,
-    part: int = 128,
+    part: int = BATCH,
     autocast: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     compile: bool = False,

@@ -1,12 +1,10 @@
 """A model that several processes train: the same weights at the start, and the mean of all gradients in each update."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
 from fastadv.attacks.objective import find_logits
+from fastadv.attacks.state import buffers_kept
 from fastadv.evaluation.robustness import seeded
 from fastadv.team import Team
 
@@ -53,17 +51,8 @@ def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:
     """
     through = _Logits(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with seeded(0), _buffers_kept(model):
+    with seeded(0), buffers_kept(model):
         gradients = torch.autograd.grad(through(images).float().sum(), parameters, allow_unused=True)
     missing = torch.tensor([gradient is None for gradient in gradients], device=images.device)
     unused = bool(team.summed(missing.any().long()))
     return nn.parallel.DistributedDataParallel(through, find_unused_parameters=unused)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, value in before:
-            buffer.copy_(value)
