@@ -147,7 +147,7 @@ def test_merged_lora_says_what_the_unmerged_one_said(name):
         factors = {key: p.detach().clone() for key, p in tuning.parameters if "lora" in key}
         unmerged = logits(model.eval()(x)).detach()
     torch.testing.assert_close(logits(model.eval()(x)), unmerged, rtol=1e-5, atol=1e-5)
-    assert (unmerged - fresh).abs().max() > 0.1
+    assert (unmerged - fresh).abs().max() > 1e-3  # a hundred times what was just allowed
     if name == "hf":  # W + alpha / rank * B A, as in the paper
         for key in ADAPTED["hf"]:
             a, b = (factors[f"model.{key.removesuffix('weight')}lora_{f}.default.weight"] for f in "AB")

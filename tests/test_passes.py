@@ -65,6 +65,7 @@ def test_no_pass_of_a_run_has_more_images_than_a_part_of_a_step(batch_size, accu
     assert max(count for count, _, _ in seen) == largest
 
 
+@pytest.mark.filterwarnings("ignore:no prediction")  # logits in bf16 tie now and then
 def test_all_passes_of_a_run_are_in_its_precision_and_layout():
     model = network()
     seen = seen_by(model)
