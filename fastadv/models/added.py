@@ -85,12 +85,25 @@ class Prompt(Added):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, T, width) to (N, T + count, width)."""
-        tokens = self.tokens.to(x.dtype).expand(len(x), -1, -1)
-        return torch.cat((x[:, : self.prefix], tokens, x[:, self.prefix :]), 1)
+        # Not of len(x), which torch.export would make a constant of.
+        return self._inserted(x, self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), 1)
 
     def without(self, x: torch.Tensor) -> torch.Tensor:
         """The way back."""
         return torch.cat((x[:, : self.prefix], x[:, self.prefix + self.count :]), 1)
+
+    def unmasked(self, mask: torch.Tensor, tokens: int) -> torch.Tensor:
+        """A mask of attention (N, heads, T or 1, T), as transformers makes them, in which prompts are seen and see."""
+        for dim in (2, 3):
+            if mask.shape[dim] == tokens:
+                shape = (*mask.shape[:dim], self.count, *mask.shape[dim + 1 :])
+                mask = self._inserted(mask, mask.new_full(shape, mask.dtype == torch.bool), dim)
+        return mask
+
+    def _inserted(self, x, more, dim):
+        return torch.cat(
+            (x.narrow(dim, 0, self.prefix), more, x.narrow(dim, self.prefix, x.shape[dim] - self.prefix)), dim
+        )
 
     def hook(self, module: nn.Module) -> list:
         return [
@@ -107,10 +120,12 @@ def _adapted(module, args, out):
 
 
 def _prompted(module, args, kwargs):
-    if args:
-        return (module.fastadv_prompt(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, kwargs | {name: module.fastadv_prompt(kwargs[name])}
+    """Tokens come first; of what else a block is given only masks of attention have to follow."""
+    prompt, values = module.fastadv_prompt, [*args, *kwargs.values()]
+    tokens = values[0].shape[1]
+    others = [prompt.unmasked(v, tokens) if isinstance(v, torch.Tensor) and v.ndim == 4 else v for v in values[1:]]
+    values = [prompt(values[0]), *others]
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
 def _unprompted(module, args, out):

@@ -1,5 +1,6 @@
 """Models for those who do not have fastadv."""
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -9,7 +10,6 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks.objective import find_logits
-from fastadv.attacks.state import frozen
 from fastadv.files import write_atomically
 from fastadv.models.added import added_facts
 from fastadv.models.model import Model
@@ -67,28 +67,26 @@ class _Plain(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         given = model.preprocessing
-        self.network = model.network
-        for name, values in (
-            (("mean", given.mean), ("std", given.std)) if given else (("mean", (0.0,)), ("std", (1.0,)))
-        ):
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
+        self.network = copy.deepcopy(model.network).cpu()
+        mean, std = (given.mean, given.std) if given else ((0.0,), (1.0,))
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return find_logits(self.network((images - self.mean) / self.std), len(images))
+        return find_logits(self.network((images - self.mean) / self.std), images.shape[0])
 
 
 def _program(model: Model) -> bytes:
     shape = model.preprocessing.shape if model.preprocessing else model.architecture["shape"]
-    plain = _Plain(model).to("cpu")
+    plain = _Plain(model).eval()
+    # An example of two images: from one a program would be made for one.
+    example, sizes = torch.zeros(2, *shape), ({0: torch.export.Dim("images")},)
+    try:
+        program = torch.export.export(plain, (example,), dynamic_shapes=sizes)
+    except Exception as error:
+        raise ValueError(f"torch.export cannot turn the network into a program: {error}") from error
     content = io.BytesIO()
-    with frozen(plain):
-        try:
-            # An example of two: of a dimension of 1 the program would take no other.
-            batch = ({0: torch.export.Dim("images")},)
-            program = torch.export.export(plain, (torch.zeros(2, *shape),), dynamic_shapes=batch)
-        except Exception as error:
-            raise ValueError(f"torch.export cannot turn the network into a program: {error}") from error
-        torch.export.save(program, content, extra_files={"classes.json": json.dumps(model.classes)})
+    torch.export.save(program, content, extra_files={"classes.json": json.dumps(model.classes)})
     return content.getvalue()
 
 
