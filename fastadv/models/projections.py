@@ -27,7 +27,10 @@ _TRIPLES = (
 _ALONE = {name for triple in _TRIPLES for name in triple}
 _FUSED = {"qkv", "qkv_proj", "to_qkv", "Wqkv", "query_key_value"}
 _FUSED |= {"kv", "kv_proj", "to_kv", "qk", "qk_proj", "to_qk"}
-_ADAPTS = {"qv": "LoRA adapts queries and values", "kv": "IA3 adapts keys and values"}
+_ADAPTS = {  # by what is looked for: who looks, and what else there is
+    "qv": ("LoRA adapts queries and values", ", or name its layers with lora_targets= (--lora-targets)"),
+    "kv": ("IA3 adapts keys and values", ""),
+}
 ROWS = 16  # of a layer are disturbed at first, more only while two layouts explain them
 SIZE = 30.0  # of the disturbance, of outputs whose standard deviation is 1: attention is then far from linear in a key
 
@@ -163,10 +166,10 @@ def _of_attention(module, name, ran, calls, letters) -> list[Target]:
     if layouts is None or "".join(sorted("".join(layout.parts for layout in layouts))) != "kqv":
         if not fused and not attention.mixes:
             return []  # such as the parallel branches of an MLP
+        who, todo = _ADAPTS[letters]
         raise ValueError(
-            f"{_ADAPTS[letters]}, and what {', '.join(group)} make is neither queries, keys and values one after the "
-            "other nor head by head: choose another method, or, for LoRA, name its layers with lora_targets= "
-            "(--lora-targets)"
+            f"{who}, and what {', '.join(group)} make is neither queries, keys and values one after the other nor head "
+            f"by head: choose another method{todo}"
         )
     pairs = zip(group, layouts, strict=True)
     return [Target(full, layout.slices(letters)) for full, layout in pairs if set(layout.parts) & set(letters)]
