@@ -305,7 +305,7 @@ class Passes:
             parameter.requires_grad_(True)
 
 
-RESIDUAL = ("adapter", "ia3", "prompt")  # they find no place in a plain row of convolutions
+ELSEWHERE = ("adapter", "ia3", "prompt", "norm")  # they find nothing in a plain row of convolutions
 TRAINED = [(kind, method) for kind in NETWORKS for method in METHODS if kind == "vit" or method not in RESIDUAL]
 
 
