@@ -184,7 +184,9 @@ def add_again(network: nn.Module, facts: object) -> None:
                 f"what the file says of the modules that are added to its network is damaged: {fact!r:.200}"
             )
         if fact["at"] not in modules:
-            raise ValueError(f"the network has no module {fact['at']!r} to add a {fact['kind']} to")
+            raise ValueError(
+                f"the network has no module {fact['at']!r}, where the file has a module of its own: {fact['kind']}"
+            )
         attach(network, fact["at"], KINDS[fact["kind"]](**{n: v for n, v in fact.items() if n not in ("at", "kind")}))
 
 

@@ -123,7 +123,7 @@ class _Trace(TorchFunctionMode):
             for each in (branch, skip)
         )
         if givers and not any(_is_within(name, self.head) for name in (block, *givers, *shortcut)):
-            # A block may also be a module without a forward of its own, such as an nn.ModuleList of two.
+            # One module may run many blocks, each of them an nn.ModuleList without a forward of its own.
             self.sums[block, givers[-1].rpartition(".")[0]] = _Sum(branch, givers, shortcut, len(self.layers))
 
     def residuals(self, operations: set) -> Iterator[Residual]:
