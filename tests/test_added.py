@@ -67,7 +67,7 @@ COUNT = {"timm convnext": 4, "timm resnet": 8, "hf convnext": 4, "hf resnet": 3,
 @pytest.mark.parametrize("name", SUMS)
 def test_an_adapter_comes_right_before_the_residual_sum(name):
     """What is added to the place's output is what the sum has more, all of it and nothing else."""
-    network, x = made(name), torch.rand(2, *SHAPE)
+    network, x = made(name).double(), torch.rand(2, *SHAPE, dtype=torch.float64)
     residuals = find_residuals(network, x, HEADS.get(name))
     assert len(residuals) == COUNT.get(name, 2)
     holder, side, number = SUMS[name]
@@ -88,7 +88,7 @@ def test_an_adapter_comes_right_before_the_residual_sum(name):
         once = seen[-1]
         network.get_submodule(residuals[number].place).register_forward_hook(disturb)
         network(x)
-    torch.testing.assert_close(seen[-1] - once, delta[0].reshape(once.shape), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(seen[-1] - once, delta[0].reshape(once.shape), rtol=1e-6, atol=1e-8)
     width = residuals[number].width
     assert delta[0].shape[1 if residuals[number].channels_first else -1] == width
 
