@@ -143,6 +143,8 @@ SETTINGS = {
     "head_start_lr": ("0.5", 0.5),
     "rank": ("3", 3),
     "lora_alpha": ("7", 7.0),
+    "adapter_reduction": ("4", 4),
+    "prompt_tokens": ("5", 5),
     "lora_targets": ("a.b,c", ("a.b", "c")),
     "alpha": ("5/255", 5 / 255),
     "noise": ("0.2", 0.2 / 255),

@@ -13,7 +13,7 @@ from torch import nn
 from fastadv.attacks import FGSM, Normalized
 from fastadv.models import Target, find_head, lora_targets
 from fastadv.training import Trainer
-from fastadv.training.methods import METHODS, trainable
+from fastadv.training.methods import trainable
 from fastadv.training.optimizers import optimizer_of
 from fastadv.training.settings import Settings
 
@@ -57,12 +57,20 @@ def conv():
     return model
 
 
+METHODS = ("full", "linear", "bias", "lora", "norm")  # on any network; those of the others are in test_added.py
 NETWORKS = {"timm": timm_vit, "hf": hf_vit, "conv": conv}
 HEADS = {"timm": "head", "hf": "classifier", "conv": "12"}
 ADAPTED = {
     "timm": [f"blocks.{i}.attn.qkv.weight" for i in range(2)],
     "hf": [f"vit.layers.{i}.attention.{p}_proj.weight" for i in range(2) for p in "qv"],
     "conv": ["3.weight", "8.weight"],
+}
+
+
+NORMS = {
+    "timm": re.compile(r"norm\d?\."),
+    "hf": re.compile(r"layernorm"),
+    "conv": re.compile(r"^[16]\."),
 }
 
 
@@ -118,6 +126,7 @@ def test_what_should_train_does_and_no_other_bit_changes(name, method):
         "linear": in_head,
         "bias": in_head | {key for key in parameters if key.endswith(".bias")},
         "lora": in_head | set(ADAPTED[name]),
+        "norm": in_head | {key for key in parameters if NORMS[name].search(key)},
     }[method]
     assert changed(network, before) == expected
     assert any(during)
@@ -360,7 +369,7 @@ def test_a_name_is_a_whole_name():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("adapter", {}, "unknown method 'adapter'; there are full, linear, bias, lora"),
+        ("half", {}, "unknown method 'half'; there are full, linear, bias, lora, adapter, prompt, ia3, norm"),
         ("linear", {"head": "top"}, "no module called 'top'"),
         ("lora", {}, "pass example=, images, or name lora_targets="),
         ("lora", {"lora_targets": ["model.1"]}, r"no linear or convolutional layer 'model\.1'; there are model\.0"),

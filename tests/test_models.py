@@ -949,7 +949,7 @@ def with_facts(path, facts):
     [
         ("{", "unreadable"),
         ("3", "unreadable"),
-        (json.dumps({"format": 2}), "has the format 2, this fastadv reads 1"),
+        (json.dumps({"format": 3}), "has the format 3, this fastadv reads 2"),
         (json.dumps({"format": 1, "classes": ["a"]}), "does not say its model's architecture, preprocessing"),
         (
             json.dumps({"format": 1, "classes": ["a"], "preprocessing": None, "architecture": {"kind": "keras"}}),
@@ -1211,7 +1211,7 @@ def test_transformers_load_with_transformers_alone(tmp_path, hf_folder):
 
 
 def test_endings_that_fit_no_format_are_refused(tmp_path, hf_folder):
-    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt or \.pth"):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt, \.pth or \.pt2"):
         models.export(built(), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="exported as a folder"):
         models.export(models.source(f"hf:{hf_folder}").build("ab"), tmp_path / "a.safetensors")

@@ -7,9 +7,11 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.nn.functional as F
+from families import SHAPE, made
 from torch import nn
 
 from fastadv import random_init, sample_seeds
+from fastadv.models.added import added_to
 from fastadv.training import Monitor, Trainer, run
 from fastadv.training.monitor import Reading
 from fastadv.training.settings import Settings
@@ -368,7 +370,27 @@ def answers():
             assert found == pytest.approx([rate * factor for rate, factor in zip(cosine, rates, strict=False)])
 
 
+def adapter_reduction():
+    for value, width in ((None, 2), (4, 4)):  # of 16 channels
+        network = made("own resnet")
+        trained_on_families(network, method="adapter", adapter_reduction=value)
+        assert [added.reduced for _, added in added_to(network)] == [width // 2, width]
+
+
+def prompt_tokens():
+    for value, count in ((None, 10), (3, 3)):
+        network = made("hf vit")
+        trained_on_families(network, method="prompt", prompt_tokens=value)
+        assert [len(added.tokens) for _, added in added_to(network)] == [count, count]
+
+
+def trained_on_families(network, **settings):
+    options = {"epochs": 1, "batch_size": 3, "probe": 0, "measure_backbone": False, "progress": False, "device": "cpu"}
+    Trainer(network, 0.01, **options, **settings).fit((torch.rand(3, *SHAPE), torch.arange(3)))
+
+
 ELSEWHERE = {each.__name__: each for each in (augment, precision, compile, channels_last, eval_every, probe)}
+ELSEWHERE |= {each.__name__: each for each in (adapter_reduction, prompt_tokens)}
 ELSEWHERE |= {"on_overfitting": answers, "switch_to": answers}
 
 

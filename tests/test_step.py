@@ -305,9 +305,12 @@ class Passes:
             parameter.requires_grad_(True)
 
 
+ELSEWHERE = ("adapter", "ia3", "prompt", "norm")  # they find nothing in a plain row of convolutions
+TRAINED = [(kind, method) for kind in NETWORKS for method in METHODS if kind == "vit" or method not in ELSEWHERE]
+
+
 @pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "nfgsm", "pgd"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(("kind", "method"), TRAINED)
 def test_a_step_costs_the_attack_s_passes_and_one_of_each_kind(kind, method, attack):
     model, (images, labels) = NETWORKS[kind](), COSTLY
     with trainable(model, method, rank=2, example=images):

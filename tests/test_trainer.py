@@ -703,7 +703,7 @@ def test_bf16_trains_weights_that_stay_float32():
         ({"warmup": 11, "epochs": 2}, "a warmup of 11 steps is longer than the 10 steps of the 2 epochs of full"),
         ({"warmup": 6, "head_start": 1}, "a warmup of 6 steps is longer than the 5 steps of the 1 epochs of linear"),
         ({"on_overfitting": "stop"}, "on_overfitting='stop' answers the monitor, and probe=0"),
-        ({"lora_targets": ["3"]}, "lora_targets are those of the method lora, and the method is full"),
+        ({"lora_targets": ["3"]}, "lora_targets belongs to the method lora, and the method is full"),
         ({"attack": None, "alpha": 0.1, "steps": 3}, "alpha, steps belong to an attack given by name, got .* None"),
         ({"steps": 1.5, "attack": "pgd"}, "steps is a whole number, got 1.5"),
         ({"seed": 2**64}, "seed must be at most 18446744073709551615"),

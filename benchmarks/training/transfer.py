@@ -26,7 +26,6 @@ from fastadv.commands.arguments import adder, class_list, eps_budget, model_sour
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
 from fastadv.training import Trainer
-from fastadv.training.methods import METHODS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -62,7 +61,7 @@ def parser():
     add("--data", required=True, help="as for fastadv finetune")
     add("--data-folder", Path, help="where cifar10 is")
     add("--classes", class_list, help="labels or names to keep, such as 6-9 (all if not given)")
-    add("--methods", among(METHODS), "linear,full")
+    add("--methods", among(LEARNING_RATES), "linear,full")
     add("--attacks", among((*PRESETS, "none")), "fgsm,pgd")
     add("--seeds", int, 3, help="how many, from 0")
     add("--eps", eps_budget, "8", help="budget in units of 1/255")

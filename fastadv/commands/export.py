@@ -1,4 +1,4 @@
-"""fastadv export: a plain model for timm, transformers or torch, without fastadv."""
+"""fastadv export: a plain model for timm, transformers or torch, or a program of torch, without fastadv."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("model", type=Path, help="a checkpoint.safetensors")
     add_trust(parser)
-    parser.add_argument("out", type=Path, help="a file .safetensors or .pt; for a model of transformers a folder")
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="a file .safetensors or .pt, for a model of transformers a folder; or a program of torch.export, .pt2",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

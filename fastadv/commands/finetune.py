@@ -53,6 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _add_settings(add, parser: argparse.ArgumentParser) -> None:
     """Every setting by its own name; lengths in units of 1/255."""
     kinds = {"alpha": budget, "noise": budget, "steps": int, "clip": float, "lora_targets": _names}
+    kinds |= {"adapter_reduction": int, "prompt_tokens": int}
     for field in dataclasses.fields(Settings):
         option, facts = "--" + field.name.replace("_", "-"), field.metadata
         if field.name == "seed":  # of the data too

@@ -1,5 +1,6 @@
 """Models by name or yours, their structure, and their weights as files."""
 
+from fastadv.models.added import Adapter, Prompt
 from fastadv.models.checkpoints import load, load_weights, save
 from fastadv.models.export import export
 from fastadv.models.model import Model, construct
@@ -9,7 +10,9 @@ from fastadv.models.structure import find_blocks, find_head, new_head
 
 __all__ = [
     "CHOICES",
+    "Adapter",
     "Model",
+    "Prompt",
     "Source",
     "Target",
     "construct",

@@ -10,17 +10,19 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.data.trained import TrainedOn
 from fastadv.files import check_format, write_atomically
+from fastadv.models.added import add_again, added_facts
 from fastadv.models.model import Model, construct
 from fastadv.models.structure import classifiers, find_head, new_head
 from fastadv.preprocessing import Preprocessing
 
-FORMAT = 1
+FORMAT = 2  # of a network with added modules, which version 1 has no word for; of others it is 1 still
 _KEY = "fastadv"
 _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write weights, buffers, class names, preprocessing, architecture and training pictures to a safetensors file.
+    """Write weights, buffers, class names, preprocessing, architecture, added modules and training pictures to a
+    safetensors file.
 
     Tied weights are written once, under their first name. The file replaces an older one when it is whole.
 
@@ -33,13 +35,16 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+    added = added_facts(model.network)
     facts = {
-        "format": FORMAT,
+        "format": FORMAT if added else 1,
         "classes": list(model.classes),
         "preprocessing": model.preprocessing and model.preprocessing.to_json(),
         "architecture": model.architecture,
         "trained_on": [record.to_json() for record in model.trained_on],
     }
+    if added:
+        facts["added"] = added
     tensors = {name: _stored(name, value, dtype) for name, value in _untied(model.network.state_dict()).items()}
     # One entry: safetensors writes several in random order, and equal models would give unequal files.
     write_atomically(path, require("safetensors.torch").save(tensors, {_KEY: json.dumps(facts)}))
@@ -63,7 +68,7 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
     if facts is None:
         raise ValueError(f"{path} does not say how its model is built: load its weights into a model of your own")
     own = tuple(facts["classes"])
-    network = _built(path, facts["architecture"], len(own), trust_code)
+    network = _built(path, facts, len(own), trust_code)
     weights = _weights(path)
     _check_fit(path, weights, network.state_dict())
     network.load_state_dict(weights, strict=False)
@@ -93,6 +98,9 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
         ValueError: not a safetensors file, or its tensors do not fit outside the head.
     """
     facts, weights, own = read_facts(path), _weights(path), network.state_dict()
+    if facts is not None and facts.get("added") and not added_facts(network):
+        kinds = " and ".join(sorted({f"{fact['kind']}s" for fact in facts["added"]}))
+        raise ValueError(f"{path} is of a network with {kinds}, and this one has none: load the file itself (--model)")
     heads = classifiers(network) if head is None else (head,)
     prefixes = tuple(find_head(network, name)[0] + "." for name in heads)
     in_head = {key for key in own if key.startswith(prefixes)}
@@ -109,7 +117,7 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
 def read_facts(path: str | Path) -> dict | None:
     """What `save` wrote beside the tensors: format, classes, preprocessing, architecture; None: it did not write it.
 
-    Later files also have trained_on, which `trained_on_of` reads.
+    Later files also have trained_on, which `trained_on_of` reads, and those of the format 2 added, for `add_again`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -125,7 +133,8 @@ def read_facts(path: str | Path) -> dict | None:
         missing = {"classes", "preprocessing", "architecture"} - facts.keys()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} says unreadable things about its model: {error!r}") from error
-    check_format(str(path), known, FORMAT)
+    if known != 1:
+        check_format(str(path), known, FORMAT)
     if missing:
         raise ValueError(f"{path} does not say its model's {', '.join(sorted(missing))}")
     classes = facts["classes"]
@@ -161,9 +170,12 @@ def trained_on_of(facts: dict) -> tuple[TrainedOn, ...]:
     return tuple(map(TrainedOn.from_json, records))
 
 
-def _built(path: str | Path, architecture: dict, count: int, trust_code: bool) -> nn.Module:
+def _built(path: str | Path, facts: dict, count: int, trust_code: bool) -> nn.Module:
+    architecture = facts["architecture"]
     try:
-        return construct(architecture, count, trust_code=trust_code)
+        network = construct(architecture, count, trust_code=trust_code)
+        add_again(network, facts.get("added", []))
+        return network
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
         what = f"{path} describes a model that cannot be built"
         raise ValueError(f"{what} ({type(error).__name__}: {error}): {architecture!r:.400}") from error

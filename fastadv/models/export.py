@@ -1,13 +1,17 @@
 """Models for those who do not have fastadv."""
 
+import copy
 import io
 import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastadv._extras import require
+from fastadv.attacks.objective import find_logits
 from fastadv.files import write_atomically
+from fastadv.models.added import added_facts
 from fastadv.models.model import Model
 from fastadv.preprocessing import Preprocessing
 
@@ -17,15 +21,32 @@ _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow'
 def export(model: Model, path: str | Path) -> None:
     """Write `model` so that it loads without fastadv.
 
-    A network of transformers becomes a folder for from_pretrained: weights, config.json with the names of the
-    classes, preprocessor_config.json. Any other becomes one file with its state dict, under the network's own names:
-    .safetensors, or .pt or .pth for torch.load. It takes normalised images: (pixels - mean) / std with the
-    preprocessing's numbers, for pixels in [0, 1].
+    - A network of transformers becomes a folder for from_pretrained: weights, config.json with the names of the
+      classes, preprocessor_config.json.
+    - Any other becomes one file with its state dict, under the network's own names: .safetensors, or .pt or .pth for
+      torch.load.
+    - Each becomes, as a file .pt2, a program of torch.export, which needs neither fastadv nor timm or transformers:
+      `torch.export.load(path).module()` maps images (N, C, H, W), float32 in [0, 1], to logits (N, classes). It
+      normalises by itself, is in eval mode, and does not train. The names of the classes are in its extra file
+      "classes.json". This is what keeps adapters and prompts, which a state dict would bring into no plain network.
+
+    The networks of the first two take normalised images: (pixels - mean) / std with the preprocessing's numbers, for
+    pixels in [0, 1].
 
     Raises:
-        ValueError: the path's ending fits no format of this network.
+        ValueError: the path's ending fits no format of this network, such as another one than .pt2 for a network with
+            adapters or prompts, or torch.export cannot turn the network into a program.
     """
     path = Path(path)
+    if path.suffix == ".pt2":
+        write_atomically(path, _program(model))
+        return
+    added = {fact["kind"] for fact in added_facts(model.network)}
+    if added:
+        raise ValueError(
+            f"the network has {' and '.join(sorted(f'{kind}s' for kind in added))}, which no plain network of its kind "
+            f"would load: export it to a file .pt2, a program of torch.export, in place of {path}"
+        )
     if model.architecture["kind"] == "hf":
         _folder(model, path)
     elif path.suffix == ".safetensors":
@@ -37,7 +58,36 @@ def export(model: Model, path: str | Path) -> None:
         torch.save({name: t.detach().cpu() for name, t in model.network.state_dict().items()}, content)
         write_atomically(path, content.getvalue())
     else:
-        raise ValueError(f"{path} must end in .safetensors, .pt or .pth, to say which file it is to be")
+        raise ValueError(f"{path} must end in .safetensors, .pt, .pth or .pt2, to say which file it is to be")
+
+
+class _Plain(nn.Module):
+    """From images in [0, 1] to logits, by operations of torch alone."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        given = model.preprocessing
+        self.network = copy.deepcopy(model.network).cpu()
+        mean, std = (given.mean, given.std) if given else ((0.0,), (1.0,))
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return find_logits(self.network((images - self.mean) / self.std), images.shape[0])
+
+
+def _program(model: Model) -> bytes:
+    shape = model.preprocessing.shape if model.preprocessing else model.architecture["shape"]
+    plain = _Plain(model).eval()
+    # An example of two images: from one a program would be made for one.
+    example, sizes = torch.zeros(2, *shape), ({0: torch.export.Dim("images")},)
+    try:
+        program = torch.export.export(plain, (example,), dynamic_shapes=sizes)
+    except Exception as error:
+        raise ValueError(f"torch.export cannot turn the network into a program: {error}") from error
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"classes.json": json.dumps(model.classes)})
+    return content.getvalue()
 
 
 def _folder(model: Model, path: Path) -> None:

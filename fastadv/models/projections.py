@@ -1,4 +1,4 @@
-"""The layers that LoRA adapts: queries and values where there is attention, else every linear layer."""
+"""The layers that LoRA and IA3 adapt: of attention the queries, keys and values, of blocks their layers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,30 +9,35 @@ from torch import nn
 
 from fastadv.attacks.state import frozen
 from fastadv.data import to_float
+from fastadv.models.residual import find_residuals
 from fastadv.models.structure import find_head
 
-# What timm and transformers call the layers of queries and of values, and those that give several at once.
-_PAIRS = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q", "v"),
-    ("query_proj", "value_proj"),
-    ("projection_query", "projection_value"),
-    ("to_q", "to_v"),
-    ("to_query", "to_value"),
-    ("q_lin", "v_lin"),
-    ("wq", "wv"),
+# What timm and transformers call the layers of queries, keys and values, and those that give several at once.
+_TRIPLES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("projection_query", "projection_key", "projection_value"),
+    ("to_q", "to_k", "to_v"),
+    ("to_query", "to_key", "to_value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("wq", "wk", "wv"),
 )
-_ALONE = {name for pair in _PAIRS for name in pair}
+_ALONE = {name for triple in _TRIPLES for name in triple}
 _FUSED = {"qkv", "qkv_proj", "to_qkv", "Wqkv", "query_key_value"}
 _FUSED |= {"kv", "kv_proj", "to_kv", "qk", "qk_proj", "to_qk"}
+_ADAPTS = {  # by what is looked for: who looks, and what else there is
+    "qv": ("LoRA adapts queries and values", ", or name its layers with lora_targets= (--lora-targets)"),
+    "kv": ("IA3 adapts keys and values", ""),
+}
 ROWS = 16  # of a layer are disturbed at first, more only while two layouts explain them
 SIZE = 30.0  # of the disturbance, of outputs whose standard deviation is 1: attention is then far from linear in a key
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that LoRA adapts: its name, and the slices of its outputs that train."""
+    """A layer that LoRA or IA3 adapts: its name, and the slices of its outputs that train."""
 
     name: str
     rows: tuple[slice, ...] = (slice(None),)
@@ -41,14 +46,16 @@ class Target:
 def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> list[Target]:
     """The layers that LoRA adapts (Hu et al. 2022, arXiv 2106.09685, section 4.2: queries and values).
 
-    Found among the linear layers (nn.Linear, and nn.Conv2d of 1x1 with groups == 1) that run in a forward pass:
+    Found among the layers that run in a forward pass:
 
     - attention whose layers have names that timm or transformers give: q_proj and v_proj, query and value, q and v;
     - other attention by effect. Candidates are layers called qkv, kv or qk, an nn.Linear with three times as many
       outputs as inputs beside one with as many outputs as inputs, and three nn.Linear or more that take the very same
       tensor. One output of one token is disturbed: a query changes that token alone, a key or a value others too, the
       value in proportion. Of a fused layer the queries and values train, be they in thirds or head by head;
-    - where there is no attention: every linear layer that runs.
+    - where there is no attention: every linear layer (nn.Linear, and nn.Conv2d of 1x1 with groups == 1);
+    - where residual blocks have no linear layers, but for those of their shortcuts: every other convolution of the
+      blocks with groups == 1.
 
     The head is left out, and so is a layer whose weight is used without calling the layer.
 
@@ -61,19 +68,51 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
         ValueError: nothing found, or attention of which it is not clear what makes its queries and values.
     """
     head = find_head(module, head, example)[0]
+    ran, targets = _attention_targets(module, example, head, "qv")
+    if targets:
+        return targets
+    inside = [name for each in find_residuals(module, example, head) for name in each.layers]
+    layers = {name: module.get_submodule(name) for name in inside}
+    if layers and not any(map(_is_linear, layers.values())):
+        names = [name for name, layer in layers.items() if layer.groups == 1]
+    else:
+        names = [name for name, _ in module.named_modules() if name in ran]
+    if not names:
+        raise ValueError(
+            "LoRA found neither linear layers nor 1x1 convolutions before the head, nor convolutions in residual "
+            "blocks: choose another method, or name its layers with lora_targets= (--lora-targets)"
+        )
+    return [Target(name) for name in names]
+
+
+def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> tuple[list[Target], list[str]]:
+    """The layers that IA3 adapts (Liu et al. 2022, arXiv 2205.05638, section 3.3): whose outputs, and whose inputs.
+
+    The outputs are those of keys and values, found as `lora_targets` finds its layers; the inputs are those of the last
+    linear layer or convolution in each residual block: the second layer of a transformer's MLP.
+
+    Args: as of `lora_targets`.
+
+    Raises:
+        ValueError: nothing found, or attention of which it is not clear what makes its keys and values.
+    """
+    head = find_head(module, head, example)[0]
+    outputs = _attention_targets(module, example, head, "kv")[1]
+    lasts = (each.last for each in find_residuals(module, example, head))
+    inputs = list(dict.fromkeys(name for name in lasts if name is not None))
+    if not outputs and not inputs:
+        raise ValueError("ia3 found neither attention nor residual blocks before the head: choose another method")
+    return [target for target in outputs if target.name not in inputs], inputs
+
+
+def _attention_targets(module, example, head, letters) -> tuple[dict[str, nn.Module], list[Target]]:
+    """The linear layers that run before the head, and of attention those that make `letters`."""
     names = {layer: name for name, layer in module.named_modules()}
     with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
         calls = _calls(module, example)
         linear = {names[layer]: layer for layer in calls if _is_linear(layer)}
         ran = {name: layer for name, layer in linear.items() if not f"{name}.".startswith(f"{head}.")}
-        targets = [target for name in names.values() for target in _of_attention(module, name, ran, calls)]
-    targets = targets or [Target(name) for name in names.values() if name in ran]
-    if not targets:
-        raise ValueError(
-            "LoRA found neither linear layers nor 1x1 convolutions before the head: choose another method, or name its "
-            "layers with lora_targets= (--lora-targets)"
-        )
-    return targets
+        return ran, [t for name in names.values() for t in _of_attention(module, name, ran, calls, letters)]
 
 
 def _calls(module: nn.Module, example: torch.Tensor) -> dict[nn.Module, tuple[tuple, dict]]:
@@ -101,8 +140,8 @@ def _is_linear(layer: nn.Module) -> bool:
 # ---------------------------------------------------------------------- attention
 
 
-def _of_attention(module, name, ran, calls) -> list[Target]:
-    """What LoRA adapts of the layers in the children of the module `name`."""
+def _of_attention(module, name, ran, calls, letters) -> list[Target]:
+    """Which layers in the children of the module `name` make queries, keys or values, as `letters` say."""
     own, found = [], {}
     for key, _ in module.get_submodule(name).named_children():
         full = f"{name}.{key}" if name else key
@@ -111,9 +150,10 @@ def _of_attention(module, name, ran, calls) -> list[Target]:
         inside = [layer for layer in ran if f"{layer}.".startswith(f"{full}.")]
         if len(inside) == 1 and key in _ALONE | _FUSED:  # the layer itself, or one beside a norm or a pooling
             found[key] = inside[0]
-    for q, v in _PAIRS:
-        if q in found and v in found:
-            return [Target(found[q]), Target(found[v])]
+    for triple in _TRIPLES:
+        made = {letter: found[key] for letter, key in zip("qkv", triple, strict=True) if key in found}
+        if {"q", "v"} <= made.keys():
+            return [Target(made[letter]) for letter in letters if letter in made]
     fused = [full for key, full in found.items() if key in _FUSED]
     group = list(found.values()) if fused else _by_structure(own, ran, calls)
     if not group:
@@ -126,13 +166,13 @@ def _of_attention(module, name, ran, calls) -> list[Target]:
     if layouts is None or "".join(sorted("".join(layout.parts for layout in layouts))) != "kqv":
         if not fused and not attention.mixes:
             return []  # such as the parallel branches of an MLP
+        who, todo = _ADAPTS[letters]
         raise ValueError(
-            f"LoRA adapts queries and values, and what {', '.join(group)} make is neither queries, keys and values one "
-            "after the other nor head by head: choose another method, or name its layers with lora_targets= "
-            "(--lora-targets)"
+            f"{who}, and what {', '.join(group)} make is neither queries, keys and values one after the other nor head "
+            f"by head: choose another method{todo}"
         )
     pairs = zip(group, layouts, strict=True)
-    return [Target(full, layout.slices("qv")) for full, layout in pairs if layout.parts != "k"]
+    return [Target(full, layout.slices(letters)) for full, layout in pairs if set(layout.parts) & set(letters)]
 
 
 def _by_structure(own, ran, calls) -> list[str]:

@@ -1,22 +1,42 @@
-"""What trains: everything, the head alone, the biases too, or low-rank updates (LoRA)."""
+"""What trains: everything, or the head and what a method adds or chooses before it."""
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MethodType
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastadv import models
-from fastadv._extras import require
 from fastadv.attacks.state import at_the_end, flags_kept
 from fastadv.models import Target, find_head
+from fastadv.training.adapter import adapter
+from fastadv.training.bias import bias
+from fastadv.training.ia3 import ia3
+from fastadv.training.lora import lora
+from fastadv.training.norm import norm
+from fastadv.training.options import Chosen, Options
+from fastadv.training.prompt import prompt
 
-METHODS = ("full", "linear", "bias", "lora")
+Method = Callable[[nn.Module, Options], AbstractContextManager[Chosen]]
+
+
+@contextmanager
+def linear(model: nn.Module, options: Options) -> Iterator[Chosen]:
+    """Nothing but the head."""
+    yield Chosen()
+
+
+# A method is what chooses, or adds to the model, what trains beside the head; for "full" that is everything.
+METHODS: dict[str, Method | None] = {
+    "full": None,
+    "linear": linear,
+    "bias": bias,
+    "lora": lora,
+    "adapter": adapter,
+    "prompt": prompt,
+    "ia3": ia3,
+    "norm": norm,
+}
 
 
 class Tuning:
@@ -24,7 +44,7 @@ class Tuning:
 
     Attributes:
         parameters: (name, parameter) of each that trains.
-        total: how many numbers the parameters of the model hold, LoRA's factors included.
+        total: how many numbers the parameters of the model hold, what a method adds included.
         trainable: how many of them train.
         buffers: of what is in train mode, by name.
         tensors: all that training can change, by name: what trains, and `buffers`.
@@ -76,6 +96,8 @@ def trainable(
     alpha: float = 16,
     lora_targets: Sequence[str | Target] | None = None,
     example: torch.Tensor | None = None,
+    adapter_reduction: int | None = None,
+    prompt_tokens: int | None = None,
 ) -> Iterator[Tuning]:
     """Set `model` up for `method`, until the end.
 
@@ -84,45 +106,54 @@ def trainable(
     - "bias": every bias trains, such as `bias`, `in_proj_bias`, `q_bias` and `bias_ih_l0`, and the head (BitFit: Ben
       Zaken et al. 2022, arXiv 2106.10199).
     - "lora": a low-rank update of some layers, and the head (Hu et al. 2022, arXiv 2106.09685).
+    - "adapter": a bottleneck behind the last branch of each residual block, and the head (Houlsby et al. 2019, arXiv
+      1902.00751, as `fastadv.models.Adapter`).
+    - "prompt": tokens beside those of each block of a plain vision transformer, and the head (VPT-deep: Jia et al.
+      2022, arXiv 2203.12119, as `fastadv.models.Prompt`).
+    - "ia3": vectors that scale keys, values and the input of the last layer of each residual block, and the head (Liu
+      et al. 2022, arXiv 2205.05638).
+    - "norm": weights and biases of the normalisation layers, and the head.
 
     A weight of the head that a layer before it has too (tied weights) trains: it is one parameter. With every method
     but "full" the backbone stays in eval mode, also after `model.train()`, so that batch-norm's buffers keep their
     bits; the head alone follows the mode.
 
-    At the end, whatever happens, LoRA's updates are merged into the weights, every flag is as it was, no parameter
-    that trained has a gradient, and the model has its own modules and names again.
+    At the end, whatever happens, LoRA's and IA3's updates are merged into the weights, every flag is as it was, no
+    parameter that trained has a gradient, and the model has its own modules and names again. Adapters and prompts stay:
+    they are modules of the model from then on, and what trains when it is set up for the same method again.
 
     Args:
         model: trained in place.
-        method: one of METHODS.
+        method: a key of METHODS.
         head: name of the classifier; None means `fastadv.models.find_head`'s.
         rank, alpha: of LoRA: an update is alpha / rank times the product of factors of that rank.
         lora_targets: names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means those
             that `fastadv.models.lora_targets` finds.
         example: images (N, C, H, W) as the model takes them, to find the head and those layers by running it.
+        adapter_reduction: an adapter is narrower than what it adapts by this factor; None means 8.
+        prompt_tokens: how many tokens a block gets; None means 10.
 
     Raises:
-        ImportError: "lora" without peft, of the `train` extra.
-        ValueError: unknown method, no such head or layer, a layer for LoRA whose weight another one has too, nothing
-            that trains, or a number out of range; and at the first step of an optimizer, before it changes anything,
-            a layer for LoRA whose factors got no gradient.
+        ImportError: "lora" or "ia3" without peft, of the `train` extra.
+        ValueError: unknown method, no such head or layer, a layer for LoRA or IA3 whose weight another one has too,
+            no place for what the method adds, nothing that trains, or a number out of range; and at the first step of
+            an optimizer, before it changes anything, a layer for LoRA or IA3 whose factors got no gradient.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     head, classifier = (None, None) if method == "full" else find_head(model, head, example)
-    targets = _targets(model, rank, alpha, lora_targets, example, head) if method == "lora" else []
-    own = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(flags_kept(model))
-        fixed = stack.enter_context(_adapted(model, targets, rank, alpha)) if targets else 0
+        fixed = 0
         if head is not None:
+            options = Options(head, example, rank, alpha, lora_targets, adapter_reduction, prompt_tokens)
+            chosen = stack.enter_context(METHODS[method](model, options))
+            fixed = chosen.fixed
             stack.enter_context(_head_follows_mode(model, head))
             # By identity: a tied parameter has several names.
-            named = list(model.named_parameters(remove_duplicate=False))
-            chosen = {id(parameter) for parameter in classifier.parameters()}
-            chosen |= {id(parameter) for name, parameter in named if method == "bias" and _is_bias(name)}
-            for _, parameter in named:
-                parameter.requires_grad_(id(parameter) in chosen or id(parameter) not in own)
+            trains = {id(parameter) for parameter in (*classifier.parameters(), *chosen.parameters)}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in trains)
         model.train()
         buffers = [name for name, _ in model.named_buffers() if head is None or _within(name, head)]
         tuning = Tuning(model, buffers, fixed)
@@ -132,12 +163,6 @@ def trainable(
 
 def _within(name: str, module: str) -> bool:
     return not module or name.startswith(f"{module}.")
-
-
-def _is_bias(name: str) -> bool:
-    """Not a table of biases that are added to attention."""
-    words = name.rpartition(".")[2].split("_")
-    return "bias" in (words[0], words[-1])
 
 
 def _drop_gradients(tuning: Tuning) -> None:
@@ -165,92 +190,3 @@ def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
 
     with at_the_end(put_back):
         yield
-
-
-# ---------------------------------------------------------------------- LoRA
-
-
-def _targets(model, rank, alpha, given, example, head) -> list[Target]:
-    targets = _chosen_targets(model, rank, alpha, given, example, head)
-    # Each place that holds a weight, be it by a layer of its own or by one layer that is held twice.
-    held = [(name, key, child) for name, module in model.named_modules() for key, child in module._modules.items()]
-    places = defaultdict(list)
-    for name, key, child in [("", "", model), *held]:
-        for parameter in () if child is None else child.parameters(recurse=False):
-            places[id(parameter)].append(f"{name}.{key}".lstrip("."))
-    for target in targets:
-        shared = places[id(model.get_submodule(target.name).weight)]
-        if len(shared) > 1:
-            raise ValueError(
-                f"{' and '.join(shared)} have one weight (tied weights), and LoRA would change it for all of them: "
-                "name other layers with lora_targets= (--lora-targets), or choose another method"
-            )
-    return targets
-
-
-def _chosen_targets(model, rank, alpha, given, example, head) -> list[Target]:
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
-    if given is None:
-        if example is None:
-            raise ValueError("LoRA finds its layers in a forward pass: pass example=, images, or name lora_targets=")
-        return models.lora_targets(model, example, head)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    targets = [target if isinstance(target, Target) else Target(target) for target in given]
-    if not targets:
-        raise ValueError("lora_targets= names no layer")
-    for target in targets:
-        if target.name not in layers:
-            raise ValueError(
-                f"the model has no linear or convolutional layer {target.name!r}; there are {', '.join(layers)}"
-            )
-    return targets
-
-
-@contextmanager
-def _adapted(model: nn.Module, targets: Sequence[Target], rank: int, alpha: float) -> Iterator[int]:
-    """LoRA's factors in `targets`; yields how many of their numbers do not train. They are merged at the end."""
-    peft = require("peft")
-    names = "|".join(re.escape(target.name) for target in targets)  # a pattern is matched whole, a list by endings
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
-    tuner = peft.LoraModel(model, {"default": config}, "default")
-    # PyTorch's own layers of a transformer read the weights of their linear layers in inference: not the factors.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    factors = {target.name: model.get_submodule(target.name).lora_B["default"].weight for target in targets}
-    first_step = register_optimizer_step_pre_hook(partial(_check_reached, factors))
-
-    def put_back():
-        first_step.remove()
-        torch.backends.mha.set_fastpath_enabled(fast)
-        tuner.merge_and_unload(progressbar=False)
-
-    with at_the_end(put_back):
-        yield sum(_hold(factors[target.name], target.rows) for target in targets)
-
-
-def _check_reached(factors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *_) -> None:
-    """Before the first step of their optimizer: all of them must have a gradient."""
-    if not factors:  # this was not the first step
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, factor in factors.items() if id(factor) in held and factor.grad is None]
-    if missing:
-        raise ValueError(
-            f"LoRA's factors in {', '.join(missing)} got no gradient: the model uses the weight without calling the "
-            "layer, or does not need its output. Name other layers with lora_targets= (--lora-targets)"
-        )
-    if any(id(factor) in held for factor in factors.values()):
-        factors.clear()
-
-
-def _hold(factor: nn.Parameter, rows: Sequence[slice]) -> int:
-    """Keep all but `rows` of a factor, which starts at zero, there: their gradient is zero. Returns their count."""
-    held = torch.ones(len(factor), dtype=torch.bool, device=factor.device)
-    for part in rows:
-        held[part] = False
-    if not held.any():
-        return 0
-    held = held.reshape(-1, *(1,) * (factor.ndim - 1))
-    factor.register_hook(lambda grad: grad.masked_fill(held.to(grad.device), 0))
-    return int(held.sum()) * factor[0].numel()

@@ -31,7 +31,8 @@ def optimizer_of(
 
 
 def _without_decay(model: nn.Module) -> set[int]:
-    """Biases, norms, positions, tokens and what timm's models list; by identity, for a tied one has several names."""
+    """Biases, norms, positions, tokens, IA3's vectors, which are about 1, and what timm's models list; by identity, for
+    a tied one has several names."""
     modules = dict(model.named_modules(remove_duplicate=False))
     listing = {name: m for name, m in modules.items() if callable(getattr(m, "no_weight_decay", None))}
     listed = [f"{name}.{pattern}".lstrip(".") for name, m in listing.items() for pattern in m.no_weight_decay()]
@@ -39,6 +40,7 @@ def _without_decay(model: nn.Module) -> set[int]:
         id(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.ndim <= 1
+        or ".ia3_l." in name
         or isinstance(modules[name.rpartition(".")[0]], _NORMS)
         or _NO_DECAY.search(_called(name, modules))
         or any(fnmatchcase(name, pattern) for pattern in listed)

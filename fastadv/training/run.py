@@ -405,6 +405,7 @@ class Run:
         s = self.settings
         torch.manual_seed(s.seed)  # low-rank factors begin at random
         options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
+        options |= {"adapter_reduction": s.adapter_reduction, "prompt_tokens": s.prompt_tokens}
         example = to_float(self.images.to_all(torch.arange(2), self.device))
         with trainable(self.model, stage.method, s.head, example=example[:1], **options) as self.tuning:
             self.optimizer = optimizer_of(self.model, self.tuning.parameters, s)

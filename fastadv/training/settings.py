@@ -20,13 +20,20 @@ def _of(default, help: str, **limits):
 class Settings:
     """Settings of a `Trainer`, and options of `fastadv finetune` by the same names."""
 
-    method: str = _of("full", "what trains: all; the head; biases and head; low-rank factors and head", choices=METHODS)
+    method: str = _of(
+        "full",
+        "what trains: all; the head; or with the head biases, low-rank factors, bottlenecks behind the blocks, tokens "
+        "beside those of a vision transformer, scales of keys, values and blocks, or norms",
+        choices=tuple(METHODS),
+    )
     head: str | None = _of(None, "name of the head module (the one that the model's structure gives if not given)")
     head_start: int = _of(0, "epochs of linear probing before the method, which starts from its head", least=0)
     head_start_lr: float = _of(1e-2, "peak learning rate of these", least=0)
     rank: int = _of(16, "of the low-rank factors", least=1)
     lora_alpha: float = _of(16.0, "their product is scaled by this / rank", least=0)
     lora_targets: tuple[str, ...] | None = _of(None, "modules that get them (those that the structure gives)")
+    adapter_reduction: int | None = _of(None, "of an adapter's width (8 if not given)", least=1)
+    prompt_tokens: int | None = _of(None, "that each block gets with the method prompt (10 if not given)", least=1)
     alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
     noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
@@ -72,8 +79,9 @@ class Settings:
         span(self.eps_schedule)  # refuses what is none
         if self.head_start and self.method == "linear":
             raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
-        if self.lora_targets is not None and self.method != "lora":
-            raise ValueError(f"lora_targets are those of the method lora, and the method is {self.method}")
+        for name, method in (("lora_targets", "lora"), ("adapter_reduction", "adapter"), ("prompt_tokens", "prompt")):
+            if getattr(self, name) is not None and self.method != method:
+                raise ValueError(f"{name} belongs to the method {method}, and the method is {self.method}")
         if self.on_overfitting != "warn" and not self.probe:
             raise ValueError(
                 f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "

@@ -1,0 +1,197 @@
+"""Modules that training adds to a network and that stay there: adapters and prompts.
+
+Each is a submodule of a module of the network and acts by hooks of that one, so that the network's own modules and
+names are as before. They hold parameters and no layers: nothing that looks for the layers of a network finds theirs.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Added(nn.Module):
+    """What is added. The arguments of a constructor are whole numbers and flags, and attributes by the same names."""
+
+    kind: str
+    arguments: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict:
+        """For JSON and `attach`."""
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.arguments}}
+
+
+class Adapter(Added):
+    """u + W_up GELU(W_down u + b_down) + b_up in the place of what a module returns, u (Houlsby et al. 2019, arXiv
+    1902.00751, section 2.1).
+
+    W_up and both biases start at zero, so that the network computes what it did; W_down starts as that of an
+    nn.Linear, and is never zero too: then nothing would train.
+
+    Args:
+        width: channels of u.
+        reduced: channels between the two projections.
+        channels_first: whether u is (N, width, H, W), and the projections 1x1 convolutions; else it is (..., width).
+    """
+
+    kind = "adapter"
+    arguments = ("width", "reduced", "channels_first")
+
+    def __init__(self, width: int, reduced: int, channels_first: bool):
+        super().__init__()
+        self.width, self.reduced, self.channels_first = width, reduced, channels_first
+        bound = 1 / math.sqrt(width)
+        self.down = nn.Parameter(torch.empty(reduced, width).uniform_(-bound, bound))
+        self.down_bias = nn.Parameter(torch.zeros(reduced))
+        self.up = nn.Parameter(torch.zeros(width, reduced))
+        self.up_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        hidden = F.gelu(self._project(u, self.down, self.down_bias))
+        return u + self._project(hidden, self.up, self.up_bias)
+
+    def _project(self, x, weight, bias):
+        return F.conv2d(x, weight[:, :, None, None], bias) if self.channels_first else F.linear(x, weight, bias)
+
+    def hook(self, module: nn.Module) -> list:
+        return [module.register_forward_hook(_adapted)]
+
+
+class Prompt(Added):
+    """Tokens that a block of a transformer gets beside its own, and whose outputs are dropped (VPT-deep: Jia et al.
+    2022, arXiv 2203.12119, section 3.2).
+
+    They stand behind the first `prefix` tokens, such as the class token, and before the patches. They have no
+    position, and start uniform in +-sqrt(6 / (3 pixels + width)).
+
+    Args:
+        count: of the tokens.
+        width: channels of a token.
+        prefix: how many tokens there are before the patches.
+        pixels: of a patch.
+    """
+
+    kind = "prompt"
+    arguments = ("count", "width", "prefix", "pixels")
+
+    def __init__(self, count: int, width: int, prefix: int, pixels: int):
+        super().__init__()
+        self.count, self.width, self.prefix, self.pixels = count, width, prefix, pixels
+        bound = math.sqrt(6 / (3 * pixels + width))
+        self.tokens = nn.Parameter(torch.empty(count, width).uniform_(-bound, bound))  # so called, they do not decay
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, width) to (N, T + count, width)."""
+        # Not of len(x), which torch.export would make a constant of.
+        return self._inserted(x, self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), 1)
+
+    def without(self, x: torch.Tensor) -> torch.Tensor:
+        """The way back."""
+        return torch.cat((x[:, : self.prefix], x[:, self.prefix + self.count :]), 1)
+
+    def unmasked(self, mask: torch.Tensor, tokens: int) -> torch.Tensor:
+        """A mask of attention (N, heads, T or 1, T), as transformers makes them, in which prompts are seen and see."""
+        for dim in (2, 3):
+            if mask.shape[dim] == tokens:
+                shape = (*mask.shape[:dim], self.count, *mask.shape[dim + 1 :])
+                mask = self._inserted(mask, mask.new_full(shape, mask.dtype == torch.bool), dim)
+        return mask
+
+    def _inserted(self, x, more, dim):
+        return torch.cat(
+            (x.narrow(dim, 0, self.prefix), more, x.narrow(dim, self.prefix, x.shape[dim] - self.prefix)), dim
+        )
+
+    def hook(self, module: nn.Module) -> list:
+        return [
+            module.register_forward_pre_hook(_prompted, with_kwargs=True),
+            module.register_forward_hook(_unprompted),
+        ]
+
+
+# The hooks ask the module that they are called with, so that a copy of the network has its own.
+
+
+def _adapted(module, args, out):
+    return module.fastadv_adapter(out)
+
+
+def _prompted(module, args, kwargs):
+    """Tokens come first; of what else a block is given only masks of attention have to follow."""
+    prompt, values = module.fastadv_prompt, [*args, *kwargs.values()]
+    tokens = values[0].shape[1]
+    others = [prompt.unmasked(v, tokens) if isinstance(v, torch.Tensor) and v.ndim == 4 else v for v in values[1:]]
+    values = [prompt(values[0]), *others]
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+
+def _unprompted(module, args, out):
+    without = module.fastadv_prompt.without
+    return (without(out[0]), *out[1:]) if isinstance(out, tuple) else without(out)
+
+
+KINDS = {each.kind: each for each in (Adapter, Prompt)}
+
+
+def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
+    """Add a module at the one called `place`; it has the name fastadv_adapter or fastadv_prompt there.
+
+    Returns:
+        What takes it away again.
+
+    Raises:
+        ValueError: there is something by that name.
+    """
+    owner, name = module.get_submodule(place), f"fastadv_{added.kind}"
+    if hasattr(owner, name):
+        raise ValueError(f"{place} has a {name} already")
+    owner.add_module(name, added)
+    hooks = added.hook(owner)
+
+    def detach():
+        for hook in hooks:
+            hook.remove()
+        delattr(owner, name)
+
+    return detach
+
+
+def added_to(module: nn.Module) -> Iterator[tuple[str, Added]]:
+    """The modules that were added: name of the place, and module."""
+    for name, each in module.named_modules():
+        if isinstance(each, Added):
+            yield name.rpartition(".")[0], each
+
+
+def added_facts(network: nn.Module) -> list[dict]:
+    """What is added where, for JSON and `add_again`."""
+    return [{"at": place, **added.facts} for place, added in added_to(network)]
+
+
+def add_again(network: nn.Module, facts: object) -> None:
+    """Add what `added_facts` told, untrained.
+
+    Raises:
+        ValueError: these are no such facts, or the network has no module of that name.
+    """
+    modules = dict(network.named_modules())
+    for fact in facts if isinstance(facts, list) else [facts]:
+        if not _is_fact(fact):
+            raise ValueError(
+                f"what the file says of the modules that are added to its network is damaged: {fact!r:.200}"
+            )
+        if fact["at"] not in modules:
+            raise ValueError(
+                f"the network has no module {fact['at']!r}, where the file has a module of its own: {fact['kind']}"
+            )
+        attach(network, fact["at"], KINDS[fact["kind"]](**{n: v for n, v in fact.items() if n not in ("at", "kind")}))
+
+
+def _is_fact(fact: object) -> bool:
+    kind = KINDS.get(fact.get("kind")) if isinstance(fact, dict) and isinstance(fact.get("kind"), str) else None
+    if kind is None or not isinstance(fact.get("at"), str) or fact.keys() != {"at", "kind", *kind.arguments}:
+        return False
+    return all(isinstance(fact[name], int) and fact[name] >= 0 for name in kind.arguments)

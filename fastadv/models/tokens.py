@@ -1,0 +1,111 @@
+"""The tokens of a plain vision transformer: which blocks pass them on, and where the patches begin."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastadv.attacks.state import frozen
+from fastadv.data import to_float
+from fastadv.models.added import Prompt, attach
+from fastadv.models.structure import find_blocks
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of a plain vision transformer.
+
+    Attributes:
+        blocks: names of its blocks, in order.
+        prefix: how many tokens, such as the class token, come before the patches.
+        width: channels of a token.
+        pixels: of a patch.
+    """
+
+    blocks: tuple[str, ...]
+    prefix: int
+    width: int
+    pixels: int
+
+
+def find_tokens(module: nn.Module, example: torch.Tensor) -> Tokens:
+    """What prompts need to know of a plain vision transformer: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP.
+
+    It is one if its blocks (`find_blocks`) pass on equally many tokens, (N, T, width), of which the first ones are the
+    same for two images and no other one is, and if it runs with more tokens and these see them.
+
+    Args:
+        module: a network, or one wrapped.
+        example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    x = to_float(example[:1])
+    other = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    x = torch.cat((x, other))
+    with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
+        try:
+            blocks = find_blocks(module)
+        except ValueError as error:
+            raise _refusal(str(error)) from error
+        first, last = _tokens(module, blocks, x)
+        same = torch.isclose(first[0], first[1]).all(-1)
+        prefix = int(same.cumprod(0).sum())
+        if same[prefix:].any() or prefix == len(same):
+            raise _refusal(f"of the tokens that enter {blocks[0]} it is not clear which are the patches'")
+        pixels = x.shape[-2] * x.shape[-1] // (len(same) - prefix)
+        found = Tokens(tuple(blocks), prefix, first.shape[-1], pixels)
+        _check_effect(module, found, x, last)
+    return found
+
+
+def _refusal(why: str) -> ValueError:
+    return ValueError(
+        "prompt works on plain vision transformers (ViT, DeiT, DINOv2, the towers of CLIP and SigLIP), whose blocks "
+        f"pass on the same tokens: {why}. Choose another method, such as adapter"
+    )
+
+
+def _tokens(module: nn.Module, blocks: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens (N, T, width) that enter the first block and that leave the last one; each passes on as many."""
+    entered: list[torch.Tensor] = []
+    left: list[torch.Tensor] = []
+
+    def note(block, args, kwargs):
+        entered.append(next(iter((*args, *kwargs.values())), None))
+
+    def note_out(block, args, out):
+        left.append(out[0] if isinstance(out, tuple) and out else out)
+
+    layers = [module.get_submodule(name) for name in blocks]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for layer in layers]
+    hooks += [layer.register_forward_hook(note_out) for layer in layers]
+    try:
+        module(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shapes = {tuple(getattr(each, "shape", ())) for each in (*entered, *left)}
+    if len(entered) != len(blocks) or len(shapes) != 1 or len(entered[0].shape) != 3:
+        raise _refusal(f"{blocks[0]} to {blocks[-1]} do not all take and return one number of tokens")
+    return entered[0], left[-1]
+
+
+def _check_effect(module: nn.Module, found: Tokens, x: torch.Tensor, before: torch.Tensor) -> None:
+    """Run it with other tokens beside its own."""
+    undo = []
+    try:
+        for name in found.blocks:
+            prompt = Prompt(3, found.width, found.prefix, found.pixels)
+            torch.nn.init.normal_(prompt.tokens, generator=torch.Generator().manual_seed(0))
+            undo.append(attach(module, name, prompt.to(x.device)))
+        after = _tokens(module, found.blocks, x)[1]
+    except Exception as error:
+        raise _refusal(f"with more tokens it does not run ({type(error).__name__}: {error})") from error
+    finally:
+        for each in undo:
+            each()
+    if torch.equal(before, after):
+        raise _refusal("its blocks do not see tokens that are added")

@@ -1,0 +1,50 @@
+"""Adapters (Houlsby et al. 2019, arXiv 1902.00751): one behind the last branch of each residual block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastadv.models.added import Adapter, added_to, attach
+from fastadv.models.residual import find_residuals
+from fastadv.training.options import Chosen, Options
+
+REDUCTION = 8
+
+
+@contextmanager
+def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
+    """On what each block adds last, before it is added: in a transformer what its MLP gives, in a block of convolutions
+    what its body gives. They stay in the model, and those that it has train on.
+
+    Raises:
+        ValueError: there is no such block, or the model has adapters of another reduction.
+    """
+    reduction = options.adapter_reduction
+    if reduction is not None and reduction < 1:
+        raise ValueError(f"adapter_reduction must be at least 1, got {reduction}")
+    present = [each for _, each in added_to(model) if isinstance(each, Adapter)]
+    wrong = [each for each in present if reduction is not None and each.reduced != max(1, each.width // reduction)]
+    if wrong:
+        raise ValueError(
+            f"the model has adapters already, of {wrong[0].reduced} channels for {wrong[0].width}, and "
+            f"adapter_reduction={reduction} makes others: leave it out (--adapter-reduction), and they train on"
+        )
+    added = present or _add(model, options, reduction or REDUCTION)
+    yield Chosen([parameter for each in added for parameter in each.parameters()])
+
+
+def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
+    example = options.images("adapter finds its places")
+    residuals = find_residuals(model, example, options.head)
+    if not residuals:
+        raise ValueError(
+            "adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and ResNet, and the model has none "
+            "before its head: no sum adds what a module gives to what that began from. Choose another method"
+        )
+    device = example.device
+    added = []
+    for each in residuals:
+        added.append(Adapter(each.width, max(1, each.width // reduction), each.channels_first).to(device))
+        attach(model, each.place, added[-1])
+    return added

@@ -1,0 +1,37 @@
+"""Vectors that scale what layers give or take (IA3: Liu et al. 2022, arXiv 2205.05638), by peft."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastadv._extras import require
+from fastadv.models.projections import ia3_targets
+from fastadv.training.factors import check_targets, hold, merged, pattern
+from fastadv.training.options import Chosen, Options
+
+_TODO = "choose another method"
+
+
+@contextmanager
+def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
+    """Keys, values and the inputs of each block's last layer; merged into the weights at the end.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: there are no such layers, or one whose weight another one has too.
+    """
+    outputs, inputs = ia3_targets(model, options.images("IA3 finds its layers"), options.head)
+    names = [target.name for target in outputs] + inputs
+    check_targets(model, names, "IA3", _TODO)
+    peft = require("peft")
+    # A pattern that nothing matches where no input is scaled: peft looks for its own defaults in place of none.
+    config = peft.IA3Config(target_modules=pattern(names), feedforward_modules=pattern(inputs) or "(?!)")
+    tuner = peft.IA3Model(model, {"default": config}, "default")
+    vectors = {name: model.get_submodule(name).ia3_l["default"] for name in names}
+    with merged(tuner, vectors, "IA3", _TODO.capitalize()):
+        fixed = 0
+        for target in outputs:
+            vector = vectors[target.name]
+            fixed += hold(vector, target.rows, 1 if vector.ndim == 4 else 0)  # a convolution's is (1, outputs, 1, 1)
+        yield Chosen(list(vectors.values()), fixed)

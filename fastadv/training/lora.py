@@ -1,0 +1,57 @@
+"""Low-rank updates of layers (LoRA: Hu et al. 2022, arXiv 2106.09685), by peft."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastadv import models
+from fastadv._extras import require
+from fastadv.models import Target
+from fastadv.training.factors import check_targets, hold, merged, pattern
+from fastadv.training.options import Chosen, Options
+
+_TODO = "name other layers with lora_targets= (--lora-targets)"
+
+
+@contextmanager
+def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
+    """Of queries and values, or what else `fastadv.models.lora_targets` finds; merged into the weights at the end.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: rank or alpha is out of range, or there is no such layer, none at all, or one whose weight another
+            one has too.
+    """
+    targets = _targets(model, options)
+    check_targets(model, [target.name for target in targets], "LoRA", f"{_TODO}, or choose another method")
+    peft = require("peft")
+    names = pattern([target.name for target in targets])
+    rank, alpha = options.rank, options.alpha
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
+    own = {id(parameter) for parameter in model.parameters()}
+    tuner = peft.LoraModel(model, {"default": config}, "default")
+    factors = {target.name: model.get_submodule(target.name).lora_B["default"].weight for target in targets}
+    with merged(tuner, factors, "LoRA", _TODO.capitalize()):
+        fixed = sum(hold(factors[target.name], target.rows) for target in targets)
+        yield Chosen([parameter for parameter in model.parameters() if id(parameter) not in own], fixed)
+
+
+def _targets(model: nn.Module, options: Options) -> list[Target]:
+    rank, alpha, given = options.rank, options.alpha, options.lora_targets
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
+    if given is None:
+        if options.example is None:
+            raise ValueError("LoRA finds its layers in a forward pass: pass example=, images, or name lora_targets=")
+        return models.lora_targets(model, options.example, options.head)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    targets = [target if isinstance(target, Target) else Target(target) for target in given]
+    if not targets:
+        raise ValueError("lora_targets= names no layer")
+    for target in targets:
+        if target.name not in layers:
+            raise ValueError(
+                f"the model has no linear or convolutional layer {target.name!r}; there are {', '.join(layers)}"
+            )
+    return targets

@@ -1,0 +1,496 @@
+"""Adapters and prompts: where they come, what they compute, and that a model keeps them."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import torch
+import torch.nn.functional as F
+from families import CLASSES, FAMILIES, HEADS, OTHERS, PLAIN, PREFIX, SHAPE, made
+from PIL import Image
+from torch import nn
+
+from fastadv import cli, models
+from fastadv.attacks import Normalized
+from fastadv.models import Model, find_head
+from fastadv.models.added import Adapter, Prompt, added_facts, added_to
+from fastadv.models.residual import find_residuals
+from fastadv.models.tokens import find_tokens
+from fastadv.preprocessing import Preprocessing
+from fastadv.training import Trainer, trainable
+from fastadv.training.optimizers import optimizer_of
+from fastadv.training.settings import Settings
+from fastadv.training.step import Step
+
+ADDING = [("adapter", "own resnet"), ("prompt", "hf vit")]
+
+
+def logits(out):
+    return getattr(out, "logits", out)
+
+
+def with_added(name, method, **options):
+    """A network to which the method added modules, none of whose parameters is zero."""
+    network = made(name)
+    with trainable(network, method, HEADS.get(name), example=torch.rand(1, *SHAPE), **options):
+        pass
+    for _, added in added_to(network):
+        for parameter in added.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+# ---------------------------------------------------------------------- where they come
+
+SUMS = {  # a module that takes or gives the sum, whose second row's place is that of an adapter
+    "timm vit": ("blocks.1", "out", 1),
+    "timm dinov2": ("blocks.1", "out", 1),
+    "timm swin": ("layers.0.blocks.1", "out", 1),
+    "timm convnext": ("stages.1.blocks.0", "out", 1),
+    "timm resnet": ("layer1.1.act2", "in", 1),
+    "hf vit": ("vit.layers.1", "out", 1),
+    "hf clip": ("vision_model.encoder.layers.1", "out", 1),
+    "hf siglip": ("vision_model.encoder.layers.1", "out", 1),
+    "hf dinov2": ("dinov2.encoder.layer.1", "out", 1),
+    "hf swin": ("swin.encoder.layers.1.blocks.0", "out", 1),
+    "hf convnext": ("convnext.encoder.stages.1.layers.0", "out", 1),
+    "hf resnet": ("resnet.encoder.stages.1.layers.0.activation", "in", 1),
+    "torchvision resnet": ("layer2.0.relu", "in", 1),
+    "own resnet": ("blocks.1.act", "in", 1),
+}
+COUNT = {"timm convnext": 4, "timm resnet": 8, "hf convnext": 4, "hf resnet": 3, "torchvision resnet": 4}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_an_adapter_comes_right_before_the_residual_sum(name):
+    """What is added to the place's output is what the sum has more, all of it and nothing else."""
+    network, x = made(name).double(), torch.rand(2, *SHAPE, dtype=torch.float64)
+    residuals = find_residuals(network, x, HEADS.get(name))
+    assert len(residuals) == COUNT.get(name, 2)
+    holder, side, number = SUMS[name]
+    seen, delta = [], []
+
+    def note(module, args, out=None):
+        out = args[0] if out is None else out
+        seen.append((out[0] if isinstance(out, tuple) else out).clone())
+
+    def disturb(module, args, out):
+        delta.append(torch.randn_like(out))
+        return out + delta[0]
+
+    module = network.get_submodule(holder)
+    module.register_forward_pre_hook(note) if side == "in" else module.register_forward_hook(note)
+    with torch.no_grad():
+        network(x)
+        once = seen[-1]
+        network.get_submodule(residuals[number].place).register_forward_hook(disturb)
+        network(x)
+    torch.testing.assert_close(seen[-1] - once, delta[0].reshape(once.shape), rtol=1e-6, atol=1e-8)
+    width = residuals[number].width
+    assert delta[0].shape[1 if residuals[number].channels_first else -1] == width
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_prompts_stand_before_the_patches(name):
+    network, x = made(name), torch.rand(1, *SHAPE)
+    found = find_tokens(network, x)
+    assert (found.prefix, found.width, found.pixels, len(found.blocks)) == (PREFIX.get(name, 1), 24, 64, 2)
+    given = []
+    first, last = (network.get_submodule(found.blocks[i]) for i in (0, -1))
+    for layer in (first, last):
+        layer.register_forward_pre_hook(lambda layer, args: given.append(args[0]), prepend=True)
+    with torch.no_grad():
+        network(x)
+        without = given[0]
+        with trainable(network, "prompt", HEADS.get(name), example=x, prompt_tokens=3):
+            inside = []
+            norm = next(module for module in first.modules() if isinstance(module, nn.LayerNorm))
+            norm.register_forward_pre_hook(lambda layer, args: inside.append(args[0]))
+            network(x)
+    assert torch.equal(without, given[-2])  # what comes before the first block
+    assert without.shape == given[-1].shape  # what a block passes on
+    prompts = [added for _, added in added_to(network)]
+    tokens = prompts[0].tokens
+    expected = torch.cat((without[:, : found.prefix], tokens[None], without[:, found.prefix :]), 1)
+    assert torch.equal(inside[-1], expected)
+    bound = math.sqrt(6 / (3 * 64 + 24))
+    every = torch.cat([each.tokens.flatten() for each in prompts])
+    assert bound > every.abs().max() > 0.9 * bound
+    assert abs(every.std() - bound / math.sqrt(3)) < 0.2 * bound
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_prompts_are_refused_elsewhere_and_change_nothing(name):
+    network = made(name)
+    names = list(network.state_dict())
+    with (
+        pytest.raises(
+            ValueError, match=r"prompt works on plain vision transformers .*Choose another method, such as a"
+        ),
+        trainable(network, "prompt", example=torch.rand(1, *SHAPE)),
+    ):
+        pass
+    assert list(network.state_dict()) == names
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_adapters_are_refused_where_nothing_is_residual():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    with (
+        pytest.raises(
+            ValueError, match="adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and Re"
+        ),
+        trainable(network, "adapter", example=torch.rand(1, 3, 2, 2)),
+    ):
+        pass
+    assert not list(added_to(network))
+
+
+def test_modules_that_the_logits_do_not_need_get_no_adapter():
+    assert all(
+        "vision_model.head" not in each.place for each in find_residuals(made("hf siglip"), torch.rand(1, *SHAPE))
+    )
+
+
+# ---------------------------------------------------------------------- what they compute
+
+
+def attention(x, block, heads):
+    n, t, d = x.shape
+    q, k, v = (
+        (x @ block.attn.qkv.weight.T + block.attn.qkv.bias).view(n, t, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
+    )
+    scores = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(d // heads), -1)
+    return (scores @ v).transpose(1, 2).reshape(n, t, d) @ block.attn.proj.weight.T + block.attn.proj.bias
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def normed(x, norm):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    return (x - mean) / torch.sqrt(variance + norm.eps) * norm.weight + norm.bias
+
+
+def vit_by_hand(network, images):
+    """timm's ViT in plain operations; VPT-deep's tokens are replaced from block to block, as the paper has it."""
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    kernel, count = network.patch_embed.proj, 0
+    x = patches @ kernel.weight.flatten(1).T + kernel.bias
+    x = torch.cat((network.cls_token.expand(len(x), -1, -1), x), 1) + network.pos_embed
+    for block in network.blocks:
+        if hasattr(block, "fastadv_prompt"):
+            tokens = block.fastadv_prompt.tokens.expand(len(x), -1, -1)
+            x = torch.cat((x[:, :1], tokens, x[:, 1 + count :]), 1)
+            count = tokens.shape[1]
+        x = x + attention(normed(x, block.norm1), block, 2)
+        u = normed(x, block.norm2) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+        u = gelu(u) @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+        if hasattr(block.mlp, "fastadv_adapter"):
+            a = block.mlp.fastadv_adapter
+            u = u + gelu(u @ a.down.T + a.down_bias) @ a.up.T + a.up_bias
+        x = x + u
+    return normed(x[:, 0], network.norm) @ network.head.weight.T + network.head.bias
+
+
+def resnet_by_hand(network, images):
+    x = network.stem(images)
+    for block in network.blocks:
+        a, u = block.body[4].fastadv_adapter, block.body(x)
+        # The body with its adapter taken out by a body of its own layers, one after the other.
+        u = x
+        for layer in block.body:
+            forward = layer._forward_hooks.copy()
+            layer._forward_hooks.clear()
+            u = layer(u)
+            layer._forward_hooks.update(forward)
+        hidden = gelu(torch.einsum("nchw,rc->nrhw", u, a.down) + a.down_bias[:, None, None])
+        u = u + torch.einsum("nrhw,cr->nchw", hidden, a.up) + a.up_bias[:, None, None]
+        x = F.silu(u + block.skip(x))
+    return x.mean((2, 3)) @ network.head.weight.T + network.head.bias
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "by_hand"),
+    [
+        ("timm vit", "adapter", vit_by_hand),
+        ("timm vit", "prompt", vit_by_hand),
+        ("own resnet", "adapter", resnet_by_hand),
+    ],
+)
+def test_the_logits_are_those_of_a_hand(name, method, by_hand):
+    network = with_added(name, method).double()
+    images = torch.rand(3, *SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        found, expected = network(images), by_hand(network, images)
+        for _, added in added_to(network):  # what they do is far more than what is allowed
+            for parameter in added.parameters():
+                parameter.neg_()
+        assert (network(images) - found).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm convnext", "own resnet"])
+def test_new_adapters_leave_every_bit_of_the_logits(name):
+    network, x = made(name), torch.rand(2, *SHAPE)
+    with torch.no_grad():
+        before = logits(network(x))
+        with trainable(network, "adapter", example=x, adapter_reduction=4):
+            assert torch.equal(logits(network.eval()(x)), before)
+    for _, added in added_to(network):
+        assert added.reduced == added.width // 4
+        assert 1 / math.sqrt(added.width) >= added.down.abs().max() > 0.5 / math.sqrt(added.width)
+
+
+def test_masks_of_attention_let_prompts_be_seen():
+    """transformers' eager attention is given a mask where a padding is, and torch.export always."""
+    prompt, tokens = Prompt(2, 4, 1, 16), 5
+    seen = torch.rand(3, 1, tokens, tokens) < 0.5
+    wide = prompt.unmasked(seen, tokens)
+    kept = [0, 3, 4, 5, 6]
+    assert torch.equal(wide[:, :, kept][..., kept], seen)
+    assert wide[:, :, 1:3].all()
+    assert wide[..., 1:3].all()
+    added = prompt.unmasked(torch.full((1, 1, 1, tokens), -1.0), tokens)
+    assert added.flatten().tolist() == [-1, 0, 0, -1, -1, -1, -1]
+
+
+# ---------------------------------------------------------------------- what trains, and what stays
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_prompt_tokens_and_ia3s_vectors_do_not_decay(optimizer):
+    settings = Settings(optimizer=optimizer, lr=0.1, weight_decay=0.5)
+    for method, still in (("prompt", "tokens"), ("adapter", "bias"), ("ia3", "ia3_l")):
+        network = made("timm vit")
+        with trainable(network, method, example=torch.rand(1, *SHAPE)) as tuning:
+            before = tuning.state()
+            stepping = optimizer_of(network, tuning.parameters, settings)
+            for _, parameter in tuning.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            stepping.step()
+            same = {name for name, t in tuning.tensors.items() if torch.equal(t, before[name])}
+        zeros = {name for name, t in before.items() if not t.any()}
+        assert same - zeros == {name for name in before if still in name or name.endswith("bias")} - zeros
+
+
+def test_what_a_model_has_trains_on_and_other_numbers_are_refused():
+    for method, option, message in (
+        ("adapter", {"adapter_reduction": 4}, "of 3 channels for 24, and adapter_reduction=4 makes others"),
+        ("prompt", {"prompt_tokens": 4}, "prompts of 10 tokens already, and prompt_tokens=4 makes others"),
+    ):
+        network = with_added("timm vit", method)
+        before = {name: t.clone() for name, t in network.state_dict().items()}
+        with (
+            pytest.raises(ValueError, match=message),
+            trainable(network, method, example=torch.rand(1, *SHAPE), **option),
+        ):
+            pass
+        with trainable(network, method, example=torch.rand(1, *SHAPE)) as tuning:
+            names = {name for name, _ in tuning.parameters}
+        assert {name for name in before if "fastadv" in name} < names
+        assert list(network.state_dict()) == list(before)
+        with trainable(network, "linear", example=torch.rand(1, *SHAPE)) as tuning:
+            assert {name for name, _ in tuning.parameters} == {"head.weight", "head.bias"}
+
+
+def test_layers_with_an_adapter_get_no_factors():
+    """These come behind the adapter, and merged before it."""
+    network = made("own resnet")
+    residual = find_residuals(network, torch.rand(1, *SHAPE))[0]
+    models.added.attach(network, residual.last, Adapter(residual.width, 2, True))
+    for method in ("lora", "ia3"):
+        with (
+            pytest.raises(ValueError, match=f"{residual.last} has an adapter"),
+            trainable(network, method, example=torch.rand(1, *SHAPE)),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_tokens": 5}, "prompt_tokens belongs to the method prompt, and the method is full"),
+        (
+            {"method": "prompt", "adapter_reduction": 5},
+            "adapter_reduction belongs to the method adapter, and .* prompt",
+        ),
+        ({"method": "prompt", "prompt_tokens": 0}, "prompt_tokens must be at least 1"),
+        ({"method": "adapter", "adapter_reduction": 0}, "adapter_reduction must be at least 1"),
+    ],
+)
+def test_settings_that_nothing_heeds_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(nn.Linear(2, 2), 0.1, **settings)
+
+
+def images(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    bright = F.one_hot(labels, 3)[:, :, None, None]
+    return (255 * (0.4 * bright + 0.6 * torch.rand(count, *SHAPE, generator=generator))).to(torch.uint8), labels
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("method", "name"), ADDING)
+def test_a_run_that_is_cut_goes_on_to_the_same_bits(method, name, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    start = {key: t.clone() for key, t in made(name).state_dict().items()}
+    settings = {"method": method, "epochs": 2, "batch_size": 8, "lr": 1e-2, "head_start": 1, "checkpoint_s": 0.0}
+    settings |= {"adapter_reduction": 4} if method == "adapter" else {"prompt_tokens": 3}
+
+    def train(folder):
+        network = FAMILIES[name]()
+        network.load_state_dict(start)
+        options = {"folder": folder, "resume": True, "probe": 8, "progress": False, "device": "cpu"}
+        options |= {"measure_backbone": False}
+        Trainer(Normalized(network, 0.5, 0.25), 4 / 255, **options, **settings).fit(images(24, 1), images(3, 2))
+        return network.state_dict()
+
+    whole, apply, taken = train(tmp_path / "whole"), Step.apply, []
+
+    def cut(step):
+        taken.append(None)
+        if len(taken) in (5, 9):
+            raise Stopped
+        apply(step)
+
+    monkeypatch.setattr(Step, "apply", cut)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            train(tmp_path / "cut")
+    found = train(tmp_path / "cut")
+    assert list(found) == list(whole)
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    assert any("fastadv" in key for key in whole)
+
+
+# ---------------------------------------------------------------------- files
+
+ARCHITECTURES = {
+    "own resnet": {"kind": "own", "name": "resnet", "shape": SHAPE, "options": {"widths": [8, 8, 16], "blocks": 1}},
+    "timm vit": {
+        "kind": "timm",
+        "name": "vit_tiny_patch16_224",
+        "options": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2},
+    },
+}
+
+
+def a_model(name, method):
+    network = with_added(name, method)
+    preprocessing = Preprocessing((32, 32), 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 1.0)
+    architecture = ARCHITECTURES.get(name) or {"kind": "hf", "config": json.loads(network.config.to_json_string(False))}
+    return Model(network, preprocessing, architecture, ("a", "b", "c"), True)
+
+
+@pytest.mark.parametrize(("method", "name"), [("adapter", "own resnet"), ("adapter", "timm vit"), ("prompt", "hf vit")])
+def test_saved_and_loaded_they_give_the_same_bits(method, name, tmp_path):
+    model, x = a_model(name, method), torch.rand(3, *SHAPE)
+    models.save(model, tmp_path / "m.safetensors")
+    again = models.load(tmp_path / "m.safetensors")
+    assert added_facts(again.network) == added_facts(model.network) != []
+    with torch.no_grad():
+        assert torch.equal(logits(again.pixels.eval()(x)), logits(model.pixels.eval()(x)))
+    built = models.source(str(tmp_path / "m.safetensors")).build(("x", "y"))  # to be trained for other classes
+    assert find_head(built.network, HEADS.get(name), x)[1].out_features == 2
+    assert added_facts(built.network) == added_facts(model.network)
+    other = made(name)
+    with pytest.raises(
+        ValueError, match=f"is of a network with {method}s, and this one has none: load the file itself"
+    ):
+        models.load_weights(other, tmp_path / "m.safetensors", classes=model.classes)
+
+
+def test_only_a_file_with_added_modules_has_the_new_format(tmp_path):
+    model = a_model("own resnet", "adapter")
+    plain = Model(made("own resnet"), None, ARCHITECTURES["own resnet"], ("a", "b", "c"), True)
+    for each, number in ((model, 2), (plain, 1)):
+        models.save(each, tmp_path / "m.safetensors")
+        with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+            facts = json.loads(file.metadata()["fastadv"])
+        assert facts["format"] == number
+        assert ("added" in facts) == (number == 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"at": "blocks.9"}, "the network has no module 'blocks.9', where the file has"),
+        ({"kind": "module:function"}, "of the modules that are added to its network is damaged"),
+        ({"width": "8"}, "of the modules that are added to its network is damaged"),
+        ({"reduced": 5}, "does not fit the model"),
+        ({"more": 1}, "of the modules that are added to its network is damaged"),
+    ],
+)
+def test_a_file_that_says_wrong_things_of_them_is_refused(change, message, tmp_path):
+    model = a_model("own resnet", "adapter")
+    models.save(model, tmp_path / "m.safetensors")
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["fastadv"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts["added"][0] |= change
+    safetensors.torch.save_file(tensors, tmp_path / "m.safetensors", {"fastadv": json.dumps(facts)})
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path / "m.safetensors")
+
+
+ALONE = """
+import sys
+for name in ("fastadv", "timm", "transformers"):
+    sys.modules[name] = None  # to import it is an error
+import torch
+classes = {"classes.json": ""}
+program = torch.export.load(sys.argv[1] + "/m.pt2", extra_files=classes).module()
+images = torch.load(sys.argv[1] + "/images.pt")
+assert classes["classes.json"] == '["a", "b", "c"]'
+torch.save([program(images[:n]) for n in (1, 4)], sys.argv[1] + "/logits.pt")
+"""
+
+
+@pytest.mark.parametrize(("method", "name"), [("adapter", "own resnet"), ("prompt", "hf vit")])
+def test_an_exported_program_needs_nothing_but_torch(method, name, tmp_path):
+    model, x = a_model(name, method), torch.rand(4, *SHAPE)
+    model.network.train()
+    flags = [module.training for module in model.network.modules()]
+    models.export(model, tmp_path / "m.pt2")
+    assert [module.training for module in model.network.modules()] == flags
+    torch.save(x, tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], check=True, cwd=tmp_path, env={"PYTHONPATH": ""})
+    with torch.no_grad():
+        expected = logits(model.pixels.eval()(x))
+    one, four = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(four, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, expected[:1], rtol=1e-4, atol=1e-5)
+    for ending in ("m", "m.pt", "m.safetensors"):
+        with pytest.raises(ValueError, match=rf"the network has {method}s, .* a file \.pt2"):
+            models.export(model, tmp_path / ending)
+
+
+@pytest.mark.parametrize("method", ["adapter", "prompt"])
+def test_the_commands_take_a_checkpoint_that_has_them(method, tmp_path):
+    network = "resnet?widths=[8,8,16]&blocks=1"
+    if method == "prompt":
+        network = "timm:vit_tiny_patch16_224?img_size=8&patch_size=4&depth=2&embed_dim=16&num_heads=2&pretrained=false"
+        network += "&in_chans=1"
+    path, digits = str(tmp_path / "a" / "model.safetensors"), ["--data", "digits", "--eps", "8", "--classes"]
+    finetune = ["finetune", "--method", method, "--epochs", "1", "--probe", "0", *digits]
+    cli.main([*finetune, "0,1", "--model", network, "--out", str(tmp_path / "a")])
+    cli.main(["evaluate", *digits, "0,1", "--model", path, "--attacks", "fgsm", "--out", str(tmp_path / "e")])
+    cli.main(["export", path, str(tmp_path / "m.pt2")])
+    cli.main([*finetune, "2,3", "--model", path, "--out", str(tmp_path / "b")])
+    if method == "prompt":  # whose network says what size of pictures it takes
+        Image.new("L", (8, 8)).save(tmp_path / "x.png")
+        cli.main(["predict", "--model", path, "--out", str(tmp_path / "p.json"), str(tmp_path / "x.png")])
+        said = torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(1, 1, 8, 8)).softmax(1)
+        (picture,) = json.loads((tmp_path / "p.json").read_text())
+        assert list(picture["probabilities"].values()) == pytest.approx(said[0].tolist(), rel=1e-4)
+    facts = [added_facts(models.load(tmp_path / run / "model.safetensors").network) for run in "ab"]
+    assert facts[0] == facts[1] != []

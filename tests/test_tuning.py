@@ -1,0 +1,215 @@
+"""What each method trains in every family of networks, what it learns, and what it shares with peft."""
+
+import copy
+
+import peft
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from families import HEADS, PLAIN, SHAPE, made
+from torch import nn
+
+from fastadv import models
+from fastadv.attacks import FGSM
+from fastadv.models import lora_targets
+from fastadv.models.added import added_to
+from fastadv.models.projections import ia3_targets
+from fastadv.training.methods import METHODS, trainable
+
+
+def logits(out):
+    return getattr(out, "logits", out)
+
+
+def steps(network, tuning, count=10, lr=1e-2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=lr, weight_decay=0)
+    attack = FGSM(network, 4 / 255)
+    for _ in range(count):
+        x, y = torch.rand(4, *SHAPE, generator=generator), torch.randint(3, (4,), generator=generator)
+        network.train()
+        F.cross_entropy(logits(network(attack(x, y))), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# Of each family what IA3 scales (the outputs of keys and values, the inputs of the last layers) and what LoRA adapts.
+SCALED = {
+    "timm vit": (["blocks.{}.attn.qkv"], ["blocks.{}.mlp.fc2"]),
+    "timm swin": (["layers.0.blocks.{}.attn.qkv"], ["layers.0.blocks.{}.mlp.fc2"]),
+    "timm convnext": ([], ["stages.{}.blocks.0.mlp.fc2"]),
+    "timm resnet": ([], ["layer{}.0.conv2", "layer{}.1.conv2"]),
+    "hf vit": (["vit.layers.{}.attention.k_proj", "vit.layers.{}.attention.v_proj"], ["vit.layers.{}.mlp.fc2"]),
+    "hf swin": (
+        ["swin.encoder.layers.{}.blocks.0.attention.k_proj", "swin.encoder.layers.{}.blocks.0.attention.v_proj"],
+        ["swin.encoder.layers.{}.blocks.0.mlp.fc2"],
+    ),
+    "hf convnext": ([], ["convnext.encoder.stages.{}.layers.0.pwconv2"]),
+    "own resnet": ([], ["blocks.{}.body.3"]),
+}
+NUMBERS = {"timm convnext": range(4), "timm resnet": range(1, 5), "hf convnext": range(4)}
+NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def scaled(name):
+    return [[each.format(i) for i in NUMBERS.get(name, range(2)) for each in part] for part in SCALED[name]]
+
+
+TEN_STEPS = [(name, method) for name in SCALED for method in ("adapter", "ia3", "norm")]
+TEN_STEPS += [(name, "prompt") for name in SCALED if name in PLAIN]
+
+
+@pytest.mark.parametrize(("name", "method"), TEN_STEPS)
+def test_ten_steps_change_what_should_train_and_no_other_bit(name, method):
+    network, x = made(name), torch.rand(4, *SHAPE)
+    before, modules = {key: t.clone() for key, t in network.state_dict().items()}, set(network.modules())
+    head = models.find_head(network, None, x)[0]
+    with trainable(network, method, example=x) as tuning:
+        assert [key for key, module in network.named_modules() if module.training and not key.startswith(head)] == []
+        torch.manual_seed(0)
+        starts = tuning.state()
+        steps(network, tuning)
+        ends, learnt = tuning.state(), logits(network.eval()(x)).detach()
+    assert all(not torch.equal(ends[key], starts[key]) for key, _ in tuning.parameters)
+    torch.testing.assert_close(logits(network.eval()(x)), learnt, rtol=1e-4, atol=1e-5)
+    outputs, inputs = scaled(name)
+    owners = {module: key for key, module in network.named_modules()}
+    after = network.state_dict()
+    expected = {
+        "ia3": {f"{key}.weight" for key in outputs + inputs} | {f"{key}.bias" for key in outputs},
+        "norm": {f"{owners[m]}.{key}" for m in owners if isinstance(m, NORMS) for key, _ in m.named_parameters()},
+    }.get(method, set())
+    in_head = {key for key in before if key.startswith(f"{head}.")}
+    assert {key for key in before if not torch.equal(after[key], before[key])} == expected | in_head
+    added = set(network.modules()) - modules
+    assert added == {each for _, each in added_to(network)}
+    assert {key for key in after if key not in before} == {
+        f"{owners[each]}.{key}" for each in added for key, _ in each.named_parameters()
+    }
+    assert bool(added) == (method in ("adapter", "prompt"))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_ia3_finds_keys_values_and_last_layers(name):
+    outputs, inputs = ia3_targets(made(name), torch.rand(1, *SHAPE))
+    assert ([target.name for target in outputs], inputs) == tuple(scaled(name))
+
+
+def test_of_a_fused_layer_ia3_leaves_the_queries():
+    network, x = made("timm vit"), torch.rand(1, *SHAPE)
+    before = copy.deepcopy(network.blocks[0].attn.qkv)
+    with trainable(network, "ia3", example=x) as tuning:
+        assert tuning.trainable == 2 * (2 * 24 + 96) + 3 * 24 + 3
+        steps(network, tuning)
+    qkv = network.blocks[0].attn.qkv
+    for key in ("weight", "bias"):
+        differs = (getattr(qkv, key) != getattr(before, key)).reshape(72, -1).any(1)
+        assert differs.tolist() == 24 * [False] + 48 * [True]
+    scale = qkv.bias / before.bias
+    torch.testing.assert_close(qkv.weight, before.weight * scale[:, None])
+
+
+def test_norm_learns_what_peft_does():
+    ours, x = made("hf vit"), torch.rand(1, *SHAPE)
+    theirs = copy.deepcopy(ours)
+    with trainable(ours, "norm", example=x) as tuning:
+        steps(ours, tuning)
+    names = [key for key, module in theirs.named_modules() if isinstance(module, nn.LayerNorm)]
+    config = peft.LNTuningConfig(target_modules=names)
+    with pytest.warns(UserWarning, match="Unsupported layer type"):  # as it warns of every layer norm
+        tuned = peft.LNTuningModel(theirs, {"default": config}, "default")
+    theirs.classifier.requires_grad_(True)
+    trained = [(key, parameter) for key, parameter in theirs.named_parameters() if parameter.requires_grad]
+    assert len(trained) == len(tuning.parameters)
+    theirs.eval().train = lambda mode=True: None  # the backbone stays in eval mode, and the head has none
+
+    class Tuning:
+        parameters = trained
+
+    steps(theirs, Tuning)
+    merged = tuned.merge_and_unload(progressbar=False).state_dict()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, merged[key], rtol=1e-6, atol=1e-7, msg=key)
+
+
+def test_norm_and_ia3_are_refused_where_there_is_nothing_for_them():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    for method, message in (("norm", "norm trains normalisation layers, .* has none"), ("ia3", "ia3 found neither")):
+        with pytest.raises(ValueError, match=message), trainable(network, method, example=torch.rand(1, 3, 2, 2)):
+            pass
+
+
+def test_lora_adapts_the_convolutions_of_blocks_without_linear_layers():
+    """Those of 1x1 in a shortcut are none of the block's branch, and neither is the stem."""
+    for name, names in (
+        ("own resnet", ["blocks.0.body.0", "blocks.0.body.3", "blocks.1.body.0", "blocks.1.body.3"]),
+        ("timm resnet", [f"layer{i}.{j}.conv{k}" for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)]),
+    ):
+        network, x = made(name), torch.rand(2, *SHAPE)
+        assert [target.name for target in lora_targets(network, x)] == names
+        before = {key: t.clone() for key, t in network.state_dict().items()}
+        with trainable(network, "lora", rank=2, example=x) as tuning:
+            steps(network, tuning)
+            learnt = network.eval()(x).detach()
+        torch.testing.assert_close(network(x), learnt, rtol=1e-4, atol=1e-5)
+        differ = {key for key, t in network.state_dict().items() if not torch.equal(t, before[key])}
+        head = models.find_head(network, None, x)[0]
+        assert differ == {f"{key}.weight" for key in names} | {f"{head}.weight", f"{head}.bias"}
+
+
+def test_lora_adapts_the_linear_layers_of_blocks_that_have_some():
+    """A bottleneck has convolutions of 1x1, which are linear."""
+    found = [target.name for target in lora_targets(made("hf resnet"), torch.rand(1, *SHAPE))]
+    assert "resnet.encoder.stages.1.layers.1.layer.0.convolution" in found
+    assert "resnet.encoder.stages.1.layers.1.layer.1.convolution" not in found
+
+
+# ---------------------------------------------------------------------- what a head alone cannot do
+
+
+def parity(count, seed):
+    """Two patches of 16 are bright or dark, the others something in between; the label is their exclusive or."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(2, (count, 2), generator=generator)
+    patches = 0.1 + 0.2 * torch.rand(count, 4, 4, generator=generator)
+    patches[:, 0, 0], patches[:, 1, 2] = (0.1 + 0.8 * bits).T
+    images = F.interpolate(patches[:, None], scale_factor=4).repeat(1, 3, 1, 1)
+    return (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1), bits.sum(1) % 2
+
+
+def random_vit():
+    size = {"img_size": 16, "patch_size": 4, "depth": 4, "embed_dim": 64, "num_heads": 4, "num_classes": 2}
+    network = timm.create_model("vit_tiny_patch16_224", **size)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1 and "head" not in name:
+                parameter.normal_(0, 1.2 / (parameter.shape[1:].numel() if parameter.ndim != 3 else 1) ** 0.5)
+    return network
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
+def test_each_method_learns_the_parity_of_two_patches_and_the_head_alone_does_not(method):
+    torch.manual_seed(0)
+    network, (x, y), test = random_vit(), parity(256, 1), parity(512, 2)
+    found = []
+    with trainable(network, method, rank=4, example=x) as tuning:
+        optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=1e-2, weight_decay=0)
+        while len(found) < 5 and max(found, default=0) < 0.8:
+            for _ in range(20):
+                rows = torch.randint(256, (64,))
+                F.cross_entropy(network(x[rows]), y[rows]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                found.append((network.eval()(test[0]).argmax(1) == test[1]).float().mean().item())
+    assert (max(found) < 0.6) if method == "linear" else (found[-1] >= 0.8)
+
+
+def test_of_two_classifiers_one_is_named():
+    for method in ("adapter", "prompt", "ia3", "norm"):
+        network = made("timm deit")
+        with trainable(network, method, HEADS["timm deit"], example=torch.rand(1, *SHAPE)) as tuning:
+            names = {key for key, _ in tuning.parameters}
+        assert {"head.weight", "head.bias"} <= names
+        assert not any(key.startswith("head_dist") for key in names)
