@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import get_args, get_origin
 
+from fastadv.training.budget import span
 from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
@@ -29,6 +30,10 @@ class Settings:
     alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
     noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
+    eps_schedule: str = _of(
+        "constant",
+        "of the attack's budget: constant, linear (from 0 over all epochs), or hinge:0.25,0.75 (between two shares)",
+    )
     epochs: int = _of(20, "passes over the training images", least=1)
     batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
     accumulate: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
@@ -64,6 +69,7 @@ class Settings:
             if value is not None or each.default is not None:
                 value = checked(each.name, value, _kind(each.type), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
+        span(self.eps_schedule)  # refuses what is none
         if self.head_start and self.method == "linear":
             raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
         if self.lora_targets is not None and self.method != "lora":
