@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import get_args, get_origin
 
 from fastadv.training.budget import span
+from fastadv.training.costs import fgsm_price, stale_price
 from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
+
+SHOWN = 0.005  # the last digit in which prices are told
 
 
 def _of(default, help: str, **limits):
@@ -40,6 +43,17 @@ class Settings:
     eps_schedule: str = _of(
         "constant",
         "of the attack's budget: constant, linear (from 0 over all epochs), or hinge:0.25,0.75 (between two shares)",
+    )
+    refresh: int | None = _of(
+        None,
+        "of stale: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod this is 0",
+        least=1,
+    )
+    price: float | None = _of(
+        None,
+        "of stale: so many images, those whose signs agree least, get a fresh FGSM that by the cost model a step takes "
+        "this times as long as one of standard training",
+        above=0,
     )
     epochs: int = _of(20, "passes over the training images", least=1)
     batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
@@ -74,7 +88,7 @@ class Settings:
         for each in fields(self):
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
-                value = checked(each.name, value, _kind(each.type), **each.metadata["limits"])
+                value = checked(each.name, value, kind_of(each), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
         span(self.eps_schedule)  # refuses what is none
         if self.head_start and self.method == "linear":
@@ -86,6 +100,23 @@ class Settings:
             raise ValueError(
                 f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
                 "leave probe as it is, or on_overfitting"
+            )
+        if self.price is not None:
+            self._check_price()
+
+    def _check_price(self) -> None:
+        if self.refresh is not None:
+            raise ValueError("refresh and price both say which images get a fresh FGSM: give one of them")
+        if self.head_start:
+            raise ValueError("price is that of one method, and head_start trains with two: leave one of them out")
+        copies = 2 if self.clean_weight else 1
+        least, most = (price(self.method, copies) for price in (stale_price, fgsm_price))
+        if not least - SHOWN <= self.price <= most + SHOWN:
+            beside = " and clean images beside the attacked ones" if self.clean_weight else ""
+            raise ValueError(
+                f"with the method {self.method}{beside} a step takes {least:.2f} times as long as a standard one where "
+                f"no image gets a fresh FGSM, and {most:.2f} times with the attack fgsm: price must be between these, "
+                f"got {self.price:g}"
             )
 
     @property
@@ -131,9 +162,9 @@ def of_kind(name: str, value: object, kind: type) -> object:
     return kind(value)
 
 
-def _kind(annotation: object) -> type:
-    """What is wanted where it is not None."""
-    first = (*get_args(annotation), annotation)[0]
+def kind_of(each: Field) -> type:
+    """What is wanted of a setting where it is not None: a key of WANTED."""
+    first = (*get_args(each.type), each.type)[0]
     return get_origin(first) or first
 
 
