@@ -5,46 +5,23 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from fastadv.attacks import by_name
-from fastadv.attacks.base import Attack
-from fastadv.study.grid import ALWAYS, IN_A_ROW, SCRATCH, Task
-
-FROM_END_TO_END = ("full", SCRATCH)
-
+from fastadv.study.grid import ALWAYS, IN_A_ROW, Task
+from fastadv.training.cost import passes
 
 def cost_of(task: Task) -> dict[str, float]:
-    """Passes an image and epoch, and their sum in forward passes.
-
-    An attack of K gradients costs K (F + Bx), an update F + B; twice where the loss is on clean images too. A backward
-    pass to the input costs a forward pass, one to the weights two. A linear probe needs none through the backbone, and
-    what trains a small part of the weights has the gradients of the activations alone: one.
+    """Passes an image and epoch by the cost model of `fastadv.training.cost`, and their sum in forward passes.
 
     Returns:
         {"forward", "input_backward", "backward", "units"}.
+
+    Raises:
+        ValueError: an attack whose cost is not known.
     """
-    gradients = _gradients(task)
-    updates = 2 if 0 < task.training.clean_weight < 1 else 1
-    backward = {"linear": 0.0, **dict.fromkeys(FROM_END_TO_END, 2.0)}.get(task.cell.method, 1.0)
-    return {
-        "forward": gradients + updates,
-        "input_backward": gradients,
-        "backward": updates if backward else 0,
-        "units": 2.0 * gradients + updates * (1 + backward),
-    }
-
-
-def _gradients(task: Task) -> int:
-    """Of the training attack, of an image."""
-    if task.cell.attack == "none":
-        return 0
-    changes = {name: value for name, value in task.training.attack.items() if value is not None}
-    return _passes(by_name(task.cell.attack, nn.Identity(), task.cell.eps / 255, **changes), classes=2)[0]
-
-
-def _passes(attack: Attack, classes: int) -> tuple[int, int]:
-    """Gradients and forward passes of an image that withstands it."""
-    gradients, forwards = attack.cost(classes)
-    steps = attack.runs(classes) * attack.steps
-    return gradients * steps, forwards * steps
+    training = task.training
+    steps = training.steps if task.cell.attack == "pgd" else None
+    found = passes(task.cell.attack, training.method, steps=steps, clean=0 < training.clean_weight < 1)
+    names = ("forward", "input_backward", "backward")
+    return dict(zip(names, found, strict=True)) | {"units": found.total}
 
 
 def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
@@ -65,9 +42,13 @@ def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
 
 
 def _judging(names: Iterable[str], task: Task, classes: int) -> float:
-    attacks = [by_name(name, nn.Identity(), task.cell.eps / 255) for name in names]
-    found = [_passes(attack, classes) for attack in attacks]
-    return sum(2.0 * gradients + forwards for gradients, forwards in found)
+    """Forward passes of an image that withstands these attacks."""
+    total = 0.0
+    for name in names:
+        attack = by_name(name, nn.Identity(), task.cell.eps / 255)
+        gradients, beside = attack.cost(classes)
+        total += attack.runs(classes) * (attack.steps * (1 + gradients + beside) + 1)
+    return total
 
 
 def seconds_a_unit(record: Mapping) -> float:

@@ -42,9 +42,9 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A readable name for a folder, no other cell's."""
-        data = self.data if self.classes is None else f"{self.data} {self.classes}"
-        names = (data, self.model, self.method, self.attack, f"eps{self.eps:g}", f"seed{self.seed}")
+        """A readable name, fit for a folder."""
+        classes = () if self.classes is None else (self.classes,)
+        names = (self.data, *classes, self.model, self.method, self.attack, f"eps{self.eps:g}", f"seed{self.seed}")
         return "-".join(map(_safe, names))
 
 
