@@ -8,6 +8,7 @@ from fastadv.attacks import by_name
 from fastadv.study.grid import ALWAYS, IN_A_ROW, Task
 from fastadv.training.cost import passes
 
+
 def cost_of(task: Task) -> dict[str, float]:
     """Passes an image and epoch by the cost model of `fastadv.training.cost`, and their sum in forward passes.
 
