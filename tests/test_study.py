@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ import torch
 from fastadv import cli, models, sample_seeds
 from fastadv.evaluation import evaluate
 from fastadv.locks import held
-from fastadv.study import cells
+from fastadv.study import cells, cluster
 from fastadv.study.cells import Place
 from fastadv.study.cost import cost_of
 from fastadv.study.files import read_grid, write_grid
 from fastadv.study.grid import Cell, DataSet, expanded
 from fastadv.study.images import parts_of
 from fastadv.training.methods import METHODS
+from fastadv.version import __version__
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -265,11 +267,14 @@ def plain_pgd(model, images, labels, eps, seed):
 
 
 def test_the_verdicts_are_those_of_attacks_by_hand_on_the_kept_weights(tmp_path, monkeypatch):
-    rows = {"apgd": ["apgd-ce", "apgd-t"], "autoattack": ["apgd-ce", "apgd-t", "apgd-dlr"]}  # without Square's queries
+    rows = {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "apgd-dlr")}  # without Square's queries
     assert cells.IN_A_ROW == {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "fab-t", "square")}
     monkeypatch.setattr(cells, "IN_A_ROW", rows)
     write_set(tmp_path / "colours.npz", 7, test=30)
-    grid = SMALL.replace("[linear, full]", "full").replace("[fgsm-rs, pgd]", "pgd").replace("seeds: 2", "seeds: [4]") + "judges: [apgd, autoattack]\n"
+    grid = (
+        SMALL.replace("[linear, full]", "full").replace("[fgsm-rs, pgd]", "pgd").replace("seeds: 2", "seeds: [4]")
+        + "judges: [apgd, autoattack]\n"
+    )
     study(tmp_path, "-q", "--keep-weights", grid=grid)
     for task in expanded(read_grid(tmp_path / "grid.yaml")):
         record = records(tmp_path / "out")[task.cell.id]
@@ -388,6 +393,46 @@ def test_a_cell_that_another_process_has_is_left_to_it(whole, tmp_path, capsys):
     assert len(records(tmp_path / "out")) == 1
 
 
+class Cluster:
+    """Of Ray what is asked of its machines: `found` is what others than this one read and run, ... the same."""
+
+    def __init__(self, **found):
+        names = ["here", *found]
+        self.machines = [
+            {"NodeID": name, "NodeManagerHostname": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in names
+        ]
+        self.found = found
+        self.util = SimpleNamespace(scheduling_strategies=self)
+
+    def nodes(self):
+        return [*self.machines, {"Alive": False}, {"Alive": True, "Resources": {}}]
+
+    def NodeAffinitySchedulingStrategy(self, name, soft):
+        assert not soft
+        return name
+
+    def remote(self, **needs):
+        def on(scheduling_strategy):
+            said, version = self.found.get(scheduling_strategy, (Ellipsis, __version__))
+            return SimpleNamespace(remote=lambda token: (token.read_text() if said is Ellipsis else said, version))
+
+        return lambda look: SimpleNamespace(options=on)
+
+    def get(self, seen):
+        return seen
+
+
+def test_machines_without_the_folder_or_with_another_version_are_refused(tmp_path):
+    cluster._check_machines(Cluster(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"machine far of the cluster does not have the folder {tmp_path}"):
+        cluster._check_machines(Cluster(far=(None, __version__)), tmp_path)
+    with pytest.raises(FileNotFoundError, match="machine far"):  # a folder of that name, and not this one
+        cluster._check_machines(Cluster(far=("other", __version__)), tmp_path)
+    with pytest.raises(ValueError, match=r"machine old of the cluster has fastadv 0\.0\.9, this one"):
+        cluster._check_machines(Cluster(old=(..., "0.0.9")), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------------- nothing is mixed
 
 
@@ -481,6 +526,17 @@ def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
     passes = 2 * counts["train"] * 17 + counts["val"] * (2 * pgd + pgd + pma) + counts["test"] * (fgsm + pgd + pma)
     estimate = estimates([task], Place(whole / "out", whole))[task.cell.id]
     assert estimate == pytest.approx(sum(seconds) / 4 * passes)
+
+
+def test_one_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        study(tmp_path)
+    assert ended.value.code == 130
+    assert f"go on with the same command, from {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):
