@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastadv import cli, models, sample_seeds
+from fastadv import cli, models, random_init, sample_seeds
+from fastadv.commands import study as command
 from fastadv.data import Split, TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.locks import held
 from fastadv.study import cells, cluster, verdicts
 from fastadv.study.cells import Place
 from fastadv.study.cost import cost_of
+from fastadv.study.estimate import estimates
 from fastadv.study.files import read_grid, write_grid
 from fastadv.study.grid import Cell, DataSet, expanded
 from fastadv.study.images import parts_of
@@ -251,10 +253,34 @@ def test_limits_take_the_first_of_one_order_and_digests_tell_the_images(tmp_path
     assert parts_of(eight, tmp_path).judged != small.judged
 
 
+def test_what_is_said_of_a_data_set_acts(tmp_path):
+    write_set(tmp_path / "colours.npz", 5, train=90)
+
+    def parts(**said):
+        grid = {"data": {"name": "colours", "path": "colours.npz", **said}, "model": "mlp", "seeds": 1}
+        return parts_of(expanded(grid)[0], tmp_path)
+
+    plain = parts()
+    assert parts(size=8).train[0].shape[1:] == (3, 8, 8) != plain.train[0].shape[1:]
+    assert parts(classes="0,2").classes == ("0", "2")
+    assert len(parts(validation=0.4).val[1]) > len(plain.val[1]) > len(parts(validation=0).val[1]) == 0
+    assert not torch.equal(parts(split_seed=1).val[1], plain.val[1])
+    for name in ("train", "val", "test"):
+        some = getattr(parts(**{f"{name}_limit": 3}), name)
+        assert [len(each) for each in some] == [3, 3]
+    with pytest.raises(ValueError, match="for parquet files"):
+        parts(image_column="picture")
+    with pytest.raises(ValueError, match="for parquet files"):
+        parts(label_column="kind")
+    with pytest.raises(ValueError, match="single class"):
+        parts(classes="1")
+    grid = {"data": {"name": "colours", "path": "colours.npz", "size": 8}}
+    with pytest.raises(ValueError, match="takes images of 32 x 32 pixels: leave out the size of colours"):
+        parts_of(expanded(grid)[0], tmp_path)
+
+
 def plain_pgd(model, images, labels, eps, seed):
     """Which images are right at the random start and after each of ten steps: bool (N,)."""
-    from fastadv import random_init
-
     x = images.double() / 255
     adv = random_init(images, eps, seed=sample_seeds(seed, torch.arange(len(x)))).double()
     right = torch.ones(len(x), dtype=torch.bool)
@@ -546,8 +572,6 @@ def test_a_dry_run_says_what_is_done_and_what_is_left_and_writes_nothing(whole, 
 
 
 def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
-    from fastadv.study.estimate import estimates
-
     grid = read_grid(whole / "out" / "study.yaml")
     (task,) = expanded(grid | {"seeds": [9], "methods": "full", "attacks": "pgd"})
     found = [r for r in records(whole / "out").values() if r["cell"]["method"] == "full"]
@@ -573,14 +597,13 @@ def test_one_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys
 
 
 def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):
-    from fastadv.commands import study as command
-
     asked = {}
-    monkeypatch.setattr(command, "expanded", lambda grid: asked.update(grid) or [])
     monkeypatch.setattr(command, "_run", lambda *_: [])
     words = "study --data digits --classes 0-4 --model mlp --methods linear,full --attacks fgsm --eps 4,8 --seeds 2"
     words += " --judges apgd --epochs 3 --batch-size 5 --train-limit 6 --val-limit 7 --test-limit 8"
-    cli.main([*words.split(), "--out", str(tmp_path)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "expanded", lambda grid: asked.update(grid) or [])
+        cli.main([*words.split(), "--out", str(tmp_path)])
     assert asked == {
         "data": [{"name": "digits", "path": "digits", "classes": "0-4"}],
         "model": "mlp",
@@ -600,6 +623,8 @@ def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):
         (f"study {tmp_path}/g.yaml --epochs 3 --eps 4", "leave out --eps, --epochs, or write it there"),
         ("study", "needs --data"),
         ("study --data a,b --classes 0-1", "--classes are those of a single data set"),
+        ("study --data digits --model mlp --attacks pgd-20", "the cost of 'pgd-20' is not known"),
+        ("study --data digits --model nothing", "unknown model 'nothing'"),
         ("study --data digits --processes 0", "--processes must be at least 1"),
         ("study --data digits --processes 2 --ray auto", "leave out one"),
     ):

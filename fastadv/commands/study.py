@@ -12,7 +12,7 @@ from fastadv.study.estimate import estimates
 from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_grid
 from fastadv.study.grid import Task, expanded
 from fastadv.study.page import write_study
-from fastadv.study.run import check_models, here, pending, side_by_side
+from fastadv.study.run import check_possible, here, pending, side_by_side
 
 # Options that a grid file says instead.
 GRID = ("data", "classes", "model", "methods", "attacks", "eps", "seeds", "judges", "epochs", "batch_size")
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     tasks = expanded(grid)
     for model in dict.fromkeys(task.cell.model for task in tasks):
         model_source(model, trust_code=False)  # a module:function may lie in the working folder
-    check_models(tasks)
+    check_possible(tasks)
     left = pending(tasks, arguments.out)
     data_folder = arguments.data_folder and arguments.data_folder.absolute()
     device = str(arguments.device)

@@ -28,7 +28,7 @@ from fastadv.version import __version__
 WEIGHTS = "model.safetensors"
 # Of a record's settings: digests of what was found, which no grid says.
 FOUND = {"contents": "images", "weights": "pretrained weights"}
-_WORK = ("train", "alone.safetensors", "row.safetensors")
+_WORK = ("train", "judged-*", ERROR)
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def run(task: Task, place: Place) -> Outcome:
 
 def clean(folder: Path, id: str) -> None:
     """Remove what a finished cell needed on its way."""
-    for name in (*_WORK, ERROR):
-        path = cell_folder(folder, id) / name
+    for path in [path for pattern in _WORK for path in cell_folder(folder, id).glob(pattern)]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ import torch
 from fastadv.files import write_atomically
 from fastadv.study import cells
 from fastadv.study.cells import Outcome, Place
+from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, cell_folder, finished
 from fastadv.study.grid import Task
 from fastadv.study.images import preprocessing_of
@@ -52,14 +53,16 @@ def record_id(record: dict) -> str:
     return cells.Cell(**record["cell"]).id
 
 
-def check_models(tasks: Sequence[Task]) -> None:
-    """Refuse models that are not there, and sizes that they do not take, before anything is run.
+def check_possible(tasks: Sequence[Task]) -> None:
+    """Refuse models that are not there, sizes that they do not take, and attacks that are none to train with.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as `fastadv.models.source`; or a size.
+        FileNotFoundError, ImportError, ValueError: as `fastadv.models.source`; a size; or an attack of unknown cost.
     """
     for given, model in dict.fromkeys((task.data, task.cell.model) for task in tasks):
         preprocessing_of(given, model)
+    for task in tasks:
+        cost_of(task)
 
 
 def here(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:

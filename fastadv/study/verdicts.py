@@ -25,7 +25,7 @@ def judged(
     found = {}
     if alone:
         attacks = [by_name(judge, model, eps, **options) for judge in alone]
-        report = evaluate(model, test, attacks, ensemble=False, state=folder / "alone.safetensors", **common)
+        report = evaluate(model, test, attacks, ensemble=False, state=_state(folder, alone), **common)
         left = report["clean_correct"]
         found = {"clean": _bits(left)}
         found |= {judge: _bits(_left(left, result)) for judge, result in zip(alone, report["attacks"], strict=True)}
@@ -34,12 +34,17 @@ def judged(
         longest = max(rows.values(), key=len)  # of which the others are the beginning
         ensemble = Ensemble(model, eps=eps, version="custom", attacks_to_run=list(longest), **options)
         attacks = [attack for _, attack in ensemble.attacks()]
-        report = evaluate(model, test, attacks, state=folder / "row.safetensors", **common)
+        report = evaluate(model, test, attacks, state=_state(folder, longest), **common)
         left, after = report["clean_correct"], {}
         for count, result in enumerate(report["attacks"], 1):
             left = after[longest[:count]] = _left(left, result)
         found |= {judge: _bits(after[parts]) for judge, parts in rows.items()}
     return found
+
+
+def _state(folder: Path, attacks: Sequence[str]) -> Path:
+    """Of an evaluation: a grid may ask for more judges before it goes on."""
+    return folder / f"judged-{'-'.join(attacks)}.safetensors"
 
 
 def _left(right: Sequence[bool], result: Mapping) -> list[bool]:
