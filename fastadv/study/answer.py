@@ -39,12 +39,17 @@ class Answer:
 
 
 def answer(
-    courses: Iterable[Course], averages: Sequence[Average], times: Sequence[Time], scores: Iterable[Score]
+    courses: Iterable[Course],
+    averages: Sequence[Average],
+    times: Sequence[Time],
+    scores: Iterable[Score],
+    complete: bool = True,
 ) -> Answer:
-    """Right for whatever was measured: nothing, a part, stable runs and collapsed ones."""
+    """Right for whatever was measured: nothing, a part (not `complete`), stable runs and collapsed ones."""
     fast = [each for each in courses if each.result.fast]
     transfer = [each for each in fast if each.result.transfer]
     kind, headline, stability = _stability(transfer)
+    headline = "So far, yes." if kind == "stable" and not complete else headline
     return Answer(
         kind,
         headline,
@@ -120,42 +125,51 @@ def _price(averages: Sequence[Average]) -> list[str]:
     found = headlines(averages)
     if not found:
         return ["What it costs in accuracy is not measured yet: no cell has a partner trained with PGD."]
-    at_paper_s = [each for each in found if each.eps in PAPER] or found
-    one = at_paper_s[0]
-    words = "; ".join(f"at eps {each.eps:g} {_difference(each)}" for each in at_paper_s)
-    sets = _count(one.data_sets, "data set")
+    shown = [each for each in found if each.eps in PAPER] or found
+    one, of = shown[0], list(dict.fromkeys(map(_of, shown)))
+    words = "; ".join(_difference(each) + (f" in {_of(each)}" if len(of) > 1 else "") for each in shown)
+    over = f"{of[0]}; 95 % intervals" if len(of) == 1 else "95 % intervals"
     return [
-        f"Against models trained with PGD, those trained with {attack_words(one.attack)} have under "
-        f"{judge_words(one.judge)} this much robust accuracy more or less: {words} (95 % intervals, {sets}, "
-        f"{_over(one)}). The paper has -0.39 points at eps 4 and -1.39 at eps 8."
+        f"Robust accuracy of models trained with {attack_words(one.attack)} minus that of models trained with PGD, "
+        f"judged by {judge_words(one.judge)} ({over}): {words}."
     ]
 
 
+def _of(each: Average) -> str:
+    names = _listed(map(method_words, each.methods))
+    methods = names if len(each.methods) == 1 else f"the mean of {names}"
+    return f"{methods}, {_count(each.data_sets, 'data set')}"
+
+
 def _difference(each: Average) -> str:
-    chance = "" if each.low > 0 or each.high < 0 else ", which may be chance"
-    return f"{points(each.mean)} points ({points(each.low)} to {points(each.high)}{chance})"
+    remarks = [] if each.low > 0 or each.high < 0 else ["could be chance"]
+    remarks += [f"the paper: {points(PAPER[each.eps])}"] if each.eps in PAPER else []
+    return (
+        "; ".join(
+            [f"eps {each.eps:g}: {points(each.mean)} points ({points(each.low)} to {points(each.high)}", *remarks]
+        )
+        + ")"
+    )
 
 
 def _time(times: Sequence[Time]) -> list[str]:
-    found = [each for each in times if each.attack == _first_fast(times) and each.to_pgd is not None]
+    attack = _first_fast(times)
+    found = [each for each in times if each.attack == attack and each.to_pgd is not None and each.method != SCRATCH]
     if not found:
         return []
-    words = _listed(f"{each.to_pgd:.2f} in {method_words(each.method)}" for each in found)
-    return [f"{attack_words(found[0].attack)} takes this part of PGD's training time: {words}."]
+    words = _listed(f"{each.to_pgd:.2f} ({method_words(each.method)})" for each in found)
+    return [f"Training with {attack_words(attack)} takes, as a part of PGD's time: {words}."]
 
 
 def _warned(scores: Iterable[Score]) -> list[str]:
     best = max((each for each in scores if each.found), key=lambda each: (each.found, -each.false), default=None)
     if best is None:
         return []
-    when = (
-        f"{_count(abs(best.lead), 'epoch')} {'before' if best.lead >= 0 else 'after'} it"
-        if best.lead
-        else "in its epoch"
-    )
+    late = f"{_count(abs(best.lead), 'epoch')} {'before' if best.lead > 0 else 'after'} it"
+    when = late if best.lead else "in the epoch of the collapse"
     return [
-        f"Of the detectors “{best.name}” saw most: {best.found} of {_count(best.collapsed, 'collapse')}, half of them "
-        f"{when} or earlier; it fired in {best.false} of {_count(best.sound, 'run')} without one."
+        f"The best of the detectors, “{best.name}”, saw {best.found} of {_count(best.collapsed, 'collapse')}, in the "
+        f"median {when}, and fired in {best.false} of {_count(best.sound, 'run')} without one."
     ]
 
 
@@ -231,11 +245,6 @@ def judges_of(found: Iterable[str]) -> list[str]:
     """Distinct names of judges, weak ones first."""
     known = {judge: place for place, judge in enumerate(JUDGE_ORDER)}
     return sorted(_distinct(found), key=lambda judge: known.get(judge, len(known)))
-
-
-def _over(each: Average) -> str:
-    names = _listed(map(method_words, each.methods))
-    return names if len(each.methods) == 1 else f"the mean of {names}"
 
 
 def _first_fast(times: Sequence[Time]) -> str | None:

@@ -12,7 +12,7 @@ from fastadv.report.curves import png, whole_numbers
 from fastadv.report.html import text
 from fastadv.study.answer import PAPER
 from fastadv.study.overfitting import Course
-from fastadv.study.results import attack_words, judge_words, method_words
+from fastadv.study.results import attack_words, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's, which all eyes tell apart; the markers do in print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 ATTACK, UNDER_PGD = "#d55e00", "#0072b2"
 STABLE, SOME, ALL, UNKNOWN = "#cfe6f3", "#f3c77b", "#c8501e", "#ffffff"
 WIDTH = 4.1  # inches: as wide as a telephone's page
@@ -39,7 +39,7 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
         places = [budgets.index(each.eps) + (number - (len(methods) - 1) / 2) * step for each in mine]
         means = np.array([100 * each.mean for each in mine])
         bounds = np.array([[100 * each.low, 100 * each.high] for each in mine]).T
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        style = {**_style(names[0]), "markersize": 5}
         lengths = np.abs(bounds - means)
         axis.errorbar(
             places, means, lengths, fmt="", linestyle="", elinewidth=1.2, label=method_words(names[0]), **style
@@ -97,7 +97,7 @@ def curves(courses: Sequence[Course]) -> "Figure":
     """Of one method and attack: accuracy of the monitor's images under the training attack and under PGD-5, for each
     eps, run by run; heavy lines are the mean."""
     budgets = sorted({each.result.cell.eps for each in courses})
-    figure = _figure(0.75 + 1.7 * len(budgets), 2.3)
+    figure = _figure(0.6 + 1.45 * len(budgets), 2.4)
     axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     attack = attack_words(courses[0].result.cell.attack)
     for axis, eps in zip(axes, budgets, strict=True):
@@ -115,7 +115,8 @@ def curves(courses: Sequence[Course]) -> "Figure":
         whole_numbers(axis.xaxis)
         _plain(axis)
     axes[0].set_ylabel("accuracy, %")
-    axes[-1].legend(frameon=False, fontsize=7, loc="best")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     return figure
 
 
@@ -132,6 +133,12 @@ def _lines(axis: "Axes", runs: Iterable[Course], field: str, colour: str, style:
 
 
 # ---------------------------------------------------------------------- drawing
+
+
+def _style(method: str) -> dict[str, str]:
+    """The same in all figures."""
+    place = method_place(method)[0]
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
 def _figure(width: float, height: float) -> "Figure":

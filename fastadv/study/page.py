@@ -26,11 +26,14 @@ PAGE, TABLE, NUMBERS, FIGURES = "report.html", "results.csv", "results.json", "f
 _SHOWN = 12  # rows of a list that is not folded
 
 _STYLE = """
-body { max-width: 68rem } h1 { font-size: 1.5rem; line-height: 1.25 } h2 { margin-top: 2.2rem }
+body { max-width: 70rem } h1 { font-size: 1.5rem; line-height: 1.25 } h2 { margin-top: 2.2rem }
 .answer { font-size: 1.7rem; font-weight: 700; margin: .6rem 0; padding-left: .8rem; border-left: .5rem solid #888 }
 .stable { border-color: #0072b2 } .mixed { border-color: #e69f00 } .unstable { border-color: #d55e00 }
-.lead { max-width: 46rem } .side { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start }
-.side svg { max-width: 100%; height: auto } .wide svg { display: block }
+.lead { max-width: 52rem; margin: .55rem 0 }
+.side { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start }
+.side svg { max-width: 100%; height: auto } .side .wide { max-width: 100% } .side .wide svg { max-width: none }
+figure { margin: 0 }
+figcaption { font-size: .85rem; overflow-wrap: anywhere }
 .cells th, .cells td { white-space: nowrap; overflow-wrap: normal; padding-right: 1.1rem }
 .cells td { font-variant-numeric: tabular-nums } .note { color: #555; max-width: 46rem }
 .cells tbody tr:nth-child(odd) { background: #f6f6f6 } .cells .words { white-space: normal; min-width: 12rem }
@@ -63,7 +66,11 @@ class Study:
 
     @property
     def answer(self) -> say.Answer:
-        return say.answer(self.courses, self.averages, self.times, self.scores)
+        return say.answer(self.courses, self.averages, self.times, self.scores, self.complete)
+
+    @property
+    def complete(self) -> bool:
+        return not (self.absent or self.unjudged or self.problems)
 
     @property
     def readme(self) -> str:
@@ -195,37 +202,40 @@ def _difference(each: Difference) -> dict:
 @dataclass(frozen=True)
 class Drawing:
     words: str
+    caption: str
     svg: str
     png: bytes
 
 
 def _drawn(study: Study) -> dict[str, Drawing]:
     """{name of the file: what is in it}."""
+    models = list(dict.fromkeys(each.cell.model for each in study.results))
     found = {}
-    for number, (model, group) in enumerate(_grouped(study.averages, lambda each: each.model)):
-        for attack, judged in _grouped(group, lambda each: each.attack):
-            for judge, shown in _grouped(judged, lambda each: each.judge):
-                if judge in say.README_JUDGES:
-                    words = f"{attack_words(attack)} minus PGD by eps, judged by {judge_words(judge)}, {model}"
-                    found[f"difference-{number}-{attack}-{judge}"] = (figures.difference_by_eps(shown), words)
-    for attack, group in _grouped(study.courses, lambda each: each.result.cell.attack):
-        if group[0].result.fast:
+    for number, model in enumerate(models):
+        mine = [each for each in study.averages if each.model == model and each.judge in say.README_JUDGES]
+        for (attack, judge), shown in _grouped(mine, lambda each: (each.attack, each.judge)):
+            words = f"{attack_words(attack)} minus PGD by eps, judged by {judge_words(judge)}"
+            found[f"difference-{number}-{attack}-{judge}"] = model, words, figures.difference_by_eps(shown)
+        runs = [each for each in study.courses if each.result.cell.model == model and each.result.fast]
+        for attack, group in _grouped(runs, lambda each: each.result.cell.attack):
             words = f"{attack_words(attack)}: collapsed runs by method and eps"
-            found[f"map-{attack}"] = (figures.stability_map(group), words)
-            for method, runs in _grouped(group, lambda each: each.result.cell.method):
+            found[f"map-{number}-{attack}"] = model, words, figures.stability_map(group)
+            for method, of_method in _grouped(group, lambda each: each.result.cell.method):
                 words = f"{method_words(method)} with {attack_words(attack)}: accuracy over epochs"
-                found[f"curves-{attack}-{method}"] = (figures.curves(runs), words)
-    return {
-        name: Drawing(words, figures.svg(figure, words), figures.png(figure)) for name, (figure, words) in found.items()
-    }
+                found[f"curves-{number}-{attack}-{method}"] = model, words, figures.curves(of_method)
+    drawn = {}
+    for name, (model, words, figure) in found.items():
+        caption = model if len(models) > 1 else ""
+        drawn[name] = Drawing(words, caption, figures.svg(figure, f"{words} {caption}".strip()), figures.png(figure))
+    return drawn
 
 
 def _first_screen(names: Iterable[str]) -> list[str]:
     """The difference and the map of the first fast attack, FGSM where it is there."""
     chosen = []
-    for kind, end in (("difference-0-", f"-{say.HEADLINE_JUDGE}"), ("map-", "")):
+    for kind, end in (("difference-0-", f"-{say.HEADLINE_JUDGE}"), ("map-0-", "")):
         found = [name for name in names if name.startswith(kind) and name.endswith(end)]
-        chosen += sorted(found, key=lambda name: not name.endswith(("map-fgsm", f"-fgsm{end}")))[:1]
+        chosen += sorted(found, key=lambda name: name != f"{kind}fgsm{end}")[:1]
     return chosen
 
 
@@ -258,20 +268,24 @@ def _answer(study: Study) -> str:
         done = f"{len(study.asked) - len(study.absent)} of {len(study.asked)} cells are finished"
         extra = sum(each.cell.id not in set(study.asked) for each in study.results)
         done += f", and {extra} that this grid does not ask for" if extra else ""
-    incomplete = bool(study.absent or study.unjudged or study.problems)
-    see = "; what is missing stands at the end." if incomplete else "."
+    see = "." if study.complete else "; what is missing stands at the end."
     return "\n".join(
         [
             f'<p class="answer {found.kind}">{html.text(found.headline)}</p>',
             *(html.paragraph(words, "lead") for words in found.sentences),
-            html.paragraph(done + see, "lead warning" if incomplete else "lead note"),
+            html.paragraph(done + see, "lead note" if study.complete else "lead warning"),
         ]
     )
 
 
 def _side(drawn: Mapping[str, Drawing], names: Iterable[str]) -> str:
-    shown = [drawn[name].svg for name in names]
+    shown = [_figure(drawn[name]) for name in names]
     return f'<div class="side">{"".join(shown)}</div>' if shown else ""
+
+
+def _figure(drawing: Drawing, heading: str = "") -> str:
+    caption = f"<figcaption>{html.text(drawing.caption)}</figcaption>" if drawing.caption else ""
+    return f"<figure>{heading}{drawing.svg}{caption}</figure>"
 
 
 def _paper(study: Study) -> str:
@@ -290,7 +304,7 @@ def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
     if not study.courses:
         return "\n".join([*parts, html.paragraph("Not measured yet.")])
     parts.append(_side(drawn, [name for name in drawn if name.startswith("map-") and name not in first]))
-    parts += ["<h3>Runs that collapsed</h3>", _collapses(study), "<h3>Who saw it</h3>", _detectors(study.scores)]
+    parts += ["<h3>Runs that collapsed</h3>", _collapses(study), "<h3>Detectors</h3>", _detectors(study.scores)]
     return "\n".join(parts)
 
 
@@ -322,14 +336,15 @@ def _collapses(study: Study) -> str:
 def _detectors(found: Sequence[Score]) -> str:
     rows = []
     for each in found:
-        lead = "-" if each.lead is None else f"{each.lead:+g} ({min(each.leads):+d} to {max(each.leads):+d})"
+        lead = "-" if each.lead is None else f"{each.lead:g} ({min(each.leads)} to {max(each.leads)})"
         false = f"{each.false} of {each.sound}"
         seen = f"{each.found} of {each.collapsed}" if each.collapsed else "-"
         rows.append([html.text(each.name), html.text(each.rule), seen, lead, false])
     absent = [name for name in DETECTORS if name not in {each.name for each in found}]
     note = f"Not in these records: {', '.join(absent)}. " if absent else ""
-    note += "Epochs before: the median, least and most; below 0 it was late. The last column counts false alarms."
-    head = ["detector", "fires at", "saw of the collapses", "epochs before", "fired in runs without one"]
+    note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs without a "
+    note += "collapse in which it fired."
+    head = ["detector", "fires at", "collapses seen", "epochs before", "false alarms"]
     return _table(head, rows, 2) + html.paragraph(note, "note")
 
 
@@ -338,13 +353,15 @@ def _curves(drawn: Mapping[str, Drawing]) -> str:
     if not names:
         return ""
     words = "Images of the monitor's probe. Thin: run by run; heavy: their mean; a cross: a collapse."
-    open_, rest = names[:_SHOWN], names[_SHOWN:]
-    parts = [html.paragraph(words, "note"), *(_curve(drawn[name]) for name in open_)]
-    return "\n".join([*parts, html.folded("more", "".join(_curve(drawn[name]) for name in rest)) if rest else ""])
+    shown = "".join(map(_curve, (drawn[name] for name in names[:_SHOWN])))
+    more = "".join(map(_curve, (drawn[name] for name in names[_SHOWN:])))
+    parts = [html.paragraph(words, "note"), f'<div class="side">{shown}</div>']
+    return "\n".join([*parts, html.folded("more", f'<div class="side">{more}</div>') if more else ""])
 
 
 def _curve(drawing: Drawing) -> str:
-    return f'<h3>{html.text(drawing.words.partition(":")[0])}</h3><div class="wide">{drawing.svg}</div>'
+    heading = f"<h3>{html.text(drawing.words.partition(':')[0])}</h3>"
+    return f'<div class="wide">{_figure(drawing, heading)}</div>'
 
 
 def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str]) -> str:

@@ -82,7 +82,7 @@ def paired(first: Sequence[Result], second: Sequence[Result], judge: str) -> np.
 
 
 def compare(results: Iterable[Result], reference: str = PGD) -> tuple[list[Difference], list[str]]:
-    """All differences to the cells trained with `reference`, in the order of `results`; and why others are not there."""
+    """All differences to the cells trained with `reference`, in the order of `results`; why others are not there."""
     rows: dict[Row, dict[str, dict[int, Result]]] = {}
     for each in results:
         rows.setdefault(row_of(each), {}).setdefault(each.cell.attack, {})[each.cell.seed] = each
