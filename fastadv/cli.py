@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastadv.commands import evaluate, export, finetune, info, predict, pretrain
+from fastadv.commands import evaluate, export, finetune, info, predict, pretrain, study
 from fastadv.commands.failures import words_of
 from fastadv.commands.speech import add_verbosity, is_verbose, speaking
 from fastadv.version import __version__
@@ -16,6 +16,7 @@ from fastadv.version import __version__
 COMMANDS = {
     "finetune": (finetune, "train a model adversarially, from a robust backbone to classes of your own"),
     "evaluate": (evaluate, "measure a model's clean and robust accuracy"),
+    "study": (study, "compare methods, attacks and budgets, over data sets and seeds"),
     "predict": (predict, "classify pictures"),
     "export": (export, "write a plain model that loads without fastadv"),
     "pretrain": (pretrain, "train the embedded robust backbone again"),

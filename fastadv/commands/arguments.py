@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.commands.speech import say
+from fastadv.data.classes import class_list
 from fastadv.data.trained import known
 from fastadv.preprocessing import Preprocessing
 
@@ -44,29 +44,6 @@ def eps_budget(text: str) -> float:
             f"{text} of the range [0, 1] is --eps {255 * float(text):.4g}. To mean it, write {text}/255"
         )
     return value
-
-
-# A name in quotes, or what there is up to the next comma; an empty one follows the last.
-_CLASS = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,|$)|([^,]*))(?:,|$)'
-
-
-def class_list(text: str) -> list[int | str]:
-    """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list.
-
-    What is not written as a label is, such as 01 or 9-5, makes all of them names. A name in double quotes is taken as
-    it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice.
-    """
-    parts = [(quoted.replace('""', '"'), plain.strip()) for quoted, plain in re.findall(_CLASS, text)][:-1]
-    ends = [None if quoted else _label_range(plain) for quoted, plain in parts]
-    if None in ends:
-        return [quoted or plain for quoted, plain in parts]
-    return [label for first, last in ends for label in range(first, last + 1)]
-
-
-def _label_range(text: str) -> tuple[int, int] | None:
-    found = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    return (first, last) if first <= last else None
 
 
 def adder(parser: argparse.ArgumentParser) -> Callable:

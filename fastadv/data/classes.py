@@ -1,12 +1,35 @@
 """Which classes of a data set are meant, and what is left of a part when they alone are kept."""
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
 from fastadv.data.source import Part
+
+# A name in quotes, or what there is up to the next comma; an empty one follows the last.
+_CLASS = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,|$)|([^,]*))(?:,|$)'
+
+
+def class_list(text: str) -> list[int | str]:
+    """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list.
+
+    What is not written as a label is, such as 01 or 9-5, makes all of them names. A name in double quotes is taken as
+    it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice.
+    """
+    parts = [(quoted.replace('""', '"'), plain.strip()) for quoted, plain in re.findall(_CLASS, text)][:-1]
+    ends = [None if quoted else _label_range(plain) for quoted, plain in parts]
+    if None in ends:
+        return [quoted or plain for quoted, plain in parts]
+    return [label for first, last in ends for label in range(first, last + 1)]
+
+
+def _label_range(text: str) -> tuple[int, int] | None:
+    found = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    return (first, last) if first <= last else None
 
 
 def distinct(names: Iterable[str]) -> tuple[str, ...]:

@@ -74,6 +74,7 @@ class Place:
     abnormal: float = 0.0
     looked: float = 0.0
     train_s: float = 0.0
+    train_cpu_s: float = 0.0
     lr: float = 0.0
     lr_scale: float = 1.0
     switched: bool = False
@@ -354,7 +355,8 @@ class Run:
                 warnings.warn(found["warning"], stacklevel=4)
 
     def _final(self) -> dict:
-        seconds = sum(record["train_s"] for record in self.at.records if "epoch" in record)
+        epochs = [record for record in self.at.records if "epoch" in record]
+        seconds = {name: sum(record.get(name, 0.0) for record in epochs) for name in ("train_s", "train_cpu_s")}
         attack = self.trainer.eval_attack or self._named("pgd-10")
         result = {} if self.test is None else self._judged(attack)
         final = {
@@ -365,7 +367,7 @@ class Run:
             **self._choice(),
             **result,
         }
-        return final | {"eval_attack": _name(attack), "train_s": seconds}
+        return final | {"eval_attack": _name(attack), **seconds}
 
     def _judged(self, attack: Callable) -> dict[str, float]:
         """Of the test images: those that withstand the attack of the evaluations, and those that PMA leaves of them."""
@@ -465,11 +467,13 @@ class Run:
     def _steps(self, stage: Stage) -> bool:
         """The steps that are left of an epoch; whether they were interrupted."""
         start, before = time.perf_counter(), self.at.train_s
+        cpu_start, cpu_before = time.process_time(), self.at.train_cpu_s
         saved = start
         for index in self._order(self.at.epoch).tensor_split(self.steps)[self.at.batch :]:
             due, asked = self._batch(stage, index, time.perf_counter() - saved >= self.settings.checkpoint_s)
             now = time.perf_counter()
             self.at.train_s = before + now - start
+            self.at.train_cpu_s = cpu_before + time.process_time() - cpu_start
             if asked:
                 return True
             if due:
@@ -481,9 +485,9 @@ class Run:
     def _finish_epoch(self, stage: Stage) -> None:
         at, images = self.at, len(self.labels)
         record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
-        record["train_s"] = at.train_s
+        record |= {"train_s": at.train_s, "train_cpu_s": at.train_cpu_s}
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
-        at.epoch, at.batch, at.train_s = at.epoch + 1, 0, 0.0
+        at.epoch, at.batch, at.train_s, at.train_cpu_s = at.epoch + 1, 0, 0.0, 0.0
         at.loss_sum = at.right = at.abnormal = at.looked = 0.0
         done, every = at.epoch - at.first_epoch, self.settings.eval_every
         with self._averaged():

@@ -1,0 +1,153 @@
+"""fastadv study: methods, attacks and budgets compared, over data sets and seeds."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fastadv.commands.arguments import add_device, adder, check_folder, model_source
+from fastadv.commands.speech import say
+from fastadv.study.cells import Outcome, Place
+from fastadv.study.cluster import by_ray
+from fastadv.study.estimate import estimates
+from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_grid
+from fastadv.study.grid import Task, expanded
+from fastadv.study.page import write_study
+from fastadv.study.run import check_models, here, pending, side_by_side
+
+# Options that a grid file says instead.
+GRID = ("data", "classes", "model", "methods", "attacks", "eps", "seeds", "judges", "epochs", "batch_size")
+GRID += ("train_limit", "val_limit", "test_limit")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    add = adder(parser)
+    parser.add_argument("grid", nargs="?", type=Path, help="a YAML file, instead of the options down to --test-limit")
+    add("--data", _names, help="digits, cifar10, folders of pictures or of parquet files, .npz files: a,b")
+    add("--classes", help="labels or names to keep, of a single data set (all if not given)")
+    add("--model", help="as for fastadv finetune (robust-resnet if not given)")
+    add("--methods", _names, help="as for fastadv finetune, and scratch: all, from random weights (linear,full)")
+    add("--attacks", _names, help="as for fastadv finetune (fgsm,pgd)")
+    add("--eps", _numbers, help="budgets in units of 1/255: 4,8 (8)")
+    add("--seeds", int, help="how many, from 0 (3)")
+    add("--judges", _names, help="beside clean, fgsm, pgd-10 and pma: pgd-50-10, apgd, autoattack")
+    add("--epochs", int, help="of each cell (20)")
+    add("--batch-size", int, help="(64)")
+    for part in ("train", "val", "test"):
+        add(f"--{part}-limit", int, help="so many images, the first of an order that is always the same")
+    add("--data-folder", Path, help="where the data sets are whose paths are relative")
+    add_device(add)
+    add("--threads", int, 1, help="of each cell")
+    add("--processes", int, 1, help="cells at a time, on this machine")
+    add("--ray", metavar="ADDRESS", help="run the cells on a cluster: auto, local or HOST:PORT (needs the extra ray)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what is done and what is left, and how long it takes"
+    )
+    parser.add_argument("--keep-weights", action="store_true", help="keep a model.safetensors of each cell")
+    add("--out", Path, required=True, help="folder for the cells and the report; a study that was cut goes on there")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    grid = _grid(arguments)
+    _check_places(arguments)
+    tasks = expanded(grid)
+    for model in dict.fromkeys(task.cell.model for task in tasks):
+        model_source(model, trust_code=False)  # a module:function may lie in the working folder
+    check_models(tasks)
+    left = pending(tasks, arguments.out)
+    data_folder = arguments.data_folder and arguments.data_folder.absolute()
+    device = str(arguments.device)
+    place = Place(arguments.out.absolute(), data_folder, device, arguments.threads, arguments.keep_weights)
+    if arguments.dry_run:
+        _say_plan(tasks, left, place)
+        return
+    check_folder(arguments.out)
+    write_grid(arguments.out, grid)
+    _finish(arguments, tasks, _run(left, place, arguments))
+
+
+def _grid(arguments: argparse.Namespace) -> dict:
+    """The grid of the file, or that of the options.
+
+    Raises:
+        ValueError: neither, or both.
+    """
+    given = {name: getattr(arguments, name) for name in GRID if getattr(arguments, name) is not None}
+    if arguments.grid is None:
+        if "data" not in given:
+            raise ValueError("a study needs --data, or the YAML file of a grid")
+        classes = given.pop("classes", None)
+        if classes is not None:
+            if len(given["data"]) > 1:
+                raise ValueError("--classes are those of a single data set: write a YAML file, where each has its own")
+            (path,) = given["data"]
+            given["data"] = [{"name": Path(path).stem, "path": path, "classes": classes}]
+        return given
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{arguments.grid} says what the cells are: leave out {options}, or write it there")
+    return read_grid(arguments.grid)
+
+
+def _check_places(arguments: argparse.Namespace) -> None:
+    for name in ("threads", "processes"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.ray and arguments.processes > 1:
+        raise ValueError("--processes are those of one machine, and --ray has as many as its cluster: leave out one")
+
+
+def _say_plan(tasks: Sequence[Task], left: Sequence[Task], place: Place) -> None:
+    seconds = estimates(left, place)
+    for task in tasks:
+        id = task.cell.id
+        failed = id in seconds and (cell_folder(place.folder, id) / ERROR).exists()
+        state = f"{seconds[id]:.0f} s at most" if id in seconds else "done"
+        print(f"{id}  {state}{' (it failed before)' if failed else ''}")
+    print(
+        f"{len(tasks)} cells, {len(tasks) - len(left)} done; {len(left)} are left, {sum(seconds.values()) / 3600:.2f} "
+        "hours at most, one after another"
+    )
+
+
+def _run(left: Sequence[Task], place: Place, arguments: argparse.Namespace) -> list[Outcome]:
+    """Run the cells, with a line for each."""
+    outcomes = []
+    for outcome in _outcomes(left, place, arguments):
+        outcomes.append(outcome)
+        result = "" if outcome.status == "done" else f"{outcome.status}, "
+        say(f"{len(outcomes)}/{len(left)} {outcome.id}: {result}{outcome.words}")
+    return outcomes
+
+
+def _outcomes(left: Sequence[Task], place: Place, arguments: argparse.Namespace) -> Iterator[Outcome]:
+    if arguments.ray and left:
+        return by_ray(left, place, arguments.ray)
+    if arguments.processes > 1:
+        return side_by_side(left, place, arguments.processes)
+    return here(left, place)
+
+
+def _finish(arguments: argparse.Namespace, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
+    """Write the report on what is finished, and say what is not."""
+    if next(finished(arguments.out), None):
+        write_study(arguments.out)
+        say(f"the report is in {arguments.out}")
+    if elsewhere := sum(outcome.status == "elsewhere" for outcome in outcomes):
+        say(
+            f"{elsewhere} cells are run by other processes: the same command writes the report again when they are done"
+        )
+    if failed := [outcome.id for outcome in outcomes if outcome.status == "failed"]:
+        error = cell_folder(arguments.out, failed[0]) / ERROR
+        raise SystemExit(
+            f"fastadv: error: {len(failed)} of {len(tasks)} cells failed, such as {failed[0]}: see {error}. The same "
+            "command tries them again"
+        )

@@ -1,0 +1,297 @@
+"""One cell of a study: trained, judged, and kept in its folder."""
+
+import hashlib
+import platform
+import shutil
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fastadv import models
+from fastadv.attacks import Ensemble, by_name
+from fastadv.data.trained import known
+from fastadv.evaluation import evaluate
+from fastadv.evaluation.samples import Batch
+from fastadv.files import write_atomically
+from fastadv.locks import InUseError, held
+from fastadv.study.cost import cost_of
+from fastadv.study.files import ERROR, cell_folder, finished, read_cell, write_cell
+from fastadv.study.grid import ALWAYS, IN_A_ROW, SCRATCH, Cell, DataSet, Images, Task, differences, trainer
+from fastadv.study.images import Parts, parts_of
+from fastadv.training import Settings
+from fastadv.version import __version__
+
+WEIGHTS = "model.safetensors"
+# Of a record's settings: digests of what was found, which no grid says.
+FOUND = {"contents": "images", "weights": "pretrained weights"}
+_WORK = ("train", "alone.safetensors", "row.safetensors")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how cells are run.
+
+    Attributes:
+        folder: of the study.
+        data_folder: of data sets with relative paths; None: the working folder (of cifar10 as `fastadv.data.load`).
+        device: name of a device of PyTorch.
+        threads: of a cell, whose result depends on them in its last bits.
+        keep_weights: keep each cell's model.safetensors.
+    """
+
+    folder: Path
+    data_folder: Path | None = None
+    device: str = "cpu"
+    threads: int = 1
+    keep_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: "done", "failed", or "elsewhere", where another process has it; and a word on it."""
+
+    id: str
+    status: str
+    words: str
+
+
+def run(task: Task, place: Place) -> Outcome:
+    """Run a cell that is not finished, from where it was cut, if it was. What goes wrong is kept beside its results.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: it is interrupted, and its state is on the disk.
+    """
+    id, folder = task.cell.id, cell_folder(place.folder, task.cell.id)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(place.threads)
+        with held(folder / "cell", f"the cell {id}"):
+            found = read_cell(place.folder, id)
+            if found is None or missing(task, found):
+                found = _run(task, place, found)
+    except InUseError as error:
+        return Outcome(id, "elsewhere", str(error))
+    except Exception as error:
+        write_atomically(folder / ERROR, traceback.format_exc().encode())
+        return Outcome(id, "failed", f"{type(error).__name__}: {error}")
+    finally:
+        torch.set_num_threads(before)
+    clean(place.folder, id)
+    return Outcome(id, "done", _said(found))
+
+
+def clean(folder: Path, id: str) -> None:
+    """Remove what a finished cell needed on its way."""
+    for name in (*_WORK, ERROR):
+        path = cell_folder(folder, id) / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def missing(task: Task, record: Mapping) -> list[str]:
+    """The judges that a finished cell has not met."""
+    return [judge for judge in task.judges if judge not in record["verdicts"]]
+
+
+def _run(task: Task, place: Place, found: dict | None) -> dict:
+    """Train, unless it is done, and judge; the record."""
+    folder = cell_folder(place.folder, task.cell.id)
+    parts = parts_of(task, place.data_folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if found is None:
+            model, record = _trained(task, place, parts, folder)
+        else:
+            model, record = models.load(folder / WEIGHTS), found
+            check_together([found, found | {"settings": found["settings"] | found_here(task, parts)}])
+        began = time.perf_counter()
+        judges = (*ALWAYS, *task.judges) if found is None else missing(task, found)
+        network = model.pixels.to(place.device)
+        verdicts = judged(network, parts.test, judges, task.cell.eps / 255, task.cell.seed, folder)
+    record["verdicts"] = record.get("verdicts", {}) | verdicts
+    record["judge_s"] = record.get("judge_s", 0.0) + time.perf_counter() - began
+    record["warnings"] = record.get("warnings", []) + [str(each.message) for each in caught]
+    write_cell(place.folder, task.cell.id, record)
+    return record
+
+
+def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[models.Model, dict]:
+    model = build(task.cell, parts)
+    record = {"cell": asdict(task.cell), "settings": task.settings | found_here(task, parts)}
+    check_together([*finished(place.folder), record])
+    if count := known(model.trained_on, parts.test_digests):
+        warnings.warn(
+            f"the model {task.cell.model} was trained on {count} of the {len(parts.test_digests)} test images",
+            stacklevel=2,
+        )
+    options = {"folder": folder / "train", "resume": True, "device": place.device, "progress": False}
+    # The test images are for the judges alone.
+    records = trainer(task, model.pixels, **options).fit(parts.train, parts.val)
+    if place.keep_weights:
+        model.trained_on += (parts.trained_on,)
+        models.save(model, folder / WEIGHTS)
+    record |= {
+        "machine": machine(place),
+        "images": {name: len(getattr(parts, name)[1]) for name in ("train", "val", "test")},
+        "labels": parts.judged,
+        "records": records,
+        "train_s": records[-1]["train_s"],
+        "train_cpu_s": records[-1]["train_cpu_s"],
+        "cost": cost_of(task),
+    }
+    return model, record
+
+
+def found_here(task: Task, parts: Parts) -> dict[str, str]:
+    """FOUND, of the images and the model that are here."""
+    shape = tuple(parts.train[0].shape[1:])
+    return {"contents": parts.contents, "weights": _pretrained(task.cell.model, parts.classes, shape)}
+
+
+def build(cell: Cell, parts: Parts) -> models.Model:
+    """The model that a cell starts from: its seed chooses the head's weights, or all of them."""
+    torch.manual_seed(cell.seed)
+    shape = tuple(parts.train[0].shape[1:])
+    model = models.source(cell.model).build(parts.classes, shape)
+    if cell.method != SCRATCH:
+        return model
+    torch.manual_seed(cell.seed)
+    # Its maker is trusted: `source` was asked for it by name.
+    network = models.construct(model.architecture, len(parts.classes), trust_code=True)
+    return models.Model(network, model.preprocessing, model.architecture, model.classes, pretrained=False)
+
+
+@lru_cache(maxsize=8)
+def _pretrained(model: str, classes: tuple[str, ...], shape: tuple[int, ...]) -> str:
+    """A digest of the weights that a model brings: those that do not depend on a seed."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        states.append(models.source(model).build(classes, shape).network.state_dict())
+    digest = hashlib.sha256()
+    for name, tensor in states[0].items():
+        if torch.equal(tensor, states[1][name]):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- what belongs together
+
+
+def check(task: Task, record: Mapping) -> None:
+    """Refuse a finished cell that is not what the grid asks for; what it has no name for had its default.
+
+    Raises:
+        ValueError: what differs.
+    """
+    defaults = Task(task.cell, DataSet("", ""), Images(), Settings()).settings
+    settings = {name: value for name, value in record["settings"].items() if name not in FOUND}
+    there = {**defaults, **settings, **record["cell"]}
+    if other := differences(there, {**task.settings, **asdict(task.cell)}):
+        raise ValueError(
+            f"the finished cell {task.cell.id} was made with other settings than the grid asks for, and differs in "
+            f"{other}: choose another --out, or move that cell away"
+        )
+
+
+def check_together(records: Iterable[Mapping]) -> None:
+    """Refuse cells that have one name for different images, or for different pretrained weights.
+
+    Args:
+        records: of cells, of which "cell" and "settings" are looked at.
+
+    Raises:
+        ValueError: two that do not belong in one study.
+    """
+    seen: dict[tuple, tuple[str, str]] = {}
+    for record in records:
+        cell = Cell(**record["cell"])
+        names = {"contents": (cell.data, cell.classes), "weights": (cell.model, cell.data, cell.classes)}
+        for what, name in names.items():
+            value, other = seen.setdefault((what, *name), (record["settings"][what], cell.id))
+            if value != record["settings"][what]:
+                raise ValueError(
+                    f"the cells {other} and {cell.id} have different {FOUND[what]} under the name {name[0]}: they do "
+                    "not belong in one study. Rename one, or choose another --out"
+                )
+
+
+# ---------------------------------------------------------------------- judging
+
+
+def judged(
+    model: torch.nn.Module, test: Batch, judges: Sequence[str], eps: float, seed: int, folder: Path
+) -> dict[str, str]:
+    """{judge: a character for each image, 1 where it is classified correctly after the attack}, "clean" first.
+
+    Those of IN_A_ROW go on from what is left; of all others each gets all images, from the same random starts.
+    A state of each evaluation is kept in `folder`.
+    """
+    options = {"graph": next(model.parameters()).is_cuda}
+    alone = [judge for judge in judges if judge not in IN_A_ROW]
+    common = {"seed": seed, "progress": False}
+    found = {}
+    if alone:
+        attacks = [by_name(judge, model, eps, **options) for judge in alone]
+        report = evaluate(model, test, attacks, ensemble=False, state=folder / "alone.safetensors", **common)
+        left = report["clean_correct"]
+        found = {"clean": _bits(left)}
+        found |= {judge: _bits(_left(left, result)) for judge, result in zip(alone, report["attacks"], strict=True)}
+    rows = {judge: IN_A_ROW[judge] for judge in judges if judge in IN_A_ROW}
+    if rows:
+        longest = max(rows.values(), key=len)  # of which the others are the beginning
+        ensemble = Ensemble(model, eps=eps, version="custom", attacks_to_run=list(longest), **options)
+        attacks = [attack for _, attack in ensemble.attacks()]
+        report = evaluate(model, test, attacks, state=folder / "row.safetensors", **common)
+        left, after = report["clean_correct"], {}
+        for count, result in enumerate(report["attacks"], 1):
+            left = after[longest[:count]] = _left(left, result)
+        found |= {judge: _bits(after[parts]) for judge, parts in rows.items()}
+    return found
+
+
+def _left(right: Sequence[bool], result: Mapping) -> list[bool]:
+    return [was and not fell for was, fell in zip(right, result["fooled"], strict=True)]
+
+
+def _bits(right: Sequence[bool]) -> str:
+    return "".join("1" if each else "0" for each in right)
+
+
+def share(verdicts: str) -> float:
+    return verdicts.count("1") / len(verdicts)
+
+
+def _said(record: Mapping) -> str:
+    shares = ", ".join(f"{judge} {share(said):.1%}" for judge, said in record["verdicts"].items())
+    count = len(record["warnings"])
+    noted = f", {count} warning{'s' * (count > 1)} (see its cell.json)" if count else ""
+    return f"{shares}; trained in {record['train_s']:.1f} s{noted}"
+
+
+def machine(place: Place) -> dict:
+    """What times and last bits depend on."""
+    device = torch.device(place.device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu(),
+        "threads": place.threads,
+        "fastadv": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,63 @@
+"""How long the cells of a study will take, before they are run."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from statistics import mean
+
+import torch
+
+from fastadv.study.cells import Place, build, machine
+from fastadv.study.cost import cost_of, seconds_a_unit, units_of
+from fastadv.study.files import finished
+from fastadv.study.grid import Cell, Task, trainer
+from fastadv.study.images import Parts, parts_of
+from fastadv.training import Settings
+
+# What the time of a standard step depends on.
+_OF_A_STEP = ("method", "head", "rank", "lora_targets", "lr", "batch_size", "accumulate", "optimizer", "precision")
+_OF_A_STEP += ("compile", "channels_last")
+
+
+def estimates(tasks: Iterable[Task], place: Place) -> dict[str, float]:
+    """Seconds of each cell at most, by its id: as if each image withstood each attack.
+
+    The cost model says how many passes a cell has. What a pass takes is known from the finished cells of the same
+    data set, model and method on such a machine, or else from a step of standard training that is timed here.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: images or a model that cannot be had.
+    """
+    timed: dict[tuple, list[float]] = {}
+    here = machine(place)
+    for record in finished(place.folder):
+        if all(record["machine"][name] == here[name] for name in ("device", "cpu", "threads")):
+            timed.setdefault(_kind(Cell(**record["cell"])), []).append(seconds_a_unit(record))
+    found = {}
+    for task in tasks:
+        parts, kind = parts_of(task, place.data_folder), _kind(task.cell)
+        if kind not in timed:
+            timed[kind] = [_measured(task, place, parts)]
+        images = {name: len(getattr(parts, name)[1]) for name in ("train", "val", "test")}
+        found[task.cell.id] = mean(timed[kind]) * units_of(task, images, len(parts.classes))
+    return found
+
+
+def _kind(cell: Cell) -> tuple:
+    return cell.data, cell.classes, cell.model, cell.method
+
+
+def _measured(task: Task, place: Place, parts: Parts) -> float:
+    """Seconds of a forward pass of one image: of the second of two steps on clean images, by their passes."""
+    training = Settings(epochs=2, probe=0, eval_every=0, **{name: getattr(task.training, name) for name in _OF_A_STEP})
+    standard = replace(task, cell=replace(task.cell, attack="none"), training=training)
+    images = parts.train[0][: training.batch_size]
+    labels = torch.arange(len(images)) % len(parts.classes)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(place.threads)
+        model = build(task.cell, parts)
+        records = trainer(standard, model.pixels, device=place.device, progress=False).fit((images, labels))
+    finally:
+        torch.set_num_threads(before)
+    seconds = [record["train_s"] for record in records if "epoch" in record]
+    return seconds[-1] / (len(images) * cost_of(standard)["units"])

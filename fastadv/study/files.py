@@ -1,0 +1,84 @@
+"""The files of a study's folder: the grid as it was asked for, and a folder for each cell."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fastadv._extras import require
+from fastadv.files import check_format, write_atomically
+
+GRID, GRID_FORMAT = "study.yaml", 1
+CELL, CELL_FORMAT = "cell.json", 1
+ERROR = "error.txt"
+
+
+def read_grid(path: str | Path) -> dict:
+    """The grid of a YAML file. 1e-3 is a number, as in YAML 1.2.
+
+    Raises:
+        ImportError: PyYAML is not installed.
+        OSError: the file cannot be read.
+        ValueError: it is no such file, has another format, or says something twice.
+    """
+    yaml = require("yaml")
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            names = [self.construct_object(name, deep=True) for name, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{path} says {name} twice{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    try:
+        grid = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(grid, dict) or not all(isinstance(name, str) for name in grid):
+        raise ValueError(f"{path} is no grid: it must have names and their values, such as `data: digits`")
+    check_format(str(path), grid.pop("format", GRID_FORMAT), GRID_FORMAT)
+    return grid
+
+
+def write_grid(folder: Path, grid: Mapping) -> None:
+    """Keep the grid with its results, in a file that `read_grid` reads."""
+    plain = json.loads(json.dumps({"format": GRID_FORMAT, **grid}))
+    write_atomically(folder / GRID, require("yaml").safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+
+
+def cell_folder(folder: Path, id: str) -> Path:
+    return folder / "cells" / id
+
+
+def read_cell(folder: Path, id: str) -> dict | None:
+    """The record of a finished cell; None where it is not finished.
+
+    Raises:
+        FormatError: it is of another version of fastadv.
+        ValueError: it is damaged.
+    """
+    path = cell_folder(folder, id) / CELL
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the cell is run again") from error
+    check_format(str(path), record.get("format"), CELL_FORMAT)
+    return record
+
+
+def write_cell(folder: Path, id: str, record: Mapping) -> None:
+    """A finished cell, whole or not at all."""
+    content = json.dumps({"format": CELL_FORMAT, **record}) + "\n"
+    write_atomically(cell_folder(folder, id) / CELL, content.encode())
+
+
+def finished(folder: Path) -> Iterator[dict]:
+    """The records of all finished cells, in the order of their names."""
+    for path in sorted((folder / "cells").glob(f"*/{CELL}")):
+        if (record := read_cell(folder, path.parent.name)) is not None:
+            yield record

@@ -1,0 +1,249 @@
+"""The cells of a study, from a grid: products of data sets, models, methods, attacks, budgets and seeds."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from torch import nn
+
+from fastadv.attacks import PRESETS
+from fastadv.attacks.ensembles import VERSIONS
+from fastadv.data.splits import Split
+from fastadv.training import Settings, Trainer
+from fastadv.training.methods import METHODS
+
+SCRATCH = "scratch"  # everything, from random weights
+LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}  # peaks for AdamW; others have Settings'
+ALWAYS = ("fgsm", "pgd-10", "pma")
+# What judges in a row: each attack gets what those before it leave.
+IN_A_ROW = {"apgd": VERSIONS["standard"][:2], "autoattack": VERSIONS["standard"]}
+JUDGES = (*(name for name, (attack, _) in PRESETS.items() if attack.norm == "Linf"), *IN_A_ROW)
+
+_AXES = {"model": "robust-resnet", "methods": ("linear", "full"), "attacks": ("fgsm", "pgd"), "eps": (8,), "seeds": 3}
+_NOT_TRAINING = ("method", "seed", "checkpoint_s")  # of Settings: an axis each, and what changes no result
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a study; eps in units of 1/255, `classes` as `fastadv finetune --classes` takes them."""
+
+    data: str
+    classes: str | None
+    model: str
+    method: str
+    attack: str
+    eps: float
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """A readable name, fit for a folder."""
+        classes = () if self.classes is None else (self.classes,)
+        names = (self.data, *classes, self.model, self.method, self.attack, f"eps{self.eps:g}", f"seed{self.seed}")
+        return "-".join(map(_safe, names))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a data set is, and what is taken of it.
+
+    Attributes:
+        name: in the results.
+        path: digits, cifar10, or a path; a relative one is that in the study's data folder.
+        classes: to keep, such as "6-9"; None: all.
+        size: pixels of a side, for a model that takes images of any size; None: they stay as they are.
+        image_column, label_column: of parquet files.
+    """
+
+    name: str
+    path: str
+    classes: str | None = None
+    size: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Images:
+    """Which images of a data set train, choose weights and judge.
+
+    Attributes:
+        validation: share of the training images to choose weights on, where the set sets none apart.
+        split_seed: of the parts that the set does not have.
+        train_limit, val_limit, test_limit: so many, the first of an order that is always the same; None: all.
+    """
+
+    validation: float = 0.1
+    split_seed: int = 0
+    train_limit: int | None = None
+    val_limit: int | None = None
+    test_limit: int | None = None
+
+    def __post_init__(self):
+        Split(self.split_seed, validation=self.validation)  # refuses what is no share
+        for name in ("train_limit", "val_limit", "test_limit"):
+            limit = getattr(self, name)
+            if limit is not None and (not isinstance(limit, int) or limit < 1):
+                raise ValueError(f"{name} must be at least 1, got {limit!r}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell and all that its result depends on, and who judges it beside ALWAYS."""
+
+    cell: Cell
+    data: DataSet
+    images: Images
+    training: Settings
+    judges: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict:
+        """What a finished cell must have been made with, as JSON has it."""
+        training = {name: v for name, v in asdict(self.training).items() if name not in _NOT_TRAINING}
+        return json.loads(json.dumps({**training, **asdict(self.images), "size": self.data.size}))
+
+
+def trainer(task: Task, model: nn.Module, **options) -> Trainer:
+    """The trainer of a cell.
+
+    Raises:
+        ValueError: an attack or a setting that cannot be.
+    """
+    attack = None if task.cell.attack == "none" else task.cell.attack
+    settings = {each.name: getattr(task.training, each.name) for each in fields(Settings)}
+    return Trainer(model, task.cell.eps / 255, attack=attack, measure_backbone=False, **settings, **options)
+
+
+# ---------------------------------------------------------------------- from a mapping
+
+
+def expanded(grid: Mapping) -> list[Task]:
+    """The cells that a grid asks for, each once, in the order in which they are run.
+
+    Args:
+        grid: names of axes and settings with their values. Axes: "data" (names, or mappings with the fields of
+            `DataSet` and `Images`; a name alone is a path too), "model", "methods", "attacks", "eps" (in units of
+            1/255) and "seeds" (how many, from 0, or a list of them). Settings: "judges", those of `Images`, those of
+            `fastadv.training.Settings`; "lr" may be a mapping from methods. "blocks" is a list of such mappings, each
+            a product of its own; what a block does not say, the grid says for all. A cell that several blocks have is
+            judged by all that they ask for.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: an unknown name, a value out of range, nothing to do, or two blocks that want the same cell with
+            different settings.
+    """
+    blocks = grid.get("blocks", [{}])
+    common = {name: value for name, value in grid.items() if name != "blocks"}
+    if not isinstance(blocks, list) or not all(isinstance(block, Mapping) for block in blocks):
+        raise ValueError(f"blocks must be a list of grids, got {blocks!r}")
+    found: dict[Cell, Task] = {}
+    for task in itertools.chain.from_iterable(_product({**common, **block}) for block in blocks):
+        there = found.get(task.cell, task)
+        if (other := differences(there.settings, task.settings)) or there.data != task.data:
+            raise ValueError(f"two blocks ask for {task.cell.id} with different {other or 'data'}: say it once")
+        found[task.cell] = replace(there, judges=tuple(dict.fromkeys((*there.judges, *task.judges))))
+    names = Counter(cell.id for cell in found)
+    for cell in found:
+        if names[cell.id] > 1:
+            raise ValueError(f"two cells would be called {cell.id}: give the data sets other names")
+    return list(found.values())
+
+
+def differences(one: Mapping, other: Mapping) -> str:
+    """In words, what differs; empty where nothing does."""
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return ", ".join(f"{name} ({one.get(name)}, {other.get(name)})" for name in names)
+
+
+def _product(block: Mapping) -> Iterable[Task]:
+    known = [name for kind in (Images, Settings) for name in _names(kind) if name not in ("method", "seed")]
+    _check_names("the grid", block, ["data", *_AXES, "judges", *known])
+    if "data" not in block:
+        raise ValueError("the grid names no data")
+    axes = {name: _several(block.get(name, default)) for name, default in _AXES.items() if name != "seeds"}
+    for method in axes["methods"]:
+        _check_name("method", method, (*METHODS, SCRATCH))
+    judges = tuple(_several(block.get("judges", ())))
+    for judge in judges:
+        _check_name("judge", judge, JUDGES)
+    judges = tuple(judge for judge in judges if judge not in ALWAYS)
+    order = (_seeds(block.get("seeds", _AXES["seeds"])), _several(block["data"]), axes["model"], axes["eps"])
+    for seed, data, model, eps, method, attack in itertools.product(*order, axes["methods"], axes["attacks"]):
+        data, images = _data(data, block)
+        cell = Cell(data.name, data.classes, str(model), method, str(attack), _eps(eps), seed)
+        task = Task(cell, data, images, _training(cell, block), judges)
+        trainer(task, nn.Identity())  # refuses what is wrong, before anything is begun
+        yield task
+
+
+def _data(given: object, block: Mapping) -> tuple[DataSet, Images]:
+    entry = {"name": Path(given).stem, "path": given} if isinstance(given, str) else given
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise ValueError(f"data are names, paths, or mappings with a name, got {given!r}")
+    _check_names(f"the data set {entry['name']}", entry, [*_names(DataSet), *_names(Images)])
+    chosen = {name: entry[name] for name in _names(DataSet) if entry.get(name) is not None}
+    chosen = {"path": entry["name"], **chosen}
+    if "classes" in chosen:
+        chosen["classes"] = str(chosen["classes"])
+    images = {name: {**block, **entry}[name] for name in _names(Images) if name in {**block, **entry}}
+    return DataSet(**chosen), Images(**images)
+
+
+def _training(cell: Cell, block: Mapping) -> Settings:
+    chosen = {name: block[name] for name in _names(Settings) if name in block and name != "lr"}
+    method = "full" if cell.method == SCRATCH else cell.method
+    rates = block.get("lr", {})
+    if isinstance(rates, Mapping):
+        _check_names("lr", rates, (*METHODS, SCRATCH))
+        default = LEARNING_RATES.get(method, Settings.lr)
+        rates = {**LEARNING_RATES, **rates}.get(cell.method, default)
+    return Settings(**chosen, lr=rates, method=method, seed=cell.seed)
+
+
+def _eps(given: object) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0.5 <= given <= 255:
+        raise ValueError(f"eps is a number of 1/255, from 0.5 to 255, got {given!r}")
+    return float(given)
+
+
+def _seeds(given: object) -> list[int]:
+    seeds = list(range(given)) if type(given) is int else _several(given)
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"seeds are how many there are, or a list of them, none below 0, got {given!r}")
+    return seeds
+
+
+def _several(given: object) -> list:
+    found = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not found and given != ():
+        raise ValueError("a grid has an empty list: nothing would be done")
+    return found
+
+
+def _names(kind: type) -> list[str]:
+    return [each.name for each in fields(kind)]
+
+
+def _check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where} has no setting {name!r}; there are {', '.join(known)}")
+
+
+def _check_name(kind: str, name: object, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+
+
+def _safe(text: str) -> str:
+    """As a part of a file's name; what had to be changed has a digest, so that no two become one."""
+    safe = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:40]
+    plain = re.fullmatch(r"[A-Za-z0-9._-]{1,40}", text) and text == safe
+    return safe if plain else f"{safe}.{hashlib.sha256(text.encode()).hexdigest()[:6]}"

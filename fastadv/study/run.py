@@ -1,0 +1,163 @@
+"""The cells of a study, one after another, or several at a time on one machine."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import connection
+from pathlib import Path
+
+import torch
+
+from fastadv.files import write_atomically
+from fastadv.study import cells
+from fastadv.study.cells import Outcome, Place
+from fastadv.study.files import ERROR, cell_folder, finished
+from fastadv.study.grid import Task
+from fastadv.study.images import preprocessing_of
+
+
+def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
+    """The cells that are still to be run, in their order.
+
+    Raises:
+        FormatError, ValueError: what is in the folder was made with other settings, images or weights, or is damaged;
+            or a cell was not met by a judge that is asked for, and its weights are gone.
+    """
+    records = {record_id(record): record for record in finished(folder)}
+    cells.check_together(records.values())
+    left = []
+    for task in tasks:
+        record = records.get(task.cell.id)
+        if record is None:
+            left.append(task)
+            continue
+        cells.check(task, record)
+        absent = cells.missing(task, record)
+        if absent and not (cell_folder(folder, task.cell.id) / cells.WEIGHTS).exists():
+            raise ValueError(
+                f"the finished cell {task.cell.id} has no verdicts of {', '.join(absent)}, which the grid asks for, "
+                "and its weights were not kept: move that cell away to run it again, or choose another --out"
+            )
+        if absent:
+            left.append(task)
+        else:
+            cells.clean(folder, task.cell.id)  # what a process left that was killed right at its end
+    return left
+
+
+def record_id(record: dict) -> str:
+    return cells.Cell(**record["cell"]).id
+
+
+def check_models(tasks: Sequence[Task]) -> None:
+    """Refuse models that are not there, and sizes that they do not take, before anything is run.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `fastadv.models.source`; or a size.
+    """
+    for given, model in dict.fromkeys((task.data, task.cell.model) for task in tasks):
+        preprocessing_of(given, model)
+
+
+def here(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
+    """One after another, in this process."""
+    for task in tasks:
+        yield cells.run(task, place)
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.Process
+    pipe: connection.Connection
+    task: Task | None = None
+
+
+def side_by_side(tasks: Sequence[Task], place: Place, processes: int) -> Iterator[Outcome]:
+    """`processes` cells at a time, each in a process of its own; what "cuda" means goes round the GPUs.
+
+    A process that dies, as of too little memory, costs its cell and is replaced. If this one dies, they do too, and
+    go on from their checkpoints the next time.
+    """
+    left = list(reversed(tasks))
+    devices = [_device_of(place.device, i) for i in range(min(processes, len(tasks)))]
+    workers = [_started(replace(place, device=device)) for device in devices]
+    try:
+        for worker in workers:
+            _give(worker, left)
+        while busy := [worker for worker in workers if worker.task]:
+            connection.wait([each for worker in busy for each in (worker.pipe, worker.process.sentinel)])
+            for i, worker in enumerate(workers):
+                if not worker.task:
+                    continue
+                outcome = _outcome(worker, place.folder)
+                if outcome is None:
+                    continue
+                if not worker.process.is_alive():
+                    workers[i] = worker = _started(replace(place, device=devices[i]))
+                yield outcome
+                _give(worker, left)
+    finally:
+        for worker in workers:
+            worker.pipe.close()  # it ends when it waits for a cell
+        for worker in workers:
+            if worker.task:
+                worker.process.terminate()  # which it heeds after its step, with a checkpoint
+            worker.process.join()
+
+
+def _device_of(name: str, number: int) -> str:
+    count = torch.cuda.device_count()
+    return f"cuda:{number % count}" if name == "cuda" and count else name
+
+
+def _started(place: Place) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    mine, its = context.Pipe()
+    process = context.Process(target=_serve, args=(its, place), daemon=True)
+    process.start()
+    its.close()
+    return _Worker(process, mine)
+
+
+def _give(worker: _Worker, left: list[Task]) -> None:
+    worker.task = left.pop() if left else None
+    if worker.task:
+        worker.pipe.send(worker.task)
+
+
+def _outcome(worker: _Worker, folder: Path) -> Outcome | None:
+    """What has become of a worker's cell; None where it is still at it."""
+    try:
+        if worker.pipe.poll():
+            return worker.pipe.recv()
+    except (EOFError, OSError):
+        pass
+    if worker.process.is_alive():
+        return None
+    worker.process.join()
+    id, words = worker.task.cell.id, f"its process died (exit code {worker.process.exitcode})"
+    write_atomically(cell_folder(folder, id) / ERROR, f"{words}\n".encode())
+    return Outcome(id, "failed", words)
+
+
+def _serve(pipe: connection.Connection, place: Place) -> None:
+    """A worker: cells from the pipe until it is closed. Ctrl-C is for its parent, who sends SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(cells.run(task, place))
+
+
+def _end_with_parent() -> None:
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,518 @@
+"""fastadv study: which cells a grid has, that each is run once and as if alone, and that nothing is mixed or lost."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastadv import cli, models, sample_seeds
+from fastadv.evaluation import evaluate
+from fastadv.locks import held
+from fastadv.study import cells
+from fastadv.study.cells import Place
+from fastadv.study.cost import cost_of
+from fastadv.study.files import read_grid, write_grid
+from fastadv.study.grid import Cell, DataSet, expanded
+from fastadv.study.images import parts_of
+from fastadv.training.methods import METHODS
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def colours(count, seed, classes=3, side=6):
+    """Images that a few steps tell apart, uint8."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    bright = np.eye(classes)[labels][:, :, None, None]
+    return (255 * (0.3 * bright + 0.7 * rng.random((count, 3, side, side)))).astype(np.uint8), labels
+
+
+def write_set(path, seed, train=48, test=20):
+    arrays = zip(
+        ("x_train", "y_train", "x_test", "y_test"), (*colours(train, seed), *colours(test, seed + 1)), strict=True
+    )
+    np.savez(path, **dict(arrays))
+
+
+SMALL = """
+data: colours.npz
+model: mlp
+methods: [linear, full]
+attacks: [fgsm-rs, pgd]
+eps: [24]
+seeds: 2
+epochs: 2
+batch_size: 16
+probe: 16
+lr: {full: 3e-3}
+"""
+
+
+def study(folder, *options, grid=SMALL, out="out"):
+    (folder / "grid.yaml").write_text(grid)
+    words = ["study", folder / "grid.yaml", "--data-folder", folder, "--out", folder / out, "--device", "cpu", *options]
+    cli.main([str(word) for word in words])
+
+
+def records(out):
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("cells/*/cell.json"))}
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if not key.endswith("_s")}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a study that was run in one go."""
+    folder = tmp_path_factory.mktemp("study")
+    write_set(folder / "colours.npz", 1)
+    study(folder, "-q")
+    return folder
+
+
+# ---------------------------------------------------------------------- the grid
+
+
+def test_a_grid_is_a_product_by_hand():
+    rng = np.random.default_rng()
+    known = {
+        "data": ["digits", "a/eurosat", "b.npz"],
+        "model": ["mlp", "robust-resnet"],
+        "methods": ["linear", "bias", "lora", "full", "scratch"],
+        "attacks": ["none", "fgsm", "fgsm-rs", "nfgsm", "pgd"],
+        "eps": [1, 2, 4, 8, 16, 32],
+        "seeds": [0, 1, 5],
+    }
+    chosen = {name: list(rng.permutation(values)[: rng.integers(1, 4)]) for name, values in known.items()}
+    chosen = {name: [v.item() if hasattr(v, "item") else str(v) for v in values] for name, values in chosen.items()}
+    tasks = expanded(chosen)
+    expected = []
+    for data in chosen["data"]:
+        for rest in itertools.product(*(chosen[name] for name in list(known)[1:])):
+            expected.append(({"digits": "digits", "a/eurosat": "eurosat", "b.npz": "b"}[data], None, *rest))
+    found = [(c.data, c.classes, c.model, c.method, c.attack, c.eps, c.seed) for c in (task.cell for task in tasks)]
+    assert Counter(found) == Counter(expected)
+    assert len({task.cell.id for task in tasks}) == len(tasks)
+    # A row's cells are neighbours, so that a study that is cut has whole rows.
+    rows = [(c[0], c[2], c[5], c[6]) for c in found]
+    assert len([row for row, _ in itertools.groupby(rows)]) == len(set(rows))
+
+
+def test_blocks_are_products_of_their_own_and_share_what_the_grid_says():
+    grid = {
+        "data": [{"name": "d", "path": "x/d.npz", "classes": "1-3", "train_limit": 7}, "e"],
+        "methods": ["full", "linear", "lora", "scratch"],
+        "attacks": ["pgd"],
+        "seeds": 1,
+        "train_limit": 9,
+        "lr": {"lora": 0.5},
+        "blocks": [
+            {"eps": [8], "judges": ["apgd"]},
+            {"eps": [8, 16], "methods": ["full"], "judges": ["autoattack", "apgd"]},
+            {"eps": [4], "methods": ["full"], "lr": 0.25, "epochs": 3},
+        ],
+    }
+    tasks = {(t.cell.data, t.cell.method, t.cell.eps): t for t in expanded(grid)}
+    assert len(tasks) == 2 * (4 + 1 + 1)
+    assert tasks["d", "full", 8].judges == ("apgd", "autoattack")
+    assert tasks["d", "linear", 8].judges == ("apgd",)
+    assert tasks["d", "full", 16].judges == ("autoattack", "apgd")
+    rates = {method: tasks["e", method, 8].training.lr for method in grid["methods"]}
+    assert rates == {"full": 1e-3, "linear": 1e-2, "lora": 0.5, "scratch": 1e-3}
+    assert (tasks["e", "full", 4].training.lr, tasks["e", "full", 4].training.epochs) == (0.25, 3)
+    assert tasks["e", "scratch", 8].training.method == "full"
+    assert [tasks[name, "full", 8].images.train_limit for name in "de"] == [7, 9]
+    assert tasks["d", "full", 8].data == DataSet("d", "x/d.npz", "1-3")
+    assert tasks["d", "full", 8].cell.id == "d-1-3-robust-resnet-full-pgd-eps8-seed0"
+
+
+D = {"data": "digits", "model": "mlp"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({}, "names no data"),
+        (D | {"epoch": 3}, "no setting 'epoch'"),
+        (D | {"methods": ["probe"]}, "unknown method 'probe'"),
+        (D | {"attacks": ["pgd", "fgms"]}, "'fgms'"),
+        (D | {"attacks": ["pgdl2"]}, "pgdl2|L2"),
+        (D | {"judges": ["pgdl2"]}, "unknown judge 'pgdl2'"),
+        (D | {"eps": 0.03}, "eps is a number of 1/255"),
+        (D | {"eps": []}, "empty list"),
+        (D | {"seeds": [-1]}, "none below 0"),
+        (D | {"seeds": 0}, "seeds are how many"),
+        (D | {"lr": {"fool": 1}}, "lr has no setting 'fool'"),
+        (D | {"epochs": 0}, "epochs must be at least 1"),
+        (D | {"test_limit": 0}, "test_limit must be at least 1"),
+        (D | {"validation": 1.5}, "validation must be a share"),
+        (D | {"alpha": 0.1, "attacks": ["none"]}, "alpha"),
+        ({"data": {"name": "a", "folder": "b"}}, "the data set a has no setting 'folder'"),
+        (D | {"blocks": [{"epochs": 2}, {"epochs": 3}]}, r"ask for digits-mlp-.* different epochs \(2, 3\)"),
+        ({"data": ["x/a", "y/a"]}, "with different data"),
+        ({"data": ["a"], "model": ["b-conv", "b"], "blocks": [{"data": ["a-b"], "model": "conv"}, {}]}, "two cells"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_by_name(grid, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        expanded(grid)
+
+
+def test_names_that_no_folder_can_have_are_told_apart():
+    odd = [Cell("d", '"a/b",c', "mlp", "full", "pgd", 8.0, 0), Cell("d", '"a:b",c', "mlp", "full", "pgd", 8.0, 0)]
+    odd += [Cell("d", None, f"timm:vit?x={'y' * 60}{i}", "full", "pgd", 8.0, 0) for i in range(2)]
+    ids = {cell.id for cell in odd}
+    assert len(ids) == 4
+    assert all(set(id) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_") for id in ids)
+
+
+def test_a_grid_is_read_as_it_was_written(tmp_path):
+    text = "format: 1\ndata: [a]\nlr: 1e-3\nclasses: 6-9\nattacks: [none, fgsm]\nepochs: 2\n"
+    (tmp_path / "g.yaml").write_text(text)
+    grid = read_grid(tmp_path / "g.yaml")
+    assert grid == {"data": ["a"], "lr": 0.001, "classes": "6-9", "attacks": ["none", "fgsm"], "epochs": 2}
+    write_grid(tmp_path, grid)
+    assert read_grid(tmp_path / "study.yaml") == grid
+    for text, words in (
+        ("a: 1\na: 2", "says a twice"),
+        ("format: 2\ndata: a", "has the format 2"),
+        ("[1, 2", "no YAML file"),
+        ("- a", "is no grid"),
+    ):
+        (tmp_path / "g.yaml").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_grid(tmp_path / "g.yaml")
+
+
+def test_the_committed_study_has_the_cells_that_were_asked_for():
+    grid = read_grid(BENCHMARKS / "training" / "study.yaml")
+    known = [block for block in grid["blocks"] if set(block.get("methods", ())) <= {*METHODS, "scratch"}]
+    (main, *_), tasks = known, expanded({**grid, "blocks": known})
+    assert len(expanded({**grid, "blocks": [main]})) == 432
+    by_judge = Counter(judge for task in tasks for judge in task.judges)
+    assert by_judge == {"pgd-50-10": 36, "apgd": 36, "autoattack": 6}
+    at = {task.cell.eps for task in tasks if task.cell.data == "eurosat"}
+    assert at == {1, 2, 4, 8, 16, 32}
+    assert {c.seed for c in (task.cell for task in tasks) if c.eps == 32} == {0}
+
+
+# ---------------------------------------------------------------------- one cell
+
+
+def test_the_costs_are_those_of_the_cost_model():
+    tasks = expanded(D | {"methods": ["full", "scratch", "linear"], "attacks": ["none", "fgsm", "pgd"], "seeds": 1})
+    units = {(task.cell.method, task.cell.attack): cost_of(task)["units"] for task in tasks}
+    whole = {"none": 3, "fgsm": 5, "pgd": 17}
+    probe = {"none": 1, "fgsm": 3, "pgd": 15}
+    assert units == {(m, a): (probe if m == "linear" else whole)[a] for m, a in units}
+    (five,) = expanded(D | {"methods": "full", "attacks": "pgd", "steps": 5, "seeds": 1})
+    assert cost_of(five) == {"forward": 6, "input_backward": 5, "backward": 1, "units": 13}
+
+
+def test_from_scratch_the_same_network_has_other_weights():
+    (task,) = expanded({"data": "digits", "methods": "scratch", "attacks": "pgd", "seeds": [3]})
+    parts = type("Parts", (), {"train": (torch.zeros(1, 3, 32, 32), None), "classes": ("a", "b")})
+    model = cells.build(task.cell, parts)
+    pretrained = models.source("robust-resnet").build(("a", "b"))
+    torch.manual_seed(3)
+    fresh = models.construct(pretrained.architecture, 2).state_dict()
+    state = model.network.state_dict()
+    assert all(torch.equal(state[name], fresh[name]) for name in fresh)
+    moved = [name for name, tensor in pretrained.network.state_dict().items() if not torch.equal(tensor, state[name])]
+    assert len(moved) > 10
+    assert model.preprocessing == pretrained.preprocessing
+
+
+def test_limits_take_the_first_of_one_order_and_digests_tell_the_images(tmp_path):
+    write_set(tmp_path / "colours.npz", 5)
+    few, more = (
+        expanded(D | {"data": "colours.npz", "train_limit": n, "test_limit": 9, "seeds": 1})[0] for n in (5, 11)
+    )
+    small, large = (parts_of(task, tmp_path) for task in (few, more))
+    assert torch.equal(small.train[0], large.train[0][:5])
+    assert torch.equal(small.train[1], large.train[1][:5])
+    assert (small.contents, small.judged) == (large.contents, large.judged)
+    (eight,) = expanded(D | {"data": "colours.npz", "test_limit": 8, "attacks": "pgd", "methods": "full", "seeds": 1})
+    assert parts_of(eight, tmp_path).judged != small.judged
+
+
+def plain_pgd(model, images, labels, eps, seed):
+    """Which images are right at the random start and after each of ten steps: bool (N,)."""
+    from fastadv import random_init
+
+    x = images.double() / 255
+    adv = random_init(images, eps, seed=sample_seeds(seed, torch.arange(len(x)))).double()
+    right = torch.ones(len(x), dtype=torch.bool)
+    for step in range(11):
+        adv.requires_grad_()
+        logits = model(adv.float())
+        right &= logits.argmax(1) == labels
+        if step == 10:
+            return right
+        (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), adv)
+        adv = torch.min(torch.max(adv.detach() + eps / 4 * grad.sign(), x - eps), x + eps).clamp(0, 1)
+
+
+def test_the_verdicts_are_those_of_attacks_by_hand_on_the_kept_weights(tmp_path, monkeypatch):
+    rows = {"apgd": ["apgd-ce", "apgd-t"], "autoattack": ["apgd-ce", "apgd-t", "apgd-dlr"]}  # without Square's queries
+    assert cells.IN_A_ROW == {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "fab-t", "square")}
+    monkeypatch.setattr(cells, "IN_A_ROW", rows)
+    write_set(tmp_path / "colours.npz", 7, test=30)
+    grid = SMALL.replace("[linear, full]", "full").replace("[fgsm-rs, pgd]", "pgd").replace("seeds: 2", "seeds: [4]") + "judges: [apgd, autoattack]\n"
+    study(tmp_path, "-q", "--keep-weights", grid=grid)
+    for task in expanded(read_grid(tmp_path / "grid.yaml")):
+        record = records(tmp_path / "out")[task.cell.id]
+        model = models.load(tmp_path / "out" / "cells" / task.cell.id / "model.safetensors").pixels.eval()
+        images, labels = parts_of(task, tmp_path).test
+        verdicts = {judge: [each == "1" for each in said] for judge, said in record["verdicts"].items()}
+        clean = model(images / 255).argmax(1) == labels
+        assert verdicts["clean"] == clean.tolist()
+        right = clean & plain_pgd(model, images, labels, 24 / 255, 4)
+        assert verdicts["pgd-10"] == right.tolist()
+        assert 0 < sum(verdicts["pgd-10"]) < 30
+        for judge in ("fgsm", "pma"):
+            report = evaluate(model, (images, labels), [judge], eps=24 / 255, seed=4, progress=False)
+            assert verdicts[judge] == report["budgets"][0]["robust"]
+        for judge, names in rows.items():
+            report = evaluate(model, (images, labels), names, eps=24 / 255, seed=4, progress=False)
+            assert verdicts[judge] == report["budgets"][0]["robust"]
+        assert record["warnings"] == []
+
+
+# ---------------------------------------------------------------------- each cell once, and as if alone
+
+
+def test_a_row_has_the_same_images_and_a_finished_cell_is_not_run_again(whole, monkeypatch):
+    found = records(whole / "out")
+    assert len(found) == 8
+    assert len({record["labels"] for record in found.values()}) == 1
+    assert len({record["settings"]["contents"] for record in found.values()}) == 1
+    for record in found.values():
+        assert {len(said) for said in record["verdicts"].values()} == {20}
+        assert list(record["verdicts"]) == ["clean", "fgsm", "pgd-10", "pma"]
+        assert record["train_s"] > 0 < record["train_cpu_s"]
+        assert sum("epoch" in each for each in record["records"]) == 2
+    assert {path.name for path in whole.glob("out/cells/*/*")} == {"cell.json"}
+    monkeypatch.setattr(cells, "run", lambda *_: pytest.fail("it was run again"))
+    study(whole, "-q")
+    assert read_grid(whole / "out" / "study.yaml") == read_grid(whole / "grid.yaml")
+
+
+def test_a_study_that_is_killed_and_goes_on_finds_the_same(whole, tmp_path):
+    write_set(tmp_path / "colours.npz", 1)
+    (tmp_path / "grid.yaml").write_text(SMALL + "checkpoint_s: 0\n")
+    program = Path(__file__).with_name("killed_study.py")
+    subprocess.run([sys.executable, program, tmp_path, "4", str(np.random.default_rng().integers(2**31))], check=True)
+    told = json.loads((tmp_path / "deaths.json").read_text())
+    assert len(told) == 4
+    assert any(each["begun"] for each in told)  # in the middle of a cell
+    assert timeless(records(tmp_path / "out")) == timeless(records(whole / "out"))
+
+
+def test_folders_are_merged_and_a_process_that_dies_costs_its_cell_alone(whole, tmp_path, monkeypatch, capsys):
+    """One seed on two processes, one of whose models ends its process; the other seed elsewhere; then both together."""
+    write_set(tmp_path / "colours.npz", 1)
+    (tmp_path / "deadly.py").write_text(
+        "import os\nfrom fastadv.models.networks import mlp\n\ndef make(shape, classes):\n"
+        "    return mlp(shape, classes) if os.path.exists('alive') else os._exit(3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    first = SMALL.replace("seeds: 2", "seeds: [0]")
+    deadly = first + 'blocks: [{}, {model: "deadly:make", methods: full, attacks: pgd}]\n'
+    with pytest.raises(SystemExit, match=r"1 of 5 cells failed, such as colours-deadly-make\."):
+        study(tmp_path, "--processes", "2", grid=deadly, out="first")
+    assert "failed, its process died (exit code 3)" in capsys.readouterr().out
+    study(tmp_path, "-q", grid=SMALL.replace("seeds: 2", "seeds: [1]"), out="second")
+    (tmp_path / "alive").touch()
+    study(tmp_path, "-q", grid=deadly, out="first")
+    assert not list(tmp_path.glob("first/cells/*/error.txt"))
+    shutil.copytree(tmp_path / "second" / "cells", tmp_path / "first" / "cells", dirs_exist_ok=True)
+    monkeypatch.setattr(cells, "run", lambda *_: pytest.fail("it was run again"))
+    study(tmp_path, "-q", grid=SMALL, out="first")
+    found = records(tmp_path / "first")
+    (extra,) = [id for id in found if "deadly" in id]
+    del found[extra]
+    assert timeless(found) == timeless(records(whole / "out"))
+
+
+def test_a_cell_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
+    write_set(tmp_path / "colours.npz", 1)
+    grid = SMALL.replace("data: colours.npz", "data: [absent.npz, colours.npz]").replace("seeds: 2", "seeds: 1")
+    grid = grid.replace("[linear, full]", "linear")
+    with pytest.raises(SystemExit, match=r"2 of 4 cells failed, such as absent-mlp-linear.*error\.txt"):
+        study(tmp_path, grid=grid)
+    assert "failed, FileNotFoundError: no data set or file" in capsys.readouterr().out
+    (error, _) = tmp_path.glob("out/cells/*/error.txt")
+    assert "Traceback" in error.read_text()
+    assert len(records(tmp_path / "out")) == 2
+    write_set(tmp_path / "absent.npz", 3)
+    study(tmp_path, grid=grid)
+    assert capsys.readouterr().out.count("absent-mlp") == 2  # and no line of the others
+    assert len(records(tmp_path / "out")) == 4
+    assert not list(tmp_path.glob("out/cells/*/error.txt"))
+
+
+def test_a_cell_that_another_process_has_is_left_to_it(whole, tmp_path, capsys):
+    write_set(tmp_path / "colours.npz", 1)
+    entered, leave = threading.Event(), threading.Event()
+    (id, *_) = records(whole / "out")
+
+    def hold():  # another thread is as good as another process
+        with held(tmp_path / "out" / "cells" / id / "cell", "it"):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(60)
+    try:
+        study(tmp_path, grid=SMALL.replace("seeds: 2", "seeds: 1").replace("[linear, full]", "full"))
+    finally:
+        leave.set()
+        thread.join()
+    said = capsys.readouterr().out
+    assert f"{id}: elsewhere, the cell {id} is in use by another process" in said
+    assert "1 cells are run by other processes" in said
+    assert len(records(tmp_path / "out")) == 1
+
+
+# ---------------------------------------------------------------------- nothing is mixed
+
+
+def test_finished_cells_of_another_study_are_refused_by_name(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    for change, words in (
+        (("3e-3", "1e-3"), r"mlp-full-fgsm-rs-.* differs in lr \(0\.003, 0\.001\)"),
+        (("epochs: 2", "epochs: 3"), r"differs in epochs \(2, 3\)"),
+        (("probe: 16", "probe: 16\ntest_limit: 9"), r"differs in test_limit \(None, 9\)"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            study(folder, grid=SMALL.replace(*change))
+    # Another set under the same name: said at the first cell that is new.
+    write_set(folder / "colours.npz", 9)
+    with pytest.raises(SystemExit, match="4 of 12 cells failed"):
+        study(folder, "-q", grid=SMALL.replace("seeds: 2", "seeds: 3"))
+    (error, *_) = folder.glob("out/cells/*seed2/error.txt")
+    assert "different images under the name colours" in error.read_text()
+    # A set of another folder, merged.
+    study(folder, "-q", grid=SMALL.replace("seeds: 2", "seeds: [2]"), out="other")
+    shutil.copytree(folder / "other" / "cells", folder / "out" / "cells", dirs_exist_ok=True)
+    with pytest.raises(SystemExit, match="different images under the name colours"):
+        study(folder, grid=SMALL)
+
+
+def test_what_an_older_cell_has_no_name_for_had_its_default_and_a_newer_one_is_refused(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    path = next(tmp_path.glob("copy/out/cells/*/cell.json"))
+    record = json.loads(path.read_text())
+    del record["settings"]["weight_decay"]
+    path.write_text(json.dumps(record))
+    study(tmp_path / "copy", "-q")
+    with pytest.raises(SystemExit, match=r"differs in weight_decay \(0\.0, 0\.1\)"):
+        study(tmp_path / "copy", grid=SMALL + "weight_decay: 0.1\n")
+    path.write_text(json.dumps(record | {"settings": record["settings"] | {"colour": "blue"}}))
+    with pytest.raises(SystemExit, match=r"differs in colour \(blue, None\)"):
+        study(tmp_path / "copy")
+    path.write_text(json.dumps(record | {"format": 2}))
+    with pytest.raises(SystemExit, match="has the format 2"):
+        study(tmp_path / "copy")
+    path.write_text("{")
+    with pytest.raises(SystemExit, match=r"cell\.json is damaged"):
+        study(tmp_path / "copy")
+
+
+def test_a_judge_that_comes_later_needs_the_weights(whole, tmp_path, monkeypatch):
+    grid = SMALL.replace("seeds: 2", "seeds: 1").replace("[linear, full]", "full")
+    with pytest.raises(SystemExit, match=r"has no verdicts of apgd-ce.*weights were not kept"):
+        study(whole, grid=SMALL + "judges: [apgd-ce]\n")
+    write_set(tmp_path / "colours.npz", 1)
+    study(tmp_path, "-q", "--keep-weights", grid=grid)
+    before = records(tmp_path / "out")
+    monkeypatch.setattr(cells, "trainer", lambda *_, **__: pytest.fail("it was trained again"))
+    study(tmp_path, "-q", grid=grid + "judges: [apgd-ce, apgd]\n")
+    for id, record in records(tmp_path / "out").items():
+        assert list(record["verdicts"]) == ["clean", "fgsm", "pgd-10", "pma", "apgd-ce", "apgd"]
+        assert {judge: record["verdicts"][judge] for judge in before[id]["verdicts"]} == before[id]["verdicts"]
+        assert record["records"] == before[id]["records"]
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_a_dry_run_says_what_is_done_and_what_is_left_and_writes_nothing(whole, capsys):
+    files = sorted(whole.rglob("*"))
+    more = SMALL.replace("seeds: 2", "seeds: 3").replace("[fgsm-rs, pgd]", "[fgsm-rs, pgd, none]")
+    (whole / "grid.yaml").touch()
+    study(whole, "--dry-run", grid=more)
+    assert sorted(whole.rglob("*")) == files
+    *rows, total = capsys.readouterr().out.splitlines()
+    said = dict(row.split("  ") for row in rows)
+    done = records(whole / "out")
+    assert {id for id, state in said.items() if state == "done"} == set(done)
+    assert len(said) == 18
+    assert all(state.endswith(" s at most") for id, state in said.items() if id not in done)
+    assert total.startswith("18 cells, 8 done; 10 are left, ")
+
+
+def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
+    from fastadv.study.estimate import estimates
+
+    grid = read_grid(whole / "out" / "study.yaml")
+    (task,) = expanded(grid | {"seeds": [9], "methods": "full", "attacks": "pgd"})
+    found = [r for r in records(whole / "out").values() if r["cell"]["method"] == "full"]
+    assert len(found) == 4
+    counts = found[0]["images"]
+    units = {"fgsm-rs": 5, "pgd": 17}
+    seconds = [r["train_s"] / (2 * counts["train"] * units[r["cell"]["attack"]]) for r in found]
+    fgsm, pgd, pma = 2 + 1, 20 + 1, 2 * (40 + 1)
+    passes = 2 * counts["train"] * 17 + counts["val"] * (2 * pgd + pgd + pma) + counts["test"] * (fgsm + pgd + pma)
+    estimate = estimates([task], Place(whole / "out", whole))[task.cell.id]
+    assert estimate == pytest.approx(sum(seconds) / 4 * passes)
+
+
+def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):
+    from fastadv.commands import study as command
+
+    asked = {}
+    monkeypatch.setattr(command, "expanded", lambda grid: asked.update(grid) or [])
+    monkeypatch.setattr(command, "_run", lambda *_: [])
+    words = "study --data digits --classes 0-4 --model mlp --methods linear,full --attacks fgsm --eps 4,8 --seeds 2"
+    words += " --judges apgd --epochs 3 --batch-size 5 --train-limit 6 --val-limit 7 --test-limit 8"
+    cli.main([*words.split(), "--out", str(tmp_path)])
+    assert asked == {
+        "data": [{"name": "digits", "path": "digits", "classes": "0-4"}],
+        "model": "mlp",
+        "methods": ["linear", "full"],
+        "attacks": ["fgsm"],
+        "eps": [4, 8],
+        "seeds": 2,
+        "judges": ["apgd"],
+        "epochs": 3,
+        "batch_size": 5,
+        "train_limit": 6,
+        "val_limit": 7,
+        "test_limit": 8,
+    }
+    (tmp_path / "g.yaml").write_text("data: digits")
+    for words, said in (
+        (f"study {tmp_path}/g.yaml --epochs 3 --eps 4", "leave out --eps, --epochs, or write it there"),
+        ("study", "needs --data"),
+        ("study --data a,b --classes 0-1", "--classes are those of a single data set"),
+        ("study --data digits --processes 0", "--processes must be at least 1"),
+        ("study --data digits --processes 2 --ray auto", "leave out one"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            cli.main([*words.split(), "--out", str(tmp_path)])
