@@ -41,7 +41,7 @@ def record_of(rng, collapse=None, labels="images", judges=JUDGES, images=64, shi
     """A cell's record; `cell` holds what differs from full fine-tuning with FGSM at eps 8."""
     default = {"data": "eurosat", "classes": None, "model": "robust-resnet", "method": "full", "attack": "fgsm"}
     cell = {**default, "eps": 8.0, "seed": 0, **cell}
-    hard = np.random.default_rng(list(cell["data"].encode())).random(images)
+    hard = np.random.default_rng(list(map(ord, cell["data"]))).random(images)
     level = 0.3 * rng.random(images) + 0.7 * hard
     verdicts = {judge: level < 0.15 + 0.7 * (share + shift) for judge, share in judges.items()}
     return {

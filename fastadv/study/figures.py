@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's, which all eyes tell apart; the markers do in print.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 ATTACK, UNDER_PGD = "#d55e00", "#0072b2"
 STABLE, SOME, ALL, UNKNOWN = "#cfe6f3", "#f3c77b", "#c8501e", "#ffffff"

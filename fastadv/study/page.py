@@ -92,7 +92,7 @@ def write_study(folder: Path) -> None:
         write_atomically(folder / FIGURES / f"{name}.svg", drawing.svg.encode())
         write_atomically(folder / FIGURES / f"{name}.png", drawing.png)
     write_atomically(folder / NUMBERS, (json.dumps(_numbers(study), indent=1) + "\n").encode())
-    write_atomically(folder / TABLE, _csv(_rows(study.results)).encode())
+    write_atomically(folder / TABLE, _csv(_rows(study.results)).encode("utf-8", "backslashreplace"))
     write_atomically(folder / PAGE, _page(study, drawn).encode())
 
 
