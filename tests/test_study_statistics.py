@@ -51,7 +51,7 @@ def by_hand(differences, draws, rng):
         (seeds - 1) * (images - 1), 1
     )
     shrunk = sqrt(max(1 - rest / between_images, 0)) if seeds > 1 else 1.0
-    share = between_seeds / (between_seeds + max(between_images - rest, 0)) if seeds > 1 else 0.0
+    share = between_seeds / (between_seeds + max(between_images - rest, 0)) if seeds > 1 and between_seeds else 0.0
     found = []
     for _ in range(draws):
         drawn = statistics.fmean(of_image[i] for i in rng.integers(images, size=images)) - mean
@@ -70,6 +70,15 @@ def test_the_interval_is_that_of_a_loop(rng, seeds):
     found = bootstrap(differences, seed=int(rng.integers(2**32)), draws=200_000)
     # A quantile of 20,000 draws is off by 1 % of the width (t with few degrees of freedom: 2 %) at one standard error.
     np.testing.assert_allclose(found, expected.clip(-1, 1), rtol=0, atol=0.08 * np.diff(expected)[0])
+
+
+def test_what_seeds_and_images_do_not_share_counts_once(rng):
+    """Where all seeds have one mean, what is left to the images is what exceeds the rest."""
+    row = rng.permuted(np.repeat([1.0, -1.0, 0.0], [12, 6, 42]))
+    differences = rng.permuted(np.tile(row, (3, 1)), axis=1)
+    expected = by_hand(differences, 20_000, rng)
+    found = bootstrap(differences, seed=int(rng.integers(2**32)), draws=200_000)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.05 * np.diff(expected)[0] + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +181,8 @@ def test_verdicts_of_one_cell_are_of_the_same_images(rng):
 
 
 def test_an_average_is_over_the_methods_that_all_data_sets_have(rng):
-    cells = [
-        ("a", "full"),
-        ("a", "lora"),
-        ("b", "full"),
-        ("b", "lora"),
-        ("b", "linear"),
-        ("a", "scratch"),
-        ("b", "scratch"),
-    ]
+    common = [(data, method) for data in ("a", "b") for method in ("full", "lora", "scratch")]
+    cells = [("a", "linear"), *common, ("b", "bias")]
     records = [
         studied.record_of(rng, data=data, method=method, attack=attack, labels=data, seed=seed)
         for data, method in cells
@@ -190,7 +192,7 @@ def test_an_average_is_over_the_methods_that_all_data_sets_have(rng):
     differences, _ = compare(map(result_of, records))
     means = {(each.row.data, each.row.method): each.mean for each in differences if each.judge == "pma"}
     found = {each.methods: each for each in averages(differences) if each.judge == "pma"}
-    assert found.keys() == {("full",), ("lora",), ("linear",), ("scratch",), ("full", "lora")}
+    assert found.keys() == {("full",), ("lora",), ("linear",), ("bias",), ("scratch",), ("full", "lora")}
     both = found["full", "lora"]
     of_sets = [(means[data, "full"] + means[data, "lora"]) / 2 for data in ("a", "b")]
     assert (both.data_sets, both.mean) == (2, pytest.approx(np.mean(of_sets)))
