@@ -23,7 +23,7 @@ from test_study import SMALL, records, timeless, write_set
 from fastadv import cli
 
 GRID = SMALL + "checkpoint_s: 0\n"
-WORDS = [sys.executable, "-m", "fastadv", "study", "grid.yaml", "--data-folder", ".", "--device", "cpu", "--out"]
+WORDS = [sys.executable, "-m", "fastadv", "study", "grid.yaml", "--device", "cpu", "--out"]
 
 
 def kill_a_worker(folder):

@@ -8,21 +8,25 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fastadv import cli, models, sample_seeds
+from fastadv.data import Split, TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.locks import held
-from fastadv.study import cells
+from fastadv.study import cells, cluster, verdicts
 from fastadv.study.cells import Place
 from fastadv.study.cost import cost_of
 from fastadv.study.files import read_grid, write_grid
 from fastadv.study.grid import Cell, DataSet, expanded
 from fastadv.study.images import parts_of
+from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
+from fastadv.version import __version__
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -265,29 +269,63 @@ def plain_pgd(model, images, labels, eps, seed):
 
 
 def test_the_verdicts_are_those_of_attacks_by_hand_on_the_kept_weights(tmp_path, monkeypatch):
-    rows = {"apgd": ["apgd-ce", "apgd-t"], "autoattack": ["apgd-ce", "apgd-t", "apgd-dlr"]}  # without Square's queries
-    assert cells.IN_A_ROW == {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "fab-t", "square")}
-    monkeypatch.setattr(cells, "IN_A_ROW", rows)
+    rows = {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "apgd-dlr")}  # without Square's queries
+    assert verdicts.IN_A_ROW == {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "fab-t", "square")}
+    monkeypatch.setattr(verdicts, "IN_A_ROW", rows)
     write_set(tmp_path / "colours.npz", 7, test=30)
-    grid = SMALL.replace("[linear, full]", "full").replace("[fgsm-rs, pgd]", "pgd").replace("seeds: 2", "seeds: [4]") + "judges: [apgd, autoattack]\n"
+    grid = (
+        SMALL.replace("[linear, full]", "full").replace("[fgsm-rs, pgd]", "pgd").replace("seeds: 2", "seeds: [4]")
+        + "judges: [apgd, autoattack]\n"
+    )
     study(tmp_path, "-q", "--keep-weights", grid=grid)
     for task in expanded(read_grid(tmp_path / "grid.yaml")):
         record = records(tmp_path / "out")[task.cell.id]
         model = models.load(tmp_path / "out" / "cells" / task.cell.id / "model.safetensors").pixels.eval()
         images, labels = parts_of(task, tmp_path).test
-        verdicts = {judge: [each == "1" for each in said] for judge, said in record["verdicts"].items()}
+        found = {judge: [each == "1" for each in said] for judge, said in record["verdicts"].items()}
         clean = model(images / 255).argmax(1) == labels
-        assert verdicts["clean"] == clean.tolist()
+        assert found["clean"] == clean.tolist()
         right = clean & plain_pgd(model, images, labels, 24 / 255, 4)
-        assert verdicts["pgd-10"] == right.tolist()
-        assert 0 < sum(verdicts["pgd-10"]) < 30
+        assert found["pgd-10"] == right.tolist()
+        assert 0 < sum(found["pgd-10"]) < 30
         for judge in ("fgsm", "pma"):
             report = evaluate(model, (images, labels), [judge], eps=24 / 255, seed=4, progress=False)
-            assert verdicts[judge] == report["budgets"][0]["robust"]
+            assert found[judge] == report["budgets"][0]["robust"]
         for judge, names in rows.items():
             report = evaluate(model, (images, labels), names, eps=24 / 255, seed=4, progress=False)
-            assert verdicts[judge] == report["budgets"][0]["robust"]
+            assert found[judge] == report["budgets"][0]["robust"]
         assert record["warnings"] == []
+
+
+def test_a_model_that_knows_the_test_images_is_spoken_of(tmp_path):
+    write_set(tmp_path / "colours.npz", 1)
+    (task,) = expanded({"data": "colours.npz", "model": "mlp", "methods": "full", "attacks": "pgd", "seeds": 1})
+    parts = parts_of(task, tmp_path)
+    model = models.source("mlp").build(parts.classes, (3, 6, 6))
+    seen = SimpleNamespace(digests={"train": parts.test_digests[:7]}, split=Split())
+    model.trained_on = (TrainedOn.of(seen),)
+    models.save(model, tmp_path / "m.safetensors")
+    grid = SMALL.replace("model: mlp", f"model: {tmp_path / 'm.safetensors'}").replace("seeds: 2", "seeds: 1")
+    study(tmp_path, "-q", grid=grid.replace("[linear, full]", "linear").replace("[fgsm-rs, pgd]", "none"))
+    (record,) = records(tmp_path / "out").values()
+    assert "was trained on 7 of the 20 test images" in record["warnings"][0]
+
+
+def test_a_cell_has_its_threads_and_its_device_whatever_was_before(whole, tmp_path, monkeypatch):
+    write_set(tmp_path / "colours.npz", 1)
+    seen = []
+
+    def noted(trainer, *parts):
+        seen.append((torch.get_num_threads(), trainer.device))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Trainer, "fit", noted)
+    before = torch.get_num_threads()
+    with pytest.raises(SystemExit, match="4 of 4 cells failed"):
+        study(tmp_path, "-q", "--threads", str(before + 1), grid=SMALL.replace("seeds: 2", "seeds: 1"))
+    assert seen == [(before + 1, torch.device("cpu"))] * 4
+    assert torch.get_num_threads() == before
+    assert {record["machine"]["threads"] for record in records(whole / "out").values()} == {1}
 
 
 # ---------------------------------------------------------------------- each cell once, and as if alone
@@ -330,7 +368,7 @@ def test_folders_are_merged_and_a_process_that_dies_costs_its_cell_alone(whole, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     first = SMALL.replace("seeds: 2", "seeds: [0]")
-    deadly = first + 'blocks: [{}, {model: "deadly:make", methods: full, attacks: pgd}]\n'
+    deadly = first + 'blocks: [{model: "deadly:make", methods: full, attacks: pgd}, {}]\n'
     with pytest.raises(SystemExit, match=r"1 of 5 cells failed, such as colours-deadly-make\."):
         study(tmp_path, "--processes", "2", grid=deadly, out="first")
     assert "failed, its process died (exit code 3)" in capsys.readouterr().out
@@ -384,8 +422,48 @@ def test_a_cell_that_another_process_has_is_left_to_it(whole, tmp_path, capsys):
         thread.join()
     said = capsys.readouterr().out
     assert f"{id}: elsewhere, the cell {id} is in use by another process" in said
-    assert "1 cells are run by other processes" in said
+    assert "run by other processes: 1 of the cells" in said
     assert len(records(tmp_path / "out")) == 1
+
+
+class Cluster:
+    """Of Ray what is asked of its machines: `found` is what others than this one read and run, ... the same."""
+
+    def __init__(self, **found):
+        names = ["here", *found]
+        self.machines = [
+            {"NodeID": name, "NodeManagerHostname": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in names
+        ]
+        self.found = found
+        self.util = SimpleNamespace(scheduling_strategies=self)
+
+    def nodes(self):
+        return [*self.machines, {"Alive": False}, {"Alive": True, "Resources": {}}]
+
+    def NodeAffinitySchedulingStrategy(self, name, soft):
+        assert not soft
+        return name
+
+    def remote(self, **needs):
+        def on(scheduling_strategy):
+            said, version = self.found.get(scheduling_strategy, (Ellipsis, __version__))
+            return SimpleNamespace(remote=lambda token: (token.read_text() if said is Ellipsis else said, version))
+
+        return lambda look: SimpleNamespace(options=on)
+
+    def get(self, seen):
+        return seen
+
+
+def test_machines_without_the_folder_or_with_another_version_are_refused(tmp_path):
+    cluster._check_machines(Cluster(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"machine far of the cluster does not have the folder {tmp_path}"):
+        cluster._check_machines(Cluster(far=(None, __version__)), tmp_path)
+    with pytest.raises(FileNotFoundError, match="machine far"):  # a folder of that name, and not this one
+        cluster._check_machines(Cluster(far=("other", __version__)), tmp_path)
+    with pytest.raises(ValueError, match=r"machine old of the cluster has fastadv 0\.0\.9, this one"):
+        cluster._check_machines(Cluster(old=(..., "0.0.9")), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------- nothing is mixed
@@ -481,6 +559,17 @@ def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
     passes = 2 * counts["train"] * 17 + counts["val"] * (2 * pgd + pgd + pma) + counts["test"] * (fgsm + pgd + pma)
     estimate = estimates([task], Place(whole / "out", whole))[task.cell.id]
     assert estimate == pytest.approx(sum(seconds) / 4 * passes)
+
+
+def test_one_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        study(tmp_path)
+    assert ended.value.code == 130
+    assert f"go on with the same command, from {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):

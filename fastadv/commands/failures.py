@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fastadv.study.files import GRID
+
 # Errors that say what was wrong with what was asked for. Others are faults of the program: their traceback is shown.
 EXPECTED = (ArithmeticError, ImportError, OSError, TypeError, ValueError, torch.AcceleratorError)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,6 +57,8 @@ def lighter(arguments: argparse.Namespace) -> str:
 def how_to_go_on(arguments: argparse.Namespace) -> str | None:
     """How to go on from the state on the disk; None where there is none."""
     out = getattr(arguments, "out", None)
+    if hasattr(arguments, "grid") and Path(out, GRID).exists():
+        return f"go on with the same command, from {out}"
     if hasattr(arguments, "resume") and any(Path(out, "state").glob("*.json")):
         again = "" if arguments.resume else " and --resume"
         return f"go on with the same command{again}, from the state in {Path(out, 'state')}"

@@ -142,9 +142,7 @@ def _finish(arguments: argparse.Namespace, tasks: Sequence[Task], outcomes: Sequ
         write_study(arguments.out)
         say(f"the report is in {arguments.out}")
     if elsewhere := sum(outcome.status == "elsewhere" for outcome in outcomes):
-        say(
-            f"{elsewhere} cells are run by other processes: the same command writes the report again when they are done"
-        )
+        say(f"run by other processes: {elsewhere} of the cells; the same command writes the report again with them")
     if failed := [outcome.id for outcome in outcomes if outcome.status == "failed"]:
         error = cell_folder(arguments.out, failed[0]) / ERROR
         raise SystemExit(

@@ -6,7 +6,7 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,16 +14,14 @@ from pathlib import Path
 import torch
 
 from fastadv import models
-from fastadv.attacks import Ensemble, by_name
 from fastadv.data.trained import known
-from fastadv.evaluation import evaluate
-from fastadv.evaluation.samples import Batch
 from fastadv.files import write_atomically
 from fastadv.locks import InUseError, held
 from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, cell_folder, finished, read_cell, write_cell
-from fastadv.study.grid import ALWAYS, IN_A_ROW, SCRATCH, Cell, DataSet, Images, Task, differences, trainer
+from fastadv.study.grid import ALWAYS, SCRATCH, Cell, DataSet, Images, Task, differences, trainer
 from fastadv.study.images import Parts, parts_of
+from fastadv.study.verdicts import judged, share
 from fastadv.training import Settings
 from fastadv.version import __version__
 
@@ -126,7 +124,8 @@ def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[mode
     check_together([*finished(place.folder), record])
     if count := known(model.trained_on, parts.test_digests):
         warnings.warn(
-            f"the model {task.cell.model} was trained on {count} of the {len(parts.test_digests)} test images",
+            f"the model {task.cell.model} was trained on {count} of the {len(parts.test_digests)} test images (about "
+            "one new image in 10,000 is taken for such a one)",
             stacklevel=2,
         )
     options = {"folder": folder / "train", "resume": True, "device": place.device, "progress": False}
@@ -220,52 +219,6 @@ def check_together(records: Iterable[Mapping]) -> None:
                     f"the cells {other} and {cell.id} have different {FOUND[what]} under the name {name[0]}: they do "
                     "not belong in one study. Rename one, or choose another --out"
                 )
-
-
-# ---------------------------------------------------------------------- judging
-
-
-def judged(
-    model: torch.nn.Module, test: Batch, judges: Sequence[str], eps: float, seed: int, folder: Path
-) -> dict[str, str]:
-    """{judge: a character for each image, 1 where it is classified correctly after the attack}, "clean" first.
-
-    Those of IN_A_ROW go on from what is left; of all others each gets all images, from the same random starts.
-    A state of each evaluation is kept in `folder`.
-    """
-    options = {"graph": next(model.parameters()).is_cuda}
-    alone = [judge for judge in judges if judge not in IN_A_ROW]
-    common = {"seed": seed, "progress": False}
-    found = {}
-    if alone:
-        attacks = [by_name(judge, model, eps, **options) for judge in alone]
-        report = evaluate(model, test, attacks, ensemble=False, state=folder / "alone.safetensors", **common)
-        left = report["clean_correct"]
-        found = {"clean": _bits(left)}
-        found |= {judge: _bits(_left(left, result)) for judge, result in zip(alone, report["attacks"], strict=True)}
-    rows = {judge: IN_A_ROW[judge] for judge in judges if judge in IN_A_ROW}
-    if rows:
-        longest = max(rows.values(), key=len)  # of which the others are the beginning
-        ensemble = Ensemble(model, eps=eps, version="custom", attacks_to_run=list(longest), **options)
-        attacks = [attack for _, attack in ensemble.attacks()]
-        report = evaluate(model, test, attacks, state=folder / "row.safetensors", **common)
-        left, after = report["clean_correct"], {}
-        for count, result in enumerate(report["attacks"], 1):
-            left = after[longest[:count]] = _left(left, result)
-        found |= {judge: _bits(after[parts]) for judge, parts in rows.items()}
-    return found
-
-
-def _left(right: Sequence[bool], result: Mapping) -> list[bool]:
-    return [was and not fell for was, fell in zip(right, result["fooled"], strict=True)]
-
-
-def _bits(right: Sequence[bool]) -> str:
-    return "".join("1" if each else "0" for each in right)
-
-
-def share(verdicts: str) -> float:
-    return verdicts.count("1") / len(verdicts)
 
 
 def _said(record: Mapping) -> str:

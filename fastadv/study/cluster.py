@@ -1,5 +1,7 @@
 """The cells of a study on a cluster, by Ray: a cell is a task."""
 
+import os
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,8 +36,8 @@ def by_ray(tasks: Sequence[Task], place: Place, address: str) -> Iterator[Outcom
     try:
         _check_machines(ray, place.folder)
         needs = {"num_cpus": place.threads, "num_gpus": int(place.device.startswith("cuda")), "max_retries": RETRIES}
-        remote = ray.remote(**needs)(cells.run)
-        waiting = [remote.remote(task, place) for task in tasks]
+        remote = ray.remote(**needs)(_run)
+        waiting = [remote.remote(task, place, Path.cwd()) for task in tasks]
         ids = {reference: task.cell.id for reference, task in zip(waiting, tasks, strict=True)}
         while waiting:
             (ready,), waiting = ray.wait(waiting)
@@ -45,6 +47,15 @@ def by_ray(tasks: Sequence[Task], place: Place, address: str) -> Iterator[Outcom
                 yield Outcome(ids[ready], "failed", f"{type(error).__name__}: {error}")
     finally:
         ray.shutdown()
+
+
+def _run(task: Task, place: Place, working: Path) -> Outcome:
+    """As in the working folder of who began the study, from which relative paths and a model's module are found."""
+    if working.is_dir():
+        os.chdir(working)
+    if "" not in sys.path:
+        sys.path.append("")
+    return cells.run(task, place)
 
 
 def _check_machines(ray, folder: Path) -> None:

@@ -1,0 +1,54 @@
+"""What the judges of a study say of each image."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from fastadv.attacks import Ensemble, by_name
+from fastadv.evaluation import evaluate
+from fastadv.evaluation.samples import Batch
+from fastadv.study.grid import IN_A_ROW
+
+
+def judged(
+    model: torch.nn.Module, test: Batch, judges: Sequence[str], eps: float, seed: int, folder: Path
+) -> dict[str, str]:
+    """{judge: a character for each image, 1 where it is classified correctly after the attack}, "clean" first.
+
+    Those of IN_A_ROW go on from what is left; of all others each gets all images, from the same random starts.
+    A state of each evaluation is kept in `folder`.
+    """
+    options = {"graph": next(model.parameters()).is_cuda}
+    alone = [judge for judge in judges if judge not in IN_A_ROW]
+    common = {"seed": seed, "progress": False}
+    found = {}
+    if alone:
+        attacks = [by_name(judge, model, eps, **options) for judge in alone]
+        report = evaluate(model, test, attacks, ensemble=False, state=folder / "alone.safetensors", **common)
+        left = report["clean_correct"]
+        found = {"clean": _bits(left)}
+        found |= {judge: _bits(_left(left, result)) for judge, result in zip(alone, report["attacks"], strict=True)}
+    rows = {judge: IN_A_ROW[judge] for judge in judges if judge in IN_A_ROW}
+    if rows:
+        longest = max(rows.values(), key=len)  # of which the others are the beginning
+        ensemble = Ensemble(model, eps=eps, version="custom", attacks_to_run=list(longest), **options)
+        attacks = [attack for _, attack in ensemble.attacks()]
+        report = evaluate(model, test, attacks, state=folder / "row.safetensors", **common)
+        left, after = report["clean_correct"], {}
+        for count, result in enumerate(report["attacks"], 1):
+            left = after[longest[:count]] = _left(left, result)
+        found |= {judge: _bits(after[parts]) for judge, parts in rows.items()}
+    return found
+
+
+def _left(right: Sequence[bool], result: Mapping) -> list[bool]:
+    return [was and not fell for was, fell in zip(right, result["fooled"], strict=True)]
+
+
+def _bits(right: Sequence[bool]) -> str:
+    return "".join("1" if each else "0" for each in right)
+
+
+def share(verdicts: str) -> float:
+    return verdicts.count("1") / len(verdicts)
