@@ -113,6 +113,9 @@ def test_a_part_says_what_is_missing(tmp_path, rng):
     failed = tmp_path / "cells" / next(iter(read_study(tmp_path).absent))
     failed.mkdir()
     (failed / "error.txt").write_text("Traceback\nMemoryError: <no room>\n")
+    *_, warned = (tmp_path / "cells").glob("*/cell.json")
+    record = json.loads(warned.read_text())
+    warned.write_text(json.dumps(record | {"warnings": ["the model was trained on <3> of the test images"]}))
     damaged = next((tmp_path / "cells").glob("*/cell.json"))
     damaged.write_text("{")
     page, numbers = written(tmp_path)
@@ -121,6 +124,7 @@ def test_a_part_says_what_is_missing(tmp_path, rng):
     assert "20 cells are not finished; 1 of them failed." in words
     assert "MemoryError: <no room>" in words
     assert f"{damaged} is damaged" in words
+    assert "the model was trained on <3> of the test images" in page.words
     assert "AutoAttack in" in words
     assert numbers["answer"]["headline"] in ("So far, yes.", "Not measured yet.")
 

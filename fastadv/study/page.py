@@ -23,6 +23,7 @@ from fastadv.study.timing import Time, times
 
 FORMAT = 1
 PAGE, TABLE, NUMBERS, FIGURES = "report.html", "results.csv", "results.json", "figures"
+_ALARM = "catastrophic overfitting: "  # of the monitor
 _SHOWN = 12  # rows of a list that is not folded
 
 _STYLE = """
@@ -36,7 +37,7 @@ figure { margin: 0 }
 figcaption { font-size: .85rem; overflow-wrap: anywhere }
 .cells th, .cells td { white-space: nowrap; overflow-wrap: normal; padding-right: 1.1rem }
 .cells td { font-variant-numeric: tabular-nums } .note { color: #555; max-width: 46rem }
-.cells tbody tr:nth-child(odd) { background: #f6f6f6 } .cells .words { white-space: normal; min-width: 12rem }
+.cells tbody tr:nth-child(odd) { background: #f6f6f6 }
 summary { cursor: pointer; margin: .6rem 0 } @media print { details > * { display: block } }
 """
 
@@ -253,6 +254,7 @@ def _page(study: Study, drawn: Mapping[str, Drawing]) -> str:
         "Time": _times(study.times),
         "All accuracies": _accuracies(study.results),
         "What is missing": _missing(study),
+        "Warnings of the runs": _warnings(study.results),
         "How it was made": _made(study.results),
     }.items():
         parts += [f"<h2>{html.text(heading)}</h2>", content] if content else []
@@ -292,7 +294,7 @@ def _paper(study: Study) -> str:
     lines = [line.strip("|").split("|") for line in study.readme.splitlines() if line.startswith("|")]
     head, _, *rows = ([html.text(cell.strip()) for cell in line] for line in lines)
     words = "Points of robust accuracy, with 95 % intervals."
-    return html.paragraph(words, "note") + _table(head, rows, 1) + html.paragraph(say.PAPER_SETUP, "note")
+    return html.paragraph(words, "note") + _table(head, rows) + html.paragraph(say.PAPER_SETUP, "note")
 
 
 def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str]) -> str:
@@ -330,7 +332,7 @@ def _collapses(study: Study) -> str:
             ]
         )
     head = ["data", "method", "attack", "eps", "seed", "epoch", "PGD-10 before", "then", "epoch kept", "its PGD-10"]
-    return _folded(f"all {len(rows)} runs that collapsed", head, rows, 3)
+    return _folded(f"all {len(rows)} runs that collapsed", head, rows)
 
 
 def _detectors(found: Sequence[Score]) -> str:
@@ -345,7 +347,7 @@ def _detectors(found: Sequence[Score]) -> str:
     note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs without a "
     note += "collapse in which it fired."
     head = ["detector", "fires at", "collapses seen", "epochs before", "false alarms"]
-    return _table(head, rows, 2) + html.paragraph(note, "note")
+    return _table(head, rows) + html.paragraph(note, "note")
 
 
 def _curves(drawn: Mapping[str, Drawing]) -> str:
@@ -404,12 +406,11 @@ def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
         [
             html.paragraph(how, "note"),
             _side(drawn, [name for name in drawn if name.startswith("difference-") and name not in first]),
-            _folded(f"over data sets: {len(over)} rows", head, over, 3),
+            _folded(f"over data sets: {len(over)} rows", head, over),
             _folded(
                 f"each data set: {len(rows)} rows",
                 ["data", "model", "method", "attack", "eps", "judge", "seeds x images", *interval],
                 rows,
-                4,
             ),
         ]
     )
@@ -430,7 +431,7 @@ def _times(found: Sequence[Time]) -> str:
         "Training without evaluations: the median ratio to the cells that differ in the training attack alone, made on "
         "the same machine; processor time on a CPU. Foretold: by the cost model, in passes through the network."
     )
-    return html.paragraph(words, "note") + _table(head, rows, 2) if rows else ""
+    return html.paragraph(words, "note") + _table(head, rows) if rows else ""
 
 
 def _accuracies(results: Sequence[Result]) -> str:
@@ -444,7 +445,7 @@ def _accuracies(results: Sequence[Result]) -> str:
             rows.append([*about, str(len(cells)), *map(_mean, shares)])
         head = ["method", "attack", "eps", "seeds", *(html.text(judge_words(judge)) for judge in judges)]
         title = f"{names[0]}{f' ({names[1]})' if names[1] else ''}, {names[2]}: {len(rows)} rows"
-        parts.append(html.folded(title, _table(head, rows, 2)))
+        parts.append(html.folded(title, _table(head, rows)))
     if not parts:
         return ""
     words = (
@@ -460,12 +461,19 @@ def _missing(study: Study) -> str:
         failed = sum(bool(reason) for reason in study.absent.values())
         words = f"{len(study.absent)} cells are not finished" + (f"; {failed} of them failed." if failed else ".")
         rows = [[html.text(id), html.text(reason or "not run yet")] for id, reason in study.absent.items()]
-        parts += [html.paragraph(words), _folded(f"all {len(rows)} of them", ["cell", "why"], rows, 2)]
+        parts += [html.paragraph(words), _folded(f"all {len(rows)} of them", ["cell", "why"], rows)]
     if study.unjudged:
         counts = Counter(judge for missed in study.unjudged.values() for judge in missed)
         words = ", ".join(f"{judge_words(judge)} in {count}" for judge, count in counts.items())
         parts.append(html.paragraph(f"Of finished cells, judges are missing: {words}."))
     return "\n".join(parts)
+
+
+def _warnings(results: Sequence[Result]) -> str:
+    """What was warned of in training and judging, but for the alarms, which have a table of their own."""
+    counts = Counter(words for each in results for words in set(each.record.get("warnings", ())) if _ALARM not in words)
+    rows = [[html.text(words), str(count)] for words, count in counts.most_common()]
+    return _folded(f"all {len(rows)} of them", ["warning", "cells"], rows) if rows else ""
 
 
 def _made(results: Sequence[Result]) -> str:
@@ -484,14 +492,13 @@ def _made(results: Sequence[Result]) -> str:
 # ---------------------------------------------------------------------- cells of tables
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
-    """The first `words` columns are words, the others numbers."""
-    return html.table(head, rows, f"cells words{words}")
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return html.table(head, rows, "cells")
 
 
-def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A long table shows that it is there."""
-    table = _table(head, rows, words)
+    table = _table(head, rows)
     return table if len(rows) <= _SHOWN else html.folded(title, table)
 
 
