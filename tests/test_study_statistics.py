@@ -203,6 +203,19 @@ def test_an_average_is_over_the_methods_that_all_data_sets_have(rng):
     assert (linear.data_sets, linear.low, linear.high) == (1, alone.low, alone.high)
 
 
+def test_an_average_over_methods_of_one_data_set_is_over_the_seeds_that_all_have(rng):
+    cells = [("full", 0), ("full", 1), ("lora", 1), ("lora", 2)]
+    records = [studied.record_of(rng, method=m, seed=s, attack=a) for m, s in cells for a in ("fgsm", "pgd")]
+    differences, _ = compare(map(result_of, records))
+    of = {each.row.method: each.verdicts for each in differences if each.judge == "pma"}
+    found = {each.methods: each for each in averages(differences) if each.judge == "pma"}
+    both = (of["full"][1] + of["lora"][0]) / 2
+    assert found["full", "lora"].mean == pytest.approx(both.mean())
+    assert found["full", "lora"].low < both.mean() < found["full", "lora"].high
+    apart, _ = compare(map(result_of, records[:2] + records[4:6]))
+    assert {each.methods for each in averages(apart)} == {("full",), ("lora",)}
+
+
 # ---------------------------------------------------------------------- collapses
 
 

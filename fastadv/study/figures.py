@@ -97,7 +97,7 @@ def curves(courses: Sequence[Course]) -> "Figure":
     """Of one method and attack: accuracy of the monitor's images under the training attack and under PGD-5, for each
     eps, run by run; heavy lines are the mean."""
     budgets = sorted({each.result.cell.eps for each in courses})
-    figure = _figure(0.6 + 1.45 * len(budgets), 2.4)
+    figure = _figure(max(0.6 + 1.45 * len(budgets), 2.9), 2.4)
     axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     attack = attack_words(courses[0].result.cell.attack)
     for axis, eps in zip(axes, budgets, strict=True):
