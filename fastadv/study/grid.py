@@ -246,4 +246,4 @@ def _safe(text: str) -> str:
     """As a part of a file's name; what had to be changed has a digest, so that no two become one."""
     safe = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:40]
     plain = re.fullmatch(r"[A-Za-z0-9._-]{1,40}", text) and text == safe
-    return safe if plain else f"{safe}.{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return safe if plain else f"{safe}.{hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:6]}"

@@ -1,24 +1,541 @@
-"""What a study found, as files."""
+"""What a study found, as files: one HTML page that needs no other, its numbers as JSON and CSV, its figures."""
 
 import csv
 import io
 import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastadv.files import write_atomically
-from fastadv.study.files import finished
+from fastadv.report import html
+from fastadv.report.page import STYLE
+from fastadv.study import answer as say
+from fastadv.study import figures
+from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
+from fastadv.study.grid import expanded
+from fastadv.study.overfitting import DEFINITION, DETECTORS, Course, Score, courses, scores
+from fastadv.study.results import Result, attack_words, judge_words, method_words, place_of, result_of, row_of
+from fastadv.study.statistics import DRAWS, Average, Difference, averages, compare
+from fastadv.study.timing import Time, times
+
+FORMAT = 1
+PAGE, TABLE, NUMBERS, FIGURES = "report.html", "results.csv", "results.json", "figures"
+_ALARM = "catastrophic overfitting: "  # of the monitor
+_SHOWN = 12  # rows of a list that is not folded
+
+_STYLE = """
+body { max-width: 70rem } h1 { font-size: 1.5rem; line-height: 1.25 } h2 { margin-top: 2.2rem }
+.answer { font-size: 1.7rem; font-weight: 700; margin: .6rem 0; padding-left: .8rem; border-left: .5rem solid #888 }
+.stable { border-color: #0072b2 } .mixed { border-color: #e69f00 } .unstable { border-color: #d55e00 }
+.lead { max-width: 52rem; margin: .55rem 0 }
+.side { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start }
+.side svg { max-width: 100%; height: auto } .side .wide { max-width: 100% } .side .wide svg { max-width: none }
+figure { margin: 0 }
+figcaption { font-size: .85rem; overflow-wrap: anywhere }
+.cells th, .cells td { white-space: nowrap; overflow-wrap: normal; padding-right: 1.1rem }
+.cells td { font-variant-numeric: tabular-nums } .note { color: #555; max-width: 46rem }
+.cells tbody tr:nth-child(odd) { background: #f6f6f6 }
+summary { cursor: pointer; margin: .6rem 0 } @media print { details > * { display: block } }
+"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a folder holds, and what was computed from it.
+
+    Attributes:
+        asked: ids of the cells that the grid asks for; None where there is no grid.
+        absent: {id: why, where it is known}, of those that are not finished.
+        unjudged: {id: judges that the grid asks for and the cell has not met}.
+        problems: in words, what could not be read or compared.
+    """
+
+    folder: Path
+    results: list[Result]
+    asked: list[str] | None
+    absent: dict[str, str]
+    unjudged: dict[str, list[str]]
+    problems: list[str]
+    differences: list[Difference]
+    averages: list[Average]
+    courses: list[Course]
+    scores: list[Score]
+    times: list[Time]
+
+    @property
+    def answer(self) -> say.Answer:
+        return say.answer(self.courses, self.averages, self.times, self.scores, self.complete)
+
+    @property
+    def complete(self) -> bool:
+        return not (self.absent or self.unjudged or self.problems)
+
+    @property
+    def readme(self) -> str:
+        return say.table_for_readme(self.averages, self.times, self.courses)
 
 
 def write_study(folder: Path) -> None:
-    """Write results.json and results.csv of the finished cells in `folder`: a row each, with its accuracies."""
-    rows = []
-    for record in finished(folder):
-        shares = {judge: said.count("1") / len(said) for judge, said in record["verdicts"].items()}
-        rows.append({**record["cell"], **shares, "train_s": record["train_s"]})
-    write_atomically(folder / "results.json", (json.dumps({"format": 1, "rows": rows}, indent=1) + "\n").encode())
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    """Write report.html, results.json, results.csv and figures (SVG and PNG) of the finished cells in `folder`.
+
+    Of a study that is not finished they say what is missing, and of cells that cannot be read or compared, why.
+
+    Raises:
+        ImportError: the `train` extra is not installed.
+        OSError: a file cannot be written.
+    """
+    study = read_study(folder)
+    drawn = _drawn(study)
+    for name, drawing in drawn.items():
+        write_atomically(folder / FIGURES / f"{name}.svg", drawing.svg.encode())
+        write_atomically(folder / FIGURES / f"{name}.png", drawing.png)
+    write_atomically(folder / NUMBERS, (json.dumps(_numbers(study), indent=1) + "\n").encode())
+    write_atomically(folder / TABLE, _csv(_rows(study.results)).encode("utf-8", "backslashreplace"))
+    write_atomically(folder / PAGE, _page(study, drawn).encode())
+
+
+def table_for_readme(folder: Path) -> str:
+    """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
+    return read_study(folder).readme
+
+
+def read_study(folder: Path) -> Study:
+    """All that is computed from the finished cells in `folder`."""
+    results, problems = _read(folder)
+    differences, refused = compare(results)
+    asked, judges, said = _asked(folder)
+    done = {each.cell.id: each for each in results}
+    unjudged = {id: [j for j in wanted if j not in done[id].verdicts] for id, wanted in judges.items() if id in done}
+    found = courses(results)
+    return Study(
+        folder,
+        results,
+        asked,
+        {id: _reason(folder, id) for id in asked or () if id not in done},
+        {id: missed for id, missed in unjudged.items() if missed},
+        [*problems, *said, *refused],
+        differences,
+        averages(differences),
+        found,
+        scores(found),
+        times(results),
+    )
+
+
+def _read(folder: Path) -> tuple[list[Result], list[str]]:
+    results, problems = [], []
+    for path in sorted((folder / "cells").glob(f"*/{CELL}")):
+        try:
+            results.append(result_of(read_cell(folder, path.parent.name)))
+        except (KeyError, TypeError) as error:
+            problems.append(f"{path.parent.name}/{CELL} is no record of a cell: {type(error).__name__}: {error}")
+        except ValueError as error:
+            problems.append(str(error))
+    return sorted(results, key=place_of), problems
+
+
+def _asked(folder: Path) -> tuple[list[str] | None, dict[str, tuple[str, ...]], list[str]]:
+    """Ids of the cells that the grid asks for, who is to judge them, and why that is not known."""
+    if not (folder / GRID).exists():
+        return None, {}, [f"There is no {GRID}: what else was asked for is not known."]
+    try:
+        tasks = expanded(read_grid(folder / GRID))
+    except (ImportError, TypeError, ValueError) as error:
+        return None, {}, [f"{GRID} cannot be read, so that what is missing is not known: {error}"]
+    return [task.cell.id for task in tasks], {task.cell.id: task.judges for task in tasks}, []
+
+
+def _reason(folder: Path, id: str) -> str:
+    try:
+        return (cell_folder(folder, id) / ERROR).read_text(errors="replace").strip().splitlines()[-1]
+    except (FileNotFoundError, IndexError):
+        return ""
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def _rows(results: Iterable[Result]) -> list[dict]:
+    """A row for each cell: what it is, its accuracies, its time."""
+    return [{**asdict(each.cell), **each.accuracies, "train_s": each.record["train_s"]} for each in results]
+
+
+def _csv(rows: Sequence[Mapping]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, names)
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "results.csv", text.getvalue().encode())
+    return text.getvalue()
+
+
+def _numbers(study: Study) -> dict:
+    """What results.json holds; differences are shares, the first's minus the second's, epochs count from 0."""
+    runs = [{**asdict(each.result.cell), "collapse": each.collapse, "detectors": each.seen} for each in study.courses]
+    return {
+        "format": FORMAT,
+        "answer": asdict(study.answer),
+        "rows": _rows(study.results),
+        "differences": [_difference(each) for each in study.differences],
+        "averages": [asdict(each) for each in study.averages],
+        "paper": {f"{eps:g}": mean for eps, mean in say.PAPER.items()},
+        "overfitting": {
+            "definition": DEFINITION,
+            "runs": runs,
+            "detectors": [{**asdict(each), "lead": each.lead} for each in study.scores],
+        },
+        "times": [asdict(each) for each in study.times],
+        "missing": {"cells": study.absent, "judges": study.unjudged, "problems": study.problems},
+        "readme": study.readme,
+    }
+
+
+def _difference(each: Difference) -> dict:
+    about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
+    return {**asdict(each.row), **about, "mean": each.mean, "low": each.low, "high": each.high}
+
+
+# ---------------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class Drawing:
+    words: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def _drawn(study: Study) -> dict[str, Drawing]:
+    """{name of the file: what is in it}."""
+    models = list(dict.fromkeys(each.cell.model for each in study.results))
+    found = {}
+    for number, model in enumerate(models):
+        mine = [each for each in study.averages if each.model == model and each.judge in say.README_JUDGES]
+        for (attack, judge), shown in _grouped(mine, lambda each: (each.attack, each.judge)):
+            words = f"{attack_words(attack)} minus PGD by eps, judged by {judge_words(judge)}"
+            found[f"difference-{number}-{attack}-{judge}"] = model, words, figures.difference_by_eps(shown)
+        runs = [each for each in study.courses if each.result.cell.model == model and each.result.fast]
+        for attack, group in _grouped(runs, lambda each: each.result.cell.attack):
+            words = f"{attack_words(attack)}: collapsed runs by method and eps"
+            found[f"map-{number}-{attack}"] = model, words, figures.stability_map(group)
+            for method, of_method in _grouped(group, lambda each: each.result.cell.method):
+                words = f"{method_words(method)} with {attack_words(attack)}: accuracy over epochs"
+                found[f"curves-{number}-{attack}-{method}"] = model, words, figures.curves(of_method)
+    drawn = {}
+    for name, (model, words, figure) in found.items():
+        caption = model if len(models) > 1 else ""
+        drawn[name] = Drawing(words, caption, figures.svg(figure, f"{words} {caption}".strip()), figures.png(figure))
+    return drawn
+
+
+def _first_screen(names: Iterable[str]) -> list[str]:
+    """The difference and the map of the first fast attack, FGSM where it is there."""
+    chosen = []
+    for kind, end in (("difference-0-", f"-{say.HEADLINE_JUDGE}"), ("map-0-", "")):
+        found = [name for name in names if name.startswith(kind) and name.endswith(end)]
+        chosen += sorted(found, key=lambda name: name != f"{kind}fgsm{end}")[:1]
+    return chosen
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def _page(study: Study, drawn: Mapping[str, Drawing]) -> str:
+    first = _first_screen(drawn)
+    parts = [f"<h1>{html.text(say.TITLE)}</h1>", _answer(study), _side(drawn, first)]
+    for heading, content in {
+        "Beside the paper": _paper(study),
+        "Catastrophic overfitting": _overfitting(study, drawn, first),
+        "Accuracy under the training attack and under PGD, over the epochs": _curves(drawn),
+        "The difference to training with PGD": _differences(study, drawn, first),
+        "Time": _times(study.times),
+        "All accuracies": _accuracies(study.results),
+        "What is missing": _missing(study),
+        "Warnings of the runs": _warnings(study.results),
+        "How it was made": _made(study.results),
+    }.items():
+        parts += [f"<h2>{html.text(heading)}</h2>", content] if content else []
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.text(say.TITLE)}</title>'
+    head += f'<meta name="viewport" content="width=device-width"><style>{STYLE}{_STYLE}</style>'
+    return head + "\n".join(parts) + "</html>\n"
+
+
+def _answer(study: Study) -> str:
+    found = study.answer
+    done = f"{len(study.results)} finished cells"
+    if study.asked is not None:
+        done = f"{len(study.asked) - len(study.absent)} of {len(study.asked)} cells are finished"
+        extra = sum(each.cell.id not in set(study.asked) for each in study.results)
+        done += f", and {extra} that this grid does not ask for" if extra else ""
+    see = "." if study.complete else "; what is missing stands at the end."
+    return "\n".join(
+        [
+            f'<p class="answer {found.kind}">{html.text(found.headline)}</p>',
+            *(html.paragraph(words, "lead") for words in found.sentences),
+            html.paragraph(done + see, "lead note" if study.complete else "lead warning"),
+        ]
+    )
+
+
+def _side(drawn: Mapping[str, Drawing], names: Iterable[str]) -> str:
+    shown = [_figure(drawn[name]) for name in names]
+    return f'<div class="side">{"".join(shown)}</div>' if shown else ""
+
+
+def _figure(drawing: Drawing, heading: str = "") -> str:
+    caption = f"<figcaption>{html.text(drawing.caption)}</figcaption>" if drawing.caption else ""
+    return f"<figure>{heading}{drawing.svg}{caption}</figure>"
+
+
+def _paper(study: Study) -> str:
+    lines = [line.strip("|").split("|") for line in study.readme.splitlines() if line.startswith("|")]
+    head, _, *rows = ([html.text(cell.strip()) for cell in line] for line in lines)
+    words = "Points of robust accuracy, with 95 % intervals."
+    return html.paragraph(words, "note") + _table(head, rows) + html.paragraph(say.PAPER_SETUP, "note")
+
+
+def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str]) -> str:
+    untold = sum(each.cell.attack != "none" for each in study.results) - len(study.courses)
+    parts = [html.paragraph(DEFINITION, "note")]
+    if untold:
+        words = "runs have no record of a validation and a probe: whether they collapsed is not known."
+        parts.append(html.paragraph(f"{untold} {words}", "warning"))
+    if not study.courses:
+        return "\n".join([*parts, html.paragraph("Not measured yet.")])
+    parts.append(_side(drawn, [name for name in drawn if name.startswith("map-") and name not in first]))
+    parts += ["<h3>Runs that collapsed</h3>", _collapses(study), "<h3>Detectors</h3>", _detectors(study.scores)]
+    return "\n".join(parts)
+
+
+def _collapses(study: Study) -> str:
+    fallen = [each for each in study.courses if each.collapse is not None]
+    if not fallen:
+        return html.paragraph(f"None of {len(study.courses)} runs, those trained with PGD among them.")
+    rows = []
+    for each in fallen:
+        cell, epochs = each.result.cell, {e["epoch"]: e for e in each.result.epochs}
+        before = [e["robust_accuracy"] for n, e in epochs.items() if n < each.collapse and _has_validation(e)]
+        kept = each.result.record["records"][-1].get("best_epoch")
+        rows.append(
+            [
+                *_names(cell),
+                f"{cell.eps:g}",
+                str(cell.seed),
+                str(each.collapse + 1),
+                _percent(max(before)) if before else "-",
+                _percent(epochs[each.collapse]["robust_accuracy"]),
+                "-" if kept is None else str(kept + 1),
+                _percent(each.result.accuracies.get("pgd-10")),
+            ]
+        )
+    head = ["data", "method", "attack", "eps", "seed", "epoch", "PGD-10 before", "then", "epoch kept", "its PGD-10"]
+    return _folded(f"all {len(rows)} runs that collapsed", head, rows)
+
+
+def _detectors(found: Sequence[Score]) -> str:
+    rows = []
+    for each in found:
+        lead = "-" if each.lead is None else f"{each.lead:g} ({min(each.leads)} to {max(each.leads)})"
+        false = f"{each.false} of {each.sound}"
+        seen = f"{each.found} of {each.collapsed}" if each.collapsed else "-"
+        rows.append([html.text(each.name), html.text(each.rule), seen, lead, false])
+    absent = [name for name in DETECTORS if name not in {each.name for each in found}]
+    note = f"Not in these records: {', '.join(absent)}. " if absent else ""
+    note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs without a "
+    note += "collapse in which it fired."
+    head = ["detector", "fires at", "collapses seen", "epochs before", "false alarms"]
+    return _table(head, rows) + html.paragraph(note, "note")
+
+
+def _curves(drawn: Mapping[str, Drawing]) -> str:
+    names = [name for name in drawn if name.startswith("curves-")]
+    if not names:
+        return ""
+    words = "Images of the monitor's probe. Thin: run by run; heavy: their mean; a cross: a collapse."
+    shown = "".join(map(_curve, (drawn[name] for name in names[:_SHOWN])))
+    more = "".join(map(_curve, (drawn[name] for name in names[_SHOWN:])))
+    parts = [html.paragraph(words, "note"), f'<div class="side">{shown}</div>']
+    return "\n".join([*parts, html.folded("more", f'<div class="side">{more}</div>') if more else ""])
+
+
+def _curve(drawing: Drawing) -> str:
+    heading = f"<h3>{html.text(drawing.words.partition(':')[0])}</h3>"
+    return f'<div class="wide">{_figure(drawing, heading)}</div>'
+
+
+def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str]) -> str:
+    if not study.differences:
+        return html.paragraph("Not measured yet: no cell has a partner trained with PGD.")
+    how = (
+        "Verdict minus verdict on the same image, under the same judge, with the same seed, in points. Over data sets: "
+        "the mean, with Student's 95 % interval. Of one row (or one data set): the 95 % interval of "
+        f"{DRAWS:,} draws of seeds, then of images, each image being one unit over the seeds; with one seed, of images "
+        "alone: then it says nothing of other seeds. Where an interval leaves a figure, its bounds are in the tables."
+    )
+    over = [
+        [
+            html.text(each.model),
+            html.text(attack_words(each.attack)),
+            html.text(" + ".join(map(method_words, each.methods))),
+            f"{each.eps:g}",
+            html.text(judge_words(each.judge)),
+            str(each.data_sets),
+            *_interval(each),
+        ]
+        for each in study.averages
+    ]
+    rows = [
+        [
+            _data(each.row),
+            html.text(each.row.model),
+            html.text(method_words(each.row.method)),
+            html.text(attack_words(each.attack)),
+            f"{each.row.eps:g}",
+            html.text(judge_words(each.judge)),
+            f"{len(each.seeds)} x {each.verdicts.shape[1]}",
+            *_interval(each),
+        ]
+        for each in study.differences
+    ]
+    interval = ["points", "from", "to"]
+    head = ["model", "attack", "methods", "eps", "judge", "data sets", *interval]
+    return "\n".join(
+        [
+            html.paragraph(how, "note"),
+            _side(drawn, [name for name in drawn if name.startswith("difference-") and name not in first]),
+            _folded(f"over data sets: {len(over)} rows", head, over),
+            _folded(
+                f"each data set: {len(rows)} rows",
+                ["data", "model", "method", "attack", "eps", "judge", "seeds x images", *interval],
+                rows,
+            ),
+        ]
+    )
+
+
+def _times(found: Sequence[Time]) -> str:
+    rows = [
+        [
+            html.text(method_words(each.method)),
+            html.text(attack_words(each.attack)),
+            *map(_ratio, (each.to_pgd, each.predicted_to_pgd, each.to_none, each.predicted_to_none)),
+            str(each.pairs),
+        ]
+        for each in found
+    ]
+    head = ["method", "attack", "to PGD", "foretold", "to no attack", "foretold", "pairs"]
+    words = (
+        "Training without evaluations: the median ratio to the cells that differ in the training attack alone, made on "
+        "the same machine; processor time on a CPU. Foretold: by the cost model, in passes through the network."
+    )
+    return html.paragraph(words, "note") + _table(head, rows) if rows else ""
+
+
+def _accuracies(results: Sequence[Result]) -> str:
+    judges = say.judges_of(judge for each in results for judge in each.verdicts)
+    parts = []
+    for names, group in _grouped(results, lambda each: (each.cell.data, each.cell.classes, each.cell.model)):
+        rows = []
+        for (row, attack), cells in _grouped(group, lambda each: (row_of(each), each.cell.attack)):
+            shares = [[each.accuracies[judge] for each in cells if judge in each.verdicts] for judge in judges]
+            about = [html.text(method_words(row.method)), html.text(attack_words(attack)), f"{row.eps:g}"]
+            rows.append([*about, str(len(cells)), *map(_mean, shares)])
+        head = ["method", "attack", "eps", "seeds", *(html.text(judge_words(judge)) for judge in judges)]
+        title = f"{names[0]}{f' ({names[1]})' if names[1] else ''}, {names[2]}: {len(rows)} rows"
+        parts.append(html.folded(title, _table(head, rows)))
+    if not parts:
+        return ""
+    words = (
+        "Per cent of the test images; with several seeds their mean ± standard deviation. Each judge attacks alone, "
+    )
+    words += "but the parts of APGD and of AutoAttack each what is left."
+    return html.paragraph(words, "note") + "\n".join(parts)
+
+
+def _missing(study: Study) -> str:
+    parts = [html.paragraph(words, "warning") for words in study.problems]
+    if study.absent:
+        failed = sum(bool(reason) for reason in study.absent.values())
+        words = f"{len(study.absent)} cells are not finished" + (f"; {failed} of them failed." if failed else ".")
+        rows = [[html.text(id), html.text(reason or "not run yet")] for id, reason in study.absent.items()]
+        parts += [html.paragraph(words), _folded(f"all {len(rows)} of them", ["cell", "why"], rows)]
+    if study.unjudged:
+        counts = Counter(judge for missed in study.unjudged.values() for judge in missed)
+        words = ", ".join(f"{judge_words(judge)} in {count}" for judge, count in counts.items())
+        parts.append(html.paragraph(f"Of finished cells, judges are missing: {words}."))
+    return "\n".join(parts)
+
+
+def _warnings(results: Sequence[Result]) -> str:
+    """What was warned of in training and judging, but for the alarms, which have a table of their own."""
+    counts = Counter(words for each in results for words in set(each.record.get("warnings", ())) if _ALARM not in words)
+    rows = [[html.text(words), str(count)] for words, count in counts.most_common()]
+    return _folded(f"all {len(rows)} of them", ["warning", "cells"], rows) if rows else ""
+
+
+def _made(results: Sequence[Result]) -> str:
+    if not results:
+        return ""
+    facts = {}
+    for kind in ("settings", "machine"):
+        names = dict.fromkeys(name for each in results for name in each.record[kind])
+        for name in names:
+            values = Counter(json.dumps(each.record[kind].get(name), ensure_ascii=False) for each in results)
+            shown = [value.strip('"') for value, _ in values.most_common(4)]
+            facts[name] = ", ".join(shown) + (f" and {len(values) - 4} more" if len(values) > 4 else "")
+    return html.folded("settings and machines of the cells", html.facts(facts))
+
+
+# ---------------------------------------------------------------------- cells of tables
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return html.table(head, rows, "cells")
+
+
+def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A long table shows that it is there."""
+    table = _table(head, rows)
+    return table if len(rows) <= _SHOWN else html.folded(title, table)
+
+
+def _names(cell) -> list[str]:
+    return [_data(cell), html.text(method_words(cell.method)), html.text(attack_words(cell.attack))]
+
+
+def _data(named) -> str:
+    return f"<bdi>{html.text(named.data)}</bdi>" + (f" {html.text(named.classes)}" if named.classes else "")
+
+
+def _interval(each: Average | Difference) -> list[str]:
+    return [say.points(value) for value in (each.mean, each.low, each.high)]
+
+
+def _mean(shares: Sequence[float]) -> str:
+    if not shares:
+        return "-"
+    spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{spread}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _has_validation(epoch: Mapping) -> bool:
+    return epoch.get("robust_accuracy") is not None
+
+
+def _grouped(items: Iterable, key: Callable) -> list[tuple]:
+    """[(what they have in common, items)], each once, in the order in which they are met."""
+    found: dict = {}
+    for each in items:
+        found.setdefault(key(each), []).append(each)
+    return list(found.items())

@@ -1,0 +1,269 @@
+"""What a study says to the question of its title, in sentences, and as README's table."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fastadv.study.grid import SCRATCH
+from fastadv.study.overfitting import Course, Score
+from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, judge_words, method_place, method_words
+from fastadv.study.statistics import Average
+from fastadv.study.timing import Time
+
+TITLE = "Are fast methods stable in adversarially robust transfer learning?"
+HEADLINE_JUDGE = "pma"
+README_JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
+PAPER = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
+PAPER_TIME = 1 / 4
+PAPER_SETUP = (
+    "The paper (“Are Fast Methods Stable in Adversarially Robust Transfer Learning?”, 2025) has -0.39 and -1.39 points "
+    "at eps 4 and 8 for a quarter of the time, on average: robust ImageNet backbones at 224 pixels, judged by PGD-10, "
+    "which flatters. Backbones, image sizes and data sets differ from those of this study."
+)
+NOT_MEASURED = "Not measured yet."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To the question of the title.
+
+    Attributes:
+        kind: "open" (not measured), "stable", "mixed" or "unstable".
+        headline: in a few words.
+        sentences: what that rests on.
+    """
+
+    kind: str
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def answer(
+    courses: Iterable[Course],
+    averages: Sequence[Average],
+    times: Sequence[Time],
+    scores: Iterable[Score],
+    complete: bool = True,
+) -> Answer:
+    """Right for whatever was measured: nothing, a part (not `complete`), stable runs and collapsed ones."""
+    fast = [each for each in courses if each.result.fast]
+    transfer = [each for each in fast if each.result.transfer]
+    kind, headline, stability = _stability(transfer)
+    headline = "So far, yes." if kind == "stable" and not complete else headline
+    return Answer(
+        kind,
+        headline,
+        (
+            *stability,
+            *_from_scratch([each for each in fast if not each.result.transfer]),
+            *_price(averages),
+            *_time(times),
+            *_warned(scores),
+        ),
+    )
+
+
+def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
+    collapsed = [each for each in runs if each.collapse is not None]
+    if not runs:
+        words = "No finished cell is a fine-tuning with a fast attack whose records tell whether it collapsed."
+        return "open", NOT_MEASURED, [words]
+    attacks = _listed(attack_words(name) for name in _distinct(each.result.cell.attack for each in runs))
+    of = f"the {len(runs)} runs" if len(runs) > 1 else "the one run"
+    where = f"{of} of transfer learning with {attacks} ({_ranges(runs)})"
+    if not collapsed:
+        rate = 100 * (1 - 0.05 ** (1 / len(runs)))
+        words = f"None of {where} overfitted catastrophically."
+        more = (
+            f"Were runs like these to collapse in {rate:.2g} % of all cases, so many would still show none in one case "
+        )
+        return "stable", "Yes, as far as this study goes.", [words, more + "of twenty."]
+    words = [f"{len(collapsed)} of {where} overfitted catastrophically: {_places(collapsed, runs)}."]
+    untouched = [m for m in _methods(runs) if all(each.result.cell.method != m for each in collapsed)]
+    if untouched:
+        words.append(f"None did in {_listed(map(method_words, untouched), 'or')}.")
+    if len(collapsed) == len(runs):
+        return "unstable", "No.", words
+    return "mixed", "Not everywhere.", words
+
+
+def _places(collapsed: Sequence[Course], runs: Sequence[Course]) -> str:
+    """Where runs collapsed, and how many of how many, the most frequent first."""
+    all_runs, fallen = (Counter(map(_place, each)) for each in (runs, collapsed))
+    order = sorted(fallen, key=lambda place: (-fallen[place] / all_runs[place], place))
+    words = [f"{m} with {a} at eps {e:g} ({fallen[m, a, e]} of {all_runs[m, a, e]})" for m, a, e in order[:4]]
+    rest = sum(fallen[place] for place in order[4:])
+    return ", ".join(words) + (f", and {rest} more" if rest else "")
+
+
+def _place(each: Course) -> tuple[str, str, float]:
+    cell = each.result.cell
+    return method_words(cell.method), attack_words(cell.attack), cell.eps
+
+
+def _ranges(runs: Sequence[Course]) -> str:
+    sets = len({(each.result.cell.data, each.result.cell.classes) for each in runs})
+    eps = _listed(f"{e:g}" for e in sorted({each.result.cell.eps for each in runs}))
+    return f"{_count(sets, 'data set')}; {_listed(map(method_words, _methods(runs)))}; eps {eps}"
+
+
+def _from_scratch(runs: Sequence[Course]) -> list[str]:
+    if not runs:
+        return []
+    collapsed = [each for each in runs if each.collapse is not None]
+    if not collapsed:
+        highest = max(each.result.cell.eps for each in runs)
+        return [
+            f"From scratch, for comparison, none of {_count(len(runs), 'run')} did: not seen up to eps {highest:g}."
+        ]
+    where = _listed(f"{eps:g}" for eps in sorted({each.result.cell.eps for each in collapsed}))
+    return [f"From scratch, for comparison, {len(collapsed)} of {_count(len(runs), 'run')} did, at eps {where}."]
+
+
+def _price(averages: Sequence[Average]) -> list[str]:
+    """Beside PGD, at the paper's budgets or, where these were not measured, at all."""
+    found = headlines(averages)
+    if not found:
+        return ["What it costs in accuracy is not measured yet: no cell has a partner trained with PGD."]
+    shown = [each for each in found if each.eps in PAPER] or found
+    one, of = shown[0], list(dict.fromkeys(map(_of, shown)))
+    words = "; ".join(_difference(each) + (f" in {_of(each)}" if len(of) > 1 else "") for each in shown)
+    over = f"{of[0]}; 95 % intervals" if len(of) == 1 else "95 % intervals"
+    return [
+        f"Robust accuracy of models trained with {attack_words(one.attack)} minus that of models trained with PGD, "
+        f"judged by {judge_words(one.judge)} ({over}): {words}."
+    ]
+
+
+def _of(each: Average) -> str:
+    names = _listed(map(method_words, each.methods))
+    methods = names if len(each.methods) == 1 else f"the mean of {names}"
+    return f"{methods}, {_count(each.data_sets, 'data set')}"
+
+
+def _difference(each: Average) -> str:
+    remarks = [] if each.low > 0 or each.high < 0 else ["could be chance"]
+    remarks += [f"the paper: {points(PAPER[each.eps])}"] if each.eps in PAPER else []
+    return (
+        "; ".join(
+            [f"eps {each.eps:g}: {points(each.mean)} points ({points(each.low)} to {points(each.high)}", *remarks]
+        )
+        + ")"
+    )
+
+
+def _time(times: Sequence[Time]) -> list[str]:
+    attack = _first_fast(times)
+    found = [each for each in times if each.attack == attack and each.to_pgd is not None and each.method != SCRATCH]
+    if not found:
+        return []
+    words = _listed(f"{each.to_pgd:.2f} ({method_words(each.method)})" for each in found)
+    return [f"Training with {attack_words(attack)} takes, as a part of PGD's time: {words}."]
+
+
+def _warned(scores: Iterable[Score]) -> list[str]:
+    best = max((each for each in scores if each.found), key=lambda each: (each.found, -each.false), default=None)
+    if best is None:
+        return []
+    late = f"{_count(abs(best.lead), 'epoch')} {'before' if best.lead > 0 else 'after'} it"
+    when = late if best.lead else "in the epoch of the collapse"
+    return [
+        f"The best of the detectors, “{best.name}”, saw {best.found} of {_count(best.collapsed, 'collapse')}, in the "
+        f"median {when}, and fired in {best.false} of {_count(best.sound, 'run')} without one."
+    ]
+
+
+# ---------------------------------------------------------------------- for README
+
+
+def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses: Iterable[Course]) -> str:
+    """The answer in Markdown: the paper's figures, ours at each eps, each method's at eps 8; and stability."""
+    judges = [judge for judge in README_JUDGES if any(each.judge == judge for each in averages)] or ["pgd-10", "pma"]
+    lines = [
+        "| FGSM's robust accuracy minus PGD's | eps | " + " | ".join(map(judge_words, judges)) + " | time / PGD's |",
+        "|---|---:|" + "---:|" * (len(judges) + 1),
+    ]
+    for eps, mean in PAPER.items():
+        cells = [points(mean) if judge == "pgd-10" else "" for judge in judges]
+        lines.append(_line("the paper, ImageNet backbones at 224 px", eps, cells, PAPER_TIME))
+    of_fgsm = [each for each in averages if each.attack == "fgsm" and each.methods != (SCRATCH,)]
+    groups = {}
+    for each in of_fgsm:
+        groups.setdefault((each.model, each.eps, each.methods), {})[each.judge] = each
+    several = len({each.model for each in of_fgsm}) > 1
+    means = [key for key in groups if len(key[2]) > 1] or list(groups)
+    methods = [key for key in groups if len(key[2]) == 1 and key[1] == 8 and key not in means]
+    for model, eps, names in (
+        *sorted(means, key=lambda key: key[:2]),
+        *sorted(methods, key=lambda key: method_place(key[2][0])),
+    ):
+        judged = groups[model, eps, names]
+        what = _named(names) + (f", {model}" if several else "")
+        ratios = [each.to_pgd for each in times if each.attack == "fgsm" and each.method in names and each.to_pgd]
+        cells = [_cell(judged[judge]) if judge in judged else "" for judge in judges]
+        lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if ratios else None))
+    return "\n".join([*lines, "", " ".join(_stability([c for c in courses if c.result.fast and c.result.transfer])[2])])
+
+
+def _line(what: str, eps: float, cells: Sequence[str], time: float | None) -> str:
+    return f"| {what} | {eps:g} | " + " | ".join(cells) + f" | {'' if time is None else f'{time:.2f}'} |"
+
+
+def _cell(each: Average) -> str:
+    return f"{points(each.mean)} ({points(each.low)} to {points(each.high)})"
+
+
+def _named(methods: Sequence[str]) -> str:
+    return method_words(methods[0]) if len(methods) == 1 else f"mean of {_listed(methods)}"
+
+
+# ---------------------------------------------------------------------- words
+
+
+def headlines(averages: Sequence[Average]) -> list[Average]:
+    """For each eps what the first screen says: of the first model and fast attack, the mean of most methods."""
+    judged = [each for each in averages if each.judge == HEADLINE_JUDGE and each.methods != (SCRATCH,)]
+    if not judged:
+        return []
+    attack = "fgsm" if any(each.attack == "fgsm" for each in judged) else judged[0].attack
+    model = next(each.model for each in judged if each.attack == attack)
+    best: dict[float, Average] = {}
+    for each in judged:
+        if (each.model, each.attack) == (model, attack):
+            other = best.get(each.eps)
+            best[each.eps] = each if other is None or len(each.methods) > len(other.methods) else other
+    return [best[eps] for eps in sorted(best)]
+
+
+def points(share: float) -> str:
+    """A difference of shares, in points, with its sign."""
+    rounded = round(100 * share, 2) or 0.0
+    return f"{rounded:+.2f}" if rounded else "0.00"
+
+
+def judges_of(found: Iterable[str]) -> list[str]:
+    """Distinct names of judges, weak ones first."""
+    known = {judge: place for place, judge in enumerate(JUDGE_ORDER)}
+    return sorted(_distinct(found), key=lambda judge: known.get(judge, len(known)))
+
+
+def _first_fast(times: Sequence[Time]) -> str | None:
+    attacks = [each.attack for each in times if each.attack not in ("none", PGD)]
+    return "fgsm" if "fgsm" in attacks else next(iter(attacks), None)
+
+
+def _methods(runs: Sequence[Course]) -> list[str]:
+    return _distinct(each.result.cell.method for each in runs)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _listed(names: Iterable[str], last: str = "and") -> str:
+    *names, final = names
+    return f"{', '.join(names)} {last} {final}" if names else final
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,174 @@
+"""Figures of a study: vector for its page, and PNG beside it. They name methods and attacks, never data sets, whose
+names may have characters that the font has not."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastadv._extras import require
+from fastadv.report.curves import png, whole_numbers
+from fastadv.report.html import text
+from fastadv.study.answer import PAPER
+from fastadv.study.overfitting import Course
+from fastadv.study.results import attack_words, judge_words, method_place, method_words
+from fastadv.study.statistics import Average
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's, which all eyes tell apart; the markers do in print.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#999999", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+ATTACK, UNDER_PGD = "#d55e00", "#0072b2"
+STABLE, SOME, ALL, UNKNOWN = "#cfe6f3", "#f3c77b", "#c8501e", "#ffffff"
+WIDTH = 4.1  # inches: as wide as a telephone's page
+LEAST_RANGE = 2.0  # points
+
+
+def difference_by_eps(averages: Sequence[Average]) -> "Figure":
+    """Of one model, attack and judge: each method's difference to PGD over eps, and the paper's."""
+    figure, axis = _axis(WIDTH, 3.3)
+    budgets = sorted({each.eps for each in averages})
+    methods = list(dict.fromkeys(each.methods for each in averages if len(each.methods) == 1))
+    step = 0.7 / max(len(methods), 1)
+    for number, names in enumerate(methods):
+        mine = [each for each in averages if each.methods == names]
+        places = [budgets.index(each.eps) + (number - (len(methods) - 1) / 2) * step for each in mine]
+        means = np.array([100 * each.mean for each in mine])
+        bounds = np.array([[100 * each.low, 100 * each.high] for each in mine]).T
+        style = {**_style(names[0]), "markersize": 5}
+        lengths = np.abs(bounds - means)
+        axis.errorbar(
+            places, means, lengths, fmt="", linestyle="", elinewidth=1.2, label=method_words(names[0]), **style
+        )
+    paper = [(budgets.index(eps), 100 * mean) for eps, mean in PAPER.items() if eps in budgets]
+    for number, (place, mean) in enumerate(paper):
+        label = "the paper's mean" if number == 0 else None
+        axis.plot([place - 0.42, place + 0.42], [mean, mean], color="black", linewidth=1.2, linestyle=":", label=label)
+    axis.axhline(0, color="#444444", linewidth=0.8)
+    reach = max(LEAST_RANGE, *(250 * abs(each.mean) for each in averages))
+    axis.set_ylim(
+        max(axis.get_ylim()[0], min(-reach, *(105 * each.mean for each in averages))),
+        min(axis.get_ylim()[1], max(reach, *(105 * each.mean for each in averages))),
+    )
+    axis.set_xticks(range(len(budgets)), [f"{eps:g}" for eps in budgets])
+    axis.set(xlabel="eps, 1/255", ylabel="points against PGD", xlim=(-0.6, len(budgets) - 0.4))
+    one = averages[0]
+    axis.set_title(f"{attack_words(one.attack)} minus PGD, judged by {judge_words(one.judge)}", fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    return figure
+
+
+def stability_map(courses: Sequence[Course]) -> "Figure":
+    """Of one attack: methods by eps, in each field how many of the runs collapsed."""
+    methods = list(dict.fromkeys(each.result.cell.method for each in courses))
+    methods.sort(key=lambda method: method == "scratch")
+    budgets = sorted({each.result.cell.eps for each in courses})
+    figure, axis = _axis(WIDTH, 0.95 + 0.4 * len(methods))
+    for row, method in enumerate(methods):
+        for column, eps in enumerate(budgets):
+            runs = [each for each in courses if (each.result.cell.method, each.result.cell.eps) == (method, eps)]
+            _field(axis, column, row, len(runs), sum(each.collapse is not None for each in runs))
+    axis.set_xticks(range(len(budgets)), [f"{eps:g}" for eps in budgets])
+    axis.set_yticks(range(len(methods)), [method_words(method) for method in methods])
+    axis.set(xlabel="eps, 1/255", xlim=(-0.5, len(budgets) - 0.5), ylim=(len(methods) - 0.5, -0.5))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(f"{attack_words(courses[0].result.cell.attack)}: collapsed runs of all", fontsize=9)
+    return figure
+
+
+def _field(axis: "Axes", column: int, row: int, runs: int, collapsed: int) -> None:
+    colour = UNKNOWN if not runs else STABLE if not collapsed else ALL if collapsed == runs else SOME
+    hatch = "" if not collapsed else "///"  # for print
+    rectangle = require("matplotlib.patches").Rectangle
+    place = (column - 0.47, row - 0.45)
+    edge = "#ffffff" if collapsed else "#cccccc"
+    axis.add_patch(rectangle(place, 0.94, 0.9, facecolor=colour, edgecolor=edge, hatch=hatch, linewidth=0.5))
+    words = f"{collapsed} of {runs}" if runs else "-"
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if collapsed else None
+    axis.text(column, row, words, ha="center", va="center", fontsize=8, bbox=box, weight="bold" if collapsed else None)
+
+
+def curves(courses: Sequence[Course]) -> "Figure":
+    """Of one method and attack: accuracy of the monitor's images under the training attack and under PGD-5, for each
+    eps, run by run; heavy lines are the mean."""
+    budgets = sorted({each.result.cell.eps for each in courses})
+    figure = _figure(max(0.6 + 1.45 * len(budgets), 2.9), 2.4)
+    axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    attack = attack_words(courses[0].result.cell.attack)
+    for axis, eps in zip(axes, budgets, strict=True):
+        runs = [each for each in courses if each.result.cell.eps == eps]
+        for field, colour, style, label in (
+            ("probe_attack", ATTACK, "-", f"under {attack}"),
+            ("probe_pgd", UNDER_PGD, "--", "under PGD-5"),
+        ):
+            _lines(axis, runs, field, colour, style, label)
+        for each in runs:
+            if each.collapse is not None:
+                axis.plot(each.collapse + 1, 3, marker="x", color="black", markersize=5, clip_on=False)
+        axis.set(xlabel="epoch", ylim=(0, 100))
+        axis.set_title(f"eps {eps:g}", fontsize=9)
+        whole_numbers(axis.xaxis)
+        _plain(axis)
+    axes[0].set_ylabel("accuracy, %")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=8, ncols=2, loc="outside lower center")
+    return figure
+
+
+def _lines(axis: "Axes", runs: Iterable[Course], field: str, colour: str, style: str, label: str) -> None:
+    by_epoch: dict[int, list[float]] = {}
+    for each in runs:
+        points = [(e["epoch"] + 1, 100 * e[field]) for e in each.result.epochs if e.get(field) is not None]
+        axis.plot(*zip(*points, strict=True), style, color=colour, linewidth=0.6, alpha=0.35)
+        for epoch, share in points:
+            by_epoch.setdefault(epoch, []).append(share)
+    mean = sorted((epoch, float(np.mean(shares))) for epoch, shares in by_epoch.items())
+    marker = "." if len(mean) < 3 else ""
+    axis.plot(*zip(*mean, strict=True), style, color=colour, linewidth=1.8, label=label, marker=marker)
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def _style(method: str) -> dict[str, str]:
+    """The same in all figures."""
+    place = method_place(method)[0]
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
+def _figure(width: float, height: float) -> "Figure":
+    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+
+
+def _axis(width: float, height: float) -> tuple["Figure", "Axes"]:
+    figure = _figure(width, height)
+    axis = figure.subplots()
+    _plain(axis)
+    return figure, axis
+
+
+def _plain(axis: "Axes") -> None:
+    axis.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    axis.xaxis.label.set_size(8)
+    axis.yaxis.label.set_size(8)
+
+
+def svg(figure: "Figure", words: str) -> str:
+    """As a part of a page: letters are outlines, nothing is loaded, `words` is for who cannot see it."""
+    buffer = io.StringIO()
+    with require("matplotlib").rc_context({"svg.fonttype": "path", "svg.hashsalt": words}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    drawing = buffer.getvalue()
+    return f'<svg role="img" aria-label="{text(words)}"' + drawing[drawing.index("<svg") + len("<svg") :]
+
+
+__all__ = ["curves", "difference_by_eps", "png", "stability_map", "svg"]

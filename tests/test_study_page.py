@@ -1,0 +1,257 @@
+"""A study's page, tables and figures: right for nothing, for a part and for all of it."""
+
+import csv
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import studied
+from PIL import Image
+
+from fastadv.study.answer import TITLE, points
+from fastadv.study.page import read_study, table_for_readme, write_study
+
+GRID = {
+    "data": ["digits", "cifar10"],
+    "methods": ["linear", "full"],
+    "attacks": ["fgsm", "pgd"],
+    "eps": [4, 8],
+    "seeds": 2,
+}
+CELLS = [
+    {"data": data, "method": method, "attack": attack, "eps": eps, "seed": seed}
+    for data in ("digits", "cifar10")
+    for method in ("linear", "full")
+    for attack in ("fgsm", "pgd")
+    for eps in (4.0, 8.0)
+    for seed in range(2)
+]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+class Page(HTMLParser):
+    """Its text, its headings, and that every element is closed."""
+
+    EMPTY = ("meta", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.attributes, self.answer = [], [], [], []
+        self.feed(text)
+        assert self.open in ([], ["html"])
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        self.kind = dict(attrs).get("class") or ""
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open and data.strip():
+            self.words.append(data.strip())
+            if self.kind.startswith(("answer", "lead")):
+                self.answer.append(data.strip())
+
+
+def written(folder):
+    write_study(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    # Nothing is loaded from anywhere: all that looks like an address is a namespace.
+    addresses = set(re.findall(r"[a-z]+://[^\s\"'<)]*", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith(("#", "data:"))
+    assert not re.search(r"@import|<script|<link|<iframe", text)
+    return page, json.loads((folder / "results.json").read_text())
+
+
+def study(folder, rng, cells=CELLS, collapsing=lambda cell: None):
+    studied.write_grid(folder, GRID)
+    for cell in cells:
+        record = studied.record_of(rng, collapse=collapsing(cell), labels=cell["data"], **cell)
+        studied.write(folder, record)
+
+
+def test_nothing_is_not_measured_yet(tmp_path):
+    studied.write_grid(tmp_path, GRID)
+    page, numbers = written(tmp_path)
+    assert page.words[:3] == [TITLE, TITLE, "Not measured yet."]
+    assert any("0 of 32 cells are finished" in words for words in page.answer)
+    assert numbers["answer"]["kind"] == "open"
+    assert len(numbers["missing"]["cells"]) == 32
+    assert numbers["rows"] == numbers["differences"] == []
+    assert not (tmp_path / "figures").exists()
+    assert len(table_for_readme(tmp_path).splitlines()) == 6  # the paper's rows alone
+
+
+def test_a_folder_without_a_grid_says_so(tmp_path, rng):
+    studied.write(tmp_path, studied.record_of(rng))
+    page, numbers = written(tmp_path)
+    assert any("no study.yaml" in words for words in page.words)
+    assert numbers["answer"]["headline"] == "So far, yes."
+
+
+def test_a_part_says_what_is_missing(tmp_path, rng):
+    grid = {**GRID, "blocks": [{}, {"methods": "full", "seeds": 1, "judges": ["autoattack"]}]}
+    study(tmp_path, rng, CELLS[:13])
+    studied.write_grid(tmp_path, grid)
+    failed = tmp_path / "cells" / next(iter(read_study(tmp_path).absent))
+    failed.mkdir()
+    (failed / "error.txt").write_text("Traceback\nMemoryError: <no room>\n")
+    *_, warned = (tmp_path / "cells").glob("*/cell.json")
+    record = json.loads(warned.read_text())
+    warned.write_text(json.dumps(record | {"warnings": ["the model was trained on <3> of the test images"]}))
+    damaged = next((tmp_path / "cells").glob("*/cell.json"))
+    damaged.write_text("{")
+    page, numbers = written(tmp_path)
+    words = " ".join(page.words)
+    assert "12 of 32 cells are finished; what is missing stands at the end." in page.answer
+    assert "20 cells are not finished; 1 of them failed." in words
+    assert "MemoryError: <no room>" in words
+    assert f"{damaged} is damaged" in words
+    assert "the model was trained on <3> of the test images" in page.words
+    assert "AutoAttack in" in words
+    assert numbers["answer"]["headline"] in ("So far, yes.", "Not measured yet.")
+
+
+def test_all_of_it_stable(tmp_path, rng):
+    study(tmp_path, rng)
+    page, numbers = written(tmp_path)
+    assert page.words[2] == "Yes, as far as this study goes."
+    assert page.answer[1].startswith("None of the 16 runs of transfer learning with FGSM (2 data sets; ")
+    assert "32 of 32 cells are finished." in page.answer
+    assert "What is missing" not in page.words
+    # Its numbers are those of the cells.
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "cells").glob("*/cell.json"))]
+    rows = {tuple(row[name] for name in CELLS[0]): row for row in numbers["rows"]}
+    table = {
+        row["data"] + row["method"] + row["attack"] + row["eps"] + row["seed"]: row
+        for row in csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    }
+    assert len(rows) == len(table) == len(records) == 32
+    for record in records:
+        cell = record["cell"]
+        row = rows[tuple(cell[name] for name in CELLS[0])]
+        for judge, said in record["verdicts"].items():
+            assert row[judge] == pytest.approx(said.count("1") / len(said))
+            line = table["".join(str(cell[name]) for name in ("data", "method", "attack", "eps", "seed"))]
+            assert float(line[judge]) == pytest.approx(row[judge])
+    assert len(numbers["differences"]) == 2 * 2 * 2 * len(studied.JUDGES)
+    # README's table is of them.
+    means = {}
+    for each in numbers["averages"]:
+        means[each["judge"], each["eps"], tuple(each["methods"])] = each
+    table = table_for_readme(tmp_path)
+    assert table == numbers["readme"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
+    assert cells[2] == ["the paper, ImageNet backbones at 224 px", "4", "-0.39", "", "0.25"]
+    assert cells[3] == ["the paper, ImageNet backbones at 224 px", "8", "-1.39", "", "0.25"]
+    assert [row[:2] for row in cells[4:]] == [
+        ["mean of linear and full", "4"],
+        ["mean of linear and full", "8"],
+        ["linear probing", "8"],
+        ["full fine-tuning", "8"],
+    ]
+    for row, methods in zip(cells[4:], [("linear", "full")] * 2 + [("linear",), ("full",)], strict=True):
+        for cell, judge in zip(row[2:4], ("pgd-10", "pma"), strict=True):
+            each = means[judge, float(row[1]), methods]
+            assert cell == f"{points(each['mean'])} ({points(each['low'])} to {points(each['high'])})"
+        assert 0.28 < float(row[4]) < 0.31  # 17 s of 58 s
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_collapses_are_told_plainly(tmp_path, rng, every):
+    def collapsing(cell):
+        return 2 if cell["attack"] == "fgsm" and (every or (cell["method"], cell["eps"]) == ("full", 8.0)) else None
+
+    study(tmp_path, rng, collapsing=collapsing)
+    page, numbers = written(tmp_path)
+    if every:
+        assert page.words[2] == "No."
+        assert page.answer[1].startswith("16 of the 16 runs of transfer learning with FGSM")
+    else:
+        assert page.words[2] == "Not everywhere."
+        assert page.answer[1].startswith("4 of the 16 runs of transfer learning with FGSM")
+        assert page.answer[1].endswith("full fine-tuning with FGSM at eps 8 (4 of 4).")
+        assert "None did in linear probing." in page.answer
+    runs = {(run["attack"], run["method"], run["eps"], run["collapse"]) for run in numbers["overfitting"]["runs"]}
+    assert {run[:3] for run in runs if run[3] == 2} == {
+        ("fgsm", method, eps)
+        for method in ("linear", "full")
+        for eps in (4.0, 8.0)
+        if every or (method, eps) == ("full", 8)
+    }
+    assert {run[3] for run in runs if run[0] == "pgd"} == {None}
+
+
+def test_from_scratch_is_no_transfer(tmp_path, rng):
+    for seed in range(2):
+        for attack in ("fgsm", "pgd"):
+            cell = {"method": "scratch", "attack": attack, "seed": seed}
+            studied.write(tmp_path, studied.record_of(rng, collapse=1 if attack == "fgsm" else None, **cell))
+    page, numbers = written(tmp_path)
+    assert numbers["answer"]["kind"] == "open"
+    assert "From scratch, for comparison, 2 of 2 runs did, at eps 8." in page.answer
+    assert "scratch" not in numbers["readme"]
+
+
+def test_other_images_are_not_compared_and_that_is_said(tmp_path, rng):
+    for attack in ("fgsm", "pgd"):
+        studied.write(tmp_path, studied.record_of(rng, attack=attack, labels=attack))
+    page, numbers = written(tmp_path)
+    assert numbers["differences"] == []
+    assert any("judged on different images" in words for words in page.words)
+
+
+def test_any_name_is_shown_and_none_is_markup(tmp_path, rng):
+    for attack in ("fgsm", "pgd"):
+        name = {"data": "a<b>&\udcff\u05d0", "model": "x<script>"}
+        studied.write(tmp_path, studied.record_of(rng, attack=attack, **name))
+    page, numbers = written(tmp_path)
+    assert "a<b>&\\xff\u05d0" in page.words
+    assert numbers["rows"][0]["data"] == "a<b>&\udcff\u05d0"
+    (row, _) = csv.DictReader((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines())
+    assert row["data"] == "a<b>&\\udcff\u05d0"
+
+
+def test_figures_are_there_as_vectors_and_as_pixels(tmp_path, rng):
+    study(tmp_path, rng, CELLS[:16], lambda cell: 1 if cell["attack"] == "fgsm" and cell["eps"] == 8 else None)
+    written(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    assert names == {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert names == {
+        *(f"difference-0-fgsm-{judge}" for judge in ("pgd-10", "pma")),
+        "map-0-fgsm",
+        *(f"curves-0-fgsm-{method}" for method in ("linear", "full")),
+    }
+    for name in names:
+        drawing = (tmp_path / "figures" / f"{name}.svg").read_text()
+        assert ElementTree.fromstring(drawing).tag == "{http://www.w3.org/2000/svg}svg"
+        assert drawing in text
+        assert np.ptp(np.asarray(Image.open(tmp_path / "figures" / f"{name}.png"))) > 100
+    first = text.index("<svg")
+    assert text.index("judged by PMA", first) < text.index("collapsed runs", first) < text.index("<h2>")
+
+
+def test_the_same_cells_give_the_same_files(tmp_path, rng):
+    study(tmp_path, rng, CELLS[:8])
+    write_study(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    write_study(tmp_path)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}

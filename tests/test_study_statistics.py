@@ -1,0 +1,329 @@
+"""A study's differences, intervals, collapses, detectors and times, against loops by hand and closed forms."""
+
+import dataclasses
+import statistics
+from math import sqrt
+
+import numpy as np
+import pytest
+import studied
+from scipy import stats
+
+from fastadv.study.overfitting import DETECTORS, collapse, courses, scores
+from fastadv.study.results import result_of
+from fastadv.study.statistics import Row, averages, bootstrap, compare, paired, t_interval
+from fastadv.study.timing import times
+
+
+@pytest.fixture
+def rng():
+    seed = int(np.random.SeedSequence().entropy % 2**32)
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def verdicts(rng, seeds, images, *, of_seed, of_image, noise, gap=0.05, level=0.3):
+    """Differences of verdicts (seeds, images) of two models by the probit model, and their expectation.
+
+    An image is as hard for all; `of_image` is how much harder for the one than for the other, at all seeds alike.
+    """
+    hard, found = rng.normal(size=images), []
+    for mean in (level - gap, level):
+        score = mean + hard + of_image * rng.normal(size=images) + of_seed * rng.normal(size=(seeds, 1))
+        found.append(score + noise * rng.normal(size=(seeds, images)) > 0)
+    spread = sqrt(1 + of_image**2 + of_seed**2 + noise**2)
+    return found[0].astype(float) - found[1], stats.norm.cdf((level - gap) / spread) - stats.norm.cdf(level / spread)
+
+
+# ---------------------------------------------------------------------- the interval
+
+
+def by_hand(differences, draws, rng):
+    """The draws of `bootstrap`, one after another, with sums that are spelled out."""
+    rows = [[*map(float, row), 1.0, -1.0] for row in differences]
+    seeds, images = len(rows), len(rows[0])
+    mean = sum(map(sum, rows)) / (seeds * images)
+    of_seed = [sum(row) / images for row in rows]
+    of_image = [sum(row[i] for row in rows) / seeds for i in range(images)]
+    between_seeds = images * sum((m - mean) ** 2 for m in of_seed) / max(seeds - 1, 1)
+    between_images = seeds * sum((m - mean) ** 2 for m in of_image) / (images - 1)
+    rest = sum((rows[s][i] - of_seed[s] - of_image[i] + mean) ** 2 for s in range(seeds) for i in range(images)) / max(
+        (seeds - 1) * (images - 1), 1
+    )
+    shrunk = sqrt(max(1 - rest / between_images, 0)) if seeds > 1 else 1.0
+    share = between_seeds / (between_seeds + max(between_images - rest, 0)) if seeds > 1 and between_seeds else 0.0
+    found = []
+    for _ in range(draws):
+        drawn = statistics.fmean(of_image[i] for i in rng.integers(images, size=images)) - mean
+        t = 0.0
+        if share:
+            freedom = (seeds - 1) / sqrt(share)
+            t = rng.normal() / sqrt(rng.chisquare(freedom) / freedom)
+        found.append(mean + shrunk * drawn + t * sqrt(between_seeds / (seeds * images)))
+    return np.quantile(found, [0.025, 0.975])
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_the_interval_is_that_of_a_loop(rng, seeds):
+    differences, _ = verdicts(rng, seeds, 60, of_seed=0.1, of_image=0.4, noise=0.4)
+    expected = by_hand(differences, 20_000, rng)
+    found = bootstrap(differences, seed=int(rng.integers(2**32)), draws=200_000)
+    # A quantile of 20,000 draws is off by 1 % of the width (t with few degrees of freedom: 2 %) at one standard error.
+    np.testing.assert_allclose(found, expected.clip(-1, 1), rtol=0, atol=0.08 * np.diff(expected)[0])
+
+
+def test_what_seeds_and_images_do_not_share_counts_once(rng):
+    """Where all seeds have one mean, what is left to the images is what exceeds the rest."""
+    row = rng.permuted(np.repeat([1.0, -1.0, 0.0], [12, 6, 42]))
+    differences = rng.permuted(np.tile(row, (3, 1)), axis=1)
+    expected = by_hand(differences, 20_000, rng)
+    found = bootstrap(differences, seed=int(rng.integers(2**32)), draws=200_000)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.05 * np.diff(expected)[0] + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "spreads",
+    [
+        {"of_seed": 0.0, "of_image": 0.0, "noise": 0.3},
+        {"of_seed": 0.02, "of_image": 0.3, "noise": 0.1},
+        {"of_seed": 0.1, "of_image": 0.1, "noise": 0.3},
+    ],
+    ids=["rest", "images", "seeds"],
+)
+def test_95_of_100_intervals_have_the_mean(rng, spreads):
+    count, hits = 400, 0
+    for _ in range(count):
+        differences, mean = verdicts(rng, 3, 512, **spreads)
+        low, high = bootstrap(differences, seed=int(rng.integers(2**32)), draws=2000)
+        hits += low <= mean <= high
+    noise = 4 * sqrt(0.95 * 0.05 / count)  # 4 standard errors
+    assert 0.93 - noise <= hits / count <= 0.97 + noise
+
+
+def test_an_interval_is_that_of_its_row_alone(rng):
+    records = [
+        studied.record_of(rng, attack=attack, seed=seed, method=method)
+        for method in ("full", "linear")
+        for attack in ("fgsm", "pgd")
+        for seed in range(3)
+    ]
+    first, _ = compare(map(result_of, records))
+    second, _ = compare(map(result_of, reversed(records[:6])))
+    found = {each.judge: (each.low, each.high) for each in first if each.row.method == "full"}
+    assert found == {each.judge: (each.low, each.high) for each in second}
+
+
+def test_no_difference_anywhere_is_no_certainty():
+    low, high = bootstrap(np.zeros((3, 512)), seed=0)
+    assert -0.01 < low < 0 < high < 0.01  # by the rule of three, up to 3 / 512 may differ unseen
+
+
+def test_the_t_interval_is_student_s(rng):
+    means = rng.normal(size=6) / 100
+    expected = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(t_interval(means), (expected.low, expected.high))
+
+
+# ---------------------------------------------------------------------- pairs
+
+
+def test_differences_are_those_of_pairs(rng):
+    cells = [studied.record_of(rng, attack=a, seed=s) for a in ("none", "fgsm", "pgd") for s in (0, 1, 2, 7)]
+    del cells[-1]  # seed 7 has no partner
+    found, refused = compare(map(result_of, cells))
+    assert refused == []
+    assert {each.attack for each in found} == {"fgsm"}
+    assert {each.judge for each in found} == set(studied.JUDGES)
+    said = {(c["cell"]["attack"], c["cell"]["seed"]): c["verdicts"] for c in cells}
+    for each in found:
+        assert each.seeds == (0, 1, 2)
+        pairs = [
+            [int(a) - int(b) for a, b in zip(said["fgsm", s][each.judge], said["pgd", s][each.judge], strict=True)]
+            for s in (0, 1, 2)
+        ]
+        assert each.verdicts.tolist() == pairs
+        assert each.mean == pytest.approx(sum(map(sum, pairs)) / (3 * 64))
+        assert each.low <= each.mean <= each.high
+
+
+def test_verdicts_of_different_images_are_no_pairs(rng):
+    same, other = (result_of(studied.record_of(rng, attack="pgd", labels=labels)) for labels in ("images", "others"))
+    mine = result_of(studied.record_of(rng))
+    paired([mine], [same], "pma")
+    with pytest.raises(ValueError, match="different images") as error:
+        paired([mine], [other], "pma")
+    assert mine.cell.id in str(error.value)
+    assert other.cell.id in str(error.value)
+    shorter = result_of(studied.record_of(rng, attack="pgd", images=63))
+    with pytest.raises(ValueError, match="different images"):
+        paired([mine], [shorter], "pma")
+    found, refused = compare([mine, other])
+    assert (found, len(refused)) == ([], 1)
+    # An image is one unit over the seeds: these must not be others either.
+    later = [result_of(studied.record_of(rng, attack=a, seed=1, labels="others")) for a in ("fgsm", "pgd")]
+    with pytest.raises(ValueError, match="different images"):
+        paired([mine, later[0]], [same, later[1]], "pma")
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"eps": 4.0}, {"method": "lora"}, {"model": "b"}, {"data": "c"}])
+def test_cells_that_differ_in_more_are_no_pairs(rng, change):
+    mine, other = result_of(studied.record_of(rng)), result_of(studied.record_of(rng, attack="pgd", **change))
+    with pytest.raises(ValueError, match="more than the training attack"):
+        paired([mine], [other], "pma")
+    assert compare([mine, other]) == ([], [])
+
+
+def test_verdicts_of_one_cell_are_of_the_same_images(rng):
+    record = studied.record_of(rng)
+    record["verdicts"]["pma"] += "1"
+    with pytest.raises(ValueError, match="not all of the same images"):
+        result_of(record)
+
+
+def test_an_average_is_over_the_methods_that_all_data_sets_have(rng):
+    common = [(data, method) for data in ("a", "b") for method in ("full", "lora", "scratch")]
+    cells = [("a", "linear"), *common, ("b", "bias")]
+    records = [
+        studied.record_of(rng, data=data, method=method, attack=attack, labels=data, seed=seed)
+        for data, method in cells
+        for attack in ("fgsm", "pgd")
+        for seed in range(2)
+    ]
+    differences, _ = compare(map(result_of, records))
+    means = {(each.row.data, each.row.method): each.mean for each in differences if each.judge == "pma"}
+    found = {each.methods: each for each in averages(differences) if each.judge == "pma"}
+    assert found.keys() == {("full",), ("lora",), ("linear",), ("bias",), ("scratch",), ("full", "lora")}
+    both = found["full", "lora"]
+    of_sets = [(means[data, "full"] + means[data, "lora"]) / 2 for data in ("a", "b")]
+    assert (both.data_sets, both.mean) == (2, pytest.approx(np.mean(of_sets)))
+    assert (both.low, both.high) == pytest.approx(t_interval(of_sets))
+    # Of one data set the interval is the row's.
+    (alone,) = (each for each in differences if each.row.method == "linear" and each.judge == "pma")
+    linear = found[("linear",)]
+    assert (linear.data_sets, linear.low, linear.high) == (1, alone.low, alone.high)
+
+
+def test_an_average_over_methods_of_one_data_set_is_over_the_seeds_that_all_have(rng):
+    cells = [("full", 0), ("full", 1), ("lora", 1), ("lora", 2)]
+    records = [studied.record_of(rng, method=m, seed=s, attack=a) for m, s in cells for a in ("fgsm", "pgd")]
+    differences, _ = compare(map(result_of, records))
+    of = {each.row.method: each.verdicts for each in differences if each.judge == "pma"}
+    found = {each.methods: each for each in averages(differences) if each.judge == "pma"}
+    both = (of["full"][1] + of["lora"][0]) / 2
+    assert found["full", "lora"].mean == pytest.approx(both.mean())
+    assert found["full", "lora"].low < both.mean() < found["full", "lora"].high
+    apart, _ = compare(map(result_of, records[:2] + records[4:6]))
+    assert {each.methods for each in averages(apart)} == {("full",), ("lora",)}
+
+
+# ---------------------------------------------------------------------- collapses
+
+
+def changed(epochs, **changes):
+    """Epochs whose fields are lists of values."""
+    return [each | {name: values[i] for name, values in changes.items()} for i, each in enumerate(epochs)]
+
+
+def test_a_collapse_is_a_fall_under_pgd_alone():
+    sound, fallen = studied.epochs_of(5), studied.epochs_of(5, collapse=3)
+    assert collapse(sound) is None
+    assert collapse(fallen) == 3
+    assert collapse(fallen, sound) == 3
+    # From the first epoch on: only what PGD does elsewhere, or the attack itself, shows it.
+    assert collapse(studied.epochs_of(5, collapse=0), sound) == 0
+    assert collapse(studied.epochs_of(5, collapse=0)) == 0
+    # As weak as PGD's run: at a large eps the attack is weak, and nothing fell.
+    weak = changed(sound, robust_accuracy=[0.1] * 5, probe_pgd=[0.12] * 5, probe_attack=[0.4] * 5)
+    assert collapse(weak, weak) is None
+    # It forgets: both fall.
+    forgets = changed(sound, robust_accuracy=[0.5, 0.5, 0.1, 0.1, 0.1], probe_pgd=[0.5, 0.5, 0.1, 0.1, 0.1])
+    forgets = changed(forgets, probe_attack=[0.55, 0.55, 0.12, 0.12, 0.12])
+    assert collapse(forgets, sound) is None
+    # It overfits as any training does: what falls are other images.
+    overfits = changed(sound, robust_accuracy=[0.5, 0.4, 0.3, 0.24, 0.2], probe_pgd=[0.6, 0.7, 0.8, 0.85, 0.9])
+    assert collapse(overfits, sound) is None
+    # Too little to tell from chance.
+    hopeless = changed(sound, robust_accuracy=[0.04, 0.01, 0.0, 0.0, 0.0], probe_pgd=[0.01] * 5)
+    assert collapse(hopeless, hopeless) is None
+
+
+def test_epochs_that_were_not_validated_do_not_tell():
+    epochs = studied.epochs_of(6, collapse=2)
+    for each in epochs[::2]:
+        each["robust_accuracy"] = None
+    assert collapse(epochs) == 3
+    for each in epochs:
+        del each["robust_accuracy"]
+    assert collapse(epochs) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("PGD probe", [0.3, 0.5, 0.31, 0.29], 3),
+        ("PGD probe", [0.2, 0.3, 0.4, 0.5], None),
+        ("gap", [0.1, 0.19, 0.21, 0.1], 2),
+        ("alignment", [0.5, 0.9, 0.46, 0.44], 3),
+        ("alignment", [None, 0.9, None, 0.44], 3),
+        ("abnormal share", [0.0, 0.11, 0.0, 0.0], 1),
+        ("SORA's cosine", [0.9, 0.2, 0.9, 0.9], 1),
+        ("the monitor's alarm", [None, None, "it fell", None], 2),
+        ("the monitor's alarm", [None] * 4, None),
+    ],
+)
+def test_a_detector_fires_where_its_rule_says(name, values, expected):
+    detector = DETECTORS[name]
+    epochs = [{"epoch": i, detector.field: value} for i, value in enumerate(values)]
+    assert detector.first(epochs) == expected
+
+
+def test_detectors_are_judged_by_runs_that_collapse_and_by_others(rng):
+    records = [
+        studied.record_of(rng, collapse=when, seed=seed, attack="fgsm") for seed, when in enumerate((3, 2, None, None))
+    ]
+    records += [studied.record_of(rng, seed=seed, attack=a) for seed in range(4) for a in ("pgd", "none")]
+    alarmed = next(each for each in records[2]["records"] if each.get("epoch") == 2)
+    alarmed["abnormal"] = 0.5
+    for each in records[1]["records"]:
+        each["alignment"] = 0.8 if "epoch" in each else None
+    found = courses(map(result_of, records))
+    assert {(each.result.cell.attack, each.result.cell.seed): each.collapse for each in found} == {
+        **{("fgsm", seed): when for seed, when in enumerate((3, 2, None, None))},
+        **{("pgd", seed): None for seed in range(4)},
+    }
+    of = {each.name: dataclasses.asdict(each) for each in scores(found)}
+    assert "SORA's cosine" not in of
+    counts = {
+        name: tuple(each[key] for key in ("found", "collapsed", "leads", "false", "sound")) for name, each in of.items()
+    }
+    assert counts["alignment"] == (1, 2, (1,), 0, 6)
+    assert counts["abnormal share"] == (2, 2, (0, 0), 1, 6)
+    assert counts["PGD probe"] == counts["gap"] == counts["the monitor's alarm"] == (2, 2, (0, 0), 0, 6)
+
+
+# ---------------------------------------------------------------------- time
+
+
+def test_times_are_ratios_to_the_same_row_on_the_same_machine(rng):
+    records = [studied.record_of(rng, seed=s, attack=a) for s in range(3) for a in ("none", "fgsm", "pgd")]
+    for each in records:
+        each["train_cpu_s"] = {"none": 2.0, "fgsm": 3.0, "pgd": 10.0}[each["cell"]["attack"]] * (
+            1 + each["cell"]["seed"]
+        )
+    records[1]["machine"] = records[1]["machine"] | {"threads": 2}  # FGSM's at seed 0
+    records[1]["train_cpu_s"] = 1.0
+    found = {each.attack: each for each in times(map(result_of, records))}
+    fgsm = found["fgsm"]
+    assert (fgsm.to_pgd, fgsm.to_none, fgsm.pairs) == (pytest.approx(0.3), pytest.approx(1.5), 2)
+    assert (fgsm.predicted_to_pgd, fgsm.predicted_to_none) == (pytest.approx(5 / 17), pytest.approx(5 / 3))
+    for each in records:
+        each["machine"] = each["machine"] | {"device": "a GPU"}  # where the processor waits
+    gpu = {each.attack: each for each in times(map(result_of, records))}["fgsm"]
+    assert gpu.to_pgd == pytest.approx(17 / 58)
+    assert times(map(result_of, records[1:2]))[0].to_pgd is None
+
+
+def test_a_row_is_all_but_attack_and_seed(rng):
+    record = studied.record_of(rng, classes="0-3", eps=4.0)
+    difference = compare([result_of(record), result_of(studied.record_of(rng, classes="0-3", eps=4.0, attack="pgd"))])
+    assert difference[0][0].row == Row("eurosat", "0-3", "robust-resnet", "full", 4.0)
