@@ -1,0 +1,100 @@
+"""What an epoch of adversarial training costs, counted in passes of the model: the field's cost model.
+
+F is a forward pass of an image, Bx a backward pass to its pixels with the parameters frozen, B a backward pass to all
+parameters. Standard training is F + B, FGSM (F + Bx) + (F + B), PGD-K K (F + Bx) + (F + B): Wong et al. 2020
+(arXiv 2001.03994, section 1) and Shafahi et al. 2019 (arXiv 1904.12843, section 3) count so.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastadv.training.settings import checked
+
+
+class Passes(NamedTuple):
+    """Passes of one image in one epoch."""
+
+    forward: float
+    to_pixels: float
+    to_parameters: float
+
+    @property
+    def total(self) -> float:
+        """In forward passes, with Bx = F and B = 2 F: a convolution's or a matrix product's."""
+        return self.forward + self.to_pixels + 2 * self.to_parameters
+
+    def __add__(self, other: tuple) -> "Passes":
+        return Passes(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, factor: float) -> "Passes":
+        return Passes(*(factor * each for each in self))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """gradients: passes forward and back to the pixels before the update; updated: images that go through the update
+    for each image of the batch; to_pixels: whether the update's backward pass goes on to the pixels; twice: gradients
+    that are differentiated once more."""
+
+    gradients: int = 1
+    updated: int = 1
+    to_pixels: bool = False
+    twice: int = 0
+
+
+STEPS = {
+    "none": _Step(gradients=0),
+    "fgsm": _Step(),
+    "fgsm-rs": _Step(),
+    "nfgsm": _Step(),
+    "zerograd": _Step(),
+    "pgd": _Step(gradients=7),
+    "stale": _Step(gradients=0, to_pixels=True),
+    "gradalign": _Step(twice=1),
+    "free": _Step(gradients=0, to_pixels=True),
+    "fgsm-pgi": _Step(updated=2),
+    "liet": _Step(updated=2),
+    "sora": _Step(to_pixels=True),
+}
+
+
+def passes(
+    attack: str | None, method: str = "full", *, steps: int | None = None, fresh: float = 0.0, clean: bool = False
+) -> Passes:
+    """The passes of one image in one epoch.
+
+    The update of a linear probe needs no backward pass through the backbone; that of every other method but "full"
+    goes back through all layers and computes next to no weight's gradient, which is a pass to the pixels. Where the
+    pixels' own gradient is asked of the update, it costs the layer that "full" has anyway, and a pass to the pixels of
+    a linear probe. A gradient that is differentiated once more (GradAlign) costs that gradient's two passes and twice
+    the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images.
+
+    Args:
+        attack: a key of STEPS; None means "none".
+        method: what trains, as in `Settings`.
+        steps: of "pgd"; None means 7.
+        fresh: the share of images, in [0, 1], that "stale" gives a fresh FGSM.
+        clean: whether clean images go through the update too, as with `clean_weight`.
+
+    Raises:
+        TypeError, ValueError: no such attack, or a number that is out of range or not the attack's.
+    """
+    name = "none" if attack is None else attack
+    if name not in STEPS:
+        raise ValueError(f"the cost of {name!r} is not known; there are {', '.join(STEPS)}")
+    step, share = STEPS[name], checked("fresh", fresh, float, least=0, most=1)
+    if steps is not None and name != "pgd":
+        raise ValueError(f"steps are of pgd, and the attack is {name}")
+    if share and name != "stale":
+        raise ValueError(f"fresh is a share of stale's images, and the attack is {name}")
+    count = step.gradients if steps is None else checked("steps", steps, int, least=1)
+    back = Passes(0, 0, 1) if method == "full" else Passes(0, 0 if method == "linear" else 1, 0)
+    update = Passes(1, 0, 0) + back
+    if step.to_pixels and method == "linear":
+        update += (0, 1, 0)
+    total = Passes(1, 1, 0).times(count + share) + update.times(step.updated + clean)
+    if step.twice:
+        # Its own two passes, then back through both of them; a head alone is reached through the second.
+        again = Passes(0, 1, 0) if method == "linear" else back.times(2)
+        total += Passes(1, 1, 0) + again
+    return total

@@ -1,0 +1,51 @@
+"""The cost model: passes of the model that are counted beside a run, and the ratios that the papers state."""
+
+import pytest
+
+from fastadv.training.cost import STEPS, passes
+
+
+@pytest.mark.parametrize(
+    ("attack", "method", "options", "expected"),
+    [
+        (None, "full", {}, (1, 0, 1)),
+        ("fgsm", "full", {}, (2, 1, 1)),
+        ("nfgsm", "lora", {}, (2, 2, 0)),
+        ("pgd", "full", {}, (8, 7, 1)),
+        ("pgd", "full", {"steps": 2}, (3, 2, 1)),
+        ("none", "linear", {}, (1, 0, 0)),
+        ("pgd", "linear", {}, (8, 7, 0)),
+        ("stale", "full", {}, (1, 0, 1)),
+        ("stale", "full", {"fresh": 0.25}, (1.25, 0.25, 1)),
+        ("stale", "linear", {}, (1, 1, 0)),
+        ("free", "full", {}, (1, 0, 1)),
+        ("fgsm-pgi", "full", {}, (3, 1, 2)),
+        ("fgsm", "full", {"clean": True}, (3, 1, 2)),
+        ("gradalign", "full", {}, (3, 2, 3)),
+    ],
+)
+def test_the_passes_of_a_method_by_hand(attack, method, options, expected):
+    assert passes(attack, method, **options) == expected
+
+
+def test_the_ratios_that_the_papers_state():
+    """PGD-7 costs 3.4 times FGSM, of a linear probe 5 times; FGSM 5/3 of standard training."""
+    full, linear = ({name: passes(name, method).total for name in STEPS} for method in ("full", "linear"))
+    assert full["pgd"] / full["fgsm"] == pytest.approx(3.4)
+    assert linear["pgd"] / linear["fgsm"] == pytest.approx(5.0)
+    assert full["fgsm"] / full["none"] == pytest.approx(5 / 3)
+    assert passes("stale", fresh=1).total == full["fgsm"]
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "words"),
+    [
+        ("fgms", {}, "'fgms' is not known; there are none, fgsm"),
+        ("fgsm", {"steps": 3}, "steps are of pgd"),
+        ("fgsm", {"fresh": 0.5}, "of stale's images"),
+        ("stale", {"fresh": 1.5}, "fresh must be at most 1"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(attack, options, words):
+    with pytest.raises(ValueError, match=words):
+        passes(attack, **options)
