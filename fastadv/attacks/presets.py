@@ -11,12 +11,14 @@ from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.square import Square
+from fastadv.attacks.zerograd import ZeroGrad
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
 PRESETS = {
     "fgsm": (FGSM, lambda eps: {}),
     "fgsm-rs": (FGSM, lambda eps: {"alpha": 1.25 * eps, "noise": eps}),
     "nfgsm": (NFGSM, lambda eps: {}),
+    "zerograd": (ZeroGrad, lambda eps: {}),
     "pgd": (PGD, lambda eps: {"alpha": eps / 4, "steps": 7}),
     "pgd-10": (PGD, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "pgd-20": (PGD, lambda eps: {"alpha": eps / 4, "steps": 20}),

@@ -9,6 +9,7 @@ from torch import nn
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
+from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.run import Run
 from fastadv.training.settings import Settings, of_kind
 from fastadv.training.step import check_attack
@@ -37,9 +38,10 @@ class Trainer:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
         eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
-        attack: a name ("fgsm", "fgsm-rs", "nfgsm", "pgd"), an attack of fastadv on `model` (which then gets a seed per
-            image, from the run's seed, its number and the epoch), any callable from (images, labels) to images, or
-            None for training on clean images.
+        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd") or of a method in
+            `fastadv.training.fast` ("fgsm-pgi", "gradalign", "free", "liet", "sora"), which trains in one process; an
+            attack of fastadv on `model` (which then gets a seed per image, from the run's seed, its number and the
+            epoch), any callable from (images, labels) to images, or None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
             at a time has it.
@@ -81,6 +83,7 @@ class Trainer:
         check_eps(self.eps, "Linf")
         self.attack, self.eval_attack = attack, eval_attack
         self._check_attacks()
+        self.settings = self.settings.settled(FAST[attack].DEFAULTS if is_fast(attack) else {})
         self.folder = None if folder is None else Path(folder)
         self.resume, self.progress = of_kind("resume", resume, bool), of_kind("progress", progress, bool)
         self.measure_backbone = (
@@ -90,7 +93,9 @@ class Trainer:
 
     def _check_attacks(self) -> None:
         attack, changes = self.attack, {name: v for name, v in self.settings.attack.items() if v is not None}
-        if isinstance(attack, str):
+        if is_fast(attack):
+            attack = self._checked_method(attack, changes)
+        elif isinstance(attack, str):
             attack = by_name(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
@@ -102,6 +107,21 @@ class Trainer:
                 "chosen, and its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, "
                 "such as fgsm or pgd; evaluation takes L2 attacks"
             )
+
+    def _checked_method(self, name: str, changes: dict) -> Attack:
+        """What a monitor looks with, where the method `name` can heed all settings."""
+        method, s = fast_method(name, self.model, self.eps, changes), self.settings
+        for setting, why in method.REFUSES.items():
+            if getattr(s, setting):
+                raise ValueError(f"{setting} is not for {name}: {why}. Leave it out")
+        for stage in s.stages:
+            if stage.epochs < method.repeats:
+                raise ValueError(
+                    f"{name} learns from each batch {method.repeats} times, and passes the images epochs / "
+                    f"{method.repeats} times: {stage.epochs} epochs of {stage.method} are less than one pass. Take "
+                    f"{method.repeats} or more, or fewer repeats"
+                )
+        return method.attack
 
     def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[dict]:
         """Train on `train`, choose weights on `val`, evaluate them on `test`.

@@ -1,0 +1,69 @@
+"""FGSM-PGI: FGSM that starts from the perturbation that the epoch before left for the image."""
+
+from collections.abc import Mapping
+
+import torch
+
+from fastadv.attacks.noise import uniform
+from fastadv.attacks.rows import per_sample
+from fastadv.functional import pgd_step
+from fastadv.training.fast.base import FastMethod, gradient_at
+from fastadv.training.memory import SampleMemory
+
+AGAIN = 40  # epochs after which the perturbations begin again
+DECAY = 0.3  # of the momentum
+
+
+class FGSMPGI(FastMethod):
+    """FGSM from x + delta, where delta follows a momentum from epoch to epoch (prior-guided initialisation; the variant
+    with momentum, FGSM-MEP).
+
+    Jia et al. 2022 (arXiv 2207.08859). At x + delta, which need not be in the box, g is taken: the images
+    learnt from are P(x + C(delta + eps sign g)), m <- g / |g|_1 + .3 m, and the next epoch's delta is
+    C(delta + eps sign m), in the box. delta begins with eps times random signs and m with 0, again every 40 epochs. The
+    loss is cross-entropy with label smoothing .4 and, with gradients on both sides, weight times the mean squared
+    difference of the logits at x + delta and at the result. The norm is the sample's, where public code has the
+    batch's. For each image delta and m are kept, as floats, in memory or in three files of the run's folder.
+    """
+
+    OPTIONS = ("penalty",)
+    DEFAULTS: Mapping[str, float] = {"label_smoothing": 0.4}
+    WEIGHT = 10.0
+    compares = True
+
+    def __init__(self, model, eps, **options):
+        super().__init__(model, eps, **options)
+        self._memory: SampleMemory | None = None
+        self._epoch: int | None = None
+
+    def open(self, count, shape, dtype, folder, resume):
+        rows = (2, *shape)
+        self._memory = SampleMemory(folder, "fgsm-pgi", count, rows, _kept_as(dtype), resume=resume)
+
+    def begin(self, number, epoch, epochs):
+        if epoch != self._epoch:
+            self._memory.begin(epoch)
+            self._epoch = epoch
+
+    def attacked(self, images, labels, seeds, rows):
+        delta, momentum = self._memory.read(rows.cpu()).to(images.device).unbind(1)
+        if self._epoch % AGAIN == 0:
+            delta, momentum = self.eps * (uniform(images, seeds) - 0.5).sign(), torch.zeros_like(momentum)
+        start = images + delta.to(images.dtype)
+        gradient = gradient_at(self.attack, start, labels)
+        size = per_sample(gradient.abs().flatten(1).sum(1), gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+        momentum = gradient / size + DECAY * momentum
+        attacked, following = (pgd_step(start, g, images, alpha=self.eps, eps=self.eps) for g in (gradient, momentum))
+        self._memory.write(rows.cpu(), torch.stack((following - images, momentum), 1))
+        return attacked, start
+
+    def distances(self, logits, start):
+        """Squared, the mean over the classes."""
+        return self.weight * (logits - start).square().mean(1)
+
+    def flush(self):
+        self._memory.flush()
+
+
+def _kept_as(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
