@@ -107,26 +107,28 @@ class Step:
         """
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
-        method, start, beside = self.method, (), 0.0
+        method, start, beside = self.method, (), None
         if method is None:
             x_adv = self._attacked(images, labels, seeds)
         else:
             seeds = seeds_for(new_seed(images.device), images) if seeds is None else seeds
             x_adv, *start = method.attacked(to_float(images), labels, seeds, rows)
             beside = method.learn(labels, self._parameters, scale)
-            x_adv.requires_grad_(method.sees_gradient)
+        if sees := method is not None and method.sees_gradient:
+            x_adv.requires_grad_()
         clean = (to_float(images),) if self.clean_weight else ()
-        together = torch.cat((x_adv, *start, *clean)) if start or clean or x_adv.requires_grad else x_adv
+        # A copy of a leaf, for the model may write to its input.
+        together = torch.cat((x_adv, *start, *clean)) if start or clean or sees else x_adv
         with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
             loss, logits = self._losses(together, labels, scale)
             loss.backward()
-        if x_adv.requires_grad:
+        if sees:
             method.seen(x_adv.grad / scale)
         with torch.no_grad():
             logits = logits.detach()[: len(labels)]
             right = (predicted(logits) == labels).sum()
             abnormal, looked = self._abnormal(logits, labels)
-            loss = loss.detach() + beside
+            loss = loss.detach() if beside is None else loss.detach() + beside
             return torch.stack([value.double() for value in (loss, right, abnormal, looked)])
 
     def norm(self) -> torch.Tensor:

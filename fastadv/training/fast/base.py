@@ -14,8 +14,9 @@ from fastadv.attacks.state import frozen
 class FastMethod:
     """A method of training, for a `Step` in the place of its attack; a subclass is one of the table `FAST`.
 
-    An update calls `begin`, for each part of its batch `attacked`, `learn`, `distances` and `seen`, then `end`. What `state`
-    gives, and what `open` found in the folder, is all that an update depends on beside weights, images and seeds.
+    An update calls `begin`, for each part of its batch `attacked`, `learn`, `distances` and `seen`, then `end`. What
+    `state` gives, and what `open` found in the folder, is all that an update depends on beside weights, images and
+    seeds.
 
     Args:
         model: from images in [0, 1] to logits.

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 
 from fastadv.attacks.noise import uniform, uniform_per_sample
+from fastadv.attacks.objective import find_logits
 from fastadv.attacks.rows import per_sample, seeds_for
+from fastadv.attacks.state import frozen
 from fastadv.functional import fgsm_step, pgd_step
 from fastadv.training.fast.base import FastMethod, gradient_at
 
@@ -34,11 +36,11 @@ class LIET(FastMethod):
         super().__init__(model, eps, **options)
         self._signs: torch.Tensor | None = None  # (classes, ...), those of the gradients
         self._due = True
-        self._now = torch.tensor(0.0)  # a tensor, so that a compiled update is none the wiser
+        self._now = torch.zeros((), dtype=torch.float64)  # a tensor, so that a compiled update is none the wiser
 
     def begin(self, number, epoch, epochs):
         self._due = number % EVERY == 0
-        self._now = torch.tensor(self.weight * (epoch + 1) / epochs)
+        self._now.fill_(self.weight * (epoch + 1) / epochs)
 
     def attacked(self, images, labels, seeds, rows):
         if self._due:
@@ -57,9 +59,11 @@ class LIET(FastMethod):
 
     def _looked(self, images: torch.Tensor) -> torch.Tensor:
         """Signs of the classes' gradients at a grey picture, no more pictures at a time than there are `images`."""
-        grey = torch.full_like(images[:1], 0.5)
-        classes = torch.arange(self.attack.objective.logits(grey).shape[1], device=images.device)
-        parts = [gradient_at(self.attack, grey.expand(len(c), *grey.shape[1:]), c) for c in classes.split(len(images))]
+        grey = torch.full_like(images, 0.5)
+        with torch.no_grad(), frozen(self.model):
+            count = find_logits(self.model(grey[:1]), 1).shape[1]
+        classes = torch.arange(count, device=images.device)
+        parts = [gradient_at(self.attack, grey[: len(c)], c) for c in classes.split(len(images))]
         return torch.cat(parts).sign().to(images.dtype)
 
     def distances(self, logits, start):
