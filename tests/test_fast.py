@@ -416,6 +416,8 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         ("liet", {"steps": 2}, "the attack liet has no setting 'steps'"),
         (None, {"penalty": 1.0}, "penalty belong to an attack given by name"),
         ("sora", {"clean_weight": 0.1}, "clean_weight is not for sora: its step follows the gradient"),
+        ("free", {"eps_schedule": "linear"}, "eps_schedule is not for free: "),
+        ("sora", {"eps_schedule": "linear"}, "eps_schedule is not for sora: "),
         ("fgsm-pgi", {"augment": True}, "augment is not for fgsm-pgi: "),
         ("free", {"epochs": 3, "repeats": 4}, "learns from each batch 4 times"),
         ("free", {"epochs": 8, "repeats": 4, "head_start": 3}, "3 epochs of linear are less than one pass"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import get_args, get_origin
 
+from fastadv.training.budget import span
 from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
@@ -34,7 +35,11 @@ class Settings:
         None, "weight of what gradalign, fgsm-pgi and liet add to the loss (theirs if not given)", least=0
     )
     repeats: int | None = _of(None, "updates in a row of each batch of free (8 if not given)", least=1)
-    epochs: int = _of(20, "passes over the training images; of free so many times repeats", least=1)
+    eps_schedule: str = _of(
+        "constant",
+        "of the attack's budget: constant, linear (from 0 over all epochs), or hinge:0.25,0.75 (between two shares)",
+    )
+    epochs: int = _of(20, "passes over the training images; free makes epochs / repeats of them", least=1)
     batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
     accumulate: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
     lr: float = _of(1e-3, "peak learning rate", least=0)
@@ -75,6 +80,7 @@ class Settings:
             if value is not None or each.default is not None:
                 value = checked(each.name, value, _kind(each.type), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
+        span(self.eps_schedule)  # refuses what is none
         if self.head_start and self.method == "linear":
             raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
         if self.lora_targets is not None and self.method != "lora":

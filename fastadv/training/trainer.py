@@ -9,6 +9,7 @@ from torch import nn
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
+from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.run import Run
 from fastadv.training.settings import Settings, of_kind
@@ -100,6 +101,7 @@ class Trainer:
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
+        Budget(attack, self.settings.eps_schedule)  # refuses what it would not change
         check_attack("eval_attack", self.eval_attack)
         if isinstance(attack, Attack) and attack.norm != "Linf":
             raise ValueError(
@@ -112,7 +114,7 @@ class Trainer:
         """What a monitor looks with, where the method `name` can heed all settings."""
         method, s = fast_method(name, self.model, self.eps, changes), self.settings
         for setting, why in method.REFUSES.items():
-            if getattr(s, setting):
+            if getattr(s, setting) != getattr(Settings, setting):
                 raise ValueError(f"{setting} is not for {name}: {why}. Leave it out")
         for stage in s.stages:
             if stage.epochs < method.repeats:

@@ -35,7 +35,9 @@ class FastMethod:
 
     OPTIONS: tuple[str, ...] = ()  # settings of its own that it heeds
     DEFAULTS: Mapping[str, float] = {}  # of other settings, where they are not given
-    REFUSES: Mapping[str, str] = {}  # settings that it cannot heed, and why
+    REFUSES: Mapping[str, str] = {  # settings that it cannot heed, and why
+        "eps_schedule": "what it keeps from update to update is of one budget",
+    }
     WEIGHT: float | None = None
     REPEATS = 1
     compares = False  # whether the update sees the images at the start too, and `distances` adds to the loss

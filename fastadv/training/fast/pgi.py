@@ -28,7 +28,9 @@ class FGSMPGI(FastMethod):
 
     OPTIONS = ("penalty",)
     DEFAULTS: Mapping[str, float] = {"label_smoothing": 0.4}
-    REFUSES: Mapping[str, str] = {"augment": "what it keeps of an image is of the picture as it is stored"}
+    REFUSES: Mapping[str, str] = FastMethod.REFUSES | {
+        "augment": "what it keeps of an image is of the picture as it is stored"
+    }
     WEIGHT = 10.0
     compares = True
 

@@ -21,7 +21,9 @@ class SORA(FastMethod):
     """
 
     sees_gradient = True
-    REFUSES: Mapping[str, str] = {"clean_weight": "its step follows the gradient of the loss at the attacked images"}
+    REFUSES: Mapping[str, str] = FastMethod.REFUSES | {
+        "clean_weight": "its step follows the gradient of the loss at the attacked images"
+    }
 
     def __init__(self, model, eps, **options):
         super().__init__(model, eps, **options)
