@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+LONGEST = 8192  # pixels of a side; a file from elsewhere is not to ask for all memory
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -59,6 +60,11 @@ class Preprocessing:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; there are {', '.join(INTERPOLATIONS)}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be in (0, 1], got {self.crop}")
+        if max(self.size) / self.crop > LONGEST:
+            raise ValueError(
+                f"size {self.size} and crop {self.crop:g} mean pictures with a side of more than {LONGEST} pixels: the "
+                "settings are damaged"
+            )
 
     @property
     def covered(self) -> tuple[int, int]:

@@ -255,3 +255,19 @@ def test_a_file_that_is_no_model_is_a_line(tmp_path, capsys):
 def test_a_closed_stdout_is_no_fault(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     cli.main(["info"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--attacks", "pgd-10, nosuch"), "unknown attack 'nosuch'"),
+        (("--slots", "0"), "slots must be at least 1"),
+        (("--limit", "0"), "--limit must be at least 1"),
+    ],
+)
+def test_evaluate_refuses_what_cannot_be_before_it_reads_the_data(tmp_path, monkeypatch, capsys, words, message):
+    models.save(models.source("mlp").build(("0", "1"), (1, 8, 8)), tmp_path / "model.safetensors")
+    monkeypatch.setattr(data, "held_out", lambda *_, **__: pytest.fail("it was read"))
+    given = ("--model", tmp_path / "model.safetensors", "--data", "digits", "--out", tmp_path / "out")
+    assert message in failed(capsys, "evaluate", *given, *words)[1]
+    assert not (tmp_path / "out").exists()

@@ -228,6 +228,14 @@ def test_numbers_that_cannot_be_are_refused_before_anything_is_written(weights, 
     assert out.read_text() == "picture\nmine\n"
 
 
+def test_a_table_of_another_kind_is_refused(weights, tmp_path, capsys):
+    photos(tmp_path / "new", ["a.png"])
+    with pytest.raises(SystemExit, match="2"):
+        classified(weights, tmp_path / "p.xlsx", tmp_path / "new")
+    assert "must end in .csv or .json" in capsys.readouterr().err
+    assert not (tmp_path / "p.xlsx").exists()
+
+
 def test_links_in_a_circle_are_followed_once(weights, tmp_path):
     new = tmp_path / "new"
     images = photos(new, ["a/1.png", "a/b/2.png", "c/3.png"])

@@ -25,7 +25,8 @@ from fastadv.data.parquet import Columns
 from fastadv.data.splits import Split
 from fastadv.data.trained import MOST_OVERLAP
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.robustness import ATTACKS, ITERATES
+from fastadv.evaluation.opponents import opponents
+from fastadv.evaluation.robustness import ATTACKS, ITERATES, check_counts
 from fastadv.files import write_atomically
 from fastadv.report import write_curves
 
@@ -64,8 +65,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
+    check_counts(slots=arguments.slots)
     check_folder(arguments.out)
     model = load_model(arguments.model, arguments.trust_code)
+    attacks = [name.strip() for name in arguments.attacks.split(",")]
+    opponents(model.pixels, attacks, arguments.eps)  # refuses what is wrong before pictures are decoded
     split = model.trained_on[-1].split if model.trained_on else Split()
     chosen = data.held_out(
         arguments.data,
@@ -88,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = evaluate(
         model.pixels.to(arguments.device),
         (images, labels),
-        arguments.attacks.split(","),
+        attacks,
         eps=arguments.eps,
         ensemble=not arguments.independent,
         iterate=arguments.iterate,

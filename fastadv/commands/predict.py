@@ -18,7 +18,7 @@ from fastadv.attacks.objective import find_logits
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
 from fastadv.commands.arguments import add_device, add_trust, adder, load_model
-from fastadv.commands.tables import ENDINGS, table
+from fastadv.commands.tables import ENDINGS, table, table_file
 from fastadv.data import to_float
 from fastadv.data.decoding import cores
 from fastadv.data.pictures import CorruptPictureError, Picture, extensions
@@ -53,7 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders of them")
     add("--model", required=True, help="a checkpoint.safetensors")
     add_trust(parser)
-    add("--out", Path, help=f"file {' or '.join(ENDINGS)} (CSV to the terminal if not given)")
+    add("--out", table_file, help=f"file {' or '.join(ENDINGS)} (CSV to the terminal if not given)")
     add("--top-k", int, help="so many classes with their probabilities, the best first (each class's if not given)")
     add("--batch-size", int, BATCH, help="pictures that are decoded and classified at a time")
     add("--workers", int, help="threads that decode pictures (one for each core if not given)")

@@ -1,5 +1,6 @@
 """Predictions as a table, CSV or JSON, that can be read whatever pictures and classes are called."""
 
+import argparse
 import csv
 import json
 import math
@@ -15,6 +16,18 @@ ENDINGS = (".csv", ".json")
 Write = Callable[[str, Sequence[float] | None, int, str | None], None]
 
 
+def table_file(text: str) -> Path:
+    """A path for `table`.
+
+    Raises:
+        argparse.ArgumentTypeError: its ending is that of another kind of file.
+    """
+    path = Path(text)
+    if path.suffix and path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(f"{text} must end in {' or '.join(ENDINGS)}, to say which file it is to be")
+    return path
+
+
 @contextmanager
 def table(path: Path | None, classes: Sequence[str], top: int | None) -> Iterator[Write]:
     """A function that writes a row: `write(picture, probabilities, class, error)`.
@@ -27,7 +40,7 @@ def table(path: Path | None, classes: Sequence[str], top: int | None) -> Iterato
     Python has for the file, of which os.fsencode gives the bytes; in CSV it is text.
 
     Args:
-        path: a .json file, or any other for CSV; None: CSV to the terminal.
+        path: a .json file, else CSV; None: CSV to the terminal.
         top: how many classes; None: all in their order.
 
     Raises:

@@ -98,11 +98,16 @@ def _check_labels(name: str, labels: np.ndarray, count: int) -> None:
         hint = f"{key}[:, 0]" if labels.shape[1] == 1 else f"{key}.argmax(1)"
         raise ValueError(f"{name} must be of shape ({count},), got {labels.shape}: save {hint}")
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, got {labels.dtype}")
+        whole = labels.dtype.kind in "fb" and bool((labels == np.rint(labels)).all())
+        hint = f"{key}.astype(np.int64)" if whole else f"np.unique({key}, return_inverse=True)[1]"
+        raise ValueError(f"{name} must be integers, got {labels.dtype}: save {hint}")
     if labels.shape != (count,):
         raise ValueError(f"{name} must be of shape ({count},), one for each image, got {labels.shape}")
     if labels.min() < 0:
-        raise ValueError(f"{name} must not be negative, got {labels.min()}")
+        raise ValueError(
+            f"{name} must not be negative, got {labels.min()}: number the classes from 0, and leave out images without "
+            "a label"
+        )
 
 
 def _source(arrays: dict[str, np.ndarray]) -> Source:
