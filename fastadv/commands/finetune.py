@@ -32,6 +32,7 @@ from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.processes import of_first, one_run, processes, team_of
 from fastadv.training.settings import Settings
+from fastadv.training.stale import NAME
 from fastadv.version import __version__
 
 
@@ -43,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--model", default="robust-resnet", help=f"{', '.join(models.CHOICES)}, or a checkpoint.safetensors")
     add_trust(parser)
     add("--init", help="safetensors file with weights for the model; a head for other classes is replaced")
-    add("--attack", default="fgsm", choices=(*PRESETS, "none"))
+    add("--attack", default="fgsm", choices=(*PRESETS, NAME, "none"))
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
     _add_settings(add, parser)
     add("--out", Path, required=True, help="folder for model.safetensors, report.html, log.jsonl and the state")
@@ -52,7 +53,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(add, parser: argparse.ArgumentParser) -> None:
     """Every setting by its own name; lengths in units of 1/255."""
-    kinds = {"alpha": budget, "noise": budget, "steps": int, "clip": float, "lora_targets": _names}
+    kinds = {
+        "alpha": budget,
+        "noise": budget,
+        "steps": int,
+        "clip": float,
+        "refresh": int,
+        "price": float,
+        "lora_targets": _names,
+    }
     for field in dataclasses.fields(Settings):
         option, facts = "--" + field.name.replace("_", "-"), field.metadata
         if field.name == "seed":  # of the data too

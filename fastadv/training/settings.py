@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import get_args, get_origin
 
+from fastadv.training.costs import fgsm_price, stale_price
 from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
@@ -29,6 +30,17 @@ class Settings:
     alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
     noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
+    refresh: int | None = _of(
+        None,
+        "of stale: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod this is 0",
+        least=1,
+    )
+    price: float | None = _of(
+        None,
+        "of stale: so many images, those whose signs agree least, get a fresh FGSM that by the cost model a step takes "
+        "this times as long as one of standard training",
+        above=0,
+    )
     epochs: int = _of(20, "passes over the training images", least=1)
     batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
     accumulate: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
@@ -72,6 +84,24 @@ class Settings:
             raise ValueError(
                 f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
                 "leave probe as it is, or on_overfitting"
+            )
+
+        if self.price is not None:
+            self._check_price()
+
+    def _check_price(self) -> None:
+        if self.refresh is not None:
+            raise ValueError("refresh and price both say which images get a fresh FGSM: give one of them")
+        if self.head_start:
+            raise ValueError("price is that of one method, and head_start trains with two: leave one of them out")
+        copies = 2 if self.clean_weight else 1
+        least, most = (price(self.method, copies) for price in (stale_price, fgsm_price))
+        if not least <= self.price <= most:
+            beside = " and clean images beside the attacked ones" if self.clean_weight else ""
+            raise ValueError(
+                f"with the method {self.method}{beside} a step takes {least:.3g} times as long as a standard one where "
+                f"no image gets a fresh FGSM, and {most:.3g} times with the attack fgsm: price must be between these, "
+                f"got {self.price:g}"
             )
 
     @property

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
 from fastadv.evaluation.foreign import as_images
 from fastadv.training.settings import checked
+
+if TYPE_CHECKING:
+    from fastadv.training.stale import Part
 
 
 class Step:
@@ -76,6 +80,7 @@ class Step:
         *,
         scale: float | None = None,
         more: bool = False,
+        kept: "Part | None" = None,
     ) -> torch.Tensor:
         """Add the gradients of a batch to the parameters'.
 
@@ -85,6 +90,8 @@ class Step:
                 fastadv draws from torch's generator instead.
             scale: the loss is the sum over the batch times this; None means 1/N, a mean.
             more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
+            kept: what is known of these images from the last epoch: it attacks them, and learns the gradient at x_adv,
+                to which the update's own backward pass is carried on.
 
         Returns:
             (4,) on the images' device: the scaled loss; how many images were classified correctly after the attack;
@@ -92,13 +99,19 @@ class Step:
             sign of overfitting to the attack that costs nothing where attack and update run in the same mode.
         """
         self._norm = None
-        x_adv = self._attacked(images, labels, seeds)
+        x_adv = (
+            self._attacked(images, labels, seeds) if kept is None else kept.attacked(self.attack, images, labels, seeds)
+        )
+        learns = kept is not None and kept.learns
+        x_adv.requires_grad_(learns)
         clean = to_float(images) if self.clean_weight else None
         both = x_adv if clean is None else torch.cat((x_adv, clean))
         scale = 1 / len(labels) if scale is None else scale
         with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
             loss, logits = self._losses(both, labels, scale)
             loss.backward()
+        if learns:
+            kept.learn(x_adv.grad)
         with torch.no_grad():
             logits = logits.detach()[: len(labels)]
             right = (predicted(logits) == labels).sum()
