@@ -30,5 +30,6 @@ def fgsm_price(method: str, copies: int = 1) -> float:
 
 
 def fresh_share(price: float, method: str, copies: int = 1) -> float:
-    """How many of the images FGSM may attack, where kept signs serve for the others, so that a step costs `price`."""
-    return (price - stale_price(method, copies)) * standard(method) / ATTACK
+    """The share of the images that FGSM attacks, and kept signs serve for the others, so that a step costs `price`."""
+    share = (price - stale_price(method, copies)) * standard(method) / ATTACK
+    return min(max(share, 0.0), 1.0)

@@ -11,6 +11,8 @@ from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
 
+SHOWN = 0.005  # the last digit in which prices are told
+
 
 def _of(default, help: str, **limits):
     return field(default=default, metadata={"help": help, "limits": limits})
@@ -96,11 +98,11 @@ class Settings:
             raise ValueError("price is that of one method, and head_start trains with two: leave one of them out")
         copies = 2 if self.clean_weight else 1
         least, most = (price(self.method, copies) for price in (stale_price, fgsm_price))
-        if not least <= self.price <= most:
+        if not least - SHOWN <= self.price <= most + SHOWN:
             beside = " and clean images beside the attacked ones" if self.clean_weight else ""
             raise ValueError(
-                f"with the method {self.method}{beside} a step takes {least:.3g} times as long as a standard one where "
-                f"no image gets a fresh FGSM, and {most:.3g} times with the attack fgsm: price must be between these, "
+                f"with the method {self.method}{beside} a step takes {least:.2f} times as long as a standard one where "
+                f"no image gets a fresh FGSM, and {most:.2f} times with the attack fgsm: price must be between these, "
                 f"got {self.price:g}"
             )
 
