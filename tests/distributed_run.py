@@ -63,6 +63,8 @@ CASES = {
     "linear": (batch_norm, torch.float64, {"method": "linear", "optimizer": "sgd", "clean_weight": 0.3}),
     "head start": (batch_norm, torch.float64, {"method": "bias", "head_start": 2, "epochs": 3, "average": 0.9}),
     "unused": (with_a_token, torch.float64, {"method": "full", "accumulate": 2}),
+    "signs": (layer_norm, torch.float64, {"attack": "stale", "refresh": 4, "accumulate": 2}),
+    "signs by price": (batch_norm, torch.float64, {"attack": "stale", "price": 1.5, "method": "bias"}),
     "float32": (layer_norm, torch.float32, {"method": "full"}),
 }
 
@@ -101,7 +103,8 @@ def judged_images(model):
 
 def compare(folder):
     for name, case in CASES.items():
-        model, records, judged = train(*case)
+        shared = {"folder": folder / f"run-{name}"} if case[2].get("attack") == "stale" else {}
+        model, records, judged = train(*case, **shared)
         save(folder, name, {"weights": model.state_dict(), "records": records, "judged": judged})
     run.Monitor = OneSided
     options = {"folder": folder / "run", "checkpoint_s": 0.0 if RANK == 0 else 1e9}

@@ -1,9 +1,10 @@
 """A training run that is killed again and again: run by test_resume.py as a program, which forks its runs.
 
-    python killed_run.py FOLDER KILLS SEED
+    python killed_run.py FOLDER KILLS SEED [SETTINGS]
 
-Writes result.json to FOLDER. torch is imported once; each run is a fork that is killed with SIGKILL, at a random moment
-or inside a write: when a file is written and not renamed yet, or tensors lie there and their checkpoint does not.
+SETTINGS, as JSON, take the place of those in `train`. Writes result.json to FOLDER. torch is imported once; each run is
+a fork that is killed with SIGKILL, at a random moment or inside a write: when a file is written and not renamed yet, or
+tensors lie there and their checkpoint does not.
 """
 
 import json
@@ -38,16 +39,16 @@ def images(count, seed):
     return (255 * (0.4 * bright + 0.6 * noise)).to(torch.uint8), labels
 
 
-def train(folder, resume=True, checkpoint_s=0.0):
+def train(folder, resume=True, checkpoint_s=0.0, **changes):
     network = model()
     settings = {"attack": "fgsm-rs", "epochs": 4, "batch_size": 16, "lr": 1e-2, "augment": True, "average": 0.9}
-    settings |= {"head_start": 2, "probe": 32, "checkpoint_s": checkpoint_s, "progress": False, "warmup": 3}
+    settings |= {"head_start": 2, "probe": 32, "checkpoint_s": checkpoint_s, "progress": False, "warmup": 3, **changes}
     trainer = Trainer(network, 16 / 255, folder=folder, resume=resume, **settings)
     trainer.fit(images(96, 1), images(33, 2), images(33, 3))
     return network
 
 
-def fork(folder, before=lambda: None):
+def fork(folder, changes, before=lambda: None):
     """A run in a process of its own, which counts its steps in a file: its number."""
     number = os.fork()
     if number:
@@ -62,7 +63,7 @@ def fork(folder, before=lambda: None):
 
         Step.apply = counted
         before()
-        torch.save(train(folder / "run").state_dict(), folder / "weights.pt")
+        torch.save(train(folder / "run", **changes).state_dict(), folder / "weights.pt")
         os._exit(0)
     except BaseException as error:
         (folder / "error").write_text(repr(error))
@@ -90,19 +91,19 @@ def checkpoints(folder):
     return len(list((folder / "run" / "state").glob("*.json")))
 
 
-def main(folder, kills, seed):
+def main(folder, kills, seed, changes):
     chance = random.Random(seed)
     whole, cut = folder / "whole", folder / "cut"
     whole.mkdir(), cut.mkdir()
     began = time.perf_counter()
-    assert os.waitpid(fork(whole), 0)[1] == 0, (whole / "error").read_text()
+    assert os.waitpid(fork(whole, changes), 0)[1] == 0, (whole / "error").read_text()
     lasted = time.perf_counter() - began
 
     deaths = []
     while len(deaths) < kills:
         inside = len(deaths) >= kills - max(1, kills * 3 // 20)
         own = random.Random(chance.random())
-        number = fork(cut, (lambda own=own: die_inside_a_write(own)) if inside else lambda: None)
+        number = fork(cut, changes, (lambda own=own: die_inside_a_write(own)) if inside else lambda: None)
         if not inside:
             while 2 * len(deaths) + 1 >= kills and not checkpoints(cut):
                 time.sleep(0.01)
@@ -113,7 +114,7 @@ def main(folder, kills, seed):
         if os.WIFEXITED(status):
             break  # it came to its end, or failed
         deaths.append({"checkpoints": checkpoints(cut), "inside_a_write": inside, "steps": steps(cut)})
-    finished = (cut / "weights.pt").exists() or os.waitpid(fork(cut), 0)[1] == 0
+    finished = (cut / "weights.pt").exists() or os.waitpid(fork(cut, changes), 0)[1] == 0
     assert finished, (cut / "error").read_text()
     first, second = (torch.load(part / "weights.pt") for part in (whole, cut))
     logs = [[json.loads(line) for line in (part / "run" / "log.jsonl").open()] for part in (whole, cut)]
@@ -133,4 +134,4 @@ def without_seconds(value):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]) if sys.argv[4:] else {})

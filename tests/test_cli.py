@@ -142,6 +142,8 @@ SETTINGS = {
     "head_start": ("3", 3),
     "head_start_lr": ("0.5", 0.5),
     "rank": ("3", 3),
+    "refresh": ("4", 4),
+    "price": ("1.25", 1.25),
     "lora_alpha": ("7", 7.0),
     "lora_targets": ("a.b,c", ("a.b", "c")),
     "alpha": ("5/255", 5 / 255),

@@ -71,6 +71,8 @@ def test_two_processes_train_as_one_does(folder, case):
                 "pma_accuracy",
                 "probe_pgd",
                 "abnormal",
+                "fresh",
+                "agreement",
             ):
                 assert one.get(key) == pytest.approx(other.get(key), abs=1e-6), key
     assert sum("epoch" in record for record in records) == STEPS // 10

@@ -6,10 +6,12 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import killed_run
@@ -18,24 +20,68 @@ import torch
 
 from fastadv.training import Trainer, run
 from fastadv.training.checkpoints import FORMAT, Checkpoints
+from fastadv.training.memory import SampleMemory
 
 KILLS = 20
+STALE = {"attack": "stale", "price": 1.25, "head_start": 0, "epochs": 4}
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize(("kills", "settings"), [(KILLS, {}), (KILLS // 4, STALE)], ids=["fgsm-rs", "stale"])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, settings):
     seed = random.randrange(2**31)
-    program = [sys.executable, killed_run.__file__, tmp_path, str(KILLS), str(seed)]
+    program = [sys.executable, killed_run.__file__, tmp_path, kills, seed, json.dumps(settings)]
     subprocess.run([*map(str, program)], check=True)
     result = json.loads((tmp_path / "result.json").read_text())
     deaths = result["deaths"]
-    assert len(deaths) == KILLS, f"seed {seed}"
+    assert len(deaths) == kills, f"seed {seed}"
     assert result["same_bits"], f"seed {seed}"
     assert result["same_log"], f"seed {seed}"
-    assert sum(death["inside_a_write"] for death in deaths) == max(1, KILLS * 3 // 20)
-    assert 2 * sum(death["checkpoints"] > 0 for death in deaths) >= KILLS
+    assert sum(death["inside_a_write"] for death in deaths) == max(1, kills * 3 // 20)
+    assert 2 * sum(death["checkpoints"] > 0 for death in deaths) >= kills
     whole, cut = result["steps"]
     # With a checkpoint after each step a death costs the step under way, and one whose checkpoint was being written.
-    assert whole <= cut <= whole + 2 * KILLS, f"seed {seed}"
+    assert whole <= cut <= whole + 2 * kills, f"seed {seed}"
+
+
+@pytest.mark.parametrize("settings", [{"refresh": 3}, {"method": "bias", "head_start": 2, "epochs": 4}], ids=str)
+def test_signs_outlast_a_signal_and_a_damaged_checkpoint(tmp_path, settings, monkeypatch, terminating):
+    """Cut in the middle of an epoch, and the newest checkpoint damaged: the one before is of the epoch before."""
+    settings = {"attack": "stale", "head_start": 0, "epochs": 6, "checkpoint_s": 1e9} | settings
+    whole = killed_run.train(tmp_path / "whole", **settings)
+    taken, apply = [], killed_run.Step.apply
+
+    def counted(step):
+        apply(step)
+        taken.append(None)
+        if len(taken) == 21:  # the third of six batches in the fourth epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(killed_run.Step, "apply", counted)
+    with pytest.raises(Terminated):
+        killed_run.train(tmp_path / "cut", **settings)
+    for damaged in (False, True):
+        folder = tmp_path / f"cut-{damaged}"
+        shutil.copytree(tmp_path / "cut", folder)
+        if damaged:
+            newest = max((folder / "state").glob("*.json"))
+            newest.write_text(newest.read_text()[:-9])
+        with pytest.warns(UserWarning, match="Going on from the one before") if damaged else nullcontext():
+            resumed = killed_run.train(folder, **settings)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), name
+    assert len(taken) == 21 + 15 + 18
+    (tmp_path / "cut" / "state" / "signs.0").unlink()
+    with pytest.raises(FileNotFoundError, match=r"signs\.0 is missing or empty: the run cannot go on"):
+        killed_run.train(tmp_path / "cut", **settings)
+
+
+def test_signs_are_on_the_disk_before_the_checkpoint_that_needs_them(tmp_path, monkeypatch):
+    seen, flush, save = [], SampleMemory.flush, Checkpoints.save
+    monkeypatch.setattr(SampleMemory, "flush", lambda memory: (seen.append("signs"), flush(memory)))
+    monkeypatch.setattr(Checkpoints, "save", lambda *arguments: (seen.append("checkpoint"), save(*arguments)))
+    killed_run.train(tmp_path, attack="stale", head_start=0, epochs=2)
+    assert seen == ["checkpoint"] + ["signs", "signs", "checkpoint"] * (len(seen) // 3)
+    assert len(seen) > 36
 
 
 class Terminated(Exception):

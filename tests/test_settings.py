@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv import random_init, sample_seeds
+from fastadv.attacks import FGSM
 from fastadv.training import Monitor, Trainer, run
 from fastadv.training.monitor import Reading
 from fastadv.training.settings import Settings
@@ -369,8 +370,34 @@ def answers():
             assert found == pytest.approx([rate * factor for rate, factor in zip(cosine, rates, strict=False)])
 
 
+def fresh_images(**changes):
+    """How many images FGSM attacks in each epoch of the attack stale."""
+    seen, call = [], FGSM.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FGSM, "__call__", lambda self, x, y, **more: seen.append(len(y)) or call(self, x, y, **more))
+        finish = run.Run._finish_epoch
+        patch.setattr(run.Run, "_finish_epoch", lambda self, stage: seen.append(None) or finish(self, stage))
+        trained({"attack": "stale", "epochs": 3, **changes})
+    ends = [i for i, count in enumerate(seen) if count is None]
+    return [sum(seen[i + 1 : j]) for i, j in zip([-1, *ends], ends, strict=False)]
+
+
+def refresh():
+    """Image i where (i + epoch) mod K is 0, and all in the first epoch."""
+    for value, counts in ((None, [0, 0, 0]), (1, [24, 24, 24]), (3, [24, 8, 8]), (7, [24, 3, 3]), (99, [24, 0, 0])):
+        assert fresh_images(refresh=value) == counts
+
+
+def price():
+    """A step of full fine-tuning is 3 forward passes and FGSM 2 more, which gives the share of fresh images."""
+    for value, method, share in ((1.0, "full", 0), (1.25, "full", 0.375), (5 / 3, "full", 1), (1.5, "bias", 0.5)):
+        assert fresh_images(price=value, method=method) == [round(share * COUNT)] * 3
+    assert fresh_images(price=2.5, method="linear") == [COUNT // 4] * 3
+    assert fresh_images(price=2.25, clean_weight=0.5) == [9] * 3
+
+
 ELSEWHERE = {each.__name__: each for each in (augment, precision, compile, channels_last, eval_every, probe)}
-ELSEWHERE |= {"on_overfitting": answers, "switch_to": answers}
+ELSEWHERE |= {"refresh": refresh, "price": price, "on_overfitting": answers, "switch_to": answers}
 
 
 @pytest.mark.parametrize("field", ELSEWHERE)

@@ -33,6 +33,7 @@ from fastadv.training import Trainer
 from fastadv.training.fast import FAST
 from fastadv.training.processes import of_first, one_run, processes, team_of
 from fastadv.training.settings import Settings
+from fastadv.training.stale import NAME
 from fastadv.version import __version__
 
 
@@ -44,7 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--model", default="robust-resnet", help=f"{', '.join(models.CHOICES)}, or a checkpoint.safetensors")
     add_trust(parser)
     add("--init", help="safetensors file with weights for the model; a head for other classes is replaced")
-    add("--attack", default="fgsm", choices=(*PRESETS, *FAST, "none"))
+    add("--attack", default="fgsm", choices=(*PRESETS, NAME, *FAST, "none"))
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
     _add_settings(add, parser)
     add("--out", Path, required=True, help="folder for model.safetensors, report.html, log.jsonl and the state")
@@ -53,8 +54,20 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(add, parser: argparse.ArgumentParser) -> None:
     """Every setting by its own name; lengths in units of 1/255."""
-    kinds = {"alpha": budget, "noise": budget, "steps": int, "clip": float, "lora_targets": _names}
-    kinds |= dict.fromkeys(("quantile", "penalty", "label_smoothing", "average"), float) | {"repeats": int}
+    kinds = {
+        "alpha": budget,
+        "noise": budget,
+        "steps": int,
+        "clip": float,
+        "refresh": int,
+        "price": float,
+        "quantile": float,
+        "penalty": float,
+        "repeats": int,
+        "label_smoothing": float,
+        "average": float,
+        "lora_targets": _names,
+    }
     for field in dataclasses.fields(Settings):
         option, facts = "--" + field.name.replace("_", "-"), field.metadata
         if field.name == "seed":  # of the data too

@@ -5,7 +5,18 @@ from fastadv.training.backbone import backbone_robustness
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.settings import Settings
+from fastadv.training.signs import pack_signs, unpack_signs
 from fastadv.training.step import Step
 from fastadv.training.trainer import Trainer
 
-__all__ = ["Augment", "Monitor", "Settings", "Step", "Trainer", "backbone_robustness", "trainable"]
+__all__ = [
+    "Augment",
+    "Monitor",
+    "Settings",
+    "Step",
+    "Trainer",
+    "backbone_robustness",
+    "pack_signs",
+    "trainable",
+    "unpack_signs",
+]

@@ -1,7 +1,6 @@
 """Augmentation: the random crop and flip of the CIFAR recipes, on the images' own device."""
 
 import torch
-import torch.nn.functional as F
 
 from fastadv.ops.generator import as_int64
 from fastadv.training.settings import of_kind
@@ -42,20 +41,28 @@ class Augment:
             TypeError: seeds are not int64. ValueError: a wrong shape or device, or crop is not less than H and W.
         """
         self._check(images, seeds)
-        (count, _, height, width), device = images.shape, images.device
-        bits = _mixed(seeds)
+        crops = moved(images, *self.sources(seeds, *images.shape[2:]), torch.zeros_like(images))
+        return crops.contiguous(memory_format=_format(images))
+
+    def sources(self, seeds: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows (N, height) and columns (N, width) of the image given that those of the result are; beyond it 0s."""
+        top, left, flipped = self._drawn(seeds)
+        rows, columns = (torch.arange(length, device=seeds.device).expand(len(seeds), -1) for length in (height, width))
+        return rows + top, torch.where(flipped, width - 1 - columns, columns) + left
+
+    def targets(self, seeds: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse of `sources`: the rows and columns of the result that those of the image given are in."""
+        top, left, flipped = self._drawn(seeds)
+        rows, columns = (torch.arange(length, device=seeds.device).expand(len(seeds), -1) for length in (height, width))
+        return rows - top, torch.where(flipped, width - 1 - (columns - left), columns - left)
+
+    def _drawn(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """By how many rows and columns, and whether mirrored: (N, 1) each."""
+        bits = _mixed(seeds)[:, None]
         offsets = 2 * self.crop + 1
         # Of 31 bits each, so that no offset is likelier than another by more than one in 10^8.
         top, left = (bits & 0x7FFFFFFF) % offsets, ((bits >> 31) & 0x7FFFFFFF) % offsets
-        rows = torch.arange(height, device=device) + top[:, None]
-        columns = torch.arange(width, device=device).expand(count, width)
-        if self.flip:
-            columns = torch.where((bits < 0)[:, None], width - 1 - columns, columns)
-        columns = columns + left[:, None]
-        sample = torch.arange(count, device=device)[:, None, None]
-        padded = F.pad(images, (self.crop,) * 4)
-        channels_last = padded[sample, :, rows[:, :, None], columns[:, None, :]]
-        return channels_last.permute(0, 3, 1, 2).contiguous(memory_format=_format(images))
+        return top - self.crop, left - self.crop, (bits < 0) & self.flip
 
     def _check(self, images: torch.Tensor, seeds: torch.Tensor) -> None:
         if images.dim() != 4:
@@ -72,6 +79,16 @@ class Augment:
 
     def __repr__(self) -> str:
         return f"Augment(crop={self.crop}, flip={self.flip})"
+
+
+def moved(pictures: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, elsewhere: torch.Tensor) -> torch.Tensor:
+    """For each pixel the one of `pictures` (N, C, H, W) in these rows (N, H) and columns (N, W), as `Augment.sources`
+    and `Augment.targets` give them; where there is none, that of `elsewhere`, of the same shape."""
+    count, _, height, width = pictures.shape
+    within = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+    sample = torch.arange(count, device=pictures.device)[:, None, None]
+    return torch.where(within[:, None], pictures[sample, :, rows, columns].permute(0, 3, 1, 2), elsewhere)
 
 
 def _mixed(seeds: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ class SampleMemory:
         count: how many images there are.
         shape, dtype: of a row. Rows are zeros until they are written.
         resume: take the files that are there; else they begin with zeros.
+        first: the first epoch, which reads zeros.
         team: the processes of the run; all of them make it, and call `begin`, together.
 
     Raises:
@@ -50,6 +51,7 @@ class SampleMemory:
         dtype: torch.dtype,
         *,
         resume: bool = False,
+        first: int = 0,
         team: Team | None = None,
     ):
         self.team = team or Team()
@@ -64,13 +66,15 @@ class SampleMemory:
             facts = {"format": FORMAT, "rows": [count, *shape], "dtype": str(dtype), "bytes": size}
             paths = [Path(folder) / f"{name}.{number}" for number in range(FILES)]
             if not resume:
-                self.team.from_first(lambda: [_make(path, facts, first=path is paths[0]) for path in paths])
+                self.team.from_first(lambda: [_make(path, facts) for path in paths])
             self._files = self.team.by_all(lambda: [_File(path, facts) for path in paths])
             self._rows = [file.rows(dtype).view(count, *shape) for file in self._files]
             self._check_shared()
+            if not resume:
+                self.team.from_first(lambda: self._files[first % FILES].say(first))
 
     def begin(self, epoch: int) -> None:
-        """Read from now on what epoch `epoch - 1` wrote, zeros where `epoch` is 0, and write for `epoch + 1`.
+        """Read from now on what epoch `epoch - 1` wrote, and write for `epoch + 1`.
 
         Raises:
             ValueError: the file has the rows of another epoch.
@@ -160,12 +164,12 @@ class _File:
             raise ValueError(f"the header of {self.path} is damaged: {ELSEWHERE}") from error
 
 
-def _make(path: Path, facts: dict, first: bool) -> None:
+def _make(path: Path, facts: dict) -> None:
     """With every byte written: a full disk is told now, and not by a signal while the memory is written to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with open(path, "wb") as file:
-        file.write(_header(facts | {"epoch": 0 if first else None}))
+        file.write(_header(facts | {"epoch": None}))
         for start in range(0, facts["bytes"], CHUNK):
             file.write(bytes(min(CHUNK, facts["bytes"] - start)))
         file.flush()

@@ -45,6 +45,7 @@ from fastadv.training.processes import one_run, precision, processes, team_of
 from fastadv.training.replicas import replicated, share_weights
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
+from fastadv.training.stale import FRESH, NAME, Stale
 from fastadv.training.step import Step
 from fastadv.training.words import epoch_line
 
@@ -79,6 +80,7 @@ class Place:
     lr: float = 0.0
     lr_scale: float = 1.0
     switched: bool = False
+    signs_since: int = 0  # the epoch before which no signs were kept: where stale began, or began again
     stopped: bool = False
     best: list[float] | None = None  # what the best weights were chosen by
     best_epoch: int | None = None
@@ -126,6 +128,7 @@ class Run:
         self.interruption = Interruption()
         parts = self.steps * self.here.num_processes * self.settings.accumulate  # of an epoch
         self.passes = Passes(math.ceil(len(self.labels) / parts), self.autocast, self.layout, self.settings.compile)
+        self.signs: Stale | None = None
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
@@ -437,8 +440,9 @@ class Run:
                 self.tuning.load(chosen)
 
     def _begin(self, number: int, stage: Stage) -> None:
-        now = self.at.epoch
-        self.at = Place(stage=number, epoch=now, first_epoch=now, schedule_epoch=now, records=self.at.records)
+        now, since = self.at.epoch, self.at.epoch if self.at.switched else self.at.signs_since
+        again = {"epoch": now, "first_epoch": now, "schedule_epoch": now, "signs_since": since}
+        self.at = Place(stage=number, **again, records=self.at.records)
         counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
         self._record({"stage": number, "method": stage.method, **counts})
         logger.info("%s: %s of %s parameters train", stage.method, *(f"{count:,}" for count in counts.values()))
@@ -446,12 +450,13 @@ class Run:
     def _use(self, attack: str | Callable | None) -> None:
         """Train with this attack from now on."""
         s = self.settings
+        self.keeps_signs = attack == NAME
         if isinstance(attack, str):
             changes = {} if self.at.switched else s.attack
             if is_fast(attack):
                 attack = fast_method(attack, self.model, self.trainer.eps, changes, **self.passes.attack)
             else:
-                attack = self._named(attack, **changes)
+                attack = self._named(FRESH if self.keeps_signs else attack, **changes)
         learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
         learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
         self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
@@ -476,6 +481,7 @@ class Run:
     # ------------------------------------------------------------------ an epoch
 
     def _epoch(self, stage: Stage) -> None:
+        self._begin_signs()
         with self.interruption if self.checkpoints else nullcontext():
             asked = self._steps(stage)
             # Before the evaluation, which may take longer than the patience of who sends SIGTERM.
@@ -485,6 +491,18 @@ class Run:
         if asked:  # by a signal to another process of this run
             raise SystemExit(128 + signal.SIGTERM)
         self._finish_epoch(stage)
+
+    def _begin_signs(self) -> None:
+        """Have the signs of the last epoch at hand, where the attack keeps them: they outlast a stage."""
+        if not self.keeps_signs:
+            self.signs = None
+            return
+        if self.signs is None:
+            at, first = self.at, self.at.signs_since
+            folder = None if self.checkpoints is None else self.checkpoints.folder
+            files = {"folder": folder, "resume": at.epoch > first or at.batch > 0, "first": first, "team": self.team}
+            self.signs = Stale(self.settings, self.images.shape, self.augment, device=self.device, **files)
+        self.signs.begin(self.at.epoch)
 
     def _steps(self, stage: Stage) -> bool:
         """The steps that are left of an epoch; whether they were interrupted."""
@@ -507,6 +525,7 @@ class Run:
         record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
         record["train_s"] = at.train_s
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
+        free |= {} if self.signs is None else self._agreed(self.signs.facts())
         at.epoch, at.batch, at.train_s = at.epoch + 1, 0, 0.0
         at.loss_sum = at.right = at.abnormal = at.looked = 0.0
         done, every = at.epoch - at.first_epoch, self.settings.eval_every
@@ -589,17 +608,22 @@ class Run:
     def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
         images, labels = self._batch_of(part)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
-        return self.step.gradients(images, labels, seeds, rows=part, **options)
+        kept = None if self.signs is None else self.signs.part(part, self._moves(part))
+        return self.step.gradients(images, labels, seeds, rows=part, kept=kept, **options)
 
     def _batch_of(self, part: torch.Tensor) -> Batch:
         images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
         if self.layout is not None:
             images = images.contiguous(memory_format=self.layout)
         if self.augment is not None:
-            images = self.augment(
-                images, sample_seeds(self.settings.seed, part.to(self.device), self._pass() + AUGMENTING)
-            )
+            images = self.augment(images, self._moves(part))
         return images, labels
+
+    def _moves(self, part: torch.Tensor) -> torch.Tensor | None:
+        """The seeds of the augmentation, where there is one."""
+        if self.augment is None:
+            return None
+        return sample_seeds(self.settings.seed, part.to(self.device), self._pass() + AUGMENTING)
 
     def _statistics(self) -> torch.Tensor:
         """The largest magnitude in what a forward pass writes, such as batch-norm's statistics."""
@@ -757,6 +781,8 @@ class Run:
             self.step.method.flush()
 
         def save() -> None:
+            if self.signs is not None:  # before the checkpoint, which goes on with them
+                self.signs.flush()
             facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
             self.checkpoints.save(groups, facts)
             self.groups = dict.fromkeys(groups)

@@ -7,9 +7,12 @@ from numbers import Integral, Real
 from typing import get_args, get_origin
 
 from fastadv.training.budget import span
+from fastadv.training.cost import price
 from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
+
+SHOWN = 0.005  # the last digit in which prices are told
 
 
 def _of(default, help: str, **limits):
@@ -30,6 +33,17 @@ class Settings:
     alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
     noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
+    refresh: int | None = _of(
+        None,
+        "of stale: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod this is 0",
+        least=1,
+    )
+    price: float | None = _of(
+        None,
+        "of stale: so many images, those whose signs agree least, get a fresh FGSM that by the cost model a step takes "
+        "this times as long as one of standard training",
+        above=0,
+    )
     quantile: float | None = _of(None, "of zerograd's gradients, below it they are zeroed (0.35)", least=0, most=1)
     penalty: float | None = _of(
         None, "weight of what gradalign, fgsm-pgi and liet add to the loss (theirs if not given)", least=0
@@ -89,6 +103,24 @@ class Settings:
             raise ValueError(
                 f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
                 "leave probe as it is, or on_overfitting"
+            )
+
+        if self.price is not None:
+            self._check_price()
+
+    def _check_price(self) -> None:
+        if self.refresh is not None:
+            raise ValueError("refresh and price both say which images get a fresh FGSM: give one of them")
+        if self.head_start:
+            raise ValueError("price is that of one method, and head_start trains with two: leave one of them out")
+        clean = self.clean_weight > 0
+        least, most = (price(attack, self.method, clean=clean) for attack in ("stale", "fgsm"))
+        if not least - SHOWN <= self.price <= most + SHOWN:
+            beside = " and clean images beside the attacked ones" if self.clean_weight else ""
+            raise ValueError(
+                f"with the method {self.method}{beside} a step takes {least:.2f} times as long as a standard one where "
+                f"no image gets a fresh FGSM, and {most:.2f} times with the attack fgsm: price must be between these, "
+                f"got {self.price:g}"
             )
 
     @property

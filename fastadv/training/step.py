@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from fastadv.evaluation.foreign import as_images
 from fastadv.functional import new_seed
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.settings import checked
+
+if TYPE_CHECKING:
+    from fastadv.training.stale import Part
 
 
 class Step:
@@ -89,6 +93,7 @@ class Step:
         rows: torch.Tensor | None = None,
         scale: float | None = None,
         more: bool = False,
+        kept: "Part | None" = None,
     ) -> torch.Tensor:
         """Add the gradients of a batch to the parameters'.
 
@@ -99,6 +104,8 @@ class Step:
             rows: int64 (N,), the images' numbers, for a method that keeps something of each.
             scale: the loss is the sum over the batch times this; None means 1/N, a mean.
             more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
+            kept: what is known of these images from the last epoch: it attacks them, and learns the gradient at x_adv,
+                to which the update's own backward pass is carried on.
 
         Returns:
             (4,) on the images' device: the scaled loss; how many images were classified correctly after the attack;
@@ -108,13 +115,15 @@ class Step:
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
         method, start, beside = self.method, (), None
-        if method is None:
-            x_adv = self._attacked(images, labels, seeds)
+        if kept is not None:
+            x_adv, sees = kept.attacked(self.attack, images, labels, seeds), kept.learns
+        elif method is None:
+            x_adv, sees = self._attacked(images, labels, seeds), False
         else:
             seeds = seeds_for(new_seed(images.device), images) if seeds is None else seeds
             x_adv, *start = method.attacked(to_float(images), labels, seeds, rows)
-            beside = method.learn(labels, self._parameters, scale)
-        if sees := method is not None and method.sees_gradient:
+            beside, sees = method.learn(labels, self._parameters, scale), method.sees_gradient
+        if sees:
             x_adv.requires_grad_()
         clean = (to_float(images),) if self.clean_weight else ()
         # A copy of a leaf, for the model may write to its input.
@@ -122,7 +131,9 @@ class Step:
         with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
             loss, logits = self._losses(together, labels, scale)
             loss.backward()
-        if sees:
+        if sees and kept is not None:
+            kept.learn(x_adv.grad)
+        elif sees:
             method.seen(x_adv.grad / scale)
         with torch.no_grad():
             logits = logits.detach()[: len(labels)]

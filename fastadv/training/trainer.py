@@ -13,6 +13,7 @@ from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.run import Run
 from fastadv.training.settings import Settings, of_kind
+from fastadv.training.stale import FRESH, NAME
 from fastadv.training.step import check_attack
 
 
@@ -39,9 +40,10 @@ class Trainer:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
         eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
-        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd") or of a method in
-            `fastadv.training.fast` ("fgsm-pgi", "gradalign", "free", "liet", "sora"), which trains in one process; an
-            attack of fastadv on `model` (which then gets a seed per image, from the run's seed, its number and the
+        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd"); "stale", FGSM's step along the
+            signs that the last epoch's updates left, at about the price of standard training; or of a method in
+            `fastadv.training.fast` ("fgsm-pgi", "gradalign", "free", "liet", "sora"), which trains in one process. Or
+            an attack of fastadv on `model` (which then gets a seed per image, from the run's seed, its number and the
             epoch), any callable from (images, labels) to images, or None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
@@ -94,10 +96,12 @@ class Trainer:
 
     def _check_attacks(self) -> None:
         attack, changes = self.attack, {name: v for name, v in self.settings.attack.items() if v is not None}
+        self._check_stale(changes)
         if is_fast(attack):
             attack = self._checked_method(attack, changes)
         elif isinstance(attack, str):
-            attack = by_name(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
+            # Refuses what is wrong, now.
+            attack = by_name(FRESH if attack == NAME else attack, self.model, self.eps, **changes)
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
@@ -125,6 +129,26 @@ class Trainer:
                 )
         return method.attack
 
+    def _check_stale(self, changes: dict[str, float]) -> None:
+        s = self.settings
+        own = {name: v for name, v in (("refresh", s.refresh), ("price", s.price)) if v is not None}
+        if self.attack != NAME:
+            if own:
+                raise ValueError(f"{', '.join(own)} belong to the attack {NAME}, got the attack {self.attack!r}")
+            return
+        if unknown := changes.keys() - {"alpha"}:
+            raise ValueError(f"the attack {NAME} has no setting {', '.join(map(repr, sorted(unknown)))}")
+        if s.clean_weight == 1:
+            raise ValueError(
+                f"the attack {NAME} takes its signs from the loss on attacked images, and clean_weight=1 leaves these "
+                "out: take a smaller one"
+            )
+        if s.compile and own and s.refresh != 1:
+            raise ValueError(
+                f"{', '.join(own)} would save nothing with compile: FGSM attacks another number of images in each "
+                "batch, which are then filled up to the compiled one. Leave one of them out"
+            )
+
     def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[dict]:
         """Train on `train`, choose weights on `val`, evaluate them on `test`.
 
@@ -137,7 +161,9 @@ class Trainer:
             The records, dicts for `json.dump`. First, where measured, {"backbone": ...}. For each stage {"stage",
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
             training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
-            "action" where it acted, and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
+            "action" where it acted, with the attack stale "fresh" (share of the images that got a fresh FGSM) and
+            "agreement" (mean share of an image's pixels whose signs are those of the epoch before), and, when
+            evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
             {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy", "robust_accuracy",
             "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "confusion" (lists of [label, what the
             model says, images], "clean" and "attacked" by `eval_attack`), "eval_attack", "train_s"}, and where there
