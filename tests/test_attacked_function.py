@@ -576,3 +576,26 @@ def test_what_takes_images_alone_refuses_attacks_on_other_inputs():
         evaluate(model, (images, labels), [attack], progress=False)
     with pytest.raises(ValueError, match=r"clip=\(-1, 1\)"):
         Trainer(model, EPS, attack=attack, epochs=1).fit((images, labels))
+
+
+class Spoiling(torch.autograd.Function):
+    """The identity, whose way back writes into the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx, losses):
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.neg_().clone()
+
+
+def test_a_loss_that_writes_into_its_gradient_is_the_same_loss_in_every_step():
+    model, (x, y) = Net().double(), batch_of(6, torch.float64)
+
+    def spoiling(logits, labels):
+        return Spoiling.apply(F.cross_entropy(logits, labels, reduction="none"))
+
+    adv = PGD(model, 0.1, 0.02, steps=5, random_start=False, loss=spoiling)(x, y)
+    by_hand = PGD(model, 0.1, 0.02, steps=5, random_start=False, loss="ce", targeted=True)(x, y)
+    assert torch.equal(adv, by_hand)

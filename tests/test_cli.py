@@ -165,6 +165,7 @@ SETTINGS = {
     "channels_last": (None, True),
     "augment": (None, True),
     "eval_every": ("4", 4),
+    "eps_schedule": ("linear", "linear"),
     "probe": ("100", 100),
     "on_overfitting": ("stop", "stop"),
     "switch_to": ("nfgsm", "nfgsm"),

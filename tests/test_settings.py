@@ -53,17 +53,23 @@ def smoothed_losses(logits, labels, smoothing=0.0):
     return -(targets * (logits - logits.logsumexp(1, keepdim=True))).sum(1)
 
 
-def attacked(model, x, y, seeds, attack, alpha=None, noise=None, steps=None):
+def share_of_budget(schedule, share):
+    begin, end = {"constant": (-2, -1), "linear": (0, 1)}.get(schedule) or eval(schedule.removeprefix("hinge:"))
+    return min(1, max(0, (share - begin) / (end - begin)))
+
+
+def attacked(model, x, y, seeds, share, attack, alpha=None, noise=None, steps=None):
     if attack is None:
         return x
     steps = (steps or 7) if attack == "pgd" else 1
     alpha = alpha or {"fgsm": EPS, "fgsm-rs": 1.25 * EPS, "pgd": EPS / 4}[attack]
     noise = {"fgsm": 0.0, "fgsm-rs": noise or EPS, "pgd": EPS}[attack]
+    eps, alpha, noise = share * EPS, share * alpha, share * noise
     adv = random_init(x, noise, seed=seeds)
     for _ in range(steps):
         adv.requires_grad_()
         (grad,) = torch.autograd.grad(smoothed_losses(model(adv), y).sum(), adv)
-        adv = torch.min(torch.max(adv.detach() + alpha * grad.sign(), x - EPS), x + EPS).clamp(0, 1)
+        adv = torch.min(torch.max(adv.detach() + alpha * grad.sign(), x - eps), x + eps).clamp(0, 1)
     return adv
 
 
@@ -118,12 +124,14 @@ def by_hand(order, **s):
             epoch += step % steps == 0
             share = (step - s["warmup"]) / (epochs * steps - s["warmup"])
             factor = (step + 1) / s["warmup"] if step < s["warmup"] else (1 + math.cos(math.pi * share)) / 2
+            all_epochs = s["head_start"] + s["epochs"]
+            budget = share_of_budget(s["eps_schedule"], (epoch + step % steps / steps) / all_epochs)
             parts = [next(left) for _ in range(s["accumulate"])]
             for part in parts:
                 x, y, seeds = TRAIN[0][part], TRAIN[1][part], sample_seeds(s["seed"], part, epoch)
                 kept = copy.deepcopy(model.state_dict())
                 model.eval()
-                adv = attacked(lora, x, y, seeds, **attack)
+                adv = attacked(lora, x, y, seeds, budget, **attack)
                 model.load_state_dict(kept)
                 model.train(method == "full")
                 both = torch.cat((adv, x)) if s["clean_weight"] else adv
@@ -171,6 +179,10 @@ IN_THE_WEIGHTS = [
     ("alpha", 0.03, {"attack": "pgd"}),
     ("noise", 0.04, {"attack": "fgsm-rs"}),
     ("steps", 3, {"attack": "pgd"}),
+    ("eps_schedule", "linear", {"head_start": 1}),
+    ("eps_schedule", "hinge:0.1,0.7", {}),
+    ("eps_schedule", "hinge:0.5,1", {"attack": "pgd", "alpha": 0.03}),
+    ("eps_schedule", "linear", {"attack": "fgsm-rs", "noise": 0.04}),
     ("epochs", 3, {}),
     ("batch_size", 12, {}),
     ("accumulate", 3, {}),
@@ -212,6 +224,30 @@ def test_each_epoch_has_every_image_once_in_an_order_of_its_own(accumulate):
     assert len({tuple(row) for row in order.tolist()}) == 4
     assert torch.equal(order, epochs(batch_size=5))
     assert not torch.equal(order, epochs(seed=1))
+
+
+def test_monitor_and_evaluations_have_the_whole_budget_from_the_first_epoch_on():
+    def seen(schedule):
+        settings = {"eps_schedule": schedule, "lr": 0.0, "probe": COUNT, "epochs": 3, "attack": "pgd"}
+        _, _, records = trained(settings, (TRAIN, VAL))
+        names = ("probe_pgd", "probe_attack", "robust_accuracy", "train_accuracy")
+        return [tuple(record[name] for name in names) for record in records if "epoch" in record]
+
+    whole, growing = seen("constant"), seen("hinge:0.5,1")
+    assert [found[:3] for found in whole] == [found[:3] for found in growing]
+    assert growing[0][3] > whole[0][3]  # the first epoch's steps have none of it
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "hinge", "hinge:0.5", "hinge:0.7,0.3", "hinge:0,2", "linear:0,1", ""])
+def test_a_schedule_that_is_none_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"hinge:0.25,0.75"):
+        Trainer(network(), EPS, eps_schedule=schedule)
+
+
+@pytest.mark.parametrize("attack", [None, lambda x, y: x])
+def test_a_schedule_needs_an_attack_that_it_changes(attack):
+    with pytest.raises(ValueError, match="changes the budget of an attack of fastadv, and"):
+        Trainer(network(), EPS, attack=attack, eps_schedule="linear")
 
 
 # ---------------------------------------------------------------------- what shows elsewhere

@@ -116,7 +116,8 @@ class Engine:
         """One gradient and one step; the losses and logits of the iterate before the step."""
         attack, slots = self.attack, self.slots
         if attack.by_gradient:
-            grad, slots.losses, slots.logits = attack.objective.gradient(slots.input, attack.aim(slots))
+            gradient = attack.objective.gradient
+            grad, slots.losses, slots.logits = gradient(slots.input, attack.aim(slots), slots.scratch)
         else:
             if "seen" not in slots.scratch:
                 slots.scratch["seen"] = torch.empty_like(slots.input)

@@ -51,27 +51,42 @@ class Objective:
         self._highest = -1
         self._losses = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
-    def gradient(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
+    def gradient(
+        self, x: torch.Tensor, targets: torch.Tensor, scratch: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, object]:
         """(gradient of the summed loss, like x; losses (N,); the model's outputs, detached logits where there are any).
+
+        What is the same in every step with as many images lies in `scratch` from the first on, where that is given.
 
         Raises:
             TypeError: the outputs are no logits, or the losses not one float per sample.
             ValueError: there are fewer than two classes, or labels beyond them.
             RuntimeError: the outputs do not depend on x.
         """
-        grad, losses, logits = self._expected(lambda: self._climb(x, targets))
+        if self.eot == 1:
+            grad, losses, logits = self._climb(x, targets, scratch)
+        else:
+            grad, losses, logits = self._expected(lambda: self._climb(x, targets, scratch))
         if logits is not None:
             self.classes = logits.shape[1]
         if self.watch:
             self.watch, self.still = False, (grad == 0).flatten(1).all(1)
         return grad, losses, logits
 
-    def _climb(self, x, targets):
+    def _climb(self, x, targets, scratch):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, logits = self._of_leaf(leaf, targets)
-            grad = _gradient(losses, leaf)
+            grad = _gradient(losses, leaf, self._ones(losses, scratch))
         return grad, losses.detach(), logits
+
+    def _ones(self, losses, scratch):
+        """To weigh the losses with; a loss that is not ours may write there on its way back."""
+        if scratch is None or callable(self.loss):
+            return torch.ones_like(losses)
+        if "ones" not in scratch:
+            scratch["ones"] = torch.ones_like(losses)
+        return scratch["ones"]
 
     def _of_leaf(self, leaf, targets):
         """Losses and logits of the images, or of a copy where the model writes to its input."""
@@ -97,7 +112,7 @@ class Objective:
             logits = self._checked(raised(find_logits(self._outputs(leaf.clone()), len(x))))
             margins = (logits - logits.gather(1, labels[:, None])).unbind(1)
         for margin in margins:
-            yield _gradient(margin, leaf, retain_graph=True), margin.detach()
+            yield _gradient(margin, leaf, torch.ones_like(margin), retain_graph=True), margin.detach()
 
     def judge(
         self, x: torch.Tensor, targets: torch.Tensor, copy: torch.Tensor | None = None
@@ -161,7 +176,7 @@ class Objective:
             logits = raised(outputs).detach() if _are_logits(outputs, n) else None
         else:
             logits = self._checked(raised(find_logits(outputs, n)))
-            losses = LOSSES[self.loss](logits, targets)
+            losses = LOSSES[self.loss].of(logits, targets)
             logits = logits.detach()
         if self.targeted:
             losses = -losses
@@ -175,11 +190,10 @@ class Objective:
             return self.model(x)
 
 
-def _gradient(losses, leaf, retain_graph=False):
+def _gradient(losses, leaf, ones, retain_graph=False):
     """Of the sum of the losses, like the leaf."""
     grad = None
     if losses.requires_grad:
-        ones = torch.ones_like(losses)
         (grad,) = torch.autograd.grad(losses, leaf, ones, retain_graph=retain_graph, allow_unused=True)
     if grad is None:
         raise RuntimeError(

@@ -31,6 +31,7 @@ from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
 from fastadv.training.average import Average
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
+from fastadv.training.budget import CONSTANT, Budget
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
@@ -183,6 +184,11 @@ class Run:
             return part
         return Share.of(part[0], self.team), part[1]
 
+    @property
+    def _epochs(self) -> int:
+        """Of all stages."""
+        return sum(stage.epochs for stage in self.settings.stages)
+
     def _held_out(self, name: str, data: object) -> Batch | None:
         """None where there are no images."""
         pair = None if data is None else _pair(name, data, self.trainer.model)
@@ -241,10 +247,9 @@ class Run:
         return self.at.records
 
     def _bar(self):
-        epochs = sum(stage.epochs for stage in self.settings.stages)
         done = self.at.epoch * self.steps + self.at.batch
         hidden = None if self.trainer.progress and self.here.is_main_process else True  # None: shown on a terminal only
-        return require("tqdm").tqdm(total=epochs * self.steps, initial=done, unit="batch", disable=hidden)
+        return require("tqdm").tqdm(total=self._epochs * self.steps, initial=done, unit="batch", disable=hidden)
 
     def _open(self) -> Groups | None:
         """The tensors of the checkpoint to go on from, if there is one; `at` is then where it was."""
@@ -306,7 +311,8 @@ class Run:
         return run
 
     def _check_epochs(self, before: int) -> None:
-        """Where there are to be others than `before`, say whether a step so far would have had another learning rate.
+        """Where there are to be others than `before`, say whether a step so far would have had another learning rate,
+        or another budget.
 
         Raises:
             OtherRunError: there are more behind it already.
@@ -320,15 +326,16 @@ class Run:
                 f"the run in {self.trainer.folder} has {math.ceil(done / self.steps)} epochs behind it, more than the "
                 f"{s.epochs} that it is to have now: choose another folder"
             )
-        if at.switched or self._rates(done, before) != self._rates(done, s.epochs):
+        rates, then = (
+            [lr_factor(step, s.warmup, epochs * self.steps) for step in range(done)] for epochs in (before, s.epochs)
+        )
+        what = ["learning rate"] * (at.switched or rates != then) + ["budget"] * (done and s.eps_schedule != CONSTANT)
+        if what:
             warnings.warn(
-                f"the run was to have {before} epochs and goes on to {s.epochs}: the learning rate of its {done} steps "
-                f"so far fell toward the end of {before}, and the result is not that of {s.epochs} in one run",
+                f"the run was to have {before} epochs and goes on to {s.epochs}: the {' and the '.join(what)} of its "
+                f"{done} steps so far followed {before}, and the result is not that of {s.epochs} in one run",
                 stacklevel=5,
             )
-
-    def _rates(self, steps: int, epochs: int) -> list[float]:
-        return [lr_factor(step, self.settings.warmup, epochs * self.steps) for step in range(steps)]
 
     def _machine(self) -> dict:
         return {
@@ -441,18 +448,19 @@ class Run:
             attack = self._named(FRESH if self.keeps_signs else attack, **changes)
         learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
         learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
+        self.budget = Budget(attack, s.eps_schedule)
         self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
 
     def _named(self, name: str, **changes) -> Attack:
         return by_name(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
 
     def _new_monitor(self) -> Monitor | None:
-        if not self.settings.probe or self.step.attack is None:
+        if not self.settings.probe or self.budget.attack is None:
             return None
         chosen = self._order(PROBE)[: self.settings.probe]
         images, labels = self.images.to_all(chosen, self.device), self.labels[chosen].to(self.device)
         options = {"seed": self.settings.seed, **asdict(self.passes)}
-        return Monitor(self.model, images, labels, self.step.attack, self.trainer.eps, **options)
+        return Monitor(self.model, images, labels, self.budget.attack, self.trainer.eps, **options)
 
     # ------------------------------------------------------------------ an epoch
 
@@ -514,7 +522,7 @@ class Run:
             self._go_back(action)
         at.stopped = action == "stop"
         self._record(record)
-        self._say(epoch_line(at.records, sum(stage.epochs for stage in self.settings.stages)))
+        self._say(epoch_line(at.records, self._epochs))
         self._save()  # or what was just evaluated would be evaluated again
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
@@ -529,6 +537,7 @@ class Run:
         done = (at.epoch - at.schedule_epoch) * self.steps + at.batch
         total = (at.first_epoch + stage.epochs - at.schedule_epoch) * self.steps
         at.lr = stage.lr * at.lr_scale * lr_factor(done, self.settings.warmup, total)
+        self.step.attack = self.budget.at(at.epoch * self.steps + at.batch, self._epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = at.lr
         # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
@@ -687,7 +696,7 @@ class Run:
         elif action == "switch":
             self.at.switched, self.at.schedule_epoch = True, self.at.epoch
             self._use(self.settings.switch_to)
-            self.monitor.attack = self.step.attack
+            self.monitor.attack = self.budget.attack
 
     def _validate(self) -> dict:
         start = time.perf_counter()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import get_args, get_origin
 
+from fastadv.training.budget import span
 from fastadv.training.costs import fgsm_price, stale_price
 from fastadv.training.methods import METHODS
 
@@ -32,6 +33,10 @@ class Settings:
     alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
     noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
+    eps_schedule: str = _of(
+        "constant",
+        "of the attack's budget: constant, linear (from 0 over all epochs), or hinge:0.25,0.75 (between two shares)",
+    )
     refresh: int | None = _of(
         None,
         "of stale: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod this is 0",
@@ -78,6 +83,7 @@ class Settings:
             if value is not None or each.default is not None:
                 value = checked(each.name, value, _kind(each.type), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
+        span(self.eps_schedule)  # refuses what is none
         if self.head_start and self.method == "linear":
             raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
         if self.lora_targets is not None and self.method != "lora":
@@ -87,7 +93,6 @@ class Settings:
                 f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
                 "leave probe as it is, or on_overfitting"
             )
-
         if self.price is not None:
             self._check_price()
 

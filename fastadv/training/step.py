@@ -99,11 +99,10 @@ class Step:
             sign of overfitting to the attack that costs nothing where attack and update run in the same mode.
         """
         self._norm = None
-        x_adv = (
-            self._attacked(images, labels, seeds) if kept is None else kept.attacked(self.attack, images, labels, seeds)
-        )
+        x_adv = self._attacked(images, labels, seeds, kept)
         learns = kept is not None and kept.learns
-        x_adv.requires_grad_(learns)
+        if learns:
+            x_adv = x_adv.detach().requires_grad_()
         clean = to_float(images) if self.clean_weight else None
         both = x_adv if clean is None else torch.cat((x_adv, clean))
         scale = 1 / len(labels) if scale is None else scale
@@ -151,7 +150,9 @@ class Step:
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _attacked(self, images, labels, seeds):
+    def _attacked(self, images, labels, seeds, kept):
+        if kept is not None:
+            return kept.attacked(self.attack, images, labels, seeds)
         if isinstance(self.attack, Attack):
             return self.attack(images, labels, seed=seeds)
         images = to_float(images)

@@ -9,6 +9,7 @@ from torch import nn
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
+from fastadv.training.budget import Budget
 from fastadv.training.run import Run
 from fastadv.training.settings import Settings, of_kind
 from fastadv.training.stale import FRESH, NAME
@@ -99,6 +100,7 @@ class Trainer:
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
+        Budget(attack, self.settings.eps_schedule)  # refuses what it would not change
         check_attack("eval_attack", self.eval_attack)
         if isinstance(attack, Attack) and attack.norm != "Linf":
             raise ValueError(

@@ -1,0 +1,72 @@
+"""The budget over the steps of a run: how much of eps the training attack has."""
+
+import copy
+from collections.abc import Callable
+
+from fastadv.attacks import Attack
+
+CONSTANT = "constant"
+
+
+class Budget:
+    """The training attack, with a share of its budget that grows from 0 to 1.
+
+    The share at `step` of `total` is clip((step / total - begin) / (end - begin), 0, 1); eps, alpha and noise all have
+    it. Where it is 0 there is nothing to attack, and training is on clean images.
+
+    Args:
+        attack: with the whole budget.
+        schedule: "constant": the whole budget in every step; "linear": from 0 to 1 over all steps;
+            "hinge:BEGIN,END": over those between two shares of them, such as hinge:0.25,0.75.
+
+    Raises:
+        ValueError: there is no such schedule, or an attack that it would not change.
+    """
+
+    def __init__(self, attack: Callable | None, schedule: str = CONSTANT):
+        self.attack, self._span = attack, span(schedule)
+        if self._span is None:
+            return
+        if not isinstance(attack, Attack):
+            got = "training on clean images has none" if attack is None else f"{attack!r} has its own budget"
+            raise ValueError(f"eps_schedule={schedule!r} changes the budget of an attack of fastadv, and {got}")
+        self._scaled = copy.copy(attack)
+
+    def factor(self, step: int, total: int) -> float:
+        """The share of the budget at `step` of `total`, counted from 0."""
+        if self._span is None:
+            return 1.0
+        begin, end = self._span
+        return min(max((step / total - begin) / (end - begin), 0.0), 1.0)
+
+    def at(self, step: int, total: int) -> Callable | None:
+        """The attack of that step; None where it has no budget."""
+        factor = self.factor(step, total)
+        if factor in (0, 1):
+            return self.attack if factor else None
+        for name in ("eps", "alpha", "noise"):
+            whole = getattr(self.attack, name, None)  # None follows eps
+            if whole is not None:
+                setattr(self._scaled, name, factor * whole)
+        return self._scaled
+
+
+def span(schedule: str) -> tuple[float, float] | None:
+    """Between which shares of the steps the budget grows; None for a constant one.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    if schedule == CONSTANT:
+        return None
+    kind, _, numbers = schedule.partition(":")
+    try:
+        begin, end = (float(n) for n in (numbers.split(",") if kind == "hinge" else (0, 1)))
+    except ValueError:
+        begin = end = 0.0
+    if (kind == "linear" and numbers) or kind not in ("linear", "hinge") or not 0 <= begin < end <= 1:
+        raise ValueError(
+            f"unknown eps_schedule {schedule!r}: it is constant, linear, or hinge:BEGIN,END, shares of the steps with "
+            "0 <= BEGIN < END <= 1, such as hinge:0.25,0.75"
+        )
+    return begin, end
