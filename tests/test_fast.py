@@ -13,7 +13,7 @@ from fastadv import random_init, sample_seeds
 from fastadv.attacks import ZeroGrad
 from fastadv.attacks.noise import uniform, uniform_per_sample
 from fastadv.attacks.rows import seeds_for
-from fastadv.training import Trainer, run
+from fastadv.training import Augment, Trainer, run
 from fastadv.training.fast import FAST
 from fastadv.training.monitor import Reading
 from fastadv.training.step import Step
@@ -35,8 +35,8 @@ def data():
 def network():
     """Smooth, with batch-norm, so that it matters in which mode each pass runs."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(), nn.Linear(24, 8)]
-    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    layers = [nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Tanh(), nn.AdaptiveAvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
 
 
 def trained(data, attack, eps, **changes):
@@ -97,7 +97,7 @@ class ByHand:
 
 
 class GradAlignByHand(ByHand):
-    def loss(self, x, y, seeds, rows):
+    def loss(self, x, y, seeds, rows, where=None):
         g = gradient(self.model, x, y)
         there = gradient(self.model, random_init(x, self.eps, seed=seeds), y, create_graph=True)
         cosine = F.cosine_similarity(g.flatten(1), there.flatten(1), dim=1).mean()
@@ -112,13 +112,15 @@ class GradAlignByHand(ByHand):
 class FreeByHand(ByHand):
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.delta = torch.zeros(BATCH, 3, 4, 4, dtype=torch.float64)
+        self.delta = 0.0
 
     def before(self, step, epoch):
         self.used = []
 
-    def loss(self, x, y, seeds, rows):
+    def loss(self, x, y, seeds, rows, where=None):
         first = sum(len(adv) for adv in self.used)
+        if first == 0 and isinstance(self.delta, float):
+            self.delta = torch.zeros(BATCH, *x.shape[1:], dtype=torch.float64)
         adv = (x + self.delta[first : first + len(x)]).clamp(0, 1).requires_grad_()
         self.used.append(adv)
         return self.learnt(adv, y)
@@ -134,11 +136,12 @@ class LIETByHand(ByHand):
 
     def before(self, step, epoch):
         self.weight = (100 if self.penalty is None else self.penalty) * (epoch + 1) / EPOCHS
-        if step % 20 == 0:
-            grey = torch.full((CLASSES, 3, 4, 4), 0.5, dtype=torch.float64)
-            self.classes = self.eps * gradient(self.model, grey, torch.arange(CLASSES)).sign()
+        self.looks = step % 20 == 0
 
-    def loss(self, x, y, seeds, rows):
+    def loss(self, x, y, seeds, rows, where=None):
+        if self.looks:
+            grey = torch.full((CLASSES, *x.shape[1:]), 0.5, dtype=torch.float64)
+            self.classes, self.looks = self.eps * gradient(self.model, grey, torch.arange(CLASSES)).sign(), False
         wide = self.eps > 8.01 / 255
         draw = [seeds_for(seeds, x, k) for k in range(5)]
         start = torch.empty_like(x)
@@ -163,7 +166,7 @@ class SORAByHand(ByHand):
     def before(self, step, epoch):
         self.used = []
 
-    def loss(self, x, y, seeds, rows):
+    def loss(self, x, y, seeds, rows, where=None):
         start = random_init(x, self.eps, seed=seeds)
         g = gradient(self.model, start, y)
         longest = 2 * self.eps if self.v >= 1 else min(2 * self.eps, 0.02 / (1 - self.v))
@@ -189,17 +192,23 @@ class PGIByHand(ByHand):
         super().__init__(*arguments)
         self.kept = {}
 
-    def loss(self, x, y, seeds, rows):
+    def loss(self, x, y, seeds, rows, where=None):
         signs = (uniform(x, seeds) - 0.5).sign()
         adv, start = torch.empty_like(x), torch.empty_like(x)
         for i, row in enumerate(rows.tolist()):
-            delta, m = self.kept.get(row, (self.eps * signs[i], torch.zeros_like(x[i])))
+            kept = self.kept.get(row, (self.eps * signs[i], torch.zeros_like(x[i])))
+            # Of each pixel the stored one that it shows, from 1 on; 0 in the padding.
+            shown = torch.arange(1, x[i, 0].numel() + 1) if where is None else where[i, 0].flatten().long()
+            delta, m = (F.pad(t.flatten(1), (1, 0))[:, shown].reshape(x[i].shape) for t in kept)
             start[i] = x[i] + delta
             (g,) = gradient(self.model, start[i : i + 1], y[i : i + 1])
             m = g / g.abs().sum() + 0.3 * m
             adv[i] = (x[i] + (delta + self.eps * g.sign()).clamp(-self.eps, self.eps)).clamp(0, 1)
             following = (delta + self.eps * m.sign()).clamp(-self.eps, self.eps)
-            self.kept[row] = (x[i] + following).clamp(0, 1) - x[i], m
+            following = (x[i] + following).clamp(0, 1) - x[i]
+            for old, new in zip(kept, (following, m), strict=True):
+                old.view(3, -1)[:, shown[shown > 0] - 1] = new.flatten(1)[:, shown > 0]
+            self.kept[row] = kept
         logits, at_start = self.model(torch.cat((adv, start))).split(len(x))
         weight = 10 if self.penalty is None else self.penalty
         return smoothed(logits, y, self.smoothing).sum() + weight * ((logits - at_start) ** 2).sum() / CLASSES
@@ -208,7 +217,7 @@ class PGIByHand(ByHand):
 class ZeroGradByHand(ByHand):
     quantile = 0.35
 
-    def loss(self, x, y, seeds, rows):
+    def loss(self, x, y, seeds, rows, where=None):
         start = random_init(x, self.eps, seed=seeds)
         g = gradient(self.model, start, y)
         least = g.abs().flatten(1).quantile(self.quantile, dim=1)
@@ -226,7 +235,7 @@ BY_HAND = {
 }
 
 
-def by_hand(data, attack, eps, order, accumulate, penalty=None):
+def by_hand(data, attack, eps, order, accumulate, penalty=None, augment=None):
     model = network().train()
     method, left = BY_HAND[attack](model, eps, penalty), iter(order)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True)
@@ -236,8 +245,13 @@ def by_hand(data, attack, eps, order, accumulate, penalty=None):
         method.before(step, epoch)
         parts = [next(left) for _ in range(accumulate)]
         for part in parts:
-            x, y, seeds = data[0][part], data[1][part], sample_seeds(SEED, part, epoch)
-            (method.loss(x, y, seeds, part) / sum(map(len, parts))).backward()
+            x, y, seeds, where = data[0][part], data[1][part], sample_seeds(SEED, part, epoch), None
+            if augment is not None:
+                passed = step // (REPEATS if attack == "free" else 1) // math.ceil(COUNT / BATCH)
+                moves = sample_seeds(SEED, part, passed + run.AUGMENTING)
+                numbers = torch.arange(1.0, x[0, 0].numel() + 1).reshape(1, 1, *x.shape[2:])
+                x, where = augment(x, moves), augment(numbers.expand(len(x), -1, -1, -1), moves)
+            (method.loss(x, y, seeds, part, where) / sum(map(len, parts))).backward()
         method.after()
         optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / STEPS)) / 2
         optimizer.step()
@@ -257,6 +271,14 @@ def test_a_method_is_the_loop_by_hand(data, attack, eps, accumulate):
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-10)
     plain, _, _ = trained(data, "fgsm", eps, accumulate=accumulate)
     assert max((weights[name].double() - plain[name].double()).abs().max() for name in weights) > 1e-4
+
+
+@pytest.mark.parametrize("attack", BY_HAND)
+def test_with_crops_and_flips_it_is_the_loop_by_hand(data, attack):
+    larger = F.interpolate(data[0], 8, mode="bilinear"), data[1]
+    weights, order, _ = trained(larger, attack, 0.05, augment=True)
+    expected = by_hand(larger, attack, 0.05, order, 1, augment=Augment(crop=1))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("attack", ["gradalign", "liet", "fgsm-pgi"])
@@ -335,7 +357,7 @@ class Cut(Exception):
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(data, attack, checkpoint_s, tmp_path):
     """With a checkpoint after each step, and with those between epochs alone: then steps are taken again."""
-    options = {"checkpoint_s": checkpoint_s, "accumulate": 2, "augment": attack not in ("fgsm-pgi",), "epochs": 4}
+    options = {"checkpoint_s": checkpoint_s, "accumulate": 2, "augment": True, "epochs": 4}
     x = F.interpolate(data[0], 16), data[1]
     with pytest.MonkeyPatch.context() as patch:
         whole, _, records = on_large(x, attack, folder=tmp_path / "whole", **options)
@@ -418,7 +440,6 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         ("sora", {"clean_weight": 0.1}, "clean_weight is not for sora: its step follows the gradient"),
         ("free", {"eps_schedule": "linear"}, "eps_schedule is not for free: "),
         ("sora", {"eps_schedule": "linear"}, "eps_schedule is not for sora: "),
-        ("fgsm-pgi", {"augment": True}, "augment is not for fgsm-pgi: "),
         ("free", {"epochs": 3, "repeats": 4}, "learns from each batch 4 times"),
         ("free", {"epochs": 8, "repeats": 4, "head_start": 3}, "3 epochs of linear are less than one pass"),
     ],
@@ -434,7 +455,7 @@ def test_a_part_of_the_model_trains_and_no_other_bit_changes(data, attack, metho
     before = network().state_dict()
     weights, _, _ = trained(data, attack, 0.05, method=method)
     changed = {name for name, value in weights.items() if not torch.equal(value, before[name])}
-    head, others = {"6.weight", "6.bias"}, {"1.bias", "4.bias"} if method == "bias" else set()
+    head, others = {"7.weight", "7.bias"}, {"1.bias", "5.bias"} if method == "bias" else set()
     assert changed == head | others
 
 

@@ -157,7 +157,7 @@ def chance(rows, when):
     return torch.stack([torch.randint(2, (3, SIDE, SIDE), generator=g) for g in generators]).double() * 2 - 1
 
 
-def by_hand(model, data, order, fresh, augment=None, smoothing=0.0, alpha=EPS, method="full", seed=0):
+def by_hand(model, data, order, fresh, augment=None, smoothing=0.0, alpha=EPS, method="full", seed=0, hinge=False):
     """The run with signs, an image at a time; also the share of the signs that stayed, of each epoch.
 
     Args:
@@ -192,7 +192,8 @@ def by_hand(model, data, order, fresh, augment=None, smoothing=0.0, alpha=EPS, m
                 one = x[k : k + 1].clone().requires_grad_()
                 (gradient,) = torch.autograd.grad(F.cross_entropy(model(one), y[k : k + 1]), one)
                 signs[k] = gradient[0].sign()
-        x_adv = (x + alpha * signs).clamp(0, 1).requires_grad_()
+        share = 1.0 if not hinge else min(max((number / total - 0.2) / 0.4, 0), 1)
+        x_adv = (x + share * alpha * signs).clamp(0, 1).requires_grad_()
         model.train(method == "full")
         logits = model(x_adv)
         targets = (1 - smoothing) * F.one_hot(y, CLASSES).double() + smoothing / CLASSES
@@ -221,6 +222,7 @@ CASES = [
     ({"augment": True}, lambda i, epoch, last: False),
     ({"refresh": 3, "augment": True}, lambda i, epoch, last: epoch == 0 or (i + epoch) % 3 == 0),
     ({"refresh": 99, "label_smoothing": 0.2}, lambda i, epoch, last: epoch == 0),
+    ({"eps_schedule": "hinge:0.2,0.6", "refresh": 2}, lambda i, epoch, last: epoch == 0 or (i + epoch) % 2 == 0),
     ({"method": "linear", "alpha": 0.07, "refresh": 2}, lambda i, epoch, last: epoch == 0 or (i + epoch) % 2 == 0),
 ]
 
@@ -237,6 +239,7 @@ def test_a_run_is_the_loop_by_hand(monkeypatch, changes, fresh, dtype):
     records, order = trained(model, data, **changes)
     augment = Augment(SIDE // 8) if "augment" in changes else None
     options = {"smoothing": changes.get("label_smoothing", 0.0), "alpha": changes.get("alpha", EPS)}
+    options["hinge"] = "eps_schedule" in changes
     shares, picked = by_hand(twin, data, order, fresh, augment, method=changes.get("method", "full"), **options)
     close = {"rtol": 0, "atol": 1e-10 if dtype == torch.float64 else 3e-3}
     torch.testing.assert_close([p.detach().double() for p in model.parameters()], [*twin.parameters()], **close)
@@ -283,6 +286,7 @@ def test_a_fresh_attack_for_all_is_fgsm_to_the_bit(changes):
     for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(one, other)
     assert [r["loss"] for r in found[0]] == [r["loss"] for r in found[1]]
+    assert not any("agreement" in record for record in found[1])  # nothing is learnt that nobody will ask for
 
 
 def test_signs_equal_to_the_gradients_give_fgsms_bits():

@@ -465,7 +465,7 @@ class Run:
     def _open_method(self, number: int, resume: bool) -> None:
         folder = self.trainer.folder and self.trainer.folder / "memory" / str(number)
         shape, dtype = self.images.shape[1:], self.images.dtype
-        self.step.method.open(len(self.labels), shape, dtype, folder, resume)
+        self.step.method.open(len(self.labels), shape, dtype, augment=self.augment, folder=folder, resume=resume)
 
     def _named(self, name: str, **changes) -> Attack:
         return by_name(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
@@ -608,8 +608,9 @@ class Run:
     def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
         images, labels = self._batch_of(part)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
-        kept = None if self.signs is None else self.signs.part(part, self._moves(part))
-        return self.step.gradients(images, labels, seeds, rows=part, kept=kept, **options)
+        moves = self._moves(part)
+        kept = None if self.signs is None else self.signs.part(part, moves)
+        return self.step.gradients(images, labels, seeds, rows=part, moves=moves, kept=kept, **options)
 
     def _batch_of(self, part: torch.Tensor) -> Batch:
         images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)

@@ -33,6 +33,10 @@ class Settings:
     alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
     noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
+    eps_schedule: str = _of(
+        "constant",
+        "of the attack's budget: constant, linear (from 0 over all epochs), or hinge:0.25,0.75 (between two shares)",
+    )
     refresh: int | None = _of(
         None,
         "of stale: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod this is 0",
@@ -49,10 +53,6 @@ class Settings:
         None, "weight of what gradalign, fgsm-pgi and liet add to the loss (theirs if not given)", least=0
     )
     repeats: int | None = _of(None, "updates in a row of each batch of free (8 if not given)", least=1)
-    eps_schedule: str = _of(
-        "constant",
-        "of the attack's budget: constant, linear (from 0 over all epochs), or hinge:0.25,0.75 (between two shares)",
-    )
     epochs: int = _of(20, "passes over the training images; free makes epochs / repeats of them", least=1)
     batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
     accumulate: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
@@ -104,7 +104,6 @@ class Settings:
                 f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
                 "leave probe as it is, or on_overfitting"
             )
-
         if self.price is not None:
             self._check_price()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fastadv.attacks import Attack
+from fastadv.data import to_float
 from fastadv.functional import fgsm_step, random_init, sample_seeds
 from fastadv.team import Team
 from fastadv.training.augment import Augment, moved
@@ -137,9 +138,14 @@ class Part:
         self.before = stale.stored(rows) if self.learns else None
 
     def attacked(
-        self, attack: Attack, images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor | None
+        self, attack: Attack | None, images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """The images (n, C, H, W) after FGSM's step, along the gradient for those that are fresh, else the signs."""
+        """The images (n, C, H, W) after FGSM's step, along the gradient for those that are fresh, else the signs.
+
+        They stay as they are without an attack, where a schedule leaves no budget.
+        """
+        if attack is None:
+            return to_float(images)
         if len(self.fresh) == len(self.rows):
             return attack(images, labels, seed=seeds)
         x_adv = fgsm_step(images, self._directions(), attack.eps, alpha=attack.alpha)

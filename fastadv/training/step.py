@@ -91,6 +91,7 @@ class Step:
         seeds: torch.Tensor | None = None,
         *,
         rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
         scale: float | None = None,
         more: bool = False,
         kept: "Part | None" = None,
@@ -101,7 +102,8 @@ class Step:
             images: (N, C, H, W), floats in [0, 1] or uint8; labels: int64 (N,).
             seeds: int64 (N,), one for each image, of the attack's random start; a callable that is no attack of
                 fastadv draws from torch's generator instead.
-            rows: int64 (N,), the images' numbers, for a method that keeps something of each.
+            rows, moves: int64 (N,), the images' numbers and the seeds of their augmentation, for a method that keeps
+                something of each.
             scale: the loss is the sum over the batch times this; None means 1/N, a mean.
             more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
             kept: what is known of these images from the last epoch: it attacks them, and learns the gradient at x_adv,
@@ -115,16 +117,14 @@ class Step:
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
         method, start, beside = self.method, (), None
-        if kept is not None:
-            x_adv, sees = kept.attacked(self.attack, images, labels, seeds), kept.learns
-        elif method is None:
-            x_adv, sees = self._attacked(images, labels, seeds), False
+        if method is None:
+            x_adv, sees = self._attacked(images, labels, seeds, kept), kept is not None and kept.learns
         else:
             seeds = seeds_for(new_seed(images.device), images) if seeds is None else seeds
-            x_adv, *start = method.attacked(to_float(images), labels, seeds, rows)
+            x_adv, *start = method.attacked(to_float(images), labels, seeds, rows, moves)
             beside, sees = method.learn(labels, self._parameters, scale), method.sees_gradient
         if sees:
-            x_adv.requires_grad_()
+            x_adv = x_adv.detach().requires_grad_()
         clean = (to_float(images),) if self.clean_weight else ()
         # A copy of a leaf, for the model may write to its input.
         together = torch.cat((x_adv, *start, *clean)) if start or clean or sees else x_adv
@@ -177,7 +177,9 @@ class Step:
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _attacked(self, images, labels, seeds):
+    def _attacked(self, images, labels, seeds, kept):
+        if kept is not None:
+            return kept.attacked(self.attack, images, labels, seeds)
         if isinstance(self.attack, Attack):
             return self.attack(images, labels, seed=seeds)
         images = to_float(images)

@@ -9,6 +9,7 @@ from torch import nn
 from fastadv.attacks import FGSM, Attack
 from fastadv.attacks.checks import check_eps
 from fastadv.attacks.state import frozen
+from fastadv.training.augment import Augment
 
 
 class FastMethod:
@@ -56,21 +57,36 @@ class FastMethod:
         """The attack that a monitor looks with."""
         return FGSM(model, eps, **options)
 
-    def open(self, count: int, shape: Sequence[int], dtype: torch.dtype, folder: Path | None, resume: bool) -> None:
-        """Make what it keeps of each of `count` images (`shape`; floats of `dtype`), in files of `folder` if there is
-        one; with `resume` those that are there."""
+    def open(
+        self,
+        count: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        augment: Augment | None = None,
+        folder: Path | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Make what it keeps of each of `count` images, (C, H, W) of `dtype`, which `augment` changes: in files of
+        `folder` if there is one; with `resume` those that are there."""
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
         """Before an update: how many updates of the stage there were, which epoch of how many of the stage it is."""
 
     def attacked(
-        self, images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor, rows: torch.Tensor | None
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The images to learn from, new and detached, and where it `compares` those at the start, (N, ...) each.
 
         Args:
             images: (N, ...) floats in [0, 1]; labels: int64 (N,).
-            seeds: int64 (N,), one for each draw of a sample; rows: int64 (N,), the images' numbers, or None.
+            seeds: int64 (N,), of each sample's draws; rows: int64 (N,), the images' numbers; moves: int64 (N,), the
+                seeds of their augmentation, None without one.
         """
         raise NotImplementedError
 

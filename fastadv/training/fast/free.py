@@ -26,7 +26,7 @@ class Free(FastMethod):
     def begin(self, number, epoch, epochs):
         self._first = 0  # row of the batch
 
-    def attacked(self, images, labels, seeds, rows):
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
         part = slice(self._first, self._first + len(images))
         if self._delta is None:
             self._delta = torch.zeros_like(images)

@@ -29,7 +29,7 @@ class GradAlign(FastMethod):
         if self.weight is None:
             self.weight = math.exp(255 * eps * math.log(10) / 8 + math.log(0.02))
 
-    def attacked(self, images, labels, seeds, rows):
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
         self._gradient = gradient_at(self.attack, images, labels)
         self._start = random_init(images, self.eps, seed=seeds)
         return (fgsm_step(images, self._gradient, self.eps),)

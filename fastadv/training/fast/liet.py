@@ -42,7 +42,7 @@ class LIET(FastMethod):
         self._due = number % EVERY == 0
         self._now.fill_(self.weight * (epoch + 1) / epochs)
 
-    def attacked(self, images, labels, seeds, rows):
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
         if self._due:
             self._due, self._signs = False, self._looked(images)
         wide = 1 if self.eps <= SMALL else 2

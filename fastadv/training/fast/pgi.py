@@ -7,6 +7,7 @@ import torch
 from fastadv.attacks.noise import uniform
 from fastadv.attacks.rows import per_sample
 from fastadv.functional import pgd_step
+from fastadv.training.augment import Augment, moved
 from fastadv.training.fast.base import FastMethod, gradient_at
 from fastadv.training.memory import SampleMemory
 
@@ -23,42 +24,52 @@ class FGSMPGI(FastMethod):
     C(delta + eps sign m), in the box. delta begins with eps times random signs and m with 0, again every 40 epochs. The
     loss is cross-entropy with label smoothing .4 and, with gradients on both sides, weight times the mean squared
     difference of the logits at x + delta and at the result. The norm is the sample's, where public code has the
-    batch's. For each image delta and m are kept, as floats, in memory or in three files of the run's folder.
+    batch's. For each image delta and m are kept, as floats, in memory or in three files of the run's folder. They lie
+    in the frame of the stored picture: crops and flips take them along, the padding has zeros, and what was cropped off
+    keeps what it had.
     """
 
     OPTIONS = ("penalty",)
     DEFAULTS: Mapping[str, float] = {"label_smoothing": 0.4}
-    REFUSES: Mapping[str, str] = FastMethod.REFUSES | {
-        "augment": "what it keeps of an image is of the picture as it is stored"
-    }
     WEIGHT = 10.0
     compares = True
 
     def __init__(self, model, eps, **options):
         super().__init__(model, eps, **options)
         self._memory: SampleMemory | None = None
+        self._augment: Augment | None = None
         self._epoch: int | None = None
 
-    def open(self, count, shape, dtype, folder, resume):
-        rows = (2, *shape)
-        self._memory = SampleMemory(folder, "fgsm-pgi", count, rows, _kept_as(dtype), resume=resume)
+    def open(self, count, shape, dtype, *, augment=None, folder=None, resume=False):
+        self._augment = augment
+        self._memory = SampleMemory(folder, "fgsm-pgi", count, (2, *shape), _kept_as(dtype), resume=resume)
 
     def begin(self, number, epoch, epochs):
         if epoch != self._epoch:
             self._memory.begin(epoch)
             self._epoch = epoch
 
-    def attacked(self, images, labels, seeds, rows):
-        delta, momentum = self._memory.read(rows.cpu()).to(images.device).unbind(1)
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
+        kept = self._memory.read(rows.cpu()).to(images.device)
         if self._epoch % AGAIN == 0:
-            delta, momentum = self.eps * (uniform(images, seeds) - 0.5).sign(), torch.zeros_like(momentum)
+            kept = torch.stack((self.eps * (uniform(images, seeds) - 0.5).sign(), torch.zeros_like(images)), 1)
+        delta, momentum = self._moved(kept, moves, "sources", torch.zeros_like(kept)).unbind(1)
         start = images + delta.to(images.dtype)
         gradient = gradient_at(self.attack, start, labels)
         size = per_sample(gradient.abs().flatten(1).sum(1), gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
         momentum = gradient / size + DECAY * momentum
         attacked, following = (pgd_step(start, g, images, alpha=self.eps, eps=self.eps) for g in (gradient, momentum))
-        self._memory.write(rows.cpu(), torch.stack((following - images, momentum), 1))
+        after = torch.stack((following - images, momentum), 1)
+        self._memory.write(rows.cpu(), self._moved(after, moves, "targets", kept))
         return attacked, start
+
+    def _moved(self, pairs: torch.Tensor, moves: torch.Tensor | None, where: str, elsewhere: torch.Tensor):
+        """Both of each sample's (N, 2, C, H, W), in the frame of the images (sources) or the stored ones (targets)."""
+        if moves is None:
+            return pairs
+        rows, columns = getattr(self._augment, where)(moves, *pairs.shape[3:])
+        together = moved(pairs.flatten(1, 2), rows, columns, elsewhere.flatten(1, 2))
+        return together.unflatten(1, pairs.shape[1:3])
 
     def distances(self, logits, start):
         """Squared, the mean over the classes."""

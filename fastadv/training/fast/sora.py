@@ -35,7 +35,7 @@ class SORA(FastMethod):
     def begin(self, number, epoch, epochs):
         self._sum = self._count = 0
 
-    def attacked(self, images, labels, seeds, rows):
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
         if self._v is None:
             self._v = torch.full((), 0.99, dtype=torch.float64, device=images.device)
         start = random_init(images, self.eps, seed=seeds)
