@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv.attacks import APGD, APGDL2, BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
+from fastadv.attacks import APGD, APGDL2, BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, ZeroGrad
 
 EPS = 8 / 255
 L2_EPS = 0.5
@@ -18,6 +18,7 @@ ATTACKS = {
     "FGSM": lambda model, **o: FGSM(model, EPS, **o),
     "FFGSM": lambda model, **o: FFGSM(model, EPS, 1.25 * EPS, **o),
     "NFGSM": lambda model, **o: NFGSM(model, EPS, **o),
+    "ZeroGrad": lambda model, **o: ZeroGrad(model, EPS, **o),
     "PGD": lambda model, **o: PGD(model, EPS, EPS / 2, STEPS, **o),
     "BIM": lambda model, **o: BIM(model, EPS, EPS / 2, STEPS, **o),
     "MIFGSM": lambda model, **o: MIFGSM(model, EPS, EPS / 2, STEPS, **o),
@@ -26,10 +27,10 @@ ATTACKS = {
     "APGD": lambda model, **o: APGD(model, EPS, STEPS, **o),
     "APGDL2": lambda model, **o: APGDL2(model, L2_EPS, STEPS, **o),
 }
-RANDOM = ("FFGSM", "NFGSM", "PGD", "TPGD", "PGDL2", "APGD", "APGDL2")  # those that start at random
+RANDOM = ("FFGSM", "NFGSM", "ZeroGrad", "PGD", "TPGD", "PGDL2", "APGD", "APGDL2")  # those that start at random
 IN_L2 = ("PGDL2", "APGDL2")
 TO_CORNERS = ("APGD",)  # from whichever start it may reach the same corner of the ball
-SINGLE_STEP = ("FGSM", "FFGSM", "NFGSM")
+SINGLE_STEP = ("FGSM", "FFGSM", "NFGSM", "ZeroGrad")
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
 

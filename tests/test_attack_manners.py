@@ -280,7 +280,7 @@ def test_a_sample_that_breaks_in_one_step_takes_the_others(name):
         attack(images, labels, seed=seeds)
 
 
-SINGLE = ("FGSM", "FFGSM", "NFGSM", "MIFGSM", "APGD", "APGDL2")  # the last three go on along their momentum
+SINGLE = ("FGSM", "FFGSM", "NFGSM", "ZeroGrad", "MIFGSM", "APGD", "APGDL2")  # the last three go on along their momentum
 
 
 def test_padding_is_not_counted(monkeypatch):

@@ -419,6 +419,7 @@ OWN = {
     "FGSM": ("eps=8/255", "alpha=None", "noise=0.0"),
     "FFGSM": ("eps=8/255", "alpha=10/255"),
     "NFGSM": ("eps=8/255", "alpha=None", "noise=None"),
+    "ZeroGrad": ("eps=8/255", "alpha=None", "quantile=0.35"),
     "PGD": ("eps=8/255", "alpha=4/255", f"steps={STEPS}", "random_start=True"),
     "BIM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}"),
     "MIFGSM": ("eps=8/255", "alpha=4/255", f"steps={STEPS}", "decay=1.0"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastadv.training.cost import STEPS, passes
+from fastadv.training.cost import STEPS, fresh_share, passes, price
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,19 @@ def test_the_ratios_that_the_papers_state():
         ("fgms", {}, "'fgms' is not known; there are none, fgsm"),
         ("fgsm", {"steps": 3}, "steps are of pgd"),
         ("fgsm", {"fresh": 0.5}, "of stale's images"),
-        ("stale", {"fresh": 1.5}, "fresh must be at most 1"),
+        ("stale", {"fresh": 1.5}, r"a share in \[0, 1\]"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(attack, options, words):
     with pytest.raises(ValueError, match=words):
         passes(attack, **options)
+
+
+@pytest.mark.parametrize("method", ["full", "linear", "lora"])
+@pytest.mark.parametrize("clean", [False, True])
+def test_the_share_of_fresh_images_has_the_price_that_was_wanted(method, clean):
+    least, most = (price("stale", method, fresh=share, clean=clean) for share in (0, 1))
+    for wanted in (least, (least + most) / 2, most):
+        share = fresh_share(wanted, method, clean)
+        assert price("stale", method, fresh=share, clean=clean) == pytest.approx(wanted)
+    assert (fresh_share(least / 2, method, clean), fresh_share(2 * most, method, clean)) == (0, 1)

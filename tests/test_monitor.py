@@ -77,6 +77,9 @@ def test_a_reading_is_what_a_hand_measures(net, attack, normalized):
     assert reading.probe_attack == pytest.approx(accuracy(model, adv, y))
     assert reading.gap == reading.probe_attack - reading.probe_pgd
     assert reading.alignment == pytest.approx(F.cosine_similarity(gradient(x), gradient(noisy)).mean().item(), abs=1e-4)
+    begins = x if isinstance(attack, FGSM) and not isinstance(attack, NFGSM) else noisy
+    cosines = F.cosine_similarity(gradient(begins), gradient(adv))
+    assert reading.cosine == pytest.approx(cosines.mean().item(), abs=1e-4)
     assert reading.abnormal == pytest.approx((losses(noisy) > losses(adv)).float().mean().item())
 
 
@@ -87,6 +90,7 @@ def test_without_an_attack_the_clean_images_count_and_nothing_alarms(net):
     assert reading.probe_attack == accuracy(net, x, y) == 1
     assert reading.gap > 0.5
     assert reading.abnormal is None
+    assert reading.cosine is None
     assert reading.alarm is None
 
 
@@ -188,7 +192,7 @@ def test_the_alarm_is_for_a_fall_with_a_wider_gap_or_a_collapse(course, alarms):
     assert "".join("!" if reading.alarm else "." for reading in readings) == alarms
     for reading, (pgd, attack) in zip(readings, course, strict=True):
         assert (reading.probe_pgd, reading.probe_attack) == (pgd / 100, attack / 100)
-        assert reading.alignment is None  # every gradient is zero
+        assert reading.alignment is reading.cosine is None  # every gradient is zero
     assert monitor.best == max((reading.probe_pgd for reading in readings if not reading.alarm), default=None)
 
 

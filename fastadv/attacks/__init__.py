@@ -13,6 +13,7 @@ from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.presets import PRESETS, by_name
 from fastadv.attacks.square import Square
 from fastadv.attacks.square_l2 import SquareL2
+from fastadv.attacks.zerograd import ZeroGrad
 
 __all__ = [
     "APGD",
@@ -37,5 +38,6 @@ __all__ = [
     "Normalized",
     "Square",
     "SquareL2",
+    "ZeroGrad",
     "by_name",
 ]

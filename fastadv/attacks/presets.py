@@ -11,6 +11,7 @@ from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.square import Square
+from fastadv.attacks.zerograd import ZeroGrad
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
 PRESETS = {
@@ -30,6 +31,7 @@ PRESETS = {
     "bim": (BIM, lambda eps: {"alpha": eps / 4, "steps": 10}),
     "mifgsm": (MIFGSM, lambda eps: {"alpha": eps / 10, "steps": 10}),
     "tpgd": (TPGD, lambda eps: {"alpha": 0.007 / 0.031 * eps, "steps": 10}),
+    "zerograd": (ZeroGrad, lambda eps: {}),
     "square": (Square, lambda eps: {}),
     "fab": (FAB, lambda eps: {"loss": "margin", "restarts": 5}),
     "fab-t": (FAB, lambda eps: {}),

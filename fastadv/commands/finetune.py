@@ -30,6 +30,7 @@ from fastadv.models.checkpoints import read_facts, trained_on_of
 from fastadv.report import write_report
 from fastadv.team import Team
 from fastadv.training import Trainer
+from fastadv.training.fast import FAST
 from fastadv.training.processes import of_first, one_run, processes, team_of
 from fastadv.training.settings import Settings, kind_of
 from fastadv.training.stale import NAME
@@ -44,7 +45,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--model", default="robust-resnet", help=f"{', '.join(models.CHOICES)}, or a checkpoint.safetensors")
     add_trust(parser)
     add("--init", help="safetensors file with weights for the model; a head for other classes is replaced")
-    add("--attack", default="fgsm", choices=(*PRESETS, NAME, "none"), help=f"{NAME}: along the last epoch's signs")
+    add(
+        "--attack",
+        default="fgsm",
+        choices=(*PRESETS, NAME, *FAST, "none"),
+        help=f"{NAME}: along the last epoch's signs; {', '.join(FAST)}: other fast methods",
+    )
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
     _add_settings(add, parser)
     add("--out", Path, required=True, help="folder for model.safetensors, report.html, log.jsonl and the state")

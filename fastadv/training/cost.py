@@ -8,7 +8,7 @@ parameters. Standard training is F + B, FGSM (F + Bx) + (F + B), PGD-K K (F + Bx
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastadv.training.settings import checked
+from fastadv.attacks.checks import check_number, check_whole
 
 
 class Passes(NamedTuple):
@@ -82,19 +82,36 @@ def passes(
     name = "none" if attack is None else attack
     if name not in STEPS:
         raise ValueError(f"the cost of {name!r} is not known; there are {', '.join(STEPS)}")
-    step, share = STEPS[name], checked("fresh", fresh, float, least=0, most=1)
+    step = STEPS[name]
+    check_number("fresh", fresh)
+    if not 0 <= fresh <= 1:
+        raise ValueError(f"fresh is a share in [0, 1], got {fresh}")
     if steps is not None and name != "pgd":
         raise ValueError(f"steps are of pgd, and the attack is {name}")
-    if share and name != "stale":
+    if fresh and name != "stale":
         raise ValueError(f"fresh is a share of stale's images, and the attack is {name}")
-    count = step.gradients if steps is None else checked("steps", steps, int, least=1)
+    if steps is not None:
+        check_whole("steps", steps)
+    count = step.gradients if steps is None else steps
     back = Passes(0, 0, 1) if method == "full" else Passes(0, 0 if method == "linear" else 1, 0)
     update = Passes(1, 0, 0) + back
     if step.to_pixels and method == "linear":
         update += (0, 1, 0)
-    total = Passes(1, 1, 0).times(count + share) + update.times(step.updated + clean)
+    total = Passes(1, 1, 0).times(count + fresh) + update.times(step.updated + clean)
     if step.twice:
         # Its own two passes, then back through both of them; a head alone is reached through the second.
         again = Passes(0, 1, 0) if method == "linear" else back.times(2)
         total += Passes(1, 1, 0) + again
     return total
+
+
+def price(attack: str | None, method: str = "full", **options) -> float:
+    """Time of an epoch over that of standard training; options as of `passes`."""
+    return passes(attack, method, **options).total / passes(None, method).total
+
+
+def fresh_share(price_wanted: float, method: str, clean: bool = False) -> float:
+    """The share of images that "stale" gives a fresh FGSM so that its `price` is the one wanted, in [0, 1]."""
+    least, most = (passes("stale", method, fresh=share, clean=clean).total for share in (0, 1))
+    share = (price_wanted * passes(None, method).total - least) / (most - least)
+    return min(max(share, 0.0), 1.0)

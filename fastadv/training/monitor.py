@@ -11,7 +11,6 @@ from fastadv.attacks import PGD
 from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
 from fastadv.attacks.engine import Engine
-from fastadv.attacks.losses import ce
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
@@ -38,6 +37,9 @@ class Reading:
     abnormal: share of samples with a larger loss at x + U(-eps, eps), in the box, than at what the training attack
         returns; rises under catastrophic overfitting. None without an attack.
     alarm: None, or what has happened, with the numbers.
+    cosine: mean cosine of the loss gradients where the training attack starts, at x + U(-eps, eps) or at x, and at what
+        it returns: how far the linear model that a single step trusts holds (SORA's detector). Samples with a zero
+        gradient do not count; None if no other is left, or without an attack.
     """
 
     probe_pgd: float
@@ -46,6 +48,7 @@ class Reading:
     alignment: float | None
     abnormal: float | None
     alarm: str | None
+    cosine: float | None = None
 
 
 class Monitor:
@@ -59,7 +62,7 @@ class Monitor:
     PGD leaves less than half of the accuracy under the training attack. Training on clean images has no catastrophic
     overfitting, and no alarm.
 
-    A check costs `steps` + 1 gradients with respect to the images, two forward passes and the training attack. The
+    A check costs `steps` + 2 gradients with respect to the images, a forward pass and the training attack. The
     model and torch's generators are left as they were found. The same weights always give the same reading.
 
     Args:
@@ -131,16 +134,15 @@ class Monitor:
         with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model):
             rows = torch.arange(len(self.labels), device=self.labels.device).split(self._passes.part)
             seen = [self._look(part, attack) for part in rows]
-        right, right_attacked, cosines, *losses = (torch.cat(values) for values in zip(*seen, strict=True))
+        right, right_attacked, *cosines, noise, after = (torch.cat(values) for values in zip(*seen, strict=True))
         probe_pgd, probe_attack = (int(each.sum()) / len(self.labels) for each in (right, right_attacked))
-        cosines = cosines[~cosines.isnan()]  # of a gradient that is zero
-        alignment = cosines.mean().item() if len(cosines) else None
+        alignment, cosine = map(_mean, cosines)
         gap = probe_attack - probe_pgd
         alarm = None if self.attack is None else self._alarm(probe_pgd, probe_attack)
         if alarm is None and (self.best is None or probe_pgd > self.best):
             self.best, self._best_gap = probe_pgd, gap
-        abnormal = None if self.attack is None else abnormal_share(*losses).item()
-        return Reading(probe_pgd, probe_attack, gap, alignment, abnormal, alarm)
+        abnormal = None if self.attack is None else abnormal_share(noise, after).item()
+        return Reading(probe_pgd, probe_attack, gap, alignment, abnormal, alarm, cosine)
 
     def state(self) -> dict:
         """What readings depend on besides the weights, for JSON; `load` takes it back exactly."""
@@ -157,8 +159,9 @@ class Monitor:
         self.best, self._best_gap = state["best"], state["best_gap"]
 
     def _look(self, rows: torch.Tensor, attack: Callable | None) -> tuple[torch.Tensor, ...]:
-        """Of the images `rows` (n,): right under PGD, right under the attack, cosines of the gradients, losses at the
-        random start and under the attack; (n,) each."""
+        """Of the images `rows` (n,): right under PGD, right under the attack, cosines of the gradients at x with those
+        at the random start, and of those where the attack starts with those at its result, losses at the random start
+        and under the attack; (n,) each."""
         count, pgd, objective = len(rows), self._pgd, self._pgd.objective
         if pgd.compile:
             rows = torch.cat((rows, rows[-1:].expand(self._passes.part - count)))  # one shape: one compilation
@@ -171,17 +174,20 @@ class Monitor:
         engine = Engine(pgd, noisy)
         engine.start()
         at_noise, noise_losses, _ = objective.gradient(noisy.input, labels)
-        cosines = _cosines(pgd.in_pixels(at_clean), pgd.in_pixels(at_noise))
+        at_clean, in_noise = pgd.in_pixels(at_clean), pgd.in_pixels(at_noise)
+        alignment = _cosines(at_clean, in_noise)
         pgd.step(noisy, at_noise)
         for _ in range(self.steps - 1):
             engine.iterate()
         right = predicted(objective.logits(noisy.input)) == labels
+        cosines = torch.full_like(alignment, torch.nan)
         if attack is not None:
             x, labels = x[:count], labels[:count]
-            logits = self._judge.logits(self._attacked(attack, x, labels, seeds[:count]))
-            losses = ce(logits, labels)
+            after, losses, logits = self._judge.gradient(self._attacked(attack, x, labels, seeds[:count]), labels)
+            draws = isinstance(attack, Attack) and attack.draws
+            cosines = _cosines((in_noise if draws else at_clean)[:count], after)
         attacked = predicted(logits) == labels
-        return tuple(each[:count] for each in (right, attacked, cosines, noise_losses, losses))
+        return tuple(each[:count] for each in (right, attacked, alignment, cosines, noise_losses, losses))
 
     def _attacked(self, attack, x, labels, seeds):
         if isinstance(attack, Attack):
@@ -222,6 +228,12 @@ def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torc
             f"got the shapes {tuple(losses_noise.shape)} and {tuple(losses_adv.shape)}"
         )
     return (losses_noise > losses_adv).float().mean()
+
+
+def _mean(cosines: torch.Tensor) -> float | None:
+    """Of those that are: a gradient that is zero has none."""
+    cosines = cosines[~cosines.isnan()]
+    return cosines.mean().item() if len(cosines) else None
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

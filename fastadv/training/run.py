@@ -34,6 +34,7 @@ from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.budget import CONSTANT, Budget
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
+from fastadv.training.fast import fast_method, is_fast
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
 from fastadv.training.interruption import Interruption
 from fastadv.training.methods import trainable
@@ -202,6 +203,11 @@ class Run:
             raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
         if self.device.type == "cpu":
             check_convolutions(self.trainer.model, self.settings)
+        if not self.team.alone and is_fast(self.trainer.attack):
+            raise ValueError(
+                f"the attack {self.trainer.attack} keeps what one process has seen, and trains in one only: start one, "
+                "or take another attack"
+            )
         if self.steps == 0:
             raise ValueError("there are no images to train on")
         parts = [part for part in ((self.images, self.labels), self.val, self.test) if part is not None]
@@ -257,7 +263,7 @@ class Run:
         folder = self.trainer.folder
         if folder is None:
             return None
-        defaults = {each.name: each.default for each in fields(Settings)}
+        defaults = asdict(Settings().settled({}))
         self.checkpoints = Checkpoints(folder / "state", self._fingerprint(), defaults, self.masks)
         groups, facts = self._found()
         if facts is not None:
@@ -423,6 +429,8 @@ class Run:
             self.good, self.best, self.changed, self.moved = self.tuning.state(), None, {"good"}, True
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
             self.evaluating = self.trainer.eval_attack or self._named("pgd-10")
+            if self.step.method is not None:
+                self._open_method(number, resume=groups is not None)
             if groups is None:
                 self._save()
             else:
@@ -448,11 +456,19 @@ class Run:
         self.keeps_signs = attack == NAME
         if isinstance(attack, str):
             changes = {} if self.at.switched else s.attack
-            attack = self._named(FRESH if self.keeps_signs else attack, **changes)
+            if is_fast(attack):
+                attack = fast_method(attack, self.model, self.trainer.eps, changes, **self.passes.attack)
+            else:
+                attack = self._named(FRESH if self.keeps_signs else attack, **changes)
         learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
         learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
-        self.budget = Budget(attack, s.eps_schedule)
         self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
+        self.budget = Budget(self.step.attack, s.eps_schedule)
+
+    def _open_method(self, number: int, resume: bool) -> None:
+        folder = self.trainer.folder and self.trainer.folder / "memory" / str(number)
+        shape, dtype = self.images.shape[1:], self.images.dtype
+        self.step.method.open(len(self.labels), shape, dtype, augment=self.augment, folder=folder, resume=resume)
 
     def _named(self, name: str, **changes) -> Attack:
         return by_name(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
@@ -496,7 +512,7 @@ class Run:
         start, before = time.perf_counter(), self.at.train_s
         cpu_start, cpu_before = time.process_time(), self.at.train_cpu_s
         saved = start
-        for index in self._order(self.at.epoch).tensor_split(self.steps)[self.at.batch :]:
+        for index in self._batches(self.at.epoch)[self.at.batch :]:
             due, asked = self._batch(stage, index, time.perf_counter() - saved >= self.settings.checkpoint_s)
             now = time.perf_counter()
             self.at.train_s = before + now - start
@@ -510,7 +526,7 @@ class Run:
         return False
 
     def _finish_epoch(self, stage: Stage) -> None:
-        at, images = self.at, len(self.labels)
+        at, images = self.at, sum(map(len, self._batches(self.at.epoch)))
         record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
         record |= {"train_s": at.train_s, "train_cpu_s": at.train_cpu_s}
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
@@ -536,6 +552,20 @@ class Run:
         seed = sample_seeds(self.settings.seed, torch.tensor([epoch]), ORDERING)
         return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(seed)))
 
+    def _batches(self, epoch: int) -> list[torch.Tensor]:
+        """The images of each update of an epoch; a method may take a batch several times in a row."""
+        first = (epoch - self.at.first_epoch) * self.steps
+        numbers = [update // self.step.repeats for update in range(first, first + self.steps)]
+        passes = {number // self.steps for number in numbers}
+        batches = {p: self._order(self.at.first_epoch + p).tensor_split(self.steps) for p in passes}
+        return [batches[number // self.steps][number % self.steps] for number in numbers]
+
+    def _pass(self) -> int:
+        """How often all images have been passed: the epoch, but for a method that takes a batch several times."""
+        first = self.at.first_epoch
+        done = (self.at.epoch - first) * self.steps + self.at.batch
+        return first + done // self.step.repeats // self.steps
+
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
         """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
         at, world = self.at, self.here.num_processes
@@ -553,6 +583,9 @@ class Run:
         self.images.bring(parts, self.device)
         mine = parts[self.here.process_index].tensor_split(self.settings.accumulate)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
+        if self.step.method is not None:
+            epoch = at.epoch - at.first_epoch
+            self.step.method.begin(epoch * self.steps + at.batch, epoch, stage.epochs)
         try:
             parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
         except BaseException:
@@ -580,8 +613,9 @@ class Run:
     def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
         images, labels = self._batch_of(part)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
-        kept = None if self.signs is None else self.signs.part(part, self._moves(part))
-        return self.step.gradients(images, labels, seeds, kept=kept, **options)
+        moves = self._moves(part)
+        kept = None if self.signs is None else self.signs.part(part, moves)
+        return self.step.gradients(images, labels, seeds, rows=part, moves=moves, kept=kept, **options)
 
     def _batch_of(self, part: torch.Tensor) -> Batch:
         images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
@@ -595,7 +629,7 @@ class Run:
         """The seeds of the augmentation, where there is one."""
         if self.augment is None:
             return None
-        return sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch + AUGMENTING)
+        return sample_seeds(self.settings.seed, part.to(self.device), self._pass() + AUGMENTING)
 
     def _statistics(self) -> torch.Tensor:
         """The largest magnitude in what a forward pass writes, such as batch-norm's statistics."""
@@ -749,6 +783,8 @@ class Run:
         self._check_finite(groups)
         if self.checkpoints is None:
             return
+        if self.step.method is not None:
+            self.step.method.flush()
 
         def save() -> None:
             if self.signs is not None:  # before the checkpoint, which goes on with them
@@ -764,6 +800,8 @@ class Run:
         groups = {"weights": self.tuning.tensors, "optimizer": state_of(self.optimizer)}
         if self.average is not None:
             groups["average"] = self.average.state
+        if self.step.method is not None:
+            groups["method"] = self.step.method.state()
         groups = groups if self.moved else dict.fromkeys(groups)
         kept = {"good": self.good, "best": self.best}
         return groups | {
@@ -776,6 +814,8 @@ class Run:
         self.good, self.best, self.changed = groups["good"], groups.get("best"), set()
         if self.average is not None:
             self.average.state = {name: t.to(self.device) for name, t in groups["average"].items()}
+        if self.step.method is not None:
+            self.step.method.load(groups["method"], self.device)
         if self.monitor is not None and self.at.monitor is not None:
             self.monitor.load(self.at.monitor)
 

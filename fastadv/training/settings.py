@@ -1,13 +1,13 @@
 """What a training run is told: numbers and names, checked before anything is changed."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import get_args, get_origin
 
 from fastadv.training.budget import span
-from fastadv.training.costs import fgsm_price, stale_price
+from fastadv.training.cost import price
 from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
@@ -55,7 +55,12 @@ class Settings:
         "this times as long as one of standard training",
         above=0,
     )
-    epochs: int = _of(20, "passes over the training images", least=1)
+    quantile: float | None = _of(None, "of zerograd's gradients, below it they are zeroed (0.35)", least=0, most=1)
+    penalty: float | None = _of(
+        None, "weight of what gradalign, fgsm-pgi and liet add to the loss (theirs if not given)", least=0
+    )
+    repeats: int | None = _of(None, "updates in a row of each batch of free (8 if not given)", least=1)
+    epochs: int = _of(20, "passes over the training images; free makes epochs / repeats of them", least=1)
     batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
     accumulate: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
     lr: float = _of(1e-3, "peak learning rate", least=0)
@@ -63,10 +68,16 @@ class Settings:
     optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
     weight_decay: float = _of(0.0, "of weights, not of biases, norms, positions and tokens", least=0)
     clean_weight: float = _of(0.0, "share of the loss on clean images", least=0, most=1)
-    label_smoothing: float = _of(0.0, "of the loss that is learnt from", least=0, most=1)
+    label_smoothing: float | None = _of(
+        None, "of the loss that is learnt from (0, of fgsm-pgi 0.4, of liet 0.6, if not given)", least=0, most=1
+    )
     clip: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", above=0)
-    average: float = _of(
-        0.0, "decay of a moving average of the weights, then the result, such as 0.998", least=0, most=1
+    average: float | None = _of(
+        None,
+        "decay of a moving average of the weights, then the result, such as 0.998 (0: none, of liet 0.9995, if not "
+        "given)",
+        least=0,
+        most=1,
     )
     precision: str | None = _of(None, "of attack and update (what accelerate launch says)", choices=("no", "bf16"))
     compile: bool = _of(False, "run attack and update under torch.compile")
@@ -109,8 +120,8 @@ class Settings:
             raise ValueError("refresh and price both say which images get a fresh FGSM: give one of them")
         if self.head_start:
             raise ValueError("price is that of one method, and head_start trains with two: leave one of them out")
-        copies = 2 if self.clean_weight else 1
-        least, most = (price(self.method, copies) for price in (stale_price, fgsm_price))
+        clean = self.clean_weight > 0
+        least, most = (price(attack, self.method, clean=clean) for attack in ("stale", "fgsm"))
         if not least - SHOWN <= self.price <= most + SHOWN:
             beside = " and clean images beside the attacked ones" if self.clean_weight else ""
             raise ValueError(
@@ -121,8 +132,13 @@ class Settings:
 
     @property
     def attack(self) -> dict[str, float | None]:
-        """Changes to the settings of an attack that is given by name."""
-        return {"alpha": self.alpha, "noise": self.noise, "steps": self.steps}
+        """Changes to the settings of an attack or a fast method that is given by name."""
+        return {name: getattr(self, name) for name in ("alpha", "noise", "steps", "quantile", "penalty", "repeats")}
+
+    def settled(self, defaults: Mapping[str, float]) -> "Settings":
+        """With numbers for what its method of training says where it is not given; 0 where that says nothing."""
+        names = ("label_smoothing", "average")
+        return replace(self, **{name: defaults.get(name, 0.0) for name in names if getattr(self, name) is None})
 
     @property
     def stages(self) -> tuple["Stage", ...]:

@@ -10,7 +10,7 @@ from fastadv.data import to_float
 from fastadv.functional import fgsm_step, random_init, sample_seeds
 from fastadv.team import Team
 from fastadv.training.augment import Augment, moved
-from fastadv.training.costs import fresh_share
+from fastadv.training.cost import fresh_share
 from fastadv.training.memory import SampleMemory
 from fastadv.training.settings import Settings
 from fastadv.training.signs import pack_signs, unpack_signs
@@ -32,7 +32,7 @@ class Stale:
 
     It costs what standard training does, where the update's backward pass goes through all layers anyway. Linear
     probing's ends at the head: there it costs a backward pass through the backbone, so that a step takes twice as long
-    as a standard one, and FGSM's three times (`fastadv.training.costs`).
+    as a standard one, and FGSM's three times (`fastadv.training.cost`).
 
     Signs outlast the end of a stage and a rollback. After a switch to another attack they are given up, and a stage
     that comes then begins with chance again. The monitor watches FGSM, which this is to be like.
@@ -119,7 +119,7 @@ class Stale:
             seed = int(sample_seeds(s.seed, torch.tensor([self.epoch]), RANDOM))
             order = torch.randperm(len(before), generator=torch.Generator().manual_seed(seed))
             order = order[before[order].argsort(stable=True)]
-            share = fresh_share(s.price, s.method, copies=2 if s.clean_weight else 1)
+            share = fresh_share(s.price, s.method, clean=s.clean_weight > 0)
             fresh[order[: round(share * len(before))]] = True
         return fresh
 

@@ -12,10 +12,13 @@ from torch import nn
 from fastadv.attacks import Attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.objective import find_logits, raised
+from fastadv.attacks.rows import seeds_for
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
 from fastadv.data import to_float
 from fastadv.evaluation.foreign import as_images
+from fastadv.functional import new_seed
+from fastadv.training.fast.base import FastMethod
 from fastadv.training.settings import checked
 
 if TYPE_CHECKING:
@@ -30,7 +33,8 @@ class Step:
 
     Args:
         model: what is trained; any outputs that attacks take.
-        attack: one of fastadv, any callable from (images, labels) to images, or None for clean images.
+        attack: one of fastadv, any callable from (images, labels) to images, None for clean images, or a `FastMethod`,
+            whose `begin` is called before each update.
         optimizer: of the parameters that train.
         through: what the update calls, such as the model under DistributedDataParallel; None means the model.
         clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
@@ -48,7 +52,7 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
-        attack: Callable | None,
+        attack: Callable | FastMethod | None,
         optimizer: torch.optim.Optimizer,
         *,
         through: Callable | None = None,
@@ -59,6 +63,7 @@ class Step:
         compile: bool = False,
         highest: int = 0,
     ):
+        self.method, attack = (attack, attack.attack) if isinstance(attack, FastMethod) else (None, attack)
         check_attack("attack", attack)
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")
@@ -69,8 +74,15 @@ class Step:
         self.clip = None if clip is None else checked("clip", clip, float, above=0)
         self.autocast, self.highest = autocast, highest
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
+        if self.method is not None:
+            attack.objective.check_classes(highest)
         self._moody = [module for module in model.modules() if _depends_on_mode(module)]
         self._norm: torch.Tensor | None = None
+
+    @property
+    def repeats(self) -> int:
+        """Updates in a row from one batch."""
+        return 1 if self.method is None else self.method.repeats
 
     def gradients(
         self,
@@ -78,6 +90,8 @@ class Step:
         labels: torch.Tensor,
         seeds: torch.Tensor | None = None,
         *,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
         scale: float | None = None,
         more: bool = False,
         kept: "Part | None" = None,
@@ -88,6 +102,8 @@ class Step:
             images: (N, C, H, W), floats in [0, 1] or uint8; labels: int64 (N,).
             seeds: int64 (N,), one for each image, of the attack's random start; a callable that is no attack of
                 fastadv draws from torch's generator instead.
+            rows, moves: int64 (N,), the images' numbers and the seeds of their augmentation, for a method that keeps
+                something of each.
             scale: the loss is the sum over the batch times this; None means 1/N, a mean.
             more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
             kept: what is known of these images from the last epoch: it attacks them, and learns the gradient at x_adv,
@@ -99,23 +115,32 @@ class Step:
             sign of overfitting to the attack that costs nothing where attack and update run in the same mode.
         """
         self._norm = None
-        x_adv = self._attacked(images, labels, seeds, kept)
-        learns = kept is not None and kept.learns
-        if learns:
-            x_adv = x_adv.detach().requires_grad_()
-        clean = to_float(images) if self.clean_weight else None
-        both = x_adv if clean is None else torch.cat((x_adv, clean))
         scale = 1 / len(labels) if scale is None else scale
+        method, start, beside = self.method, (), None
+        if method is None:
+            x_adv, sees = self._attacked(images, labels, seeds, kept), kept is not None and kept.learns
+        else:
+            seeds = seeds_for(new_seed(images.device), images) if seeds is None else seeds
+            x_adv, *start = method.attacked(to_float(images), labels, seeds, rows, moves)
+            beside, sees = method.learn(labels, self._parameters, scale), method.sees_gradient
+        if sees:
+            x_adv = x_adv.detach().requires_grad_()
+        clean = (to_float(images),) if self.clean_weight else ()
+        # A copy of a leaf, for the model may write to its input.
+        together = torch.cat((x_adv, *start, *clean)) if start or clean or sees else x_adv
         with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
-            loss, logits = self._losses(both, labels, scale)
+            loss, logits = self._losses(together, labels, scale)
             loss.backward()
-        if learns:
+        if sees and kept is not None:
             kept.learn(x_adv.grad)
+        elif sees:
+            method.seen(x_adv.grad / scale)
         with torch.no_grad():
             logits = logits.detach()[: len(labels)]
             right = (predicted(logits) == labels).sum()
             abnormal, looked = self._abnormal(logits, labels)
-            return torch.stack([value.double() for value in (loss.detach(), right, abnormal, looked)])
+            loss = loss.detach() if beside is None else loss.detach() + beside
+            return torch.stack([value.double() for value in (loss, right, abnormal, looked)])
 
     def norm(self) -> torch.Tensor:
         """The norm of the gradient that `apply` is to take next, before clipping: 0-dim, on the parameters' device.
@@ -139,6 +164,8 @@ class Step:
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self.clip, self._norm)
         self.optimizer.step()
+        if self.method is not None:
+            self.method.end()
         self.forget()
 
     def forget(self) -> None:
@@ -171,12 +198,15 @@ class Step:
             raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {self.highest}")
         losses = F.cross_entropy(
             logits,
-            labels if len(images) == len(labels) else labels.repeat(2),
+            labels if len(images) == len(labels) else labels.repeat(len(images) // len(labels)),
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
-        adversarial, clean = losses[: len(labels)], losses[len(labels) :]
-        loss = adversarial.sum() if not len(clean) else torch.lerp(adversarial.sum(), clean.sum(), self.clean_weight)
+        loss, clean = losses[: len(labels)].sum(), losses[-len(labels) :]
+        if self.clean_weight:
+            loss = torch.lerp(loss, clean.sum(), self.clean_weight)
+        if self.method is not None and self.method.compares:
+            loss = loss + self.method.distances(*logits.split(len(labels))[:2]).sum()
         return loss * scale, logits
 
     def _abnormal(self, logits, labels):

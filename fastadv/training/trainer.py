@@ -10,6 +10,7 @@ from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
 from fastadv.training.budget import Budget
+from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.run import Run
 from fastadv.training.settings import Settings, of_kind
 from fastadv.training.stale import FRESH, NAME
@@ -39,10 +40,11 @@ class Trainer:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
         eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
-        attack: a name ("fgsm", "fgsm-rs", "nfgsm", "pgd"; "stale" is FGSM's step along the signs that the last epoch's
-            updates left, at about the price of standard training), an attack of fastadv on `model` (which then gets a
-            seed per image, from the run's seed, its number and the epoch), any callable from (images, labels) to
-            images, or None for training on clean images.
+        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd"); "stale", FGSM's step along the
+            signs that the last epoch's updates left, at about the price of standard training; or of a method in
+            `fastadv.training.fast` ("fgsm-pgi", "gradalign", "free", "liet", "sora"), which trains in one process. Or
+            an attack of fastadv on `model` (which then gets a seed per image, from the run's seed, its number and the
+            epoch), any callable from (images, labels) to images, or None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
             at a time has it.
@@ -84,6 +86,7 @@ class Trainer:
         check_eps(self.eps, "Linf")
         self.attack, self.eval_attack = attack, eval_attack
         self._check_attacks()
+        self.settings = self.settings.settled(FAST[attack].DEFAULTS if is_fast(attack) else {})
         self.folder = None if folder is None else Path(folder)
         self.resume, self.progress = of_kind("resume", resume, bool), of_kind("progress", progress, bool)
         self.measure_backbone = (
@@ -94,7 +97,9 @@ class Trainer:
     def _check_attacks(self) -> None:
         attack, changes = self.attack, {name: v for name, v in self.settings.attack.items() if v is not None}
         self._check_stale(changes)
-        if isinstance(attack, str):
+        if is_fast(attack):
+            attack = self._checked_method(attack, changes)
+        elif isinstance(attack, str):
             # Refuses what is wrong, now.
             attack = by_name(FRESH if attack == NAME else attack, self.model, self.eps, **changes)
         elif changes:
@@ -108,6 +113,21 @@ class Trainer:
                 "chosen, and its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, "
                 "such as fgsm or pgd; evaluation takes L2 attacks"
             )
+
+    def _checked_method(self, name: str, changes: dict) -> Attack:
+        """What a monitor looks with, where the method `name` can heed all settings."""
+        method, s = fast_method(name, self.model, self.eps, changes), self.settings
+        for setting, why in method.REFUSES.items():
+            if getattr(s, setting) != getattr(Settings, setting):
+                raise ValueError(f"{setting} is not for {name}: {why}. Leave it out")
+        for stage in s.stages:
+            if stage.epochs < method.repeats:
+                raise ValueError(
+                    f"{name} learns from each batch {method.repeats} times, and passes the images epochs / "
+                    f"{method.repeats} times: {stage.epochs} epochs of {stage.method} are less than one pass. Take "
+                    f"{method.repeats} or more, or fewer repeats"
+                )
+        return method.attack
 
     def _check_stale(self, changes: dict[str, float]) -> None:
         s = self.settings
@@ -140,16 +160,15 @@ class Trainer:
         Returns:
             The records, dicts for `json.dump`. First, where measured, {"backbone": ...}. For each stage {"stage",
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
-            training images), "lr" (of the last step), "train_s" (seconds without evaluation), "train_cpu_s" (processor
-            time of these, of the first process), what the monitor read, "action" where it acted, with the attack stale
-            "fresh" (share of the images that got a fresh FGSM) and "agreement" (mean share of an image's pixels whose
-            signs are those of the epoch before), and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`;
-            at last {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy",
-            "robust_accuracy", "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "confusion" (lists
-            of [label, what the model says, images], "clean" and "attacked" by `eval_attack`), "eval_attack", "train_s",
-            "train_cpu_s"}, and where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard
-            errors of it) and "within_noise" (other epochs that were worse by no more). Fields that end in _s are
-            seconds; all others are the same in a
+            training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
+            "action" where it acted, with the attack stale "fresh" (share of the images that got a fresh FGSM) and
+            "agreement" (mean share of an image's pixels whose signs are those of the epoch before), and, when
+            evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
+            {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy", "robust_accuracy",
+            "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "confusion" (lists of [label, what the
+            model says, images], "clean" and "attacked" by `eval_attack`), "eval_attack", "train_s"}, and where there
+            was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and "within_noise"
+            (other epochs that were worse by no more). Fields that end in _s are seconds; all others are the same in a
             resumed run.
 
         Raises:

@@ -1,0 +1,83 @@
+"""FGSM-PGI: FGSM that starts from the perturbation that the epoch before left for the image."""
+
+from collections.abc import Mapping
+
+import torch
+
+from fastadv.attacks.noise import uniform
+from fastadv.attacks.rows import per_sample
+from fastadv.functional import pgd_step
+from fastadv.training.augment import Augment, moved
+from fastadv.training.fast.base import FastMethod, gradient_at
+from fastadv.training.memory import SampleMemory
+
+AGAIN = 40  # epochs after which the perturbations begin again
+DECAY = 0.3  # of the momentum
+
+
+class FGSMPGI(FastMethod):
+    """FGSM from x + delta, where delta follows a momentum from epoch to epoch (prior-guided initialisation; the variant
+    with momentum, FGSM-MEP).
+
+    Jia et al. 2022 (arXiv 2207.08859). At x + delta, which need not be in the box, g is taken: the images
+    learnt from are P(x + C(delta + eps sign g)), m <- g / |g|_1 + .3 m, and the next epoch's delta is
+    C(delta + eps sign m), in the box. delta begins with eps times random signs and m with 0, again every 40 epochs. The
+    loss is cross-entropy with label smoothing .4 and, with gradients on both sides, weight times the mean squared
+    difference of the logits at x + delta and at the result. The norm is the sample's, where public code has the
+    batch's. For each image delta and m are kept, as floats, in memory or in three files of the run's folder. They lie
+    in the frame of the stored picture: crops and flips take them along, the padding has zeros, and what was cropped off
+    keeps what it had.
+    """
+
+    OPTIONS = ("penalty",)
+    DEFAULTS: Mapping[str, float] = {"label_smoothing": 0.4}
+    WEIGHT = 10.0
+    compares = True
+
+    def __init__(self, model, eps, **options):
+        super().__init__(model, eps, **options)
+        self._memory: SampleMemory | None = None
+        self._augment: Augment | None = None
+        self._epoch: int | None = None
+
+    def open(self, count, shape, dtype, *, augment=None, folder=None, resume=False):
+        self._augment = augment
+        self._memory = SampleMemory(folder, "fgsm-pgi", count, (2, *shape), _kept_as(dtype), resume=resume)
+
+    def begin(self, number, epoch, epochs):
+        if epoch != self._epoch:
+            self._memory.begin(epoch)
+            self._epoch = epoch
+
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
+        kept = self._memory.read(rows.cpu()).to(images.device)
+        if self._epoch % AGAIN == 0:
+            kept = torch.stack((self.eps * (uniform(images, seeds) - 0.5).sign(), torch.zeros_like(images)), 1)
+        delta, momentum = self._moved(kept, moves, "sources", torch.zeros_like(kept)).unbind(1)
+        start = images + delta.to(images.dtype)
+        gradient = gradient_at(self.attack, start, labels)
+        size = per_sample(gradient.abs().flatten(1).sum(1), gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+        momentum = gradient / size + DECAY * momentum
+        attacked, following = (pgd_step(start, g, images, alpha=self.eps, eps=self.eps) for g in (gradient, momentum))
+        after = torch.stack((following - images, momentum), 1)
+        self._memory.write(rows.cpu(), self._moved(after, moves, "targets", kept))
+        return attacked, start
+
+    def _moved(self, pairs: torch.Tensor, moves: torch.Tensor | None, where: str, elsewhere: torch.Tensor):
+        """Both of each sample's (N, 2, C, H, W), in the frame of the images (sources) or the stored ones (targets)."""
+        if moves is None:
+            return pairs
+        rows, columns = getattr(self._augment, where)(moves, *pairs.shape[3:])
+        together = moved(pairs.flatten(1, 2), rows, columns, elsewhere.flatten(1, 2))
+        return together.unflatten(1, pairs.shape[1:3])
+
+    def distances(self, logits, start):
+        """Squared, the mean over the classes."""
+        return self.weight * (logits - start).square().mean(1)
+
+    def flush(self):
+        self._memory.flush()
+
+
+def _kept_as(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32

@@ -1,0 +1,63 @@
+"""SORA's step: its length follows how well the linear model that FGSM trusts has held so far."""
+
+from collections.abc import Mapping
+
+import torch
+
+from fastadv.attacks import NFGSM
+from fastadv.attacks.noise import uniform
+from fastadv.attacks.rows import seeds_for
+from fastadv.functional import random_init
+from fastadv.training.fast.base import FastMethod, gradient_at
+
+
+class SORA(FastMethod):
+    """From x0 = P(x + U(-eps, eps)) a step of a_i sign g, a_i ~ U(0, a*) for each number of a sample; P, no C.
+
+    From a summary, not checked against the paper. With g' the update's gradient at the result, v follows the mean over
+    the samples of <sign g, g'> / |g|_1 with a decay of .95, from .99 on, and a* = min(2 eps, .02 / (1 - v)), 2 eps
+    where v is 1 or more. Samples with a zero gradient do not count. A monitor looks with N-FGSM's step of eps from the
+    same start.
+    """
+
+    sees_gradient = True
+    REFUSES: Mapping[str, str] = FastMethod.REFUSES | {
+        "clean_weight": "its step follows the gradient of the loss at the attacked images"
+    }
+
+    def __init__(self, model, eps, **options):
+        super().__init__(model, eps, **options)
+        self._v: torch.Tensor | None = None  # float64, 0-dim
+
+    def looks(self, model, eps, **options):
+        return NFGSM(model, eps, noise=eps, **options)
+
+    def begin(self, number, epoch, epochs):
+        self._sum = self._count = 0
+
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
+        if self._v is None:
+            self._v = torch.full((), 0.99, dtype=torch.float64, device=images.device)
+        start = random_init(images, self.eps, seed=seeds)
+        self._gradient = gradient_at(self.attack, start, labels)
+        left = 1 - self._v
+        longest = torch.where(left > 0, 0.02 / left, torch.inf).clamp(max=2 * self.eps).to(images.dtype)
+        length = longest * uniform(images, seeds_for(seeds, images, 1)).to(images.dtype)
+        return ((start + length * self._gradient.sign().to(images.dtype)).clamp(0, 1),)
+
+    def seen(self, gradient):
+        before, after = (g.flatten(1).double() for g in (self._gradient, gradient))
+        length = before.abs().sum(1)
+        held = (before.sign() * after).sum(1) / length
+        self._sum = self._sum + torch.where(length > 0, held, 0.0).sum()
+        self._count = self._count + (length > 0).sum()
+
+    def end(self):
+        mean = self._sum / self._count
+        self._v = torch.where(self._count > 0, 0.95 * self._v + 0.05 * mean, self._v)
+
+    def state(self):
+        return {} if self._v is None else {"v": self._v}
+
+    def load(self, state, device):
+        self._v = state["v"].to(device) if state else None
