@@ -143,6 +143,13 @@ def test_blocks_are_products_of_their_own_and_share_what_the_grid_says():
     assert tasks["d", "full", 8].cell.id == "d-1-3-robust-resnet-full-pgd-eps8-seed0"
 
 
+def test_the_first_seed_of_all_blocks_comes_first():
+    blocks = [{"attacks": "fgsm"}, {"attacks": "pgd", "seeds": [5]}, {"attacks": "none", "seeds": [7, 0]}]
+    tasks = expanded({"data": "a", "model": "mlp", "methods": "full", "seeds": 3, "blocks": blocks})
+    found = [(task.cell.attack, task.cell.seed) for task in tasks]
+    assert found == [("fgsm", 0), ("pgd", 5), ("none", 7), ("fgsm", 1), ("none", 0), ("fgsm", 2)]
+
+
 D = {"data": "digits", "model": "mlp"}
 
 
@@ -163,6 +170,12 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"epochs": 0}, "epochs must be at least 1"),
         (D | {"test_limit": 0}, "test_limit must be at least 1"),
         (D | {"validation": 1.5}, "validation must be a share"),
+        (D | {"split_seed": "a"}, "split_seed is a whole number"),
+        (D | {"data": {"name": "a", "size": "big"}}, "size is a whole number of pixels"),
+        (D | {"data": ["a/.."]}, "paths that end in a name"),
+        (D | {"data": {"name": ""}}, "mappings with a name"),
+        (D | {"blocks": []}, "empty list: nothing would be done"),
+        (D | {"blocks": [{"methods": "full", "lr": {"adapter": 1}}]}, "no cell is of that method"),
         (D | {"alpha": 0.1, "attacks": ["none"]}, "alpha"),
         ({"data": {"name": "a", "folder": "b"}}, "the data set a has no setting 'folder'"),
         (D | {"blocks": [{"epochs": 2}, {"epochs": 3}]}, r"ask for digits-mlp-.* different epochs \(2, 3\)"),
@@ -630,3 +643,16 @@ def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=said):
             cli.main([*words.split(), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--data digits,", "names with commas between them, got 'digits,'"),
+        ("--data digits --eps 4,x", "numbers with commas between them, got '4,x'"),
+    ],
+)
+def test_lists_of_the_command_line_have_no_gaps(words, said, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["study", *words.split(), "--out", "o"])
+    assert said in capsys.readouterr().err

@@ -67,6 +67,10 @@ class DataSet:
     image_column: str | None = None
     label_column: str | None = None
 
+    def __post_init__(self):
+        if self.size is not None and (type(self.size) is not int or self.size < 1):
+            raise ValueError(f"size is a whole number of pixels, got {self.size!r}")
+
 
 @dataclass(frozen=True)
 class Images:
@@ -85,10 +89,12 @@ class Images:
     test_limit: int | None = None
 
     def __post_init__(self):
+        if type(self.split_seed) is not int:
+            raise ValueError(f"split_seed is a whole number, got {self.split_seed!r}")
         Split(self.split_seed, validation=self.validation)  # refuses what is no share
         for name in ("train_limit", "val_limit", "test_limit"):
             limit = getattr(self, name)
-            if limit is not None and (not isinstance(limit, int) or limit < 1):
+            if limit is not None and (type(limit) is not int or limit < 1):
                 raise ValueError(f"{name} must be at least 1, got {limit!r}")
 
 
@@ -126,6 +132,8 @@ def trainer(task: Task, model: nn.Module, **options) -> Trainer:
 def expanded(grid: Mapping) -> list[Task]:
     """The cells that a grid asks for, each once, in the order in which they are run.
 
+    The first seed of all blocks comes first, then the second: a study that is cut has something of everything.
+
     Args:
         grid: names of axes and settings with their values. Axes: "data" (names, or mappings with the fields of
             `DataSet` and `Images`; a name alone is a path too), "model", "methods", "attacks", "eps" (in units of
@@ -139,16 +147,19 @@ def expanded(grid: Mapping) -> list[Task]:
         ValueError: an unknown name, a value out of range, nothing to do, or two blocks that want the same cell with
             different settings.
     """
-    blocks = grid.get("blocks", [{}])
+    blocks = _several(grid.get("blocks", [{}]))
     common = {name: value for name, value in grid.items() if name != "blocks"}
-    if not isinstance(blocks, list) or not all(isinstance(block, Mapping) for block in blocks):
-        raise ValueError(f"blocks must be a list of grids, got {blocks!r}")
+    if not all(isinstance(block, Mapping) for block in blocks):
+        raise ValueError(f"blocks must be a list of grids, got {grid['blocks']!r}")
+    blocks = [{**common, **block} for block in blocks]
+    rounds = itertools.zip_longest(*map(_products, blocks), fillvalue=())
     found: dict[Cell, Task] = {}
-    for task in itertools.chain.from_iterable(_product({**common, **block}) for block in blocks):
+    for task in itertools.chain.from_iterable(itertools.chain.from_iterable(rounds)):
         there = found.get(task.cell, task)
         if (other := differences(there.settings, task.settings)) or there.data != task.data:
             raise ValueError(f"two blocks ask for {task.cell.id} with different {other or 'data'}: say it once")
         found[task.cell] = replace(there, judges=tuple(dict.fromkeys((*there.judges, *task.judges))))
+    _check_rates(blocks, {cell.method for cell in found})
     names = Counter(cell.id for cell in found)
     for cell in found:
         if names[cell.id] > 1:
@@ -162,7 +173,8 @@ def differences(one: Mapping, other: Mapping) -> str:
     return ", ".join(f"{name} ({one.get(name)}, {other.get(name)})" for name in names)
 
 
-def _product(block: Mapping) -> Iterable[Task]:
+def _products(block: Mapping) -> list[list[Task]]:
+    """A block's cells, seed by seed."""
     known = [name for kind in (Images, Settings) for name in _names(kind) if name not in ("method", "seed")]
     _check_names("the grid", block, ["data", *_AXES, "judges", *known])
     if "data" not in block:
@@ -174,19 +186,25 @@ def _product(block: Mapping) -> Iterable[Task]:
     for judge in judges:
         _check_name("judge", judge, JUDGES)
     judges = tuple(judge for judge in judges if judge not in ALWAYS)
-    order = (_seeds(block.get("seeds", _AXES["seeds"])), _several(block["data"]), axes["model"], axes["eps"])
-    for seed, data, model, eps, method, attack in itertools.product(*order, axes["methods"], axes["attacks"]):
-        data, images = _data(data, block)
-        cell = Cell(data.name, data.classes, str(model), method, str(attack), _eps(eps), seed)
-        task = Task(cell, data, images, _training(cell, block), judges)
-        trainer(task, nn.Identity())  # refuses what is wrong, before anything is begun
-        yield task
+    order = (_several(block["data"]), *(axes[name] for name in ("model", "eps", "methods", "attacks")))
+    return [
+        [_task(block, seed, judges, *chosen) for chosen in itertools.product(*order)]
+        for seed in _seeds(block.get("seeds", _AXES["seeds"]))
+    ]
+
+
+def _task(block: Mapping, seed: int, judges: tuple[str, ...], data, model, eps, method: str, attack) -> Task:
+    data, images = _data(data, block)
+    cell = Cell(data.name, data.classes, str(model), method, str(attack), _eps(eps), seed)
+    task = Task(cell, data, images, _training(cell, block), judges)
+    trainer(task, nn.Identity())  # refuses what is wrong, before anything is begun
+    return task
 
 
 def _data(given: object, block: Mapping) -> tuple[DataSet, Images]:
-    entry = {"name": Path(given).stem, "path": given} if isinstance(given, str) else given
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-        raise ValueError(f"data are names, paths, or mappings with a name, got {given!r}")
+    entry = {"name": _name_of(Path(given)), "path": given} if isinstance(given, str) else given
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise ValueError(f"data are names, paths that end in a name, or mappings with a name, got {given!r}")
     _check_names(f"the data set {entry['name']}", entry, [*_names(DataSet), *_names(Images)])
     chosen = {name: entry[name] for name in _names(DataSet) if entry.get(name) is not None}
     chosen = {"path": entry["name"], **chosen}
@@ -194,6 +212,11 @@ def _data(given: object, block: Mapping) -> tuple[DataSet, Images]:
         chosen["classes"] = str(chosen["classes"])
     images = {name: {**block, **entry}[name] for name in _names(Images) if name in {**block, **entry}}
     return DataSet(**chosen), Images(**images)
+
+
+def _name_of(path: Path) -> str:
+    """Empty where it has none, as . and .. have."""
+    return path.stem if path.suffix in (".npz", ".parquet") else path.name if path.name != ".." else ""
 
 
 def _training(cell: Cell, block: Mapping) -> Settings:
@@ -205,6 +228,13 @@ def _training(cell: Cell, block: Mapping) -> Settings:
         default = LEARNING_RATES.get(method, Settings.lr)
         rates = {**LEARNING_RATES, **rates}.get(cell.method, default)
     return Settings(**chosen, lr=rates, method=method, seed=cell.seed)
+
+
+def _check_rates(blocks: Sequence[Mapping], methods: set[str]) -> None:
+    rates = [block["lr"] for block in blocks if isinstance(block.get("lr"), Mapping)]
+    for method in itertools.chain.from_iterable(rates):
+        if method not in methods:
+            raise ValueError(f"lr has a number for {method}, and no cell is of that method: leave it out")
 
 
 def _eps(given: object) -> float:
