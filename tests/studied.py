@@ -1,13 +1,14 @@
 """Studies that never ran: cells by the format, with verdicts and records that are drawn."""
 
 import json
-import re
 
 import numpy as np
 
+from fastadv.study.grid import Cell
+
 JUDGES = {"clean": 0.9, "fgsm": 0.62, "pgd-10": 0.55, "pma": 0.52}
-SECONDS = {"none": 10.0, "fgsm": 17.0, "fgsm-rs": 17.5, "pgd": 58.0}
-UNITS = {"none": 3.0, "fgsm": 5.0, "fgsm-rs": 5.0, "pgd": 17.0}
+SECONDS = {"none": 10.0, "fgsm": 17.0, "fgsm-rs": 17.5, "nfgsm": 17.5, "pgd": 58.0}
+UNITS = {"none": 3.0, "fgsm": 5.0, "fgsm-rs": 5.0, "nfgsm": 5.0, "pgd": 17.0}
 
 
 def epochs_of(count, collapse=None, attack=0.6, rng=None):
@@ -66,9 +67,7 @@ def record_of(rng, collapse=None, labels="images", judges=JUDGES, images=64, shi
 
 
 def write(folder, record):
-    """In a folder of any name: that of a study is the cell's id."""
-    names = [str(value) for value in record["cell"].values()]
-    path = folder / "cells" / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(names))
+    path = folder / "cells" / Cell(**record["cell"]).id
     path.mkdir(parents=True, exist_ok=True)
     (path / "cell.json").write_text(json.dumps(record) + "\n")
     return path

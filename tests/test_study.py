@@ -549,6 +549,11 @@ def test_what_an_older_cell_has_no_name_for_had_its_default_and_a_newer_one_is_r
     path.write_text("{")
     with pytest.raises(SystemExit, match=r"cell\.json is damaged"):
         study(tmp_path / "copy")
+    # As it is when a cell is put aside where it lies: it would count twice.
+    path.write_text(json.dumps(record))
+    shutil.copytree(path.parent, path.parent.with_name("aside"))
+    with pytest.raises(SystemExit, match=rf"aside/cell\.json is of the cell {path.parent.name}: move that folder out"):
+        study(tmp_path / "copy")
 
 
 def test_a_judge_that_comes_later_needs_the_weights(whole, tmp_path, monkeypatch):

@@ -218,6 +218,16 @@ def test_other_images_are_not_compared_and_that_is_said(tmp_path, rng):
     assert any("judged on different images" in words for words in page.words)
 
 
+def test_pairs_that_differ_in_more_than_the_attack_are_said_on_the_first_screen(tmp_path, rng):
+    for attack, epochs in (("fgsm", 2), ("pgd", 5)):
+        record = studied.record_of(rng, attack=attack)
+        studied.write(tmp_path, record | {"settings": record["settings"] | {"epochs": epochs}})
+    page, numbers = written(tmp_path)
+    assert page.answer[-1].startswith("1 of 1 differences to PGD are of models that differ in more")
+    assert page.answer[-1].endswith(": epochs (2 and 5) in 1.")
+    assert {str(each["unlike"]) for each in numbers["differences"]} == {"{'epochs': '2 and 5'}"}
+
+
 def test_any_name_is_shown_and_none_is_markup(tmp_path, rng):
     for attack in ("fgsm", "pgd"):
         name = {"data": "a<b>&\udcff\u05d0", "model": "x<script>"}

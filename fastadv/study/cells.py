@@ -19,10 +19,9 @@ from fastadv.files import write_atomically
 from fastadv.locks import InUseError, held
 from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, cell_folder, finished, read_cell, write_cell
-from fastadv.study.grid import ALWAYS, SCRATCH, Cell, DataSet, Images, Task, differences, trainer
+from fastadv.study.grid import ALWAYS, DEFAULTS, SCRATCH, Cell, Task, differences, trainer
 from fastadv.study.images import Parts, parts_of
 from fastadv.study.verdicts import judged, share
-from fastadv.training import Settings
 from fastadv.version import __version__
 
 WEIGHTS = "model.safetensors"
@@ -188,13 +187,12 @@ def check(task: Task, record: Mapping) -> None:
     Raises:
         ValueError: what differs.
     """
-    defaults = Task(task.cell, DataSet("", ""), Images(), Settings()).settings
     settings = {name: value for name, value in record["settings"].items() if name not in FOUND}
-    there = {**defaults, **settings, **record["cell"]}
+    there = {**DEFAULTS, **settings, **record["cell"]}
     if other := differences(there, {**task.settings, **asdict(task.cell)}):
         raise ValueError(
             f"the finished cell {task.cell.id} was made with other settings than the grid asks for, and differs in "
-            f"{other}: choose another --out, or move that cell away"
+            f"{other}: choose another --out, or move its folder out of cells"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastadv._extras import require
 from fastadv.files import check_format, write_atomically
+from fastadv.study.grid import Cell
 
 GRID, GRID_FORMAT = "study.yaml", 1
 CELL, CELL_FORMAT = "cell.json", 1
@@ -58,7 +59,7 @@ def read_cell(folder: Path, id: str) -> dict | None:
 
     Raises:
         FormatError: it is of another version of fastadv.
-        ValueError: it is damaged.
+        ValueError: it is damaged, or of another cell.
     """
     path = cell_folder(folder, id) / CELL
     try:
@@ -68,6 +69,8 @@ def read_cell(folder: Path, id: str) -> dict | None:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and the cell is run again") from error
     check_format(str(path), record.get("format"), CELL_FORMAT)
+    if (own := Cell(**record["cell"]).id) != id:
+        raise ValueError(f"{path} is of the cell {own}: move that folder out of cells, or give it the cell's name")
     return record
 
 

@@ -25,6 +25,8 @@ IN_A_ROW = {"apgd": VERSIONS["standard"][:2], "autoattack": VERSIONS["standard"]
 JUDGES = (*(name for name, (attack, _) in PRESETS.items() if attack.norm == "Linf"), *IN_A_ROW)
 
 _AXES = {"model": "robust-resnet", "methods": ("linear", "full"), "attacks": ("fgsm", "pgd"), "eps": (8,), "seeds": 3}
+# Settings that are a training attack's own: two attacks may differ in them, and be compared.
+OF_THE_ATTACK = ("alpha", "noise", "steps", "refresh", "price", "quantile", "penalty", "repeats")
 _NOT_TRAINING = ("method", "seed", "checkpoint_s")  # of Settings: an axis each, and what changes no result
 
 
@@ -113,6 +115,9 @@ class Task:
         """What a finished cell must have been made with, as JSON has it."""
         training = {name: v for name, v in asdict(self.training).items() if name not in _NOT_TRAINING}
         return json.loads(json.dumps({**training, **asdict(self.images), "size": self.data.size}))
+
+
+DEFAULTS = Task(Cell("", None, "", "full", "fgsm", 8.0, 0), DataSet("", ""), Images(), Settings()).settings
 
 
 def trainer(task: Task, model: nn.Module, **options) -> Trainer:

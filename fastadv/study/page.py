@@ -194,7 +194,7 @@ def _numbers(study: Study) -> dict:
 
 def _difference(each: Difference) -> dict:
     about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
-    return {**asdict(each.row), **about, "mean": each.mean, "low": each.low, "high": each.high}
+    return {**asdict(each.row), **about, "mean": each.mean, "low": each.low, "high": each.high, "unlike": each.unlike}
 
 
 # ---------------------------------------------------------------------- figures
@@ -276,8 +276,22 @@ def _answer(study: Study) -> str:
             f'<p class="answer {found.kind}">{html.text(found.headline)}</p>',
             *(html.paragraph(words, "lead") for words in found.sentences),
             html.paragraph(done + see, "lead note" if study.complete else "lead warning"),
+            *(html.paragraph(words, "lead warning") for words in _unlike(study.differences)),
         ]
     )
+
+
+def _unlike(differences: Sequence[Difference]) -> list[str]:
+    """That pairs differ in more than the training attack."""
+    rows = {(each.row, each.attack): each.unlike for each in differences if each.unlike}
+    if not rows:
+        return []
+    counts = Counter(f"{name} ({values})" for unlike in rows.values() for name, values in unlike.items())
+    what = ", ".join(f"{words} in {count}" for words, count in counts.most_common(_SHOWN))
+    of = len({(each.row, each.attack) for each in differences})
+    return [
+        f"{len(rows)} of {of} differences to PGD are of models that differ in more than the training attack: {what}."
+    ]
 
 
 def _side(drawn: Mapping[str, Drawing], names: Iterable[str]) -> str:

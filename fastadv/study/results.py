@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fastadv.study.grid import SCRATCH, Cell
+from fastadv.study.grid import DEFAULTS, SCRATCH, Cell
 
 PGD = "pgd"  # the training attack that the others are compared with
 _SLOW = ("none", "pgd", "apgd", "bim", "mifgsm", "pma")  # beginnings of what is no fast attack
@@ -45,6 +45,11 @@ class Result:
     @property
     def accuracies(self) -> dict[str, float]:
         return {judge: float(right.mean()) for judge, right in self.verdicts.items()}
+
+    @property
+    def settings(self) -> dict:
+        """With the defaults of those that an older record has no name for."""
+        return {**DEFAULTS, **self.record["settings"]}
 
     @property
     def epochs(self) -> list[Mapping]:

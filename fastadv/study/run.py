@@ -27,7 +27,7 @@ def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
         FormatError, ValueError: what is in the folder was made with other settings, images or weights, or is damaged;
             or a cell was not met by a judge that is asked for, and its weights are gone.
     """
-    records = {record_id(record): record for record in finished(folder)}
+    records = {cells.Cell(**record["cell"]).id: record for record in finished(folder)}
     cells.check_together(records.values())
     left = []
     for task in tasks:
@@ -40,17 +40,13 @@ def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
         if absent and not (cell_folder(folder, task.cell.id) / cells.WEIGHTS).exists():
             raise ValueError(
                 f"the finished cell {task.cell.id} has no verdicts of {', '.join(absent)}, which the grid asks for, "
-                "and its weights were not kept: move that cell away to run it again, or choose another --out"
+                "and its weights were not kept: move its folder out of cells to run it again, or choose another --out"
             )
         if absent:
             left.append(task)
         else:
             cells.clean(folder, task.cell.id)  # what a process left that was killed right at its end
     return left
-
-
-def record_id(record: dict) -> str:
-    return cells.Cell(**record["cell"]).id
 
 
 def check_possible(tasks: Sequence[Task]) -> None:

@@ -1,7 +1,8 @@
 """What separates models that were trained with another attack from those trained with PGD, and how sure that is.
 
 All differences are of shares in [0, 1], the first's minus the second's, image by image: both models have one seed, are
-judged by the same attack from the same random starts, and everything but the training attack is the same.
+judged by the same attack from the same random starts, and everything but the training attack is the same. Where their
+settings differ all the same, as in how many epochs they have, that is said beside the difference.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastadv._extras import require
-from fastadv.study.grid import SCRATCH
+from fastadv.study.grid import OF_THE_ATTACK, SCRATCH
 from fastadv.study.results import PGD, Result, Row, row_of
 
 DRAWS = 10_000
@@ -27,6 +28,7 @@ class Difference:
         seeds: that both have.
         verdicts: int8 (seeds, images): 1 where only the first's model withstands `judge`, -1 where only the second's.
         mean, low, high: of the verdicts, and the bounds of the interval.
+        unlike: {name of a setting: both values, in words}, of those that are not the attack's own and differ.
     """
 
     row: Row
@@ -37,6 +39,7 @@ class Difference:
     mean: float
     low: float
     high: float
+    unlike: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,18 @@ def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[i
         if both:
             verdicts = paired([first[s] for s in both], [second[s] for s in both], judge)
             low, high = bootstrap(verdicts, _number((row, attack, judge)))
-            yield Difference(row, attack, judge, tuple(both), verdicts, float(verdicts.mean()), low, high)
+            mean, unlike = float(verdicts.mean()), _unlike([(first[s], second[s]) for s in both])
+            yield Difference(row, attack, judge, tuple(both), verdicts, mean, low, high, unlike)
+
+
+def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
+    found = {}
+    for a, b in pairs:
+        one, other = a.settings, b.settings
+        for name in one.keys() | other.keys():
+            if name not in OF_THE_ATTACK and one.get(name) != other.get(name):
+                found[name] = f"{str(one.get(name))[:20]} and {str(other.get(name))[:20]}"  # of a digest enough
+    return dict(sorted(found.items()))
 
 
 def _judged(judge: str, *results: Result) -> bool:
