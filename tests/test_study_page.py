@@ -218,6 +218,24 @@ def test_other_images_are_not_compared_and_that_is_said(tmp_path, rng):
     assert any("judged on different images" in words for words in page.words)
 
 
+def test_the_table_says_fewer_data_sets_and_has_judges_that_one_method_alone_met(tmp_path, rng):
+    for cell in CELLS:
+        if (cell["data"], cell["eps"]) == ("cifar10", 4.0):
+            continue
+        more = {"apgd": 0.5} if cell["method"] == "full" and cell["eps"] == 4 else {}
+        studied.write(tmp_path, studied.record_of(rng, judges=studied.JUDGES | more, labels=cell["data"], **cell))
+    lines = table_for_readme(tmp_path).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0][2:5] == ["PGD-10", "PMA", "APGD"]
+    assert [(*row[:2], bool(row[4])) for row in rows[4:]] == [
+        ("mean of linear and full, 1 of 2 data sets", "4", False),
+        ("mean of linear and full", "8", False),
+        ("linear probing", "8", False),
+        ("full fine-tuning, 1 of 2 data sets", "4", True),
+        ("full fine-tuning", "8", False),
+    ]
+
+
 def test_pairs_that_differ_in_more_than_the_attack_are_said_on_the_first_screen(tmp_path, rng):
     for attack, epochs in (("fgsm", 2), ("pgd", 5)):
         record = studied.record_of(rng, attack=attack)

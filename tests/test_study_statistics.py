@@ -204,11 +204,30 @@ def test_an_average_is_over_the_methods_that_all_data_sets_have(rng):
     both = found["full", "lora"]
     of_sets = [(means[data, "full"] + means[data, "lora"]) / 2 for data in ("a", "b")]
     assert (both.data_sets, both.mean) == (2, pytest.approx(np.mean(of_sets)))
-    assert (both.low, both.high) == pytest.approx(t_interval(of_sets))
+    assert both.low <= t_interval(of_sets)[0] <= t_interval(of_sets)[1] <= both.high
     # Of one data set the interval is the row's.
     (alone,) = (each for each in differences if each.row.method == "linear" and each.judge == "pma")
     linear = found[("linear",)]
     assert (linear.data_sets, linear.low, linear.high) == (1, alone.low, alone.high)
+
+
+def test_data_sets_that_agree_by_chance_are_no_certainty(rng):
+    """Two sets of one mean: Student's interval is a point, and what is open is what each set's images leave open."""
+    records = [studied.record_of(rng, data=data, attack=attack) for data in "ab" for attack in ("fgsm", "pgd")]
+    for a, b in zip(records[:2], records[2:], strict=True):
+        b["verdicts"] = a["verdicts"]
+    differences, _ = compare(map(result_of, records))
+    one, other = ((each.low, each.high) for each in differences if each.judge == "pma")
+    (found,) = (each for each in averages(differences) if each.judge == "pma")
+    half = sqrt((one[1] - one[0]) ** 2 + (other[1] - other[0]) ** 2) / 2 / 2
+    assert found.data_sets == 2
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half))
+    # Sets that do not agree have Student's.
+    spread = [dataclasses.replace(each, mean=mean) for each, mean in zip(differences[-2:], (-0.3, 0.3), strict=True)]
+    spread[0] = dataclasses.replace(spread[0], judge="pma", row=differences[0].row)
+    spread[1] = dataclasses.replace(spread[1], judge="pma")
+    (wide,) = averages(spread)
+    assert (wide.low, wide.high) == pytest.approx(t_interval([-0.3, 0.3]))
 
 
 def test_an_average_over_methods_of_one_data_set_is_over_the_seeds_that_all_have(rng):

@@ -74,10 +74,8 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
     if not collapsed:
         rate = 100 * (1 - 0.05 ** (1 / len(runs)))
         words = f"None of {where} overfitted catastrophically."
-        more = (
-            f"Were runs like these to collapse in {rate:.2g} % of all cases, so many would still show none in one case "
-        )
-        return "stable", "Yes, as far as this study goes.", [words, more + "of twenty."]
+        more = f"Were they independent, up to {rate:.2g} % of such runs could collapse (bound at 95 % confidence)."
+        return "stable", "Yes, as far as this study goes.", [words, more]
     words = [f"{len(collapsed)} of {where} overfitted catastrophically: {_places(collapsed, runs)}."]
     untouched = [m for m in _methods(runs) if all(each.result.cell.method != m for each in collapsed)]
     if untouched:
@@ -177,7 +175,8 @@ def _warned(scores: Iterable[Score]) -> list[str]:
 
 
 def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses: Iterable[Course]) -> str:
-    """The answer in Markdown: the paper's figures, ours at each eps, each method's at eps 8; and stability."""
+    """The answer in Markdown: the paper's figures, ours at each eps, each method's at eps 8, those that alone met a
+    judge at all; and stability."""
     judges = [judge for judge in README_JUDGES if any(each.judge == judge for each in averages)] or ["pgd-10", "pma"]
     lines = [
         "| FGSM's robust accuracy minus PGD's | eps | " + " | ".join(map(judge_words, judges)) + " | time / PGD's |",
@@ -191,14 +190,20 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
     for each in of_fgsm:
         groups.setdefault((each.model, each.eps, each.methods), {})[each.judge] = each
     several = len({each.model for each in of_fgsm}) > 1
-    means = [key for key in groups if len(key[2]) > 1] or list(groups)
-    methods = [key for key in groups if len(key[2]) == 1 and key[1] == 8 and key not in means]
+    most = {key[:2]: max((k for k in groups if k[:2] == key[:2]), key=lambda k: len(k[2])) for key in groups}
+    means = list(most.values())
+    alone = [key for key in groups if len(key[2]) == 1 and key not in means]
+    # At other eps than 8 where there is a judge whom not all methods met.
+    methods = [key for key in alone if key[1] == 8 or groups[key].keys() - groups[most[key[:2]]].keys()]
+    sets = max((each.data_sets for each in of_fgsm), default=0)
     for model, eps, names in (
         *sorted(means, key=lambda key: key[:2]),
-        *sorted(methods, key=lambda key: method_place(key[2][0])),
+        *sorted(methods, key=lambda key: (method_place(key[2][0]), key[1])),
     ):
         judged = groups[model, eps, names]
+        fewer = min(each.data_sets for each in judged.values())
         what = _named(names) + (f", {model}" if several else "")
+        what += f", {fewer} of {_count(sets, 'data set')}" if fewer < sets else ""
         ratios = [each.to_pgd for each in times if each.attack == "fgsm" and each.method in names and each.to_pgd]
         cells = [_cell(judged[judge]) if judge in judged else "" for judge in judges]
         lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if ratios else None))

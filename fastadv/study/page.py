@@ -385,9 +385,10 @@ def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
         return html.paragraph("Not measured yet: no cell has a partner trained with PGD.")
     how = (
         "Verdict minus verdict on the same image, under the same judge, with the same seed, in points. Over data sets: "
-        "the mean, with Student's 95 % interval. Of one row (or one data set): the 95 % interval of "
-        f"{DRAWS:,} draws of seeds, then of images, each image being one unit over the seeds; with one seed, of images "
-        "alone: then it says nothing of other seeds. Where an interval leaves a figure, its bounds are in the tables."
+        "the mean, with Student's 95 % interval, never narrower than the sets' own leave it. Of one row (or one data "
+        f"set): the 95 % interval of {DRAWS:,} draws of seeds, then of images, each image being one unit over the "
+        "seeds; with one seed, of images alone: then it says nothing of other seeds. Where an interval leaves a "
+        "figure, its bounds are in the tables."
     )
     over = [
         [

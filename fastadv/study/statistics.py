@@ -49,7 +49,8 @@ class Average:
     Attributes:
         methods: those that every one of the data sets has.
         data_sets: how many.
-        low, high: of the t interval over data sets; of one data set, of the bootstrap over its seeds and images.
+        low, high: of the t interval over data sets, never narrower than what the seeds and images of each set leave
+            open; of one data set, of the bootstrap over its seeds and images.
     """
 
     model: str
@@ -176,7 +177,9 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     one, means = differences[0], [float(np.mean([of[method].mean for method in common])) for of in sets.values()]
     facts = (one.row.model, tuple(common), one.attack, one.judge, one.row.eps, len(means))
     if len(means) > 1:
-        return Average(*facts, float(np.mean(means)), *t_interval(means))
+        return Average(
+            *facts, float(np.mean(means)), *_over_sets(means, [[of[m] for m in common] for of in sets.values()])
+        )
     of_one = [next(iter(sets.values()))[method] for method in common]
     seeds = sorted(set.intersection(*(set(each.seeds) for each in of_one)))
     if not seeds:
@@ -185,6 +188,15 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     verdicts = np.mean([each.verdicts[[each.seeds.index(s) for s in seeds]] for each in of_one], 0)
     interval = bootstrap(verdicts, _number(*((each.row, each.attack, each.judge) for each in of_one)))
     return Average(*facts, float(verdicts.mean()), *interval)
+
+
+def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> tuple[float, float]:
+    """Student's interval, or where the sets' means happen to lie close together, of the same centre the one that the
+    rows' own intervals leave: as if a set's methods erred alike, and the sets each on its own."""
+    low, high = t_interval(means)
+    within = [np.mean([(each.high - each.low) / 2 for each in rows]) for rows in sets]
+    mean, half = np.mean(means), np.linalg.norm(within) / len(sets)
+    return float(max(min(low, mean - half), -1)), float(min(max(high, mean + half), 1))
 
 
 def averages(differences: Iterable[Difference]) -> list[Average]:
