@@ -345,7 +345,13 @@ def test_a_model_that_knows_the_test_images_is_spoken_of(tmp_path):
     model.trained_on = (TrainedOn.of(seen),)
     models.save(model, tmp_path / "m.safetensors")
     grid = SMALL.replace("model: mlp", f"model: {tmp_path / 'm.safetensors'}").replace("seeds: 2", "seeds: 1")
-    study(tmp_path, "-q", grid=grid.replace("[linear, full]", "linear").replace("[fgsm-rs, pgd]", "none"))
+    study(
+        tmp_path,
+        "-q",
+        grid=grid.replace("[linear, full]", "linear")
+        .replace("full: 3e-3", "linear: 3e-3")
+        .replace("[fgsm-rs, pgd]", "none"),
+    )
     (record,) = records(tmp_path / "out").values()
     assert "was trained on 7 of the 20 test images" in record["warnings"][0]
 
@@ -427,7 +433,7 @@ def test_folders_are_merged_and_a_process_that_dies_costs_its_cell_alone(whole, 
 def test_a_cell_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
     write_set(tmp_path / "colours.npz", 1)
     grid = SMALL.replace("data: colours.npz", "data: [absent.npz, colours.npz]").replace("seeds: 2", "seeds: 1")
-    grid = grid.replace("[linear, full]", "linear")
+    grid = grid.replace("[linear, full]", "linear").replace("full: 3e-3", "linear: 3e-3")
     with pytest.raises(SystemExit, match=r"2 of 4 cells failed, such as absent-mlp-linear.*error\.txt"):
         study(tmp_path, grid=grid)
     assert "failed, FileNotFoundError: no data set or file" in capsys.readouterr().out
@@ -439,6 +445,26 @@ def test_a_cell_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
     assert capsys.readouterr().out.count("absent-mlp") == 2  # and no line of the others
     assert len(records(tmp_path / "out")) == 4
     assert not list(tmp_path.glob("out/cells/*/error.txt"))
+
+
+def test_a_cell_that_was_cut_says_all_its_machines(tmp_path, monkeypatch):
+    write_set(tmp_path / "colours.npz", 1)
+    grid = SMALL.replace("seeds: 2", "seeds: 1").replace("[linear, full]", "full").replace("[fgsm-rs, pgd]", "none")
+    names = iter(("first CPU", "second CPU", "first CPU"))
+    monkeypatch.setattr(cells, "_cpu", lambda: next(names))
+    fit = Trainer.fit
+    for _ in range(2):
+        monkeypatch.setattr(Trainer, "fit", lambda *_: 1 / 0)
+        with pytest.raises(
+            SystemExit, match=r"1 of 1 cells failed, such as .* \(ZeroDivisionError: division by zero\)"
+        ):
+            study(tmp_path, "-q", grid=grid)
+    monkeypatch.setattr(Trainer, "fit", fit)
+    study(tmp_path, "-q", grid=grid)
+    (record,) = records(tmp_path / "out").values()
+    assert record["machine"]["cpu"] == "first CPU"
+    assert [each["cpu"] for each in record["machine"]["before"]] == ["second CPU"]
+    assert [path.name for path in tmp_path.glob("out/cells/*/*")] == ["cell.json"]
 
 
 def test_a_cell_that_another_process_has_is_left_to_it(whole, tmp_path, capsys):
@@ -580,7 +606,9 @@ def test_a_dry_run_says_what_is_done_and_what_is_left_and_writes_nothing(whole, 
     (whole / "grid.yaml").touch()
     study(whole, "--dry-run", grid=more)
     assert sorted(whole.rglob("*")) == files
-    *rows, total = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert said.err == ""
+    *rows, total = said.out.splitlines()
     said = dict(row.split("  ") for row in rows)
     done = records(whole / "out")
     assert {id for id, state in said.items() if state == "done"} == set(done)
@@ -604,12 +632,22 @@ def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
 
 
 def test_one_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    write_set(tmp_path / "colours.npz", 1)
+    run, reports, order = cells.run, [], []
+
+    def interrupted(task, place):
+        if len(order) == 2:
+            raise KeyboardInterrupt
+        order.append(task.cell.id)
+        return run(task, place)
 
     monkeypatch.setattr(cells, "run", interrupted)
+    monkeypatch.setattr(command, "REPORT_S", 0)
+    monkeypatch.setattr(command, "write_study", lambda out: reports.append(list(records(out))))
     with pytest.raises(SystemExit) as ended:
         study(tmp_path)
+    # While it runs, and of what is there at the end.
+    assert reports == [sorted(order[:1]), sorted(order), sorted(order)]
     assert ended.value.code == 130
     assert f"go on with the same command, from {tmp_path / 'out'}" in capsys.readouterr().err
 

@@ -345,6 +345,8 @@ def test_times_are_ratios_to_the_same_row_on_the_same_machine(rng):
     assert (fgsm.predicted_to_pgd, fgsm.predicted_to_none) == (pytest.approx(5 / 17), pytest.approx(5 / 3))
     for each in records:
         each["machine"] = each["machine"] | {"device": "a GPU"}  # where the processor waits
+    two = {**records[0]["machine"], "before": [{"device": "cpu"}]}  # cut, and finished on another machine
+    assert times(map(result_of, [each | {"machine": two} for each in records[-2:]]))[0].to_pgd is None
     gpu = {each.attack: each for each in times(map(result_of, records))}["fgsm"]
     assert gpu.to_pgd == pytest.approx(17 / 58)
     assert times(map(result_of, records[1:2]))[0].to_pgd is None

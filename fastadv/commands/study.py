@@ -1,6 +1,7 @@
 """fastadv study: methods, attacks and budgets compared, over data sets and seeds."""
 
 import argparse
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastadv.study.run import check_possible, here, pending, side_by_side
 # Options that a grid file says instead.
 GRID = ("data", "classes", "model", "methods", "attacks", "eps", "seeds", "judges", "epochs", "batch_size")
 GRID += ("train_limit", "val_limit", "test_limit")
+REPORT_S = 600
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +79,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     check_folder(arguments.out)
     write_grid(arguments.out, grid)
-    _finish(arguments, tasks, _run(left, place, arguments))
+    try:
+        outcomes = _run(left, place, arguments)
+    except KeyboardInterrupt:
+        _report(arguments.out)
+        raise
+    _finish(arguments, tasks, outcomes)
 
 
 def _grid(arguments: argparse.Namespace) -> dict:
@@ -125,12 +132,15 @@ def _say_plan(tasks: Sequence[Task], left: Sequence[Task], place: Place) -> None
 
 
 def _run(left: Sequence[Task], place: Place, arguments: argparse.Namespace) -> list[Outcome]:
-    """Run the cells, with a line for each."""
-    outcomes = []
+    """Run the cells, with a line for each, and a report of what is finished every REPORT_S seconds."""
+    outcomes, reported = [], time.monotonic()
     for outcome in _outcomes(left, place, arguments):
         outcomes.append(outcome)
         result = "" if outcome.status == "done" else f"{outcome.status}, "
         say(f"{len(outcomes)}/{len(left)} {outcome.id}: {result}{outcome.words}")
+        if time.monotonic() - reported >= REPORT_S and len(outcomes) < len(left):
+            _report(arguments.out)
+            reported = time.monotonic()
     return outcomes
 
 
@@ -142,16 +152,20 @@ def _outcomes(left: Sequence[Task], place: Place, arguments: argparse.Namespace)
     return here(left, place)
 
 
+def _report(folder: Path) -> None:
+    if next(finished(folder), None):
+        write_study(folder)
+        say(f"the report is in {folder}")
+
+
 def _finish(arguments: argparse.Namespace, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
     """Write the report on what is finished, and say what is not."""
-    if next(finished(arguments.out), None):
-        write_study(arguments.out)
-        say(f"the report is in {arguments.out}")
+    _report(arguments.out)
     if elsewhere := sum(outcome.status == "elsewhere" for outcome in outcomes):
         say(f"run by other processes: {elsewhere} of the cells; the same command writes the report again with them")
-    if failed := [outcome.id for outcome in outcomes if outcome.status == "failed"]:
-        error = cell_folder(arguments.out, failed[0]) / ERROR
+    if failed := [outcome for outcome in outcomes if outcome.status == "failed"]:
+        error = cell_folder(arguments.out, failed[0].id) / ERROR
         raise SystemExit(
-            f"fastadv: error: {len(failed)} of {len(tasks)} cells failed, such as {failed[0]}: see {error}. The same "
-            "command tries them again"
+            f"fastadv: error: {len(failed)} of {len(tasks)} cells failed, such as {failed[0].id} ({failed[0].words}): "
+            f"see {error}. The same command tries them again"
         )

@@ -1,6 +1,7 @@
 """One cell of a study: trained, judged, and kept in its folder."""
 
 import hashlib
+import json
 import platform
 import shutil
 import time
@@ -27,7 +28,8 @@ from fastadv.version import __version__
 WEIGHTS = "model.safetensors"
 # Of a record's settings: digests of what was found, which no grid says.
 FOUND = {"contents": "images", "weights": "pretrained weights"}
-_WORK = ("train", "judged-*", ERROR)
+MACHINES = "machines.json"
+_WORK = ("train", "judged-*", MACHINES, ERROR)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[mode
             "one new image in 10,000 is taken for such a one)",
             stacklevel=2,
         )
+    machines = _machines(place, folder)
     options = {"folder": folder / "train", "resume": True, "device": place.device, "progress": False}
     # The test images are for the judges alone.
     records = trainer(task, model.pixels, **options).fit(parts.train, parts.val)
@@ -133,7 +136,7 @@ def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[mode
         model.trained_on += (parts.trained_on,)
         models.save(model, folder / WEIGHTS)
     record |= {
-        "machine": machine(place),
+        "machine": machines[-1] | ({"before": machines[:-1]} if machines[1:] else {}),
         "images": {name: len(getattr(parts, name)[1]) for name in ("train", "val", "test")},
         "labels": parts.judged,
         "records": records,
@@ -236,6 +239,15 @@ def machine(place: Place) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _machines(place: Place, folder: Path) -> list[dict]:
+    """Those that a cell was trained on so far, this one last: a run that was cut may go on elsewhere."""
+    path = folder / MACHINES
+    found, here = json.loads(path.read_text()) if path.exists() else [], machine(place)
+    found = [each for each in found if each != here] + [here]
+    write_atomically(path, json.dumps(found).encode())
+    return found
 
 
 def _cpu() -> str:

@@ -1,5 +1,6 @@
 """How long the cells of a study will take, before they are run."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from statistics import mean
@@ -12,6 +13,8 @@ from fastadv.study.files import finished
 from fastadv.study.grid import Cell, Task, trainer
 from fastadv.study.images import Parts, parts_of
 from fastadv.training import Settings
+
+logger = logging.getLogger("fastadv")
 
 # What the time of a standard step depends on.
 _OF_A_STEP = ("method", "head", "rank", "lora_targets", "lr", "batch_size", "accumulate", "optimizer", "precision")
@@ -30,7 +33,8 @@ def estimates(tasks: Iterable[Task], place: Place) -> dict[str, float]:
     timed: dict[tuple, list[float]] = {}
     here = machine(place)
     for record in finished(place.folder):
-        if all(record["machine"][name] == here[name] for name in ("device", "cpu", "threads")):
+        made = record["machine"]
+        if "before" not in made and all(made[name] == here[name] for name in ("device", "cpu", "threads")):
             timed.setdefault(_kind(Cell(**record["cell"])), []).append(seconds_a_unit(record))
     found = {}
     for task in tasks:
@@ -52,12 +56,14 @@ def _measured(task: Task, place: Place, parts: Parts) -> float:
     standard = replace(task, cell=replace(task.cell, attack="none"), training=training)
     images = parts.train[0][: training.batch_size]
     labels = torch.arange(len(images)) % len(parts.classes)
-    before = torch.get_num_threads()
+    before, level = torch.get_num_threads(), logger.level
     try:
+        logger.setLevel(logging.WARNING)  # its two epochs are none of the study's
         torch.set_num_threads(place.threads)
         model = build(task.cell, parts)
         records = trainer(standard, model.pixels, device=place.device, progress=False).fit((images, labels))
     finally:
+        logger.setLevel(level)
         torch.set_num_threads(before)
     seconds = [record["train_s"] for record in records if "epoch" in record]
     return seconds[-1] / (len(images) * cost_of(standard)["units"])

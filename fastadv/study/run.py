@@ -1,5 +1,6 @@
 """The cells of a study, one after another, or several at a time on one machine."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,8 @@ from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, cell_folder, finished
 from fastadv.study.grid import Task
 from fastadv.study.images import preprocessing_of
+
+logger = logging.getLogger("fastadv")
 
 
 def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
@@ -64,6 +67,7 @@ def check_possible(tasks: Sequence[Task]) -> None:
 def here(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
     """One after another, in this process."""
     for task in tasks:
+        logger.info("%s:", task.cell.id)
         yield cells.run(task, place)
 
 

@@ -36,11 +36,16 @@ def times(results: Iterable[Result]) -> list[Time]:
         ratios = []
         for other in (PGD, "none"):
             pairs = [(each, by_row.get((row_of(each), each.cell.seed, other))) for each in mine]
-            pairs = [(a, b) for a, b in pairs if b is not None and a.record["machine"] == b.record["machine"]]
+            pairs = [(a, b) for a, b in pairs if b is not None and _comparable(a, b)]
             ratios.append((_ratio(pairs, _seconds), _ratio(pairs, _units), len(pairs)))
         (to_pgd, foretold, count), (to_none, foretold_none, _) = ratios
         found.append(Time(method, attack, to_pgd, foretold, to_none, foretold_none, count))
     return found
+
+
+def _comparable(a: Result, b: Result) -> bool:
+    """Made on one machine from beginning to end, on the same threads."""
+    return a.record["machine"] == b.record["machine"] and "before" not in a.record["machine"]
 
 
 def _ratio(pairs, measure) -> float | None:
@@ -55,4 +60,5 @@ def _seconds(result: Result) -> float:
 
 
 def _units(result: Result) -> float:
-    return result.record["cost"]["units"]
+    """Of the whole training."""
+    return result.record["cost"]["units"] * len(result.epochs) * result.record["images"]["train"]
