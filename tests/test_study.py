@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from fastadv.study.cells import Place
 from fastadv.study.cost import cost_of
 from fastadv.study.estimate import estimates
 from fastadv.study.files import read_grid, write_grid
-from fastadv.study.grid import Cell, DataSet, expanded
+from fastadv.study.grid import Cell, DataSet, expanded, trainer
 from fastadv.study.images import parts_of
 from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
@@ -143,6 +144,23 @@ def test_blocks_are_products_of_their_own_and_share_what_the_grid_says():
     assert tasks["d", "full", 8].cell.id == "d-1-3-robust-resnet-full-pgd-eps8-seed0"
 
 
+def test_an_attack_with_settings_of_its_own_has_a_name_of_its_own():
+    variant = {"name": "stale-4", "attack": "stale", "refresh": 4, "epochs": 9}
+    fgsm, stale = expanded({"data": "digits", "methods": "full", "attacks": ["fgsm", variant], "seeds": 1, "epochs": 3})
+    assert (fgsm.attack, fgsm.cell.attack, fgsm.training.epochs, fgsm.training.refresh) == ("fgsm", "fgsm", 3, None)
+    assert (stale.attack, stale.cell.attack, stale.training.epochs, stale.training.refresh) == (
+        "stale",
+        "stale-4",
+        9,
+        4,
+    )
+    assert (stale.cell.id, stale.settings["trained_with"]) == ("digits-robust-resnet-full-stale-4-eps8-seed0", "stale")
+    assert trainer(stale, torch.nn.Identity()).attack == "stale"
+    record = {"settings": stale.settings | {"trained_with": "fgsm"}, "cell": asdict(stale.cell)}
+    with pytest.raises(ValueError, match=r"differs in trained_with \(fgsm, stale\)"):
+        cells.check(stale, record)
+
+
 D = {"data": "digits", "model": "mlp"}
 
 
@@ -154,6 +172,9 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"methods": ["probe"]}, "unknown method 'probe'"),
         (D | {"attacks": ["pgd", "fgms"]}, "'fgms'"),
         (D | {"attacks": ["pgdl2"]}, "pgdl2|L2"),
+        (D | {"attacks": [{"name": "a", "refresh": 4}]}, "mappings with a name and an attack"),
+        (D | {"attacks": [{"name": "a", "attack": "stale", "fresh": 4}]}, "the attack a has no setting 'fresh'"),
+        (D | {"attacks": [{"name": "a", "attack": "fgsm", "refresh": 4}]}, "refresh"),
         (D | {"judges": ["pgdl2"]}, "unknown judge 'pgdl2'"),
         (D | {"eps": 0.03}, "eps is a number of 1/255"),
         (D | {"eps": []}, "empty list"),
@@ -224,6 +245,11 @@ def test_the_costs_are_those_of_the_cost_model():
     assert units == {(m, a): (probe if m == "linear" else whole)[a] for m, a in units}
     (five,) = expanded(D | {"methods": "full", "attacks": "pgd", "steps": 5, "seeds": 1})
     assert cost_of(five) == {"forward": 6, "input_backward": 5, "backward": 1, "units": 13}
+    # Of 10 epochs, the first has a fresh FGSM of 2 passes for all images and each later one for a fifth of them.
+    for changes, units in (({}, 3), ({"refresh": 5}, 3 + 2 * (1 + 9 / 5) / 10), ({"price": 1.4}, 4.2)):
+        variant = {"name": "kept", "attack": "stale", "epochs": 10, **changes}
+        (kept,) = expanded(D | {"methods": "full", "attacks": [variant], "seeds": 1})
+        assert cost_of(kept)["units"] == pytest.approx(units)
 
 
 def test_from_scratch_the_same_network_has_other_weights():

@@ -188,7 +188,7 @@ def check(task: Task, record: Mapping) -> None:
     Raises:
         ValueError: what differs.
     """
-    defaults = Task(task.cell, DataSet("", ""), Images(), Settings()).settings
+    defaults = Task(task.cell, DataSet("", ""), Images(), task.attack, Settings()).settings
     settings = {name: value for name, value in record["settings"].items() if name not in FOUND}
     there = {**defaults, **settings, **record["cell"]}
     if other := differences(there, {**task.settings, **asdict(task.cell)}):

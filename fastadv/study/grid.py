@@ -25,12 +25,17 @@ IN_A_ROW = {"apgd": VERSIONS["standard"][:2], "autoattack": VERSIONS["standard"]
 JUDGES = (*(name for name, (attack, _) in PRESETS.items() if attack.norm == "Linf"), *IN_A_ROW)
 
 _AXES = {"model": "robust-resnet", "methods": ("linear", "full"), "attacks": ("fgsm", "pgd"), "eps": (8,), "seeds": 3}
-_NOT_TRAINING = ("method", "seed", "checkpoint_s")  # of Settings: an axis each, and what changes no result
+_AXES_OF = ("method", "seed")  # of Settings
+_NOT_TRAINING = (*_AXES_OF, "checkpoint_s")  # and what changes no result
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a study; eps in units of 1/255, `classes` as `fastadv finetune --classes` takes them."""
+    """One training run of a study.
+
+    eps is in units of 1/255, `classes` as `fastadv finetune --classes` takes them, `attack` the name of what attacks in
+    training with its settings.
+    """
 
     data: str
     classes: str | None
@@ -94,11 +99,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Task:
-    """A cell and all that its result depends on, and who judges it beside ALWAYS."""
+    """A cell and all that its result depends on, and who judges it beside ALWAYS; `attack` is the trainer's."""
 
     cell: Cell
     data: DataSet
     images: Images
+    attack: str
     training: Settings
     judges: tuple[str, ...] = ()
 
@@ -106,7 +112,9 @@ class Task:
     def settings(self) -> dict:
         """What a finished cell must have been made with, as JSON has it."""
         training = {name: v for name, v in asdict(self.training).items() if name not in _NOT_TRAINING}
-        return json.loads(json.dumps({**training, **asdict(self.images), "size": self.data.size}))
+        return json.loads(
+            json.dumps({"trained_with": self.attack, **training, **asdict(self.images), "size": self.data.size})
+        )
 
 
 def trainer(task: Task, model: nn.Module, **options) -> Trainer:
@@ -115,7 +123,7 @@ def trainer(task: Task, model: nn.Module, **options) -> Trainer:
     Raises:
         ValueError: an attack or a setting that cannot be.
     """
-    attack = None if task.cell.attack == "none" else task.cell.attack
+    attack = None if task.attack == "none" else task.attack
     settings = {each.name: getattr(task.training, each.name) for each in fields(Settings)}
     return Trainer(model, task.cell.eps / 255, attack=attack, measure_backbone=False, **settings, **options)
 
@@ -128,7 +136,8 @@ def expanded(grid: Mapping) -> list[Task]:
 
     Args:
         grid: names of axes and settings with their values. Axes: "data" (names, or mappings with the fields of
-            `DataSet` and `Images`; a name alone is a path too), "model", "methods", "attacks", "eps" (in units of
+            `DataSet` and `Images`; a name alone is a path too), "model", "methods", "attacks" (names, or mappings with
+            a "name", the "attack" that it stands for, and settings of `fastadv.training.Settings`), "eps" (in units of
             1/255) and "seeds" (how many, from 0, or a list of them). Settings: "judges", those of `Images`, those of
             `fastadv.training.Settings`; "lr" may be a mapping from methods. "blocks" is a list of such mappings, each
             a product of its own; what a block does not say, the grid says for all. A cell that several blocks have is
@@ -163,7 +172,7 @@ def differences(one: Mapping, other: Mapping) -> str:
 
 
 def _product(block: Mapping) -> Iterable[Task]:
-    known = [name for kind in (Images, Settings) for name in _names(kind) if name not in ("method", "seed")]
+    known = [name for kind in (Images, Settings) for name in _names(kind) if name not in _AXES_OF]
     _check_names("the grid", block, ["data", *_AXES, "judges", *known])
     if "data" not in block:
         raise ValueError("the grid names no data")
@@ -177,8 +186,9 @@ def _product(block: Mapping) -> Iterable[Task]:
     order = (_seeds(block.get("seeds", _AXES["seeds"])), _several(block["data"]), axes["model"], axes["eps"])
     for seed, data, model, eps, method, attack in itertools.product(*order, axes["methods"], axes["attacks"]):
         data, images = _data(data, block)
-        cell = Cell(data.name, data.classes, str(model), method, str(attack), _eps(eps), seed)
-        task = Task(cell, data, images, _training(cell, block), judges)
+        name, attack, changes = _attack(attack)
+        cell = Cell(data.name, data.classes, str(model), method, name, _eps(eps), seed)
+        task = Task(cell, data, images, attack, _training(cell, {**block, **changes}), judges)
         trainer(task, nn.Identity())  # refuses what is wrong, before anything is begun
         yield task
 
@@ -194,6 +204,17 @@ def _data(given: object, block: Mapping) -> tuple[DataSet, Images]:
         chosen["classes"] = str(chosen["classes"])
     images = {name: {**block, **entry}[name] for name in _names(Images) if name in {**block, **entry}}
     return DataSet(**chosen), Images(**images)
+
+
+def _attack(given: object) -> tuple[str, str, dict]:
+    """The name of an attack in the results, the trainer's, and changes to the settings of the grid."""
+    if isinstance(given, str):
+        return given, given, {}
+    if not isinstance(given, Mapping) or not all(isinstance(given.get(name), str) for name in ("name", "attack")):
+        raise ValueError(f"attacks are names, or mappings with a name and an attack, got {given!r}")
+    changes = {name: value for name, value in given.items() if name not in ("name", "attack")}
+    _check_names(f"the attack {given['name']}", changes, [name for name in _names(Settings) if name not in _AXES_OF])
+    return given["name"], given["attack"], changes
 
 
 def _training(cell: Cell, block: Mapping) -> Settings:
