@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from fastadv.study.cells import Place
 from fastadv.study.cost import cost_of
 from fastadv.study.estimate import estimates
 from fastadv.study.files import read_grid, write_grid
-from fastadv.study.grid import Cell, DataSet, expanded
+from fastadv.study.grid import Cell, DataSet, expanded, trainer
 from fastadv.study.images import parts_of
 from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
@@ -150,6 +151,23 @@ def test_the_first_seed_of_all_blocks_comes_first():
     assert found == [("fgsm", 0), ("pgd", 5), ("none", 7), ("fgsm", 1), ("none", 0), ("fgsm", 2)]
 
 
+def test_an_attack_with_settings_of_its_own_has_a_name_of_its_own():
+    variant = {"name": "stale-4", "attack": "stale", "refresh": 4, "epochs": 9}
+    fgsm, stale = expanded({"data": "digits", "methods": "full", "attacks": ["fgsm", variant], "seeds": 1, "epochs": 3})
+    assert (fgsm.attack, fgsm.cell.attack, fgsm.training.epochs, fgsm.training.refresh) == ("fgsm", "fgsm", 3, None)
+    assert (stale.attack, stale.cell.attack, stale.training.epochs, stale.training.refresh) == (
+        "stale",
+        "stale-4",
+        9,
+        4,
+    )
+    assert (stale.cell.id, stale.settings["trained_with"]) == ("digits-robust-resnet-full-stale-4-eps8-seed0", "stale")
+    assert trainer(stale, torch.nn.Identity()).attack == "stale"
+    record = {"settings": stale.settings | {"trained_with": "fgsm"}, "cell": asdict(stale.cell)}
+    with pytest.raises(ValueError, match=r"differs in trained_with \(fgsm, stale\)"):
+        cells.check(stale, record)
+
+
 D = {"data": "digits", "model": "mlp"}
 
 
@@ -161,6 +179,9 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"methods": ["probe"]}, "unknown method 'probe'"),
         (D | {"attacks": ["pgd", "fgms"]}, "'fgms'"),
         (D | {"attacks": ["pgdl2"]}, "pgdl2|L2"),
+        (D | {"attacks": [{"name": "a", "refresh": 4}]}, "mappings with a name and an attack"),
+        (D | {"attacks": [{"name": "a", "attack": "stale", "fresh": 4}]}, "the attack a has no setting 'fresh'"),
+        (D | {"attacks": [{"name": "a", "attack": "fgsm", "refresh": 4}]}, "refresh"),
         (D | {"judges": ["pgdl2"]}, "unknown judge 'pgdl2'"),
         (D | {"eps": 0.03}, "eps is a number of 1/255"),
         (D | {"eps": []}, "empty list"),
@@ -175,7 +196,6 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"data": ["a/.."]}, "paths that end in a name"),
         (D | {"data": {"name": ""}}, "mappings with a name"),
         (D | {"blocks": []}, "empty list: nothing would be done"),
-        (D | {"blocks": [{"methods": "full", "lr": {"adapter": 1}}]}, "no cell is of that method"),
         (D | {"alpha": 0.1, "attacks": ["none"]}, "alpha"),
         ({"data": {"name": "a", "folder": "b"}}, "the data set a has no setting 'folder'"),
         (D | {"blocks": [{"epochs": 2}, {"epochs": 3}]}, r"ask for digits-mlp-.* different epochs \(2, 3\)"),
@@ -237,6 +257,11 @@ def test_the_costs_are_those_of_the_cost_model():
     assert units == {(m, a): (probe if m == "linear" else whole)[a] for m, a in units}
     (five,) = expanded(D | {"methods": "full", "attacks": "pgd", "steps": 5, "seeds": 1})
     assert cost_of(five) == {"forward": 6, "input_backward": 5, "backward": 1, "units": 13}
+    # Of 10 epochs, the first has a fresh FGSM of 2 passes for all images and each later one for a fifth of them.
+    for changes, units in (({}, 3), ({"refresh": 5}, 3 + 2 * (1 + 9 / 5) / 10), ({"price": 1.4}, 4.2)):
+        variant = {"name": "kept", "attack": "stale", "epochs": 10, **changes}
+        (kept,) = expanded(D | {"methods": "full", "attacks": [variant], "seeds": 1})
+        assert cost_of(kept)["units"] == pytest.approx(units)
 
 
 def test_from_scratch_the_same_network_has_other_weights():
@@ -348,9 +373,7 @@ def test_a_model_that_knows_the_test_images_is_spoken_of(tmp_path):
     study(
         tmp_path,
         "-q",
-        grid=grid.replace("[linear, full]", "linear")
-        .replace("full: 3e-3", "linear: 3e-3")
-        .replace("[fgsm-rs, pgd]", "none"),
+        grid=grid.replace("[linear, full]", "linear").replace("[fgsm-rs, pgd]", "none"),
     )
     (record,) = records(tmp_path / "out").values()
     assert "was trained on 7 of the 20 test images" in record["warnings"][0]
@@ -433,7 +456,7 @@ def test_folders_are_merged_and_a_process_that_dies_costs_its_cell_alone(whole, 
 def test_a_cell_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
     write_set(tmp_path / "colours.npz", 1)
     grid = SMALL.replace("data: colours.npz", "data: [absent.npz, colours.npz]").replace("seeds: 2", "seeds: 1")
-    grid = grid.replace("[linear, full]", "linear").replace("full: 3e-3", "linear: 3e-3")
+    grid = grid.replace("[linear, full]", "linear")
     with pytest.raises(SystemExit, match=r"2 of 4 cells failed, such as absent-mlp-linear.*error\.txt"):
         study(tmp_path, grid=grid)
     assert "failed, FileNotFoundError: no data set or file" in capsys.readouterr().out

@@ -181,6 +181,18 @@ def test_settings_that_are_not_the_attack_s_own_are_said_where_pairs_differ_in_t
     assert {each.attack: each.unlike for each in found} == {"fgsm": {"epochs": "9 and 5"}, "nfgsm": {}}
 
 
+def test_an_attack_of_another_name_is_what_it_was_trained_with(rng):
+    cells = [studied.record_of(rng, attack=a) for a in ("none", "fgsm", "pgd")]
+    for each, name in zip(cells, ("none-crops", "kept", "pgd"), strict=True):
+        each["settings"]["trained_with"], each["cell"]["attack"] = each["cell"]["attack"], name
+    cells.append(studied.record_of(rng, attack="pgd"))
+    cells[-1]["cell"]["attack"], cells[-1]["settings"]["trained_with"] = "strong", "pgd"
+    results = [result_of(each) for each in cells]
+    assert {each.attack for each in compare(results)[0]} == {"kept", "strong"}
+    assert [each.result.cell.attack for each in courses(results)] == ["kept", "pgd", "strong"]
+    assert [each.fast for each in results[1:]] == [True, False, False]
+
+
 def test_verdicts_of_one_cell_are_of_the_same_images(rng):
     record = studied.record_of(rng)
     record["verdicts"]["pma"] += "1"

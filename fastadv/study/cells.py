@@ -20,7 +20,7 @@ from fastadv.files import write_atomically
 from fastadv.locks import InUseError, held
 from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, cell_folder, finished, read_cell, write_cell
-from fastadv.study.grid import ALWAYS, DEFAULTS, SCRATCH, Cell, Task, differences, trainer
+from fastadv.study.grid import ALWAYS, SCRATCH, Cell, Task, differences, trainer, with_defaults
 from fastadv.study.images import Parts, parts_of
 from fastadv.study.verdicts import judged, share
 from fastadv.version import __version__
@@ -191,7 +191,7 @@ def check(task: Task, record: Mapping) -> None:
         ValueError: what differs.
     """
     settings = {name: value for name, value in record["settings"].items() if name not in FOUND}
-    there = {**DEFAULTS, **settings, **record["cell"]}
+    there = {**with_defaults(task.cell, settings), **record["cell"]}
     if other := differences(there, {**task.settings, **asdict(task.cell)}):
         raise ValueError(
             f"the finished cell {task.cell.id} was made with other settings than the grid asks for, and differs in "

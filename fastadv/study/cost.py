@@ -20,9 +20,9 @@ def cost_of(task: Task) -> dict[str, float]:
         ValueError: an attack whose cost is not known.
     """
     training = task.training
-    steps = training.steps if task.cell.attack == "pgd" else None
+    steps = training.steps if task.attack == "pgd" else None
     found = passes(
-        task.cell.attack, training.method, steps=steps, fresh=_fresh(training), clean=0 < training.clean_weight < 1
+        task.attack, training.method, steps=steps, fresh=_fresh(training), clean=0 < training.clean_weight < 1
     )
     names = ("forward", "input_backward", "backward")
     return dict(zip(names, found, strict=True)) | {"units": found.total}

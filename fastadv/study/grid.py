@@ -26,13 +26,18 @@ JUDGES = (*(name for name, (attack, _) in PRESETS.items() if attack.norm == "Lin
 
 _AXES = {"model": "robust-resnet", "methods": ("linear", "full"), "attacks": ("fgsm", "pgd"), "eps": (8,), "seeds": 3}
 # Settings that are a training attack's own: two attacks may differ in them, and be compared.
-OF_THE_ATTACK = ("alpha", "noise", "steps", "refresh", "price", "quantile", "penalty", "repeats")
-_NOT_TRAINING = ("method", "seed", "checkpoint_s")  # of Settings: an axis each, and what changes no result
+OF_THE_ATTACK = ("trained_with", "alpha", "noise", "steps", "refresh", "price", "quantile", "penalty", "repeats")
+_AXES_OF = ("method", "seed")  # of Settings
+_NOT_TRAINING = (*_AXES_OF, "checkpoint_s")  # and what changes no result
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a study; eps in units of 1/255, `classes` as `fastadv finetune --classes` takes them."""
+    """One training run of a study.
+
+    eps is in units of 1/255, `classes` as `fastadv finetune --classes` takes them, `attack` the name of what attacks in
+    training with its settings.
+    """
 
     data: str
     classes: str | None
@@ -102,11 +107,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Task:
-    """A cell and all that its result depends on, and who judges it beside ALWAYS."""
+    """A cell and all that its result depends on, and who judges it beside ALWAYS; `attack` is the trainer's."""
 
     cell: Cell
     data: DataSet
     images: Images
+    attack: str
     training: Settings
     judges: tuple[str, ...] = ()
 
@@ -114,10 +120,14 @@ class Task:
     def settings(self) -> dict:
         """What a finished cell must have been made with, as JSON has it."""
         training = {name: v for name, v in asdict(self.training).items() if name not in _NOT_TRAINING}
-        return json.loads(json.dumps({**training, **asdict(self.images), "size": self.data.size}))
+        return json.loads(
+            json.dumps({"trained_with": self.attack, **training, **asdict(self.images), "size": self.data.size})
+        )
 
 
-DEFAULTS = Task(Cell("", None, "", "full", "fgsm", 8.0, 0), DataSet("", ""), Images(), Settings()).settings
+def with_defaults(cell: Cell, settings: Mapping) -> dict:
+    """The settings of a record, and the defaults of those that were not there yet when it was made."""
+    return {**Task(cell, DataSet("", ""), Images(), cell.attack, Settings()).settings, **settings}
 
 
 def trainer(task: Task, model: nn.Module, **options) -> Trainer:
@@ -126,7 +136,7 @@ def trainer(task: Task, model: nn.Module, **options) -> Trainer:
     Raises:
         ValueError: an attack or a setting that cannot be.
     """
-    attack = None if task.cell.attack == "none" else task.cell.attack
+    attack = None if task.attack == "none" else task.attack
     settings = {each.name: getattr(task.training, each.name) for each in fields(Settings)}
     return Trainer(model, task.cell.eps / 255, attack=attack, measure_backbone=False, **settings, **options)
 
@@ -141,7 +151,8 @@ def expanded(grid: Mapping) -> list[Task]:
 
     Args:
         grid: names of axes and settings with their values. Axes: "data" (names, or mappings with the fields of
-            `DataSet` and `Images`; a name alone is a path too), "model", "methods", "attacks", "eps" (in units of
+            `DataSet` and `Images`; a name alone is a path too), "model", "methods", "attacks" (names, or mappings with
+            a "name", the "attack" that it stands for, and settings of `fastadv.training.Settings`), "eps" (in units of
             1/255) and "seeds" (how many, from 0, or a list of them). Settings: "judges", those of `Images`, those of
             `fastadv.training.Settings`; "lr" may be a mapping from methods. "blocks" is a list of such mappings, each
             a product of its own; what a block does not say, the grid says for all. A cell that several blocks have is
@@ -164,7 +175,6 @@ def expanded(grid: Mapping) -> list[Task]:
         if (other := differences(there.settings, task.settings)) or there.data != task.data:
             raise ValueError(f"two blocks ask for {task.cell.id} with different {other or 'data'}: say it once")
         found[task.cell] = replace(there, judges=tuple(dict.fromkeys((*there.judges, *task.judges))))
-    _check_rates(blocks, {cell.method for cell in found})
     names = Counter(cell.id for cell in found)
     for cell in found:
         if names[cell.id] > 1:
@@ -180,7 +190,7 @@ def differences(one: Mapping, other: Mapping) -> str:
 
 def _products(block: Mapping) -> list[list[Task]]:
     """A block's cells, seed by seed."""
-    known = [name for kind in (Images, Settings) for name in _names(kind) if name not in ("method", "seed")]
+    known = [name for kind in (Images, Settings) for name in _names(kind) if name not in _AXES_OF]
     _check_names("the grid", block, ["data", *_AXES, "judges", *known])
     if "data" not in block:
         raise ValueError("the grid names no data")
@@ -200,8 +210,9 @@ def _products(block: Mapping) -> list[list[Task]]:
 
 def _task(block: Mapping, seed: int, judges: tuple[str, ...], data, model, eps, method: str, attack) -> Task:
     data, images = _data(data, block)
-    cell = Cell(data.name, data.classes, str(model), method, str(attack), _eps(eps), seed)
-    task = Task(cell, data, images, _training(cell, block), judges)
+    name, attack, changes = _attack(attack)
+    cell = Cell(data.name, data.classes, str(model), method, name, _eps(eps), seed)
+    task = Task(cell, data, images, attack, _training(cell, {**block, **changes}), judges)
     trainer(task, nn.Identity())  # refuses what is wrong, before anything is begun
     return task
 
@@ -224,6 +235,17 @@ def _name_of(path: Path) -> str:
     return path.stem if path.suffix in (".npz", ".parquet") else path.name if path.name != ".." else ""
 
 
+def _attack(given: object) -> tuple[str, str, dict]:
+    """The name of an attack in the results, the trainer's, and changes to the settings of the grid."""
+    if isinstance(given, str):
+        return given, given, {}
+    if not isinstance(given, Mapping) or not all(isinstance(given.get(name), str) for name in ("name", "attack")):
+        raise ValueError(f"attacks are names, or mappings with a name and an attack, got {given!r}")
+    changes = {name: value for name, value in given.items() if name not in ("name", "attack")}
+    _check_names(f"the attack {given['name']}", changes, [name for name in _names(Settings) if name not in _AXES_OF])
+    return given["name"], given["attack"], changes
+
+
 def _training(cell: Cell, block: Mapping) -> Settings:
     chosen = {name: block[name] for name in _names(Settings) if name in block and name != "lr"}
     method = "full" if cell.method == SCRATCH else cell.method
@@ -233,13 +255,6 @@ def _training(cell: Cell, block: Mapping) -> Settings:
         default = LEARNING_RATES.get(method, Settings.lr)
         rates = {**LEARNING_RATES, **rates}.get(cell.method, default)
     return Settings(**chosen, lr=rates, method=method, seed=cell.seed)
-
-
-def _check_rates(blocks: Sequence[Mapping], methods: set[str]) -> None:
-    rates = [block["lr"] for block in blocks if isinstance(block.get("lr"), Mapping)]
-    for method in itertools.chain.from_iterable(rates):
-        if method not in methods:
-            raise ValueError(f"lr has a number for {method}, and no cell is of that method: leave it out")
 
 
 def _eps(given: object) -> float:

@@ -124,7 +124,7 @@ def courses(results: Iterable[Result]) -> list[Course]:
     found = []
     for each in results:
         partner = with_pgd.get((row_of(each), each.cell.seed)) if each.cell.attack != PGD else None
-        if each.cell.attack != "none" and any(map(_judged, each.epochs)):
+        if each.attack != "none" and any(map(_judged, each.epochs)):
             seen = {
                 name: detector.first(each.epochs)
                 for name, detector in DETECTORS.items()

@@ -312,7 +312,7 @@ def _paper(study: Study) -> str:
 
 
 def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str]) -> str:
-    untold = sum(each.cell.attack != "none" for each in study.results) - len(study.courses)
+    untold = sum(each.attack != "none" for each in study.results) - len(study.courses)
     parts = [html.paragraph(DEFINITION, "note")]
     if untold:
         words = "runs have no record of a validation and a probe: whether they collapsed is not known."

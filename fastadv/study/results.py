@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fastadv.study.grid import DEFAULTS, SCRATCH, Cell
+from fastadv.study.grid import SCRATCH, Cell, with_defaults
 
 PGD = "pgd"  # the training attack that the others are compared with
 _SLOW = ("none", "pgd", "apgd", "bim", "mifgsm", "pma")  # beginnings of what is no fast attack
@@ -46,10 +46,14 @@ class Result:
     def accuracies(self) -> dict[str, float]:
         return {judge: float(right.mean()) for judge, right in self.verdicts.items()}
 
-    @property
+    @cached_property
     def settings(self) -> dict:
-        """With the defaults of those that an older record has no name for."""
-        return {**DEFAULTS, **self.record["settings"]}
+        return with_defaults(self.cell, self.record["settings"])
+
+    @property
+    def attack(self) -> str:
+        """What attacked in training; the cell's has a name of its own where it has settings of its own."""
+        return self.settings["trained_with"]
 
     @property
     def epochs(self) -> list[Mapping]:
@@ -57,7 +61,7 @@ class Result:
 
     @property
     def fast(self) -> bool:
-        return not self.cell.attack.startswith(_SLOW)
+        return not self.attack.startswith(_SLOW)
 
     @property
     def transfer(self) -> bool:

@@ -93,7 +93,7 @@ def compare(results: Iterable[Result], reference: str = PGD) -> tuple[list[Diffe
     found, refused = [], []
     for row, attacks in rows.items():
         for attack, cells in attacks.items() if reference in attacks else ():
-            if attack in (reference, "none"):
+            if attack == reference or any(each.attack == "none" for each in cells.values()):
                 continue
             try:
                 found += list(_differences(row, attack, cells, attacks[reference]))

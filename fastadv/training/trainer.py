@@ -160,15 +160,16 @@ class Trainer:
         Returns:
             The records, dicts for `json.dump`. First, where measured, {"backbone": ...}. For each stage {"stage",
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
-            training images), "lr" (of the last step), "train_s" (seconds without evaluation), what the monitor read,
-            "action" where it acted, with the attack stale "fresh" (share of the images that got a fresh FGSM) and
-            "agreement" (mean share of an image's pixels whose signs are those of the epoch before), and, when
-            evaluated, "clean_accuracy" and "robust_accuracy" on `val`; at last
-            {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy", "robust_accuracy",
-            "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "confusion" (lists of [label, what the
-            model says, images], "clean" and "attacked" by `eval_attack`), "eval_attack", "train_s"}, and where there
-            was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard errors of it) and "within_noise"
-            (other epochs that were worse by no more). Fields that end in _s are seconds; all others are the same in a
+            training images), "lr" (of the last step), "train_s" (seconds without evaluation), "train_cpu_s" (processor
+            time of these, of the first process), what the monitor read, "action" where it acted, with the attack stale
+            "fresh" (share of the images that got a fresh FGSM) and "agreement" (mean share of an image's pixels whose
+            signs are those of the epoch before), and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`;
+            at last {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy",
+            "robust_accuracy", "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "confusion" (lists
+            of [label, what the model says, images], "clean" and "attacked" by `eval_attack`), "eval_attack", "train_s",
+            "train_cpu_s"}, and where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard
+            errors of it) and "within_noise" (other epochs that were worse by no more). Fields that end in _s are
+            seconds; all others are the same in a
             resumed run.
 
         Raises:
