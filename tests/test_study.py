@@ -246,6 +246,34 @@ def test_the_committed_study_has_the_cells_that_were_asked_for():
     assert {c.seed for c in (task.cell for task in tasks) if c.eps == 32} == {0}
 
 
+def test_the_study_for_a_gpu_is_refused_where_its_transformer_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = BENCHMARKS / "training" / "study-gpu.yaml"
+    assert Counter(task.cell.model for task in expanded(read_grid(path))) == {
+        "robust-resnet": 6 * 5 * 2 * 3 * 3,
+        "robust-vit.safetensors": 6 * 6 * 2 * 3 * 3,
+    }
+    with pytest.raises(SystemExit, match=r"no file 'robust-vit\.safetensors'"):
+        cli.main(["study", str(path), "--out", "out"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_estimate_knows_which_images_get_a_fresh_attack():
+    """By hand: an epoch of F + B, where B is 2 F; of so many images F + Bx more."""
+    asked = {"steady": {"refresh": 4, "epochs": 9}, "once": {"refresh": 9, "epochs": 3}, "never": {}}
+    asked |= {"dear": {"price": 5 / 3}, "cheap": {"price": 1.25}, "always": {"refresh": 1}}
+    grid = D | {"methods": "full", "seeds": 1, "epochs": 8}
+    grid["attacks"] = [{"name": name, "attack": "stale", **settings} for name, settings in asked.items()]
+    units = {task.cell.attack: cost_of(task)["units"] for task in expanded(grid)}
+    least = units["never"]
+    fresh = {name: (each - least) / 2 for name, each in units.items()}
+    assert fresh == pytest.approx(
+        {"steady": (1 + 8 / 4) / 9, "once": (1 + 2 / 9) / 3, "never": 0, "always": 1}
+        | {"dear": (5 - least) / 2, "cheap": (1.25 * 3 - least) / 2}
+    )
+    assert least == 3
+
+
 # ---------------------------------------------------------------------- one cell
 
 
