@@ -12,6 +12,7 @@ from fastadv.attacks import FGSM, PGD
 from fastadv.evaluation import robust_accuracy
 from fastadv.models import networks
 from fastadv.training import Trainer
+from fastadv.training.methods import METHODS
 from fastadv.training.schedule import lr_factor
 
 EPS = 16 / 255
@@ -201,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "adapter"}, "unknown method 'adapter'; there are full, linear, bias, lora"),
+        ({"method": "adaptor"}, f"unknown method 'adaptor'; there are {', '.join(METHODS)}"),
         ({"attack": "cw"}, "unknown attack 'cw'"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; there are adamw, sgd"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
