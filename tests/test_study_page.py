@@ -104,6 +104,9 @@ def test_a_folder_without_a_grid_says_so(tmp_path, rng):
     page, numbers = written(tmp_path)
     assert any("no study.yaml" in words for words in page.words)
     assert numbers["answer"]["headline"] == "So far, yes."
+    assert "The one run of transfer learning with FGSM (1 data set; full fine-tuning; eps 8) did not" in page.answer[1]
+    studied.write(tmp_path, studied.record_of(rng, collapse=2))
+    assert written(tmp_path)[0].answer[1].startswith("The one run of transfer learning with FGSM (")
 
 
 def test_a_part_says_what_is_missing(tmp_path, rng):

@@ -69,14 +69,15 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
         words = "No finished cell is a fine-tuning with a fast attack whose records tell whether it collapsed."
         return "open", NOT_MEASURED, [words]
     attacks = _listed(attack_words(name) for name in _distinct(each.result.cell.attack for each in runs))
-    of = f"the {len(runs)} runs" if len(runs) > 1 else "the one run"
-    where = f"{of} of transfer learning with {attacks} ({_ranges(runs)})"
+    one, where = len(runs) == 1, f"of transfer learning with {attacks} ({_ranges(runs)})"
     if not collapsed:
         rate = 100 * (1 - 0.05 ** (1 / len(runs)))
-        words = f"None of {where} overfitted catastrophically."
+        words = f"None of the {len(runs)} runs {where} overfitted catastrophically."
+        words = f"The one run {where} did not overfit catastrophically." if one else words
         more = f"Were they independent, up to {rate:.2g} % of such runs could collapse (bound at 95 % confidence)."
         return "stable", "Yes, as far as this study goes.", [words, more]
-    words = [f"{len(collapsed)} of {where} overfitted catastrophically: {_places(collapsed, runs)}."]
+    fallen = "The one run" if one else f"{len(collapsed)} of the {len(runs)} runs"
+    words = [f"{fallen} {where} overfitted catastrophically: {_places(collapsed, runs)}."]
     untouched = [m for m in _methods(runs) if all(each.result.cell.method != m for each in collapsed)]
     if untouched:
         words.append(f"None did in {_listed(map(method_words, untouched), 'or')}.")

@@ -101,7 +101,7 @@ def side_by_side(tasks: Sequence[Task], place: Place, processes: int) -> Iterato
                 outcome = _outcome(worker, place.folder)
                 if outcome is None:
                     continue
-                if not worker.process.is_alive():
+                if left and not worker.process.is_alive():
                     workers[i] = worker = _started(replace(place, device=devices[i]))
                 yield outcome
                 _give(worker, left)
