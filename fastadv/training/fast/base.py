@@ -58,7 +58,7 @@ class FastMethod:
     OPTIONS: tuple[str, ...] = ()  # settings of its own that it heeds
     DEFAULTS: Mapping[str, float] = {}  # of other settings, where they are not given
     REFUSES: Mapping[str, str] = {  # settings that it cannot heed, and why
-        "eps_schedule": "what it keeps from update to update is of one budget",
+        "eps_schedule": "what it weighs, or keeps from update to update, is of one budget",
     }
     WEIGHT: float | None = None
     REPEATS = 1
