@@ -425,6 +425,7 @@ def test_only_a_file_with_added_modules_has_the_new_format(tmp_path):
     [
         ({"at": "blocks.9"}, "the network has no module 'blocks.9', where the file has"),
         ({"kind": "module:function"}, "of the modules that are added to its network is damaged"),
+        ({"width": 0}, "of the modules that are added to its network is damaged"),
         ({"width": "8"}, "of the modules that are added to its network is damaged"),
         ({"reduced": 5}, "does not fit the model"),
         ({"more": 1}, "of the modules that are added to its network is damaged"),

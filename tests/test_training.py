@@ -201,8 +201,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "adapter"}, "unknown method 'adapter'; there are full, linear, bias, lora"),
-        ({"attack": "cw"}, "unknown attack 'cw'"),
+        ({"method": "prefix"}, "unknown method 'prefix'; there are full, linear, bias, lora"),
+        ({"attack": "cw"}, "unknown attack 'cw'; there are fgsm, .*, free, .*stale"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; there are adamw, sgd"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": float("nan")}, "lr must be finite, got nan"),

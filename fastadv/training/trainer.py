@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastadv.attacks import Attack, by_name
+from fastadv.attacks import PRESETS, Attack, by_name
 from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
 from fastadv.training.budget import Budget
@@ -39,11 +39,12 @@ class Trainer:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
         eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
-        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd"); "stale", FGSM's step along the
-            signs that the last epoch's updates left, at about the price of standard training; or of a method in
-            `fastadv.training.fast` ("fgsm-pgi", "gradalign", "free", "liet", "sora"), which trains in one process. Or
-            an attack of fastadv on `model` (which then gets a seed per image, from the run's seed, its number and the
-            epoch), any callable from (images, labels) to images, or None for training on clean images.
+        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd"), or of a method in
+            `fastadv.training.fast`: "stale", FGSM's step along the signs that the last epoch's updates left, at about
+            the price of standard training, or one that trains in one process only ("fgsm-pgi", "gradalign", "free",
+            "liet", "sora"). Or an attack of fastadv on `model` (which then gets a seed per image, from the run's seed,
+            its number and the epoch), any callable from (images, labels) to images, or None for training on clean
+            images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
             at a time has it.
@@ -100,6 +101,8 @@ class Trainer:
             method.check(attack, self.settings)
             attack = method.attack
         elif isinstance(attack, str):
+            if attack not in PRESETS:
+                raise ValueError(f"unknown attack {attack!r}; there are {', '.join((*PRESETS, *FAST))}")
             attack = by_name(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
