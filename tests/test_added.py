@@ -425,6 +425,7 @@ def test_only_a_file_with_added_modules_has_the_new_format(tmp_path):
     [
         ({"at": "blocks.9"}, "the network has no module 'blocks.9', where the file has"),
         ({"kind": "module:function"}, "of the modules that are added to its network is damaged"),
+        ({"width": 0}, "of the modules that are added to its network is damaged"),
         ({"width": "8"}, "of the modules that are added to its network is damaged"),
         ({"reduced": 5}, "does not fit the model"),
         ({"more": 1}, "of the modules that are added to its network is damaged"),
@@ -448,30 +449,34 @@ for name in ("fastadv", "timm", "transformers"):
     sys.modules[name] = None  # to import it is an error
 import torch
 classes = {"classes.json": ""}
-program = torch.export.load(sys.argv[1] + "/m.pt2", extra_files=classes).module()
 images = torch.load(sys.argv[1] + "/images.pt")
-assert classes["classes.json"] == '["a", "b", "c"]'
-torch.save([program(images[:n]) for n in (1, 4)], sys.argv[1] + "/logits.pt")
+for path in sys.argv[2:]:
+    program = torch.export.load(path, extra_files=classes).module()
+    assert classes["classes.json"] == '["a", "b", "c"]'
+    torch.save([program(images[:n]) for n in (1, 4)], path + ".logits")
 """
 
 
-@pytest.mark.parametrize(("method", "name"), [("adapter", "own resnet"), ("prompt", "hf vit")])
-def test_an_exported_program_needs_nothing_but_torch(method, name, tmp_path):
-    model, x = a_model(name, method), torch.rand(4, *SHAPE)
-    model.network.train()
-    flags = [module.training for module in model.network.modules()]
-    models.export(model, tmp_path / "m.pt2")
-    assert [module.training for module in model.network.modules()] == flags
+def test_an_exported_program_needs_nothing_but_torch(tmp_path):
+    x, expected = torch.rand(4, *SHAPE), {}
+    for method, name in ADDING:
+        model, path = a_model(name, method), str(tmp_path / f"{method}.pt2")
+        model.network.train()
+        flags = [module.training for module in model.network.modules()]
+        models.export(model, path)
+        assert [module.training for module in model.network.modules()] == flags
+        for ending in ("m", "m.pt", "m.safetensors"):
+            with pytest.raises(ValueError, match=rf"the network has {method}s, .* a file \.pt2"):
+                models.export(model, tmp_path / ending)
+        with torch.no_grad():
+            expected[path] = logits(model.pixels.eval()(x))
     torch.save(x, tmp_path / "images.pt")
-    subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], check=True, cwd=tmp_path, env={"PYTHONPATH": ""})
-    with torch.no_grad():
-        expected = logits(model.pixels.eval()(x))
-    one, four = torch.load(tmp_path / "logits.pt")
-    torch.testing.assert_close(four, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one, expected[:1], rtol=1e-4, atol=1e-5)
-    for ending in ("m", "m.pt", "m.safetensors"):
-        with pytest.raises(ValueError, match=rf"the network has {method}s, .* a file \.pt2"):
-            models.export(model, tmp_path / ending)
+    program = [sys.executable, "-c", ALONE, str(tmp_path), *expected]
+    subprocess.run(program, check=True, cwd=tmp_path, env={"PYTHONPATH": ""})
+    for path, found in expected.items():
+        one, four = torch.load(path + ".logits")
+        torch.testing.assert_close(four, found, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, found[:1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["adapter", "prompt"])
@@ -483,10 +488,10 @@ def test_the_commands_take_a_checkpoint_that_has_them(method, tmp_path):
     path, digits = str(tmp_path / "a" / "model.safetensors"), ["--data", "digits", "--eps", "8", "--classes"]
     finetune = ["finetune", "--method", method, "--epochs", "1", "--probe", "0", *digits]
     cli.main([*finetune, "0,1", "--model", network, "--out", str(tmp_path / "a")])
-    cli.main(["evaluate", *digits, "0,1", "--model", path, "--attacks", "fgsm", "--out", str(tmp_path / "e")])
-    cli.main(["export", path, str(tmp_path / "m.pt2")])
     cli.main([*finetune, "2,3", "--model", path, "--out", str(tmp_path / "b")])
     if method == "prompt":  # whose network says what size of pictures it takes
+        cli.main(["evaluate", *digits, "0,1", "--model", path, "--attacks", "fgsm", "--out", str(tmp_path / "e")])
+        cli.main(["export", path, str(tmp_path / "m.pt2")])
         Image.new("L", (8, 8)).save(tmp_path / "x.png")
         cli.main(["predict", "--model", path, "--out", str(tmp_path / "p.json"), str(tmp_path / "x.png")])
         said = torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(1, 1, 8, 8)).softmax(1)

@@ -71,7 +71,7 @@ def test_signs_outlast_a_signal_and_a_damaged_checkpoint(tmp_path, settings, mon
         for name, value in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
     assert len(taken) == 21 + 15 + 18
-    (tmp_path / "cut" / "state" / "signs.0").unlink()
+    (tmp_path / "cut" / "memory" / "signs.0").unlink()
     with pytest.raises(FileNotFoundError, match=r"signs\.0 is missing or empty: the run cannot go on"):
         killed_run.train(tmp_path / "cut", **settings)
 

@@ -11,7 +11,10 @@ from torch import nn
 
 from fastadv import sample_seeds
 from fastadv.attacks import FGSM
-from fastadv.training import Augment, Step, Trainer, pack_signs, run, stale, unpack_signs
+from fastadv.training import Augment, Settings, Step, Trainer, pack_signs, run, unpack_signs
+from fastadv.training.fast import stale
+from fastadv.training.fast.base import Epoch, FastMethod
+from fastadv.training.memory import SampleMemory
 from fastadv.training.run import AUGMENTING
 
 EPS, CLASSES, COUNT, SIDE = 0.1, 3, 20, 8
@@ -103,19 +106,16 @@ def test_sources_and_targets_say_where_each_pixel_goes(flip):
 # ---------------------------------------------------------------------- the update's by-product
 
 
-class Told:
+class Told(FastMethod):
     """Attacks with noise of its own, and keeps the gradients."""
 
-    learns = True
+    sees_gradient = True
 
-    def __init__(self, x_adv):
-        self.x_adv, self.gradients = x_adv, []
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
+        return (self.x_adv.clone(),)
 
-    def attacked(self, attack, images, labels, seeds):
-        return self.x_adv.clone()
-
-    def learn(self, gradient):
-        self.gradients.append(gradient)
+    def seen(self, gradient):
+        self.gradient = gradient
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -131,17 +131,11 @@ def test_the_update_gives_the_gradient_at_x_adv(frozen, clean_weight, smoothing)
     losses = -(targets.repeat(len(logits) // len(y), 1) * logits.log_softmax(1)).sum(1).view(-1, len(y)).mean(1)
     loss = losses[0] if not clean_weight else (1 - clean_weight) * losses[0] + clean_weight * losses[1]
     loss.backward()
-    step = Step(
-        model,
-        FGSM(model, EPS),
-        torch.optim.SGD(model.parameters(), 1.0),
-        clean_weight=clean_weight,
-        label_smoothing=smoothing,
-    )
-    told = Told(x_adv)
-    step.gradients(x, y, kept=told)
-    (found,) = told.gradients
-    torch.testing.assert_close(found, mine.grad, rtol=1e-10, atol=1e-15)
+    told, optimizer = Told(model, EPS), torch.optim.SGD(model.parameters(), 1.0)
+    told.x_adv = x_adv
+    step = Step(model, told, optimizer, clean_weight=clean_weight, label_smoothing=smoothing)
+    step.gradients(x, y)
+    torch.testing.assert_close(told.gradient / COUNT, mine.grad, rtol=1e-10, atol=1e-15)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert (one.grad is None) == (not one.requires_grad)
         if one.grad is not None:
@@ -230,7 +224,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
 @pytest.mark.parametrize(("changes", "fresh"), CASES)
 def test_a_run_is_the_loop_by_hand(monkeypatch, changes, fresh, dtype):
-    monkeypatch.setattr(stale.Stale, "random", lambda self, rows, when: chance(rows, when).to(torch.bfloat16))
+    monkeypatch.setattr(stale.Stale, "_random", lambda self, rows, when, x: chance(rows, when).to(torch.bfloat16))
     data = images(dtype=dtype)
     model = network()
     if dtype == torch.uint8:  # which are float32 as the model gets them: rounding may turn a sign
@@ -251,9 +245,9 @@ def test_a_run_is_the_loop_by_hand(monkeypatch, changes, fresh, dtype):
 
 
 def test_price_attacks_the_images_whose_signs_agreed_least(monkeypatch):
-    monkeypatch.setattr(stale.Stale, "random", lambda self, rows, when: chance(rows, when).to(torch.bfloat16))
-    chosen, begin = [], stale.Stale.begin
-    monkeypatch.setattr(stale.Stale, "begin", lambda self, epoch: (begin(self, epoch), chosen.append(self.fresh)))
+    monkeypatch.setattr(stale.Stale, "_random", lambda self, rows, when, x: chance(rows, when).to(torch.bfloat16))
+    chosen, choose = [], stale.Stale._chosen
+    monkeypatch.setattr(stale.Stale, "_chosen", lambda self: (chosen.append(choose(self)), chosen[-1])[1])
     data, model = images(), network()
     twin = copy.deepcopy(model)
     _, order = trained(model, data, price=1.25, epochs=4)
@@ -289,34 +283,47 @@ def test_a_fresh_attack_for_all_is_fgsm_to_the_bit(changes):
     assert not any("agreement" in record for record in found[1])  # nothing is learnt that nobody will ask for
 
 
+class Epochs:
+    """Of a method without a run, and without a folder."""
+
+    def __init__(self, method, count, seed=0):
+        self.method, self.count, self.settings, self.memories = method, count, Settings(seed=seed), {}
+
+    def begin(self, number):
+        def memory(name, shape, dtype):
+            held = self.memories.setdefault(name, SampleMemory(None, name, self.count, shape, dtype))
+            held.begin(number)
+            return held
+
+        self.method.begin_epoch(Epoch(number, self.settings, (3, SIDE, SIDE), torch.float32, None, memory))
+
+
 def test_signs_equal_to_the_gradients_give_fgsms_bits():
-    model, (x, y) = network(torch.float32), images(dtype=torch.uint8)
-    settings = Trainer(model, EPS, attack="stale").settings
-    kept = stale.Stale(settings, x.shape, None, None, False, 0, run.team_of(run.processes()), torch.device("cpu"))
-    kept.begin(0)
-    leaf = (x.float() / 255).requires_grad_()
+    model, (x, y) = network(torch.float32), images(dtype=torch.float32)
+    method = stale.Stale(model, EPS)
+    epochs, rows, seeds = Epochs(method, COUNT), torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.int64)
+    epochs.begin(0)
+    leaf = x.clone().requires_grad_()
     model.eval()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
     assert (gradient != 0).all()
-    rows = torch.arange(COUNT)
-    kept.part(rows).learn(gradient)
-    kept.begin(1)
-    attack = FGSM(model, EPS)
-    assert torch.equal(kept.part(rows).attacked(attack, x, y, None), attack(x, y))
+    method.attacked(x, y, seeds, rows)
+    method.seen(gradient)
+    epochs.begin(1)
+    (x_adv,) = method.attacked(x, y, seeds, rows)
+    assert torch.equal(x_adv, FGSM(model, EPS)(x, y))
 
 
 def test_random_signs_are_an_images_own_and_half_of_each():
-    settings = Trainer(network(), EPS, attack="stale", seed=5).settings
-    kept = stale.Stale(
-        settings, (900, 3, 8, 8), None, None, False, 0, run.team_of(run.processes()), torch.device("cpu")
-    )
-    rows = torch.randperm(900)
-    signs = kept.random(rows, 3)
+    method, rows = stale.Stale(network(), EPS), torch.randperm(900)
+    Epochs(method, 900, seed=5).begin(0)
+    x = torch.empty(900, 3, SIDE, SIDE)
+    signs = method._random(rows, 3, x)
     assert ((signs == 1) | (signs == -1)).all()
     assert abs((signs > 0).double().mean() - 0.5) < 5 * 0.5 / signs.numel() ** 0.5
     some = rows[100:120]
-    assert torch.equal(kept.random(some, 3), signs[100:120])
-    assert abs((kept.random(rows, 4) == signs).double().mean() - 0.5) < 5 * 0.5 / signs.numel() ** 0.5
+    assert torch.equal(method._random(some, 3, x[:20]), signs[100:120])
+    assert abs((method._random(rows, 4, x) == signs).double().mean() - 0.5) < 5 * 0.5 / signs.numel() ** 0.5
     assert len({tuple(one) for one in signs.flatten(1).tolist()}) == 900
 
 
@@ -324,9 +331,9 @@ def test_random_signs_are_an_images_own_and_half_of_each():
 
 
 def test_signs_outlast_a_stage_and_begin_again_after_a_switch(monkeypatch, tmp_path):
-    begun, begin = [], stale.Stale.begin
-    noted = lambda self, epoch: (begin(self, epoch), begun.append((epoch, epoch == self.first)))  # noqa: E731
-    monkeypatch.setattr(stale.Stale, "begin", noted)
+    begun, begin = [], stale.Stale.begin_epoch
+    noted = lambda self, epoch: (begin(self, epoch), begun.append((epoch.number, self._signs.empty)))  # noqa: E731
+    monkeypatch.setattr(stale.Stale, "begin_epoch", noted)
     changes = {"method": "bias", "head_start": 3, "epochs": 2}
     trained(network(), images(), folder=tmp_path / "kept", **changes)
     assert begun == [(0, True), (1, False), (2, False), (3, False), (4, False)]
@@ -348,8 +355,9 @@ def test_signs_outlast_a_stage_and_begin_again_after_a_switch(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"attack": "fgsm", "refresh": 2}, "refresh belong to the attack stale, got the attack 'fgsm'"),
-        ({"attack": None, "price": 1.2}, "price belong to the attack stale, got the attack None"),
+        ({"attack": "fgsm", "refresh": 2}, "the attack fgsm has no setting 'refresh'"),
+        ({"attack": "sora", "price": 1.2}, "the attack sora has no setting 'price'"),
+        ({"attack": None, "price": 1.2}, "price belong to an attack given by name, got the attack None"),
         ({"refresh": 2, "price": 1.2}, "refresh and price both say which images get a fresh FGSM"),
         ({"price": 0.99}, "method full a step takes 1.00 times as long .* and 1.67 times with .* got 0.99"),
         ({"price": 1.7}, "got 1.7"),

@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     ("changes", "message"),
     [
         ({"method": "adaptor"}, f"unknown method 'adaptor'; there are {', '.join(METHODS)}"),
-        ({"attack": "cw"}, "unknown attack 'cw'"),
+        ({"attack": "cw"}, "unknown attack 'cw'; there are fgsm, .*, free, .*stale"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; there are adamw, sgd"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": float("nan")}, "lr must be finite, got nan"),

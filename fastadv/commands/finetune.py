@@ -33,7 +33,6 @@ from fastadv.training import Trainer
 from fastadv.training.fast import FAST
 from fastadv.training.processes import of_first, one_run, processes, team_of
 from fastadv.training.settings import Settings, kind_of
-from fastadv.training.stale import NAME
 from fastadv.version import __version__
 
 
@@ -48,8 +47,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add(
         "--attack",
         default="fgsm",
-        choices=(*PRESETS, NAME, *FAST, "none"),
-        help=f"{NAME}: along the last epoch's signs; {', '.join(FAST)}: other fast methods",
+        choices=(*PRESETS, *FAST, "none"),
+        help=f"{', '.join(FAST)} are methods of training; stale: FGSM along the last epoch's signs",
     )
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
     _add_settings(add, parser)

@@ -5,7 +5,7 @@ names are as before. They hold parameters and no layers: nothing that looks for 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ class Added(nn.Module):
     """What is added. The arguments of a constructor are whole numbers and flags, and attributes by the same names."""
 
     kind: str
-    arguments: tuple[str, ...]
+    arguments: Mapping[str, int]  # and the least that each can be
 
     @property
     def facts(self) -> dict:
@@ -38,7 +38,7 @@ class Adapter(Added):
     """
 
     kind = "adapter"
-    arguments = ("width", "reduced", "channels_first")
+    arguments: Mapping[str, int] = {"width": 1, "reduced": 1, "channels_first": False}
 
     def __init__(self, width: int, reduced: int, channels_first: bool):
         super().__init__()
@@ -75,7 +75,7 @@ class Prompt(Added):
     """
 
     kind = "prompt"
-    arguments = ("count", "width", "prefix", "pixels")
+    arguments: Mapping[str, int] = {"count": 1, "width": 1, "prefix": 0, "pixels": 1}
 
     def __init__(self, count: int, width: int, prefix: int, pixels: int):
         super().__init__()
@@ -194,4 +194,4 @@ def _is_fact(fact: object) -> bool:
     kind = KINDS.get(fact.get("kind")) if isinstance(fact, dict) and isinstance(fact.get("kind"), str) else None
     if kind is None or not isinstance(fact.get("at"), str) or fact.keys() != {"at", "kind", *kind.arguments}:
         return False
-    return all(isinstance(fact[name], int) and fact[name] >= 0 for name in kind.arguments)
+    return all(isinstance(fact[name], int) and fact[name] >= least for name, least in kind.arguments.items())

@@ -54,7 +54,7 @@ class SampleMemory:
         first: int = 0,
         team: Team | None = None,
     ):
-        self.team = team or Team()
+        self.team, self.first = team or Team(), first
         self._rows: list[torch.Tensor] = []
         self._files: list[_File] = []
         if folder is None:
@@ -83,7 +83,7 @@ class SampleMemory:
         if self._files:
             self.team.by_all(lambda: self._files[read].check(epoch))
             self.team.from_first(lambda: self._files[write].say(epoch + 1))
-        self._read, self._write = self._rows[read], self._rows[write]
+        self._epoch, self._read, self._write = epoch, self._rows[read], self._rows[write]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """What the epoch before wrote for the images `rows`, int64 (n,) on the CPU: (n, *shape), on the CPU."""
@@ -92,6 +92,11 @@ class SampleMemory:
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Keep `values` (n, *shape), on any device, of the images `rows`, int64 (n,) on the CPU."""
         self._write[rows] = values.to("cpu", self._write.dtype)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no epoch has been before: all rows are zeros then."""
+        return self._epoch == self.first
 
     @property
     def before(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
@@ -34,9 +34,11 @@ from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.budget import CONSTANT, Budget
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
-from fastadv.training.fast import fast_method, is_fast
+from fastadv.training.fast import FAST, fast_method, is_fast
+from fastadv.training.fast.base import Epoch
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
 from fastadv.training.interruption import Interruption
+from fastadv.training.memory import SampleMemory
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
@@ -45,7 +47,6 @@ from fastadv.training.processes import one_run, precision, processes, team_of
 from fastadv.training.replicas import replicated, share_weights
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
-from fastadv.training.stale import FRESH, NAME, Stale
 from fastadv.training.step import Step
 from fastadv.training.words import epoch_line
 
@@ -81,7 +82,7 @@ class Place:
     lr: float = 0.0
     lr_scale: float = 1.0
     switched: bool = False
-    signs_since: int = 0  # the epoch before which no signs were kept: where stale began, or began again
+    memory_since: int = 0  # the epoch before which nothing was kept of each image: 0, or after a switch
     stopped: bool = False
     best: list[float] | None = None  # what the best weights were chosen by
     best_epoch: int | None = None
@@ -129,7 +130,7 @@ class Run:
         self.interruption = Interruption()
         parts = self.steps * self.here.num_processes * self.settings.accumulate  # of an epoch
         self.passes = Passes(math.ceil(len(self.labels) / parts), self.autocast, self.layout, self.settings.compile)
-        self.signs: Stale | None = None
+        self.memories: dict[str, SampleMemory] = {}
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
         self.changed: set[str] = set()  # of these, what is not on the disk yet
@@ -203,7 +204,7 @@ class Run:
             raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
         if self.device.type == "cpu":
             check_convolutions(self.trainer.model, self.settings)
-        if not self.team.alone and is_fast(self.trainer.attack):
+        if not self.team.alone and is_fast(self.trainer.attack) and FAST[self.trainer.attack].alone:
             raise ValueError(
                 f"the attack {self.trainer.attack} keeps what one process has seen, and trains in one only: start one, "
                 "or take another attack"
@@ -429,8 +430,6 @@ class Run:
             self.good, self.best, self.changed, self.moved = self.tuning.state(), None, {"good"}, True
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
             self.evaluating = self.trainer.eval_attack or self._named("pgd-10")
-            if self.step.method is not None:
-                self._open_method(number, resume=groups is not None)
             if groups is None:
                 self._save()
             else:
@@ -443,8 +442,8 @@ class Run:
                 self.tuning.load(chosen)
 
     def _begin(self, number: int, stage: Stage) -> None:
-        now, since = self.at.epoch, self.at.epoch if self.at.switched else self.at.signs_since
-        again = {"epoch": now, "first_epoch": now, "schedule_epoch": now, "signs_since": since}
+        now, since = self.at.epoch, self.at.epoch if self.at.switched else self.at.memory_since
+        again = {"epoch": now, "first_epoch": now, "schedule_epoch": now, "memory_since": since}
         self.at = Place(stage=number, **again, records=self.at.records)
         counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
         self._record({"stage": number, "method": stage.method, **counts})
@@ -453,22 +452,16 @@ class Run:
     def _use(self, attack: str | Callable | None) -> None:
         """Train with this attack from now on."""
         s = self.settings
-        self.keeps_signs = attack == NAME
         if isinstance(attack, str):
             changes = {} if self.at.switched else s.attack
             if is_fast(attack):
                 attack = fast_method(attack, self.model, self.trainer.eps, changes, **self.passes.attack)
             else:
-                attack = self._named(FRESH if self.keeps_signs else attack, **changes)
+                attack = self._named(attack, **changes)
         learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
         learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
         self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
         self.budget = Budget(self.step.attack, s.eps_schedule)
-
-    def _open_method(self, number: int, resume: bool) -> None:
-        folder = self.trainer.folder and self.trainer.folder / "memory" / str(number)
-        shape, dtype = self.images.shape[1:], self.images.dtype
-        self.step.method.open(len(self.labels), shape, dtype, augment=self.augment, folder=folder, resume=resume)
 
     def _named(self, name: str, **changes) -> Attack:
         return by_name(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
@@ -484,7 +477,10 @@ class Run:
     # ------------------------------------------------------------------ an epoch
 
     def _epoch(self, stage: Stage) -> None:
-        self._begin_signs()
+        if self.step.method is not None:
+            shape, dtype = self.images.shape[1:], self.images.dtype
+            epoch = Epoch(self.at.epoch, self.settings, shape, dtype, self.augment, self._memory)
+            self.step.method.begin_epoch(epoch)
         with self.interruption if self.checkpoints else nullcontext():
             asked = self._steps(stage)
             # Before the evaluation, which may take longer than the patience of who sends SIGTERM.
@@ -495,17 +491,20 @@ class Run:
             raise SystemExit(128 + signal.SIGTERM)
         self._finish_epoch(stage)
 
-    def _begin_signs(self) -> None:
-        """Have the signs of the last epoch at hand, where the attack keeps them: they outlast a stage."""
-        if not self.keeps_signs:
-            self.signs = None
-            return
-        if self.signs is None:
-            at, first = self.at, self.at.signs_since
-            folder = None if self.checkpoints is None else self.checkpoints.folder
-            files = {"folder": folder, "resume": at.epoch > first or at.batch > 0, "first": first, "team": self.team}
-            self.signs = Stale(self.settings, self.images.shape, self.augment, device=self.device, **files)
-        self.signs.begin(self.at.epoch)
+    def _memory(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> SampleMemory:
+        """Rows of the training images, those of the last epoch at hand; it outlasts a stage."""
+        if name not in self.memories:
+            if self.augment is not None and not all(hasattr(self.augment, way) for way in ("sources", "targets")):
+                raise ValueError(
+                    f"{self.augment} does not say where each pixel goes (sources, targets), and the attack "
+                    f"{self.trainer.attack} keeps numbers of each: take another attack, or leave the augmentation out"
+                )
+            at, first = self.at, self.at.memory_since
+            folder = self.trainer.folder and self.trainer.folder / "memory"
+            options = {"resume": at.epoch > first or at.batch > 0, "first": first, "team": self.team}
+            self.memories[name] = SampleMemory(folder, name, len(self.labels), shape, dtype, **options)
+        self.memories[name].begin(self.at.epoch)
+        return self.memories[name]
 
     def _steps(self, stage: Stage) -> bool:
         """The steps that are left of an epoch; whether they were interrupted."""
@@ -530,7 +529,7 @@ class Run:
         record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
         record |= {"train_s": at.train_s, "train_cpu_s": at.train_cpu_s}
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
-        free |= {} if self.signs is None else self._agreed(self.signs.facts())
+        free |= {} if self.step.method is None else self._agreed(self.step.method.facts())
         at.epoch, at.batch, at.train_s, at.train_cpu_s = at.epoch + 1, 0, 0.0, 0.0
         at.loss_sum = at.right = at.abnormal = at.looked = 0.0
         done, every = at.epoch - at.first_epoch, self.settings.eval_every
@@ -572,7 +571,8 @@ class Run:
         done = (at.epoch - at.schedule_epoch) * self.steps + at.batch
         total = (at.first_epoch + stage.epochs - at.schedule_epoch) * self.steps
         at.lr = stage.lr * at.lr_scale * lr_factor(done, self.settings.warmup, total)
-        self.step.attack = self.budget.at(at.epoch * self.steps + at.batch, self._epochs * self.steps)
+        attacker = self.step.method or self.step
+        attacker.attack = self.budget.at(at.epoch * self.steps + at.batch, self._epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = at.lr
         # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
@@ -613,9 +613,7 @@ class Run:
     def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
         images, labels = self._batch_of(part)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
-        moves = self._moves(part)
-        kept = None if self.signs is None else self.signs.part(part, moves)
-        return self.step.gradients(images, labels, seeds, rows=part, moves=moves, kept=kept, **options)
+        return self.step.gradients(images, labels, seeds, rows=part, moves=self._moves(part), **options)
 
     def _batch_of(self, part: torch.Tensor) -> Batch:
         images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
@@ -734,6 +732,7 @@ class Run:
             self.at.lr_scale /= 2
         elif action == "switch":
             self.at.switched, self.at.schedule_epoch = True, self.at.epoch
+            self.memories.clear()
             self._use(self.settings.switch_to)
             self.monitor.attack = self.budget.attack
 
@@ -783,12 +782,10 @@ class Run:
         self._check_finite(groups)
         if self.checkpoints is None:
             return
-        if self.step.method is not None:
-            self.step.method.flush()
 
         def save() -> None:
-            if self.signs is not None:  # before the checkpoint, which goes on with them
-                self.signs.flush()
+            for memory in self.memories.values():  # before the checkpoint, which goes on with them
+                memory.flush()
             facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
             self.checkpoints.save(groups, facts)
             self.groups = dict.fromkeys(groups)

@@ -7,12 +7,9 @@ from numbers import Integral, Real
 from typing import get_args, get_origin
 
 from fastadv.training.budget import span
-from fastadv.training.cost import price
 from fastadv.training.methods import METHODS
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
-
-SHOWN = 0.005  # the last digit in which prices are told
 
 
 def _of(default, help: str, **limits):
@@ -112,28 +109,12 @@ class Settings:
                 f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
                 "leave probe as it is, or on_overfitting"
             )
-        if self.price is not None:
-            self._check_price()
-
-    def _check_price(self) -> None:
-        if self.refresh is not None:
-            raise ValueError("refresh and price both say which images get a fresh FGSM: give one of them")
-        if self.head_start:
-            raise ValueError("price is that of one method, and head_start trains with two: leave one of them out")
-        clean = self.clean_weight > 0
-        least, most = (price(attack, self.method, clean=clean) for attack in ("stale", "fgsm"))
-        if not least - SHOWN <= self.price <= most + SHOWN:
-            beside = " and clean images beside the attacked ones" if self.clean_weight else ""
-            raise ValueError(
-                f"with the method {self.method}{beside} a step takes {least:.2f} times as long as a standard one where "
-                f"no image gets a fresh FGSM, and {most:.2f} times with the attack fgsm: price must be between these, "
-                f"got {self.price:g}"
-            )
 
     @property
     def attack(self) -> dict[str, float | None]:
         """Changes to the settings of an attack or a fast method that is given by name."""
-        return {name: getattr(self, name) for name in ("alpha", "noise", "steps", "quantile", "penalty", "repeats")}
+        names = ("alpha", "noise", "steps", "refresh", "price", "quantile", "penalty", "repeats")
+        return {name: getattr(self, name) for name in names}
 
     def settled(self, defaults: Mapping[str, float]) -> "Settings":
         """With numbers for what its method of training says where it is not given; 0 where that says nothing."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,6 @@ from fastadv.evaluation.foreign import as_images
 from fastadv.functional import new_seed
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.settings import checked
-
-if TYPE_CHECKING:
-    from fastadv.training.stale import Part
 
 
 class Step:
@@ -94,7 +90,6 @@ class Step:
         moves: torch.Tensor | None = None,
         scale: float | None = None,
         more: bool = False,
-        kept: "Part | None" = None,
     ) -> torch.Tensor:
         """Add the gradients of a batch to the parameters'.
 
@@ -106,8 +101,6 @@ class Step:
                 something of each.
             scale: the loss is the sum over the batch times this; None means 1/N, a mean.
             more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
-            kept: what is known of these images from the last epoch: it attacks them, and learns the gradient at x_adv,
-                to which the update's own backward pass is carried on.
 
         Returns:
             (4,) on the images' device: the scaled loss; how many images were classified correctly after the attack;
@@ -116,9 +109,9 @@ class Step:
         """
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
-        method, start, beside = self.method, (), None
+        method, start, beside, sees = self.method, (), None, False
         if method is None:
-            x_adv, sees = self._attacked(images, labels, seeds, kept), kept is not None and kept.learns
+            x_adv = self._attacked(images, labels, seeds)
         else:
             seeds = seeds_for(new_seed(images.device), images) if seeds is None else seeds
             x_adv, *start = method.attacked(to_float(images), labels, seeds, rows, moves)
@@ -131,9 +124,7 @@ class Step:
         with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
             loss, logits = self._losses(together, labels, scale)
             loss.backward()
-        if sees and kept is not None:
-            kept.learn(x_adv.grad)
-        elif sees:
+        if sees:
             method.seen(x_adv.grad / scale)
         with torch.no_grad():
             logits = logits.detach()[: len(labels)]
@@ -177,9 +168,7 @@ class Step:
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _attacked(self, images, labels, seeds, kept):
-        if kept is not None:
-            return kept.attacked(self.attack, images, labels, seeds)
+    def _attacked(self, images, labels, seeds):
         if isinstance(self.attack, Attack):
             return self.attack(images, labels, seed=seeds)
         images = to_float(images)

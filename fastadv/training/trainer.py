@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastadv.attacks import Attack, by_name
+from fastadv.attacks import PRESETS, Attack, by_name
 from fastadv.attacks.checks import check_eps
 from fastadv.evaluation.robustness import Batch
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.run import Run
 from fastadv.training.settings import Settings, of_kind
-from fastadv.training.stale import FRESH, NAME
 from fastadv.training.step import check_attack
 
 
@@ -40,11 +39,12 @@ class Trainer:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
         eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
-        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd"); "stale", FGSM's step along the
-            signs that the last epoch's updates left, at about the price of standard training; or of a method in
-            `fastadv.training.fast` ("fgsm-pgi", "gradalign", "free", "liet", "sora"), which trains in one process. Or
-            an attack of fastadv on `model` (which then gets a seed per image, from the run's seed, its number and the
-            epoch), any callable from (images, labels) to images, or None for training on clean images.
+        attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd"), or of a method in
+            `fastadv.training.fast`: "stale", FGSM's step along the signs that the last epoch's updates left, at about
+            the price of standard training, or one that trains in one process only ("fgsm-pgi", "gradalign", "free",
+            "liet", "sora"). Or an attack of fastadv on `model` (which then gets a seed per image, from the run's seed,
+            its number and the epoch), any callable from (images, labels) to images, or None for training on clean
+            images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
             at a time has it.
@@ -96,12 +96,14 @@ class Trainer:
 
     def _check_attacks(self) -> None:
         attack, changes = self.attack, {name: v for name, v in self.settings.attack.items() if v is not None}
-        self._check_stale(changes)
         if is_fast(attack):
-            attack = self._checked_method(attack, changes)
+            method = fast_method(attack, self.model, self.eps, changes)
+            method.check(attack, self.settings)
+            attack = method.attack
         elif isinstance(attack, str):
-            # Refuses what is wrong, now.
-            attack = by_name(FRESH if attack == NAME else attack, self.model, self.eps, **changes)
+            if attack not in PRESETS:
+                raise ValueError(f"unknown attack {attack!r}; there are {', '.join((*PRESETS, *FAST))}")
+            attack = by_name(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
@@ -112,41 +114,6 @@ class Trainer:
                 f"training with an {attack.norm} attack ({self.attack!r}) is not possible yet: its weights would be "
                 "chosen, and its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, "
                 "such as fgsm or pgd; evaluation takes L2 attacks"
-            )
-
-    def _checked_method(self, name: str, changes: dict) -> Attack:
-        """What a monitor looks with, where the method `name` can heed all settings."""
-        method, s = fast_method(name, self.model, self.eps, changes), self.settings
-        for setting, why in method.REFUSES.items():
-            if getattr(s, setting) != getattr(Settings, setting):
-                raise ValueError(f"{setting} is not for {name}: {why}. Leave it out")
-        for stage in s.stages:
-            if stage.epochs < method.repeats:
-                raise ValueError(
-                    f"{name} learns from each batch {method.repeats} times, and passes the images epochs / "
-                    f"{method.repeats} times: {stage.epochs} epochs of {stage.method} are less than one pass. Take "
-                    f"{method.repeats} or more, or fewer repeats"
-                )
-        return method.attack
-
-    def _check_stale(self, changes: dict[str, float]) -> None:
-        s = self.settings
-        own = {name: v for name, v in (("refresh", s.refresh), ("price", s.price)) if v is not None}
-        if self.attack != NAME:
-            if own:
-                raise ValueError(f"{', '.join(own)} belong to the attack {NAME}, got the attack {self.attack!r}")
-            return
-        if unknown := changes.keys() - {"alpha"}:
-            raise ValueError(f"the attack {NAME} has no setting {', '.join(map(repr, sorted(unknown)))}")
-        if s.clean_weight == 1:
-            raise ValueError(
-                f"the attack {NAME} takes its signs from the loss on attacked images, and clean_weight=1 leaves these "
-                "out: take a smaller one"
-            )
-        if s.compile and own and s.refresh != 1:
-            raise ValueError(
-                f"{', '.join(own)} would save nothing with compile: FGSM attacks another number of images in each "
-                "batch, which are then filled up to the compiled one. Leave one of them out"
             )
 
     def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[dict]:

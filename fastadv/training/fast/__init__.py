@@ -8,6 +8,7 @@ from fastadv.training.fast.gradalign import GradAlign
 from fastadv.training.fast.liet import LIET
 from fastadv.training.fast.pgi import FGSMPGI
 from fastadv.training.fast.sora import SORA
+from fastadv.training.fast.stale import Stale
 
 FAST: dict[str, type[FastMethod]] = {
     "fgsm-pgi": FGSMPGI,
@@ -15,6 +16,7 @@ FAST: dict[str, type[FastMethod]] = {
     "free": Free,
     "liet": LIET,
     "sora": SORA,
+    "stale": Stale,
 }
 
 
@@ -34,7 +36,7 @@ def fast_method(
 
 
 def is_fast(attack: object) -> bool:
-    """Whether it is the name of one."""
+    """Whether it is a key of FAST."""
     return isinstance(attack, str) and attack in FAST
 
 

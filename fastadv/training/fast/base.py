@@ -1,7 +1,7 @@
 """What adversarial training may be beside an attack and the loss at its result."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,14 +10,34 @@ from fastadv.attacks import FGSM, Attack
 from fastadv.attacks.checks import check_eps
 from fastadv.attacks.state import frozen
 from fastadv.training.augment import Augment
+from fastadv.training.memory import SampleMemory
+from fastadv.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a method is told before an epoch.
+
+    number: of all stages, from 0; settings: of the run.
+    shape, dtype: of a training image, (C, H, W); augment: what changes it.
+    memory: from a name, and shape and dtype of a row, to what is kept of each training image from epoch to epoch. It
+        outlasts a stage, but not a switch to another attack.
+    """
+
+    number: int
+    settings: Settings
+    shape: Sequence[int]
+    dtype: torch.dtype
+    augment: Augment | None
+    memory: Callable[[str, Sequence[int], torch.dtype], SampleMemory]
 
 
 class FastMethod:
     """A method of training, for a `Step` in the place of its attack; a subclass is one of the table `FAST`.
 
-    An update calls `begin`, for each part of its batch `attacked`, `learn`, `distances` and `seen`, then `end`. What
-    `state` gives, and what `open` found in the folder, is all that an update depends on beside weights, images and
-    seeds.
+    An epoch calls `begin_epoch`, an update `begin`, for each part of its batch `attacked`, `learn`, `distances` and
+    `seen`, then `end`. What `state` gives, and what the epoch's `memory` holds, is all that an update depends on beside
+    weights, images and seeds.
 
     Args:
         model: from images in [0, 1] to logits.
@@ -27,7 +47,8 @@ class FastMethod:
         options: of its attack, such as autocast, memory_format and compile.
 
     Attributes:
-        attack: what a monitor looks with, and whose function the method climbs.
+        attack: what a monitor looks with, and whose function the method climbs; where it heeds a schedule of the
+            budget, the run puts here what is left of it, None where nothing is.
         weight: `penalty`, or the method's own.
 
     Raises:
@@ -37,10 +58,11 @@ class FastMethod:
     OPTIONS: tuple[str, ...] = ()  # settings of its own that it heeds
     DEFAULTS: Mapping[str, float] = {}  # of other settings, where they are not given
     REFUSES: Mapping[str, str] = {  # settings that it cannot heed, and why
-        "eps_schedule": "what it keeps from update to update is of one budget",
+        "eps_schedule": "what it weighs, or keeps from update to update, is of one budget",
     }
     WEIGHT: float | None = None
     REPEATS = 1
+    alone = True  # whether it trains in one process only
     compares = False  # whether the update sees the images at the start too, and `distances` adds to the loss
     sees_gradient = False  # whether `seen` gets the update's own gradient with respect to the images
 
@@ -57,18 +79,30 @@ class FastMethod:
         """The attack that a monitor looks with."""
         return FGSM(model, eps, **options)
 
-    def open(
-        self,
-        count: int,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        *,
-        augment: Augment | None = None,
-        folder: Path | None = None,
-        resume: bool = False,
-    ) -> None:
-        """Make what it keeps of each of `count` images, (C, H, W) of `dtype`, which `augment` changes: in files of
-        `folder` if there is one; with `resume` those that are there."""
+    def check(self, name: str, settings: Settings) -> None:
+        """Refuse settings of a run that it, called `name`, cannot heed.
+
+        Raises:
+            ValueError: there is one.
+        """
+        for setting, why in self.REFUSES.items():
+            if getattr(settings, setting) != getattr(Settings, setting):
+                raise ValueError(f"{setting} is not for {name}: {why}. Leave it out")
+        if self.sees_gradient and settings.clean_weight == 1:
+            raise ValueError(
+                f"{name} follows the gradient of the loss on attacked images, and clean_weight=1 leaves these out: "
+                "take a smaller one"
+            )
+        for stage in settings.stages:
+            if stage.epochs < self.repeats:
+                raise ValueError(
+                    f"{name} learns from each batch {self.repeats} times, and passes the images epochs / "
+                    f"{self.repeats} times: {stage.epochs} epochs of {stage.method} are less than one pass. Take "
+                    f"{self.repeats} or more, or fewer repeats"
+                )
+
+    def begin_epoch(self, epoch: Epoch) -> None:
+        """Before an epoch, or what is left of it."""
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
         """Before an update: how many updates of the stage there were, which epoch of how many of the stage it is."""
@@ -104,8 +138,9 @@ class FastMethod:
     def end(self) -> None:
         """After the update's step."""
 
-    def flush(self) -> None:
-        """Have on the disk what is kept in files."""
+    def facts(self) -> dict[str, float]:
+        """Of an epoch that is over, for its record."""
+        return {}
 
     def state(self) -> dict[str, torch.Tensor]:
         """What is kept from update to update, by name; `load` takes it back exactly."""

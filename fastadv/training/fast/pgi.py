@@ -8,7 +8,7 @@ from fastadv.attacks.noise import uniform
 from fastadv.attacks.rows import per_sample
 from fastadv.functional import pgd_step
 from fastadv.training.augment import Augment, moved
-from fastadv.training.fast.base import FastMethod, gradient_at
+from fastadv.training.fast.base import Epoch, FastMethod, gradient_at
 from fastadv.training.memory import SampleMemory
 
 AGAIN = 40  # epochs after which the perturbations begin again
@@ -38,20 +38,18 @@ class FGSMPGI(FastMethod):
         super().__init__(model, eps, **options)
         self._memory: SampleMemory | None = None
         self._augment: Augment | None = None
-        self._epoch: int | None = None
+        self._begins = True
 
-    def open(self, count, shape, dtype, *, augment=None, folder=None, resume=False):
-        self._augment = augment
-        self._memory = SampleMemory(folder, "fgsm-pgi", count, (2, *shape), _kept_as(dtype), resume=resume)
+    def begin_epoch(self, epoch: Epoch):
+        self._augment = epoch.augment
+        self._memory = epoch.memory("fgsm-pgi", (2, *epoch.shape), _kept_as(epoch.dtype))
 
     def begin(self, number, epoch, epochs):
-        if epoch != self._epoch:
-            self._memory.begin(epoch)
-            self._epoch = epoch
+        self._begins = epoch % AGAIN == 0
 
     def attacked(self, images, labels, seeds, rows=None, moves=None):
         kept = self._memory.read(rows.cpu()).to(images.device)
-        if self._epoch % AGAIN == 0:
+        if self._begins:
             kept = torch.stack((self.eps * (uniform(images, seeds) - 0.5).sign(), torch.zeros_like(images)), 1)
         delta, momentum = self._moved(kept, moves, "sources", torch.zeros_like(kept)).unbind(1)
         start = images + delta.to(images.dtype)
@@ -74,9 +72,6 @@ class FGSMPGI(FastMethod):
     def distances(self, logits, start):
         """Squared, the mean over the classes."""
         return self.weight * (logits - start).square().mean(1)
-
-    def flush(self):
-        self._memory.flush()
 
 
 def _kept_as(dtype: torch.dtype) -> torch.dtype:
