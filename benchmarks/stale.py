@@ -35,6 +35,10 @@ DEPENDS = {
     "training": (*ATTACKS, "fastadv/training/step.py"),  # of the first run on a GPU
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
+    "study": (
+        *(*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
+        *(f"fastadv/study/{name}.py" for name in ("cells", "images", "verdicts")),
+    ),
     "build": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h"),
     "kernels": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h"),
     "sass": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h", "fastadv/ops/triton_kernels.py"),
@@ -85,7 +89,16 @@ def results(root):
     files have."""
     folder = root / "benchmarks/results"
     found = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
-    return {name: result for name, result in found.items() if "environment" in result}
+    return {name: result for name, result in found.items() if "environment" in result} | studied(found)
+
+
+def studied(found):
+    """Of a study's cells the first one of each commit, which stands for the others."""
+    first = {}
+    for name, result in found.items():
+        if "cell" in result:
+            first.setdefault((Path(name).parents[2], result["commit"]), name)
+    return {name: {"part": "study", "environment": {"commit": commit}} for (_, commit), name in first.items()}
 
 
 def stale(root):

@@ -63,6 +63,18 @@ def test_a_commit_that_git_does_not_know_is_named(repository):
     assert stale.stale(repository) == {"old.json": None}
 
 
+def test_the_first_cell_of_each_commit_stands_for_a_study(repository):
+    commit = git(repository, "rev-parse", "HEAD").strip()
+    (repository / "fastadv/attacks/pgd.py").write_text("second\n")
+    git(repository, "commit", "-qam", "second")
+    newer = git(repository, "rev-parse", "HEAD").strip()
+    for name, made_at in (("a", newer), ("b", commit), ("c", commit), ("d", newer)):
+        path = repository / "benchmarks/results/study/cells" / name / "cell.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"cell": {}, "commit": made_at}))
+    assert stale.stale(repository) == {"study/cells/b/cell.json": (commit[:7], ["fastadv/attacks/pgd.py"])}
+
+
 def test_every_stored_result_says_what_it_depends_on():
     for name, result in stale.results(ROOT).items():
         assert stale.depends(result), name

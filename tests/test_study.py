@@ -376,6 +376,7 @@ def test_the_verdicts_are_those_of_attacks_by_hand_on_the_kept_weights(tmp_path,
         SMALL.replace("[linear, full]", "full").replace("[fgsm-rs, pgd]", "pgd").replace("seeds: 2", "seeds: [4]")
         + "judges: [apgd, autoattack]\n"
     )
+    monkeypatch.setenv("FASTADV_COMMIT", "the commit")
     study(tmp_path, "-q", "--keep-weights", grid=grid)
     for task in expanded(read_grid(tmp_path / "grid.yaml")):
         record = records(tmp_path / "out")[task.cell.id]
@@ -394,6 +395,7 @@ def test_the_verdicts_are_those_of_attacks_by_hand_on_the_kept_weights(tmp_path,
             report = evaluate(model, (images, labels), names, eps=24 / 255, seed=4, progress=False)
             assert found[judge] == report["budgets"][0]["robust"]
         assert record["warnings"] == []
+        assert record["commit"] == "the commit"
 
 
 def test_a_model_that_knows_the_test_images_is_spoken_of(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -144,6 +145,8 @@ def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[mode
         "train_cpu_s": records[-1]["train_cpu_s"],
         "cost": cost_of(task),
     }
+    if commit := os.environ.get("FASTADV_COMMIT"):  # of developers, whose code changes within a version
+        record["commit"] = commit
     return model, record
 
 
