@@ -286,6 +286,21 @@ def test_a_collapse_is_a_fall_under_pgd_alone():
     assert collapse(hopeless, hopeless) is None
 
 
+def test_a_model_that_says_one_class_is_no_measure(rng):
+    """Its robust accuracy is that class's share, which a run that was never robust does not reach."""
+    low, share = studied.record_of(rng), studied.record_of(rng, attack="pgd")
+    for epoch in low["records"][1:-1]:
+        epoch |= {"robust_accuracy": 0.03, "probe_pgd": 0.06, "probe_attack": 0.2}
+    for epoch in share["records"][1:-1]:
+        epoch |= {"robust_accuracy": 0.25, "clean_accuracy": 0.25, "probe_pgd": 0.25, "probe_attack": 0.25}
+    share["records"][-1]["confusion"] = {"clean": [[0, 1, 3], [1, 1, 2]]}
+    found = {each.result.attack: each for each in courses(map(result_of, (low, share)))}
+    assert found["fgsm"].collapse is None
+    assert [found[attack].result.constant for attack in ("pgd", "fgsm")] == [True, False]
+    share["records"][-1]["confusion"] = {"clean": [[0, 1, 3], [1, 0, 2]]}
+    assert next(each for each in courses(map(result_of, (low, share))) if each.result.attack == "fgsm").collapse == 0
+
+
 def test_epochs_that_were_not_validated_do_not_tell():
     epochs = studied.epochs_of(6, collapse=2)
     for each in epochs[::2]:

@@ -15,9 +15,9 @@ DEFINITION = (
     "A run has collapsed at the first epoch at which its accuracy under PGD-10 on the validation images is less than "
     f"half of what it could be, and more than {100 * LEAST:.0f} points below it, while of the monitor's images fewer "
     "than half as many withstand PGD-5 as the attack trained with. What it could be is its best so far or, if higher, "
-    "at the same epoch that of the run trained with PGD from the same seed; where there is no such run, the accuracy "
-    "under the attack trained with. The second condition tells catastrophic overfitting from a model that forgets, or "
-    "overfits as any does."
+    "at the same epoch that of the run trained with PGD from the same seed, unless that ends with one class for all "
+    "images; where there is no such run, the accuracy under the attack trained with. The second condition tells "
+    "catastrophic overfitting from a model that forgets, or overfits as any does."
 )
 
 Rule = Callable[[Sequence[Mapping]], Iterable[bool]]
@@ -130,8 +130,15 @@ def courses(results: Iterable[Result]) -> list[Course]:
                 for name, detector in DETECTORS.items()
                 if any(map(detector.has, each.epochs))
             }
-            found.append(Course(each, collapse(each.epochs, partner.epochs if partner else None), seen))
+            found.append(Course(each, collapse(each.epochs, _measure(partner)), seen))
     return found
+
+
+def _measure(partner: Result | None) -> Sequence[Mapping] | None:
+    """The epochs that tell what a run could be; none of a model that always says one class."""
+    if partner is None:
+        return None
+    return [] if partner.constant else partner.epochs
 
 
 def collapse(epochs: Sequence[Mapping], partner: Sequence[Mapping] | None = None) -> int | None:

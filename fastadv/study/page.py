@@ -276,9 +276,22 @@ def _answer(study: Study) -> str:
             f'<p class="answer {found.kind}">{html.text(found.headline)}</p>',
             *(html.paragraph(words, "lead") for words in found.sentences),
             html.paragraph(done + see, "lead note" if study.complete else "lead warning"),
+            *(html.paragraph(words, "lead warning") for words in _constant(study.results)),
             *(html.paragraph(words, "lead warning") for words in _unlike(study.differences)),
         ]
     )
+
+
+def _constant(results: Sequence[Result]) -> list[str]:
+    """That models say nothing, which no attack can change."""
+    found = [each.cell.id for each in results if each.constant]
+    if not found:
+        return []
+    shown = ", ".join(found[:_SHOWN]) + (", ..." if found[_SHOWN:] else "")
+    return [
+        f"{len(found)} of {len(results)} models say one class of all images, and withstand every attack where that is "
+        f"right: their robust accuracy is that class's share, and differences to them mean nothing ({shown})."
+    ]
 
 
 def _unlike(differences: Sequence[Difference]) -> list[str]:

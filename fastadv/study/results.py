@@ -60,6 +60,12 @@ class Result:
         return [each for each in self.record["records"] if "epoch" in each]
 
     @property
+    def constant(self) -> bool:
+        """Whether its model says one class of all validation images: it withstands everything where that is right."""
+        said = self.record["records"][-1].get("confusion", {}).get("clean", ())
+        return len({said_class for _, said_class, _ in said}) == 1
+
+    @property
     def fast(self) -> bool:
         return not self.attack.startswith(_SLOW)
 
