@@ -693,6 +693,15 @@ def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
     assert estimate == pytest.approx(sum(seconds) / 4 * passes)
 
 
+def test_what_is_timed_is_a_standard_step_whatever_attacks(whole, tmp_path, monkeypatch):
+    fit, seen = Trainer.fit, []
+    monkeypatch.setattr(Trainer, "fit", lambda self, *parts: seen.append(self.attack) or fit(self, *parts))
+    grid = read_grid(whole / "grid.yaml") | {"methods": "full", "seeds": 1, "epochs": 8}
+    (task,) = expanded(grid | {"attacks": [{"name": "free-4", "attack": "free", "repeats": 4}]})
+    assert estimates([task], Place(tmp_path, whole))[task.cell.id] > 0
+    assert seen == [None]
+
+
 def test_one_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     write_set(tmp_path / "colours.npz", 1)
     run, reports, order = cells.run, [], []

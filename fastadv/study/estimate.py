@@ -53,7 +53,7 @@ def _kind(cell: Cell) -> tuple:
 def _measured(task: Task, place: Place, parts: Parts) -> float:
     """Seconds of a forward pass of one image: of the second of two steps on clean images, by their passes."""
     training = Settings(epochs=2, probe=0, eval_every=0, **{name: getattr(task.training, name) for name in _OF_A_STEP})
-    standard = replace(task, cell=replace(task.cell, attack="none"), training=training)
+    standard = replace(task, attack="none", training=training)
     images = parts.train[0][: training.batch_size]
     labels = torch.arange(len(images)) % len(parts.classes)
     before, level = torch.get_num_threads(), logger.level
