@@ -76,3 +76,9 @@ def _laid_out(value, like):
         if like.ndim == ndim and like.is_contiguous(memory_format=layout):
             return value.contiguous(memory_format=layout)
     return value
+
+
+def cosines_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of the rows, (N,); NaN where one is zero."""
+    a, b = (rows.flatten(1).double() for rows in (a, b))  # a confident model's are too small to be squared in float32
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))

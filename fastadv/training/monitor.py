@@ -12,6 +12,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
+from fastadv.attacks.rows import cosines_of
 from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.foreign import as_images
@@ -175,7 +176,7 @@ class Monitor:
         engine.start()
         at_noise, noise_losses, _ = objective.gradient(noisy.input, labels)
         at_clean, in_noise = pgd.in_pixels(at_clean), pgd.in_pixels(at_noise)
-        alignment = _cosines(at_clean, in_noise)
+        alignment = cosines_of(at_clean, in_noise)
         pgd.step(noisy, at_noise)
         for _ in range(self.steps - 1):
             engine.iterate()
@@ -185,7 +186,7 @@ class Monitor:
             x, labels = x[:count], labels[:count]
             after, losses, logits = self._judge.gradient(self._attacked(attack, x, labels, seeds[:count]), labels)
             draws = isinstance(attack, Attack) and attack.draws
-            cosines = _cosines((in_noise if draws else at_clean)[:count], after)
+            cosines = cosines_of((in_noise if draws else at_clean)[:count], after)
         attacked = predicted(logits) == labels
         return tuple(each[:count] for each in (right, attacked, alignment, cosines, noise_losses, losses))
 
@@ -234,9 +235,3 @@ def _mean(cosines: torch.Tensor) -> float | None:
     """Of those that are: a gradient that is zero has none."""
     cosines = cosines[~cosines.isnan()]
     return cosines.mean().item() if len(cosines) else None
-
-
-def _cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Of the rows, (N,); NaN where one is zero."""
-    a, b = (rows.flatten(1).double() for rows in (a, b))  # a confident model's are too small to be squared in float32
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))

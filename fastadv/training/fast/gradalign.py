@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastadv.attacks.objective import find_logits, raised
+from fastadv.attacks.rows import cosines_of
 from fastadv.attacks.state import flags_kept
 from fastadv.functional import fgsm_step, random_init
 from fastadv.training.fast.base import FastMethod, gradient_at
@@ -42,9 +43,8 @@ class GradAlign(FastMethod):
         a, b = (g.flatten(1).double() for g in (self._gradient, there))
         # The gradient of a norm is not finite at 0.
         both = ((a != 0).any(1) & (b != 0).any(1)).nonzero()[:, 0]
-        a, b = a[both], b[both]
-        cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-        penalty = scale * len(labels) * self.weight * (1 - cosines.sum() / max(len(both), 1))
+        aligned = cosines_of(a[both], b[both]).sum() / max(len(both), 1)
+        penalty = scale * len(labels) * self.weight * (1 - aligned)
         if len(both):
             penalty.backward(inputs=list(parameters))
         return penalty.detach() if len(both) else 0.0
