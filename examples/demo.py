@@ -120,7 +120,7 @@ def draw_images(figure, target: data.Data, attacked: dict[tuple[str, str], torch
     """The first test image of each class, and what PGD-10 makes of it against two of the models."""
     figure.suptitle(f"a   PGD-10 at eps {255 * EPS:g}/255, and what the model says", x=0.02, ha="left", weight="bold")
     first = [int((target.y_test == label).nonzero()[0]) for label in range(len(target.classes))]
-    images, labels = data.to_float(target.x_test[first]), target.y_test[first]
+    images, labels = fastadv.to_float(target.x_test[first]), target.y_test[first]
     axes = figure.subplots(1 + 2 * len(attacked), len(first))
     show(axes[0], images, "image", "gray", (0, 1))
     for label, axis in zip(labels, axes[0], strict=True):

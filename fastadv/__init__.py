@@ -9,8 +9,9 @@ from fastadv.functional import (
     pgd_step_,
     random_init,
     sample_seeds,
+    to_float,
 )
-from fastadv.information import info
+from fastadv.installation import info
 from fastadv.ops import backend
 from fastadv.version import __version__
 
@@ -26,4 +27,5 @@ __all__ = [
     "pgd_step_",
     "random_init",
     "sample_seeds",
+    "to_float",
 ]

@@ -39,6 +39,7 @@ __all__ = [
     "pgd_step_",
     "random_init",
     "sample_seeds",
+    "to_float",
 ]
 
 _BOX = (0.0, 1.0)
@@ -120,6 +121,12 @@ def _differentiate(name, args, out, normalization, z):
             f"use torch.no_grad(), or leave {how.split()[0]} away"
         )
     return Step.apply(name, *args)
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Images as a model takes them: uint8 becomes float32 images / 255, floats stay as they are."""
+    # The ops' own conversion: a division by 255 is not rounded correctly on every device.
+    return random_init(images, 0.0, seed=0) if images.dtype == torch.uint8 else images
 
 
 def random_init(x, noise, *, seed=None, clip=_BOX, out=None, normalization=None, z=None):

@@ -21,7 +21,8 @@ from torch import nn
 from fastadv import cli, models
 from fastadv.data.splits import Split
 from fastadv.data.trained import TrainedOn
-from fastadv.evaluation import evaluate, queue, robustness
+from fastadv.evaluation import evaluate, queue
+from fastadv.evaluation import run as evaluation_run
 from fastadv.preprocessing import Preprocessing
 from fastadv.training import Trainer, run
 
@@ -119,7 +120,7 @@ def judged(made, path, iterations=None):
         taken.append(None)
         return iterate(self)
 
-    with patch.object(queue.Queue, "iterate", cut), patch.object(robustness, "SAVE_EVERY", 0.0):
+    with patch.object(queue.Queue, "iterate", cut), patch.object(evaluation_run, "SAVE_EVERY", 0.0):
         pixels = made.pixels.eval()
         return evaluate(pixels, images(24), ["fgsm", "pgd"], eps=EPS / 4, slots=3, state=path, progress=False)
 

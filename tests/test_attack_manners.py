@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastadv.attacks import FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
-from fastadv.attacks import rows as row_tools
+from fastadv.attacks import samplewise
 
 OPTIONS = {
     "plain": {},
@@ -340,7 +340,7 @@ def test_the_host_reads_the_device_once_and_last(name, call, monkeypatch):
         attack = ATTACKS[name](Net(), **options)
         attack(**given)
         with monkeypatch.context() as patch, Log() as log:
-            patch.setattr(row_tools, "AT_ONCE", ())
+            patch.setattr(samplewise, "AT_ONCE", ())
             for method in ("numpy", "__array__", "cpu", "__contains__"):  # these go past the dispatcher
                 patch.setattr(torch.Tensor, method, lambda *args, **kwargs: pytest.fail("read"))
             patch.setattr(torch.Tensor, "tolist", lambda t: log.ops.append(("tolist", t.numel(), True)) or [0] * len(t))
@@ -356,7 +356,7 @@ def test_the_host_reads_the_device_once_and_last(name, call, monkeypatch):
 def test_what_only_a_cpu_is_asked_changes_nothing(name, monkeypatch):
     net, (images, labels), found = Net(), batch_of(N), []
     for at_once in (("cpu",), ()):
-        monkeypatch.setattr(row_tools, "AT_ONCE", at_once)
+        monkeypatch.setattr(samplewise, "AT_ONCE", at_once)
         found.append(ATTACKS[name](net, best_iterate=True)(images, labels, seed=1))
     assert torch.equal(*found)
 

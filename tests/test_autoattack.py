@@ -235,9 +235,9 @@ def test_the_randomised_version_judges_by_the_mean_of_its_draws():
 
 
 def test_a_run_that_was_cut_returns_the_same_images(net, samples, tmp_path, monkeypatch):
-    from fastadv.evaluation import robustness
+    from fastadv.evaluation import run as evaluation_run
 
-    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
     x, y = samples
     whole = made(net).run_standard_evaluation(x, y, bs=8, return_labels=True)
     calls = net.calls

@@ -19,7 +19,7 @@ from fastadv import cli, data, models
 from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
 from fastadv.commands.speech import speaking
-from fastadv.evaluation import robustness
+from fastadv.evaluation import run as evaluation_run
 from fastadv.training import run
 
 SHORT = ("--data", "digits", "--model", "mlp", "--device", "cpu", "--classes", "0-1", "--probe", "0", "--eps", "20")
@@ -167,7 +167,7 @@ def test_after_ctrl_c_it_says_how_to_go_on_and_does(tmp_path, monkeypatch, capsy
     assert "the same command," in said
     cli.main([*map(str, given), "--resume"])
     evaluation = ("evaluate", "--model", tmp_path / "out" / "model.safetensors", *SHORT[:2], *SHORT[6:8])
-    monkeypatch.setattr(robustness.Run, "attack", interrupt)
+    monkeypatch.setattr(evaluation_run.Run, "attack", interrupt)
     code, said = failed(capsys, *evaluation, "--out", tmp_path)
     assert (code, said) == (
         130,

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fastadv import cli, data, models
+from fastadv import cli, data, models, to_float
 from fastadv.commands import predict, pretrain
 from fastadv.data.pictures import Picture
 from fastadv.data.source import digests
@@ -76,7 +76,7 @@ def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tune
     model = models.load(tuned / "model.safetensors")
     loaded = data.load(photos, preprocessing=model.preprocessing, seed=0)
     with torch.no_grad():
-        shares = model.pixels.eval()(data.to_float(loaded.x_val)).softmax(1)
+        shares = model.pixels.eval()(to_float(loaded.x_val)).softmax(1)
     found = {tuple(row[name] for name in COLOURS) for row in rows}
     for share in shares.tolist():
         assert tuple(f"{value:.6f}" for value in share) in found
@@ -146,7 +146,7 @@ def test_the_report_needs_no_other_file_and_says_what_the_log_says(tuned):
     images, labels = data.load(photo, preprocessing=model.preprocessing).test
     assert text.count("data:image/png;base64,") == 1 + 3 * min(8, len(labels))  # the curves, and three rows of pictures
     with torch.no_grad():
-        says = model.pixels.eval()(data.to_float(images)).argmax(1)
+        says = model.pixels.eval()(to_float(images)).argmax(1)
     pairs = list(zip(labels.tolist(), says.tolist(), strict=True))
     assert final["confusion"]["clean"] == [[*pair, pairs.count(pair)] for pair in sorted(set(pairs))]
     assert re.search(r"<th>command</th><td>fastadv finetune --data \S+photos --model .* --epochs 12 ", text)
@@ -162,7 +162,7 @@ def test_the_parts_do_not_depend_on_the_seed_of_the_training(photos, backbone, t
     model = models.load(tmp_path / "2" / "model.safetensors")
     test = data.load(photos, preprocessing=model.preprocessing).test
     with torch.no_grad():
-        says = model.pixels.eval()(data.to_float(test[0])).argmax(1)
+        says = model.pixels.eval()(to_float(test[0])).argmax(1)
     assert finals[1]["clean_accuracy"] == pytest.approx((says == test[1]).float().mean().item())
     finetune(photos, backbone, tmp_path / "3", "--split-seed", "4", "--epochs", "1")
     assert "chosen by seed 4" in capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_evaluate_judges_the_test_part_of_the_training_and_nothing_that_was_trai
     report = judged(weights, photos, tmp_path / "same")
     images, labels = data.load(photos, preprocessing=model.preprocessing, seed=7).test
     with torch.no_grad():
-        says = model.pixels.eval()(data.to_float(images)).argmax(1)
+        says = model.pixels.eval()(to_float(images)).argmax(1)
     assert report["clean_correct"] == (says == labels).tolist()
     assert report["trained_on"] == 0
     assert "was trained on" not in capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_classes_are_trained_and_judged_in_the_order_asked_for(photos, backbone,
     report = judged(weights, photos, tmp_path / "right", *order)
     assert report["clean_accuracy"] > 0.8
     with torch.no_grad():
-        red = data.to_float(data.load(photos, preprocessing=model.preprocessing, classes=["red"]).x_test)
+        red = to_float(data.load(photos, preprocessing=model.preprocessing, classes=["red"]).x_test)
         assert model.pixels.eval()(red).argmax(1).bincount(minlength=3).argmax() == 0
     for other in ((), ("--classes", "red,grün,blue")):
         again = judged(weights, photos, tmp_path / str(len(other)), *other)

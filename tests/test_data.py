@@ -22,7 +22,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_digits
 
-from fastadv import data
+from fastadv import data, to_float
 from fastadv.commands.arguments import class_list
 from fastadv.data import decoding
 from fastadv.data.cifar10 import CLASSES
@@ -260,7 +260,7 @@ def test_npz_is_read_as_it_is(tmp_path, dtype):
     assert loaded.classes == ("0", "1", "2", "3")
     assert loaded.y_train.dtype == torch.int64
     assert loaded.x_train.dtype == (torch.uint8 if dtype is np.uint8 else torch.float32)
-    assert torch.equal(data.to_float(loaded.x_train), torch.from_numpy(arrays()["x_train"] / 255).float())
+    assert torch.equal(to_float(loaded.x_train), torch.from_numpy(arrays()["x_train"] / 255).float())
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 1), (1, 4, 1), (64, 1, 1), (3, 4, 3), (12, 2, 3), (5, 6, 7)])

@@ -8,7 +8,8 @@ from test_evaluation import net as net
 from test_evaluation import samples as samples
 
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, Square, by_name
-from fastadv.evaluation import evaluate, robustness
+from fastadv.evaluation import evaluate
+from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.ensemble import curve
 from fastadv.evaluation.masking import QUERIES, Masking
 
@@ -216,7 +217,7 @@ def rounded_at_two_budgets(model, **options):
 
 @pytest.mark.filterwarnings("ignore:gradients look masked", "ignore:the gradient is zero", "ignore:the last")
 def test_what_square_found_is_in_the_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
     nets = [Rounded() for _ in range(4)]
     whole = rounded_at_two_budgets(nets[0])
     assert all(each["fell"] > 2 for each in whole["masking"])

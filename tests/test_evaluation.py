@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastadv import cli, data, models, random_init, sample_seeds
 from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, PMA, PMAL2, Normalized, by_name
-from fastadv.attacks import rows as row_tools
+from fastadv.attacks import samplewise
 from fastadv.evaluation import evaluate, progress, queue, robustness, suspicions
+from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.images import nearest_codes
 from fastadv.evaluation.queue import Queue
 from fastadv.evaluation.saved import StateFile
@@ -376,7 +377,7 @@ def test_the_host_reads_nothing_where_the_slots_are_of_one_number(net, samples, 
             original(self)
 
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
-    monkeypatch.setattr(row_tools, "AT_ONCE", ())
+    monkeypatch.setattr(samplewise, "AT_ONCE", ())
     monkeypatch.setattr(Queue, part, guarded)
     evaluate(net, samples, [hardest(net), FGSM(net, EPS), PMA(net, EPS, 4)], slots=SLOTS, save_images=tmp_path)
     assert len(calls) > 40
@@ -421,7 +422,7 @@ def two_attacks(model, samples, ensemble=False, **options):
 @pytest.mark.parametrize("pool", [None, 10])
 @pytest.mark.parametrize(("share", "ensemble"), [(0.3, False), (0.5, False), (0.85, False), (0.3, True), (0.9, True)])
 def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share, ensemble, pool):
-    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
     path = tmp_path / "state"
 
     def run(model, **options):
@@ -456,7 +457,7 @@ CHILD = """
 import os, signal, sys
 import torch
 from test_evaluation import CutAt, Net, forty_samples, two_attacks
-from fastadv.evaluation import robustness
+from fastadv.evaluation import run as evaluation_run
 
 path, where, fatal = sys.argv[1:]
 calls = []
@@ -474,7 +475,7 @@ if where == "model":
 else:
     os.fsync = dies_in(os.fsync)
 torch.set_num_threads(1)
-robustness.SAVE_EVERY = 0
+evaluation_run.SAVE_EVERY = 0
 two_attacks(Net(), forty_samples(), state=path)
 """
 
@@ -483,7 +484,7 @@ two_attacks(Net(), forty_samples(), state=path)
 def test_a_killed_run_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, where, share):
     path, written, fsync = tmp_path / "state", [], os.fsync
     with monkeypatch.context() as patch:
-        patch.setattr(robustness, "SAVE_EVERY", 0)
+        patch.setattr(evaluation_run, "SAVE_EVERY", 0)
         patch.setattr(os, "fsync", lambda file: written.append(1) or fsync(file))
         whole = two_attacks(net, samples, state=tmp_path / "whole")["attacks"]
     fatal = int(share * len(net.shapes if where == "model" else written)) | 1  # an odd fsync is of an unfinished file
@@ -512,7 +513,7 @@ def facts(path):
 
 
 def test_another_librarys_attack_goes_on_too(net, samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
 
     def run(model, **options):
         return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], slots=SLOTS, **options)

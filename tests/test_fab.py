@@ -10,7 +10,7 @@ from torch import nn
 
 from fastadv.attacks import FAB, FABL2, Normalized
 from fastadv.attacks.hyperplane import to_hyperplane
-from fastadv.attacks.rows import seeds_for
+from fastadv.attacks.samplewise import seeds_for
 
 BOX = (0.0, 1.0)
 NORMS = {"Linf": (FAB, EPS), "L2": (FABL2, L2_EPS)}

@@ -13,7 +13,7 @@ from torch import nn
 from fastadv import random_init, sample_seeds
 from fastadv.attacks import ZeroGrad
 from fastadv.attacks.noise import uniform, uniform_per_sample
-from fastadv.attacks.rows import seeds_for
+from fastadv.attacks.samplewise import seeds_for
 from fastadv.training import Augment, Trainer, run
 from fastadv.training.fast import FAST
 from fastadv.training.monitor import Reading

@@ -16,9 +16,10 @@ from test_gpu_attacks import SMALL, attack_of, evaluated
 from torch import nn
 
 from fastadv.attacks.base import Attack
-from fastadv.data import to_float
-from fastadv.evaluation import evaluate, queue, robustness
+from fastadv.evaluation import evaluate, queue
+from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.queue import Queue
+from fastadv.functional import to_float
 
 # Tables are no models: they are told of.
 TOLD = ("the last", "gradients look masked", "robust accuracy rises", "the gradient is zero")
@@ -252,7 +253,7 @@ class Cut(BaseException):
 @pytest.mark.parametrize("case", range(8))
 def test_a_run_that_was_cut_goes_on_with_the_same_result(turns, tmp_path, monkeypatch, case, pool):
     """Also where a later run has fooled before the cut, and those before it have not ended."""
-    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
     case, slots, iterate, number = Case(), random.randint(1, 64), Queue.iterate, count()
     whole = case.evaluate(slots, pool=pool)
     cut = random.randrange(len(turns))

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv.attacks import APGDL2, FABL2, FGSM, PGD, PMAL2, PRESETS, Normalized, Square, SquareL2, by_name
-from fastadv.evaluation import evaluate, queue, robustness
+from fastadv.evaluation import evaluate, queue
+from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.queue import Queue
 
 # What is strange about so small a model is told of; here it is not what is asked about.
@@ -221,7 +222,7 @@ class Cut(BaseException):
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_a_run_that_was_cut_goes_on_with_the_same_result(device, tmp_path, monkeypatch, graph, share):
-    monkeypatch.setattr(robustness, "SAVE_EVERY", 0)
+    monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
     iterate, turns, last = Queue.iterate, count(1), [10**9]
 
     def counted(self):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastadv import cli, data, models
+from fastadv import cli, data, models, to_float
 from fastadv.data import pictures
 from fastadv.data.splits import Split
 
@@ -197,7 +197,7 @@ def test_the_command_says_that_all_of_the_training_s_folder_overlaps(tmp_path, c
     model = models.load(weights)
     images, labels = data.held_out(tmp_path / "mine", model.classes, part="all").decoded(None, False)
     with torch.no_grad():
-        right = model.pixels.eval()(data.to_float(images)).argmax(1) == labels
+        right = model.pixels.eval()(to_float(images)).argmax(1) == labels
     assert report["clean_correct"] == right.tolist()
 
 

@@ -20,8 +20,8 @@ from fastadv.commands import finetune
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.ensemble import curve
-from fastadv.report import page, write_curves, write_report
-from fastadv.report.pictures import encoded
+from fastadv.evaluation.report import page, write_curves, write_report
+from fastadv.evaluation.report.pictures import encoded
 
 EPS, CLASSES = 0.1, ("dark <0.5", "bright")
 RECORDS = [

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv.attacks import Normalized, Square, SquareL2, by_name
-from fastadv.attacks import rows as row_tools
+from fastadv.attacks import samplewise
 from fastadv.attacks.engine import Engine
 
 EPS = 0.07
@@ -482,7 +482,7 @@ class NoReads(TorchDispatchMode):
 @every_kind
 @pytest.mark.parametrize("loss", ["margin", "ce"])
 def test_an_iteration_reads_nothing_from_the_device_and_keeps_its_tensors(kind, loss, monkeypatch):
-    monkeypatch.setattr(row_tools, "AT_ONCE", ())
+    monkeypatch.setattr(samplewise, "AT_ONCE", ())
     model = network(*SHAPE)
     images, labels = samples(model, 3, SHAPE)
     attack = KINDS[kind](model, loss=loss)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastadv import data, sample_seeds
+from fastadv import data, sample_seeds, to_float
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, by_name
 from fastadv.evaluation import evaluate, robust_accuracy
 from fastadv.models import find_head, networks
@@ -102,7 +102,7 @@ def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, accumulate):
     updates = [x for _, x in shown][1 : 2 * len(order) : 2]
     for number, (index, x) in enumerate(zip(order, updates, strict=True)):
         epoch = 2 * number // len(order)
-        images, labels = data.to_float(TRAIN[0][index]), TRAIN[1][index]
+        images, labels = to_float(TRAIN[0][index]), TRAIN[1][index]
         seeds = sample_seeds(5, index, epoch)
         expected = FGSM(reference, EPS, alpha=1.25 * EPS, noise=None)(images, labels, seed=seeds)
         # A gradient of nearly nothing may have another sign in another batch.
@@ -197,7 +197,7 @@ def test_the_final_figures_are_those_of_the_evaluation_s_attack_and_of_pma_on_wh
     final = fit(model, epochs=3, eps=0.1, parts=(TRAIN, VAL, TEST), seed=4)[-1]
     attacks = [by_name(name, model, 0.1) for name in ("pgd-10", "pma")]
     alone = [result["fooled"] for result in evaluate(model, TEST, attacks, ensemble=False, seed=4)["attacks"]]
-    images, labels = data.to_float(TEST[0]), TEST[1]
+    images, labels = to_float(TEST[0]), TEST[1]
     right = (model.eval()(images).argmax(1) == labels).tolist()
     assert final["clean_accuracy"] == sum(right) / 21
     assert final["robust_accuracy"] == sum(r and not p for r, p in zip(right, alone[0], strict=True)) / 21
@@ -635,8 +635,8 @@ def test_augmented_images_reach_the_model_as_their_seeds_say():
 
     order, seen = shown(5)
     seeds = sample_seeds(5, order, run.AUGMENTING)
-    torch.testing.assert_close(seen, data.to_float(Augment(crop=1)(TRAIN[0][order], seeds)), rtol=0, atol=0)
-    assert not torch.equal(seen, data.to_float(TRAIN[0][order]))
+    torch.testing.assert_close(seen, to_float(Augment(crop=1)(TRAIN[0][order], seeds)), rtol=0, atol=0)
+    assert not torch.equal(seen, to_float(TRAIN[0][order]))
     again, other = shown(5), shown(6)
     assert torch.equal(again[1], seen)
     first, second = (x[index.argsort()] for index, x in ((order, seen), other))

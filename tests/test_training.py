@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv import data, models
+from fastadv import data, models, to_float
 from fastadv.attacks import FGSM, PGD
 from fastadv.evaluation import robust_accuracy
 from fastadv.models import networks
@@ -110,7 +110,7 @@ def test_one_step_of_full_training_is_the_textbook_one(optimizer):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     reference = copy.deepcopy(model)
     trainer(model, optimizer=optimizer, epochs=1, batch_size=96, attack="fgsm").fit(TRAIN, TEST)
-    images = data.to_float(TRAIN[0]).requires_grad_()
+    images = to_float(TRAIN[0]).requires_grad_()
     grad = torch.autograd.grad(nn.functional.cross_entropy(reference(images), TRAIN[1]), images)[0]
     adv = (images + EPS * grad.sign()).clamp(0, 1).detach()
     nn.functional.cross_entropy(reference(adv), TRAIN[1]).backward()
@@ -166,7 +166,7 @@ def test_log_agrees_with_a_new_evaluation(tmp_path):
     again = robust_accuracy(model, TEST, PGD(model, EPS, EPS / 4, 10), seed=5)
     assert again == {key: lines[-1][key] for key in again}
     model.eval()
-    right = (model(data.to_float(TEST[0])).argmax(dim=1) == TEST[1]).float().mean()
+    right = (model(to_float(TEST[0])).argmax(dim=1) == TEST[1]).float().mean()
     assert lines[-1]["clean_accuracy"] == pytest.approx(right.item())
 
 

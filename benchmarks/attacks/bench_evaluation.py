@@ -16,8 +16,8 @@ from cases import DEVICE
 from contenders import torchattacks
 
 from fastadv.attacks import PGD
-from fastadv.data import to_float
 from fastadv.evaluation import evaluate
+from fastadv.functional import to_float
 from fastadv.training import Trainer
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy, softmax
 
-from fastadv import data, models
+from fastadv import data, models, to_float
 from fastadv.attacks.presets import by_name
 from fastadv.data.cifar10 import CLASSES
 
@@ -91,7 +91,7 @@ def cifar10():
     if not folder:
         raise FileNotFoundError("the backbone is judged on CIFAR-10: set FASTADV_CIFAR10 to the folder that has it")
     images, labels = data.load("cifar10", folder=folder, classes=range(6), validation=0).test
-    return data.to_float(images[:512]), labels[:512]
+    return to_float(images[:512]), labels[:512]
 
 
 # ------------------------------------------------------------------ models that hide their gradient

@@ -44,7 +44,7 @@ INSTEAD = {
     "normalize": "fastadv.Normalization(mean, std)(images)",
     "set_device": "none needed: where the images and the model are",
     "set_model": "atk.model = model",
-    "to_type": "fastadv.data.to_float(images); (255 * images).round().to(torch.uint8)",
+    "to_type": "fastadv.to_float(images); (255 * images).round().to(torch.uint8)",
 }
 
 

@@ -20,8 +20,8 @@ from cases import DEVICE
 from networks import example
 
 from fastadv.attacks import by_name
-from fastadv.attacks.state import flags_kept
 from fastadv.functional import sample_seeds
+from fastadv.nn.frozen import flags_kept
 from fastadv.training.methods import trainable
 from fastadv.training.step import Step
 

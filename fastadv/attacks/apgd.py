@@ -9,9 +9,8 @@ from fastadv.attacks.checks import check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.l2 import OnL2Ball, l2_norm
 from fastadv.attacks.noise import gaussian, uniform
-from fastadv.attacks.rows import any_of, per_sample, put_
-from fastadv.data import to_float
-from fastadv.functional import pgd_step
+from fastadv.attacks.samplewise import any_of, per_sample, put_
+from fastadv.functional import pgd_step, to_float
 from fastadv.ops.autograd import result_like
 from fastadv.ops.reference import compute_dtype
 

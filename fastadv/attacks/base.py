@@ -8,7 +8,6 @@ from numbers import Real
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastadv.attacks.checks import (
     BOX,
@@ -31,13 +30,14 @@ from fastadv.attacks.checks import (
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
 from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.modes import Modes
-from fastadv.attacks.normalized import Normalized, denormalized, is_plain, normalization_of
+from fastadv.attacks.normalized import denormalized, normalization_of
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.rows import has_rows, padded, part_of, per_sample, put_, scalar, seeds_for
-from fastadv.attacks.state import as_normal, frozen, on
+from fastadv.attacks.samplewise import has_rows, padded, part_of, per_sample, put_, scalar, seeds_for
 from fastadv.attacks.verdicts import is_label, predicted, verdict
-from fastadv.data import to_float
-from fastadv.functional import new_seed, pgd_step_, random_init
+from fastadv.functional import new_seed, pgd_step_, random_init, to_float
+from fastadv.nn.frozen import as_normal, frozen, on
+from fastadv.nn.normalized import Normalized, is_plain
+from fastadv.nn.parallel import one_process
 from fastadv.ops.autograd import result_like
 from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
@@ -685,15 +685,10 @@ class Attack(Modes, ABC):
 
 def _unwrapped(model):
     """(what is called, its normalisation or None): what calls the model would do more than that is called as it is."""
-    model, normalization = _one_rank(model), None
+    model, normalization = one_process(model), None
     if type(model) is Normalized and is_plain(model):
-        model, normalization = _one_rank(model.model), model.normalization
+        model, normalization = one_process(model.model), model.normalization
     return model, normalization
-
-
-def _one_rank(model):
-    """Without DistributedDataParallel, whose forward waits for the other ranks."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def _same(settings, others):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastadv.attacks.losses import LOSSES
-from fastadv.attacks.state import TRAINING_MODES
+from fastadv.nn.frozen import TRAINING_MODES
 
 CHOSEN = ("random", "least_likely")  # targets that the attack chooses, for labels that it knows
 TARGETED = (False, True, *CHOSEN)  # or a callable

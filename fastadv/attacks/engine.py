@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastadv.attacks.rows import taken, together
-from fastadv.data import to_float
+from fastadv.attacks.samplewise import taken, together
+from fastadv.functional import to_float
 from fastadv.ops.autograd import result_like
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from fastadv.attacks.engine import Slots
 from fastadv.attacks.hyperplane import to_hyperplane
 from fastadv.attacks.l2 import l2_norm
 from fastadv.attacks.noise import gaussian, uniform
-from fastadv.attacks.rows import any_of, largest, per_sample, put_
-from fastadv.data import to_float
-from fastadv.functional import random_init
+from fastadv.attacks.samplewise import any_of, largest, per_sample, put_
+from fastadv.functional import random_init, to_float
 
 LEAST = 1e-8  # of the two distances to a plane, so that their shares exist
 

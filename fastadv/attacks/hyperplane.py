@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastadv.attacks.rows import any_of, largest
+from fastadv.attacks.samplewise import any_of, largest
 
 # Of Newton's method. All but some of the hardest cases in L2, of normals over many orders of magnitude and planes that
 # just touch the box, then have nothing left but rounding errors.

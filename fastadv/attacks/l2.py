@@ -8,8 +8,8 @@ from fastadv.attacks.checks import box_of
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian, uniform_per_sample
 from fastadv.attacks.pgd import PGD
-from fastadv.attacks.rows import per_sample
-from fastadv.data import to_float
+from fastadv.attacks.samplewise import per_sample
+from fastadv.functional import to_float
 
 
 class OnL2Ball:

@@ -11,10 +11,10 @@ import torch
 from fastadv.attacks.checks import BOX, box_of, check_labels, check_whole, device_of
 from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import denormalized, normalization_of
-from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
-from fastadv.data import to_float
 from fastadv.files import write_atomically
+from fastadv.functional import to_float
+from fastadv.nn.frozen import frozen
 
 MODES = {
     False: "default",

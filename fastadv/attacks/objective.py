@@ -1,6 +1,6 @@
 """The attacked function: images in, one loss per sample out, and its gradient with respect to the images alone."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastadv.attacks.attention import ShortAttentionInFloat32
 from fastadv.attacks.losses import LOSSES
+from fastadv.nn.logits import are_logits, at_least_float32, describe, find_logits
 
 
 class Objective:
@@ -109,7 +110,7 @@ class Objective:
         """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            logits = self._checked(raised(find_logits(self._outputs(leaf.clone()), len(x))))
+            logits = self._checked(at_least_float32(find_logits(self._outputs(leaf.clone()), len(x))))
             margins = (logits - logits.gather(1, labels[:, None])).unbind(1)
         for margin in margins:
             yield _gradient(margin, leaf, torch.ones_like(margin), retain_graph=True), margin.detach()
@@ -127,7 +128,7 @@ class Objective:
         """The logits of x, without a gradient, in float32 at least. The model sees a copy, as it may write there."""
 
         def draw():
-            return (self._checked(raised(find_logits(self._outputs(x.clone()), len(x)))),)
+            return (self._checked(at_least_float32(find_logits(self._outputs(x.clone()), len(x)))),)
 
         with torch.no_grad():
             (logits,) = self._expected(draw)
@@ -173,9 +174,9 @@ class Objective:
         outputs, n = self._outputs(x), x.shape[0]
         if callable(self.loss):
             losses = _per_sample(self.loss(outputs, targets), n)
-            logits = raised(outputs).detach() if _are_logits(outputs, n) else None
+            logits = at_least_float32(outputs).detach() if are_logits(outputs, n) else None
         else:
-            logits = self._checked(raised(find_logits(outputs, n)))
+            logits = self._checked(at_least_float32(find_logits(outputs, n)))
             losses = LOSSES[self.loss].of(logits, targets)
             logits = logits.detach()
         if self.targeted:
@@ -204,37 +205,6 @@ def _gradient(losses, leaf, ones, retain_graph=False):
     return grad
 
 
-def find_logits(outputs: object, n: int) -> torch.Tensor:
-    """The logits among a model's outputs: these themselves, their attribute or key `logits`, their key `out`
-    (torchvision's), or else the only float matrix among them.
-
-    Raises:
-        TypeError: what was found is not a float tensor (n, C), or there are several.
-    """
-    if _are_logits(outputs, n):
-        return outputs
-    found, several = outputs, ""
-    if not isinstance(found, torch.Tensor):
-        if getattr(outputs, "logits", None) is not None:
-            found = outputs.logits
-        elif isinstance(outputs, Mapping) and ("logits" in outputs or "out" in outputs):
-            found = outputs["logits"] if "logits" in outputs else outputs["out"]
-        elif isinstance(outputs, (Mapping, tuple, list)) and outputs:
-            entries = list(outputs.values() if isinstance(outputs, Mapping) else outputs)
-            fitting = [t for t in entries if isinstance(t, torch.Tensor) and t.is_floating_point() and t.ndim == 2]
-            found = fitting[0] if fitting else entries[0]
-            if len(fitting) > 1:
-                several = f", in which {' and '.join(map(_describe, fitting))} may be the logits or features"
-    if several or not _are_logits(found, n):
-        taken = "" if several or found is outputs else f", of which the logits would be {_describe(found)}"
-        raise TypeError(
-            f"the model must return logits, a float tensor of shape ({n}, classes), alone or under the attribute or "
-            f"key `logits`; it returned {_describe(outputs)}{several}{taken}. For other outputs pass loss=, a callable "
-            "from (outputs, targets) to one value per sample"
-        )
-    return found
-
-
 def _of_mean_probabilities(logits, loss):
     """Of (K, N, C) the logits (N, C) of the mean over K. In float64, for differences of any size are to survive it."""
     logits = logits.double()
@@ -243,34 +213,10 @@ def _of_mean_probabilities(logits, loss):
     return logits.log_softmax(2).logsumexp(0)
 
 
-def _are_logits(outputs: object, n: int) -> bool:
-    return (
-        isinstance(outputs, torch.Tensor)
-        and outputs.is_floating_point()
-        and outputs.ndim == 2
-        and outputs.shape[0] == n
-    )
-
-
-def raised(logits: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
-    return logits if logits.dtype == torch.float32 else logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _per_sample(losses: object, n: int) -> torch.Tensor:
     if not (isinstance(losses, torch.Tensor) and losses.is_floating_point() and losses.shape == (n,)):
         raise TypeError(
             f"loss must return one value per sample, a float tensor of shape ({n},); it returned "
-            f"{_describe(losses)}. Is its reduction 'none'?"
+            f"{describe(losses)}. Is its reduction 'none'?"
         )
     return losses
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {list(value)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of length {len(value)}"
-    return f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import box_of, check_alpha, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian
-from fastadv.attacks.rows import per_sample
+from fastadv.attacks.samplewise import per_sample
 from fastadv.attacks.schedules import SCHEDULES, Factors
 from fastadv.functional import pgd_step, pgd_step_, random_init
 

@@ -11,7 +11,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import uniform
-from fastadv.attacks.rows import put_, seeds_for
+from fastadv.attacks.samplewise import put_, seeds_for
 from fastadv.attacks.schedules import Factors
 from fastadv.functional import fgsm_step, pgd_step
 

@@ -10,7 +10,7 @@ from fastadv.attacks.engine import Slots
 from fastadv.attacks.l2 import OnL2Ball
 from fastadv.attacks.noise import uniform
 from fastadv.attacks.square import RandomSearch, places, window
-from fastadv.data import to_float
+from fastadv.functional import to_float
 
 TILES = 5  # of the start, along each axis
 TINY = 1e-12

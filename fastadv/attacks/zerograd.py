@@ -8,7 +8,7 @@ import torch
 from fastadv.attacks.checks import check_number
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.fgsm import FGSM
-from fastadv.attacks.rows import per_sample
+from fastadv.attacks.samplewise import per_sample
 
 
 class ZeroGrad(FGSM):

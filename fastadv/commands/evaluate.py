@@ -26,9 +26,9 @@ from fastadv.data.splits import Split
 from fastadv.data.trained import MOST_OVERLAP
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.opponents import opponents
+from fastadv.evaluation.report import write_curves
 from fastadv.evaluation.robustness import ATTACKS, ITERATES, check_counts
 from fastadv.files import write_atomically
-from fastadv.report import write_curves
 
 FORMAT = 1  # of report.json
 

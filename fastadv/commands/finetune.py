@@ -24,10 +24,10 @@ from fastadv.commands.arguments import (
     overlap,
 )
 from fastadv.commands.speech import is_quiet, say
+from fastadv.data.share import Batch
 from fastadv.data.trained import TrainedOn
-from fastadv.evaluation.samples import Batch
+from fastadv.evaluation.report import write_report
 from fastadv.models.checkpoints import read_facts, trained_on_of
-from fastadv.report import write_report
 from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.fast import FAST

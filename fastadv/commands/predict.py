@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from fastadv import models
-from fastadv.attacks.objective import find_logits
-from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
 from fastadv.commands.arguments import add_device, add_trust, adder, load_model
 from fastadv.commands.tables import ENDINGS, table, table_file
-from fastadv.data import to_float
 from fastadv.data.decoding import cores
 from fastadv.data.pictures import CorruptPictureError, Picture, extensions
 from fastadv.data.walking import files_below
+from fastadv.functional import to_float
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
 from fastadv.preprocessing import Preprocessing
 
 logger = logging.getLogger("fastadv")

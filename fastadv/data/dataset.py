@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastadv.data.share import Share
+from fastadv.data.share import Batch, Share
 from fastadv.data.splits import Split
-from fastadv.functional import random_init
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,18 @@ class Data:
     digests: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def train(self) -> tuple[torch.Tensor | Share, torch.Tensor]:
+    def train(self) -> Batch:
         return self.x_train, self.y_train
 
     @property
-    def val(self) -> tuple[torch.Tensor | Share, torch.Tensor]:
+    def val(self) -> Batch:
         return self.x_val, self.y_val
 
     @property
-    def test(self) -> tuple[torch.Tensor | Share, torch.Tensor]:
+    def test(self) -> Batch:
         return self.x_test, self.y_test
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image."""
         return tuple(self.x_train.shape[1:])
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Images as a model takes them: uint8 becomes float32 images / 255, floats stay as they are."""
-    # The ops' own conversion: a division by 255 is not rounded correctly on every device.
-    return random_init(images, 0.0, seed=0) if images.dtype == torch.uint8 else images

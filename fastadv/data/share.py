@@ -157,3 +157,6 @@ class _Held:
 def dealt(count: int, team: Team) -> torch.Tensor:
     """Which process gets each of `count` images: in turn."""
     return torch.arange(count) % team.size
+
+
+Batch = tuple[torch.Tensor | Share, torch.Tensor]  # images (N, ...), floats in [0, 1] or uint8, and labels int64 (N,)

@@ -8,12 +8,11 @@ import torch
 
 from fastadv.attacks import Ensemble
 from fastadv.attacks.verdicts import verdict
-from fastadv.data import to_float
 from fastadv.evaluation.images import Kept
 from fastadv.evaluation.opponents import EPS, opponents
 from fastadv.evaluation.robustness import check_counts, judged
 from fastadv.evaluation.samples import gathered
-from fastadv.functional import new_seed
+from fastadv.functional import new_seed, to_float
 
 
 class AutoAttack(Ensemble):

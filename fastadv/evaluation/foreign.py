@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fastadv.attacks.checks import SLACK
-from fastadv.data import to_float
 from fastadv.evaluation.samples import as_tensor
+from fastadv.functional import to_float
 
 
 @dataclass

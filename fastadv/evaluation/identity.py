@@ -36,6 +36,7 @@ SHORT = 60  # characters of a value that is shown as it is
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), PurePath, range, np.generic)
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)
 # Of a module: what says nothing of the function that it computes in eval mode.
+_MOVED = {"fastadv.nn.normalized": "fastadv.attacks.normalized"}  # modules by their name in the first states
 _ASIDE = {"training", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"}
 _ASIDE |= {"_load_state_dict_post_hooks", "_non_persistent_buffers_set", "_is_full_backward_hook"}
 _OF_CLASSES = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__firstlineno__", "_abc_impl"}
@@ -212,7 +213,8 @@ class _Reader:
 
     def _class(self, value) -> Iterator[bytes]:
         if _is_installed(value.__module__):
-            yield f"{value.__module__}.{value.__qualname__}".encode()
+            place = _MOVED.get(value.__module__, value.__module__)
+            yield f"{place}.{value.__qualname__}".encode()
         else:
             aside = _OF_CLASSES.union(*map(_counts_of, vars(value).values()))
             yield from map(self.hash, value.__bases__)

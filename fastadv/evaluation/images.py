@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import pad
 
 from fastadv.attacks.verdicts import is_label, verdict
-from fastadv.data import to_float
 from fastadv.evaluation.queue import Verdicts
+from fastadv.functional import to_float
 from fastadv.ops.autograd import result_like
 
 

@@ -8,7 +8,7 @@ import torch
 from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, by_name
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.ensembles import PARTS
-from fastadv.attacks.rows import has_rows
+from fastadv.attacks.samplewise import has_rows
 
 EPS = 8 / 255  # of attacks by name, where nothing else is said
 

@@ -7,7 +7,7 @@ import torch
 
 from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine, Slots, joined
-from fastadv.attacks.rows import per_sample
+from fastadv.attacks.samplewise import per_sample
 from fastadv.attacks.verdicts import NONE, verdict
 from fastadv.functional import sample_seeds
 from fastadv.ops.autograd import result_like
@@ -27,6 +27,7 @@ class Verdicts:
     """
 
     COUNTS = ("passes", "forwards", "nonfinite", "waste")
+    KEPT = ("restart", "step", "said")  # of a state on the disk, beside the counts
 
     def __init__(self, todo: torch.Tensor, restarts: int):
         self.todo, self.restarts = todo, restarts

@@ -9,11 +9,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.normalized import denormalized
-from fastadv.attacks.state import as_normal
-from fastadv.data.share import Share
+from fastadv.data.share import Batch, Share
 from fastadv.functional import Normalization
-
-Batch = tuple[torch.Tensor | Share, torch.Tensor]
+from fastadv.nn.frozen import as_normal
 
 BATCH = 256  # samples of a Dataset at a time
 IMAGES = ("images", "image", "pixel_values", "img")  # keys of batches that are dicts

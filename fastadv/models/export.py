@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks.objective import find_logits
 from fastadv.files import write_atomically
 from fastadv.models.added import added_facts
 from fastadv.models.model import Model
+from fastadv.nn.logits import find_logits
 from fastadv.preprocessing import Preprocessing
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers

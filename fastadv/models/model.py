@@ -8,10 +8,10 @@ from functools import cached_property
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import Normalized
 from fastadv.data.trained import TrainedOn
 from fastadv.models.foreign import check_shape, check_timm, check_transformers
 from fastadv.models.networks import OWN
+from fastadv.nn import Normalized
 from fastadv.preprocessing import Preprocessing
 
 

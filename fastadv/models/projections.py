@@ -7,10 +7,10 @@ from itertools import permutations
 import torch
 from torch import nn
 
-from fastadv.attacks.state import frozen
-from fastadv.data import to_float
+from fastadv.functional import to_float
 from fastadv.models.residual import find_residuals
 from fastadv.models.structure import find_head
+from fastadv.nn.frozen import frozen
 
 # What timm and transformers call the layers of queries, keys and values, and those that give several at once.
 _TRIPLES = (

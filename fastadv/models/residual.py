@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastadv.attacks.objective import find_logits
-from fastadv.attacks.state import frozen
-from fastadv.data import to_float
+from fastadv.functional import to_float
 from fastadv.models.added import Added
 from fastadv.models.structure import find_head
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
 
 _LAYERS = (nn.Linear, nn.Conv2d)
 

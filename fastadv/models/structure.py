@@ -13,10 +13,10 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from fastadv.attacks import Normalized
-from fastadv.attacks.objective import find_logits
-from fastadv.attacks.state import frozen
-from fastadv.data import to_float
+from fastadv.functional import to_float
+from fastadv.nn import Normalized
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
 
 _WRAPPERS = ((Normalized, "model"), (nn.parallel.DistributedDataParallel, "module"))
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastadv.attacks.state import frozen
-from fastadv.data import to_float
+from fastadv.functional import to_float
 from fastadv.models.added import Prompt, attach
 from fastadv.models.structure import find_blocks
+from fastadv.nn.frozen import frozen
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
 """The random numbers: seeds, and the generator by itself (contract.md, "Random bits")."""
 
 import numbers
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from fastadv.ops.backends import backend, run, serving
@@ -70,3 +74,20 @@ def philox_words(name, seed, first_group, n_groups, device="cpu"):
     with backend(name):
         zero = torch.zeros((), dtype=torch.int64, device=device)
         return _philox(_int64_tensor("seed", seed, group.device), group, zero, 0)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of torch, NumPy and Python inside, give them back as they were."""
+    # NumPy's old one: it is what other libraries draw from.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    before = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(before[0])  # noqa: NPY002
+            random.setstate(before[1])

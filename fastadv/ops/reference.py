@@ -6,7 +6,7 @@ Written to be read beside contract.md, line by line; what is fast is elsewhere. 
 
 import torch
 
-from fastadv.ops.geometry import position_strides
+from fastadv.ops.positions import position_strides
 
 _MASK = 0xFFFFFFFF
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by bytes

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from fastadv.ops.geometry import position_strides
+from fastadv.ops.positions import position_strides
 from fastadv.ops.reference import compute_dtype, seed_tensor
 
 INTERPRETED = triton.knobs.runtime.interpret

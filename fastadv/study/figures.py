@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastadv._extras import require
-from fastadv.report.curves import png, whole_numbers
-from fastadv.report.html import text
+from fastadv.evaluation.report.curves import png, whole_numbers
+from fastadv.evaluation.report.html import text
 from fastadv.study.answer import PAPER
 from fastadv.study.overfitting import Course
 from fastadv.study.results import attack_words, judge_words, method_place, method_words

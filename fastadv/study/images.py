@@ -10,8 +10,8 @@ import torch
 
 from fastadv import data, models
 from fastadv.data.classes import class_list
+from fastadv.data.share import Batch
 from fastadv.data.trained import TrainedOn
-from fastadv.evaluation.samples import Batch
 from fastadv.preprocessing import Preprocessing
 from fastadv.study.grid import DataSet, Images, Task
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fastadv.evaluation.report import html
+from fastadv.evaluation.report.page import STYLE
 from fastadv.files import write_atomically
-from fastadv.report import html
-from fastadv.report.page import STYLE
 from fastadv.study import answer as say
 from fastadv.study import figures
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid

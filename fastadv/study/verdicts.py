@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from fastadv.attacks import Ensemble, by_name
+from fastadv.data.share import Batch
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.samples import Batch
 from fastadv.study.grid import IN_A_ROW
 
 

@@ -8,12 +8,13 @@ from torch.func import functional_call
 
 from fastadv.attacks import PGD
 from fastadv.attacks.checks import check_eps, check_samples, highest
-from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import predicted
-from fastadv.evaluation.robustness import robust_accuracy, seeded
+from fastadv.evaluation.robustness import robust_accuracy
 from fastadv.evaluation.samples import as_tensors, gathered
 from fastadv.functional import sample_seeds
 from fastadv.models import find_head
+from fastadv.nn.frozen import frozen
+from fastadv.ops.generator import seeded
 from fastadv.training.passes import Passes
 
 BATCH = 128

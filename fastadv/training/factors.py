@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastadv.attacks.state import at_the_end
 from fastadv.models.added import added_to
+from fastadv.nn.frozen import at_the_end
 
 
 def pattern(names: Collection[str]) -> str:

@@ -7,8 +7,8 @@ from types import MethodType
 import torch
 from torch import nn
 
-from fastadv.attacks.state import at_the_end, flags_kept
 from fastadv.models import Target, find_head
+from fastadv.nn.frozen import at_the_end, flags_kept
 from fastadv.training.adapter import adapter
 from fastadv.training.bias import bias
 from fastadv.training.ia3 import ia3

@@ -5,20 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from fastadv.attacks import PGD
 from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
-from fastadv.attacks.rows import cosines_of
-from fastadv.attacks.state import frozen
+from fastadv.attacks.samplewise import cosines_of
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.foreign import as_images
-from fastadv.evaluation.robustness import seeded
 from fastadv.evaluation.samples import gathered
 from fastadv.functional import sample_seeds
+from fastadv.nn.frozen import frozen
+from fastadv.nn.parallel import one_process
+from fastadv.ops.generator import seeded
 from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack
 
@@ -110,7 +110,7 @@ class Monitor:
             raise ValueError(f"drop is a share in (0, 1), got {drop}")
         check_attack("attack", attack)
         # One process may check alone: the wrapper would wait for the others.
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model = one_process(model)
         self.images, self.labels = gathered((images, labels), model, None)
         self.attack = attack
         self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed

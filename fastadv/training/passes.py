@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastadv.data import to_float
+from fastadv.functional import to_float
 
 STAGED = 16  # parts whose images an evaluation has on the device at a time
 

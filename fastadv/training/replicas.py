@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from fastadv.attacks.objective import find_logits
-from fastadv.attacks.state import buffers_kept
-from fastadv.evaluation.robustness import seeded
+from fastadv.nn.frozen import buffers_kept
+from fastadv.nn.logits import find_logits
+from fastadv.ops.generator import seeded
 from fastadv.team import Team
 
 

@@ -20,14 +20,14 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.attacks import Attack, by_name
 from fastadv.attacks.checks import check_samples, highest
-from fastadv.data import to_float
-from fastadv.data.share import Share
+from fastadv.data.share import Batch, Share
 from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.identity import differences, fingerprint, told, untold
-from fastadv.evaluation.robustness import Batch, evaluate, robust_accuracy, seeded
+from fastadv.evaluation.robustness import evaluate, robust_accuracy
 from fastadv.evaluation.samples import as_tensors
 from fastadv.files import write_atomically
-from fastadv.functional import sample_seeds
+from fastadv.functional import sample_seeds, to_float
+from fastadv.ops.generator import seeded
 from fastadv.training.augment import Augment
 from fastadv.training.average import Average
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness

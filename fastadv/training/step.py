@@ -10,13 +10,12 @@ from torch import nn
 
 from fastadv.attacks import Attack
 from fastadv.attacks.checks import BOX, box_of
-from fastadv.attacks.objective import find_logits, raised
-from fastadv.attacks.rows import seeds_for
-from fastadv.attacks.state import frozen
+from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
-from fastadv.data import to_float
 from fastadv.evaluation.foreign import as_images
-from fastadv.functional import new_seed
+from fastadv.functional import new_seed, to_float
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import at_least_float32, find_logits
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.settings import checked
 
@@ -182,7 +181,7 @@ class Step:
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
         with precision:
             outputs = self.through(images)
-        logits = raised(find_logits(outputs, len(images)))
+        logits = at_least_float32(find_logits(outputs, len(images)))
         if self.highest >= logits.shape[1]:
             raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {self.highest}")
         losses = F.cross_entropy(

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastadv.attacks import PRESETS, Attack, by_name
 from fastadv.attacks.checks import check_eps
-from fastadv.evaluation.robustness import Batch
+from fastadv.data.share import Batch
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.run import Run

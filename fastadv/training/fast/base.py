@@ -8,7 +8,7 @@ from torch import nn
 
 from fastadv.attacks import FGSM, Attack
 from fastadv.attacks.checks import check_eps
-from fastadv.attacks.state import frozen
+from fastadv.nn.frozen import frozen
 from fastadv.training.augment import Augment
 from fastadv.training.memory import SampleMemory
 from fastadv.training.settings import Settings

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastadv.attacks.objective import find_logits, raised
-from fastadv.attacks.rows import cosines_of
-from fastadv.attacks.state import flags_kept
+from fastadv.attacks.samplewise import cosines_of
 from fastadv.functional import fgsm_step, random_init
+from fastadv.nn.frozen import flags_kept
+from fastadv.nn.logits import at_least_float32, find_logits
 from fastadv.training.fast.base import FastMethod, gradient_at
 
 
@@ -53,6 +53,6 @@ class GradAlign(FastMethod):
         autocast = self.attack.autocast
         precision = torch.autocast(images.device.type, autocast) if autocast else nullcontext()
         with precision, sdpa_kernel(SDPBackend.MATH):
-            logits = raised(find_logits(self.model(images), len(images)))
+            logits = at_least_float32(find_logits(self.model(images), len(images)))
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.autograd.grad(loss, images, create_graph=True)[0]

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 
 from fastadv.attacks.noise import uniform, uniform_per_sample
-from fastadv.attacks.objective import find_logits
-from fastadv.attacks.rows import per_sample, seeds_for
-from fastadv.attacks.state import frozen
+from fastadv.attacks.samplewise import per_sample, seeds_for
 from fastadv.functional import fgsm_step, pgd_step
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
 from fastadv.training.fast.base import FastMethod, gradient_at
 
 EVERY = 20  # updates between two looks at the classes

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from fastadv.attacks.noise import uniform
-from fastadv.attacks.rows import per_sample
+from fastadv.attacks.samplewise import per_sample
 from fastadv.functional import pgd_step
 from fastadv.training.augment import Augment, moved
 from fastadv.training.fast.base import Epoch, FastMethod, gradient_at

@@ -6,7 +6,7 @@ import torch
 
 from fastadv.attacks import NFGSM
 from fastadv.attacks.noise import uniform
-from fastadv.attacks.rows import seeds_for
+from fastadv.attacks.samplewise import seeds_for
 from fastadv.functional import random_init
 from fastadv.training.fast.base import FastMethod, gradient_at
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from fastadv.evaluation.samples import Batch
+from fastadv.data.share import Batch
+from fastadv.evaluation.report import classes as of_classes
+from fastadv.evaluation.report import curves, html, pictures
 from fastadv.files import write_atomically
-from fastadv.report import classes as of_classes
-from fastadv.report import curves, html, pictures
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }

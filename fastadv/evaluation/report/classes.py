@@ -6,8 +6,8 @@ import numpy as np
 
 from fastadv._extras import require
 from fastadv.attacks.verdicts import NONE
-from fastadv.report import html
-from fastadv.report.curves import png, whole_numbers
+from fastadv.evaluation.report import html
+from fastadv.evaluation.report.curves import png, whole_numbers
 
 MOST = 20  # classes whose matrix is a table, and rows of a list that is not folded
 WORST = 10  # classes and confusions that are named where there are more

@@ -9,12 +9,12 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks import by_name
-from fastadv.attacks.objective import find_logits
-from fastadv.attacks.state import frozen
 from fastadv.attacks.verdicts import NONE, predicted
-from fastadv.data import to_float
-from fastadv.evaluation.samples import Batch
-from fastadv.report import html
+from fastadv.data.share import Batch
+from fastadv.evaluation.report import html
+from fastadv.functional import to_float
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
 
 SHOWN = 8  # images
 SIDE = 224  # pixels of the longer side; larger ones are made smaller

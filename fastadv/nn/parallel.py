@@ -1,4 +1,4 @@
-"""A model that one process of several may call."""
+"""A model under DistributedDataParallel that one process of several may call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,3 +24,8 @@ def alone(model: Callable) -> Iterator[None]:
             del attributes["forward"]
             if forward is not None:
                 attributes["forward"] = forward
+
+
+def one_process(model: Callable) -> Callable:
+    """The model itself, where it is under DistributedDataParallel, whose calls wait for the other processes."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -1,0 +1,72 @@
+"""Models that take normalised images, attacked in pixels of [0, 1]."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from fastadv.functional import Normalization, to_float
+
+
+class Normalized(nn.Module):
+    """`model` on (images - mean) / std, for images in [0, 1].
+
+    An attack on it keeps images in [0, 1] and eps in pixels, and never runs this normalisation: its steps write the
+    model's normalised input themselves, and the gradient's sign is the same on either side of it.
+
+    Args:
+        model: any callable from normalised images (N, C, ...) to its outputs.
+        mean, std: a number, or one per channel, for images in [0, 1].
+
+    Raises:
+        ValueError: std is not above 0, mean or std are not finite, or a mean is above 1: it is for pixels of [0, 255].
+    """
+
+    def __init__(self, model: Callable, mean: float | Sequence[float], std: float | Sequence[float]):
+        super().__init__()
+        self.model = model
+        self.normalization = of_pixels(mean, std)
+        inside = [name for name, m in model.named_modules() if _normalises(m)] if isinstance(model, nn.Module) else []
+        if inside:
+            warnings.warn(
+                f"the model seems to normalise its input already, in {inside[0] or type(model).__name__}: "
+                "without Normalized it takes images in [0, 1]",
+                stacklevel=2,
+            )
+
+    def extra_repr(self) -> str:
+        return repr(self.normalization)
+
+    def forward(self, images: torch.Tensor) -> object:
+        return self.model(self.normalization(to_float(images)))
+
+
+def of_pixels(mean: float | Sequence[float], std: float | Sequence[float]) -> Normalization:
+    """That of images in [0, 1].
+
+    Raises:
+        ValueError: a mean is above 1: it is for pixels of [0, 255].
+    """
+    normalization = Normalization(mean, std)
+    means = normalization.mean if isinstance(normalization.mean, tuple) else (normalization.mean,)
+    if max(means) > 1:
+        raise ValueError(
+            f"mean is {mean}, for pixels of [0, 255], and images are in [0, 1]: divide mean and std by 255"
+        )
+    return normalization
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether calling it runs its class's `forward` and nothing else: no hooks, no forward of its own, not compiled."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return not any(getattr(model, name) for name in hooks) and not ({"forward", "_compiled_call_impl"} & _set(model))
+
+
+def _set(model):
+    return {name for name, value in vars(model).items() if value is not None}
+
+
+def _normalises(module: nn.Module) -> bool:
+    """By its looks: torchvision's Normalize, or one of the many of that kind."""
+    return "normaliz" in type(module).__name__.lower() and hasattr(module, "mean") and hasattr(module, "std")
