@@ -11,7 +11,6 @@ import torch
 
 from fastadv.attacks.checks import (
     BOX,
-    CHOSEN,
     beyond_the_box,
     box_of,
     check_alpha_of,
@@ -28,12 +27,12 @@ from fastadv.attacks.checks import (
     highest,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
-from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.modes import Modes
 from fastadv.attacks.normalized import denormalized, normalization_of
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.samplewise import has_rows, padded, part_of, per_sample, put_, scalar, seeds_for
-from fastadv.attacks.verdicts import is_label, predicted, verdict
+from fastadv.attacks.targets import Targets
+from fastadv.attacks.verdicts import is_label, verdict
 from fastadv.functional import new_seed, pgd_step_, random_init, to_float
 from fastadv.nn.frozen import as_normal, frozen, on
 from fastadv.nn.normalized import Normalized, is_plain
@@ -43,12 +42,11 @@ from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
 
 GRAPHS = 8  # that are kept; each has its own memory
-IGNORED = -100  # the label that cross-entropy passes over
 # From so many images on, the share of zero gradients at the first step of the first call is looked at.
 WATCHED, ALARMING = 8, 0.1
 
 
-class Attack(Modes, ABC):
+class Attack(Modes, Targets, ABC):
     """An attack on `model` within `eps`, in pixels of [0, 1].
 
     While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
@@ -232,16 +230,6 @@ class Attack(Modes, ABC):
     def prepare(self, slots: Slots) -> None:
         """Make what the attack keeps in `slots.memory`, as it is before the first step."""
 
-    def aim(self, slots: Slots) -> torch.Tensor:
-        """What the loss compares the outputs for these slots with."""
-        if self.compares != "pairs":
-            return slots.targets
-        return torch.stack((slots.targets[:, 0], self.target_class(slots.targets, slots.restart)), 1)
-
-    def target_class(self, targets: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
-        """Towards which class of its row (label, ranked others) each sample's run of that number goes: int64 (N,)."""
-        return targets.gather(1, (1 + run // self.restarts).clamp(max=targets.shape[1] - 1)[:, None])[:, 0]
-
     def ended(self, slots: Slots) -> torch.Tensor:
         """Which slots hold their last iterate, (N,) bool: after as many steps in every run."""
         return slots.age >= self.steps
@@ -262,11 +250,6 @@ class Attack(Modes, ABC):
     def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
         """By what the results of several runs are compared, (N,), the larger the stronger; `losses` are theirs."""
         return losses
-
-    @property
-    def compares(self) -> str:
-        """What its loss compares the outputs with, as in `Loss`; "anything" where it is one of your own."""
-        return "anything" if callable(self.loss) else LOSSES[self.loss].compares
 
     def goes_on(self, falls: Sequence[int], images: int) -> bool:
         """Whether an evaluation of so many images shall add a run to those that found `falls`, one number each."""
@@ -337,7 +320,7 @@ class Attack(Modes, ABC):
                 if self._first:
                     self._check_values(x, labels)
                 targets = self._targets(x, labels, seed, given=x_init is not None)
-                adv = self._attack(x, targets, self._budget(eps, x), seed, x_init, alpha)
+                adv = self._in_chunks(x, targets, self._budget(eps, x), seed, x_init, alpha)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)} (which "
@@ -347,27 +330,27 @@ class Attack(Modes, ABC):
             self._report()
             return adv if self.images_normalized is None else self._normalization(adv)
 
-    def _attack(self, x, targets, eps, seed, x_init, alpha):
+    def _in_chunks(self, x, targets, eps, seed, x_init, alpha):
         n = len(x)
         if self.chunk is not None and n > self.chunk:
             if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
                 seed = seeds_for(seed, x)  # each chunk needs noise of its own
             parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
             rest = (eps, seed, x_init, alpha)
-            return torch.cat([self._run(x[p], targets[p], *(part_of(value, p) for value in rest)) for p in parts])
-        return self._run(x, targets, eps, seed, x_init, alpha)
+            return torch.cat([self._filled_up(x[p], targets[p], *(part_of(value, p) for value in rest)) for p in parts])
+        return self._filled_up(x, targets, eps, seed, x_init, alpha)
 
-    def _run(self, x, targets, eps, seed, x_init, alpha):
+    def _filled_up(self, x, targets, eps, seed, x_init, alpha):
         n = len(x)
         pad = self._width - n if self.compile and self.training_mode == "eval" else 0
         if pad > 0:
             rest = (x, targets, eps, seed, x_init, alpha)
             x, targets, eps, seed, x_init, alpha = (padded(value, n, pad) for value in rest)
         self._width = max(self._width, n)
-        adv = self._strongest(x, targets, eps, seed, x_init, alpha, n)
+        adv = self._over_restarts(x, targets, eps, seed, x_init, alpha, n)
         return adv[:n] if pad > 0 else adv
 
-    def _strongest(self, x, targets, eps, seed, x_init, alpha, n):
+    def _over_restarts(self, x, targets, eps, seed, x_init, alpha, n):
         """Of all restarts; the first n of the images are no filling."""
         best, runs = None, self.runs(targets.shape[1] if self.compares == "pairs" else 0)
         for run in range(runs):
@@ -500,69 +483,6 @@ class Attack(Modes, ABC):
         if self._normalization is None:
             return grad
         return grad * self._normalization.parameters(grad.ndim, grad.dtype, grad.device)[1]
-
-    # ------------------------------------------------------------------ targets
-
-    def _targets(self, x, labels, seed, given):
-        looked_up = self.compares in ("labels", "soft", "pairs")
-        if labels is not None and labels.dtype == torch.int64 and not self._first and looked_up:
-            labels = self._sound(as_normal(labels))
-        if labels is not None and (labels.is_floating_point() or not self.needs_clean):
-            return as_normal(labels)
-        seeds = seed
-        if self.targeted == "random":
-            seeds = seeds_for(seed, x, 2**32 - 1)
-        return self.targets(self._clean_logits(x), labels, seeds, given)
-
-    def _sound(self, labels):
-        """Labels of later batches: those that name no class are counted, for a GPU would end the process on them."""
-        if self.objective.classes is None:
-            return labels
-        wrong = (labels < 0) | (labels >= self.objective.classes)
-        self._counts["labels"] = wrong.sum()
-        return labels.masked_fill(wrong, IGNORED if self.loss == "ce" else 0)
-
-    @property
-    def needs_clean(self) -> bool:
-        """Whether its targets depend on the model's outputs on the clean images."""
-        return self.compares in ("clean", "pairs") or self.targeted in CHOSEN
-
-    def targets(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor | None,
-        seeds: torch.Tensor | None = None,
-        given: bool = False,
-    ) -> torch.Tensor:
-        """What the loss compares with, from the clean images' logits (N, C); `seeds` (N,) draw random targets.
-
-        Raises:
-            ValueError: the loss is 0 at the attack's start, and its gradient too; none was `given` to start from.
-        """
-        if self.compares == "clean":
-            if not (self.draws or given):
-                raise ValueError(
-                    "the loss kl compares with the clean images, and is 0 there with its gradient: start at random "
-                    "(random_start=True, noise above 0, TPGD), pass x_init, or soft labels to compare with"
-                )
-            return logits.softmax(1)
-        if labels is None:
-            labels = (logits > 0).long() if self.compares == "signs" else predicted(logits).clamp(min=0)
-        if self.targeted == "least_likely":
-            if self.kth_min >= logits.shape[1]:
-                raise ValueError(f"kth_min is {self.kth_min}, of {logits.shape[1]} classes with the label left out")
-            ranked = logits.scatter(1, labels[:, None], torch.inf).argsort(dim=1, stable=True)
-            labels = ranked[:, self.kth_min - 1]
-        if self.targeted == "random":
-            classes = logits.shape[1]
-            labels = (labels + 1 + (seeds & 0xFFFFFFFF) % (classes - 1)) % classes
-        if self.compares == "pairs":
-            others = logits.float().scatter(1, labels[:, None], -torch.inf)
-            ranked = others.argsort(dim=1, descending=True, stable=True)
-            # The label's own by its number, for other logits may be -inf too.
-            ranked = ranked[ranked != labels[:, None]].reshape(len(labels), logits.shape[1] - 1)
-            return torch.cat((labels[:, None], ranked[:, : self.target_classes]), 1)
-        return labels
 
     def _clean_logits(self, x):
         pixels = self._seen_by_model(x)
