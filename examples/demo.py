@@ -17,7 +17,7 @@ import torch
 
 import fastadv
 from fastadv import data, models
-from fastadv.attacks import PGD, by_name
+from fastadv.attacks import PGD, create_attack
 from fastadv.training import Trainer
 
 EPS = 16 / 255
@@ -47,9 +47,9 @@ def main() -> None:
             model = backbone.build(digits.classes)
             if setting == "from scratch":
                 model.network = models.construct(model.architecture, len(digits.classes))
-            records = train(model.pixels, digits, preset, method, lr)
+            records = train(model.on_pixels, digits, preset, method, lr)
             models.save(model, out / f"{setting.replace(' ', '-')}-{preset}.safetensors")
-            runs[setting, attack] = model.pixels, records
+            runs[setting, attack] = model.on_pixels, records
             final = records[-1]
             print(f"  {setting}, {attack}: {final['pma_accuracy']:.1%} under PMA, {final['train_s']:.0f} s")
     table = table_of({key: records for key, (_, records) in runs.items()})
@@ -66,7 +66,7 @@ def train(model: torch.nn.Module, digits: data.Data, preset: str, method: str, l
 
 
 def pgd10(model: torch.nn.Module) -> PGD:
-    return by_name("pgd-10", model, EPS, autocast=torch.bfloat16, memory_format=torch.channels_last)
+    return create_attack("pgd-10", model, EPS, autocast=torch.bfloat16, memory_format=torch.channels_last)
 
 
 def table_of(runs: dict[tuple[str, str], list[dict]]) -> list[dict]:

@@ -3,6 +3,9 @@
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
@@ -16,3 +19,17 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
         return getattr(importlib.import_module(place), new)
 
     return getattr_
+
+
+def by_new_names(given: Mapping[str, T], names: Mapping[str, str], warn: bool = True) -> dict[str, T]:
+    """What was `given` by name, each under its new one, with `names` from old to new.
+
+    Raises:
+        TypeError: one is given under both.
+    """
+    for old in given.keys() & names.keys():
+        if names[old] in given:
+            raise TypeError(f"{old} is now {names[old]}, and both are given: leave {old} out")
+        if warn:
+            warnings.warn(f"{old} is now {names[old]}", FutureWarning, stacklevel=3)
+    return {names.get(name, name): value for name, value in given.items()}

@@ -32,16 +32,17 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             os.close(folder)
 
 
-def check_format(what: str, found: object, known: int) -> None:
+def check_format(what: str, found: object, known: int, oldest: int | None = None) -> None:
     """Refuse the format `found` of a file that this version of fastadv writes in the format `known`.
 
     Args:
         what: the file, in words.
+        oldest: the first format that is still read; None means `known` alone.
 
     Raises:
         FormatError: it is another one; what to do about it.
     """
-    if found == known:
+    if isinstance(found, int) and (known if oldest is None else oldest) <= found <= known:
         return
     newer = isinstance(found, int) and found > known
     todo = "install a newer fastadv, such as the one that wrote it" if newer else "install the fastadv that wrote it"

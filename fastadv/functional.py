@@ -72,12 +72,19 @@ def _apply(name, images, parameters, box, out, normalization, z, *flags):
         _check(name, args, out, normalization, z)
         if not checks.interleaved(args, out, z):
             raise
-        # Views of one buffer that share no element, such as its first and last channels: rare enough for a copy.
-        fresh = [t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (out, z)]
-        result = _apply(name, images, parameters, box, fresh[0], normalization, fresh[1], *flags)
-        if z is not None:
-            z.copy_(fresh[1])
-        return result if out is None else out.copy_(result)
+        return _by_a_copy(name, images, parameters, box, out, normalization, z, *flags)
+
+
+def _by_a_copy(name, images, parameters, box, out, normalization, z, *flags):
+    """`_apply` into views of one buffer that share no element, such as its first and last channels.
+
+    The kernels take these for an overlap. They are rare enough for a copy.
+    """
+    fresh = [t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (out, z)]
+    result = _apply(name, images, parameters, box, fresh[0], normalization, fresh[1], *flags)
+    if z is not None:
+        z.copy_(fresh[1])
+    return result if out is None else out.copy_(result)
 
 
 def _run_with_z(name, backend, result, images, args, normalization, z):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastadv.training import Monitor, Trainer, run
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", 0))
@@ -59,11 +59,11 @@ def with_a_token():
 # Ten steps an epoch and five epochs; 157 images make batches of 15 and 16, which two processes cut into 7, 8 and 8, 8.
 CASES = {
     "full": (layer_norm, torch.float64, {"method": "full"}),
-    "bias": (batch_norm, torch.float64, {"method": "bias", "accumulate": 2, "clip": 0.5}),
+    "bias": (batch_norm, torch.float64, {"method": "bias", "grad_accum_steps": 2, "max_grad_norm": 0.5}),
     "linear": (batch_norm, torch.float64, {"method": "linear", "optimizer": "sgd", "clean_weight": 0.3}),
-    "head start": (batch_norm, torch.float64, {"method": "bias", "head_start": 2, "epochs": 3, "average": 0.9}),
-    "unused": (with_a_token, torch.float64, {"method": "full", "accumulate": 2}),
-    "signs": (layer_norm, torch.float64, {"attack": "stale", "refresh": 4, "accumulate": 2}),
+    "head start": (batch_norm, torch.float64, {"method": "bias", "lp_ft": 2, "epochs": 3, "ema_decay": 0.9}),
+    "unused": (with_a_token, torch.float64, {"method": "full", "grad_accum_steps": 2}),
+    "signs": (layer_norm, torch.float64, {"attack": "stale", "refresh": 4, "grad_accum_steps": 2}),
     "signs by price": (batch_norm, torch.float64, {"attack": "stale", "price": 1.5, "method": "bias"}),
     "float32": (layer_norm, torch.float32, {"method": "full"}),
 }
@@ -108,7 +108,8 @@ def compare(folder):
         save(folder, name, {"weights": model.state_dict(), "records": records, "judged": judged})
     run.Monitor = OneSided
     options = {"folder": folder / "run", "checkpoint_s": 0.0 if RANK == 0 else 1e9}
-    _, records, _ = train(batch_norm, torch.float32, {"method": "full", "on_overfitting": "stop"}, **options)
+    settings = {"method": "full", "on_catastrophic_overfitting": "stop"}
+    _, records, _ = train(batch_norm, torch.float32, settings, **options)
     save(folder, "disagreement", {"records": records})
 
 
@@ -127,7 +128,7 @@ def save(folder, name, result):
 
 
 def interrupted(folder, steps):
-    apply, path = Step.apply, folder / f"steps-{RANK}"
+    apply, path = TrainStep.apply, folder / f"steps-{RANK}"
 
     def counted(step):
         apply(step)
@@ -136,7 +137,7 @@ def interrupted(folder, steps):
         if path.stat().st_size == steps and RANK == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Step.apply = counted
+    TrainStep.apply = counted
     train(*CASES["full"], folder=folder)
 
 

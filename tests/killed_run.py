@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastadv.training import Trainer
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
 
 torch.set_num_threads(1)
 
@@ -41,8 +41,8 @@ def images(count, seed):
 
 def train(folder, resume=True, checkpoint_s=0.0, **changes):
     network = model()
-    settings = {"attack": "fgsm-rs", "epochs": 4, "batch_size": 16, "lr": 1e-2, "augment": True, "average": 0.9}
-    settings |= {"head_start": 2, "probe": 32, "checkpoint_s": checkpoint_s, "progress": False, "warmup": 3, **changes}
+    settings = {"attack": "fgsm-rs", "epochs": 4, "batch_size": 16, "lr": 1e-2, "augment": True, "ema_decay": 0.9}
+    settings |= {"lp_ft": 2, "probe": 32, "checkpoint_s": checkpoint_s, "progress": False, "warmup": 3, **changes}
     trainer = Trainer(network, 16 / 255, folder=folder, resume=resume, **settings)
     trainer.fit(images(96, 1), images(33, 2), images(33, 3))
     return network
@@ -54,14 +54,14 @@ def fork(folder, changes, before=lambda: None):
     if number:
         return number
     try:
-        apply = Step.apply
+        apply = TrainStep.apply
 
         def counted(step):
             with open(folder / "steps", "ab") as file:
                 file.write(b".")
             apply(step)
 
-        Step.apply = counted
+        TrainStep.apply = counted
         before()
         torch.save(train(folder / "run", **changes).state_dict(), folder / "weights.pt")
         os._exit(0)

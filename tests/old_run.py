@@ -28,7 +28,7 @@ from fastadv.training import Trainer, run
 
 CLASSES = ("cat", "dog", "emu")
 RUNS = {
-    "adamw": {"method": "full", "average": 0.9, "head_start": 1, "probe": 16, "clip": 1.0, "warmup": 2},
+    "adamw": {"method": "full", "ema_decay": 0.9, "lp_ft": 1, "probe": 16, "max_grad_norm": 1.0, "warmup": 2},
     "sgd": {"method": "full", "optimizer": "sgd", "probe": 0, "eval_every": 2, "augment": True},
 }
 STEPS = {"adamw": 9, "sgd": 7}  # of four an epoch, before it is cut
@@ -107,7 +107,7 @@ def model():
 
 def logits(made):
     with torch.no_grad():
-        return made.pixels.eval()(images(9, 5)[0] / 255)
+        return made.on_pixels.eval()(images(9, 5)[0] / 255)
 
 
 def judged(made, path, iterations=None):
@@ -121,8 +121,8 @@ def judged(made, path, iterations=None):
         return iterate(self)
 
     with patch.object(queue.Queue, "iterate", cut), patch.object(evaluation_run, "SAVE_EVERY", 0.0):
-        pixels = made.pixels.eval()
-        return evaluate(pixels, images(24), ["fgsm", "pgd"], eps=EPS / 4, slots=3, state=path, progress=False)
+        pixels = made.on_pixels.eval()
+        return evaluate(pixels, images(24), ["fgsm", "pgd"], eps=EPS / 4, batch_size=3, state=path, progress=False)
 
 
 def pictures(folder):

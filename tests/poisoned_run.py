@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from fastadv.training import Step, Trainer
+from fastadv.training import Trainer, TrainStep
 
 KINDS = ("gradient", "loss", "statistics")
 RANK = int(os.environ.get("RANK", 0))
@@ -43,8 +43,8 @@ def train(model, folder, resume=False, **changes):
 
 @contextmanager
 def poisoned(call, kind, value=float("nan")):
-    """With `value` in what the call of this number of `Step.gradients` leaves behind."""
-    calls, gradients = [], Step.gradients
+    """With `value` in what the call of this number of `TrainStep.gradients` leaves behind."""
+    calls, gradients = [], TrainStep.gradients
 
     def poisonous(step, *arguments, **options):
         result = gradients(step, *arguments, **options)
@@ -58,7 +58,7 @@ def poisoned(call, kind, value=float("nan")):
         calls.append(None)
         return result
 
-    with patch.object(Step, "gradients", poisonous):
+    with patch.object(TrainStep, "gradients", poisonous):
         yield
 
 

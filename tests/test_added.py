@@ -23,7 +23,7 @@ from fastadv.preprocessing import Preprocessing
 from fastadv.training import Trainer, trainable
 from fastadv.training.optimizers import optimizer_of
 from fastadv.training.settings import Settings
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
 
 ADDING = [("adapter", "own resnet"), ("prompt", "hf vit")]
 
@@ -343,7 +343,7 @@ class Stopped(Exception):
 def test_a_run_that_is_cut_goes_on_to_the_same_bits(method, name, tmp_path, monkeypatch):
     torch.manual_seed(0)
     start = {key: t.clone() for key, t in made(name).state_dict().items()}
-    settings = {"method": method, "epochs": 2, "batch_size": 8, "lr": 1e-2, "head_start": 1, "checkpoint_s": 0.0}
+    settings = {"method": method, "epochs": 2, "batch_size": 8, "lr": 1e-2, "lp_ft": 1, "checkpoint_s": 0.0}
     settings |= {"adapter_reduction": 4} if method == "adapter" else {"prompt_tokens": 3}
 
     def train(folder):
@@ -354,7 +354,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(method, name, tmp_path, monk
         Trainer(Normalized(network, 0.5, 0.25), 4 / 255, **options, **settings).fit(images(24, 1), images(3, 2))
         return network.state_dict()
 
-    whole, apply, taken = train(tmp_path / "whole"), Step.apply, []
+    whole, apply, taken = train(tmp_path / "whole"), TrainStep.apply, []
 
     def cut(step):
         taken.append(None)
@@ -362,7 +362,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(method, name, tmp_path, monk
             raise Stopped
         apply(step)
 
-    monkeypatch.setattr(Step, "apply", cut)
+    monkeypatch.setattr(TrainStep, "apply", cut)
     for _ in range(2):
         with pytest.raises(Stopped):
             train(tmp_path / "cut")
@@ -398,7 +398,7 @@ def test_saved_and_loaded_they_give_the_same_bits(method, name, tmp_path):
     again = models.load(tmp_path / "m.safetensors")
     assert added_facts(again.network) == added_facts(model.network) != []
     with torch.no_grad():
-        assert torch.equal(logits(again.pixels.eval()(x)), logits(model.pixels.eval()(x)))
+        assert torch.equal(logits(again.on_pixels.eval()(x)), logits(model.on_pixels.eval()(x)))
     built = models.source(str(tmp_path / "m.safetensors")).build(("x", "y"))  # to be trained for other classes
     assert find_head(built.network, HEADS.get(name), x)[1].out_features == 2
     assert added_facts(built.network) == added_facts(model.network)
@@ -469,7 +469,7 @@ def test_an_exported_program_needs_nothing_but_torch(tmp_path):
             with pytest.raises(ValueError, match=rf"the network has {method}s, .* a file \.pt2"):
                 models.export(model, tmp_path / ending)
         with torch.no_grad():
-            expected[path] = logits(model.pixels.eval()(x))
+            expected[path] = logits(model.on_pixels.eval()(x))
     torch.save(x, tmp_path / "images.pt")
     program = [sys.executable, "-c", ALONE, str(tmp_path), *expected]
     subprocess.run(program, check=True, cwd=tmp_path, env={"PYTHONPATH": ""})

@@ -13,7 +13,7 @@ from gpus import needs_gpu
 from torch import nn
 
 from fastadv import data, sample_seeds
-from fastadv.attacks import APGD, APGDL2, FGSM, LOSSES, MIFGSM, PGD, PGDL2, PMA, Normalized, by_name
+from fastadv.attacks import APGD, APGDL2, FGSM, LOSSES, MIFGSM, PGD, PGDL2, PMA, Normalized, create_attack
 from fastadv.attacks.engine import Engine
 
 KINDS = {"linf": (APGD, EPS), "l2": (APGDL2, L2_EPS)}
@@ -230,7 +230,7 @@ def test_apgd_finds_at_least_what_pgd_finds(trained):
     model, images, labels = trained
     robust, loss = {}, {}
     for name in ("pgd-20", "apgd-ce"):
-        logits = [model(by_name(name, model, eps)(images, labels, seed=1)).detach() for eps in (0.1, 0.15, 0.2)]
+        logits = [model(create_attack(name, model, eps)(images, labels, seed=1)).detach() for eps in (0.1, 0.15, 0.2)]
         robust[name] = sum((z.argmax(1) == labels).sum().item() for z in logits)
         loss[name] = sum(nn.functional.cross_entropy(z, labels).item() for z in logits)
     assert 30 < robust["apgd-ce"] <= robust["pgd-20"] < 270
@@ -240,7 +240,7 @@ def test_apgd_finds_at_least_what_pgd_finds(trained):
 
 def test_the_presets():
     model = Rough(12)
-    chosen = {name: by_name(name, model, EPS) for name in ("apgd-ce", "apgd-dlr", "apgd-t")}
+    chosen = {name: create_attack(name, model, EPS) for name in ("apgd-ce", "apgd-dlr", "apgd-t")}
     assert [attack.loss for attack in chosen.values()] == ["ce", "dlr", "targeted_dlr"]
     assert all(type(attack) is APGD and attack.steps == 100 for attack in chosen.values())
     images, labels = samples(model, 2)

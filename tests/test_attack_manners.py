@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastadv.attacks import FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
-from fastadv.attacks import samplewise
+from fastadv.attacks import FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, samplewise
 
 OPTIONS = {
     "plain": {},

@@ -8,7 +8,7 @@ import torchattacks
 from torch import nn
 
 from fastadv import fgsm_step, random_init
-from fastadv.attacks import FGSM, NFGSM, PGD, by_name
+from fastadv.attacks import FGSM, NFGSM, PGD, create_attack
 
 EPS = 8 / 255
 ATTACKS = {
@@ -114,7 +114,7 @@ def test_fgsm_rs_equals_torchattacks_from_the_same_start(net, batch, monkeypatch
     noise = random_init(images, EPS, seed=9, clip=(-1, 2)) - images
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.copy_(noise))
     theirs = torchattacks.FFGSM(net, eps=EPS, alpha=1.25 * EPS)(images, labels)
-    ours = by_name("fgsm-rs", net, EPS)(images, labels, seed=9)
+    ours = create_attack("fgsm-rs", net, EPS)(images, labels, seed=9)
     # Their start differs from ours by the rounding of x + noise, so a pixel may by 2 roundings near 1.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2**-23)
 
@@ -127,7 +127,7 @@ def test_fgsm_rs_takes_the_gradient_at_the_start_that_the_step_uses(batch):
         seen.append(x.detach().clone())
         return x.flatten(1)[:, :4] ** 3
 
-    adv = by_name("fgsm-rs", model, EPS)(images, labels, seed=7)
+    adv = create_attack("fgsm-rs", model, EPS)(images, labels, seed=7)
     assert torch.equal(seen[0], random_init(images, EPS, seed=7))
     leaf = seen[0].requires_grad_()
     grad = torch.autograd.grad(nn.functional.cross_entropy(leaf.flatten(1)[:, :4] ** 3, labels), leaf)[0]
@@ -153,7 +153,7 @@ def test_result_stays_in_the_ball_and_the_images_as_they_were(net, batch, attack
 
 @pytest.mark.parametrize("name", ["fgsm-rs", "nfgsm", "pgd"])
 def test_seed_makes_the_start_reproducible(net, batch, name):
-    attack = by_name(name, net, EPS)
+    attack = create_attack(name, net, EPS)
     assert torch.equal(attack(*batch, seed=3), attack(*batch, seed=3))
     assert not torch.equal(attack(*batch, seed=3), attack(*batch, seed=4))
     torch.manual_seed(0)
@@ -354,14 +354,14 @@ def test_pgd_without_a_step_is_refused(net):
 
 def test_unknown_names_and_settings_are_refused(net):
     with pytest.raises(ValueError, match="there are fgsm, fgsm-rs, nfgsm, pgd"):
-        by_name("pgb", net, EPS)
+        create_attack("pgb", net, EPS)
     with pytest.raises(ValueError, match="the attack fgsm has no setting 'steps'"):
-        by_name("fgsm", net, EPS, steps=7)
+        create_attack("fgsm", net, EPS, steps=7)
 
 
 def test_presets_hold_the_papers_settings(net):
     def settings(name):
-        return {key: value for key, value in vars(by_name(name, net, EPS)).items() if key in keys}
+        return {key: value for key, value in vars(create_attack(name, net, EPS)).items() if key in keys}
 
     keys = ("alpha", "noise", "steps", "random_start", "restarts", "decay")
     fgsm, pgd = {"restarts": 1}, {"alpha": EPS / 4, "steps": 10, "random_start": True, "restarts": 1}
@@ -373,4 +373,4 @@ def test_presets_hold_the_papers_settings(net):
     assert settings("pgd-50-10") == {**pgd, "steps": 50, "restarts": 10}
     assert settings("bim") == {**pgd, "random_start": False}
     assert settings("mifgsm") == {**pgd, "alpha": EPS / 10, "random_start": False, "decay": 1.0}
-    assert by_name("pgd", net, EPS, steps=3, alpha=None).steps == 3
+    assert create_attack("pgd", net, EPS, steps=3, alpha=None).steps == 3

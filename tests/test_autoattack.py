@@ -90,7 +90,7 @@ def test_what_is_returned_fools_within_the_budget_and_the_rest_is_untouched(net,
 
 def test_each_attack_gets_what_those_before_it_left(net, samples):
     x, y = samples
-    results = {r["attack"]: r for r in evaluate(net, (x, y), few(Ensemble(net, eps=EPS)), slots=9)["attacks"]}
+    results = {r["attack"]: r for r in evaluate(net, (x, y), few(Ensemble(net, eps=EPS)), batch_size=9)["attacks"]}
     assert list(results) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     for before, after in pairwise(results.values()):
         assert after["given"] == before["given"] - sum(before["fooled"])

@@ -139,8 +139,8 @@ def asked_of_finetune(monkeypatch, tmp_path, loaded):
 SETTINGS = {
     "method": ("lora", "lora"),
     "head": ("5", "5"),
-    "head_start": ("3", 3),
-    "head_start_lr": ("0.5", 0.5),
+    "lp_ft": ("3", 3),
+    "lp_ft_lr": ("0.5", 0.5),
     "rank": ("3", 3),
     "refresh": ("4", 4),
     "price": ("1.25", 1.25),
@@ -156,15 +156,15 @@ SETTINGS = {
     "repeats": ("5", 5),
     "epochs": ("7", 7),
     "batch_size": ("9", 9),
-    "accumulate": ("2", 2),
+    "grad_accum_steps": ("2", 2),
     "lr": ("0.3", 0.3),
     "warmup": ("4", 4),
     "optimizer": ("sgd", "sgd"),
     "weight_decay": ("0.1", 0.1),
     "clean_weight": ("0.4", 0.4),
     "label_smoothing": ("0.2", 0.2),
-    "clip": ("1.5", 1.5),
-    "average": ("0.9", 0.9),
+    "max_grad_norm": ("1.5", 1.5),
+    "ema_decay": ("0.9", 0.9),
     "precision": ("bf16", "bf16"),
     "compile": (None, True),
     "channels_last": (None, True),
@@ -172,7 +172,7 @@ SETTINGS = {
     "eval_every": ("4", 4),
     "eps_schedule": ("linear", "linear"),
     "probe": ("100", 100),
-    "on_overfitting": ("stop", "stop"),
+    "on_catastrophic_overfitting": ("stop", "stop"),
     "switch_to": ("nfgsm", "nfgsm"),
     "checkpoint_s": ("30", 30.0),
 }
@@ -224,7 +224,7 @@ def saved(network, shape, classes, path):
 
 @pytest.fixture
 def asked_of_evaluate(monkeypatch, tmp_path):
-    """`asked("--slots", "9")`: a dict of all that `fastadv evaluate` hands on; the data are always digits."""
+    """`asked("--batch-size", "9")`: a dict of all that `fastadv evaluate` hands on; the data are always digits."""
     monkeypatch.chdir(tmp_path)
     found, held_out, decoded = {}, data.held_out, data.HeldOut.decoded
     for name in ("one", "other"):
@@ -283,7 +283,7 @@ EVALUATION = {
     "--limit": ("7", {"data limit": 7, "count": 7}),
     "--independent": (None, {"ensemble": False}),
     "--allow-overlap": (None, {}),  # it only lets images pass that are refused else
-    "--slots": ("9", {"slots": 9}),
+    "--batch-size": ("9", {"batch_size": 9}),
     "--save-images": (None, {"save_images": Path("out/images")}),
     "--out": ("there", {"state": Path("there/state.safetensors")}),
 }
@@ -405,7 +405,7 @@ def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsy
     model = conv((3, 32, 32), 3)
     attack = PGD(model, 16 / 255, 4 / 255, 10)
     untrained = robust_accuracy(model, test, attack, seed=3)
-    model = models.load(tmp_path / "run" / "model.safetensors").pixels
+    model = models.load(tmp_path / "run" / "model.safetensors").on_pixels
     attack = PGD(model, 16 / 255, 4 / 255, 10)
     trained = robust_accuracy(model, test, attack, seed=3)
     assert trained["robust_accuracy"] > untrained["robust_accuracy"] + 0.3
@@ -549,7 +549,7 @@ def test_images_of_one_class_after_the_other_are_sampled_from_all(tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     chosen = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:20].sort()[0]
     with torch.no_grad():
-        network = models.load(tmp_path / "run" / "model.safetensors").pixels.eval()
+        network = models.load(tmp_path / "run" / "model.safetensors").on_pixels.eval()
         says = network(torch.from_numpy(arrays["x_test"])[chosen]).argmax(1)
     assert report["clean_correct"] == (says == torch.from_numpy(labels)[chosen]).tolist()
     assert len(set(labels[chosen])) > 2

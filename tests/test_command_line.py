@@ -45,7 +45,7 @@ def shares(text):
 
 
 def test_off_a_terminal_each_epoch_is_a_line_with_the_numbers_of_the_log(tmp_path, caplog):
-    finetune(tmp_path, "--epochs", "2", "--head-start", "1", "--probe", "64", "--eval-every", "2")
+    finetune(tmp_path, "--epochs", "2", "--lp-ft", "1", "--probe", "64", "--eval-every", "2")
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     epochs = [record for record in records if "epoch" in record]
     lines = [message for message in caplog.messages if message.startswith("epoch ")]
@@ -187,17 +187,17 @@ def too_large(where):
 def test_out_of_memory_names_the_batch_and_what_makes_it_smaller(tmp_path, monkeypatch, capsys, where):
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "_batch", lambda *_: too_large(where))
-        options = ("--batch-size", "48", "--accumulate", "2")
+        options = ("--batch-size", "48", "--grad-accum-steps", "2")
         code, said = failed(capsys, "finetune", *SHORT, "--out", tmp_path / "out", *options)
     assert code == 1
     assert said.startswith("fastadv: error: out of memory with --batch-size 48 in 2 parts: take a smaller --batch-size")
-    assert "--accumulate 4" in said
+    assert "--grad-accum-steps 4" in said
     assert re.search(r"allocate [\d.]+ (\w?i?B|bytes)", said)
     finetune(tmp_path / "done", "--epochs", "1")
     monkeypatch.setattr(evaluate_command, "evaluate", lambda *_, **__: too_large(where))
     model = tmp_path / "done" / "model.safetensors"
-    evaluation = ("evaluate", "--model", model, *SHORT[:2], *SHORT[6:8], "--slots", "77", "--out", tmp_path / "e")
-    assert "out of memory with --slots 77: take a smaller --slots" in failed(capsys, *evaluation)[1]
+    evaluation = ("evaluate", "--model", model, *SHORT[:2], *SHORT[6:8], "--batch-size", "77", "--out", tmp_path / "e")
+    assert "out of memory with --batch-size 77: take a smaller --batch-size" in failed(capsys, *evaluation)[1]
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "pretrain"])
@@ -261,7 +261,7 @@ def test_a_closed_stdout_is_no_fault(monkeypatch):
     ("words", "message"),
     [
         (("--attacks", "pgd-10, nosuch"), "unknown attack 'nosuch'"),
-        (("--slots", "0"), "slots must be at least 1"),
+        (("--batch-size", "0"), "batch_size must be at least 1"),
         (("--limit", "0"), "--limit must be at least 1"),
     ],
 )

@@ -76,7 +76,7 @@ def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tune
     model = models.load(tuned / "model.safetensors")
     loaded = data.load(photos, preprocessing=model.preprocessing, seed=0)
     with torch.no_grad():
-        shares = model.pixels.eval()(to_float(loaded.x_val)).softmax(1)
+        shares = model.on_pixels.eval()(to_float(loaded.x_val)).softmax(1)
     found = {tuple(row[name] for name in COLOURS) for row in rows}
     for share in shares.tolist():
         assert tuple(f"{value:.6f}" for value in share) in found
@@ -131,7 +131,7 @@ def test_the_export_is_plain_and_says_the_same(tuned, tmp_path):
     network.load_state_dict(safetensors.torch.load_file(tmp_path / "plain.safetensors"))
     images = torch.rand(4, 3, 16, 16)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
-    ours = models.load(tuned / "model.safetensors").pixels.eval()
+    ours = models.load(tuned / "model.safetensors").on_pixels.eval()
     torch.testing.assert_close(network.eval()((images - mean) / std), ours(images), rtol=1e-4, atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_the_report_needs_no_other_file_and_says_what_the_log_says(tuned):
     images, labels = data.load(photo, preprocessing=model.preprocessing).test
     assert text.count("data:image/png;base64,") == 1 + 3 * min(8, len(labels))  # the curves, and three rows of pictures
     with torch.no_grad():
-        says = model.pixels.eval()(to_float(images)).argmax(1)
+        says = model.on_pixels.eval()(to_float(images)).argmax(1)
     pairs = list(zip(labels.tolist(), says.tolist(), strict=True))
     assert final["confusion"]["clean"] == [[*pair, pairs.count(pair)] for pair in sorted(set(pairs))]
     assert re.search(r"<th>command</th><td>fastadv finetune --data \S+photos --model .* --epochs 12 ", text)
@@ -162,7 +162,7 @@ def test_the_parts_do_not_depend_on_the_seed_of_the_training(photos, backbone, t
     model = models.load(tmp_path / "2" / "model.safetensors")
     test = data.load(photos, preprocessing=model.preprocessing).test
     with torch.no_grad():
-        says = model.pixels.eval()(to_float(test[0])).argmax(1)
+        says = model.on_pixels.eval()(to_float(test[0])).argmax(1)
     assert finals[1]["clean_accuracy"] == pytest.approx((says == test[1]).float().mean().item())
     finetune(photos, backbone, tmp_path / "3", "--split-seed", "4", "--epochs", "1")
     assert "chosen by seed 4" in capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_pretraining_writes_a_backbone_and_its_card(tmp_path, monkeypatch):
     assert "(90)" in card["data"]
     chosen = [i for i in range(105, 140) if labels[i] < 6][:12]
     with torch.no_grad():
-        says = model.pixels.eval()(torch.from_numpy(images[chosen]) / 255).argmax(1).numpy()
+        says = model.on_pixels.eval()(torch.from_numpy(images[chosen]) / 255).argmax(1).numpy()
     assert card["clean_accuracy"] == pytest.approx((says == labels[chosen]).mean(), abs=1 / 11)  # the card's is in bf16
 
 
@@ -218,7 +218,7 @@ def test_evaluate_judges_the_test_part_of_the_training_and_nothing_that_was_trai
     report = judged(weights, photos, tmp_path / "same")
     images, labels = data.load(photos, preprocessing=model.preprocessing, seed=7).test
     with torch.no_grad():
-        says = model.pixels.eval()(to_float(images)).argmax(1)
+        says = model.on_pixels.eval()(to_float(images)).argmax(1)
     assert report["clean_correct"] == (says == labels).tolist()
     assert report["trained_on"] == 0
     assert "was trained on" not in capsys.readouterr().out
@@ -298,7 +298,7 @@ def test_classes_are_trained_and_judged_in_the_order_asked_for(photos, backbone,
     assert report["clean_accuracy"] > 0.8
     with torch.no_grad():
         red = to_float(data.load(photos, preprocessing=model.preprocessing, classes=["red"]).x_test)
-        assert model.pixels.eval()(red).argmax(1).bincount(minlength=3).argmax() == 0
+        assert model.on_pixels.eval()(red).argmax(1).bincount(minlength=3).argmax() == 0
     for other in ((), ("--classes", "red,grün,blue")):
         again = judged(weights, photos, tmp_path / str(len(other)), *other)
         assert again["clean_correct"] == report["clean_correct"]

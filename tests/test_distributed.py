@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastadv import cli, data, models
 from fastadv.locks import held
-from fastadv.training import Step
+from fastadv.training import TrainStep
 
 STEPS = 50
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -96,8 +96,8 @@ def test_a_signal_to_one_process_ends_both_and_one_goes_on_alone(tmp_path, monke
     first, second = ((tmp_path / f"steps-{rank}").stat().st_size for rank in (0, 1))
     assert first == second
     assert 23 <= first <= 24  # the first one learns of it with the sums of a step
-    taken, apply = [], Step.apply
-    monkeypatch.setattr(Step, "apply", lambda step: (taken.append(None), apply(step)))
+    taken, apply = [], TrainStep.apply
+    monkeypatch.setattr(TrainStep, "apply", lambda step: (taken.append(None), apply(step)))
     with pytest.warns(UserWarning, match="'processes': 2.* goes on with .*'processes': 1"):
         _, records, _ = distributed_run.train(*distributed_run.CASES["full"], folder=tmp_path, resume=True)
     assert first + len(taken) == STEPS

@@ -7,7 +7,7 @@ from test_evaluation import EPS, SLOTS, Cut, CutAt, Net, forty_samples, hardest
 from test_evaluation import net as net
 from test_evaluation import samples as samples
 
-from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, Square, by_name
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, Square, create_attack
 from fastadv.evaluation import evaluate
 from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.ensemble import curve
@@ -19,7 +19,7 @@ def union(results):
 
 
 def both(net, samples, attacks, **options):
-    return [evaluate(net, samples, attacks, slots=SLOTS, ensemble=e, seed=3, **options) for e in (True, False)]
+    return [evaluate(net, samples, attacks, batch_size=SLOTS, ensemble=e, seed=3, **options) for e in (True, False)]
 
 
 def test_survivors_are_handed_on_and_all_together_fool_what_each_alone_does(net, samples):
@@ -78,7 +78,7 @@ def test_only_what_keeps_to_a_ball_counts_for_it(net, samples):
     attacks = [NFGSM(net, EPS), PGDL2(net, 0.4, 0.1, 4), Beyond(), PGD(net, EPS, EPS / 4, 4)]
     attacks.append(torchattacks.PGD(net, EPS, EPS / 4, 4))  # of a norm that it does not name
     with pytest.warns(UserWarning, match="beyond its eps"):
-        report = evaluate(net, samples, attacks, slots=SLOTS)
+        report = evaluate(net, samples, attacks, batch_size=SLOTS)
     assert [r["given"] for r in report["attacks"]] == [36] * 5
     assert [(b["norm"], b["eps"], b["attacks"]) for b in report["budgets"]] == [
         ("L2", 0.4, ["PGDL2"]),
@@ -97,11 +97,11 @@ def test_the_curve_s_figures_are_sums_by_hand():
 
 
 def test_several_budgets_make_a_curve(net, samples):
-    report = evaluate(net, samples, ["fgsm", "pma"], eps=[EPS, EPS / 2], slots=SLOTS)
+    report = evaluate(net, samples, ["fgsm", "pma"], eps=[EPS, EPS / 2], batch_size=SLOTS)
     (found,) = report["curves"]
     assert found["eps"] == [0.0, EPS / 2, EPS]
     assert found["robust_accuracy"] == [report["clean_accuracy"], *report["robust_accuracy"][::-1]]
-    assert not evaluate(net, samples, ["fgsm"], slots=SLOTS)["curves"]
+    assert not evaluate(net, samples, ["fgsm"], batch_size=SLOTS)["curves"]
 
 
 def test_a_late_fall_is_told_of(net, samples):
@@ -114,10 +114,10 @@ def test_a_late_fall_is_told_of(net, samples):
         return net(x) + (torch.tensor([0.0, 0, 1e3]) if len(calls) >= 40 else 0)
 
     with pytest.warns(UserWarning, match=r"fell in the last tenth.*pma-100-2"):
-        report = evaluate(stubborn, samples, [by_name("pma", stubborn, 1e-4)], slots=64)
+        report = evaluate(stubborn, samples, [create_attack("pma", stubborn, 1e-4)], batch_size=64)
     assert report["attacks"][0]["latest"]["restart"] == 1
     assert report["attacks"][0]["latest"]["step"] >= 19
-    quiet = evaluate(net, samples, ["pma"], eps=1e-4, slots=64)
+    quiet = evaluate(net, samples, ["pma"], eps=1e-4, batch_size=64)
     assert not quiet["warnings"]
 
 
@@ -129,7 +129,7 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
     with torch.no_grad():
         one[1].bias -= one(images).mean()
     labels = (one(images)[:, 0] > 0).long()
-    report = evaluate(one, (images, labels), [FGSM(one, 8 / 255, loss="bce")], slots=SLOTS)
+    report = evaluate(one, (images, labels), [FGSM(one, 8 / 255, loss="bce")], batch_size=SLOTS)
     step = (1 - 2 * labels).view(-1, 1, 1, 1) * one[1].weight.detach().sign().view(3, 2, 2)
     adv = (images + 8 / 255 * step).clamp(0, 1)
     assert report["attacks"][0]["fooled"] == ((one(adv)[:, 0] > 0).long() != labels).tolist()
@@ -139,20 +139,20 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
     signs = (several(images) > 0).long()
     signs[:5, 0] ^= 1
     attack = PGD(several, 8 / 255, loss="bce", random_start=False, steps=3)
-    report = evaluate(several, (images, signs), [attack], slots=SLOTS)
+    report = evaluate(several, (images, signs), [attack], batch_size=SLOTS)
     assert report["clean_correct"] == [False] * 5 + [True] * 55
     found = several(attack(images, signs))
     fooled = ((found > 0) != (signs > 0)).any(1)
     assert all(f for f, last in zip(report["attacks"][0]["fooled"], fooled.tolist(), strict=True) if last and f)
     assert sum(report["attacks"][0]["fooled"]) >= int(fooled[5:].sum()) > 0
     with pytest.raises(ValueError, match="loss='bce'"):
-        evaluate(several, (images, signs), ["fgsm"], slots=SLOTS)
+        evaluate(several, (images, signs), ["fgsm"], batch_size=SLOTS)
 
 
 def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, samples, tmp_path):
     """The whole of what so many runs find, and no run more than the rule asks for."""
     attack = PMA(net, EPS, 4, most_runs=9)
-    found = evaluate(net, samples, [attack], slots=SLOTS, seed=2, save_images=tmp_path / "found")["attacks"][0]
+    found = evaluate(net, samples, [attack], batch_size=SLOTS, seed=2, save_images=tmp_path / "found")["attacks"][0]
     survivors = [i for i, f in enumerate(found["fooled"]) if not f]
     runs = max(r for r in found["restart"] if r is not None) + 1
     falls = [sum(r == run for r in found["restart"]) for run in range(9)]
@@ -160,7 +160,7 @@ def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, sample
     assert survivors
     assert runs <= needed
     fixed = PMA(net, EPS, 4, restarts=needed, most_runs=needed)
-    whole = evaluate(net, samples, [fixed], slots=SLOTS, seed=2, save_images=tmp_path / "whole")["attacks"][0]
+    whole = evaluate(net, samples, [fixed], batch_size=SLOTS, seed=2, save_images=tmp_path / "whole")["attacks"][0]
     keys = ("fooled", "restart", "step", "passes", "robust_accuracy_8bit")
     assert [whole[key] for key in keys] == [found[key] for key in keys]
     images = [sorted((f.name, f.read_bytes()) for f in (tmp_path / run).rglob("*.png")) for run in ("found", "whole")]
@@ -173,8 +173,8 @@ def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
     images, labels = samples
     labels = inner((images - m) / s).argmax(1)
     batches = [((images[i : i + 7] - m) / s, labels[i : i + 7]) for i in range(0, 40, 7)]
-    found = evaluate(inner, batches, ["pgd-10"], eps=EPS / 8, images_normalized=(mean, std), slots=SLOTS)
-    expected = evaluate(Normalized(inner, mean, std), (images, labels), ["pgd-10"], eps=EPS / 8, slots=SLOTS)
+    found = evaluate(inner, batches, ["pgd-10"], eps=EPS / 8, images_normalized=(mean, std), batch_size=SLOTS)
+    expected = evaluate(Normalized(inner, mean, std), (images, labels), ["pgd-10"], eps=EPS / 8, batch_size=SLOTS)
     assert found["attacks"][0]["fooled"] == expected["attacks"][0]["fooled"]
     assert 0 < found["robust_accuracy"] < found["clean_accuracy"] == 1
     with pytest.raises(ValueError, match="attacks are names"):
@@ -210,7 +210,7 @@ class Rounded(Net):
 def rounded_at_two_budgets(model, **options):
     images = forty_samples()[0]
     attacks = [PMA(model, eps, 4, most_runs=2) for eps in (0.1, 0.15)]
-    report = evaluate(model, (images, Rounded()(images).argmax(1)), attacks, slots=64, **options)
+    report = evaluate(model, (images, Rounded()(images).argmax(1)), attacks, batch_size=64, **options)
     timeless = [{**each, "seconds": None} for each in report["attacks"]]
     return {**report, "attacks": timeless}
 
@@ -244,7 +244,7 @@ def test_square_judges_the_model_under_pma_s_options(samples, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
     model = Seen().float()
     options = {"autocast": torch.bfloat16, "memory_format": torch.channels_last, "compile": True, "eot": 2}
-    report = evaluate(model, (samples[0].float(), samples[1]), [PMA(model, EPS / 8, 2, **options)], slots=SLOTS)
+    report = evaluate(model, (samples[0].float(), samples[1]), [PMA(model, EPS / 8, 2, **options)], batch_size=SLOTS)
     assert report["masking"][0]["asked"] > 0
     queries = [i for i, each in enumerate(seen) if each == "asked"]
     assert len(queries) >= QUERIES

@@ -25,9 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastadv import cli, data, models, random_init, sample_seeds
-from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, PMA, PMAL2, Normalized, by_name
-from fastadv.attacks import samplewise
-from fastadv.evaluation import evaluate, progress, queue, robustness, suspicions
+from fastadv.attacks import FGSM, MIFGSM, PGD, PGDL2, PMA, PMAL2, Normalized, create_attack, samplewise
+from fastadv.evaluation import evaluate, masking_checks, progress, queue, robustness
 from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.images import nearest_codes
 from fastadv.evaluation.queue import Queue
@@ -146,7 +145,7 @@ def shape(request, monkeypatch):
 @pytest.mark.parametrize("iterate", ["any", "last"])
 def test_verdict_restart_and_step_are_those_of_a_plain_loop(net, samples, iterate, shape):
     attack = hardest(net)
-    report = evaluate(net, samples, [attack], slots=SLOTS, seed=11, iterate=iterate)
+    report = evaluate(net, samples, [attack], batch_size=SLOTS, seed=11, iterate=iterate)
     expected = plain_loop(net, *samples, attack, 11, iterate == "last")
     result = report["attacks"][0]
     assert verdicts(result) == expected
@@ -173,11 +172,11 @@ def test_verdicts_do_not_depend_on_how_far_the_host_is_ahead(net, samples, lag, 
         told.append(numbers.tolist())
         return (turn - lag, told[turn - lag - 1]) if turn > lag else (0, [0, 0, 0, 0])
 
-    expected = evaluate(net, samples, [hardest(net)], slots=SLOTS, seed=11)["attacks"][0]
+    expected = evaluate(net, samples, [hardest(net)], batch_size=SLOTS, seed=11)["attacks"][0]
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     monkeypatch.setattr(queue._Pilot, "read", late)
     monkeypatch.setattr(Queue, "iterate", lambda self: turns.append(1) or iterate(self))
-    found = evaluate(net, samples, [hardest(net)], slots=SLOTS, seed=11)["attacks"][0]
+    found = evaluate(net, samples, [hardest(net)], batch_size=SLOTS, seed=11)["attacks"][0]
     assert verdicts(found) == verdicts(expected)
     assert found["forwards"] - found["waste"] == expected["forwards"]
     # A slot that has ended waits for the host, and at the end all do.
@@ -186,7 +185,7 @@ def test_verdicts_do_not_depend_on_how_far_the_host_is_ahead(net, samples, lag, 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_verdicts_do_not_depend_on_the_slots(net, samples, slots, shape):
-    one, other = (evaluate(net, samples, [hardest(net)], slots=n, seed=2)["attacks"][0] for n in (SLOTS, slots))
+    one, other = (evaluate(net, samples, [hardest(net)], batch_size=n, seed=2)["attacks"][0] for n in (SLOTS, slots))
     assert verdicts(one) == verdicts(other)
     assert one["passes"] - one["waste"] == other["passes"] - other["waste"]
 
@@ -195,8 +194,8 @@ def test_verdicts_do_not_depend_on_the_slots(net, samples, slots, shape):
     "attack_on",
     [
         lambda model: FGSM(model, EPS),
-        lambda model: by_name("fgsm-rs", model, EPS, restarts=2),
-        lambda model: by_name("tpgd", model, EPS),
+        lambda model: create_attack("fgsm-rs", model, EPS, restarts=2),
+        lambda model: create_attack("tpgd", model, EPS),
         lambda model: MIFGSM(model, EPS, EPS / 4, 4),
         lambda model: PGDL2(model, 0.4, 0.1, 4),
         lambda model: PMA(model, EPS, 4),
@@ -228,14 +227,14 @@ def test_verdicts_do_not_depend_on_the_slots(net, samples, slots, shape):
 )
 def test_every_attack_refills_as_it_begins(net, samples, attack_on, shape):
     """What an attack keeps in a slot must not leak into the next sample: one slot a sample has nothing to leak."""
-    few, all_at_once = (evaluate(net, samples, [attack_on(net)], slots=n, seed=5)["attacks"][0] for n in (3, 40))
+    few, all_at_once = (evaluate(net, samples, [attack_on(net)], batch_size=n, seed=5)["attacks"][0] for n in (3, 40))
     assert verdicts(few) == verdicts(all_at_once)
     assert 0 < few["robust_accuracy"] < 0.9
 
 
 def test_any_is_never_the_weaker(net, samples):
     any_, last = (
-        evaluate(net, samples, ["fgsm", "pgd"], eps=[EPS / 2, EPS], slots=SLOTS, iterate=iterate)["attacks"]
+        evaluate(net, samples, ["fgsm", "pgd"], eps=[EPS / 2, EPS], batch_size=SLOTS, iterate=iterate)["attacks"]
         for iterate in ("any", "last")
     )
     for one, other in zip(any_, last, strict=True):
@@ -247,14 +246,14 @@ def test_uint8_images_mean_images_over_255(samples):
     net = Net()
     codes = (samples[0] * 255).round().to(torch.uint8)
     labels = net(codes.float() / 255).argmax(1)
-    one = evaluate(net, (codes, labels), [hardest(net)], slots=SLOTS)
-    other = evaluate(net, (codes.float() / 255, labels), [hardest(net)], slots=SLOTS)
+    one = evaluate(net, (codes, labels), [hardest(net)], batch_size=SLOTS)
+    other = evaluate(net, (codes.float() / 255, labels), [hardest(net)], batch_size=SLOTS)
     assert verdicts(one["attacks"][0]) == verdicts(other["attacks"][0])
 
 
 def test_batches_are_as_good_as_a_pair(net, samples):
     batches = [(samples[0][:9], samples[1][:9]), (samples[0][9:], samples[1][9:])]
-    one, other = (evaluate(net, d, [hardest(net)], slots=SLOTS)["attacks"][0] for d in (samples, batches))
+    one, other = (evaluate(net, d, [hardest(net)], batch_size=SLOTS)["attacks"][0] for d in (samples, batches))
     assert verdicts(one) == verdicts(other)
 
 
@@ -264,7 +263,7 @@ def test_compiled_verdicts_are_those_of_a_plain_loop(net, samples, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=compiler, **options))
     model = net.logits  # its own list of shapes would be compiled again for each length
     attack = hardest(model, compile=True)
-    result = evaluate(model, samples, [attack], slots=SLOTS, seed=11)["attacks"][0]
+    result = evaluate(model, samples, [attack], batch_size=SLOTS, seed=11)["attacks"][0]
     assert verdicts(result) == plain_loop(net, *samples, attack, 11, last=False)
     assert compiler.frame_count == 1  # of all the queue's batches
 
@@ -282,7 +281,7 @@ def test_verdicts_under_autocast_are_those_of_a_plain_loop_under_autocast(net, s
     attack = hardest(net, autocast=torch.bfloat16)
     expected = plain_loop(half, images, labels, attack, 11, last=False)
     net.first.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    result = evaluate(net, (images, labels), [attack], slots=SLOTS, seed=11)["attacks"][0]
+    result = evaluate(net, (images, labels), [attack], batch_size=SLOTS, seed=11)["attacks"][0]
     assert seen.count(torch.bfloat16) * SLOTS >= result["passes"]
     assert sum(a != b for a, b in zip(verdicts(result), expected, strict=True)) <= 2
 
@@ -306,7 +305,7 @@ def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch
         taken.extend(pair for pair in held(self) if pair not in before)
 
     monkeypatch.setattr(Queue, "settle", spy)
-    evaluate(net, samples, [hardest(net)], slots=SLOTS, pool=pool)
+    evaluate(net, samples, [hardest(net)], batch_size=SLOTS, pool=pool)
     assert taken == sorted(taken)
     assert len(taken) == len(set(taken)) > 40
 
@@ -326,8 +325,8 @@ def test_no_more_images_than_the_pool_are_on_the_device_and_the_result_is_the_sa
     monkeypatch.setattr(Queue, "__init__", spy)
 
     def run(pool):
-        attacks = [hardest(net), hardest(net, targeted="random"), by_name("tpgd", net, EPS, restarts=2)]
-        options = {"pool": pool, "slots": SLOTS, "save_images": tmp_path / f"{pool}", "ensemble": False}
+        attacks = [hardest(net), hardest(net, targeted="random"), create_attack("tpgd", net, EPS, restarts=2)]
+        options = {"pool": pool, "batch_size": SLOTS, "save_images": tmp_path / f"{pool}", "ensemble": False}
         results = evaluate(net, samples, attacks, **options)["attacks"]
         return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
 
@@ -344,7 +343,7 @@ def test_no_more_images_than_the_pool_are_on_the_device_and_the_result_is_the_sa
 def test_what_is_left_of_all_windows_never_grows(net, samples, monkeypatch):
     seen, run = [], Windows.run
     monkeypatch.setattr(Windows, "run", lambda self: (seen.append(each) or each for each in run(self)))
-    evaluate(net, samples, [hardest(net)], slots=SLOTS, pool=10)
+    evaluate(net, samples, [hardest(net)], batch_size=SLOTS, pool=10)
     done, left = zip(*seen, strict=True)
     assert list(done) == sorted(done)
     assert all(a + b <= 36 * 3 * 5 for a, b in seen)
@@ -379,7 +378,7 @@ def test_the_host_reads_nothing_where_the_slots_are_of_one_number(net, samples, 
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     monkeypatch.setattr(samplewise, "AT_ONCE", ())
     monkeypatch.setattr(Queue, part, guarded)
-    evaluate(net, samples, [hardest(net), FGSM(net, EPS), PMA(net, EPS, 4)], slots=SLOTS, save_images=tmp_path)
+    evaluate(net, samples, [hardest(net), FGSM(net, EPS), PMA(net, EPS, 4)], batch_size=SLOTS, save_images=tmp_path)
     assert len(calls) > 40
 
 
@@ -393,10 +392,10 @@ def test_the_guard_sees_a_read():
 def test_the_model_sees_one_shape(net, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     theirs = torchattacks.PGD(net, eps=EPS, steps=2)
-    evaluate(net, samples, ["fgsm", hardest(net)], slots=SLOTS, save_images=tmp_path)
+    evaluate(net, samples, ["fgsm", hardest(net)], batch_size=SLOTS, save_images=tmp_path)
     assert set(net.shapes) == {(SLOTS, 3, 4, 4)}
     net.shapes.clear()
-    evaluate(net, samples, [theirs], slots=SLOTS, save_images=tmp_path)
+    evaluate(net, samples, [theirs], batch_size=SLOTS, save_images=tmp_path)
     assert set(net.shapes) == {(SLOTS, 3, 4, 4), (36 % SLOTS, 3, 4, 4)}  # another library's is not paid for copies
 
 
@@ -405,7 +404,7 @@ def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
     net.second.training = False
     for end in (pytest.raises(Cut), CutAt(12)), (nullcontext(), nullcontext()):
         with end[0], end[1]:
-            evaluate(net, samples, [hardest(net)], slots=SLOTS)
+            evaluate(net, samples, [hardest(net)], batch_size=SLOTS)
         assert [module.training for module in net.modules()] == [True, True, False]
         assert [p.requires_grad for p in net.parameters()] == [False, True, True, True]
         assert all(p.grad is None for p in net.parameters())
@@ -416,7 +415,7 @@ def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
 
 def two_attacks(model, samples, ensemble=False, **options):
     attacks = [hardest(model), hardest(model, restarts=2, steps=6)]
-    return evaluate(model, samples, attacks, slots=SLOTS, ensemble=ensemble, **options)
+    return evaluate(model, samples, attacks, batch_size=SLOTS, ensemble=ensemble, **options)
 
 
 @pytest.mark.parametrize("pool", [None, 10])
@@ -516,7 +515,7 @@ def test_another_librarys_attack_goes_on_too(net, samples, tmp_path, monkeypatch
     monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
 
     def run(model, **options):
-        return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], slots=SLOTS, **options)
+        return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], batch_size=SLOTS, **options)
 
     whole = run(net)
     with pytest.raises(Cut), CutAt(25):
@@ -551,7 +550,7 @@ def test_a_state_of_another_run_is_refused_and_what_differs_is_named(samples, tm
     options = {"net": Net(), "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
 
     def run(net, samples, attacks, **options):
-        return evaluate(net, samples, attacks, slots=SLOTS, state=tmp_path / "state", **options)["attacks"]
+        return evaluate(net, samples, attacks, batch_size=SLOTS, state=tmp_path / "state", **options)["attacks"]
 
     first = run(**options)
     options["net"] = Net()
@@ -611,7 +610,7 @@ def test_codes_between_those_of_the_image():
 def test_images_are_saved_and_classified_again(net, samples, tmp_path):
     codes = (samples[0] * 255).round().to(torch.uint8)
     labels = net(codes.float() / 255).argmax(1)
-    report = evaluate(net, (codes, labels), [hardest(net)], slots=SLOTS, save_images=tmp_path)
+    report = evaluate(net, (codes, labels), [hardest(net)], batch_size=SLOTS, save_images=tmp_path)
     result = report["attacks"][0]
     files = sorted((tmp_path / "0-PGD-16").iterdir())
     assert [file.name for file in files] == [f"{i:05d}.png" for i in range(40)]
@@ -627,7 +626,7 @@ def test_images_are_saved_and_classified_again(net, samples, tmp_path):
 
 def test_grey_images_are_saved_as_such(tmp_path):
     net, images = Net(12), torch.rand(3, 1, 3, 4, generator=torch.Generator().manual_seed(1))
-    evaluate(net, (images, net(images).argmax(1)), ["fgsm"], slots=2, save_images=tmp_path)
+    evaluate(net, (images, net(images).argmax(1)), ["fgsm"], batch_size=2, save_images=tmp_path)
     assert imread(tmp_path / "0-fgsm-8" / "00002.png").shape == (3, 4)
     with pytest.raises(ValueError, match=r"images \(N, 1 or 3, H, W\)"):
         evaluate(net, (images.reshape(3, 12), net(images).argmax(1)), ["fgsm"], save_images=tmp_path)
@@ -636,7 +635,7 @@ def test_grey_images_are_saved_as_such(tmp_path):
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(net, samples, monkeypatch, capsys, caplog):
     caplog.set_level("INFO", "fastadv")
     monkeypatch.setattr(progress, "PAUSE", 0.0)
-    found = evaluate(net, samples, ["fgsm", "pgd"], slots=SLOTS)["attacks"]
+    found = evaluate(net, samples, ["fgsm", "pgd"], batch_size=SLOTS)["attacks"]
     assert not capsys.readouterr().err
     for name, result in zip(("fgsm", "pgd"), found, strict=True):
         lines = [message for message in caplog.messages if message.startswith(f"{name} at 8/255: ")]
@@ -646,10 +645,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(net, samples, monke
         assert counts[-1] == result["forwards"]
         assert "done in" in lines[-1]
     caplog.clear()
-    evaluate(net, samples, ["fgsm"], slots=SLOTS, progress=False)
+    evaluate(net, samples, ["fgsm"], batch_size=SLOTS, progress=False)
     assert not caplog.messages
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
-    passes = evaluate(net, samples, ["fgsm"], slots=SLOTS)["attacks"][0]["forwards"]
+    passes = evaluate(net, samples, ["fgsm"], batch_size=SLOTS)["attacks"][0]["forwards"]
     assert f"fgsm at 8/255: 100%|██████████| {passes}/{passes}" in capsys.readouterr().err
 
 
@@ -657,9 +656,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(net, samples, monke
 
 
 def test_torchattacks_plugs_in(net, samples):
-    ours, theirs = evaluate(net, samples, [FGSM(net, EPS), torchattacks.FGSM(net, EPS)], slots=SLOTS, iterate="last")[
-        "attacks"
-    ]
+    ours, theirs = evaluate(
+        net, samples, [FGSM(net, EPS), torchattacks.FGSM(net, EPS)], batch_size=SLOTS, iterate="last"
+    )["attacks"]
     assert ours["fooled"] == theirs["fooled"]
     assert 0 < theirs["robust_accuracy"] < 0.9
     assert theirs["passes"] is None
@@ -674,7 +673,7 @@ def test_autoattacks_object_plugs_in(net, samples):
         def run_standard_evaluation(self, images, labels):
             return FGSM(net, self.epsilon)(images, labels)
 
-    ours, theirs = evaluate(net, samples, ["fgsm", AutoAttack()], eps=EPS, slots=SLOTS, iterate="last")["attacks"]
+    ours, theirs = evaluate(net, samples, ["fgsm", AutoAttack()], eps=EPS, batch_size=SLOTS, iterate="last")["attacks"]
     assert ours["fooled"] == theirs["fooled"]
     assert (theirs["attack"], theirs["eps"]) == ("AutoAttack", EPS)
     with pytest.raises(TypeError, match="names or callables, got float"):
@@ -684,7 +683,9 @@ def test_autoattacks_object_plugs_in(net, samples):
 def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samples):
     state = torch.get_rng_state()
     results = [
-        evaluate(net, samples, [torchattacks.PGD(net, EPS, EPS / 4, 3)], slots=SLOTS, seed=seed)["attacks"][0]["fooled"]
+        evaluate(net, samples, [torchattacks.PGD(net, EPS, EPS / 4, 3)], batch_size=SLOTS, seed=seed)["attacks"][0][
+            "fooled"
+        ]
         for seed in (1, 1, 2)
     ]
     assert results[0] == results[1]
@@ -699,7 +700,7 @@ def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
 
     attacks = [FGSM(broken, EPS), PGDL2(broken, 0.25, 0.1, 1)]
     with pytest.warns(UserWarning, match="not finite"):
-        report = evaluate(broken, samples, attacks, slots=SLOTS)
+        report = evaluate(broken, samples, attacks, batch_size=SLOTS)
     notes = [note for note in report["warnings"] if "not finite" in note]
     assert [note.split(" losses under ")[1].split(" were")[0] for note in notes] == ["FGSM at 16/255", "PGDL2 at 0.25"]
 
@@ -707,7 +708,7 @@ def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
 def test_an_attack_on_another_model_is_a_transfer(net, samples):
     weak = lambda x: net(1 - x)  # noqa: E731
     attack = PGD(weak, EPS, EPS, 1, random_start=False)
-    result = evaluate(net, samples, attack, slots=SLOTS)["attacks"][0]  # a single one is as good as a list
+    result = evaluate(net, samples, attack, batch_size=SLOTS)["attacks"][0]  # a single one is as good as a list
     right = net(samples[0]).argmax(1) == samples[1]
     fooled = right & (net(attack(*samples)).argmax(1) != samples[1])
     assert result["fooled"] == fooled.tolist()
@@ -748,7 +749,7 @@ def moved(images, linf, l2):
 )
 def test_what_an_attack_returns_may_have_several_forms(net, samples, form):
     attack = Foreign(lambda images, labels: form(moved(images, 0.05, 0.3)))
-    result = evaluate(net, samples, [attack], slots=SLOTS)["attacks"][0]
+    result = evaluate(net, samples, [attack], batch_size=SLOTS)["attacks"][0]
     images, labels = samples
     wrong = net(moved(images, 0.05, 0.3)).argmax(1) != labels
     assert result["fooled"] == (wrong & (net(images).argmax(1) == labels)).tolist()
@@ -769,7 +770,7 @@ def test_what_an_attack_returns_may_have_several_forms(net, samples, form):
 )
 def test_what_is_no_images_is_refused_in_words(net, samples, returned, error, message):
     with pytest.raises(error, match=f"must return the adversarial images.*{message}"):
-        evaluate(net, samples, [Foreign(lambda images, labels: returned(images))], slots=SLOTS)
+        evaluate(net, samples, [Foreign(lambda images, labels: returned(images))], batch_size=SLOTS)
 
 
 @pytest.mark.parametrize(
@@ -788,7 +789,7 @@ def test_what_is_no_images_is_refused_in_words(net, samples, returned, error, me
 )
 def test_images_beyond_the_attacks_own_eps_give_no_figure(net, samples, recwarn, linf, l2, attributes, kept, title):
     attack = Foreign(lambda images, labels: moved(images, linf, l2), **attributes)
-    report = evaluate(net, samples, [attack], slots=SLOTS)
+    report = evaluate(net, samples, [attack], batch_size=SLOTS)
     result = report["attacks"][0]
     assert (result["largest_linf"], result["largest_l2"]) == pytest.approx((linf, l2), abs=1e-9)
     if kept:
@@ -801,7 +802,7 @@ def test_images_beyond_the_attacks_own_eps_give_no_figure(net, samples, recwarn,
         assert title in note
         assert "beyond its eps" in note
         assert "255" not in note or attributes.get("norm") == "Linf"
-        assert robustness.robust_accuracy(net, samples, attack, slots=SLOTS)["robust_accuracy"] is None
+        assert robustness.robust_accuracy(net, samples, attack, batch_size=SLOTS)["robust_accuracy"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
@@ -813,7 +814,7 @@ def test_a_unit_in_the_last_place_is_no_transgression(dtype, recwarn):
     labels = net(pixels).argmax(1)
     attack = Foreign(lambda x, y: (x.float() + 8 / 255 * (torch.rand_like(x.float()) - 0.5).sign()).clamp(0, 1).to(x))
     attack.eps = 8 / 255
-    result = evaluate(net, (images, labels), [attack], slots=4)["attacks"][0]
+    result = evaluate(net, (images, labels), [attack], batch_size=4)["attacks"][0]
     assert result["robust_accuracy"] is not None
     assert result["largest_linf"] == pytest.approx(8 / 255, abs=0.004 if dtype == torch.bfloat16 else 1e-6)
 
@@ -826,7 +827,7 @@ def test_images_that_leave_the_box_give_no_figure(net, samples, shift, kept):
         adv[0, 0, 0, 0], adv[0, 0, 0, 1] = -shift, 1 + shift
         return adv
 
-    report = evaluate(net, samples, [Foreign(call)], slots=SLOTS)
+    report = evaluate(net, samples, [Foreign(call)], batch_size=SLOTS)
     assert (report["attacks"][0]["robust_accuracy"] is not None) == kept
     assert any("beyond [0, 1]" in note for note in report["warnings"]) != kept
 
@@ -843,7 +844,7 @@ def test_images_that_are_not_finite_get_no_prediction(net, samples, pixel):
         images[::3, 1, 2, 3] = pixel
         return images
 
-    report = evaluate(model, samples, [Foreign(call, eps=0.1)], slots=SLOTS)
+    report = evaluate(model, samples, [Foreign(call, eps=0.1)], batch_size=SLOTS)
     result = report["attacks"][0]
     attacked = [i for i, right in enumerate(report["clean_correct"]) if right]
     batches = [attacked[i : i + SLOTS] for i in range(0, 36, SLOTS)]
@@ -863,7 +864,7 @@ def test_an_attack_that_writes_into_what_it_gets_is_measured_all_the_same(net, s
         return images.add_(0.5).clamp_(0, 1)
 
     before = samples[0].clone(), samples[1].clone()
-    result = evaluate(net, samples, [Foreign(call, eps=0.1)], slots=64)["attacks"][0]
+    result = evaluate(net, samples, [Foreign(call, eps=0.1)], batch_size=64)["attacks"][0]
     assert result["largest_linf"] == pytest.approx(0.5)
     assert result["robust_accuracy"] is None
     assert all(torch.equal(*pair) for pair in zip(samples, before, strict=True))
@@ -884,7 +885,7 @@ def test_batches_of_another_library_draw_each_their_own(net, samples, draw):
     def run(seed, slots=SLOTS):
         drawn = []
         attack = Foreign(lambda images, labels: (drawn.append(draw()), images)[1])
-        evaluate(net, samples, [attack], slots=slots, seed=seed)
+        evaluate(net, samples, [attack], batch_size=slots, seed=seed)
         return [tuple(each.tolist()) for each in drawn]
 
     after = draw()
@@ -900,7 +901,7 @@ def test_the_generators_are_given_back_as_they_were(net, samples):
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
     before = state()
-    evaluate(net, samples, [Foreign(lambda images, labels: (draw_all(), images)[1])], slots=SLOTS)
+    evaluate(net, samples, [Foreign(lambda images, labels: (draw_all(), images)[1])], batch_size=SLOTS)
     assert state() == before
 
 
@@ -910,11 +911,13 @@ def draw_all():
 
 def test_robust_accuracy_answers_for_every_eps(net, samples):
     budgets = (EPS / 4, EPS / 2, EPS)
-    each = [robustness.robust_accuracy(net, samples, "pgd", eps=eps, slots=SLOTS)["robust_accuracy"] for eps in budgets]
+    each = [
+        robustness.robust_accuracy(net, samples, "pgd", eps=eps, batch_size=SLOTS)["robust_accuracy"] for eps in budgets
+    ]
     assert each == sorted(each, reverse=True)
     assert each[0] > each[-1]
     for several in (budgets, list(budgets), np.array(budgets), torch.tensor(budgets, dtype=torch.float64)):
-        assert robustness.robust_accuracy(net, samples, "pgd", eps=several, slots=SLOTS)["robust_accuracy"] == each
+        assert robustness.robust_accuracy(net, samples, "pgd", eps=several, batch_size=SLOTS)["robust_accuracy"] == each
 
 
 # Warnings
@@ -934,7 +937,7 @@ def test_robust_accuracy_answers_for_every_eps(net, samples):
     ids=["random", "neighbours", "probabilities", "masked, but not zero", "rounded", "saturated", "sound"],
 )
 def test_suspicious_models_are_called_so(net, samples, recwarn, change, message):
-    report = evaluate(change(net), samples, ["fgsm"], slots=SLOTS)
+    report = evaluate(change(net), samples, ["fgsm"], batch_size=SLOTS)
     if message is None:
         assert not report["warnings"]
         assert not recwarn.list
@@ -951,7 +954,7 @@ def test_the_share_of_zero_gradients_is_reported_and_warned_of_from_a_tenth_on(n
     images[:, 0, 0, 0] = (torch.arange(40) < zero) * 1.0
     model = lambda x: net(torch.where(x[:, :1, :1, :1].detach() > 0.5, x.detach() + 0 * x, x))  # noqa: E731
     labels = model(images).argmax(1)
-    report = evaluate(model, (images, labels), [by_name(name, model, EPS)], slots=SLOTS)
+    report = evaluate(model, (images, labels), [create_attack(name, model, EPS)], batch_size=SLOTS)
     assert report["attacks"][0]["zero_gradients"] == zero / 40
     told = any(f"the gradient is zero for {zero} of 40 images" in note for note in report["warnings"])
     assert told == (zero >= 4)
@@ -969,7 +972,7 @@ def test_a_few_zero_gradients_may_be_an_accident(samples, count):
 
 
 def test_at_the_clean_image_kl_has_no_gradient_on_any_model(net, samples, recwarn):
-    report = evaluate(net, samples, ["tpgd"], eps=0.0, slots=SLOTS)
+    report = evaluate(net, samples, ["tpgd"], eps=0.0, batch_size=SLOTS)
     assert report["attacks"][0]["zero_gradients"] is None
     assert not recwarn.list
 
@@ -985,7 +988,7 @@ def test_a_model_of_one_class_is_refused_with_what_works(samples):
         return torch.cat((0 * z, z), 1)
 
     labels = (model(images)[:, 0] > 0).long()
-    report = evaluate(both, (images, labels), ["fgsm"], slots=SLOTS)
+    report = evaluate(both, (images, labels), ["fgsm"], batch_size=SLOTS)
     assert report["clean_accuracy"] == 1
     direction = torch.where(labels == 1, -1.0, 1.0)[:, None] * model[1].weight.sign()
     adv = (images + 8 / 255 * direction.view_as(images)).clamp(0, 1)
@@ -1000,7 +1003,7 @@ def test_losses_that_are_not_finite_are_counted(net, samples):
         return torch.where(sound | (logits < logits.amax(1, keepdim=True)), logits, torch.inf)
 
     with pytest.warns(UserWarning, match="not finite"):
-        report = evaluate(model, samples, [PGD(model, 0.0, 0.0, 1, random_start=False)], slots=SLOTS)
+        report = evaluate(model, samples, [PGD(model, 0.0, 0.0, 1, random_start=False)], batch_size=SLOTS)
     assert 0 < report["attacks"][0]["nonfinite_losses"] <= report["attacks"][0]["passes"]
 
 
@@ -1011,7 +1014,7 @@ def test_accuracy_that_rises_with_the_budget_is_called_so():
 
     images, labels = torch.full((5, 1), 0.5), torch.zeros(5, dtype=torch.int64)
     with pytest.warns(UserWarning, match="rises from 0.00% under fgsm at 4/255 to 100.00% under fgsm at 8/255"):
-        evaluate(trap, (images, labels), ["fgsm"], eps=[4 / 255, 8 / 255], slots=2, ensemble=False)
+        evaluate(trap, (images, labels), ["fgsm"], eps=[4 / 255, 8 / 255], batch_size=2, ensemble=False)
 
 
 @pytest.mark.parametrize(
@@ -1022,14 +1025,14 @@ def test_accuracy_that_rises_by_chance_is_not_called_so(net, gained, lost, calle
     weak = torch.tensor([False] * gained + [True] * lost + [True] * 500 + [False] * 400)
     strong = torch.tensor([True] * gained + [False] * lost + [True] * 500 + [False] * 400)
     attacks = [("weak", FGSM(net, EPS), weak), ("strong", PGD(net, EPS, steps=5), strong)]
-    assert len(list(suspicions.of_accuracies(attacks))) == called_so
-    assert len(list(suspicions.of_accuracies(attacks[::-1]))) == called_so
+    assert len(list(masking_checks.of_accuracies(attacks))) == called_so
+    assert len(list(masking_checks.of_accuracies(attacks[::-1]))) == called_so
 
 
 def test_only_comparable_attacks_are_compared(net):
     def rises(weak, strong):
         none, all_ = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
-        return bool(list(suspicions.of_accuracies([("weak", weak, none), ("strong", strong, all_)])))
+        return bool(list(masking_checks.of_accuracies([("weak", weak, none), ("strong", strong, all_)])))
 
     assert rises(FGSM(net, EPS), PGD(net, EPS, steps=5))
     assert rises(PGD(net, EPS, steps=5), PGD(net, EPS, steps=5, restarts=2))
@@ -1037,7 +1040,7 @@ def test_only_comparable_attacks_are_compared(net):
     assert not rises(PGD(net, EPS, steps=5), PGD(net, EPS, steps=5))
     assert not rises(PGD(net, EPS, steps=5), PGD(net, EPS / 2, steps=50))
     assert not rises(PGD(net, EPS), PGDL2(net, 1.0, steps=50))
-    assert not rises(by_name("nfgsm", net, EPS), PGD(net, EPS))
+    assert not rises(create_attack("nfgsm", net, EPS), PGD(net, EPS))
     assert not rises(PGD(net, EPS), PGD(net, EPS, steps=50, loss="margin"))
 
 
@@ -1048,7 +1051,7 @@ def test_only_comparable_attacks_are_compared(net):
     ("options", "message"),
     [
         ({"iterate": "first"}, "unknown iterate 'first'"),
-        ({"slots": 0}, "slots must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"pool": 0}, "pool must be at least 1"),
         ({"attacks": ["pgb"]}, "unknown attack 'pgb'"),
         ({"eps": 8}, r"pixels of \[0, 1\]"),
@@ -1103,7 +1106,7 @@ def as_dicts(images, labels):
 )
 def test_data_come_in_many_forms(net, samples, form, recwarn):
     samples[0].numpy().flags.writeable = False
-    expected, found = (evaluate(net, d, ["pgd"], slots=SLOTS) for d in (samples, form(*samples)))
+    expected, found = (evaluate(net, d, ["pgd"], batch_size=SLOTS) for d in (samples, form(*samples)))
     assert found["clean_correct"] == expected["clean_correct"]
     assert found["attacks"][0]["step"] == expected["attacks"][0]["step"]
     assert not recwarn.list
@@ -1153,7 +1156,7 @@ def test_images_that_rounding_put_beyond_the_box_are_put_back(net, samples, exce
     images[0, 0, 0, 0], images[1, 0, 0, 0] = 1 + excess, -excess
     before = images.clone()
     attack = Foreign(lambda images, labels: images)
-    evaluate(net, (images, samples[1]), [attack], slots=64)
+    evaluate(net, (images, samples[1]), [attack], batch_size=64)
     seen = attack.seen[0][0]
     assert (seen.min(), seen.max()) == (0, 1)
     assert torch.equal(images, before)
@@ -1174,7 +1177,7 @@ def test_images_that_rounding_put_beyond_the_box_are_put_back(net, samples, exce
         ({"eps": True}, TypeError, "eps must be a number in pixels"),
         ({"eps": float("nan")}, ValueError, "pixels of"),
         ({"eps": -0.1}, ValueError, "pixels of"),
-        ({"slots": 2.5}, TypeError, "slots must be an int"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an int"),
         ({"pool": "3"}, TypeError, "pool must be an int"),
         ({"seed": 1.5}, TypeError, "seed must be an int"),
         ({"attacks": [FGSM(Net(), EPS)], "eps": EPS / 4}, ValueError, "eps is for attacks by name.*FGSM at 16/255"),
@@ -1207,9 +1210,9 @@ def test_one_process_of_several_may_evaluate(samples, one_process, monkeypatch, 
     monkeypatch.setattr(nn.parallel.DistributedDataParallel, "forward", lambda *a: calls.append(1) or forward(*a))
     wrapped = around(nn.parallel.DistributedDataParallel(inner))
     attacks = [hardest(around(inner)), Foreign(lambda images, labels: FGSM(wrapped, EPS)(images, labels))]
-    found = evaluate(wrapped, samples, ["fgsm", "pgd", attacks[1]], slots=SLOTS)
+    found = evaluate(wrapped, samples, ["fgsm", "pgd", attacks[1]], batch_size=SLOTS)
     assert not calls
-    expected = evaluate(around(inner), samples, ["fgsm", "pgd", attacks[1]], slots=SLOTS)
+    expected = evaluate(around(inner), samples, ["fgsm", "pgd", attacks[1]], batch_size=SLOTS)
     assert [r["fooled"] for r in found["attacks"]] == [r["fooled"] for r in expected["attacks"]]
     calls.clear()
     wrapped(samples[0])
@@ -1240,7 +1243,7 @@ def command(weights, out, *options):
 
 def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
     judged = ("--part", "test", "--limit", "50")
-    options = (*judged, "--attacks", "fgsm,pgd", "--eps", "4", "8", "--slots", "16", "--save-images")
+    options = (*judged, "--attacks", "fgsm,pgd", "--eps", "4", "8", "--batch-size", "16", "--save-images")
     command(weights, tmp_path / "out", *options)
     printed = capsys.readouterr().out
     text = (tmp_path / "out" / "report.json").read_text()
@@ -1268,7 +1271,7 @@ def test_command_round_trip(weights, tmp_path, capsys, monkeypatch):
     model = models.load(weights).network
     chosen = torch.randperm(len(digits.y_test), generator=torch.Generator().manual_seed(0))[:50].sort()[0]
     some = digits.x_test[chosen], digits.y_test[chosen]
-    direct = evaluate(model, some, ["fgsm", "pgd"], eps=[4 / 255, 8 / 255], slots=16)
+    direct = evaluate(model, some, ["fgsm", "pgd"], eps=[4 / 255, 8 / 255], batch_size=16)
     assert [r["fooled"] for r in direct["attacks"]] == [r["fooled"] for r in report["attacks"]]
 
     monkeypatch.setattr(Queue, "iterate", lambda self: pytest.fail("it is done already"))

@@ -15,9 +15,10 @@ from fastadv.attacks import ZeroGrad
 from fastadv.attacks.noise import uniform, uniform_per_sample
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.training import Augment, Trainer, run
+from fastadv.training.batches import AUGMENTING, Batches
 from fastadv.training.fast import FAST
 from fastadv.training.monitor import Reading
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
 
 COUNT, CLASSES, BATCH, EPOCHS = 23, 3, 8, 7  # three updates an epoch, of 8, 8 and 7 images
 STEPS = EPOCHS * math.ceil(COUNT / BATCH)
@@ -42,12 +43,12 @@ def network():
 
 def trained(data, attack, eps, **changes):
     """(weights, the parts of batches in the order of the run, the records)."""
-    model, order, batch_of = network(), [], run.Run._batch_of
+    model, order, batch_of = network(), [], Batches.load
     settings = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "optimizer": "sgd", "seed": SEED, "probe": 0}
     if attack == "free":
         settings["repeats"] = REPEATS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_batch_of", lambda self, part: (order.append(part), batch_of(self, part))[1])
+        patch.setattr(Batches, "load", lambda self, part, *at: (order.append(part), batch_of(self, part, *at))[1])
         trainer = Trainer(model, eps, attack=attack, measure_backbone=False, progress=False, **settings | changes)
         records = trainer.fit(data)
     return model.state_dict(), order, records
@@ -236,7 +237,7 @@ BY_HAND = {
 }
 
 
-def by_hand(data, attack, eps, order, accumulate, penalty=None, augment=None):
+def by_hand(data, attack, eps, order, grad_accum_steps, penalty=None, augment=None):
     model = network().train()
     method, left = BY_HAND[attack](model, eps, penalty), iter(order)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True)
@@ -244,12 +245,12 @@ def by_hand(data, attack, eps, order, accumulate, penalty=None, augment=None):
     for step in range(STEPS):
         epoch = step // math.ceil(COUNT / BATCH)
         method.before(step, epoch)
-        parts = [next(left) for _ in range(accumulate)]
+        parts = [next(left) for _ in range(grad_accum_steps)]
         for part in parts:
             x, y, seeds, where = data[0][part], data[1][part], sample_seeds(SEED, part, epoch), None
             if augment is not None:
                 passed = step // (REPEATS if attack == "free" else 1) // math.ceil(COUNT / BATCH)
-                moves = sample_seeds(SEED, part, passed + run.AUGMENTING)
+                moves = sample_seeds(SEED, part, passed + AUGMENTING)
                 numbers = torch.arange(1.0, x[0, 0].numel() + 1).reshape(1, 1, *x.shape[2:])
                 x, where = augment(x, moves), augment(numbers.expand(len(x), -1, -1, -1), moves)
             (method.loss(x, y, seeds, part, where) / sum(map(len, parts))).backward()
@@ -266,14 +267,14 @@ def by_hand(data, attack, eps, order, accumulate, penalty=None, augment=None):
 
 # At a large budget alone the length of SORA's step moves.
 @pytest.mark.parametrize(
-    ("eps", "accumulate", "attack"),
+    ("eps", "grad_accum_steps", "attack"),
     [*((8 / 255, 1, name) for name in BY_HAND), *((0.1, 2, name) for name in BY_HAND), (0.4, 2, "sora")],
 )
-def test_a_method_is_the_loop_by_hand(data, attack, eps, accumulate):
-    weights, order, _ = trained(data, attack, eps, accumulate=accumulate)
-    expected = by_hand(data, attack, eps, order, accumulate)
+def test_a_method_is_the_loop_by_hand(data, attack, eps, grad_accum_steps):
+    weights, order, _ = trained(data, attack, eps, grad_accum_steps=grad_accum_steps)
+    expected = by_hand(data, attack, eps, order, grad_accum_steps)
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-10)
-    plain, _, _ = trained(data, "fgsm", eps, accumulate=accumulate)
+    plain, _, _ = trained(data, "fgsm", eps, grad_accum_steps=grad_accum_steps)
     assert max((weights[name].double() - plain[name].double()).abs().max() for name in weights) > 1e-6
 
 
@@ -292,7 +293,8 @@ def test_the_weight_of_what_is_added_can_be_set(data, attack):
 
 
 def test_what_a_method_says_of_the_loss_and_the_average_gives_way_to_what_is_asked_for(data):
-    for attack, changes in (("liet", {"label_smoothing": 0.1, "average": 0.0}), ("fgsm-pgi", {"label_smoothing": 0.0})):
+    liet = {"label_smoothing": 0.1, "ema_decay": 0.0}
+    for attack, changes in (("liet", liet), ("fgsm-pgi", {"label_smoothing": 0.0})):
         weights, order, _ = trained(data, attack, 0.05, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(BY_HAND[attack], "smoothing", changes["label_smoothing"])
@@ -339,9 +341,9 @@ def test_free_takes_each_batch_so_often_in_a_row_and_every_image_epochs_over_rep
 
 def test_the_updates_of_free_in_a_row_see_one_crop(data):
     """Of the picture as it was cropped and flipped once, whatever the epoch."""
-    shown, batch_of = [], run.Run._batch_of
+    shown, batch_of = [], Batches.load
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_batch_of", lambda s, part: (shown.append(batch_of(s, part)), shown[-1])[1])
+        patch.setattr(Batches, "load", lambda *given: (shown.append(batch_of(*given)), shown[-1])[1])
         x = torch.rand(COUNT, 3, 16, 16)
         model = nn.Sequential(nn.Flatten(), nn.Linear(768, CLASSES))
         settings = {"epochs": 4, "batch_size": BATCH, "repeats": 2, "augment": True, "probe": 0}
@@ -361,11 +363,11 @@ class Cut(Exception):
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(data, attack, checkpoint_s, tmp_path):
     """With a checkpoint after each step, and with those between epochs alone: then steps are taken again."""
-    options = {"checkpoint_s": checkpoint_s, "accumulate": 2, "augment": True, "epochs": 3}
+    options = {"checkpoint_s": checkpoint_s, "grad_accum_steps": 2, "augment": True, "epochs": 3}
     x = F.interpolate(data[0], 16), data[1]
     with pytest.MonkeyPatch.context() as patch:
         whole, _, records = on_large(x, attack, folder=tmp_path / "whole", **options)
-        taken, apply, at = [], Step.apply, {random.randrange(1, 9), random.randrange(1, 9)}
+        taken, apply, at = [], TrainStep.apply, {random.randrange(1, 9), random.randrange(1, 9)}
 
         def applied(step):
             taken.append(None)
@@ -373,7 +375,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(data, attack, checkpoint_s,
                 raise Cut
             apply(step)
 
-        patch.setattr(Step, "apply", applied)
+        patch.setattr(TrainStep, "apply", applied)
         print(f"cut at {at}")
         for _ in at:
             with pytest.raises(Cut):
@@ -398,7 +400,7 @@ def large():
 
 @pytest.mark.parametrize("attack", FAST)
 def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
-    looked, methods, apply = [], [], Step.apply
+    looked, methods, apply = [], [], TrainStep.apply
 
     class Once:
         def __init__(self, model, x, y, attack, eps, **options):
@@ -419,8 +421,8 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         apply(step)
 
     monkeypatch.setattr(run, "Monitor", Once)
-    monkeypatch.setattr(Step, "apply", applied)
-    options = {"probe": 4, "epochs": 4, "on_overfitting": "switch", "folder": tmp_path}
+    monkeypatch.setattr(TrainStep, "apply", applied)
+    options = {"probe": 4, "epochs": 4, "on_catastrophic_overfitting": "switch", "folder": tmp_path}
     with pytest.warns(UserWarning, match="epoch 2: fire"):
         _, order, _ = trained(data, attack, 0.05, **options)
     assert looked == ["NFGSM" if attack == "sora" else "FGSM"] * 2 + ["PGD"] * 2
@@ -446,7 +448,7 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         ("free", {"eps_schedule": "linear"}, "eps_schedule is not for free: "),
         ("sora", {"eps_schedule": "linear"}, "eps_schedule is not for sora: "),
         ("free", {"epochs": 3, "repeats": 4}, "learns from each batch 4 times"),
-        ("free", {"epochs": 8, "repeats": 4, "head_start": 3}, "3 epochs of linear are less than one pass"),
+        ("free", {"epochs": 8, "repeats": 4, "lp_ft": 3}, "3 epochs of linear are less than one pass"),
     ],
 )
 def test_what_nothing_would_heed_is_refused(attack, options, words):

@@ -79,7 +79,7 @@ class Case:
 
     def evaluate(self, slots, first=None, **options):
         attack = Scripted(self.model, self.runs, self.steps, first)
-        return evaluate(self.model, self.data, attack, slots=slots, progress=False, **options)["attacks"][0]
+        return evaluate(self.model, self.data, attack, batch_size=slots, progress=False, **options)["attacks"][0]
 
     def falls(self, sample, run, last):
         """At which step, None where at none."""
@@ -282,7 +282,7 @@ def test_attacks_find_what_they_find_in_plain_order(monkeypatch, tmp_path, name)
         report = evaluated(
             "cpu",
             lambda there: [attack_of(name, there, SMALL, **several)],
-            slots=slots,
+            batch_size=slots,
             save_images=tmp_path / folder,
         )
         result = report["attacks"][0]

@@ -12,7 +12,7 @@ from poisoned_run import poisoned
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv.training import Step, Trainer
+from fastadv.training import Trainer, TrainStep
 from fastadv.training.checkpoints import Checkpoints
 
 INF, NAN = float("inf"), float("nan")
@@ -21,13 +21,13 @@ INF, NAN = float("inf"), float("nan")
 def train(folder=None, model=None, **changes):
     """The model of a run of three epochs of four batches, and the states of its weights before each step."""
     model, states = poisoned_run.network() if model is None else model, []
-    apply = Step.apply
+    apply = TrainStep.apply
 
     def noted(step):
         states.append({name: value.clone() for name, value in model.state_dict().items()})
         apply(step)
 
-    with patch.object(Step, "apply", noted):
+    with patch.object(TrainStep, "apply", noted):
         poisoned_run.train(model, folder, **changes)
     return model, states
 
@@ -49,9 +49,9 @@ def assert_finite(folder):
     ("step", "value", "settings"),
     [
         (0, NAN, {"optimizer": "sgd"}),
-        (0, INF, {"optimizer": "adamw", "average": 0.9}),
-        (6, NAN, {"optimizer": "sgd", "average": 0.9, "clip": 1.0}),
-        (6, -INF, {"optimizer": "adamw", "clip": 1.0, "accumulate": 2}),
+        (0, INF, {"optimizer": "adamw", "ema_decay": 0.9}),
+        (6, NAN, {"optimizer": "sgd", "ema_decay": 0.9, "max_grad_norm": 1.0}),
+        (6, -INF, {"optimizer": "adamw", "max_grad_norm": 1.0, "grad_accum_steps": 2}),
         (7, NAN, {"optimizer": "adamw", "method": "linear", "checkpoint_s": 1e9}),
     ],
 )
@@ -60,7 +60,7 @@ def test_a_gradient_that_is_not_finite_is_not_learnt_and_the_run_goes_on_to_the_
 ):
     whole, states = train(tmp_path / "whole", **settings)
     model = poisoned_run.network()
-    parts = settings.get("accumulate", 1)
+    parts = settings.get("grad_accum_steps", 1)
     place = f"epoch {step // 4 + 1}, batch {step % 4 + 1}"
     words = rf"gradient is not finite \(its norm is .*the loss is \d.*{place}; the batch"
     with poisoned(step * parts, "gradient", value), pytest.raises(FloatingPointError, match=words):
@@ -129,8 +129,8 @@ class Masked(nn.Module):
 
 
 def test_numbers_that_the_model_came_with_are_no_fault(tmp_path):
-    assert len(train(tmp_path, Masked(), average=0.9)[1]) == 12
-    assert len(train(tmp_path, Masked(), average=0.9, resume=True)[1]) == 0
+    assert len(train(tmp_path, Masked(), ema_decay=0.9)[1]) == 12
+    assert len(train(tmp_path, Masked(), ema_decay=0.9, resume=True)[1]) == 0
 
 
 def test_weights_that_the_model_came_with_are_named_where_nothing_can_be_learnt():
@@ -153,9 +153,9 @@ def test_a_mask_is_no_part_of_an_average():
         def forward(self, x):
             return nn.functional.pad(self.inner(x), (0, 1)) + self.mask
 
-    model, _ = train(model=Impossible(), average=0.9)
+    model, _ = train(model=Impossible(), ema_decay=0.9)
     assert torch.equal(model.mask, torch.tensor([0, 0, 0, -INF]))
-    without, _ = train(average=0.9)  # a class that cannot be changes nothing
+    without, _ = train(ema_decay=0.9)  # a class that cannot be changes nothing
     assert_same(model.inner.state_dict(), without.state_dict())
 
 
@@ -164,7 +164,7 @@ def test_a_step_of_a_loop_of_one_s_own_is_refused_too(ours):
     torch.manual_seed(0)
     model = nn.Sequential(ours(), nn.Flatten(), nn.Linear(192, 3))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step = Step(model, None, torch.optim.AdamW(model.parameters(), 0.1))
+    step = TrainStep(model, None, torch.optim.AdamW(model.parameters(), 0.1))
     images, labels = poisoned_run.images(6)
     step.gradients(images, labels)
     model[2].bias.grad[1] = NAN
@@ -190,10 +190,10 @@ class Reads(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_who_has_read_the_norm_waits_no_second_time(clip):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    step = Step(model, None, torch.optim.SGD(model.parameters(), 0.1), clip=clip)
+    step = TrainStep(model, None, torch.optim.SGD(model.parameters(), 0.1), max_grad_norm=clip)
     for asked in (True, False):
         step.gradients(*poisoned_run.images(6))
         expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()

@@ -13,7 +13,7 @@ from test_cuda_graph import one_order as one_order
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv.attacks import APGDL2, FABL2, FGSM, PGD, PMAL2, PRESETS, Normalized, Square, SquareL2, by_name
+from fastadv.attacks import APGDL2, FABL2, FGSM, PGD, PMAL2, PRESETS, Normalized, Square, SquareL2, create_attack
 from fastadv.evaluation import evaluate, queue
 from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.queue import Queue
@@ -42,7 +42,7 @@ def attack_of(name, model, eps=EPS, **options):
         options["steps"] = STEPS
     if name in IN_L2:
         return kind(model, L2_EPS, **options)
-    return by_name(name, model, eps, **options)
+    return create_attack(name, model, eps, **options)
 
 
 # ---------------------------------------------------------------------- graphs
@@ -135,7 +135,9 @@ def samples():
 
 def evaluated(device, attacks_on, **options):
     there = Exact().to(device).eval()
-    return evaluate(there, samples(), attacks_on(there), **{"slots": SLOTS, "seed": 3, "progress": False, **options})
+    return evaluate(
+        there, samples(), attacks_on(there), **{"batch_size": SLOTS, "seed": 3, "progress": False, **options}
+    )
 
 
 def of(keys, report):
@@ -170,7 +172,7 @@ def one_shape(monkeypatch):
     return run
 
 
-RUNS = ({"slots": 3}, {"slots": 64}, {"pool": 20})
+RUNS = ({"batch_size": 3}, {"batch_size": 64}, {"pool": 20})
 SMALL = 0.012  # where restarts of few steps still find more
 
 

@@ -17,7 +17,7 @@ from attacked import one_thread as one_thread
 from dispatched import Allocated
 from torch import nn
 
-from fastadv.attacks import FGSM, PGD, Normalized, by_name
+from fastadv.attacks import FGSM, PGD, Normalized, create_attack
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.identity import differences, fingerprint, untold
 from fastadv.evaluation.identity import told as in_pieces
@@ -211,7 +211,7 @@ def test_what_a_call_leaves_behind_is_no_difference():
     images, labels = torch.rand(9, 3, 2, 2), torch.randint(3, (9,))
     for make in (
         lambda: ours(net(), restarts=2),
-        lambda: by_name("mifgsm", net(), EPS),
+        lambda: create_attack("mifgsm", net(), EPS),
         lambda: torchattacks.PGD(net(), EPS),
         lambda: Own(net(), EPS),
     ):

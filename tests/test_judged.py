@@ -197,7 +197,7 @@ def test_the_command_says_that_all_of_the_training_s_folder_overlaps(tmp_path, c
     model = models.load(weights)
     images, labels = data.held_out(tmp_path / "mine", model.classes, part="all").decoded(None, False)
     with torch.no_grad():
-        right = model.pixels.eval()(to_float(images)).argmax(1) == labels
+        right = model.on_pixels.eval()(to_float(images)).argmax(1) == labels
     assert report["clean_correct"] == right.tolist()
 
 

@@ -92,7 +92,7 @@ def offline(monkeypatch):
 )
 def test_models_by_name_make_logits(name, shape):
     model = models.source(name).build("abcdefg", shape)
-    assert model.pixels(torch.rand(2, *shape)).shape == (2, 7)
+    assert model.on_pixels(torch.rand(2, *shape)).shape == (2, 7)
     assert model.classes == tuple("abcdefg")
     assert not model.pretrained
     json.dumps(model.architecture)
@@ -168,7 +168,7 @@ def test_timm_says_what_its_model_takes():
     source = models.source("timm:resnet18?pretrained=false&in_chans=1")
     assert (source.preprocessing.size, source.preprocessing.channels) == ((224, 224), 1)
     assert source.preprocessing.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
-    assert source.build("ab").pixels(torch.rand(1, 1, 64, 64)).shape == (1, 2)
+    assert source.build("ab").on_pixels(torch.rand(1, 1, 64, 64)).shape == (1, 2)
 
 
 def test_pretrained_weights_that_cannot_be_had_are_said_to_be_missing(offline, tmp_path):
@@ -207,11 +207,11 @@ def test_a_folder_of_transformers(hf_folder, offline):
     same_outputs(known.network, original)
     other = source.build(["ant", "bee", "cow", "dog"])
     assert torch.equal(other.network.vit.layernorm.weight, original.vit.layernorm.weight)
-    assert other.pixels(torch.rand(2, *SHAPE)).logits.shape == (2, 4)
+    assert other.on_pixels(torch.rand(2, *SHAPE)).logits.shape == (2, 4)
     images = torch.rand(2, *SHAPE)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
     by_hand = original.eval()((images - mean) / std).logits
-    torch.testing.assert_close(known.pixels.eval()(images).logits, by_hand, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(known.on_pixels.eval()(images).logits, by_hand, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -273,10 +273,10 @@ def test_efficientnet_lite0_has_the_packages_weights():
         assert torch.equal(own[ours], weights[theirs])
     assert len(own) == len(weights) == 296
     # Codes 127 and 255 are TensorFlow's 0 and 1.
-    normalization = model.pixels.normalization
+    normalization = model.on_pixels.normalization
     codes = torch.tensor([127, 255], dtype=torch.uint8).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)
     torch.testing.assert_close(normalization(codes / 255)[0, 0, 0], torch.tensor([0.0, 1.0]), rtol=0, atol=1e-6)
-    assert model.pixels(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+    assert model.on_pixels(torch.rand(1, 3, 64, 64)).shape == (1, 3)
 
 
 def test_efficientnets_weights_of_another_package_are_refused():
@@ -305,7 +305,7 @@ def test_the_embedded_robust_backbone(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.resources, "files", lambda package: {"fastadv.models": tmp_path}[package])
     source = models.source("robust-resnet")
     assert source.preprocessing == PREPROCESSING
-    same_outputs(source.build("abcde").pixels, model.pixels)
+    same_outputs(source.build("abcde").on_pixels, model.on_pixels)
     (tmp_path / "robust-resnet.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="install it again"):
         models.source("robust-resnet")
@@ -313,15 +313,15 @@ def test_the_embedded_robust_backbone(tmp_path, monkeypatch):
 
 def test_pixels_normalise_once_and_share_the_parameters():
     model = built(preprocessing=PREPROCESSING)
-    assert model.pixels is model.pixels
-    assert isinstance(model.pixels, Normalized)
-    assert {id(p) for p in model.pixels.parameters()} == {id(p) for p in model.network.parameters()}
+    assert model.on_pixels is model.on_pixels
+    assert isinstance(model.on_pixels, Normalized)
+    assert {id(p) for p in model.on_pixels.parameters()} == {id(p) for p in model.network.parameters()}
     images = torch.rand(2, *SHAPE)
     mean, std = (torch.tensor(v)[:, None, None] for v in (PREPROCESSING.mean, PREPROCESSING.std))
-    torch.testing.assert_close(model.pixels(images), model.network((images - mean) / std))
+    torch.testing.assert_close(model.on_pixels(images), model.network((images - mean) / std))
     for nothing in (None, Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3)):
         model = built(preprocessing=nothing)
-        assert model.pixels is model.network
+        assert model.on_pixels is model.network
 
 
 # ---------------------------------------------------------------------- structure
@@ -348,7 +348,7 @@ def test_an_image_processor_without_a_size_is_refused(hf_folder, offline, monkey
 def test_images_of_another_shape_are_refused(tmp_path, name, fits):
     models.save(models.source(name).build("ab", (1, 8, 8)), tmp_path / "m.safetensors")
     source = models.source(str(tmp_path / "m.safetensors"))
-    assert source.build("ab", fits).pixels(torch.rand(2, *fits)).shape == (2, 2)
+    assert source.build("ab", fits).on_pixels(torch.rand(2, *fits)).shape == (2, 2)
     for shape in ((3, 8, 8), *([(1, 9, 11)] if name == "mlp" else [])):
         with pytest.raises(ValueError, match=r"takes images of the shape \(1, 8, 8\), these have"):
             source.build("ab", shape)
@@ -429,7 +429,7 @@ def test_blocks_are_those_declared_or_the_longest_run(hf_folder):
     with pytest.raises(ValueError, match="'layers', which its fastadv_blocks names"):
         models.find_blocks(network)
     assert models.find_blocks(built().network) == ["blocks.0", "blocks.1"]
-    assert models.find_blocks(models.source(VIT).build("ab").pixels) == ["model.blocks.0", "model.blocks.1"]
+    assert models.find_blocks(models.source(VIT).build("ab").on_pixels) == ["model.blocks.0", "model.blocks.1"]
     vit = transformers.ViTForImageClassification.from_pretrained(hf_folder)
     assert models.find_blocks(vit) == ["vit.layers.0", "vit.layers.1"]
     with pytest.raises(ValueError, match="no blocks in a row"):
@@ -462,7 +462,7 @@ def test_lora_finds_queries_and_values_by_what_they_take(hf_folder):
     expected = [f"vit.layers.{i}.attention.{p}_proj" for i in range(2) for p in "qv"]
     assert models.lora_targets(vit, torch.rand(2, *SHAPE)) == [models.Target(name) for name in expected]
     rows = (slice(0, 48), slice(96, 144))
-    assert models.lora_targets(models.source(VIT).build("ab").pixels, torch.zeros(1, *SHAPE, dtype=torch.uint8)) == [
+    assert models.lora_targets(models.source(VIT).build("ab").on_pixels, torch.zeros(1, *SHAPE, dtype=torch.uint8)) == [
         models.Target(f"model.blocks.{i}.attn.qkv", rows) for i in range(2)
     ]
 
@@ -774,7 +774,7 @@ def test_a_file_builds_its_model_again_bit_for_bit(tmp_path, own_net, hf_folder)
         assert loaded.pretrained
         for key, value in model.network.state_dict().items():
             assert torch.equal(value, loaded.network.state_dict()[key]), key
-        same_outputs(loaded.pixels, model.pixels)
+        same_outputs(loaded.on_pixels, model.on_pixels)
         source = models.source(str(path), trust_code=name == "own_net:net")
         assert source.preprocessing == model.preprocessing
         same_outputs(source.build(model.classes, SHAPE).network, model.network)
@@ -1176,7 +1176,7 @@ def test_timms_networks_load_with_timm_alone(tmp_path, ending):
     options = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 2}
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5, checkpoint_path=path, **options).eval()
     images = torch.rand(2, *SHAPE)
-    torch.testing.assert_close(network(normalised(images, model.preprocessing)), model.pixels(images))
+    torch.testing.assert_close(network(normalised(images, model.preprocessing)), model.on_pixels(images))
 
 
 def test_our_networks_load_with_torch_alone(tmp_path):
@@ -1195,7 +1195,7 @@ def test_our_networks_load_with_torch_alone(tmp_path):
 def test_transformers_load_with_transformers_alone(tmp_path, hf_folder):
     model = models.source(f"hf:{hf_folder}").build(["ant", "bee"])
     model.preprocessing = dataclasses.replace(model.preprocessing, crop=0.8)
-    model.pixels.eval()
+    model.on_pixels.eval()
     models.export(model, tmp_path / "out")
     network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
@@ -1204,7 +1204,7 @@ def test_transformers_load_with_transformers_alone(tmp_path, hf_folder):
     codes = large[:, :, 4:36, 4:36].contiguous()  # 32 = 0.8 * 40
     inputs = processor(list(large), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs, normalised(codes / 255, model.preprocessing), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(network(inputs).logits, model.pixels(codes).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network(inputs).logits, model.on_pixels(codes).logits, rtol=1e-4, atol=1e-5)
     again = models.source(f"hf:{tmp_path / 'out'}")
     assert again.preprocessing.to_json() == model.preprocessing.to_json()
     same_outputs(again.build(["ant", "bee"]).network, model.network)
@@ -1227,5 +1227,5 @@ def test_the_embedded_backbone_is_what_its_card_says():
     assert source.preprocessing.shape == (3, 32, 32)
     own = models.load(folder / "robust-resnet.safetensors").network
     assert sum(p.numel() for p in own.parameters()) == card["parameters"]
-    assert model.pixels(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+    assert model.on_pixels(torch.rand(2, 3, 32, 32)).shape == (2, 4)
     assert 0.4 < card["robust_accuracy"] < card["clean_accuracy"] < 1

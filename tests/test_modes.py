@@ -261,7 +261,7 @@ def test_an_evaluation_takes_a_step_size_of_all(batch):
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES)), torch.rand(60, 3, 6, 6)
     labels = model(images).argmax(1)
     found = [
-        robust_accuracy(model, (images, labels), PGD(model, EPS, alpha, 3), slots=7)
+        robust_accuracy(model, (images, labels), PGD(model, EPS, alpha, 3), batch_size=7)
         for alpha in (EPS / 4, torch.tensor(EPS / 4), torch.full((1, 3, 1, 1), EPS / 4), torch.zeros(()))
     ]
     assert found[0] == found[1] == found[2]

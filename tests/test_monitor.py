@@ -11,7 +11,7 @@ from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import data, sample_seeds
-from fastadv.attacks import FGSM, NFGSM, PGD, Normalized, by_name
+from fastadv.attacks import FGSM, NFGSM, PGD, Normalized, create_attack
 from fastadv.models.networks import mlp
 from fastadv.training.monitor import Monitor, abnormal_share
 
@@ -28,7 +28,7 @@ def train(attack, epochs, seed):
     """Readings after each epoch of training on digits at a large budget, in a loop of the test's own."""
     torch.manual_seed(seed)
     model = mlp(DIGITS.shape, 5)
-    attack = by_name(attack, model, LARGE_EPS)
+    attack = create_attack(attack, model, LARGE_EPS)
     monitor = Monitor(model, DIGITS.x_train[:128], DIGITS.y_train[:128], attack, LARGE_EPS)
     images, labels = DIGITS.x_train[128:], DIGITS.y_train[128:]
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)

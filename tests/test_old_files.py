@@ -31,7 +31,7 @@ def test_a_training_goes_on(old, name, tmp_path, monkeypatch):
     monkeypatch.setattr(old_run.run.Run, "_batch", lambda run, *args: (batches.append(None), batch(run, *args))[1])
     weights, records = old_run.train(name, tmp_path / "run")
     assert records[: len(log)] == log
-    epochs = 3 + old_run.RUNS[name].get("head_start", 0)
+    epochs = 3 + old_run.RUNS[name].get("lp_ft", 0)
     assert [record["epoch"] for record in records if "epoch" in record] == list(range(epochs))
     assert len(batches) == 4 * epochs - old_run.STEPS[name]
     # Of that version, in one run; another PyTorch or processor may round otherwise.
@@ -52,8 +52,9 @@ def test_a_training_goes_on_for_more_epochs_with_more_evaluations(old, tmp_path)
 
 def test_another_training_is_refused_by_what_differs(old, tmp_path):
     shutil.copytree(old / "sgd", tmp_path / "run")
-    with pytest.raises(ValueError, match=r"differs in lr \(0.02 there, 0.5 here\), clip \(None there, 1.0 here\)\."):
-        old_run.train("sgd", tmp_path / "run", lr=0.5, clip=1.0)
+    words = r"differs in lr \(0.02 there, 0.5 here\), max_grad_norm \(None there, 1.0 here\)\."
+    with pytest.raises(ValueError, match=words):
+        old_run.train("sgd", tmp_path / "run", lr=0.5, max_grad_norm=1.0)
 
 
 def test_a_model_loads(old):

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastadv.attacks import FGSM, PMA, Normalized
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.suspicions import of_outputs
+from fastadv.evaluation.masking_checks import of_outputs
 from fastadv.training import Monitor, Trainer, backbone_robustness, trainable
 
 EPS = 8 / 255
@@ -50,18 +50,18 @@ def noisy(images, labels):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulate", "settings"),
+    ("batch_size", "grad_accum_steps", "settings"),
     [
         (12, 4, {"method": "linear"}),
-        (7, 1, {"method": "full", "attack": "pgd", "average": 0.9}),
+        (7, 1, {"method": "full", "attack": "pgd", "ema_decay": 0.9}),
         (9, 2, {"method": "bias", "eval_attack": noisy}),
     ],
 )
-def test_no_pass_of_a_run_has_more_images_than_a_part_of_a_step(batch_size, accumulate, settings):
+def test_no_pass_of_a_run_has_more_images_than_a_part_of_a_step(batch_size, grad_accum_steps, settings):
     model = network()
     seen = seen_by(model)
-    fit(model, small(40), small(21), small(33), batch_size=batch_size, accumulate=accumulate, **settings)
-    largest = math.ceil(math.ceil(40 / math.ceil(40 / batch_size)) / accumulate)
+    fit(model, small(40), small(21), small(33), batch_size=batch_size, grad_accum_steps=grad_accum_steps, **settings)
+    largest = math.ceil(math.ceil(40 / math.ceil(40 / batch_size)) / grad_accum_steps)
     assert max(count for count, _, _ in seen) == largest
 
 
@@ -161,14 +161,14 @@ def test_an_evaluation_s_precision_and_layout_are_those_of_all_its_passes():
     model = network().eval()
     seen = seen_by(model)
     data, options = small(30), {"autocast": torch.bfloat16, "memory_format": torch.channels_last}
-    report = evaluate(model, data, ["fgsm", noisy, "apgd-ce"], slots=8, progress=False, **options)
+    report = evaluate(model, data, ["fgsm", noisy, "apgd-ce"], batch_size=8, progress=False, **options)
     assert {(autocast, layout) for _, autocast, layout in seen} == {(True, True)}
     assert report["settings"]["autocast"] == "torch.bfloat16"
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         right = model(data[0].float() / 255).argmax(1) == data[1]
     assert report["clean_correct"] == right.tolist()
     seen.clear()
-    evaluate(model, data, ["fgsm", PMA(model, EPS, autocast=torch.bfloat16)], slots=8, progress=False)
+    evaluate(model, data, ["fgsm", PMA(model, EPS, autocast=torch.bfloat16)], batch_size=8, progress=False)
     assert {autocast for _, autocast, _ in seen} == {False, True}
 
 

@@ -19,7 +19,7 @@ from fastadv.training.processes import processes
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM .*whole model in each process"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config .*whole model in each process"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo backend inductor .*ask for compile"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "4 steps of gradient accumulation .*ask for accumulate"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "4 steps of gradient accumulation .*ask for grad_accum_steps"),
     ],
 )
 def test_what_a_run_would_not_heed_is_refused_by_name(monkeypatch, variable, value, words):

@@ -321,7 +321,7 @@ def test_confusions_are_those_of_the_model_without_and_under_the_attack():
     with torch.no_grad():
         net[1].weight.copy_(2 * torch.randn(4, 48, generator=generator))
     attack = FGSM(net, 0.05)
-    found = confusions(labels, evaluate(net, (images, labels), [attack], slots=16, progress=False))
+    found = confusions(labels, evaluate(net, (images, labels), [attack], batch_size=16, progress=False))
     adv = attack(images, labels)
     with torch.no_grad():
         clean, after = (net(x).argmax(1).tolist() for x in (images, adv))

@@ -23,7 +23,7 @@ from fastadv.training.checkpoints import FORMAT, Checkpoints
 from fastadv.training.memory import SampleMemory
 
 KILLS = 20
-STALE = {"attack": "stale", "price": 1.25, "head_start": 0, "epochs": 4, "eval_every": 0}
+STALE = {"attack": "stale", "price": 1.25, "lp_ft": 0, "epochs": 4, "eval_every": 0}
 
 
 @pytest.mark.parametrize(("kills", "settings"), [(KILLS, {}), (KILLS // 4, STALE)], ids=["fgsm-rs", "stale"])
@@ -43,13 +43,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, se
     assert whole <= cut <= whole + 2 * kills, f"seed {seed}"
 
 
-@pytest.mark.parametrize("settings", [{"refresh": 3}, {"method": "bias", "head_start": 2, "epochs": 4}], ids=str)
+@pytest.mark.parametrize("settings", [{"refresh": 3}, {"method": "bias", "lp_ft": 2, "epochs": 4}], ids=str)
 def test_signs_outlast_a_signal_and_a_damaged_checkpoint(tmp_path, settings, monkeypatch, terminating):
     """Cut in the middle of an epoch, and the newest checkpoint damaged: the one before is of the epoch before."""
     fast = {"probe": 0, "eval_every": 0}
-    settings = {"attack": "stale", "head_start": 0, "epochs": 6, "checkpoint_s": 1e9} | fast | settings
+    settings = {"attack": "stale", "lp_ft": 0, "epochs": 6, "checkpoint_s": 1e9} | fast | settings
     whole = killed_run.train(tmp_path / "whole", **settings)
-    taken, apply = [], killed_run.Step.apply
+    taken, apply = [], killed_run.TrainStep.apply
 
     def counted(step):
         apply(step)
@@ -57,7 +57,7 @@ def test_signs_outlast_a_signal_and_a_damaged_checkpoint(tmp_path, settings, mon
         if len(taken) == 21:  # the third of six batches in the fourth epoch
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(killed_run.Step, "apply", counted)
+    monkeypatch.setattr(killed_run.TrainStep, "apply", counted)
     with pytest.raises(Terminated):
         killed_run.train(tmp_path / "cut", **settings)
     for damaged in (False, True):
@@ -80,7 +80,7 @@ def test_signs_are_on_the_disk_before_the_checkpoint_that_needs_them(tmp_path, m
     seen, flush, save = [], SampleMemory.flush, Checkpoints.save
     monkeypatch.setattr(SampleMemory, "flush", lambda memory: (seen.append("signs"), flush(memory)))
     monkeypatch.setattr(Checkpoints, "save", lambda *arguments: (seen.append("checkpoint"), save(*arguments)))
-    killed_run.train(tmp_path, attack="stale", head_start=0, epochs=2)
+    killed_run.train(tmp_path, attack="stale", lp_ft=0, epochs=2)
     assert seen == ["checkpoint"] + ["signs", "signs", "checkpoint"] * (len(seen) // 3)
     assert len(seen) > 36
 
@@ -104,8 +104,8 @@ def terminating():
 
 def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch, terminating):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    apply = killed_run.Step.apply
-    monkeypatch.setattr(killed_run.Step, "apply", lambda step: (apply(step), os.kill(os.getpid(), signal.SIGINT)))
+    apply = killed_run.TrainStep.apply
+    monkeypatch.setattr(killed_run.TrainStep, "apply", lambda step: (apply(step), os.kill(os.getpid(), signal.SIGINT)))
     killed_run.train(tmp_path)
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["final"]
 
@@ -114,7 +114,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch, terminating):
 def test_a_signal_leaves_a_checkpoint_and_then_acts(tmp_path, number, error, monkeypatch, terminating):
     whole = killed_run.train(tmp_path / "whole", checkpoint_s=1e9)
     taken = []
-    apply = killed_run.Step.apply
+    apply = killed_run.TrainStep.apply
 
     def counted(step):
         apply(step)
@@ -122,7 +122,7 @@ def test_a_signal_leaves_a_checkpoint_and_then_acts(tmp_path, number, error, mon
         if len(taken) == 9:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(killed_run.Step, "apply", counted)
+    monkeypatch.setattr(killed_run.TrainStep, "apply", counted)
     with pytest.raises(error):
         killed_run.train(tmp_path / "cut", checkpoint_s=1e9)
     assert signal.getsignal(signal.SIGTERM) is terminating
@@ -136,7 +136,7 @@ def test_a_signal_leaves_a_checkpoint_and_then_acts(tmp_path, number, error, mon
 def test_a_signal_during_an_evaluation_acts_at_once_and_costs_no_step(tmp_path, monkeypatch, terminating):
     whole = killed_run.train(tmp_path / "whole", checkpoint_s=1e9)
     evaluations, taken = [], []
-    measure, apply = run.robust_accuracy, killed_run.Step.apply
+    measure, apply = run.robust_accuracy, killed_run.TrainStep.apply
 
     def interrupted(*args, **options):
         evaluations.append(None)
@@ -146,7 +146,7 @@ def test_a_signal_during_an_evaluation_acts_at_once_and_costs_no_step(tmp_path, 
         return measure(*args, **options)
 
     monkeypatch.setattr(run, "robust_accuracy", interrupted)
-    monkeypatch.setattr(killed_run.Step, "apply", lambda step: (taken.append(None), apply(step)))
+    monkeypatch.setattr(killed_run.TrainStep, "apply", lambda step: (taken.append(None), apply(step)))
     with pytest.raises(Terminated):
         killed_run.train(tmp_path / "cut", checkpoint_s=1e9)
     resumed = killed_run.train(tmp_path / "cut", checkpoint_s=1e9)
@@ -222,7 +222,7 @@ def rewrite(folder, change):
 def older(body, run):
     """Written before there were these."""
     assert run.pop("label_smoothing") == "0.0"
-    assert run.pop("clip") == "None"
+    assert run.pop("max_grad_norm") == "None"
     assert body["facts"]["place"].pop("switched") is False
     body["facts"]["machine"].pop("precision")
 
@@ -276,8 +276,8 @@ def test_a_resumed_run_may_be_evaluated_and_kept_at_other_times(tmp_path):
         ({"warmup": 10}, 9, True),
         ({"warmup": 10}, 11, True),  # the peak is the cosine's first step
         ({"warmup": 10}, 12, False),
-        ({"head_start": 2}, 11, True),
-        ({"head_start": 2}, 14, False),
+        ({"lp_ft": 2}, 11, True),
+        ({"lp_ft": 2}, 14, False),
         ({"warmup": 18}, None, True),  # a finished run without a cosine
         ({}, None, False),
     ],
@@ -296,7 +296,7 @@ def test_more_epochs_may_follow_and_it_is_said_where_the_steps_so_far_would_have
     if not same_steps:
         with pytest.warns(UserWarning, match=r"was to have 3 epochs and goes on to 5: the learning rate"):
             _, losses, records = short(tmp_path / "cut", epochs=5, **settings)
-    assert len(losses) == 5 + settings.get("head_start", 0)
+    assert len(losses) == 5 + settings.get("lp_ft", 0)
     seconds = sum(record["train_s"] for record in records if "epoch" in record)
     assert records[-1]["train_s"] == pytest.approx(seconds)
     if same_steps:

@@ -112,7 +112,7 @@ def by_hand(order, **s):
     s = defaults | {"attack": None} | BASE | s
     attack = {name: s[name] for name in ("attack", "alpha", "noise", "steps")}
     model, left, epoch = network(), iter(order), -1
-    stages = [("linear", s["head_start"], s["head_start_lr"])] if s["head_start"] else []
+    stages = [("linear", s["lp_ft"], s["lp_ft_lr"])] if s["lp_ft"] else []
     for method, epochs, peak in [*stages, (s["method"], s["epochs"], s["lr"])]:
         lora = Lora(model, (s["lora_targets"] or ()) if method == "lora" else (), s["rank"], s["lora_alpha"], s["seed"])
         trains = parameters_of(model, method, s["head"] or "4", lora.factors)
@@ -127,9 +127,9 @@ def by_hand(order, **s):
             epoch += step % steps == 0
             share = (step - s["warmup"]) / (epochs * steps - s["warmup"])
             factor = (step + 1) / s["warmup"] if step < s["warmup"] else (1 + math.cos(math.pi * share)) / 2
-            all_epochs = s["head_start"] + s["epochs"]
+            all_epochs = s["lp_ft"] + s["epochs"]
             budget = share_of_budget(s["eps_schedule"], (epoch + step % steps / steps) / all_epochs)
-            parts = [next(left) for _ in range(s["accumulate"])]
+            parts = [next(left) for _ in range(s["grad_accum_steps"])]
             for part in parts:
                 x, y, seeds = TRAIN[0][part], TRAIN[1][part], sample_seeds(s["seed"], part, epoch)
                 kept = copy.deepcopy(model.state_dict())
@@ -145,11 +145,11 @@ def by_hand(order, **s):
                     p.grad = grad if p.grad is None else p.grad + grad
             norm = torch.cat([p.grad.flatten() for p in trains.values()]).norm()
             for group, p in zip(optimizer.param_groups, trains.values(), strict=True):
-                p.grad *= min(1.0, (s["clip"] or math.inf) / (norm + 1e-6))
+                p.grad *= min(1.0, (s["max_grad_norm"] or math.inf) / (norm + 1e-6))
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad()
-            decay = min(s["average"], (1 + step) / (10 + step))
+            decay = min(s["ema_decay"], (1 + step) / (10 + step))
             for name, value in model.state_dict().items():
                 average[name] = (
                     decay * average[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
@@ -157,7 +157,7 @@ def by_hand(order, **s):
         with torch.no_grad():
             for name in lora.factors:
                 model.get_submodule(name).weight.copy_(lora.weight(name))
-        if s["average"]:
+        if s["ema_decay"]:
             model.load_state_dict(average)
     return model.state_dict()
 
@@ -173,8 +173,8 @@ IN_THE_WEIGHTS = [
     ("method", "bias", {}),
     ("method", "lora", {"lora_targets": ["1"]}),
     ("head", "1", {"method": "linear"}),
-    ("head_start", 2, {"head_start_lr": 0.1}),
-    ("head_start_lr", 0.05, {"head_start": 1, "warmup": 2}),
+    ("lp_ft", 2, {"lp_ft_lr": 0.1}),
+    ("lp_ft_lr", 0.05, {"lp_ft": 1, "warmup": 2}),
     ("rank", 3, LORA),
     ("lora_alpha", 5.0, LORA),
     ("lora_targets", ["1", "4"], LORA | {"head": "4"}),
@@ -182,13 +182,13 @@ IN_THE_WEIGHTS = [
     ("alpha", 0.03, {"attack": "pgd"}),
     ("noise", 0.04, {"attack": "fgsm-rs"}),
     ("steps", 3, {"attack": "pgd"}),
-    ("eps_schedule", "linear", {"head_start": 1}),
+    ("eps_schedule", "linear", {"lp_ft": 1}),
     ("eps_schedule", "hinge:0.1,0.7", {}),
     ("eps_schedule", "hinge:0.5,1", {"attack": "pgd", "alpha": 0.03}),
     ("eps_schedule", "linear", {"attack": "fgsm-rs", "noise": 0.04}),
     ("epochs", 3, {}),
     ("batch_size", 12, {}),
-    ("accumulate", 3, {}),
+    ("grad_accum_steps", 3, {}),
     ("lr", 0.01, {}),
     ("warmup", 4, {}),
     ("optimizer", "sgd", {}),
@@ -197,8 +197,8 @@ IN_THE_WEIGHTS = [
     ("clean_weight", 0.3, {}),
     ("clean_weight", 1.0, {}),
     ("label_smoothing", 0.2, {}),
-    ("clip", 0.1, {"optimizer": "sgd"}),
-    ("average", 0.7, {}),
+    ("max_grad_norm", 0.1, {"optimizer": "sgd"}),
+    ("ema_decay", 0.7, {}),
     ("seed", 3, {"attack": "fgsm-rs"}),
 ]
 
@@ -217,10 +217,10 @@ def test_without_changes_it_is_the_loop_by_hand_too(attack):
     torch.testing.assert_close(weights, by_hand(order, attack=attack), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_each_epoch_has_every_image_once_in_an_order_of_its_own(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_each_epoch_has_every_image_once_in_an_order_of_its_own(grad_accum_steps):
     def epochs(**changes):
-        return torch.cat(trained({"epochs": 4, "accumulate": accumulate, **changes})[1]).reshape(4, COUNT)
+        return torch.cat(trained({"epochs": 4, "grad_accum_steps": grad_accum_steps, **changes})[1]).reshape(4, COUNT)
 
     order = epochs()
     assert (order.sort(1)[0] == torch.arange(COUNT)).all()
@@ -337,11 +337,11 @@ def probe():
 def answers():
     """What each answer to an alarm after the first epoch does to the epochs, the rates and the attack after it."""
     for changes, attacks, rates in (
-        ({"on_overfitting": "warn"}, ["FGSM"] * 3, [1, 1, 1]),
-        ({"on_overfitting": "stop"}, ["FGSM"], [1]),
-        ({"on_overfitting": "rollback"}, ["FGSM"] * 3, [1, 0.5, 0.5]),
-        ({"on_overfitting": "switch", "switch_to": "pgd"}, ["FGSM", "PGD", "PGD"], None),
-        ({"on_overfitting": "switch", "switch_to": "nfgsm"}, ["FGSM", "NFGSM", "NFGSM"], None),
+        ({"on_catastrophic_overfitting": "warn"}, ["FGSM"] * 3, [1, 1, 1]),
+        ({"on_catastrophic_overfitting": "stop"}, ["FGSM"], [1]),
+        ({"on_catastrophic_overfitting": "rollback"}, ["FGSM"] * 3, [1, 0.5, 0.5]),
+        ({"on_catastrophic_overfitting": "switch", "switch_to": "pgd"}, ["FGSM", "PGD", "PGD"], None),
+        ({"on_catastrophic_overfitting": "switch", "switch_to": "nfgsm"}, ["FGSM", "NFGSM", "NFGSM"], None),
     ):
         used = []
 
@@ -419,7 +419,7 @@ def price():
 
 ELSEWHERE = {each.__name__: each for each in (augment, precision, compile, channels_last, eval_every, probe)}
 ELSEWHERE |= {each.__name__: each for each in (adapter_reduction, prompt_tokens, refresh, price)}
-ELSEWHERE |= {"on_overfitting": answers, "switch_to": answers}
+ELSEWHERE |= {"on_catastrophic_overfitting": answers, "switch_to": answers}
 
 
 @pytest.mark.parametrize("field", ELSEWHERE)

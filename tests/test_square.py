@@ -12,8 +12,7 @@ from attacked import one_thread as one_thread
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadv.attacks import Normalized, Square, SquareL2, by_name
-from fastadv.attacks import samplewise
+from fastadv.attacks import Normalized, Square, SquareL2, create_attack, samplewise
 from fastadv.attacks.engine import Engine
 
 EPS = 0.07
@@ -559,7 +558,7 @@ def test_what_cannot_be_meant_is_refused(kind):
 
 
 def test_preset():
-    attack = by_name("square", flat, EPS)
+    attack = create_attack("square", flat, EPS)
     assert type(attack) is Square
     assert (attack.n_queries, attack.p_init, attack.loss, attack.eps) == (5000, 0.8, "margin", EPS)
 

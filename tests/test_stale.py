@@ -11,11 +11,11 @@ from torch import nn
 
 from fastadv import sample_seeds
 from fastadv.attacks import FGSM
-from fastadv.training import Augment, Settings, Step, Trainer, pack_signs, run, unpack_signs
+from fastadv.training import Augment, Settings, Trainer, TrainStep, pack_signs, run, unpack_signs
+from fastadv.training.batches import AUGMENTING, Batches
 from fastadv.training.fast import stale
 from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.memory import SampleMemory
-from fastadv.training.run import AUGMENTING
 
 EPS, CLASSES, COUNT, SIDE = 0.1, 3, 20, 8
 
@@ -33,11 +33,15 @@ def network(dtype=torch.float64, norm=True):
 
 def trained(model, data, **changes):
     """(the records, the parts of batches as (epoch, rows))."""
-    order, batch_of = [], run.Run._batch_of
+    order, batch_of = [], Batches.load
     settings = {"attack": "stale", "epochs": 3, "batch_size": 7, "lr": 0.05, "probe": 0, "optimizer": "sgd"}
     with pytest.MonkeyPatch.context() as patch:
-        noted = lambda self, part: (order.append((self.at.epoch, part)), batch_of(self, part))[1]  # noqa: E731
-        patch.setattr(run.Run, "_batch_of", noted)
+
+        def noted(batches, part, at, repeats):
+            order.append((at.epoch, part))
+            return batch_of(batches, part, at, repeats)
+
+        patch.setattr(Batches, "load", noted)
         options = {"measure_backbone": False, "progress": False}
         records = Trainer(model, EPS, **options, **settings | changes).fit(data)
     return [record for record in records if "epoch" in record], order
@@ -133,7 +137,7 @@ def test_the_update_gives_the_gradient_at_x_adv(frozen, clean_weight, smoothing)
     loss.backward()
     told, optimizer = Told(model, EPS), torch.optim.SGD(model.parameters(), 1.0)
     told.x_adv = x_adv
-    step = Step(model, told, optimizer, clean_weight=clean_weight, label_smoothing=smoothing)
+    step = TrainStep(model, told, optimizer, clean_weight=clean_weight, label_smoothing=smoothing)
     step.gradients(x, y)
     torch.testing.assert_close(told.gradient / COUNT, mine.grad, rtol=1e-10, atol=1e-15)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
@@ -269,7 +273,9 @@ def test_price_attacks_the_images_whose_signs_agreed_least(monkeypatch):
     assert not torch.equal(chosen[0], chosen[1])
 
 
-@pytest.mark.parametrize("changes", [{}, {"augment": True, "accumulate": 2}, {"channels_last": True, "average": 0.9}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"augment": True, "grad_accum_steps": 2}, {"channels_last": True, "ema_decay": 0.9}]
+)
 def test_a_fresh_attack_for_all_is_fgsm_to_the_bit(changes):
     data, models = images(dtype=torch.float32), [network(torch.float32)]
     models.append(copy.deepcopy(models[0]))
@@ -334,7 +340,7 @@ def test_signs_outlast_a_stage_and_begin_again_after_a_switch(monkeypatch, tmp_p
     begun, begin = [], stale.Stale.begin_epoch
     noted = lambda self, epoch: (begin(self, epoch), begun.append((epoch.number, self._signs.empty)))  # noqa: E731
     monkeypatch.setattr(stale.Stale, "begin_epoch", noted)
-    changes = {"method": "bias", "head_start": 3, "epochs": 2}
+    changes = {"method": "bias", "lp_ft": 3, "epochs": 2}
     trained(network(), images(), folder=tmp_path / "kept", **changes)
     assert begun == [(0, True), (1, False), (2, False), (3, False), (4, False)]
     begun.clear()
@@ -346,8 +352,9 @@ def test_signs_outlast_a_stage_and_begin_again_after_a_switch(monkeypatch, tmp_p
         return reading
 
     monkeypatch.setattr(run.Monitor, "check", alarmed)
+    options = {"folder": tmp_path, "probe": 8, "on_catastrophic_overfitting": "switch"}
     with pytest.warns(UserWarning, match="fire"):
-        records, _ = trained(network(), images(), folder=tmp_path, probe=8, on_overfitting="switch", **changes)
+        records, _ = trained(network(), images(), **options, **changes)
     assert begun == [(0, True), (1, False), (3, True), (4, False)]
     assert ["fresh" in record for record in records] == [True, True, False, True, True]
 
@@ -369,7 +376,7 @@ def test_signs_outlast_a_stage_and_begin_again_after_a_switch(monkeypatch, tmp_p
             {"price": 1.2, "clean_weight": 0.5},
             "clean images beside the attacked ones a step takes 2.00 times .* got 1.2",
         ),
-        ({"price": 1.2, "method": "bias", "head_start": 1}, "price is that of one method, and head_start"),
+        ({"price": 1.2, "method": "bias", "lp_ft": 1}, "price is that of one method, and lp_ft"),
         ({"noise": 0.1}, "the attack stale has no setting 'noise'"),
         ({"steps": 2}, "the attack stale has no setting 'steps'"),
         ({"clean_weight": 1.0}, "clean_weight=1 leaves these out"),

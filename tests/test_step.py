@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastadv import random_init
-from fastadv.attacks import FGSM, NFGSM, PGD, by_name
+from fastadv.attacks import FGSM, NFGSM, PGD, create_attack
 from fastadv.training.methods import METHODS, trainable
 from fastadv.training.monitor import Monitor
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
 
 EPS, LR, CLASSES = 0.1, 0.5, 4
 
@@ -80,7 +80,7 @@ def test_a_step_is_the_textbook_one_in_however_many_parts(clean_weight, smoothin
     x_adv = fgsm_by_hand(model, images, labels)
     loss, weights = learnt_by_hand(model, x_adv, images, labels, clean_weight, smoothing)
     right = (model(x_adv).argmax(1) == labels).sum()
-    step = Step(model, FGSM(model, EPS), sgd(model), clean_weight=clean_weight, label_smoothing=smoothing)
+    step = TrainStep(model, FGSM(model, EPS), sgd(model), clean_weight=clean_weight, label_smoothing=smoothing)
     result = taken(step, images, labels, parts)
     assert result.dtype == torch.float64
     assert result.tolist() == pytest.approx([loss, right.item(), 0, 0], rel=1e-12)
@@ -94,13 +94,13 @@ def test_clip_bounds_the_norm_of_the_whole_gradient(share):
     grads = torch.autograd.grad(cross_entropy(model(x_adv), labels).mean(), list(model.parameters()))
     clip = share * torch.cat([grad.flatten() for grad in grads]).norm().item()
     _, weights = learnt_by_hand(model, x_adv, images, labels, clip=clip)
-    taken(Step(model, FGSM(model, EPS), sgd(model), clip=clip), images, labels, [5, 4])
+    taken(TrainStep(model, FGSM(model, EPS), sgd(model), max_grad_norm=clip), images, labels, [5, 4])
     assert_weights(model, weights, rtol=1e-5, atol=1e-5)  # PyTorch adds 1e-6 to the norm
 
 
 def test_without_a_scale_the_loss_is_a_mean():
     model, (images, labels) = network(), batch(5)
-    step = Step(model, None, sgd(model))
+    step = TrainStep(model, None, sgd(model))
     expected = cross_entropy(model(images), labels).mean().item()
     assert step.gradients(images, labels)[0].item() == pytest.approx(expected, rel=1e-12)
 
@@ -111,7 +111,7 @@ def test_float32_and_uint8_images(dtype):
     images = (255 * images).to(torch.uint8) if dtype == torch.uint8 else images
     pixels = (images.double() / 255).float() if dtype == torch.uint8 else images
     loss, weights = learnt_by_hand(model, fgsm_by_hand(model, pixels, labels), pixels, labels, 0.3)
-    result = taken(Step(model, FGSM(model, EPS), sgd(model), clean_weight=0.3), images, labels)
+    result = taken(TrainStep(model, FGSM(model, EPS), sgd(model), clean_weight=0.3), images, labels)
     assert result[0].item() == pytest.approx(loss, rel=1e-5)
     assert_weights(model, weights, rtol=1e-4, atol=1e-6)
 
@@ -128,7 +128,7 @@ def test_a_callable_gets_float_images_and_labels_and_nothing_else(dtype):
         return 1 - args[0]
 
     loss, weights = learnt_by_hand(model, 1 - pixels, pixels, labels)
-    result = taken(Step(model, attack, sgd(model)), images, labels, seeds=torch.arange(len(labels)))
+    result = taken(TrainStep(model, attack, sgd(model)), images, labels, seeds=torch.arange(len(labels)))
     (((x, y), keywords),) = calls
     torch.testing.assert_close(x, pixels, rtol=0, atol=1e-7)
     assert y is labels or torch.equal(y, labels)
@@ -156,7 +156,7 @@ def test_a_foreign_attack_leaves_nothing_in_the_parameters_or_the_buffers():
     model.load_state_dict(alone.state_dict())
     for name, buffer in model.named_buffers():
         buffer.copy_(dict(nn.BatchNorm2d(3).double().named_buffers())[name.partition(".")[2]])
-    Step(model, attack, sgd(model)).gradients(images, labels)
+    TrainStep(model, attack, sgd(model)).gradients(images, labels)
     for (name, got), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-9, atol=1e-12, msg=name)
     assert model[0].num_batches_tracked == 1
@@ -167,7 +167,7 @@ def test_without_an_attack_it_is_standard_training():
     loss, weights = learnt_by_hand(model, images, images, labels)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(None))
-    result = taken(Step(model, None, sgd(model)), images, labels)
+    result = taken(TrainStep(model, None, sgd(model)), images, labels)
     assert len(calls) == 1
     assert result[0].item() == pytest.approx(loss, rel=1e-12)
     assert_weights(model, weights, rtol=1e-12, atol=1e-14)
@@ -195,7 +195,7 @@ def test_logits_are_found_in_other_outputs(kind):
     model, (images, labels) = network(), batch()
     _, weights = learnt_by_hand(model, fgsm_by_hand(model, images, labels), images, labels, 0.3)
     wrapped = Wrapped(model, OUTPUTS[kind])
-    taken(Step(wrapped, FGSM(wrapped, EPS), sgd(model), clean_weight=0.3), images, labels, [5, 4])
+    taken(TrainStep(wrapped, FGSM(wrapped, EPS), sgd(model), clean_weight=0.3), images, labels, [5, 4])
     assert_weights(model, weights, rtol=1e-12, atol=1e-14)
 
 
@@ -206,7 +206,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_their_own():
     before = [p.detach().clone() for p in frozen]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    step = Step(model, FGSM(model, EPS), sgd(model))
+    step = TrainStep(model, FGSM(model, EPS), sgd(model))
     step.gradients(images, labels)
     assert [p.grad is None for p in model.parameters()] == [True] * 4 + [False] * 2
     step.apply()
@@ -217,7 +217,7 @@ def test_bf16_is_used_in_attack_and_update_and_the_loss_is_in_float32():
     model, (images, labels) = network(torch.float32), batch(dtype=torch.float32)
     seen = []
     model.register_forward_hook(lambda module, _, out: seen.append((model[0].weight.requires_grad, out.detach())))
-    step = Step(model, FGSM(model, EPS, autocast=torch.bfloat16), sgd(model), autocast=torch.bfloat16)
+    step = TrainStep(model, FGSM(model, EPS, autocast=torch.bfloat16), sgd(model), autocast=torch.bfloat16)
     result = step.gradients(images, labels)
     assert [trains for trains, _ in seen] == [False, True]
     assert {out.dtype for _, out in seen} == {torch.bfloat16}
@@ -315,7 +315,7 @@ def test_a_step_costs_the_attack_s_passes_and_one_of_each_kind(kind, method, att
     model, (images, labels) = NETWORKS[kind](), COSTLY
     with trainable(model, method, rank=2, example=images):
         passes = Passes(model)
-        step = Step(model, by_name(attack, model, EPS), sgd(model))
+        step = TrainStep(model, create_attack(attack, model, EPS), sgd(model))
         with Flops() as counter:
             step.gradients(images, labels, torch.arange(len(labels)))
             step.apply()
@@ -376,7 +376,7 @@ def test_the_free_share_of_abnormal_samples_is_the_computed_one(kind):
     losses = [cross_entropy(model(x), labels) for x in (start, attack(images, labels, seed=seeds))]
     expected = (losses[0] > losses[1]).sum().item()
     assert 0 < expected < 64
-    step = Step(model.train(), attack, sgd(model), label_smoothing=0.2, clean_weight=0.5)
+    step = TrainStep(model.train(), attack, sgd(model), label_smoothing=0.2, clean_weight=0.5)
     assert step.gradients(images, labels, seeds)[2:].tolist() == [expected, 64]
 
 
@@ -391,7 +391,7 @@ def test_none_is_looked_at_where_attack_and_update_differ_in_mode(layer, looked)
     model, (images, labels) = rough(), batch(16)
     model.insert(2, copy.deepcopy(layer).double())
     attack = FGSM(model, 0.3, alpha=0.6, noise=0.25)
-    step = Step(model.train(), attack, sgd(model))
+    step = TrainStep(model.train(), attack, sgd(model))
     assert step.gradients(images, labels)[3] == looked
     model.eval()
     assert step.gradients(images, labels)[3] == 16
@@ -412,7 +412,7 @@ def test_none_is_looked_at_where_attack_and_update_differ_in_mode(layer, looked)
 )
 def test_none_is_looked_at_where_no_such_loss_is_at_hand(attack):
     model, (images, labels) = rough(), batch(16)
-    step = Step(model, attack(model), sgd(model))
+    step = TrainStep(model, attack(model), sgd(model))
     assert step.gradients(images, labels)[2:].tolist() == [0, 0]
 
 
@@ -420,7 +420,7 @@ def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode()
     model, (images, labels) = rough(), batch(16)
     model.insert(2, nn.BatchNorm1d(16).double())
     model.eval()
-    step = Step(model, FGSM(model, EPS, noise=None, training_mode="batch_norm"), sgd(model))
+    step = TrainStep(model, FGSM(model, EPS, noise=None, training_mode="batch_norm"), sgd(model))
     assert step.gradients(images, labels)[2:].tolist() == [0, 0]
 
 
@@ -430,7 +430,7 @@ def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode()
         ({"clean_weight": 1.5}, ValueError, "clean_weight must be at most 1, got 1.5"),
         ({"clean_weight": "0.5"}, TypeError, "clean_weight is a number, got '0.5'"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be at least 0, got -0.1"),
-        ({"clip": 0}, ValueError, "clip must be above 0, got 0"),
+        ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be above 0, got 0"),
         ({"autocast": "bf16"}, TypeError, "autocast is a dtype such as torch.bfloat16, or None, got 'bf16'"),
         ({"attack": "fgsm"}, TypeError, "attack must be a callable .* got 'fgsm'"),
         ({"attack": FGSM}, TypeError, "attack must be a callable .* got <class"),
@@ -444,7 +444,7 @@ def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode()
 def test_what_cannot_be_is_refused(options, error, message):
     model = network()
     with pytest.raises(error, match=message):
-        Step(model, **{"attack": None, "optimizer": sgd(model), **options})
+        TrainStep(model, **{"attack": None, "optimizer": sgd(model), **options})
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_an_attack_that_returns_no_images_like_those_it_got_is_refused(returned,
     attack = lambda x, y: returned(x)  # noqa: E731
     wanted = rf"tensor of shape \(9, 3, 8, 8\) .*; {message}"
     with pytest.raises(error, match=wanted):
-        Step(model, attack, sgd(model)).gradients(images, labels)
+        TrainStep(model, attack, sgd(model)).gradients(images, labels)
     with pytest.raises(error, match=wanted):
         Monitor(model, images, labels, attack, EPS).check()
 
@@ -471,7 +471,7 @@ def test_arrays_of_numpy_and_pairs_are_learnt_from(returned):
     model, (images, labels) = network(), batch()
     loss, weights = learnt_by_hand(model, 1 - images, images, labels)
     attack = lambda x, y: returned(1 - x)  # noqa: E731
-    assert taken(Step(model, attack, sgd(model)), images, labels)[0].item() == pytest.approx(loss, rel=1e-12)
+    assert taken(TrainStep(model, attack, sgd(model)), images, labels)[0].item() == pytest.approx(loss, rel=1e-12)
     assert_weights(model, weights, rtol=1e-12, atol=1e-14)
 
 
@@ -482,6 +482,6 @@ def test_no_prediction_is_a_wrong_answer_in_the_accuracy_of_training():
     with torch.no_grad():
         model[1].weight.zero_()  # all logits equal
         model[1].bias.zero_()
-    assert Step(model, None, sgd(model)).gradients(images, labels)[1] == 0
+    assert TrainStep(model, None, sgd(model)).gradients(images, labels)[1] == 0
     model[1].bias.data[0] = 1
-    assert Step(model, None, sgd(model)).gradients(images, labels)[1] == (labels == 0).sum()
+    assert TrainStep(model, None, sgd(model)).gradients(images, labels)[1] == (labels == 0).sum()

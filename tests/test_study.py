@@ -380,7 +380,7 @@ def test_the_verdicts_are_those_of_attacks_by_hand_on_the_kept_weights(tmp_path,
     study(tmp_path, "-q", "--keep-weights", grid=grid)
     for task in expanded(read_grid(tmp_path / "grid.yaml")):
         record = records(tmp_path / "out")[task.cell.id]
-        model = models.load(tmp_path / "out" / "cells" / task.cell.id / "model.safetensors").pixels.eval()
+        model = models.load(tmp_path / "out" / "cells" / task.cell.id / "model.safetensors").on_pixels.eval()
         images, labels = parts_of(task, tmp_path).test
         found = {judge: [each == "1" for each in said] for judge, said in record["verdicts"].items()}
         clean = model(images / 255).argmax(1) == labels

@@ -175,8 +175,9 @@ def test_cells_that_differ_in_more_are_no_pairs(rng, change):
 
 def test_settings_that_are_not_the_attack_s_own_are_said_where_pairs_differ_in_them(rng):
     cells = [studied.record_of(rng, attack=a, seed=s) for a in ("fgsm", "nfgsm", "pgd") for s in (0, 1)]
-    for each, changes in zip(cells, ({}, {"epochs": 9}, {"noise": 0.1}, {"clip": None}, {}, {"steps": 3}), strict=True):
-        each["settings"] |= changes  # no clip is the default, of those who do not name it too
+    others = ({}, {"epochs": 9}, {"noise": 0.1}, {"max_grad_norm": None}, {}, {"steps": 3})
+    for each, changes in zip(cells, others, strict=True):
+        each["settings"] |= changes  # no max_grad_norm is the default, of those who do not name it too
     found, _ = compare(map(result_of, cells))
     assert {each.attack: each.unlike for each in found} == {"fgsm": {"epochs": "9 and 5"}, "nfgsm": {}}
 

@@ -12,14 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastadv import data, sample_seeds, to_float
-from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, by_name
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, create_attack
 from fastadv.evaluation import evaluate, robust_accuracy
 from fastadv.models import find_head, networks
 from fastadv.training import Trainer, run
 from fastadv.training.augment import Augment
-from fastadv.training.average import Average
+from fastadv.training.batches import AUGMENTING, Batches
+from fastadv.training.ema import EMA
 from fastadv.training.monitor import Reading
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
 
 EPS = 16 / 255
 
@@ -64,37 +65,38 @@ def same(first, second):
 @pytest.fixture
 def after_steps(monkeypatch):
     """The weights after each step, in a list, taken from the model that `watch` was given."""
-    states, watched, apply = [], [], Step.apply
+    states, watched, apply = [], [], TrainStep.apply
 
     def noted(step):
         apply(step)
         states.append(copied(watched[0]))
 
-    monkeypatch.setattr(Step, "apply", noted)
+    monkeypatch.setattr(TrainStep, "apply", noted)
     return states, watched.append
 
 
 # ---------------------------------------------------------------------- seeds
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(50, 1), (10, 1), (10, 3), (7, 2)])
-def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, accumulate):
+@pytest.mark.parametrize(("batch_size", "grad_accum_steps"), [(50, 1), (10, 1), (10, 3), (7, 2)])
+def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, grad_accum_steps):
     """Its start is drawn from the run's seed, its own number and the epoch."""
     model = conv()
     reference = copy.deepcopy(model).eval()
     shown, order = [], []
     hook = model.register_forward_hook(lambda module, args, _: shown.append((module.training, args[0].clone())))
-    batch_of = run.Run._batch_of
+    batch_of = Batches.load
 
-    def noted(run, part):
+    def noted(self, part, *at):
         if not order:
             shown.clear()  # before, the head was found
         order.append(part)
-        return batch_of(run, part)
+        return batch_of(self, part, *at)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_batch_of", noted)
-        options = {"batch_size": batch_size, "accumulate": accumulate, "lr": 0.0, "method": "bias", "seed": 5}
+        patch.setattr(Batches, "load", noted)
+        options = {"batch_size": batch_size, "grad_accum_steps": grad_accum_steps}
+        options |= {"lr": 0.0, "method": "bias", "seed": 5}
         fit(model, attack="fgsm-rs", parts=(TRAIN,), **options)
     hook.remove()
     assert torch.cat(order).sort()[0].tolist() == sorted([*range(50), *range(50)])
@@ -137,7 +139,7 @@ def test_a_head_start_trains_the_head_and_the_method_begins_with_it(method, afte
     model = conv()
     watch(model)
     before = copied(model)
-    records = fit(model, method=method, rank=2, head_start=2, epochs=2, parts=(TRAIN,))
+    records = fit(model, method=method, rank=2, lp_ft=2, epochs=2, parts=(TRAIN,))
     assert len(states) == 20
     first, second = states[9], states[10]
     assert {name for name in first if not torch.equal(first[name], before[name])} == METHODS["linear"]
@@ -195,7 +197,7 @@ def test_the_weights_are_those_that_were_best_under_the_evaluation_attack(attack
 def test_the_final_figures_are_those_of_the_evaluation_s_attack_and_of_pma_on_what_it_leaves():
     model = conv()
     final = fit(model, epochs=3, eps=0.1, parts=(TRAIN, VAL, TEST), seed=4)[-1]
-    attacks = [by_name(name, model, 0.1) for name in ("pgd-10", "pma")]
+    attacks = [create_attack(name, model, 0.1) for name in ("pgd-10", "pma")]
     alone = [result["fooled"] for result in evaluate(model, TEST, attacks, ensemble=False, seed=4)["attacks"]]
     images, labels = to_float(TEST[0]), TEST[1]
     right = (model.eval()(images).argmax(1) == labels).tolist()
@@ -317,7 +319,7 @@ def test_stopping_leaves_the_last_good_weights(alarms, after_steps):
     watch(model)
     alarms(2)
     with pytest.warns(UserWarning, match="it burns"):
-        records = fit(model, on_overfitting="stop", **OPTIONS)
+        records = fit(model, on_catastrophic_overfitting="stop", **OPTIONS)
     assert len(states) == 15
     assert same(copied(model), states[9])
     assert actions(records) == [None, None, "stop"]
@@ -335,7 +337,7 @@ def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, a
     probes = [*probes, 0.3, 0.5]
     alarms(3, probes=probes)
     with pytest.warns(UserWarning, match="it burns"):
-        fit(model, on_overfitting="rollback", **OPTIONS | {"epochs": 5})
+        fit(model, on_catastrophic_overfitting="rollback", **OPTIONS | {"epochs": 5})
     good = states[5 * best + 4]
     assert same(found[20], good)
     cut = conv()
@@ -343,13 +345,13 @@ def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, a
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Run, "_watch", lambda run, watch=run.Run._watch: cut_at(run, 3) or watch(run))
         with pytest.raises(RuntimeError, match="cut"):
-            fit(cut, on_overfitting="rollback", folder=tmp_path, **OPTIONS | {"epochs": 5})
+            fit(cut, on_catastrophic_overfitting="rollback", folder=tmp_path, **OPTIONS | {"epochs": 5})
     found.clear()
     resumed = conv()
     watch_before.__self__[0] = resumed
     alarms(0, probes=probes[3:])
     with pytest.warns(UserWarning, match="it burns"):
-        fit(resumed, on_overfitting="rollback", folder=tmp_path, resume=True, **OPTIONS | {"epochs": 5})
+        fit(resumed, on_catastrophic_overfitting="rollback", folder=tmp_path, resume=True, **OPTIONS | {"epochs": 5})
     assert same(found[0], good)
 
 
@@ -360,7 +362,8 @@ def cut_at(run, epoch):
 
 def test_an_alarm_in_a_head_start_ends_that_stage_alone(alarms, tmp_path):
     alarms(1)
-    options = OPTIONS | {"head_start": 4, "epochs": 2, "on_overfitting": "stop", "folder": tmp_path, "resume": True}
+    options = OPTIONS | {"lp_ft": 4, "epochs": 2, "folder": tmp_path, "resume": True}
+    options["on_catastrophic_overfitting"] = "stop"
     with pytest.warns(UserWarning, match=r"it burns \(stop\)"):
         records = fit(conv(), **options)
     assert [record["method"] for record in records if "stage" in record] == ["linear", "full"]
@@ -375,7 +378,7 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
     scripted = {"clean_accuracy": 1.0}
     monkeypatch.setattr(run, "robust_accuracy", lambda *_, **__: scripted | {"robust_accuracy": next(scores)})
     with pytest.warns(UserWarning, match="it burns"):
-        fit(model, on_overfitting="stop", **OPTIONS | {"parts": (TRAIN, VAL)})
+        fit(model, on_catastrophic_overfitting="stop", **OPTIONS | {"parts": (TRAIN, VAL)})
     assert same(copied(model), states[4])
 
 
@@ -397,7 +400,7 @@ def test_rollback_goes_to_the_last_good_weights_and_halves_the_learning_rate(ala
     watch(model)
     alarms(1, 2)
     with pytest.warns(UserWarning, match=r"it burns \(rollback\)"):
-        records = fit(model, on_overfitting="rollback", **OPTIONS)
+        records = fit(model, on_catastrophic_overfitting="rollback", **OPTIONS)
     good = states[5]  # after the first epoch
     assert same(states[10], good)
     assert same(states[15], good)
@@ -414,7 +417,7 @@ def test_rollback_in_the_first_epoch_goes_to_the_beginning(alarms, before_steps)
     watch(model)
     alarms(0)
     with pytest.warns(UserWarning, match="it burns"):
-        fit(model, on_overfitting="rollback", **OPTIONS)
+        fit(model, on_catastrophic_overfitting="rollback", **OPTIONS)
     assert same(states[5], states[0])
 
 
@@ -422,13 +425,13 @@ def test_rollback_in_the_first_epoch_goes_to_the_beginning(alarms, before_steps)
 def test_switching_goes_to_the_last_good_weights_and_another_attack(name, kind, alarms, before_steps, monkeypatch):
     (states, watch), model, used = before_steps, conv(), []
     watch(model)
-    gradients = Step.gradients
+    gradients = TrainStep.gradients
     monkeypatch.setattr(
-        Step, "gradients", lambda step, *a, **k: (used.append(step.attack), gradients(step, *a, **k))[1]
+        TrainStep, "gradients", lambda step, *a, **k: (used.append(step.attack), gradients(step, *a, **k))[1]
     )
     watching = alarms(1, 3)
     with pytest.warns(UserWarning, match="it burns"):
-        records = fit(model, on_overfitting="switch", switch_to=name, alpha=0.01, **OPTIONS)
+        records = fit(model, on_catastrophic_overfitting="switch", switch_to=name, alpha=0.01, **OPTIONS)
     assert same(states[10], states[5])
     assert [type(attack) for attack in used] == [FGSM] * 10 + [kind] * 10
     assert (used[0].alpha, used[0].noise) == (0.01, EPS)
@@ -454,7 +457,7 @@ def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run.Run, "_batch", failing)
-            fit(model, on_overfitting="switch", average=0.9, folder=folder, resume=True, **OPTIONS)
+            fit(model, on_catastrophic_overfitting="switch", ema_decay=0.9, folder=folder, resume=True, **OPTIONS)
         return model
 
     with pytest.warns(UserWarning, match="it burns"):
@@ -463,7 +466,7 @@ def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
         train(tmp_path / "cut", cut=17)
     alarms()
     resumed = conv()
-    fit(resumed, on_overfitting="switch", average=0.9, folder=tmp_path / "cut", resume=True, **OPTIONS)
+    fit(resumed, on_catastrophic_overfitting="switch", ema_decay=0.9, folder=tmp_path / "cut", resume=True, **OPTIONS)
     assert same(copied(whole), copied(resumed))
 
 
@@ -508,7 +511,7 @@ def trained(model, dataset, **settings):
 def by_answer():
     """Digits 0-4 from scratch at a budget that FGSM overfits at: (records, robust accuracy) by attack or answer."""
     runs = {"pgd": {"attack": "pgd"}, "fgsm": {}}
-    runs |= {answer: {"on_overfitting": answer} for answer in ("stop", "rollback", "switch")}
+    runs |= {answer: {"on_catastrophic_overfitting": answer} for answer in ("stop", "rollback", "switch")}
     found = {}
     for name, changes in runs.items():
         model, dataset, settings = digits(range(5), eps=0.3, epochs=EPOCHS, attack="fgsm")
@@ -589,7 +592,7 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(batch_norm, tmp_path, be
 
 def test_an_average_is_the_recursion_by_hand():
     values = [{"w": torch.rand(3, 2, dtype=torch.float64), "count": torch.tensor(i)} for i in range(40)]
-    average = Average(values[0], 0.7)
+    average = EMA(values[0], 0.7)
     expected = values[0]["w"].clone()
     for step, state in enumerate(values[1:]):
         average.update(state, step)
@@ -609,7 +612,7 @@ def test_the_averaged_weights_are_evaluated_and_returned(after_steps, monkeypatc
         return {"clean_accuracy": 1.0, "robust_accuracy": len(evaluated) / 10}
 
     monkeypatch.setattr(run, "robust_accuracy", noted)
-    fit(model, average=0.6)
+    fit(model, ema_decay=0.6)
     expected = {name: value for name, value in start.items() if value.is_floating_point()}
     for step, state in enumerate(states):
         decay = min(0.6, (1 + step) / (10 + step))
@@ -627,14 +630,14 @@ def test_augmented_images_reach_the_model_as_their_seeds_say():
     def shown(seed):
         model, seen, order = conv(), [], []
         model.register_forward_hook(lambda module, args, _: seen.append(args[0]))
-        batch_of = run.Run._batch_of
+        batch_of = Batches.load
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run.Run, "_batch_of", lambda run, part: (order.append(part), batch_of(run, part))[1])
+            patch.setattr(Batches, "load", lambda self, part, *at: (order.append(part), batch_of(self, part, *at))[1])
             fit(model, attack=None, augment=True, seed=seed, epochs=1, parts=(TRAIN,))
         return torch.cat(order), torch.cat(seen)
 
     order, seen = shown(5)
-    seeds = sample_seeds(5, order, run.AUGMENTING)
+    seeds = sample_seeds(5, order, AUGMENTING)
     torch.testing.assert_close(seen, to_float(Augment(crop=1)(TRAIN[0][order], seeds)), rtol=0, atol=0)
     assert not torch.equal(seen, to_float(TRAIN[0][order]))
     again, other = shown(5), shown(6)
@@ -684,25 +687,31 @@ def test_bf16_trains_weights_that_stay_float32():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head_start": 2, "method": "linear"}, "head_start is linear probing before another method"),
+        ({"lp_ft": 2, "method": "linear"}, "lp_ft is linear probing before another method"),
         ({"clean_weight": 1.1}, "clean_weight must be at most 1, got 1.1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0, got -0.1"),
-        ({"clip": -1.0}, "clip must be above 0, got -1.0"),
-        ({"clip": 0}, "clip must be above 0, got 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be above 0, got -1.0"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0, got 0"),
         ({"epochs": 2.5}, "epochs is a whole number, got 2.5"),
         ({"rank": 4.0}, "rank is a whole number, got 4.0"),
         ({"lr": float("inf")}, "lr must be finite, got inf"),
-        ({"average": float("nan")}, "average must be finite, got nan"),
+        ({"ema_decay": float("nan")}, "ema_decay must be finite, got nan"),
         ({"precision": "fp16"}, "unknown precision 'fp16'; there are no, bf16"),
-        ({"on_overfitting": "panic"}, "unknown on_overfitting 'panic'; there are warn, stop, rollback, switch"),
+        (
+            {"on_catastrophic_overfitting": "panic"},
+            "unknown on_catastrophic_overfitting 'panic'; there are warn, stop, rollback, switch",
+        ),
         ({"switch_to": "fgsm"}, "unknown switch_to 'fgsm'; there are pgd, nfgsm"),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"attack": "fgsm", "steps": 3}, "the attack fgsm has no setting 'steps'"),
         ({"attack": "pgd", "steps": 0}, "steps must be at least 1, got 0"),
         ({"warmup": 11, "epochs": 2}, "a warmup of 11 steps is longer than the 10 steps of the 2 epochs of full"),
-        ({"warmup": 6, "head_start": 1}, "a warmup of 6 steps is longer than the 5 steps of the 1 epochs of linear"),
-        ({"on_overfitting": "stop"}, "on_overfitting='stop' answers the monitor, and probe=0"),
+        ({"warmup": 6, "lp_ft": 1}, "a warmup of 6 steps is longer than the 5 steps of the 1 epochs of linear"),
+        (
+            {"on_catastrophic_overfitting": "stop"},
+            "on_catastrophic_overfitting='stop' answers the monitor, and probe=0",
+        ),
         ({"lora_targets": ["3"]}, "lora_targets belongs to the method lora, and the method is full"),
         ({"attack": None, "alpha": 0.1, "steps": 3}, "alpha, steps belong to an attack given by name, got .* None"),
         ({"steps": 1.5, "attack": "pgd"}, "steps is a whole number, got 1.5"),
@@ -719,7 +728,7 @@ def test_bf16_trains_weights_that_stay_float32():
         ({"parts": ((TRAIN[0], TRAIN[1] - 1),)}, "labels must not be negative, got -1"),
         ({"parts": (TRAIN, (VAL[0], VAL[1] - 100)), "attack": None}, "labels must not be negative, got -100"),
         ({"parts": ((TRAIN[0], 0 * TRAIN[1] + 2),)}, "all of class 2: there is nothing to tell apart"),
-        ({"batch_size": 10, "accumulate": 11}, "a batch of 10 images cannot be cut into 11 parts"),
+        ({"batch_size": 10, "grad_accum_steps": 11}, "a batch of 10 images cannot be cut into 11 parts"),
         ({"parts": ((TRAIN[0], TRAIN[1][:40]),)}, "labels"),
         ({"parts": (TRAIN, (VAL[0].float(), VAL[1]))}, r"\[0, 1\]"),
         ({"method": "linear", "head": "7"}, "no module called '7'"),
@@ -800,7 +809,7 @@ def test_other_convolutions_are_trained(begin_only, layer, settings):
         ({"epochs": True}, "epochs is a whole number, got True"),
         ({"lr": "0.1"}, "lr is a number, got '0.1'"),
         ({"lr": torch.tensor(0.1)}, "lr is a number, got tensor"),
-        ({"clip": [1.0]}, r"clip is a number, got \[1.0\]"),
+        ({"max_grad_norm": [1.0]}, r"max_grad_norm is a number, got \[1.0\]"),
         ({"compile": "no"}, "compile is True or False, got 'no'"),
         ({"augment": 0}, "augment is True or False, got 0"),
         ({"resume": "no"}, "resume is True or False, got 'no'"),
@@ -852,7 +861,7 @@ def test_an_error_in_a_batch_leaves_the_model_as_it_was_before_it(after_steps):
         return x
 
     with pytest.raises(KeyError, match="the first error"):
-        fit(model, attack=failing, parts=(TRAIN,), accumulate=2)
+        fit(model, attack=failing, parts=(TRAIN,), grad_accum_steps=2)
     assert len(states) == 7
     assert same(copied(model), states[6])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -865,13 +874,13 @@ def test_what_is_no_module_is_refused():
 
 def test_numbers_of_numpy_are_numbers_and_its_arrays_images_and_labels(tmp_path):
     models = [conv(), conv()]
-    plain = fit(models[0], parts=(TRAIN, VAL), lr=0.03125, clip=2, folder=tmp_path / "plain")
+    plain = fit(models[0], parts=(TRAIN, VAL), lr=0.03125, max_grad_norm=2, folder=tmp_path / "plain")
     images, labels = (t.numpy() for t in TRAIN)
     labels = labels.astype(np.uint8)
     images.flags.writeable = False
     held_out = (VAL[0].numpy() / 255, VAL[1].numpy().astype(np.int32))
     assert held_out[0].dtype == np.float64
-    options = {"lr": np.float32(0.03125), "clip": np.int64(2), "epochs": np.int32(2), "eps": np.float64(EPS)}
+    options = {"lr": np.float32(0.03125), "max_grad_norm": np.int64(2), "epochs": np.int32(2), "eps": np.float64(EPS)}
     parts = ((images, labels), held_out)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -230,7 +230,7 @@ def test_robust_accuracy_counts_what_a_hand_counts():
     attack = FGSM(model, 0.1)
     expected = {"clean_accuracy": 0.8, "robust_accuracy": 0.4}
     assert robust_accuracy(model, (images, labels), attack) == expected
-    assert robust_accuracy(model, (images, labels), attack, slots=2) == expected
+    assert robust_accuracy(model, (images, labels), attack, batch_size=2) == expected
     assert robust_accuracy(model, [(images[:3], labels[:3]), (images[3:], labels[3:])], attack) == expected
     helpful = robust_accuracy(model, (images, labels), lambda x, y: y[:, None].float())
     assert helpful == {"clean_accuracy": 0.8, "robust_accuracy": 0.8}

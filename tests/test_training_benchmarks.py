@@ -90,7 +90,7 @@ def test_a_run_is_the_trainers_on_the_limited_images():
         return [t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0))[:count]] for t in part]
 
     torch.manual_seed(3)
-    model = source.build(digits.classes, digits.shape).pixels
+    model = source.build(digits.classes, digits.shape).on_pixels
     settings = {"attack": "pgd", "method": "linear", "epochs": 2, "batch_size": 128, "lr": 0.03, "seed": 3}
     test = first(digits.test, 200)
     Trainer(model, 32 / 255, device="cpu", **settings).fit(first(digits.train, 64), first(digits.val, 32))

@@ -8,7 +8,7 @@ import torch
 from attacked import one_thread as one_thread
 from torch import nn
 
-from fastadv.attacks import PGD, by_name
+from fastadv.attacks import PGD, create_attack
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation import evaluate
 
@@ -83,7 +83,7 @@ def test_no_prediction_is_wrong_for_every_label(damage, column):
     with torch.no_grad():
         rows = model(images).tolist()
     with pytest.warns(UserWarning, match="no prediction for 5 of 10 images under no attack"):
-        report = evaluate(model, (images, labels), ["fgsm"], eps=0.0, slots=4)
+        report = evaluate(model, (images, labels), ["fgsm"], eps=0.0, batch_size=4)
     assert report["clean_correct"] == [by_rule(row) == column for row in rows]
     assert report["no_prediction"] == 5
     assert report["attacks"][0]["no_prediction"] == 0  # what is wrong already is not attacked
@@ -110,7 +110,7 @@ def test_an_attack_that_silences_the_model_has_fooled_it(broken, options):
     large = torch.tensor([2.0, 0.0, 0.0])  # else class 0, whatever the attack
     model, labels = Broken(damage), torch.zeros(10, dtype=torch.int64)
     with pytest.warns(UserWarning, match="no prediction for 5 of 10 images under PGD at 8/255"):
-        report = evaluate(model, (images, labels), [PGD(model, EPS, EPS / 2, 3, **options)], slots=3)
+        report = evaluate(model, (images, labels), [PGD(model, EPS, EPS / 2, 3, **options)], batch_size=3)
     result = report["attacks"][0]
     assert report["clean_accuracy"] == 1
     assert report["no_prediction"] == 0
@@ -149,8 +149,9 @@ def test_masked_classes_are_evaluated_as_if_they_were_not_there():
     for judged in (masked, lambda x: model(x)[:, :3]):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            attacks = [by_name(name, judged, 0.06, loss=loss) for name in ("fgsm", "pgd") for loss in ("ce", "margin")]
-            reports.append(evaluate(judged, (images, labels), attacks, slots=8))
+            named = [(name, loss) for name in ("fgsm", "pgd") for loss in ("ce", "margin")]
+            attacks = [create_attack(name, judged, 0.06, loss=loss) for name, loss in named]
+            reports.append(evaluate(judged, (images, labels), attacks, batch_size=8))
     one, other = ([r["fooled"] for r in report["attacks"]] for report in reports)
     assert one == other
     assert sum(one[0]) > 0
@@ -158,7 +159,7 @@ def test_masked_classes_are_evaluated_as_if_they_were_not_there():
 
 def test_where_nothing_is_right_there_is_nothing_to_attack(recwarn):
     model = Broken(lambda x, logits: logits + torch.tensor([9.0, 0.0, 0.0]))
-    report = evaluate(model, (sample_of(), torch.ones(10, dtype=torch.int64)), ["fgsm", "pgd"], slots=4)
+    report = evaluate(model, (sample_of(), torch.ones(10, dtype=torch.int64)), ["fgsm", "pgd"], batch_size=4)
     assert [r["robust_accuracy"] for r in report["attacks"]] == [0, 0]
     assert [r["zero_gradients"] for r in report["attacks"]] == [None, None]
     assert not recwarn.list
@@ -169,4 +170,4 @@ def test_masked_classes_hide_no_random_output():
         return torch.cat((x.flatten(1)[:, :2] + torch.rand(len(x), 2), torch.full((len(x), 1), -torch.inf)), 1)
 
     with pytest.warns(UserWarning, match="output is random"):
-        evaluate(model, (torch.rand(8, 3, 2, 2), torch.zeros(8, dtype=torch.int64)), ["fgsm"], slots=8)
+        evaluate(model, (torch.rand(8, 3, 2, 2), torch.zeros(8, dtype=torch.int64)), ["fgsm"], batch_size=8)

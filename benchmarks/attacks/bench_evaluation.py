@@ -72,7 +72,7 @@ def contenders(model, eps, steps, restarts):
             return model(adv).argmax(1) == labels
 
     def slots(images, labels, iterate="any", attack=ours):
-        report = evaluate(model, (images, labels), [attack], iterate=iterate, slots=BATCH, progress=False)
+        report = evaluate(model, (images, labels), [attack], iterate=iterate, batch_size=BATCH, progress=False)
         return report["attacks"][0]["robust_accuracy"]
 
     def nothing_dropped(x, y):

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, softmax
 
 from fastadv import data, models, to_float
-from fastadv.attacks.presets import by_name
+from fastadv.attacks.presets import create_attack
 from fastadv.data.cifar10 import CLASSES
 
 FOLDER = Path(__file__).resolve().parent / "models"
@@ -131,7 +131,7 @@ NAMES = (*TRAINED, "backbone")
 def built(name):
     """(model, eps) of one of NAMES or MASKING; in eval mode, its parameters frozen."""
     if name == "backbone":
-        model, eps = models.source("robust-resnet").build(CLASSES[:6]).pixels, 8 / 255
+        model, eps = models.source("robust-resnet").build(CLASSES[:6]).on_pixels, 8 / 255
         return model.eval().requires_grad_(False), eps
     with safe_open(FOLDER / f"{MASKED if name in MASKING else name}.safetensors", "pt") as file:
         recipe = Recipe(**json.loads(file.metadata()["recipe"]))
@@ -170,7 +170,7 @@ def train(recipe):
     torch.manual_seed(0)
     images, labels = digits(recipe.classes)[0]
     model = network(recipe.classes)
-    attack = by_name(recipe.attack, model, recipe.trained_at) if recipe.attack else lambda images, labels: images
+    attack = create_attack(recipe.attack, model, recipe.trained_at) if recipe.attack else lambda images, labels: images
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     batches = -(-len(labels) // 64)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, recipe.epochs * batches)

@@ -81,7 +81,7 @@ def ours(part, norm, model):
 def evaluation(part, norm, model):
     def run(images, labels):
         attack = ours(part, norm, model)
-        return evaluate(model, (images, labels), [attack], slots=len(images), progress=False)
+        return evaluate(model, (images, labels), [attack], batch_size=len(images), progress=False)
 
     return run
 

@@ -24,7 +24,7 @@ import judged
 import standard
 import torch
 
-from fastadv.attacks import Ensemble, by_name
+from fastadv.attacks import Ensemble, create_attack
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ATTACKS
 from fastadv.files import write_atomically
@@ -71,7 +71,7 @@ def shortened(attacks, steps=2):
 def attacks_of(names, model, eps, options):
     if names == "autoattack":
         return [attack for _, attack in Ensemble(model, eps=eps, **options).attacks()]
-    return [by_name(name, model, eps, **options) for name in names]
+    return [create_attack(name, model, eps, **options) for name in names]
 
 
 def ours(names, options, slots, model, images, labels, eps, quick):
@@ -83,7 +83,7 @@ def ours(names, options, slots, model, images, labels, eps, quick):
     def run():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return evaluate(model, (images, labels), attacks, slots=slots, progress=False)
+            return evaluate(model, (images, labels), attacks, batch_size=slots, progress=False)
 
     back = shortened(attacks)
     run()

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from cases import DEVICE
 from networks import example
 
-from fastadv.attacks import by_name
+from fastadv.attacks import create_attack
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import flags_kept
 from fastadv.training.methods import trainable
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
@@ -116,8 +116,8 @@ def steps(model, optimizer, images, labels):
     seeds = sample_seeds(0, torch.arange(len(images), device=DEVICE))
 
     def step(name):
-        attack = None if name == "none" else by_name(name, model, EPS, autocast=AUTOCAST)
-        return Step(model, attack, optimizer, autocast=AUTOCAST)
+        attack = None if name == "none" else create_attack(name, model, EPS, autocast=AUTOCAST)
+        return TrainStep(model, attack, optimizer, autocast=AUTOCAST)
 
     def call(step):
         step.gradients(images, labels, seeds)

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 import torch
 
 from fastadv import data
-from fastadv.attacks import PRESETS, Ensemble, by_name
+from fastadv.attacks import PRESETS, Ensemble, create_attack
 from fastadv.commands.arguments import adder, class_list, eps_budget, model_source
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
@@ -117,7 +117,7 @@ def run(args, source, dataset, method, attack, seed):
     model = source.build(dataset.classes, dataset.shape)
     lr = getattr(args, f"lr_{method}")
     trainer = Trainer(
-        model.pixels,
+        model.on_pixels,
         args.eps,
         attack=None if attack == "none" else attack,
         device=args.device,
@@ -142,14 +142,14 @@ def run(args, source, dataset, method, attack, seed):
         **{name: records[-1][name] for name in kept},
         "alarms": sum(record.get("alarm") is not None for record in records),
         "trainable": records[0]["trainable"],
-        "judged": judged(model.pixels, few, args.eps, seed) if args.autoattack else None,
+        "judged": judged(model.on_pixels, few, args.eps, seed) if args.autoattack else None,
     }
 
 
 def judged(model, test, eps, seed):
     """{"clean", then attack -> the share of the images that it and those before it leave}, and which fooled each."""
     graph = next(model.parameters()).is_cuda
-    attacks = {"PGD-10": [by_name("pgd-10", model, eps, graph=graph)], "PMA": [by_name("pma", model, eps, graph=graph)]}
+    attacks = {title: [create_attack(title.lower(), model, eps, graph=graph)] for title in ("PGD-10", "PMA")}
     attacks["AutoAttack"] = [attack for _, attack in Ensemble(model, eps=eps, graph=graph).attacks()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it warns of is in the report
@@ -158,7 +158,7 @@ def judged(model, test, eps, seed):
             test,
             [attack for parts in attacks.values() for attack in parts],
             seed=seed,
-            slots=256,
+            batch_size=256,
             progress=False,
         )
     verdicts = ["robust" if right else "misclassified" for right in report["clean_correct"]]

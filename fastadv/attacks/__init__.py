@@ -1,5 +1,6 @@
 """Adversarial attacks: a model and its labels in, images out (`adv = attack(images, labels)`)."""
 
+from fastadv._renamed import old_names
 from fastadv.attacks.apgd import APGD, APGDL2
 from fastadv.attacks.base import Attack
 from fastadv.attacks.ensembles import ENSEMBLES, Ensemble
@@ -10,7 +11,7 @@ from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
-from fastadv.attacks.presets import PRESETS, by_name
+from fastadv.attacks.presets import PRESETS, create_attack
 from fastadv.attacks.square import Square
 from fastadv.attacks.square_l2 import SquareL2
 from fastadv.attacks.zerograd import ZeroGrad
@@ -39,5 +40,7 @@ __all__ = [
     "Square",
     "SquareL2",
     "ZeroGrad",
-    "by_name",
+    "create_attack",
 ]
+
+__getattr__ = old_names(__name__, {"by_name": "fastadv.attacks.create_attack"})

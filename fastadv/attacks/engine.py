@@ -79,7 +79,7 @@ class Slots:
         return part
 
 
-def joined(first: Slots, second: Slots) -> Slots:
+def concatenated(first: Slots, second: Slots) -> Slots:
     """The slots of both, which belong to one attack."""
     both = copy.copy(first)
     both.scratch = {}

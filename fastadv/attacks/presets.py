@@ -39,7 +39,7 @@ PRESETS = {
 }
 
 
-def by_name(name: str, model: Callable, eps: float, **changes: float | None) -> Attack:
+def create_attack(name: str, model: Callable, eps: float, **changes: float | None) -> Attack:
     """The attack called `name` (a key of PRESETS), with `changes` to its settings (alpha, noise, steps) and options.
 
     A change of None leaves the preset's value.

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -55,6 +56,18 @@ def adder(parser: argparse.ArgumentParser) -> Callable:
         parser.add_argument(name, type=kind, default=default, **{"help": " ", **options})
 
     return add
+
+
+class Renamed(argparse.Action):
+    """An old name of an option: it works until the next minor release, and warns."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options):
+        super().__init__(option_strings, dest, **options | {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS})
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        new = "--" + self.dest.replace("_", "-")
+        warnings.warn(f"{option_string} is now {new}", FutureWarning, stacklevel=2)
+        setattr(namespace, self.dest, values)
 
 
 def add_data(
@@ -188,7 +201,7 @@ def check_new(weights: Path, resume: bool) -> None:
         raise FileExistsError(f"{weights} exists, and beside it no state to resume: choose another --out, or move it")
 
 
-def model_source(name: str, trust_code: bool) -> models.Source:
+def model_source(name: str, trust_code: bool) -> models.ModelSource:
     """`models.source`, where a module:function may lie in the working folder."""
     if trust_code or not name.endswith(".safetensors"):
         _see_working_folder()

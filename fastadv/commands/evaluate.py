@@ -11,6 +11,7 @@ import torch
 from fastadv import data, models
 from fastadv.attacks import ENSEMBLES, PRESETS
 from fastadv.commands.arguments import (
+    Renamed,
     add_data,
     add_trust,
     adder,
@@ -25,7 +26,7 @@ from fastadv.data.parquet import Columns
 from fastadv.data.splits import Split
 from fastadv.data.trained import MOST_OVERLAP
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.opponents import opponents
+from fastadv.evaluation.adversaries import adversaries
 from fastadv.evaluation.report import write_curves
 from fastadv.evaluation.robustness import ATTACKS, ITERATES, check_counts
 from fastadv.files import write_atomically
@@ -55,7 +56,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-overlap", action="store_true", help="judge images of which more than 5 %% are training images too"
     )
-    add("--slots", int, 128, help="images under attack at a time")
+    add("--batch-size", int, 128, help="images under attack at a time")
+    parser.add_argument("--slots", dest="batch_size", type=int, action=Renamed)
     parser.add_argument(
         "--save-images", action="store_true", help="write adversarial images to the folder images in --out"
     )
@@ -65,11 +67,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
-    check_counts(slots=arguments.slots)
+    check_counts(batch_size=arguments.batch_size)
     check_folder(arguments.out)
     model = load_model(arguments.model, arguments.trust_code)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
-    opponents(model.pixels, attacks, arguments.eps)  # refuses what is wrong before pictures are decoded
+    adversaries(model.on_pixels, attacks, arguments.eps)  # refuses what is wrong before pictures are decoded
     split = model.trained_on[-1].split if model.trained_on else Split()
     chosen = data.held_out(
         arguments.data,
@@ -90,13 +92,13 @@ def run(arguments: argparse.Namespace) -> None:
     model.check_shape(images.shape[1:])
     arguments.out.mkdir(parents=True, exist_ok=True)
     report = evaluate(
-        model.pixels.to(arguments.device),
+        model.on_pixels.to(arguments.device),
         (images, labels),
         attacks,
         eps=arguments.eps,
         ensemble=not arguments.independent,
         iterate=arguments.iterate,
-        slots=arguments.slots,
+        batch_size=arguments.batch_size,
         seed=arguments.seed,
         state=arguments.out / "state.safetensors",
         save_images=arguments.out / "images" if arguments.save_images else None,

@@ -40,17 +40,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def lighter(arguments: argparse.Namespace) -> str:
     """The size of what goes through the model at once, and how to make it smaller."""
-    if hasattr(arguments, "accumulate"):
-        parts = arguments.accumulate
+    if hasattr(arguments, "grad_accum_steps"):
+        parts = arguments.grad_accum_steps
         return (
             f" with --batch-size {arguments.batch_size} in {parts} part{'s' * (parts > 1)}: take a smaller "
-            f"--batch-size, or --accumulate {2 * parts}, which learns the same from smaller parts, and another --out; "
-            "on a GPU --precision bf16 too"
+            f"--batch-size, or --grad-accum-steps {2 * parts}, which learns the same from smaller parts, and another "
+            "--out; on a GPU --precision bf16 too"
         )
-    for name in ("batch_size", "slots"):
-        if getattr(arguments, name, None):
-            option = "--" + name.replace("_", "-")
-            return f" with {option} {getattr(arguments, name)}: take a smaller {option}"
+    if getattr(arguments, "batch_size", None):
+        return f" with --batch-size {arguments.batch_size}: take a smaller --batch-size"
     return ": take fewer or smaller pictures, or a machine with more of it"
 
 
@@ -62,7 +60,7 @@ def how_to_go_on(arguments: argparse.Namespace) -> str | None:
     if hasattr(arguments, "resume") and any(Path(out, "state").glob("*.json")):
         again = "" if arguments.resume else " and --resume"
         return f"go on with the same command{again}, from the state in {Path(out, 'state')}"
-    if hasattr(arguments, "slots") and Path(out, "state.safetensors").exists():
+    if hasattr(arguments, "iterate") and Path(out, "state.safetensors").exists():
         return f"go on with the same command, from {Path(out, 'state.safetensors')}"
     return None
 

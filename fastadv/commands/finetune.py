@@ -12,6 +12,7 @@ import torch
 from fastadv import data, models
 from fastadv.attacks import PRESETS
 from fastadv.commands.arguments import (
+    Renamed,
     add_data,
     add_trust,
     adder,
@@ -32,7 +33,7 @@ from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.fast import FAST
 from fastadv.training.processes import of_first, one_run, processes, team_of
-from fastadv.training.settings import Settings, kind_of
+from fastadv.training.settings import RENAMED, Settings, kind_of
 from fastadv.version import __version__
 
 
@@ -59,6 +60,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _add_settings(add, parser: argparse.ArgumentParser) -> None:
     """Every setting by its own name; lengths in units of 1/255."""
     kinds = {"alpha": budget, "noise": budget, "lora_targets": _names}
+    old = {new: f"--{name.replace('_', '-')}" for name, new in RENAMED.items()}
     for field in dataclasses.fields(Settings):
         option, facts = "--" + field.name.replace("_", "-"), field.metadata
         if field.name == "seed":  # of the data too
@@ -69,6 +71,8 @@ def _add_settings(add, parser: argparse.ArgumentParser) -> None:
         kind = kinds.get(field.name, kind_of(field))
         choices = facts["limits"].get("choices")
         add(option, kind, field.default, choices=choices, help=facts["help"].replace("in pixels", "in 1/255"))
+        if field.name in old:
+            parser.add_argument(old[field.name], dest=field.name, type=kind, choices=choices, action=Renamed)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -98,7 +102,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> Non
     team.from_first(lambda: _finish(arguments, weights, model, dataset, records, test))
 
 
-def build(arguments: argparse.Namespace, source: models.Source, dataset: data.Data) -> models.Model:
+def build(arguments: argparse.Namespace, source: models.ModelSource, dataset: data.Data) -> models.Model:
     torch.manual_seed(arguments.seed)
     model = source.build(dataset.classes, dataset.shape)
     if arguments.init:
@@ -124,7 +128,7 @@ def _finish(
         write_report(
             arguments.out / "report.html",
             f"{arguments.model}, {arguments.method}, {arguments.attack}",
-            model.pixels,
+            model.on_pixels,
             records,
             test,
             dataset.classes,
@@ -179,7 +183,7 @@ def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> di
 def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data) -> list[dict]:
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
     trainer = Trainer(
-        model.pixels,
+        model.on_pixels,
         arguments.eps,
         attack=None if arguments.attack == "none" else arguments.attack,
         folder=arguments.out,

@@ -128,7 +128,7 @@ def predictions(
     A picture goes through the preprocessing of the validation images, bit for bit. No more than two batches are decoded
     at a time.
     """
-    network = model.pixels.to(device)
+    network = model.on_pixels.to(device)
     with torch.no_grad(), frozen(network):
         for part, decoded in _decoded(pictures, model.preprocessing, batch_size, workers):
             pixels = [each for each in decoded if not isinstance(each, str)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastadv import data, models
-from fastadv.attacks import by_name
+from fastadv.attacks import create_attack
 from fastadv.commands.arguments import add_data, adder, check_folder, check_new, class_list, load_data
 from fastadv.commands.speech import is_quiet, say
 from fastadv.data.trained import TrainedOn
@@ -29,7 +29,7 @@ RECIPE = {
     "weight_decay": 5e-4,
     "label_smoothing": 0.1,
     "batch_size": 125,  # divides the 30,000 images: one compilation
-    "average": 0.998,
+    "ema_decay": 0.998,
     "augment": True,
     "precision": "bf16",
     "compile": True,
@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace, team: Team) -> None:
     model = models.source(NETWORK).build(dataset.classes, dataset.shape)
     steps = -(-len(dataset.y_train) // RECIPE["batch_size"])
     trainer = Trainer(
-        model.pixels,
+        model.on_pixels,
         EPS,
         folder=arguments.out,
         resume=arguments.resume,
@@ -91,9 +91,9 @@ def _finish(arguments: argparse.Namespace, model: models.Model, dataset: data.Da
 
 def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespace) -> dict:
     """The card: what the weights are, how they were made, how good they are."""
-    pixels = model.pixels.to(device=arguments.device, memory_format=torch.channels_last)
+    pixels = model.on_pixels.to(device=arguments.device, memory_format=torch.channels_last)
     passes = Passes(RECIPE["batch_size"], torch.bfloat16, torch.channels_last, RECIPE["compile"])
-    attack = by_name("pgd-50-10", pixels, EPS, **passes.attack)
+    attack = create_attack("pgd-50-10", pixels, EPS, **passes.attack)
     images, labels = (part[: arguments.limit] for part in dataset.test)
     kept = {"state": arguments.out / "evaluation.safetensors", "progress": not is_quiet()}
     report = evaluate(pixels, (images, labels), [attack], eps=EPS, **kept, **passes.evaluation)

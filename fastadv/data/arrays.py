@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from fastadv._extras import require
-from fastadv.data.source import Part, Source, digests, judging
+from fastadv.data.source import DataSource, Part, digests, judging
 
 _HAIR = 1e-6  # by which rounding puts a float beyond [0, 1]
 _REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
 
-def digits(codes: bool) -> Source:
+def digits(codes: bool) -> DataSource:
     """1,797 grey 8x8 images, one part: float32 in [0, 1], or uint8 if `codes`, with the same digests."""
     images, labels = require("sklearn.datasets").load_digits(return_X_y=True)
     images = images.reshape(-1, 1, 8, 8) / 16  # 16 is the brightest
@@ -26,7 +26,7 @@ def digits(codes: bool) -> Source:
     return replace(source, parts={"train": replace(source.parts["train"], digests=contents)})
 
 
-def npz(path: Path, judge: str | None = None) -> Source:
+def npz(path: Path, judge: str | None = None) -> DataSource:
     """x_train, y_train, x_test, y_test, and x_val and y_val if the file has them; the classes are the labels there are.
 
     Floats that rounding put beyond [0, 1] by a hair are clamped.
@@ -110,14 +110,14 @@ def _check_labels(name: str, labels: np.ndarray, count: int) -> None:
         )
 
 
-def _source(arrays: dict[str, np.ndarray]) -> Source:
+def _source(arrays: dict[str, np.ndarray]) -> DataSource:
     there = np.unique(np.concatenate([array.astype(np.int64) for key, array in arrays.items() if key.startswith("y")]))
     parts = {
         key[2:]: _part(arrays[key], np.searchsorted(there, arrays["y" + key[1:]]))
         for key in arrays
         if key.startswith("x")
     }
-    return Source(parts, tuple(map(str, there.tolist())))
+    return DataSource(parts, tuple(map(str, there.tolist())))
 
 
 def _part(images: np.ndarray, labels: np.ndarray) -> Part:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastadv.data import parquet
-from fastadv.data.source import Part, Source
+from fastadv.data.source import DataSource, Part
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SHAPE = (3, 32, 32)
@@ -23,7 +23,7 @@ _ARCHIVES = {
 _BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 
 
-def cifar10(folder: str | Path | None) -> Source:
+def cifar10(folder: str | Path | None) -> DataSource:
     """The set in `folder` or its subfolder cifar10; None means the variable FASTADV_DATA, else ./data.
 
     Raises:
@@ -46,7 +46,7 @@ def cifar10(folder: str | Path | None) -> Source:
     )
 
 
-def _checked_source(source: Source, place: Path) -> Source:
+def _checked_source(source: DataSource, place: Path) -> DataSource:
     if source.classes != CLASSES:
         raise ValueError(f"the parquet files in {place} are not CIFAR-10: their classes are {source.classes[:12]}")
     if "test" not in source.parts:
@@ -73,7 +73,7 @@ def _from_archive(path: Path, ending: str) -> dict[str, bytes]:
         raise ValueError(f"{path} is damaged ({error}): get it again") from error
 
 
-def _source(batches: dict[str, bytes], decode) -> Source:
+def _source(batches: dict[str, bytes], decode) -> DataSource:
     found = {name.removesuffix(".bin"): content for name, content in batches.items()}
     missing = [name for part in _BATCHES.values() for name in part if name not in found]
     if missing:
@@ -82,7 +82,7 @@ def _source(batches: dict[str, bytes], decode) -> Source:
     for part, names in _BATCHES.items():
         images, labels = zip(*(decode(name, found[name]) for name in names), strict=True)
         parts[part] = Part(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
-    return Source(parts, CLASSES)
+    return DataSource(parts, CLASSES)
 
 
 def _binary(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastadv.data.pictures import Picture, extensions
-from fastadv.data.source import Part, Source, judging
+from fastadv.data.source import DataSource, Part, judging
 from fastadv.data.walking import counts, files_below, folders_in, key, visible
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -17,7 +17,7 @@ _LAYOUT = (
 )
 
 
-def folders(root: Path, judge: str | None = None) -> Source:
+def folders(root: Path, judge: str | None = None) -> DataSource:
     """The pictures below `root`, nothing read yet: root/CLASS/..., or root/train/CLASS/... and val, test beside it.
 
     The classes are those of the training part, sorted by name. Where a folder holds nothing but one folder of folders,
@@ -56,7 +56,7 @@ def folders(root: Path, judge: str | None = None) -> Source:
     parts = {part: _part(found, names, places[part]) for part, found in contents.items()}
     if others:
         warnings.warn(f"left out, no picture of a class: {len(others)}, such as {others[0]}", stacklevel=4)
-    return Source(parts, names)
+    return DataSource(parts, names)
 
 
 def _instead(place: Path) -> str:

@@ -10,7 +10,7 @@ from fastadv.data.classes import labels_of, selected
 from fastadv.data.decoding import decode
 from fastadv.data.loading import as_pictures, find
 from fastadv.data.parquet import Columns
-from fastadv.data.source import Part, Source, joined, judging
+from fastadv.data.source import DataSource, Part, concatenated, judging
 from fastadv.data.splits import Split, split_off, warn_of_repetitions
 from fastadv.data.trained import MOST_OVERLAP, TrainedOn, known
 from fastadv.preprocessing import Preprocessing
@@ -82,7 +82,7 @@ def held_out(
     source = replace(source, parts={name: source.parts[name] for name in judging(source.parts, judge)})
     wanted = list(range(len(source.classes))) if classes is None else labels_of(classes, source.classes)
     if part == "all" or "test" in source.parts:
-        whole, notes = joined(list(source.parts.values())), ()
+        whole, notes = concatenated(list(source.parts.values())), ()
     else:
         whole, notes = _without_test_part(source, wanted, trained_on, part, split)
     chosen = _named(selected(whole, wanted), [source.classes[label] for label in wanted], model_classes)
@@ -97,10 +97,10 @@ def held_out(
 
 
 def _without_test_part(
-    source: Source, wanted: Sequence[int], trained_on: Sequence[TrainedOn], part: str | None, split: Split | None
+    source: DataSource, wanted: Sequence[int], trained_on: Sequence[TrainedOn], part: str | None, split: Split | None
 ) -> tuple[Part, tuple[str, ...]]:
     """The images of a set without a test part, and a note on which they are."""
-    whole = joined(list(source.parts.values())).digested()
+    whole = concatenated(list(source.parts.values())).digested()
     mine = torch.isin(whole.labels, torch.tensor(wanted))
     count = known(trained_on, whole.digests[mine])
     if part is None and split is None:

@@ -16,8 +16,8 @@ from fastadv.data.decoding import decode
 from fastadv.data.folders import folders
 from fastadv.data.pictures import Picture
 from fastadv.data.share import Share, dealt
-from fastadv.data.source import Part, Source, digest, joined
-from fastadv.data.splits import TEST_SHARE, Split, completed
+from fastadv.data.source import DataSource, Part, concatenated, digest
+from fastadv.data.splits import TEST_SHARE, Split, with_splits
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
 
@@ -92,12 +92,12 @@ def load(
 
 
 def _chosen(
-    source: Source, classes: Sequence[int | str] | None, split: Split
+    source: DataSource, classes: Sequence[int | str] | None, split: Split
 ) -> tuple[Collection[str], tuple[str, ...], dict[str, Part], tuple[str, ...]]:
     """(the parts that the set brings, the names of the classes, the parts of these, notes), nothing decoded yet."""
     names = source.classes
     chosen = list(range(len(names))) if classes is None else labels_of(classes, names)
-    parts, notes = completed(source, split, chosen)
+    parts, notes = with_splits(source, split, chosen)
     if classes is not None:
         parts = {name: selected(part, chosen) for name, part in parts.items()}
         names = tuple(names[label] for label in chosen)
@@ -127,7 +127,7 @@ def find(
     *,
     codes: bool,
     judge: str | None = None,
-) -> Source:
+) -> DataSource:
     """The set where it lies; `judge` says which of its parts, see `judging`, and None that it is for training.
 
     Raises:
@@ -174,7 +174,7 @@ def _decoded(
     parts = {name: as_pictures(part, preprocessing) for name, part in parts.items()}
     if isinstance(parts["train"].images, torch.Tensor):
         return {name: replace(part, images=_divided(part.images.contiguous(), team)) for name, part in parts.items()}
-    whole = joined(list(parts.values()))
+    whole = concatenated(list(parts.values()))
     if len(whole.images) < team.size:
         team = Team()
     owners = dealt(len(whole.images), team)

@@ -11,7 +11,7 @@ import torch
 from fastadv._extras import require
 from fastadv.data.classes import distinct
 from fastadv.data.pictures import Picture
-from fastadv.data.source import Part, Source, joined, judging
+from fastadv.data.source import DataSource, Part, concatenated, judging
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
@@ -68,7 +68,7 @@ def read(
     columns: Columns = Columns(),
     names: tuple[str, ...] = (),
     judge: str | None = None,
-) -> Source:
+) -> DataSource:
     """The set in these files; its classes are those that the files' metadata name, else the labels that there are.
 
     A part without labels is left out with a warning: all of them are -1, as where the hub keeps them secret, or null,
@@ -99,7 +99,7 @@ def read(
     label_of = {name: i for i, name in enumerate(named)} if texts else {}
     label_of |= {number: number if named else i for i, number in enumerate(sorted(numbers))}
     parts = {
-        part: joined(
+        part: concatenated(
             [
                 Part(_pictures(path, columns), _numbers(some, label_of, path))
                 for path, some in zip(files[part], found, strict=True)
@@ -107,7 +107,7 @@ def read(
         )
         for part, found in labels.items()
     }
-    return Source(parts, named or tuple(map(str, sorted(numbers))))
+    return DataSource(parts, named or tuple(map(str, sorted(numbers))))
 
 
 def _is_unlabelled(labels: list | None) -> bool:

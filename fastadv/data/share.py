@@ -119,7 +119,7 @@ class Share:
         """Collective: all images on the CPU in the first process, none in the others; they go by way of `device`."""
         return self.mine if self.alone else torch.cat(list(self.chunks(device)))
 
-    def joined(self, values: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def concatenated(self, values: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Collective: one tensor (N, ...) of what each process has for its images, (n, ...); None where it has none."""
         if self.alone:
             return values
@@ -132,7 +132,7 @@ class Share:
 
     def merged(self, values: torch.Tensor) -> torch.Tensor:
         """Collective: of tensors (N, ...) that each process knows for its own images, one that holds for all."""
-        return self.joined(values[self.rows.to(values.device)], values.device)
+        return self.concatenated(values[self.rows.to(values.device)], values.device)
 
 
 class _Held:

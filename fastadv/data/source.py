@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Parts by name: "train", "val" and "test" where the set has them; a name for each class."""
 
     parts: dict[str, Part]
@@ -51,7 +51,7 @@ def judging(parts: Collection[str], judge: str | None) -> list[str]:
     return ["test"] if judge == "test" and "test" in parts else list(parts)
 
 
-def joined(parts: Sequence[Part]) -> Part:
+def concatenated(parts: Sequence[Part]) -> Part:
     """Parts of encoded pictures, or of tensors, one after the other."""
     labels = torch.cat([part.labels for part in parts])
     if len(parts) == 1:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from fastadv.data.source import Part, Source
+from fastadv.data.source import DataSource, Part
 
 TEST_SHARE = 0.2
 _NAMES = ("test", "val", "train")  # in the order of a picture's place
@@ -46,7 +46,7 @@ class Split:
         return (np.frombuffer(b"".join(hashed), "<u8") >> np.uint64(11)) * 2.0**-53
 
 
-def completed(source: Source, split: Split, wanted: Sequence[int]) -> tuple[dict[str, Part], tuple[str, ...]]:
+def with_splits(source: DataSource, split: Split, wanted: Sequence[int]) -> tuple[dict[str, Part], tuple[str, ...]]:
     """The parts "train", "val" and "test", and notes on what was made here; only `wanted` classes need images.
 
     Raises:
@@ -68,7 +68,7 @@ def completed(source: Source, split: Split, wanted: Sequence[int]) -> tuple[dict
 
 
 def split_off(whole: Part, split: Split, names: Sequence[str], wanted: Sequence[int]) -> tuple[Part, tuple[str, ...]]:
-    """The test part that `completed` makes of a training part, and notes on it.
+    """The test part that `with_splits` makes of a training part, and notes on it.
 
     Raises:
         ValueError: a wanted class has too few different images.

@@ -8,10 +8,10 @@ import torch
 
 from fastadv.attacks import Ensemble
 from fastadv.attacks.verdicts import verdict
+from fastadv.evaluation.adversaries import EPS, adversaries
 from fastadv.evaluation.images import Kept
-from fastadv.evaluation.opponents import EPS, opponents
 from fastadv.evaluation.robustness import check_counts, judged
-from fastadv.evaluation.samples import gathered
+from fastadv.evaluation.samples import collected
 from fastadv.functional import new_seed, to_float
 
 
@@ -102,15 +102,15 @@ class AutoAttack(Ensemble):
     ) -> dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
         """The same for each attack by itself, on all samples: name -> what `run_standard_evaluation` returns."""
         images, labels, run, trials = self._run(x_orig, y_orig, bs, None, ensemble=False)
-        return {t.opponent.name: _returned(images, labels, run, [t], return_labels) for t in trials}
+        return {t.adversary.name: _returned(images, labels, run, [t], return_labels) for t in trials}
 
     def _run(self, x, y, bs, state_path, ensemble):
-        against = opponents(self.model, self, EPS)
+        against = adversaries(self.model, self, EPS)
         if state_path is not None and self.seed is None:
             raise ValueError("the run that goes on from a state must have its seed: give AutoAttack(seed=), an int")
         seed = int(new_seed("cpu")) if self.seed is None else self.seed
         check_counts(bs=bs, seed=seed)
-        images, labels = gathered((x, y), self.model, self.device)
+        images, labels = collected((x, y), self.model, self.device)
         settings = {"iterate": "any", "ensemble": ensemble, "slots": min(bs, len(images)), "seed": int(seed)}
         # Also to see that the log can be written, before there is anything to lose.
         self._log(f"using {', '.join(each.title for each in against)}")
@@ -121,10 +121,10 @@ class AutoAttack(Ensemble):
             if not ended:
                 self._log(f"initial accuracy: {accuracy:.2%}")
             else:
-                after = f"{'after' if ensemble else 'under'} {ended[-1].opponent.name.upper()}"
+                after = f"{'after' if ensemble else 'under'} {ended[-1].adversary.name.upper()}"
                 self._log(f"robust accuracy {after}: {accuracy:.2%} (total time {time.perf_counter() - begun:.1f} s)")
 
-        def kept(number, opponent):
+        def kept(number, adversary):
             return Kept(images, labels.device)
 
         self.report, *found = judged(self.model, images, labels, against, settings, None, state_path, kept, told=told)

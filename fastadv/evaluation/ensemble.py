@@ -6,17 +6,17 @@ from itertools import pairwise
 
 import torch
 
+from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Gallery, Kept
-from fastadv.evaluation.opponents import Opponent
 from fastadv.evaluation.queue import Verdicts
 
 
 @dataclass
 class Trial:
-    """An opponent and how far it is."""
+    """An adversary and how far it is."""
 
-    opponent: Opponent
+    adversary: Adversary
     verdicts: Verdicts
     gallery: Gallery | Kept | None
     reach: Reach | None  # of an attack that is called batch by batch
@@ -27,16 +27,16 @@ class Trial:
     @property
     def within_budget(self) -> bool:
         """Whether all that it found lies in a ball of a known norm and radius, and in the box."""
-        opponent, reach = self.opponent, self.reach
-        if not opponent.has_budget:
+        adversary, reach = self.adversary, self.reach
+        if not adversary.has_budget:
             return False
-        return reach is None or not (reach.leaves_box() or reach.exceeds(opponent.eps, opponent.norm))
+        return reach is None or not (reach.leaves_box() or reach.exceeds(adversary.eps, adversary.norm))
 
     def is_open(self, images: int) -> bool:
         """Whether there is anything left to run; an attack may ask for another run of itself."""
-        verdicts, attack = self.verdicts, self.opponent.attack
+        verdicts, attack = self.verdicts, self.adversary.attack
         left = bool((verdicts.todo & ~verdicts.fooled).any()) and not verdicts.unsettled.any()
-        if left and self.opponent.ours and attack.goes_on(verdicts.falls, images):
+        if left and self.adversary.ours and attack.goes_on(verdicts.falls, images):
             verdicts.restarts += 1
             if self.gallery is not None:  # another image of each will be the last one
                 self.gallery.again(verdicts.unsettled)
@@ -44,7 +44,7 @@ class Trial:
 
     def falls_at(self, norm: str, eps: float) -> bool:
         """Whether a sample that it fooled is fooled at that budget too: its own ball lies in that one."""
-        return self.within_budget and self.opponent.norm == norm and self.opponent.eps <= eps
+        return self.within_budget and self.adversary.norm == norm and self.adversary.eps <= eps
 
     @property
     def zero_gradients(self) -> float | None:
@@ -65,8 +65,8 @@ def in_turn(trials: Sequence[Trial]) -> list[Trial]:
     """The order in which they run: as given, but of one attack's budgets the smallest first."""
     blocks, numbered = -1, []
     for i, trial in enumerate(trials):
-        blocks += i == 0 or trial.opponent.name != trials[i - 1].opponent.name
-        numbered.append((blocks, trial.opponent.eps or 0.0, i, trial))
+        blocks += i == 0 or trial.adversary.name != trials[i - 1].adversary.name
+        numbered.append((blocks, trial.adversary.eps or 0.0, i, trial))
     return [each[-1] for each in sorted(numbered, key=lambda each: each[:3])]
 
 
@@ -82,13 +82,13 @@ def fooled_by(trials: Sequence[Trial], norm: str | None, eps: float | None, coun
 def budgets(trials: Sequence[Trial], correct: torch.Tensor) -> Iterator[tuple[str, float, list[str], torch.Tensor]]:
     """(norm, eps, names of the attacks that count there, which samples none of them fools) of every budget."""
     within = [trial for trial in trials if trial.within_budget]
-    for norm, eps in dict.fromkeys((trial.opponent.norm, trial.opponent.eps) for trial in within):
+    for norm, eps in dict.fromkeys((trial.adversary.norm, trial.adversary.eps) for trial in within):
         counted = [trial for trial in within if trial.falls_at(norm, eps)]
         robust = correct & ~fooled_by(counted, norm, eps, correct)
         for trial in counted:
             # Counted here and not handed on: at the next budget such samples must show again that gradients are masked.
             robust &= ~trial.by_square if trial.by_square is not None else True
-        yield norm, eps, list(dict.fromkeys(trial.opponent.name for trial in counted)), robust
+        yield norm, eps, list(dict.fromkeys(trial.adversary.name for trial in counted)), robust
 
 
 def curve(norm: str, points: Sequence[tuple[float, float]], clean: float) -> dict:

@@ -41,9 +41,9 @@ class Masking:
 
 def square_of(trial: Trial, shape: torch.Size) -> Square | SquareL2 | None:
     """The attack without gradients to run after `trial`, where that is PMA on images (N, C, H, W)."""
-    attack = trial.opponent.attack
+    attack = trial.adversary.attack
     kind = next((square for pma, square in SQUARES.items() if isinstance(attack, pma)), None)
-    if not trial.opponent.ours or kind is None or len(shape) != 4 or (kind is SquareL2 and min(shape[2:]) < 5):
+    if not trial.adversary.ours or kind is None or len(shape) != 4 or (kind is SquareL2 and min(shape[2:]) < 5):
         return None
     return kind(attack.model, attack.eps, QUERIES, **{name: getattr(attack, name) for name in OF_THE_MODEL})
 
@@ -59,22 +59,22 @@ def of_square(trials: Sequence[Trial], images: int) -> Iterator[str]:
     """About Square attacks that found more than a few samples which the attacks before them had left."""
     for i, trial in enumerate(trials):
         found = int(trial.verdicts.fooled.sum())
-        before = [t.opponent.title for t in trials[:i] if t.opponent.eps == trial.opponent.eps and not _is_square(t)]
+        before = [t.adversary.title for t in trials[:i] if t.adversary.eps == trial.adversary.eps and not _is_square(t)]
         if _is_square(trial) and before and found > max(ALLOWED, SURPRISE * images):
             yield (
-                f"gradients look masked: {trial.opponent.title}, which needs none, fooled {found} samples that "
+                f"gradients look masked: {trial.adversary.title}, which needs none, fooled {found} samples that "
                 f"{', '.join(before)} had left. The figure may still be too high: give Square more queries and "
                 "restarts, or make an attack for this model"
             )
 
 
 def _is_square(trial: Trial) -> bool:
-    return isinstance(trial.opponent.attack, (Square, SquareL2))
+    return isinstance(trial.adversary.attack, (Square, SquareL2))
 
 
 def by_chance(trials: Sequence[Trial]) -> int:
     """Samples that any of `trials` fooled by a random start alone."""
-    drawn = [t for t in trials if t.opponent.ours and t.opponent.attack.draws and t.opponent.attack.by_gradient]
+    drawn = [t for t in trials if t.adversary.ours and t.adversary.attack.draws and t.adversary.attack.by_gradient]
     fell = [trial.verdicts.fooled & (trial.verdicts.step == 0) for trial in drawn]
     return int(torch.stack(fell).any(0).sum()) if fell else 0
 

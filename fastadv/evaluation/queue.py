@@ -6,7 +6,7 @@ from itertools import count
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.engine import Engine, Slots, joined
+from fastadv.attacks.engine import Engine, Slots, concatenated
 from fastadv.attacks.samplewise import per_sample
 from fastadv.attacks.verdicts import NONE, verdict
 from fastadv.functional import sample_seeds
@@ -298,7 +298,7 @@ class Queue:
         if self.engine is None:
             self.engine = Engine(self.attack, fresh)
         else:
-            self.engine.slots = joined(self.engine.slots.rows(keep), fresh)
+            self.engine.slots = concatenated(self.engine.slots.rows(keep), fresh)
         opened = torch.ones(len(keep) + room, dtype=torch.bool)
         self._hold(torch.cat((self._sample[keep], rows)), torch.cat((self._run[keep], runs)), opened)
         self._at, self._answer, self._bad = (

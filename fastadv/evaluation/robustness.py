@@ -1,6 +1,7 @@
 """Clean and robust accuracy of a model under several attacks, with everything that is needed to believe them."""
 
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -13,14 +14,14 @@ from torch import nn
 
 from fastadv.attacks.normalized import Normalized, normalization_of
 from fastadv.data.share import Batch, Share
+from fastadv.evaluation.adversaries import EPS, Adversary, adversaries, check_they_take, is_several
 from fastadv.evaluation.ensemble import Trial, in_turn
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.identity import fingerprint, untold
 from fastadv.evaluation.images import Gallery, Kept
-from fastadv.evaluation.opponents import EPS, Opponent, check_they_take, is_several, opponents
 from fastadv.evaluation.queue import Verdicts
 from fastadv.evaluation.run import Run
-from fastadv.evaluation.samples import gathered
+from fastadv.evaluation.samples import collected
 from fastadv.evaluation.saved import StateFile
 from fastadv.locks import held
 from fastadv.nn.frozen import frozen, on
@@ -40,7 +41,7 @@ def evaluate(
     ensemble: bool = True,
     images_normalized: tuple | None = None,
     iterate: str = "any",
-    slots: int = 128,
+    batch_size: int = 128,
     pool: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -49,6 +50,7 @@ def evaluate(
     state: str | Path | None = None,
     save_images: str | Path | None = None,
     progress: bool = True,
+    slots: int | None = None,
 ) -> dict:
     """Robust accuracy of `model` in eval mode, left as found.
 
@@ -86,11 +88,11 @@ def evaluate(
             stays in pixels. Attacks are then names.
         iterate: "any": the start and every iterate are judged; "last": the last one of each restart only, the verdict
             of other libraries. "any" is never the weaker.
-        slots: images under attack at a time, the batch size of everything; no more than there are images. Slots beyond
-            the number of samples that survive, times their restarts and targets, stay empty in the end: on a GPU they
-            cost their time, so with few images choose few.
+        batch_size: images under attack at a time, each in a slot, and of everything else; no more than there are
+            images. Slots beyond the number of samples that survive, times their restarts and targets, stay empty in the
+            end: on a GPU they cost their time, so with few images choose few.
         pool: images on the device at a time, None for all: for data sets that do not fit there. Take many times the
-            slots, because these run empty before the next images come.
+            batch_size, because slots run empty before the next images come.
         seed: of the random starts; that of sample i is `sample_seeds(seed, i, restart)`, whatever its batch. For other
             libraries' attacks the generators of torch, NumPy and Python are seeded from those of a batch's samples, and
             put back.
@@ -137,7 +139,10 @@ def evaluate(
     """
     if iterate not in ITERATES:
         raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
-    check_counts(slots=slots, pool=pool, seed=seed)
+    if slots is not None:
+        warnings.warn("slots is now batch_size", FutureWarning, stacklevel=2)
+        batch_size = slots
+    check_counts(batch_size=batch_size, pool=pool, seed=seed)
     normalization = None
     if images_normalized is not None:
         normalization = normalization_of(images_normalized, model)
@@ -148,22 +153,22 @@ def evaluate(
             )
         model = Normalized(model, *images_normalized)
     passes = {"autocast": autocast, "memory_format": memory_format}
-    against = opponents(model, attacks, eps, **passes)
-    images, labels = gathered(data, model, device, normalization)
+    against = adversaries(model, attacks, eps, **passes)
+    images, labels = collected(data, model, device, normalization)
     most = images.most if isinstance(images, Share) else len(images)
     if isinstance(images, Share) and not images.alone and (state, save_images, normalization) != (None, None, None):
         raise ValueError(
             "images that several processes share are evaluated without state, save_images and normalization"
         )
-    settings = {"iterate": iterate, "ensemble": ensemble, "slots": min(slots, most), "seed": seed}
+    settings = {"iterate": iterate, "ensemble": ensemble, "slots": min(batch_size, most), "seed": seed}
     settings["save_images"] = save_images is not None
     settings |= {name: str(value) for name, value in passes.items() if value is not None}
 
-    def gallery(number, opponent):
+    def gallery(number, adversary):
         if save_images is None:
             return None
-        name = "-".join([f"{number}", opponent.name, *([] if opponent.eps is None else [opponent.budget])])
-        eps = opponent.eps if opponent.is_linf else None
+        name = "-".join([f"{number}", adversary.name, *([] if adversary.eps is None else [adversary.budget])])
+        eps = adversary.eps if adversary.is_linf else None
         return Gallery(Path(save_images) / name, images, eps, labels.device)
 
     return judged(model, images, labels, against, settings, pool, state, gallery, progress=progress, **passes)[0]
@@ -181,11 +186,11 @@ def judged(
     model: Callable,
     images: torch.Tensor,
     labels: torch.Tensor,
-    against: Sequence[Opponent],
+    against: Sequence[Adversary],
     settings: Mapping,
     pool: int | None,
     state: str | Path | None,
-    gallery: Callable[[int, Opponent], Gallery | Kept | None],
+    gallery: Callable[[int, Adversary], Gallery | Kept | None],
     *,
     told: Callable[["Run", Sequence[Trial]], None] = lambda run, ended: None,
     progress: bool = False,
@@ -196,7 +201,7 @@ def judged(
 
     Args:
         settings: iterate, ensemble, slots, seed, and what else makes it another run.
-        gallery: gets an opponent's number and the opponent.
+        gallery: gets an adversary's number and the adversary.
         told: gets the attacks that have ended, before the first one and after each.
     """
     share = images if isinstance(images, Share) else Share(images)
@@ -206,7 +211,7 @@ def judged(
     kept = nullcontext() if state is None else held(state, f"the state {state} of an evaluation")
     with kept, torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
         run = Run(model, share, labels, against, settings, pool, autocast, memory_format)
-        trials = [run.trial(opponent, gallery(number, opponent)) for number, opponent in enumerate(against)]
+        trials = [run.trial(adversary, gallery(number, adversary)) for number, adversary in enumerate(against)]
         if file is not None:
             _load(file, trials)
         order = in_turn(trials)
@@ -232,12 +237,12 @@ def judged(
     return report, run, trials
 
 
-def _identity(settings, model, images, labels, against: Sequence[Opponent]) -> str:
+def _identity(settings, model, images, labels, against: Sequence[Adversary]) -> str:
     """Of a run, for its state."""
     parts = {name: value for name, value in settings.items() if name != "attacks"}
-    for number, (opponent, facts) in enumerate(zip(against, settings["attacks"], strict=True), 1):
+    for number, (adversary, facts) in enumerate(zip(against, settings["attacks"], strict=True), 1):
         attack = f"attack {number}"
-        parts |= {f"{name} of {attack}": value for name, value in facts.items()} | {attack: opponent.attack}
+        parts |= {f"{name} of {attack}": value for name, value in facts.items()} | {attack: adversary.attack}
     weights = model.state_dict() if isinstance(model, nn.Module) else {}
     run = fingerprint({**parts, "images": images, "labels": labels, "the model's weights": weights, "the model": model})
     if untold(run):

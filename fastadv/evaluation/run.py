@@ -13,12 +13,12 @@ from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.verdicts import NONE, is_label, verdict
-from fastadv.evaluation import suspicions
+from fastadv.evaluation import masking_checks
+from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
 from fastadv.evaluation.images import Gallery, Kept
 from fastadv.evaluation.masking import ASKED, Masking, by_chance, most_likely, of_masking, of_square, square_of
-from fastadv.evaluation.opponents import Opponent
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.windows import Windows
@@ -38,13 +38,13 @@ class Run:
         self.share, self.labels, self.pool, self._layout = share, labels, pool, memory_format
         self.last, self.slots, self.seed = settings["iterate"] == "last", settings["slots"], settings["seed"]
         self.notes: list[str] = []
-        attacks = [opponent.attack for opponent in against if opponent.ours]
+        attacks = [adversary.attack for adversary in against if adversary.ours]
         signs = len(attacks) == len(against) and all(attack.compares == "signs" for attack in attacks)
         draws = max((attack.eot for attack in attacks), default=1)
         self._objective = Objective(model, "bce" if signs else "ce", eot=draws, autocast=autocast)
         if labels.ndim == 1:
             self._objective.check_classes(highest(labels))
-        self.clean = share.joined(self.logits(share.mine) if len(share) else None, labels.device)
+        self.clean = share.concatenated(self.logits(share.mine) if len(share) else None, labels.device)
         said = verdict(self.clean, labels)
         self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
         self._warn_of_outputs(draws, autocast)
@@ -54,7 +54,7 @@ class Run:
         found = ()
         if len(first):
             seen = self._seen_by_model(self._staged(first))
-            found = suspicions.of_outputs(self._objective.logits, seen, draws, autocast)
+            found = masking_checks.of_outputs(self._objective.logits, seen, draws, autocast)
         told = [note for notes in self.share.team.gathered(list(found)) for note in notes]
         self._warn(dict.fromkeys(told))
 
@@ -83,10 +83,10 @@ class Run:
             self.notes.append(note)
             warnings.warn(note, stacklevel=5)
 
-    def trial(self, opponent: Opponent, gallery: Gallery | Kept | None) -> Trial:
-        reach = None if opponent.ours else Reach()
-        runs = opponent.attack.runs(self.clean.shape[1]) if opponent.ours else 1
-        return Trial(opponent, Verdicts(self.correct, runs), gallery, reach)
+    def trial(self, adversary: Adversary, gallery: Gallery | Kept | None) -> Trial:
+        reach = None if adversary.ours else Reach()
+        runs = adversary.attack.runs(self.clean.shape[1]) if adversary.ours else 1
+        return Trial(adversary, Verdicts(self.correct, runs), gallery, reach)
 
     def left(self, ended: Sequence[Trial]) -> torch.Tensor:
         """Samples that are classified correctly and that none of `ended` fooled, (N,) bool."""
@@ -95,7 +95,7 @@ class Run:
 
     def hand_on(self, before: Sequence[Trial], trial: Trial) -> None:
         """Give `trial` those samples alone that the trials before it have not fooled within its budget."""
-        budget = (trial.opponent.norm, trial.opponent.eps) if trial.opponent.has_budget else (None, None)
+        budget = (trial.adversary.norm, trial.adversary.eps) if trial.adversary.has_budget else (None, None)
         trial.verdicts.todo = self.correct & ~fooled_by(before, *budget, self.correct)
 
     def attack(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
@@ -125,12 +125,12 @@ class Run:
             trial.reach = Reach.of(share.team.gathered(trial.reach))
 
     def _run(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
-        opponent, earlier = trial.opponent, trial.seconds
+        adversary, earlier = trial.adversary, trial.seconds
         begun = saved = time.perf_counter()
         pause = SAVE_EVERY
-        windows = self._windows(trial) if opponent.ours else None
-        unit = "pass" if opponent.ours else "batch"
-        with Progress(opponent.title, unit, progress) as shown:
+        windows = self._windows(trial) if adversary.ours else None
+        unit = "pass" if adversary.ours else "batch"
+        with Progress(adversary.title, unit, progress) as shown:
             for done, left in self._batches(trial) if windows is None else windows.run():
                 now = time.perf_counter()
                 trial.seconds = earlier + now - begun
@@ -147,7 +147,7 @@ class Run:
         save()
 
     def _windows(self, trial) -> Windows:
-        attack, gallery, targets = trial.opponent.attack, trial.gallery, self._targets(trial.opponent.attack)
+        attack, gallery, targets = trial.adversary.attack, trial.gallery, self._targets(trial.adversary.attack)
 
         def queue(rows, verdicts):
             if gallery is not None:
@@ -200,7 +200,7 @@ class Run:
                 continue
             images = to_float(self._staged(chunk))
             with seeded(one_seed(sample_seeds(self.seed, chunk))), torch.enable_grad():
-                returned = trial.opponent(images, self.labels[chunk])
+                returned = trial.adversary(images, self.labels[chunk])
             adv = as_images(returned, images)
             finite = trial.reach.add(adv, images)
             logits = self._objective.logits(self._seen_by_model(adv))
@@ -244,7 +244,7 @@ class Run:
             if trial.by_square is None:
                 continue
             survivors = self._robust(trial)
-            chance = by_chance([t for t in order[: i + 1] if t.opponent.eps == trial.opponent.eps])
+            chance = by_chance([t for t in order[: i + 1] if t.adversary.eps == trial.adversary.eps])
             asked, fooled = min(int(survivors.sum()), ASKED), int((self.correct & ~survivors).sum())
             fell, zero = int(trial.by_square.sum()), trial.zero_gradients or 0.0
             yield trial, Masking(n, asked, fell, fooled, chance, zero)
@@ -252,24 +252,24 @@ class Run:
     def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> dict:
         n = len(self.labels)
         for trial in trials:
-            by_gradient = trial.opponent.ours and trial.opponent.attack.by_gradient
-            trial.zeros = self._zero_gradients(trial.opponent.attack) if by_gradient else None
+            by_gradient = trial.adversary.ours and trial.adversary.attack.by_gradient
+            trial.zeros = self._zero_gradients(trial.adversary.attack) if by_gradient else None
         masked = list(self.masking(order))
         results = [self._result(trial) for trial in trials]
-        ours = [(t.opponent, r) for t, r in zip(trials, results, strict=True) if t.opponent.ours]
-        self._warn(suspicions.of_gradients((t.opponent.title, *t.zeros) for t in trials if t.zeros))
-        silenced = [(trial.opponent.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
-        self._warn(suspicions.of_predictions([("no attack", self.silent), *silenced], n))
-        theirs = [trial for trial in trials if not trial.opponent.ours]
-        self._warn(note for trial in theirs for note in suspicions.of_reach(trial.opponent, trial.reach))
-        self._warn(suspicions.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
+        ours = [(t.adversary, r) for t, r in zip(trials, results, strict=True) if t.adversary.ours]
+        self._warn(masking_checks.of_gradients((t.adversary.title, *t.zeros) for t in trials if t.zeros))
+        silenced = [(trial.adversary.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
+        self._warn(masking_checks.of_predictions([("no attack", self.silent), *silenced], n))
+        theirs = [trial for trial in trials if not trial.adversary.ours]
+        self._warn(note for trial in theirs for note in masking_checks.of_reach(trial.adversary, trial.reach))
+        self._warn(masking_checks.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
         if not ensemble:
-            robust = [(t.opponent.title, t.opponent.attack, self._robust(t)) for t in trials if t.opponent.ours]
-            self._warn(suspicions.of_accuracies(robust))
+            robust = [(t.adversary.title, t.adversary.attack, self._robust(t)) for t in trials if t.adversary.ours]
+            self._warn(masking_checks.of_accuracies(robust))
         if ensemble:
             self._warn(of_square(order, n))
-        self._warn(of_masking([(trial.opponent.title, masking) for trial, masking in masked]))
-        self._warn(suspicions.of_late_falls(trial for trial in trials if trial.opponent.ours))
+        self._warn(of_masking([(trial.adversary.title, masking) for trial, masking in masked]))
+        self._warn(masking_checks.of_late_falls(trial for trial in trials if trial.adversary.ours))
         clean = int(self.correct.sum()) / n
         found = [
             {
@@ -287,7 +287,7 @@ class Run:
             "robust_accuracy": accuracies[0] if len(accuracies) == 1 else accuracies,
             "budgets": found,
             "curves": _curves(found, clean),
-            "masking": [{"after": trial.opponent.title, **asdict(masking)} for trial, masking in masked],
+            "masking": [{"after": trial.adversary.title, **asdict(masking)} for trial, masking in masked],
             "clean_correct": self.correct.tolist(),
             "clean_said": self.said.tolist(),
             "no_prediction": self.silent,
@@ -300,33 +300,33 @@ class Run:
         return trial.verdicts.todo & ~trial.verdicts.fooled
 
     def _result(self, trial) -> dict:
-        opponent, verdicts, reach = trial.opponent, trial.verdicts, trial.reach
+        adversary, verdicts, reach = trial.adversary, trial.verdicts, trial.reach
         n, fooled = len(self.labels), verdicts.fooled.tolist()
         first = {
-            name: [v if f and opponent.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
+            name: [v if f and adversary.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
             for name, values in (("restart", verdicts.restart), ("step", verdicts.step))
         }
         target = {}
-        if opponent.ours and opponent.attack.loss in TARGETED:
-            classes = opponent.attack.target_class(self._targets(opponent.attack), verdicts.restart)
+        if adversary.ours and adversary.attack.loss in TARGETED:
+            classes = adversary.attack.target_class(self._targets(adversary.attack), verdicts.restart)
             target = {"target": [c if f else None for c, f in zip(classes.tolist(), fooled, strict=True)]}
         accuracy = {"robust_accuracy": int(self._robust(trial).sum()) / n}
         if trial.gallery is not None:
             accuracy |= trial.gallery.facts()
-        if reach is not None and (reach.leaves_box() or reach.exceeds(opponent.eps, opponent.norm)):
+        if reach is not None and (reach.leaves_box() or reach.exceeds(adversary.eps, adversary.norm)):
             accuracy = dict.fromkeys(accuracy)
         return {
-            "attack": opponent.name,
-            "eps": opponent.eps,
-            "norm": opponent.norm,
+            "attack": adversary.name,
+            "eps": adversary.eps,
+            "norm": adversary.norm,
             **accuracy,
             "given": int(verdicts.todo.sum()),
             "largest_linf": reach and reach.linf,
             "largest_l2": reach and reach.l2,
             "no_prediction": int(verdicts.silenced.sum()),
-            "passes": verdicts.passes if opponent.ours else None,
-            "forwards": verdicts.forwards if opponent.ours else None,
-            "waste": verdicts.waste if opponent.ours else None,
+            "passes": verdicts.passes if adversary.ours else None,
+            "forwards": verdicts.forwards if adversary.ours else None,
+            "waste": verdicts.waste if adversary.ours else None,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
             "runs": verdicts.restarts,
@@ -335,8 +335,8 @@ class Run:
             "said": [said if f else None for said, f in zip(verdicts.said.tolist(), fooled, strict=True)],
             **first,
             **target,
-            "latest": trial.latest if opponent.ours else None,
-            "settings": opponent.facts(),
+            "latest": trial.latest if adversary.ours else None,
+            "settings": adversary.facts(),
         }
 
 

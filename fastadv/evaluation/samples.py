@@ -22,7 +22,7 @@ WANTED = (
 )
 
 
-def gathered(
+def collected(
     data: Batch | Iterable[Batch] | Dataset,
     model: Callable,
     device: torch.device | str | None,

@@ -1,6 +1,7 @@
 """A network together with what is needed to use it and to build it again."""
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,12 +48,18 @@ class Model:
             raise ValueError(f"the model takes images of the shape {tuple(made)}, these have {tuple(shape)}")
 
     @cached_property
-    def pixels(self) -> nn.Module:
+    def on_pixels(self) -> nn.Module:
         """The network for images in [0, 1]: it normalises them first. The same parameters."""
         given = self.preprocessing
         if given is None or (not any(given.mean) and all(std == 1 for std in given.std)):
             return self.network
         return Normalized(self.network, given.mean, given.std)
+
+    @property
+    def pixels(self) -> nn.Module:
+        """What `on_pixels` was called before."""
+        warnings.warn("Model.pixels is now Model.on_pixels", FutureWarning, stacklevel=2)
+        return self.on_pixels
 
 
 def construct(architecture: dict, count: int, *, trust_code: bool = False) -> nn.Module:

@@ -24,7 +24,7 @@ CHOICES = (*OWN, "robust-resnet", "efficientnet-lite0", "timm:NAME", "hf:NAME_OR
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that can be built.
 
     Attributes:
@@ -64,7 +64,7 @@ class Source:
         return self._build(tuple(classes), shape)
 
 
-def source(name: str, *, trust_code: bool = False) -> Source:
+def source(name: str, *, trust_code: bool = False) -> ModelSource:
     """The model called `name`; nothing large is read or downloaded before it is built.
 
     Args:
@@ -134,7 +134,7 @@ def _own(name, base, options):
         architecture = {"kind": "own", "name": base, "shape": list(shape), "options": chosen}
         return Model(construct(architecture, len(classes)), None, architecture, classes, pretrained=False)
 
-    return Source(name, None, build)
+    return ModelSource(name, None, build)
 
 
 def _function(name):
@@ -145,7 +145,7 @@ def _function(name):
         network = construct(architecture, len(classes), trust_code=True)
         return Model(network, None, architecture, classes, pretrained=False)
 
-    return Source(name, None, build)
+    return ModelSource(name, None, build)
 
 
 def _checkpoint(name, path, trust_code=False):
@@ -160,7 +160,7 @@ def _checkpoint(name, path, trust_code=False):
             model.check_shape(shape)
         return model
 
-    return Source(name, preprocessing_of(facts), build)
+    return ModelSource(name, preprocessing_of(facts), build)
 
 
 def _embedded(name):
@@ -200,7 +200,7 @@ def _timm(name, base, options):
         new_head(network, len(classes))
         return Model(network, preprocessing, architecture, classes, pretrained)
 
-    return Source(name, preprocessing, build)
+    return ModelSource(name, preprocessing, build)
 
 
 def _timm_preprocessing(timm, config, options):
@@ -232,7 +232,7 @@ def _efficientnet_lite0(name):
         new_head(network, len(classes))
         return Model(network, preprocessing, architecture, classes, pretrained=True)
 
-    return Source(name, preprocessing, build)
+    return ModelSource(name, preprocessing, build)
 
 
 def _renamed(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -267,7 +267,7 @@ def _hf(name, base):
         architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}
         return Model(network, preprocessing, architecture, classes, pretrained=True)
 
-    return Source(name, preprocessing, build)
+    return ModelSource(name, preprocessing, build)
 
 
 def _hf_preprocessing(given: dict) -> Preprocessing:

@@ -110,7 +110,7 @@ def _run(task: Task, place: Place, found: dict | None) -> dict:
             check_together([found, found | {"settings": found["settings"] | found_here(task, parts)}])
         began = time.perf_counter()
         judges = (*ALWAYS, *task.judges) if found is None else missing(task, found)
-        network = model.pixels.to(place.device)
+        network = model.on_pixels.to(place.device)
         verdicts = judged(network, parts.test, judges, task.cell.eps / 255, task.cell.seed, folder)
     record["verdicts"] = record.get("verdicts", {}) | verdicts
     record["judge_s"] = record.get("judge_s", 0.0) + time.perf_counter() - began
@@ -132,7 +132,7 @@ def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[mode
     machines = _machines(place, folder)
     options = {"folder": folder / "train", "resume": True, "device": place.device, "progress": False}
     # The test images are for the judges alone.
-    records = trainer(task, model.pixels, **options).fit(parts.train, parts.val)
+    records = trainer(task, model.on_pixels, **options).fit(parts.train, parts.val)
     if place.keep_weights:
         model.trained_on += (parts.trained_on,)
         models.save(model, folder / WEIGHTS)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from fastadv.attacks import by_name
+from fastadv.attacks import create_attack
 from fastadv.study.grid import ALWAYS, IN_A_ROW, Task
 from fastadv.training.cost import fresh_share, passes
 from fastadv.training.settings import Settings
@@ -56,7 +56,7 @@ def _judging(names: Iterable[str], task: Task, classes: int) -> float:
     """Forward passes of an image that withstands these attacks."""
     total = 0.0
     for name in names:
-        attack = by_name(name, nn.Identity(), task.cell.eps / 255)
+        attack = create_attack(name, nn.Identity(), task.cell.eps / 255)
         gradients, beside = attack.cost(classes)
         total += attack.runs(classes) * (attack.steps * (1 + gradients + beside) + 1)
     return total

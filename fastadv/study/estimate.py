@@ -17,8 +17,8 @@ from fastadv.training import Settings
 logger = logging.getLogger("fastadv")
 
 # What the time of a standard step depends on.
-_OF_A_STEP = ("method", "head", "rank", "lora_targets", "lr", "batch_size", "accumulate", "optimizer", "precision")
-_OF_A_STEP += ("compile", "channels_last")
+_OF_A_STEP = ("method", "head", "rank", "lora_targets", "lr", "batch_size", "grad_accum_steps", "optimizer")
+_OF_A_STEP += ("precision", "compile", "channels_last")
 
 
 def estimates(tasks: Iterable[Task], place: Place) -> dict[str, float]:
@@ -61,7 +61,7 @@ def _measured(task: Task, place: Place, parts: Parts) -> float:
         logger.setLevel(logging.WARNING)  # its two epochs are none of the study's
         torch.set_num_threads(place.threads)
         model = build(task.cell, parts)
-        records = trainer(standard, model.pixels, device=place.device, progress=False).fit((images, labels))
+        records = trainer(standard, model.on_pixels, device=place.device, progress=False).fit((images, labels))
     finally:
         logger.setLevel(level)
         torch.set_num_threads(before)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastadv._extras import require
+from fastadv._renamed import by_new_names
 from fastadv.files import check_format, write_atomically
 from fastadv.study.grid import Cell
+from fastadv.training.settings import RENAMED
 
 GRID, GRID_FORMAT = "study.yaml", 1
-CELL, CELL_FORMAT = "cell.json", 1
+CELL, CELL_FORMAT, OLDEST_CELL = "cell.json", 2, 1  # 1 has old names of settings
 ERROR = "error.txt"
 
 
@@ -68,7 +70,8 @@ def read_cell(folder: Path, id: str) -> dict | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and the cell is run again") from error
-    check_format(str(path), record.get("format"), CELL_FORMAT)
+    check_format(str(path), record.get("format"), CELL_FORMAT, OLDEST_CELL)
+    record["settings"] = by_new_names(record["settings"], RENAMED, warn=False)
     if (own := Cell(**record["cell"]).id) != id:
         raise ValueError(f"{path} is of the cell {own}: move that folder out of cells, or give it the cell's name")
     return record
@@ -76,7 +79,7 @@ def read_cell(folder: Path, id: str) -> dict | None:
 
 def write_cell(folder: Path, id: str, record: Mapping) -> None:
     """A finished cell, whole or not at all."""
-    content = json.dumps({"format": CELL_FORMAT, **record}) + "\n"
+    content = json.dumps({**record, "format": CELL_FORMAT}) + "\n"
     write_atomically(cell_folder(folder, id) / CELL, content.encode())
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from torch import nn
 
+from fastadv._renamed import by_new_names
 from fastadv.attacks import PRESETS
 from fastadv.attacks.ensembles import VERSIONS
 from fastadv.data.splits import Split
 from fastadv.training import Settings, Trainer
 from fastadv.training.methods import METHODS
+from fastadv.training.settings import RENAMED
 
 SCRATCH = "scratch"  # everything, from random weights
 LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}  # peaks for AdamW; others have Settings'
@@ -163,11 +165,12 @@ def expanded(grid: Mapping) -> list[Task]:
         ValueError: an unknown name, a value out of range, nothing to do, or two blocks that want the same cell with
             different settings.
     """
+    grid = by_new_names(grid, RENAMED)
     blocks = _several(grid.get("blocks", [{}]))
     common = {name: value for name, value in grid.items() if name != "blocks"}
     if not all(isinstance(block, Mapping) for block in blocks):
         raise ValueError(f"blocks must be a list of grids, got {grid['blocks']!r}")
-    blocks = [{**common, **block} for block in blocks]
+    blocks = [{**common, **by_new_names(block, RENAMED)} for block in blocks]
     rounds = itertools.zip_longest(*map(_products, blocks), fillvalue=())
     found: dict[Cell, Task] = {}
     for task in itertools.chain.from_iterable(itertools.chain.from_iterable(rounds)):
@@ -242,6 +245,7 @@ def _attack(given: object) -> tuple[str, str, dict]:
     if not isinstance(given, Mapping) or not all(isinstance(given.get(name), str) for name in ("name", "attack")):
         raise ValueError(f"attacks are names, or mappings with a name and an attack, got {given!r}")
     changes = {name: value for name, value in given.items() if name not in ("name", "attack")}
+    changes = by_new_names(changes, RENAMED)
     _check_names(f"the attack {given['name']}", changes, [name for name in _names(Settings) if name not in _AXES_OF])
     return given["name"], given["attack"], changes
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastadv.attacks import Ensemble, by_name
+from fastadv.attacks import Ensemble, create_attack
 from fastadv.data.share import Batch
 from fastadv.evaluation import evaluate
 from fastadv.study.grid import IN_A_ROW
@@ -24,7 +24,7 @@ def judged(
     common = {"seed": seed, "progress": False}
     found = {}
     if alone:
-        attacks = [by_name(judge, model, eps, **options) for judge in alone]
+        attacks = [create_attack(judge, model, eps, **options) for judge in alone]
         report = evaluate(model, test, attacks, ensemble=False, state=_state(folder, alone), **common)
         left = report["clean_correct"]
         found = {"clean": _bits(left)}

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from fastadv._extras import require
+from fastadv._renamed import by_new_names
 from fastadv.evaluation.identity import differences, fingerprint
 from fastadv.files import FormatError, check_format, write_atomically
 from fastadv.training.finite import nonfinite_groups
+from fastadv.training.settings import RENAMED
 
-FORMAT = 2
+FORMAT, OLDEST = 3, 2  # 2 has old names of settings
 KEPT = 2
 
 # The names of what is written here; nothing else is read, replaced or removed.
@@ -126,7 +128,7 @@ class Checkpoints:
             # Others would be read, and perhaps removed.
             if not _TENSORS.fullmatch(str(name)) or (self.folder / str(name)).is_symlink():
                 raise ValueError(f"it names {name!r}, which is no file of a state")
-        check_format(f"the state in {self.folder}", facts["format"], FORMAT)
+        check_format(f"the state in {self.folder}", facts["format"], FORMAT, OLDEST)
         if facts["run"] != self.run:
             self._check_run(json.loads(facts["run"]))
         return facts
@@ -134,6 +136,7 @@ class Checkpoints:
     def _check_run(self, there: Mapping[str, str]) -> None:
         """Refuse another run's fingerprint; what it has no name for, an older version did as the default does."""
         here, defaults = json.loads(self.run), json.loads(fingerprint(self.defaults))
+        there = by_new_names(there, RENAMED, warn=False)
         unknown = [f"{name} ({value} there)" for name, value in there.items() if name not in here | defaults]
         if unknown:
             raise OtherRunError(

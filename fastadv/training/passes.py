@@ -30,7 +30,7 @@ class Passes:
     def evaluation(self) -> dict:
         """Options of `evaluate`."""
         precision = {"autocast": self.autocast, "memory_format": self.memory_format}
-        return {"slots": self.part, "pool": STAGED * self.part, **precision}
+        return {"batch_size": self.part, "pool": STAGED * self.part, **precision}
 
     def staged(self, images: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The images `rows`, as floats and laid out, on the device."""

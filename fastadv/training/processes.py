@@ -128,7 +128,8 @@ def _check_settings() -> None:
     if parts not in ("1", "auto"):
         raise ValueError(
             f"accelerate is set to {parts} steps of gradient accumulation (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), "
-            "which fastadv does not read: take it out, and ask for accumulate (--accumulate), parts of a batch"
+            "which fastadv does not read: take it out, and ask for grad_accum_steps (--grad-accum-steps), parts of a "
+            "batch"
         )
 
 

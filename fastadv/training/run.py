@@ -7,9 +7,9 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import Attack, by_name
+from fastadv.attacks import Attack, create_attack
 from fastadv.attacks.checks import check_samples, highest
 from fastadv.data.share import Batch, Share
 from fastadv.evaluation.confusion import confusions
@@ -29,8 +29,8 @@ from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds, to_float
 from fastadv.ops.generator import seeded
 from fastadv.training.augment import Augment
-from fastadv.training.average import Average
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
+from fastadv.training.batches import Batches
 from fastadv.training.budget import CONSTANT, Budget
 from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
@@ -44,10 +44,12 @@ from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
 from fastadv.training.passes import Passes
 from fastadv.training.processes import one_run, precision, processes, team_of
+from fastadv.training.progress import Progress
 from fastadv.training.replicas import replicated, share_weights
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
-from fastadv.training.step import Step
+from fastadv.training.step import TrainStep
+from fastadv.training.weights import Weights
 from fastadv.training.words import epoch_line
 
 if TYPE_CHECKING:
@@ -55,54 +57,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastadv")
 
-# What the seeds of other things than the attack have in place of the epoch.
-AUGMENTING = 2**31  # and the epoch
-ORDERING = 2**32 - 1
 FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; of epochs see `_check_epochs`
 LOG_FORMAT = 1  # in the last line of log.jsonl
 MEASURED = 2**31 + 1  # the epoch whose order chooses the images on which the backbone is measured
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
-
-
-@dataclass
-class Place:
-    """Where a run is: numbers for JSON, from which and the tensors it goes on."""
-
-    stage: int = 0
-    epoch: int = 0  # of all stages
-    first_epoch: int = 0  # of this stage
-    schedule_epoch: int = 0  # where the schedule of the learning rate began: a switch begins it again
-    batch: int = 0
-    loss_sum: float = 0.0
-    right: float = 0.0
-    abnormal: float = 0.0
-    looked: float = 0.0
-    train_s: float = 0.0
-    train_cpu_s: float = 0.0
-    lr: float = 0.0
-    lr_scale: float = 1.0
-    switched: bool = False
-    memory_since: int = 0  # the epoch before which nothing was kept of each image: 0, or after a switch
-    stopped: bool = False
-    best: list[float] | None = None  # what the best weights were chosen by
-    best_epoch: int | None = None
-    monitor: dict | None = None
-    records: list[dict] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, values: dict, folder: Path) -> "Place":
-        """From the state in `folder`; what an older version had no name for is as at the start.
-
-        Raises:
-            OtherRunError: it is a newer version's, and has what this one does not know.
-        """
-        unknown = values.keys() - {each.name for each in fields(cls)}
-        if unknown:
-            raise OtherRunError(
-                f"{folder} has the state of a newer fastadv, and this one does not know its "
-                f"{', '.join(sorted(unknown))}: install that one, or choose another folder"
-            )
-        return cls(**values)
 
 
 class Run:
@@ -126,15 +84,13 @@ class Run:
         self.layout = torch.channels_last if self.settings.channels_last else None
         self.autocast = torch.bfloat16 if self.precision == "bf16" else None
         self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
-        self.at = Place()
+        self.at = Progress()
         self.interruption = Interruption()
-        parts = self.steps * self.here.num_processes * self.settings.accumulate  # of an epoch
+        parts = self.steps * self.here.num_processes * self.settings.grad_accum_steps  # of an epoch
         self.passes = Passes(math.ceil(len(self.labels) / parts), self.autocast, self.layout, self.settings.compile)
         self.memories: dict[str, SampleMemory] = {}
         self.checkpoints: Checkpoints | None = None
         self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
-        self.changed: set[str] = set()  # of these, what is not on the disk yet
-        self.moved = True  # whether the weights are others than on the disk
         share_weights(self.model, self.team)
         held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.masks = set(nonfinite(held))  # what is to hold such numbers, as a mask of logits does
@@ -171,6 +127,8 @@ class Run:
             self.images = Share.of(self.images, self.team)
         self.val = self._shared(self.val)
         self.test = self.val if same else self._shared(self.test)
+        options = {"seed": self.settings.seed, "augment": self.augment, "memory_format": self.layout}
+        self.batches = Batches(self.images, self.labels, self.steps, **options, device=self.device)
 
     def _told(self, part: Batch | None) -> object:
         """What says of a part that it is the same: it is read where a fingerprint needs it."""
@@ -199,7 +157,7 @@ class Run:
 
     def _check(self) -> int:
         """Refuse what cannot be; the highest label."""
-        least = self.here.num_processes * self.settings.accumulate
+        least = self.here.num_processes * self.settings.grad_accum_steps
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
         if self.device.type == "cpu":
@@ -228,7 +186,7 @@ class Run:
         if len(self.labels) // self.steps < least:
             raise ValueError(
                 f"a batch of {len(self.labels) // self.steps} images cannot be cut into {least} parts "
-                "(processes times accumulate): take a larger batch_size"
+                "(processes times grad_accum_steps): take a larger batch_size"
             )
         return max(highest(labels) for _, labels in parts)  # refuses negative ones too, which a loss skips
 
@@ -268,7 +226,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "state", self._fingerprint(), defaults, self.masks)
         groups, facts = self._found()
         if facts is not None:
-            self.at = Place.of(facts["place"], folder)
+            self.at = Progress.of(facts["place"], folder)
             self._check_epochs(facts["epochs"])
             if facts["machine"] != {name: value for name, value in self._machine().items() if name in facts["machine"]}:
                 warnings.warn(
@@ -359,7 +317,7 @@ class Run:
             wanted = self.settings.stages[0].method != "full"
         if wanted:
             s = self.settings
-            rows = self._order(MEASURED)[: FIT + JUDGE].sort()[0]
+            rows = self.batches.order(MEASURED)[: FIT + JUDGE].sort()[0]
             images, labels = self.images.to_all(rows, self.device), self.labels[rows]
             options = {"head": s.head, "seed": s.seed, **asdict(self.passes)}
             found = self._agreed(backbone_robustness(self.model, images, labels, self.trainer.eps, **options))
@@ -425,9 +383,8 @@ class Run:
             if groups is None:
                 self._begin(number, stage)
             self._use(s.switch_to if self.at.switched else self.trainer.attack)
-            self.average = Average(self.tuning.tensors, s.average) if s.average else None
+            self.weights = Weights(self.tuning, s.ema_decay)
             self.monitor = self._new_monitor()
-            self.good, self.best, self.changed, self.moved = self.tuning.state(), None, {"good"}, True
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
             self.evaluating = self.trainer.eval_attack or self._named("pgd-10")
             if groups is None:
@@ -437,14 +394,12 @@ class Run:
             while self.at.epoch < self.at.first_epoch + stage.epochs and not self.at.stopped:
                 self._epoch(stage)
             self._save()
-            chosen = self.best or (self.average and self.average.state)
-            if chosen:
-                self.tuning.load(chosen)
+            self.weights.choose()
 
     def _begin(self, number: int, stage: Stage) -> None:
         now, since = self.at.epoch, self.at.epoch if self.at.switched else self.at.memory_since
         again = {"epoch": now, "first_epoch": now, "schedule_epoch": now, "memory_since": since}
-        self.at = Place(stage=number, **again, records=self.at.records)
+        self.at = Progress(stage=number, **again, records=self.at.records)
         counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
         self._record({"stage": number, "method": stage.method, **counts})
         logger.info("%s: %s of %s parameters train", stage.method, *(f"{count:,}" for count in counts.values()))
@@ -458,18 +413,19 @@ class Run:
                 attack = fast_method(attack, self.model, self.trainer.eps, changes, **self.passes.attack)
             else:
                 attack = self._named(attack, **changes)
-        learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing, "clip": s.clip}
+        learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing}
+        learning |= {"max_grad_norm": s.max_grad_norm}
         learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
-        self.step = Step(self.model, attack, self.optimizer, through=self.through, **learning)
+        self.step = TrainStep(self.model, attack, self.optimizer, through=self.through, **learning)
         self.budget = Budget(self.step.attack, s.eps_schedule)
 
     def _named(self, name: str, **changes) -> Attack:
-        return by_name(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
+        return create_attack(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
 
     def _new_monitor(self) -> Monitor | None:
         if not self.settings.probe or self.budget.attack is None:
             return None
-        chosen = self._order(PROBE)[: self.settings.probe]
+        chosen = self.batches.order(PROBE)[: self.settings.probe]
         images, labels = self.images.to_all(chosen, self.device), self.labels[chosen].to(self.device)
         options = {"seed": self.settings.seed, **asdict(self.passes)}
         return Monitor(self.model, images, labels, self.budget.attack, self.trainer.eps, **options)
@@ -511,7 +467,7 @@ class Run:
         start, before = time.perf_counter(), self.at.train_s
         cpu_start, cpu_before = time.process_time(), self.at.train_cpu_s
         saved = start
-        for index in self._batches(self.at.epoch)[self.at.batch :]:
+        for index in self.batches.of_epoch(self.at, self.step.repeats)[self.at.batch :]:
             due, asked = self._batch(stage, index, time.perf_counter() - saved >= self.settings.checkpoint_s)
             now = time.perf_counter()
             self.at.train_s = before + now - start
@@ -525,7 +481,7 @@ class Run:
         return False
 
     def _finish_epoch(self, stage: Stage) -> None:
-        at, images = self.at, sum(map(len, self._batches(self.at.epoch)))
+        at, images = self.at, sum(map(len, self.batches.of_epoch(self.at, self.step.repeats)))
         record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
         record |= {"train_s": at.train_s, "train_cpu_s": at.train_cpu_s}
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
@@ -533,7 +489,7 @@ class Run:
         at.epoch, at.batch, at.train_s, at.train_cpu_s = at.epoch + 1, 0, 0.0, 0.0
         at.loss_sum = at.right = at.abnormal = at.looked = 0.0
         done, every = at.epoch - at.first_epoch, self.settings.eval_every
-        with self._averaged():
+        with self.weights.averaged():
             record |= self._watch() | free
             if self.val is not None and (done == stage.epochs or (every and done % every == 0)):
                 record |= self._validate()
@@ -545,25 +501,6 @@ class Run:
         self._say(epoch_line(at.records, self._epochs))
         self._save()  # or what was just evaluated would be evaluated again
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
-
-    def _order(self, epoch: int) -> torch.Tensor:
-        """The order of the images in an epoch, from the seed and its number alone."""
-        seed = sample_seeds(self.settings.seed, torch.tensor([epoch]), ORDERING)
-        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(seed)))
-
-    def _batches(self, epoch: int) -> list[torch.Tensor]:
-        """The images of each update of an epoch; a method may take a batch several times in a row."""
-        first = (epoch - self.at.first_epoch) * self.steps
-        numbers = [update // self.step.repeats for update in range(first, first + self.steps)]
-        passes = {number // self.steps for number in numbers}
-        batches = {p: self._order(self.at.first_epoch + p).tensor_split(self.steps) for p in passes}
-        return [batches[number // self.steps][number % self.steps] for number in numbers]
-
-    def _pass(self) -> int:
-        """How often all images have been passed: the epoch, but for a method that takes a batch several times."""
-        first = self.at.first_epoch
-        done = (self.at.epoch - first) * self.steps + self.at.batch
-        return first + done // self.step.repeats // self.steps
 
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
         """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
@@ -581,7 +518,7 @@ class Run:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
         parts = index.tensor_split(world)
         self.images.bring(parts, self.device)
-        mine = parts[self.here.process_index].tensor_split(self.settings.accumulate)
+        mine = parts[self.here.process_index].tensor_split(self.settings.grad_accum_steps)
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         if self.step.method is not None:
             epoch = at.epoch - at.first_epoch
@@ -601,9 +538,7 @@ class Run:
         if not all(map(math.isfinite, (loss, *norms))):
             self._refuse(loss, *norms, index)
         self.step.apply()
-        self.moved = True
-        if self.average is not None:
-            self.average.update(self.tuning.tensors, done)
+        self.weights.stepped(done)
         at.loss_sum += loss * len(index)
         at.right, at.abnormal, at.looked = at.right + right, at.abnormal + abnormal, at.looked + looked
         at.batch += 1
@@ -611,23 +546,10 @@ class Run:
         return due > 0, asked > 0
 
     def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
-        images, labels = self._batch_of(part)
+        images, labels = self.batches.load(part, self.at, self.step.repeats)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
-        return self.step.gradients(images, labels, seeds, rows=part, moves=self._moves(part), **options)
-
-    def _batch_of(self, part: torch.Tensor) -> Batch:
-        images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
-        if self.layout is not None:
-            images = images.contiguous(memory_format=self.layout)
-        if self.augment is not None:
-            images = self.augment(images, self._moves(part))
-        return images, labels
-
-    def _moves(self, part: torch.Tensor) -> torch.Tensor | None:
-        """The seeds of the augmentation, where there is one."""
-        if self.augment is None:
-            return None
-        return sample_seeds(self.settings.seed, part.to(self.device), self._pass() + AUGMENTING)
+        moves = self.batches.moves(part, self.at, self.step.repeats)
+        return self.step.gradients(images, labels, seeds, rows=part, moves=moves, **options)
 
     def _statistics(self) -> torch.Tensor:
         """The largest magnitude in what a forward pass writes, such as batch-norm's statistics."""
@@ -643,7 +565,7 @@ class Run:
     def _refuse(self, loss: float, norm: float, statistics: float, index: torch.Tensor) -> None:
         """End the run at the batch `index`, before its step."""
         self._undo()
-        back = self._sound_weights() if nonfinite(self.tuning.tensors, self.masks) else ""
+        back = self._rescued() if nonfinite(self.tuning.tensors, self.masks) else ""
         what, todo = fault(loss, norm, statistics)
         if came := [name for name, _ in self.tuning.parameters if name in self.masks]:
             todo += f". The model came with numbers that are not finite in {', '.join(came[:3])}"
@@ -652,7 +574,7 @@ class Run:
         self.team.wait()
         raise FloatingPointError(
             f"{what} at {self._here()}{where}; its step was not taken{back}. Try a lower lr than {self.settings.lr}, "
-            f"clip=1 or a warmup{todo}"
+            f"max_grad_norm=1 or a warmup{todo}"
         )
 
     def _kept_batch(self, index: torch.Tensor) -> str:
@@ -660,7 +582,7 @@ class Run:
         if self.trainer.folder is None or not self.here.is_main_process:
             return ""
         path = self.trainer.folder / "nonfinite.safetensors"
-        images, labels = self._batch_of(index)
+        images, labels = self.batches.load(index, self.at, self.step.repeats)
         batch = {"images": images.contiguous(), "labels": labels, "index": index}
         try:
             write_atomically(path, require("safetensors.torch").save(batch, {"fastadv": json.dumps({"format": 1})}))
@@ -668,20 +590,20 @@ class Run:
             return f" (the batch could not be written: {error})"
         return f"; the batch is in {path}"
 
-    def _sound_weights(self) -> str:
+    def _rescued(self) -> str:
         """Go back to the last weights that were kept; in words, that it was done."""
-        self.tuning.load(self.best or self.good)
+        self.weights.rescue()
         return ". The step before had left weights that are not finite: the model has the last ones that were kept"
 
     def _check_finite(self, groups: Mapping[str, Mapping[str, torch.Tensor] | None]) -> None:
         """Refuse to keep what is not finite, as after a step that was finite and too large."""
         found = self._agreed(nonfinite_groups(groups, self.masks))
         if found:
-            back = self._sound_weights()
+            back = self._rescued()
             named = ", ".join(found[:3]) + (" ..." if found[3:] else "")
             raise FloatingPointError(
                 f"{named} is not finite before {self._here()}: no checkpoint is written{back}. Try a lower lr than "
-                f"{self.settings.lr}, clip=1 or a warmup"
+                f"{self.settings.lr}, max_grad_norm=1 or a warmup"
             )
 
     def _here(self) -> str:
@@ -689,17 +611,6 @@ class Run:
         return f"epoch {self.at.epoch + 1}, batch {self.at.batch + 1}"
 
     # ------------------------------------------------------------------ between epochs
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """With the averaged weights in the model, where there are any."""
-        if self.average is None:
-            yield
-            return
-        current = self.tuning.state()
-        self.tuning.load(self.average.state)
-        yield
-        self.tuning.load(current)
 
     def _watch(self) -> dict:
         """What the monitor reads, and what is to be done about it."""
@@ -713,21 +624,17 @@ class Run:
         if reading["alarm"] is None:
             # Not merely without alarm: the decline begins some epochs before it shows.
             if reading["probe_pgd"] >= state["best"]:
-                self.good = self.tuning.state()
-                self.changed.add("good")
+                self.weights.keep("good")
             return reading
-        action = self.settings.on_overfitting
+        action = self.settings.on_catastrophic_overfitting
         if action == "switch" and self.at.switched:
             action = "warn"
         warnings.warn(f"epoch {self.at.epoch}: {reading['alarm']} ({action})", stacklevel=7)
         return reading | {"action": action}
 
     def _go_back(self, action: str) -> None:
-        self.tuning.load(self.good)
+        self.weights.go_back()
         self.optimizer.state.clear()
-        self.moved = True
-        if self.average is not None:
-            self.average = Average(self.tuning.tensors, self.settings.average)
         if action == "rollback":
             self.at.lr_scale /= 2
         elif action == "switch":
@@ -742,8 +649,7 @@ class Run:
         found = [result[name] for name in self._criteria()]
         if self.at.best is None or found >= self.at.best:
             self.at.best, self.at.best_epoch = found, self.at.epoch - 1
-            self.best = self.tuning.state()
-            self.changed.add("best")
+            self.weights.keep("best")
         return result | {"eval_s": time.perf_counter() - start}
 
     def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
@@ -778,7 +684,7 @@ class Run:
 
     def _save(self, groups: dict[str, None] | None = None) -> None:
         """Write a checkpoint of the stage, or of its end, with the tensors of the one before."""
-        groups = self._tensors() if groups is None else groups
+        groups = self.weights.groups(self._of_steps()) if groups is None else groups
         self._check_finite(groups)
         if self.checkpoints is None:
             return
@@ -791,26 +697,16 @@ class Run:
             self.groups = dict.fromkeys(groups)
 
         self.team.from_first(save)
-        self.changed, self.moved = set(), False
+        self.weights.written()
 
-    def _tensors(self) -> dict[str, dict[str, torch.Tensor] | None]:
-        groups = {"weights": self.tuning.tensors, "optimizer": state_of(self.optimizer)}
-        if self.average is not None:
-            groups["average"] = self.average.state
-        if self.step.method is not None:
-            groups["method"] = self.step.method.state()
-        groups = groups if self.moved else dict.fromkeys(groups)
-        kept = {"good": self.good, "best": self.best}
-        return groups | {
-            name: part if name in self.changed else None for name, part in kept.items() if part is not None
-        }
+    def _of_steps(self) -> Groups:
+        """What changes with every step, beside the weights."""
+        method = {} if self.step.method is None else {"method": self.step.method.state()}
+        return {"optimizer": state_of(self.optimizer), **method}
 
     def _load(self, groups: Groups) -> None:
-        self.tuning.load(groups["weights"])
+        self.weights.load(groups, self.device)
         load_state(self.optimizer, groups["optimizer"])
-        self.good, self.best, self.changed = groups["good"], groups.get("best"), set()
-        if self.average is not None:
-            self.average.state = {name: t.to(self.device) for name, t in groups["average"].items()}
         if self.step.method is not None:
             self.step.method.load(groups["method"], self.device)
         if self.monitor is not None and self.at.monitor is not None:

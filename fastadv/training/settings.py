@@ -9,6 +9,15 @@ from typing import get_args, get_origin
 from fastadv.training.budget import span
 from fastadv.training.methods import METHODS
 
+# Old names: they work until the next minor release, and warn. Files that have them load for ever.
+RENAMED = {
+    "accumulate": "grad_accum_steps",
+    "average": "ema_decay",
+    "clip": "max_grad_norm",
+    "head_start": "lp_ft",
+    "head_start_lr": "lp_ft_lr",
+    "on_overfitting": "on_catastrophic_overfitting",
+}
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
 
 
@@ -27,8 +36,8 @@ class Settings:
         choices=tuple(METHODS),
     )
     head: str | None = _of(None, "name of the head module (the one that the model's structure gives if not given)")
-    head_start: int = _of(0, "epochs of linear probing before the method, which starts from its head", least=0)
-    head_start_lr: float = _of(1e-2, "peak learning rate of these", least=0)
+    lp_ft: int = _of(0, "epochs of linear probing before the method, which starts from its head", least=0)
+    lp_ft_lr: float = _of(1e-2, "peak learning rate of these", least=0)
     rank: int = _of(16, "of the low-rank factors", least=1)
     lora_alpha: float = _of(16.0, "their product is scaled by this / rank", least=0)
     lora_targets: tuple[str, ...] | None = _of(None, "modules that get them (those that the structure gives)")
@@ -59,7 +68,7 @@ class Settings:
     repeats: int | None = _of(None, "updates in a row of each batch of free (8 if not given)", least=1)
     epochs: int = _of(20, "passes over the training images; free makes epochs / repeats of them", least=1)
     batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
-    accumulate: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
+    grad_accum_steps: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
     lr: float = _of(1e-3, "peak learning rate", least=0)
     warmup: int = _of(0, "steps (not epochs) of linear warm-up; a cosine to 0 follows", least=0)
     optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
@@ -68,8 +77,8 @@ class Settings:
     label_smoothing: float | None = _of(
         None, "of the loss that is learnt from (0, of fgsm-pgi 0.4, of liet 0.6, if not given)", least=0, most=1
     )
-    clip: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", above=0)
-    average: float | None = _of(
+    max_grad_norm: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", above=0)
+    ema_decay: float | None = _of(
         None,
         "decay of a moving average of the weights, then the result, such as 0.998 (0: none, of liet 0.9995, if not "
         "given)",
@@ -83,7 +92,7 @@ class Settings:
     seed: int = _of(0, "of everything that is random", least=-(2**63), most=2**64 - 1)
     eval_every: int = _of(1, "epochs between evaluations on validation images; 0: after the last one only", least=0)
     probe: int = _of(256, "training images on which the monitor looks for overfitting; 0: no monitor", least=0)
-    on_overfitting: str = _of(
+    on_catastrophic_overfitting: str = _of(
         "warn",
         "stop: with the weights of the best probe; rollback: to them, with half the learning rate; switch: to them, "
         "with another attack and a learning rate that begins again, over the epochs that are left",
@@ -99,15 +108,15 @@ class Settings:
                 value = checked(each.name, value, kind_of(each), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
         span(self.eps_schedule)  # refuses what is none
-        if self.head_start and self.method == "linear":
-            raise ValueError("head_start is linear probing before another method: for linear, take more epochs")
+        if self.lp_ft and self.method == "linear":
+            raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
         for name, method in (("lora_targets", "lora"), ("adapter_reduction", "adapter"), ("prompt_tokens", "prompt")):
             if getattr(self, name) is not None and self.method != method:
                 raise ValueError(f"{name} belongs to the method {method}, and the method is {self.method}")
-        if self.on_overfitting != "warn" and not self.probe:
+        if self.on_catastrophic_overfitting != "warn" and not self.probe:
             raise ValueError(
-                f"on_overfitting={self.on_overfitting!r} answers the monitor, and probe=0 means that there is none: "
-                "leave probe as it is, or on_overfitting"
+                f"on_catastrophic_overfitting={self.on_catastrophic_overfitting!r} answers the monitor, and probe=0 "
+                "means that there is none: leave probe as it is, or on_catastrophic_overfitting"
             )
 
     @property
@@ -118,12 +127,12 @@ class Settings:
 
     def settled(self, defaults: Mapping[str, float]) -> "Settings":
         """With numbers for what its method of training says where it is not given; 0 where that says nothing."""
-        names = ("label_smoothing", "average")
+        names = ("label_smoothing", "ema_decay")
         return replace(self, **{name: defaults.get(name, 0.0) for name in names if getattr(self, name) is None})
 
     @property
     def stages(self) -> tuple["Stage", ...]:
-        first = (Stage("linear", self.head_start, self.head_start_lr),) if self.head_start else ()
+        first = (Stage("linear", self.lp_ft, self.lp_ft_lr),) if self.lp_ft else ()
         return (*first, Stage(self.method, self.epochs, self.lr))
 
 

@@ -20,7 +20,7 @@ from fastadv.training.fast.base import FastMethod
 from fastadv.training.settings import checked
 
 
-class Step:
+class TrainStep:
     """Attacks a batch and learns from it; `gradients`, then `apply`.
 
     The cost is that of the attack and one forward and backward pass of the model: for FGSM two forward passes, one
@@ -34,7 +34,7 @@ class Step:
         through: what the update calls, such as the model under DistributedDataParallel; None means the model.
         clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
         label_smoothing: of the loss that is learnt from.
-        clip: largest norm of the gradient of all parameters; None means no clipping.
+        max_grad_norm: largest norm of the gradient of all parameters; None means no clipping.
         autocast: dtype of torch.autocast for the update; the attack has its own.
         compile: run the update's forward pass and loss under torch.compile.
         highest: of all labels that will come, so that `gradients` refuses one that the model has no class for without
@@ -53,7 +53,7 @@ class Step:
         through: Callable | None = None,
         clean_weight: float = 0.0,
         label_smoothing: float = 0.0,
-        clip: float | None = None,
+        max_grad_norm: float | None = None,
         autocast: torch.dtype | None = None,
         compile: bool = False,
         highest: int = 0,
@@ -66,12 +66,12 @@ class Step:
         self.through = model if through is None else through
         self.clean_weight = checked("clean_weight", clean_weight, float, least=0, most=1)
         self.label_smoothing = checked("label_smoothing", label_smoothing, float, least=0, most=1)
-        self.clip = None if clip is None else checked("clip", clip, float, above=0)
+        self.max_grad_norm = None if max_grad_norm is None else checked("max_grad_norm", max_grad_norm, float, above=0)
         self.autocast, self.highest = autocast, highest
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
         if self.method is not None:
             attack.objective.check_classes(highest)
-        self._moody = [module for module in model.modules() if _depends_on_mode(module)]
+        self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
         self._norm: torch.Tensor | None = None
 
     @property
@@ -151,8 +151,8 @@ class Step:
         if self._norm is None and not math.isfinite(found := self.norm().item()):
             self.forget()
             raise FloatingPointError(f"the norm of the gradient is {found}: no step was taken")
-        if self.clip is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.clip, self._norm)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, self._norm)
         self.optimizer.step()
         if self.method is not None:
             self.method.end()
@@ -209,7 +209,7 @@ class Step:
         attack = self.attack
         if attack.loss != "ce" or attack.targeted or attack.training_mode == "batch_norm":
             return False
-        return not any(module.training for module in self._moody)
+        return not any(module.training for module in self._mode_dependent)
 
 
 def check_attack(name: str, attack: object, also: str = "") -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastadv.attacks import PRESETS, Attack, by_name
+from fastadv._renamed import by_new_names
+from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.run import Run
-from fastadv.training.settings import Settings, of_kind
+from fastadv.training.settings import RENAMED, Settings, of_kind
 from fastadv.training.step import check_attack
 
 
@@ -30,10 +31,10 @@ class Trainer:
     train mode then sees a process's part alone, everything else is as in one process.
 
     Memory follows the batch: no pass of the model has more images than a part of a step, batch_size / (processes times
-    accumulate), and the monitor, the evaluations and the backbone's measurement run in the step's precision, memory
-    layout and compiled as it is, but for attacks that are given as objects or callables, which have their own. Of the
-    validation and test images 16 parts are on the device at a time. Copies of the weights (the last good ones, the best
-    ones) lie on the host, and only an average, which every step updates, is on the device.
+    grad_accum_steps), and the monitor, the evaluations and the backbone's measurement run in the step's precision,
+    memory layout and compiled as it is, but for attacks that are given as objects or callables, which have their own.
+    Of the validation and test images 16 parts are on the device at a time. Copies of the weights (the last good
+    ones, the best ones) lie on the host, and only an average, which every step updates, is on the device.
 
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
@@ -79,7 +80,7 @@ class Trainer:
         progress: bool = True,
         **settings,
     ):
-        self.settings = Settings(**settings)
+        self.settings = Settings(**by_new_names(settings, RENAMED))
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {model!r}")
         self.model, self.eps = model, of_kind("eps", eps, float)
@@ -103,7 +104,7 @@ class Trainer:
         elif isinstance(attack, str):
             if attack not in PRESETS:
                 raise ValueError(f"unknown attack {attack!r}; there are {', '.join((*PRESETS, *FAST))}")
-            attack = by_name(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
+            attack = create_attack(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")

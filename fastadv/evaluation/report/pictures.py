@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
-from fastadv.attacks import by_name
+from fastadv.attacks import create_attack
 from fastadv.attacks.verdicts import NONE, predicted
 from fastadv.data.share import Batch
 from fastadv.evaluation.report import html
@@ -26,7 +26,7 @@ def under_attack(model: nn.Module, test: Batch, classes: Sequence[str], eps: flo
     count = min(SHOWN, len(test[0]))
     spread = test[1].argsort(stable=True)[torch.arange(count) * len(test[0]) // count]  # over all classes
     images, labels = to_float(test[0][spread].to(device)), test[1][spread].to(device)
-    x_adv = by_name("pgd-10", model, eps)(images, labels, seed=0)
+    x_adv = create_attack("pgd-10", model, eps)(images, labels, seed=0)
     with torch.no_grad(), frozen(model):
         says = [predicted(find_logits(model(x), len(x))).tolist() for x in (images, x_adv)]
     perturbation = (x_adv - images) / (2 * max(eps, 1e-6)) + 0.5

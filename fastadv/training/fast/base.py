@@ -33,7 +33,7 @@ class Epoch:
 
 
 class FastMethod:
-    """A method of training, for a `Step` in the place of its attack; a subclass is one of the table `FAST`.
+    """A method of training, for a `TrainStep` in the place of its attack; a subclass is one of the table `FAST`.
 
     An epoch calls `begin_epoch`, an update `begin`, for each part of its batch `attacked`, `learn`, `distances` and
     `seen`, then `end`. What `state` gives, and what the epoch's `memory` holds, is all that an update depends on beside

@@ -28,7 +28,7 @@ class LIET(FastMethod):
     """
 
     OPTIONS = ("penalty",)
-    DEFAULTS: Mapping[str, float] = {"label_smoothing": 0.6, "average": 0.9995}
+    DEFAULTS: Mapping[str, float] = {"label_smoothing": 0.6, "ema_decay": 0.9995}
     WEIGHT = 100.0
     compares = True
 

@@ -69,8 +69,8 @@ class Stale(FastMethod):
     def _check_price(self, settings: Settings) -> None:
         if self.refresh is not None:
             raise ValueError("refresh and price both say which images get a fresh FGSM: give one of them")
-        if settings.head_start:
-            raise ValueError("price is that of one method, and head_start trains with two: leave one of them out")
+        if settings.lp_ft:
+            raise ValueError("price is that of one method, and lp_ft trains with two: leave one of them out")
         clean = settings.clean_weight > 0
         least, most = (price(attack, settings.method, clean=clean) for attack in ("stale", "fgsm"))
         if not least - SHOWN <= self.price <= most + SHOWN:

@@ -7,7 +7,7 @@ import torch
 from fastadv.training.finite import nonfinite
 
 
-class Average:
+class EMA:
     """Exponential moving average of tensors by name; counts, masks and the like are taken as they are.
 
     The decay rises with the steps, (1 + t) / (10 + t) at first, so that the beginning is soon forgotten

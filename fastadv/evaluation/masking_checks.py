@@ -11,9 +11,9 @@ import torch
 from fastadv.attacks.base import Attack
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.verdicts import SILENT
+from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
-from fastadv.evaluation.opponents import Opponent
 
 CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
 ZERO, FEW = 0.1, 8  # share of gradients, of as many at least, that is no accident
@@ -61,36 +61,36 @@ def of_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[s
             yield f"no prediction for {count} of {images} images under {name}, counted as wrong: {SILENT}"
 
 
-def of_reach(opponent: Opponent, reach: Reach) -> Iterator[str]:
+def of_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
     """About where the images are that an attack of another library returned."""
     if reach.nonfinite:
         yield (
-            f"{reach.nonfinite} of the images that {opponent.title} returned are not finite: they get no prediction "
+            f"{reach.nonfinite} of the images that {adversary.title} returned are not finite: they get no prediction "
             "and are counted as wrong"
         )
     if reach.leaves_box():
         yield (
-            f"the images that {opponent.title} returned go from {reach.low:.6g} to {reach.high:.6g}, beyond [0, 1]: "
+            f"the images that {adversary.title} returned go from {reach.low:.6g} to {reach.high:.6g}, beyond [0, 1]: "
             "its robust accuracy is left out"
         )
-    if reach.exceeds(opponent.eps, opponent.norm):
+    if reach.exceeds(adversary.eps, adversary.norm):
         yield (
-            f"the images that {opponent.title} returned are up to {reach.linf:.6g} in L-inf and {reach.l2:.6g} in L2 "
-            f"from the clean ones, beyond its eps of {opponent.eps:.6g}: its robust accuracy is left out. Does it take "
-            "images in [0, 1], and its eps in their unit?"
+            f"the images that {adversary.title} returned are up to {reach.linf:.6g} in L-inf and {reach.l2:.6g} in L2 "
+            f"from the clean ones, beyond its eps of {adversary.eps:.6g}: its robust accuracy is left out. Does it "
+            "take images in [0, 1], and its eps in their unit?"
         )
 
 
 def of_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
     """About PMA that found its last samples in the last tenth of a run: there may be more to find."""
     for trial in trials:
-        attack, verdicts = trial.opponent.attack, trial.verdicts
+        attack, verdicts = trial.adversary.attack, trial.verdicts
         if isinstance(attack, (PMA, PMAL2)) and trial.latest and trial.latest["restart"] > 0:
             last = verdicts.fooled & (verdicts.restart == trial.latest["restart"])
             late = int((last & (verdicts.step > 0.9 * attack.steps)).sum())
             if late:
                 yield (
-                    f"the last {late} samples that {trial.opponent.title} fooled fell in the last tenth of the run's "
+                    f"the last {late} samples that {trial.adversary.title} fooled fell in the last tenth of the run's "
                     f"{attack.steps} steps: longer runs may find more. Evaluate with --attacks pma,pma-100-2"
                 )
 

@@ -5,7 +5,7 @@ from numbers import Real
 
 import torch
 
-from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, by_name
+from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, create_attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.samplewise import has_rows
@@ -13,7 +13,7 @@ from fastadv.attacks.samplewise import has_rows
 EPS = 8 / 255  # of attacks by name, where nothing else is said
 
 
-class Opponent:
+class Adversary:
     """One attack at one eps, under a name; `ours` where it can run on the queue's slots."""
 
     def __init__(self, name: str, attack: Callable, model: Callable):
@@ -69,9 +69,9 @@ class Opponent:
         return {"attack": self.name, "type": type(self.attack).__qualname__, **kept}
 
 
-def opponents(
+def adversaries(
     model: Callable, attacks: str | Callable | Sequence[str | Callable], eps: float | Sequence[float], **options
-) -> list[Opponent]:
+) -> list[Adversary]:
     """The attacks to evaluate `model` under, names at each of `eps` and with these options of `Attack`.
 
     Raises:
@@ -85,22 +85,22 @@ def opponents(
     for attack in given:
         if isinstance(attack, str):
             named = [_named(attack, model, each, options) for each in budgets]
-            against += [Opponent(*each, model) for part in zip(*named, strict=True) for each in part]
+            against += [Adversary(*each, model) for part in zip(*named, strict=True) for each in part]
         elif isinstance(attack, Ensemble):
             parts = attack.attacks()
             if not parts:
                 raise ValueError(f"there is nothing to run: give attacks_to_run, some of {', '.join(PARTS)}")
-            against += [Opponent(*each, model) for each in parts]
+            against += [Adversary(*each, model) for each in parts]
         elif isinstance(attack, type):
             raise TypeError(f"attacks are names or callables, got the class {attack.__name__}: call it with the model")
         elif _is_attack(attack):
-            against.append(Opponent(getattr(attack, "__name__", type(attack).__name__), attack, model))
+            against.append(Adversary(getattr(attack, "__name__", type(attack).__name__), attack, model))
         else:
             raise TypeError(f"attacks are names or callables, got {type(attack).__name__}")
-    unasked = set(budgets) - {EPS} - {opponent.eps for opponent in against}
+    unasked = set(budgets) - {EPS} - {adversary.eps for adversary in against}
     if against and unasked and not any(isinstance(attack, str) for attack in given):
         raise ValueError(
-            f"eps is for attacks by name, and none of {', '.join(opponent.title for opponent in against)} asks for "
+            f"eps is for attacks by name, and none of {', '.join(adversary.title for adversary in against)} asks for "
             f"{', '.join(f'{each:.6g}' for each in sorted(unasked))}: give an attack for each eps, or names"
         )
     return against
@@ -112,23 +112,23 @@ def _named(name: str, model: Callable, eps: float, options: dict) -> list[tuple[
         return Ensemble(model, eps=eps, **ENSEMBLES[name], **options).attacks()
     if name not in PRESETS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join((*PRESETS, *ENSEMBLES))}")
-    return [(name, by_name(name, model, eps, **options))]
+    return [(name, create_attack(name, model, eps, **options))]
 
 
-def check_they_take(against: Iterable[Opponent], images: torch.Tensor, labels: torch.Tensor) -> None:
+def check_they_take(against: Iterable[Adversary], images: torch.Tensor, labels: torch.Tensor) -> None:
     """Refuse attacks that are not made for such images, or whose loss compares with one class where the labels (N, C)
     are several a sample.
 
     All of them before the first one runs, or hours of work are lost to the last.
     """
-    for opponent in against:
-        if isinstance(opponent.attack, Attack):
-            opponent.attack.check_shape(images)
-        if labels.ndim == 2 and opponent.ours and opponent.attack.compares not in ("signs", "anything"):
+    for adversary in against:
+        if isinstance(adversary.attack, Attack):
+            adversary.attack.check_shape(images)
+        if labels.ndim == 2 and adversary.ours and adversary.attack.compares not in ("signs", "anything"):
             raise ValueError(
-                f"the labels {tuple(labels.shape)} are several a sample, and {opponent.title} compares with one class: "
-                "give attacks with loss='bce', such as PGD(model, loss='bce'), or labels.argmax(1) where each row "
-                "stands for one class"
+                f"the labels {tuple(labels.shape)} are several a sample, and {adversary.title} compares with one "
+                "class: give attacks with loss='bce', such as PGD(model, loss='bce'), or labels.argmax(1) where each "
+                "row stands for one class"
             )
 
 

@@ -1,0 +1,75 @@
+"""The batches of a training run: which images, in which order and changed in which way, from the seed alone."""
+
+import torch
+
+from fastadv.data.share import Batch, Share
+from fastadv.functional import sample_seeds
+from fastadv.training.augment import Augment
+from fastadv.training.progress import Progress
+
+# What the seeds of other things than the attack have in place of the epoch.
+AUGMENTING = 2**31  # and the epoch
+ORDERING = 2**32 - 1
+
+
+class Batches:
+    """The training images, cut into the batches of each epoch.
+
+    A method may take a batch several times in a row: `repeats` is how often, and the images are then passed epochs /
+    repeats times.
+
+    Args:
+        images: (N, C, H, W), floats in [0, 1] or uint8; labels: int64 (N,).
+        count: batches of an epoch.
+        seed: of the order and of the augmentation.
+        augment: what changes the images; None for nothing.
+        memory_format: of the images of a batch; None for theirs.
+        device: of a batch.
+    """
+
+    def __init__(
+        self,
+        images: Share,
+        labels: torch.Tensor,
+        count: int,
+        *,
+        seed: int,
+        augment: Augment | None,
+        memory_format: torch.memory_format | None,
+        device: torch.device,
+    ):
+        self.images, self.labels, self.count = images, labels, count
+        self.seed, self.augment, self.memory_format, self.device = seed, augment, memory_format, device
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """The order of the images in an epoch, int64 (N,), from the seed and its number alone."""
+        seed = sample_seeds(self.seed, torch.tensor([epoch]), ORDERING)
+        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(seed)))
+
+    def of_epoch(self, at: Progress, repeats: int) -> list[torch.Tensor]:
+        """The numbers of the images of each update of the epoch, int64."""
+        first = (at.epoch - at.first_epoch) * self.count
+        numbers = [update // repeats for update in range(first, first + self.count)]
+        passes = {number // self.count for number in numbers}
+        batches = {p: self.order(at.first_epoch + p).tensor_split(self.count) for p in passes}
+        return [batches[number // self.count][number % self.count] for number in numbers]
+
+    def load(self, part: torch.Tensor, at: Progress, repeats: int) -> Batch:
+        """The images numbered `part`, augmented, and their labels, on the device."""
+        images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
+        if self.memory_format is not None:
+            images = images.contiguous(memory_format=self.memory_format)
+        if self.augment is not None:
+            images = self.augment(images, self.moves(part, at, repeats))
+        return images, labels
+
+    def moves(self, part: torch.Tensor, at: Progress, repeats: int) -> torch.Tensor | None:
+        """The seeds of the augmentation of the images numbered `part`, int64; None where there is none."""
+        if self.augment is None:
+            return None
+        return sample_seeds(self.seed, part.to(self.device), self._passed(at, repeats) + AUGMENTING)
+
+    def _passed(self, at: Progress, repeats: int) -> int:
+        """How often all images have been passed: the epoch, but for a method that takes a batch several times."""
+        done = (at.epoch - at.first_epoch) * self.count + at.batch
+        return at.first_epoch + done // repeats // self.count
