@@ -80,7 +80,8 @@ class Asked(Exception):
 def options_of(command):
     parser = argparse.ArgumentParser()
     command.add(parser)
-    return {action.option_strings[0] for action in parser._actions} - {"-h"}
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]  # not the old names
+    return {action.option_strings[0] for action in shown} - {"-h"}
 
 
 @pytest.fixture
