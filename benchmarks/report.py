@@ -151,6 +151,7 @@ def training_row(r):
     )
 
 
+# Of the runs that were measured before there were studies.
 TRANSFER_HEADER = (
     *("method", "attack", "seeds", "parameters that train", "clean", "PGD-10", "PMA"),
     *("images", "PMA there", "AutoAttack there", "s of training", "time / FGSM", "alarms"),
@@ -160,8 +161,7 @@ TRANSFER_HEADER = (
 def accuracy(found):
     if found is None:
         return "-"
-    spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
-    return f"{100 * found['mean']:.1f}{spread} %"
+    return f"{100 * found['mean']:.1f} ± {100 * found['spread']:.1f} %"
 
 
 def transfer_row(r):
@@ -171,8 +171,7 @@ def transfer_row(r):
         *(accuracy(r.get(name)) for name in ("clean_accuracy", "robust_accuracy", "pma_accuracy")),
         str(few.get("images", "-")),
         *(accuracy(few.get(name)) for name in ("PMA", "AutoAttack")),
-        f"{r['train_s']:,.1f}",
-        *("-" if r["time_over_fgsm"] is None else f"{r['time_over_fgsm']:.2f}", str(r["alarms"])),
+        *(f"{r['train_s']:,.1f}", f"{r['time_over_fgsm']:.2f}", str(r["alarms"])),
     )
 
 
@@ -266,6 +265,7 @@ PARTS = {
         f"{tool}: {run['calls']} calls, {run['mismatches']} mismatches, {run['errors']} errors"
         for tool, run in r["tools"].items()
     ),
+    "study": lambda r: f"{len(r.get('cells', ()))} finished cells; their report is fastadv study's",
     "kernels": lambda r: (
         f"{len(r['kernels'])} kernels, {sum(k['local_bytes'] > 0 for k in r['kernels'])} of them spill"
     ),

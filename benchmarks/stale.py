@@ -34,6 +34,7 @@ DEPENDS = {
     "own time": EVALUATION,
     "training": (*ATTACKS, "fastadv/training/step.py"),  # of the first run on a GPU
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
+    # Of the runs that were measured before there were studies.
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
     "study": (
         *(*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),

@@ -1,8 +1,10 @@
 """The benchmarks and the GPU script, tried without a GPU: what they write, that they go on, and what is refused."""
 
 import importlib
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -11,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from fastadv.study.files import read_grid
+from fastadv.study.grid import expanded
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks/gpu/run.sh"
 sys.path.append(str(SCRIPT.parent))
 plan = importlib.import_module("plan")
 PARTS = tuple(plan.CAPS)
+RUNS = sorted(ROOT.glob("benchmarks/results/**/transfer*.json"))  # before there were studies
 FACTS = {"device", "device_type", "driver", "cuda", "torch", "triton", "python", "threads", "commit", "date", "dry_run"}
 
 
@@ -109,17 +115,55 @@ def test_benchmarks_have_the_ratios(dry):
     assert {r["op"] for r in host} == {"pgd_step", "fgsm_step", "fgsm_rs_step", "random_init"}
 
 
-def test_the_training_parts_have_steps_and_runs(dry):
+def test_the_training_part_has_steps(dry):
     rows = result(dry, "steps")["summary"]
     assert {row["method"] for row in rows} == {"full", "lora"}
     for row in rows:
         seconds = row["quartile_seconds"]
         parts = 7 * seconds["F + Bx"] + seconds["F + B"] + seconds["optimiser"]
         assert row["over_parts"]["pgd"] == pytest.approx(seconds["pgd"] / parts)
-    found = result(dry, "transfer")
-    runs = [(row["method"], row["attack"]) for row in found["rows"]]
-    assert runs == [("linear", "fgsm"), ("linear", "pgd"), ("full", "fgsm"), ("full", "pgd")]
-    assert [(row["method"], row["attack"]) for row in found["summary"]] == runs
+
+
+def cells(out):
+    """The text of the study's finished cells, by their attacks."""
+    texts = [path.read_text() for path in out.glob("kept/study/cells/*/cell.json")]
+    return {json.loads(text)["cell"]["attack"]: text for text in texts}
+
+
+def unpacked(archive, folder):
+    """The names of its files, laid into the folder."""
+    with tarfile.open(archive) as files:
+        files.extractall(folder, filter="data")
+        return set(files.getnames())
+
+
+def test_a_study_that_is_cut_goes_on_elsewhere_from_its_finished_cells(dry, tmp_path):
+    cut = tmp_path / "cut"
+    unpacked(dry / "brought/results.tar.gz", cut)
+    whole = cells(cut)
+    assert whole == cells(dry)
+    assert whole.keys() == {"fgsm", "pgd"}
+    (fgsm,), (pgd,) = (list(cut.glob(f"kept/study/cells/*-{attack}-*")) for attack in ("fgsm", "pgd"))
+    (pgd / "train/state").mkdir(parents=True)
+    (pgd / "cell.json").replace(pgd / "error.txt")
+    for name in ("machines.json", "train/log.jsonl", "train/state/00000001.json", "train/state/0.safetensors"):
+        (pgd / name).write_text("{}")
+    plan.collect(cut, "study")
+    assert result(cut, "study")["cells"] == [fgsm.name]
+
+    plan.pack(cut, tmp_path)
+    there = tmp_path / "there"
+    names = {name for name in unpacked(tmp_path / "results.tar.gz", there) if name.startswith("kept/study/")}
+    files = {"study.yaml", "results.json", "results.csv", f"cells/{fgsm.name}/cell.json", f"cells/{pgd.name}/error.txt"}
+    assert names == {f"kept/study/{file}" for file in files}
+
+    subprocess.run(plan.command_of("study", there), env=plan.environment_of(dry_run=True), check=True)
+    again = cells(there)
+    assert again["fgsm"] == whole["fgsm"]  # with its own seconds: it was not run again
+    found, wanted = json.loads(again["pgd"]), json.loads(whole["pgd"])
+    assert [found[name] for name in ("settings", "verdicts")] == [wanted[name] for name in ("settings", "verdicts")]
+    assert found["commit"] == result(there, "study")["environment"]["commit"]
+    assert not [*dry.rglob("*.safetensors"), *there.rglob("*.safetensors")]
 
 
 # ------------------------------------------------------------------ the plan
@@ -228,9 +272,33 @@ def test_report_makes_tables_and_a_plot(dry, tmp_path):
     assert "dry run: no measurement" in written
     assert "| pgd_step | tiny | f32/f32 | cpu |" in written
     assert "| vit | lora | 4 |" in written
-    assert "| linear | pgd | 1 |" in written
+    assert "study: ok; 2 finished cells" in written
     assert all(f"{part}: ok" in written for part in ("build", "correctness", "sanitizer"))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_study_on_a_gpu_has_whole_rows_seed_after_seed():
+    found = [task.cell for task in expanded(read_grid(ROOT / "benchmarks/training/study-short.yaml"))]
+    row = list(itertools.product(("linear", "full"), ("fgsm", "pgd")))
+    assert [(cell.seed, cell.method, cell.attack) for cell in found] == [
+        (seed, *each) for seed in range(3) for each in row
+    ]
+    assert {(cell.data, cell.classes, cell.eps) for cell in found} == {("cifar10", "6-9", 8)}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_report_has_means_and_deviations_of_the_runs_before_studies(path):
+    written, groups = report(path).stdout.splitlines(), {}
+    for row in json.loads(path.read_text())["rows"]:
+        groups.setdefault((row["method"], row["attack"]), []).append(row)
+    for (method, attack), rows in groups.items():
+        judged = [row["judged"]["accuracy"] for row in rows if row.get("judged")]
+        shares = [[row[name] for row in rows] for name in ("clean_accuracy", "robust_accuracy")]
+        shares += [[each[name] for each in judged] for name in ("PMA", "AutoAttack") if judged]
+        (line,) = (line for line in written if line.startswith(f"| {method} | {attack} | {len(rows)} |"))
+        for values in shares:
+            assert f" {100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f} % |" in line
+        assert f" | {statistics.mean(row['train_s'] for row in rows):,.1f} | " in line
 
 
 COUNTED = {"op": "pgd_step", "dtype": "f32/f32", "backend": "cuda", "bytes": 1600, "elements": 100}

@@ -187,18 +187,18 @@ def verdicts(out):
     return {"ok": status == 0, "why": "" if len(chosen) == 2 else "FASTADV_AUTOATTACK names no clone of its package"}
 
 
-def transfer(out):
-    """transfer.py: FGSM and PGD from a robust backbone, on the classes that it was not trained on."""
-    path = out / "kept/transfer.json"  # has each finished run: after a cut the others follow
+def study(out):
+    """fastadv study: FGSM and PGD from a robust backbone, on the classes that it was not trained on."""
+    folder = out / "kept/study"  # has each finished cell: after a cut the others follow
     if DRY_RUN:
-        chosen = ["--data=digits", "--model=mlp", "--epochs=1", "--seeds=1", "--device=cpu"]
+        chosen = ["--data=digits", "--model=conv", "--methods=full", "--seeds=1", "--epochs=1", "--device=cpu"]
         chosen += [f"--{part}-limit=32" for part in ("train", "val", "test")]
     elif images():
-        chosen = ["--data=cifar10", f"--data-folder={images()}", "--classes=6-9", "--epochs=5", "--seeds=3"]
+        chosen = ["benchmarks/training/study-short.yaml", f"--data-folder={images()}", "--device=cuda"]
     else:
         return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with CIFAR-10"}
-    command = (sys.executable, "benchmarks/training/transfer.py", *chosen, "--out", path)
-    status, _ = run(out / "transfer.runs.log", *command)
+    command = (sys.executable, "-m", "fastadv", "study", *chosen, "--out", folder)
+    status, _ = run(out / "study.cells.log", *command, FASTADV_COMMIT=environment.commit())
     return {"ok": status == 0}
 
 
@@ -298,7 +298,7 @@ def hanging(out):
     subprocess.run(["sleep", "1000"], check=True)
 
 
-PARTS = (build, correctness, verdicts, attacks, steps, evaluation, bench, counters, sanitizer, transfer)
+PARTS = (build, correctness, verdicts, attacks, steps, evaluation, bench, counters, sanitizer, study)
 PARTS += (strength, bench_all, counters_all, sanitizer_all, hanging)
 
 

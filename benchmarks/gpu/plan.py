@@ -28,7 +28,7 @@ CAPS = {
     "bench": 40,
     "counters": 40,
     "sanitizer": 80,
-    "transfer": 170,
+    "study": 170,
 }
 # By --part alone.
 MORE = {"strength": 170, "bench-all": 580, "counters-all": 120, "sanitizer-all": 580}
@@ -38,6 +38,8 @@ HANGING = {"hanging": 3}
 LEAST = 15  # seconds below which no part is begun: importing PyTorch takes a third of them
 GRACE = 3  # seconds between asking a part to end and killing it
 LARGEST = 15 << 20  # bytes of results.tar.gz
+PACKED = (".json", ".jsonl", ".log", ".csv", ".yaml", ".txt")
+STATE = {"train", "machines.json"}  # of a cell that was cut: of no use without its weights, which are not packed
 
 
 # ------------------------------------------------------------------ results
@@ -59,8 +61,10 @@ def lines(path):
 
 
 def collect(out, part):
-    """Puts what a part kept as it went into PART.json: its runs, and how its tests ended, with their figures."""
+    """Puts what a part kept as it went into PART.json: its runs, its cells, how its tests ended, with their figures."""
     result = read(out / f"{part}.json") | read(out / f"kept/{part}.json")
+    if cells := sorted(path.parent.name for path in (out / f"kept/{part}").glob("cells/*/cell.json")):
+        result["cells"] = cells
     if result:
         write(out / f"{part}.json", result)
     kept = lines(out / f"kept/{part}.jsonl")
@@ -76,9 +80,10 @@ def collect(out, part):
 
 
 def pack(out, folder):
-    """All results and logs as one file; the largest logs stay behind where it would be too large."""
+    """All results and logs as one file, without weights; the largest logs stay behind where it would be too large."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = sorted((f for f in out.rglob("*") if f.suffix in (".json", ".jsonl", ".log", ".csv")), key=size)
+    files = [f for f in out.rglob("*") if f.suffix in PACKED and not STATE & set(f.relative_to(out).parts)]
+    files.sort(key=size)
     while sum(map(size, files)) > 4 * LARGEST and files[-1].suffix == ".log":  # text packs to a fifth
         files.pop()
     path = folder / "results.part"

@@ -5,7 +5,7 @@
 #
 # For a machine that is at hand for a quarter of an hour. `--minutes 9` does what is least known first: build, correctness,
 # verdicts, attacks, steps, evaluation. A second call in the same DIR, `--minutes 3`, goes on: bench, counters and
-# sanitizer of what has changed; a third does transfer, then what was cut. A part is killed at its cap in seconds (or
+# sanitizer of what has changed; a third does the study, then what was cut. A part is killed at its cap in seconds (or
 # where the minutes end) and what it had is kept; finished parts, tests and figures are not done again. `--part` does
 # one part alone, those among them that no call includes: benchmarks/gpu/plan.py has the table.
 #
