@@ -34,7 +34,7 @@ class Skip(Exception):
     """Why a part is not built."""
 
 
-def wish(name):
+def requested(name):
     value = os.environ.get(name, "auto").strip().lower()
     if value not in ("auto", "0", "1"):
         sys.exit(f"{name} must be auto, 0 or 1, got {value!r}")
@@ -43,7 +43,7 @@ def wish(name):
     return value == "1"
 
 
-def require(what, found):
+def found_or_skip(what, found):
     if not found:
         raise Skip(f"no {what} found")
     return found
@@ -62,7 +62,7 @@ def torch_facts():
 
 def compiler():
     named = os.environ.get("CXX", "")
-    return require("C++ compiler (set CXX)", shutil.which(named or "c++") or (not named and shutil.which("g++")))
+    return found_or_skip("C++ compiler (set CXX)", shutil.which(named or "c++") or (not named and shutil.which("g++")))
 
 
 def first_line(*command):
@@ -71,12 +71,12 @@ def first_line(*command):
 
 def nvcc():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return require("nvcc (set CUDA_HOME)", shutil.which(Path(home, "bin", "nvcc") if home else "nvcc"))
+    return found_or_skip("nvcc (set CUDA_HOME)", shutil.which(Path(home, "bin", "nvcc") if home else "nvcc"))
 
 
 def cuda_version(nvcc_path):
     text = subprocess.run([nvcc_path, "--version"], capture_output=True, text=True).stdout
-    return require("release in `nvcc --version`", re.search(r"release (\d+)\.(\d+)", text)).group(1, 2)
+    return found_or_skip("release in `nvcc --version`", re.search(r"release (\d+)\.(\d+)", text)).group(1, 2)
 
 
 def gencode(archs):
@@ -101,7 +101,7 @@ def include_flags(torch_dir):
     return [flag for path in system for flag in ("-isystem", str(path))]
 
 
-def text(value):
+def c_string(value):
     """A C string macro's value, as a compiler's argument in a ninja file."""
     return "'\"" + value.replace("'", "") + "\"'"
 
@@ -131,11 +131,11 @@ class Ninja:
 
             program = Path(ninja.BIN_DIR, "ninja")
         except ImportError:
-            program = require("ninja", shutil.which("ninja"))
+            program = found_or_skip("ninja", shutil.which("ninja"))
         subprocess.run([program, "-C", folder, *jobs], check=True)
 
 
-def door(build, folder, backend, cxx, flags):
+def bindings(build, folder, backend, cxx, flags):
     flags = [*flags, f"-DFASTADV_BACKEND={backend}", f"-DFASTADV_KEY={backend.upper()}"]
     return build.compile(folder / "library.o", CSRC / "library.cpp", cxx, flags)
 
@@ -150,8 +150,8 @@ def add_cpu(build, folder, target, forced):
     cxx = compiler()
     torch_dir = torch_facts()[1]
     flags = [*CXX_FLAGS, *STABLE_ABI, *include_flags(torch_dir)]
-    facts = [f"-DFASTADV_COMPILER={text(first_line(cxx, '--version'))}", f"-DFASTADV_FLAGS={text(' '.join(CXX_FLAGS))}"]
-    objects = [door(build, folder, "cpu", cxx, flags)]
+    facts = [f"-DFASTADV_COMPILER={c_string(first_line(cxx, '--version'))}", f"-DFASTADV_FLAGS={c_string(' '.join(CXX_FLAGS))}"]
+    objects = [bindings(build, folder, "cpu", cxx, flags)]
     objects += [build.compile(folder / "ops.o", CSRC / "cpu/ops.cpp", cxx, flags)]
     objects += [build.compile(folder / "isa.o", CSRC / "cpu/isa.cpp", cxx, [*flags, *facts])]
     x86 = sysconfig.get_platform().endswith("x86_64")
@@ -183,8 +183,8 @@ def add_cuda(build, folder, target, forced):
         raise Skip(f"nvcc is CUDA {'.'.join(version)}, PyTorch has {torch.version.cuda}: their majors must agree")
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
     flags = [*CXX_FLAGS, *STABLE_ABI, *include_flags(torch_dir), "-DFASTADV_CUDA", "-DUSE_CUDA"]
-    facts = [f"-DFASTADV_NVCC={text('.'.join(version))}", f"-DFASTADV_ARCHS={text(archs)}"]
-    objects = [door(build, folder, "cuda", cxx, flags)]
+    facts = [f"-DFASTADV_NVCC={c_string('.'.join(version))}", f"-DFASTADV_ARCHS={c_string(archs)}"]
+    objects = [bindings(build, folder, "cuda", cxx, flags)]
     objects += [build.compile(folder / "facts.o", CSRC / "cuda/facts.cpp", cxx, [*flags, *facts])]
     objects += [build.compile(folder / "ops.o", CSRC / "cuda/ops.cu", cuda, [*NVCC_FLAGS, *gencode(archs)])]
     stub = torch_cuda_stub(build, folder, cxx, torch_dir)
@@ -214,7 +214,7 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         folder = (Path(self.build_temp) / backend).absolute()
         try:
-            forced = wish(variable)
+            forced = requested(variable)
             try:
                 build = Ninja()
                 folder.mkdir(parents=True, exist_ok=True)

@@ -269,7 +269,7 @@ PARTS = {
     "kernels": lambda r: (
         f"{len(r['kernels'])} kernels, {sum(k['local_bytes'] > 0 for k in r['kernels'])} of them spill"
     ),
-    "sass": lambda r: f"{len(r['rows'])} kernels; docs/machine-code.md",
+    "sass": lambda r: f"{len(r['rows'])} kernels; gpu/sass.py --page",
 }
 
 

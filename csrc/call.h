@@ -8,7 +8,7 @@ namespace fastadv {
 
 // Images, then parameters, then the model's next input. An operand without data is not there: a parameter is then its
 // number.
-enum Slot : int { kX, kX0, kGrad, kOut, kAlpha, kEps, kNoise, kLo, kHi, kZ, kSlots };
+enum Slot : int { kX, kIterate, kGrad, kOut, kAlpha, kEps, kNoise, kLo, kHi, kZ, kSlots };
 
 // What makes z of the image, in the compute type: (w - mean) * scale. The element at a position of its block takes
 // number position / inner % count.
@@ -19,18 +19,18 @@ struct Channels {
 };
 
 struct Call {
-  Walk<kSlots> walk;
+  Layout<kSlots> layout;
   double numbers[kSlots] = {};
   bool has_noise = false;  // fgsm_step starts at random_init's result
   bool project = true;
   uint64_t seed = 0;               // where there is no tensor
-  const int64_t* seeds = nullptr;  // one, or one per block of the walk
+  const int64_t* seeds = nullptr;  // one, or one per block of the layout
   Channels channels;
 
-  FASTADV_HD DType dtype(Slot s) const { return walk.operands[s].dtype; }
-  FASTADV_HD bool has(Slot s) const { return walk.operands[s].data != nullptr; }
+  FASTADV_HD DType dtype(Slot s) const { return layout.operands[s].dtype; }
+  FASTADV_HD bool has(Slot s) const { return layout.operands[s].data != nullptr; }
   bool any_float64() const {
-    for (Slot s : {kX, kX0, kOut})
+    for (Slot s : {kX, kIterate, kOut})
       if (has(s) && dtype(s) == DType::kFloat64) return true;
     return false;
   }

@@ -1,5 +1,5 @@
-// The door: takes an op's arguments from PyTorch through its stable ABI and hands them to the kernels. Compiled once
-// per device, with FASTADV_BACKEND = cpu or cuda and FASTADV_KEY = CPU or CUDA.
+// The bindings: this takes an op's arguments from PyTorch through its stable ABI and hands them to the kernels.
+// Compiled once per device, with FASTADV_BACKEND = cpu or cuda and FASTADV_KEY = CPU or CUDA.
 //
 // What users are told about wrong arguments is in fastadv/ops/checks.py; here stands only what keeps a raw op call
 // from touching memory that is not its own.
@@ -29,13 +29,13 @@ using Optional = std::optional<Tensor>;
 
 std::atomic<int64_t> call_count{0};
 
-struct Place {
+struct DeviceId {
   int32_t type = -1, index = -1;
-  explicit Place(const Tensor& t) {
+  explicit DeviceId(const Tensor& t) {
     aoti_torch_get_device_type(t.get(), &type);
     aoti_torch_get_device_index(t.get(), &index);
   }
-  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+  bool operator==(const DeviceId& other) const { return type == other.type && index == other.index; }
 };
 
 DType dtype_of(const Tensor& t, const char* name) {
@@ -55,15 +55,15 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-void* stream_of(const Place& place) {
+void* stream_of(const DeviceId& device) {
 #ifdef FASTADV_CUDA
   void* stream = nullptr;
   // The headers' own check of the code changed its name after PyTorch 2.11.
-  const bool found = aoti_torch_get_current_cuda_stream(place.index, &stream) == AOTI_TORCH_SUCCESS;
-  STD_TORCH_CHECK(found, "fastadv: PyTorch names no current stream of CUDA device ", place.index);
+  const bool found = aoti_torch_get_current_cuda_stream(device.index, &stream) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(found, "fastadv: PyTorch names no current stream of CUDA device ", device.index);
   return stream;
 #else
-  (void)place;
+  (void)device;
   return nullptr;
 #endif
 }
@@ -72,21 +72,21 @@ void* stream_of(const Place& place) {
 struct OnDevice {
 #ifdef FASTADV_CUDA
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  explicit OnDevice(const Place& place) {
-    if (current_device() != place.index) guard.emplace(place.index);
+  explicit OnDevice(const DeviceId& device) {
+    if (current_device() != device.index) guard.emplace(device.index);
   }
 #else
-  explicit OnDevice(const Place&) {}
+  explicit OnDevice(const DeviceId&) {}
 #endif
 };
 
-// Collects an op's tensors, then lays out the walk.
+// Collects an op's tensors, then makes their layout.
 class Arguments {
  public:
-  explicit Arguments(const Tensor& out) : place_(out), shape_(out) { image(kOut, out, "out"); }
+  explicit Arguments(const Tensor& out) : device_(out), shape_(out) { image(kOut, out, "out"); }
 
   void image(Slot slot, const Tensor& t, const char* name) {
-    bool same = t.dim() == shape_.dim() && t.dim() <= kMaxDims && Place(t) == place_;
+    bool same = t.dim() == shape_.dim() && t.dim() <= kMaxDims && DeviceId(t) == device_;
     for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == shape_.size(d);
     STD_TORCH_CHECK(same, "fastadv: ", name, " must have out's shape, at most 64 dimensions, and its device");
     STD_TORCH_CHECK(slot == kX || t.scalar_type() != ScalarType::Byte, "fastadv: only x may be uint8");
@@ -96,7 +96,7 @@ class Arguments {
   void parameter(Slot slot, double number, const Optional& t, const char* name) {
     call_.numbers[slot] = number;
     if (!t) return;
-    bool fits = Place(*t) == place_ && t->scalar_type() != ScalarType::Byte;
+    bool fits = DeviceId(*t) == device_ && t->scalar_type() != ScalarType::Byte;
     if (t->dim() != 0) {
       fits = fits && t->dim() == shape_.dim();
       for (int64_t d = 0; fits && d < t->dim(); ++d) fits = t->size(d) == 1 || (d < 2 && t->size(d) == shape_.size(d));
@@ -112,7 +112,7 @@ class Arguments {
     bool fits = mean.dim() == 0 || (shape_.dim() >= 2 && mean.numel() == shape_.size(1));
     for (const Tensor* t : {&mean, &scale})
       fits = fits && t->numel() == mean.numel() && t->scalar_type() == channel_type_ && t->is_contiguous() &&
-             Place(*t) == place_;
+             DeviceId(*t) == device_;
     STD_TORCH_CHECK(fits, "fastadv: mean and scale must be contiguous, 0-dim or with an element per channel");
   }
 
@@ -120,7 +120,7 @@ class Arguments {
     call_.seed = static_cast<uint64_t>(number);
     if (!t) return;
     per_sample_ = t->numel() != 1;
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && Place(*t) == place_ &&
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && DeviceId(*t) == device_ &&
                         (!per_sample_ || (t->dim() == 1 && shape_.dim() > 0 && t->numel() == shape_.size(0))),
                     "fastadv: seed must be a contiguous int64 tensor with one element or one per sample");
     call_.seeds = static_cast<const int64_t*>(t->data_ptr());
@@ -134,14 +134,14 @@ class Arguments {
     if (shape_.numel() != 0) check_results();
     ++call_count;
     if (shape_.numel() == 0) return;
-    make_walk(tensors_[kX], tensors_, per_sample_, call_.walk);
+    make_layout(tensors_[kX], tensors_, per_sample_, call_.layout);
     if (call_.has(kZ)) {
       STD_TORCH_CHECK(channel_type_ == (call_.any_float64() ? ScalarType::Double : ScalarType::Float),
                       "fastadv: mean and scale must be of the compute type");
       if (call_.channels.count > 1) call_.channels.inner = run_length(tensors_[kX], per_sample_ ? 1 : 0, 1);
     }
-    const OnDevice there(place_);
-    kernel(call_, stream_of(place_));
+    const OnDevice there(device_);
+    kernel(call_, stream_of(device_));
   }
 
  private:
@@ -163,7 +163,7 @@ class Arguments {
                       static_cast<int>(t.dim())};
   }
 
-  Place place_;
+  DeviceId device_;
   const Tensor& shape_;
   bool per_sample_ = false;
   ScalarType channel_type_ = ScalarType::Float;
@@ -201,7 +201,7 @@ void pgd_step_op(Arguments& args, const Tensor& x_adv, const Tensor& grad, const
                  double lo, double hi, const Optional& alpha_t, const Optional& eps_t, const Optional& lo_t,
                  const Optional& hi_t) {
   args.image(kX, x, "x");
-  args.image(kX0, x_adv, "x_adv");
+  args.image(kIterate, x_adv, "x_adv");
   args.image(kGrad, grad, "grad");
   args.parameter(kAlpha, alpha, alpha_t, "alpha");
   args.parameter(kEps, eps, eps_t, "eps");
@@ -227,18 +227,18 @@ struct Op<kStep> {
 };
 
 void philox_op(const Tensor& out, const Tensor& seed, const Tensor& index, const Tensor& restart, int64_t word3) {
-  const Place place(index);
+  const DeviceId device(index);
   const int64_t n = index.numel();
   bool fits = out.numel() == 4 * n;
   for (const Tensor* t : {&seed, &index, &restart, &out})
-    fits = fits && t->scalar_type() == ScalarType::Long && t->is_contiguous() && Place(*t) == place &&
+    fits = fits && t->scalar_type() == ScalarType::Long && t->is_contiguous() && DeviceId(*t) == device &&
            (t == &out || t->numel() == n);
   STD_TORCH_CHECK(fits, "fastadv: philox takes contiguous int64 tensors of one size");
   ++call_count;
   if (n == 0) return;
-  const OnDevice there(place);
+  const OnDevice there(device);
   auto data = [](const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); };
-  philox_words(n, data(seed), data(index), data(restart), static_cast<uint32_t>(word3), data(out), stream_of(place));
+  philox_words(n, data(seed), data(index), data(restart), static_cast<uint32_t>(word3), data(out), stream_of(device));
 }
 
 }  // namespace

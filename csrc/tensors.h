@@ -68,12 +68,12 @@ struct Operand {
   char* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t block_stride = 0;
-  int64_t strides[kMaxDims];  // the first `dims` of the walk's
+  int64_t strides[kMaxDims];  // the first `dims` of the layout's
 };
 
 // `blocks` tensors of `block_size` elements; each is drawn as a tensor of its own. One block but for per-sample seeds.
 template <int kOperands>
-struct Walk {
+struct Layout {
   int64_t blocks = 1, block_size = 1;
   int dims = 0;
   int64_t sizes[kMaxDims];
@@ -128,33 +128,33 @@ inline int64_t run_length(const Strided& x, int first_dim, int dim) {
   return length;
 }
 
-// Lays the tensors out for a walk in x's order, into a new `walk` (its kilobytes are not to be copied). Null data marks
-// an operand that is not there. Precondition: x's shape fits every operand.
+// Writes how the tensors lie in x's order into a new `layout` (its kilobytes are not to be copied). Null data marks an
+// operand that is not there. Precondition: x's shape fits every operand.
 template <int kOperands>
-void make_walk(const Strided& x, const Strided (&tensors)[kOperands], bool per_sample, Walk<kOperands>& walk) {
+void make_layout(const Strided& x, const Strided (&tensors)[kOperands], bool per_sample, Layout<kOperands>& layout) {
   const int first_dim = per_sample ? 1 : 0;
   int order[kMaxDims];
   const int count = memory_order(x, first_dim, order);
   auto stride = [](const Strided& t, int d) -> int64_t { return t.dims == 0 || t.sizes[d] == 1 ? 0 : t.strides[d]; };
 
   for (int k = 0; k < kOperands; ++k) {
-    walk.operands[k].data = tensors[k].data;
-    walk.operands[k].dtype = tensors[k].dtype;
-    if (per_sample && tensors[k].data) walk.operands[k].block_stride = stride(tensors[k], 0);
+    layout.operands[k].data = tensors[k].data;
+    layout.operands[k].dtype = tensors[k].dtype;
+    if (per_sample && tensors[k].data) layout.operands[k].block_stride = stride(tensors[k], 0);
   }
-  if (per_sample) walk.blocks = x.sizes[0];
+  if (per_sample) layout.blocks = x.sizes[0];
   for (int i = count - 1; i >= 0; --i) {  // outermost first
     const int d = order[i];
     const int64_t size = x.sizes[d];
-    walk.block_size *= size;
+    layout.block_size *= size;
     if (size == 1) continue;
-    bool merge = walk.dims > 0;
+    bool merge = layout.dims > 0;
     for (int k = 0; k < kOperands && merge; ++k)
-      merge = !tensors[k].data || walk.operands[k].strides[walk.dims - 1] == stride(tensors[k], d) * size;
-    if (!merge) ++walk.dims;
-    walk.sizes[walk.dims - 1] = merge ? walk.sizes[walk.dims - 1] * size : size;
+      merge = !tensors[k].data || layout.operands[k].strides[layout.dims - 1] == stride(tensors[k], d) * size;
+    if (!merge) ++layout.dims;
+    layout.sizes[layout.dims - 1] = merge ? layout.sizes[layout.dims - 1] * size : size;
     for (int k = 0; k < kOperands; ++k)
-      if (tensors[k].data) walk.operands[k].strides[walk.dims - 1] = stride(tensors[k], d);
+      if (tensors[k].data) layout.operands[k].strides[layout.dims - 1] = stride(tensors[k], d);
   }
 }
 

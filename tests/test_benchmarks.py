@@ -319,7 +319,7 @@ def test_report_shows_what_was_counted(dry, tmp_path):
 NCU = """==PROF== Connected
 "ID","Kernel Name","gpu__time_duration.sum","smsp__inst_executed.sum"
 "","","ns","inst"
-"0","flat_kernel","147,900","26,417,664"
+"0","vectorised_kernel","147,900","26,417,664"
 """
 
 

@@ -279,7 +279,8 @@ def counters(out, which=CHANGED):
     table = out / "ncu.csv"
     status, log = run(
         out / "ncu.log", "ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base",
-        "--log-file", str(table), "--kernel-name", "regex:^(flat|any)_kernel$", "--metrics", ",".join(METRICS),
+        "--log-file", str(table), "--kernel-name", "regex:^(vectorised|strided)_kernel$",
+        "--metrics", ",".join(METRICS),
         sys.executable, "benchmarks/gpu/launches.py", which, FASTADV_BENCH_SIZES="large",
     )  # fmt: skip
     if status:

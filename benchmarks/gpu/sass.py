@@ -1,7 +1,8 @@
 """What the compilers made of the GPU kernels, read from the machine code: no GPU, no clock.
 
     python benchmarks/gpu/sass.py [--arch 90] [--backend cuda] [--kernels REGEX] [--source csrc/cuda/ops.cu]
-    python benchmarks/gpu/sass.py --record     # all of it into results/sass.json, and its tables into docs/
+    python benchmarks/gpu/sass.py --record     # all of it into results/sass.json
+    python benchmarks/gpu/sass.py --page       # the main kernels of results/sass.json, an architecture a column
 
 It needs nvcc for the CUDA kernels, and nvdisasm and cuobjdump, of the toolkit or of the Triton package.
 """
@@ -28,7 +29,6 @@ from setup import NVCC_FLAGS, cuda_version, gencode, nvcc  # noqa: E402
 
 SOURCE = ROOT / "csrc/cuda/ops.cu"
 RECORD = ROOT / "benchmarks/results/sass.json"
-PAGE = ROOT / "docs/machine-code.md"
 
 
 # ------------------------------------------------------------------ chips
@@ -100,10 +100,11 @@ class Case:
 
 def native_case(signature):
     """The case of a demangled name; None for a kernel that is no step. z has any type: here the result's."""
-    found = re.match(r"void fastadv::(flat|any)_kernel<\(fastadv::Kind\)(\d), (.*)>\(", signature)
+    found = re.match(r"void fastadv::(vectorised|strided)_kernel<\(fastadv::Kind\)(\d), (.*)>\(", signature)
     if not found:
         return None
-    layout, op, rest = found[1], KINDS[int(found[2])], found[3].split(", ")
+    layout = {"vectorised": "flat", "strided": "any"}[found[1]]
+    op, rest = KINDS[int(found[2])], found[3].split(", ")
     free = " free" if layout == "flat" and rest[0] == "false" and op.startswith("fgsm") else ""
     types = [TYPES[t] for t in rest if t in TYPES]
     plain = Case(op + free, layout, types[0], "" if op == "random_init" else types[-1], "")
@@ -302,7 +303,7 @@ def measured(row):
 
 
 def page(result):
-    """The documentation's page: the main kernels, an architecture a column."""
+    """Markdown: the main kernels, an architecture a column."""
     groups = {}
     for row in result["rows"]:
         if MAIN.match(row["kernel"]):
@@ -330,12 +331,14 @@ def main(argv=None):
     parser.add_argument("--kernels", type=re.compile, default=re.compile(""), metavar="REGEX", help="those alone")
     parser.add_argument("--source", type=Path, default=SOURCE, help="instead of csrc/cuda/ops.cu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there instead of a table")
-    parser.add_argument("--record", action="store_true", help="all of it, into benchmarks/results and docs")
+    parser.add_argument("--record", action="store_true", help="all of it, into benchmarks/results")
+    parser.add_argument("--page", action="store_true", help="print a page of what is there")
     args = parser.parse_args(argv)
     if args.record:
-        result = document(collect(("cuda", "triton"), CHIPS, args.kernels))
-        save(RECORD, result)
-        PAGE.write_text(page(result))
+        save(RECORD, document(collect(("cuda", "triton"), CHIPS, args.kernels)))
+        return
+    if args.page:
+        print(page(read(RECORD)), end="")
         return
     rows = collect(args.backend or ["cuda"], args.arch or [90], args.kernels, args.source)
     if args.json:

@@ -1,4 +1,4 @@
-// The CPU's ops: cut the walk into tiles, bring each operand into the compute type, run the inner loops, put the
+// The CPU's ops: cut the layout into tiles, bring each operand into the compute type, run the inner loops, put the
 // result where it belongs. An operand that lies as the loops want it is used in place.
 #include <torch/csrc/stable/ops.h>
 
@@ -25,16 +25,16 @@ struct Tile {
   int64_t block, position, count;
 };
 
-using WalkOf = Walk<kSlots>;
+using LayoutOf = Layout<kSlots>;
 
-bool in_place(const WalkOf& walk, Slot slot, DType dtype) {
-  const Operand& op = walk.operands[slot];
-  return op.dtype == dtype && walk.flat() && (walk.dims == 0 || op.strides[0] == 1);
+bool in_place(const LayoutOf& layout, Slot slot, DType dtype) {
+  const Operand& op = layout.operands[slot];
+  return op.dtype == dtype && layout.flat() && (layout.dims == 0 || op.strides[0] == 1);
 }
 
-char* address(const WalkOf& walk, Slot slot, const Tile& tile) {
-  const Operand& op = walk.operands[slot];
-  const int64_t stride = walk.dims ? op.strides[0] : 0;
+char* address(const LayoutOf& layout, Slot slot, const Tile& tile) {
+  const Operand& op = layout.operands[slot];
+  const int64_t stride = layout.dims ? op.strides[0] : 0;
   return op.data + (tile.block * op.block_stride + tile.position * stride) * size_of(op.dtype);
 }
 
@@ -42,24 +42,24 @@ void* at(void* data, int64_t i, DType type) { return static_cast<char*>(data) + 
 
 // Calls run(pointer, stride, count) for the tile's pieces along the innermost dimension, in order.
 template <class Run>
-void for_runs(const WalkOf& walk, Slot slot, const Tile& tile, const Run& run) {
-  const Operand& op = walk.operands[slot];
-  if (walk.flat()) return run(address(walk, slot, tile), walk.dims ? op.strides[0] : 0, tile.count);
+void for_runs(const LayoutOf& layout, Slot slot, const Tile& tile, const Run& run) {
+  const Operand& op = layout.operands[slot];
+  if (layout.flat()) return run(address(layout, slot, tile), layout.dims ? op.strides[0] : 0, tile.count);
   int64_t at[kMaxDims], offset = tile.block * op.block_stride, rest = tile.position;
-  for (int d = walk.dims - 1; d >= 0; --d) {
-    at[d] = rest % walk.sizes[d];
-    rest /= walk.sizes[d];
+  for (int d = layout.dims - 1; d >= 0; --d) {
+    at[d] = rest % layout.sizes[d];
+    rest /= layout.sizes[d];
     offset += at[d] * op.strides[d];
   }
-  const int inner = walk.dims - 1;
+  const int inner = layout.dims - 1;
   for (int64_t left = tile.count; left > 0;) {
-    const int64_t count = std::min(left, walk.sizes[inner] - at[inner]);
+    const int64_t count = std::min(left, layout.sizes[inner] - at[inner]);
     run(op.data + offset * size_of(op.dtype), op.strides[inner], count);
     left -= count;
     at[inner] += count;
     offset += count * op.strides[inner];
-    for (int d = inner; d > 0 && at[d] == walk.sizes[d]; --d) {
-      offset += op.strides[d - 1] - walk.sizes[d] * op.strides[d];
+    for (int d = inner; d > 0 && at[d] == layout.sizes[d]; --d) {
+      offset += op.strides[d - 1] - layout.sizes[d] * op.strides[d];
       at[d] = 0;
       ++at[d - 1];
     }
@@ -69,8 +69,8 @@ void for_runs(const WalkOf& walk, Slot slot, const Tile& tile, const Run& run) {
 using Load = void (*)(const void*, int64_t, int64_t, void*);
 
 template <class C>
-void gather(const WalkOf& walk, Slot slot, const Tile& tile, Load load, C* to) {
-  for_runs(walk, slot, tile, [&](const char* from, int64_t stride, int64_t count) {
+void gather(const LayoutOf& layout, Slot slot, const Tile& tile, Load load, C* to) {
+  for_runs(layout, slot, tile, [&](const char* from, int64_t stride, int64_t count) {
     load(from, stride, count, to);
     to += count;
   });
@@ -78,9 +78,9 @@ void gather(const WalkOf& walk, Slot slot, const Tile& tile, Load load, C* to) {
 
 template <class C>
 const C* fetch(const Call& call, Slot slot, const Tile& tile, C* buffer) {
-  if (in_place(call.walk, slot, kComputeType<C>)) return reinterpret_cast<const C*>(address(call.walk, slot, tile));
+  if (in_place(call.layout, slot, kComputeType<C>)) return reinterpret_cast<const C*>(address(call.layout, slot, tile));
   const int c = kComputeIndex<C>, type = index_of(call.dtype(slot));
-  gather(call.walk, slot, tile, slot == kGrad ? isa().load_grad[c][type] : isa().load[c][type], buffer);
+  gather(call.layout, slot, tile, slot == kGrad ? isa().load_grad[c][type] : isa().load[c][type], buffer);
   return buffer;
 }
 
@@ -89,9 +89,9 @@ class Result {
  public:
   Result(const Call& call, Slot slot, const Tile& tile, void* buffer)
       : call_(call), slot_(slot), tile_(tile), buffer_(buffer) {
-    direct_ = in_place(call.walk, slot, call.dtype(slot));
+    direct_ = in_place(call.layout, slot, call.dtype(slot));
   }
-  void* data() const { return direct_ ? address(call_.walk, slot_, tile_) : buffer_; }
+  void* data() const { return direct_ ? address(call_.layout, slot_, tile_) : buffer_; }
   void done() const {
     if (direct_) return;
     switch (size_of(call_.dtype(slot_))) {
@@ -108,7 +108,7 @@ class Result {
   template <class Bits>
   void scatter() const {
     const Bits* from = static_cast<const Bits*>(buffer_);
-    for_runs(call_.walk, slot_, tile_, [&](char* to, int64_t stride, int64_t count) {
+    for_runs(call_.layout, slot_, tile_, [&](char* to, int64_t stride, int64_t count) {
       for (int64_t i = 0; i < count; ++i) reinterpret_cast<Bits*>(to)[i * stride] = from[i];
       from += count;
     });
@@ -127,7 +127,7 @@ class ModelInput {
  public:
   explicit ModelInput(const Call& call) : call_(call), period_(call.channels.count * call.channels.inner) {
     if (!call.has(kZ) || period_ > kTile) return;
-    const int64_t needed = std::min<int64_t>(call.walk.block_size, kTile) + period_;
+    const int64_t needed = std::min<int64_t>(call.layout.block_size, kTile) + period_;
     for_channels(0, needed, [&](int64_t i, int64_t n, const C* mean, const C* scale) {
       std::fill_n(mean_ + i, n, *mean);
       std::fill_n(scale_ + i, n, *scale);
@@ -173,26 +173,26 @@ class ModelInput {
   alignas(64) uint64_t z_[kTile];
 };
 
-// A call, and its walk as it was made: in `call` dimensions that the parameters alone keep apart are merged.
+// A call, and its layout as it was made: in `call` dimensions that the parameters alone keep apart are merged.
 struct Job {
   const Call& call;
-  const WalkOf& parameters;
+  const LayoutOf& parameters;
 };
 
 // Merges neighbouring dimensions where the images allow it, so that they lie as the loops want them.
-void merge_images(WalkOf& walk) {
+void merge_images(LayoutOf& layout) {
   int last = 0;
-  for (int d = 1; d < walk.dims; ++d) {
+  for (int d = 1; d < layout.dims; ++d) {
     bool merge = true;
-    for (Slot slot : {kX, kX0, kGrad, kOut, kZ}) {
-      const Operand& op = walk.operands[slot];
-      merge = merge && (!op.data || op.strides[last] == op.strides[d] * walk.sizes[d]);
+    for (Slot slot : {kX, kIterate, kGrad, kOut, kZ}) {
+      const Operand& op = layout.operands[slot];
+      merge = merge && (!op.data || op.strides[last] == op.strides[d] * layout.sizes[d]);
     }
     last += !merge;
-    walk.sizes[last] = merge ? walk.sizes[last] * walk.sizes[d] : walk.sizes[d];
-    for (Operand& op : walk.operands) op.strides[last] = op.strides[d];
+    layout.sizes[last] = merge ? layout.sizes[last] * layout.sizes[d] : layout.sizes[d];
+    for (Operand& op : layout.operands) op.strides[last] = op.strides[d];
   }
-  walk.dims = std::min(walk.dims, last + 1);
+  layout.dims = std::min(layout.dims, last + 1);
 }
 
 // Parameters in the compute type: for a stretch in which none changes one value each, where that is long enough, else
@@ -206,9 +206,9 @@ class Parameters {
  public:
   Parameters(const Job& job, DType result) : job_(job), result_(result) {
     for (Slot slot : kNames) tensors_ = tensors_ || job.call.has(slot);
-    const WalkOf& walk = job.parameters;
-    for (int d = walk.dims - 1; d >= 0 && same_along(d); --d) stretch_ *= walk.sizes[d];
-    arrays_ = tensors_ && stretch_ < std::min(kShortest, walk.block_size);
+    const LayoutOf& layout = job.parameters;
+    for (int d = layout.dims - 1; d >= 0 && same_along(d); --d) stretch_ *= layout.sizes[d];
+    arrays_ = tensors_ && stretch_ < std::min(kShortest, layout.block_size);
     if (!tensors_) load({0, 0, 1});
   }
 
@@ -290,9 +290,9 @@ class Start {
   }
 
  private:
-  bool is_ahead(Slot slot) const { return call_.has(slot) && in_place(call_.walk, slot, call_.dtype(slot)); }
+  bool is_ahead(Slot slot) const { return call_.has(slot) && in_place(call_.layout, slot, call_.dtype(slot)); }
   const char* ahead(Slot slot, const Tile& tile) const {
-    return is_ahead(slot) ? address(call_.walk, slot, tile) : nullptr;
+    return is_ahead(slot) ? address(call_.layout, slot, tile) : nullptr;
   }
   int64_t ahead_bytes(Slot slot) const { return is_ahead(slot) ? 8 * size_of(call_.dtype(slot)) : 0; }
 
@@ -308,13 +308,13 @@ class Step {
  public:
   explicit Step(const Job& job) : call_(job.call), params_(job, call_.dtype(kOut)), input_(call_) {}
 
-  // x0: the tile's start in the compute type, or null: then it is the operand kX0, and kX where there is none.
+  // x0: the tile's start in the compute type, or null: then it is the operand kIterate, and kX where there is none.
   void operator()(const Tile& tile) { run(tile, nullptr); }
 
   void run(const Tile& tile, const C* x0) {
     const DType type = call_.dtype(kOut);
     const C* x = fetch(call_, kX, tile, x_);
-    if (!x0) x0 = call_.has(kX0) ? fetch(call_, kX0, tile, x0_) : x;
+    if (!x0) x0 = call_.has(kIterate) ? fetch(call_, kIterate, tile, x0_) : x;
     const C* grad = fetch(call_, kGrad, tile, grad_);
     const Result result(call_, kOut, tile, out_);
     const auto& step = isa().step[kComputeIndex<C>][index_of(type)];  // [arrays][project]
@@ -338,9 +338,9 @@ class Step {
 template <class Worker>
 void for_tiles(const Job& job) {
   const Call& call = job.call;
-  const int64_t size = call.walk.block_size, per_block = (size + kTile - 1) / kTile;
+  const int64_t size = call.layout.block_size, per_block = (size + kTile - 1) / kTile;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min<int64_t>(size, kTile));
-  torch::stable::parallel_for(0, call.walk.blocks * per_block, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, call.layout.blocks * per_block, grain, [&](int64_t begin, int64_t end) {
     Worker worker(job);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t position = i % per_block * kTile;
@@ -406,10 +406,10 @@ void start_and_step(const Job& job) {
 }
 
 void run(const Call& call, void (*op)(const Job&)) {
-  if (call.walk.flat()) return op({call, call.walk});
+  if (call.layout.flat()) return op({call, call.layout});
   Call merged = call;
-  merge_images(merged.walk);
-  op({merged, call.walk});
+  merge_images(merged.layout);
+  op({merged, call.layout});
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The CUDA kernels. No PyTorch header, so nvcc compiles them anywhere.
 //
-// flat_kernel is the fast path: every tensor dense in one order, aligned, in a common combination of dtypes, parameters
-// that are numbers. A thread takes the eight elements that share one call of the generator, with accesses of 16 bytes.
-// any_kernel takes everything else, element by element, dtypes looked up as it goes.
+// vectorised_kernel is the fast path: every tensor dense in one order, aligned, in a common combination of dtypes,
+// parameters that are numbers. A thread takes the eight elements that share one call of the generator, with accesses of
+// 16 bytes. strided_kernel takes everything else, element by element, dtypes looked up as it goes.
 #pragma once
 
 #include <cstring>
@@ -140,7 +140,7 @@ __device__ __forceinline__ void store_wide(T* p, const void* words) {
 // and 8-bit tensors, random bits). A warp's access then fills sectors of 32 bytes; half of one at a time would cost
 // the L2 cache twice the work.
 template <bool kSwapped>
-struct Place {
+struct ThreadElements {
   static constexpr int kChunk = kGroup / 2, kSecond = kSwapped ? 2 : 1;  // from the first chunk to the second
   uint32_t row, number;  // the sample's first group in the tensor, and the lane's group in the sample
   bool whole;            // wide accesses are possible: for the warp if lanes swap
@@ -234,22 +234,23 @@ struct Place {
 };
 
 template <class Z, class P>
-__device__ __forceinline__ void store_narrowed(void* z, const P& place, const Pair* values) {
+__device__ __forceinline__ void store_narrowed(void* z, const P& elements, const Pair* values) {
   Pack<Z> pack;
 #pragma unroll
   for (int i = 0; i < kGroup / 2; ++i) pack.w[i] = Two<Z>::narrow(values[i]);
-  place.store(z, pack);
+  elements.store(z, pack);
 }
 template <class P>
-__device__ __forceinline__ void store_narrowed_to(DType type, void* z, const P& place, const Pair* values) {
-  FASTADV_BY_TYPE(type, store_narrowed, z, place, values);
+__device__ __forceinline__ void store_narrowed_to(DType type, void* z, const P& elements, const Pair* values) {
+  FASTADV_BY_TYPE(type, store_narrowed, z, elements, values);
 }
 
 // A thread's values as the model's input; nearly always all of one channel.
 template <class P>
-__device__ __forceinline__ void normalize_all(const ModelInput<uint32_t>& input, const P& place, Pair* values) {
+__device__ __forceinline__ void normalize_all(const ModelInput<uint32_t>& input, const P& elements, Pair* values) {
   const uint32_t inner = static_cast<uint32_t>(input.inner), count = static_cast<uint32_t>(input.count);
-  uint32_t first = static_cast<uint32_t>(place.position(0)), run = input.run_of(first), channel = input.channel_of(run);
+  uint32_t first = static_cast<uint32_t>(elements.position(0)), run = input.run_of(first),
+           channel = input.channel_of(run);
   uint32_t left = (run + 1) * inner - first;
   if (left >= (P::kSecond + 1) * P::kChunk || count == 1) {
     const float mean = static_cast<const float*>(input.mean)[channel];
@@ -262,7 +263,7 @@ __device__ __forceinline__ void normalize_all(const ModelInput<uint32_t>& input,
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     if (P::kSecond > 1 && j == P::kChunk) {
-      first = static_cast<uint32_t>(place.position(1)), run = input.run_of(first), channel = input.channel_of(run);
+      first = static_cast<uint32_t>(elements.position(1)), run = input.run_of(first), channel = input.channel_of(run);
       left = (run + 1) * inner - first;
     }
     float& value = j % 2 ? values[j / 2].b : values[j / 2].a;
@@ -285,26 +286,26 @@ struct ResultOf<uint8_t> {
 };
 
 template <Kind kKind, bool kProject, class X, class G, class F>
-__global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ F f) {
+__global__ void __launch_bounds__(kThreads) vectorised_kernel(const __grid_constant__ F f) {
   using R = typename ResultOf<X>::Type;
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
-  constexpr bool kGrad = kKind != Kind::kRandomInit, kX0 = kKind == Kind::kPgd;
+  constexpr bool kGrad = kKind != Kind::kRandomInit, kIterate = kKind == Kind::kPgd;
   constexpr bool kSwapped = std::is_same<R, float>::value;
   const uint32_t number = blockIdx.x * kThreads + threadIdx.x;
   if (!kSwapped && number >= f.groups) return;
   const uint32_t last = kSwapped ? number | 31 : number;
-  const Place<kSwapped> place{blockIdx.y * f.groups, number, last < f.whole, f.size};
+  const ThreadElements<kSwapped> elements{blockIdx.y * f.groups, number, last < f.whole, f.size};
   wait_for_predecessor();
 
-  const Pack<X> xs = place.template load<X>(f.x);
+  const Pack<X> xs = elements.template load<X>(f.x);
   Pack<R> x0s{}, result;
   Pack<G> grads{};
-  if constexpr (kX0) x0s = place.template load<R>(f.x0);
-  if constexpr (kGrad) grads = place.template load<G>(f.grad);
+  if constexpr (kIterate) x0s = elements.template load<R>(f.x0);
+  if constexpr (kGrad) grads = elements.template load<G>(f.grad);
   Words bits{};
   if constexpr (kNoise) {
     const uint64_t seed = f.seeds ? static_cast<uint64_t>(f.seeds[blockIdx.y]) : f.seed;
-    bits = place.random_bits(seed);
+    bits = elements.random_bits(seed);
   }
 #pragma unroll
   for (int i = 0; i < kGroup / 2; ++i) {
@@ -312,17 +313,17 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const __grid_constant__ 
     if constexpr (kNoise) x0s.w[i] = start<R>(clean, bits.v[i], f.noise, f.box);
     result.w[i] = x0s.w[i];
     if constexpr (kGrad) {
-      const Pair from = kNoise || kX0 ? Two<R>::widen(x0s.w[i]) : clean;
+      const Pair from = kNoise || kIterate ? Two<R>::widen(x0s.w[i]) : clean;
       result.w[i] = step<R, G, kProject>(from, grads.w[i], clean, f.alpha, f.eps, f.box);
     }
   }
-  place.store(f.out, result);
+  elements.store(f.out, result);
   if constexpr (std::is_same<F, FlatWithZ>::value) {
     Pair values[kGroup / 2];
 #pragma unroll
     for (int i = 0; i < kGroup / 2; ++i) values[i] = Two<R>::widen(result.w[i]);
-    normalize_all(f.input, place, values);
-    store_narrowed_to(f.z_type, f.z, place, values);
+    normalize_all(f.input, elements, values);
+    store_narrowed_to(f.z_type, f.z, elements, values);
   }
 }
 
@@ -364,12 +365,12 @@ __device__ __forceinline__ C load_any_grad(const Operand& op, int64_t offset) {
   return load_any<C>(op, offset);
 }
 
-// One element of any_kernel: where its operands are, and its parameters in the type that is asked for.
+// One element of strided_kernel: where its operands are, and its parameters in the type that is asked for.
 struct Element {
   const Call& call;
   int64_t offsets[kSlots];
 
-  __device__ __forceinline__ const Operand& operand(Slot s) const { return call.walk.operands[s]; }
+  __device__ __forceinline__ const Operand& operand(Slot s) const { return call.layout.operands[s]; }
 
   template <class C>
   __device__ __forceinline__ C parameter(Slot s) const {
@@ -423,39 +424,40 @@ struct Element {
 
 template <Kind kKind, class C, class D>
 __global__ void __launch_bounds__(kThreads, 1)
-    any_kernel(const __grid_constant__ Call call, const __grid_constant__ D dividers) {
+    strided_kernel(const __grid_constant__ Call call, const __grid_constant__ D dividers) {
   constexpr bool kWithZ = std::is_same<D, DividersWithZ>::value;
   constexpr int kOperands = kWithZ ? kSlots : kZ;
   constexpr bool kNoise = kKind == Kind::kRandomInit || kKind == Kind::kFgsmFromNoise;
-  const auto& walk = call.walk;
+  const auto& layout = call.layout;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t block = blockIdx.y; block < walk.blocks; block += gridDim.y) {
+  for (int64_t block = blockIdx.y; block < layout.blocks; block += gridDim.y) {
     Words words{};
     if constexpr (kNoise) {
-      const uint64_t seed = call.seeds ? static_cast<uint64_t>(call.seeds[walk.blocks == 1 ? 0 : block]) : call.seed;
+      const uint64_t seed = call.seeds ? static_cast<uint64_t>(call.seeds[layout.blocks == 1 ? 0 : block]) : call.seed;
       words = philox(seed, static_cast<uint64_t>(group), 0, 0);
     }
 #pragma unroll 1
     for (int j = 0; j < kGroup; ++j) {
       const int64_t position = group * kGroup + j;
-      if (position >= walk.block_size) break;
+      if (position >= layout.block_size) break;
       Element e{call, {}};
 #pragma unroll
-      for (int k = 0; k < kOperands; ++k) e.offsets[k] = block * walk.operands[k].block_stride;
+      for (int k = 0; k < kOperands; ++k) e.offsets[k] = block * layout.operands[k].block_stride;
       int64_t rest = position;
-      for (int d = walk.dims - 1; d >= 0; --d) {
-        const int64_t outer = static_cast<int64_t>(dividers.of_dim[d].divide(rest)), at = rest - outer * walk.sizes[d];
+      for (int d = layout.dims - 1; d >= 0; --d) {
+        const int64_t outer = static_cast<int64_t>(dividers.of_dim[d].divide(rest)),
+                      at = rest - outer * layout.sizes[d];
         rest = outer;
 #pragma unroll
         for (int k = 0; k < kOperands; ++k)
-          if (call.has(static_cast<Slot>(k))) e.offsets[k] += at * walk.operands[k].strides[d];
+          if (call.has(static_cast<Slot>(k))) e.offsets[k] += at * layout.operands[k].strides[d];
       }
       const uint32_t h = bits_of(words, j);
       C w;
       if constexpr (kKind == Kind::kRandomInit) {
         w = e.template random_start<C>(call.dtype(kOut), h);
       } else if constexpr (kKind == Kind::kPgd) {
-        w = e.take_step(load_any<C>(e.operand(kX0), e.offsets[kX0]));
+        w = e.take_step(load_any<C>(e.operand(kIterate), e.offsets[kIterate]));
       } else if constexpr (kKind == Kind::kFgsm) {
         w = e.take_step(load_any<C>(e.operand(kX), e.offsets[kX]));
       } else {

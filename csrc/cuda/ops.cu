@@ -23,10 +23,10 @@ struct FlatEntry {
 
 // The combinations worth a kernel of their own: x, x_adv and out of one type (float for uint8), grads as training
 // makes them. A row here is all that another one takes.
-#define FASTADV_ROW(kind, project, X, x, G, g, name)                                             \
-  FlatEntry {                                                                                    \
-    Kind::kind, project, DType::k##x, DType::k##g, flat_kernel<Kind::kind, project, X, G, Flat>, \
-        flat_kernel<Kind::kind, project, X, G, FlatWithZ>, name " " #x " grad " #g               \
+#define FASTADV_ROW(kind, project, X, x, G, g, name)                                                   \
+  FlatEntry {                                                                                          \
+    Kind::kind, project, DType::k##x, DType::k##g, vectorised_kernel<Kind::kind, project, X, G, Flat>, \
+        vectorised_kernel<Kind::kind, project, X, G, FlatWithZ>, name " " #x " grad " #g               \
   }
 #define FASTADV_STEP_ROWS(X, x, G, g)                                                                 \
   FASTADV_ROW(kPgd, true, X, x, G, g, "pgd_step"), FASTADV_ROW(kFgsm, true, X, x, G, g, "fgsm_step"), \
@@ -60,7 +60,7 @@ struct AnyEntry {
   void (*in_double_with_z)(Call, DividersWithZ);
   const char* name;
 };
-#define FASTADV_ANY(kind, D) any_kernel<Kind::kind, float, D>, any_kernel<Kind::kind, double, D>
+#define FASTADV_ANY(kind, D) strided_kernel<Kind::kind, float, D>, strided_kernel<Kind::kind, double, D>
 #define FASTADV_ANY_ROW(kind, name) {Kind::kind, FASTADV_ANY(kind, Dividers), FASTADV_ANY(kind, DividersWithZ), name}
 const AnyEntry kAny[] = {
     FASTADV_ANY_ROW(kRandomInit, "random_init any"),
@@ -111,19 +111,19 @@ void run(void (*kernel)(Parameters...), dim3 grid, void* stream, const Arguments
 
 constexpr int64_t kMaxRows = 65535;  // of a grid
 
-int64_t groups_of(const Call& call) { return (call.walk.block_size + kGroup - 1) / kGroup; }
+int64_t groups_of(const Call& call) { return (call.layout.block_size + kGroup - 1) / kGroup; }
 
 dim3 grid_for(const Call& call) {
   return dim3(static_cast<unsigned>((groups_of(call) + kThreads - 1) / kThreads),
-              static_cast<unsigned>(std::min(call.walk.blocks, kMaxRows)));
+              static_cast<unsigned>(std::min(call.layout.blocks, kMaxRows)));
 }
 
-// Whether an operand lies as flat_kernel reads it: dense, whole packs aligned.
+// Whether an operand lies as vectorised_kernel reads it: dense, whole packs aligned.
 bool packed(const Call& call, Slot slot, DType dtype) {
-  const Operand& op = call.walk.operands[slot];
+  const Operand& op = call.layout.operands[slot];
   const int64_t pack = std::min<int64_t>(16, kGroup * size_of(dtype));
-  return op.data && op.dtype == dtype && (call.walk.dims == 0 || op.strides[0] == 1) &&
-         (call.walk.blocks == 1 || op.block_stride == call.walk.block_size) &&
+  return op.data && op.dtype == dtype && (call.layout.dims == 0 || op.strides[0] == 1) &&
+         (call.layout.blocks == 1 || op.block_stride == call.layout.block_size) &&
          reinterpret_cast<uintptr_t>(op.data) % pack == 0;
 }
 
@@ -137,14 +137,14 @@ const FlatEntry* find_flat(const Call& call, Kind kind) {
   const DType x = call.dtype(kX), result = x == DType::kUInt8 ? DType::kFloat32 : x;
   const bool grad = kind != Kind::kRandomInit;
   bool fits = ordinary(call, kEps) && ordinary(call, kNoise);
-  fits = fits && call.walk.flat() && (call.walk.blocks == 1 || call.walk.block_size % kGroup == 0);
+  fits = fits && call.layout.flat() && (call.layout.blocks == 1 || call.layout.block_size % kGroup == 0);
   // Its index of a group, and of a position where there is z, has 32 bits.
-  fits = fits && call.walk.blocks <= kMaxRows && groups_of(call) * call.walk.blocks <= INT32_MAX;
+  fits = fits && call.layout.blocks <= kMaxRows && groups_of(call) * call.layout.blocks <= INT32_MAX;
   for (Slot parameter : {kAlpha, kEps, kNoise, kLo, kHi}) fits = fits && !call.has(parameter);
   fits = fits && packed(call, kX, x) && packed(call, kOut, result);
   fits = fits && (!grad || packed(call, kGrad, call.dtype(kGrad)));
-  fits = fits && (kind != Kind::kPgd || packed(call, kX0, result));
-  fits = fits && (!call.has(kZ) || (packed(call, kZ, call.dtype(kZ)) && call.walk.block_size <= INT32_MAX));
+  fits = fits && (kind != Kind::kPgd || packed(call, kIterate, result));
+  fits = fits && (!call.has(kZ) || (packed(call, kZ, call.dtype(kZ)) && call.layout.block_size <= INT32_MAX));
   if (!fits) return nullptr;
   for (const FlatEntry& e : kFlat)
     if (e.kind == kind && e.x == x && (!grad || (e.grad == call.dtype(kGrad) && e.project == call.project))) return &e;
@@ -160,13 +160,13 @@ float inward(double bound, DType result, bool up) {
 Flat flat_arguments(const Call& call) {
   auto number = [&](Slot s) { return static_cast<float>(call.numbers[s]); };
   Flat f{};
-  f.x = call.walk.operands[kX].data;
-  f.x0 = call.walk.operands[kX0].data;
-  f.grad = call.walk.operands[kGrad].data;
-  f.out = call.walk.operands[kOut].data;
+  f.x = call.layout.operands[kX].data;
+  f.x0 = call.layout.operands[kIterate].data;
+  f.grad = call.layout.operands[kGrad].data;
+  f.out = call.layout.operands[kOut].data;
   f.groups = static_cast<uint32_t>(groups_of(call));
-  f.whole = static_cast<uint32_t>(call.walk.block_size / kGroup);
-  f.size = static_cast<uint64_t>(call.walk.block_size);
+  f.whole = static_cast<uint32_t>(call.layout.block_size / kGroup);
+  f.size = static_cast<uint64_t>(call.layout.block_size);
   f.seeds = call.seeds;
   f.seed = call.seed;
   f.alpha = number(kAlpha), f.eps = number(kEps), f.noise = number(kNoise);
@@ -185,7 +185,7 @@ Divider<U> divider_of(int64_t n) {
 
 Dividers dividers_of(const Call& call) {
   Dividers all{};
-  for (int d = 0; d < call.walk.dims; ++d) all.of_dim[d] = divider_of<uint64_t>(call.walk.sizes[d]);
+  for (int d = 0; d < call.layout.dims; ++d) all.of_dim[d] = divider_of<uint64_t>(call.layout.sizes[d]);
   return all;
 }
 
@@ -196,7 +196,7 @@ ModelInput<U> model_input_of(const Call& call) {
 
 void launch(const Call& call, Kind kind, void* stream) {
   const dim3 grid = grid_for(call);
-  const Operand& z = call.walk.operands[kZ];
+  const Operand& z = call.layout.operands[kZ];
   if (const FlatEntry* e = find_flat(call, kind)) {
     const Flat f = flat_arguments(call);
     if (!call.has(kZ)) return run<Overlap::kYes>(e->kernel, grid, stream, f);

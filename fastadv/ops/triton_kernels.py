@@ -1,6 +1,6 @@
 """The Triton kernels: one pass each, compiled for NVIDIA and ROCm, or run by Triton's interpreter on the CPU.
 
-`flat_kernel` serves tensors that all lie densely in one order, with parameters that are numbers; `any_kernel` serves
+`vectorised_kernel` serves tensors that all lie densely in one order, with parameters that are numbers; `strided_kernel` serves
 everything else by computing every element's place. The arithmetic of both is `_element`: csrc/attack_math.h says why
 it is written as it is.
 """
@@ -329,7 +329,7 @@ def _load_seed(seed, block, PER_SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def flat_kernel(
+def vectorised_kernel(
     x, x0, grad, out, z, seed, alpha, eps, noise, lo, hi, mean, scale, channels, inner, size,
     C: tl.constexpr, FLAGS: tl.constexpr, PER_SAMPLE: tl.constexpr, WHOLE: tl.constexpr, ONE_CHANNEL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -387,7 +387,7 @@ def _parameter(parameter, base_stride, block, position, sizes, strides, mask, IS
 
 
 @triton.jit
-def any_kernel(
+def strided_kernel(
     x, x0, grad, out, z, seed, alpha, eps, noise, lo, hi, mean, scale, channels, inner, size,
     sizes, strides, block_strides, C: tl.constexpr, FLAGS: tl.constexpr, TENSORS: tl.constexpr,
     PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
@@ -498,16 +498,16 @@ def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None
     constants = {"C": _TL[c], "FLAGS": flags, "PER_SAMPLE": per_sample, "BLOCK": BLOCK, **OPTIONS}
     grid = (triton.cdiv(size, BLOCK), blocks)
     with torch.cuda.device(x.device) if x.is_cuda else _HERE:
-        narrow = max(channels, inner) + BLOCK < 2**32  # where flat_kernel's own divisions are right
+        narrow = max(channels, inner) + BLOCK < 2**32  # where vectorised_kernel's own divisions are right
         if narrow and not any(tensors) and all(t is None or _lies_at(t, places, x.shape) for t in images):
             whole = {"WHOLE": size % BLOCK == 0, "ONE_CHANNEL": inner % BLOCK == 0}
-            flat_kernel[grid](*images, seed, *values, *normalization, size, **whole, **constants)
+            vectorised_kernel[grid](*images, seed, *values, *normalization, size, **whole, **constants)
             return
         first_dim = 1 if per_sample else 0
         order = sorted(range(first_dim, x.dim()), key=lambda d: -places[d])
         order = [d for d in order if x.shape[d] != 1] or list(range(x.dim()))[-1:]
         operands = [*images, *(t for _, t in params)]
-        any_kernel[grid](
+        strided_kernel[grid](
             *images, seed, *values, *normalization, size, tuple(x.shape[d] for d in order),
             tuple(_strides(t, order) for t in operands),
             tuple(_strides(t, [0])[0] if per_sample else 0 for t in operands), TENSORS=tensors, **constants,
