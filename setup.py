@@ -150,7 +150,10 @@ def add_cpu(build, folder, target, forced):
     cxx = compiler()
     torch_dir = torch_facts()[1]
     flags = [*CXX_FLAGS, *STABLE_ABI, *include_flags(torch_dir)]
-    facts = [f"-DFASTADV_COMPILER={c_string(first_line(cxx, '--version'))}", f"-DFASTADV_FLAGS={c_string(' '.join(CXX_FLAGS))}"]
+    facts = [
+        f"-DFASTADV_COMPILER={c_string(first_line(cxx, '--version'))}",
+        f"-DFASTADV_FLAGS={c_string(' '.join(CXX_FLAGS))}",
+    ]
     objects = [bindings(build, folder, "cpu", cxx, flags)]
     objects += [build.compile(folder / "ops.o", CSRC / "cpu/ops.cpp", cxx, flags)]
     objects += [build.compile(folder / "isa.o", CSRC / "cpu/isa.cpp", cxx, [*flags, *facts])]

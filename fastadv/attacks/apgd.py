@@ -61,7 +61,7 @@ class APGD(Attack):
         near = clean + slots.eps * direction
         out = result_like(slots.x) if slots.adv is None else slots.adv
         # A step of no length brings it into the ball and the box, and writes the model's input.
-        slots.adv = pgd_step(near, near, slots.x, alpha=0.0, eps=slots.eps, out=out, **self.also(slots))
+        slots.adv = pgd_step(near, near, slots.x, alpha=0.0, eps=slots.eps, out=out, **self.model_input_kwargs(slots))
 
     def prepare(self, slots: Slots) -> None:
         memory = slots.memory
@@ -143,7 +143,7 @@ class APGD(Attack):
 
     def _move(self, slots: Slots, direction: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
         """The step from where the samples are now; length and share are (N, 1, ...), and direction's memory is free."""
-        previous, also = slots.memory["previous"], self.also(slots)
+        previous, also = slots.memory["previous"], self.model_input_kwargs(slots)
         apgd_step_(slots.adv, previous, direction, slots.x, alpha=length, share=share, eps=slots.eps, **also)
 
 

@@ -451,7 +451,7 @@ class Attack(Modes, Targets, ABC):
 
     def into_ball(self, slots: Slots) -> None:
         """Bring a start that was given into the ball."""
-        pgd_step_(slots.adv, slots.adv, slots.x, alpha=0.0, eps=slots.eps, **self.also(slots))
+        pgd_step_(slots.adv, slots.adv, slots.x, alpha=0.0, eps=slots.eps, **self.model_input_kwargs(slots))
 
     def engine(self, slots: Slots) -> Engine:
         """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
@@ -472,7 +472,7 @@ class Attack(Modes, Targets, ABC):
         engine.load(slots)
         return engine
 
-    def also(self, slots: Slots) -> dict:
+    def model_input_kwargs(self, slots: Slots) -> dict:
         """Keywords for the ops: the box; with normalisation they write the model's next input too."""
         box = {"clip": box_of(self.clip)}
         return box if slots.z is None else {**box, "normalization": self._normalization, "z": slots.z}

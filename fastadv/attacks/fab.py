@@ -85,7 +85,7 @@ class FAB(Attack):
         return self.restarts > 1
 
     def start(self, slots: Slots) -> None:
-        slots.adv = random_init(slots.x, 0.0, seed=0, out=slots.adv, **self.also(slots))
+        slots.adv = random_init(slots.x, 0.0, seed=0, out=slots.adv, **self.model_input_kwargs(slots))
         if not self.draws:
             return
         clean = to_float(slots.x)

@@ -62,12 +62,14 @@ class FGSM(Attack):
         # Without noise random_init only converts, which a float image that the model takes as it is does not need.
         if self.draws or slots.x.dtype == torch.uint8 or slots.adv is not None or slots.z is not None:
             seed = slots.seed if self.draws else 0
-            slots.adv = random_init(slots.x, self._noise(slots.eps), seed=seed, out=slots.adv, **self.also(slots))
+            slots.adv = random_init(
+                slots.x, self._noise(slots.eps), seed=seed, out=slots.adv, **self.model_input_kwargs(slots)
+            )
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
         alpha = self.step_size(slots)
         if slots.given and self.project:
-            pgd_step_(slots.adv, grad, slots.x, alpha=alpha, eps=slots.eps, **self.also(slots))
+            pgd_step_(slots.adv, grad, slots.x, alpha=alpha, eps=slots.eps, **self.model_input_kwargs(slots))
             return
         # The step makes the same start again from the seed instead of loading it; a start that was given has no seed.
         x, noise = (slots.adv, 0.0) if slots.given else (slots.x, self._noise(slots.eps))
@@ -80,7 +82,7 @@ class FGSM(Attack):
             seed=slots.seed if self.draws else None,
             project=self.project,
             out=slots.adv,
-            **self.also(slots),
+            **self.model_input_kwargs(slots),
         )
 
 

@@ -85,10 +85,10 @@ class PGD(Attack):
     def start(self, slots: Slots) -> None:
         # Without noise random_init is an exact copy (or conversion of uint8); it then needs no draw.
         noise, seed = (slots.eps, slots.seed) if self.random_start else (0.0, 0)
-        slots.adv = random_init(slots.x, noise, seed=seed, out=slots.adv, **self.also(slots))
+        slots.adv = random_init(slots.x, noise, seed=seed, out=slots.adv, **self.model_input_kwargs(slots))
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
-        pgd_step_(slots.adv, grad, slots.x, alpha=self.length(slots), eps=slots.eps, **self.also(slots))
+        pgd_step_(slots.adv, grad, slots.x, alpha=self.length(slots), eps=slots.eps, **self.model_input_kwargs(slots))
 
 
 class BIM(PGD):
@@ -119,7 +119,13 @@ class TPGD(PGD):
         near += self.START * gaussian(near, slots.seed)
         # A step along no gradient brings it into the ball and the box, and writes the model's input.
         slots.adv = pgd_step(
-            near, torch.zeros_like(near), slots.x, alpha=0.0, eps=slots.eps, out=slots.adv, **self.also(slots)
+            near,
+            torch.zeros_like(near),
+            slots.x,
+            alpha=0.0,
+            eps=slots.eps,
+            out=slots.adv,
+            **self.model_input_kwargs(slots),
         )
 
 

@@ -143,7 +143,9 @@ class Square(RandomSearch):
     def start(self, slots: Slots) -> None:
         n, channels, _, width = slots.x.shape
         stripes = uniform(slots.x.new_empty((n, channels, 1, width), dtype=torch.float32), slots.seed) - 0.5  # never 0
-        slots.adv = fgsm_step(slots.x, stripes.expand(slots.x.shape), slots.eps, out=slots.adv, **self.also(slots))
+        slots.adv = fgsm_step(
+            slots.x, stripes.expand(slots.x.shape), slots.eps, out=slots.adv, **self.model_input_kwargs(slots)
+        )
 
     def into_ball(self, slots: Slots) -> None:
         self._move(slots, slots.adv, torch.zeros_like(slots.adv))
@@ -158,7 +160,15 @@ class Square(RandomSearch):
 
     def _move(self, slots, point, directions):
         """From one side of the ball to the other, where `directions` are not 0."""
-        pgd_step(point, directions, slots.x, alpha=2 * slots.eps, eps=slots.eps, out=slots.adv, **self.also(slots))
+        pgd_step(
+            point,
+            directions,
+            slots.x,
+            alpha=2 * slots.eps,
+            eps=slots.eps,
+            out=slots.adv,
+            **self.model_input_kwargs(slots),
+        )
 
 
 def places(drawn: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
