@@ -1,8 +1,8 @@
 """The Triton kernels: one pass each, compiled for NVIDIA and ROCm, or run by Triton's interpreter on the CPU.
 
 `vectorised_kernel` serves tensors that all lie densely in one order, with parameters that are numbers;
-`strided_kernel` serves everything else by computing every element's place. The arithmetic of both is `_element`: csrc/attack_math.h says why
-it is written as it is.
+`strided_kernel` serves everything else by computing every element's place. The arithmetic of both is `_element`:
+csrc/attack_math.h says why it is written as it is.
 """
 
 import contextlib
