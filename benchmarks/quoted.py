@@ -25,6 +25,7 @@ PACKAGE, OURS = "autoattack/backbone.json", "autoattack/fastadv.json"
 OUR_AUTOATTACK = "autoattack/fastadv-autoattack.json"
 OWN_TIME = "autoattack/own-time.json"
 H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvidia-h200-2026-11-26-second/"
+DEMO = "demo.json"
 STUDY, CELLS = "study/results.json", "study/cells/*/cell.json"
 
 # What made the files, but for those that say it themselves; of several that match, the first.
@@ -597,6 +598,14 @@ def _apart(found: Mapping) -> list[float]:
     return [images * abs(each["PMA"] - each["AutoAttack"]) for each in judged if each["PMA"] != each["AutoAttack"]]
 
 
+def demo() -> Iterator[Figure]:
+    for setting, attack in product(("from scratch", "full fine-tuning", "linear probing"), ("FGSM", "PGD-7")):
+        for name, key in (("clean", "clean_accuracy"), ("pgd-10", "robust_accuracy"), ("pma", "pma_accuracy")):
+            path = f"table[setting={setting}&attack={attack}].{key}"
+            label = f"demo.{setting.split()[0]}.{attack.split('-')[0].lower()}.{name}"
+            yield Figure(label, f"{setting} with {attack}: {name}", (DEMO,), path, percent)
+
+
 # ------------------------------------------------------------------ the study
 
 
@@ -644,5 +653,6 @@ FIGURES = [
     *checks_on_gpu(),
     *training_steps(),
     *transfer(),
+    *demo(),
     *study(),
 ]
