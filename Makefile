@@ -11,7 +11,7 @@ QUICK = tests/test_attacked_function.py tests/test_attacks.py tests/test_ball.py
   tests/test_data.py tests/test_figures.py tests/test_normalized.py tests/test_philox.py tests/test_settings.py \
   tests/test_verdicts.py
 
-.PHONY: demo test test-quick lint figures clean
+.PHONY: demo test test-quick lint clean
 
 demo: .venv/demo
 	MPLBACKEND=agg .venv/bin/python examples/demo.py --out demo
@@ -24,16 +24,17 @@ test: .venv/test
 test-quick: .venv/test
 	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest -W error::UserWarning -k 'not triton and not 16_bit' $(QUICK)
 
+# The table of figures, and what README and docs quote of it; then the lists of those that are older than their code.
+.PHONY: figures
+figures:
+	$(PYTHON) benchmarks/figures.py
+	$(PYTHON) benchmarks/stale.py --write
+
 lint: .venv/test
 	$(PIP) ruff clang-format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
-
-# The table of figures, and what README and docs quote of it; then the lists of those that are older than their code.
-figures:
-	$(PYTHON) benchmarks/figures.py
-	$(PYTHON) benchmarks/stale.py --write
 
 # The build needs torch's headers and these tools; without isolation it uses the torch that is tested.
 .venv/build: constraints.txt
