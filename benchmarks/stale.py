@@ -17,7 +17,7 @@ from textwrap import wrap
 import figures
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- stale figures: benchmarks/stale.py --write -->", "<!-- end -->"
+BEGIN, END = "<!-- stale figures: make figures -->", "<!-- end -->"
 
 OPS = ("fastadv/functional.py", "fastadv/ops", ":!fastadv/ops/triton_kernels.py", "csrc")
 CPU_OPS, CUDA_OPS = (*OPS, ":!csrc/cuda"), (*OPS, ":!csrc/cpu")
