@@ -24,6 +24,12 @@ test: .venv/test
 test-quick: .venv/test
 	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest -W error::UserWarning -k 'not triton and not 16_bit' $(QUICK)
 
+# The table of figures, and what README and docs quote of it; then the lists of those that are older than their code.
+.PHONY: figures
+figures:
+	$(PYTHON) benchmarks/figures.py
+	$(PYTHON) benchmarks/stale.py --write
+
 lint: .venv/test
 	$(PIP) ruff clang-format
 	.venv/bin/ruff check .
