@@ -34,14 +34,14 @@ def options(command: str) -> str:
     parser = argparse.ArgumentParser(add_help=False)
     COMMANDS[command][0].add(parser)
     rows = [f"| {_spelt(each)} | {_meaning(each)} |" for each in parser._actions]
-    return "\n".join(["| Option | |", "|---|---|", *rows])
+    return "\n".join(['<div class="options" markdown>', "", "| Option | |", "|---|---|", *rows, "", "</div>"])
 
 
 def _spelt(action: argparse.Action) -> str:
     if not action.option_strings:
         return f"`{action.metavar or action.dest}`"
-    value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
-    return f"`{', '.join(action.option_strings)}{value}`"
+    value = "" if action.nargs == 0 else f" *{action.metavar or 'value'}*"
+    return ", ".join(f"`{each}`" for each in action.option_strings) + value
 
 
 def _meaning(action: argparse.Action) -> str:
