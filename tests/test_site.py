@@ -105,7 +105,7 @@ def test_the_page_of_attacks_has_every_class():
 
 
 def test_every_command_has_its_options_on_the_page():
-    text = page("command-line.md")
+    text = page("commands.md")
     assert sorted(hooks.OPTIONS.findall(text)) == sorted(COMMANDS)
     assert all(f"\n## {name}\n" in text for name in COMMANDS)
     made = hooks.on_page_markdown(text)
