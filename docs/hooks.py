@@ -20,6 +20,11 @@ def on_page_markdown(markdown: str, **_) -> str:
     return OPTIONS.sub(lambda found: options(found[1]), markdown)
 
 
+def on_page_content(html: str, **_) -> str:
+    """Mark options of the command line, for the style sheet."""
+    return re.sub(r"<code>(--[\w-]+)</code>", r'<code class="option">\1</code>', html)
+
+
 def on_post_build(config, **_) -> None:
     """Warn, which is an error in a strict build, of public names that no page describes."""
     described = set(inventory(Path(config.site_dir) / "objects.inv"))
@@ -34,7 +39,7 @@ def options(command: str) -> str:
     parser = argparse.ArgumentParser(add_help=False)
     COMMANDS[command][0].add(parser)
     rows = [f"| {_spelt(each)} | {_meaning(each)} |" for each in parser._actions]
-    return "\n".join(['<div class="options" markdown>', "", "| Option | |", "|---|---|", *rows, "", "</div>"])
+    return "\n".join(["| Option | |", "|---|---|", *rows])
 
 
 def _spelt(action: argparse.Action) -> str:
