@@ -50,13 +50,13 @@ def _spelt(action: argparse.Action) -> str:
 
 
 def _meaning(action: argparse.Action) -> str:
-    parts = [(action.help or "").strip()]
+    sentences = [(action.help or "").strip()]
     if action.choices:
-        parts.append(f"One of {', '.join(f'`{each}`' for each in action.choices)}.")
+        sentences.append(f"One of {', '.join(f'`{each}`' for each in action.choices)}")
     is_plain = isinstance(action.default, (str, int, float)) and not isinstance(action.default, bool)
     if is_plain and action.dest != "device":  # which is the machine's that makes the site
-        parts.append(f"Default: `{action.default}`.")
-    return ". ".join(part.rstrip(".") for part in parts if part).replace("|", "\\|") + "."
+        sentences.append(f"Default: `{action.default}`")
+    return " ".join(f"{each}." for each in sentences if each).replace("|", "\\|")
 
 
 def public_names() -> Iterator[str]:
