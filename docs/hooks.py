@@ -38,7 +38,7 @@ def options(command: str) -> str:
     """The arguments of a command as a table."""
     parser = argparse.ArgumentParser(add_help=False)
     COMMANDS[command][0].add(parser)
-    rows = [f"| {_spelt(each)} | {_meaning(each)} |" for each in parser._actions]
+    rows = [f"| {_spelt(each)} | {_meaning(each)} |" for each in parser._actions if each.help != argparse.SUPPRESS]
     return "\n".join(["| Option | |", "|---|---|", *rows])
 
 

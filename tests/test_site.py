@@ -113,8 +113,9 @@ def test_every_command_has_its_options_on_the_page():
     for module, _ in COMMANDS.values():
         parser = argparse.ArgumentParser()
         module.add(parser)
-        for option in re.findall(r"--[a-z][a-z-]+", parser.format_usage()):
+        for option in re.findall(r"--[a-z][a-z-]+", parser.format_usage()):  # which leaves out hidden ones
             assert f"`{option}`" in made, option
+    assert argparse.SUPPRESS not in made
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
