@@ -132,7 +132,6 @@ MEASURED = re.compile(rf"(?<![\w/.={{-])\d[\d.,]*(?: (?:to|±) \d[\d.,]*)?(?:x|[
 
 # What has such a unit and is no measurement: page -> phrases.
 SETTINGS = {"benchmarks/figures.md": ("95 % intervals", "115 MB a tensor")}
-GENERATED = ("docs/machine-code.md",)  # from the machine code, by a script of its own
 
 
 def measured(text):
