@@ -391,14 +391,14 @@ def trained_on_families(network, **settings):
     Trainer(network, 0.01, **options, **settings).fit((torch.rand(3, *SHAPE), torch.arange(3)))
 
 
-def fresh_images(**changes):
-    """How many images FGSM attacks in each epoch of the attack stale."""
+def fresh_images(attack="stale", **changes):
+    """How many images FGSM attacks in each epoch."""
     seen, call = [], FGSM.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FGSM, "__call__", lambda self, x, y, **more: seen.append(len(y)) or call(self, x, y, **more))
         finish = run.Run._finish_epoch
         patch.setattr(run.Run, "_finish_epoch", lambda self, stage: seen.append(None) or finish(self, stage))
-        trained({"attack": "stale", "epochs": 3, **changes})
+        trained({"attack": attack, "epochs": 3, **changes})
     ends = [i for i, count in enumerate(seen) if count is None]
     return [sum(seen[i + 1 : j]) for i, j in zip([-1, *ends], ends, strict=False)]
 
@@ -407,6 +407,8 @@ def refresh():
     """Image i where (i + epoch) mod K is 0, and all in the first epoch."""
     for value, counts in ((None, [0, 0, 0]), (1, [24, 24, 24]), (3, [24, 8, 8]), (7, [24, 3, 3]), (99, [24, 0, 0])):
         assert fresh_images(refresh=value) == counts
+    for value, counts in ((None, [24, 6, 6]), (1, [24, 24, 24]), (3, [24, 8, 8]), (99, [24, 0, 0])):
+        assert fresh_images("cached", refresh=value, method="linear") == counts
 
 
 def price():
