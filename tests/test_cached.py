@@ -129,6 +129,7 @@ KINDS = {
     "normalized": lambda: Normalized(network(dtype=torch.float32), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)),
     "a head with modes": lambda: network(moody_head(), torch.float32),
     "outputs with logits": lambda: Wrapped(network(dtype=torch.float32)),
+    "compiled": lambda: torch.compile(network(dtype=torch.float32), backend="eager"),
 }
 
 
@@ -231,11 +232,25 @@ class PerToken(Body):
         return self.head(self.conv(x).tanh().flatten(2)).mean(1)
 
 
-class Stacked(Body):
-    """The head gets two rows for an image."""
+class TokensFirst(Body):
+    """The head gets a row for each token, in which all images are."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = Pooling(16, CLASSES)
 
     def forward(self, x):
-        return self.head(torch.cat((self.features(x), self.features(x.flip(3)))))[: len(x)]
+        return self.head(self.conv(x).tanh().flatten(2).transpose(0, 1))
+
+
+class Pooling(nn.Linear):
+    def forward(self, tokens):
+        return super().forward(tokens.mean(0))
+
+
+class ByName(Body):
+    def forward(self, x):
+        return self.head(input=self.features(x))
 
 
 class Aside(Body):
@@ -279,7 +294,7 @@ OWN = "cached keeps what enters the head head, and that is not the image's alone
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        *((kind, ALONE) for kind in (Tempered, Rectified, Flipped, PerToken, Stacked, Aside)),
+        *((kind, ALONE) for kind in (Tempered, Rectified, Flipped, PerToken, TokensFirst, ByName, Aside)),
         *((kind, OWN) for kind in (Drawing, Mixing)),
         (Tied, r"before\.weight is in the head head too and trains"),
     ],

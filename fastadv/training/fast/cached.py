@@ -106,9 +106,8 @@ class Cached(FastMethod):
         return self._head(inputs)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        """Of images (n, C, H, W), in the precision and the layout of the update."""
-        autocast, layout = self.attack.autocast, self.attack.memory_format
-        images = images if layout is None else images.contiguous(memory_format=layout)
+        """Of images (n, C, H, W), in the precision of the update."""
+        autocast = self.attack.autocast
         with torch.no_grad(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
             return _entering(self.model, self._head, images)
 
