@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv.attacks import Normalized
+from fastadv.attacks.state import frozen
 from fastadv.training import Trainer, run
 
 EPS, CLASSES, COUNT, BATCH, EPOCHS, LR = 0.1, 3, 23, 7, 6, 0.05
@@ -124,12 +125,20 @@ def moody_head():
     return nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.2), nn.Linear(64, CLASSES))
 
 
+def compiled():
+    """Has run before, when no hook was there."""
+    model = torch.compile(network(dtype=torch.float32), backend="eager")
+    with torch.no_grad(), frozen(model):
+        model(torch.rand(2, 3, 8, 8))
+    return model
+
+
 KINDS = {
     "plain": lambda: network(dtype=torch.float32),
     "normalized": lambda: Normalized(network(dtype=torch.float32), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)),
     "a head with modes": lambda: network(moody_head(), torch.float32),
     "outputs with logits": lambda: Wrapped(network(dtype=torch.float32)),
-    "compiled": lambda: torch.compile(network(dtype=torch.float32), backend="eager"),
+    "compiled": compiled,
 }
 
 
@@ -218,6 +227,11 @@ class Rectified(Body):
         return self.head(self.features(x)).relu()
 
 
+class Permuted(Body):
+    def forward(self, x):
+        return self.head(self.features(x)).flip(1)
+
+
 class Flipped(Body):
     def forward(self, x):
         return (self.head(self.features(x)) + self.head(self.features(x.flip(3)))) / 2
@@ -246,6 +260,22 @@ class TokensFirst(Body):
 class Pooling(nn.Linear):
     def forward(self, tokens):
         return super().forward(tokens.mean(0))
+
+
+class Scaling(nn.Linear):
+    def forward(self, features, scale=1.0):
+        return super().forward(scale * features)
+
+
+class Told(Body):
+    """The head gets more than the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = Scaling(64, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.features(x), scale=2.0)
 
 
 class ByName(Body):
@@ -294,7 +324,10 @@ OWN = "cached keeps what enters the head head, and that is not the image's alone
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        *((kind, ALONE) for kind in (Tempered, Rectified, Flipped, PerToken, TokensFirst, ByName, Aside)),
+        *(
+            (kind, ALONE)
+            for kind in (Tempered, Rectified, Permuted, Flipped, PerToken, TokensFirst, Told, ByName, Aside)
+        ),
         *((kind, OWN) for kind in (Drawing, Mixing)),
         (Tied, r"before\.weight is in the head head too and trains"),
     ],
