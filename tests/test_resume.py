@@ -54,7 +54,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, se
     [
         ("signs", {"refresh": 3}),
         ("signs", {"method": "bias", "head_start": 2, "epochs": 4}),
-        ("features", CACHED | {"refresh": 3, "epochs": 6}),
+        ("features", CACHED | {"epochs": 6}),
     ],
     ids=str,
 )
