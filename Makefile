@@ -25,9 +25,10 @@ test-quick: .venv/test
 	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest -W error::UserWarning -k 'not triton and not 16_bit' $(QUICK)
 
 lint: .venv/test
-	$(PIP) ruff clang-format
+	$(PIP) ruff clang-format mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
 
 # The build needs torch's headers and these tools; without isolation it uses the torch that is tested.
