@@ -189,10 +189,10 @@ class Ensemble:
         return apgd(self.model, of_apgd.eps, of_apgd.n_iter, **settings, **self.options)
 
 
-# Names of several attacks that follow each other.
 ENSEMBLES: dict[str, dict[str, str]] = {
     "autoattack": {},
     "autoattack-plus": {"version": "plus"},
     "autoattack-rand": {"version": "rand"},
     "autoattack-l2": {"norm": "L2"},
 }
+"""Ensembles by name: the arguments of `Ensemble`."""

@@ -39,6 +39,7 @@ PRESETS: dict[str, tuple[type[Attack], Callable[[float], dict[str, Any]]]] = {
     "fab-t": (FAB, lambda eps: {}),
     "pgdl2": (PGDL2, lambda eps: {"alpha": eps / 5, "steps": 20}),
 }
+"""Attacks by name: the class, and its settings at a budget. An entry of your own is known by its name everywhere."""
 
 
 def create_attack(name: str, model: AnyModel, eps: float, **changes: Any) -> Attack:
