@@ -48,7 +48,7 @@ from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
 
 GRAPHS = 8  # that are kept; each has its own memory
-# From so many images on, the share of zero gradients at the first step of the first call is looked at.
+# In a first batch of 8 images or more, a warning says where a tenth of the gradients or more are exactly zero.
 WATCHED, ALARMING = 8, 0.1
 
 Outcome = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -75,37 +75,39 @@ class Attack(Modes, Targets, ABC):
             the other; "bce", for a single logit or several labels a sample; "kl" (from the model's output on the clean
             images; it takes a random start, for it is 0 at the image itself); or a callable from (outputs, targets) to
             one value per sample; targets are then whatever was passed as labels.
-        target_classes: the losses "targeted_margin" and "targeted_dlr" are run towards so many classes, in the order of
-            the clean images' logits (in float32, of two that are equal the lower class first), the label left out.
-        restarts: the attack is run so often from other random starts (towards each of its target classes), and the
-            strongest result is kept for each image: the one with the largest loss, where a loss of NaN is the smallest;
-            with a named loss other than "kl" and labels that are not soft, one that is misclassified before any that is
-            not.
+        target_classes: number of classes that the losses "targeted_margin" and "targeted_dlr" go towards, one after the
+            other: those with the highest logits on the clean images, the label left out. Logits are compared in
+            float32; of two equal ones the lower class comes first.
+        restarts: number of runs, each from another random start (and towards each target class). Each image keeps its
+            strongest result: the one with the largest loss, where NaN is the smallest. With a named loss other than
+            "kl" and labels that are not soft, a misclassified result comes before any other.
         best_iterate: a call returns for each image the strongest of all iterates, in the same order, instead of the
             last one. It costs a forward pass more.
-        eot: for a model that answers at random: gradient and loss are the means of so many draws at the same point, and
-            the prediction is that of their mean probabilities. Athalye et al. 2018 (arXiv 1802.00420, section 4.2).
+        eot: number of draws, for a model that answers at random. Gradient and loss are the means of the draws at one
+            point, and the prediction is that of their mean probabilities. Athalye et al. 2018 (arXiv 1802.00420,
+            section 4.2).
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
             and bfloat16 keeps it; float16 can lose small gradients. On the CPU attention of few tokens stays in
             float32, which is faster there.
-        memory_format: of the images while they are attacked, such as torch.channels_last (convert the model yourself).
-        compile: run the model and the loss under torch.compile; a batch smaller than the first is filled up, so that
+        memory_format: of the images during the attack, such as torch.channels_last. Convert the model yourself.
+        compile: run the model and the loss under torch.compile. A batch smaller than the first is filled up, so that
             nothing is compiled twice.
         graph: capture one iteration per shape as a CUDA graph and replay it.
-        chunk: attack so many images at a time, for less memory. A seed that is one for all then becomes one for each
-            image, so that the noise is another than without `chunk`; seeds that are one for each image stay.
+        chunk: number of images that are attacked at a time, for less memory. One seed for all images then becomes one
+            for each, so that the noise differs from a run without `chunk`; seeds for each image stay.
         clip: (lo, hi), the box that images are in; None for inputs without one, such as embeddings. With any but the
             default eps and the other lengths are in the inputs' own unit.
         images_normalized: (mean, std), each a number or one per channel, where the images that are passed, x_init too,
-            are (pixels - mean) / std and the model takes such images. Those that come back are normalised likewise;
-            eps, alpha, noise and clip stay in pixels. The same as an attack on `Normalized(model, mean, std)`, from
-            and to pixels. None: images are pixels.
+            are (pixels - mean) / std and the model takes such images. The result is normalised, too; eps, alpha, noise
+            and clip stay in pixels. The attack is the same as one on `Normalized(model, mean, std)` with pixels. None:
+            images are pixels.
 
-    All of these are attributes, and one that is assigned later acts as if it had been given.
+    All of these are attributes. One that is assigned later acts as if it had been passed here.
 
     Raises:
-        TypeError, ValueError: an option is of a wrong type or value.
+        TypeError: an option is of a wrong type.
+        ValueError: an option is of a wrong value.
     """
 
     alpha: float | torch.Tensor | None = None
@@ -185,8 +187,8 @@ class Attack(Modes, Targets, ABC):
             normalization_of(self.images_normalized, self.model)
 
     def _settle(self) -> None:
-        """Where a setting has changed, check it and forget what was made with the old ones."""
-        # What has a row for each image comes with the slots.
+        """Check the settings where one has changed, and forget what was made with the old ones."""
+        # A tensor with a row for each image is no setting: it comes with the slots.
         settings = {name: v for name, v in vars(self).items() if not name.startswith("_") and not has_rows(v)}
         del settings["objective"]
         eps = settings.pop("eps")  # graphs have it as a tensor, so that a schedule needs but one
@@ -237,7 +239,7 @@ class Attack(Modes, Targets, ABC):
         """Make what the attack keeps in `slots.memory`, as it is before the first step."""
 
     def ended(self, slots: Slots) -> torch.Tensor:
-        """Which slots hold their last iterate, (N,) bool: after as many steps in every run."""
+        """Which slots hold the last iterate of their run, (N,) bool."""
         return slots.age >= self.steps
 
     def step_size(self, slots: Slots) -> float | torch.Tensor:
@@ -246,27 +248,32 @@ class Attack(Modes, Targets, ABC):
         return slots.eps if alpha is None else alpha
 
     def inside(self, slots: Slots) -> torch.Tensor | None:
-        """Which iterates may count as a success, (N,) bool; None where all may, as none leaves the budget."""
+        """Which iterates are within the budget and may count, (N,) bool; None where all are."""
         return None
 
     def result(self, slots: Slots) -> torch.Tensor:
-        """What a call returns when all steps are taken."""
+        """The images that a call returns when all steps are taken."""
         return slots.adv
 
     def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
-        """By what the results of several runs are compared, (N,), the larger the stronger; `losses` are theirs."""
+        """The strength of a run's results, (N,), by which runs are compared; `losses` are the results'."""
         return losses
 
     def goes_on(self, falls: Sequence[int], images: int) -> bool:
-        """Whether an evaluation of so many images shall add a run to those that found `falls`, one number each."""
+        """Whether an evaluation adds a run.
+
+        Args:
+            falls: how many images each run so far was the first to fool.
+            images: how many are evaluated.
+        """
         return False
 
     def cost(self, classes: int) -> tuple[int, int]:
-        """Of a step: gradients of an image, and forward passes beside the one that judges the iterate."""
+        """The cost of a step for an image: (gradients, forward passes beside the one that judges the iterate)."""
         return (self.eot if self.by_gradient else 0), 0
 
     def runs(self, classes: int) -> int:
-        """How often it is run on a model of so many classes: its restarts, towards each target class."""
+        """The number of runs on a model with `classes` classes: the restarts, towards each target class."""
         return self.restarts * (min(self.target_classes, classes - 1) if self.compares == "pairs" else 1)
 
     # ------------------------------------------------------------------ calling it
@@ -476,7 +483,7 @@ class Attack(Modes, Targets, ABC):
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
         if not isinstance(eps, torch.Tensor):
-            # As the ops round it, and a captured graph keeps it: arithmetic with either gives the same bits.
+            # In float32, as the ops and a captured graph have it: arithmetic with either gives the same bits.
             eps = eps if compute_dtype(x) == torch.float64 else float(np.float32(eps))
         slots = Slots(x, targets, eps, seed, adv=adv)
         if self.by_age or self.compares == "pairs":
@@ -488,12 +495,12 @@ class Attack(Modes, Targets, ABC):
         return slots
 
     def show(self, slots: Slots) -> None:
-        """Make the iterate the model's next input, where that is another tensor."""
+        """Write the model's next input for the iterate, where that is another tensor."""
         if slots.z is not None and self._normalization is not None:
             slots.z.copy_(self._normalization(slots.adv))
 
     def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
-        """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes.
+        """Which samples the attack has fooled, (N,) bool; None where outputs or targets are no classes.
 
         No prediction is wrong for every label, and reaches no target.
         """
@@ -504,7 +511,7 @@ class Attack(Modes, Targets, ABC):
         return is_label(verdict(logits, labels), labels) == bool(self.targeted)
 
     def keep_best(self, slots: Slots) -> None:
-        """The iterate, judged by its losses and logits, where it is stronger than those before it."""
+        """Keep the iterate, judged by its losses and logits, where it is the strongest so far."""
         fooled = self.fooled(slots.logits, slots.targets)
         better = _better(slots.strongest, (slots.iterate, slots.losses, fooled))
         if slots.inside is not None:
@@ -519,7 +526,7 @@ class Attack(Modes, Targets, ABC):
         pgd_step_(slots.adv, slots.adv, slots.x, alpha=0.0, eps=slots.eps, **self.model_input_kwargs(slots))
 
     def engine(self, slots: Slots) -> Engine:
-        """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
+        """The engine that iterates on `slots`; with `graph` a captured one, whose own slots get the same values."""
         if not self.graph:
             return Engine(self, slots)
         if isinstance(slots.seed, int):  # a number would be captured as it is
@@ -683,7 +690,7 @@ def _unwrapped(model: AnyModel) -> tuple[AnyModel, Normalization | None]:
 
 
 def _same(settings: Mapping[str, object], others: Mapping[str, object]) -> bool:
-    """Whether two dicts have the same values; tensors, modules and the like are the same if they are one."""
+    """Whether two dicts have the same values; two tensors or modules are the same where they are one object."""
     plain = (bool, int, float, str, tuple, type(None))
     return settings.keys() == others.keys() and all(
         value is others[name] or (type(value) is type(others[name]) in plain and value == others[name])

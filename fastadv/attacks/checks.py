@@ -17,7 +17,7 @@ TARGETED = (False, True, *CHOSEN)  # or a callable
 
 
 def device_of(model: AnyModel) -> torch.device | None:
-    """Where its parameters are; None where it has none."""
+    """The device of the model's parameters; None where it has none."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return next((parameter.device for parameter in parameters), None)
 
@@ -116,7 +116,16 @@ def check_alpha(alpha: object) -> None:
 
 
 def check_alpha_of(alpha: torch.Tensor, images: torch.Tensor, *, look: bool) -> None:
-    """Refuse step sizes that do not go with the images; with `look` those that are not finite: it waits for them."""
+    """Refuse step sizes that do not go with the images.
+
+    Args:
+        alpha: step sizes.
+        images: (N, C, ...).
+        look: refuse values that are not finite, which waits for the device.
+
+    Raises:
+        ValueError: a wrong device, shape or value.
+    """
     if alpha.device != images.device:
         raise ValueError(f"alpha must be on the images' device {images.device}, got {alpha.device}")
     wanted = (*images.shape[:2], *(1,) * (images.ndim - 2))
@@ -192,7 +201,7 @@ def check_labels(
 
 
 def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -> str | None:
-    """What is wrong with the images' range, if anything is. Waits for the device."""
+    """Say what is wrong with the images' range; None where it is right. Waits for the device."""
     if not images.is_floating_point() or not images.numel():
         return None
     low, high = torch.stack(images.aminmax()).tolist()

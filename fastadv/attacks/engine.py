@@ -38,20 +38,20 @@ class Slots:
         z: the model's input where normalisation is folded into the steps, else None.
         given: whether `adv` came from outside, so that it cannot be made again from the seed.
         age: steps since the start, int64 (N,); None where the attack does not ask for it.
-        restart: number of the run, likewise.
+        restart: number of the run, int64 (N,); None where the attack does not ask for it.
         alpha: step sizes, float (N, 1, ...); None where they are one for all.
         memory: tensors that an attack keeps from step to step.
         scratch: tensors that an attack writes in each step before it reads them, kept because fresh memory costs more
             on the CPU than what is written there.
         best: the strongest of the iterates that a step was taken from; None where nobody asks for it.
-        best_losses: its losses, (N,), likewise.
-        best_fooled: whether it fools, (N,) bool, likewise.
+        best_losses: the losses of `best`, (N,), or None.
+        best_fooled: whether `best` fools, (N,) bool, or None.
         losses: of the iterate, (N,), when a step is taken.
-        logits: of the iterate, likewise; None where the outputs are none.
+        logits: of the iterate, (N, C); None where the outputs are none.
         inside: which iterates may count, (N,) bool, None for all.
     """
 
-    # What may be None is typed as the attack sees it that asks for it, when it takes a step.
+    # Some of these may be None, as said above. Their types are what an attack that asks for them sees in a step.
     seed: int | torch.Tensor
     adv: torch.Tensor
     age: torch.Tensor
@@ -174,7 +174,7 @@ class Engine:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Garbage is collected before, not during a capture: an old graph among it would end the capture."""
+    """Collect garbage now and not inside: freeing an old graph would end a capture."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -186,10 +186,10 @@ def no_collection() -> Iterator[None]:
 
 
 def baked(model: object, device: torch.device) -> tuple[object, ...]:
-    """What a captured graph has baked in beside the slots' shapes and the attack's settings.
+    """What a captured graph depends on beside the slots' shapes and the attack's settings: a part of its key.
 
-    The model's modules with their modes, the memory of its parameters and buffers, the caller's autocast, and how
-    PyTorch is told to compute. A graph that is kept by this keeps the modules too, so that none is taken for another.
+    It holds the model's modules with their modes, the memory of its parameters and buffers, the caller's autocast, and
+    how PyTorch is told to compute. The key keeps the modules alive, so that a new one never gets the id of an old one.
     """
     modules = tuple(model.modules()) if isinstance(model, nn.Module) else (model,)
     tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()

@@ -60,7 +60,7 @@ class FGSM(Attack):
         return self.noise if self.noise is not None else self.NOISE * eps
 
     def start(self, slots: Slots) -> None:
-        # Without noise random_init only converts, which a float image that the model takes as it is does not need.
+        # Without noise random_init only converts, and a float image that the model takes unchanged needs none of it.
         if self.draws or slots.x.dtype == torch.uint8 or slots.adv is not None or slots.z is not None:
             seed = slots.seed if self.draws else 0
             slots.adv = random_init(

@@ -1,4 +1,4 @@
-"""What an attack maximises: one value per sample, from logits (N, C) and what they are compared with."""
+"""The losses that an attack maximises: one value per sample, from logits (N, C) and their targets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def targeted_dlr(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(first: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """What a margin is divided by; 1, where the other logit is that of a class that cannot be."""
+    """first - other, by which a margin is divided; 1 where `other` is -inf, the logit of a class that cannot be."""
     return torch.where(other > -torch.inf, first - other + 1e-12, 1.0)
 
 

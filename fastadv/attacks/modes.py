@@ -26,7 +26,7 @@ MODES: dict[object, str] = {
 
 
 class Modes(Attributes):
-    """What every attack has of torchattacks' base class. What changes the mode prints so, unless `quiet`, as there."""
+    """The methods of torchattacks' base class. As there, one that changes the mode prints it, unless `quiet`."""
 
     @property
     def supported_mode(self) -> list[str]:

@@ -22,7 +22,7 @@ class Objective:
         model: any callable from images (N, ...) to outputs.
         loss: a name from LOSSES, of logits; or a callable from (outputs, targets) to one value per sample.
         targeted: the loss of the targets is minimised.
-        eot: gradients and losses are the means of so many draws; logits are the logarithm of their mean probabilities.
+        eot: number of draws: gradients and losses are their means, logits the logarithm of their mean probabilities.
         autocast: dtype in which the model runs under torch.autocast; None means as it is.
         compiled: model and loss run under torch.compile, with one graph per shape.
     """
@@ -47,7 +47,7 @@ class Objective:
         self.autocast = autocast
         self.compiled = compiled
         self.classes: int | None = None  # of the logits that were seen last
-        self.still: torch.Tensor | None = None  # whose gradient was exactly 0, (N,) bool, where `watch` was set
+        self.still: torch.Tensor | None = None  # samples whose gradient was exactly 0, (N,) bool, after `watch` was set
         self.watch = False
         self._copies = False  # whether the model writes to its input
         self._highest = -1
@@ -91,7 +91,7 @@ class Objective:
         return grad, losses.detach(), logits
 
     def _ones(self, losses: torch.Tensor, scratch: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """To weigh the losses with; a loss that is not ours may write there on its way back."""
+        """The weights of the losses, all 1; they are kept, unless a user's loss may write to them in its backward."""
         if scratch is None or callable(self.loss):
             return torch.ones_like(losses)
         if "ones" not in scratch:

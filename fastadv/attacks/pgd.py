@@ -72,7 +72,7 @@ class PGD(Attack):
         return [SCHEDULES[self.schedule](step, self.steps) for step in range(self.steps)]
 
     def factor_of(self, slots: Slots) -> torch.Tensor:
-        """Which of the factors the next step takes, int64 (N,)."""
+        """The number of the factor that the next step takes, int64 (N,)."""
         return slots.age
 
     def length(self, slots: Slots) -> float | torch.Tensor:

@@ -24,7 +24,7 @@ def put_(kept: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def any_of(rows: torch.Tensor) -> bool:
-    """Whether one of `rows`, (N,) bool, may be set: yes on a device whose host would wait for the answer."""
+    """Whether one of `rows`, (N,) bool, is set; True on a device whose host would have to wait for the answer."""
     return rows.device.type not in AT_ONCE or bool(rows.any())
 
 
@@ -46,7 +46,7 @@ def seeds_for(seed: int | torch.Tensor, x: torch.Tensor, restart: int | torch.Te
 
 
 def has_rows(value: object) -> TypeGuard[torch.Tensor]:
-    """Whether it has a row for each sample; a tensor of one row is as good for any of them."""
+    """Whether it is a tensor with a row for each sample. A single row serves all samples, and does not count."""
     return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) > 1
 
 

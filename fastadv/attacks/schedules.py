@@ -18,7 +18,7 @@ class Factors:
         self._factors = torch.tensor(factors, dtype=torch.float64)
 
     def __call__(self, ages: torch.Tensor) -> torch.Tensor:
-        """For the step after each of `ages` steps, int64 (N,): float64 (N, ...). After the last there is none."""
+        """The factors of the steps that follow after `ages` steps, int64 (N,): float64 (N, ...)."""
         if self._factors.device != ages.device:
             self._factors = self._factors.to(ages.device)
         return self._factors.index_select(0, ages.clamp(max=len(self._factors) - 1))

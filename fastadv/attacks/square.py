@@ -21,7 +21,7 @@ APART = 2**31  # from the seeds of other runs, which are numbered from 0
 
 
 class RandomSearch(Attack):
-    """What the Square attack does whatever the norm: each query changes a window of the best point so far."""
+    """The Square attack without its norm: each query changes a window of the best point so far."""
 
     by_gradient = False
     by_age = True
@@ -126,7 +126,7 @@ class Square(RandomSearch):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the L-inf ball around the image, in pixels of [0, 1].
-        n_queries: so many images of a sample the model sees, the start among them. 5000 are AutoAttack's.
+        n_queries: number of images of a sample that the model sees, with the start. AutoAttack has 5000.
         p_init: share of the image that the first squares have.
         options: see `Attack`. The loss is "margin"; a query is judged by it and by whether it fools.
 
@@ -163,7 +163,7 @@ class Square(RandomSearch):
         self._move(slots, best, slots.adv)
 
     def _move(self, slots: Slots, point: torch.Tensor, directions: torch.Tensor) -> None:
-        """From one side of the ball to the other, where `directions` are not 0."""
+        """Move each pixel to the side of the ball that `directions` has the sign of; 0 leaves it."""
         pgd_step(
             point,
             directions,

@@ -18,17 +18,25 @@ class Targets(Attributes):
 
     @property
     def compares(self) -> str:
-        """What its loss compares the outputs with, as in `Loss`; "anything" where it is one of your own."""
+        """What the loss compares the outputs with, as in `Loss`; "anything" for a loss of the user's."""
         return "anything" if callable(self.loss) else LOSSES[self.loss].compares
 
     def aim(self, slots: Slots) -> torch.Tensor:
-        """What the loss compares the outputs for these slots with."""
+        """The targets that the loss compares these slots' outputs with."""
         if self.compares != "pairs":
             return slots.targets
         return torch.stack((slots.targets[:, 0], self.target_class(slots.targets, slots.restart)), 1)
 
     def target_class(self, targets: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
-        """Towards which class of its row (label, ranked others) each sample's run of that number goes: int64 (N,)."""
+        """The class that each sample's run goes towards.
+
+        Args:
+            targets: int64 (N, 1 + K): the label, then the other classes, the best first.
+            run: number of each sample's run, int64 (N,).
+
+        Returns:
+            int64 (N,).
+        """
         return targets.gather(1, (1 + run // self.restarts).clamp(max=targets.shape[1] - 1)[:, None])[:, 0]
 
     def _targets(
@@ -44,7 +52,7 @@ class Targets(Attributes):
         return self.targets(self._clean_logits(x), labels, seed, given)
 
     def _sound(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels of later batches: those that name no class are counted, for a GPU would end the process on them."""
+        """Labels of a later batch; a label that names no class is counted and replaced, for it ends a CUDA context."""
         if self.objective.classes is None:
             return labels
         wrong = (labels < 0) | (labels >= self.objective.classes)
