@@ -43,7 +43,9 @@ class Split:
         """u of each content, float64 in [0, 1), from its digest, int64 (N,)."""
         key = str(self.seed).encode()
         hashed = (blake2b(digest, digest_size=8, key=key).digest() for digest in digests)
-        return (np.frombuffer(b"".join(hashed), "<u8") >> np.uint64(11)) * 2.0**-53
+        words = np.frombuffer(b"".join(hashed), "<u8")
+        places: np.ndarray = (words >> np.uint64(11)) * 2.0**-53
+        return places
 
 
 def with_splits(

@@ -12,12 +12,12 @@ PAUSE = 60.0  # seconds between two lines
 
 
 class Progress:
-    """Inside, what `update` is told is shown, if it is to be shown at all.
+    """A context that shows how many steps are done.
 
     Args:
-        title: of what goes on.
-        unit: of its steps.
-        shown: whether anything is to be seen.
+        title: what goes on, such as "pgd-10 at 8/255".
+        unit: what a step is called, such as "batch".
+        shown: whether anything is shown.
     """
 
     def __init__(self, title: str, unit: str, shown: bool):
@@ -31,7 +31,12 @@ class Progress:
         return self
 
     def update(self, done: int, left: int) -> None:
-        """So many steps are done, and so many are left if nothing shortens them."""
+        """Show how far it is.
+
+        Args:
+            done: number of steps so far.
+            left: number of steps to come, if nothing shortens them.
+        """
         if self._bar is not None:
             self._bar.total = done + left
             self._bar.update(done - self._bar.n)

@@ -310,8 +310,9 @@ class _Attention:
             given = self.outputs[layer].clone()
             if layer is disturbed:
                 last = _channels_last(given, layer)
-                place: tuple[torch.Tensor | int, ...] = torch.unravel_index(torch.tensor(token), last.shape[:-1])
-                last[(*place, row)] += size
+                position = torch.unravel_index(torch.tensor(token), last.shape[:-1])
+                entry: tuple[torch.Tensor | int, ...] = (*position, row)
+                last[entry] += size
             return given
 
         looked = [m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in self.layers]
