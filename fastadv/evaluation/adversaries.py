@@ -1,4 +1,4 @@
-"""What a model is evaluated against: attacks by name, of this package, or of any other."""
+"""The attacks that a model is evaluated under: by name, of this package, or of any other."""
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -205,7 +205,7 @@ def budgets_of(eps: float | Sequence[float]) -> list[float]:
 
 
 def _number(value: object) -> float | None:
-    """A number, as Python's, NumPy's or a tensor's; None for anything else."""
+    """The value of a number of Python, of NumPy or in a tensor; None for anything else."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None

@@ -11,7 +11,7 @@ from fastadv.attacks import Ensemble
 from fastadv.attacks.verdicts import verdict
 from fastadv.evaluation.adversaries import EPS, Adversary, adversaries
 from fastadv.evaluation.ensemble import Trial
-from fastadv.evaluation.images import Kept
+from fastadv.evaluation.images import FooledImages
 from fastadv.evaluation.robustness import check_counts, judged
 from fastadv.evaluation.run import Report, Run
 from fastadv.evaluation.samples import collected_tensors
@@ -102,7 +102,8 @@ class AutoAttack(Ensemble):
             model gives no prediction.
 
         Raises:
-            As `evaluate`; ValueError also where nothing is to run, or a state is to be kept of a seed that is drawn.
+            TypeError: as `evaluate`.
+            ValueError: as `evaluate`; also where nothing is to run, or a state is to be kept of a seed that is drawn.
         """
         images, labels, run, trials = self._run(x_orig, y_orig, bs, state_path, ensemble=True)
         return _returned(images, labels, run, trials, return_labels)
@@ -110,7 +111,20 @@ class AutoAttack(Ensemble):
     def run_standard_evaluation_individual(
         self, x_orig: torch.Tensor, y_orig: torch.Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Returned]:
-        """The same for each attack by itself, on all samples: name -> what `run_standard_evaluation` returns."""
+        """Each attack by itself, on all samples.
+
+        Args:
+            x_orig: images (N, ...) in [0, 1], floats or uint8.
+            y_orig: labels int64 (N,).
+            bs: images under attack at a time.
+            return_labels: give the model's predictions for what is returned, too.
+
+        Returns:
+            For each attack's name what `run_standard_evaluation` returns.
+
+        Raises:
+            TypeError, ValueError: as `run_standard_evaluation`.
+        """
         images, labels, run, trials = self._run(x_orig, y_orig, bs, None, ensemble=False)
         return {t.adversary.name: _returned(images, labels, run, [t], return_labels) for t in trials}
 
@@ -128,7 +142,7 @@ class AutoAttack(Ensemble):
         self._log(f"using {', '.join(each.title for each in against)}")
         begun = time.perf_counter()
 
-        def told(run: Run, ended: Sequence[Trial]) -> None:
+        def after_each(run: Run, ended: Sequence[Trial]) -> None:
             accuracy = float(run.left(ended if ensemble else ended[-1:]).float().mean())
             if not ended:
                 self._log(f"initial accuracy: {accuracy:.2%}")
@@ -136,11 +150,11 @@ class AutoAttack(Ensemble):
                 after = f"{'after' if ensemble else 'under'} {ended[-1].adversary.name.upper()}"
                 self._log(f"robust accuracy {after}: {accuracy:.2%} (total time {time.perf_counter() - begun:.1f} s)")
 
-        def kept(number: int, adversary: Adversary) -> Kept:
-            return Kept(images, labels.device)
+        def gallery(number: int, adversary: Adversary) -> FooledImages:
+            return FooledImages(images, labels.device)
 
         self.report, run, trials = judged(
-            self.model, images, labels, against, settings, None, state_path, kept, told=told
+            self.model, images, labels, against, settings, None, state_path, gallery, after_each=after_each
         )
         return images, labels, run, trials
 
@@ -157,7 +171,7 @@ class AutoAttack(Ensemble):
 def _returned(
     images: torch.Tensor, labels: torch.Tensor, run: Run, trials: Sequence[Trial], with_labels: bool
 ) -> Returned:
-    """What the first of `trials` that fools a sample made of it, and what the model says of that."""
+    """For each sample the image of the first of `trials` that fools it, and what the model says of that image."""
     adv, said = to_float(images).clone(), verdict(run.clean, labels).cpu()
     for gallery, verdicts in [(trial.gallery, trial.verdicts) for trial in trials if trial.gallery is not None]:
         state = gallery.state()

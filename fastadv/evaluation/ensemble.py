@@ -1,4 +1,4 @@
-"""What attacks find together: which samples one hands on to the next, and what all of them leave."""
+"""Several attacks together: the samples that one hands on to the next, and the budgets that they count for."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.foreign import Reach
-from fastadv.evaluation.images import Gallery, Kept
+from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.queue import Verdicts
 
 
@@ -30,7 +30,7 @@ class Trial:
 
     adversary: Adversary
     verdicts: Verdicts
-    gallery: Gallery | Kept | None
+    gallery: Gallery | FooledImages | None
     reach: Reach | None
     seconds: float = 0.0
     zeros: tuple[int, int] | None = None
@@ -38,7 +38,7 @@ class Trial:
 
     @property
     def within_budget(self) -> bool:
-        """Whether all that it found lies in a ball of a known norm and radius, and in the box."""
+        """Whether all its adversarial images lie in a ball of a known norm and radius, and in the box."""
         adversary, reach = self.adversary, self.reach
         if adversary.ball is None:
             return False

@@ -1,4 +1,4 @@
-"""What an attack of another library gets and returns: a seed for its batch, and a look before it is judged."""
+"""Attacks of other libraries: a seed for their batches, and checks of the images that they return."""
 
 import hashlib
 from collections.abc import Sequence

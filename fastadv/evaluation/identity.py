@@ -1,8 +1,8 @@
-"""What a run's state belongs to: each part of it by name, as its value or as a hash of all that it holds.
+"""The fingerprint of a run, to which a state belongs: each part of the run by name, as its value or as a hash.
 
-Of a part all is read that it computes with: weights, plain attributes, a function's code, what it closes over and the
-globals that it uses; not what its own code counts up as it runs. What comes from an installed package is known by its
-name.
+The hash of a part reads all that the part computes with: weights, plain attributes, a function's code, the values that
+it closes over and the globals that it uses. Left out are counters, which its own code counts up as it runs. A class or
+function of an installed package is known by its name.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def told(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[torch.Tensor
 
 
 def _content_of(size: int, pieces: Iterable[torch.Tensor]) -> bytes:
-    """The bytes of a tensor that has so many, or their hash where these are WHOLE or more."""
+    """The bytes of a tensor of `size` bytes, which comes in pieces; their hash where they are WHOLE or more."""
     flat = (t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for t in pieces)
     if size < WHOLE:
         return b"".join(piece.tobytes() for piece in flat)
@@ -250,7 +250,7 @@ class _Reader:
                 yield from self._attributes({name: known[name] for name in used if name in known})
 
     def _object(self, value: Any) -> Iterator[bytes]:
-        """Of any other object what a pickle of it would hold."""
+        """The contents of any other object, as a pickle would hold them."""
         try:
             reduced = value.__reduce_ex__(4)
         except Exception as error:  # whatever a class has to say to it
@@ -273,7 +273,7 @@ class _Reader:
 
 
 def settings_of(attack: Attack) -> dict[str, object]:
-    """What an attack of this package, or one derived from it, was made with; not what it keeps from its calls."""
+    """The settings of an attack of this package, or of one derived from it; not what it keeps from its calls."""
     made = [name for kind in type(attack).__mro__ if "__init__" in vars(kind) for name in _parameters(kind)]
     kept = {name for name in vars(attack) if name not in vars(_PATTERN) or not name.startswith("_")} - {"objective"}
     return {name: getattr(attack, name) for name in sorted({*made, *kept}) if hasattr(attack, name)}
@@ -294,7 +294,7 @@ def _globals_of(code: types.CodeType) -> set[str]:
 
 
 def _constant_cells(function: types.FunctionType) -> tuple[types.CellType, ...] | None:
-    """What a function closes over, but for what it counts up."""
+    """The cells that a function closes over, but for those that it counts up."""
     counts = _changed(function.__code__, "DEREF")
     names = function.__code__.co_freevars
     return function.__closure__ and tuple(
@@ -338,7 +338,7 @@ def _is_installed(module: str | None) -> bool:
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:
-    """Of parts of any length: that each is hashed first keeps one from running into the next."""
+    """A hash of parts of any length. Each is hashed first, so that "ab", "c" and "a", "bc" differ."""
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(hashlib.blake2b(part, digest_size=16).digest())

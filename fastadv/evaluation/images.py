@@ -58,10 +58,10 @@ class Gallery:
         codes, samples = self._codes[rows], self._samples[rows]
         for sample, image in zip(samples.tolist(), codes.cpu(), strict=True):
             (self.folder / f"{sample:05d}.png").write_bytes(png(image))
-        as_images = to_float(codes)
+        saved = to_float(codes)
         if self._dtype.is_floating_point:
-            as_images = as_images.to(self._dtype)
-        self.right[samples] = is_label(verdict(logits(as_images), labels[samples]), labels[samples]).long()
+            saved = saved.to(self._dtype)
+        self.right[samples] = is_label(verdict(logits(saved), labels[samples]), labels[samples]).long()
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `load` takes."""
@@ -75,7 +75,7 @@ class Gallery:
         self.right = state["right"].to(self.right.device)
 
 
-class Kept:
+class FooledImages:
     """The adversarial images of one attack that fool, on the host.
 
     Args:

@@ -1,4 +1,4 @@
-"""How far an attack on many samples is: a bar on a terminal, and elsewhere a line now and then."""
+"""A progress bar on a terminal, and elsewhere a line now and then in the log."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ logger = logging.getLogger("fastadv")
 PAUSE = 60.0  # seconds between two lines
 
 
-class Progress:
+class ProgressBar:
     """A context that shows how many steps are done.
 
     Args:
@@ -27,7 +27,7 @@ class Progress:
         self._begun = self._said = time.perf_counter()
         self._done = 0
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def update(self, done: int, left: int) -> None:

@@ -16,7 +16,7 @@ LAG = 2  # iterations that a GPU's host may be ahead of it
 
 
 class Verdicts:
-    """What is known of each sample; from it alone a run goes on where it was cut.
+    """The verdict on each sample so far; from it alone a run goes on where it was cut.
 
     Args:
         todo: whether a sample is to be attacked at all, bool (N,).
@@ -33,7 +33,7 @@ class Verdicts:
     """
 
     COUNTS = ("passes", "forwards", "nonfinite", "waste")
-    KEPT = ("restart", "step", "said")  # of a state on the disk, beside the counts
+    SAVED = ("restart", "step", "said")  # of a state on the disk, beside the counts
 
     def __init__(self, todo: torch.Tensor, restarts: int):
         self.todo, self.restarts = todo, restarts
@@ -94,8 +94,13 @@ def takes_one_shape(images: torch.Tensor, attack: Attack) -> bool:
 class Queue:
     """Runs `attack` on samples through a number of slots, in the order (run, sample).
 
-    An iteration is a gradient, a verdict and a step in every slot; what has ended is booked, and its slot refilled,
-    only where something has.
+    Two slots, three samples and one run of four iterations each; sample 0 is fooled in its second:
+
+        slot 0   0  0  2  2  2  2
+        slot 1   1  1  1  1
+
+    An iteration is a gradient, a verdict and a step in every slot. After an iteration in which runs have ended, these
+    are booked and their slots refilled.
 
     On a GPU, and for a compiled model, the slots are of one number throughout: the model sees one shape, a prefix sum
     over the free slots says what goes where, and the host, which is up to two iterations ahead, waits for nothing. An
@@ -128,7 +133,7 @@ class Queue:
     _run: torch.Tensor  # of that sample
     _open: torch.Tensor  # whether that run goes on, bool
     _label: torch.Tensor  # of the sample
-    _code: torch.Tensor  # what `verdict` says where the model is right
+    _expected: torch.Tensor  # what `verdict` says where the model is right
     _at: torch.Tensor  # step at which the run ended
     _answer: torch.Tensor  # what the model said there
     _bad: torch.Tensor  # losses of the run that were not finite
@@ -151,7 +156,7 @@ class Queue:
     ):
         self.attack, self.verdicts = attack, verdicts
         self._images, self._labels, self._targets = images, labels, targets
-        self._codes = labels if labels.ndim == 1 else labels.new_ones(len(labels), dtype=torch.int64)
+        self._all_expected = labels if labels.ndim == 1 else labels.new_ones(len(labels), dtype=torch.int64)
         self._classes, self._seed, self._numbers, self._last, self._keep = classes, seed, numbers, last, keep
         self._n, self._slots = len(images), slots
         self._fixed = takes_one_shape(images, attack)
@@ -226,8 +231,8 @@ class Queue:
             logits = own
         else:
             self._own_forward = False
-        said = self._verdict(logits, self._label, slots.inside, self._code)
-        stops = said != self._code
+        said = self._verdict(logits, self._label, slots.inside, self._expected)
+        stops = said != self._expected
         ends = self._open & (at_end if self._last else stops | at_end)
         self._bad += self._open & (losses - losses != 0)  # 0 where finite, else NaN
         if self._fixed or ends.any():
@@ -252,7 +257,7 @@ class Queue:
         logits = objective.logits(ended.input) if logits is None else logits
         inside = self.attack.inside(ended)
         self._bad[rows] += losses - losses != 0
-        self._answer[rows] = self._verdict(logits, self._label[rows], inside, self._code[rows])
+        self._answer[rows] = self._verdict(logits, self._label[rows], inside, self._expected[rows])
         self._at[rows] = ended.age + 1
         self._open[rows] = False
         if self._keep is not None:
@@ -286,7 +291,7 @@ class Queue:
         none, slots, runs = self._n, self.engine.slots, self.verdicts.restarts
         held = self._sample < none
         ended = held & ~self._open
-        fell = ended & (self._answer != self._code)
+        fell = ended & (self._answer != self._expected)
         self._until.scatter_reduce_(0, self._sample, torch.where(fell, self._run, runs), "amin")
         late = held & (self._run > self._until[self._sample])
         first, survived, leaves = fell & ~late, ended & ~(fell | late), ended | late
@@ -352,7 +357,11 @@ class Queue:
             self._final = torch.empty_like(mine.adv)
 
     def _refill(self) -> None:
-        """Where the slots are of one number: the next runs into the free ones, by values alone."""
+        """Put the next runs into the free slots, where the number of slots is fixed: no shape depends on what is free.
+
+        With the free slots 1 and 3 and due runs a, b, c the prefix sums are 0 1 1 2 over the slots and 1 2 3 over the
+        runs: slot 1 is the first free one and takes a, slot 3 the second and takes b.
+        """
         free = ~self._open
         runs = torch.arange(self._lowest, self.verdicts.restarts, device=free.device)[:, None]
         due = ((runs >= self._begun[:-1]) & (runs < self._until[:-1])).flatten()  # in the order (run, sample)
@@ -383,7 +392,7 @@ class Queue:
         """
         self._sample, self._run, self._open = samples, runs, opened
         rows = samples.clamp(max=self._n - 1)
-        self._label, self._code = self._labels.index_select(0, rows), self._codes.index_select(0, rows)
+        self._label, self._expected = self._labels.index_select(0, rows), self._all_expected.index_select(0, rows)
         return rows
 
     def _filled(self, x: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, runs: torch.Tensor) -> Slots:

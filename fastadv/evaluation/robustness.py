@@ -19,10 +19,10 @@ from fastadv.evaluation.adversaries import EPS, Adversary, AnyAttack, adversarie
 from fastadv.evaluation.ensemble import Trial, in_turn
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.identity import fingerprint, untold
-from fastadv.evaluation.images import Gallery, Kept
+from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.queue import Verdicts
 from fastadv.evaluation.run import Report, Run
-from fastadv.evaluation.samples import Data, collected
+from fastadv.evaluation.samples import AnyData, collected
 from fastadv.evaluation.saved import StateFile
 from fastadv.locks import held
 from fastadv.nn import Normalized
@@ -39,7 +39,7 @@ PerChannel = float | Sequence[float]  # one number for all channels, or one for 
 
 def evaluate(
     model: AnyModel,
-    data: Data,
+    data: AnyData,
     attacks: AnyAttack | Sequence[AnyAttack] = ATTACKS,
     *,
     eps: float | Sequence[float] = EPS,
@@ -195,7 +195,7 @@ def evaluate(
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuse what is no int, or below 1; `pool` may be None, `seed` any int.
+    """Refuse counts that are no int, or below 1; `pool` may be None, `seed` any int.
 
     Raises:
         TypeError: a count is no int.
@@ -216,9 +216,9 @@ def judged(
     settings: Mapping[str, Any],
     pool: int | None,
     state: str | Path | None,
-    gallery: Callable[[int, Adversary], Gallery | Kept | None],
+    gallery: Callable[[int, Adversary], Gallery | FooledImages | None],
     *,
-    told: Callable[[Run, Sequence[Trial]], None] = lambda run, ended: None,
+    after_each: Callable[[Run, Sequence[Trial]], None] = lambda run, ended: None,
     progress: bool = False,
     autocast: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
@@ -234,7 +234,7 @@ def judged(
         pool: number of images on the device at a time; None: all.
         state: file of the state; None: none is kept.
         gallery: from an adversary's number and the adversary to what keeps its images, or None.
-        told: gets the run and the attacks that have ended, before the first one and after each.
+        after_each: gets the run and the attacks that have ended, before the first one and after each.
         progress: whether to show how far it is.
         autocast: dtype in which the model runs; None: as it is.
         memory_format: of the images that the model sees; None: as they are.
@@ -253,7 +253,7 @@ def judged(
         if file is not None:
             _load(file, trials)
         order = in_turn(trials)
-        told(run, [])
+        after_each(run, [])
         save = partial(_save, file, trials)
         save()  # where that cannot be written it is known now
         for i, trial in enumerate(order):
@@ -261,7 +261,7 @@ def judged(
                 run.hand_on(order[:i], trial)
             run.attack(trial, save, progress)
             run.ask_square(trial, save)
-            told(run, order[: i + 1])
+            after_each(run, order[: i + 1])
         report = run.report(trials, order, settings["ensemble"])
     report |= {
         "settings": {
@@ -301,7 +301,7 @@ def _save(file: StateFile | None, trials: Sequence[Trial]) -> None:
     facts: list[dict[str, Any]] = []
     for i, trial in enumerate(trials):
         verdicts = trial.verdicts
-        tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in Verdicts.KEPT}
+        tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in Verdicts.SAVED}
         if trial.by_square is not None:
             tensors[f"{i}.by_square"] = trial.by_square
         if trial.gallery is not None:
@@ -318,7 +318,7 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
     tensors, facts = loaded
     for i, (trial, known) in enumerate(zip(trials, facts["attacks"], strict=True)):
         verdicts, device = trial.verdicts, trial.verdicts.todo.device
-        for name in Verdicts.KEPT:
+        for name in Verdicts.SAVED:
             setattr(verdicts, name, tensors[f"{i}.{name}"].to(device))
         for name in Verdicts.COUNTS:
             setattr(verdicts, name, known[name])
@@ -333,7 +333,7 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
 
 
 def robust_accuracy(
-    model: AnyModel, data: Data, attack: AnyAttack, **options: Any
+    model: AnyModel, data: AnyData, attack: AnyAttack, **options: Any
 ) -> Mapping[str, float | list[float | None] | None]:
     """`evaluate` in short: one attack, without a progress bar.
 

@@ -19,7 +19,7 @@ from fastadv.evaluation import masking_checks
 from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
-from fastadv.evaluation.images import Gallery, Kept
+from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.masking import (
     ASKED,
     Masking,
@@ -29,7 +29,7 @@ from fastadv.evaluation.masking import (
     notes_on_square,
     square_of,
 )
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressBar
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds, to_float
@@ -123,7 +123,7 @@ class Run:
             self.notes.append(note)
             warnings.warn(note, stacklevel=5)
 
-    def trial(self, adversary: Adversary, gallery: Gallery | Kept | None) -> Trial:
+    def trial(self, adversary: Adversary, gallery: Gallery | FooledImages | None) -> Trial:
         """A trial of the adversary that has not begun."""
         if adversary.ours is None:
             return Trial(adversary, Verdicts(self.correct, 1), gallery, Reach())
@@ -162,7 +162,7 @@ class Run:
         verdicts.todo[share.rows.to(todo.device)] = todo[share.rows.to(todo.device)]
         yield
         verdicts.todo = todo
-        for name in Verdicts.KEPT:
+        for name in Verdicts.SAVED:
             setattr(verdicts, name, share.merged(getattr(verdicts, name)))
         counts = torch.tensor([getattr(verdicts, name) for name in Verdicts.COUNTS], device=todo.device)
         for name, count in zip(Verdicts.COUNTS, (before + share.team.summed(counts - before)).tolist(), strict=True):
@@ -176,7 +176,7 @@ class Run:
         pause = SAVE_EVERY
         windows = None if adversary.ours is None else self._windows(trial, adversary.ours)
         unit = "batch" if adversary.ours is None else "pass"
-        with Progress(adversary.title, unit, progress) as shown:
+        with ProgressBar(adversary.title, unit, progress) as shown:
             for done, left in self._batches(trial) if windows is None else windows.run():
                 now = time.perf_counter()
                 trial.seconds = earlier + now - begun
@@ -363,7 +363,7 @@ class Run:
         }
 
     def _robust(self, trial: Trial) -> torch.Tensor:
-        """Which of the samples that it was given it did not fool, (N,) bool."""
+        """The samples that the attack was given and did not fool, (N,) bool."""
         return trial.verdicts.todo & ~trial.verdicts.fooled
 
     def _result(self, trial: Trial) -> dict[str, Any]:

@@ -24,11 +24,11 @@ WANTED = (
 )
 
 
-Data = Batch | Iterable[Batch] | Dataset[Any]
+AnyData = Batch | Iterable[Batch] | Dataset[Any]
 
 
 def collected(
-    data: Data,
+    data: AnyData,
     model: AnyModel,
     device: torch.device | str | None,
     normalization: Normalization | None = None,
@@ -58,12 +58,12 @@ def collected(
 
 
 def collected_tensors(
-    data: Data,
+    data: AnyData,
     model: AnyModel,
     device: torch.device | str | None,
     normalization: Normalization | None = None,
 ) -> Samples:
-    """The same for data without a `Share`."""
+    """`collected` for data without a `Share`."""
     batches = [_pair(batch, model) for batch in _batches(data)]
     if not sum(labels.numel() for _, labels in batches):
         raise ValueError("there are no images to evaluate")

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fastadv.data.share import Samples
-from fastadv.evaluation.report import classes as of_classes
+from fastadv.evaluation.report import classes as class_tables
 from fastadv.evaluation.report import curves, html, pictures
 from fastadv.evaluation.report.curves import Record
 from fastadv.files import write_atomically
@@ -107,17 +107,17 @@ def _classes(final: Record, names: Sequence[str]) -> str:
     found = final.get("confusion")
     if found is None:
         return ""
-    clean, attacked = (of_classes.matrix_of(found[name], len(names)) for name in ("clean", "attacked"))
+    clean, attacked = (class_tables.matrix_of(found[name], len(names)) for name in ("clean", "attacked"))
     return "\n".join(
         [
             html.paragraph(
                 "Of the test images of each class, those that are classified right, and that still are under attack."
             ),
-            of_classes.by_class(clean, attacked, names),
+            class_tables.by_class(clean, attacked, names),
             "<h3>What they are taken for</h3>",
-            of_classes.confusions(clean, names),
+            class_tables.confusion_table(clean, names),
             "<h3>What they are taken for under attack</h3>",
-            of_classes.confusions(attacked, names),
+            class_tables.confusion_table(attacked, names),
         ]
     )
 
@@ -138,7 +138,7 @@ def _measured(records: Sequence[Record]) -> Record | None:
 
 
 def _choice(final: Record) -> list[str]:
-    """A sentence where chance alone may have told the chosen weights from others."""
+    """A sentence where chance alone may have preferred the chosen weights to others."""
     if not final.get("within_noise"):
         return []
     others = ", ".join(str(epoch + 1) for epoch in final["within_noise"])
