@@ -373,13 +373,13 @@ class Queue:
         rows = self._hold(samples, run, self._open | taken)
         self._bad = torch.where(taken, 0, self._bad)
         mine, new = self.engine.slots, self._next
+        kept = mine.tensors()
         torch.index_select(self._images, 0, rows, out=mine.x)
         torch.index_select(self._targets, 0, rows, out=mine.targets)
         mine.restart.copy_(run)
         if self.attack.draws:
-            mine.seed.copy_(self._seeds(rows, run))
+            kept["seed"].copy_(self._seeds(rows, run))
         Engine(self.attack, new).start()
-        kept = mine.tensors()
         for name, fresh in new.tensors().items():
             if fresh is not kept[name]:
                 torch.where(per_sample(taken, fresh), fresh, kept[name], out=kept[name])

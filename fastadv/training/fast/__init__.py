@@ -18,6 +18,7 @@ FAST: dict[str, type[FastMethod]] = {
     "sora": SORA,
     "stale": Stale,
 }
+"""Fast methods by name."""
 
 
 def fast_method(
