@@ -19,7 +19,7 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks import Attack, create_attack
-from fastadv.attacks.checks import check_samples, highest
+from fastadv.attacks.checks import check_samples, device_of, highest
 from fastadv.data.share import Batch, Share
 from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.identity import differences, fingerprint, told, untold
@@ -188,7 +188,16 @@ class Run:
                 f"a batch of {len(self.labels) // self.steps} images cannot be cut into {least} parts "
                 "(processes times grad_accum_steps): take a larger batch_size"
             )
-        return max(highest(labels) for _, labels in parts)  # refuses negative ones too, which a loss skips
+        top = max(highest(labels) for _, labels in parts)  # refuses negative ones too, which a loss skips
+        if is_fast(self.trainer.attack):
+            self._check_fast_method()
+        return top
+
+    def _check_fast_method(self) -> None:
+        trainer, s = self.trainer, self.settings
+        mine = self.images.mine if isinstance(self.images, Share) else self.images
+        images = to_float(mine[:2].to(device_of(trainer.model)))
+        fast_method(trainer.attack, trainer.model, trainer.eps, s.attack).check_model(trainer.attack, s, images)
 
     # ------------------------------------------------------------------ the whole run
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from fastadv.training.fast.base import FastMethod
+from fastadv.training.fast.cached import Cached
 from fastadv.training.fast.free import Free
 from fastadv.training.fast.gradalign import GradAlign
 from fastadv.training.fast.liet import LIET
@@ -11,6 +12,7 @@ from fastadv.training.fast.sora import SORA
 from fastadv.training.fast.stale import Stale
 
 FAST: dict[str, type[FastMethod]] = {
+    "cached": Cached,
     "fgsm-pgi": FGSMPGI,
     "gradalign": GradAlign,
     "free": Free,

@@ -29,9 +29,10 @@ from fastadv.study.grid import Cell, DataSet, expanded, trainer
 from fastadv.study.images import parts_of
 from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
+from fastadv.training.settings import RENAMED
 from fastadv.version import __version__
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def colours(count, seed, classes=3, side=6):
@@ -189,6 +190,7 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"attacks": [{"name": "a", "refresh": 4}]}, "mappings with a name and an attack"),
         (D | {"attacks": [{"name": "a", "attack": "stale", "fresh": 4}]}, "the attack a has no setting 'fresh'"),
         (D | {"attacks": [{"name": "a", "attack": "fgsm", "refresh": 4}]}, "refresh"),
+        (D | {"methods": ["lora"], "attacks": ["cached"]}, "cached keeps what enters the head, and .* lora"),
         (D | {"judges": ["pgdl2"]}, "unknown judge 'pgdl2'"),
         (D | {"eps": 0.03}, "eps is a number of 1/255"),
         (D | {"eps": []}, "empty list"),
@@ -279,6 +281,11 @@ def test_an_estimate_knows_which_images_get_a_fresh_attack():
         | {"dear": (5 - least) / 2, "cheap": (1.25 * 3 - least) / 2}
     )
     assert least == 3
+    asked = {"cached": {}, "cached-2": {"refresh": 2}, "cached-9": {"refresh": 9}}
+    grid |= {"methods": "linear", "attacks": [{"name": name, "attack": "cached", **s} for name, s in asked.items()]}
+    units = {task.cell.attack: cost_of(task)["units"] for task in expanded(grid)}
+    share = {"cached": (1 + 7 / 4) / 8, "cached-2": (1 + 7 / 2) / 8, "cached-9": (1 + 7 / 9) / 8}
+    assert units == pytest.approx({name: 3 * fresh for name, fresh in share.items()})
 
 
 # ---------------------------------------------------------------------- one cell
@@ -631,8 +638,14 @@ def test_what_an_older_cell_has_no_name_for_had_its_default_and_a_newer_one_is_r
     path.write_text(json.dumps(record | {"settings": record["settings"] | {"colour": "blue"}}))
     with pytest.raises(SystemExit, match=r"differs in colour \(blue, None\)"):
         study(tmp_path / "copy")
-    path.write_text(json.dumps(record | {"format": 2}))
-    with pytest.raises(SystemExit, match="has the format 2"):
+    old = {new: name for name, new in RENAMED.items()}
+    first = {old.get(name, name): value for name, value in record["settings"].items()}
+    path.write_text(json.dumps(record | {"format": 1, "settings": first}))  # before settings got other names
+    study(tmp_path / "copy", "-q")
+    with pytest.raises(SystemExit, match=r"differs in max_grad_norm \(None, 2\.0\)"):
+        study(tmp_path / "copy", grid=SMALL + "max_grad_norm: 2.0\n")
+    path.write_text(json.dumps(record | {"format": 3}))
+    with pytest.raises(SystemExit, match="has the format 3"):
         study(tmp_path / "copy")
     path.write_text("{")
     with pytest.raises(SystemExit, match=r"cell\.json is damaged"):
