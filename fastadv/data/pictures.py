@@ -30,16 +30,22 @@ class CorruptPictureError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture not yet decoded: its file's path, or a name for messages and its bytes or pixels (H, W[, 3])."""
+    """A picture that is not decoded yet.
+
+    Attributes:
+        name: its file's path; with `content` a name for messages.
+        content: a file's bytes, or pixels uint8 (H, W) or (H, W, 3); None: they are in the file called `name`.
+    """
 
     name: str
     content: bytes | np.ndarray | None = None
 
     def prepared(self, preprocessing: "Preprocessing") -> np.ndarray:
-        """Its pixels for a model, uint8 (C, H, W), the same wherever they are wanted."""
-        if isinstance(self.content, np.ndarray):
+        """Its pixels for a model, uint8 (C, H, W): the same bits in training, evaluation and prediction."""
+        content = self.stored()
+        if isinstance(content, np.ndarray):
             return preprocessing.apply(self.read())
-        return preprocessing.apply(*decode(self.stored(), self.name, preprocessing.enough))
+        return preprocessing.apply(*decode(content, self.name, preprocessing.enough))
 
     def read(self) -> "Image":
         """The picture as RGB.
@@ -47,22 +53,21 @@ class Picture:
         Raises:
             CorruptPictureError: there is none, or it cannot be read or decoded.
         """
-        if isinstance(self.content, np.ndarray):
-            return require("PIL.Image").fromarray(self.content)
-        return decode(self.stored(), self.name)[0]
+        content = self.stored()
+        return _of_array(content) if isinstance(content, np.ndarray) else decode(content, self.name)[0]
 
     def stored(self) -> bytes | np.ndarray:
-        """What it is made of: a file's bytes, or its content as it is.
+        """The bytes of its file, or its content as it is.
 
         Raises:
             CorruptPictureError: there is nothing, or the file cannot be read.
         """
-        content = self._of_file() if self.content is None else self.content
+        content = self._file_content() if self.content is None else self.content
         if isinstance(content, bytes) and not content:
             raise CorruptPictureError(f"{self.name} is empty: replace it or delete it")
         return content
 
-    def _of_file(self) -> bytes:
+    def _file_content(self) -> bytes:
         try:
             if not stat.S_ISREG(os.stat(self.name).st_mode):  # of which a pipe would never end
                 raise CorruptPictureError(f"{self.name} is a device, a pipe or a folder, no picture: delete it")
@@ -74,7 +79,7 @@ class Picture:
 
 
 def extensions() -> frozenset[str]:
-    """How the names of pictures end that Pillow can read, in lower case, such as ".jpg"."""
+    """The endings of the files that Pillow can read, in lower case, such as ".jpg"."""
     image = require("PIL.Image")
     return frozenset(ending for ending, name in image.registered_extensions().items() if name in _formats())
 
@@ -94,24 +99,33 @@ def read(path: str | Path) -> "Image":
     animation the first frame.
 
     Raises:
-        FileNotFoundError: no such file. ImportError: the `train` extra is not installed.
+        FileNotFoundError: no such file.
+        ImportError: the `train` extra is not installed.
         ValueError: the file is damaged, is no picture, is too large, or has pixels without a known range.
     """
     return decode(Path(path).read_bytes(), str(path))[0]
 
 
 def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> tuple["Image", Box]:
-    """The picture in a file's bytes, as `read` returns it, and where it lies: the last pixels may be there in part.
+    """The picture in a file's bytes, as `read` returns it, and where it lies.
 
     Args:
+        content: of a file.
         name: what an error calls it.
         enough: (H, W), upright. A JPEG is decoded at a half, a quarter or an eighth of its size, the least that has as
             many pixels on either side, which takes a fraction of the time. None: at its own size, as other formats are.
+
+    Returns:
+        The picture, and the box (left, top, right, bottom) that the file's picture fills in it. A reduced JPEG ends in
+        part of a pixel: 225 pixels at an eighth fill 28.125 of 29.
+
+    Raises:
+        CorruptPictureError: the file is damaged, is no picture, is too large, or has pixels without a known range.
     """
     image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
         with image_module.open(io.BytesIO(content), formats=_formats()) as picture:
-            box = (0, 0, *picture.size)
+            box: Box = (0, 0, *picture.size)
             if enough is not None:
                 orientation = picture.getexif().get(_ORIENTATION)
                 reduced = picture.draft(None, enough if orientation in _ON_ITS_SIDE else enough[::-1])
@@ -130,7 +144,10 @@ def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> 
 
 
 def _upright(box: Box, size: tuple[int, int], orientation: int | None) -> Box:
-    """Where a box at the upper left of a picture of this size (W, H) is when that has been turned upright."""
+    """A box in the upper left corner of a picture of the size (W, H), after the picture was turned upright.
+
+    Orientation 3 turns by 180 degrees: the box (0, 0, 30, 20) of a picture of 32 x 24 becomes (2, 4, 32, 24).
+    """
     (width, height), (all_columns, all_rows) = box[2:], size
     if orientation in _ON_ITS_SIDE:
         width, height, all_columns, all_rows = height, width, all_rows, all_columns
@@ -155,4 +172,9 @@ def _eight_bits(picture: "Image") -> "Image":
     grey = np.asarray(picture).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("its grey values do not fit in 16 bits; save it with 8 bits")
-    return require("PIL.Image").fromarray(((grey + 128) // 257).astype(np.uint8))
+    return _of_array(((grey + 128) // 257).astype(np.uint8))
+
+
+def _of_array(pixels: np.ndarray) -> "Image":
+    picture: Image = require("PIL.Image").fromarray(pixels)
+    return picture

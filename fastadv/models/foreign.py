@@ -23,7 +23,7 @@ ATTENTION = ("eager", "sdpa")  # what PyTorch itself computes
 
 
 def check_timm(name: object, options: object) -> None:
-    """Refuse what is more than a network of timm's and its sizes.
+    """Refuse names and options that are more than a network of timm's and its sizes.
 
     Raises:
         ValueError: a name of another place than timm's own list, an option that is not in TIMM_OPTIONS, or a value
@@ -64,13 +64,14 @@ def check_transformers(config: object) -> None:
 
 
 def check_shape(shape: object) -> None:
-    """Refuse what is no shape of an image, such as (C, H, W).
+    """Refuse anything but the shape of an image, such as (C, H, W).
 
     Raises:
         ValueError: it is not a sequence of integers above 0.
     """
-    whole = isinstance(shape, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
-    if not whole or not shape or min(shape) < 1:
+    sizes = list(shape) if isinstance(shape, list | tuple) else []
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+    if not sizes or not whole or min(sizes) < 1:
         raise ValueError(f"the shape of an image must be integers (C, H, W), got {shape!r}")
 
 
