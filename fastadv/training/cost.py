@@ -6,7 +6,7 @@ parameters. Standard training is F + B, FGSM (F + Bx) + (F + B), PGD-K K (F + Bx
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastadv.attacks.checks import check_number, check_whole
 
@@ -23,7 +23,7 @@ class Passes(NamedTuple):
         """In forward passes, with Bx = F and B = 2 F: a convolution's or a matrix product's."""
         return self.forward + self.to_pixels + 2 * self.to_parameters
 
-    def __add__(self, other: tuple) -> "Passes":
+    def __add__(self, other: tuple[Any, ...]) -> "Passes":
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, factor: float) -> "Passes":
@@ -32,9 +32,14 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """gradients: passes forward and back to the pixels before the update; updated: images that go through the update
-    for each image of the batch; to_pixels: whether the update's backward pass goes on to the pixels; twice: gradients
-    that are differentiated once more."""
+    """What a method of training adds to the update of standard training.
+
+    Attributes:
+        gradients: passes forward and back to the pixels before the update.
+        updated: images that go through the update for each image of the batch.
+        to_pixels: whether the update's backward pass goes on to the pixels.
+        twice: gradients that are differentiated once more.
+    """
 
     gradients: int = 1
     updated: int = 1
@@ -105,9 +110,11 @@ def passes(
     return total
 
 
-def price(attack: str | None, method: str = "full", **options) -> float:
-    """Time of an epoch over that of standard training; options as of `passes`."""
-    return passes(attack, method, **options).total / passes(None, method).total
+def price(
+    attack: str | None, method: str = "full", *, steps: int | None = None, fresh: float = 0.0, clean: bool = False
+) -> float:
+    """The time of an epoch divided by the time of an epoch of standard training; arguments as of `passes`."""
+    return passes(attack, method, steps=steps, fresh=fresh, clean=clean).total / passes(None, method).total
 
 
 def fresh_share(price_wanted: float, method: str, clean: bool = False) -> float:

@@ -1,7 +1,7 @@
 """Adversarial training by one call."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,8 +10,9 @@ from fastadv._renamed import by_new_names
 from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
-from fastadv.training.budget import Budget
+from fastadv.training.budget import AnyAttack, Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
+from fastadv.training.progress import Record
 from fastadv.training.run import Run
 from fastadv.training.settings import RENAMED, Settings, of_kind
 from fastadv.training.step import check_attack
@@ -71,14 +72,14 @@ class Trainer:
         model: nn.Module,
         eps: float,
         *,
-        attack: str | Callable | None = "fgsm",
-        eval_attack: Callable | None = None,
+        attack: str | AnyAttack | None = "fgsm",
+        eval_attack: AnyAttack | None = None,
         folder: str | Path | None = None,
         resume: bool = False,
         measure_backbone: bool | None = None,
         device: torch.device | str | None = None,
         progress: bool = True,
-        **settings,
+        **settings: Any,
     ):
         self.settings = Settings(**by_new_names(settings, RENAMED))
         if not isinstance(model, nn.Module):
@@ -117,13 +118,14 @@ class Trainer:
                 "such as fgsm or pgd; evaluation takes L2 attacks"
             )
 
-    def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[dict]:
+    def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[Record]:
         """Train on `train`, choose weights on `val`, evaluate them on `test`.
 
         Args:
-            train, val, test: pairs (images, labels), tensors or NumPy arrays: (N, C, H, W), floats in [0, 1] or uint8,
-                and int64 (N,). Without `val` the last weights are taken; without `test` the final evaluation is on
-                `val`, which is then no fair judge of the choice.
+            train: a pair (images, labels), tensors or NumPy arrays: (N, C, H, W), floats in [0, 1] or uint8, and int64
+                (N,).
+            val: such a pair; without it the last weights are taken.
+            test: such a pair; without it the final evaluation is on `val`, which is then no fair judge of the choice.
 
         Returns:
             The records, dicts for `json.dump`. First, where measured, {"backbone": ...}. For each stage {"stage",

@@ -1,6 +1,10 @@
 """Free adversarial training: one backward pass for the weights and for the perturbation."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from torch import nn
 
 from fastadv.training.fast.base import FastMethod
 
@@ -18,30 +22,36 @@ class Free(FastMethod):
     REPEATS = 8
     sees_gradient = True
 
-    def __init__(self, model, eps, **options):
+    def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
-        self._delta: torch.Tensor | None = None
+        self._delta: torch.Tensor | None = None  # (rows of a batch, ...)
         self._first = 0
 
-    def begin(self, number, epoch, epochs):
+    def begin(self, number: int, epoch: int, epochs: int) -> None:
         self._first = 0  # row of the batch
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         part = slice(self._first, self._first + len(images))
         if self._delta is None:
             self._delta = torch.zeros_like(images)
         elif part.stop > len(self._delta):
             more = self._delta.new_zeros(part.stop - len(self._delta), *images.shape[1:])
             self._delta = torch.cat((self._delta, more))
-        self._first, self._part = part.stop, part
-        return ((images + self._delta[part]).clamp(0, 1),)
+        self._first, self._part = part.stop, self._delta[part]
+        return ((images + self._part).clamp(0, 1),)
 
-    def seen(self, gradient):
-        delta = self._delta[self._part]
-        delta.add_(gradient.sign(), alpha=self.eps).clamp_(-self.eps, self.eps)
+    def seen(self, gradient: torch.Tensor) -> None:
+        self._part.add_(gradient.sign(), alpha=self.eps).clamp_(-self.eps, self.eps)
 
-    def state(self):
+    def state(self) -> dict[str, torch.Tensor]:
         return {} if self._delta is None else {"delta": self._delta}
 
-    def load(self, state, device):
+    def load(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._delta = state["delta"].to(device) if state else None

@@ -1,10 +1,13 @@
 """GradAlign: FGSM whose loss wants the gradients of neighbouring points aligned."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastadv.attacks.samplewise import cosines_of
@@ -25,17 +28,24 @@ class GradAlign(FastMethod):
 
     OPTIONS = ("penalty",)
 
-    def __init__(self, model, eps, **options):
-        super().__init__(model, eps, **options)
-        if self.weight is None:
+    def __init__(self, model: nn.Module, eps: float, *, penalty: float | None = None, **options: Any):
+        super().__init__(model, eps, penalty=penalty, **options)
+        if penalty is None:
             self.weight = math.exp(255 * eps * math.log(10) / 8 + math.log(0.02))
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         self._gradient = gradient_at(self.attack, images, labels)
         self._start = random_init(images, self.eps, seed=seeds)
         return (fgsm_step(images, self._gradient, self.eps),)
 
-    def learn(self, labels, parameters, scale):
+    def learn(self, labels: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float) -> torch.Tensor | float:
         with flags_kept(self.model):
             for module in self.model.modules():
                 module.training = False
