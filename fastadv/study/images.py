@@ -10,12 +10,13 @@ import torch
 
 from fastadv import data, models
 from fastadv.data.classes import class_list
-from fastadv.data.share import Batch
 from fastadv.data.trained import TrainedOn
 from fastadv.preprocessing import Preprocessing
 from fastadv.study.grid import DataSet, Images, Task
 
 NAMED = ("digits", "cifar10")  # sets that are not found by a path
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # images (N, C, H, W), uint8 or floats in [0, 1], and labels int64 (N,)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Parts:
     """What a cell trains and is judged on.
 
     Attributes:
-        train, val, test: images and labels.
+        train: images and labels to train on.
+        val: images and labels to choose weights on.
+        test: images and labels that judge.
         classes: their names.
         contents: a digest of the whole set, whatever the limits.
         judged: a digest of the test images in their order, and of their labels.
@@ -31,9 +34,9 @@ class Parts:
         trained_on: for the file of a model.
     """
 
-    train: Batch
-    val: Batch
-    test: Batch
+    train: Pair
+    val: Pair
+    test: Pair
     classes: tuple[str, ...]
     contents: str
     judged: str
@@ -44,14 +47,20 @@ class Parts:
 def parts_of(task: Task, data_folder: Path | None) -> Parts:
     """The images of a cell; those of a few data sets are kept in memory.
 
+    Args:
+        task: which images.
+        data_folder: of data sets with relative paths; None means the working folder.
+
     Raises:
-        FileNotFoundError, ImportError, ValueError: as `fastadv.data.load`; or the data have a single class.
+        FileNotFoundError: as `fastadv.data.load`.
+        ImportError: likewise.
+        ValueError: likewise, or the data have a single class.
     """
     return _loaded(task.data, task.images, task.cell.model, data_folder)
 
 
 def preprocessing_of(given: DataSet, model: str) -> Preprocessing | None:
-    """What the images go through: the model's own, or a size of the data set's.
+    """The preprocessing of the images: the model's own, or else the one to the size that the data set asks for.
 
     Raises:
         ValueError: an unknown model, or one that has a size of its own where the data set has one too.
@@ -68,22 +77,25 @@ def preprocessing_of(given: DataSet, model: str) -> Preprocessing | None:
 
 
 @lru_cache(maxsize=8)
-def _loaded(given: DataSet, images: Images, model: str, data_folder: Path | None) -> Parts:
+def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None) -> Parts:
     named = given.path in NAMED
     dataset = data.load(
         given.path if named else Path(data_folder or "", given.path),
         preprocessing=preprocessing_of(given, model),
         classes=None if given.classes is None else class_list(given.classes),
-        validation=images.validation,
+        validation=limits.validation,
         folder=data_folder,
         image_column=given.image_column,
         label_column=given.label_column,
-        seed=images.split_seed,
+        seed=limits.split_seed,
     )
     if len(dataset.classes) < 2:
         raise ValueError(f"{given.name} has a single class, {dataset.classes[0]}: there is nothing to tell apart")
-    rows = {name: _chosen(len(getattr(dataset, name)[1]), getattr(images, f"{name}_limit")) for name in dataset.digests}
-    parts = {name: tuple(part[chosen] for part in getattr(dataset, name)) for name, chosen in rows.items()}
+    rows = {name: _chosen(len(getattr(dataset, name)[1]), getattr(limits, f"{name}_limit")) for name in dataset.digests}
+    parts: dict[str, Pair] = {}
+    for name, chosen in rows.items():
+        images, labels = getattr(dataset, name)
+        parts[name] = images[chosen], labels[chosen]
     digests = dataset.digests["test"][rows["test"]]
     whole = torch.cat([torch.stack((dataset.digests[name], getattr(dataset, name)[1]), 1) for name in rows])
     return Parts(
