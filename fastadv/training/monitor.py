@@ -20,7 +20,7 @@ from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
 from fastadv.nn.parallel import one_process
 from fastadv.ops.generator import seeded
-from fastadv.training.budget import AnyAttack
+from fastadv.training.budget import TrainAttack
 from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack
 
@@ -99,7 +99,7 @@ class Monitor:
         model: Callable[..., Any],
         images: torch.Tensor,
         labels: torch.Tensor,
-        attack: AnyAttack | None,
+        attack: TrainAttack | None,
         eps: float,
         *,
         steps: int = 5,
@@ -168,7 +168,7 @@ class Monitor:
             raise ValueError(f"a monitor's state has the keys best and best_gap, got {', '.join(state)}")
         self.best, self._best_gap = state["best"], state["best_gap"]
 
-    def _look(self, rows: torch.Tensor, attack: AnyAttack | None) -> tuple[torch.Tensor, ...]:
+    def _look(self, rows: torch.Tensor, attack: TrainAttack | None) -> tuple[torch.Tensor, ...]:
         """What the monitor sees of the images numbered `rows` (n,).
 
         Returns:
@@ -203,7 +203,9 @@ class Monitor:
         attacked = predicted(logits) == labels
         return tuple(each[:count] for each in (right, attacked, alignment, cosines, noise_losses, losses))
 
-    def _attacked(self, attack: AnyAttack, x: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    def _attacked(
+        self, attack: TrainAttack, x: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor
+    ) -> torch.Tensor:
         if isinstance(attack, Attack):
             return attack(x, labels, seed=seeds)
         with torch.enable_grad():

@@ -30,7 +30,7 @@ from fastadv.ops.generator import seeded
 from fastadv.training.augment import Augment
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.batches import Batches
-from fastadv.training.budget import CONSTANT, AnyAttack, Budget
+from fastadv.training.budget import CONSTANT, Budget, TrainAttack
 from fastadv.training.checkpoints import Checkpoints, Facts, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.fast import FAST, fast_method, is_fast
@@ -336,9 +336,9 @@ class Run:
         }
         return final | {"eval_attack": _name(attack), **seconds}
 
-    def _judged(self, test: Batch, attack: AnyAttack) -> Record:
+    def _judged(self, test: Batch, attack: TrainAttack) -> Record:
         """The shares of the test images that withstand the attack of the evaluations, and PMA after it."""
-        attacks: list[str | AnyAttack] = [attack, self._named("pma")]
+        attacks: list[str | TrainAttack] = [attack, self._named("pma")]
         options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
         report = evaluate(self.model, test, attacks, progress=False, **options)
         shares = [result["robust_accuracy"] for result in report["attacks"]]
@@ -405,11 +405,11 @@ class Run:
         self._record({"stage": number, "method": stage.method, **counts})
         logger.info("%s: %s of %s parameters train", stage.method, *(f"{count:,}" for count in counts.values()))
 
-    def _use(self, attack: str | AnyAttack | None) -> None:
+    def _use(self, attack: str | TrainAttack | None) -> None:
         """Train with this attack from now on."""
         s = self.settings
         changes = {} if self.at.switched else s.attack
-        chosen: AnyAttack | FastMethod | None
+        chosen: TrainAttack | FastMethod | None
         if is_fast(attack):
             chosen = fast_method(attack, self.model, self.trainer.eps, changes, **self.passes.attack)
         elif isinstance(attack, str):
@@ -675,12 +675,12 @@ class Run:
             self.weights.keep("best")
         return {**result, "eval_s": time.perf_counter() - start}
 
-    def _accuracy(self, data: Batch, attack: AnyAttack) -> Mapping[str, Any]:
+    def _accuracy(self, data: Batch, attack: TrainAttack) -> Mapping[str, Any]:
         options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
         found = robust_accuracy(self.model, data, attack, **options)
         return self._agreed(self._checked(found, attack))
 
-    def _checked(self, found: Mapping[str, Any], attack: AnyAttack) -> Mapping[str, Any]:
+    def _checked(self, found: Mapping[str, Any], attack: TrainAttack) -> Mapping[str, Any]:
         if found["robust_accuracy"] is None:  # its warning says how far it went
             raise ValueError(f"eval_attack {_name(attack)} leaves its eps or [0, 1]: weights cannot be chosen by it")
         return found
@@ -758,5 +758,5 @@ def _mixed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
 
 
-def _name(attack: str | AnyAttack | None) -> str:
+def _name(attack: str | TrainAttack | None) -> str:
     return repr(attack) if attack is None or isinstance(attack, (str, Attack)) else type(attack).__qualname__

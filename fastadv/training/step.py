@@ -16,7 +16,7 @@ from fastadv.evaluation.foreign import as_images
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import at_least_float32, find_logits
-from fastadv.training.budget import AnyAttack
+from fastadv.training.budget import TrainAttack
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.settings import checked
 
@@ -49,7 +49,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        attack: AnyAttack | FastMethod | None,
+        attack: TrainAttack | FastMethod | None,
         optimizer: torch.optim.Optimizer,
         *,
         through: Callable[[torch.Tensor], object] | None = None,
@@ -61,7 +61,7 @@ class TrainStep:
         highest: int = 0,
     ):
         self.method = attack if isinstance(attack, FastMethod) else None
-        self.attack: AnyAttack | None = attack.attack if isinstance(attack, FastMethod) else attack
+        self.attack: TrainAttack | None = attack.attack if isinstance(attack, FastMethod) else attack
         check_attack("attack", self.attack)
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")

@@ -10,7 +10,7 @@ from fastadv._renamed import by_new_names
 from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
-from fastadv.training.budget import AnyAttack, Budget
+from fastadv.training.budget import Budget, TrainAttack
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.progress import Record
 from fastadv.training.run import Run
@@ -72,8 +72,8 @@ class Trainer:
         model: nn.Module,
         eps: float,
         *,
-        attack: str | AnyAttack | None = "fgsm",
-        eval_attack: AnyAttack | None = None,
+        attack: str | TrainAttack | None = "fgsm",
+        eval_attack: TrainAttack | None = None,
         folder: str | Path | None = None,
         resume: bool = False,
         measure_backbone: bool | None = None,
