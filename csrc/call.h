@@ -6,12 +6,13 @@
 
 namespace fastadv {
 
-// Images, then parameters, then the model's next input. An operand without data is not there: a parameter is then its
-// number.
+// The operands of a call: images, parameters, and the model's next input z. One that the op lacks has no data. A
+// parameter without data is a number, in Call::numbers.
 enum Slot : int { kX, kIterate, kGrad, kOut, kAlpha, kEps, kNoise, kLo, kHi, kZ, kSlots };
 
-// What makes z of the image, in the compute type: (w - mean) * scale. The element at a position of its block takes
-// number position / inner % count.
+// z = (w - mean[c]) * scale[c] of the result w, in the compute type. An element's channel c is position / inner %
+// count, with its position in its block: inner is 1024 for a contiguous (N, 3, 32, 32) tensor, 1 in channels-last
+// layout.
 struct Channels {
   const void* mean = nullptr;
   const void* scale = nullptr;

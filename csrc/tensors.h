@@ -1,5 +1,12 @@
-// What a kernel sees of its tensors: the iteration order that positions and noise follow, and every operand's strides
-// in it. Shared by the CPU and the CUDA library; nothing here knows PyTorch.
+// What a kernel sees of its tensors: an order of all elements, which positions and noise follow, and the strides of
+// every operand in this order. Shared by the CPU and the CUDA library; nothing here knows PyTorch.
+//
+// An example: x of shape (2, 3, 4, 4) in channels-last layout, its gradient contiguous.
+//
+//     dimension         N    H    W    C         the order is x's own, so C is innermost
+//     size              2    4    4    3
+//     stride of x      48   12    3    1         for x alone the four dimensions would merge into one of 96 elements
+//     stride of grad   48    4    1   16         H and W merge into one of 16, for both operands: 3 dimensions are left
 #pragma once
 
 #include <cstdint>
@@ -14,13 +21,13 @@ constexpr int64_t size_of(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : t == DType::kUInt8 ? 1 : 2;
 }
 
-// A tensor as handed in: sizes are common to all but parameters, whose size may be 1 where others' is not.
+// A tensor as PyTorch has it. All tensors of a call have the same sizes; a parameter may have size 1 in any dimension.
 struct Strided {
   char* data = nullptr;
   DType dtype = DType::kFloat32;
   const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;  // in elements; of 0 dims for a 0-dim parameter
-  int dims = 0;
+  const int64_t* strides = nullptr;  // in elements
+  int dims = 0;                      // 0 for a parameter that is one number
 };
 
 inline bool same(const Strided& a, const Strided& b) {
@@ -39,7 +46,8 @@ inline bool reaches_apart(const Strided& a, const Strided& b) {
   return end(a) <= b.data || end(b) <= a.data;
 }
 
-// Dimensions but those of size 1, smallest stride first: writes their numbers to `order`, returns how many.
+// Sorts the dimensions by their strides, the smallest first, without those of size 1. Writes their numbers to `order`
+// and returns how many there are.
 inline int by_stride(const Strided& t, int first_dim, int* order) {
   int count = 0;
   for (int d = t.dims - 1; d >= first_dim; --d) {
@@ -51,7 +59,8 @@ inline int by_stride(const Strided& t, int first_dim, int* order) {
   return count;
 }
 
-// Whether two elements may be one place in memory, judged by strides from the innermost out, on the safe side.
+// Whether two elements may lie at one address. Sizes and strides decide, from the innermost dimension out: true where a
+// stride is shorter than what the dimensions inside it take up, even if no two elements meet.
 inline bool overlaps_itself(const Strided& t) {
   int order[kMaxDims];
   const int count = by_stride(t, 0, order);
@@ -63,7 +72,8 @@ inline bool overlaps_itself(const Strided& t) {
   return false;
 }
 
-// The same in the iteration order: outermost dimension first, neighbours merged where every operand allows it.
+// A tensor in the order of a layout: outermost dimension first, two neighbouring dimensions as one where every operand
+// allows it.
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -71,7 +81,8 @@ struct Operand {
   int64_t strides[kMaxDims];  // the first `dims` of the layout's
 };
 
-// `blocks` tensors of `block_size` elements; each is drawn as a tensor of its own. One block but for per-sample seeds.
+// The order of all elements. With per-sample seeds each sample is a block, whose noise is drawn as for a tensor of its
+// own; else there is one block.
 template <int kOperands>
 struct Layout {
   int64_t blocks = 1, block_size = 1;
@@ -119,7 +130,7 @@ inline int memory_order(const Strided& x, int first_dim, int* order) {
   return count;
 }
 
-// How many elements in a row, in the iteration order, have the same index in a dimension whose size is not 1.
+// How many elements follow each other, in x's order, with the same index in dimension `dim` (of a size other than 1).
 inline int64_t run_length(const Strided& x, int first_dim, int dim) {
   int order[kMaxDims];
   const int count = memory_order(x, first_dim, order);

@@ -5,7 +5,21 @@ import warnings
 
 import pytest
 import torch
-from attacked import ATTACKS, CLASSES, EPS, RANDOM, STEPS, N, Net, batch_of, distances, every_attack, radius, steps_of
+from attacked import (
+    ATTACKS,
+    CLASSES,
+    EPS,
+    RANDOM,
+    SINGLE_STEP,
+    STEPS,
+    N,
+    Net,
+    batch_of,
+    distances,
+    every_attack,
+    radius,
+    steps_of,
+)
 from attacked import one_thread as one_thread
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -279,7 +293,7 @@ def test_a_sample_that_breaks_in_one_step_takes_the_others(name):
         attack(images, labels, seed=seeds)
 
 
-SINGLE = ("FGSM", "FFGSM", "NFGSM", "ZeroGrad", "MIFGSM", "APGD", "APGDL2")  # the last three go on along their momentum
+SINGLE = (*SINGLE_STEP, "MIFGSM", "APGD", "APGDL2")  # the last three go on along their momentum
 
 
 def test_padding_is_not_counted(monkeypatch):

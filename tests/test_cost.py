@@ -18,6 +18,8 @@ from fastadv.training.cost import STEPS, fresh_share, passes, price
         ("stale", "full", {}, (1, 0, 1)),
         ("stale", "full", {"fresh": 0.25}, (1.25, 0.25, 1)),
         ("stale", "linear", {}, (1, 1, 0)),
+        ("cached", "linear", {"fresh": 1.0}, (2, 1, 0)),
+        ("cached", "linear", {"fresh": 0.25}, (0.5, 0.25, 0)),
         ("free", "full", {}, (1, 0, 1)),
         ("fgsm-pgi", "full", {}, (3, 1, 2)),
         ("fgsm", "full", {"clean": True}, (3, 1, 2)),
@@ -30,11 +32,13 @@ def test_the_passes_of_a_method_by_hand(attack, method, options, expected):
 
 def test_the_ratios_that_the_papers_state():
     """PGD-7 costs 3.4 times FGSM, of a linear probe 5 times; FGSM 5/3 of standard training."""
-    full, linear = ({name: passes(name, method).total for name in STEPS} for method in ("full", "linear"))
+    names = STEPS.keys() - {"cached"}
+    full, linear = ({name: passes(name, method).total for name in names} for method in ("full", "linear"))
     assert full["pgd"] / full["fgsm"] == pytest.approx(3.4)
     assert linear["pgd"] / linear["fgsm"] == pytest.approx(5.0)
     assert full["fgsm"] / full["none"] == pytest.approx(5 / 3)
     assert passes("stale", fresh=1).total == full["fgsm"]
+    assert passes("cached", "linear", fresh=1) == passes("fgsm", "linear")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def test_the_ratios_that_the_papers_state():
     [
         ("fgms", {}, "'fgms' is not known; there are none, fgsm"),
         ("fgsm", {"steps": 3}, "steps are of pgd"),
-        ("fgsm", {"fresh": 0.5}, "of stale's images"),
+        ("fgsm", {"fresh": 0.5}, "of the images of stale and cached"),
+        ("cached", {}, "cached is for linear probing on attacked images alone"),
+        ("cached", {"method": "linear", "clean": True}, "on attacked images alone"),
         ("stale", {"fresh": 1.5}, r"a share in \[0, 1\]"),
     ],
 )

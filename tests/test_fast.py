@@ -47,6 +47,8 @@ def trained(data, attack, eps, **changes):
     settings = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "optimizer": "sgd", "seed": SEED, "probe": 0}
     if attack == "free":
         settings["repeats"] = REPEATS
+    if attack == "cached":
+        settings["method"] = "linear"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "load", lambda self, part, *at: (order.append(part), batch_of(self, part, *at))[1])
         trainer = Trainer(model, eps, attack=attack, measure_backbone=False, progress=False, **settings | changes)
@@ -363,7 +365,7 @@ class Cut(Exception):
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(data, attack, checkpoint_s, tmp_path):
     """With a checkpoint after each step, and with those between epochs alone: then steps are taken again."""
-    options = {"checkpoint_s": checkpoint_s, "grad_accum_steps": 2, "augment": True, "epochs": 3}
+    options = {"checkpoint_s": checkpoint_s, "grad_accum_steps": 2, "augment": attack != "cached", "epochs": 3}
     x = F.interpolate(data[0], 16), data[1]
     with pytest.MonkeyPatch.context() as patch:
         whole, _, records = on_large(x, attack, folder=tmp_path / "whole", **options)
@@ -456,8 +458,10 @@ def test_what_nothing_would_heed_is_refused(attack, options, words):
         Trainer(network(), 0.05, attack=attack, **options)
 
 
-@pytest.mark.parametrize("attack", FAST)
-@pytest.mark.parametrize("method", ["linear", "bias"])
+@pytest.mark.parametrize(
+    ("attack", "method"),
+    [*((attack, "linear") for attack in FAST), *((attack, "bias") for attack in FAST if attack != "cached")],
+)
 def test_a_part_of_the_model_trains_and_no_other_bit_changes(data, attack, method):
     before = network().state_dict()
     weights, _, _ = trained(data, attack, 0.05, method=method)
@@ -471,7 +475,8 @@ def test_images_stay_channels_last(data, attack, monkeypatch):
     formats, model_call = set(), nn.Conv2d.forward
 
     def noted(layer, x):
-        formats.add(x.is_contiguous(memory_format=torch.channels_last))
+        if len(x) > 2:  # else an example in which the head is looked for
+            formats.add(x.is_contiguous(memory_format=torch.channels_last))
         return model_call(layer, x)
 
     monkeypatch.setattr(nn.Conv2d, "forward", noted)
@@ -485,7 +490,8 @@ def test_in_bf16_the_model_runs_in_bf16_in_every_pass(data, attack, monkeypatch)
 
     def noted(layer, x):
         y = forward(layer, x)
-        dtypes.append(y.dtype)
+        if len(x) > 2:  # else an example in which the head is looked for
+            dtypes.append(y.dtype)
         return y
 
     monkeypatch.setattr(nn.Linear, "forward", noted)
@@ -494,7 +500,7 @@ def test_in_bf16_the_model_runs_in_bf16_in_every_pass(data, attack, monkeypatch)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(globals(), "network", lambda: large().float())
             trained(data, attack, 0.05, precision=name, epochs=3)
-        assert set(dtypes[2:]) == {dtype}
+        assert set(dtypes) == {dtype}
 
 
 class Attention(nn.Module):

@@ -1,7 +1,11 @@
-"""What is marked as measured before the code changed is just that."""
+"""What README and docs say of measurements is what was measured; and what is marked as measured before the code changed
+is just that."""
 
+import csv
 import importlib
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +14,180 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-stale = importlib.import_module("stale")
+figures, quoted, stale = map(importlib.import_module, ("figures", "quoted", "stale"))
+
+# ------------------------------------------------------------------ the figures in README and docs
+
+
+PAGES = [str(page.relative_to(ROOT)) for page in figures.pages()]
+
+
+@pytest.mark.parametrize("path", [figures.TABLE, *PAGES])
+def test_table_and_pages_are_what_the_stored_results_say(path):
+    """If not: make figures"""
+    assert (ROOT / path).read_text() == figures.made()[ROOT / path]
+
+
+def test_every_figure_is_quoted_and_every_text_stands_on_a_page():
+    texts = figures.texts()
+    standing = {name for page in figures.pages() for name, _ in figures.BLOCK.findall(page.read_text())}
+    assert standing == texts.keys()
+    ids = [figure.id for figure in quoted.FIGURES]
+    assert len(set(ids)) == len(ids)
+    assert {name for text in texts.values() for name in figures.quoted(text)} == set(ids)
+
+
+def test_no_figure_is_typed_into_a_text():
+    for name, text in figures.texts().items():
+        assert measured(without_settings(figures.TEXTS, text)) == [], name
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A README that quotes two results, and the values in them."""
+    values = [random.uniform(1, 9) for _ in range(3)]
+    results = tmp_path / "benchmarks/results"
+    (results / "runs").mkdir(parents=True)
+    rows = [{"op": op, "size": "large", "ratio": value} for op, value in zip(("step", "init"), values, strict=False)]
+    machine = {"device": "A GPU", "device_type": "cuda", "cpu": "A CPU", "torch": "2.1", "commit": "abcdef0123+"}
+    (results / "ops.json").write_text(json.dumps({"rows": rows, "command": "bench", "environment": machine}))
+    for run in ("a", "b"):
+        machine = {"device_type": "cpu", "cpu": f"CPU {run}", "torch": "2.2"}
+        (results / f"runs/{run}.json").write_text(json.dumps({"s": values[2], "machine": machine, "commit": "1" * 40}))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks/figures.md").write_text("<!-- figures:speed -->\n{step} of {all} s.\n<!-- /figures -->\n")
+    (tmp_path / "README.md").write_text("a\n<!-- figures:speed -->\nold\n<!-- /figures -->\nb\n")
+    return tmp_path, values
+
+
+def some_figures():
+    command = {"*": "run"}
+    total = quoted.Figure(
+        "all", "of all runs, s", ("runs/*.json",), lambda runs: sum(run["s"] for run in runs), "{:.3f}".format
+    )
+    step = quoted.Figure("step", "a step", ("ops.json",), "rows[op=step&size=large].ratio", "{:.1f}".format)
+    return command, [step, total]
+
+
+def test_a_page_and_the_table_have_the_values_of_the_results(house, monkeypatch):
+    root, (ratio, _, each) = house
+    commands, some = some_figures()
+    monkeypatch.setattr(figures, "COMMANDS", commands)
+    made = figures.made(root, some)
+    sentence = f"{ratio:.1f} of {2 * each:.3f} s."
+    assert made[root / "README.md"] == f"a\n<!-- figures:speed -->\n{sentence}\n<!-- /figures -->\nb\n"
+    step, total = csv.DictReader(made[root / figures.TABLE].splitlines())
+    assert (step["device"], step["versions"], step["command"]) == ("A GPU", "torch 2.1", "bench")
+    assert (step["value"], step["file"], step["commit"]) == (f"{ratio:.1f}", "ops.json", "abcdef0+")
+    assert (total["device"], total["versions"], total["command"]) == ("CPU a; CPU b", "torch 2.2", "run")
+    assert (total["value"], total["file"], total["commit"]) == (f"{2 * each:.3f}", "runs/*.json", "1111111")
+    # Written, it is as it should be; a result that changes changes the page.
+    for path, text in made.items():
+        path.write_text(text)
+    assert figures.made(root, some) == made
+    (root / "benchmarks/results/runs/b.json").write_text(json.dumps({"s": each + 1, "machine": {}}))
+    assert f"of {2 * each + 1:.3f} s" in figures.made(root, some)[root / "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("<!-- figures:other -->\n<!-- /figures -->\n", "no block other"), (None, "quotes what .* does not have: step")],
+)
+def test_what_does_not_exist_is_named(house, monkeypatch, text, message):
+    root, _ = house
+    commands, (step, total) = some_figures()
+    monkeypatch.setattr(figures, "COMMANDS", commands)
+    if text:
+        (root / "README.md").write_text(text)
+    with pytest.raises(LookupError, match=message):
+        figures.made(root, [step, total] if text else [total])
+
+
+def test_a_row_is_found_by_facts_that_no_other_has():
+    found = {"by seed": [{"seed": 0, "eps": 0.5, "left": {"a b": 7}}, {"seed": 1, "eps": 0.5, "left": {"a b": 8}}]}
+    assert quoted.at(found, "by seed[seed=1&eps=0.5].left.a b") == 8
+    for facts in ("eps=0.5", "seed=2", "seed=0&eps=1"):
+        with pytest.raises(LookupError, match="rows have"):
+            quoted.at(found, f"by seed[{facts}].left")
+
+
+def test_a_study_says_how_much_of_it_is_measured():
+    (cells,) = [figure for figure in quoted.FIGURES if figure.id == "study.cells"]
+    done, missing = random.randint(0, 9), random.randint(1, 9)
+    report = {"rows": [{}] * done, "missing": {"cells": ["a"] * missing}}
+    assert cells.value(report, []).startswith(
+        f"{done} of {done + missing} cells are measured, so this is no answer yet"
+    )
+    assert cells.value(report | {"missing": {"cells": []}}, []) == f"All {done} cells are measured."
+
+
+# ------------------------------------------------------------------ and nowhere else
+
+UNITS = (
+    *("%", "times", "fold", "points"),
+    *("us", "µs", "ms", "s", "seconds?", "minutes?", "hours?"),
+    *("[kMG]i?B", "[MGT]B/s", "FLOPs?"),
+)
+MEASURED = re.compile(rf"(?<![\w/.={{-])\d[\d.,]*(?: (?:to|±) \d[\d.,]*)?(?:x|[ -]?(?:{'|'.join(UNITS)}))(?![\w/])")
+
+# What has such a unit and is no measurement: page -> phrases.
+SETTINGS = {"benchmarks/figures.md": ("95 % intervals", "115 MB a tensor")}
+
+
+def measured(text):
+    """The numbers with a unit of measurement in the prose of a page: outside of its figures, code and links."""
+    for what in (
+        figures.BLOCK,
+        re.compile(r"<!-- stale figures.*?<!-- end -->", re.DOTALL),
+        re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE),
+        re.compile(r"(?:\A|(?<=\n\n))(?: {4}.*\n)+"),
+        re.compile(r"`[^`]*`"),
+        re.compile(r"\]\([^)]*\)"),
+    ):
+        text = what.sub("", text)
+    return MEASURED.findall(text)
+
+
+def without_settings(name, text):
+    for phrase in SETTINGS.get(name, ()):
+        text = text.replace(phrase, "")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        (
+            "It takes 3.1 ms, 12x as long, or 0.94 to 1.14 times; 1,234 MB.",
+            ["3.1 ms", "12x", "0.94 to 1.14 times", "1,234 MB"],
+        ),
+        ("A third: 33 %, 1.5 points, 4.2 TB/s, a 3-fold gain.", ["33 %", "1.5 points", "4.2 TB/s", "3-fold"]),
+        ("At eps 8/255, 32x32 images of 3 channels, sm_90 and 2 x 3, in 10 steps, 5 samples.", []),
+        ("`--eps 8 %`\n\n    sleep 3 s\n\n```\n4 %\n```\n[a](b5%)\n", []),
+        ("<!-- figures:a -->\n5 % of\n<!-- /figures -->\n", []),
+        ("- a list of\n    6 % in its second line\n", ["6 %"]),
+    ],
+)
+def test_what_counts_as_a_measured_number(text, numbers):
+    assert measured(text) == numbers
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_prose_has_no_measured_number(page):
+    """A figure goes to benchmarks/figures.md, with `{id}` where its value stands; a setting to SETTINGS."""
+    assert measured(without_settings(page, (ROOT / page).read_text())) == []
+
+
+def test_the_list_of_settings_has_no_more_than_there_are():
+    for name, phrases in SETTINGS.items():
+        assert not [phrase for phrase in phrases if phrase not in (ROOT / name).read_text()], name
+
+
+def test_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+# ------------------------------------------------------------------ what is older than its code
 
 
 def git(folder, *command):
@@ -82,7 +259,7 @@ def test_every_stored_result_says_what_it_depends_on():
 
 @pytest.mark.parametrize("place", stale.PLACES)
 def test_the_lists_are_up_to_date(place):
-    """If not: python benchmarks/stale.py --write"""
+    """If not: make figures"""
     found = stale.stale(ROOT)
     if None in found.values():
         pytest.skip("git does not know a commit that a result names: a shallow clone, or none")

@@ -62,6 +62,18 @@ def test_an_old_option_is_the_new_one(old):
     assert vars(given) == vars(cli._parser().parse_args([*finetune, new, str(VALUES[old])]))
 
 
+def test_an_attack_of_the_old_name_of_what_steps_write_is_the_new_one():
+    class Own(attacks.FGSM):
+        def step(self, slots, grad):
+            fastadv.pgd_step_(slots.adv, grad, slots.x, alpha=slots.eps, eps=slots.eps, **self.also(slots))
+
+    model = attacks.Normalized(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), 0.4, 0.3)
+    images, labels = torch.rand(4, 3, 2, 2), torch.randint(3, (4,))
+    with pytest.warns(FutureWarning, match=r"Attack\.also is now"):
+        adv = Own(model, 0.1)(images, labels)
+    assert torch.equal(adv, attacks.FGSM(model, 0.1)(images, labels))
+
+
 def test_the_old_names_of_a_batch_and_a_model_are_the_new_ones():
     model = models.source("mlp").build(("a", "b"), (1, 4, 4))
     with pytest.warns(FutureWarning, match=r"Model\.pixels is now"):

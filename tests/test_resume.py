@@ -24,9 +24,15 @@ from fastadv.training.memory import SampleMemory
 
 KILLS = 20
 STALE = {"attack": "stale", "price": 1.25, "lp_ft": 0, "epochs": 4, "eval_every": 0}
+CACHED = {"attack": "cached", "refresh": 2, "method": "linear", "lp_ft": 0, "epochs": 8, "eval_every": 0}
+CACHED |= {"augment": False}
 
 
-@pytest.mark.parametrize(("kills", "settings"), [(KILLS, {}), (KILLS // 4, STALE)], ids=["fgsm-rs", "stale"])
+@pytest.mark.parametrize(
+    ("kills", "settings"),
+    [(KILLS, {}), (KILLS // 4, STALE), (KILLS // 4, CACHED)],
+    ids=["fgsm-rs", "stale", "cached"],
+)
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, settings):
     seed = random.randrange(2**31)
     program = [sys.executable, killed_run.__file__, tmp_path, kills, seed, json.dumps(settings)]
@@ -43,8 +49,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, se
     assert whole <= cut <= whole + 2 * kills, f"seed {seed}"
 
 
-@pytest.mark.parametrize("settings", [{"refresh": 3}, {"method": "bias", "lp_ft": 2, "epochs": 4}], ids=str)
-def test_signs_outlast_a_signal_and_a_damaged_checkpoint(tmp_path, settings, monkeypatch, terminating):
+@pytest.mark.parametrize(
+    ("memory", "settings"),
+    [
+        ("signs", {"refresh": 3}),
+        ("signs", {"method": "bias", "lp_ft": 2, "epochs": 4}),
+        ("features", CACHED | {"epochs": 6}),
+    ],
+    ids=str,
+)
+def test_what_is_kept_outlasts_a_signal_and_a_damaged_checkpoint(tmp_path, memory, settings, monkeypatch, terminating):
     """Cut in the middle of an epoch, and the newest checkpoint damaged: the one before is of the epoch before."""
     fast = {"probe": 0, "eval_every": 0}
     settings = {"attack": "stale", "lp_ft": 0, "epochs": 6, "checkpoint_s": 1e9} | fast | settings
@@ -71,8 +85,8 @@ def test_signs_outlast_a_signal_and_a_damaged_checkpoint(tmp_path, settings, mon
         for name, value in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
     assert len(taken) == 21 + 15 + 18
-    (tmp_path / "cut" / "memory" / "signs.0").unlink()
-    with pytest.raises(FileNotFoundError, match=r"signs\.0 is missing or empty: the run cannot go on"):
+    (tmp_path / "cut" / "memory" / f"{memory}.0").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{memory}\.0 is missing or empty: the run cannot go on"):
         killed_run.train(tmp_path / "cut", **settings)
 
 

@@ -14,6 +14,7 @@ from fastadv import random_init, sample_seeds
 from fastadv.attacks import FGSM
 from fastadv.models.added import added_to
 from fastadv.training import Monitor, Trainer, run
+from fastadv.training.batches import Batches
 from fastadv.training.monitor import Reading
 from fastadv.training.settings import Settings
 
@@ -40,9 +41,9 @@ BASE = {"attack": "fgsm", "epochs": 2, "batch_size": 8, "lr": 0.03, "probe": 0}
 
 def trained(changes, parts=(TRAIN,)):
     """(weights, the indices of each part of a batch in the order of the run, the records)."""
-    model, order, batch_of = network(), [], run.Run._batch_of
+    model, order, batch_of = network(), [], Batches.load
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_batch_of", lambda self, part: (order.append(part), batch_of(self, part))[1])
+        patch.setattr(Batches, "load", lambda self, part, *at: (order.append(part), batch_of(self, part, *at))[1])
         records = Trainer(model, EPS, measure_backbone=False, progress=False, **BASE | changes).fit(*parts)
     return model.state_dict(), order, records
 
@@ -391,14 +392,14 @@ def trained_on_families(network, **settings):
     Trainer(network, 0.01, **options, **settings).fit((torch.rand(3, *SHAPE), torch.arange(3)))
 
 
-def fresh_images(**changes):
-    """How many images FGSM attacks in each epoch of the attack stale."""
+def fresh_images(attack="stale", **changes):
+    """How many images FGSM attacks in each epoch."""
     seen, call = [], FGSM.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FGSM, "__call__", lambda self, x, y, **more: seen.append(len(y)) or call(self, x, y, **more))
         finish = run.Run._finish_epoch
         patch.setattr(run.Run, "_finish_epoch", lambda self, stage: seen.append(None) or finish(self, stage))
-        trained({"attack": "stale", "epochs": 3, **changes})
+        trained({"attack": attack, "epochs": 3, **changes})
     ends = [i for i, count in enumerate(seen) if count is None]
     return [sum(seen[i + 1 : j]) for i, j in zip([-1, *ends], ends, strict=False)]
 
@@ -407,6 +408,8 @@ def refresh():
     """Image i where (i + epoch) mod K is 0, and all in the first epoch."""
     for value, counts in ((None, [0, 0, 0]), (1, [24, 24, 24]), (3, [24, 8, 8]), (7, [24, 3, 3]), (99, [24, 0, 0])):
         assert fresh_images(refresh=value) == counts
+    for value, counts in ((None, [24, 6, 6]), (1, [24, 24, 24]), (3, [24, 8, 8]), (99, [24, 0, 0])):
+        assert fresh_images("cached", refresh=value, method="linear") == counts
 
 
 def price():

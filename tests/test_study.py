@@ -189,6 +189,7 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"attacks": [{"name": "a", "refresh": 4}]}, "mappings with a name and an attack"),
         (D | {"attacks": [{"name": "a", "attack": "stale", "fresh": 4}]}, "the attack a has no setting 'fresh'"),
         (D | {"attacks": [{"name": "a", "attack": "fgsm", "refresh": 4}]}, "refresh"),
+        (D | {"methods": ["lora"], "attacks": ["cached"]}, "cached keeps what enters the head, and .* lora"),
         (D | {"judges": ["pgdl2"]}, "unknown judge 'pgdl2'"),
         (D | {"eps": 0.03}, "eps is a number of 1/255"),
         (D | {"eps": []}, "empty list"),
@@ -279,6 +280,11 @@ def test_an_estimate_knows_which_images_get_a_fresh_attack():
         | {"dear": (5 - least) / 2, "cheap": (1.25 * 3 - least) / 2}
     )
     assert least == 3
+    asked = {"cached": {}, "cached-2": {"refresh": 2}, "cached-9": {"refresh": 9}}
+    grid |= {"methods": "linear", "attacks": [{"name": name, "attack": "cached", **s} for name, s in asked.items()]}
+    units = {task.cell.attack: cost_of(task)["units"] for task in expanded(grid)}
+    share = {"cached": (1 + 7 / 4) / 8, "cached-2": (1 + 7 / 2) / 8, "cached-9": (1 + 7 / 9) / 8}
+    assert units == pytest.approx({name: 3 * fresh for name, fresh in share.items()})
 
 
 # ---------------------------------------------------------------------- one cell

@@ -135,13 +135,19 @@ __device__ __forceinline__ void store_wide(T* p, const void* words) {
   for (int i = 0; i < kCount; ++i) store_whole(reinterpret_cast<uint4*>(p) + i, raw[i]);
 }
 
-// Where a thread's elements are: two chunks of four. Together they are a group; but where results are floats, two
-// neighbouring lanes take the first and the second chunk of both their groups, and swap what comes by groups (16-bit
-// and 8-bit tensors, random bits). A warp's access then fills sectors of 32 bytes; half of one at a time would cost
-// the L2 cache twice the work.
+// Where a thread's eight elements are: two chunks of four. Not swapped, the two chunks are one group. Swapped, as for
+// float results, two neighbouring lanes share their two groups:
+//
+//     elements       0..3     4..7     8..11    12..15         (of groups 0 and 1)
+//     not swapped    lane 0   lane 0   lane 1   lane 1
+//     swapped        lane 0   lane 1   lane 0   lane 1
+//
+// Swapped, an access of 16 bytes a lane fills the L2 cache's sectors of 32 bytes with two lanes. Not swapped, each
+// access would touch a half of twice as many sectors, which costs the L2 cache twice the work. Tensors of 16 or 8 bits,
+// and random bits, come by groups: there lanes load a group each and exchange halves (`swap`).
 template <bool kSwapped>
 struct ThreadElements {
-  static constexpr int kChunk = kGroup / 2, kSecond = kSwapped ? 2 : 1;  // from the first chunk to the second
+  static constexpr int kChunk = kGroup / 2, kSecond = kSwapped ? 2 : 1;  // chunks from the first to the second
   uint32_t row, number;  // the sample's first group in the tensor, and the lane's group in the sample
   bool whole;            // wide accesses are possible: for the warp if lanes swap
   uint64_t size;         // of the sample
@@ -165,7 +171,7 @@ struct ThreadElements {
 #endif
   }
 
-  // Words in the order of groups to that of chunks, and back.
+  // Exchanges halves with the neighbouring lane: from one group a lane to its two chunks, and back.
   template <class T>
   __device__ __forceinline__ void swap(T& words) const {
 #ifdef __CUDA_ARCH__
@@ -218,7 +224,7 @@ struct ThreadElements {
     }
   }
 
-  // Of the chunks, from the generator's words of the groups.
+  // The random bits of the two chunks; the generator makes them for a group at a time.
   __device__ __forceinline__ Words random_bits(uint64_t seed) const {
 #ifdef __CUDA_ARCH__
     Words bits = philox(seed, number, 0, 0);

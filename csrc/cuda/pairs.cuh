@@ -1,9 +1,14 @@
-// The fast path's arithmetic: two neighbours at a time, as 16-bit types lie in a register, and shaped by the machine.
-// Additions and multiplications have two pipes, comparisons, selections, logic and integers share one of half the
-// rate: so what attack_math.h selects or counts in bits is added here, under a predicate. The results are the same.
+// The fast path's arithmetic, on pairs of neighbouring elements. Two bf16 neighbours fill one register:
 //
-// They are for radii (eps, noise) that are 0 or of an ordinary size (ops.cu says which): then what is to be pulled back
-// into the ball is not infinite and, but for half, neither zero nor subnormal.
+//     element      0     1     2     3              a Word holds elements 2i (low bits) and 2i + 1 (high bits),
+//     register   [ x0 | x1 ] [ x2 | x3 ]            a Pair the same two as floats
+//
+// The results are attack_math.h's. The instructions differ, because an SM issues additions and multiplications at twice
+// the rate of comparisons, selections, logic and integer operations: where attack_math.h selects a value or changes its
+// bits, the code here adds under a predicate.
+//
+// These functions need radii (eps, noise) that are 0 or of an ordinary size (ops.cu checks it). Then a value that has
+// to be pulled back into the ball is never infinite, and in all types but half never zero or subnormal.
 #pragma once
 
 #include "../attack_math.h"
@@ -14,7 +19,7 @@ struct Pair {
   float a, b;
 };
 
-// ---------------------------------------------------------------- two neighbours as they are stored
+// ---------------------------------------------------------------- a pair as it is stored
 
 template <class T>
 struct Two;
@@ -52,7 +57,7 @@ struct Two<uint8_t> {
   }
 };
 
-// The types of 16 bits share all but their instructions' names. Without a GPU: through attack_math.h.
+// Half and bfloat16 differ in the names of their instructions alone. This is the code without a GPU, by attack_math.h.
 template <class T>
 struct TwoHalves {
   using Word = uint32_t;

@@ -477,6 +477,11 @@ class Attack(Modes, Targets, ABC):
         box = {"clip": box_of(self.clip)}
         return box if slots.z is None else {**box, "normalization": self._normalization, "z": slots.z}
 
+    def also(self, slots: Slots) -> dict:
+        """What `model_input_kwargs` was called before."""
+        warnings.warn("Attack.also is now Attack.model_input_kwargs", FutureWarning, stacklevel=2)
+        return self.model_input_kwargs(slots)
+
     def in_pixels(self, grad: torch.Tensor) -> torch.Tensor:
         """A gradient with respect to the model's input as one with respect to the image, in float32 at least."""
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))

@@ -150,10 +150,10 @@ class Ensemble:
         return apgd(self.model, mine.eps, mine.n_iter, **settings, **self.options)
 
 
-# Names of several attacks that follow each other.
 ENSEMBLES = {
     "autoattack": {},
     "autoattack-plus": {"version": "plus"},
     "autoattack-rand": {"version": "rand"},
     "autoattack-l2": {"norm": "L2"},
 }
+"""Ensembles by name: the arguments of `Ensemble`."""

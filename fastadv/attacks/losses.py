@@ -148,3 +148,4 @@ LOSSES: dict[str, Loss] = {
     "bce": Loss(bce, "signs"),
     "kl": Loss(kl, "clean"),
 }
+"""Losses by name, and with what each compares the logits."""

@@ -37,6 +37,7 @@ PRESETS = {
     "fab-t": (FAB, lambda eps: {}),
     "pgdl2": (PGDL2, lambda eps: {"alpha": eps / 5, "steps": 20}),
 }
+"""Attacks by name: the class, and its settings at a budget. An entry of your own is known by its name everywhere."""
 
 
 def create_attack(name: str, model: Callable, eps: float, **changes: float | None) -> Attack:

@@ -116,13 +116,14 @@ def add_data(parser: argparse.ArgumentParser, add: Add, default: str | None = No
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
     add("--workers", int, help="threads that decode pictures (one for each core if not given)")
     add("--split-seed", int, split_seed, help="of the parts that a set does not have: evaluate takes the training's")
-    add("--seed", int, 0)
+    add("--seed", int, 0, help="of all that is random")
     add_device(add)
 
 
 def add_device(add: Add) -> None:
     """Add --device: a GPU where there is one."""
-    add("--device", device, "cuda" if torch.cuda.is_available() else "cpu")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", device, here, help="where the model runs: cpu, cuda, cuda:1")
 
 
 def device(text: str) -> torch.device:

@@ -92,7 +92,7 @@ class AutoAttack(Ensemble):
             model gives no prediction.
 
         Raises:
-            As `evaluate`; ValueError also where nothing is to run, or a state is to be kept of a seed that is drawn.
+            ValueError: as `evaluate`; also where nothing is to run, or a state is to be kept of a seed that is drawn.
         """
         images, labels, run, trials = self._run(x_orig, y_orig, bs, state_path, ensemble=True)
         return _returned(images, labels, run, trials, return_labels)

@@ -21,6 +21,7 @@ from fastadv.models.structure import new_head
 from fastadv.preprocessing import Preprocessing
 
 CHOICES = (*OWN, "robust-resnet", "efficientnet-lite0", "timm:NAME", "hf:NAME_OR_FOLDER", "FILE.safetensors")
+"""What `source` takes, as it is listed for people."""
 
 
 @dataclass(frozen=True)

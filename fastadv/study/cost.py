@@ -8,7 +8,7 @@ from fastadv.attacks import create_attack
 from fastadv.study.files import Record
 from fastadv.study.grid import ALWAYS, IN_A_ROW, Task
 from fastadv.training.cost import fresh_share, passes
-from fastadv.training.settings import Settings
+from fastadv.training.fast.cached import Cached
 
 
 def cost_of(task: Task) -> dict[str, float]:
@@ -22,18 +22,18 @@ def cost_of(task: Task) -> dict[str, float]:
     """
     training = task.training
     steps = training.steps if task.attack == "pgd" else None
-    found = passes(
-        task.attack, training.method, steps=steps, fresh=_fresh(training), clean=0 < training.clean_weight < 1
-    )
+    found = passes(task.attack, training.method, steps=steps, fresh=_fresh(task), clean=0 < training.clean_weight < 1)
     names = ("forward", "input_backward", "backward")
     return dict(zip(names, found, strict=True)) | {"units": found.total}
 
 
-def _fresh(training: Settings) -> float:
-    """The share of images that the attack stale gives a fresh FGSM, over all epochs."""
+def _fresh(task: Task) -> float:
+    """The share of images that the attacks stale and cached give a fresh FGSM, over all epochs."""
+    training = task.training
     if training.price is not None:
         return fresh_share(training.price, training.method, clean=training.clean_weight > 0)
-    return 0.0 if training.refresh is None else (1 + (training.epochs - 1) / training.refresh) / training.epochs
+    refresh = Cached.REFRESH if task.attack == "cached" and training.refresh is None else training.refresh
+    return 0.0 if refresh is None else (1 + (training.epochs - 1) / refresh) / training.epochs
 
 
 def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:

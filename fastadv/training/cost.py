@@ -39,12 +39,14 @@ class _Step:
         updated: images that go through the update for each image of the batch.
         to_pixels: whether the update's backward pass goes on to the pixels.
         twice: gradients that are differentiated once more.
+        kept: whether the images without a fresh attack do not go through the model.
     """
 
     gradients: int = 1
     updated: int = 1
     to_pixels: bool = False
     twice: int = 0
+    kept: bool = False
 
 
 STEPS = {
@@ -55,6 +57,7 @@ STEPS = {
     "zerograd": _Step(),
     "pgd": _Step(gradients=7),
     "stale": _Step(gradients=0, to_pixels=True),
+    "cached": _Step(gradients=0, kept=True),
     "gradalign": _Step(twice=1),
     "free": _Step(gradients=0, to_pixels=True),
     "fgsm-pgi": _Step(updated=2),
@@ -72,13 +75,14 @@ def passes(
     goes back through all layers and computes next to no weight's gradient, which is a pass to the pixels. Where the
     pixels' own gradient is asked of the update, it costs the layer that "full" has anyway, and a pass to the pixels of
     a linear probe. A gradient that is differentiated once more (GradAlign) costs that gradient's two passes and twice
-    the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images.
+    the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images. With
+    "cached" the images that get no fresh FGSM do not go through the backbone, and the head costs nothing.
 
     Args:
         attack: a key of STEPS; None means "none".
         method: what trains, as in `Settings`.
         steps: of "pgd"; None means 7.
-        fresh: the share of images, in [0, 1], that "stale" gives a fresh FGSM.
+        fresh: the share of images, in [0, 1], that "stale" or "cached" gives a fresh FGSM.
         clean: whether clean images go through the update too, as with `clean_weight`.
 
     Raises:
@@ -93,8 +97,10 @@ def passes(
         raise ValueError(f"fresh is a share in [0, 1], got {fresh}")
     if steps is not None and name != "pgd":
         raise ValueError(f"steps are of pgd, and the attack is {name}")
-    if fresh and name != "stale":
-        raise ValueError(f"fresh is a share of stale's images, and the attack is {name}")
+    if fresh and name not in ("stale", "cached"):
+        raise ValueError(f"fresh is a share of the images of stale and cached, and the attack is {name}")
+    if step.kept and (method != "linear" or clean):
+        raise ValueError(f"{name} is for linear probing on attacked images alone")
     if steps is not None:
         check_whole("steps", steps)
     count = step.gradients if steps is None else steps
@@ -102,7 +108,8 @@ def passes(
     update = Passes(1, 0, 0) + back
     if step.to_pixels and method == "linear":
         update += (0, 1, 0)
-    total = Passes(1, 1, 0).times(count + fresh) + update.times(step.updated + clean)
+    updated = fresh if step.kept else step.updated
+    total = Passes(1, 1, 0).times(count + fresh) + update.times(updated + clean)
     if step.twice:
         # Its own two passes, then back through both of them; a head alone is reached through the second.
         again = Passes(0, 1, 0) if method == "linear" else back.times(2)

@@ -19,7 +19,7 @@ import torch
 
 from fastadv._extras import require
 from fastadv.attacks import Attack, create_attack
-from fastadv.attacks.checks import check_samples, highest
+from fastadv.attacks.checks import check_samples, device_of, highest
 from fastadv.data.share import Batch, Share
 from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.identity import differences, fingerprint, untold
@@ -176,7 +176,15 @@ class Run:
                 f"a batch of {len(train) // self.steps} images cannot be cut into {least} parts "
                 "(processes times grad_accum_steps): take a larger batch_size"
             )
-        return max(highest(labels) for _, labels in parts.present)  # refuses negative ones too, which a loss skips
+        top = max(highest(labels) for _, labels in parts.present)  # refuses negative ones too, which a loss skips
+        attack = self.trainer.attack
+        if is_fast(attack):
+            trainer, s = self.trainer, self.settings
+            images, _ = parts.train
+            mine = images.mine if isinstance(images, Share) else images
+            some = to_float(mine[:2].to(device_of(trainer.model)))
+            fast_method(attack, trainer.model, trainer.eps, s.attack).check_model(attack, s, some)
+        return top
 
     # ------------------------------------------------------------------ the whole run
 

@@ -55,7 +55,8 @@ class Settings:
     )
     refresh: int | None = _of(
         None,
-        "of stale: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod this is 0",
+        "of stale and cached: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod "
+        "this is 0 (of cached 4 if not given)",
         least=1,
     )
     price: float | None = _of(

@@ -188,7 +188,7 @@ class TrainStep:
     def _forward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
         with precision:
-            outputs = self.through(images)
+            outputs = self.through(images) if self.method is None else self.method.outputs(self.through, images)
         logits = at_least_float32(find_logits(outputs, len(images)))
         if self.highest >= logits.shape[1]:
             raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {self.highest}")

@@ -43,10 +43,10 @@ class Trainer:
         eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
         attack: a name: of an attack ("fgsm", "fgsm-rs", "nfgsm", "zerograd", "pgd"), or of a method in
             `fastadv.training.fast`: "stale", FGSM's step along the signs that the last epoch's updates left, at about
-            the price of standard training, or one that trains in one process only ("fgsm-pgi", "gradalign", "free",
-            "liet", "sora"). Or an attack of fastadv on `model` (which then gets a seed per image, from the run's seed,
-            its number and the epoch), any callable from (images, labels) to images, or None for training on clean
-            images.
+            the price of standard training, or one that trains in one process only ("cached", linear probing on
+            attacked features that are kept for some epochs, "fgsm-pgi", "gradalign", "free", "liet", "sora"). Or an
+            attack of fastadv on `model` (which then gets a seed per image, from the run's seed, its number and the
+            epoch), any callable from (images, labels) to images, or None for training on clean images.
         eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
             at a time has it.
@@ -131,16 +131,15 @@ class Trainer:
             The records, dicts for `json.dump`. First, where measured, {"backbone": ...}. For each stage {"stage",
             "method", "trainable", "total"}; for each epoch "epoch", "loss" and "train_accuracy" (both on the attacked
             training images), "lr" (of the last step), "train_s" (seconds without evaluation), "train_cpu_s" (processor
-            time of these, of the first process), what the monitor read, "action" where it acted, with the attack stale
-            "fresh" (share of the images that got a fresh FGSM) and "agreement" (mean share of an image's pixels whose
-            signs are those of the epoch before), and, when evaluated, "clean_accuracy" and "robust_accuracy" on `val`;
-            at last {"final": True, "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy",
-            "robust_accuracy", "pma_accuracy" (of those that withstand `eval_attack` and then PMA), "confusion" (lists
-            of [label, what the model says, images], "clean" and "attacked" by `eval_attack`), "eval_attack", "train_s",
-            "train_cpu_s"}, and where there was a choice "chosen_by" (which accuracy on `val`), "noise" (two standard
-            errors of it) and "within_noise" (other epochs that were worse by no more). Fields that end in _s are
-            seconds; all others are the same in a
-            resumed run.
+            time of these, of the first process), what the monitor read, "action" where it acted, with the attacks stale
+            and cached "fresh" (share of the images that got a fresh FGSM), with stale "agreement" (mean share of an
+            image's pixels whose signs are those of the epoch before), and, when evaluated, "clean_accuracy" and
+            "robust_accuracy" on `val`; at last {"final": True, "format" (of these records: 1), "epochs", "best_epoch",
+            "clean_accuracy", "robust_accuracy", "pma_accuracy" (of those that withstand `eval_attack` and then PMA),
+            "confusion" (lists of [label, what the model says, images], "clean" and "attacked" by `eval_attack`),
+            "eval_attack", "train_s", "train_cpu_s"}, and where there was a choice "chosen_by" (which accuracy on
+            `val`), "noise" (two standard errors of it) and "within_noise" (other epochs that were worse by no more).
+            Fields that end in _s are seconds; all others are the same in a resumed run.
 
         Raises:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.
@@ -153,9 +152,9 @@ class Trainer:
                 labels are not int64.
             ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
                 below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
-                on a CPU a layer that PyTorch gets wrong in channels-last layout; the state is another run's, or of a
-                newer fastadv, or the processes have different data, models or settings: the message names what differs,
-                or what this one does not know; accelerate is set to FSDP, DeepSpeed or something else that a run does
-                not heed.
+                a model that "cached" refuses; on a CPU a layer that PyTorch gets wrong in channels-last layout; the
+                state is another run's, or of a newer fastadv, or the processes have different data, models or settings:
+                the message names what differs, or what this one does not know; accelerate is set to FSDP, DeepSpeed or
+                something else that a run does not heed.
         """
         return Run(self, train, val, test).run()

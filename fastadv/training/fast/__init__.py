@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from fastadv.training.fast.base import FastMethod
+from fastadv.training.fast.cached import Cached
 from fastadv.training.fast.free import Free
 from fastadv.training.fast.gradalign import GradAlign
 from fastadv.training.fast.liet import LIET
@@ -14,6 +15,7 @@ from fastadv.training.fast.sora import SORA
 from fastadv.training.fast.stale import Stale
 
 FAST: dict[str, type[FastMethod]] = {
+    "cached": Cached,
     "fgsm-pgi": FGSMPGI,
     "gradalign": GradAlign,
     "free": Free,
@@ -21,6 +23,7 @@ FAST: dict[str, type[FastMethod]] = {
     "sora": SORA,
     "stale": Stale,
 }
+"""Fast methods by name."""
 
 
 def fast_method(

@@ -110,6 +110,16 @@ class FastMethod:
                     f"{self.repeats} or more, or fewer repeats"
                 )
 
+    def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
+        """Refuse a model that it, called `name`, cannot train; it is left as it was.
+
+        Args:
+            images: two of the training images, (2, C, H, W), floats on the model's device.
+
+        Raises:
+            ValueError: it is one.
+        """
+
     def begin_epoch(self, epoch: Epoch) -> None:
         """Before an epoch, or what is left of it."""
 
@@ -132,6 +142,8 @@ class FastMethod:
     ) -> tuple[torch.Tensor, ...]:
         """The images to learn from, new and detached, and where it `compares` those at the start, (N, ...) each.
 
+        A method with `outputs` of its own may return what these take instead.
+
         Args:
             images: (N, ...) floats in [0, 1].
             labels: int64 (N,).
@@ -140,6 +152,10 @@ class FastMethod:
             moves: int64 (N,), the seeds of their augmentation; None without one.
         """
         raise NotImplementedError
+
+    def outputs(self, through: Callable, inputs: torch.Tensor) -> object:
+        """What the update's loss is of: what `through`, which is the model, returns for what `attacked` returned."""
+        return through(inputs)
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """What each sample adds to its loss, (N,), from the logits (N, C) of what `attacked` returned."""

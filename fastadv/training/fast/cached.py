@@ -1,0 +1,166 @@
+"""Adversarial linear probing on kept features: in an epoch some images are attacked, the others skip the backbone."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fastadv.attacks.checks import device_of
+from fastadv.functional import to_float
+from fastadv.models import find_head
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
+from fastadv.ops.generator import seeded
+from fastadv.training.fast.base import Epoch, FastMethod
+from fastadv.training.settings import Settings
+
+INSTEAD = "Name another head with head=, or take another attack"
+CLOSE = 1e-3  # of the largest feature: what batches of other sizes change by rounding
+
+
+class Cached(FastMethod):
+    """Linear probing with FGSM where an image keeps its perturbation for some epochs, and so what enters the head.
+
+    The backbone is frozen and in eval mode, and so what enters the head, an image's features, depends on the attacked
+    image alone. All images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod `refresh` is 0:
+    its features are kept. In between an update trains the head on the kept ones, and no image goes through the
+    backbone. A fresh image costs what it costs with FGSM, so that with `refresh` K an epoch takes 3 / K passes forward
+    where FGSM takes 3 and training on clean images 1 (`fastadv.training.cost`). With K = 1 it is FGSM to the bit, where
+    the model gives the same bits with and without a gradient and its head takes vectors.
+
+    An image's features are one row of numbers in the precision in which they enter the head: images x features x 4
+    bytes in float32, 26 MB for 50,000 images and 128 features, 154 MB for 768. There are two such tables in memory, or
+    three files of them in the run's folder. After a rollback the features are still right; only their perturbations
+    are those of a head that was given up.
+
+    Args:
+        alpha: length of FGSM's step; None means eps.
+        refresh: K; None means 4.
+        model, eps, options: as of `FastMethod`.
+    """
+
+    OPTIONS = ("alpha", "refresh")
+    REFRESH = 4
+    REFUSES: Mapping[str, str] = {
+        "augment": "a picture that is cropped and flipped has other features in each epoch",
+        "clean_weight": "it keeps the features of attacked images alone",
+        "compile": "most of its updates run the head alone, and the others a new number of images each",
+        "eps_schedule": "the features that it keeps are of one budget",
+    }
+
+    def __init__(self, model, eps, *, refresh: int | None = None, **options):
+        super().__init__(model, eps, **options)
+        self.refresh = self.REFRESH if refresh is None else refresh
+        self._head: nn.Module | None = None
+
+    def check(self, name: str, settings: Settings) -> None:
+        super().check(name, settings)
+        if settings.method != "linear":
+            raise ValueError(
+                f"{name} keeps what enters the head, and with the method {settings.method} that changes in each "
+                "update: take the method linear, or another attack such as stale"
+            )
+
+    def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
+        where, head = find_head(self.model, settings.head, images[:1])
+        tied = _tied(self.model, where)
+        if tied:
+            raise ValueError(f"{tied} is in the head {where} too and trains: what {name} keeps would change. {INSTEAD}")
+        with torch.no_grad(), seeded(settings.seed), frozen(self.model):
+            if not _gives_logits(self.model, head, images):
+                raise ValueError(
+                    f"{name} learns from the head {where} alone. This must be called once, with one row of numbers for "
+                    f"each image, and what it returns must be the logits: in this model it is not so. {INSTEAD}"
+                )
+            both, one = (_entering(self.model, head, some) for some in (images, images[:1]))
+        if not torch.allclose(both[:1], one, rtol=0, atol=CLOSE * both.abs().max().item()):
+            raise ValueError(
+                f"{name} keeps what enters the head {where}, and that is not the image's alone: in eval mode too the "
+                f"layers before it draw random numbers, or mix the images of a batch. {INSTEAD}"
+            )
+
+    def begin_epoch(self, epoch: Epoch) -> None:
+        """Go on with the features that the epoch before has left."""
+        if self._head is None:
+            black = torch.zeros(1, *epoch.shape, dtype=epoch.dtype, device=device_of(self.model))
+            _, self._head = find_head(self.model, epoch.settings.head, to_float(black))
+            self._row = self._features(to_float(black))[0]
+        self._memory = epoch.memory("features", self._row.shape, self._row.dtype)
+        numbers = torch.arange(len(self._memory.before))
+        self._fresh = (numbers + epoch.number) % self.refresh == 0 if not self._memory.empty else numbers >= 0
+
+    def facts(self) -> dict[str, float]:
+        """The share of images with a fresh attack."""
+        return {"fresh": self._fresh.double().mean().item()}
+
+    def attacked(self, images, labels, seeds, rows=None, moves=None):
+        """What enters the head, (N, ...): new for those that are fresh, else what it was."""
+        features = self._memory.read(rows).to(images.device)
+        fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # their places in the part
+        if len(fresh):
+            features[fresh] = self._features(self.attack(images[fresh], labels[fresh], seed=seeds[fresh]))
+        self._memory.write(rows, features)
+        return (features,)
+
+    def outputs(self, through, inputs):
+        return self._head(inputs)
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        """Of images (n, C, H, W), in the precision of the update."""
+        autocast = self.attack.autocast
+        with torch.no_grad(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            return _entering(self.model, self._head, images)
+
+
+class _AtTheHead(Exception):
+    """Ends a forward pass."""
+
+
+def _entering(model: nn.Module, head: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the model gives its head, (n, ...), of images (n, C, H, W); the pass ends there."""
+    entered = []
+
+    def end(module, args):
+        entered.extend(args)
+        raise _AtTheHead
+
+    # Before hooks of the head's own, which act when it is called with this. A compiled model would not call the hook.
+    hook = head.register_forward_pre_hook(end, prepend=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(images)
+    except _AtTheHead:
+        pass
+    finally:
+        hook.remove()
+    return entered[0]
+
+
+def _gives_logits(model: nn.Module, head: nn.Module, images: torch.Tensor) -> bool:
+    """Whether the head is called once, with a tensor (n, ...) alone, and the logits are what it returns: any numbers
+    that are put in their place."""
+    calls = []
+
+    def replaced(module, args, kwargs, output):
+        numbers = torch.arange(output.numel()).to(output).view_as(output) - output.numel() / 2
+        calls.append((args, kwargs, numbers))
+        return numbers
+
+    hook = head.register_forward_hook(replaced, with_kwargs=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            logits = find_logits(model(images), len(images))
+    finally:
+        hook.remove()
+    if len(calls) != 1:
+        return False
+    ((args, kwargs, numbers),) = calls
+    alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and len(args[0]) == len(images)
+    return alone and logits.equal(numbers)
+
+
+def _tied(model: nn.Module, head: str) -> str | None:
+    """A parameter before the head that is one of the head's too."""
+    named = [(name, p, name.startswith(f"{head}.")) for name, p in model.named_parameters(remove_duplicate=False)]
+    own = {id(p) for _, p, within in named if within}
+    return next((name for name, p, within in named if not within and id(p) in own), None)
