@@ -37,6 +37,8 @@ def check_format(what: str, found: object, known: int, oldest: int | None = None
 
     Args:
         what: the file, in words.
+        found: what stands in the file where its format belongs.
+        known: the newest format that is read.
         oldest: the first format that is still read; None means `known` alone.
 
     Raises:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +24,9 @@ class Preprocessing:
     Args:
         size: (H, W) in pixels.
         channels: 3 (RGB) or 1 (grey).
-        mean, std: of pixels in [0, 1], one for each channel, or one for all. The model's wrapper applies them,
-            `apply` does not.
+        mean: of pixels in [0, 1], one for each channel, or one for all. The model's wrapper applies it, `apply` does
+            not.
+        std: likewise.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop: share of a resized picture's shorter side that is kept (timm's crop_pct).
 
@@ -40,7 +41,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.channels not in _MODES:
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         for name in ("mean", "std"):
@@ -70,7 +71,8 @@ class Preprocessing:
     def covered(self) -> tuple[int, int]:
         """(H, W) that a resized picture just covers, before the centre is cut out."""
         # Rounded first: 224 / (224 / 354) is a little below 354.
-        return tuple(math.floor(round(side / self.crop, 6)) for side in self.size)
+        height, width = (math.floor(round(side / self.crop, 6)) for side in self.size)
+        return height, width
 
     @property
     def enough(self) -> tuple[int, int] | None:
@@ -79,7 +81,8 @@ class Preprocessing:
         Twice what is covered, so that resizing still means over pixels: of photographs no code then differs by more
         than 3 of 255 from those of the whole picture, and a 12-megapixel JPEG for 224 pixels takes a fifth of the time.
         """
-        return None if self.interpolation == "nearest" else tuple(2 * side for side in self.covered)
+        height, width = self.covered
+        return None if self.interpolation == "nearest" else (2 * height, 2 * width)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,12 +90,19 @@ class Preprocessing:
         return self.channels, *self.size
 
     def apply(self, picture: "Image", box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-        """The picture, or of a reduced one what lies in the box (left, top, right, bottom), as uint8 (C, H, W).
+        """Make the model's pixels of a picture.
 
         A picture of the model's size keeps its pixels, `crop` or not: what was prepared once is not touched again.
         Any other is resized, its aspect kept, until it just covers size / crop, and the centre is cut out, rounded
         as torchvision's Resize and CenterCrop do. Pictures come from `fastadv.data.pictures.read`, which deals with
         rotation, transparency and 16 bits.
+
+        Args:
+            picture: in any mode and size.
+            box: (left, top, right, bottom) in pixels, the part that is taken; None: the whole picture.
+
+        Returns:
+            uint8 (C, H, W).
         """
         mode, (height, width) = _MODES[self.channels], self.size
         if picture.mode != mode:
@@ -112,13 +122,13 @@ class Preprocessing:
             return int(width * least_height // height), least_height
         return least_width, int(height * least_width // width)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The settings as a dict that JSON can hold."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
-    def from_json(cls, values: dict) -> "Preprocessing":
+    def from_json(cls, values: dict[str, Any]) -> "Preprocessing":
         """The settings that `to_json` made a dict of.
 
         Raises:

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
@@ -35,7 +35,7 @@ class Team:
         if not self.alone:
             distributed.barrier()
 
-    def gathered(self, value: object) -> list:
+    def gathered(self, value: object) -> list[Any]:
         """The values of all processes, in their order; each is pickled."""
         values = [value]
         if not self.alone:
@@ -56,12 +56,12 @@ class Team:
         if self.alone:
             return action()
         result, error = _tried(action) if self.rank == 0 else (None, None)
-        told = [(result, error and _portable(error))]
+        told: list[tuple[Result | None, Exception | None]] = [(result, error and _portable(error))]
         distributed.broadcast_object_list(told, 0)
         result, portable = told[0]
         if portable is not None:
             raise error or portable
-        return result
+        return cast(Result, result)
 
     def by_all(self, action: Callable[[], Result]) -> Result:
         """What `action` returns; where it fails in a process, that error in all of them, before any goes on."""
@@ -71,7 +71,7 @@ class Team:
         errors = self.gathered(error and _portable(error))
         failed = [rank for rank, each in enumerate(errors) if each is not None]
         if not failed:
-            return result
+            return cast(Result, result)
         first = errors[failed[0]]
         raise first if len(failed) == self.size else _of_process(failed[0], first) from error
 
@@ -80,13 +80,18 @@ class Team:
 
         Args:
             groups: of the first process; in the others they are not looked at.
+            device: one that the process group's backend can send from.
+
+        Returns:
+            The tensors by group and name.
         """
-        kinds = {name: {key: (t.shape, t.dtype) for key, t in part.items()} for name, part in (groups or {}).items()}
+        mine = groups or {}
+        kinds = {name: {key: (t.shape, t.dtype) for key, t in part.items()} for name, part in mine.items()}
         found: dict[str, dict[str, torch.Tensor]] = {}
         for name, part in self.from_first(lambda: kinds).items():
             found[name] = {}
             for key, (shape, dtype) in part.items():
-                t = groups[name][key].to(device) if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
+                t = mine[name][key].to(device) if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
                 found[name][key] = self.sent(t).cpu()
         return found
 
@@ -108,13 +113,14 @@ def _tried(action: Callable[[], Result]) -> tuple[Result | None, Exception | Non
 def _portable(error: Exception) -> Exception:
     """The error, or its words where it cannot be pickled."""
     try:
-        return pickle.loads(pickle.dumps(error))
+        copy: Exception = pickle.loads(pickle.dumps(error))
+        return copy
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _of_process(rank: int, error: Exception) -> Exception:
-    """The same with a word on where, for the others may have no such trouble."""
+    """The error, with the number of the process that it comes from: the others may have no such trouble."""
     words = f"process {rank}: {error}"
     try:
         return type(error)(words)

@@ -3,6 +3,7 @@
 import warnings
 import zipfile
 import zlib
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from fastadv._extras import require
-from fastadv.data.source import DataSource, Part, digests, judging
+from fastadv.data.source import DataSource, DigestedPart, Part, digests, judging
 
 _HAIR = 1e-6  # by which rounding puts a float beyond [0, 1]
 _REQUIRED = ("x_train", "y_train", "x_test", "y_test")
@@ -23,16 +24,21 @@ def digits(codes: bool) -> DataSource:
     rounded = np.rint(255 * images).astype(np.uint8)
     source = _source({"x_train": rounded if codes else images, "y_train": labels})
     contents = digests(torch.from_numpy(rounded))
-    return replace(source, parts={"train": replace(source.parts["train"], digests=contents)})
+    train = source.parts["train"]
+    return replace(source, parts={"train": DigestedPart(train.images, train.labels, contents)})
 
 
 def npz(path: Path, judge: str | None = None) -> DataSource:
-    """x_train, y_train, x_test, y_test, and x_val and y_val if the file has them; the classes are the labels there are.
+    """The set in an .npz file: x_train, y_train, x_test, y_test, and x_val and y_val if the file has them.
 
-    Floats that rounding put beyond [0, 1] by a hair are clamped.
+    Its classes are the labels that occur. Floats that rounding put beyond [0, 1], by 1e-6 at most, are clamped.
 
     Args:
+        path: of the file.
         judge: None: for training; "test" or "all": to judge a model, see `judging`, which needs one part alone.
+
+    Raises:
+        ValueError: it is no such file, an array is missing, or images or labels are not as `fastadv.data.load` says.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -40,7 +46,7 @@ def npz(path: Path, judge: str | None = None) -> DataSource:
             others = sorted(set(archive).difference(_keys(archive, "all")))
     except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
-    needed = _REQUIRED if judge is None else ()
+    needed: tuple[str, ...] = _REQUIRED if judge is None else ()
     needed += tuple(f"{letter}{key[1:]}" for key in arrays for letter in "xy")
     for key in needed or _REQUIRED:
         if key not in arrays:
@@ -61,7 +67,7 @@ def npz(path: Path, judge: str | None = None) -> DataSource:
     return _source(arrays)
 
 
-def _keys(archive, judge: str | None) -> list[str]:
+def _keys(archive: Collection[str], judge: str | None) -> list[str]:
     parts = [key[2:] for key in (*_REQUIRED[::2], "x_val") if key in archive or "y" + key[1:] in archive]
     return [f"{letter}_{part}" for part in judging(parts, judge) for letter in "xy"]
 
@@ -85,9 +91,10 @@ def _check_images(name: str, images: np.ndarray) -> None:
 
 
 def _is_channels_last(first: int, second: int, last: int) -> bool:
-    """Whether images of three sizes are (H, W, C): few channels, or square in the first two and with fewer of the last.
+    """Whether an image of the shape (first, second, last) is (H, W, C) rather than (C, H, W).
 
-    What 1 or 3 comes first in is (C, H, W).
+    It is (C, H, W) where the first size is 1 or 3. Else the last size must be below the first, and either be 1, 3 or 4
+    and below the second too, as in (28, 28, 1), or the first two be equal, as in (64, 64, 13).
     """
     return first not in (1, 3) and last < first and ((last in (1, 3, 4) and last < second) or first == second)
 

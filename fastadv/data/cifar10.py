@@ -5,7 +5,9 @@ import os
 import pickle
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,13 +69,13 @@ def _from_archive(path: Path, ending: str) -> dict[str, bytes]:
     names = {name + ending for part in _BATCHES.values() for name in part}
     try:
         with tarfile.open(path) as archive:
-            members = ((Path(member.name).name, member) for member in archive if member.isfile())
-            return {name: archive.extractfile(member).read() for name, member in members if name in names}
+            files = ((Path(member.name).name, archive.extractfile(member)) for member in archive if member.isfile())
+            return {name: file.read() for name, file in files if file is not None and name in names}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): get it again") from error
 
 
-def _source(batches: dict[str, bytes], decode) -> DataSource:
+def _source(batches: dict[str, bytes], decode: Callable[[str, bytes], tuple[np.ndarray, np.ndarray]]) -> DataSource:
     found = {name.removesuffix(".bin"): content for name, content in batches.items()}
     missing = [name for part in _BATCHES.values() for name in part if name not in found]
     if missing:
@@ -114,7 +116,7 @@ def _checked(name: str, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles NumPy's arrays, and refuses whatever else a pickle may call."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):

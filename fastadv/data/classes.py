@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fastadv.data.source import Part
+from fastadv.data.source import AnyPart
 
 # A name in quotes, or what there is up to the next comma; an empty one follows the last.
 _CLASS = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,|$)|([^,]*))(?:,|$)'
@@ -16,14 +16,15 @@ _CLASS = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,|$)|([^,]*))(?:,|$)'
 def class_list(text: str) -> list[int | str]:
     """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list.
 
-    What is not written as a label is, such as 01 or 9-5, makes all of them names. A name in double quotes is taken as
-    it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice.
+    One that is not written as a label is, such as 01 or 9-5, makes all of them names. A name in double quotes is taken
+    as it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice.
     """
     parts = [(quoted.replace('""', '"'), plain.strip()) for quoted, plain in re.findall(_CLASS, text)][:-1]
     ends = [None if quoted else _label_range(plain) for quoted, plain in parts]
-    if None in ends:
+    ranges = [each for each in ends if each is not None]
+    if len(ranges) < len(ends):
         return [quoted or plain for quoted, plain in parts]
-    return [label for first, last in ends for label in range(first, last + 1)]
+    return [label for first, last in ranges for label in range(first, last + 1)]
 
 
 def _label_range(text: str) -> tuple[int, int] | None:
@@ -44,15 +45,20 @@ def distinct(names: Iterable[str]) -> tuple[str, ...]:
 def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
     """The labels of the classes asked for, by their names or labels. Numbers are names where all of them are.
 
-    Texts that are no names are parts of names that have commas, such as "salt, rock", where a list was cut at those.
+    Texts that are no names may be pieces of a name with commas, such as "salt, rock", which a list was cut at.
+
+    Args:
+        classes: that are asked for.
+        names: of the set's classes; the label of a class is its place.
 
     Raises:
         ValueError: a class is not there, is asked for twice, may be meant in two ways, or there is none.
     """
     if all(str(chosen) in names for chosen in classes):  # folders may be called 1, 2, 3
         classes = [str(chosen) for chosen in classes]
-    elif all(isinstance(chosen, str) for chosen in classes):
-        classes = _joined(classes, names)
+    else:
+        texts = [chosen for chosen in classes if isinstance(chosen, str)]
+        classes = _with_commas(texts, names) if len(texts) == len(classes) else classes
     for chosen in classes:
         if isinstance(chosen, str) and chosen not in names:
             hint = ' (names with commas in double quotes: "salt, rock",pepper)' if "," in "".join(names) else ""
@@ -75,8 +81,8 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
     return labels
 
 
-def _joined(classes: Sequence[str], names: tuple[str, ...]) -> list[str]:
-    """Neighbours that make a name together as that name, the longest first."""
+def _with_commas(classes: Sequence[str], names: tuple[str, ...]) -> list[str]:
+    """The classes, neighbours that are pieces of one name as that name: "salt", "rock" as "salt, rock"."""
     pieces = {tuple(piece.strip() for piece in name.split(",")): name for name in names}
     found, rest = [], list(classes)
     while rest:
@@ -86,7 +92,7 @@ def _joined(classes: Sequence[str], names: tuple[str, ...]) -> list[str]:
     return found
 
 
-def selected(part: Part, labels: Sequence[int]) -> Part:
+def selected(part: AnyPart, labels: Sequence[int]) -> AnyPart:
     """The images of these labels, which become 0, 1, ... in their order."""
     new = torch.full((1 + max([*labels, *part.labels.unique().tolist()], default=0),), -1)
     new[list(labels)] = torch.arange(len(labels))

@@ -10,13 +10,22 @@ from fastadv.data.splits import Split
 
 @dataclass(frozen=True)
 class Data:
-    """Images (N, C, H, W), float32 in [0, 1] or uint8; labels int64 (N,); a name for each class.
+    """A training, a validation and a test part, and the names of their classes.
 
     Of a set that several processes load together each holds a `Share` of the images, and all that is not images.
 
-    The validation part may have no images. `notes` are for whoever reads the results: what the set did not say
-    itself, such as that its test part was split off here. `split` says how the parts that it lacks were made, and
-    `digests` holds for each of "train", "val" and "test" eight bytes of each picture's content, int64 (N,).
+    Attributes:
+        x_train: images (N, C, H, W), float32 in [0, 1] or uint8.
+        y_train: labels int64 (N,).
+        x_val: images of the validation part, which may have none.
+        y_val: its labels.
+        x_test: images of the test part.
+        y_test: its labels.
+        classes: a name for each label.
+        notes: sentences for whoever reads the results, on what the set did not say itself, such as that its test part
+            was split off here.
+        split: how the parts that the set lacks were made.
+        digests: for each of "train", "val" and "test" eight bytes of each picture's content, int64 (N,).
     """
 
     x_train: torch.Tensor | Share

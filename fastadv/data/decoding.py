@@ -18,8 +18,9 @@ logger = logging.getLogger("fastadv")
 
 
 def cores() -> int:
-    """How many this process may use: those of its affinity and its container, shared by a run's processes here."""
-    return max(1, require("joblib").cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """How many cores this process may use: those of its affinity and its container, divided among a run's processes."""
+    here: int = require("joblib").cpu_count()
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def decode(
@@ -30,6 +31,9 @@ def decode(
     On a terminal there is a progress bar, elsewhere a line in the log.
 
     Args:
+        pictures: to be decoded, N of them.
+        preprocessing: of the model that takes them; None: they have one size, and keep it.
+        skip_corrupt: leave out pictures that cannot be read, with a warning.
         workers: threads that decode; None means `cores()`.
 
     Raises:
@@ -40,7 +44,7 @@ def decode(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     extensions()  # the formats, before threads register them at the same time
-    settings = preprocessing or _of_first(pictures)
+    settings = preprocessing or _settings_of_first(pictures)
     _check_memory(len(pictures), settings.shape)
     images = torch.empty((len(pictures), *settings.shape), dtype=torch.uint8)
     pixels = images.numpy()
@@ -76,7 +80,7 @@ def _unchanged(picture: Picture, settings: Preprocessing) -> np.ndarray:
     return settings.apply(found)
 
 
-def _of_first(pictures: list[Picture]) -> Preprocessing:
+def _settings_of_first(pictures: list[Picture]) -> Preprocessing:
     """Settings that leave a picture of the first one's size as it is."""
     for picture in pictures:
         try:

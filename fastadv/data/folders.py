@@ -26,6 +26,7 @@ def folders(root: Path, judge: str | None = None) -> DataSource:
     a warning, and so are parts besides the training part that have pictures and no classes.
 
     Args:
+        root: the folder.
         judge: None: for training; "test" or "all": to judge a model, see `judging`, which needs no training part.
 
     Raises:
@@ -60,7 +61,7 @@ def folders(root: Path, judge: str | None = None) -> DataSource:
 
 
 def _instead(place: Path) -> str:
-    """What there is, and what can be done where that is a set in another layout."""
+    """Words for an error: which files there are, and what to do where they are a set in another layout."""
     kinds = sorted({path.suffix.lower() for path in files_below(place) if path.suffix})
     if not kinds:
         return ""
@@ -160,7 +161,7 @@ def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]
 
 
 def _has_pictures(folder: Path, endings: frozenset[str]) -> bool:
-    """Of its own: those in its folders do not count."""
+    """Whether pictures lie in the folder itself: those in its folders do not count."""
     paths = (path for path in folder.iterdir() if counts(path.name))
     return any(path.suffix.lower() in endings and not os.path.isdir(path) for path in paths)
 
@@ -168,7 +169,8 @@ def _has_pictures(folder: Path, endings: frozenset[str]) -> bool:
 def _classes(place: Path, endings: frozenset[str]) -> tuple[dict[str, list[Path]], list[Path]]:
     """The pictures of each class, both sorted, and the other files."""
     inside = folders_in(place)
-    found, others = {}, [path for path in visible(place) if path not in inside]
+    found: dict[str, list[Path]] = {}
+    others = [path for path in visible(place) if path not in inside]
     for folder in inside:
         files = files_below(folder)
         pictures = found.setdefault(key(folder)[-1], [])  # which may be the name of two folders

@@ -10,7 +10,8 @@ from fastadv.data.classes import labels_of, selected
 from fastadv.data.decoding import decode
 from fastadv.data.loading import as_pictures, find
 from fastadv.data.parquet import Columns
-from fastadv.data.source import DataSource, Part, concatenated, judging
+from fastadv.data.share import Samples
+from fastadv.data.source import DataSource, DigestedPart, Part, concatenated, judging
 from fastadv.data.splits import Split, split_off, warn_of_repetitions
 from fastadv.data.trained import MOST_OVERLAP, TrainedOn, known
 from fastadv.preprocessing import Preprocessing
@@ -20,20 +21,29 @@ PARTS = ("test", "all")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images with a model's labels and their digests, nothing decoded yet, and notes on which they are."""
+    """Images that are to judge a model, nothing decoded yet.
 
-    part: Part
+    Attributes:
+        part: the images, with the model's labels.
+        notes: sentences on which images they are, for whoever reads the results.
+    """
+
+    part: DigestedPart
     notes: tuple[str, ...]
 
-    def decoded(
-        self, preprocessing: Preprocessing | None, skip_corrupt: bool, workers: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (N, C, H, W), float32 in [0, 1] or uint8, and labels int64 (N,).
+    def decoded(self, preprocessing: Preprocessing | None, skip_corrupt: bool, workers: int | None = None) -> Samples:
+        """The images and labels, decoded.
 
-        Args: as of `load`.
+        Args:
+            preprocessing: of the model, as of `load`.
+            skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
+            workers: threads that decode pictures; None means one for each core that this process may use.
+
+        Returns:
+            Images (N, C, H, W), float32 in [0, 1] or uint8, and labels int64 (N,).
 
         Raises:
-            ValueError: as `load`, where pictures cannot be read, differ in size, or do not fit in memory.
+            ValueError: pictures cannot be read, differ in size, or do not fit in memory.
         """
         part = as_pictures(self.part, preprocessing)
         if isinstance(part.images, torch.Tensor):
@@ -67,9 +77,10 @@ def held_out(
             on more than MOST_OVERLAP of it, and else all.
         split: None: the last training's; else "test" is meant.
         classes: of the set, as of `load`.
-        limit: so many images, a sample that is always the same.
+        limit: number of images, a sample that is always the same; None: all.
         codes: whether "digits" are uint8.
-        folder, columns: as of `load`.
+        folder: where "cifar10" is, as of `load`.
+        columns: of parquet files: names of the columns of images and labels.
 
     Raises:
         FileNotFoundError: no such data set, file or folder.
@@ -81,8 +92,9 @@ def held_out(
     source = find(name_or_path, folder, columns or Columns(), codes=codes, judge=judge)
     source = replace(source, parts={name: source.parts[name] for name in judging(source.parts, judge)})
     wanted = list(range(len(source.classes))) if classes is None else labels_of(classes, source.classes)
+    notes: tuple[str, ...] = ()
     if part == "all" or "test" in source.parts:
-        whole, notes = concatenated(list(source.parts.values())), ()
+        whole = concatenated(list(source.parts.values()))
     else:
         whole, notes = _without_test_part(source, wanted, trained_on, part, split)
     chosen = _named(selected(whole, wanted), [source.classes[label] for label in wanted], model_classes)

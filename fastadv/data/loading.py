@@ -1,8 +1,8 @@
 """A data set by its name or path."""
 
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from fastadv.data.decoding import decode
 from fastadv.data.folders import folders
 from fastadv.data.pictures import Picture
 from fastadv.data.share import Share, dealt
-from fastadv.data.source import DataSource, Part, concatenated, digest
+from fastadv.data.source import AnyPart, DataSource, DigestedPart, Part, digest
 from fastadv.data.splits import TEST_SHARE, Split, with_splits
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
@@ -65,7 +65,8 @@ def load(
         test: share in (0, 1).
         folder: where "cifar10" is, itself or as the subfolder cifar10; None means the environment variable
             FASTADV_DATA, else ./data.
-        image_column, label_column: of parquet files; None: the first of those that are usual.
+        image_column: of parquet files, the column of pictures; None: the first of those that are usual.
+        label_column: of parquet files, the column of labels; None: the first of those that are usual.
         skip_corrupt: leave out pictures that cannot be read, with a warning, instead of raising.
         workers: threads that decode pictures; None means one for each core that this process may use.
         seed: of the splits.
@@ -84,16 +85,20 @@ def load(
         lambda: _chosen(find(name_or_path, folder, columns, codes=preprocessing is not None), classes, split)
     )
     _check_agreed(team, names, parts)
-    parts = _decoded(parts, preprocessing, skip_corrupt, workers, names, given, team)
-    tensors = {f"x_{name}": part.images for name, part in parts.items()}
-    tensors |= {f"y_{name}": part.labels for name, part in parts.items()}
-    digests = {name: part.digests for name, part in parts.items()}
-    return Data(**tensors, classes=names, notes=notes, split=split, digests=digests)
+    decoded = _decoded(parts, preprocessing, skip_corrupt, workers, names, given, team)
+    train, val, test_part = (decoded[name] for name in ("train", "val", "test"))
+    return Data(
+        *(train.images, train.labels, val.images, val.labels, test_part.images, test_part.labels),
+        classes=names,
+        notes=notes,
+        split=split,
+        digests={name: part.digests for name, part in decoded.items()},
+    )
 
 
 def _chosen(
     source: DataSource, classes: Sequence[int | str] | None, split: Split
-) -> tuple[Collection[str], tuple[str, ...], dict[str, Part], tuple[str, ...]]:
+) -> tuple[Collection[str], tuple[str, ...], dict[str, DigestedPart], tuple[str, ...]]:
     """(the parts that the set brings, the names of the classes, the parts of these, notes), nothing decoded yet."""
     names = source.classes
     chosen = list(range(len(names))) if classes is None else labels_of(classes, names)
@@ -105,11 +110,11 @@ def _chosen(
     return tuple(source.parts), names, parts, notes
 
 
-def _check_agreed(team: Team, names: tuple[str, ...], parts: dict[str, Part]) -> None:
+def _check_agreed(team: Team, names: tuple[str, ...], parts: Mapping[str, DigestedPart]) -> None:
     """Refuse processes with different pictures: what one of them trains on would be another's test."""
-    mine = {"classes": names}
+    mine: dict[str, object] = {"classes": names}
     for name, part in parts.items():
-        mine[f"{name} pictures"] = (len(part.labels), digest(torch.stack((part.labels, part.digests)).numpy()))
+        mine[f"{name} pictures"] = (len(part.labels), digest(torch.stack((part.labels, part.digests)).numpy().data))
     for rank, there in enumerate(everyone := team.gathered(mine)):
         other = [what for what in mine if there[what] != everyone[0][what]]
         if other:
@@ -154,33 +159,47 @@ def find(
     return npz(path, judge)
 
 
-def _check_present(parts: dict[str, Part], names: Sequence[str]) -> None:
+def _check_present(parts: Mapping[str, Part], names: Sequence[str]) -> None:
     for label, name in enumerate(names):
         if not all((parts[part].labels == label).any() for part in ("train", "test")):
             raise ValueError(f"class {name} has no training or no test images")
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """A part whose images are a tensor, or this process's share of one."""
+
+    images: torch.Tensor | Share
+    labels: torch.Tensor
+    digests: torch.Tensor
+
+
 def _decoded(
-    parts: dict[str, Part],
+    parts: dict[str, DigestedPart],
     preprocessing: Preprocessing | None,
     skip_corrupt: bool,
     workers: int | None,
     names: tuple[str, ...],
     given: Collection[str],
     team: Team,
-) -> dict[str, Part]:
-    """The parts with their images as tensors, or this process's share of them; those `given` must have every class
-    still."""
+) -> dict[str, _Decoded]:
+    """The parts with their images as tensors, or this process's share of them.
+
+    Raises:
+        ValueError: a part of `given`, which the set brings, has no readable picture left of one of its classes.
+    """
     parts = {name: as_pictures(part, preprocessing) for name, part in parts.items()}
-    if isinstance(parts["train"].images, torch.Tensor):
-        return {name: replace(part, images=_divided(part.images.contiguous(), team)) for name, part in parts.items()}
-    whole = concatenated(list(parts.values()))
-    if len(whole.images) < team.size:
+    tensors = {name: part.images for name, part in parts.items() if isinstance(part.images, torch.Tensor)}
+    if tensors:
+        images_of = {name: _divided(images.contiguous(), team) for name, images in tensors.items()}
+        return {name: _Decoded(images_of[name], part.labels, part.digests) for name, part in parts.items()}
+    pictures = [picture for part in parts.values() for picture in part.images]
+    if len(pictures) < team.size:
         team = Team()
-    owners = dealt(len(whole.images), team)
+    owners = dealt(len(pictures), team)
     rows = (owners == team.rank).nonzero()[:, 0]
     images, readable = team.by_all(
-        lambda: decode([whole.images[i] for i in rows.tolist()], preprocessing, skip_corrupt, workers)
+        lambda: decode([pictures[i] for i in rows.tolist()], preprocessing, skip_corrupt, workers)
     )
     shapes = team.gathered(tuple(images.shape[1:]))
     if len(set(shapes)) > 1:
@@ -194,10 +213,10 @@ def _decoded(
     decoded = {}
     for (name, part), mask, owner in zip(parts.items(), kept.split(sizes), owners.split(sizes), strict=True):
         piece, images = images.tensor_split([int((mask & (owner == team.rank)).sum())])
-        piece = piece if team.alone else Share(piece, owner[mask], team)
-        decoded[name] = Part(piece, part.labels[mask], part.digests[mask])
-    for name, part in decoded.items():
-        for label in set(parts[name].labels.tolist()) - set(part.labels.tolist()):
+        share = piece if team.alone else Share(piece, owner[mask], team)
+        decoded[name] = _Decoded(share, part.labels[mask], part.digests[mask])
+    for name, part in parts.items():
+        for label in set(part.labels.tolist()) - set(decoded[name].labels.tolist()):
             lost = f"none of the {name} pictures of the class {names[label]!r} can be read"
             if name in given:
                 raise ValueError(f"{lost}: add some")
@@ -209,8 +228,8 @@ def _divided(images: torch.Tensor, team: Team) -> torch.Tensor | Share:
     return images if team.alone else Share.of(images, team)
 
 
-def as_pictures(part: Part, preprocessing: Preprocessing | None) -> Part:
-    """A tensor's images as pictures where they are not what the model takes."""
+def as_pictures(part: AnyPart, preprocessing: Preprocessing | None) -> AnyPart:
+    """The part; the images of a tensor become pictures, which are then resized, where the model takes another shape."""
     images = part.images
     if not isinstance(images, torch.Tensor) or preprocessing is None or images.shape[1:] == preprocessing.shape:
         return part

@@ -3,8 +3,10 @@
 import json
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +14,12 @@ from fastadv._extras import require
 from fastadv.data.classes import distinct
 from fastadv.data.pictures import Picture
 from fastadv.data.source import DataSource, Part, concatenated, judging
+
+if TYPE_CHECKING:
+    from pyarrow import DataType, Schema
+    from pyarrow.parquet import ParquetFile
+
+Label = int | str | None  # of a row; None: it is missing
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
@@ -38,6 +46,10 @@ def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
 
     They are called train*.parquet, or lie in a folder train; those of the other parts likewise.
 
+    Args:
+        folder: where to look.
+        training: whether there must be a training part.
+
     Raises:
         ValueError: shards are missing, or there are parquet files, and none of them is train*.parquet (where it is not
             for `training`, none is of any part).
@@ -46,8 +58,8 @@ def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
         found = {part: sorted(place.glob(f"{part}*.parquet")) for part in _PARTS}
         if not any(found.values()):
             found = {
-                part: sorted(path for name in names for path in place.glob(f"{name}/*.parquet"))
-                for part, names in _PARTS.items()
+                part: sorted(path for called in folders for path in place.glob(f"{called}/*.parquet"))
+                for part, folders in _PARTS.items()
             }
         if found["train"] or (not training and any(found.values())):
             for paths in found.values():
@@ -56,10 +68,10 @@ def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
             if others:
                 warnings.warn(f"left out, of no part: {len(others)} files, such as {min(others)}", stacklevel=4)
             return {part: paths for part, paths in found.items() if paths}
-        others = sorted(path.name for path in place.glob("*.parquet"))
-        if others:
+        names = sorted(path.name for path in place.glob("*.parquet"))
+        if names:
             wanted = "train*.parquet" if training else "train*.parquet, test*.parquet or val*.parquet"
-            raise ValueError(f"{place} has parquet files ({', '.join(others[:5])}), but no {wanted}")
+            raise ValueError(f"{place} has parquet files ({', '.join(names[:5])}), but no {wanted}")
     return {}
 
 
@@ -75,6 +87,8 @@ def read(
     or it has no column of labels.
 
     Args:
+        files: of each part, as `find` returns them.
+        columns: names of the columns of images and labels.
         names: of the classes, where the metadata have none.
         judge: None: for training; "test" or "all": to judge a model, see `judging`.
 
@@ -89,46 +103,50 @@ def read(
         warnings.warn(f"{what}: it is left out", stacklevel=4)
         return read({other: paths for other, paths in files.items() if other != part}, columns, names, judge)
     first = next(iter(labels))
-    namers = labels.values() if judge else [labels[first]]  # of training, the training part's alone
-    _check_labels({path: found for part in labels for path, found in zip(files[part], labels[part], strict=True)})
-    texts = {label for found in namers for some in found for label in some if isinstance(label, str)}
-    numbers = {label for found in labels.values() for some in found for label in some if not isinstance(label, str)}
+    checked = _checked_labels(
+        {path: found for part in labels for path, found in zip(files[part], labels[part], strict=True)}
+    )
+    naming = list(checked) if judge else files[first]  # of training, the training part's files alone
+    texts = {label for path in naming for label in checked[path] if isinstance(label, str)}
+    numbers = {label for found in checked.values() for label in found if not isinstance(label, str)}
     named = tuple(sorted(texts)) or _class_names(files[first][0], columns) or names
     if named and numbers and max(numbers) >= len(named):
         raise ValueError(f"{files[first][0]} names {len(named)} classes, and there is a label {max(numbers)}")
-    label_of = {name: i for i, name in enumerate(named)} if texts else {}
+    label_of: dict[int | str, int] = {name: i for i, name in enumerate(named)} if texts else {}
     label_of |= {number: number if named else i for i, number in enumerate(sorted(numbers))}
     parts = {
         part: concatenated(
-            [
-                Part(_pictures(path, columns), _numbers(some, label_of, path))
-                for path, some in zip(files[part], found, strict=True)
-            ]
+            [Part(_pictures(path, columns), _numbers(checked[path], label_of, path)) for path in files[part]]
         )
-        for part, found in labels.items()
+        for part in labels
     }
     return DataSource(parts, named or tuple(map(str, sorted(numbers))))
 
 
-def _is_unlabelled(labels: list | None) -> bool:
+def _is_unlabelled(labels: list[Label] | None) -> bool:
     return labels is None or all(label in (-1, None) for label in labels)
 
 
-def _check_labels(labels: dict[Path, list | None]) -> None:
+def _checked_labels(labels: Mapping[Path, list[Label] | None]) -> dict[Path, list[int | str]]:
+    """The labels of each file, none of which is missing or negative."""
+    checked = {}
     for path, found in labels.items():
         if found is None:
             raise ValueError(f"{path} has no column of labels, which other files of its part have")
-        if None in found:
-            raise ValueError(f"{path}: {found.count(None)} of {len(found)} labels are missing: leave out those rows")
-        least = min((label for label in found if not isinstance(label, str)), default=0)
+        checked[path] = [label for label in found if label is not None]
+        missing = len(found) - len(checked[path])
+        if missing:
+            raise ValueError(f"{path}: {missing} of {len(found)} labels are missing: leave out those rows")
+        least = min((label for label in checked[path] if not isinstance(label, str)), default=0)
         if least < 0:
             raise ValueError(f"{path} has the label {least}, of images without a label: leave out those rows")
-    if len({type(label) for found in labels.values() for label in found}) > 1:
+    if len({type(label) for present in checked.values() for label in present}) > 1:
         folder = next(iter(labels)).parent
         raise ValueError(f"the labels in {folder} are integers in some files and strings in others")
+    return checked
 
 
-def _numbers(labels: list, label_of: dict, path: Path) -> torch.Tensor:
+def _numbers(labels: Sequence[int | str], label_of: Mapping[int | str, int], path: Path) -> torch.Tensor:
     """Labels int64 (N,) of texts or numbers."""
     unknown = next((label for label in labels if label not in label_of), None)
     if unknown is not None:
@@ -144,7 +162,7 @@ def _check_shards(paths: list[Path]) -> None:
         raise ValueError(f"{paths[0].parent} has {len(paths)} files like {paths[0].name}: some are missing or too many")
 
 
-def _open(path: Path):
+def _open(path: Path) -> "ParquetFile":
     try:
         return require("pyarrow.parquet").ParquetFile(path)
     except require("pyarrow").ArrowException as error:
@@ -161,7 +179,7 @@ def _class_names(path: Path, columns: Columns) -> tuple[str, ...]:
         return ()
 
 
-def _label_column(schema, path: Path, columns: Columns) -> str | None:
+def _label_column(schema: "Schema", path: Path, columns: Columns) -> str | None:
     """The column of labels; None: there is none of a usual name."""
     if columns.label is None:
         column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
@@ -172,7 +190,7 @@ def _label_column(schema, path: Path, columns: Columns) -> str | None:
     return column
 
 
-def _image_column(schema, path: Path, columns: Columns) -> str:
+def _image_column(schema: "Schema", path: Path, columns: Columns) -> str:
     if columns.image is None:
         column = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     else:
@@ -187,24 +205,24 @@ def _image_column(schema, path: Path, columns: Columns) -> str:
     raise ValueError(f"{path} needs {_NEEDED}; its columns are {_described(schema)}")
 
 
-def _given(column: str, schema, path: Path) -> str:
+def _given(column: str, schema: "Schema", path: Path) -> str:
     if column not in schema.names:
         raise ValueError(f"{path} has no column {column!r}; its columns are {_described(schema)}")
     return column
 
 
-def _described(schema) -> str:
+def _described(schema: "Schema") -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
-def _is_label(kind) -> bool:
+def _is_label(kind: "DataType") -> bool:
     types = require("pyarrow").types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     known = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string, types.is_null)
     return any(is_known(kind) for is_known in known)
 
 
-def _labels(path: Path, columns: Columns) -> list[int | str | None] | None:
+def _labels(path: Path, columns: Columns) -> list[Label] | None:
     """The labels of a file; None: it has no column of them."""
     with _open(path) as file:
         _image_column(file.schema_arrow, path, columns)
@@ -218,15 +236,16 @@ def _pictures(path: Path, columns: Columns) -> list[Picture]:
     return [_picture(path, row, value) for row, value in enumerate(_column(path, image))]
 
 
-def _column(path: Path, name: str) -> list:
+def _column(path: Path, name: str) -> list[Any]:
     with _open(path) as file:
         try:
-            return file.read(columns=[name]).column(name).to_pylist()
+            values: list[Any] = file.read(columns=[name]).column(name).to_pylist()
+            return values
         except (require("pyarrow").ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}): get it again") from error
 
 
-def _picture(path: Path, row: int, value: bytes | dict | None) -> Picture:
+def _picture(path: Path, row: int, value: bytes | dict[str, Any] | None) -> Picture:
     """A row's picture: its bytes, or the file that it names, relative to the parquet file; else it is empty."""
     content = value.get("bytes") if isinstance(value, dict) else value
     named = value.get("path") if isinstance(value, dict) else None

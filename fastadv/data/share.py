@@ -13,8 +13,9 @@ CHUNK = 256  # images that go to one process at a time
 class Share:
     """Images (N, ...) of a set that the processes of a team hold together, each image in one of them.
 
-    What it gives depends on the set alone, not on who holds what, so that several processes do what one does. Those
-    that say so are collective.
+    Three processes hold six images in turn: process 0 the images 0 and 3, process 1 the images 1 and 4, process 2 the
+    images 2 and 5. What the methods return depends on the set alone, not on who holds what, so that several processes
+    do what one does. Every process of the team calls the methods that are called collective.
 
     Args:
         mine: the images of this process (n, ...), in their order.
@@ -37,7 +38,12 @@ class Share:
 
     @classmethod
     def of(cls, images: torch.Tensor, team: Team) -> "Share":
-        """A part of `images` (N, ...), which every process has; all of them where there are fewer than processes."""
+        """This process's share of a tensor that every process has; all of it if there are fewer images than processes.
+
+        Args:
+            images: (N, ...), the same in every process.
+            team: the processes.
+        """
         if team.alone or len(images) < team.size:
             return cls(images)
         owners = dealt(len(images), team)
@@ -63,28 +69,32 @@ class Share:
 
     @property
     def most(self) -> int:
-        """How many the process holds that holds the most."""
+        """The largest number of images that one process holds."""
         return int(self.owners.bincount().max())
 
     def here(self, rows: torch.Tensor) -> torch.Tensor:
-        """Those of the numbers `rows` (n,), on any device, whose images this process holds."""
+        """The numbers among `rows` (n,), on any device, of images that this process holds."""
         return rows if self.alone else rows[self.owners.to(rows.device)[rows] == self.team.rank]
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """The images of these numbers, of those that were brought last; all are held here where none were."""
+        """The images `rows` (n,), which must be among those that `bring` brought last, or this process's own."""
         return self.mine[rows.to(self.mine.device)] if self.alone else (self._brought or self._held).take(rows)
 
     def bring(self, wanted: Sequence[torch.Tensor], device: torch.device) -> None:
-        """Collective: have ready what `fetched` gives, for `take`."""
+        """Collective: have ready for `take` what `fetched` returns for these arguments."""
         if not self.alone:
             images = self.fetched(wanted, device)
             self._brought = _Held(wanted[self.team.rank], images, len(self.owners))
 
     def fetched(self, wanted: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Collective: the images that this process wants, whoever holds them, on `device`, one of the team's backend.
+        """Collective: the images that this process wants, whoever holds them.
 
         Args:
-            wanted: the numbers (n,) that each process of the team wants; the same in all of them.
+            wanted: for each process of the team the numbers (n,) that it wants; the same in all processes.
+            device: where they shall be, one that the team's backend takes.
+
+        Returns:
+            (n, ...), in the order of this process's numbers.
         """
         mine = wanted[self.team.rank]
         if self.alone:
@@ -120,8 +130,16 @@ class Share:
         return self.mine if self.alone else torch.cat(list(self.chunks(device)))
 
     def concatenated(self, values: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """Collective: one tensor (N, ...) of what each process has for its images, (n, ...); None where it has none."""
-        if self.alone:
+        """Collective: one tensor of what the processes computed for their images.
+
+        Args:
+            values: (n, ...), a row for each image of this process; None where it holds no image.
+            device: where the tensor shall be.
+
+        Returns:
+            (N, ...), a row for each image of the set.
+        """
+        if self.alone and values is not None:
             return values
         kinds = self.team.gathered(None if values is None else (values.shape[1:], values.dtype))
         shape, dtype = next(kind for kind in kinds if kind is not None)
@@ -131,7 +149,7 @@ class Share:
         return self.team.summed(whole)
 
     def merged(self, values: torch.Tensor) -> torch.Tensor:
-        """Collective: of tensors (N, ...) that each process knows for its own images, one that holds for all."""
+        """Collective: one tensor from tensors (N, ...) whose rows each process knows for its own images alone."""
         return self.concatenated(values[self.rows.to(values.device)], values.device)
 
 
@@ -139,7 +157,9 @@ class _Held:
     """Some images of a set, found by their numbers in it.
 
     Args:
-        rows: the numbers, int64 (n,). images: (n, ...). count: of the whole set.
+        rows: the numbers, int64 (n,).
+        images: (n, ...).
+        count: number of images of the whole set.
     """
 
     def __init__(self, rows: torch.Tensor, images: torch.Tensor, count: int):
@@ -159,4 +179,6 @@ def dealt(count: int, team: Team) -> torch.Tensor:
     return torch.arange(count) % team.size
 
 
-Batch = tuple[torch.Tensor | Share, torch.Tensor]  # images (N, ...), floats in [0, 1] or uint8, and labels int64 (N,)
+# Images (N, ...), floats in [0, 1] or uint8, and labels int64 (N,).
+Samples = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor | Share, torch.Tensor]  # the same, of which this process may hold a share of the images

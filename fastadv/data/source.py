@@ -1,51 +1,76 @@
 """A data set where it lies: its parts as they were found, nothing decoded yet."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from fastadv.data.pictures import CorruptPictureError, Picture
-from fastadv.data.share import Share
+
+Images = torch.Tensor | list[Picture]  # (N, C, H, W), or N pictures that are not decoded yet
+AnyPart = TypeVar("AnyPart", bound="Part")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images as a tensor (N, C, H, W), a `Share` of one or encoded pictures, and labels int64 (N,).
+    """Images and their labels.
 
-    `digests` are of what each picture contains, int64 (N,): equal pictures have equal ones, whatever their names.
+    Attributes:
+        images: a tensor (N, C, H, W), or encoded pictures.
+        labels: int64 (N,).
     """
 
-    images: torch.Tensor | list[Picture] | Share
+    images: Images
     labels: torch.Tensor
-    digests: torch.Tensor | None = None
 
-    def take(self, index: torch.Tensor) -> "Part":
-        whole = isinstance(self.images, torch.Tensor)
-        images = self.images[index] if whole else [self.images[i] for i in index.tolist()]
-        return Part(images, self.labels[index], None if self.digests is None else self.digests[index])
+    def take(self: AnyPart, index: torch.Tensor) -> AnyPart:
+        """The samples of the numbers `index`, int64 (n,)."""
+        whole = self.images
+        images = whole[index] if isinstance(whole, torch.Tensor) else [whole[i] for i in index.tolist()]
+        return replace(self, images=images, labels=self.labels[index])
 
-    def digested(self) -> "Part":
-        return self if self.digests is not None else replace(self, digests=digests(self.images))
+    def digested(self) -> "DigestedPart":
+        """The part with the digests of its images; they are read for it."""
+        return DigestedPart(self.images, self.labels, digests(self.images))
+
+
+@dataclass(frozen=True)
+class DigestedPart(Part):
+    """A part with `digests`, int64 (N,), of what each image contains: those of equal images are equal."""
+
+    digests: torch.Tensor
+
+    def take(self: "DigestedPart", index: torch.Tensor) -> "DigestedPart":
+        return replace(super().take(index), digests=self.digests[index])
+
+    def digested(self) -> "DigestedPart":
+        return self
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Parts by name: "train", "val" and "test" where the set has them; a name for each class."""
+    """A data set that is found and not decoded yet.
 
-    parts: dict[str, Part]
+    Attributes:
+        parts: by name: "train", and "val" and "test" where the set has them.
+        classes: a name for each class.
+    """
+
+    parts: Mapping[str, Part]
     classes: tuple[str, ...]
 
 
 def judging(parts: Collection[str], judge: str | None) -> list[str]:
-    """Which of the parts that are there are read.
+    """Which of a set's parts are read.
 
     Args:
+        parts: names of the parts that are there.
         judge: None: all, for training. "test": the test part, to judge a model by, and all where there is none. "all".
     """
     return ["test"] if judge == "test" and "test" in parts else list(parts)
@@ -56,31 +81,35 @@ def concatenated(parts: Sequence[Part]) -> Part:
     labels = torch.cat([part.labels for part in parts])
     if len(parts) == 1:
         return parts[0]
-    if isinstance(parts[0].images, torch.Tensor):
-        return Part(torch.cat([part.images for part in parts]), labels)
+    tensors = [part.images for part in parts if isinstance(part.images, torch.Tensor)]
+    if tensors:
+        return Part(torch.cat(tensors), labels)
     return Part([picture for part in parts for picture in part.images], labels)
 
 
-def digests(images: torch.Tensor | list[Picture]) -> torch.Tensor:
+def digests(images: Images) -> torch.Tensor:
     """Eight bytes for each picture's content, int64 (N,): of a file its bytes, of a tensor's images theirs.
 
     A picture without content, which no part will hold in the end, is known by its name.
     """
     if isinstance(images, torch.Tensor):
-        hashed = map(digest, images.contiguous().numpy())
-        return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
+        return _collected((digest(image.data) for image in images.contiguous().numpy()), len(images))
     with ThreadPoolExecutor() as pool:
-        hashed = pool.map(lambda picture: digest(_content(picture)), images)
-        return torch.from_numpy(np.fromiter(hashed, np.int64, len(images)))
+        return _collected(pool.map(lambda picture: digest(_content(picture)), images), len(images))
 
 
-def _content(picture: Picture) -> bytes | np.ndarray:
+def _collected(values: Iterable[int], count: int) -> torch.Tensor:
+    return torch.from_numpy(np.fromiter(values, np.int64, count))
+
+
+def _content(picture: Picture) -> bytes | memoryview:
     try:
-        return picture.stored()
+        content = picture.stored()
+        return content if isinstance(content, bytes) else content.data
     except CorruptPictureError:  # by the part, the class and the file, wherever the set lies: no two are equal
         return os.fsencode(os.path.join(*Path(picture.name).parts[-3:]))
 
 
-def digest(content: bytes | np.ndarray) -> int:
+def digest(content: bytes | memoryview) -> int:
     """Eight bytes of a content, as a number of 64 bits."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -2,14 +2,14 @@
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import torch
 
-from fastadv.data.source import DataSource, Part
+from fastadv.data.source import DataSource, DigestedPart, Part
 
 TEST_SHARE = 0.2
 _NAMES = ("test", "val", "train")  # in the order of a picture's place
@@ -33,7 +33,7 @@ class Split:
     test: float = TEST_SHARE
     validation: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.test < 1:
             raise ValueError(f"test must be a share in (0, 1), got {self.test}")
         if not 0 <= self.validation < 1:
@@ -46,8 +46,18 @@ class Split:
         return (np.frombuffer(b"".join(hashed), "<u8") >> np.uint64(11)) * 2.0**-53
 
 
-def with_splits(source: DataSource, split: Split, wanted: Sequence[int]) -> tuple[dict[str, Part], tuple[str, ...]]:
-    """The parts "train", "val" and "test", and notes on what was made here; only `wanted` classes need images.
+def with_splits(
+    source: DataSource, split: Split, wanted: Sequence[int]
+) -> tuple[dict[str, DigestedPart], tuple[str, ...]]:
+    """All parts of a set: those that it brings, and those that it lacks, which are split off its training part.
+
+    Args:
+        source: the set.
+        split: how the parts that it lacks are made.
+        wanted: labels of the classes that need images in every part; others may lack them.
+
+    Returns:
+        The parts "train", "val" and "test", and notes on those that were split off.
 
     Raises:
         ValueError: a wanted class has too few different images.
@@ -55,7 +65,7 @@ def with_splits(source: DataSource, split: Split, wanted: Sequence[int]) -> tupl
     given = parts = {name: part.digested() for name, part in source.parts.items()}
     _warn_of_empty_classes(given["train"], source.classes, wanted)
     warn_of_repetitions(given, source.classes, wanted)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(given) < len(_NAMES):
         test = 0.0 if "test" in given else split.test
         validation = 0.0 if "val" in given else split.validation * (1 - test)
@@ -67,8 +77,16 @@ def with_splits(source: DataSource, split: Split, wanted: Sequence[int]) -> tupl
     return {name: parts[name] for name in ("train", "val", "test")}, notes
 
 
-def split_off(whole: Part, split: Split, names: Sequence[str], wanted: Sequence[int]) -> tuple[Part, tuple[str, ...]]:
+def split_off(
+    whole: DigestedPart, split: Split, names: Sequence[str], wanted: Sequence[int]
+) -> tuple[DigestedPart, tuple[str, ...]]:
     """The test part that `with_splits` makes of a training part, and notes on it.
+
+    Args:
+        whole: the training part.
+        split: how the test part is made.
+        names: of the classes.
+        wanted: labels of the classes that need images in both parts.
 
     Raises:
         ValueError: a wanted class has too few different images.
@@ -90,12 +108,12 @@ def _notes(split: Split, test: float, moved: Sequence[str]) -> tuple[str, ...]:
 
 
 def _owners(
-    whole: Part, split: Split, test: float, validation: float, names: Sequence[str], wanted: Sequence[int]
+    whole: DigestedPart, split: Split, test: float, validation: float, names: Sequence[str], wanted: Sequence[int]
 ) -> tuple[torch.Tensor, list[str]]:
-    """The index in _NAMES of each picture's part, (N,), and the classes for which the shares alone did not do.
+    """Which part gets each picture of `whole`; `test` and `validation` are shares of all, 0 where no part is made.
 
-    Args:
-        test, validation: shares of all pictures; 0: no such part is made.
+    Returns:
+        The index in _NAMES of each picture's part, (N,), and the names of classes that a part lacked until `_fill`.
     """
     contents, which = np.unique(whole.digests.numpy(), return_inverse=True)
     places, labels = split.places(contents), whole.labels.numpy()
@@ -124,11 +142,19 @@ def _owners(
 
 
 def _fill(owner: np.ndarray, places: np.ndarray, classes: dict[int, np.ndarray], part: int) -> set[int]:
-    """Give this part a content of each class that has none there, and leave the parts after it one; says which classes.
+    """Give a part a picture of each class that has none there, and leave one to the parts after it.
+
+    A class with the places 0.3, 0.5 and 0.9 has no test picture where the test part is what lies below 0.2: it gets
+    the nearest, 0.3.
 
     Args:
         owner: index in _NAMES for each content; it is changed.
-        places: of each content. classes: contents of each class. part: 0 (test) or 1 (validation).
+        places: u of each content, see `Split`.
+        classes: the contents of each class.
+        part: index of the part, 0 (test) or 1 (validation).
+
+    Returns:
+        The labels of the classes that got one.
     """
     changed = set()
     for label, mine in classes.items():
@@ -155,7 +181,7 @@ def _warn_of_empty_classes(train: Part, names: Sequence[str], wanted: Sequence[i
         )
 
 
-def warn_of_repetitions(parts: dict[str, Part], names: Sequence[str], wanted: Sequence[int]) -> None:
+def warn_of_repetitions(parts: Mapping[str, DigestedPart], names: Sequence[str], wanted: Sequence[int]) -> None:
     """Equal pictures under two labels, or in two parts that the set itself brings."""
     kept = {name: np.isin(part.labels, wanted) for name, part in parts.items()}
     found = {name: part.digests.numpy()[kept[name]] for name, part in parts.items()}

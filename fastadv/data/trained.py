@@ -4,6 +4,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ LEAST, MOST = 1 << 13, 1_000_000  # bits, so that a few pictures are told apart 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """How a model's data set was split, and a Bloom filter of the contents of its training pictures.
+    """How a model's data set was split, and a Bloom filter (Bloom 1970) of the contents of its training pictures.
 
     Attributes:
-        split: which pictures of the same set are for the test.
-        pictures: how many different ones it was trained on.
+        split: how the set was split, which says what pictures of it are for the test.
+        pictures: how many different pictures it was trained on.
         filter: the bits, packed; None where there were more than MOST pictures.
     """
 
@@ -35,6 +36,13 @@ class TrainedOn:
 
     @classmethod
     def of(cls, dataset: Data) -> "TrainedOn":
+        """The record of a training on `dataset`, from its split and the digests of its training pictures.
+
+        Raises:
+            ValueError: `fastadv.data.load` did not make the data set, which then has neither.
+        """
+        if dataset.split is None:
+            raise ValueError("the data set does not say how it was split: make it by fastadv.data.load")
         contents = np.unique(dataset.digests["train"].numpy())
         if len(contents) > MOST:
             return cls(dataset.split, len(contents), None)
@@ -44,7 +52,13 @@ class TrainedOn:
         return cls(dataset.split, len(contents), np.packbits(bits).tobytes())
 
     def knows(self, digests: torch.Tensor) -> torch.Tensor:
-        """Which of these contents were trained on, bool (N,); rarely one is taken for another.
+        """Which contents were trained on; about one new content in 10,000 is taken for a known one.
+
+        Args:
+            digests: of the contents, int64 (N,).
+
+        Returns:
+            bool (N,).
 
         Raises:
             ValueError: there is no filter.
@@ -54,13 +68,14 @@ class TrainedOn:
         bits = np.unpackbits(np.frombuffer(self.filter, np.uint8), count=max(LEAST, BITS * self.pictures))
         return torch.from_numpy(np.logical_and.reduce([bits[places] for places in _places(digests.numpy(), len(bits))]))
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The record as a dict that JSON can hold."""
         filter = None if self.filter is None else base64.b64encode(self.filter).decode()
         return {"format": FORMAT, "split": asdict(self.split), "pictures": self.pictures, "filter": filter}
 
     @classmethod
-    def from_json(cls, values: dict) -> "TrainedOn":
-        """What `to_json` made a dict of.
+    def from_json(cls, values: dict[str, Any]) -> "TrainedOn":
+        """The record that `to_json` made a dict of.
 
         Raises:
             ValueError: of a later format, or damaged.
@@ -78,7 +93,7 @@ class TrainedOn:
 
 
 def known(records: Sequence[TrainedOn], digests: torch.Tensor) -> int | None:
-    """How many of these contents are in any of the records; None: that is not known, for want of a filter."""
+    """How many of the contents, digests int64 (N,), are in any of the records; None where that is not known."""
     filters = [record.knows(digests) for record in records if record.filter is not None]
     count = int(torch.stack(filters).any(0).sum()) if filters else 0
     return count if count or (records and len(filters) == len(records)) else None

@@ -12,12 +12,19 @@ def files_below(
     """All files below `folder`, in the order of their names; a link that leads nowhere is a file too.
 
     A folder is entered once, however many links lead to it, and under its own name rather than a link's. Hidden folders
-    do not count, hidden files where `hidden` says so.
+    are left out.
+
+    Args:
+        folder: where to begin.
+        hidden: whether hidden files count.
+        onerror: gets the error of a folder that cannot be read, which is then passed over; None: it is raised.
 
     Raises:
-        OSError: a folder cannot be read, and there is no `onerror` to be told.
+        OSError: a folder cannot be read, and there is no `onerror`.
     """
-    found, entered, own, linked = [], set(), [folder], []
+    found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    own, linked = [folder], list[Path]()
     while own or linked:
         place = (own or linked).pop()
         try:
@@ -51,12 +58,12 @@ def folders_in(folder: Path) -> list[Path]:
     return sorted((Path(entry) for entry in inside if entry.name not in loops), key=key)
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return list(entries)
 
 
-def _leads_to_folder(entry: os.DirEntry) -> bool:
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
     # DirEntry.is_dir asks the disk for links alone, but raises for a link to itself.
     return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
 

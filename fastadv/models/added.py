@@ -6,21 +6,34 @@ names are as before. They hold parameters and no layers: nothing that looks for 
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+Facts = dict[str, Any]  # for JSON: the kind of an added module, its arguments, and where it is
 
 
 class Added(nn.Module):
-    """What is added. The arguments of a constructor are whole numbers and flags, and attributes by the same names."""
+    """What is added. The arguments of a constructor are whole numbers and flags, and attributes by the same names.
+
+    Attributes:
+        kind: its name in files.
+        arguments: names of the constructor's arguments, and the least that each can be.
+    """
 
     kind: str
-    arguments: Mapping[str, int]  # and the least that each can be
+    arguments: Mapping[str, int]
+
+    def hook(self, module: nn.Module) -> list[RemovableHandle]:
+        """Register the hooks by which it acts on what enters or leaves `module`."""
+        raise NotImplementedError
 
     @property
-    def facts(self) -> dict:
-        """For JSON and `attach`."""
+    def facts(self) -> Facts:
+        """Its kind and arguments, from which `add_again` makes such a module."""
         return {"kind": self.kind, **{name: getattr(self, name) for name in self.arguments}}
 
 
@@ -53,10 +66,10 @@ class Adapter(Added):
         hidden = F.gelu(self._project(u, self.down, self.down_bias))
         return u + self._project(hidden, self.up, self.up_bias)
 
-    def _project(self, x, weight, bias):
+    def _project(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight[:, :, None, None], bias) if self.channels_first else F.linear(x, weight, bias)
 
-    def hook(self, module: nn.Module) -> list:
+    def hook(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_hook(_adapted)]
 
 
@@ -89,23 +102,31 @@ class Prompt(Added):
         return self._inserted(x, self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), 1)
 
     def without(self, x: torch.Tensor) -> torch.Tensor:
-        """The way back."""
+        """(N, T + count, width) to (N, T, width): the way back."""
         return torch.cat((x[:, : self.prefix], x[:, self.prefix + self.count :]), 1)
 
     def unmasked(self, mask: torch.Tensor, tokens: int) -> torch.Tensor:
-        """A mask of attention (N, heads, T or 1, T), as transformers makes them, in which prompts are seen and see."""
+        """A mask of attention in which prompts see all tokens and are seen by all.
+
+        Args:
+            mask: (N, heads, T or 1, T), bool or floats, as transformers makes them.
+            tokens: T, without the prompts.
+
+        Returns:
+            (N, heads, T + count or 1, T + count).
+        """
         for dim in (2, 3):
             if mask.shape[dim] == tokens:
                 shape = (*mask.shape[:dim], self.count, *mask.shape[dim + 1 :])
                 mask = self._inserted(mask, mask.new_full(shape, mask.dtype == torch.bool), dim)
         return mask
 
-    def _inserted(self, x, more, dim):
+    def _inserted(self, x: torch.Tensor, more: torch.Tensor, dim: int) -> torch.Tensor:
         return torch.cat(
             (x.narrow(dim, 0, self.prefix), more, x.narrow(dim, self.prefix, x.shape[dim] - self.prefix)), dim
         )
 
-    def hook(self, module: nn.Module) -> list:
+    def hook(self, module: nn.Module) -> list[RemovableHandle]:
         return [
             module.register_forward_pre_hook(_prompted, with_kwargs=True),
             module.register_forward_hook(_unprompted),
@@ -115,12 +136,12 @@ class Prompt(Added):
 # The hooks ask the module that they are called with, so that a copy of the network has its own.
 
 
-def _adapted(module, args, out):
+def _adapted(module: Any, args: object, out: torch.Tensor) -> Any:
     return module.fastadv_adapter(out)
 
 
-def _prompted(module, args, kwargs):
-    """Tokens come first; of what else a block is given only masks of attention have to follow."""
+def _prompted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Insert the prompts among the tokens, the block's first argument, and into 4-D masks of attention beside them."""
     prompt, values = module.fastadv_prompt, [*args, *kwargs.values()]
     tokens = values[0].shape[1]
     others = [prompt.unmasked(v, tokens) if isinstance(v, torch.Tensor) and v.ndim == 4 else v for v in values[1:]]
@@ -128,19 +149,24 @@ def _prompted(module, args, kwargs):
     return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
-def _unprompted(module, args, out):
+def _unprompted(module: Any, args: object, out: Any) -> Any:
     without = module.fastadv_prompt.without
     return (without(out[0]), *out[1:]) if isinstance(out, tuple) else without(out)
 
 
-KINDS = {each.kind: each for each in (Adapter, Prompt)}
+KINDS: dict[str, type[Added]] = {each.kind: each for each in (Adapter, Prompt)}
 
 
 def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
     """Add a module at the one called `place`; it has the name fastadv_adapter or fastadv_prompt there.
 
+    Args:
+        module: a network.
+        place: name of one of its modules.
+        added: what is added.
+
     Returns:
-        What takes it away again.
+        A function that takes it away again.
 
     Raises:
         ValueError: there is something by that name.
@@ -151,7 +177,7 @@ def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
     owner.add_module(name, added)
     hooks = added.hook(owner)
 
-    def detach():
+    def detach() -> None:
         for hook in hooks:
             hook.remove()
         delattr(owner, name)
@@ -160,19 +186,23 @@ def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
 
 
 def added_to(module: nn.Module) -> Iterator[tuple[str, Added]]:
-    """The modules that were added: name of the place, and module."""
+    """(name of the module that it is added at, added module) of each."""
     for name, each in module.named_modules():
         if isinstance(each, Added):
             yield name.rpartition(".")[0], each
 
 
-def added_facts(network: nn.Module) -> list[dict]:
-    """What is added where, for JSON and `add_again`."""
+def added_facts(network: nn.Module) -> list[Facts]:
+    """Kind, arguments and place of each added module, for JSON and `add_again`."""
     return [{"at": place, **added.facts} for place, added in added_to(network)]
 
 
 def add_again(network: nn.Module, facts: object) -> None:
-    """Add what `added_facts` told, untrained.
+    """Add such modules as `added_facts` listed, untrained.
+
+    Args:
+        network: what they are added to.
+        facts: the list; it may come from a file that others made.
 
     Raises:
         ValueError: these are no such facts, or the network has no module of that name.
@@ -190,8 +220,10 @@ def add_again(network: nn.Module, facts: object) -> None:
         attach(network, fact["at"], KINDS[fact["kind"]](**{n: v for n, v in fact.items() if n not in ("at", "kind")}))
 
 
-def _is_fact(fact: object) -> bool:
-    kind = KINDS.get(fact.get("kind")) if isinstance(fact, dict) and isinstance(fact.get("kind"), str) else None
+def _is_fact(fact: object) -> TypeGuard[Facts]:
+    if not isinstance(fact, dict) or not isinstance(fact.get("kind"), str):
+        return False
+    kind = KINDS.get(fact["kind"])
     if kind is None or not isinstance(fact.get("at"), str) or fact.keys() != {"at", "kind", *kind.arguments}:
         return False
     return all(isinstance(fact[name], int) and fact[name] >= least for name, least in kind.arguments.items())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +16,12 @@ from fastadv.models.model import Model, construct
 from fastadv.models.structure import classifiers, find_head, new_head
 from fastadv.preprocessing import Preprocessing
 
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
 FORMAT = 2  # of a network with added modules, which version 1 has no word for; of others it is 1 still
+Facts = dict[str, Any]  # what `save` writes beside the tensors, as JSON
+
 _KEY = "fastadv"
 _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,6 +33,8 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     Tied weights are written once, under their first name. The file replaces an older one when it is whole.
 
     Args:
+        model: what is written.
+        path: of the file.
         dtype: torch.float16 or torch.bfloat16 store matrices and kernels so; vectors (norms, biases, running
             statistics), few and sensitive, stay as they are. `load` makes them float32 again.
 
@@ -54,6 +62,7 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
     """The model in a file that `save` wrote, on the CPU. The file runs no code, unless `trust_code`.
 
     Args:
+        path: of the file.
         classes: names of the classes it is to tell apart; if they are not the file's, its head is a new one.
         trust_code: whether a file whose architecture is a "module:function" may import that module and call the
             function. Only for files of those you trust.
@@ -114,7 +123,7 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
     return keep_head
 
 
-def read_facts(path: str | Path) -> dict | None:
+def read_facts(path: str | Path) -> Facts | None:
     """What `save` wrote beside the tensors: format, classes, preprocessing, architecture; None: it did not write it.
 
     Later files also have trained_on, which `trained_on_of` reads, and those of the format 2 added, for `add_again`.
@@ -128,7 +137,7 @@ def read_facts(path: str | Path) -> dict | None:
     if _KEY not in metadata:
         return None
     try:
-        facts = json.loads(metadata[_KEY])
+        facts: Facts = json.loads(metadata[_KEY])
         known = facts["format"]
         missing = {"classes", "preprocessing", "architecture"} - facts.keys()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -145,11 +154,11 @@ def read_facts(path: str | Path) -> dict | None:
     return facts
 
 
-def preprocessing_of(facts: dict) -> Preprocessing | None:
-    """What `save` wrote of the model's preprocessing.
+def preprocessing_of(facts: Facts) -> Preprocessing | None:
+    """The model's preprocessing, as `save` wrote it; None where the model has none.
 
     Raises:
-        ValueError: it is none.
+        ValueError: these are no settings of a preprocessing.
     """
     given = facts["preprocessing"]
     try:
@@ -158,11 +167,11 @@ def preprocessing_of(facts: dict) -> Preprocessing | None:
         raise ValueError(f"these are no settings of a preprocessing ({error}): {given}") from error
 
 
-def trained_on_of(facts: dict) -> tuple[TrainedOn, ...]:
-    """What `save` wrote of the pictures that the weights were learnt on.
+def trained_on_of(facts: Facts) -> tuple[TrainedOn, ...]:
+    """The records, written by `save`, of the pictures that the weights were learnt on.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: they are damaged.
     """
     records = facts.get("trained_on", [])
     if not isinstance(records, list):
@@ -170,7 +179,7 @@ def trained_on_of(facts: dict) -> tuple[TrainedOn, ...]:
     return tuple(map(TrainedOn.from_json, records))
 
 
-def _built(path: str | Path, facts: dict, count: int, trust_code: bool) -> nn.Module:
+def _built(path: str | Path, facts: Facts, count: int, trust_code: bool) -> nn.Module:
     architecture = facts["architecture"]
     try:
         network = construct(architecture, count, trust_code=trust_code)
@@ -181,12 +190,13 @@ def _built(path: str | Path, facts: dict, count: int, trust_code: bool) -> nn.Mo
         raise ValueError(f"{what} ({type(error).__name__}: {error}): {architecture!r:.400}") from error
 
 
-def _opened(path: str | Path):
+def _opened(path: str | Path) -> "safe_open":
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     safetensors = require("safetensors")
     try:
-        return safetensors.safe_open(path, framework="pt")
+        file: safe_open = safetensors.safe_open(path, framework="pt")
+        return file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
@@ -200,7 +210,7 @@ def _weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    first = {}
+    first: dict[tuple[int | str, torch.Size, tuple[int, ...]], str] = {}
     for name, value in state.items():
         # An empty tensor has no address.
         first.setdefault((value.data_ptr() or name, value.shape, value.stride()), name)

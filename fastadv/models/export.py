@@ -4,6 +4,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ def export(model: Model, path: str | Path) -> None:
 
     The networks of the first two take normalised images: (pixels - mean) / std with the preprocessing's numbers, for
     pixels in [0, 1].
+
+    Args:
+        model: what is written.
+        path: of the file or folder; its ending says which it is to be.
 
     Raises:
         ValueError: the path's ending fits no format of this network, such as another one than .pt2 for a network with
@@ -64,6 +69,9 @@ def export(model: Model, path: str | Path) -> None:
 class _Plain(nn.Module):
     """From images in [0, 1] to logits, by operations of torch alone."""
 
+    mean: torch.Tensor  # (C, 1, 1), as is std
+    std: torch.Tensor
+
     def __init__(self, model: Model):
         super().__init__()
         given = model.preprocessing
@@ -93,13 +101,16 @@ def _program(model: Model) -> bytes:
 def _folder(model: Model, path: Path) -> None:
     if path.suffix in (".safetensors", ".pt", ".pth") or path.is_file():
         raise ValueError(f"a model of transformers is exported as a folder, and {path} is a file")
-    model.network.config.id2label = dict(enumerate(model.classes))
-    model.network.config.label2id = {name: i for i, name in enumerate(model.classes)}
-    model.network.save_pretrained(path)
+    if model.preprocessing is None:
+        raise ValueError("a model of transformers is exported with its preprocessing, and this one has none")
+    network: Any = model.network  # of transformers
+    network.config.id2label = dict(enumerate(model.classes))
+    network.config.label2id = {name: i for i, name in enumerate(model.classes)}
+    network.save_pretrained(path)
     write_atomically(path / "preprocessor_config.json", json.dumps(_processor(model.preprocessing), indent=2).encode())
 
 
-def _processor(given: Preprocessing) -> dict:
+def _processor(given: Preprocessing) -> dict[str, Any]:
     """The settings of CLIP's image processor: the one that resizes the shorter side and cuts out the centre."""
     height, width = given.size
     return {

@@ -69,8 +69,9 @@ def check_shape(shape: object) -> None:
     Raises:
         ValueError: it is not a sequence of integers above 0.
     """
-    whole = isinstance(shape, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
-    if not whole or not shape or min(shape) < 1:
+    sizes = list(shape) if isinstance(shape, list | tuple) else []
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+    if not sizes or not whole or min(sizes) < 1:
         raise ValueError(f"the shape of an image must be integers (C, H, W), got {shape!r}")
 
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -15,29 +16,34 @@ from fastadv.models.networks import OWN
 from fastadv.nn import Normalized
 from fastadv.preprocessing import Preprocessing
 
+Architecture = dict[str, Any]  # of values that JSON can hold; `construct` lists the kinds
+
 
 @dataclass
 class Model:
-    """A network and what it takes and says.
+    """A network, the images that it takes and the classes that it tells apart.
 
     Attributes:
         network: from normalised images (N, C, H, W) to logits (N, classes), or to an output that holds `.logits`.
-        preprocessing: what it takes; None: images in [0, 1] of any size that it can.
-        architecture: for `construct`; only what JSON knows.
-        classes: name of each logit.
+        preprocessing: what turns a picture into its input; None: it takes images in [0, 1] of any size that it can.
+        architecture: how `construct` builds the network.
+        classes: a name for each logit.
         pretrained: whether the backbone's weights were learnt on other data before.
-        trained_on: what is known of the pictures that its weights were learnt on, one training after the other.
+        trained_on: a record of each training of its weights that is known, in their order.
     """
 
     network: nn.Module
     preprocessing: Preprocessing | None
-    architecture: dict
+    architecture: Architecture
     classes: tuple[str, ...]
     pretrained: bool
     trained_on: tuple[TrainedOn, ...] = ()
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse images (C, H, W) other than the network was made for.
+
+        Args:
+            shape: (C, H, W) of an image.
 
         Raises:
             ValueError: it takes others.
@@ -62,7 +68,7 @@ class Model:
         return self.on_pixels
 
 
-def construct(architecture: dict, count: int, *, trust_code: bool = False) -> nn.Module:
+def construct(architecture: Architecture, count: int, *, trust_code: bool = False) -> nn.Module:
     """A new network with `count` logits and random weights. Nothing is downloaded.
 
     The architecture may come from a file that others made: it chooses among networks and their sizes, and leads to no
@@ -86,7 +92,7 @@ def construct(architecture: dict, count: int, *, trust_code: bool = False) -> nn
     return _KINDS[kind](architecture, count)
 
 
-def check_trust(architecture: dict, trust_code: bool) -> None:
+def check_trust(architecture: Architecture, trust_code: bool) -> None:
     """Refuse an architecture that is a function of a module, unless `trust_code`.
 
     Raises:
@@ -100,7 +106,7 @@ def check_trust(architecture: dict, trust_code: bool) -> None:
         )
 
 
-def function_at(path: str) -> Callable:
+def function_at(path: str) -> Callable[..., Any]:
     """The function called "module:function".
 
     Raises:
@@ -108,19 +114,20 @@ def function_at(path: str) -> Callable:
     """
     module, _, function = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"cannot load the model {path!r}: {error}") from error
 
 
-def _own(architecture, count):
+def _own(architecture: Architecture, count: int) -> nn.Module:
     if architecture["name"] not in OWN:
         raise ValueError(f"unknown network {architecture['name']!r}; there are {', '.join(OWN)}")
     check_shape(architecture["shape"])
     return OWN[architecture["name"]](architecture["shape"], count, **architecture["options"])
 
 
-def _function(architecture, count):
+def _function(architecture: Architecture, count: int) -> nn.Module:
     path, shape = architecture["path"], architecture["shape"]
     check_shape(shape)
     network = function_at(path)(tuple(shape), count)
@@ -129,22 +136,29 @@ def _function(architecture, count):
     return network
 
 
-def _timm(architecture, count):
+def _timm(architecture: Architecture, count: int) -> nn.Module:
     name, options = architecture["name"], architecture["options"]
     check_timm(name, options)
     try:
-        return require("timm", "timm").create_model(name, pretrained=False, num_classes=count, **options)
+        made: nn.Module = require("timm", "timm").create_model(name, pretrained=False, num_classes=count, **options)
+        return made
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"timm cannot build {name!r} with the options {options}: {error}") from error
 
 
-def _hf(architecture, count):
+def _hf(architecture: Architecture, count: int) -> nn.Module:
     check_transformers(architecture["config"])
     transformers = require("transformers")
     config = transformers.AutoConfig.for_model(**architecture["config"])
     if config.num_labels != count:
         config.num_labels = count
-    return transformers.AutoModelForImageClassification.from_config(config).float()
+    made: nn.Module = transformers.AutoModelForImageClassification.from_config(config).float()
+    return made
 
 
-_KINDS = {"own": _own, "function": _function, "timm": _timm, "hf": _hf}
+_KINDS: dict[str, Callable[[Architecture, int], nn.Module]] = {
+    "own": _own,
+    "function": _function,
+    "timm": _timm,
+    "hf": _hf,
+}

@@ -1,6 +1,6 @@
 """Networks of our own, for small images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def resnet(shape: Sequence[int], classes: int, widths: Sequence[int] = (64, 64, 
     return ResNet(shape[0], classes, widths, blocks)
 
 
-OWN = {"mlp": mlp, "conv": conv, "resnet": resnet}
+OWN: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "conv": conv, "resnet": resnet}
 
 
 class ResNet(nn.Module):
@@ -44,7 +44,7 @@ class ResNet(nn.Module):
     (N, classes).
 
     Args:
-        channels: of an image.
+        channels: number of an image's channels.
         classes: number of logits.
         widths: channels of the stem, then of each group of `blocks` residual blocks.
         blocks: residual blocks of a width.
@@ -70,7 +70,8 @@ class ResNet(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.blocks(self.stem(images)).mean((2, 3)))
+        logits: torch.Tensor = self.head(self.blocks(self.stem(images)).mean((2, 3)))
+        return logits
 
 
 class Block(nn.Module):
@@ -83,7 +84,8 @@ class Block(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.body(x) + self.skip(x))
+        out: torch.Tensor = self.act(self.body(x) + self.skip(x))
+        return out
 
 
 def _normed(width: int, out: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:

@@ -1,8 +1,9 @@
 """The layers that LoRA and IA3 adapt: of attention the queries, keys and values, of blocks their layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ _TRIPLES = (
     ("q_lin", "k_lin", "v_lin"),
     ("wq", "wk", "wv"),
 )
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and keyword arguments of a module's forward
+
 _ALONE = {name for triple in _TRIPLES for name in triple}
 _FUSED = {"qkv", "qkv_proj", "to_qkv", "Wqkv", "query_key_value"}
 _FUSED |= {"kv", "kv_proj", "to_kv", "qk", "qk_proj", "to_qk"}
@@ -86,12 +89,18 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
 
 
 def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> tuple[list[Target], list[str]]:
-    """The layers that IA3 adapts (Liu et al. 2022, arXiv 2205.05638, section 3.3): whose outputs, and whose inputs.
+    """The layers that IA3 adapts (Liu et al. 2022, arXiv 2205.05638, section 3.3), at their outputs or their inputs.
 
     The outputs are those of keys and values, found as `lora_targets` finds its layers; the inputs are those of the last
     linear layer or convolution in each residual block: the second layer of a transformer's MLP.
 
-    Args: as of `lora_targets`.
+    Args:
+        module: a network, or one wrapped.
+        example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
+        head: name of the classifier; None means `find_head`'s.
+
+    Returns:
+        The layers whose outputs are scaled, and the names of those whose inputs are.
 
     Raises:
         ValueError: nothing found, or attention of which it is not clear what makes its keys and values.
@@ -105,21 +114,23 @@ def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = Non
     return [target for target in outputs if target.name not in inputs], inputs
 
 
-def _attention_targets(module, example, head, letters) -> tuple[dict[str, nn.Module], list[Target]]:
-    """The linear layers that run before the head, and of attention those that make `letters`."""
+def _attention_targets(
+    module: nn.Module, example: torch.Tensor, head: str, letters: str
+) -> tuple[dict[str, nn.Module], list[Target]]:
+    """The linear layers that run before the head, and of attention those that make `letters`, "qv" or "kv"."""
     names = {layer: name for name, layer in module.named_modules()}
     with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
         calls = _calls(module, example)
         linear = {names[layer]: layer for layer in calls if _is_linear(layer)}
         ran = {name: layer for name, layer in linear.items() if not f"{name}.".startswith(f"{head}.")}
-        return ran, [t for name in names.values() for t in _of_attention(module, name, ran, calls, letters)]
+        return ran, [t for name in names.values() for t in _projections(module, name, ran, calls, letters)]
 
 
-def _calls(module: nn.Module, example: torch.Tensor) -> dict[nn.Module, tuple[tuple, dict]]:
+def _calls(module: nn.Module, example: torch.Tensor) -> dict[nn.Module, Call]:
     """The arguments of each module in a forward pass, in the order in which they run."""
-    calls: dict[nn.Module, tuple[tuple, dict]] = {}
+    calls: dict[nn.Module, Call] = {}
 
-    def note(called, args, kwargs):
+    def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(called, (args, kwargs))
 
     modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
@@ -140,9 +151,12 @@ def _is_linear(layer: nn.Module) -> bool:
 # ---------------------------------------------------------------------- attention
 
 
-def _of_attention(module, name, ran, calls, letters) -> list[Target]:
-    """Which layers in the children of the module `name` make queries, keys or values, as `letters` say."""
-    own, found = [], {}
+def _projections(
+    module: nn.Module, name: str, ran: Mapping[str, nn.Module], calls: Mapping[nn.Module, Call], letters: str
+) -> list[Target]:
+    """The layers in the children of the module `name` that make queries, keys or values, as `letters` say."""
+    own: list[str] = []
+    found: dict[str, str] = {}  # by a name that queries, keys and values have
     for key, _ in module.get_submodule(name).named_children():
         full = f"{name}.{key}" if name else key
         if isinstance(ran.get(full), nn.Linear):
@@ -175,8 +189,8 @@ def _of_attention(module, name, ran, calls, letters) -> list[Target]:
     return [Target(full, layout.slices(letters)) for full, layout in pairs if set(layout.parts) & set(letters)]
 
 
-def _by_structure(own, ran, calls) -> list[str]:
-    """Layers side by side that may be the projections of attention."""
+def _by_structure(own: Sequence[str], ran: Mapping[str, Any], calls: Mapping[nn.Module, Call]) -> list[str]:
+    """Layers side by side that may be the projections of attention, by their sizes or by their common input."""
     sizes = {full: tuple(ran[full].weight.shape) for full in own}
     fused = [full for full, (out, d) in sizes.items() if out == 3 * d and (d, d) in sizes.values()]
     if fused:
@@ -186,22 +200,34 @@ def _by_structure(own, ran, calls) -> list[str]:
     return next((group for group in groups if len(group) >= 3), [])
 
 
-def _first(args: tuple, kwargs: dict) -> torch.Tensor:
-    return next(iter((*args, *kwargs.values())))
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    first: torch.Tensor = next(iter((*args, *kwargs.values())))
+    return first
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the rows of a layer make: equal parts, one after the other, as many times as there are heads."""
+    """What the rows of a layer's weight make.
+
+    A fused layer of 12 rows with the parts "qkv" and 2 heads makes, row by row, q q k k v v q q k k v v; with 1 head
+    q q q q k k k k v v v v.
+
+    Attributes:
+        parts: what follows each other in a head, of "q", "k" and "v".
+        heads: how many heads follow each other.
+        rows: how many rows there are.
+    """
 
     parts: str
     heads: int
     rows: int
 
     def letter(self, row: int) -> str:
+        """What this row makes."""
         return self.parts[row * self.heads * len(self.parts) // self.rows % len(self.parts)]
 
     def slices(self, letters: str) -> tuple[slice, ...]:
+        """The rows that make one of `letters`."""
         if len(self.parts) == 1:
             return (slice(None),)
         size = self.rows // (self.heads * len(self.parts))
@@ -216,16 +242,21 @@ def _possible(rows: int) -> Iterator[_Layout]:
 
 
 class _Attention:
-    """A module run again and again, with random numbers in the place of what some of its layers give.
+    """A module run again and again, with random numbers in the place of what some of its layers return.
 
     So nothing depends on the weights, which may be zero. What a disturbance of these numbers does is looked at where
     the tokens enter the linear layers and convolutions that follow, and where they leave the module.
+
+    Args:
+        module: that holds the layers.
+        call: the arguments with which it ran.
+        layers: that may make queries, keys and values.
 
     Attributes:
         mixes: whether a disturbance of one token reached another one.
     """
 
-    def __init__(self, module: nn.Module, call: tuple[tuple, dict], layers: Sequence[nn.Module]):
+    def __init__(self, module: nn.Module, call: Call, layers: Sequence[nn.Module]):
         self.module, self.call, self.layers = module, call, layers
         self.generator = torch.Generator().manual_seed(0)
         self.outputs: dict[nn.Module, torch.Tensor] = {}
@@ -233,7 +264,7 @@ class _Attention:
         self.mixes = False
 
     def layouts(self) -> list[_Layout] | None:
-        """Of each layer; None where a layer has none."""
+        """The layout of each layer; None where what one of them does fits no layout, or several."""
         sizes = [_tokens(self.outputs[layer], layer).shape[1] for layer in self.layers]
         orders = [torch.randperm(size, generator=self.generator).split(ROWS) for size in sizes]
         first = [self._effects(layer, order[0]) for layer, order in zip(self.layers, orders, strict=True)]
@@ -264,20 +295,22 @@ class _Attention:
         once, twice = (self._run(layer, token, row, size) for size in (SIZE, 2 * SIZE))
         return [_letter(*place) for place in zip(self.before, once, twice, strict=True)]
 
-    def _run(self, disturbed: nn.Module | None = None, token: int = 0, row: int = 0, size: float = 0.0):
+    def _run(
+        self, disturbed: nn.Module | None = None, token: int = 0, row: int = 0, size: float = 0.0
+    ) -> list[torch.Tensor]:
         """The tokens (tokens, channels) at each place that is looked at, where there are several."""
         seen = []
 
-        def note(layer, args, kwargs):
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(_tokens(_first(args, kwargs), layer).clone())
 
-        def replace(layer, args, out):
+        def replace(layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
             if layer not in self.outputs:
                 self.outputs[layer] = torch.randn(out.shape, generator=self.generator).to(out)
             given = self.outputs[layer].clone()
             if layer is disturbed:
                 last = _channels_last(given, layer)
-                place = torch.unravel_index(torch.tensor(token), last.shape[:-1])
+                place: tuple[torch.Tensor | int, ...] = torch.unravel_index(torch.tensor(token), last.shape[:-1])
                 last[(*place, row)] += size
             return given
 
@@ -297,7 +330,7 @@ class _Attention:
 
 
 def _channels_last(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """What enters or leaves `layer`, seen with its channels in the last dimension."""
+    """A view of `x`, which enters or leaves `layer`, with its channels in the last dimension."""
     return x.movedim(1, -1) if isinstance(layer, nn.Conv2d) and x.ndim > 3 else x
 
 
@@ -307,7 +340,13 @@ def _tokens(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 def _letter(before: torch.Tensor, once: torch.Tensor, twice: torch.Tensor) -> str:
-    """What a row makes by what a disturbance of one token's, and twice that disturbance, did to all tokens."""
+    """What a row makes: "q", "k", "v", or "-" where a disturbance has no effect.
+
+    Args:
+        before: all tokens (tokens, channels) without a disturbance.
+        once: with one of this row at one token.
+        twice: with one of twice the size.
+    """
     changed = int((once != before).any(1).sum())
     if changed < 2:
         return "-q"[changed]

@@ -1,12 +1,14 @@
 """The residual blocks of a network, found by running it: where a sum adds a branch to what it began from."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from fastadv.functional import to_float
@@ -87,11 +89,11 @@ class _Trace(TorchFunctionMode):
         self.sums: dict[tuple[str, str], _Sum] = {}
 
     def watching(self) -> ExitStack:
-        def begin(module, args):
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.running.append(self.names[module])
             self.calls[self.names[module]] += 1
 
-        def end(module, args, out):
+        def end(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             name = self.running.pop()
             if isinstance(module, _LAYERS):
                 self.layers.append((name, out.numel()))
@@ -106,12 +108,18 @@ class _Trace(TorchFunctionMode):
             stack.callback(module.register_forward_hook(end).remove)
         return stack
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if getattr(function, "__name__", "") in ("add", "add_") and not kwargs and len(args) == 2:
             self._note(*args)
         return function(*args, **(kwargs or {}))
 
-    def _note(self, *addends) -> None:
+    def _note(self, *addends: Any) -> None:
         if not all(isinstance(each, torch.Tensor) and each.requires_grad for each in addends):
             return
         if addends[0].shape != addends[1].shape or not self.running:
@@ -126,8 +134,8 @@ class _Trace(TorchFunctionMode):
             # One module may run many blocks, each of them an nn.ModuleList without a forward of its own.
             self.sums[block, givers[-1].rpartition(".")[0]] = _Sum(branch, givers, shortcut, len(self.layers))
 
-    def residuals(self, operations: set) -> Iterator[Residual]:
-        """Those among the `operations` that gave the logits."""
+    def residuals(self, operations: set[Node]) -> Iterator[Residual]:
+        """The sums among the `operations` that gave the logits."""
         modules = dict(self.module.named_modules())
         used = Counter(name for each in self.sums.values() for name in each.givers)
         for (_, parent), each in self.sums.items():
@@ -159,9 +167,10 @@ def _is_within(name: str, module: str) -> bool:
     return not module or f"{name}.".startswith(f"{module}.")
 
 
-def _operations(tensor: torch.Tensor) -> set:
-    """The operations on what depends on the image that gave `tensor`."""
-    seen, todo = set(), [tensor.grad_fn]
+def _operations(tensor: torch.Tensor) -> set[Node]:
+    """The operations that gave `tensor` and depend on the image."""
+    seen: set[Node] = set()
+    todo = [tensor.grad_fn]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:

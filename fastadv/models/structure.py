@@ -9,6 +9,7 @@ DistributedDataParallel).
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +19,13 @@ from fastadv.nn import Normalized
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # after a forward pass: the module, its arguments, its output
+
 _WRAPPERS = ((Normalized, "model"), (nn.parallel.DistributedDataParallel, "module"))
 
 
 def unwrapped(module: nn.Module) -> tuple[str, nn.Module]:
-    """The network inside the wrappers, and what its names begin with in `module`."""
+    """(what its names begin with in `module`, the network inside the wrappers): "model.", network for Normalized."""
     for wrapper, attribute in _WRAPPERS:
         if isinstance(module, wrapper):
             prefix, network = unwrapped(getattr(module, attribute))
@@ -45,13 +48,18 @@ def find_head(module: nn.Module, name: str | None = None, example: torch.Tensor 
         name: in `module`, or in the network that it wraps.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
 
+    Returns:
+        Its name in `module`, and the classifier.
+
     Raises:
         ValueError: there is none, or several.
     """
     prefix, network = unwrapped(module)
     if name is None:
-        by_running = example is not None and not _declared_heads(network)
-        names = (_running_head(module, example),) if by_running else classifiers(network)
+        if example is None or _declared_heads(network):
+            names = classifiers(network)
+        else:
+            names = (_running_head(module, example),)
         if len(names) > 1:
             raise ValueError(f"the model has several classifiers, {', '.join(names)}: name one with head=")
         name = names[0]
@@ -85,7 +93,8 @@ def classifiers(network: nn.Module) -> tuple[str, ...]:
 
 def _declared_heads(network: nn.Module) -> tuple[str, ...]:
     if hasattr(network, "fastadv_head"):
-        return (network.fastadv_head,)
+        declared: Any = network.fastadv_head
+        return (declared,)
     config = getattr(network, "default_cfg", None) if hasattr(network, "reset_classifier") else None
     names = config and config.get("classifier")
     return (names,) if isinstance(names, str) else tuple(names or ())
@@ -93,10 +102,12 @@ def _declared_heads(network: nn.Module) -> tuple[str, ...]:
 
 def _running_head(module: nn.Module, example: torch.Tensor) -> str:
     """The last nn.Linear that runs and changes the logits, if it gives them: all classes, and alone."""
-    names = {layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    names: dict[nn.Module, str] = {
+        layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
+    }
     outputs: dict[nn.Module, torch.Tensor] = {}
 
-    def note(layer, args, out):
+    def note(layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
         outputs.pop(layer, None)  # the order is that of the last calls
         outputs[layer] = out
 
@@ -120,13 +131,13 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
 
 
 def _logits(module: nn.Module, x: torch.Tensor, layer: nn.Module, given: torch.Tensor) -> torch.Tensor:
-    """The logits of `x` if `layer` gives what is given."""
+    """The logits of `x` if `layer` returned `given`."""
     with _hooked([layer], lambda *_: given):
         return find_logits(module(x), 1)
 
 
 @contextmanager
-def _hooked(layers: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
+def _hooked(layers: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
     hooks = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield
@@ -139,8 +150,8 @@ def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None
     """Give `network` a new, untrained head with `count` outputs, in place; each of its heads, where it has several.
 
     Args:
-        network: or one wrapped.
-        count: of classes.
+        network: a network, or one wrapped.
+        count: number of classes.
         example: images (N, C, H, W) as it takes them, with which its head is found, see `find_head`.
 
     Raises:
@@ -149,11 +160,13 @@ def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None
     network = unwrapped(network)[1]
     names = classifiers(network) if example is None else (find_head(network, None, example)[0],)
     heads = [find_head(network, name)[1] for name in names]
-    if all(isinstance(head, nn.Linear) for head in heads):
-        for head in heads:
+    linear = [head for head in heads if isinstance(head, nn.Linear)]
+    reset = getattr(network, "reset_classifier", None)  # timm's
+    if len(linear) == len(heads):
+        for head in linear:
             _renew(head, count)
-    elif hasattr(network, "reset_classifier"):
-        network.reset_classifier(count)
+    elif reset is not None:
+        reset(count)
     else:
         kinds = ", ".join(type(head).__name__ for head in heads)
         raise ValueError(f"the head is a {kinds}: only an nn.Linear can be replaced by a new one")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +15,13 @@ from fastadv.nn.frozen import frozen
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of a plain vision transformer.
+    """The tokens of a plain vision transformer.
 
     Attributes:
         blocks: names of its blocks, in order.
         prefix: how many tokens, such as the class token, come before the patches.
         width: channels of a token.
-        pixels: of a patch.
+        pixels: of a patch, H x W.
     """
 
     blocks: tuple[str, ...]
@@ -70,13 +71,13 @@ def _refusal(why: str) -> ValueError:
 
 def _tokens(module: nn.Module, blocks: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens (N, T, width) that enter the first block and that leave the last one; each passes on as many."""
-    entered: list[torch.Tensor] = []
-    left: list[torch.Tensor] = []
+    entered: list[Any] = []  # tensors (N, T, width) where the blocks are those of a plain vision transformer
+    left: list[Any] = []
 
-    def note(block, args, kwargs):
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(next(iter((*args, *kwargs.values())), None))
 
-    def note_out(block, args, out):
+    def note_out(block: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         left.append(out[0] if isinstance(out, tuple) and out else out)
 
     layers = [module.get_submodule(name) for name in blocks]
@@ -94,7 +95,7 @@ def _tokens(module: nn.Module, blocks: Sequence[str], x: torch.Tensor) -> tuple[
 
 
 def _check_effect(module: nn.Module, found: Tokens, x: torch.Tensor, before: torch.Tensor) -> None:
-    """Run it with other tokens beside its own."""
+    """Refuse a network that does not run with three more tokens a block, or whose tokens do not change by them."""
     undo = []
     try:
         for name in found.blocks:

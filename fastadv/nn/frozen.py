@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 import torch
 from torch import nn
 
+from fastadv.nn.logits import AnyModel
+
 TRAINING_MODES = ("eval", "as_is", "batch_norm")
 
 
@@ -52,12 +54,14 @@ def _alone(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def flags_kept(model: Callable) -> Iterator[None]:
+def flags_kept(model: AnyModel) -> Iterator[None]:
     """Put back every module's `training` and every parameter's `requires_grad` at the end, whatever happens.
 
     Flags are set on the modules themselves: `.eval()` and `.train()` are methods that models override (to
     keep batch-norm frozen, say), and they cannot put back a model whose modules are in different modes.
-    A model that is not an `nn.Module` has no flags.
+
+    Args:
+        model: an `nn.Module`; any other callable has no flags.
 
     Raises:
         RuntimeError: another thread has borrowed the model.
@@ -67,7 +71,7 @@ def flags_kept(model: Callable) -> Iterator[None]:
         training = [(module, module.training) for module in modules if hasattr(module, "training")]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in _parameters(model)]
 
-        def put_back():
+        def put_back() -> None:
             for module, flag in training:
                 module.training = flag
             for parameter, flag in requires_grad:
@@ -78,12 +82,19 @@ def flags_kept(model: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
-    """No parameter requiring grad and the modules in `training_mode`, until the end.
+def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
+    """Freeze a model until the end: no parameter requires grad, and the modules are in `training_mode`.
 
-    "eval": every module in eval mode. "as_is": as found, so that dropout draws and batch-norm uses the batch.
-    "batch_norm": batch-norm in train mode, the rest in eval mode. Buffers, such as running statistics or a count of
-    calls, are put back: copied once, because neither a captured graph nor batch-norm marks those that it writes to.
+    Buffers, such as running statistics or a count of calls, are put back: copied once, because neither a captured graph
+    nor batch-norm marks those that it writes to.
+
+    Args:
+        model: an `nn.Module`; any other callable has nothing to freeze.
+        training_mode: "eval": every module in eval mode; "as_is": as found, so that dropout draws and batch-norm uses
+            the batch; "batch_norm": batch-norm in train mode, the rest in eval mode.
+
+    Raises:
+        RuntimeError: another thread has borrowed the model.
     """
     with flags_kept(model), buffers_kept(model):
         if training_mode != "as_is":
@@ -97,12 +108,12 @@ def frozen(model: Callable, training_mode: str = "eval") -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(model: Callable) -> Iterator[None]:
+def buffers_kept(model: AnyModel) -> Iterator[None]:
     """The model's buffers are put back at the end, what they hold and where that lies."""
     named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
     before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
 
-    def put_back():
+    def put_back() -> None:
         before.put_back()
         for module, name, buffer in named:  # a model may have put another tensor there; TorchScript cannot
             if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
@@ -125,10 +136,10 @@ def at_the_end(put_back: Callable[[], None]) -> Iterator[None]:
 
 
 class _Copies:
-    """Copies of tensors; all of a kind by one launch, for a small network has as many buffers as an attack launches."""
+    """Copies of tensors, one launch for all of a dtype: a small net has as many buffers as an attack has launches."""
 
-    def __init__(self, tensors: list[torch.Tensor]):
-        self._kinds: dict[tuple, tuple[list, list]] = {}
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._kinds: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for t in tensors:
             # Through .data: for autograd nothing changes, so a backward that began before still works.
             mine, copies = self._kinds.setdefault((t.device, t.dtype), ([], []))
@@ -142,8 +153,8 @@ class _Copies:
             torch._foreach_copy_(mine, copies)
 
 
-def on(device: torch.device) -> AbstractContextManager:
-    """With the device as CUDA's current one: streams, events and captures are of that."""
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make the device CUDA's current one, which streams, events and captures belong to."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -158,9 +169,9 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     return not tensor.is_inference() and all(size <= 1 or stride != 0 for size, stride in layout)
 
 
-def _modules(model: Callable) -> list[nn.Module]:
+def _modules(model: AnyModel) -> list[nn.Module]:
     return list(model.modules()) if isinstance(model, nn.Module) else []
 
 
-def _parameters(model: Callable) -> list[nn.Parameter]:
+def _parameters(model: AnyModel) -> list[nn.Parameter]:
     return list(model.parameters()) if isinstance(model, nn.Module) else []

@@ -1,13 +1,24 @@
 """The logits among what a model returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
 
 import torch
 
+AnyModel = Callable[..., Any]
+"""An `nn.Module` or any other callable from images (N, ...) to outputs."""
+
 
 def find_logits(outputs: object, n: int) -> torch.Tensor:
-    """The logits among a model's outputs: these themselves, their attribute or key `logits`, their key `out`
-    (torchvision's), or else the only float matrix among them.
+    """Find the logits among a model's outputs.
+
+    Args:
+        outputs: the logits themselves, or what has them as its attribute or key `logits`, as its key `out`
+            (torchvision's), or as the only float matrix among its entries.
+        n: the number of samples.
+
+    Returns:
+        A float tensor (n, C).
 
     Raises:
         TypeError: what was found is not a float tensor (n, C), or there are several.
@@ -16,8 +27,8 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
         return outputs
     found, several = outputs, ""
     if not isinstance(found, torch.Tensor):
-        if getattr(outputs, "logits", None) is not None:
-            found = outputs.logits
+        if (logits := getattr(outputs, "logits", None)) is not None:
+            found = logits
         elif isinstance(outputs, Mapping) and ("logits" in outputs or "out" in outputs):
             found = outputs["logits"] if "logits" in outputs else outputs["out"]
         elif isinstance(outputs, (Mapping, tuple, list)) and outputs:
@@ -36,7 +47,7 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
     return found
 
 
-def are_logits(outputs: object, n: int) -> bool:
+def are_logits(outputs: object, n: int) -> TypeGuard[torch.Tensor]:
     """Whether `outputs` is a float tensor (n, classes)."""
     return (
         isinstance(outputs, torch.Tensor)
@@ -47,7 +58,7 @@ def are_logits(outputs: object, n: int) -> bool:
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+    """The logits, in float32 where their dtype is narrower."""
     return logits if logits.dtype == torch.float32 else logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -1,12 +1,14 @@
 """Models that take normalised images, attacked in pixels of [0, 1]."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastadv.functional import Normalization, to_float
+from fastadv.nn.logits import AnyModel
 
 
 class Normalized(nn.Module):
@@ -17,15 +19,16 @@ class Normalized(nn.Module):
 
     Args:
         model: any callable from normalised images (N, C, ...) to its outputs.
-        mean, std: a number, or one per channel, for images in [0, 1].
+        mean: a number, or one per channel, for images in [0, 1].
+        std: likewise.
 
     Raises:
         ValueError: std is not above 0, mean or std are not finite, or a mean is above 1: it is for pixels of [0, 255].
     """
 
-    def __init__(self, model: Callable, mean: float | Sequence[float], std: float | Sequence[float]):
+    def __init__(self, model: AnyModel, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
         super().__init__()
-        self.model = model
+        self.model: AnyModel = model
         self.normalization = of_pixels(mean, std)
         inside = [name for name, m in model.named_modules() if _normalises(m)] if isinstance(model, nn.Module) else []
         if inside:
@@ -38,12 +41,16 @@ class Normalized(nn.Module):
     def extra_repr(self) -> str:
         return repr(self.normalization)
 
-    def forward(self, images: torch.Tensor) -> object:
+    def forward(self, images: torch.Tensor) -> Any:
         return self.model(self.normalization(to_float(images)))
 
 
 def of_pixels(mean: float | Sequence[float], std: float | Sequence[float]) -> Normalization:
-    """That of images in [0, 1].
+    """The normalisation of images in [0, 1].
+
+    Args:
+        mean: a number, or one per channel.
+        std: likewise.
 
     Raises:
         ValueError: a mean is above 1: it is for pixels of [0, 255].
@@ -63,7 +70,7 @@ def is_plain(model: nn.Module) -> bool:
     return not any(getattr(model, name) for name in hooks) and not ({"forward", "_compiled_call_impl"} & _set(model))
 
 
-def _set(model):
+def _set(model: nn.Module) -> set[str]:
     return {name for name, value in vars(model).items() if value is not None}
 
 

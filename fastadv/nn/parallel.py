@@ -1,13 +1,15 @@
 """A model under DistributedDataParallel that one process of several may call."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
+from fastadv.nn.logits import AnyModel
+
 
 @contextmanager
-def alone(model: Callable) -> Iterator[None]:
+def alone(model: AnyModel) -> Iterator[None]:
     """Each DistributedDataParallel in `model` calls its module and does no more, until the end.
 
     By itself it waits in every call for the other processes, which need not evaluate.
@@ -26,6 +28,6 @@ def alone(model: Callable) -> Iterator[None]:
                 attributes["forward"] = forward
 
 
-def one_process(model: Callable) -> Callable:
-    """The model itself, where it is under DistributedDataParallel, whose calls wait for the other processes."""
+def one_process(model: AnyModel) -> AnyModel:
+    """The module under DistributedDataParallel, whose calls wait for the other processes; any other model as it is."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

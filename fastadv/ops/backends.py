@@ -9,26 +9,31 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
 from fastadv.ops import reference
-from fastadv.ops.schemas import BACKENDS, OPS, SCHEMAS, below_autograd
+from fastadv.ops.schemas import BACKENDS, OPS, SCHEMAS, Arguments, below_autograd
 
 NATIVE = frozenset({"cpu", "cuda"})
 PACKAGE = Path(__file__).resolve().parents[1]
 
-_chosen = contextvars.ContextVar("fastadv_backend", default=os.environ.get("FASTADV_BACKEND") or None)
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "fastadv_backend", default=os.environ.get("FASTADV_BACKEND") or None
+)
 _calls = dict.fromkeys(("triton", "reference"), 0)  # the native libraries count their own
 
 
-def _register_python(backend, implementations):
+def _register_python(backend: str, implementations: Mapping[str, Callable[..., None]]) -> None:
     """Make plain Python functions the kernels of a backend, on every device."""
 
-    def counted(kernel):
-        def run(*args):
+    def counted(kernel: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
             _calls[backend] += 1
             kernel(*args)
 
@@ -39,18 +44,23 @@ def _register_python(backend, implementations):
         torch.library.impl(f"fastadv::{name}.{backend}", "CompositeExplicitAutograd", kernel)
 
 
-def _has(module):
+def _has(module: str) -> bool:
     """Whether this very package has a module that the build makes: an editable install would lend its own to any."""
     spec = importlib.util.find_spec(f"fastadv.{module}")
-    return spec is not None and Path(spec.origin).resolve().parent in (PACKAGE, Path(__file__).parents[1])
+    return (
+        spec is not None
+        and spec.origin is not None
+        and Path(spec.origin).resolve().parent in (PACKAGE, Path(__file__).parents[1])
+    )
 
 
-def facts():
+def facts() -> dict[str, Any] | None:
     """What setup.py wrote down of the build; None in a source tree that was never built."""
-    return importlib.import_module("fastadv._build").FACTS if _has("_build") else None
+    found: dict[str, Any] | None = importlib.import_module("fastadv._build").FACTS if _has("_build") else None
+    return found
 
 
-def _warn_of_the_reference(what, how):
+def _warn_of_the_reference(what: str, how: str) -> None:
     warnings.warn(
         f"fastadv was imported from {PACKAGE}, and {what}: plain PyTorch serves them, some 40 times slower than the "
         f"CPU kernels. To change that, {how}.",
@@ -58,7 +68,7 @@ def _warn_of_the_reference(what, how):
     )
 
 
-def _warn_of_a_source_tree():
+def _warn_of_a_source_tree() -> None:
     """The folder that Python starts in comes first on its path, also where it holds these sources."""
     places = (Path(entry, "fastadv") for entry in sys.path)
     other = next((place for place in places if (place / "_build.py").exists()), None)
@@ -68,7 +78,7 @@ def _warn_of_a_source_tree():
 
 
 @functools.cache
-def native(backend):
+def native(backend: str) -> tuple[ModuleType | None, str]:
     """`fastadv._cpu` or `fastadv._cuda`, whose import registers its kernels: (module or None, why it is None)."""
     if not _has(f"_{backend}"):
         return None, "the extension was not built: see fastadv.info()['build']"
@@ -81,7 +91,7 @@ def native(backend):
 
 
 @functools.cache
-def triton():
+def triton() -> tuple[ModuleType | None, str]:
     """(the module of the Triton kernels or None, why it is None). Importing triton takes a while: only when needed."""
     if importlib.util.find_spec("triton") is None:
         return None, "the triton package is not installed"
@@ -91,8 +101,14 @@ def triton():
         return None, f"triton does not load: {error}"
 
 
-def _triton_kernel(name):
-    return lambda *args: triton()[0].IMPLEMENTATIONS[name](*args)
+def _triton_kernel(name: str) -> Callable[..., None]:
+    def run(*args: Any) -> None:
+        module, why = triton()
+        if module is None:
+            raise RuntimeError(why)
+        module.IMPLEMENTATIONS[name](*args)
+
+    return run
 
 
 _register_python("reference", reference.IMPLEMENTATIONS)
@@ -103,7 +119,7 @@ if facts() is None:
     _warn_of_a_source_tree()
 
 
-def _runs_on(archs, capability):
+def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
     """Whether kernels built for a list such as `8.0;9.0a;10.0+PTX` run on a device of that compute capability.
 
     Machine code serves its own and later minor numbers, PTX all that is later, and what was built for one device
@@ -117,7 +133,7 @@ def _runs_on(archs, capability):
     return False
 
 
-def _lacks_code(module, device):
+def _lacks_code(module: ModuleType, device: torch.device) -> str:
     """'' where the CUDA kernels were built for the device, else the reason."""
     if not torch.cuda.is_available():
         return "there is no GPU"
@@ -127,7 +143,7 @@ def _lacks_code(module, device):
     return f"it was built for {archs} (TORCH_CUDA_ARCH_LIST), and the GPU has compute capability {major}.{minor}"
 
 
-def why_not(backend, device):
+def why_not(backend: str, device: torch.device | str) -> str:
     """'' where the backend serves the device (a torch.device, or its name), else the reason."""
     device = torch.device(device)
     if backend == "reference":
@@ -151,7 +167,7 @@ def why_not(backend, device):
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
-def _check_name(name):
+def _check_name(name: str) -> None:
     if name not in BACKENDS:
         choice = ", ".join(BACKENDS)
         raise RuntimeError(
@@ -159,8 +175,15 @@ def _check_name(name):
         )
 
 
-def resolve(name, device):
-    """The name of the backend that serves the device: `name`, or the best there is where it is None.
+def resolve(name: str | None, device: torch.device | str) -> str:
+    """The name of the backend that serves the device.
+
+    Args:
+        name: the backend that was chosen; None: the best that there is.
+        device: a torch.device, or its name.
+
+    Returns:
+        `name`, or the best backend's name.
 
     Raises:
         RuntimeError: the name is unknown, or the named backend cannot serve the device.
@@ -176,10 +199,10 @@ def resolve(name, device):
 
 
 @functools.cache
-def _resolve_device(name, device):
-    found = resolve(name, device)
-    if name is None and found == "reference" and device.type in NATIVE and facts() is not None:
-        why = facts()[device.type].get("why") or why_not(device.type, device)
+def _resolve_device(name: str | None, device: torch.device) -> str:
+    found, built = resolve(name, device), facts()
+    if name is None and found == "reference" and device.type in NATIVE and built is not None:
+        why = built[device.type].get("why") or why_not(device.type, device)
         _warn_of_the_reference(
             f"it has no kernels for {device.type} tensors ({why})",
             "mend that and install it again (`fastadv info` says more)",
@@ -187,13 +210,13 @@ def _resolve_device(name, device):
     return found
 
 
-@torch.compiler.assume_constant_result
-def serving(device):
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def serving(device: torch.device) -> str:
     """The name of the backend in use for the device. A compiled function keeps the one it was traced with."""
     return _resolve_device(_chosen.get(), device)
 
 
-def run(op_name, backend_name, args):
+def run(op_name: str, backend_name: str, args: Arguments) -> None:
     """Run a backend's op, whether or not an input requires grad."""
     op = OPS[op_name, backend_name]
     if is_compiling():
@@ -207,11 +230,14 @@ def run(op_name, backend_name, args):
 
 
 @contextlib.contextmanager
-def backend(name):
-    """Use the named backend within the `with` block, in this thread or task: `cuda`, `triton`, `cpu`, `reference`.
+def backend(name: str) -> Iterator[None]:
+    """Use the named backend within the `with` block, in this thread or task.
 
     It never falls back: an op on a device that the backend cannot serve raises RuntimeError. The environment
     variable FASTADV_BACKEND, read when fastadv is imported, chooses for a whole process.
+
+    Args:
+        name: "cuda", "triton", "cpu" or "reference".
 
     Raises:
         RuntimeError: the name is unknown.
@@ -224,7 +250,7 @@ def backend(name):
         _chosen.reset(token)
 
 
-def calls():
+def calls() -> dict[str, int]:
     """Kernel calls per backend in this process."""
     counts = {b: module.calls() if (module := native(b)[0]) else 0 for b in ("cuda", "cpu")}
     return {b: {**counts, **_calls}[b] for b in BACKENDS}

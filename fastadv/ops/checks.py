@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -9,6 +10,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastadv.ops.generator import as_int64
+from fastadv.ops.schemas import Arguments
+
+Parameter = float | torch.Tensor
+"""A step's parameter as it is given: a number, or a float tensor that broadcasts over the first two dimensions of x."""
+Box = tuple[Parameter, Parameter]
+Seed = int | torch.Tensor
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 IMAGES = FLOATS | {torch.uint8}
@@ -16,7 +23,7 @@ IMAGES = FLOATS | {torch.uint8}
 _FLOAT_NAMES = "float64, float32, float16 or bfloat16"
 
 
-def image(name, t, dtypes=IMAGES):
+def image(name: str, t: object, dtypes: Collection[torch.dtype] = IMAGES) -> None:
     """A strided tensor of an image dtype."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
@@ -27,8 +34,8 @@ def image(name, t, dtypes=IMAGES):
         raise TypeError(f"{name} must be a strided (dense) tensor, got layout {t.layout}")
 
 
-def _operand(name, t, like_name, like, dtypes=FLOATS):
-    image(name, t, dtypes)
+def _operand(name: str, t: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    image(name, t, FLOATS)
     if t.shape != like.shape:
         raise ValueError(f"{name} must have {like_name}'s shape {tuple(like.shape)}, got {tuple(t.shape)}")
     if t.device != like.device:
@@ -36,15 +43,19 @@ def _operand(name, t, like_name, like, dtypes=FLOATS):
 
 
 # The images among a step's first arguments.
-_IMAGE_NAMES = {"random_init": ("x",), "fgsm_step": ("x", "grad"), "pgd_step": ("x_adv", "grad", "x")}
+_IMAGE_NAMES: dict[str, tuple[str, ...]] = {
+    "random_init": ("x",),
+    "fgsm_step": ("x", "grad"),
+    "pgd_step": ("x_adv", "grad", "x"),
+}
 
 
-def image_arguments(op_name, args):
+def image_arguments(op_name: str, args: Arguments) -> dict[str, torch.Tensor]:
     """{name: tensor} of the images among an op's arguments."""
     return dict(zip(_IMAGE_NAMES[op_name], args, strict=False))
 
 
-def images(op_name, args, out, z=None):
+def images(op_name: str, args: Arguments, out: torch.Tensor | None, z: torch.Tensor | None = None) -> None:
     """The step's images, `out` and the model's input z: dtypes, shapes, devices, memory."""
     named = image_arguments(op_name, args)
     x = named["x"]
@@ -57,10 +68,10 @@ def images(op_name, args, out, z=None):
     if out is not None:
         _output("out", out, named, args)
     if z is not None:
-        _output("z", z, {**named, "out": out}, (*args, out), may_be_input=False)
+        _output("z", z, named if out is None else {**named, "out": out}, (*args, out), may_be_input=False)
 
 
-def no_tangents(op_name, args, out, z):
+def no_tangents(op_name: str, args: Arguments, out: torch.Tensor | None, z: torch.Tensor | None) -> None:
     """Forward-mode AD: a tangent would be lost without a word."""
     names = {id(t): name for name, t in {**image_arguments(op_name, args), "out": out, "z": z}.items()}
     for t in (*args, out, z):
@@ -71,13 +82,13 @@ def no_tangents(op_name, args, out, z):
             )
 
 
-def _real(name, value, wanted="a number or a tensor"):
+def _real(name: str, value: object, wanted: str = "a number or a tensor") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
     return float(value)
 
 
-def finite(name, value):
+def finite(name: str, value: object) -> float:
     """A number as a float."""
     number = _real(name, value, "a number")
     if not math.isfinite(number):
@@ -85,7 +96,7 @@ def finite(name, value):
     return number
 
 
-def _parameter_tensor(name, t, x):
+def _parameter_tensor(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
     image("x", x)
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be a {_FLOAT_NAMES} tensor, got {t.dtype}")
@@ -104,7 +115,7 @@ def _parameter_tensor(name, t, x):
         )
 
 
-def _parameter(name, value, x):
+def _parameter(name: str, value: object, x: torch.Tensor) -> Parameter:
     """A parameter as a float or a tensor."""
     if isinstance(value, torch.Tensor):
         _parameter_tensor(name, value, x)
@@ -115,7 +126,7 @@ def _parameter(name, value, x):
     return number
 
 
-def radius(name, value, x, *, finite=False):
+def radius(name: str, value: Parameter, x: torch.Tensor, *, finite: bool = False) -> Parameter:
     """eps or noise, a float or a tensor: at least 0."""
     if type(value) is float and 0.0 <= value < math.inf:
         return value
@@ -129,19 +140,19 @@ def radius(name, value, x, *, finite=False):
     return radius
 
 
-def step_size(alpha, eps, x):
+def step_size(alpha: Parameter | None, eps: Parameter | None, x: torch.Tensor) -> Parameter:
     """alpha, a float or a tensor; eps where it is None."""
     size = eps if alpha is None else alpha
     if type(size) is float and -math.inf < size < math.inf:
         return size
-    size = _parameter("alpha", size, x)
-    if not isinstance(size, torch.Tensor) and abs(size) == math.inf:
+    checked = _parameter("alpha", size, x)
+    if not isinstance(checked, torch.Tensor) and abs(checked) == math.inf:
         got = "eps = inf: give a finite alpha" if alpha is None else alpha
         raise ValueError(f"alpha must be finite, got {got}")
-    return size
+    return checked
 
 
-def box(clip, x):
+def box(clip: Box, x: torch.Tensor) -> Box:
     """clip = (lo, hi), floats or tensors."""
     try:
         lo, hi = clip
@@ -155,7 +166,7 @@ def box(clip, x):
     return lo, hi
 
 
-def seed(value, x):
+def seed(value: Seed, x: torch.Tensor) -> Seed:
     """A seed: an int64, or a tensor with one element or one per sample."""
     # A compiled function takes the long way for every int: a branch would be compiled for each side.
     if not is_compiling() and type(value) is int and 0 <= value < 2**63:
@@ -173,15 +184,15 @@ def seed(value, x):
         return value.contiguous()
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**64:
+    if not -(2**63) <= (number := int(value)) < 2**64:
         raise ValueError(f"seed must be in [-2^63, 2^64), got {value}")
-    return as_int64(int(value))
+    return as_int64(number)
 
 
 # ---------------------------------------------------------------- out=
 
 
-def _overlaps_itself(t):
+def _overlaps_itself(t: torch.Tensor) -> bool:
     """Whether two elements of t may be one place in memory: judged by strides, on the safe side."""
     extent = 1
     for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
@@ -194,7 +205,7 @@ def _overlaps_itself(t):
 class _Memory:
     """A tensor's addresses as a NumPy array that nothing reads: NumPy solves exactly whether two of them meet."""
 
-    def __init__(self, t):
+    def __init__(self, t: torch.Tensor) -> None:
         size = t.element_size()
         self.__array_interface__ = {
             "version": 3,
@@ -205,17 +216,19 @@ class _Memory:
         }
 
 
-def _array(t):
+def _array(t: torch.Tensor) -> np.ndarray:
     return np.asarray(_Memory(t))
 
 
-def _same(a, b):
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (
         a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
     )
 
 
-def _output(name, out, named, args, may_be_input=True):
+def _output(
+    name: str, out: torch.Tensor, named: Mapping[str, torch.Tensor], args: Iterable[object], may_be_input: bool = True
+) -> None:
     """`out` may be an input to the letter (same memory, dtype and strides); any other overlap is refused."""
     like_name, like = next(iter(named.items()))
     _operand(name, out, like_name, like)
@@ -235,7 +248,7 @@ def _output(name, out, named, args, may_be_input=True):
             raise ValueError(f"{name} overlaps {other} in memory{but}: give it memory of its own")
 
 
-def interleaved(args, out, z):
+def interleaved(args: Arguments, out: torch.Tensor | None, z: torch.Tensor | None) -> bool:
     """Whether a result's memory lies between that of another tensor, no element shared (`images` has checked that)."""
     tensors = [t for t in (*args, out, z) if isinstance(t, torch.Tensor)]
     return any(

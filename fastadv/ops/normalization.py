@@ -1,6 +1,7 @@
 """What a model does to an image first: subtract its mean, divide by its standard deviation, channel by channel."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch._C import _len_torch_dispatch_stack
@@ -10,8 +11,10 @@ from torch.compiler import is_compiling
 from fastadv.ops import checks
 from fastadv.ops.reference import compute_dtype, normalized
 
+Numbers = float | tuple[float, ...]
 
-def _numbers(name, value):
+
+def _numbers(name: str, value: float | Iterable[float]) -> Numbers:
     """A float, or a tuple of one per channel."""
     if not isinstance(value, Iterable):
         return checks.finite(name, value)
@@ -24,49 +27,65 @@ def _numbers(name, value):
 class Normalization:
     """z = (w - mean) * (1 / std): the model's input z for an image w.
 
-    mean and std: finite numbers, std above 0; one for all channels, or a sequence of one per channel. A step that is
-    given a Normalization and a tensor z writes z in the same pass. Calling it on an image gives the same bits by plain
-    PyTorch (contract.md, "Model input").
+    A step that is given a Normalization and a tensor z writes z in the same pass. Calling it on an image gives the same
+    bits by plain PyTorch (contract.md, "Model input").
+
+    Args:
+        mean: a finite number for all channels, or one per channel.
+        std: likewise, above 0.
 
     Raises:
-        TypeError: something is no number. ValueError: a number out of range, or sequences of different lengths.
+        TypeError: something is no number.
+        ValueError: a number is out of range, or mean and std are sequences of different lengths.
     """
 
-    def __init__(self, mean, std):
+    def __init__(self, mean: float | Iterable[float], std: float | Iterable[float]) -> None:
         self._mean, self._std = _numbers("mean", mean), _numbers("std", std)
-        lengths = {len(v) for v in (self.mean, self.std) if isinstance(v, tuple)}
-        if len(lengths) > 1:
-            raise ValueError(f"mean and std must have one number per channel, got {len(self.mean)} and {len(self.std)}")
+        lengths = [len(v) for v in (self.mean, self.std) if isinstance(v, tuple)]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"mean and std must have one number per channel, got {lengths[0]} and {lengths[1]}")
         for s in self.std if isinstance(self.std, tuple) else (self.std,):
             if s <= 0:
                 raise ValueError(f"std must be above 0, got {self.std}")
         self.channels = max(lengths, default=None)  # None: any
-        self._made = {}
+        self._made: dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     # They cannot be assigned: what was made of them would stay.
     @property
-    def mean(self):
+    def mean(self) -> Numbers:
         return self._mean
 
     @property
-    def std(self):
+    def std(self) -> Numbers:
         return self._std
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": {}}  # a loader may move tensors to a device that their key does not name
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Normalization(mean={self.mean}, std={self.std})"
 
-    def check(self, x):
-        """Refuses an image with other channels."""
+    def check(self, x: torch.Tensor) -> None:
+        """Refuse an image with other channels.
+
+        Raises:
+            ValueError: x is not (N, channels, ...).
+        """
         if self.channels is not None and (x.dim() < 2 or x.shape[1] != self.channels):
             raise ValueError(f"normalization has {self.channels} channels, got an image of shape {tuple(x.shape)}")
 
-    def parameters(self, dim, dtype, device):
-        """(mean, 1/std), each rounded once to dtype: tensors of shape (1, C, 1, ...) with `dim` dimensions.
+    def parameters(self, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make (mean, 1/std), each rounded once to dtype.
 
-        0-dim where both are one number. Kept: making one copies from the host, which a CUDA graph cannot capture.
+        They are kept: making one copies from the host, which a CUDA graph cannot capture.
+
+        Args:
+            dim: the image's number of dimensions.
+            dtype: the compute type.
+            device: the image's.
+
+        Returns:
+            Two tensors (1, C, 1, ...) with `dim` dimensions, 0-dim where both are one number.
         """
         if is_compiling() or (_len_torch_dispatch_stack() and active_fake_mode() is not None):
             # These are no tensors yet, or have no numbers.
@@ -78,19 +97,29 @@ class Normalization:
                 self._made[key] = self._make(dim, dtype, device)
         return self._made[key]
 
-    def _make(self, dim, dtype, device):
-        mean, std = self.mean, self.std
-        if self.channels is None:
-            return tuple(torch.tensor(v, dtype=dtype, device=device) for v in (mean, 1.0 / std))
-        mean, std = (v if isinstance(v, tuple) else (v,) * self.channels for v in (mean, std))
-        made = [torch.tensor(v, dtype=dtype, device=device) for v in (mean, [1.0 / s for s in std])]
-        return tuple(t.view(1, -1, *(1,) * (dim - 2)) for t in made)
+    def _make(self, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        n = 1 if self.channels is None else self.channels
+        means, stds = (v if isinstance(v, tuple) else (v,) * n for v in (self.mean, self.std))
+        shape = () if self.channels is None else (1, -1, *(1,) * (dim - 2))
+        mean, scale = (torch.tensor(v, dtype=dtype, device=device) for v in (means, [1.0 / s for s in stds]))
+        return mean.view(shape), scale.view(shape)
 
-    def __call__(self, w, dtype=None):
-        """z for the float image w, in dtype (w's own where it is None).
+    def __call__(self, w: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Compute the model's input z.
 
         The arithmetic is float64 for a float64 image, else float32. A step computes in float64 where its clean image is
         float64, whatever its result: pass `w.double()` there.
+
+        Args:
+            w: float images (N, C, ...).
+            dtype: of z; None: w's own.
+
+        Returns:
+            z, like w.
+
+        Raises:
+            TypeError: w is no float image.
+            ValueError: w has other channels.
         """
         checks.image("w", w, checks.FLOATS)
         self.check(w)

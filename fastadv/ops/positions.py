@@ -3,7 +3,7 @@
 import torch
 
 
-def position_strides(x, per_sample=False):
+def position_strides(x: torch.Tensor, per_sample: bool = False) -> tuple[int, ...]:
     """Strides of an element's position: those of `torch.empty_like(x)`, as torch itself computes them.
 
     With per-sample seeds a position counts within its sample, `torch.empty_like(x[n])`, and the stride of

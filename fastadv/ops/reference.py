@@ -4,7 +4,11 @@ Written to be read beside contract.md, line by line; what is fast is elsewhere. 
 `add(..., alpha=)`, no `lerp`, no division by a Python number (on some devices that multiplies by its reciprocal).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastadv.ops.positions import position_strides
 
@@ -15,15 +19,25 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by bytes
 # ---------------------------------------------------------------- random bits
 
 
-def _mulhilo(a, b):
+def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     product = a * b  # wraps modulo 2^64: the bits are right whatever the sign
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(key, counter):
-    """Philox-4x32-10 (Salmon et al. 2011, section 3.3) on int64 tensors that hold uint32 words.
+def philox(
+    key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 on int64 tensors that hold uint32 words.
 
-    key: 2 and counter: 4 broadcastable tensors or ints; returns 4 int64 tensors.
+    Args:
+        key: 2 broadcastable tensors.
+        counter: 4 broadcastable tensors.
+
+    Returns:
+        4 int64 tensors.
+
+    Source:
+        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
     """
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
@@ -34,17 +48,18 @@ def philox(key, counter):
     return c0, c1, c2, c3
 
 
-def _words(t):
+def _words(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower and the upper 32 bits of each int64."""
     return t & _MASK, (t >> 32) & _MASK
 
 
-def philox_op(out, seed, index, restart, word3):
+def philox_op(out: Tensor, seed: Tensor, index: Tensor, restart: Tensor, word3: int) -> None:
     lo, hi = _words(index)
     words = philox(_words(seed), (lo, hi, restart & _MASK, torch.full_like(lo, word3)))
     out.copy_(torch.stack(words, dim=-1))
 
 
-def _element_bits(x, seed):
+def _element_bits(x: Tensor, seed: Tensor) -> Tensor:
     """The 16 random bits of every element of x: int64, x's shape; `seed` has one element or shape (N,)."""
     per_sample = seed.dim() == 1 and seed.numel() != 1
     blocks = x.shape[0] if per_sample else 1
@@ -59,7 +74,7 @@ def _element_bits(x, seed):
 # ---------------------------------------------------------------- rounding
 
 
-def _to_odd_float32(t):
+def _to_odd_float32(t: Tensor) -> Tensor:
     """float64 to float32, inexact results with their last bit set: rounding those again is as good as rounding once."""
     near = t.to(torch.float32)
     back = near.to(torch.float64)
@@ -69,14 +84,14 @@ def _to_odd_float32(t):
     return torch.where(inexact, bits | 1, bits).view(torch.float32)
 
 
-def _round(t, dtype):
+def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t rounded to nearest even, once."""
     if t.dtype == torch.float64 and dtype in (torch.float16, torch.bfloat16):
         t = _to_odd_float32(t)
     return t.to(dtype)
 
 
-def _neighbour(w, up):
+def _neighbour(w: Tensor, up: Tensor) -> Tensor:
     """The next value of w's dtype, above where `up` and below elsewhere; works through zero."""
     bits = w.view(_BITS[w.itemsize])
     lowest = torch.iinfo(bits.dtype).min
@@ -85,7 +100,7 @@ def _neighbour(w, up):
     return torch.where(order < 0, lowest - order, order).view(w.dtype)
 
 
-def _round_inward(bound, dtype, up):
+def _round_inward(bound: Tensor, dtype: torch.dtype, up: bool) -> Tensor:
     """A bound of the box (in the compute type) rounded up or down to dtype."""
     w = _round(bound, dtype)
     back = w.to(bound.dtype)
@@ -93,7 +108,8 @@ def _round_inward(bound, dtype, up):
     return torch.where(outside, _neighbour(w, torch.full_like(outside, up)), w).to(bound.dtype)
 
 
-def _finish(t, x, radius, lo, hi, dtype):
+def _finish(t: Tensor, x: Tensor, radius: Tensor, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Tensor:
+    """t rounded to dtype, one value of dtype nearer to x where it left the ball of `radius`, clamped to the box."""
     w = _round(t, dtype)
     back = w.to(x.dtype)
     w = torch.where((back - x).abs() > radius, _neighbour(w, back < x), w)
@@ -104,46 +120,55 @@ def _finish(t, x, radius, lo, hi, dtype):
 # ---------------------------------------------------------------- the formulas
 
 
-def compute_dtype(*tensors):
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any of the tensors is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def to_compute(x, dtype):
+def to_compute(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A pixel in the compute type; uint8 means x/255, correctly rounded."""
     if x.dtype == torch.uint8:
         return x.to(dtype) / torch.full((), 255, dtype=dtype, device=x.device)
     return x.to(dtype)
 
 
-def sign(grad, dtype):
+def sign(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """0 for 0 and NaN, else +1 or -1, taken in grad's own dtype."""
     return (grad > 0).to(dtype) - (grad < 0).to(dtype)
 
 
-def parameter(number, tensor, x, dtype):
+def parameter(number: float, tensor: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number, or the tensor that overrides it, as a tensor of dtype on x's device."""
     return torch.full((), number, dtype=dtype, device=x.device) if tensor is None else tensor.to(dtype)
 
 
-def draw_noise(x, noise, seed, dtype):
+def draw_noise(x: Tensor, noise: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """n of contract.md: a multiple of noise * 2^-16, in x's shape and the compute type."""
     k = 2 * _element_bits(x, seed) - 65535
     return (noise * 2.0**-16) * k.to(dtype)
 
 
-def seed_tensor(seed, seed_t, x):
+def seed_tensor(seed: int, seed_t: Tensor | None, x: Tensor) -> Tensor:
+    """The seed, or the tensor that overrides it, as an int64 tensor on x's device."""
     return torch.full((), seed, dtype=torch.int64, device=x.device) if seed_t is None else seed_t
 
 
-def random_init(out, x, noise, seed, lo=0.0, hi=1.0, noise_t=None, seed_t=None, lo_t=None, hi_t=None):
+def random_init(
+    out: Tensor, x: Tensor, noise: float, seed: int, lo: float = 0.0, hi: float = 1.0,
+    noise_t: Tensor | None = None, seed_t: Tensor | None = None, lo_t: Tensor | None = None, hi_t: Tensor | None = None,
+) -> None:  # fmt: skip
     c = compute_dtype(x, out)
-    noise, lo, hi = (parameter(*p, x, c) for p in ((noise, noise_t), (lo, lo_t), (hi, hi_t)))
+    radius, low, high = (parameter(*p, x, c) for p in ((noise, noise_t), (lo, lo_t), (hi, hi_t)))
     x_c = to_compute(x, c)
-    t = x_c + draw_noise(x, noise, seed_tensor(seed, seed_t, x), c)
-    out.copy_(_finish(t, x_c, noise, lo, hi, out.dtype))
+    t = x_c + draw_noise(x, radius, seed_tensor(seed, seed_t, x), c)
+    out.copy_(_finish(t, x_c, radius, low, high, out.dtype))
 
 
-def _step(x0, grad, x, alpha, eps, lo, hi, dtype, project=True):
+def _step(
+    x0: Tensor, grad: Tensor, x: Tensor, alpha: Tensor, eps: Tensor, lo: Tensor, hi: Tensor,
+    dtype: torch.dtype, project: bool = True,
+) -> Tensor:  # fmt: skip
+    """The sign step from x0 around the clean image x, both in the compute type; the result is of dtype."""
     s = alpha * sign(grad, x.dtype)
     if not project:
         return _finish(x0 + s, x, torch.full_like(eps, float("inf")), lo, hi, dtype)
@@ -152,40 +177,51 @@ def _step(x0, grad, x, alpha, eps, lo, hi, dtype, project=True):
     return _finish(t, x, eps, lo, hi, dtype)
 
 
-def pgd_step(out, x_adv, grad, x, alpha, eps, lo=0.0, hi=1.0, alpha_t=None, eps_t=None, lo_t=None, hi_t=None):
+def pgd_step(
+    out: Tensor, x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo: float = 0.0, hi: float = 1.0,
+    alpha_t: Tensor | None = None, eps_t: Tensor | None = None, lo_t: Tensor | None = None, hi_t: Tensor | None = None,
+) -> None:  # fmt: skip
     c = compute_dtype(x_adv, x, out)
-    alpha, eps, lo, hi = (parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t)))
-    out.copy_(_step(to_compute(x_adv, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype))
+    pairs = ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
+    size, radius, low, high = (parameter(*p, x, c) for p in pairs)
+    out.copy_(_step(to_compute(x_adv, c), grad, to_compute(x, c), size, radius, low, high, out.dtype))
 
 
 def fgsm_step(
-    out, x, grad, project, alpha, eps, noise, seed, lo=0.0, hi=1.0,
-    alpha_t=None, eps_t=None, noise_t=None, seed_t=None, lo_t=None, hi_t=None,
-):  # fmt: skip
+    out: Tensor, x: Tensor, grad: Tensor, project: bool, alpha: float, eps: float, noise: float, seed: int,
+    lo: float = 0.0, hi: float = 1.0,
+    alpha_t: Tensor | None = None, eps_t: Tensor | None = None, noise_t: Tensor | None = None,
+    seed_t: Tensor | None = None, lo_t: Tensor | None = None, hi_t: Tensor | None = None,
+) -> None:  # fmt: skip
     c = compute_dtype(x, out)
     x0 = x
     if noise_t is not None or noise != 0:
         # What random_init returned and the model saw: in x's dtype, whatever out's is.
         x0 = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
         random_init(x0, x, noise, seed, lo, hi, noise_t, seed_t, lo_t, hi_t)
-    alpha, eps, lo, hi = (parameter(*p, x, c) for p in ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t)))
-    out.copy_(_step(to_compute(x0, c), grad, to_compute(x, c), alpha, eps, lo, hi, out.dtype, project))
+    pairs = ((alpha, alpha_t), (eps, eps_t), (lo, lo_t), (hi, hi_t))
+    size, radius, low, high = (parameter(*p, x, c) for p in pairs)
+    out.copy_(_step(to_compute(x0, c), grad, to_compute(x, c), size, radius, low, high, out.dtype, project))
 
 
-def normalized(w, mean, scale, dtype):
+def normalized(w: Tensor, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The model's input for an image, in dtype; mean and scale are of the compute type and broadcast."""
     return _round((w.to(mean.dtype) - mean) * scale, dtype)
 
 
-def _with_z(step):
+def _with_z(step: Callable[..., None]) -> Callable[..., None]:
     """The step that also writes z, the model's input for its result."""
 
-    def run(out, z, mean, scale, *args):
+    def run(out: Tensor, z: Tensor, mean: Tensor, scale: Tensor, *args: Any) -> None:
         step(out, *args)
         z.copy_(normalized(out, mean, scale, z.dtype))
 
     return run
 
 
-_STEPS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step}
-IMPLEMENTATIONS = {**_STEPS, **{f"{name}_z": _with_z(step) for name, step in _STEPS.items()}, "philox": philox_op}
+_STEPS: dict[str, Callable[..., None]] = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step}
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    **_STEPS,
+    **{f"{name}_z": _with_z(step) for name, step in _STEPS.items()},
+    "philox": philox_op,
+}

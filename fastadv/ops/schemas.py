@@ -8,14 +8,21 @@ compute type, 0-dim or (1, C, 1, ...). Nothing is checked here: the public funct
 once, for every backend.
 """
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+Arguments = tuple[Any, ...]
+"""An op's arguments in its schema's order: tensors, numbers and None."""
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
-def _schemas(name, first, *parameters):
+def _schemas(name: str, first: str, *parameters: str) -> dict[str, str]:
     """The two forms of a step."""
     # A SymInt: compiled functions serve every seed, instead of being compiled anew for each.
     numbers = [f"{'SymInt' if p == 'seed' else 'float'} {p}" for p in parameters]
@@ -42,16 +49,16 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 increment_versions = torch._C._increment_version  # torch.autograd.graph.increment_version of several, in half the time
 
 
-def _public(op_name):
+def _public(op_name: str) -> str:
     return f"fastadv.{op_name.removesuffix('_z')}"
 
 
-def _refuse_grad(name, op):
+def _refuse_grad(name: str, op: OpOverload) -> Callable[..., None]:
     """The kernel at the Autograd key: the raw ops have no derivative, so they refuse instead of dropping it."""
     public = _public(name.split(".")[0])
     results = sum(a.is_write for a in op._schema.arguments)  # they come first
 
-    def guard(*args):
+    def guard(*args: Any) -> None:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(
@@ -68,17 +75,17 @@ def _refuse_grad(name, op):
     return guard
 
 
-def _fake(*args):
+def _fake(*args: Any) -> None:
     """Nothing to infer: the ops return nothing. Meta tensors beside real ones come here too, though."""
     devices = {str(a.device) for a in args if isinstance(a, torch.Tensor)}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
 
 
-def refuse_vmap(name):
+def refuse_vmap(name: str) -> Callable[..., NoReturn]:
     """A function of any arguments that raises."""
 
-    def refuse(*args):
+    def refuse(*args: Any) -> NoReturn:
         raise RuntimeError(
             f"{_public(name)} does not support torch.vmap: call it on the whole batch; eps, alpha, noise and clip "
             "may be tensors of shape (N, 1, 1, 1) and seed one of shape (N,)"
@@ -87,7 +94,7 @@ def refuse_vmap(name):
     return refuse
 
 
-def _define():
+def _define() -> dict[tuple[str, str], OpOverload]:
     ops = {}
     for op_name, schema in SCHEMAS.items():
         for backend in BACKENDS:

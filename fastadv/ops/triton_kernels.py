@@ -6,14 +6,20 @@ csrc/attack_math.h says why it is written as it is.
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from fastadv.ops.positions import position_strides
 from fastadv.ops.reference import compute_dtype, seed_tensor
+
+Parameter = tuple[float, Tensor | None]  # a number, and the tensor that overrides it
+Flags = tuple[bool, ...]
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -133,7 +139,7 @@ def _clamp(v, lo, hi):
     return tl.minimum(v, hi, propagate_nan=tl.PropagateNan.ALL)
 
 
-def _where_beyond(above, below):
+def _where_beyond(above: str, below: str) -> tl.constexpr:
     """PTX: $0 = $1, but for `above` where $2 > $3 and `below` where $2 < -$3.
 
     Additions under predicates: comparisons and selections share a pipe of half the rate.
@@ -438,44 +444,64 @@ def philox_kernel(seed, index, restart, word3, out, n, BLOCK: tl.constexpr):
 # ---------------------------------------------------------------- launchers
 
 
-def _lies_at(t, places, shape):
+def _lies_at(t: Tensor, places: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether t's elements lie at their positions."""
     return all(size == 1 or a == b for size, a, b in zip(shape, t.stride(), places, strict=True))
 
 
-def _strides(t, order):
+def _strides(t: Tensor | None, order: Sequence[int]) -> tuple[int, ...]:
     """Strides of a tensor in the walk's order; 0 where it broadcasts."""
     if t is None or t.dim() == 0:
         return (0,) * len(order)
     return tuple(t.stride(d) if t.shape[d] != 1 else 0 for d in order)
 
 
-def _ordinary(x, out, radii):
+def _ordinary(x: Tensor, out: Tensor, radii: Sequence[Parameter]) -> bool:
     """Whether csrc/cuda/pairs.cuh's shortcuts are right: for radii of any use, and x that is no infinity in `out`."""
     largest = 8 if out.dtype == torch.float16 else 2.0**100
     fits = out.dtype in (x.dtype, torch.float32)
     return fits and all(t is None and (r == 0 or 2.0**-100 <= r <= largest) for r, t in radii)
 
 
-def _simple(number, tensor):
+def _simple(number: float, tensor: Tensor | None) -> bool:
     """Whether every type has that number: 0, 1 and the like."""
     return tensor is None and abs(number) <= 1 and 128 * number % 1 == 0
 
 
-def _launch_parts(x, x0, grad, out, seed, params, flags, z, mean, scale):
-    """So many samples at once as a grid takes: with a seed each, nobody notices."""
+def _launch_parts(
+    x: Tensor, x0: Tensor | None, grad: Tensor | None, out: Tensor, seed: Tensor | None, params: Sequence[Parameter],
+    flags: Flags, z: Tensor | None, mean: Tensor | None, scale: Tensor | None,
+) -> None:  # fmt: skip
+    """Launch for 65535 samples at a time, as many as a grid takes: each has a seed of its own, so the bits stay."""
     n = x.shape[0]
     for first in range(0, n, MOST_SAMPLES):
+        rows = slice(first, first + MOST_SAMPLES)
 
-        def part(t, rows=slice(first, first + MOST_SAMPLES)):
+        def part(t: Tensor | None, rows: slice = rows) -> Tensor | None:
             return t[rows] if t is not None and t.dim() > 0 and t.shape[0] == n else t
 
-        parts = [part(t) for t in (x, x0, grad, out, seed)]
-        _launch(*parts, [(number, part(t)) for number, t in params], flags, part(z), mean, scale)
+        parts = [(number, part(t)) for number, t in params]
+        _launch(x[rows], part(x0), part(grad), out[rows], part(seed), parts, flags, part(z), mean, scale)
 
 
-def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None):
-    """params: (number, tensor or None) of alpha, eps, noise, lo and hi; flags: which of (noise, step, x0, project)."""
+def _launch(
+    x: Tensor, x0: Tensor | None, grad: Tensor | None, out: Tensor, seed: Tensor | None, params: Sequence[Parameter],
+    flags: Flags, z: Tensor | None = None, mean: Tensor | None = None, scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Choose the kernel and launch it.
+
+    Args:
+        x: clean images.
+        x0: the iterate, where it is not x or its random start.
+        grad: the loss's gradient; None for a start without a step.
+        out: takes the result.
+        seed: int64, one element or one per sample; None without noise.
+        params: alpha, eps, noise, lo and hi.
+        flags: which of (noise, step, x0, project) there is.
+        z: takes the model's next input.
+        mean: of z's normalisation.
+        scale: 1/std of it.
+    """
     if x.numel() == 0:
         return
     per_sample = seed is not None and seed.numel() != 1
@@ -491,7 +517,7 @@ def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None
         params = [(0.0, torch.full((), n, dtype=c, device=x.device) if t is None else t) for n, t in params]
     tensors = tuple(t is not None for _, t in params)
     values = [number if t is None else t for number, t in params]
-    channels = mean.numel() if z is not None else 1
+    channels = 1 if mean is None else mean.numel()
     inner = places[1] if channels > 1 else BLOCK
     images = (x, x0, grad, out, z)
     normalization = (mean, scale, channels, inner)
@@ -514,35 +540,53 @@ def _launch(x, x0, grad, out, seed, params, flags, z=None, mean=None, scale=None
         )  # fmt: skip
 
 
-def random_init(out, x, noise, seed, lo=0.0, hi=1.0, noise_t=None, seed_t=None, lo_t=None, hi_t=None, **z):
+def random_init(
+    out: Tensor, x: Tensor, noise: float, seed: int, lo: float = 0.0, hi: float = 1.0,
+    noise_t: Tensor | None = None, seed_t: Tensor | None = None, lo_t: Tensor | None = None,
+    hi_t: Tensor | None = None, **z: Tensor,
+) -> None:  # fmt: skip
     params = [(0.0, None), (0.0, None), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
     _launch(x, None, None, out, seed_tensor(seed, seed_t, x), params, (True, False, False, False), **z)
 
 
 def fgsm_step(
-    out, x, grad, project, alpha, eps, noise, seed, lo=0.0, hi=1.0,
-    alpha_t=None, eps_t=None, noise_t=None, seed_t=None, lo_t=None, hi_t=None, **z,
-):  # fmt: skip
+    out: Tensor, x: Tensor, grad: Tensor, project: bool, alpha: float, eps: float, noise: float, seed: int,
+    lo: float = 0.0, hi: float = 1.0,
+    alpha_t: Tensor | None = None, eps_t: Tensor | None = None, noise_t: Tensor | None = None,
+    seed_t: Tensor | None = None, lo_t: Tensor | None = None,
+    hi_t: Tensor | None = None, **z: Tensor,
+) -> None:  # fmt: skip
     has_noise = noise_t is not None or noise != 0
-    seed = seed_tensor(seed, seed_t, x) if has_noise else None
+    seeds = seed_tensor(seed, seed_t, x) if has_noise else None
     params = [(alpha, alpha_t), (eps, eps_t), (noise, noise_t), (lo, lo_t), (hi, hi_t)]
-    _launch(x, None, grad, out, seed, params, (has_noise, True, False, project), **z)
+    _launch(x, None, grad, out, seeds, params, (has_noise, True, False, project), **z)
 
 
-def pgd_step(out, x_adv, grad, x, alpha, eps, lo=0.0, hi=1.0, alpha_t=None, eps_t=None, lo_t=None, hi_t=None, **z):
+def pgd_step(
+    out: Tensor, x_adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo: float = 0.0, hi: float = 1.0,
+    alpha_t: Tensor | None = None, eps_t: Tensor | None = None, lo_t: Tensor | None = None,
+    hi_t: Tensor | None = None, **z: Tensor,
+) -> None:  # fmt: skip
     params = [(alpha, alpha_t), (eps, eps_t), (0.0, None), (lo, lo_t), (hi, hi_t)]
     _launch(x, x_adv, grad, out, None, params, (False, True, True, True), **z)
 
 
-def _with_z(step):
-    return lambda out, z, mean, scale, *args: step(out, *args, z=z, mean=mean, scale=scale)
+def _with_z(step: Callable[..., None]) -> Callable[..., None]:
+    def run(out: Tensor, z: Tensor, mean: Tensor, scale: Tensor, *args: Any) -> None:
+        step(out, *args, z=z, mean=mean, scale=scale)
+
+    return run
 
 
-def philox(out, seed, index, restart, word3):
+def philox(out: Tensor, seed: Tensor, index: Tensor, restart: Tensor, word3: int) -> None:
     n = index.numel()
     with torch.cuda.device(index.device) if index.is_cuda else _HERE:
         philox_kernel[(triton.cdiv(max(n, 1), BLOCK),)](seed, index, restart, word3, out, n, BLOCK=BLOCK)
 
 
-_STEPS = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step}
-IMPLEMENTATIONS = {**_STEPS, **{f"{name}_z": _with_z(step) for name, step in _STEPS.items()}, "philox": philox}
+_STEPS: dict[str, Callable[..., None]] = {"random_init": random_init, "fgsm_step": fgsm_step, "pgd_step": pgd_step}
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    **_STEPS,
+    **{f"{name}_z": _with_z(step) for name, step in _STEPS.items()},
+    "philox": philox,
+}
