@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,6 +12,7 @@ from fastadv.attacks import create_attack
 from fastadv.commands.arguments import add_data, adder, check_folder, check_new, load_data
 from fastadv.commands.speech import is_quiet, say
 from fastadv.data.classes import class_list
+from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
@@ -100,7 +101,8 @@ def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespa
     pixels = model.on_pixels.to(**whither)
     passes = Passes(RECIPE["batch_size"], torch.bfloat16, torch.channels_last, RECIPE["compile"])
     attack = create_attack("pgd-50-10", pixels, EPS, **passes.attack)
-    images, labels = (part[: arguments.limit] for part in dataset.test)
+    images, labels = cast(Samples, dataset.test)  # of one process, which has all images
+    images, labels = images[: arguments.limit], labels[: arguments.limit]
     state = arguments.out / "evaluation.safetensors"
     report = evaluate(
         pixels, (images, labels), [attack], eps=EPS, state=state, progress=not is_quiet(), **passes.evaluation

@@ -10,13 +10,12 @@ import torch
 
 from fastadv import data, models
 from fastadv.data.classes import class_list
+from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
 from fastadv.preprocessing import Preprocessing
 from fastadv.study.grid import DataSet, Images, Task
 
 NAMED = ("digits", "cifar10")  # sets that are not found by a path
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # images (N, C, H, W), uint8 or floats in [0, 1], and labels int64 (N,)
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Parts:
         trained_on: for the file of a model.
     """
 
-    train: Pair
-    val: Pair
-    test: Pair
+    train: Samples
+    val: Samples
+    test: Samples
     classes: tuple[str, ...]
     contents: str
     judged: str
@@ -92,7 +91,7 @@ def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None
     if len(dataset.classes) < 2:
         raise ValueError(f"{given.name} has a single class, {dataset.classes[0]}: there is nothing to tell apart")
     rows = {name: _chosen(len(getattr(dataset, name)[1]), getattr(limits, f"{name}_limit")) for name in dataset.digests}
-    parts: dict[str, Pair] = {}
+    parts: dict[str, Samples] = {}
     for name, chosen in rows.items():
         images, labels = getattr(dataset, name)
         parts[name] = images[chosen], labels[chosen]

@@ -111,9 +111,11 @@ class FastMethod:
                 )
 
     def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
-        """Refuse a model that it, called `name`, cannot train; it is left as it was.
+        """Refuse a model that the method cannot train. The model is left as it was.
 
         Args:
+            name: of the method, for the errors.
+            settings: of the run.
             images: two of the training images, (2, C, H, W), floats on the model's device.
 
         Raises:
@@ -153,8 +155,13 @@ class FastMethod:
         """
         raise NotImplementedError
 
-    def outputs(self, through: Callable, inputs: torch.Tensor) -> object:
-        """What the update's loss is of: what `through`, which is the model, returns for what `attacked` returned."""
+    def outputs(self, through: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> object:
+        """The outputs that the update's loss is taken of.
+
+        Args:
+            through: the model, such as it is under DistributedDataParallel.
+            inputs: (n, ...), what `attacked` returned.
+        """
         return through(inputs)
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -22,29 +22,31 @@ SHOWN = 0.005  # the last digit in which prices are told
 class Stale(FastMethod):
     """For each training image the sign of the loss's gradient at what it was attacked with in the last epoch.
 
-    An update's backward pass goes through x_adv anyway: carried on to the input it gives the gradient there. Its sign,
-    one bit a pixel, is kept, and the image's next x_adv is x + eps sign, in the box, as FGSM makes it of its own
-    gradient. A gradient of zero counts as negative (`pack_signs`). Before an image was seen its signs are random, from
-    the seed and its number. Signs lie in the frame of the stored picture: where an augmentation crops and flips they
-    follow, pixels that were cropped off keep the sign that they had, and the border that was padded gets random ones.
+    An update's backward pass starts at the loss of x_adv; carried on to the input, it gives the gradient there. The
+    gradient's sign, one bit a pixel, is kept, and the image's next x_adv is x + eps sign, in the box, as FGSM makes it
+    of its own gradient. A gradient of zero counts as negative (`pack_signs`). Before an image was seen its signs are
+    random, from the seed and its number. Signs lie in the frame of the stored picture. An augmentation crops and flips
+    them along: pixels that were cropped off keep their sign, and the padded border gets random signs.
 
-    It costs what standard training does, where the update's backward pass goes through all layers anyway. Linear
-    probing's ends at the head: there it costs a backward pass through the backbone, so that a step takes twice as long
-    as a standard one, and FGSM's three times (`fastadv.training.cost`).
+    A step takes as long as a standard one where the update's backward pass goes through all layers anyway. The backward
+    pass of linear probing ends at the head: there a step takes twice as long as a standard one, for a backward pass
+    through the backbone, and a step of FGSM three times as long (`fastadv.training.cost`).
 
-    Signs outlast the end of a stage and a rollback. After a switch to another attack they are given up, and a stage
-    that comes then begins with chance again. The monitor watches FGSM, which this is to be like.
+    Signs outlast the end of a stage and a rollback. A switch to another attack drops them, and a stage after it begins
+    with random signs again. The monitor looks with FGSM, which this method imitates.
 
-    The gradient is the update's: of the loss that is learnt from, with label smoothing, in the mode and the precision
-    of the update, and where batch-norm mixes a batch, of the whole part of it.
+    The gradient is the update's: of its loss, with label smoothing, in its mode and precision, and where batch-norm
+    mixes a batch, of the whole part of it.
+
+    Without `refresh` and `price` no image gets a fresh FGSM.
 
     Args:
-        alpha: length of the step; None means eps.
-        refresh, price: which images get a fresh FGSM: without both none; with `refresh` K all of them in the first
-            epoch, and image i where (i + epoch) mod K = 0; with `price` those whose signs agreed least with the ones
-            before, so many that by the cost model a step takes `price` times as long as a standard one. Chance decides
-            while nothing is known.
-        model, eps, options: as of `FastMethod`.
+        model: as of `FastMethod`.
+        eps: as of `FastMethod`.
+        refresh: K: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod K = 0.
+        price: by the cost model, how many times as long as a standard step a step takes. So many images get a fresh
+            FGSM: those whose signs agreed least with their signs of the epoch before, and at first random ones.
+        options: as of `FastMethod`; `alpha` is the length of the step, None means eps.
     """
 
     OPTIONS = ("alpha", "refresh", "price")
