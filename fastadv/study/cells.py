@@ -76,7 +76,8 @@ def run(task: Task, site: Site) -> Outcome:
         site: where and how it is run.
 
     Raises:
-        KeyboardInterrupt, SystemExit: it is interrupted, and its state is on the disk.
+        KeyboardInterrupt: it is interrupted, and its state is on the disk.
+        SystemExit: likewise.
     """
     id, folder = task.cell.id, cell_folder(site.folder, task.cell.id)
     before = torch.get_num_threads()

@@ -32,7 +32,9 @@ def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float]:
     set, model and method on such a machine, or else from a step of standard training that is timed here.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: images or a model that cannot be had.
+        FileNotFoundError: images or a model are not there.
+        ImportError: a package for them is not installed.
+        ValueError: they cannot be read, or do not go together.
     """
     timed: dict[_Kind, list[float]] = {}
     here = machine(site)

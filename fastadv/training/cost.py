@@ -12,7 +12,13 @@ from fastadv.attacks.checks import check_number, check_whole
 
 
 class Passes(NamedTuple):
-    """Passes of one image in one epoch."""
+    """Passes of one image in one epoch.
+
+    Attributes:
+        forward: F.
+        to_pixels: Bx.
+        to_parameters: B.
+    """
 
     forward: float
     to_pixels: float
@@ -27,6 +33,7 @@ class Passes(NamedTuple):
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, factor: float) -> "Passes":
+        """Each number of passes times `factor`."""
         return Passes(*(factor * each for each in self))
 
 
@@ -71,12 +78,12 @@ def passes(
 ) -> Passes:
     """The passes of one image in one epoch.
 
-    The update of a linear probe needs no backward pass through the backbone; that of every other method but "full"
-    goes back through all layers and computes next to no weight's gradient, which is a pass to the pixels. Where the
-    pixels' own gradient is asked of the update, it costs the layer that "full" has anyway, and a pass to the pixels of
-    a linear probe. A gradient that is differentiated once more (GradAlign) costs that gradient's two passes and twice
-    the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images. With
-    "cached" the images that get no fresh FGSM do not go through the backbone, and the head costs nothing.
+    The update of a linear probe needs no backward pass through the backbone. The update of every other method but
+    "full" goes back through all layers and computes next to no weight's gradient: that is a pass to the pixels. A
+    method that asks the update for the gradient of the pixels gets it for nothing there; with a linear probe it costs a
+    pass to the pixels. A gradient that is differentiated once more (GradAlign) costs that gradient's two passes and
+    twice the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images.
+    With "cached" the images that get no fresh FGSM do not go through the backbone, and the head costs nothing.
 
     Args:
         attack: a key of STEPS; None means "none".
@@ -86,7 +93,8 @@ def passes(
         clean: whether clean images go through the update too, as with `clean_weight`.
 
     Raises:
-        TypeError, ValueError: no such attack, or a number that is out of range or not the attack's.
+        TypeError: a number is none.
+        ValueError: no such attack, or a number that is out of range or not the attack's.
     """
     name = "none" if attack is None else attack
     if name not in STEPS:

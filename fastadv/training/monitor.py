@@ -58,13 +58,15 @@ class Reading:
 class Monitor:
     """Watches a fixed batch for catastrophic overfitting: `reading = monitor.check()`, once an epoch, say.
 
-    Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994) the accuracy under a single-step
-    training attack rises while the one under PGD falls toward zero. There is an alarm when the accuracy under PGD is
-    more than `drop` below the best so far and the gap to the one under the training attack is wider than it was then
-    by more than `drop`: after an unlucky step both accuracies fall, and the gap does not widen so. A model that has
-    collapsed before the first reading, or was never any good, shows in the gap alone: it is wider than `drop`, and
-    PGD leaves less than half of the accuracy under the training attack. Training on clean images has no catastrophic
-    overfitting, and no alarm.
+    Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994) the accuracy under a single-step training attack
+    rises, and the accuracy under PGD falls toward zero. There is an alarm in two cases:
+
+    - The accuracy under PGD is more than `drop` below its best so far, and the gap between both accuracies has widened
+      since then by more than `drop`. After an unlucky step both accuracies fall, and the gap stays about as wide.
+    - The gap is wider than `drop`, and PGD leaves less than half of the accuracy under the training attack. So a model
+      is seen that collapsed before the first reading, or was never robust.
+
+    Training on clean images has no catastrophic overfitting, and no alarm.
 
     A check costs `steps` + 2 gradients with respect to the images, a forward pass and the training attack. The
     model and torch's generators are left as they were found. The same weights always give the same reading.
@@ -78,7 +80,7 @@ class Monitor:
             training on clean images. May be set to another one later.
         eps: budget of PGD and of the noise, in pixels of [0, 1]; PGD's steps are eps / 4.
         steps: number of PGD's steps.
-        drop: how far accuracy under PGD may fall below the best, or below the one under the training attack.
+        drop: how far the accuracy under PGD may fall below its best, or below that under the training attack.
         seed: of the random starts, each image's own, and of torch's generators for other libraries' attacks.
         part: images that go to the device and through the model at a time; None means all. In eval mode a reading does
             not depend on it, but for what other libraries' attacks draw.

@@ -20,14 +20,14 @@ CLOSE = 1e-3  # of the largest feature: what batches of other sizes change by ro
 
 
 class Cached(FastMethod):
-    """Linear probing with FGSM where an image keeps its perturbation for some epochs, and so what enters the head.
+    """Linear probing with FGSM, where an image keeps its perturbation, and so its features, for some epochs.
 
-    The backbone is frozen and in eval mode, and so what enters the head, an image's features, depends on the attacked
-    image alone. All images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod `refresh` is 0:
-    its features are kept. In between an update trains the head on the kept ones, and no image goes through the
-    backbone. A fresh image costs what it costs with FGSM, so that with `refresh` K an epoch takes 3 / K passes forward
-    where FGSM takes 3 and training on clean images 1 (`fastadv.training.cost`). With K = 1 it is FGSM to the bit, where
-    the model gives the same bits with and without a gradient and its head takes vectors.
+    The backbone is frozen and in eval mode. So the features that enter the head depend on the attacked image alone. All
+    images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod `refresh` is 0. Their features
+    are kept. For all other images an update trains the head on the kept features, and they do not go through the
+    backbone. With `refresh` K an epoch takes 3 / K passes forward; FGSM takes 3, and training on clean images 1
+    (`fastadv.training.cost`). With K = 1 this is FGSM to the bit, where the model gives the same bits with and without
+    a gradient and its head takes vectors.
 
     An image's features are one row of numbers in the precision in which they enter the head: images x features x 4
     bytes in float32, 26 MB for 50,000 images and 128 features, 154 MB for 768. There are two such tables in memory, or

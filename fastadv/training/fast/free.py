@@ -10,12 +10,14 @@ from fastadv.training.fast.base import FastMethod
 
 
 class Free(FastMethod):
-    """Each batch is learnt from several times in a row, at images + delta, and the update's own gradient moves delta.
+    """Each batch trains several times in a row, at images + delta, and the update's own gradient moves delta.
 
-    Shafahi et al. 2019 (arXiv 1904.12843, algorithm 1): delta <- C(delta + eps sign g); it begins with zeros and goes
-    on from batch to batch. An epoch has as many updates as it has with any other method, and so its price is standard
-    training's and the learning rate falls in each update; what passes less often are the images, epochs / repeats
-    times. So the paper counts: its 8 repeats are those for CIFAR-10, 4 those for ImageNet.
+    delta <- C(delta + eps sign g) begins with zeros and goes on from batch to batch. An epoch has as many updates as
+    with any other method: it costs as much as an epoch of standard training, and the learning rate falls in each
+    update. The images are passed less often, epochs / repeats times, as the paper counts. It has 8 repeats for CIFAR-10
+    and 4 for ImageNet.
+
+    Source: Shafahi et al. 2019 (arXiv 1904.12843, algorithm 1).
     """
 
     OPTIONS = ("repeats",)

@@ -18,15 +18,15 @@ SMALL = 8 / 255 + 1e-6  # the largest budget whose result is projected on the ba
 
 
 class LIET(FastMethod):
-    """FGSM from +-eps times the sign that the gradient of the label's class has at a grey picture.
+    """FGSM from +-eps times the sign of the label's gradient at a grey picture.
 
-    By a summary of the paper's method, not checked against the paper. Every 20 updates the gradient of each class is
-    taken at the picture of 0.5, the model in eval mode: LI_c = eps sign g. A sample starts at P(x +- LI_y), with one
-    sign a sample, and each number of it is replaced by one of U(-eps, eps) with a probability that is drawn for the
-    sample from U(.1, .5). Beyond eps 8/255 that noise is twice as wide, and the step of eps is not projected on the
-    ball. The loss is cross-entropy with label smoothing .6 and, with gradients on both sides, weight * (e + 1) / E
-    times the Jensen-Shannon divergence of the predictions at the start and at the result, in epoch e of E of the
-    stage; weights are averaged over the updates with a decay of .9995.
+    From a summary of the paper's method, not checked against the paper. Every 20 updates the gradient g of each class c
+    is taken at the picture of 0.5, the model in eval mode: LI_c = eps sign g. A sample of class y starts at
+    P(x +- LI_y), with one sign for the whole sample. Each number of the start is replaced by noise U(-eps, eps) with a
+    probability that is drawn for the sample from U(.1, .5). Beyond eps 8/255 this noise is twice as wide, and the step
+    of eps is not projected on the ball. The loss is cross-entropy with label smoothing .6, plus weight * (e + 1) / E
+    times the Jensen-Shannon divergence of the predictions at the start and at the result, with gradients on both sides,
+    in epoch e of the stage's E epochs. Weights are averaged over the updates with a decay of .9995.
     """
 
     OPTIONS = ("penalty",)

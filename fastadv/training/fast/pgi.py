@@ -18,17 +18,23 @@ DECAY = 0.3  # of the momentum
 
 
 class FGSMPGI(FastMethod):
-    """FGSM from x + delta, where delta follows a momentum from epoch to epoch (prior-guided initialisation; the variant
-    with momentum, FGSM-MEP).
+    """FGSM from x + delta, where delta follows a momentum from epoch to epoch: FGSM-MEP, the variant with momentum of
+    prior-guided initialisation.
 
-    Jia et al. 2022 (arXiv 2207.08859). At x + delta, which need not be in the box, g is taken: the images
-    learnt from are P(x + C(delta + eps sign g)), m <- g / |g|_1 + .3 m, and the next epoch's delta is
-    C(delta + eps sign m), in the box. delta begins with eps times random signs and m with 0, again every 40 epochs. The
-    loss is cross-entropy with label smoothing .4 and, with gradients on both sides, weight times the mean squared
-    difference of the logits at x + delta and at the result. The norm is the sample's, where public code has the
-    batch's. For each image delta and m are kept, as floats, in memory or in three files of the run's folder. They lie
-    in the frame of the stored picture: crops and flips take them along, the padding has zeros, and what was cropped off
-    keeps what it had.
+    The gradient g is taken at x + delta, which may lie outside of the box. Then:
+
+        images to learn from    P(x + C(delta + eps sign g))
+        momentum                m <- g / |g|_1 + .3 m
+        the next epoch's delta  C(delta + eps sign m), in the box
+
+    delta begins with eps times random signs and m with 0, and both begin again every 40 epochs. The loss is
+    cross-entropy with label smoothing .4, plus weight times the mean squared difference of the logits at x + delta and
+    at the result, with gradients on both sides. The norm |g|_1 is the sample's; public code has the batch's.
+
+    delta and m of each image are kept as floats, in memory or in three files of the run's folder. They lie in the frame
+    of the stored picture: crops and flips move them along, the padding has zeros, and cropped pixels keep theirs.
+
+    Source: Jia et al. 2022 (arXiv 2207.08859).
     """
 
     OPTIONS = ("penalty",)

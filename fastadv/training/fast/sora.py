@@ -14,12 +14,14 @@ from fastadv.training.fast.base import FastMethod, gradient_at
 
 
 class SORA(FastMethod):
-    """From x0 = P(x + U(-eps, eps)) a step of a_i sign g, a_i ~ U(0, a*) for each number of a sample; P, no C.
+    """From x0 = P(x + U(-eps, eps)) a step of a_i sign g, with a_i ~ U(0, a*) for each number of a sample.
 
-    From a summary, not checked against the paper. With g' the update's gradient at the result, v follows the mean over
-    the samples of <sign g, g'> / |g|_1 with a decay of .95, from .99 on, and a* = min(2 eps, .02 / (1 - v)), 2 eps
-    where v is 1 or more. Samples with a zero gradient do not count. A monitor looks with N-FGSM's step of eps from the
-    same start.
+    The result is put into the box (P), and not into the ball. g' is the update's gradient at the result. v begins with
+    .99 and follows, with a decay of .95, the mean over the samples of <sign g, g'> / |g|_1, in which samples with a
+    zero gradient do not count. a* = min(2 eps, .02 / (1 - v)), and 2 eps where v is 1 or more. A monitor looks with
+    N-FGSM's step of eps from the same start.
+
+    From a summary of the paper's method, not checked against the paper.
     """
 
     sees_gradient = True
