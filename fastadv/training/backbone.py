@@ -1,7 +1,7 @@
 """How robust is a backbone before anything is trained? A head on a frozen one is no more robust than its features."""
 
-from collections.abc import Iterable
-from typing import TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -137,7 +137,8 @@ def backbone_robustness(
             probe.fit(features, labels[fitting].repeat(1 + refit))
         against = PGD(probe, eps, eps / 4, steps, **passes.attack)
         judged, options = (images[:judges], labels[:judges]), {"seed": seed, "device": labels.device}
-        robust = robust_accuracy(probe, judged, against, **options, **passes.evaluation)["robust_accuracy"]
+        report: Mapping[str, Any] = robust_accuracy(probe, judged, against, **options, **passes.evaluation)
+        robust: float = report["robust_accuracy"]
     chance = int(labels[judging].bincount().max()) / judges
     warning = None
     if clean > chance and robust < NEAR_NOTHING * clean:

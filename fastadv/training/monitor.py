@@ -1,9 +1,7 @@
 """A probe for catastrophic overfitting: does single-step training still train? For any training loop."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,6 +16,7 @@ from fastadv.evaluation.foreign import as_images
 from fastadv.evaluation.samples import collected
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import AnyModel
 from fastadv.nn.parallel import one_process
 from fastadv.ops.generator import seeded
 from fastadv.training.budget import TrainAttack
@@ -98,7 +97,7 @@ class Monitor:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: AnyModel,
         images: torch.Tensor,
         labels: torch.Tensor,
         attack: TrainAttack | None,

@@ -1,14 +1,13 @@
 """The images of a training run: those that it learns from, those that choose weights, and those that judge them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fastadv.data.share import Batch, Share
 from fastadv.evaluation.identity import told
 from fastadv.evaluation.samples import as_tensors
+from fastadv.nn.logits import AnyModel
 from fastadv.team import Team
 
 
@@ -27,7 +26,7 @@ class Parts:
     test: Batch | None
 
     @classmethod
-    def of(cls, model: Callable[..., Any], train: object, val: object, test: object) -> "Parts":
+    def of(cls, model: AnyModel, train: object, val: object, test: object) -> "Parts":
         """The parts as the caller of `Trainer.fit` gives them.
 
         Raises:
@@ -59,7 +58,7 @@ class Parts:
         return train, val, val if self.test is self.val else _shared(self.test, team)
 
 
-def _pair(name: str, data: object, model: Callable[..., Any]) -> Batch:
+def _pair(name: str, data: object, model: AnyModel) -> Batch:
     """A pair of images and labels, NumPy arrays as tensors."""
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise TypeError(
@@ -70,7 +69,7 @@ def _pair(name: str, data: object, model: Callable[..., Any]) -> Batch:
     return as_tensors(images, labels, model)
 
 
-def _held_out(name: str, data: object, model: Callable[..., Any]) -> Batch | None:
+def _held_out(name: str, data: object, model: AnyModel) -> Batch | None:
     """None where there are no images."""
     pair = None if data is None else _pair(name, data, model)
     return pair if pair is not None and len(pair[1]) else None

@@ -18,11 +18,12 @@ from fastadv.training.fast.base import FastMethod, gradient_at
 
 
 class GradAlign(FastMethod):
-    """FGSM from the image itself, with the penalty weight * (1 - mean cosine of g(x), detached, and g(x + U(-eps, eps))
+    """FGSM from the image itself, with a penalty where the gradient turns within the ball.
 
-    x + U(-eps, eps) is in the box, and g is the gradient of cross-entropy with the model in eval mode, as the attack's
-    is. Samples with a zero gradient at either point are left out. The weight grows with eps as the paper's does for
-    CIFAR-10, 0.2 at 8/255. The second derivative is not compiled, and attention takes its plain form, which has one.
+    The penalty is weight * (1 - c), where c is the mean cosine of g(x), detached, and g(x + U(-eps, eps)). The second
+    point is in the box, and g is the gradient of cross-entropy with the model in eval mode, as the attack's is. Samples
+    with a zero gradient at either point are left out. The weight grows with eps as the paper's does for CIFAR-10, 0.2
+    at 8/255. The second derivative is not compiled, and attention takes its plain form, which has one.
 
     Source: Andriushchenko and Flammarion 2020 (arXiv 2007.02617).
     """
