@@ -8,9 +8,9 @@ PIP = .venv/bin/python -m pip install -q -c constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 # Of every layer something, without compilers, interpreters and runs of minutes.
-QUICK = tests/test_attacked_function.py tests/test_attacks.py tests/test_ball.py tests/test_contract.py \
-  tests/test_data.py tests/test_figures.py tests/test_normalized.py tests/test_philox.py tests/test_settings.py \
-  tests/test_verdicts.py
+QUICK = tests/nn $(addprefix tests/attacks/test_, attacked_function.py attacks.py verdicts.py) \
+  $(addprefix tests/ops/test_, ball.py contract.py philox.py) tests/data/test_data.py tests/training/test_settings.py \
+  tests/benchmarks/test_figures.py
 
 .PHONY: demo test test-quick lint docs clean
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent))  # for the helpers beside the tests
+sys.path.append(str(Path(__file__).resolve().parent))
 
 # Without a GPU the Triton kernels run in Triton's interpreter: to be asked for before the first import.
 if not torch.cuda.is_available():
@@ -14,6 +14,11 @@ if not torch.cuda.is_available():
 
 import pytest
 from gpus import needs_gpu
+
+# For the helpers beside the tests, here and in the processes that tests start.
+FOLDERS = [Path(__file__).resolve().parent, *sorted(p for p in Path(__file__).resolve().parent.iterdir() if p.is_dir())]
+sys.path += map(str, FOLDERS[1:])
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (os.environ.get("PYTHONPATH"), *FOLDERS))))
 
 EXAMPLES = max(1, int(os.environ.get("FASTADV_TEST_EXAMPLES", "200")))
 

@@ -237,7 +237,7 @@ def test_in_the_checkout_the_kernels_that_were_built_serve(python, tmp_path, whe
     assert benchmark.returncode == 0, benchmark.stdout + benchmark.stderr
     assert re.search(r"^pgd_step +cifar +f32/f32 +cpu ", benchmark.stdout, re.MULTILINE)
     pytest_itself = (python, "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())")  # as its script
-    tests = in_checkout(source, *pytest_itself, "-W", "error::UserWarning", "tests/test_philox.py", "-k", "cpu")
+    tests = in_checkout(source, *pytest_itself, "-W", "error::UserWarning", "tests/ops/test_philox.py", "-k", "cpu")
     assert tests.returncode == 0, tests.stdout
     info = json.loads(in_checkout(tmp_path, python, "-m", "fastadv", "info", "--json").stdout)
     where = source if editable else next((python.parent.parent / "lib").glob("python*/site-packages"))

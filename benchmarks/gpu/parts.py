@@ -95,19 +95,11 @@ def loaded(out):
 
 # In this order: what has never run on a GPU, or failed there.
 GPU_TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "gpu_attacks",
-        "cuda_graph",
-        "gpu",
-        "contract",
-        "philox",
-        "ball",
-        "compile",
-        "autograd",
-        "out",
-        "errors",
-    )
+    *(f"tests/attacks/test_{name}.py" for name in ("gpu_attacks", "cuda_graph")),
+    *(
+        f"tests/ops/test_{name}.py"
+        for name in ("gpu", "contract", "philox", "ball", "compile", "autograd", "out", "errors")
+    ),
 ]
 
 
@@ -122,7 +114,7 @@ def pytest(out, part, *arguments, **env):
 def correctness(out):
     """Every op on CUDA and Triton, graphs, streams, the evaluation on a device."""
     if DRY_RUN:
-        return pytest(out, "correctness", "tests/test_philox.py", "-k", "cpu or triton", FASTADV_TEST_EXAMPLES="2")
+        return pytest(out, "correctness", "tests/ops/test_philox.py", "-k", "cpu or triton", FASTADV_TEST_EXAMPLES="2")
     workers = ("-n", str(min(12, os.cpu_count())), "--dist", "worksteal")
     examples = os.environ.get("FASTADV_TEST_EXAMPLES", "40")
     return pytest(out, "correctness", *GPU_TESTS, "-k", "cuda or triton", *workers, FASTADV_TEST_EXAMPLES=examples)

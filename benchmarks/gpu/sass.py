@@ -289,7 +289,8 @@ clock takes part: this is what the code asks for, not how fast it is.
 - **In flight**: the bytes that the threads of an SM have asked for before the first of them waits, on sm_90.
 
 `free` kernels (no projection), other types and `any` layouts, access widths, occupancy, and the mix of instructions are
-in `benchmarks/results/sass.json`. No kernel spills or fuses a multiply with an add: `tests/test_machine_code.py`.
+in `benchmarks/results/sass.json`. No kernel spills or fuses a multiply with an add, as a test holds:
+`tests/benchmarks/test_machine_code.py`.
 
 {made}
 

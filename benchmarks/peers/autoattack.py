@@ -3,7 +3,7 @@
     python benchmarks/peers/autoattack.py CHECKOUT --models pgd clean --seeds 0 1
 
 CHECKOUT is a clone of theirs. Its standard version, L-inf: the parts follow each other, each on what is left.
-Everything is stored in benchmarks/results/autoattack, after each part; `tests/test_peers.py` reads it.
+Everything is stored in benchmarks/results/autoattack, after each part; `tests/benchmarks/test_peers.py` reads it.
 """
 
 import argparse

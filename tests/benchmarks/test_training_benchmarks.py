@@ -10,7 +10,7 @@ import pytest
 from fastadv import data
 from fastadv.data.pictures import read
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path += [str(BENCHMARKS), str(BENCHMARKS / "training")]
 bench_step, photographs = map(importlib.import_module, ("bench_step", "photographs"))
 

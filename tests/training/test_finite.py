@@ -190,7 +190,7 @@ class Reads(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("clip", [None, 1.0])
 def test_who_has_read_the_norm_waits_no_second_time(clip):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     step = TrainStep(model, None, torch.optim.SGD(model.parameters(), 0.1), max_grad_norm=clip)

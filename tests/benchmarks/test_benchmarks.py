@@ -16,7 +16,7 @@ import pytest
 from fastadv.study.files import read_grid
 from fastadv.study.grid import expanded
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks/gpu/run.sh"
 sys.path.append(str(SCRIPT.parent))
 plan = importlib.import_module("plan")

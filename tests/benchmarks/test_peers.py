@@ -16,7 +16,7 @@ from attacked import one_thread as one_thread
 from fastadv.attacks import FGSM, PGD
 from fastadv.evaluation import evaluate
 
-PEERS = Path(__file__).resolve().parent.parent / "benchmarks/peers"
+PEERS = Path(__file__).resolve().parents[2] / "benchmarks/peers"
 RESULTS = PEERS.parent / "results/autoattack"
 sys.path.append(str(PEERS))
 judged, standard, suites = (importlib.import_module(name) for name in ("judged", "standard", "suites"))

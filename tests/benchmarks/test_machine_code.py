@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-GPU = Path(__file__).parent.parent / "benchmarks/gpu"
+GPU = Path(__file__).parents[2] / "benchmarks/gpu"
 sys.path.append(str(GPU))
 
 import machine_code  # noqa: E402

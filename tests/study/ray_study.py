@@ -1,6 +1,6 @@
 """A study by Ray on two workers, one of which is killed: the same verdicts and records as without, times aside.
 
-    python tests/ray_study.py
+    python tests/study/ray_study.py
 
 Needs the extra ray; it is a step of CI, not of `make test`.
 """

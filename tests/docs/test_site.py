@@ -18,7 +18,7 @@ from fastadv.training.cost import STEPS, passes
 from fastadv.training.fast import FAST
 from fastadv.training.methods import METHODS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 

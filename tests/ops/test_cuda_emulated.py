@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import fastadv
 from fastadv.ops import backends
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-w", "-fvisibility=hidden"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 BACKEND = ["-DFASTADV_BACKEND=cuda", "-DFASTADV_KEY=CPU", '-DFASTADV_NVCC="none"', '-DFASTADV_ARCHS="emulated"']
@@ -38,7 +38,7 @@ def emulated(tmp_path_factory):
         pybind11.get_include(),
         torch_dir / "include",
         sysconfig.get_path("include"),
-        ROOT / "tests/emulated_cuda",
+        ROOT / "tests/ops/emulated_cuda",
     ]
     flags = [*FLAGS, *STABLE_ABI, *BACKEND, *(f"-I{path}" for path in include)]
     sources = ["library.cpp", "cuda/facts.cpp", "cuda/ops.cu"]

@@ -11,7 +11,7 @@ import pytest
 
 import fastadv
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 PATH = re.compile(r"`((?:fastadv|csrc|tests|docs|benchmarks)/[\w/.-]+|[A-Z]+\.md)`")
 NEW = "fastadv/attacks/half_start.py"  # the one of the list for an attack
@@ -36,13 +36,13 @@ __all__ += ["HalfStart"]
 from fastadv.attacks.half_start import HalfStart
 PRESETS["half-start"] = (HalfStart, lambda eps: {})
 """,
-    "tests/attacked.py": """
+    "tests/attacks/attacked.py": """
 from fastadv.attacks import HalfStart
 ATTACKS["HalfStart"] = lambda model, **o: HalfStart(model, EPS, **o)
 RANDOM += ("HalfStart",)
 SINGLE_STEP += ("HalfStart",)
 """,
-    "tests/test_attack_options.py": """
+    "tests/attacks/test_attack_options.py": """
 OWN["HalfStart"] = ("eps=8/255",)
 """,
 }
@@ -108,10 +108,9 @@ def test_the_list_for_an_attack_names_the_places_that_it_takes():
 def followed(tmp_path):
     """A copy of the package and of the tests of all attacks, with a new attack as the list says."""
     shutil.copytree(Path(fastadv.__file__).parent, tmp_path / "fastadv", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "tests").mkdir()
-    for name in ("conftest.py", "pyproject.toml", *map("tests/{}".format, os.listdir(ROOT / "tests"))):
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "old_files"))
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
     for name, text in PLACES.items():
         with open(tmp_path / name, "a") as file:
             file.write(text)
@@ -128,6 +127,6 @@ def run(folder, *command):
 def test_who_follows_the_list_has_an_attack_that_works_everywhere(followed):
     (followed / "used.py").write_text(USED)
     run(followed, "used.py")
-    shared = ("tests/test_attack_manners.py", "tests/test_attack_options.py")
+    shared = ("tests/attacks/test_attack_manners.py", "tests/attacks/test_attack_options.py")
     out = run(followed, "-m", "pytest", "-p", "no:cacheprovider", *shared, "-k", "HalfStart and not compile")
     assert int(re.search(r"(\d+) passed", out)[1]) > 20

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fastadv import random_init
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def examples(first):

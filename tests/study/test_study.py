@@ -31,7 +31,7 @@ from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
 from fastadv.version import __version__
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def colours(count, seed, classes=3, side=6):
