@@ -32,9 +32,10 @@ figures:
 	$(PYTHON) benchmarks/stale.py --write
 
 lint: .venv/test
-	$(PIP) ruff clang-format
+	$(PIP) ruff clang-format mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
 
 # Strict: a link that leads nowhere or a public name without a page is an error. The variable silences an advertisement.

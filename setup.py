@@ -11,7 +11,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,11 +33,17 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"
 ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
 
 
+Found = TypeVar("Found")
+Argument = str | Path
+Flags = Sequence[Argument]
+Facts = dict[str, str]  # of a build, for `fastadv info`
+
+
 class Skip(Exception):
     """Why a part is not built."""
 
 
-def requested(name):
+def requested(name: str) -> bool:
     value = os.environ.get(name, "auto").strip().lower()
     if value not in ("auto", "0", "1"):
         sys.exit(f"{name} must be auto, 0 or 1, got {value!r}")
@@ -43,13 +52,13 @@ def requested(name):
     return value == "1"
 
 
-def found_or_skip(what, found):
+def found_or_skip(what: str, found: Found | None) -> Found:
     if not found:
         raise Skip(f"no {what} found")
     return found
 
 
-def torch_facts():
+def torch_facts() -> tuple[ModuleType, Path]:
     try:
         import torch
     except ImportError:
@@ -60,26 +69,28 @@ def torch_facts():
     return torch, Path(torch.__file__).parent
 
 
-def compiler():
+def compiler() -> str:
     named = os.environ.get("CXX", "")
-    return found_or_skip("C++ compiler (set CXX)", shutil.which(named or "c++") or (not named and shutil.which("g++")))
+    return found_or_skip("C++ compiler (set CXX)", shutil.which(named or "c++") or shutil.which(named or "g++"))
 
 
-def first_line(*command):
+def first_line(*command: Argument) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
 
 
-def nvcc():
+def nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return found_or_skip("nvcc (set CUDA_HOME)", shutil.which(Path(home, "bin", "nvcc") if home else "nvcc"))
 
 
-def cuda_version(nvcc_path):
+def cuda_version(nvcc_path: str) -> tuple[str, str]:
+    """(major, minor)."""
     text = subprocess.run([nvcc_path, "--version"], capture_output=True, text=True).stdout
-    return found_or_skip("release in `nvcc --version`", re.search(r"release (\d+)\.(\d+)", text)).group(1, 2)
+    found = found_or_skip("release in `nvcc --version`", re.search(r"release (\d+)\.(\d+)", text))
+    return found[1], found[2]
 
 
-def gencode(archs):
+def gencode(archs: str) -> list[str]:
     """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as `8.0;9.0a;10.0+PTX`."""
     flags = []
     for arch in re.split(r"[;\s]+", archs.strip()):
@@ -93,7 +104,7 @@ def gencode(archs):
     return flags
 
 
-def include_flags(torch_dir):
+def include_flags(torch_dir: Path) -> list[str]:
     import pybind11
 
     # pybind11's own headers first: those that PyTorch 2.11 brings refuse code for the stable ABI.
@@ -101,7 +112,7 @@ def include_flags(torch_dir):
     return [flag for path in system for flag in ("-isystem", str(path))]
 
 
-def c_string(value):
+def c_string(value: str) -> str:
     """A C string macro's value, as a compiler's argument in a ninja file."""
     return "'\"" + value.replace("'", "") + "\"'"
 
@@ -109,23 +120,24 @@ def c_string(value):
 class Ninja:
     """A build file: one rule for all, `edge` per output."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lines = ["rule run", "  command = $command", "  depfile = $depfile", "  deps = gcc", ""]
         self.lines += ["rule link", "  command = $command", ""]
 
-    def edge(self, rule, output, inputs, command):
+    def edge(self, rule: str, output: Path, inputs: Iterable[Path], command: Flags) -> None:
         escape = [str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for p in (output, *inputs)]
         self.lines += [f"build {escape[0]}: {rule} {' '.join(escape[1:])}"]
         self.lines += [f"  command = {' '.join(map(str, command)).replace('$', '$$')}"]
         self.lines += [f"  depfile = {output}.d"] if rule == "run" else []
 
-    def compile(self, output, source, compiler, flags):
+    def compile(self, output: Path, source: Path, compiler: str, flags: Flags) -> Path:
         self.edge("run", output, [source], [compiler, *flags, "-MD", "-MF", f"{output}.d", "-c", source, "-o", output])
         return output
 
-    def run(self, folder):
+    def run(self, folder: Path) -> None:
         (folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        program: Argument
         try:
             import ninja
 
@@ -135,18 +147,26 @@ class Ninja:
         subprocess.run([program, "-C", folder, *jobs], check=True)
 
 
-def bindings(build, folder, backend, cxx, flags):
+def bindings(build: Ninja, folder: Path, backend: str, cxx: str, flags: Flags) -> Path:
     flags = [*flags, f"-DFASTADV_BACKEND={backend}", f"-DFASTADV_KEY={backend.upper()}"]
     return build.compile(folder / "library.o", CSRC / "library.cpp", cxx, flags)
 
 
-def link(build, target, objects, linker, torch_dir, extra=(), after=()):
+def link(
+    build: Ninja,
+    target: Path,
+    objects: Sequence[Path],
+    linker: Flags,
+    torch_dir: Path,
+    extra: Flags = (),
+    after: Sequence[Path] = (),
+) -> None:
     # No rpath: importing torch has loaded its libraries before this one is.
     command = [*linker, "-shared", "-o", target, *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", *extra]
     build.edge("link", target, [*objects, *after], command)
 
 
-def add_cpu(build, folder, target, forced):
+def add_cpu(build: Ninja, folder: Path, target: Path, forced: bool) -> Facts:
     cxx = compiler()
     torch_dir = torch_facts()[1]
     flags = [*CXX_FLAGS, *STABLE_ABI, *include_flags(torch_dir)]
@@ -165,7 +185,7 @@ def add_cpu(build, folder, target, forced):
     return {"compiler": first_line(cxx, "--version")}
 
 
-def torch_cuda_stub(build, folder, cxx, torch_dir):
+def torch_cuda_stub(build: Ninja, folder: Path, cxx: str, torch_dir: Path) -> list[Path]:
     """An empty libtorch_cuda for a CPU-only PyTorch to link against: the real one, where it runs, has the stream."""
     if (torch_dir / "lib/libtorch_cuda.so").exists():
         return []
@@ -176,7 +196,7 @@ def torch_cuda_stub(build, folder, cxx, torch_dir):
     return [stub]
 
 
-def add_cuda(build, folder, target, forced):
+def add_cuda(build: Ninja, folder: Path, target: Path, forced: bool) -> Facts:
     torch, torch_dir = torch_facts()
     if torch.version.cuda is None and not forced:
         raise Skip("this PyTorch has no CUDA (FASTADV_CUDA=1 builds it all the same)")
@@ -196,14 +216,14 @@ def add_cuda(build, folder, target, forced):
     return {"nvcc": ".".join(version), "archs": archs}
 
 
-PARTS = {"cpu": add_cpu, "cuda": add_cuda}
+PARTS: dict[str, Callable[[Ninja, Path, Path, bool], Facts]] = {"cpu": add_cpu, "cuda": add_cuda}
 
 
 class BuildNative(build_ext):
-    def run(self):
+    def run(self) -> None:
         if not CSRC.is_dir():
             sys.exit(f"{CSRC} is missing: these sources are not whole, and what they install would have no kernels")
-        self.facts = {}
+        self.facts: dict[str, dict[str, object]] = {}
         super().run()
         package = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
         path = package / "fastadv" / "_build.py"
@@ -211,7 +231,7 @@ class BuildNative(build_ext):
         doc = '"""Written by setup.py: what was built, and why the rest was not."""'
         path.write_text(f"{doc}\n\nFACTS = {self.facts!r}\n")
 
-    def build_extension(self, ext):
+    def build_extension(self, ext: Extension) -> None:
         backend = ext.name.rsplit("_", 1)[1]
         variable = f"FASTADV_{backend.upper()}"
         target = Path(self.get_ext_fullpath(ext.name)).absolute()

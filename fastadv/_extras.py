@@ -13,6 +13,6 @@ def require(module: str, extra: str = "train") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None:  # it is installed, and something that it needs is not as it should be
+        if error.name is None:  # the package is there, and something else in it is broken
             raise
         raise ImportError(f"{error.name} is not installed: pip install 'fastadv[{extra}]'") from error

@@ -9,7 +9,15 @@ T = TypeVar("T")
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
-    """`__getattr__` of the module called `module`, with `names` from an old name to the new one, "package.name"."""
+    """Make a module's `__getattr__` that knows old names, and warns of them.
+
+    Args:
+        module: the module's name.
+        names: from an old name to the new one, "package.name".
+
+    Returns:
+        The function to assign to `__getattr__`.
+    """
 
     def getattr_(name: str) -> object:
         if name not in names:
@@ -22,10 +30,18 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
 
 
 def by_new_names(given: Mapping[str, T], names: Mapping[str, str], warn: bool = True) -> dict[str, T]:
-    """What was `given` by name, each under its new one, with `names` from old to new.
+    """Give what was passed by name its new names.
+
+    Args:
+        given: what was passed, by old or new names.
+        names: from an old name to the new one.
+        warn: whether an old name is warned of.
+
+    Returns:
+        The same values by their new names.
 
     Raises:
-        TypeError: one is given under both.
+        TypeError: a value is given under both names.
     """
     for old in given.keys() & names.keys():
         if names[old] in given:

@@ -1,14 +1,20 @@
-"""Files that are the old ones or the new ones, whatever happens in between, and the numbers of their formats."""
+"""Files that are replaced whole, even where the process is killed, and the numbers of their formats."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Replace `path`, or make it: the content goes to a temporary file beside it, to the disk, and then by that name.
+    """Replace a file, or make it: a reader finds the old content or the new one, never a part.
+
+    The content goes to a temporary file beside `path`, then to the disk, and then that file gets the name.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        content: the bytes.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; what was there is there still.
+        OSError: it cannot be written, as on a full disk; the old file is still there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def held(path: str | Path, what: str) -> Iterator[None]:
     file system has no locks, a warning says so.
 
     Args:
-        path: of what is kept, a folder's state or a file; the two names lie beside it.
+        path: the file or folder that is protected; the two files lie beside it.
         what: words for the error, such as "the run in photos".
 
     Raises:
@@ -73,7 +73,7 @@ def _who() -> dict[str, str | int]:
 
 
 def _told(owner: Path) -> str:
-    """Who that is; nothing where it has only just begun, and has not said it yet."""
+    """Who has it, in words; nothing where that process has only just begun and has not written it yet."""
     try:
         who = json.loads(owner.read_text())
         return f" ({who['command']}, process {who['pid']} on {who['host']}, since {who['since']})"

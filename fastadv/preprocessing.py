@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-LONGEST = 8192  # pixels of a side; a file from elsewhere is not to ask for all memory
+LONGEST = 8192  # pixels of a side: a damaged or hostile file must not ask for all memory
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -31,7 +31,7 @@ class Preprocessing:
         crop: share of a resized picture's shorter side that is kept (timm's crop_pct).
 
     Raises:
-        ValueError: a value that is none of these.
+        ValueError: a value is not allowed.
     """
 
     size: tuple[int, int]
@@ -78,8 +78,8 @@ class Preprocessing:
     def enough(self) -> tuple[int, int] | None:
         """(H, W) at which a larger JPEG may be decoded, for speed; None: at its own size.
 
-        Twice what is covered, so that resizing still means over pixels: of photographs no code then differs by more
-        than 3 of 255 from those of the whole picture, and a 12-megapixel JPEG for 224 pixels takes a fifth of the time.
+        It is twice `covered`, so that resizing still averages pixels. On photographs a pixel then differs by at most 3
+        of 255 from the one of the whole picture, and a 12-megapixel JPEG for 224 pixels takes a fifth of the time.
         """
         height, width = self.covered
         return None if self.interpolation == "nearest" else (2 * height, 2 * width)

@@ -31,7 +31,7 @@ class Team:
         return self.size == 1
 
     def wait(self) -> None:
-        """For all the others to get here."""
+        """Wait until every process is here."""
         if not self.alone:
             distributed.barrier()
 
@@ -52,7 +52,7 @@ class Team:
         return total
 
     def from_first(self, action: Callable[[], Result]) -> Result:
-        """What `action` returns in the first process, which alone calls it, or its error, for all of them."""
+        """Call `action` in the first process alone, and return its result, or raise its error, in all of them."""
         if self.alone:
             return action()
         result, error = _tried(action) if self.rank == 0 else (None, None)
@@ -64,7 +64,7 @@ class Team:
         return cast(Result, result)
 
     def by_all(self, action: Callable[[], Result]) -> Result:
-        """What `action` returns; where it fails in a process, that error in all of them, before any goes on."""
+        """Call `action` in every process; where it fails in one, all of them raise its error before any goes on."""
         if self.alone:
             return action()
         result, error = _tried(action)
@@ -96,7 +96,7 @@ class Team:
         return found
 
     def sent(self, t: torch.Tensor) -> torch.Tensor:
-        """The first process's tensor, for all; those of the others say its shape and dtype."""
+        """The first process's tensor in all of them; the others pass one of its shape and dtype."""
         if not self.alone:
             t = t.contiguous()
             distributed.broadcast(t, 0)

@@ -8,13 +8,13 @@ from fastadv.attacks.fab import FAB, FABL2
 from fastadv.attacks.fgsm import FFGSM, FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.losses import LOSSES
-from fastadv.attacks.normalized import Normalized
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.presets import PRESETS, create_attack
 from fastadv.attacks.square import Square
 from fastadv.attacks.square_l2 import SquareL2
 from fastadv.attacks.zerograd import ZeroGrad
+from fastadv.nn import Normalized
 
 __all__ = [
     "APGD",

@@ -1,6 +1,6 @@
 """Auto-PGD: step sizes that follow the loss, so that there is none to choose."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,7 +10,8 @@ from fastadv.attacks.engine import Slots
 from fastadv.attacks.l2 import OnL2Ball, l2_norm
 from fastadv.attacks.noise import gaussian, uniform
 from fastadv.attacks.samplewise import any_of, per_sample, put_
-from fastadv.functional import pgd_step, to_float
+from fastadv.functional import Normalization, pgd_step, to_float
+from fastadv.nn.logits import AnyModel
 from fastadv.ops.autograd import result_like
 from fastadv.ops.reference import compute_dtype
 
@@ -39,8 +40,11 @@ class APGD(Attack):
 
     draws = True
     by_age = True
+    steps: int
 
-    def __init__(self, model: Callable, eps: float = 8 / 255, steps: int = 100, *, rho: float = 0.75, **options):
+    def __init__(
+        self, model: AnyModel, eps: float = 8 / 255, steps: int = 100, *, rho: float = 0.75, **options: Any
+    ) -> None:
         super().__init__(model, eps, **{"best_iterate": True, **options})
         self.steps = steps
         self.rho = rho
@@ -87,7 +91,7 @@ class APGD(Attack):
             memory[name].fill_(value)
 
     def _share(self, share: float) -> int:
-        """Of the steps, rounded down, at least one."""
+        """This share of the steps, rounded down, at least one."""
         return max(int(share * self.steps), 1)
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
@@ -110,7 +114,7 @@ class APGD(Attack):
         return torch.empty_like(slots.input)
 
     def _direction(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """In which the loss rises most; 0 where the gradient is NaN."""
+        """The direction in which the loss rises most; 0 where the gradient is NaN."""
         return torch.sign(grad, out=out)
 
     def _remember(self, slots: Slots, direction: torch.Tensor) -> None:
@@ -150,10 +154,14 @@ class APGD(Attack):
 class APGDL2(OnL2Ball, APGD):
     """Auto-PGD on the L2 ball: Croce and Hein 2020 (arXiv 2003.01690, section 3).
 
-    Args: as APGD's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball, the L2 norm of a whole perturbation with pixels in [0, 1].
+        steps: number of steps, at least 1.
+        options: as APGD's, `rho` among them; see `Attack`.
     """
 
-    def __init__(self, model: Callable, eps: float = 0.5, steps: int = 100, **options):
+    def __init__(self, model: AnyModel, eps: float = 0.5, steps: int = 100, **options: Any) -> None:
         super().__init__(model, eps, steps, **options)
 
     def start(self, slots: Slots) -> None:
@@ -176,19 +184,42 @@ class APGDL2(OnL2Ball, APGD):
         self._write(slots, clean, mixed_(target, here, previous, share).sub_(clean))
 
 
-def apgd_step_(x_adv, x_prev, grad, x, *, alpha, share, eps, clip, normalization=None, z=None):
-    """One L-inf step with momentum, in place: x_adv becomes the next iterate, x_prev what x_adv was; grad is lost.
+def apgd_step_(
+    x_adv: torch.Tensor,
+    x_prev: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    alpha: torch.Tensor,
+    share: torch.Tensor,
+    eps: float | torch.Tensor,
+    clip: tuple[float, float],
+    normalization: Normalization | None = None,
+    z: torch.Tensor | None = None,
+) -> None:
+    """Take one L-inf step with momentum, in place.
 
-    x_adv, grad, x as in `pgd_step`; x_prev, alpha, share of the compute type, the latter (N, 1, ...). Every operation
-    rounds once: t = pgd_step(x_adv), u = ((t - x_adv) share + x_adv) + (x_adv - x_prev) MOMENTUM, and u brought into
-    the ball and the box.
+    Every operation rounds once: t = pgd_step(x_adv), u = ((t - x_adv) share + x_adv) + (x_adv - x_prev) MOMENTUM, and u
+    brought into the ball and the box.
+
+    Args:
+        x_adv: the iterate, which becomes the next one.
+        x_prev: the iterate before it, of the compute type; it becomes what x_adv was.
+        grad: the direction, like x_adv; its memory is free afterwards.
+        x: clean images.
+        alpha: step size, of the compute type, (N, 1, ...).
+        share: of the new step in the next iterate, likewise.
+        eps: radius of the ball, in pixels.
+        clip: (lo, hi), the box.
+        normalization: with z, what the model does to its input first.
+        z: takes the model's next input.
     """
     target = pgd_step(x_adv, grad, x, alpha=alpha, eps=eps, clip=clip, out=grad).to(x_prev.dtype)
     mixed = mixed_(target, x_adv, x_prev, share)
     pgd_step(mixed, grad, x, alpha=0.0, eps=eps, clip=clip, out=x_adv, normalization=normalization, z=z)
 
 
-def mixed_(target, here, previous, share):
+def mixed_(target: torch.Tensor, here: torch.Tensor, previous: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """((target - here) share + here) + (here - previous) MOMENTUM, in target's memory; `previous` becomes `here`."""
     momentum = torch.sub(here, previous, out=previous)
     target.sub_(here).mul_(share).add_(here).add_(momentum, alpha=MOMENTUM)

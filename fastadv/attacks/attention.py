@@ -1,5 +1,7 @@
 """Attention under autocast on the CPU."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -14,7 +16,9 @@ class ShortAttentionInFloat32(TorchFunctionMode):
     times at 200, and less at 500. `nn.MultiheadAttention` calls it where no mode sees it, and stays as it is.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
@@ -22,11 +26,11 @@ class ShortAttentionInFloat32(TorchFunctionMode):
         if query.shape[-2] > TOKENS:
             return func(*args, **kwargs)
         with torch.autocast(query.device.type, enabled=False):
-            args, kwargs = [_raised(a) for a in args], {name: _raised(a) for name, a in kwargs.items()}
-            return func(*args, **kwargs).to(query.dtype)
+            raised = {name: _raised(a) for name, a in kwargs.items()}
+            return func(*map(_raised, args), **raised).to(query.dtype)
 
 
-def _raised(value):
+def _raised(value: Any) -> Any:
     """Tensors below float32 in float32; masks of bool and numbers as they are."""
     if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
         return value

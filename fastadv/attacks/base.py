@@ -3,12 +3,16 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from numbers import Real
+from operator import add
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastadv.attacks.attributes import Clip, TargetFunction
 from fastadv.attacks.checks import (
     BOX,
     beyond_the_box,
@@ -27,14 +31,16 @@ from fastadv.attacks.checks import (
     highest,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
+from fastadv.attacks.losses import LossFunction
 from fastadv.attacks.modes import Modes
 from fastadv.attacks.normalized import denormalized, normalization_of
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.samplewise import has_rows, padded, part_of, per_sample, put_, scalar, seeds_for
 from fastadv.attacks.targets import Targets
 from fastadv.attacks.verdicts import is_label, verdict
-from fastadv.functional import new_seed, pgd_step_, random_init, to_float
+from fastadv.functional import Normalization, new_seed, pgd_step_, random_init, to_float
 from fastadv.nn.frozen import as_normal, frozen, on
+from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, is_plain
 from fastadv.nn.parallel import one_process
 from fastadv.ops.autograd import result_like
@@ -42,8 +48,11 @@ from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
 
 GRAPHS = 8  # that are kept; each has its own memory
-# From so many images on, the share of zero gradients at the first step of the first call is looked at.
+# In a first batch of 8 images or more, a warning says where a tenth of the gradients or more are exactly zero.
 WATCHED, ALARMING = 8, 0.1
+
+Outcome = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Of a run: (images, their strength (N,), which of them fooled, (N,) bool, or None where that has no meaning)."""
 
 
 class Attack(Modes, Targets, ABC):
@@ -66,41 +75,41 @@ class Attack(Modes, Targets, ABC):
             the other; "bce", for a single logit or several labels a sample; "kl" (from the model's output on the clean
             images; it takes a random start, for it is 0 at the image itself); or a callable from (outputs, targets) to
             one value per sample; targets are then whatever was passed as labels.
-        target_classes: the losses "targeted_margin" and "targeted_dlr" are run towards so many classes, in the order of
-            the clean images' logits (in float32, of two that are equal the lower class first), the label left out.
-        restarts: the attack is run so often from other random starts (towards each of its target classes), and the
-            strongest result is kept for each image: the one with the largest loss, where a loss of NaN is the smallest;
-            with a named loss other than "kl" and labels that are not soft, one that is misclassified before any that is
-            not.
+        target_classes: number of classes that the losses "targeted_margin" and "targeted_dlr" go towards, one after the
+            other: those with the highest logits on the clean images, the label left out. Logits are compared in
+            float32; of two equal ones the lower class comes first.
+        restarts: number of runs, each from another random start (and towards each target class). Each image keeps its
+            strongest result: the one with the largest loss, where NaN is the smallest. With a named loss other than
+            "kl" and labels that are not soft, a misclassified result comes before any other.
         best_iterate: a call returns for each image the strongest of all iterates, in the same order, instead of the
             last one. It costs a forward pass more.
-        eot: for a model that answers at random: gradient and loss are the means of so many draws at the same point, and
-            the prediction is that of their mean probabilities. Athalye et al. 2018 (arXiv 1802.00420, section 4.2).
+        eot: number of draws, for a model that answers at random. Gradient and loss are the means of the draws at one
+            point, and the prediction is that of their mean probabilities. Athalye et al. 2018 (arXiv 1802.00420,
+            section 4.2).
         training_mode: "eval"; "as_is"; or "batch_norm": batch-norm in train mode, the rest in eval mode.
         autocast: dtype of torch.autocast for the model, such as torch.bfloat16. Only the gradient's sign matters,
             and bfloat16 keeps it; float16 can lose small gradients. On the CPU attention of few tokens stays in
             float32, which is faster there.
-        memory_format: of the images while they are attacked, such as torch.channels_last (convert the model yourself).
-        compile: run the model and the loss under torch.compile; a batch smaller than the first is filled up, so that
+        memory_format: of the images during the attack, such as torch.channels_last. Convert the model yourself.
+        compile: run the model and the loss under torch.compile. A batch smaller than the first is filled up, so that
             nothing is compiled twice.
         graph: capture one iteration per shape as a CUDA graph and replay it.
-        chunk: attack so many images at a time, for less memory. A seed that is one for all then becomes one for each
-            image, so that the noise is another than without `chunk`; seeds that are one for each image stay.
+        chunk: number of images that are attacked at a time, for less memory. One seed for all images then becomes one
+            for each, so that the noise differs from a run without `chunk`; seeds for each image stay.
         clip: (lo, hi), the box that images are in; None for inputs without one, such as embeddings. With any but the
             default eps and the other lengths are in the inputs' own unit.
         images_normalized: (mean, std), each a number or one per channel, where the images that are passed, x_init too,
-            are (pixels - mean) / std and the model takes such images. Those that come back are normalised likewise;
-            eps, alpha, noise and clip stay in pixels. The same as an attack on `Normalized(model, mean, std)`, from
-            and to pixels. None: images are pixels.
+            are (pixels - mean) / std and the model takes such images. The result is normalised, too; eps, alpha, noise
+            and clip stay in pixels. The attack is the same as one on `Normalized(model, mean, std)` with pixels. None:
+            images are pixels.
 
-    All of these are attributes, and one that is assigned later acts as if it had been given.
+    All of these are attributes. One that is assigned later acts as if it had been passed here.
 
     Raises:
-        TypeError, ValueError: an option is of a wrong type or value.
+        TypeError: an option is of a wrong type.
+        ValueError: an option is of a wrong value.
     """
 
-    steps = 1
-    draws = False  # whether it needs a seed
     alpha: float | torch.Tensor | None = None
     """Step size: a number; None, for eps; or a float tensor on the images' device, 0-dim, (N,) with one for each image
     of a call, or as the steps take it, (N, 1, 1, 1), (1, C, 1, 1) or (N, C, 1, 1). Its values are looked at in the
@@ -108,15 +117,14 @@ class Attack(Modes, Targets, ABC):
     row, as another number, is captured anew."""
     norm = "Linf"  # in which eps is a distance
     by_gradient = True  # else its steps see losses and logits only
-    by_age = False  # whether its steps depend on the slots' `age` and `restart`
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float,
         *,
-        targeted: bool | str | Callable = False,
-        loss: str | Callable = "ce",
+        targeted: bool | str | TargetFunction = False,
+        loss: str | LossFunction = "ce",
         target_classes: int = 9,
         restarts: int = 1,
         best_iterate: bool = False,
@@ -127,10 +135,10 @@ class Attack(Modes, Targets, ABC):
         compile: bool = False,
         graph: bool = False,
         chunk: int | None = None,
-        clip: tuple[float, float] | None = BOX,
+        clip: Clip = BOX,
         kth_min: int = 1,
-        images_normalized: tuple | None = None,
-    ):
+        images_normalized: tuple[Any, Any] | None = None,
+    ) -> None:
         self.model = model
         self.eps = eps
         self.targeted = targeted
@@ -153,11 +161,11 @@ class Attack(Modes, Targets, ABC):
         self._counts: dict[str, torch.Tensor] = {}  # what else is told of at its end
         self._settled: dict[str, object] = {}
         self._made_of: dict[str, object] = {}
-        self._graphs: OrderedDict[tuple, GraphEngine] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], GraphEngine] = OrderedDict()
         Attack.check(self)
         self._make_objective()
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in vars(cls):
             raise TypeError(
@@ -179,8 +187,8 @@ class Attack(Modes, Targets, ABC):
             normalization_of(self.images_normalized, self.model)
 
     def _settle(self) -> None:
-        """Where a setting has changed, check it and forget what was made with the old ones."""
-        # What has a row for each image comes with the slots.
+        """Check the settings where one has changed, and forget what was made with the old ones."""
+        # A tensor with a row for each image is no setting: it comes with the slots.
         settings = {name: v for name, v in vars(self).items() if not name.startswith("_") and not has_rows(v)}
         del settings["objective"]
         eps = settings.pop("eps")  # graphs have it as a tensor, so that a schedule needs but one
@@ -195,7 +203,7 @@ class Attack(Modes, Targets, ABC):
     def _make_objective(self) -> None:
         """The attacked function, made again where settings that it has have changed, or how the model is wrapped."""
         inner, normalization = _unwrapped(self.model)
-        made_of = {"inner": inner, "normalization": normalization}
+        made_of: dict[str, object] = {"inner": inner, "normalization": normalization}
         names = ("images_normalized", "loss", "targeted", "eot", "autocast", "compile")
         made_of |= {name: getattr(self, name) for name in names}
         if _same(made_of, self._made_of):
@@ -231,7 +239,7 @@ class Attack(Modes, Targets, ABC):
         """Make what the attack keeps in `slots.memory`, as it is before the first step."""
 
     def ended(self, slots: Slots) -> torch.Tensor:
-        """Which slots hold their last iterate, (N,) bool: after as many steps in every run."""
+        """Which slots hold the last iterate of their run, (N,) bool."""
         return slots.age >= self.steps
 
     def step_size(self, slots: Slots) -> float | torch.Tensor:
@@ -240,27 +248,32 @@ class Attack(Modes, Targets, ABC):
         return slots.eps if alpha is None else alpha
 
     def inside(self, slots: Slots) -> torch.Tensor | None:
-        """Which iterates may count as a success, (N,) bool; None where all may, as none leaves the budget."""
+        """Which iterates are within the budget and may count, (N,) bool; None where all are."""
         return None
 
     def result(self, slots: Slots) -> torch.Tensor:
-        """What a call returns when all steps are taken."""
+        """The images that a call returns when all steps are taken."""
         return slots.adv
 
     def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
-        """By what the results of several runs are compared, (N,), the larger the stronger; `losses` are theirs."""
+        """The strength of a run's results, (N,), by which runs are compared; `losses` are the results'."""
         return losses
 
     def goes_on(self, falls: Sequence[int], images: int) -> bool:
-        """Whether an evaluation of so many images shall add a run to those that found `falls`, one number each."""
+        """Whether an evaluation adds a run.
+
+        Args:
+            falls: how many images each run so far was the first to fool.
+            images: how many are evaluated.
+        """
         return False
 
     def cost(self, classes: int) -> tuple[int, int]:
-        """Of a step: gradients of an image, and forward passes beside the one that judges the iterate."""
+        """The cost of a step for an image: (gradients, forward passes beside the one that judges the iterate)."""
         return (self.eot if self.by_gradient else 0), 0
 
     def runs(self, classes: int) -> int:
-        """How often it is run on a model of so many classes: its restarts, towards each target class."""
+        """The number of runs on a model with `classes` classes: the restarts, towards each target class."""
         return self.restarts * (min(self.target_classes, classes - 1) if self.compares == "pairs" else 1)
 
     # ------------------------------------------------------------------ calling it
@@ -303,9 +316,10 @@ class Attack(Modes, Targets, ABC):
         self._check_batch(images, labels, x_init)
         with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode), on(images.device):
             x = as_normal(images)
-            if self.images_normalized is not None:
-                x = denormalized(x, self._normalization, self.clip, look=self._first)
-                x_init = x_init if x_init is None else denormalized(x_init, self._normalization, self.clip, look=False)
+            passed = None if self.images_normalized is None else self._normalization  # of the images that were passed
+            if passed is not None:
+                x = denormalized(x, passed, self.clip, look=self._first)
+                x_init = x_init if x_init is None else denormalized(x_init, passed, self.clip, look=False)
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
             seed = scalar(seed)
@@ -316,7 +330,7 @@ class Attack(Modes, Targets, ABC):
             alpha = self._own_alpha(x)
             try:
                 if callable(self.targeted):
-                    labels = self._mapped(x, labels)
+                    labels = self._mapped(self.targeted, x, labels)
                 if self._first:
                     self._check_values(x, labels)
                 targets = self._targets(x, labels, seed, given=x_init is not None)
@@ -328,9 +342,17 @@ class Attack(Modes, Targets, ABC):
                 ) from error
             self._first = self._first and len(x) == 0
             self._report()
-            return adv if self.images_normalized is None else self._normalization(adv)
+            return adv if passed is None else passed(adv)
 
-    def _in_chunks(self, x, targets, eps, seed, x_init, alpha):
+    def _in_chunks(
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        eps: float | torch.Tensor,
+        seed: int | torch.Tensor | None,
+        x_init: torch.Tensor | None,
+        alpha: torch.Tensor | None,
+    ) -> torch.Tensor:
         n = len(x)
         if self.chunk is not None and n > self.chunk:
             if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
@@ -340,7 +362,15 @@ class Attack(Modes, Targets, ABC):
             return torch.cat([self._filled_up(x[p], targets[p], *(part_of(value, p) for value in rest)) for p in parts])
         return self._filled_up(x, targets, eps, seed, x_init, alpha)
 
-    def _filled_up(self, x, targets, eps, seed, x_init, alpha):
+    def _filled_up(
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        eps: float | torch.Tensor,
+        seed: int | torch.Tensor | None,
+        x_init: torch.Tensor | None,
+        alpha: torch.Tensor | None,
+    ) -> torch.Tensor:
         n = len(x)
         pad = self._width - n if self.compile and self.training_mode == "eval" else 0
         if pad > 0:
@@ -350,37 +380,61 @@ class Attack(Modes, Targets, ABC):
         adv = self._over_restarts(x, targets, eps, seed, x_init, alpha, n)
         return adv[:n] if pad > 0 else adv
 
-    def _over_restarts(self, x, targets, eps, seed, x_init, alpha, n):
-        """Of all restarts; the first n of the images are no filling."""
-        best, runs = None, self.runs(targets.shape[1] if self.compares == "pairs" else 0)
-        for run in range(runs):
-            if run > 0:
-                x_init = None
-                again = seeds_for(seed, x, run)
-            slots = self.slots(x, targets, eps, again if run > 0 else seed, x_init)
-            slots.alpha = alpha
-            if slots.restart is not None:
-                slots.restart.fill_(run)
-            if self.best_iterate:
-                slots.best = result_like(x)
-                slots.best_losses = x.new_empty(len(x), dtype=torch.float64)
-                slots.best_fooled = x.new_empty(len(x), dtype=torch.bool)
-            engine = self.engine(slots)
-            seen = engine.run()[:, :n]
-            self._seen.append(seen)
-            if runs == 1:
-                self._start_losses = seen[0] if self.steps == 1 and self.draws else None
-            new = self._outcome(engine.slots, judged=runs > 1 or self.best_iterate)
-            if self.graph:  # which writes its own again
-                new = tuple(t if t is None else t.clone() for t in new)
-            best = _stronger(best, new)
+    def _over_restarts(
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        eps: float | torch.Tensor,
+        seed: int | torch.Tensor | None,
+        x_init: torch.Tensor | None,
+        alpha: torch.Tensor | None,
+        n: int,
+    ) -> torch.Tensor:
+        """The result of all restarts; the first n of the images are no filling."""
+        runs = self.runs(targets.shape[1] if self.compares == "pairs" else 0)
+        best = self._run(0, runs, x, targets, eps, seed, x_init, alpha, n)
+        for run in range(1, runs):
+            best = _stronger(best, self._run(run, runs, x, targets, eps, seed, None, alpha, n))
         return best[0]
 
-    def _outcome(self, slots, judged):
-        """(images, their losses, which of them fooled) after a run; the latter None where they are not judged."""
+    def _run(
+        self,
+        run: int,
+        runs: int,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        eps: float | torch.Tensor,
+        seed: int | torch.Tensor | None,
+        x_init: torch.Tensor | None,
+        alpha: torch.Tensor | None,
+        n: int,
+    ) -> Outcome:
+        """The outcome of run number `run` of `runs`."""
+        slots = self.slots(x, targets, eps, seed if run == 0 or seed is None else seeds_for(seed, x, run), x_init)
+        slots.alpha = alpha
+        if slots.restart is not None:
+            slots.restart.fill_(run)
+        if self.best_iterate:
+            slots.best = result_like(x)
+            slots.best_losses = x.new_empty(len(x), dtype=torch.float64)
+            slots.best_fooled = x.new_empty(len(x), dtype=torch.bool)
+        engine = self.engine(slots)
+        seen = engine.run()[:, :n]
+        self._seen.append(seen)
+        if runs == 1:
+            self._start_losses = seen[0] if self.steps == 1 and self.draws else None
+        judged = runs > 1 or self.best_iterate
+        adv, losses, fooled = self._outcome(engine.slots, judged)
+        if not self.graph:
+            return adv, losses, fooled
+        # The graph writes its own again.
+        return adv.clone(), losses.clone() if judged else losses, None if fooled is None else fooled.clone()
+
+    def _outcome(self, slots: Slots, judged: bool) -> Outcome:
+        """The outcome of a run; without `judged` it has the losses of the last step, which nobody compares."""
         adv = slots.adv if self.best_iterate else self.result(slots)
         if not judged:
-            return adv, None, None
+            return adv, slots.losses, None
         slots.losses, slots.logits = self.objective.judge(self._seen_by_model(adv), self.aim(slots))
         if not self.best_iterate:
             return adv, self.strength(slots, slots.losses), self.fooled(slots.logits, slots.targets)
@@ -388,17 +442,35 @@ class Attack(Modes, Targets, ABC):
         self.keep_best(slots)
         return slots.strongest
 
-    def _seen_by_model(self, adv):
+    def _seen_by_model(self, adv: torch.Tensor) -> torch.Tensor:
         pixels = to_float(adv)
         return pixels if self._normalization is None else self._normalization(pixels)
 
     @property
     def start_losses(self) -> torch.Tensor | None:
-        """Of the last images under a single step from a random start: their losses there, which it took anyway."""
+        """The last images' losses at the random start of a single step, (N,), which it took anyway; else None."""
         return self._start_losses
 
-    def slots(self, x, targets, eps, seed, x_init=None) -> Slots:
-        """New slots for these images; `seed` may be None for an attack that draws nothing."""
+    def slots(
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        eps: float | torch.Tensor,
+        seed: int | torch.Tensor | None,
+        x_init: torch.Tensor | None = None,
+    ) -> Slots:
+        """Make slots for images.
+
+        Args:
+            x: clean images.
+            targets: what the loss compares with.
+            eps: a number, or one for each image (N, 1, ...).
+            seed: an int, or int64 with one element or (N,); None for an attack that draws nothing.
+            x_init: images to start from.
+
+        Returns:
+            The slots, before the attack's start.
+        """
         self._settle()
         self.check_shape(x)
         adv = None
@@ -411,7 +483,7 @@ class Attack(Modes, Targets, ABC):
             if self.memory_format is not None:
                 adv = adv.contiguous(memory_format=self.memory_format)
         if not isinstance(eps, torch.Tensor):
-            # As the ops round it, and a captured graph keeps it: arithmetic with either gives the same bits.
+            # In float32, as the ops and a captured graph have it: arithmetic with either gives the same bits.
             eps = eps if compute_dtype(x) == torch.float64 else float(np.float32(eps))
         slots = Slots(x, targets, eps, seed, adv=adv)
         if self.by_age or self.compares == "pairs":
@@ -423,12 +495,12 @@ class Attack(Modes, Targets, ABC):
         return slots
 
     def show(self, slots: Slots) -> None:
-        """Make the iterate the model's next input, where that is another tensor."""
-        if slots.z is not None:
+        """Write the model's next input for the iterate, where that is another tensor."""
+        if slots.z is not None and self._normalization is not None:
             slots.z.copy_(self._normalization(slots.adv))
 
     def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
-        """Which samples are where the attack wants them: (N,) bool, None where outputs or targets are no classes.
+        """Which samples the attack has fooled, (N,) bool; None where outputs or targets are no classes.
 
         No prediction is wrong for every label, and reaches no target.
         """
@@ -439,7 +511,7 @@ class Attack(Modes, Targets, ABC):
         return is_label(verdict(logits, labels), labels) == bool(self.targeted)
 
     def keep_best(self, slots: Slots) -> None:
-        """The iterate, judged by its losses and logits, where it is stronger than those before it."""
+        """Keep the iterate, judged by its losses and logits, where it is the strongest so far."""
         fooled = self.fooled(slots.logits, slots.targets)
         better = _better(slots.strongest, (slots.iterate, slots.losses, fooled))
         if slots.inside is not None:
@@ -454,7 +526,7 @@ class Attack(Modes, Targets, ABC):
         pgd_step_(slots.adv, slots.adv, slots.x, alpha=0.0, eps=slots.eps, **self.model_input_kwargs(slots))
 
     def engine(self, slots: Slots) -> Engine:
-        """What iterates on `slots`: with `graph`, a captured one, whose own slots then hold the same."""
+        """The engine that iterates on `slots`; with `graph` a captured one, whose own slots get the same values."""
         if not self.graph:
             return Engine(self, slots)
         if isinstance(slots.seed, int):  # a number would be captured as it is
@@ -472,12 +544,12 @@ class Attack(Modes, Targets, ABC):
         engine.load(slots)
         return engine
 
-    def model_input_kwargs(self, slots: Slots) -> dict:
+    def model_input_kwargs(self, slots: Slots) -> dict[str, Any]:
         """Keywords for the ops: the box; with normalisation they write the model's next input too."""
-        box = {"clip": box_of(self.clip)}
+        box: dict[str, Any] = {"clip": box_of(self.clip)}
         return box if slots.z is None else {**box, "normalization": self._normalization, "z": slots.z}
 
-    def also(self, slots: Slots) -> dict:
+    def also(self, slots: Slots) -> dict[str, Any]:
         """What `model_input_kwargs` was called before."""
         warnings.warn("Attack.also is now Attack.model_input_kwargs", FutureWarning, stacklevel=2)
         return self.model_input_kwargs(slots)
@@ -489,7 +561,7 @@ class Attack(Modes, Targets, ABC):
             return grad
         return grad * self._normalization.parameters(grad.ndim, grad.dtype, grad.device)[1]
 
-    def _clean_logits(self, x):
+    def _clean_logits(self, x: torch.Tensor) -> torch.Tensor:
         pixels = self._seen_by_model(x)
         if self.chunk is None or len(x) <= self.chunk:
             return self.objective.logits(pixels)
@@ -497,8 +569,8 @@ class Attack(Modes, Targets, ABC):
 
     # ------------------------------------------------------------------ checks
 
-    def _warn_of_step(self, alpha) -> None:
-        if isinstance(alpha, Real) and alpha > 2 * self.eps:
+    def _warn_of_step(self, alpha: object) -> None:
+        if isinstance(alpha, Real) and float(alpha) > 2 * self.eps:
             below = type(self).__mro__[: type(self).__mro__.index(Attack)]
             constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
             warnings.warn(
@@ -507,7 +579,7 @@ class Attack(Modes, Targets, ABC):
                 stacklevel=2 + constructors,
             )
 
-    def _budget(self, eps, x):
+    def _budget(self, eps: float | torch.Tensor | None, x: torch.Tensor) -> float | torch.Tensor:
         if eps is None:
             return self.eps
         if not isinstance(eps, torch.Tensor):
@@ -524,7 +596,7 @@ class Attack(Modes, Targets, ABC):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
 
-    def _own_alpha(self, x):
+    def _own_alpha(self, x: torch.Tensor) -> torch.Tensor | None:
         """The step sizes (N, 1, ...) of these images; None where they are one for all."""
         if not isinstance(self.alpha, torch.Tensor):
             return None
@@ -534,7 +606,7 @@ class Attack(Modes, Targets, ABC):
             return per_sample(alpha, x)
         return alpha if has_rows(alpha) else None
 
-    def _check_batch(self, images, labels, x_init) -> None:
+    def _check_batch(self, images: torch.Tensor, labels: torch.Tensor | None, x_init: torch.Tensor | None) -> None:
         check_images(images, self.clip)
         check_device(images.device, self.model)
         if x_init is not None:
@@ -547,7 +619,7 @@ class Attack(Modes, Targets, ABC):
         elif callable(self.loss) or self.targeted is True:
             raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
 
-    def _check_values(self, x, labels) -> None:
+    def _check_values(self, x: torch.Tensor, labels: torch.Tensor | None) -> None:
         """In the first batch only, because it waits for the device: a label that is too large kills a CUDA context."""
         if not len(x):
             return
@@ -569,7 +641,7 @@ class Attack(Modes, Targets, ABC):
             return
         still, self.objective.still = self.objective.still, None
         # x - x is 0 where x is finite, else NaN.
-        counts = {"losses": sum((losses - losses != 0).sum() for losses in seen), **self._counts}
+        counts = {"losses": reduce(add, ((losses - losses != 0).sum() for losses in seen)), **self._counts}
         if still is not None:
             counts["still"] = still.sum()
         values = torch.stack(list(counts.values())).tolist() if len(counts) > 1 else [int(counts["losses"])]
@@ -599,25 +671,26 @@ class Attack(Modes, Targets, ABC):
         settings = (f"{name}={self._shown(name, value)}" for name, value in shown.items() if name not in hidden)
         return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(settings)})"
 
-    def _shown(self, name, value):
+    def _shown(self, name: str, value: object) -> str:
         if self.norm == "Linf" and name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
             in_255 = round(value * 255, 6)
             return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
         if has_rows(value):
             return f"<one for each of {len(value)}>"
-        return getattr(value, "__name__", None) or repr(value)
+        called: str | None = getattr(value, "__name__", None)
+        return called or repr(value)
 
 
-def _unwrapped(model):
-    """(what is called, its normalisation or None): what calls the model would do more than that is called as it is."""
-    model, normalization = one_process(model), None
-    if type(model) is Normalized and is_plain(model):
-        model, normalization = one_process(model.model), model.normalization
-    return model, normalization
+def _unwrapped(model: AnyModel) -> tuple[AnyModel, Normalization | None]:
+    """(what is called, its normalisation or None): a model whose call does more than its forward stays as it is."""
+    inner = one_process(model)
+    if type(inner) is Normalized and is_plain(inner):
+        return one_process(inner.model), inner.normalization
+    return inner, None
 
 
-def _same(settings, others):
-    """Whether two dicts have the same values; tensors, modules and the like are the same if they are one."""
+def _same(settings: Mapping[str, object], others: Mapping[str, object]) -> bool:
+    """Whether two dicts have the same values; two tensors or modules are the same where they are one object."""
     plain = (bool, int, float, str, tuple, type(None))
     return settings.keys() == others.keys() and all(
         value is others[name] or (type(value) is type(others[name]) in plain and value == others[name])
@@ -625,16 +698,19 @@ def _same(settings, others):
     )
 
 
-def _better(best, new):
+def _better(best: Outcome, new: Outcome) -> torch.Tensor:
     """Where the new (images, losses, fooled) are stronger than the best, (N,) bool."""
     better = (new[1] > best[1]) | (best[1].isnan() & ~new[1].isnan())
-    return better if new[2] is None else (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
+    if new[2] is None or best[2] is None:
+        return better
+    return (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
 
 
-def _stronger(best, new):
-    if best is None:
-        return new
+def _stronger(best: Outcome, new: Outcome) -> Outcome:
     better = _better(best, new)
-    return tuple(
-        None if b is None else torch.where(per_sample(better, b), n, b) for n, b in zip(new, best, strict=True)
-    )
+
+    def chosen(n: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.where(per_sample(better, b), n, b)
+
+    fooled = None if new[2] is None or best[2] is None else chosen(new[2], best[2])
+    return chosen(new[0], best[0]), chosen(new[1], best[1]), fooled

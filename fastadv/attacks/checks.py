@@ -1,8 +1,8 @@
 """What attacks and evaluations refuse: options, images and labels that cannot be meant."""
 
 import math
-from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +10,14 @@ from torch import nn
 
 from fastadv.attacks.losses import LOSSES
 from fastadv.nn.frozen import TRAINING_MODES
+from fastadv.nn.logits import AnyModel
 
 CHOSEN = ("random", "least_likely")  # targets that the attack chooses, for labels that it knows
 TARGETED = (False, True, *CHOSEN)  # or a callable
 
 
-def device_of(model: Callable) -> torch.device | None:
-    """Where its parameters are; None where it has none."""
+def device_of(model: AnyModel) -> torch.device | None:
+    """The device of the model's parameters; None where it has none."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return next((parameter.device for parameter in parameters), None)
 
@@ -45,7 +46,17 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_options(
-    targeted, loss, target_classes, restarts, eot, training_mode, autocast, memory_format, graph, chunk, clip
+    targeted: object,
+    loss: Any,
+    target_classes: object,
+    restarts: object,
+    eot: object,
+    training_mode: object,
+    autocast: object,
+    memory_format: object,
+    graph: bool,
+    chunk: object,
+    clip: Any,
 ) -> None:
     if not callable(targeted) and (not isinstance(targeted, (bool, str)) or targeted not in TARGETED):
         raise ValueError(
@@ -72,7 +83,7 @@ def check_options(
         raise RuntimeError("graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither")
 
 
-def _check_clip(clip) -> None:
+def _check_clip(clip: Any) -> None:
     if clip is None:
         return
     try:
@@ -105,7 +116,16 @@ def check_alpha(alpha: object) -> None:
 
 
 def check_alpha_of(alpha: torch.Tensor, images: torch.Tensor, *, look: bool) -> None:
-    """Refuse step sizes that do not go with the images; with `look` those that are not finite: it waits for them."""
+    """Refuse step sizes that do not go with the images.
+
+    Args:
+        alpha: step sizes.
+        images: (N, C, ...).
+        look: refuse values that are not finite, which waits for the device.
+
+    Raises:
+        ValueError: a wrong device, shape or value.
+    """
     if alpha.device != images.device:
         raise ValueError(f"alpha must be on the images' device {images.device}, got {alpha.device}")
     wanted = (*images.shape[:2], *(1,) * (images.ndim - 2))
@@ -129,7 +149,7 @@ def check_images(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -
         raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
 
 
-def check_device(device: torch.device, model: Callable) -> None:
+def check_device(device: torch.device, model: AnyModel) -> None:
     if device_of(model) not in (None, device):
         raise ValueError(f"images are on {device} and the model is on {device_of(model)}: move one of them")
 
@@ -143,7 +163,7 @@ def check_start(x_init: torch.Tensor, images: torch.Tensor) -> None:
         raise TypeError(f"x_init must be a float or uint8 tensor, got {x_init.dtype}")
 
 
-def check_has_classes(labels: torch.Tensor, targeted: bool | str) -> None:
+def check_has_classes(labels: torch.Tensor, targeted: object) -> None:
     if targeted in CHOSEN and not (labels.dtype == torch.int64 and labels.ndim == 1):
         raise ValueError(
             f"targeted={targeted!r} chooses a class other than the label, and labels of {labels.dtype} and shape "
@@ -155,7 +175,19 @@ def check_has_classes(labels: torch.Tensor, targeted: bool | str) -> None:
 def check_labels(
     labels: torch.Tensor, images: torch.Tensor, *, soft: bool = False, any_kind: bool = False, name: str = "labels"
 ) -> None:
-    """Refuse what is not int64 (N,); with `soft` float (N, C) is right too, with `any_kind` whatever has N rows."""
+    """Refuse labels that are not int64 (N,).
+
+    Args:
+        labels: what was passed.
+        images: (N, ...).
+        soft: whether floats (N, C) are right too.
+        any_kind: whether any tensor with N rows is right.
+        name: the labels', for the message.
+
+    Raises:
+        TypeError: they are no tensor, or one of another dtype.
+        ValueError: a wrong shape or device.
+    """
     is_tensor = isinstance(labels, torch.Tensor)
     rows = any_kind or (soft and is_tensor and labels.is_floating_point() and labels.ndim == 2)
     if not is_tensor or not (rows or labels.dtype == torch.int64):
@@ -169,7 +201,7 @@ def check_labels(
 
 
 def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -> str | None:
-    """What is wrong with the images' range, if anything is. Waits for the device."""
+    """Say what is wrong with the images' range; None where it is right. Waits for the device."""
     if not images.is_floating_point() or not images.numel():
         return None
     low, high = torch.stack(images.aminmax()).tolist()
@@ -229,17 +261,17 @@ def highest(labels: torch.Tensor) -> int:
     Raises:
         ValueError: one is negative; cross_entropy skips a label of -100 without a word.
     """
-    low, high = torch.stack(labels.aminmax()).tolist()
+    low, high = map(int, torch.stack(labels.aminmax()).tolist())
     if low < 0:
         raise ValueError(f"labels must not be negative, got {low}")
     return high
 
 
-def _is_image(tensor) -> bool:
+def _is_image(tensor: object) -> bool:
     return isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.dtype == torch.uint8)
 
 
-def _kind(value) -> object:
+def _kind(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.dtype
     if isinstance(value, np.ndarray):

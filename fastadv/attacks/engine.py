@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,27 +29,59 @@ WARM_UP = 3  # iterations before a capture: cuDNN's and cuBLAS's choices and wor
 class Slots:
     """What belongs to the images under attack; every tensor has a row for each slot.
 
-    x: clean images; targets: what the loss compares with; eps: float or tensor (N, 1, ...); seed: int, or int64 with
-    one element or (N,); adv: the iterate, None before the start; z: the model's input where normalisation is folded
-    into the steps, else None; given: whether `adv` came from outside, so that it cannot be made again from the seed;
-    age, restart: steps since the start and number of the run, int64 (N,), None where the attack does not ask for them;
-    alpha: step sizes, float (N, 1, ...), None where they are one for all; memory: tensors that an attack keeps from
-    step to step; scratch: those that it writes in each step before it reads them, kept because fresh memory costs more
-    on the CPU than what is written there.
-    best, best_losses, best_fooled: where they are asked for, the strongest of the iterates that a step was taken from.
-    losses, logits: of the iterate, when a step is taken; inside: which iterates may count, (N,) bool, None for all.
+    Attributes:
+        x: clean images.
+        targets: what the loss compares with.
+        eps: float or tensor (N, 1, ...).
+        seed: int, or int64 with one element or (N,); None where nothing is drawn.
+        adv: the iterate, None before the start.
+        z: the model's input where normalisation is folded into the steps, else None.
+        given: whether `adv` came from outside, so that it cannot be made again from the seed.
+        age: steps since the start, int64 (N,); None where the attack does not ask for it.
+        restart: number of the run, int64 (N,); None where the attack does not ask for it.
+        alpha: step sizes, float (N, 1, ...); None where they are one for all.
+        memory: tensors that an attack keeps from step to step.
+        scratch: tensors that an attack writes in each step before it reads them, kept because fresh memory costs more
+            on the CPU than what is written there.
+        best: the strongest of the iterates that a step was taken from; None where nobody asks for it.
+        best_losses: the losses of `best`, (N,), or None.
+        best_fooled: whether `best` fools, (N,) bool, or None.
+        losses: of the iterate, (N,), when a step is taken.
+        logits: of the iterate, (N, C); None where the outputs are none.
+        inside: which iterates may count, (N,) bool, None for all.
     """
 
-    def __init__(self, x, targets, eps, seed, *, adv=None, z=None, age=None, restart=None):
-        self.x, self.targets, self.eps, self.seed = x, targets, eps, seed
-        self.adv, self.z = adv, z
-        self.age, self.restart = age, restart
-        self.alpha = None
+    # Some of these may be None, as said above. Their types are what an attack that asks for them sees in a step.
+    seed: int | torch.Tensor
+    adv: torch.Tensor
+    age: torch.Tensor
+    restart: torch.Tensor
+    best: torch.Tensor
+    best_losses: torch.Tensor
+    best_fooled: torch.Tensor
+    losses: torch.Tensor
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor,
+        eps: float | torch.Tensor,
+        seed: int | torch.Tensor | None,
+        *,
+        adv: torch.Tensor | None = None,
+        z: torch.Tensor | None = None,
+        age: torch.Tensor | None = None,
+        restart: torch.Tensor | None = None,
+    ) -> None:
+        self.x, self.targets, self.eps, self.z = x, targets, eps, z
+        self.seed, self.adv, self.age, self.restart = seed, adv, age, restart  # type: ignore[assignment]
+        self.alpha: torch.Tensor | None = None
         self.given = adv is not None
         self.memory: dict[str, torch.Tensor] = {}
         self.scratch: dict[str, torch.Tensor] = {}
-        self.losses = self.logits = self.inside = None
-        self.best = self.best_losses = self.best_fooled = None
+        self.logits: torch.Tensor | None = None
+        self.inside: torch.Tensor | None = None
+        self.losses = self.best = self.best_losses = self.best_fooled = None  # type: ignore[assignment]
 
     @property
     def input(self) -> torch.Tensor:
@@ -62,6 +95,7 @@ class Slots:
 
     @property
     def strongest(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(images, losses, which of them fool)."""
         return self.best, self.best_losses, self.best_fooled
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -97,7 +131,7 @@ def _has_rows(value: object, slots: Slots) -> bool:
 class Engine:
     """Runs `attack` on `slots`: `start()`, then `iterate()` as often as the attack has steps."""
 
-    def __init__(self, attack: Attack, slots: Slots):
+    def __init__(self, attack: Attack, slots: Slots) -> None:
         self.attack, self.slots = attack, slots
 
     def start(self) -> None:
@@ -115,18 +149,19 @@ class Engine:
     def iterate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One gradient and one step; the losses and logits of the iterate before the step."""
         attack, slots = self.attack, self.slots
+        grad: torch.Tensor | None = None
         if attack.by_gradient:
             gradient = attack.objective.gradient
             grad, slots.losses, slots.logits = gradient(slots.input, attack.aim(slots), slots.scratch)
         else:
             if "seen" not in slots.scratch:
                 slots.scratch["seen"] = torch.empty_like(slots.input)
-            grad, judge = None, attack.objective.judge
+            judge = attack.objective.judge
             slots.losses, slots.logits = judge(slots.input, attack.aim(slots), slots.scratch["seen"])
         slots.inside = attack.inside(slots)
         if slots.best is not None:
             attack.keep_best(slots)
-        attack.step(slots, grad)
+        attack.step(slots, grad)  # type: ignore[arg-type]
         if slots.age is not None:
             slots.age += 1
         return slots.losses, slots.logits
@@ -138,8 +173,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def no_collection():
-    """Garbage is collected before, not during a capture: an old graph among it would end the capture."""
+def no_collection() -> Iterator[None]:
+    """Collect garbage now and not inside: freeing an old graph would end a capture."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -150,11 +185,11 @@ def no_collection():
             gc.enable()
 
 
-def baked(model: object, device: torch.device) -> tuple:
-    """What a captured graph has baked in beside the slots' shapes and the attack's settings.
+def baked(model: object, device: torch.device) -> tuple[object, ...]:
+    """What a captured graph depends on beside the slots' shapes and the attack's settings: a part of its key.
 
-    The model's modules with their modes, the memory of its parameters and buffers, the caller's autocast, and how
-    PyTorch is told to compute. A graph that is kept by this keeps the modules too, so that none is taken for another.
+    It holds the model's modules with their modes, the memory of its parameters and buffers, the caller's autocast, and
+    how PyTorch is told to compute. The key keeps the modules alive, so that a new one never gets the id of an old one.
     """
     modules = tuple(model.modules()) if isinstance(model, nn.Module) else (model,)
     tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
@@ -166,18 +201,18 @@ def baked(model: object, device: torch.device) -> tuple:
         tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors),
         torch.is_autocast_enabled(kind) and (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()),
         *(backends.cudnn.enabled, backends.cudnn.deterministic, backends.cudnn.benchmark),
-        *(backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
+        *(backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
         torch.are_deterministic_algorithms_enabled(),
     )
 
 
 class GraphEngine(Engine):
-    """The same with one iteration captured as a CUDA graph and replayed: `iterate` launches one thing.
+    """An engine whose iteration is captured as a CUDA graph and replayed: `iterate` launches one thing.
 
     Built for one set of shapes; `load` puts other images into its slots.
     """
 
-    def __init__(self, attack: Attack, slots: Slots):
+    def __init__(self, attack: Attack, slots: Slots) -> None:
         slots = copy.copy(slots)
         super().__init__(attack, slots)
         # Tensors of its own: the graph keeps their addresses.

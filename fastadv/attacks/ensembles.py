@@ -1,22 +1,27 @@
 """AutoAttack's attacks and versions: Croce and Hein 2020 (arXiv 2003.01690, sections 3 and 4)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastadv.attacks.apgd import APGD, APGDL2
 from fastadv.attacks.base import Attack
 from fastadv.attacks.fab import FAB, FABL2
-from fastadv.attacks.square import Square
+from fastadv.attacks.square import RandomSearch, Square
 from fastadv.attacks.square_l2 import SquareL2
+from fastadv.nn.logits import AnyModel
 
-VERSIONS = {
+VERSIONS: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
     "custom": (),
 }
 PARTS = VERSIONS["plus"]  # all that there are
-KINDS = {"Linf": (APGD, FAB, Square), "L2": (APGDL2, FABL2, SquareL2)}
+KINDS: dict[str, tuple[type[APGD], type[FAB], type[RandomSearch]]] = {
+    "Linf": (APGD, FAB, Square),
+    "L2": (APGDL2, FABL2, SquareL2),
+}
 RESTARTS = {"plus": 5}  # of APGD and FAB without targets
 DRAWS = {"rand": 20}  # of a model that answers at random
 OPTIONS = ("autocast", "memory_format", "compile", "graph")  # of every part
@@ -27,7 +32,15 @@ OPTIONS = ("autocast", "memory_format", "compile", "graph")  # of every part
 
 @dataclass(slots=True)
 class ForAPGD:
-    """eps in pixels of [0, 1]; n_iter: steps; rho as APGD's; eot_iter: draws whose mean is the gradient."""
+    """What can be set of APGD.
+
+    Attributes:
+        eps: in pixels of [0, 1].
+        n_restarts: runs.
+        n_iter: steps of a run.
+        rho: as APGD's.
+        eot_iter: draws whose mean is the gradient.
+    """
 
     eps: float
     n_restarts: int = 1
@@ -38,14 +51,28 @@ class ForAPGD:
 
 @dataclass(slots=True)
 class ForTargetedAPGD(ForAPGD):
-    """n_target_classes: of the clean image's best other classes, so many are gone for, all where there are fewer."""
+    """What can be set of APGD with target classes, beside `ForAPGD`.
+
+    Attributes:
+        n_target_classes: how many of the clean image's best other classes are targets; all where there are fewer.
+    """
 
     n_target_classes: int = 9
 
 
 @dataclass(slots=True)
 class ForFAB:
-    """n_restarts: of "fab"; "fab-t" has one for each of its n_target_classes. The others are FAB's."""
+    """What can be set of FAB.
+
+    Attributes:
+        eps: in pixels of [0, 1].
+        n_restarts: runs of "fab"; "fab-t" has one for each of its target classes.
+        n_iter: steps of a run.
+        n_target_classes: of "fab-t", as `ForTargetedAPGD`'s.
+        alpha_max: as FAB's.
+        eta: as FAB's.
+        beta: as FAB's.
+    """
 
     eps: float
     n_restarts: int = 1
@@ -58,7 +85,14 @@ class ForFAB:
 
 @dataclass(slots=True)
 class ForSquare:
-    """n_queries: so many images of a sample the model sees in a run; p_init as Square's."""
+    """What can be set of Square.
+
+    Attributes:
+        eps: in pixels of [0, 1].
+        n_restarts: runs.
+        n_queries: how many images of a sample the model sees in a run.
+        p_init: as Square's.
+    """
 
     eps: float
     n_restarts: int = 1
@@ -78,11 +112,15 @@ class Ensemble:
         options: of every attack, see `Attack`: autocast, memory_format, compile, graph.
 
     Attributes:
-        apgd, apgd_targeted, fab, square: what can be set of them: `ForAPGD`, `ForTargetedAPGD`, `ForFAB`, `ForSquare`.
+        apgd: settings of "apgd-ce" and "apgd-dlr".
+        apgd_targeted: settings of "apgd-t".
+        fab: settings of "fab" and "fab-t".
+        square: settings of "square".
         attacks_to_run: names in the order in which they run; may be assigned.
 
     Raises:
         TypeError: the options have another one.
+        ValueError: norm, version, attacks_to_run or a setting is another.
     """
 
     # eps and version act once: to assign them later is refused, as any name that is not here.
@@ -90,14 +128,14 @@ class Ensemble:
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         norm: str = "Linf",
         eps: float = 8 / 255,
         *,
         version: str = "standard",
         attacks_to_run: Sequence[str] = (),
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         if norm not in KINDS:
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}: AutoAttack in another norm is not built here")
         if version not in VERSIONS:
@@ -129,28 +167,29 @@ class Ensemble:
             raise ValueError(f"attacks_to_run must be a list of {', '.join(PARTS)}, got {chosen!r}")
         return [(name, self._attack(name)) for name in chosen]
 
-    def _attack(self, name):
+    def _attack(self, name: str) -> Attack:
         apgd, fab, square = KINDS[self.norm]
+        settings: dict[str, Any]
         if name == "square":
             mine = self.square
             return square(self.model, mine.eps, mine.n_queries, mine.p_init, restarts=mine.n_restarts, **self.options)
         if name.startswith("fab"):
-            mine = self.fab
-            settings = {key: getattr(mine, key) for key in ("alpha_max", "eta", "beta")}
+            of_fab = self.fab
+            settings = {key: getattr(of_fab, key) for key in ("alpha_max", "eta", "beta")}
             if name == "fab":
-                settings |= {"loss": "margin", "restarts": mine.n_restarts}
+                settings |= {"loss": "margin", "restarts": of_fab.n_restarts}
             else:
-                settings |= {"loss": "targeted_margin", "target_classes": mine.n_target_classes}
-            return fab(self.model, mine.eps, mine.n_iter, **settings, **self.options)
-        mine = self.apgd_targeted if name == "apgd-t" else self.apgd
+                settings |= {"loss": "targeted_margin", "target_classes": of_fab.n_target_classes}
+            return fab(self.model, of_fab.eps, of_fab.n_iter, **settings, **self.options)
+        of_apgd = self.apgd_targeted if name == "apgd-t" else self.apgd
         loss = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "targeted_dlr"}[name]
-        settings = {"loss": loss, "rho": mine.rho, "eot": mine.eot_iter, "restarts": mine.n_restarts}
+        settings = {"loss": loss, "rho": of_apgd.rho, "eot": of_apgd.eot_iter, "restarts": of_apgd.n_restarts}
         if name == "apgd-t":
-            settings["target_classes"] = mine.n_target_classes
-        return apgd(self.model, mine.eps, mine.n_iter, **settings, **self.options)
+            settings["target_classes"] = self.apgd_targeted.n_target_classes
+        return apgd(self.model, of_apgd.eps, of_apgd.n_iter, **settings, **self.options)
 
 
-ENSEMBLES = {
+ENSEMBLES: dict[str, dict[str, str]] = {
     "autoattack": {},
     "autoattack-plus": {"version": "plus"},
     "autoattack-rand": {"version": "rand"},

@@ -1,7 +1,7 @@
 """The fast adaptive boundary attack."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,6 +13,7 @@ from fastadv.attacks.l2 import l2_norm
 from fastadv.attacks.noise import gaussian, uniform
 from fastadv.attacks.samplewise import any_of, largest, per_sample, put_
 from fastadv.functional import random_init, to_float
+from fastadv.nn.logits import AnyModel
 
 LEAST = 1e-8  # of the two distances to a plane, so that their shares exist
 
@@ -49,16 +50,18 @@ class FAB(Attack):
     by_gradient = False  # it takes its own, after the verdict
     by_age = True
 
+    steps: int
+
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 8 / 255,
         steps: int = 100,
         alpha_max: float = 0.1,
         eta: float = 1.05,
         beta: float = 0.9,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(model, eps, **{"loss": "targeted_margin", **options})
         self.steps = steps
         self.alpha_max = alpha_max
@@ -96,8 +99,11 @@ class FAB(Attack):
         self.show(slots)
 
     def prepare(self, slots: Slots) -> None:
-        """nearest: the nearest misclassified iterate, and its distance, infinite before there is one; away: that of the
-        iterate, as `inside` found it."""
+        """Make the memory of a run.
+
+        It holds "nearest", the nearest misclassified iterate; its "distance", infinite before there is one; and "away",
+        the distance of the iterate, as `inside` found it.
+        """
         memory, adv = slots.memory, slots.adv
         if "nearest" not in memory:
             memory["nearest"] = torch.empty_like(adv)
@@ -112,7 +118,7 @@ class FAB(Attack):
         away = slots.memory["away"].copy_(self._length(move))
         return _within(away, slots.eps)
 
-    def step(self, slots: Slots, grad: None) -> None:
+    def step(self, slots: Slots, grad: torch.Tensor | None) -> None:
         fooled = self._keep(slots, slots.logits)
         if any_of(fooled):
             clean, adv = self._pixels(slots)
@@ -136,26 +142,28 @@ class FAB(Attack):
     def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
         return -slots.memory["distance"]
 
-    def _pixels(self, slots):
-        """Of the images and of the iterates, in float32 at least."""
+    def _pixels(self, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pixels of the images and of the iterates, in float32 at least."""
         dtype = slots.memory["distance"].dtype
         return to_float(slots.x).to(dtype), slots.adv.to(dtype)
 
-    def _length(self, moves):
-        """Of each row, (N,)."""
+    def _length(self, moves: torch.Tensor) -> torch.Tensor:
+        """The length of each row in the attack's norm, (N,)."""
         return l2_norm(moves) if self.norm == "L2" else largest(moves.flatten(1))
 
-    def _scratch(self, slots):
+    def _scratch(self, slots: Slots) -> torch.Tensor:
         """Memory for four tensors of two points an image each: (4, 2, N, D)."""
         if "planes" not in slots.scratch:
             shape = (4, 2, len(slots.adv), math.prod(slots.adv.shape[1:]))
             slots.scratch["planes"] = slots.adv.new_empty(shape, dtype=slots.memory["distance"].dtype)
         return slots.scratch["planes"]
 
-    def _keep(self, slots, logits):
+    def _keep(self, slots: Slots, logits: torch.Tensor | None) -> torch.Tensor:
         """Which iterates are misclassified, (N,); of each sample the nearest is kept."""
         memory = slots.memory
         fooled = self.fooled(logits, slots.targets)
+        if fooled is None:
+            raise TypeError("FAB judges its iterates by their logits, and the model gave none")
         nearer = fooled & (memory["away"] < memory["distance"])
         torch.where(nearer, memory["away"], memory["distance"], out=memory["distance"])
         if any_of(nearer):  # which an iterate that is not finite is not: put_ would spread it
@@ -163,26 +171,28 @@ class FAB(Attack):
             torch.where(per_sample(nearer, nearest), slots.adv, nearest, out=nearest)
         return fooled
 
-    def _plane(self, slots):
-        """(normal, like the images; gap (N,)): the gradient of another class's logit minus the label's, and that."""
+    def _plane(self, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normal, like the images; gap (N,)): gap is another class's logit minus the label's, normal its gradient."""
         if self.loss == "targeted_margin":
             grad, gap, _ = self.objective.gradient(slots.input, self.aim(slots))
             return self.in_pixels(grad).nan_to_num(0.0), gap
-        nearest = None
+        nearest: tuple[torch.Tensor, ...] = ()
         for grad, gap in self.objective.margins(slots.input, slots.targets):
             normal = self.in_pixels(grad).nan_to_num(0.0)
             size = l2_norm(normal) if self.norm == "L2" else normal.flatten(1).abs().sum(1)
             distance = torch.where(size > 0, gap.abs() / size, torch.inf)  # the label's own has no gradient
-            plane = distance, normal, gap
-            if nearest is not None:
+            plane: tuple[torch.Tensor, ...] = distance, normal, gap
+            if nearest:
                 nearer = distance < nearest[0]
                 plane = tuple(
                     torch.where(per_sample(nearer, t), t, best) for t, best in zip(plane, nearest, strict=True)
                 )
             nearest = plane
-        return nearest[1:]
+        return nearest[1], nearest[2]
 
-    def _towards_plane(self, scratch, clean, adv, normal, gap):
+    def _towards_plane(
+        self, scratch: torch.Tensor, clean: torch.Tensor, adv: torch.Tensor, normal: torch.Tensor, gap: torch.Tensor
+    ) -> torch.Tensor:
         """A step to the plane through which `gap`, the margin, is 0 by its gradient `normal`."""
         n, normal = len(adv), normal.flatten(1)
         gap = gap.to(normal.dtype)
@@ -190,6 +200,7 @@ class FAB(Attack):
         between = torch.sub(clean.flatten(1), adv.flatten(1), out=points[0]).mul_(normal).sum(1)
         torch.stack((adv.flatten(1), clean.flatten(1)), out=points)
         moves = to_hyperplane(points, normal, torch.stack((gap, gap + between)), self.norm, box_of(self.clip), work)
+        beyond: torch.Tensor
         far, far_clean = self._length(moves.flatten(0, 1)).clamp_min(LEAST).reshape(2, n)
         share = (far / (far + far_clean)).clamp(max=self.alpha_max)
         beyond, beyond_clean = points.add_(moves, alpha=self.eta)
@@ -199,12 +210,16 @@ class FAB(Attack):
 class FABL2(FAB):
     """The fast adaptive boundary attack, in L2: Croce and Hein 2020 (arXiv 1907.02044, algorithm 1).
 
-    Args: as FAB's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball, the L2 norm of a whole perturbation with pixels in [0, 1].
+        args: steps, alpha_max, eta and beta, as FAB's.
+        options: as FAB's; see `Attack`.
     """
 
     norm = "L2"
 
-    def __init__(self, model: Callable, eps: float = 0.5, *args, **options):
+    def __init__(self, model: AnyModel, eps: float = 0.5, *args: Any, **options: Any) -> None:
         super().__init__(model, eps, *args, **options)
 
 

@@ -1,6 +1,6 @@
 """The single-step attacks."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -8,6 +8,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_alpha, check_number
 from fastadv.attacks.engine import Slots
 from fastadv.functional import fgsm_step, pgd_step_, random_init
+from fastadv.nn.logits import AnyModel
 
 
 class FGSM(Attack):
@@ -29,13 +30,13 @@ class FGSM(Attack):
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 8 / 255,
         *,
         alpha: float | torch.Tensor | None = None,
         noise: float | None = 0.0,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(model, eps, **options)
         self.alpha = alpha
         self.noise = noise
@@ -59,7 +60,7 @@ class FGSM(Attack):
         return self.noise if self.noise is not None else self.NOISE * eps
 
     def start(self, slots: Slots) -> None:
-        # Without noise random_init only converts, which a float image that the model takes as it is does not need.
+        # Without noise random_init only converts, and a float image that the model takes unchanged needs none of it.
         if self.draws or slots.x.dtype == torch.uint8 or slots.adv is not None or slots.z is not None:
             seed = slots.seed if self.draws else 0
             slots.adv = random_init(
@@ -98,7 +99,7 @@ class FFGSM(FGSM):
         options: see `Attack`.
     """
 
-    def __init__(self, model: Callable, eps: float = 8 / 255, alpha: float = 10 / 255, **options):
+    def __init__(self, model: AnyModel, eps: float = 8 / 255, alpha: float = 10 / 255, **options: Any) -> None:
         super().__init__(model, eps, alpha=alpha, noise=None, **options)
 
 
@@ -121,11 +122,11 @@ class NFGSM(FGSM):
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 8 / 255,
         *,
         noise: float | None = None,
         alpha: float | None = None,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(model, eps, alpha=alpha, noise=noise, **options)

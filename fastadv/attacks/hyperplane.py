@@ -46,6 +46,7 @@ def to_hyperplane(
     gap = gap.nan_to_num(0.0, 0.0, 0.0) / scale
 
     direction = normal.sign() if norm == "Linf" else normal
+    forward: torch.Tensor
     forward, limit, upper = work if work is not None else points.new_empty(3, *points.shape)
     torch.mul(direction, -gap.sign()[..., None], out=forward)
     # The level at which a pixel comes to its bound: never where it does not move, also if it is there, 0 / 0.

@@ -1,18 +1,20 @@
 """The L2 attacks."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import box_of
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian, uniform_per_sample
 from fastadv.attacks.pgd import PGD
 from fastadv.attacks.samplewise import per_sample
 from fastadv.functional import to_float
+from fastadv.nn.logits import AnyModel
 
 
-class OnL2Ball:
+class OnL2Ball(Attack):
     """What the L2 attacks share: how an iterate comes back into the ball."""
 
     norm = "L2"
@@ -29,11 +31,11 @@ class OnL2Ball:
         return delta.to(norm.dtype).mul_(shrink).add_(clean).clamp_(*box_of(self.clip))
 
     def _write(self, slots: Slots, clean: torch.Tensor, delta: torch.Tensor) -> None:
-        """That as the iterate, and as the model's next input."""
+        """Make clean + delta, brought into the ball and the box, the iterate and the model's next input."""
         self._become(slots, clean, self._projected(slots, clean, delta))
 
     def _become(self, slots: Slots, clean: torch.Tensor, adv: torch.Tensor) -> None:
-        """What is in the ball and the box already, as the iterate and as the model's next input."""
+        """Make adv, which is in the ball and the box, the iterate and the model's next input."""
         adv = _in_dtype_of(clean, adv, slots.eps)
         slots.adv = adv if slots.adv is None else slots.adv.copy_(adv)
         self.show(slots)
@@ -57,14 +59,14 @@ class PGDL2(OnL2Ball, PGD):
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 1.0,
         alpha: float | torch.Tensor | None = 0.2,
         steps: int = 10,
         random_start: bool = True,
         eps_for_division: float = 1e-10,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(model, eps, alpha, steps, random_start, **options)
         self.eps_for_division = eps_for_division
 
@@ -84,7 +86,7 @@ class PGDL2(OnL2Ball, PGD):
         self._write(slots, clean, slots.adv + (self.length(slots) * step).to(step.dtype) - clean)
 
 
-def _in_dtype_of(clean, adv, eps):
+def _in_dtype_of(clean: torch.Tensor, adv: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """`adv` rounded to the images' dtype; a sample that rounding takes out of the ball, towards its image instead."""
     near = adv.to(clean.dtype)
     if near.dtype == adv.dtype:
@@ -97,5 +99,7 @@ def _in_dtype_of(clean, adv, eps):
 
 
 def l2_norm(t: torch.Tensor) -> torch.Tensor:
-    """Of each sample, in float32 at least."""
-    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.promote_types(t.dtype, torch.float32))
+    """The L2 norm of each sample, (N,), in float32 at least."""
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    norms: torch.Tensor = torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=dtype)
+    return norms

@@ -1,19 +1,25 @@
-"""What an attack maximises: one value per sample, from logits (N, C) and what they are compared with."""
+"""The losses that an attack maximises: one value per sample, from logits (N, C) and their targets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+LossFunction = Callable[[Any, Any], torch.Tensor]
+"""From a model's outputs and their targets to one value per sample, (N,)."""
 
 
 @dataclass(frozen=True)
 class Loss:
     """A loss by name: called with logits (N, C) and targets, it gives one value per sample, (N,).
 
-    compares: with what: "labels", int64 (N,); "soft", these or probabilities (N, C); "clean", the probabilities
-    (N, C) for the clean images; "pairs", int64 (N, 2), the label and the class that the sample is driven to; "signs",
-    0 or 1 for each logit, (N, C), or int64 (N,) for a single one.
+    Args:
+        of: the function.
+        compares: what the targets are: "labels", int64 (N,); "soft", these or probabilities (N, C); "clean", the
+            probabilities (N, C) for the clean images; "pairs", int64 (N, 2), the label and the class that the sample is
+            driven to; "signs", 0 or 1 for each logit, (N, C), or int64 (N,) for a single one.
     """
 
     of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -83,8 +89,8 @@ def targeted_dlr(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     return targeted_margin(logits, pairs) / _distance(first, (third + fourth) / 2)
 
 
-def _distance(first, other):
-    """What a margin is divided by; 1, where the other logit is that of a class that cannot be."""
+def _distance(first: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """first - other, by which a margin is divided; 1 where `other` is -inf, the logit of a class that cannot be."""
     return torch.where(other > -torch.inf, first - other + 1e-12, 1.0)
 
 
@@ -93,11 +99,21 @@ TO_CLASS = 3  # plus a class: the margin to it
 
 
 def probability_margin(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The best other class's probability minus the label's, p_m - p_y; with `targets` (N, 2), labels and what is to be
-    climbed, LABEL for -p_y, OTHER for p_m, BOTH for their sum, TO_CLASS + t for the logit of t minus the label's.
+    """The best other class's probability minus the label's, p_m - p_y.
 
-    Xie et al. 2025 (arXiv 2411.15210). Its gradient is the true one divided by a positive factor of each sample: by
-    1 - p_y, by p_y (1 - p_y) and by p_m for the three of them; so it does not vanish where the model is sure.
+    Its gradient is the true one divided by a positive factor of each sample: by 1 - p_y for LABEL, by p_y (1 - p_y) for
+    OTHER and by p_m for BOTH. So it does not vanish where the model is sure.
+
+    Args:
+        logits: (N, C).
+        targets: labels (N,); or (N, 2), the label and what is climbed: LABEL for -p_y, OTHER for p_m, BOTH for their
+            sum, TO_CLASS + t for the logit of class t minus the label's.
+
+    Returns:
+        (N,).
+
+    Source:
+        Xie et al. 2025 (arXiv 2411.15210).
     """
     own, kind = (
         targets.split(1, 1) if targets.ndim == 2 else (targets[:, None], torch.full_like(targets, BOTH)[:, None])
@@ -133,7 +149,7 @@ def kl(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     return F.kl_div(_possible(F.log_softmax(logits, dim=1), probabilities), probabilities, reduction="none").sum(1)
 
 
-def _possible(log_probabilities, targets):
+def _possible(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """0 where the target is 0: there the product is 0 whatever the other factor, and -inf would make it NaN."""
     return log_probabilities.masked_fill(targets == 0, 0.0)
 

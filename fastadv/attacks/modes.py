@@ -3,11 +3,12 @@
 import io
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from fastadv.attacks.attributes import Attributes, TargetFunction
 from fastadv.attacks.checks import BOX, box_of, check_labels, check_whole, device_of
 from fastadv.attacks.losses import LOSSES
 from fastadv.attacks.normalized import denormalized, normalization_of
@@ -16,7 +17,7 @@ from fastadv.files import write_atomically
 from fastadv.functional import to_float
 from fastadv.nn.frozen import frozen
 
-MODES = {
+MODES: dict[object, str] = {
     False: "default",
     True: "targeted(label)",
     "random": "targeted(random)",
@@ -24,8 +25,8 @@ MODES = {
 }
 
 
-class Modes:
-    """What every attack has of torchattacks' base class. What changes the mode prints so, unless `quiet`, as there."""
+class Modes(Attributes):
+    """The methods of torchattacks' base class. As there, one that changes the mode prints it, unless `quiet`."""
 
     @property
     def supported_mode(self) -> list[str]:
@@ -55,14 +56,31 @@ class Modes:
         self._set_mode("random", quiet)
 
     def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
-        """Towards the class with the k-th smallest logit on the clean image, the label left out:
-        targeted="least_likely", kth_min."""
+        """Towards the class with a small logit on the clean image: targeted="least_likely", kth_min.
+
+        Args:
+            kth_min: 1 for the smallest logit, the label left out; 2 for the next.
+            quiet: print nothing.
+
+        Raises:
+            TypeError: kth_min is no whole number.
+            ValueError: kth_min is below 1, or the loss has no target class.
+        """
         check_whole("kth_min", kth_min)
         self._set_mode("least_likely", quiet)
         self.kth_min = kth_min
 
-    def set_mode_targeted_by_function(self, target_map_function: Callable, quiet: bool = False) -> None:
-        """Towards what the function returns for (images in pixels, labels), int64 (N,): it is what `targeted` is."""
+    def set_mode_targeted_by_function(self, target_map_function: TargetFunction, quiet: bool = False) -> None:
+        """Towards what a function returns: it becomes `targeted`.
+
+        Args:
+            target_map_function: from (images in pixels, labels) to the targets, int64 (N,).
+            quiet: print nothing.
+
+        Raises:
+            TypeError: it is no callable.
+            ValueError: the loss has no target class.
+        """
         if not callable(target_map_function):
             raise TypeError(
                 f"target_map_function must be a callable from (images, labels) to labels, got {target_map_function!r}; "
@@ -70,7 +88,7 @@ class Modes:
             )
         self._set_mode(target_map_function, quiet)
 
-    def _set_mode(self, targeted, quiet=False):
+    def _set_mode(self, targeted: bool | str | TargetFunction, quiet: bool = False) -> None:
         if targeted and "targeted" not in self.supported_mode:
             raise ValueError(f"the loss {self.loss} has no target class of yours: choose another loss first")
         self.targeted = targeted
@@ -78,7 +96,15 @@ class Modes:
             print(f"Attack mode is changed to '{self.attack_mode}'.")
 
     def set_normalization_used(self, mean: Iterable[float], std: Iterable[float]) -> None:
-        """The images that are passed are (pixels - mean) / std, one number per channel: `images_normalized`."""
+        """Say that the images that are passed are (pixels - mean) / std: `images_normalized`.
+
+        Args:
+            mean: one number per channel, of pixels in [0, 1].
+            std: likewise.
+
+        Raises:
+            ValueError: they are out of range, or the model is `Normalized`, which normalises once more.
+        """
         images_normalized = tuple(map(float, mean)), tuple(map(float, std))
         normalization_of(images_normalized, self.model)
         self.images_normalized = images_normalized
@@ -86,7 +112,12 @@ class Modes:
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
-        """training_mode="eval" without model_training, whatever the others are; "batch_norm" with batchnorm_training.
+        """Set `training_mode`.
+
+        Args:
+            model_training: False: "eval", whatever the others are.
+            batchnorm_training: "batch_norm", which is all that model_training may mean here.
+            dropout_training: must be False where model_training is True.
 
         Raises:
             ValueError: any other: dropout or the whole model in train mode.
@@ -98,17 +129,17 @@ class Modes:
             )
         self.training_mode = "batch_norm" if model_training else "eval"
 
-    def _mapped(self, x, labels):
+    def _mapped(self, targeted: TargetFunction, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The targets that a callable `targeted` gives for pixels and labels; no labels are the model's predictions."""
         if labels is None:
             labels = predicted(self._clean_logits(x)).clamp(min=0)
-        targets = self.targeted(to_float(x), labels)
+        targets = targeted(to_float(x), labels)
         check_labels(targets, x, name="the targets that the callable `targeted` returned")
         return targets
 
     def save(
         self,
-        data_loader: Iterable,
+        data_loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
         save_path: str | Path | None = None,
         verbose: bool = True,
         return_verbose: bool = False,
@@ -141,7 +172,8 @@ class Modes:
             raise ValueError(f"save_type='int' is for pixels in [0, 1], and clip is {self.clip}: pass 'float'")
         if save_path is not None and Path(save_path).is_dir():
             raise IsADirectoryError(f"save_path must be a file, and {save_path} is a folder")
-        parts, began = defaultdict(list), time.perf_counter()
+        parts: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+        began = time.perf_counter()
         for batches, (images, labels) in enumerate(data_loader, 1):
             device = device_of(self.model) or images.device
             images, labels = images.to(device), labels.to(device)
@@ -172,23 +204,23 @@ class Modes:
             write_atomically(save_path, content.getvalue())
         return (*_measured(parts), elapsed) if return_verbose else None
 
-    def _pixels_of(self, images):
-        if self.images_normalized is None:
+    def _pixels_of(self, images: torch.Tensor) -> torch.Tensor:
+        if self._normalization is None or self.images_normalized is None:
             return to_float(images)
         return denormalized(images, self._normalization, self.clip, look=False)
 
-    def _predictions(self, adv):
-        """Of images as a call returns them."""
+    def _predictions(self, adv: torch.Tensor) -> torch.Tensor:
+        """The classes of images as a call returns them."""
         with torch.inference_mode(False), frozen(self.model):
             seen = self._seen_by_model(adv) if self.images_normalized is None else adv
             return predicted(self.objective.logits(seen))
 
 
-def _measured(parts):
+def _measured(parts: Mapping[str, list[torch.Tensor]]) -> tuple[float, float]:
     """(Percentage of images whose prediction is the label; mean L2 norm of the others' perturbations, NaN of none)."""
     wrong = torch.cat(parts["preds"]) != torch.cat(parts["labels"])
     return 100 * (1 - wrong.double().mean().item()), torch.cat(parts["l2"])[wrong].mean().item()
 
 
-def _as_type(pixels, save_type):
+def _as_type(pixels: torch.Tensor, save_type: str) -> torch.Tensor:
     return (pixels.float() * 255).round().to(torch.uint8) if save_type == "int" else pixels

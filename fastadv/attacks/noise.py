@@ -14,7 +14,8 @@ def uniform(like: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
 
 def gaussian(like: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
     """Standard normal, by the inverse of its distribution function; no value is beyond 4.4."""
-    return torch.special.ndtri(uniform(like, seed))
+    normal: torch.Tensor = torch.special.ndtri(uniform(like, seed))
+    return normal
 
 
 def uniform_per_sample(like: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,20 @@
 """Images that were normalised already, and their pixels."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.functional import Normalization
+from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, of_pixels
 from fastadv.ops.reference import compute_dtype
 
 BEYOND = 1e-5  # a bound, by rounding: what normalising float32 images and its inverse leave
 
 
-def normalization_of(images_normalized: tuple, model: Callable) -> Normalization:
+def normalization_of(images_normalized: tuple[Any, Any], model: AnyModel) -> Normalization:
     """The normalisation of an attack's images, (mean, std) as for `Normalized`, where `model` takes such images.
 
     Raises:

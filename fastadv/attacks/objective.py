@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastadv.attacks.attention import ShortAttentionInFloat32
-from fastadv.attacks.losses import LOSSES
-from fastadv.nn.logits import are_logits, at_least_float32, describe, find_logits
+from fastadv.attacks.losses import LOSSES, LossFunction
+from fastadv.nn.logits import AnyModel, are_logits, at_least_float32, describe, find_logits
 
 
 class Objective:
@@ -21,21 +22,21 @@ class Objective:
         model: any callable from images (N, ...) to outputs.
         loss: a name from LOSSES, of logits; or a callable from (outputs, targets) to one value per sample.
         targeted: the loss of the targets is minimised.
-        eot: gradients and losses are the means of so many draws; logits are the logarithm of their mean probabilities.
+        eot: number of draws: gradients and losses are their means, logits the logarithm of their mean probabilities.
         autocast: dtype in which the model runs under torch.autocast; None means as it is.
         compiled: model and loss run under torch.compile, with one graph per shape.
     """
 
     def __init__(
         self,
-        model: Callable,
-        loss: str | Callable,
+        model: AnyModel,
+        loss: str | LossFunction,
         *,
         targeted: bool = False,
         eot: int = 1,
         autocast: torch.dtype | None = None,
         compiled: bool = False,
-    ):
+    ) -> None:
         if not callable(model) or isinstance(model, type):
             got = f"the class {model.__name__}: make one" if isinstance(model, type) else f"{model!r}"
             raise TypeError(f"the model must be a callable from images to logits, got {got}")
@@ -46,7 +47,7 @@ class Objective:
         self.autocast = autocast
         self.compiled = compiled
         self.classes: int | None = None  # of the logits that were seen last
-        self.still: torch.Tensor | None = None  # whose gradient was exactly 0, (N,) bool, where `watch` was set
+        self.still: torch.Tensor | None = None  # samples whose gradient was exactly 0, (N,) bool, after `watch` was set
         self.watch = False
         self._copies = False  # whether the model writes to its input
         self._highest = -1
@@ -54,10 +55,16 @@ class Objective:
 
     def gradient(
         self, x: torch.Tensor, targets: torch.Tensor, scratch: dict[str, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, object]:
-        """(gradient of the summed loss, like x; losses (N,); the model's outputs, detached logits where there are any).
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Compute the gradient of the summed loss.
 
-        What is the same in every step with as many images lies in `scratch` from the first on, where that is given.
+        Args:
+            x: the model's input (N, ...), float.
+            targets: what the loss compares the outputs with.
+            scratch: memory that is kept from step to step, for what is the same in all steps of one batch size.
+
+        Returns:
+            (gradient, like x; losses (N,); detached logits (N, C), None where the outputs are none).
 
         Raises:
             TypeError: the outputs are no logits, or the losses not one float per sample.
@@ -74,22 +81,24 @@ class Objective:
             self.watch, self.still = False, (grad == 0).flatten(1).all(1)
         return grad, losses, logits
 
-    def _climb(self, x, targets, scratch):
+    def _climb(
+        self, x: torch.Tensor, targets: torch.Tensor, scratch: dict[str, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             losses, logits = self._of_leaf(leaf, targets)
             grad = _gradient(losses, leaf, self._ones(losses, scratch))
         return grad, losses.detach(), logits
 
-    def _ones(self, losses, scratch):
-        """To weigh the losses with; a loss that is not ours may write there on its way back."""
+    def _ones(self, losses: torch.Tensor, scratch: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """The weights of the losses, all 1; they are kept, unless a user's loss may write to them in its backward."""
         if scratch is None or callable(self.loss):
             return torch.ones_like(losses)
         if "ones" not in scratch:
             scratch["ones"] = torch.ones_like(losses)
         return scratch["ones"]
 
-    def _of_leaf(self, leaf, targets):
+    def _of_leaf(self, leaf: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses and logits of the images, or of a copy where the model writes to its input."""
         if not self._copies:
             try:
@@ -101,12 +110,22 @@ class Objective:
         return self._losses(leaf.clone(), targets)
 
     def margins(self, x: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Class by class, from one forward pass: (gradient, like x, of its logit minus the label's; that, (N,)).
+        """Yield the margin to each class in turn and its gradient, from one forward pass.
 
-        Both are 0 for the label's own class. The model sees a copy, as it may write there; it is not compiled.
+        The margin is the class's logit minus the label's. Both are 0 for the label's own class. The model sees a copy,
+        as it may write there; it is not compiled.
+
+        Args:
+            x: the model's input (N, ...), float.
+            labels: int64 (N,).
+
+        Yields:
+            (gradient, like x; margin, (N,)).
 
         Raises:
-            As `gradient`.
+            TypeError: as `gradient`.
+            ValueError: as `gradient`.
+            RuntimeError: as `gradient`.
         """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
@@ -118,25 +137,35 @@ class Objective:
     def judge(
         self, x: torch.Tensor, targets: torch.Tensor, copy: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(losses, logits), without a gradient. The model sees a copy, as it may write there: in the memory of `copy`
-        where that is given and one is enough."""
-        once = copy is not None and self.eot == 1  # an output may be a view of it, and of several draws each counts
+        """Compute losses and logits without a gradient. The model sees a copy, as it may write there.
+
+        Args:
+            x: the model's input (N, ...), float.
+            targets: what the loss compares the outputs with.
+            copy: memory like x for the copy, which is used where one draw is enough.
+
+        Returns:
+            (losses (N,); logits (N, C), None where the outputs are none).
+        """
+        if self.eot > 1:
+            copy = None  # an output may be a view of it, and of several draws each counts
         with torch.no_grad():
-            return self._expected(lambda: self._losses(copy.copy_(x) if once else x.clone(), targets))
+            return self._expected(lambda: self._losses(x.clone() if copy is None else copy.copy_(x), targets))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of x, without a gradient, in float32 at least. The model sees a copy, as it may write there."""
 
-        def draw():
+        def draw() -> tuple[torch.Tensor]:
             return (self._checked(at_least_float32(find_logits(self._outputs(x.clone()), len(x)))),)
 
+        logits: torch.Tensor
         with torch.no_grad():
             (logits,) = self._expected(draw)
         self.classes = logits.shape[1]
         return logits
 
-    def _expected(self, draw: Callable[[], tuple]) -> tuple:
-        """The means of `eot` draws of (..., logits), which of equal ones are exactly these."""
+    def _expected(self, draw: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """The means of `eot` draws of (..., logits); the mean of equal draws is exactly the draw."""
         *means, logits = draw()
         if self.eot == 1:
             return *means, logits
@@ -153,7 +182,7 @@ class Objective:
         if logits is not None:
             self._check_highest(logits)
 
-    def _checked(self, logits):
+    def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         if logits.shape[1] < 2 and self.loss != "bce":
             raise ValueError(
                 f"the model returns one logit, {tuple(logits.shape)}: of a single class nothing can be wrong, and a "
@@ -164,26 +193,27 @@ class Objective:
             self._check_highest(logits)
         return logits
 
-    def _check_highest(self, logits):
+    def _check_highest(self, logits: torch.Tensor) -> None:
         highest, self._highest = self._highest, -1
         classes = max(logits.shape[1], 2)  # one logit tells two classes apart
         if highest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {highest}")
 
-    def _forward(self, x, targets):
+    def _forward(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         outputs, n = self._outputs(x), x.shape[0]
+        logits: torch.Tensor | None
         if callable(self.loss):
             losses = _per_sample(self.loss(outputs, targets), n)
             logits = at_least_float32(outputs).detach() if are_logits(outputs, n) else None
         else:
-            logits = self._checked(at_least_float32(find_logits(outputs, n)))
-            losses = LOSSES[self.loss].of(logits, targets)
-            logits = logits.detach()
+            found = self._checked(at_least_float32(find_logits(outputs, n)))
+            losses = LOSSES[self.loss].of(found, targets)
+            logits = found.detach()
         if self.targeted:
             losses = -losses
         return losses, logits
 
-    def _outputs(self, x):
+    def _outputs(self, x: torch.Tensor) -> Any:
         if self.autocast is None:
             return self.model(x)
         attention = ShortAttentionInFloat32() if x.device.type == "cpu" else nullcontext()
@@ -191,8 +221,8 @@ class Objective:
             return self.model(x)
 
 
-def _gradient(losses, leaf, ones, retain_graph=False):
-    """Of the sum of the losses, like the leaf."""
+def _gradient(losses: torch.Tensor, leaf: torch.Tensor, ones: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+    """The gradient of the sum of the losses, like the leaf."""
     grad = None
     if losses.requires_grad:
         (grad,) = torch.autograd.grad(losses, leaf, ones, retain_graph=retain_graph, allow_unused=True)
@@ -205,8 +235,8 @@ def _gradient(losses, leaf, ones, retain_graph=False):
     return grad
 
 
-def _of_mean_probabilities(logits, loss):
-    """Of (K, N, C) the logits (N, C) of the mean over K. In float64, for differences of any size are to survive it."""
+def _of_mean_probabilities(logits: torch.Tensor, loss: str | LossFunction) -> torch.Tensor:
+    """Of (K, N, C) the logits (N, C) of the mean over K, in float64, so that differences of any size survive."""
     logits = logits.double()
     if loss == "bce" or logits.shape[2] == 1:  # each is a probability by itself
         return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)

@@ -1,6 +1,6 @@
 """The iterated L-inf attacks."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,6 +11,7 @@ from fastadv.attacks.noise import gaussian
 from fastadv.attacks.samplewise import per_sample
 from fastadv.attacks.schedules import SCHEDULES, Factors
 from fastadv.functional import pgd_step, pgd_step_, random_init
+from fastadv.nn.logits import AnyModel
 
 
 class PGD(Attack):
@@ -29,16 +30,18 @@ class PGD(Attack):
         ValueError: eps is not in [0, 1], steps is below 1, or there is no such schedule.
     """
 
+    steps: int
+
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 8 / 255,
         alpha: float | torch.Tensor | None = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
         schedule: str = "constant",
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(model, eps, **options)
         self.alpha = alpha
         self.steps = steps
@@ -65,15 +68,15 @@ class PGD(Attack):
         return self.schedule != "constant"
 
     def factors(self) -> list[float]:
-        """Of the step size, for each step."""
+        """The factor of the step size, for each step."""
         return [SCHEDULES[self.schedule](step, self.steps) for step in range(self.steps)]
 
     def factor_of(self, slots: Slots) -> torch.Tensor:
-        """Which of the factors the next step takes, int64 (N,)."""
+        """The number of the factor that the next step takes, int64 (N,)."""
         return slots.age
 
     def length(self, slots: Slots) -> float | torch.Tensor:
-        """Of the next step: one for all, or (N, 1, ...)."""
+        """The length of the next step: one for all, or (N, 1, ...)."""
         alpha = self.step_size(slots)
         if not self.by_age:
             return alpha
@@ -94,10 +97,17 @@ class PGD(Attack):
 class BIM(PGD):
     """The basic iterative method, PGD from the image itself: Kurakin et al. 2017 (arXiv 1607.02533, section 2.2).
 
-    Args: as PGD's, without random_start.
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball around the image, in pixels of [0, 1].
+        alpha: step size in the same unit; None means eps.
+        steps: number of steps, at least 1.
+        options: as PGD's, `schedule` among them; see `Attack`.
     """
 
-    def __init__(self, model: Callable, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options):
+    def __init__(
+        self, model: AnyModel, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options: Any
+    ) -> None:
         super().__init__(model, eps, alpha, steps, False, **options)
 
 
@@ -106,12 +116,21 @@ class TPGD(PGD):
 
     Zhang et al. 2019 (arXiv 1901.08573, section 5). Labels are not needed: `atk(images)`.
 
-    Args: as PGD's; the start is the image plus Gaussian noise of deviation 0.001.
+    The start is the image plus Gaussian noise of deviation 0.001.
+
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball around the image, in pixels of [0, 1].
+        alpha: step size in the same unit; None means eps.
+        steps: number of steps, at least 1.
+        options: as PGD's, `schedule` among them; see `Attack`.
     """
 
     START = 0.001
 
-    def __init__(self, model: Callable, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options):
+    def __init__(
+        self, model: AnyModel, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options: Any
+    ) -> None:
         super().__init__(model, eps, alpha, steps, **{"loss": "kl", **options})
 
     def start(self, slots: Slots) -> None:
@@ -132,19 +151,24 @@ class TPGD(PGD):
 class MIFGSM(PGD):
     """PGD with momentum, from the image itself: Dong et al. 2018 (arXiv 1710.06081, algorithm 1).
 
-    Args: as PGD's, without random_start, and
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball around the image, in pixels of [0, 1].
+        alpha: step size in the same unit; None means eps.
+        steps: number of steps, at least 1.
         decay: the momentum's factor, mu.
+        options: as PGD's, `schedule` among them; see `Attack`.
     """
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 8 / 255,
         alpha: float = 2 / 255,
         steps: int = 10,
         decay: float = 1.0,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(model, eps, alpha, steps, False, **options)
         self.decay = decay
 

@@ -1,6 +1,7 @@
 """The probability-margin attack."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,12 +11,13 @@ from fastadv.attacks.l2 import PGDL2
 from fastadv.attacks.losses import BOTH, TO_CLASS
 from fastadv.attacks.pgd import PGD
 from fastadv.attacks.schedules import SCHEDULES
+from fastadv.nn.logits import AnyModel
 
 TOLERANCE = 0.002  # of the images, that a verdict may differ by
 PATIENCE = 4  # runs after the first that must together find half of that, for another one to be worth it
 
 
-class _TwoStages:
+class _TwoStages(PGD):
     """The objective and the step sizes, whatever the norm.
 
     The first two runs are the paper's: in the first half of its steps one climbs -p_y, the other p_m, the best other
@@ -30,14 +32,14 @@ class _TwoStages:
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 8 / 255,
         steps: int = 20,
         *,
         restarts: int = 2,
         most_runs: int = 20,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         self.most_runs = most_runs
         options = {"loss": "probability_margin", **options}
         super().__init__(model, eps, None, steps, True, restarts=restarts, **options)
@@ -73,7 +75,7 @@ class _TwoStages:
         return slots.age + self.steps * (slots.restart >= 2)
 
 
-class PMA(_TwoStages, PGD):
+class PMA(_TwoStages):
     """The probability-margin attack: Xie et al. 2025 (arXiv 2411.15210).
 
     On many models two runs of it find what AutoAttack finds. Where the second found more than one image in 500, or a
@@ -96,8 +98,15 @@ class PMA(_TwoStages, PGD):
 class PMAL2(_TwoStages, PGDL2):
     """The probability-margin attack on the L2 ball: Xie et al. 2025 (arXiv 2411.15210).
 
-    Args: as PMA's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball, the L2 norm of a whole perturbation with pixels in [0, 1].
+        steps: of a run, even.
+        options: as PMA's; see `Attack`.
+
+    Raises:
+        ValueError: eps is negative, or steps is odd or below 2.
     """
 
-    def __init__(self, model: Callable, eps: float = 0.5, steps: int = 20, **options):
+    def __init__(self, model: AnyModel, eps: float = 0.5, steps: int = 20, **options: Any) -> None:
         super().__init__(model, eps, steps, **options)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.base import Attack
@@ -12,9 +13,10 @@ from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.square import Square
 from fastadv.attacks.zerograd import ZeroGrad
+from fastadv.nn.logits import AnyModel
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
-PRESETS = {
+PRESETS: dict[str, tuple[type[Attack], Callable[[float], dict[str, Any]]]] = {
     "fgsm": (FGSM, lambda eps: {}),
     "fgsm-rs": (FGSM, lambda eps: {"alpha": 1.25 * eps, "noise": eps}),
     "nfgsm": (NFGSM, lambda eps: {}),
@@ -40,13 +42,20 @@ PRESETS = {
 """Attacks by name: the class, and its settings at a budget. An entry of your own is known by its name everywhere."""
 
 
-def create_attack(name: str, model: Callable, eps: float, **changes: float | None) -> Attack:
-    """The attack called `name` (a key of PRESETS), with `changes` to its settings (alpha, noise, steps) and options.
+def create_attack(name: str, model: AnyModel, eps: float, **changes: Any) -> Attack:
+    """Create an attack by its name, with the settings of its paper.
 
-    A change of None leaves the preset's value.
+    Args:
+        name: a key of PRESETS, such as "pgd-20".
+        model: any callable from images to logits (N, C).
+        eps: budget, in pixels of [0, 1].
+        changes: to its settings (alpha, noise, steps) and to the options of `Attack`. None leaves the preset's value.
+
+    Returns:
+        The attack.
 
     Raises:
-        ValueError: unknown name, or the attack has no such setting.
+        ValueError: the name is unknown, or the attack has no such setting.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join(PRESETS)}")

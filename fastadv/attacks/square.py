@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,23 +14,24 @@ from fastadv.attacks.noise import uniform
 from fastadv.attacks.samplewise import put_, seeds_for
 from fastadv.attacks.schedules import Factors
 from fastadv.functional import fgsm_step, pgd_step
+from fastadv.nn.logits import AnyModel
 
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000)  # queries
 APART = 2**31  # from the seeds of other runs, which are numbered from 0
 
 
 class RandomSearch(Attack):
-    """What the Square attack does whatever the norm: each query changes a window of the best point so far."""
+    """The Square attack without its norm: each query changes a window of the best point so far."""
 
     by_gradient = False
     by_age = True
     draws = True
 
-    def __init__(self, model: Callable, eps: float, n_queries: int = 5000, p_init: float = 0.8, **options):
+    def __init__(self, model: AnyModel, eps: float, n_queries: int = 5000, p_init: float = 0.8, **options: Any) -> None:
         super().__init__(model, eps, **{"loss": "margin", **options})
         self.n_queries = n_queries
         self.p_init = p_init
-        self._sides: dict[tuple, Factors] = {}
+        self._sides: dict[tuple[int, int, float], Factors] = {}
         self.check()
 
     @property
@@ -53,7 +54,7 @@ class RandomSearch(Attack):
 
     @abstractmethod
     def side(self, area: float) -> int:
-        """Of a window that is to have this area."""
+        """The side of a window that is to have this area."""
 
     @abstractmethod
     def propose(self, slots: Slots, best: torch.Tensor) -> None:
@@ -73,12 +74,12 @@ class RandomSearch(Attack):
         if slots.given:
             self.into_ball(slots)
 
-    def step(self, slots: Slots, grad: None) -> None:
+    def step(self, slots: Slots, grad: torch.Tensor | None) -> None:
         self._keep(slots)
         self.propose(slots, slots.memory["best"])
 
-    def _keep(self, slots):
-        """The iterate is the best point if its loss is the highest; one that fools is better than any that does not."""
+    def _keep(self, slots: Slots) -> None:
+        """Keep the iterate where its loss is the highest so far; one that fools is better than any that does not."""
         best, highest, won = (slots.memory[name] for name in ("best", "highest", "won"))
         first = slots.age == 0
         better = slots.losses > highest
@@ -99,14 +100,15 @@ class RandomSearch(Attack):
         return slots.memory["best"]
 
     def sides(self, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the next windows: float64 (N, 1); and how many rows and columns they leave of the image: (N, 2)."""
+        """The sides of the next windows, float64 (N, 1), and how many rows and columns they leave, (N, 2)."""
         height, width = slots.x.shape[2:]
         made_for = height, width, self.p_init
         if made_for not in self._sides:
             halved = [bisect_left(HALVED_AFTER, query) for query in range(HALVED_AFTER[-1] + 2)]
             sides = {n: min(self.side(self.p_init * 0.5**n * height * width), height, width) for n in set(halved)}
             self._sides[made_for] = Factors([(sides[n], height - sides[n], width - sides[n]) for n in halved])
-        return self._sides[made_for](slots.age).split((1, 2), 1)
+        sizes, left = self._sides[made_for](slots.age).split((1, 2), 1)
+        return sizes, left
 
     def numbers(self, slots: Slots, count: int) -> torch.Tensor:
         """Uniform in (0, 1), float32 (N, count): others for each query."""
@@ -124,7 +126,7 @@ class Square(RandomSearch):
     Args:
         model: any callable from images to logits (N, C).
         eps: radius of the L-inf ball around the image, in pixels of [0, 1].
-        n_queries: so many images of a sample the model sees, the start among them. 5000 are AutoAttack's.
+        n_queries: number of images of a sample that the model sees, with the start. AutoAttack has 5000.
         p_init: share of the image that the first squares have.
         options: see `Attack`. The loss is "margin"; a query is judged by it and by whether it fools.
 
@@ -134,7 +136,9 @@ class Square(RandomSearch):
         ValueError: eps or p_init is not in [0, 1], n_queries is below 1, or images are not of shape (N, C, H, W).
     """
 
-    def __init__(self, model: Callable, eps: float = 8 / 255, n_queries: int = 5000, p_init: float = 0.8, **options):
+    def __init__(
+        self, model: AnyModel, eps: float = 8 / 255, n_queries: int = 5000, p_init: float = 0.8, **options: Any
+    ) -> None:
         super().__init__(model, eps, n_queries, p_init, **options)
 
     def side(self, area: float) -> int:
@@ -158,8 +162,8 @@ class Square(RandomSearch):
         torch.mul(squares[..., None], columns[:, None, None], out=slots.adv)
         self._move(slots, best, slots.adv)
 
-    def _move(self, slots, point, directions):
-        """From one side of the ball to the other, where `directions` are not 0."""
+    def _move(self, slots: Slots, point: torch.Tensor, directions: torch.Tensor) -> None:
+        """Move each pixel to the side of the ball that `directions` has the sign of; 0 leaves it."""
         pgd_step(
             point,
             directions,

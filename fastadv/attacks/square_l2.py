@@ -1,7 +1,7 @@
 """The Square attack on the L2 ball."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,6 +11,7 @@ from fastadv.attacks.l2 import OnL2Ball
 from fastadv.attacks.noise import uniform
 from fastadv.attacks.square import RandomSearch, places, window
 from fastadv.functional import to_float
+from fastadv.nn.logits import AnyModel
 
 TILES = 5  # of the start, along each axis
 TINY = 1e-12
@@ -22,13 +23,20 @@ class SquareL2(OnL2Ball, RandomSearch):
     It starts from 5 x 5 bumps, and each query takes what one random window of the best perturbation holds, and what
     the box left unused, into a bump in another.
 
-    Args: as Square's; eps: the L2 norm of a whole perturbation with pixels in [0, 1].
+    Args:
+        model: any callable from images to logits (N, C).
+        eps: radius of the ball, the L2 norm of a whole perturbation with pixels in [0, 1].
+        n_queries: as Square's.
+        p_init: as Square's.
+        options: see `Attack`.
 
     Raises:
         ValueError: as Square, and for images of fewer than 5 rows or columns.
     """
 
-    def __init__(self, model: Callable, eps: float = 0.5, n_queries: int = 5000, p_init: float = 0.8, **options):
+    def __init__(
+        self, model: AnyModel, eps: float = 0.5, n_queries: int = 5000, p_init: float = 0.8, **options: Any
+    ) -> None:
         super().__init__(model, eps, n_queries, p_init, **options)
         self._bumps: dict[int, Bumps] = {}
 
@@ -90,7 +98,7 @@ class SquareL2(OnL2Ball, RandomSearch):
         adv = kept.addcmul_(new, (norm / (channel_norms(new) + TINY)).to(delta.dtype)).add_(clean)
         self._become(slots, clean, adv.clamp_(*box_of(self.clip)))
 
-    def _scratch(self, slots):
+    def _scratch(self, slots: Slots) -> list[torch.Tensor]:
         """Memory for two tensors like the images and three of one channel."""
         if "delta" not in slots.scratch:
             like = torch.empty_like(slots.adv, dtype=torch.promote_types(slots.adv.dtype, torch.float32))
@@ -106,7 +114,8 @@ def mask(first: torch.Tensor, sides: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def channel_norms(t: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(t, dim=(2, 3), keepdim=True)
+    norms: torch.Tensor = torch.linalg.vector_norm(t, dim=(2, 3), keepdim=True)
+    return norms
 
 
 class Bumps:
@@ -119,7 +128,7 @@ class Bumps:
     longest: side of the largest.
     """
 
-    def __init__(self, longest: int):
+    def __init__(self, longest: int) -> None:
         # Of each side, along each axis: heights and weights, and 0 outside.
         self._table = torch.zeros(longest + 1, 2, 2, longest + 2, dtype=torch.float64)
         for side in range(1, longest + 1):
@@ -145,6 +154,7 @@ class Bumps:
 
     def of(self, side: int, like: torch.Tensor) -> torch.Tensor:
         """One with its halves above and below each other: (side, side)."""
+        split: torch.Tensor
         split, whole = self._table[side, ..., 1 : side + 1].to(
             like.device, torch.promote_types(like.dtype, torch.float32)
         )

@@ -1,7 +1,7 @@
 """ZeroGrad: a single step that leaves the pixels with the smallest gradients where they are."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -9,6 +9,7 @@ from fastadv.attacks.checks import check_number
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.fgsm import FGSM
 from fastadv.attacks.samplewise import per_sample
+from fastadv.nn.logits import AnyModel
 
 
 class ZeroGrad(FGSM):
@@ -26,18 +27,19 @@ class ZeroGrad(FGSM):
         options: see `Attack`.
 
     Raises:
-        TypeError: quantile is no number. ValueError: it is not in [0, 1].
+        TypeError: quantile is no number.
+        ValueError: quantile is not in [0, 1].
     """
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         eps: float = 8 / 255,
         *,
         alpha: float | torch.Tensor | None = None,
         quantile: float = 0.35,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         self.quantile = quantile
         super().__init__(model, eps, alpha=alpha, noise=None, **options)
 

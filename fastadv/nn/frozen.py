@@ -20,7 +20,7 @@ _owners_lock = threading.Lock()
 
 
 def _forget_owners() -> None:
-    """In a child process, whose only thread may have no parent's attack to wait for."""
+    """After a fork: the child's only thread waits for no attack of the parent's threads."""
     global _owners_lock
     _owners.clear()
     _owners_lock = threading.Lock()
@@ -109,13 +109,13 @@ def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: AnyModel) -> Iterator[None]:
-    """The model's buffers are put back at the end, what they hold and where that lies."""
+    """Put the model's buffers back at the end: the same tensors with the same values."""
     named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
     before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
 
     def put_back() -> None:
         before.put_back()
-        for module, name, buffer in named:  # a model may have put another tensor there; TorchScript cannot
+        for module, name, buffer in named:  # a model may have assigned another tensor; TorchScript cannot
             if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
 
@@ -125,7 +125,7 @@ def buffers_kept(model: AnyModel) -> Iterator[None]:
 
 @contextmanager
 def at_the_end(put_back: Callable[[], None]) -> Iterator[None]:
-    """Call it whatever happens; an error of its own never hides the one that came first."""
+    """Call `put_back` at the end, whatever happens; its error never hides one that came before."""
     try:
         yield
     except BaseException:
@@ -164,7 +164,7 @@ def as_normal(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch lets anything write to it in place: not where elements share memory."""
+    """Whether PyTorch lets it be written in place: not where its elements share memory."""
     layout = zip(tensor.shape, tensor.stride(), strict=True) if tensor.layout == torch.strided else ()
     return not tensor.is_inference() and all(size <= 1 or stride != 0 for size, stride in layout)
 

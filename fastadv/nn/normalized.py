@@ -65,7 +65,7 @@ def of_pixels(mean: float | Sequence[float], std: float | Sequence[float]) -> No
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether calling it runs its class's `forward` and nothing else: no hooks, no forward of its own, not compiled."""
+    """Whether a call runs the class's `forward` and nothing else: no hooks, no other `forward`, not compiled."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return not any(getattr(model, name) for name in hooks) and not ({"forward", "_compiled_call_impl"} & _set(model))
 
@@ -75,5 +75,5 @@ def _set(model: nn.Module) -> set[str]:
 
 
 def _normalises(module: nn.Module) -> bool:
-    """By its looks: torchvision's Normalize, or one of the many of that kind."""
+    """Whether it looks like torchvision's Normalize: by its class's name, its mean and its std."""
     return "normaliz" in type(module).__name__.lower() and hasattr(module, "mean") and hasattr(module, "std")

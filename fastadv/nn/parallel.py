@@ -12,7 +12,7 @@ from fastadv.nn.logits import AnyModel
 def alone(model: AnyModel) -> Iterator[None]:
     """Each DistributedDataParallel in `model` calls its module and does no more, until the end.
 
-    By itself it waits in every call for the other processes, which need not evaluate.
+    Otherwise each call of it waits for the other processes, which may have nothing to evaluate.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     waiting = [vars(module) for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]

@@ -45,7 +45,7 @@ def _register_python(backend: str, implementations: Mapping[str, Callable[..., N
 
 
 def _has(module: str) -> bool:
-    """Whether this very package has a module that the build makes: an editable install would lend its own to any."""
+    """Whether this package has a module that the build makes, and not another one that is installed editable."""
     spec = importlib.util.find_spec(f"fastadv.{module}")
     return (
         spec is not None
@@ -79,7 +79,7 @@ def _warn_of_a_source_tree() -> None:
 
 @functools.cache
 def native(backend: str) -> tuple[ModuleType | None, str]:
-    """`fastadv._cpu` or `fastadv._cuda`, whose import registers its kernels: (module or None, why it is None)."""
+    """Import `fastadv._cpu` or `fastadv._cuda`, which registers its kernels: (module or None, why it is None)."""
     if not _has(f"_{backend}"):
         return None, "the extension was not built: see fastadv.info()['build']"
     if backend == "cuda" and torch.version.cuda is None:
@@ -122,8 +122,7 @@ if facts() is None:
 def _runs_on(archs: str, capability: tuple[int, int]) -> bool:
     """Whether kernels built for a list such as `8.0;9.0a;10.0+PTX` run on a device of that compute capability.
 
-    Machine code serves its own and later minor numbers, PTX all that is later, and what was built for one device
-    ("a") that one alone.
+    Machine code for 8.0 runs on 8.0, 8.6 and 8.9, PTX for 8.0 on every later device, and code for 9.0a on 9.0 alone.
     """
     for major, minor, kind, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", archs):
         built = int(major), int(minor)
@@ -163,7 +162,7 @@ def why_not(backend: str, device: torch.device | str) -> str:
     return "" if device.type == "cpu" or torch.cuda.is_available() else "there is no GPU"
 
 
-# What serves a device when nobody chose: the first that can. Triton's interpreter is for tests, never a default.
+# Where nobody chose a backend: the first of these that can. Triton's interpreter is for tests, never a default.
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 

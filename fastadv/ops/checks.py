@@ -193,7 +193,7 @@ def seed(value: Seed, x: torch.Tensor) -> Seed:
 
 
 def _overlaps_itself(t: torch.Tensor) -> bool:
-    """Whether two elements of t may be one place in memory: judged by strides, on the safe side."""
+    """Whether two elements of t may share memory, by its strides; True where in doubt."""
     extent = 1
     for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
         if stride < extent:
@@ -203,7 +203,7 @@ def _overlaps_itself(t: torch.Tensor) -> bool:
 
 
 class _Memory:
-    """A tensor's addresses as a NumPy array that nothing reads: NumPy solves exactly whether two of them meet."""
+    """A tensor's addresses for a NumPy array that nothing reads: NumPy decides exactly whether two arrays overlap."""
 
     def __init__(self, t: torch.Tensor) -> None:
         size = t.element_size()
@@ -249,7 +249,7 @@ def _output(
 
 
 def interleaved(args: Arguments, out: torch.Tensor | None, z: torch.Tensor | None) -> bool:
-    """Whether a result's memory lies between that of another tensor, no element shared (`images` has checked that)."""
+    """Whether a result and another tensor alternate in memory, as two channels of one buffer; they share no element."""
     tensors = [t for t in (*args, out, z) if isinstance(t, torch.Tensor)]
     return any(
         not _same(result, t) and np.may_share_memory(_array(result), _array(t))

@@ -50,7 +50,7 @@ class Normalization:
         self.channels = max(lengths, default=None)  # None: any
         self._made: dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    # They cannot be assigned: what was made of them would stay.
+    # Read-only: the tensors that were made of them are kept.
     @property
     def mean(self) -> Numbers:
         return self._mean
@@ -60,7 +60,7 @@ class Normalization:
         return self._std
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}}  # a loader may move tensors to a device that their key does not name
+        return {**self.__dict__, "_made": {}}  # a loader may move tensors to another device than their key says
 
     def __repr__(self) -> str:
         return f"Normalization(mean={self.mean}, std={self.std})"
@@ -88,11 +88,11 @@ class Normalization:
             Two tensors (1, C, 1, ...) with `dim` dimensions, 0-dim where both are one number.
         """
         if is_compiling() or (_len_torch_dispatch_stack() and active_fake_mode() is not None):
-            # These are no tensors yet, or have no numbers.
+            # Here a tensor is a symbol or has no numbers: it must not be kept.
             return self._make(dim, dtype, device)
         key = dim, dtype, device
         if key not in self._made:
-            # Every later call has them, whatever this one is in: not as inference tensors, nor as a transform's.
+            # Every later call uses them: they must be neither inference tensors nor tensors of a functorch transform.
             with torch.inference_mode(False), torch._C._DisableFuncTorch():
                 self._made[key] = self._make(dim, dtype, device)
         return self._made[key]

@@ -4,10 +4,15 @@ import torch
 
 
 def position_strides(x: torch.Tensor, per_sample: bool = False) -> tuple[int, ...]:
-    """Strides of an element's position: those of `torch.empty_like(x)`, as torch itself computes them.
+    """The strides by which an element's position is counted: those of `torch.empty_like(x)`. Allocates nothing.
 
-    With per-sample seeds a position counts within its sample, `torch.empty_like(x[n])`, and the stride of
-    dimension 0 is a sample's size. Allocates nothing.
+    Args:
+        x: images.
+        per_sample: whether each sample has a seed. A position then counts within its sample, by the strides of
+            `torch.empty_like(x[n])`, and the stride of dimension 0 is a sample's size.
+
+    Returns:
+        One stride for each dimension: (192, 64, 8, 1) for contiguous images of shape (N, 3, 8, 8).
     """
     if x.is_contiguous():
         return x.stride()

@@ -75,7 +75,7 @@ def _element_bits(x: Tensor, seed: Tensor) -> Tensor:
 
 
 def _to_odd_float32(t: Tensor) -> Tensor:
-    """float64 to float32, inexact results with their last bit set: rounding those again is as good as rounding once."""
+    """float64 to float32, rounded to odd: a second rounding, to 16 bits, then gives what a single one gives."""
     near = t.to(torch.float32)
     back = near.to(torch.float64)
     bits = near.view(torch.int32)

@@ -25,7 +25,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # The interpreter's cost is the number of programs.
 BLOCK = 4096 if INTERPRETED else 1024
-MOST_SAMPLES = 65535  # with a seed each, in one launch: so many lie in a grid's second dimension
+MOST_SAMPLES = 65535  # in one launch, with a seed each: the most that a grid's second dimension has
 # Each operation rounds once: a fused multiply-add would not.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -47,7 +47,7 @@ _LOW = tl.constexpr(1 / 255 - 257 / 65536)
 
 @triton.jit
 def _to_odd_float32(t):
-    """float64 to float32, inexact results with their last bit set: rounding those again is as good as rounding once."""
+    """float64 to float32, rounded to odd: a second rounding, to 16 bits, then gives what a single one gives."""
     near = t.to(tl.float32)
     back = near.to(tl.float64)
     bits = near.to(tl.int32, bitcast=True)
@@ -376,7 +376,7 @@ def vectorised_kernel(
 
 @triton.jit
 def _place(position, sizes, strides):
-    """The offset of each position, in a tensor of those strides; dimensions outermost first."""
+    """The offset of each position in a tensor of these strides; dimensions outermost first."""
     offset = tl.zeros_like(position)
     for d in tl.static_range(len(sizes) - 1, -1, -1):
         offset += (position % sizes[d]) * strides[d]
@@ -457,14 +457,14 @@ def _strides(t: Tensor | None, order: Sequence[int]) -> tuple[int, ...]:
 
 
 def _ordinary(x: Tensor, out: Tensor, radii: Sequence[Parameter]) -> bool:
-    """Whether csrc/cuda/pairs.cuh's shortcuts are right: for radii of any use, and x that is no infinity in `out`."""
+    """Whether csrc/cuda/pairs.cuh's shortcuts are right: radii are 0 or of ordinary size, and `out` can hold x."""
     largest = 8 if out.dtype == torch.float16 else 2.0**100
     fits = out.dtype in (x.dtype, torch.float32)
     return fits and all(t is None and (r == 0 or 2.0**-100 <= r <= largest) for r, t in radii)
 
 
 def _simple(number: float, tensor: Tensor | None) -> bool:
-    """Whether every type has that number: 0, 1 and the like."""
+    """Whether every dtype holds the number exactly, as it does 0, 0.5 and 1."""
     return tensor is None and abs(number) <= 1 and 128 * number % 1 == 0
 
 

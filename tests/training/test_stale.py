@@ -158,8 +158,7 @@ def chance(rows, when):
 def by_hand(model, data, order, fresh, augment=None, smoothing=0.0, alpha=EPS, method="full", seed=0, hinge=False):
     """The run with signs, an image at a time; also the share of the signs that stayed, of each epoch.
 
-    Args:
-        fresh: whether image i gets a fresh FGSM in an epoch: a function of i, the epoch, and the shares of the last.
+    `fresh` is a function of i, the epoch and the shares of the last: whether image i gets a fresh FGSM.
     """
     x_all, y_all = data
     x_all = x_all.double() / (1 if x_all.dtype.is_floating_point else 255)
