@@ -1,4 +1,4 @@
-"""Which classes of a data set are meant, and what is left of a part when they alone are kept."""
+"""The choice of classes: from a text or names to labels, and from a part to its images of these classes."""
 
 import itertools
 import re

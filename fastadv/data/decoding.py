@@ -23,7 +23,7 @@ def cores() -> int:
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def decode(
+def decode_all(
     pictures: list[Picture], preprocessing: Preprocessing | None, skip_corrupt: bool, workers: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All pictures as uint8 (N, C, H, W), and which of them could be read, bool (N,).

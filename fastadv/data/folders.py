@@ -9,7 +9,7 @@ import torch
 
 from fastadv.data.pictures import Picture, extensions
 from fastadv.data.source import DataSource, Part, judging
-from fastadv.data.walking import counts, files_below, folders_in, key, visible
+from fastadv.data.walking import files_below, folders_in, is_counted, sort_key, visible
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _LAYOUT = (
@@ -133,7 +133,7 @@ def _similar(folders: list[Path], endings: frozenset[str]) -> dict[str, list[Pat
 
 
 def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]) -> None:
-    """Say which folders were taken for those of the classes where that is not plain, and what may be classes below."""
+    """Warn where the classes' folders were not plainly named as such, or may themselves hold the folders of classes."""
     plain = {
         part: place == root or (place.parent == root and place.name.casefold() in _PARTS[part])
         for part, place in places.items()
@@ -162,7 +162,7 @@ def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]
 
 def _has_pictures(folder: Path, endings: frozenset[str]) -> bool:
     """Whether pictures lie in the folder itself: those in its folders do not count."""
-    paths = (path for path in folder.iterdir() if counts(path.name))
+    paths = (path for path in folder.iterdir() if is_counted(path.name))
     return any(path.suffix.lower() in endings and not os.path.isdir(path) for path in paths)
 
 
@@ -173,7 +173,7 @@ def _classes(place: Path, endings: frozenset[str]) -> tuple[dict[str, list[Path]
     others = [path for path in visible(place) if path not in inside]
     for folder in inside:
         files = files_below(folder)
-        pictures = found.setdefault(key(folder)[-1], [])  # which may be the name of two folders
+        pictures = found.setdefault(sort_key(folder)[-1], [])  # which may be the name of two folders
         pictures += [path for path in files if path.suffix.lower() in endings]
         others += [path for path in files if path.suffix.lower() not in endings]
     return found, others

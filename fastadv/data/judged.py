@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastadv.data.classes import labels_of, selected
-from fastadv.data.decoding import decode
+from fastadv.data.decoding import decode_all
 from fastadv.data.loading import as_pictures, find
 from fastadv.data.parquet import Columns
 from fastadv.data.share import Samples
@@ -48,7 +48,7 @@ class HeldOut:
         part = as_pictures(self.part, preprocessing)
         if isinstance(part.images, torch.Tensor):
             return part.images.contiguous(), part.labels
-        images, readable = decode(part.images, preprocessing, skip_corrupt, workers)
+        images, readable = decode_all(part.images, preprocessing, skip_corrupt, workers)
         return images, part.labels[readable]
 
 

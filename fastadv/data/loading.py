@@ -12,7 +12,7 @@ from fastadv.data.arrays import digits, npz
 from fastadv.data.cifar10 import cifar10
 from fastadv.data.classes import labels_of, selected
 from fastadv.data.dataset import Data
-from fastadv.data.decoding import decode
+from fastadv.data.decoding import decode_all
 from fastadv.data.folders import folders
 from fastadv.data.pictures import Picture
 from fastadv.data.share import Share, dealt
@@ -199,7 +199,7 @@ def _decoded(
     owners = dealt(len(pictures), team)
     rows = (owners == team.rank).nonzero()[:, 0]
     images, readable = team.by_all(
-        lambda: decode([pictures[i] for i in rows.tolist()], preprocessing, skip_corrupt, workers)
+        lambda: decode_all([pictures[i] for i in rows.tolist()], preprocessing, skip_corrupt, workers)
     )
     shapes = team.gathered(tuple(images.shape[1:]))
     if len(set(shapes)) > 1:

@@ -30,13 +30,18 @@ class CorruptPictureError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture not yet decoded: its file's path, or a name for messages and its bytes or pixels (H, W[, 3])."""
+    """A picture that is not decoded yet.
+
+    Attributes:
+        name: its file's path; with `content` a name for messages.
+        content: a file's bytes, or pixels uint8 (H, W) or (H, W, 3); None: they are in the file called `name`.
+    """
 
     name: str
     content: bytes | np.ndarray | None = None
 
     def prepared(self, preprocessing: "Preprocessing") -> np.ndarray:
-        """Its pixels for a model, uint8 (C, H, W), the same wherever they are wanted."""
+        """Its pixels for a model, uint8 (C, H, W): the same bits in training, evaluation and prediction."""
         content = self.stored()
         if isinstance(content, np.ndarray):
             return preprocessing.apply(self.read())
@@ -52,7 +57,7 @@ class Picture:
         return _of_array(content) if isinstance(content, np.ndarray) else decode(content, self.name)[0]
 
     def stored(self) -> bytes | np.ndarray:
-        """What it is made of: a file's bytes, or its content as it is.
+        """The bytes of its file, or its content as it is.
 
         Raises:
             CorruptPictureError: there is nothing, or the file cannot be read.
@@ -74,7 +79,7 @@ class Picture:
 
 
 def extensions() -> frozenset[str]:
-    """How the names of pictures end that Pillow can read, in lower case, such as ".jpg"."""
+    """The endings of the files that Pillow can read, in lower case, such as ".jpg"."""
     image = require("PIL.Image")
     return frozenset(ending for ending, name in image.registered_extensions().items() if name in _formats())
 
@@ -139,7 +144,10 @@ def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> 
 
 
 def _upright(box: Box, size: tuple[int, int], orientation: int | None) -> Box:
-    """Where a box at the upper left of a picture of this size (W, H) is when that has been turned upright."""
+    """A box in the upper left corner of a picture of the size (W, H), after the picture was turned upright.
+
+    Orientation 3 turns by 180 degrees: the box (0, 0, 30, 20) of a picture of 32 x 24 becomes (2, 4, 32, 24).
+    """
     (width, height), (all_columns, all_rows) = box[2:], size
     if orientation in _ON_ITS_SIDE:
         width, height, all_columns, all_rows = height, width, all_rows, all_columns

@@ -55,7 +55,7 @@ class Share:
 
     @property
     def alone(self) -> bool:
-        """Whether this process holds all images, and asks nobody for any."""
+        """Whether this process holds all images."""
         return self.team.alone
 
     @property

@@ -1,4 +1,4 @@
-"""A data set where it lies: its parts as they were found, nothing decoded yet."""
+"""A data set before it is decoded: its parts, and digests of their images."""
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -42,7 +42,11 @@ class Part:
 
 @dataclass(frozen=True)
 class DigestedPart(Part):
-    """A part with `digests`, int64 (N,), of what each image contains: those of equal images are equal."""
+    """A part with a digest of each image.
+
+    Attributes:
+        digests: of the images' contents, int64 (N,); equal images have equal ones, whatever their names.
+    """
 
     digests: torch.Tensor
 

@@ -20,11 +20,15 @@ _CALLED = {"test": "test", "val": "validation", "train": "training"}
 class Split:
     """How the parts that a set lacks are made: by what a picture contains, a seed and shares, and nothing else.
 
-    A picture's place is u = H(seed, content) in [0, 1). It is a test picture where u < test, a validation picture
-    where u is in the next `validation` of the rest, and a training picture beyond. Equal pictures have one place
-    whatever their names and classes, and one more picture moves no other.
+    A picture's place is u = H(seed, content) in [0, 1). With test = 0.2 and validation = 0.1 it is
+
+        0          0.2             0.28                  1      a test picture, a validation picture (0.1 of the
+        |   test    |  validation   |     training       |      other 0.8) or a training picture.
+
+    Equal pictures have one place whatever their names and classes, and one more picture moves no other.
 
     Attributes:
+        seed: of H.
         test: share of the pictures, in (0, 1), of a set that has no test part.
         validation: share in [0, 1) of the pictures that are not the test part's, of a set that has no validation part.
     """
@@ -43,7 +47,9 @@ class Split:
         """u of each content, float64 in [0, 1), from its digest, int64 (N,)."""
         key = str(self.seed).encode()
         hashed = (blake2b(digest, digest_size=8, key=key).digest() for digest in digests)
-        return (np.frombuffer(b"".join(hashed), "<u8") >> np.uint64(11)) * 2.0**-53
+        words = np.frombuffer(b"".join(hashed), "<u8")
+        places: np.ndarray = (words >> np.uint64(11)) * 2.0**-53
+        return places
 
 
 def with_splits(

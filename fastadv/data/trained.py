@@ -1,4 +1,4 @@
-"""What a model was trained on, small enough for its file."""
+"""A record of the pictures that a model was trained on, small enough for its file."""
 
 import base64
 import binascii

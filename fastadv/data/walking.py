@@ -39,23 +39,23 @@ def files_below(
         inside = []
         for entry in entries:
             if not _leads_to_folder(entry):
-                found += [Path(entry)] if hidden or counts(entry.name) else []
-            elif counts(entry.name):
+                found += [Path(entry)] if hidden or is_counted(entry.name) else []
+            elif is_counted(entry.name):
                 inside.append(entry)
         for entry in sorted(inside, key=lambda entry: entry.name, reverse=True):  # that the first is entered first
             (linked if entry.is_symlink() else own).append(Path(entry))
-    return sorted(found, key=key)
+    return sorted(found, key=sort_key)
 
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder, in the order of their names: no hidden ones, no links to it or to what it lies in."""
-    inside = [entry for entry in _entries(folder) if counts(entry.name) and _leads_to_folder(entry)]
+    inside = [entry for entry in _entries(folder) if is_counted(entry.name) and _leads_to_folder(entry)]
     loops = {
         entry.name
         for entry in inside
         if entry.is_symlink() and folder.resolve().is_relative_to(os.path.realpath(entry))
     }
-    return sorted((Path(entry) for entry in inside if entry.name not in loops), key=key)
+    return sorted((Path(entry) for entry in inside if entry.name not in loops), key=sort_key)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -69,16 +69,16 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder and counts, in the order of the names."""
-    return sorted((path for path in folder.iterdir() if counts(path.name)), key=key)
+    """The files and folders in a folder that count, in the order of their names."""
+    return sorted((path for path in folder.iterdir() if is_counted(path.name)), key=sort_key)
 
 
-def counts(name: str) -> bool:
-    """Not hidden, nor what macOS packs beside the pictures."""
+def is_counted(name: str) -> bool:
+    """Whether a file or folder counts: hidden ones, and what macOS packs beside the pictures, do not."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def key(path: Path) -> tuple[str, ...]:
-    """What paths are sorted by."""
+def sort_key(path: Path) -> tuple[str, ...]:
+    """The names in a path, by which paths are sorted."""
     # One name can be stored in two ways ("é" as one character or as two), which differs between systems.
     return tuple(unicodedata.normalize("NFC", part) for part in path.parts)

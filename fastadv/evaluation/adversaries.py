@@ -1,7 +1,8 @@
-"""What a model is evaluated against: attacks by name, of this package, or of any other."""
+"""The attacks that a model is evaluated under: by name, of this package, or of any other."""
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
+from typing import Any, Protocol, TypeGuard
 
 import torch
 
@@ -9,21 +10,48 @@ from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, create_attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.samplewise import has_rows
+from fastadv.nn.logits import AnyModel
 
 EPS = 8 / 255  # of attacks by name, where nothing else is said
 
 
-class Adversary:
-    """One attack at one eps, under a name; `ours` where it can run on the queue's slots."""
+class StandardEvaluation(Protocol):
+    """An attack that is called as AutoAttack's authors' program is."""
 
-    def __init__(self, name: str, attack: Callable, model: Callable):
+    @property
+    def run_standard_evaluation(self) -> Callable[..., Any]: ...
+
+
+Attacker = Callable[..., Any] | StandardEvaluation  # from (images, labels) to images, or a pair that begins with them
+AnyAttack = str | Attacker | Ensemble  # a string is a name
+
+
+class Adversary:
+    """One attack at one eps, under a name.
+
+    Args:
+        name: for the report.
+        attack: of this package or any other.
+        model: that is evaluated.
+
+    Attributes:
+        eps: its budget, in its own unit; None where it names none.
+        norm: "Linf" or "L2"; None where it names neither.
+        ours: the attack, where it is one of this package on this very model and can run on the queue's slots; else
+            None.
+
+    Raises:
+        ValueError: an attack of this package has a setting under which there is no verdict.
+    """
+
+    def __init__(self, name: str, attack: Attacker, model: AnyModel):
         self.name, self.attack = name, attack
         self.eps = _number(getattr(attack, "eps", getattr(attack, "epsilon", None)))  # AutoAttack's is called epsilon
         self.norm = _norm(getattr(attack, "norm", None))
-        self.ours = isinstance(attack, Attack) and attack.model is model
-        if self.ours and (attack.targeted is True or callable(attack.targeted)):
+        self.ours = attack if isinstance(attack, Attack) and attack.model is model else None
+        if self.ours is not None and (self.ours.targeted is True or callable(self.ours.targeted)):
             raise ValueError(f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely'")
-        if self.ours and has_rows(getattr(attack, "alpha", None)):
+        if self.ours is not None and has_rows(self.ours.alpha):
             raise ValueError(f"{attack!r} has a step size for each image of one batch: give one number")
         if isinstance(attack, Attack) and attack.images_normalized is not None:
             raise ValueError(
@@ -35,34 +63,39 @@ class Adversary:
                 f"{attack!r} is made for clip={attack.clip}, and what is judged are images in [0, 1]: scale them, and "
                 "give the model's own range to Normalized(model, mean, std)"
             )
-        if self.ours and attack.training_mode != "eval":
+        if self.ours is not None and self.ours.training_mode != "eval":
             raise ValueError(f"{attack!r} attacks the model in another mode than the eval mode that is evaluated")
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> object:
-        """What the attack returns for floats (N, ...) and int64 (N,), of which it may do with its own as it likes."""
+        """What the attack returns for copies of images, floats (N, ...), and labels int64 (N,)."""
         call = self.attack if callable(self.attack) else self.attack.run_standard_evaluation
         return call(images.clone(), labels.clone())
 
     @property
-    def has_budget(self) -> bool:
-        """Whether it keeps to a ball of a known norm and radius; N-FGSM is not projected on one."""
-        return None not in (self.eps, self.norm) and getattr(self.attack, "project", True)
+    def ball(self) -> tuple[str, float] | None:
+        """(norm, eps) of the ball that it keeps to; None where that is not known, or, as N-FGSM, it keeps to none."""
+        if self.norm is None or self.eps is None or not getattr(self.attack, "project", True):
+            return None
+        return self.norm, self.eps
 
     @property
     def title(self) -> str:
+        """Its name and budget, for people: "pgd-10 at 8/255"."""
         return self.name if self.eps is None else f"{self.name} at {self.budget}{'/255' if self.is_linf else ''}"
 
     @property
     def budget(self) -> str:
-        """Its eps as a number: of 1/255 in L-inf, else of whatever its unit is."""
+        """Its eps as a number: in 1/255 in L-inf, else in its own unit; "" where it has none."""
+        if self.eps is None:
+            return ""
         return f"{255 * self.eps:.4g}" if self.is_linf else f"{self.eps:.4g}"
 
     @property
     def is_linf(self) -> bool:
         return self.norm == "Linf"
 
-    def facts(self) -> dict:
-        """Its name and public settings, as far as they are values that can be written down."""
+    def facts(self) -> dict[str, Any]:
+        """Its name, type and public settings, as far as JSON can hold them."""
         public = {key: value for key, value in getattr(self.attack, "__dict__", {}).items() if not key.startswith("_")}
         shown = {key: _shown(value) for key, value in public.items() if key != "model"}
         kept = {key: value for key, value in shown.items() if value is not None}
@@ -70,9 +103,15 @@ class Adversary:
 
 
 def adversaries(
-    model: Callable, attacks: str | Callable | Sequence[str | Callable], eps: float | Sequence[float], **options
+    model: AnyModel, attacks: AnyAttack | Sequence[AnyAttack], eps: float | Sequence[float], **options: Any
 ) -> list[Adversary]:
-    """The attacks to evaluate `model` under, names at each of `eps` and with these options of `Attack`.
+    """The attacks to evaluate `model` under.
+
+    Args:
+        model: that is evaluated.
+        attacks: one or several, as of `evaluate`.
+        eps: one or several; an attack by name stands for one attack at each of them.
+        options: of attacks by name, see `Attack`.
 
     Raises:
         TypeError: an attack is neither a name nor anything that can be called, or a class; or eps is no number.
@@ -80,17 +119,17 @@ def adversaries(
             meaning for.
     """
     budgets = budgets_of(eps)
-    against = []
-    given = [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else list(attacks)
+    against: list[Adversary] = []
+    given = listed(attacks)
     for attack in given:
         if isinstance(attack, str):
             named = [_named(attack, model, each, options) for each in budgets]
-            against += [Adversary(*each, model) for part in zip(*named, strict=True) for each in part]
+            against += [Adversary(name, each, model) for part in zip(*named, strict=True) for name, each in part]
         elif isinstance(attack, Ensemble):
             parts = attack.attacks()
             if not parts:
                 raise ValueError(f"there is nothing to run: give attacks_to_run, some of {', '.join(PARTS)}")
-            against += [Adversary(*each, model) for each in parts]
+            against += [Adversary(name, each, model) for name, each in parts]
         elif isinstance(attack, type):
             raise TypeError(f"attacks are names or callables, got the class {attack.__name__}: call it with the model")
         elif _is_attack(attack):
@@ -106,8 +145,13 @@ def adversaries(
     return against
 
 
-def _named(name: str, model: Callable, eps: float, options: dict) -> list[tuple[str, Attack]]:
-    """The attacks that a name stands for, with names of their own."""
+def listed(attacks: AnyAttack | Sequence[AnyAttack]) -> list[Any]:
+    """One or several attacks as a list."""
+    return [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else list(attacks)
+
+
+def _named(name: str, model: AnyModel, eps: float, options: dict[str, Any]) -> list[tuple[str, Attack]]:
+    """The attacks that a name stands for, each with a name of its own."""
     if name in ENSEMBLES:
         return Ensemble(model, eps=eps, **ENSEMBLES[name], **options).attacks()
     if name not in PRESETS:
@@ -116,15 +160,21 @@ def _named(name: str, model: Callable, eps: float, options: dict) -> list[tuple[
 
 
 def check_they_take(against: Iterable[Adversary], images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse attacks that are not made for such images, or whose loss compares with one class where the labels (N, C)
-    are several a sample.
+    """Refuse attacks that are not made for such images or labels, before the first one runs for hours.
 
-    All of them before the first one runs, or hours of work are lost to the last.
+    Args:
+        against: the attacks.
+        images: (N, ...).
+        labels: int64 (N,), or (N, C) where there are several a sample.
+
+    Raises:
+        ValueError: the images have another shape than an attack is made for, or there are several labels a sample and
+            an attack's loss compares with one class.
     """
     for adversary in against:
         if isinstance(adversary.attack, Attack):
             adversary.attack.check_shape(images)
-        if labels.ndim == 2 and adversary.ours and adversary.attack.compares not in ("signs", "anything"):
+        if labels.ndim == 2 and adversary.ours is not None and adversary.ours.compares not in ("signs", "anything"):
             raise ValueError(
                 f"the labels {tuple(labels.shape)} are several a sample, and {adversary.title} compares with one "
                 "class: give attacks with loss='bce', such as PGD(model, loss='bce'), or labels.argmax(1) where each "
@@ -132,35 +182,41 @@ def check_they_take(against: Iterable[Adversary], images: torch.Tensor, labels: 
             )
 
 
-def _is_attack(value) -> bool:
+def _is_attack(value: object) -> bool:
     return isinstance(value, str) or callable(value) or hasattr(value, "run_standard_evaluation")
 
 
-def is_several(eps: object) -> bool:
+def is_several(eps: object) -> TypeGuard[Sequence[float]]:
+    """Whether `eps` are several budgets: a list, a tuple, or an array or tensor of one dimension."""
     return isinstance(eps, (tuple, list)) or getattr(eps, "ndim", 0) == 1
 
 
 def budgets_of(eps: float | Sequence[float]) -> list[float]:
-    """One or several, as a list."""
-    budgets = [_number(each) for each in (eps if is_several(eps) else [eps])]
-    if None in budgets or not budgets:
+    """The budgets as a list, also where it is one.
+
+    Raises:
+        TypeError: one of them is no number, or there is none.
+    """
+    given: list[object] = list(eps) if is_several(eps) else [eps]
+    budgets = [number for number in map(_number, given) if number is not None]
+    if len(budgets) < len(given) or not budgets:
         raise TypeError(f"eps must be a number in pixels of [0, 1], such as 8/255, or several of them, got {eps!r}")
     return budgets
 
 
-def _number(value) -> float | None:
-    """A number, as Python's, NumPy's or a tensor's; None for anything else."""
+def _number(value: object) -> float | None:
+    """The value of a number of Python, of NumPy or in a tensor; None for anything else."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
-def _norm(said) -> str | None:
+def _norm(said: object) -> str | None:
     """The norm that an attack names as its own, in whatever spelling; None where it is not known."""
     return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(str(said).lower())
 
 
-def _shown(value):
+def _shown(value: object) -> bool | int | float | str | None:
     if isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (torch.dtype, torch.memory_format)):

@@ -1,42 +1,58 @@
-"""What attacks find together: which samples one hands on to the next, and what all of them leave."""
+"""Several attacks together: the samples that one hands on to the next, and the budgets that they count for."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.foreign import Reach
-from fastadv.evaluation.images import Gallery, Kept
+from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.queue import Verdicts
 
 
 @dataclass
 class Trial:
-    """An adversary and how far it is."""
+    """An adversary and how far it is.
+
+    Attributes:
+        adversary: the attack.
+        verdicts: what it found of each sample.
+        gallery: its adversarial images, where they are kept.
+        reach: how far it went, of an attack that is called batch by batch; else None.
+        seconds: that it took so far.
+        zeros: number of samples whose first gradient is 0, and of samples looked at; None where none were.
+        by_square: which of the survivors fell to some queries of the Square attack, (N,) bool; None where it did not
+            run.
+    """
 
     adversary: Adversary
     verdicts: Verdicts
-    gallery: Gallery | Kept | None
-    reach: Reach | None  # of an attack that is called batch by batch
+    gallery: Gallery | FooledImages | None
+    reach: Reach | None
     seconds: float = 0.0
-    zeros: tuple[int, int] | None = None  # samples whose first gradient is 0, and samples looked at
-    by_square: torch.Tensor | None = None  # which of the survivors fell to some queries without gradients, (N,) bool
+    zeros: tuple[int, int] | None = None
+    by_square: torch.Tensor | None = None
 
     @property
     def within_budget(self) -> bool:
-        """Whether all that it found lies in a ball of a known norm and radius, and in the box."""
+        """Whether all its adversarial images lie in a ball of a known norm and radius, and in the box."""
         adversary, reach = self.adversary, self.reach
-        if not adversary.has_budget:
+        if adversary.ball is None:
             return False
         return reach is None or not (reach.leaves_box() or reach.exceeds(adversary.eps, adversary.norm))
 
     def is_open(self, images: int) -> bool:
-        """Whether there is anything left to run; an attack may ask for another run of itself."""
-        verdicts, attack = self.verdicts, self.adversary.attack
+        """Whether there is anything left to run; an attack may ask for another run of itself.
+
+        Args:
+            images: their number in the evaluation.
+        """
+        verdicts, attack = self.verdicts, self.adversary.ours
         left = bool((verdicts.todo & ~verdicts.fooled).any()) and not verdicts.unsettled.any()
-        if left and self.adversary.ours and attack.goes_on(verdicts.falls, images):
+        if left and attack is not None and attack.goes_on(verdicts.falls, images):
             verdicts.restarts += 1
             if self.gallery is not None:  # another image of each will be the last one
                 self.gallery.again(verdicts.unsettled)
@@ -44,7 +60,8 @@ class Trial:
 
     def falls_at(self, norm: str, eps: float) -> bool:
         """Whether a sample that it fooled is fooled at that budget too: its own ball lies in that one."""
-        return self.within_budget and self.adversary.norm == norm and self.adversary.eps <= eps
+        ball = self.adversary.ball
+        return self.within_budget and ball is not None and ball[0] == norm and ball[1] <= eps
 
     @property
     def zero_gradients(self) -> float | None:
@@ -62,7 +79,10 @@ class Trial:
 
 
 def in_turn(trials: Sequence[Trial]) -> list[Trial]:
-    """The order in which they run: as given, but of one attack's budgets the smallest first."""
+    """The order in which they run: as given, but of one attack's budgets the smallest first.
+
+    fgsm at 8/255, fgsm at 2/255 and pgd at 8/255 run as fgsm at 2/255, fgsm at 8/255 and pgd at 8/255.
+    """
     blocks, numbered = -1, []
     for i, trial in enumerate(trials):
         blocks += i == 0 or trial.adversary.name != trials[i - 1].adversary.name
@@ -70,11 +90,11 @@ def in_turn(trials: Sequence[Trial]) -> list[Trial]:
     return [each[-1] for each in sorted(numbered, key=lambda each: each[:3])]
 
 
-def fooled_by(trials: Sequence[Trial], norm: str | None, eps: float | None, count: torch.Tensor) -> torch.Tensor:
-    """Which samples any of `trials` fooled within that budget, (N,) bool, like `count`."""
-    fooled = torch.zeros_like(count)
+def fooled_by(trials: Sequence[Trial], ball: tuple[str, float] | None, like: torch.Tensor) -> torch.Tensor:
+    """Which samples any of `trials` fooled within the ball (norm, eps), (N,) bool as `like`; none where it is None."""
+    fooled = torch.zeros_like(like)
     for trial in trials:
-        if norm is not None and eps is not None and trial.falls_at(norm, eps):
+        if ball is not None and trial.falls_at(*ball):
             fooled |= trial.verdicts.fooled
     return fooled
 
@@ -82,21 +102,28 @@ def fooled_by(trials: Sequence[Trial], norm: str | None, eps: float | None, coun
 def budgets(trials: Sequence[Trial], correct: torch.Tensor) -> Iterator[tuple[str, float, list[str], torch.Tensor]]:
     """(norm, eps, names of the attacks that count there, which samples none of them fools) of every budget."""
     within = [trial for trial in trials if trial.within_budget]
-    for norm, eps in dict.fromkeys((trial.adversary.norm, trial.adversary.eps) for trial in within):
-        counted = [trial for trial in within if trial.falls_at(norm, eps)]
-        robust = correct & ~fooled_by(counted, norm, eps, correct)
+    for ball in dict.fromkeys(trial.adversary.ball for trial in within if trial.adversary.ball is not None):
+        counted = [trial for trial in within if trial.falls_at(*ball)]
+        robust = correct & ~fooled_by(counted, ball, correct)
         for trial in counted:
             # Counted here and not handed on: at the next budget such samples must show again that gradients are masked.
             robust &= ~trial.by_square if trial.by_square is not None else True
-        yield norm, eps, list(dict.fromkeys(trial.adversary.name for trial in counted)), robust
+        yield *ball, list(dict.fromkeys(trial.adversary.name for trial in counted)), robust
 
 
-def curve(norm: str, points: Sequence[tuple[float, float]], clean: float) -> dict:
-    """Robust accuracy over the budget, from (eps, robust accuracy) in any order, and 0 with the clean accuracy.
+def curve(norm: str, points: Sequence[tuple[float, float]], clean: float) -> dict[str, Any]:
+    """Robust accuracy over the budget.
 
-    "area" is that under the curve by trapezia, divided by the largest eps: the mean robust accuracy over budgets up to
-    it. "expected_robustness" is the mean over all samples of the largest of these budgets that they withstand, in the
-    unit of eps: the largest that all budgets beyond it would have to be tried for is not known, so it is a lower bound.
+    Args:
+        norm: "Linf" or "L2".
+        points: (eps, robust accuracy), in any order.
+        clean: the accuracy at eps 0.
+
+    Returns:
+        "norm"; "eps", ascending from 0; "robust_accuracy" at each of them; "area", that under the curve by trapezia,
+        divided by the largest eps: the mean robust accuracy over budgets up to it; "expected_robustness", the mean over
+        all samples of the largest of these budgets that they withstand, in the unit of eps. That is a lower bound: a
+        sample that withstands 4/255 and not 8/255 counts as 4/255, whatever it withstands between them.
     """
     points = sorted({0.0: clean, **dict(points)}.items())
     steps = list(pairwise(points))

@@ -1,4 +1,4 @@
-"""What an attack of another library gets and returns: a seed for its batch, and a look before it is judged."""
+"""Attacks of other libraries: a seed for their batches, and checks of the images that they return."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,10 +13,15 @@ from fastadv.functional import to_float
 
 @dataclass
 class Reach:
-    """Where an attack's images lie, of all batches so far: at most so far from the clean ones, from `low` to `high`.
+    """Where the images that an attack returned lie, of all batches so far.
 
-    linf, l2: of one image, in pixels of [0, 1]. nonfinite: images with a pixel that is no finite number; they count
-    nowhere else. ulp: of the images' dtype.
+    Attributes:
+        linf: largest L-inf distance of an image from its clean one, in pixels of [0, 1].
+        l2: largest L2 distance, likewise.
+        low: smallest pixel, 0 at most.
+        high: largest pixel, 1 at least.
+        nonfinite: number of images with a pixel that is no finite number; they count nowhere else.
+        ulp: spacing of the images' dtype at 1.
     """
 
     linf: float = 0.0
@@ -27,7 +32,15 @@ class Reach:
     ulp: float = 0.0
 
     def add(self, adv: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Take in a batch (N, ...), floats of one dtype; which of them are finite, (N,) bool."""
+        """Take in a batch.
+
+        Args:
+            adv: what the attack made, floats (N, ...).
+            images: the clean ones, likewise.
+
+        Returns:
+            Which images of `adv` are finite, (N,) bool.
+        """
         self.ulp = torch.finfo(images.dtype).eps
         finite = adv.flatten(1).isfinite().all(1)
         self.nonfinite += int((~finite).sum())
@@ -41,7 +54,7 @@ class Reach:
 
     @classmethod
     def of(cls, parts: Sequence["Reach"]) -> "Reach":
-        """Of all batches together, some of which each of `parts` saw."""
+        """The reach over all batches, where each of `parts` is the reach over some of them."""
         most = {name: max(getattr(part, name) for part in parts) for name in ("linf", "l2", "high", "ulp")}
         nonfinite = sum(part.nonfinite for part in parts)
         return cls(**most, low=min(part.low for part in parts), nonfinite=nonfinite)
@@ -52,10 +65,11 @@ class Reach:
         return SLACK + self.ulp
 
     def leaves_box(self) -> bool:
+        """Whether a pixel is beyond [0, 1] by more than rounding."""
         return self.low < -self.slack or self.high > 1 + self.slack
 
     def exceeds(self, eps: float | None, norm: str | None) -> bool:
-        """Of an unknown norm L-inf is looked at: no distance in another one is smaller."""
+        """Whether an image is further away than eps: of an unknown norm in L-inf, in which no distance is larger."""
         return eps is not None and (self.l2 if norm == "L2" else self.linf) > eps + self.slack
 
 
@@ -85,5 +99,11 @@ def as_images(returned: object, images: torch.Tensor) -> torch.Tensor:
 
 
 def one_seed(seeds: torch.Tensor) -> int:
-    """Of a batch, from those of its samples: 32 bits, because torch's generator on the CPU and NumPy's take no more."""
+    """One seed for a batch, from those of its samples.
+
+    It has 32 bits: NumPy's generators, and torch's on the CPU, take no more.
+
+    Args:
+        seeds: int64 (N,).
+    """
     return int.from_bytes(hashlib.blake2b(seeds.cpu().numpy().tobytes(), digest_size=4).digest(), "little")

@@ -1,8 +1,8 @@
-"""What a run's state belongs to: each part of it by name, as its value or as a hash of all that it holds.
+"""The fingerprint of a run, to which a state belongs: each part of the run by name, as its value or as a hash.
 
-Of a part all is read that it computes with: weights, plain attributes, a function's code, what it closes over and the
-globals that it uses; not what its own code counts up as it runs. What comes from an installed package is known by its
-name.
+The hash of a part reads all that the part computes with: weights, plain attributes, a function's code, the values that
+it closes over and the globals that it uses. Left out are counters, which its own code counts up as it runs. A class or
+function of an installed package is known by its name.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ HASH, UNTOLD = "#", "?"  # what a part begins with that is no value; Python's va
 WHOLE = 2**20  # bytes of a tensor that are hashed with the rest, not by themselves
 SHORT = 60  # characters of a value that is shown as it is
 
+_NEW_OBJECT = copyreg.__newobj__  # type: ignore[attr-defined]
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), PurePath, range, np.generic)
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)
 # Of a module: what says nothing of the function that it computes in eval mode.
@@ -44,9 +46,14 @@ _OF_CLASSES |= {"__static_attributes__", "__annotate_func__", "__annotations_cac
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:
-    """JSON: {name of a part: its value where that is short, or a hash}, equal where two runs compute the same.
+    """JSON, equal where two runs compute the same.
 
-    A part that cannot be told from another one equals none, not even itself.
+    Args:
+        parts: what a run computes with, by name.
+
+    Returns:
+        {name of a part: its value where that is short, else a hash}. A part that cannot be told from another one equals
+        none, not even itself.
     """
     reader = _Reader()
     return json.dumps({name: _shown(part) or _hashed(reader, part) for name, part in parts.items()})
@@ -54,10 +61,10 @@ def fingerprint(parts: Mapping[str, object]) -> str:
 
 def differences(here: str, there: str) -> str:
     """What differs between two fingerprints, in words; nothing where they are equal."""
-    here, there = json.loads(here), json.loads(there)
-    found = untold(here)
-    for name in {**here, **there}:
-        old, new = there.get(name, "nothing"), here.get(name, "nothing")
+    mine, other = (dict[str, str](json.loads(run)) for run in (here, there))
+    found = untold(mine)
+    for name in {**mine, **other}:
+        old, new = other.get(name, "nothing"), mine.get(name, "nothing")
         if old != new and not new.startswith(UNTOLD):  # these were found above
             hashed = any(each.startswith((HASH, UNTOLD)) for each in (old, new))
             found.append(name if hashed else f"{name} ({old} there, {new} here)")
@@ -66,11 +73,11 @@ def differences(here: str, there: str) -> str:
 
 def untold(run: str | Mapping[str, str]) -> list[str]:
     """The parts of a fingerprint that equal no other ones, in words."""
-    run = json.loads(run) if isinstance(run, str) else run
+    parts: Mapping[str, str] = json.loads(run) if isinstance(run, str) else run
     return [
         f"{name} (it holds {found.partition(' ')[2]}, which cannot be told from another one: give what holds it a name "
         f"of its own, an attribute {KEY})"
-        for name, found in run.items()
+        for name, found in parts.items()
         if found.startswith(UNTOLD)
     ]
 
@@ -81,25 +88,31 @@ class Untold(TypeError):
 
 @dataclass(frozen=True)
 class Told:
-    """In the place of a part the hash that it has."""
+    """Stands for a part whose hash is known already."""
 
     hash: bytes
 
 
 def told(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[torch.Tensor]) -> Told:
-    """As a tensor of this dtype and shape that comes in pieces, one after the other, on the CPU."""
+    """What stands for a tensor that is too large to be held as a whole.
+
+    Args:
+        dtype: of the tensor.
+        shape: of the tensor.
+        pieces: the tensor cut along its first dimension, one piece after the other, on the CPU.
+    """
     size = dtype.itemsize * math.prod(shape)
     return Told(_digest((b"Tensor", _kind_of(dtype, shape), _content_of(size, pieces))))
 
 
 def _content_of(size: int, pieces: Iterable[torch.Tensor]) -> bytes:
-    """The bytes of a tensor that has so many, or their hash where these are WHOLE or more."""
+    """The bytes of a tensor of `size` bytes, which comes in pieces; their hash where they are WHOLE or more."""
     flat = (t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for t in pieces)
     if size < WHOLE:
         return b"".join(piece.tobytes() for piece in flat)
     whole = hashlib.blake2b()
     for piece in flat:
-        whole.update(piece)
+        whole.update(piece.data)
     return whole.digest()
 
 
@@ -107,12 +120,12 @@ def _kind_of(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     return f"{dtype} {tuple(shape)}".encode()
 
 
-def _shown(part) -> str | None:
+def _shown(part: object) -> str | None:
     text = repr(part)[: SHORT + 1] if isinstance(part, _PLAIN) else ""
     return text if 0 < len(text) <= SHORT else None
 
 
-def _hashed(reader: "_Reader", part) -> str:
+def _hashed(reader: "_Reader", part: object) -> str:
     try:
         return HASH + reader.hash(part).hex()
     except Untold as error:
@@ -122,10 +135,10 @@ def _hashed(reader: "_Reader", part) -> str:
 class _Reader:
     """Hashes of objects, each read once; where it meets itself again its place is all that counts."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: dict[int, tuple[bytes, object]] = {}  # the object too, or its id would be used again
 
-    def hash(self, value) -> bytes:
+    def hash(self, value: Any) -> bytes:
         if isinstance(value, Told):
             return value.hash
         if isinstance(value, (*_PLAIN, *_NAMED)):
@@ -135,7 +148,7 @@ class _Reader:
             self._known[id(value)] = (_digest(self._parts(value)), value)
         return self._known[id(value)][0]
 
-    def _parts(self, value) -> Iterator[bytes]:
+    def _parts(self, value: Any) -> Iterator[bytes]:
         kind = type(value)
         key = inspect.getattr_static(value, KEY, None)
         yield kind.__qualname__.encode()
@@ -182,7 +195,7 @@ class _Reader:
         else:
             yield from self._object(value)
 
-    def _tensor(self, value) -> Iterator[bytes]:
+    def _tensor(self, value: Any) -> Iterator[bytes]:
         yield _kind_of(value.dtype, value.shape)
         try:
             size = value.numel() * value.element_size()
@@ -193,7 +206,7 @@ class _Reader:
             raise Untold(f"a tensor of {value.dtype} and {value.layout}") from error
         yield content
 
-    def _module(self, value) -> Iterator[bytes]:
+    def _module(self, value: Any) -> Iterator[bytes]:
         if isinstance(value, nn.parallel.DistributedDataParallel):
             yield self.hash(value.module)
         elif hasattr(value, "_orig_mod"):  # of torch.compile
@@ -211,7 +224,7 @@ class _Reader:
                 attributes = {name: v for name, v in attributes.items() if name != "_graph"} | {"code": value.code}
             yield from self._attributes(attributes)
 
-    def _class(self, value) -> Iterator[bytes]:
+    def _class(self, value: Any) -> Iterator[bytes]:
         if _is_installed(value.__module__):
             place = _MOVED.get(value.__module__, value.__module__)
             yield f"{place}.{value.__qualname__}".encode()
@@ -220,7 +233,7 @@ class _Reader:
             yield from map(self.hash, value.__bases__)
             yield from self._attributes({name: v for name, v in vars(value).items() if name not in aside})
 
-    def _function(self, value) -> Iterator[bytes]:
+    def _function(self, value: Any) -> Iterator[bytes]:
         if isinstance(value, types.CellType):
             with contextlib.suppress(ValueError):  # it is empty
                 yield self.hash(value.cell_contents)
@@ -236,8 +249,8 @@ class _Reader:
                 known, used = value.__globals__, _globals_of(value.__code__) - _changed(value.__code__, "GLOBAL")
                 yield from self._attributes({name: known[name] for name in used if name in known})
 
-    def _object(self, value) -> Iterator[bytes]:
-        """Of any other object what a pickle of it would hold."""
+    def _object(self, value: Any) -> Iterator[bytes]:
+        """The contents of any other object, as a pickle would hold them."""
         try:
             reduced = value.__reduce_ex__(4)
         except Exception as error:  # whatever a class has to say to it
@@ -247,7 +260,7 @@ class _Reader:
             yield self.hash(getattr(value, "__wrapped__", None))  # of functools.cache
             return
         made, arguments, state, *items = (*reduced, None)[: max(3, len(reduced))]
-        yield from map(self.hash, (made if made is not copyreg.__newobj__ else None, arguments))
+        yield from map(self.hash, (made if made is not _NEW_OBJECT else None, arguments))
         parts = state if isinstance(state, tuple) else (state,)
         for part in parts:
             yield from self._attributes(part) if isinstance(part, dict) else (self.hash(part),)
@@ -260,7 +273,7 @@ class _Reader:
 
 
 def settings_of(attack: Attack) -> dict[str, object]:
-    """What an attack of this package, or one derived from it, was made with; not what it keeps from its calls."""
+    """The settings of an attack of this package, or of one derived from it; not what it keeps from its calls."""
     made = [name for kind in type(attack).__mro__ if "__init__" in vars(kind) for name in _parameters(kind)]
     kept = {name for name in vars(attack) if name not in vars(_PATTERN) or not name.startswith("_")} - {"objective"}
     return {name: getattr(attack, name) for name in sorted({*made, *kept}) if hasattr(attack, name)}
@@ -270,7 +283,7 @@ _PATTERN = FGSM(len)
 
 
 def _parameters(kind: type) -> Iterable[str]:
-    return inspect.signature(kind.__init__).parameters if kind is not object else ()
+    return inspect.signature(vars(kind)["__init__"]).parameters if kind is not object else ()
 
 
 def _globals_of(code: types.CodeType) -> set[str]:
@@ -280,8 +293,8 @@ def _globals_of(code: types.CodeType) -> set[str]:
     return here.union(*map(_globals_of, inner))
 
 
-def _constant_cells(function: types.FunctionType) -> tuple | None:
-    """What a function closes over, but for what it counts up."""
+def _constant_cells(function: types.FunctionType) -> tuple[types.CellType, ...] | None:
+    """The cells that a function closes over, but for those that it counts up."""
     counts = _changed(function.__code__, "DEREF")
     names = function.__code__.co_freevars
     return function.__closure__ and tuple(
@@ -289,7 +302,7 @@ def _constant_cells(function: types.FunctionType) -> tuple | None:
     )
 
 
-def _counts_of(value) -> set[str]:
+def _counts_of(value: object) -> set[str]:
     """The attributes of its class that a method, or a static one, counts up."""
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
     if not isinstance(function, types.FunctionType):
@@ -320,12 +333,12 @@ def _is_installed(module: str | None) -> bool:
     top = (module or "").partition(".")[0]
     if top == "fastadv" or (top in sys.stdlib_module_names and top != "__main__"):
         return True
-    file = getattr(sys.modules.get(module), "__file__", None)
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
     return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:
-    """Of parts of any length: that each is hashed first keeps one from running into the next."""
+    """A hash of parts of any length. Each is hashed first, so that "ab", "c" and "a", "bc" differ."""
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(hashlib.blake2b(part, digest_size=16).digest())

@@ -13,6 +13,8 @@ from fastadv.evaluation.queue import Verdicts
 from fastadv.functional import to_float
 from fastadv.ops.autograd import result_like
 
+Logits = Callable[[torch.Tensor], torch.Tensor]  # from images (N, ...) to (N, C)
+
 
 class Gallery:
     """Adversarial images of one attack, as codes, as files, and classified again.
@@ -40,14 +42,14 @@ class Gallery:
         self._codes = torch.empty((len(samples) + 1, *self._shape), dtype=torch.uint8, device=samples.device)
 
     def again(self, samples: torch.Tensor) -> None:
-        """What was put of these (N,) bool was not their last image."""
+        """Forget what was put of the samples (N,) bool: another image of each is to come."""
         self.right[samples] = -1
 
     def put(self, rows: torch.Tensor, adv: torch.Tensor, clean: torch.Tensor) -> None:
         """Keep `adv` (n, C, H, W), made from the images `clean`, as `rows`; the row after the last is thrown away."""
         self._codes.index_copy_(0, rows, nearest_codes(adv, clean, self._eps))
 
-    def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Callable) -> None:
+    def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Logits) -> None:
         """Write and classify those that have ended and are not written yet."""
         rows = (verdicts.todo & ~verdicts.unsettled & (self.right < 0))[self._samples].nonzero()[:, 0]
         if not len(rows):
@@ -56,12 +58,13 @@ class Gallery:
         codes, samples = self._codes[rows], self._samples[rows]
         for sample, image in zip(samples.tolist(), codes.cpu(), strict=True):
             (self.folder / f"{sample:05d}.png").write_bytes(png(image))
-        as_images = to_float(codes)
+        saved = to_float(codes)
         if self._dtype.is_floating_point:
-            as_images = as_images.to(self._dtype)
-        self.right[samples] = is_label(verdict(logits(as_images), labels[samples]), labels[samples]).long()
+            saved = saved.to(self._dtype)
+        self.right[samples] = is_label(verdict(logits(saved), labels[samples]), labels[samples]).long()
 
     def state(self) -> dict[str, torch.Tensor]:
+        """What `load` takes."""
         return {"right": self.right}
 
     def facts(self) -> dict[str, float]:
@@ -72,11 +75,12 @@ class Gallery:
         self.right = state["right"].to(self.right.device)
 
 
-class Kept:
+class FooledImages:
     """The adversarial images of one attack that fool, on the host.
 
     Args:
-        images: the clean ones, (N, ...); device: where the adversarial ones are.
+        images: the clean ones, (N, ...).
+        device: where the adversarial ones are.
     """
 
     def __init__(self, images: torch.Tensor, device: torch.device):
@@ -98,7 +102,7 @@ class Kept:
         """Keep `adv` (n, ...) as `rows`; the row after the last is thrown away."""
         self._rows.index_copy_(0, rows, adv)
 
-    def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Callable) -> None:
+    def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Logits) -> None:
         """Take those that fool to the host."""
         rows = (verdicts.fooled & ~self._has)[self._samples].nonzero()[:, 0]
         self._has[self._samples[rows]] = True
@@ -120,13 +124,18 @@ class Kept:
 
 
 def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> torch.Tensor:
-    """For each pixel the code c whose c/255 is nearest to `adv` among those within eps of `clean`: uint8.
+    """For each pixel the code c whose c/255 is nearest to `adv` among those within eps of `clean`.
 
-    A clean pixel that is a code up to the rounding of its dtype counts as that code. Where no code is within eps, it is
-    the one nearest to the clean pixel.
+    A clean pixel of 10/255 under eps = 1.5/255 may become 9, 10 or 11. A clean pixel that is a code up to the rounding
+    of its dtype counts as that code. Where no code is within eps, it is the one nearest to the clean pixel.
 
     Args:
-        adv: floats in [0, 1]. clean: like it, or uint8. eps: None allows what `adv` itself is away.
+        adv: floats in [0, 1].
+        clean: of the same shape, floats in [0, 1] or uint8.
+        eps: budget in pixels of [0, 1]; None: the distance of `adv` at each pixel.
+
+    Returns:
+        uint8, of the same shape.
     """
     adv = adv.double() * 255
     if clean.dtype == torch.uint8:

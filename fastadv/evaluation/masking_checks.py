@@ -4,7 +4,7 @@ Athalye et al. 2018, "Obfuscated gradients give a false sense of security" (arXi
 Carlini et al. 2019, "On evaluating adversarial robustness" (arXiv 1902.06705, section 4).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -14,15 +14,23 @@ from fastadv.attacks.verdicts import SILENT
 from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
+from fastadv.evaluation.images import Logits
 
 CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
 ZERO, FEW = 0.1, 8  # share of gradients, of as many at least, that is no accident
 
 
-def of_outputs(
-    logits: Callable, images: torch.Tensor, draws: int, autocast: torch.dtype | None = None
+def notes_on_outputs(
+    logits: Logits, images: torch.Tensor, draws: int, autocast: torch.dtype | None = None
 ) -> Iterator[str]:
-    """About the outputs for one batch, the mean of so many draws: are they the same again, and are they logits?"""
+    """Notes on the model's outputs for one batch: are they the same again, and are they logits?
+
+    Args:
+        logits: the model.
+        images: the batch, (N, ...).
+        draws: of the model at each image, whose mean the outputs are.
+        autocast: dtype in which the model runs; None: as it is.
+    """
     change = CHANGE if autocast is None else 4 * torch.finfo(autocast).eps
     outputs = logits(images)
     # A class that cannot be has a logit of -inf, which is no scale and equals itself.
@@ -44,8 +52,8 @@ def of_outputs(
         )
 
 
-def of_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
-    """About (name, samples whose gradient is exactly 0 where the attack starts, samples looked at)."""
+def notes_on_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
+    """Notes on gradients, from (name, samples whose gradient is exactly 0 at the attack's start, samples looked at)."""
     for name, zero, looked in counts:
         if looked >= FEW and zero >= ZERO * looked:
             yield (
@@ -54,15 +62,15 @@ def of_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
             )
 
 
-def of_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[str]:
-    """About (name, samples without a prediction), of so many images."""
+def notes_on_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[str]:
+    """Notes on missing predictions, from (name of the attack, samples without one) and the number of all images."""
     for name, count in counts:
         if count:
             yield f"no prediction for {count} of {images} images under {name}, counted as wrong: {SILENT}"
 
 
-def of_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
-    """About where the images are that an attack of another library returned."""
+def notes_on_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
+    """Notes on images that an attack of another library returned beyond the box or its budget."""
     if reach.nonfinite:
         yield (
             f"{reach.nonfinite} of the images that {adversary.title} returned are not finite: they get no prediction "
@@ -81,8 +89,8 @@ def of_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
         )
 
 
-def of_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
-    """About PMA that found its last samples in the last tenth of a run: there may be more to find."""
+def notes_on_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
+    """Notes on PMA that found its last samples in the last tenth of a run: there may be more to find."""
     for trial in trials:
         attack, verdicts = trial.adversary.attack, trial.verdicts
         if isinstance(attack, (PMA, PMAL2)) and trial.latest and trial.latest["restart"] > 0:
@@ -95,19 +103,22 @@ def of_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
                 )
 
 
-def of_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:
-    """About (name, losses that were not finite)."""
+def notes_on_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:
+    """Notes on losses, from (name of the attack, losses that were not finite)."""
     for name, count in counts:
         if count:
             yield f"{count} losses under {name} were not finite; no step was taken there"
 
 
-def of_accuracies(results: Sequence[tuple[str, Attack, torch.Tensor]]) -> Iterator[str]:
-    """About (name, attack, robust (N,) bool): does a stronger attack find less, by more than chance explains?
+def notes_on_accuracies(results: Sequence[tuple[str, Attack, torch.Tensor]]) -> Iterator[str]:
+    """Notes on a stronger attack that finds less than a weaker one, by more than chance explains.
 
     Chance lets some samples fall to the weaker attack only, and as many to the stronger one only: the difference of
     the two counts must be more than two of its deviations, the root of their sum (McNemar 1947, Psychometrika 12).
     Where none falls to the stronger one only, that is five samples.
+
+    Args:
+        results: (name, attack, which samples withstood it, (N,) bool), each on all samples.
     """
     for name, attack, robust in results:
         for stronger_name, stronger, other in results:
@@ -121,7 +132,8 @@ def of_accuracies(results: Sequence[tuple[str, Attack, torch.Tensor]]) -> Iterat
 
 def _rises(robust: torch.Tensor, other: torch.Tensor) -> bool:
     gained, lost = int((other & ~robust).sum()), int((robust & ~other).sum())
-    return gained - lost > 2 * (gained + lost) ** 0.5
+    chance: float = 2 * (gained + lost) ** 0.5
+    return gained - lost > chance
 
 
 def _is_stronger(a: Attack, b: Attack) -> bool:

@@ -1,4 +1,4 @@
-"""How far an attack on many samples is: a bar on a terminal, and elsewhere a line now and then."""
+"""A progress bar on a terminal, and elsewhere a line now and then in the log."""
 
 import logging
 import sys
@@ -11,13 +11,13 @@ logger = logging.getLogger("fastadv")
 PAUSE = 60.0  # seconds between two lines
 
 
-class Progress:
-    """Inside, what `update` is told is shown, if it is to be shown at all.
+class ProgressBar:
+    """A context that shows how many steps are done.
 
     Args:
-        title: of what goes on.
-        unit: of its steps.
-        shown: whether anything is to be seen.
+        title: what goes on, such as "pgd-10 at 8/255".
+        unit: what a step is called, such as "batch".
+        shown: whether anything is shown.
     """
 
     def __init__(self, title: str, unit: str, shown: bool):
@@ -27,11 +27,16 @@ class Progress:
         self._begun = self._said = time.perf_counter()
         self._done = 0
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def update(self, done: int, left: int) -> None:
-        """So many steps are done, and so many are left if nothing shortens them."""
+        """Show how far it is.
+
+        Args:
+            done: number of steps so far.
+            left: number of steps to come, if nothing shortens them.
+        """
         if self._bar is not None:
             self._bar.total = done + left
             self._bar.update(done - self._bar.n)

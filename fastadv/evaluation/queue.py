@@ -16,18 +16,24 @@ LAG = 2  # iterations that a GPU's host may be ahead of it
 
 
 class Verdicts:
-    """What is known of each sample; from it alone a run goes on where it was cut.
+    """The verdict on each sample so far; from it alone a run goes on where it was cut.
 
-    restart: runs that the sample survived, int64 (N,); step: the step of run `restart` at which it was fooled, -1 where
-    it was not, int64 (N,); said: what the model then took it for, as `verdict` gives it, int64 (N,); todo: whether it
-    is to be attacked at all, bool (N,); restarts: how many runs there are.
-    passes, forwards: gradients computed and forward passes run for slots that held a sample; nonfinite: losses among
-    them that were not finite; waste: the passes in runs after the one that fooled, or the forward passes of an attack
-    that takes no gradients.
+    Args:
+        todo: whether a sample is to be attacked at all, bool (N,).
+        restarts: number of runs of each sample.
+
+    Attributes:
+        restart: runs that the sample survived, int64 (N,).
+        step: the step of run `restart` at which it was fooled, -1 where it was not, int64 (N,).
+        said: what the model then took it for, as `verdict` returns it, int64 (N,).
+        passes: gradients computed for slots that held a sample.
+        forwards: forward passes run for them.
+        nonfinite: losses among them that were not finite.
+        waste: the passes in runs after the one that fooled; the forward passes of an attack that takes no gradients.
     """
 
     COUNTS = ("passes", "forwards", "nonfinite", "waste")
-    KEPT = ("restart", "step", "said")  # of a state on the disk, beside the counts
+    SAVED = ("restart", "step", "said")  # of a state on the disk, beside the counts
 
     def __init__(self, todo: torch.Tensor, restarts: int):
         self.todo, self.restarts = todo, restarts
@@ -38,52 +44,63 @@ class Verdicts:
 
     @property
     def fooled(self) -> torch.Tensor:
+        """Which samples are fooled, bool (N,)."""
         return self.step >= 0
 
     @property
     def silenced(self) -> torch.Tensor:
-        """Fooled by an image for which the model gives no prediction."""
+        """Which samples are fooled by an image for which the model gives no prediction, bool (N,)."""
         return self.fooled & (self.said == NONE)
 
     @property
     def unsettled(self) -> torch.Tensor:
+        """Which samples have a run left, bool (N,)."""
         return self.todo & ~self.fooled & (self.restart < self.restarts)
 
     @property
     def falls(self) -> list[int]:
         """How many samples each run fooled."""
-        return self.restart[self.fooled].bincount(minlength=self.restarts).tolist()
+        counts: list[int] = self.restart[self.fooled].bincount(minlength=self.restarts).tolist()
+        return counts
 
     @property
     def restarts_left(self) -> int:
-        """At most, those that are still to be run, of all samples together."""
+        """The largest number of runs that are still to come, of all samples together."""
         return int(((self.restarts - self.restart) * self.unsettled).sum())
 
     def part(self, rows: torch.Tensor, restarts: int) -> "Verdicts":
-        """Those of the samples `rows` (n,), to be run until `restarts`; `take` brings them back."""
+        """The verdicts on the samples `rows` (n,), to be attacked until the run `restarts`; `take` brings them back."""
         part = Verdicts(self.todo[rows], restarts)
         part.restart, part.step, part.said = self.restart[rows], self.step[rows], self.said[rows]
         part.count_on(self)
         return part
 
     def take(self, rows: torch.Tensor, part: "Verdicts") -> None:
+        """Bring back the verdicts on the samples `rows` (n,)."""
         self.restart[rows], self.step[rows], self.said[rows] = part.restart, part.step, part.said
         self.count_on(part)
 
     def count_on(self, other: "Verdicts") -> None:
+        """Go on with the counts of `other`, which began with these."""
         for name in self.COUNTS:
             setattr(self, name, getattr(other, name))
 
 
 def takes_one_shape(images: torch.Tensor, attack: Attack) -> bool:
+    """Whether the slots are of one number throughout."""
     return images.is_cuda or attack.compile or attack.graph
 
 
 class Queue:
     """Runs `attack` on samples through a number of slots, in the order (run, sample).
 
-    An iteration is a gradient, a verdict and a step in every slot; what has ended is booked, and its slot refilled,
-    only where something has.
+    Two slots, three samples and one run of four iterations each; sample 0 is fooled in its second:
+
+        slot 0   0  0  2  2  2  2
+        slot 1   1  1  1  1
+
+    An iteration is a gradient, a verdict and a step in every slot. After an iteration in which runs have ended, these
+    are booked and their slots refilled.
 
     On a GPU, and for a compiled model, the slots are of one number throughout: the model sees one shape, a prefix sum
     over the free slots says what goes where, and the host, which is up to two iterations ahead, waits for nothing. An
@@ -97,16 +114,30 @@ class Queue:
 
     Args:
         attack: on a model in the state in which it shall be judged.
-        images, labels, targets: (N, ...), (N,) or (N, C), (N, ...) on the model's device. Images stay uint8 if they
-            are.
-        verdicts: of the samples; those that are still to be attacked are, and the verdicts are written there.
-        slots: images under attack at a time.
-        classes: that the model tells apart.
-        seed, numbers: sample i draws `sample_seeds(seed, numbers[i], run)`; int64 (N,).
+        images: (N, ...) on the model's device; they stay uint8 if they are.
+        labels: (N,), or (N, C) of several a sample.
+        targets: what the attack's loss compares with, (N, ...).
+        verdicts: on the samples; those that are still to be attacked are, and the new verdicts are written there.
+        slots: number of images under attack at a time.
+        classes: number of classes that the model tells apart.
+        seed: sample i draws `sample_seeds(seed, numbers[i], run)`.
+        numbers: of the samples in the whole set, int64 (N,).
         last: judge the last iterate of a run only, instead of every one and the start.
-        keep: gets (rows, iterates, images) of slots that have ended: which sample each has finished with this iterate,
-            the one that fooled or the last of all, and from which image; N where none.
+        keep: gets (rows, iterates, images) of all slots: the sample that a slot has just finished with this iterate,
+            the one that fooled or the last of all, made from this image. The row is N where a slot has finished none.
     """
+
+    engine: Engine
+    # Of each slot, (slots,):
+    _sample: torch.Tensor  # row of the sample that it holds, N where it holds none
+    _run: torch.Tensor  # of that sample
+    _open: torch.Tensor  # whether that run goes on, bool
+    _label: torch.Tensor  # of the sample
+    _expected: torch.Tensor  # what `verdict` says where the model is right
+    _at: torch.Tensor  # step at which the run ended
+    _answer: torch.Tensor  # what the model said there
+    _bad: torch.Tensor  # losses of the run that were not finite
+    _final: torch.Tensor  # iterate with which the run ended, (slots, ...), where `keep` is given
 
     def __init__(
         self,
@@ -125,7 +156,7 @@ class Queue:
     ):
         self.attack, self.verdicts = attack, verdicts
         self._images, self._labels, self._targets = images, labels, targets
-        self._codes = labels if labels.ndim == 1 else labels.new_ones(len(labels), dtype=torch.int64)
+        self._all_expected = labels if labels.ndim == 1 else labels.new_ones(len(labels), dtype=torch.int64)
         self._classes, self._seed, self._numbers, self._last, self._keep = classes, seed, numbers, last, keep
         self._n, self._slots = len(images), slots
         self._fixed = takes_one_shape(images, attack)
@@ -146,7 +177,7 @@ class Queue:
         empty = torch.zeros(slots if self._fixed else 0, dtype=torch.int64, device=images.device)
         self._hold(empty + self._n, empty.clone(), empty != 0)
         self._at, self._answer, self._bad = empty.clone(), empty.clone(), empty.clone()
-        self.engine = None
+        self._has_engine = self._fixed  # on the CPU it comes with the first samples
         if self._fixed:
             self._make_fixed(torch.zeros_like(empty))
         self.settle()
@@ -193,14 +224,15 @@ class Queue:
         at_end = attack.ended(slots)  # on the CPU only where a run has no step: other ends are judged below
         before = None if self._keep is None else slots.adv.clone()
         # A loss of one's own need not be one of logits; the verdict is.
-        own = attack.objective.logits(slots.input) if self._own_forward else None
+        if self._own_forward:
+            own = attack.objective.logits(slots.input)
         losses, logits = self.engine.iterate()
         if logits is None:
             logits = own
         else:
             self._own_forward = False
-        said = self._verdict(logits, self._label, slots.inside, self._code)
-        stops = said != self._code
+        said = self._verdict(logits, self._label, slots.inside, self._expected)
+        stops = said != self._expected
         ends = self._open & (at_end if self._last else stops | at_end)
         self._bad += self._open & (losses - losses != 0)  # 0 where finite, else NaN
         if self._fixed or ends.any():
@@ -213,8 +245,8 @@ class Queue:
         if not self._fixed:
             self._judge_ended()
 
-    def _judge_ended(self):
-        """By a forward pass of those that have taken their last step."""
+    def _judge_ended(self) -> None:
+        """Judge the iterates of slots that have taken their last step, by a forward pass."""
         slots = self.engine.slots
         rows = (self._open & self.attack.ended(slots)).nonzero()[:, 0]
         if not len(rows):
@@ -225,14 +257,17 @@ class Queue:
         logits = objective.logits(ended.input) if logits is None else logits
         inside = self.attack.inside(ended)
         self._bad[rows] += losses - losses != 0
-        self._answer[rows] = self._verdict(logits, self._label[rows], inside, self._code[rows])
+        self._answer[rows] = self._verdict(logits, self._label[rows], inside, self._expected[rows])
         self._at[rows] = ended.age + 1
         self._open[rows] = False
         if self._keep is not None:
             self._final[rows] = ended.adv
         self._numbers_told[0] += len(rows)
 
-    def _verdict(self, logits, labels, inside, right):
+    def _verdict(
+        self, logits: torch.Tensor, labels: torch.Tensor, inside: torch.Tensor | None, right: torch.Tensor
+    ) -> torch.Tensor:
+        """What the model says; `right`, as if it withstood, where an iterate may not count."""
         said = verdict(logits, labels)
         return said if inside is None else torch.where(inside, said, right)
 
@@ -240,7 +275,7 @@ class Queue:
 
     def settle(self) -> None:
         """Book what has ended, and put the next runs into the slots that it leaves free."""
-        if self.engine is not None:
+        if self._has_engine:
             self._book()
         if self._fixed:
             self._refill()
@@ -251,11 +286,12 @@ class Queue:
         done, most = self._counts["forwards"] + under_way, left.sum() * (self.attack.steps + 1) - under_way
         self._numbers_told.copy_(torch.stack((torch.zeros_like(done), (left > 0).sum(), done, most.clamp(min=0))))
 
-    def _book(self):
+    def _book(self) -> None:
+        """Write the verdicts of runs that have ended, and free their slots and those of runs that no longer count."""
         none, slots, runs = self._n, self.engine.slots, self.verdicts.restarts
         held = self._sample < none
         ended = held & ~self._open
-        fell = ended & (self._answer != self._code)
+        fell = ended & (self._answer != self._expected)
         self._until.scatter_reduce_(0, self._sample, torch.where(fell, self._run, runs), "amin")
         late = held & (self._run > self._until[self._sample])
         first, survived, leaves = fell & ~late, ended & ~(fell | late), ended | late
@@ -277,36 +313,39 @@ class Queue:
         self._sample = torch.where(leaves, none, self._sample)
         self._open &= ~late
 
-    def _count(self, judged, steps, held):
+    def _count(self, judged: torch.Tensor, steps: torch.Tensor, held: torch.Tensor) -> None:
+        """Count the passes of the slots `held`, bool, after so many iterates judged and so many steps, int64."""
         (gradients, beside), steps = self.attack.cost(self._classes), (steps * held).sum()
         self._counts["passes"] = self._counts["passes"] + gradients * steps
         forwards = self.attack.eot * (judged * held).sum() + beside * steps
         self._counts["forwards"] = self._counts["forwards"] + forwards
 
-    def _exchange(self):
+    def _exchange(self) -> None:
         """On the CPU: the slots that are still open, and new ones for as many samples as there is room for."""
         keep = self._open.nonzero()[:, 0]
         waiting = ((self._begun == self._restart) & (self._begun < self._until)).nonzero()[:, 0]
         room = min(self._slots - len(keep), len(waiting))
-        if self.engine is not None and not room and len(keep) == len(self._open):
+        if self._has_engine and not room and len(keep) == len(self._open):
             return
         places = (self._begun[waiting] * self._n + waiting).topk(room, largest=False).values
         runs, rows = places // self._n, places % self._n
         self._begun[rows] += 1
         fresh = self._filled(self._images.index_select(0, rows), self._targets[rows], rows, runs)
         Engine(self.attack, fresh).start()
-        if self.engine is None:
-            self.engine = Engine(self.attack, fresh)
-        else:
+        if self._has_engine:
             self.engine.slots = concatenated(self.engine.slots.rows(keep), fresh)
+        else:
+            self.engine, self._has_engine = Engine(self.attack, fresh), True
         opened = torch.ones(len(keep) + room, dtype=torch.bool)
         self._hold(torch.cat((self._sample[keep], rows)), torch.cat((self._run[keep], runs)), opened)
         self._at, self._answer, self._bad = (
             torch.cat((t[keep], torch.zeros_like(rows))) for t in (self._at, self._answer, self._bad)
         )
-        self._final = None if self._keep is None else torch.empty_like(self.engine.slots.adv)
+        if self._keep is not None:
+            self._final = torch.empty_like(self.engine.slots.adv)
 
-    def _make_fixed(self, rows):
+    def _make_fixed(self, rows: torch.Tensor) -> None:
+        """Make the engine of a fixed number of slots, and slots for the next images; both hold `rows` at first."""
         mine = self._filled(self._images.index_select(0, rows), self._targets[rows], rows.clone(), rows.clone())
         self.engine = self.attack.engine(mine)
         self.engine.start()
@@ -314,10 +353,15 @@ class Queue:
         # The next images' slots share what is looked up again for all slots anyway.
         self._next = self._filled(mine.x, mine.targets, rows, rows)
         self._next.seed, self._next.restart = mine.seed, mine.restart
-        self._final = None if self._keep is None else torch.empty_like(mine.adv)
+        if self._keep is not None:
+            self._final = torch.empty_like(mine.adv)
 
-    def _refill(self):
-        """Where the slots are of one number: the next runs into the free ones, by values alone."""
+    def _refill(self) -> None:
+        """Put the next runs into the free slots, where the number of slots is fixed: no shape depends on what is free.
+
+        With the free slots 1 and 3 and due runs a, b, c the prefix sums are 0 1 1 2 over the slots and 1 2 3 over the
+        runs: slot 1 is the first free one and takes a, slot 3 the second and takes b.
+        """
         free = ~self._open
         runs = torch.arange(self._lowest, self.verdicts.restarts, device=free.device)[:, None]
         due = ((runs >= self._begun[:-1]) & (runs < self._until[:-1])).flatten()  # in the order (run, sample)
@@ -329,25 +373,29 @@ class Queue:
         rows = self._hold(samples, run, self._open | taken)
         self._bad = torch.where(taken, 0, self._bad)
         mine, new = self.engine.slots, self._next
+        kept = mine.tensors()
         torch.index_select(self._images, 0, rows, out=mine.x)
         torch.index_select(self._targets, 0, rows, out=mine.targets)
         mine.restart.copy_(run)
         if self.attack.draws:
-            mine.seed.copy_(self._seeds(rows, run))
+            kept["seed"].copy_(self._seeds(rows, run))
         Engine(self.attack, new).start()
-        kept = mine.tensors()
         for name, fresh in new.tensors().items():
             if fresh is not kept[name]:
                 torch.where(per_sample(taken, fresh), fresh, kept[name], out=kept[name])
 
-    def _hold(self, samples, runs, opened):
-        """Which sample each slot holds, in which run; the samples' rows, where none is any row."""
+    def _hold(self, samples: torch.Tensor, runs: torch.Tensor, opened: torch.Tensor) -> torch.Tensor:
+        """Note which sample each slot holds, in which run, and whether that run is open.
+
+        Returns:
+            A row of `images` for each slot: its sample's, or the last one where it holds none.
+        """
         self._sample, self._run, self._open = samples, runs, opened
         rows = samples.clamp(max=self._n - 1)
-        self._label, self._code = self._labels.index_select(0, rows), self._codes.index_select(0, rows)
+        self._label, self._expected = self._labels.index_select(0, rows), self._all_expected.index_select(0, rows)
         return rows
 
-    def _filled(self, x, targets, rows, runs) -> Slots:
+    def _filled(self, x: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, runs: torch.Tensor) -> Slots:
         """Slots for these runs of the samples `rows`, not started."""
         if self.attack.memory_format is not None:
             x = x.contiguous(memory_format=self.attack.memory_format)
@@ -357,12 +405,20 @@ class Queue:
         slots.age, slots.restart = torch.zeros_like(rows), runs
         return slots
 
-    def _seeds(self, rows, runs):
+    def _seeds(self, rows: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
         return sample_seeds(self._seed, self._numbers[rows], runs)
 
 
 class _Pilot:
-    """Numbers from the device, without waiting for it: on a GPU those of two turns before."""
+    """Reads numbers from the device without waiting for it: on a GPU those of two turns before.
+
+    In turn 5 the host begins to copy the numbers of turn 5, and reads those of turn 3, whose copy has ended by then.
+    There is room for LAG + 1 = 3 copies.
+
+        turn           1  2  3  4  5
+        begins a copy  1  2  3  4  5
+        reads          -  -  1  2  3
+    """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -371,7 +427,15 @@ class _Pilot:
             self._events = [torch.cuda.Event() for _ in range(LAG + 1)]
 
     def read(self, turn: int, numbers: torch.Tensor) -> tuple[int, list[int]]:
-        """(the turn that they are of, 0 where there is none yet; the four numbers)."""
+        """Copy the four numbers of a turn, and read the latest that are there.
+
+        Args:
+            turn: number of this turn, from 1.
+            numbers: int64 (4,) on the device.
+
+        Returns:
+            The turn that the numbers are of, 0 where none are there yet, and the numbers.
+        """
         if not self._on_gpu:
             return turn, numbers.tolist()
         mine, known = turn % (LAG + 1), turn - LAG

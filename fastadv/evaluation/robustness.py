@@ -2,44 +2,49 @@
 
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastadv.attacks.normalized import Normalized, normalization_of
-from fastadv.data.share import Batch, Share
-from fastadv.evaluation.adversaries import EPS, Adversary, adversaries, check_they_take, is_several
+from fastadv.attacks.normalized import normalization_of
+from fastadv.data.share import Share
+from fastadv.evaluation.adversaries import EPS, Adversary, AnyAttack, adversaries, check_they_take, is_several, listed
 from fastadv.evaluation.ensemble import Trial, in_turn
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.identity import fingerprint, untold
-from fastadv.evaluation.images import Gallery, Kept
+from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.queue import Verdicts
-from fastadv.evaluation.run import Run
-from fastadv.evaluation.samples import collected
+from fastadv.evaluation.run import Report, Run
+from fastadv.evaluation.samples import AnyData, collected
 from fastadv.evaluation.saved import StateFile
 from fastadv.locks import held
+from fastadv.nn import Normalized
 from fastadv.nn.frozen import frozen, on
+from fastadv.nn.logits import AnyModel
 from fastadv.nn.parallel import alone
 from fastadv.version import __version__
 
 ITERATES = ("any", "last")
 ATTACKS = ("fgsm", "pgd-10", "pma")
 
+PerChannel = float | Sequence[float]  # one number for all channels, or one for each
+
 
 def evaluate(
-    model: Callable,
-    data: Batch | Iterable[Batch],
-    attacks: Sequence[str | Callable] = ATTACKS,
+    model: AnyModel,
+    data: AnyData,
+    attacks: AnyAttack | Sequence[AnyAttack] = ATTACKS,
     *,
     eps: float | Sequence[float] = EPS,
     ensemble: bool = True,
-    images_normalized: tuple | None = None,
+    images_normalized: tuple[PerChannel, PerChannel] | None = None,
     iterate: str = "any",
     batch_size: int = 128,
     pool: int | None = None,
@@ -51,7 +56,7 @@ def evaluate(
     save_images: str | Path | None = None,
     progress: bool = True,
     slots: int | None = None,
-) -> dict:
+) -> Report:
     """Robust accuracy of `model` in eval mode, left as found.
 
     A sample that is misclassified as it is counts as not robust and is not attacked. Any other is fooled by an attack
@@ -97,8 +102,9 @@ def evaluate(
             libraries' attacks the generators of torch, NumPy and Python are seeded from those of a batch's samples, and
             put back.
         device: where to evaluate; None means the model's, or where the images are if it has no parameters.
-        autocast, memory_format: as in `Attack`, of the clean images, of those that other libraries' attacks return, and
-            of attacks by name; an attack of fastadv that is given has its own.
+        autocast: dtype of torch.autocast, as in `Attack`, for the model on clean images and on those that other
+            libraries' attacks return, and for attacks by name; an attack of fastadv that is given has its own.
+        memory_format: likewise, of the images that the model sees.
         state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it. It
             belongs to the settings, the data, the model and the attacks, with all that these hold or close over; an
             attribute `fastadv_key`, a string, says instead what one of them is.
@@ -106,6 +112,7 @@ def evaluate(
             is the nearest 8-bit code within the budget; they are classified again.
         progress: show a progress bar on a terminal, whose remaining time is what is needed if nothing more is fooled;
             elsewhere log a line a minute and at the end of each attack (logger "fastadv", level INFO).
+        slots: what `batch_size` was called before.
 
     Returns:
         A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list where
@@ -146,35 +153,54 @@ def evaluate(
     normalization = None
     if images_normalized is not None:
         normalization = normalization_of(images_normalized, model)
-        if not all(isinstance(attack, str) for attack in ([attacks] if isinstance(attacks, str) else attacks)):
+        attacks = listed(attacks)
+        if not all(isinstance(attack, str) for attack in attacks):
             raise ValueError(
                 "with images_normalized attacks are names: for others evaluate Normalized(model, mean, std) on images "
                 "in [0, 1]"
             )
         model = Normalized(model, *images_normalized)
-    passes = {"autocast": autocast, "memory_format": memory_format}
-    against = adversaries(model, attacks, eps, **passes)
+    against = adversaries(model, attacks, eps, autocast=autocast, memory_format=memory_format)
     images, labels = collected(data, model, device, normalization)
     most = images.most if isinstance(images, Share) else len(images)
     if isinstance(images, Share) and not images.alone and (state, save_images, normalization) != (None, None, None):
         raise ValueError(
             "images that several processes share are evaluated without state, save_images and normalization"
         )
-    settings = {"iterate": iterate, "ensemble": ensemble, "slots": min(batch_size, most), "seed": seed}
-    settings["save_images"] = save_images is not None
+    settings: dict[str, Any] = {
+        "iterate": iterate,
+        "ensemble": ensemble,
+        "slots": min(batch_size, most),
+        "seed": seed,
+        "save_images": save_images is not None,
+    }
+    passes = {"autocast": autocast, "memory_format": memory_format}
     settings |= {name: str(value) for name, value in passes.items() if value is not None}
+    mine = images.mine if isinstance(images, Share) else images
 
-    def gallery(number, adversary):
+    def gallery(number: int, adversary: Adversary) -> Gallery | None:
         if save_images is None:
             return None
         name = "-".join([f"{number}", adversary.name, *([] if adversary.eps is None else [adversary.budget])])
         eps = adversary.eps if adversary.is_linf else None
-        return Gallery(Path(save_images) / name, images, eps, labels.device)
+        return Gallery(Path(save_images) / name, mine, eps, labels.device)
 
-    return judged(model, images, labels, against, settings, pool, state, gallery, progress=progress, **passes)[0]
+    report, _, _ = judged(
+        *(model, images, labels, against, settings, pool, state, gallery),
+        progress=progress,
+        autocast=autocast,
+        memory_format=memory_format,
+    )
+    return report
 
 
 def check_counts(**counts: int | None) -> None:
+    """Refuse counts that are no int, or below 1; `pool` may be None, `seed` any int.
+
+    Raises:
+        TypeError: a count is no int.
+        ValueError: a count is below 1.
+    """
     for name, value in counts.items():
         if not isinstance(value, Integral) and (name, value) != ("pool", None):
             raise TypeError(f"{name} must be an int, got {value!r}")
@@ -183,26 +209,38 @@ def check_counts(**counts: int | None) -> None:
 
 
 def judged(
-    model: Callable,
-    images: torch.Tensor,
+    model: AnyModel,
+    images: torch.Tensor | Share,
     labels: torch.Tensor,
     against: Sequence[Adversary],
-    settings: Mapping,
+    settings: Mapping[str, Any],
     pool: int | None,
     state: str | Path | None,
-    gallery: Callable[[int, Adversary], Gallery | Kept | None],
+    gallery: Callable[[int, Adversary], Gallery | FooledImages | None],
     *,
-    told: Callable[["Run", Sequence[Trial]], None] = lambda run, ended: None,
+    after_each: Callable[[Run, Sequence[Trial]], None] = lambda run, ended: None,
     progress: bool = False,
     autocast: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
-) -> tuple[dict, "Run", list[Trial]]:
-    """What `evaluate` does once its arguments are looked at: (what it returns, the run, an attack each).
+) -> tuple[Report, Run, list[Trial]]:
+    """What `evaluate` does once its arguments are looked at.
 
     Args:
+        model: that is evaluated.
+        images: (N, ...), floats in [0, 1] or uint8, or this process's share of them.
+        labels: int64 (N,), or (N, C) of several a sample, on the device.
+        against: the attacks.
         settings: iterate, ensemble, slots, seed, and what else makes it another run.
-        gallery: gets an adversary's number and the adversary.
-        told: gets the attacks that have ended, before the first one and after each.
+        pool: number of images on the device at a time; None: all.
+        state: file of the state; None: none is kept.
+        gallery: from an adversary's number and the adversary to what keeps its images, or None.
+        after_each: gets the run and the attacks that have ended, before the first one and after each.
+        progress: whether to show how far it is.
+        autocast: dtype in which the model runs; None: as it is.
+        memory_format: of the images that the model sees; None: as they are.
+
+    Returns:
+        What `evaluate` returns, the run, and a trial for each attack.
     """
     share = images if isinstance(images, Share) else Share(images)
     check_they_take(against, share.mine, labels)
@@ -215,7 +253,7 @@ def judged(
         if file is not None:
             _load(file, trials)
         order = in_turn(trials)
-        told(run, [])
+        after_each(run, [])
         save = partial(_save, file, trials)
         save()  # where that cannot be written it is known now
         for i, trial in enumerate(order):
@@ -223,7 +261,7 @@ def judged(
                 run.hand_on(order[:i], trial)
             run.attack(trial, save, progress)
             run.ask_square(trial, save)
-            told(run, order[: i + 1])
+            after_each(run, order[: i + 1])
         report = run.report(trials, order, settings["ensemble"])
     report |= {
         "settings": {
@@ -237,8 +275,14 @@ def judged(
     return report, run, trials
 
 
-def _identity(settings, model, images, labels, against: Sequence[Adversary]) -> str:
-    """Of a run, for its state."""
+def _identity(
+    settings: Mapping[str, Any],
+    model: AnyModel,
+    images: torch.Tensor | Share,
+    labels: torch.Tensor,
+    against: Sequence[Adversary],
+) -> str:
+    """The fingerprint of a run, for its state."""
     parts = {name: value for name, value in settings.items() if name != "attacks"}
     for number, (adversary, facts) in enumerate(zip(against, settings["attacks"], strict=True), 1):
         attack = f"attack {number}"
@@ -253,10 +297,11 @@ def _identity(settings, model, images, labels, against: Sequence[Adversary]) -> 
 def _save(file: StateFile | None, trials: Sequence[Trial]) -> None:
     if file is None:
         return
-    tensors, facts = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    facts: list[dict[str, Any]] = []
     for i, trial in enumerate(trials):
         verdicts = trial.verdicts
-        tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in Verdicts.KEPT}
+        tensors |= {f"{i}.{name}": getattr(verdicts, name) for name in Verdicts.SAVED}
         if trial.by_square is not None:
             tensors[f"{i}.by_square"] = trial.by_square
         if trial.gallery is not None:
@@ -273,7 +318,7 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
     tensors, facts = loaded
     for i, (trial, known) in enumerate(zip(trials, facts["attacks"], strict=True)):
         verdicts, device = trial.verdicts, trial.verdicts.todo.device
-        for name in Verdicts.KEPT:
+        for name in Verdicts.SAVED:
             setattr(verdicts, name, tensors[f"{i}.{name}"].to(device))
         for name in Verdicts.COUNTS:
             setattr(verdicts, name, known[name])
@@ -288,11 +333,22 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
 
 
 def robust_accuracy(
-    model: Callable, data: Batch | Iterable[Batch], attack: str | Callable, **options
+    model: AnyModel, data: AnyData, attack: AnyAttack, **options: Any
 ) -> Mapping[str, float | list[float | None] | None]:
-    """{"clean_accuracy": ..., "robust_accuracy": ...} of one attack: `evaluate` in short, without a progress bar.
+    """`evaluate` in short: one attack, without a progress bar.
 
-    With several `eps` the robust accuracy is a list, one for each in their order.
+    Args:
+        model: as of `evaluate`, as are the others.
+        data: images and labels.
+        attack: a name, an attack of fastadv or any other.
+        options: of `evaluate`.
+
+    Returns:
+        {"clean_accuracy": ..., "robust_accuracy": ...}; with several `eps` the robust accuracy is a list, one for each
+        in their order.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`.
     """
     report = evaluate(model, data, [attack], progress=False, **options)
     found = [result["robust_accuracy"] for result in report["attacks"]]

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -13,16 +14,26 @@ from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.verdicts import NONE, is_label, verdict
+from fastadv.data.share import Share
 from fastadv.evaluation import masking_checks
 from fastadv.evaluation.adversaries import Adversary
 from fastadv.evaluation.ensemble import Trial, budgets, curve, fooled_by
 from fastadv.evaluation.foreign import Reach, as_images, one_seed
-from fastadv.evaluation.images import Gallery, Kept
-from fastadv.evaluation.masking import ASKED, Masking, by_chance, most_likely, of_masking, of_square, square_of
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.images import FooledImages, Gallery
+from fastadv.evaluation.masking import (
+    ASKED,
+    Masking,
+    by_chance,
+    most_likely,
+    notes_on_masking,
+    notes_on_square,
+    square_of,
+)
+from fastadv.evaluation.progress import ProgressBar
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds, to_float
+from fastadv.nn.logits import AnyModel
 from fastadv.ops.generator import seeded
 
 TARGETED = [name for name, loss in LOSSES.items() if loss.compares == "pairs"]
@@ -30,15 +41,45 @@ SAVE_EVERY = 10.0  # seconds between two states on the disk
 SAVING = 0.5  # seconds that one may take; longer ones are as much rarer
 PROBED = 64  # samples whose first gradients are looked at
 
+Report = dict[str, Any]  # for json.dump; `evaluate` lists what it holds
+
 
 class Run:
-    """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings."""
+    """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings.
 
-    def __init__(self, model, share, labels, against, settings, pool, autocast, memory_format):
-        self.share, self.labels, self.pool, self._layout = share, labels, pool, memory_format
+    Args:
+        model: that is evaluated, frozen.
+        share: the images.
+        labels: of all images, int64 (N,), or (N, C) of several a sample.
+        against: the attacks.
+        settings: "iterate", "slots" and "seed" as of `evaluate`.
+        pool: number of images on the device at a time; None: all.
+        autocast: dtype in which the model runs; None: as it is.
+        memory_format: of the images that the model sees; None: as they are.
+
+    Attributes:
+        clean: logits of the clean images, (N, C).
+        said: what the model says of them, int64 (N,).
+        correct: whether that is right, bool (N,).
+        silent: number of clean images for which there is no prediction.
+        notes: the warnings so far.
+    """
+
+    def __init__(
+        self,
+        model: AnyModel,
+        share: Share,
+        labels: torch.Tensor,
+        against: Sequence[Adversary],
+        settings: Mapping[str, Any],
+        pool: int | None,
+        autocast: torch.dtype | None,
+        memory_format: torch.memory_format | None,
+    ):
+        self.share, self.labels, self.pool, self._memory_format = share, labels, pool, memory_format
         self.last, self.slots, self.seed = settings["iterate"] == "last", settings["slots"], settings["seed"]
         self.notes: list[str] = []
-        attacks = [adversary.attack for adversary in against if adversary.ours]
+        attacks = [adversary.ours for adversary in against if adversary.ours is not None]
         signs = len(attacks) == len(against) and all(attack.compares == "signs" for attack in attacks)
         draws = max((attack.eot for attack in attacks), default=1)
         self._objective = Objective(model, "bce" if signs else "ce", eot=draws, autocast=autocast)
@@ -51,30 +92,29 @@ class Run:
 
     def _warn_of_outputs(self, draws: int, autocast: torch.dtype | None) -> None:
         first = self.share.rows[: self.slots].to(self.labels.device)
-        found = ()
+        found: list[str] = []
         if len(first):
             seen = self._seen_by_model(self._staged(first))
-            found = masking_checks.of_outputs(self._objective.logits, seen, draws, autocast)
-        told = [note for notes in self.share.team.gathered(list(found)) for note in notes]
-        self._warn(dict.fromkeys(told))
+            found = list(masking_checks.notes_on_outputs(self._objective.logits, seen, draws, autocast))
+        self._warn(dict.fromkeys(note for notes in self.share.team.gathered(found) for note in notes))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Of all images, in batches of one shape."""
+        """The logits (n, C) of images (n, ...), in batches of one shape."""
         parts = []
         for rows in torch.arange(len(images), device=images.device).split(self.slots):
             batch = images[self._filled(rows)].to(self.labels.device)
             parts.append(self._objective.logits(self._seen_by_model(batch))[: len(rows)])
         return torch.cat(parts)
 
-    def _seen_by_model(self, images):
+    def _seen_by_model(self, images: torch.Tensor) -> torch.Tensor:
         images = to_float(images)
-        return images if self._layout is None else images.contiguous(memory_format=self._layout)
+        return images if self._memory_format is None else images.contiguous(memory_format=self._memory_format)
 
-    def _staged(self, rows):
+    def _staged(self, rows: torch.Tensor) -> torch.Tensor:
         """The images `rows`, which are this process's, on the device."""
         return self.share.take(rows).to(self.labels.device)
 
-    def _filled(self, rows):
+    def _filled(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows` filled up to a full batch: the model sees one shape."""
         return torch.cat((rows, rows[-1:].expand(self.slots - len(rows))))
 
@@ -83,10 +123,11 @@ class Run:
             self.notes.append(note)
             warnings.warn(note, stacklevel=5)
 
-    def trial(self, adversary: Adversary, gallery: Gallery | Kept | None) -> Trial:
-        reach = None if adversary.ours else Reach()
-        runs = adversary.attack.runs(self.clean.shape[1]) if adversary.ours else 1
-        return Trial(adversary, Verdicts(self.correct, runs), gallery, reach)
+    def trial(self, adversary: Adversary, gallery: Gallery | FooledImages | None) -> Trial:
+        """A trial of the adversary that has not begun."""
+        if adversary.ours is None:
+            return Trial(adversary, Verdicts(self.correct, 1), gallery, Reach())
+        return Trial(adversary, Verdicts(self.correct, adversary.ours.runs(self.clean.shape[1])), gallery, None)
 
     def left(self, ended: Sequence[Trial]) -> torch.Tensor:
         """Samples that are classified correctly and that none of `ended` fooled, (N,) bool."""
@@ -95,18 +136,23 @@ class Run:
 
     def hand_on(self, before: Sequence[Trial], trial: Trial) -> None:
         """Give `trial` those samples alone that the trials before it have not fooled within its budget."""
-        budget = (trial.adversary.norm, trial.adversary.eps) if trial.adversary.has_budget else (None, None)
-        trial.verdicts.todo = self.correct & ~fooled_by(before, *budget, self.correct)
+        trial.verdicts.todo = self.correct & ~fooled_by(before, trial.adversary.ball, self.correct)
 
     def attack(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
-        """Finish `trial`; what is known is saved every few seconds and at the end."""
+        """Finish `trial`.
+
+        Args:
+            trial: the attack.
+            save: writes the state; called every few seconds and at the end.
+            progress: whether to show how far it is.
+        """
         while trial.is_open(len(self.labels)):
             with self._my_part(trial):
                 self._run(trial, save, progress)
 
     @contextmanager
     def _my_part(self, trial: Trial) -> Iterator[None]:
-        """Inside, this process's samples alone are to be attacked; then all know the verdicts on all."""
+        """Let this process attack its own samples alone, and bring all processes' verdicts together at the end."""
         share, verdicts, todo = self.share, trial.verdicts, trial.verdicts.todo
         if share.alone:
             yield
@@ -116,7 +162,7 @@ class Run:
         verdicts.todo[share.rows.to(todo.device)] = todo[share.rows.to(todo.device)]
         yield
         verdicts.todo = todo
-        for name in Verdicts.KEPT:
+        for name in Verdicts.SAVED:
             setattr(verdicts, name, share.merged(getattr(verdicts, name)))
         counts = torch.tensor([getattr(verdicts, name) for name in Verdicts.COUNTS], device=todo.device)
         for name, count in zip(Verdicts.COUNTS, (before + share.team.summed(counts - before)).tolist(), strict=True):
@@ -128,9 +174,9 @@ class Run:
         adversary, earlier = trial.adversary, trial.seconds
         begun = saved = time.perf_counter()
         pause = SAVE_EVERY
-        windows = self._windows(trial) if adversary.ours else None
-        unit = "pass" if adversary.ours else "batch"
-        with Progress(adversary.title, unit, progress) as shown:
+        windows = None if adversary.ours is None else self._windows(trial, adversary.ours)
+        unit = "batch" if adversary.ours is None else "pass"
+        with ProgressBar(adversary.title, unit, progress) as shown:
             for done, left in self._batches(trial) if windows is None else windows.run():
                 now = time.perf_counter()
                 trial.seconds = earlier + now - begun
@@ -146,31 +192,37 @@ class Run:
         self._write_images(trial)
         save()
 
-    def _windows(self, trial) -> Windows:
-        attack, gallery, targets = trial.adversary.attack, trial.gallery, self._targets(trial.adversary.attack)
+    def _windows(self, trial: Trial, attack: Attack) -> Windows:
+        gallery, targets = trial.gallery, self._targets(attack)
 
-        def queue(rows, verdicts):
+        def queue(rows: torch.Tensor, verdicts: Verdicts) -> Queue:
             if gallery is not None:
                 self._write_images(trial)
                 gallery.begin(rows)
-            options = {"slots": self.slots, "seed": self.seed, "numbers": rows, "last": self.last}
-            options["classes"] = self.clean.shape[1]
-            keep = None if gallery is None else gallery.put
-            return Queue(attack, self._staged(rows), self.labels[rows], targets[rows], verdicts, keep=keep, **options)
+            return Queue(
+                *(attack, self._staged(rows), self.labels[rows], targets[rows], verdicts),
+                slots=self.slots,
+                classes=self.clean.shape[1],
+                seed=self.seed,
+                numbers=rows,
+                last=self.last,
+                keep=None if gallery is None else gallery.put,
+            )
 
         return Windows(trial.verdicts, self.pool, queue)
 
     def _targets(self, attack: Attack) -> torch.Tensor:
-        """What its loss compares with, for all samples."""
+        """What the attack's loss compares with, for all samples."""
         if not attack.needs_clean:
             return self.labels
         numbers = torch.arange(len(self.labels), device=self.labels.device)
         return attack.targets(self.clean, self.labels, sample_seeds(self.seed, numbers, restart=2**32 - 1))
 
     def _zero_gradients(self, attack: Attack) -> tuple[int, int]:
-        """(samples whose gradient is 0 where the attack starts, samples looked at: the first of those to be attacked).
+        """(number of samples whose gradient is 0 at the attack's start, number of samples looked at).
 
-        At the clean image itself kl has no gradient on any model: such samples are not looked at.
+        The first PROBED samples to be attacked are looked at, but for "kl" those alone whose start is not the clean
+        image itself, where no model has a gradient.
         """
         zero = looked = 0
         targets = self._targets(attack)
@@ -189,11 +241,13 @@ class Run:
             counts = counts[: len(part)]
             looked += int(counts.sum())
             zero += int((counts & ~grad[: len(part)].flatten(1).any(1)).sum())
-        return tuple(self.share.team.summed(torch.tensor([zero, looked], device=self.labels.device)).tolist())
+        zero, looked = self.share.team.summed(torch.tensor([zero, looked], device=self.labels.device)).tolist()
+        return zero, looked
 
-    def _batches(self, trial) -> Iterator[tuple[int, int]]:
+    def _batches(self, trial: Trial) -> Iterator[tuple[int, int]]:
         """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
         verdicts = trial.verdicts
+        reach = trial.reach = trial.reach or Reach()
         chunks = verdicts.todo.nonzero()[:, 0].split(self.slots)
         for i, chunk in enumerate(chunks):
             if not verdicts.unsettled[chunk].any():
@@ -202,7 +256,7 @@ class Run:
             with seeded(one_seed(sample_seeds(self.seed, chunk))), torch.enable_grad():
                 returned = trial.adversary(images, self.labels[chunk])
             adv = as_images(returned, images)
-            finite = trial.reach.add(adv, images)
+            finite = reach.add(adv, images)
             logits = self._objective.logits(self._seen_by_model(adv))
             said = torch.where(finite, verdict(logits, self.labels[chunk]), NONE)
             wrong = ~is_label(said, self.labels[chunk])
@@ -215,12 +269,12 @@ class Run:
                 self._write_images(trial)
             yield i + 1, len(chunks) - i - 1
 
-    def _write_images(self, trial) -> None:
+    def _write_images(self, trial: Trial) -> None:
         if trial.gallery is not None:
             trial.gallery.flush(trial.verdicts, self.labels, self.logits)
 
     def ask_square(self, trial: Trial, save: Callable[[], None]) -> None:
-        """After PMA: which of the survivors does the Square attack fool? That counts, too."""
+        """After PMA, find which of the survivors the Square attack fools: they count as fooled, too."""
         square = square_of(trial, self.share.shape)
         if square is None or self.labels.ndim > 1 or trial.by_square is not None:
             return
@@ -229,16 +283,21 @@ class Run:
         verdicts = Verdicts(survivors[rows], 1)
         if len(rows):
             labels = self.labels[rows]
-            options = {"slots": min(self.slots, ASKED), "seed": self.seed, "numbers": rows}
-            options["classes"] = self.clean.shape[1]
-            for _ in Queue(square, self._staged(rows), labels, labels, verdicts, **options).run():
+            queue = Queue(
+                *(square, self._staged(rows), labels, labels, verdicts),
+                slots=min(self.slots, ASKED),
+                classes=self.clean.shape[1],
+                seed=self.seed,
+                numbers=rows,
+            )
+            for _ in queue.run():
                 pass
         found = torch.zeros_like(self.labels).index_put((rows,), verdicts.fooled.long())
         trial.by_square = self.share.team.summed(found) > 0
         save()
 
     def masking(self, order: Sequence[Trial]) -> Iterator[tuple[Trial, Masking]]:
-        """What was found after each PMA."""
+        """(a PMA, what the Square attack and chance found after it), in the order in which they ran."""
         n = len(self.labels)
         for i, trial in enumerate(order):
             if trial.by_square is None:
@@ -249,27 +308,35 @@ class Run:
             fell, zero = int(trial.by_square.sum()), trial.zero_gradients or 0.0
             yield trial, Masking(n, asked, fell, fooled, chance, zero)
 
-    def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> dict:
+    def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> Report:
+        """The report, but for "settings" and "versions".
+
+        Args:
+            trials: as they were given.
+            order: the same, as they ran.
+            ensemble: whether each got what those before it left.
+        """
         n = len(self.labels)
         for trial in trials:
-            by_gradient = trial.adversary.ours and trial.adversary.attack.by_gradient
-            trial.zeros = self._zero_gradients(trial.adversary.attack) if by_gradient else None
+            attack = trial.adversary.ours
+            trial.zeros = self._zero_gradients(attack) if attack is not None and attack.by_gradient else None
         masked = list(self.masking(order))
         results = [self._result(trial) for trial in trials]
-        ours = [(t.adversary, r) for t, r in zip(trials, results, strict=True) if t.adversary.ours]
-        self._warn(masking_checks.of_gradients((t.adversary.title, *t.zeros) for t in trials if t.zeros))
+        ours = [(t.adversary, r) for t, r in zip(trials, results, strict=True) if t.adversary.ours is not None]
+        self._warn(masking_checks.notes_on_gradients((t.adversary.title, *t.zeros) for t in trials if t.zeros))
         silenced = [(trial.adversary.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
-        self._warn(masking_checks.of_predictions([("no attack", self.silent), *silenced], n))
-        theirs = [trial for trial in trials if not trial.adversary.ours]
-        self._warn(note for trial in theirs for note in masking_checks.of_reach(trial.adversary, trial.reach))
-        self._warn(masking_checks.of_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
+        self._warn(masking_checks.notes_on_predictions([("no attack", self.silent), *silenced], n))
+        theirs = [(trial.adversary, trial.reach) for trial in trials if trial.reach is not None]
+        self._warn(note for each in theirs for note in masking_checks.notes_on_reach(*each))
+        self._warn(masking_checks.notes_on_losses((o.title, r["nonfinite_losses"]) for o, r in ours))
         if not ensemble:
-            robust = [(t.adversary.title, t.adversary.attack, self._robust(t)) for t in trials if t.adversary.ours]
-            self._warn(masking_checks.of_accuracies(robust))
+            adversaries = [(trial.adversary, self._robust(trial)) for trial in trials]
+            survived = [(each.title, each.ours, robust) for each, robust in adversaries if each.ours is not None]
+            self._warn(masking_checks.notes_on_accuracies(survived))
         if ensemble:
-            self._warn(of_square(order, n))
-        self._warn(of_masking([(trial.adversary.title, masking) for trial, masking in masked]))
-        self._warn(masking_checks.of_late_falls(trial for trial in trials if trial.adversary.ours))
+            self._warn(notes_on_square(order, n))
+        self._warn(notes_on_masking([(trial.adversary.title, masking) for trial, masking in masked]))
+        self._warn(masking_checks.notes_on_late_falls(t for t in trials if t.adversary.ours is not None))
         clean = int(self.correct.sum()) / n
         found = [
             {
@@ -295,22 +362,24 @@ class Run:
             "warnings": self.notes,
         }
 
-    def _robust(self, trial) -> torch.Tensor:
-        """Of the samples that it was given, those that it did not fool."""
+    def _robust(self, trial: Trial) -> torch.Tensor:
+        """The samples that the attack was given and did not fool, (N,) bool."""
         return trial.verdicts.todo & ~trial.verdicts.fooled
 
-    def _result(self, trial) -> dict:
+    def _result(self, trial: Trial) -> dict[str, Any]:
+        """The entry of the report's "attacks"."""
         adversary, verdicts, reach = trial.adversary, trial.verdicts, trial.reach
+        attack = adversary.ours
         n, fooled = len(self.labels), verdicts.fooled.tolist()
         first = {
-            name: [v if f and adversary.ours else None for v, f in zip(values.tolist(), fooled, strict=True)]
+            name: [v if f and attack is not None else None for v, f in zip(values.tolist(), fooled, strict=True)]
             for name, values in (("restart", verdicts.restart), ("step", verdicts.step))
         }
         target = {}
-        if adversary.ours and adversary.attack.loss in TARGETED:
-            classes = adversary.attack.target_class(self._targets(adversary.attack), verdicts.restart)
+        if attack is not None and attack.loss in TARGETED:
+            classes = attack.target_class(self._targets(attack), verdicts.restart)
             target = {"target": [c if f else None for c, f in zip(classes.tolist(), fooled, strict=True)]}
-        accuracy = {"robust_accuracy": int(self._robust(trial).sum()) / n}
+        accuracy: dict[str, float | None] = {"robust_accuracy": int(self._robust(trial).sum()) / n}
         if trial.gallery is not None:
             accuracy |= trial.gallery.facts()
         if reach is not None and (reach.leaves_box() or reach.exceeds(adversary.eps, adversary.norm)):
@@ -324,9 +393,9 @@ class Run:
             "largest_linf": reach and reach.linf,
             "largest_l2": reach and reach.l2,
             "no_prediction": int(verdicts.silenced.sum()),
-            "passes": verdicts.passes if adversary.ours else None,
-            "forwards": verdicts.forwards if adversary.ours else None,
-            "waste": verdicts.waste if adversary.ours else None,
+            "passes": None if attack is None else verdicts.passes,
+            "forwards": None if attack is None else verdicts.forwards,
+            "waste": None if attack is None else verdicts.waste,
             "seconds": trial.seconds,
             "nonfinite_losses": verdicts.nonfinite,
             "runs": verdicts.restarts,
@@ -335,12 +404,13 @@ class Run:
             "said": [said if f else None for said, f in zip(verdicts.said.tolist(), fooled, strict=True)],
             **first,
             **target,
-            "latest": trial.latest if adversary.ours else None,
+            "latest": None if attack is None else trial.latest,
             "settings": adversary.facts(),
         }
 
 
-def _curves(found: Sequence[Mapping], clean: float) -> list[dict]:
+def _curves(found: Sequence[Mapping[str, Any]], clean: float) -> list[dict[str, Any]]:
+    """A curve for each norm with several budgets."""
     points: dict[str, list[tuple[float, float]]] = {}
     for each in found:
         points.setdefault(each["norm"], []).append((each["eps"], each["robust_accuracy"]))

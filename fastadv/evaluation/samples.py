@@ -1,6 +1,7 @@
 """The samples of an evaluation: all of them, checked."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,9 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.normalized import denormalized
-from fastadv.data.share import Batch, Share
+from fastadv.data.share import Batch, Samples, Share
 from fastadv.functional import Normalization
 from fastadv.nn.frozen import as_normal
+from fastadv.nn.logits import AnyModel
 
 BATCH = 256  # samples of a Dataset at a time
 IMAGES = ("images", "image", "pixel_values", "img")  # keys of batches that are dicts
@@ -22,23 +24,46 @@ WANTED = (
 )
 
 
+AnyData = Batch | Iterable[Batch] | Dataset[Any]
+
+
 def collected(
-    data: Batch | Iterable[Batch] | Dataset,
-    model: Callable,
+    data: AnyData,
+    model: AnyModel,
     device: torch.device | str | None,
     normalization: Normalization | None = None,
 ) -> Batch:
-    """All images of a pair or of batches, where they are, and all labels, on `device`; None means the model's.
+    """All images of a pair or of batches, where they are, and all labels.
 
-    Images are (N, ...), floats in [0, 1] or uint8; a `Share` of such stays one. Floats that rounding put up to 1e-6
-    beyond the box are put back. Those that `normalization` was applied to are made pixels again.
+    Floats that rounding put up to 1e-6 beyond the box are put back.
+
+    Args:
+        data: as of `evaluate`.
+        model: that is evaluated.
+        device: of the labels; None means the model's.
+        normalization: that was applied to the images; they are made pixels again. None: they are pixels.
+
+    Returns:
+        Images (N, ...), floats in [0, 1] or uint8, or a `Share` of such where `data` has one; labels int64 (N,), or
+        (N, C) of several a sample.
 
     Raises:
         TypeError: `data` is something else; images are neither floats nor uint8, or labels are not int64.
         ValueError: there are none, their shapes or values cannot be, or `device` is not the model's.
     """
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Share):
-        return _of_share(*data, model, device)
+    given: Any = data
+    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Share):
+        return _share_and_labels(given[0], given[1], model, device)
+    return collected_tensors(data, model, device, normalization)
+
+
+def collected_tensors(
+    data: AnyData,
+    model: AnyModel,
+    device: torch.device | str | None,
+    normalization: Normalization | None = None,
+) -> Samples:
+    """`collected` for data without a `Share`."""
     batches = [_pair(batch, model) for batch in _batches(data)]
     if not sum(labels.numel() for _, labels in batches):
         raise ValueError("there are no images to evaluate")
@@ -50,7 +75,7 @@ def collected(
     return images, labels
 
 
-def _of_share(share: Share, labels: torch.Tensor, model: Callable, device: torch.device | str | None) -> Batch:
+def _share_and_labels(share: Share, labels: torch.Tensor, model: AnyModel, device: torch.device | str | None) -> Batch:
     mine = _in_the_box(as_normal(share.mine))
     if len(mine):
         check_samples(mine, labels[share.rows])
@@ -59,7 +84,7 @@ def _of_share(share: Share, labels: torch.Tensor, model: Callable, device: torch
     return (share if mine is share.mine else Share(mine, share.owners, share.team)), labels
 
 
-def _batches(data) -> Iterable:
+def _batches(data: Any) -> Iterable[Any]:
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
         return [data]
     if isinstance(data, Mapping):
@@ -74,7 +99,7 @@ def _batches(data) -> Iterable:
     return data
 
 
-def _pair(batch, model: Callable) -> Batch:
+def _pair(batch: Any, model: AnyModel) -> Samples:
     """One batch as a pair of tensors."""
     if isinstance(batch, Mapping):
         keys = [next((name for name in names if name in batch), None) for names in (IMAGES, LABELS)]
@@ -87,14 +112,20 @@ def _pair(batch, model: Callable) -> Batch:
     for name, part in zip(("images", "labels"), batch, strict=True):
         if not isinstance(part, (torch.Tensor, np.ndarray)):
             raise TypeError(f"{WANTED}; got {name} that are a {type(part).__name__}")
-    return as_tensors(*batch, model)
+    images, labels = batch
+    return as_tensors(images, labels, model)
 
 
-def as_tensors(images: object, labels: object, model: Callable) -> Batch:
+def as_tensors(images: object, labels: object, model: AnyModel) -> tuple[Any, Any]:
     """NumPy arrays as tensors, anything else as it is.
 
     NumPy's own dtypes say nothing of what is meant: it computes in float64, and has integers of every size. So images
-    in it get the dtype of the model's weights, and integer labels are int64.
+    in float64 get the dtype of the model's weights, and integer labels are int64.
+
+    Args:
+        images: of any type.
+        labels: of any type.
+        model: that takes the images.
     """
     found, named = as_tensor(images), as_tensor(labels)
     if isinstance(images, np.ndarray) and found.dtype == torch.float64:
@@ -104,14 +135,14 @@ def as_tensors(images: object, labels: object, model: Callable) -> Batch:
     return found, named
 
 
-def as_tensor(value: object) -> object:
+def as_tensor(value: object) -> Any:
     """A NumPy array as a tensor, anything else as it is."""
     if not isinstance(value, np.ndarray):
         return value
     return torch.from_numpy(np.require(value, requirements=("C", "W")))  # torch takes no other without a word
 
 
-def _parameters(model: Callable) -> Iterable[torch.Tensor]:
+def _parameters(model: AnyModel) -> Iterable[torch.Tensor]:
     return model.parameters() if isinstance(model, nn.Module) else ()
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +26,8 @@ class StateFile:
     def __init__(self, path: str | Path, run: str):
         self.path, self.run = Path(path), run
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """What was saved last; None where there is no file.
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The tensors and facts that were saved last; None where there is no file.
 
         Raises:
             ValueError: it is no such file, or one of another run.
@@ -52,7 +53,16 @@ class StateFile:
             )
         return tensors, facts
 
-    def save(self, tensors: Mapping[str, torch.Tensor], facts: Mapping) -> None:
+    def save(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Replace the file.
+
+        Args:
+            tensors: by name, on any device.
+            facts: what else there is, for JSON.
+
+        Raises:
+            OSError: it cannot be written; the old one stays.
+        """
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         metadata = {_KEY: json.dumps({"format": FORMAT, "run": self.run, **facts})}
         write_atomically(self.path, require("safetensors.torch").save(tensors, metadata))

@@ -14,13 +14,14 @@ class Windows:
     that survivors come back when every sample has had its turn.
 
     Args:
-        verdicts: of all samples; those that are still to be attacked are, and the verdicts are written there.
-        pool: samples in a window; None means all.
-        queue: makes the queue for the samples `rows` (n,), on `verdicts` of their own.
+        verdicts: of all samples; the verdicts on those that are still to be attacked are written there.
+        pool: number of samples in a window; None means all.
+        queue: makes the queue of a window, from the numbers (n,) of its samples and verdicts on these alone.
     """
 
     def __init__(self, verdicts: Verdicts, pool: int | None, queue: Callable[[torch.Tensor, Verdicts], Queue]):
         self.verdicts, self._pool, self._make = verdicts, pool, queue
+        self._queue: Queue | None = None
 
     def run(self) -> Iterator[tuple[int, int]]:
         """Until all is done; yields (forward passes so far, those left at most) in every iteration."""
@@ -34,7 +35,8 @@ class Windows:
                 yield passes, left + outside
             self.update()
 
-    def _window(self):
+    def _window(self) -> tuple[torch.Tensor, int]:
+        """(samples of the next window, the run that they are attacked until)."""
         waiting, whole = self.verdicts.unsettled, self.verdicts.restarts
         rows = waiting.nonzero()[:, 0]
         if self._pool is None or len(rows) <= self._pool:
@@ -45,5 +47,6 @@ class Windows:
 
     def update(self) -> None:
         """Bring `verdicts` up to date; the samples in the slots begin their restart again where a run goes on so."""
-        self._queue.update()
-        self.verdicts.take(self._rows, self._part)
+        if self._queue is not None:
+            self._queue.update()
+            self.verdicts.take(self._rows, self._part)

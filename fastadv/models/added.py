@@ -17,7 +17,7 @@ Facts = dict[str, Any]  # for JSON: the kind of an added module, its arguments, 
 
 
 class Added(nn.Module):
-    """What is added. The arguments of a constructor are whole numbers and flags, and attributes by the same names.
+    """A module that is added to a network. It is made of whole numbers and flags, which it keeps as attributes.
 
     Attributes:
         kind: its name in files.
@@ -38,11 +38,12 @@ class Added(nn.Module):
 
 
 class Adapter(Added):
-    """u + W_up GELU(W_down u + b_down) + b_up in the place of what a module returns, u (Houlsby et al. 2019, arXiv
-    1902.00751, section 2.1).
+    """Replaces the output u of a module by u + W_up GELU(W_down u + b_down) + b_up.
 
-    W_up and both biases start at zero, so that the network computes what it did; W_down starts as that of an
-    nn.Linear, and is never zero too: then nothing would train.
+    W_up and both biases start at zero, so that the network computes what it did. W_down starts as the weight of an
+    nn.Linear: were both zero, nothing would train.
+
+    Source: Houlsby et al. 2019 (arXiv 1902.00751, section 2.1).
 
     Args:
         width: channels of u.
@@ -74,17 +75,21 @@ class Adapter(Added):
 
 
 class Prompt(Added):
-    """Tokens that a block of a transformer gets beside its own, and whose outputs are dropped (VPT-deep: Jia et al.
-    2022, arXiv 2203.12119, section 3.2).
+    """Tokens that a block of a transformer gets beside its own, and whose outputs are dropped: VPT-deep.
 
-    They stand behind the first `prefix` tokens, such as the class token, and before the patches. They have no
-    position, and start uniform in +-sqrt(6 / (3 pixels + width)).
+    They stand behind the first `prefix` tokens, such as the class token, and before the patches: with count = 2
+
+        class token | prompt prompt | patch patch patch ...
+
+    They have no position, and start uniform in +-sqrt(6 / (3 pixels + width)).
+
+    Source: Jia et al. 2022 (arXiv 2203.12119, section 3.2).
 
     Args:
-        count: of the tokens.
+        count: number of the tokens.
         width: channels of a token.
         prefix: how many tokens there are before the patches.
-        pixels: of a patch.
+        pixels: of a patch, H x W.
     """
 
     kind = "prompt"

@@ -27,10 +27,10 @@ _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write weights, buffers, class names, preprocessing, architecture, added modules and training pictures to a
-    safetensors file.
+    """Write a model to a safetensors file, with all that `load` needs.
 
-    Tied weights are written once, under their first name. The file replaces an older one when it is whole.
+    The file holds weights, buffers, class names, preprocessing, architecture, added modules and the records of training
+    pictures. Tied weights are written once, under their first name. The file replaces an older one when it is whole.
 
     Args:
         model: what is written.
@@ -124,7 +124,7 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
 
 
 def read_facts(path: str | Path) -> Facts | None:
-    """What `save` wrote beside the tensors: format, classes, preprocessing, architecture; None: it did not write it.
+    """The facts that `save` wrote beside the tensors: format, classes, preprocessing and architecture, or None.
 
     Later files also have trained_on, which `trained_on_of` reads, and those of the format 2 added, for `add_again`.
 

@@ -23,7 +23,7 @@ ATTENTION = ("eager", "sdpa")  # what PyTorch itself computes
 
 
 def check_timm(name: object, options: object) -> None:
-    """Refuse what is more than a network of timm's and its sizes.
+    """Refuse names and options that are more than a network of timm's and its sizes.
 
     Raises:
         ValueError: a name of another place than timm's own list, an option that is not in TIMM_OPTIONS, or a value
@@ -64,7 +64,7 @@ def check_transformers(config: object) -> None:
 
 
 def check_shape(shape: object) -> None:
-    """Refuse what is no shape of an image, such as (C, H, W).
+    """Refuse anything but the shape of an image, such as (C, H, W).
 
     Raises:
         ValueError: it is not a sequence of integers above 0.

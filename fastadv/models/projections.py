@@ -287,7 +287,7 @@ class _Attention:
         return found if len(found) == len(self.layers) else None
 
     def _effects(self, layer: nn.Module, rows: torch.Tensor) -> dict[int, list[str]]:
-        """For each row what it seems to make, at each place that is looked at: "q", "k", "v", or "-" for no effect."""
+        """A letter, see `_letter`, of each row at each place that is looked at."""
         return {row: self._effect(layer, row) for row in rows.tolist()}
 
     def _effect(self, layer: nn.Module, row: int) -> list[str]:
@@ -310,8 +310,9 @@ class _Attention:
             given = self.outputs[layer].clone()
             if layer is disturbed:
                 last = _channels_last(given, layer)
-                place: tuple[torch.Tensor | int, ...] = torch.unravel_index(torch.tensor(token), last.shape[:-1])
-                last[(*place, row)] += size
+                position = torch.unravel_index(torch.tensor(token), last.shape[:-1])
+                entry: tuple[torch.Tensor | int, ...] = (*position, row)
+                last[entry] += size
             return given
 
         looked = [m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in self.layers]
@@ -335,7 +336,7 @@ def _channels_last(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 def _tokens(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """The same as (tokens, channels)."""
+    """`x`, which enters or leaves `layer`, as (tokens, channels)."""
     return _channels_last(x, layer).reshape(-1, _channels_last(x, layer).shape[-1])
 
 

@@ -31,7 +31,7 @@ class Tokens:
 
 
 def find_tokens(module: nn.Module, example: torch.Tensor) -> Tokens:
-    """What prompts need to know of a plain vision transformer: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP.
+    """The tokens of a plain vision transformer: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP.
 
     It is one if its blocks (`find_blocks`) pass on equally many tokens, (N, T, width), of which the first ones are the
     same for two images and no other one is, and if it runs with more tokens and these see them.

@@ -12,9 +12,8 @@ from PIL import Image, ImageOps
 
 from fastadv import cli
 from fastadv.data import decoding
-from fastadv.data.decoding import cores, decode
-from fastadv.data.pictures import Picture
-from fastadv.data.pictures import decode as decoding_of
+from fastadv.data.decoding import cores, decode_all
+from fastadv.data.pictures import Picture, decode
 from fastadv.preprocessing import Preprocessing
 
 
@@ -39,7 +38,7 @@ def whole(picture, preprocessing):
 
 
 def decoded_size(picture, enough):
-    return decoding_of(picture.content, "one", enough)[0].size
+    return decode(picture.content, "one", enough)[0].size
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
@@ -93,7 +92,7 @@ def test_all_others_keep_every_bit(kind, picture, options):
 def test_a_large_jpeg_of_another_size_is_refused_and_not_reduced():
     pictures = [encoded(photo(16, 16)), encoded(photo(128, 128))]
     with pytest.raises(ValueError, match=r"different sizes .*128 x 128, others: 16 x 16"):
-        decode(pictures, None, False)
+        decode_all(pictures, None, False)
 
 
 # ---------------------------------------------------------------------- threads
@@ -118,7 +117,7 @@ def at_a_time(monkeypatch):
 
     def decoded(workers):
         seen.clear()
-        decode([Picture("one", b"")] * 12, Preprocessing((8, 8)), False, workers)
+        decode_all([Picture("one", b"")] * 12, Preprocessing((8, 8)), False, workers)
         return max(seen)
 
     return decoded
@@ -160,11 +159,11 @@ def test_off_a_terminal_there_is_a_line_and_on_one_a_bar(monkeypatch, caplog):
     monkeypatch.setattr("tqdm.tqdm", lambda **options: tqdm(**{**options, "delay": 0}))
     pictures = [encoded(photo(16, 16))] * 1200
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    decode(pictures, None, False, 2)
+    decode_all(pictures, None, False, 2)
     assert (caplog.messages, sys.stderr.getvalue()) == (["decoding 1,200 pictures with 2 workers"], "")
     caplog.clear()
     monkeypatch.setattr(sys, "stderr", Terminal())
-    decode(pictures, None, False, 2)
+    decode_all(pictures, None, False, 2)
     assert caplog.messages == []
     assert "decoding: 100%" in sys.stderr.getvalue()
     assert "1200/1200" in sys.stderr.getvalue()

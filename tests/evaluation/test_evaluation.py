@@ -1025,14 +1025,14 @@ def test_accuracy_that_rises_by_chance_is_not_called_so(net, gained, lost, calle
     weak = torch.tensor([False] * gained + [True] * lost + [True] * 500 + [False] * 400)
     strong = torch.tensor([True] * gained + [False] * lost + [True] * 500 + [False] * 400)
     attacks = [("weak", FGSM(net, EPS), weak), ("strong", PGD(net, EPS, steps=5), strong)]
-    assert len(list(masking_checks.of_accuracies(attacks))) == called_so
-    assert len(list(masking_checks.of_accuracies(attacks[::-1]))) == called_so
+    assert len(list(masking_checks.notes_on_accuracies(attacks))) == called_so
+    assert len(list(masking_checks.notes_on_accuracies(attacks[::-1]))) == called_so
 
 
 def test_only_comparable_attacks_are_compared(net):
     def rises(weak, strong):
         none, all_ = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
-        return bool(list(masking_checks.of_accuracies([("weak", weak, none), ("strong", strong, all_)])))
+        return bool(list(masking_checks.notes_on_accuracies([("weak", weak, none), ("strong", strong, all_)])))
 
     assert rises(FGSM(net, EPS), PGD(net, EPS, steps=5))
     assert rises(PGD(net, EPS, steps=5), PGD(net, EPS, steps=5, restarts=2))

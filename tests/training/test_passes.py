@@ -12,7 +12,7 @@ from torch import nn
 
 from fastadv.attacks import FGSM, PMA, Normalized
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.masking_checks import of_outputs
+from fastadv.evaluation.masking_checks import notes_on_outputs
 from fastadv.training import Monitor, Trainer, backbone_robustness, trainable
 
 EPS = 8 / 255
@@ -182,5 +182,5 @@ def test_what_bf16_rounds_is_not_taken_for_chance(change, autocast, told):
         calls.append(images)
         return outputs + change * (len(calls) % 2)
 
-    warned = list(of_outputs(logits, torch.rand(2, 3, 4, 4), 1, autocast))
+    warned = list(notes_on_outputs(logits, torch.rand(2, 3, 4, 4), 1, autocast))
     assert sum("random" in words for words in warned) == told

@@ -1,4 +1,4 @@
-"""What a run or an evaluation leaves for people: one HTML file, curves."""
+"""Reports for people: a training run as one HTML file, the curves of an evaluation."""
 
 from fastadv.evaluation.report.curves import write_curves
 from fastadv.evaluation.report.page import write_report

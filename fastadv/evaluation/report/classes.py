@@ -47,7 +47,7 @@ def by_class(clean: np.ndarray, attacked: np.ndarray, classes: Sequence[str]) ->
     return least + few + html.folded(f"all {len(classes)} classes", html.table(head, rows, "numbers"))
 
 
-def confusions(matrix: np.ndarray, classes: Sequence[str]) -> str:
+def confusion_table(matrix: np.ndarray, classes: Sequence[str]) -> str:
     """A row for each class, a column for what the model says; of many classes a picture and the largest confusions."""
     if len(classes) <= MOST:
         return _as_table(matrix, classes)

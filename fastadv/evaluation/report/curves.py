@@ -3,14 +3,17 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastadv._extras import require
 from fastadv.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]  # of an epoch, or of a run's end, as `Trainer.fit` returns them
 
 LINES = {
     "clean_accuracy": ("clean, validation", "#6c757d", "-"),
@@ -20,7 +23,7 @@ LINES = {
 }
 
 
-def over_epochs(records: Sequence[Mapping]) -> bytes:
+def over_epochs(records: Sequence[Record]) -> bytes:
     """Accuracies over the epochs, counted from 1, as PNG."""
     figure = require("matplotlib.figure").Figure(figsize=(8, 3.2), layout="constrained")
     axis = figure.subplots()
@@ -40,8 +43,12 @@ def over_epochs(records: Sequence[Mapping]) -> bytes:
     return png(figure)
 
 
-def write_curves(path: str | Path, curves: Sequence[Mapping]) -> None:
-    """Write robust accuracy over the budget as a PNG file: `curves` as `fastadv.evaluation.evaluate` returns them.
+def write_curves(path: str | Path, curves: Sequence[Mapping[str, Any]]) -> None:
+    """Write robust accuracy over the budget as a PNG file.
+
+    Args:
+        path: of the file.
+        curves: one for each norm, as `fastadv.evaluation.evaluate` returns them.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -53,7 +60,7 @@ def write_curves(path: str | Path, curves: Sequence[Mapping]) -> None:
     write_atomically(path, png(figure))
 
 
-def _over_budget(axis: "Axes", curve: Mapping) -> None:
+def _over_budget(axis: "Axes", curve: Mapping[str, Any]) -> None:
     scale, unit = (255, " / 255") if curve["norm"] == "Linf" else (1, " in L2")
     eps, robust = ([scale * e for e in curve["eps"]], [100 * share for share in curve["robust_accuracy"]])
     axis.plot(eps, robust, color="#00798c", marker=".")
@@ -66,11 +73,13 @@ def _over_budget(axis: "Axes", curve: Mapping) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def whole_numbers(axis) -> None:
+def whole_numbers(axis: "Axis") -> None:
+    """Let the ticks of an axis be whole numbers."""
     axis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def png(figure: "Figure") -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

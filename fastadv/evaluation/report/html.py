@@ -9,12 +9,12 @@ KEPT = "\n\u200c\u200d"  # not printable by themselves: lines, and the joiners o
 
 
 def text(value: object) -> str:
-    """`value` as text of a page; what is no character (bytes of a name that is not UTF-8, controls) as an escape."""
+    """`value` as text of a page; controls, and bytes of a name that is not UTF-8, as escapes."""
     return html.escape("".join(c if c.isprintable() or c in KEPT else _escaped(c) for c in str(value)))
 
 
 def name(number: int, names: Sequence[str]) -> str:
-    """A class, perhaps of a script from right to left, perhaps very long; its number is legible with any fonts."""
+    """A class by its number and name, whose script may run from right to left; a very long name is cut."""
     words = names[number] if len(names[number]) <= LONGEST else names[number][: LONGEST - 1] + "…"
     return f"{number} <bdi>{text(words.replace(chr(10), _escaped(chr(10))))}</bdi>"
 
@@ -24,7 +24,7 @@ def paragraph(words: str, kind: str = "") -> str:
 
 
 def facts(rows: Mapping[str, object], kind: str = "") -> str:
-    """A table of names and what they are."""
+    """A table of names and their values."""
     cells = "".join(f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>" for key, value in rows.items())
     return f'<table class="{kind}">{cells}</table>'
 
@@ -45,6 +45,6 @@ def image(png: bytes, words: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    """As Python writes it; a byte that was no UTF-8 as that byte."""
+    """A character as Python escapes it; a byte that was no UTF-8 as that byte."""
     code = ord(character)
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()

@@ -2,13 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from fastadv.data.share import Batch
-from fastadv.evaluation.report import classes as of_classes
+from fastadv.data.share import Samples
+from fastadv.evaluation.report import classes as class_tables
 from fastadv.evaluation.report import curves, html, pictures
+from fastadv.evaluation.report.curves import Record
 from fastadv.files import write_atomically
 
 STYLE = """
@@ -31,8 +33,8 @@ def write_report(
     path: str | Path,
     title: str,
     model: nn.Module,
-    records: Sequence[Mapping],
-    test: Batch,
+    records: Sequence[Record],
+    test: Samples,
     classes: Sequence[str],
     eps: float,
     facts: Mapping[str, Mapping[str, object]],
@@ -56,14 +58,15 @@ def write_report(
         OSError: the file cannot be written.
     """
     parts = [f"<h1>{html.text(title)}</h1>"]
-    for heading, build in {
+    builders: dict[str, Callable[[], str]] = {
         "": lambda: _result(records, eps),
         "Over the epochs": lambda: _over_epochs(records),
         "Class by class": lambda: _classes(records[-1], classes),
         f"Test images under PGD-10 at eps {255 * eps:g}/255": lambda: _pictures(model, test, classes, eps),
         "The backbone before training, with a head fitted to clean images": lambda: _backbone(records, eps),
-        **{heading: lambda table=table: html.facts(table) for heading, table in facts.items()},
-    }.items():
+        **{heading: partial(html.facts, table) for heading, table in facts.items()},
+    }
+    for heading, build in builders.items():
         parts += _part(heading, build)
     style = f"<style>{STYLE}</style>"
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.text(title)}</title>{style}'
@@ -81,7 +84,7 @@ def _part(heading: str, build: Callable[[], str]) -> list[str]:
     return [f"<h2>{html.text(heading)}</h2>" if heading else "", content] if content else []
 
 
-def _result(records: Sequence[Mapping], eps: float) -> str:
+def _result(records: Sequence[Record], eps: float) -> str:
     final, backbone = records[-1], _measured(records)
     alarms = [f"epoch {r['epoch'] + 1}: {r['alarm']} ({r['action']})" for r in records if r.get("alarm")]
     if backbone is not None and backbone["warning"]:
@@ -94,48 +97,48 @@ def _result(records: Sequence[Mapping], eps: float) -> str:
     return "\n".join([result, *sentences, *(html.paragraph(alarm, "warning") for alarm in alarms)])
 
 
-def _over_epochs(records: Sequence[Mapping]) -> str:
+def _over_epochs(records: Sequence[Record]) -> str:
     if not any("epoch" in record for record in records):
         return ""
     return html.image(curves.over_epochs(records), "accuracies over the epochs")
 
 
-def _classes(final: Mapping, names: Sequence[str]) -> str:
+def _classes(final: Record, names: Sequence[str]) -> str:
     found = final.get("confusion")
     if found is None:
         return ""
-    clean, attacked = (of_classes.matrix_of(found[name], len(names)) for name in ("clean", "attacked"))
+    clean, attacked = (class_tables.matrix_of(found[name], len(names)) for name in ("clean", "attacked"))
     return "\n".join(
         [
             html.paragraph(
                 "Of the test images of each class, those that are classified right, and that still are under attack."
             ),
-            of_classes.by_class(clean, attacked, names),
+            class_tables.by_class(clean, attacked, names),
             "<h3>What they are taken for</h3>",
-            of_classes.confusions(clean, names),
+            class_tables.confusion_table(clean, names),
             "<h3>What they are taken for under attack</h3>",
-            of_classes.confusions(attacked, names),
+            class_tables.confusion_table(attacked, names),
         ]
     )
 
 
-def _pictures(model: nn.Module, test: Batch, classes: Sequence[str], eps: float) -> str:
+def _pictures(model: nn.Module, test: Samples, classes: Sequence[str], eps: float) -> str:
     return pictures.under_attack(model, test, classes, eps) if len(test[0]) else ""
 
 
-def _backbone(records: Sequence[Mapping], eps: float) -> str:
+def _backbone(records: Sequence[Record], eps: float) -> str:
     measured = _measured(records)
     if measured is None or measured["robust_accuracy"] is None:
         return ""
     return html.facts({"Clean accuracy": _percent(measured["clean_accuracy"]), **_robust(measured, eps)})
 
 
-def _measured(records: Sequence[Mapping]) -> Mapping | None:
+def _measured(records: Sequence[Record]) -> Record | None:
     return next((record["backbone"] for record in records if "backbone" in record), None)
 
 
-def _choice(final: Mapping) -> list[str]:
-    """A sentence where chance alone may have told the chosen weights from others."""
+def _choice(final: Record) -> list[str]:
+    """A sentence where chance alone may have preferred the chosen weights to others."""
     if not final.get("within_noise"):
         return []
     others = ", ".join(str(epoch + 1) for epoch in final["within_noise"])
@@ -146,7 +149,7 @@ def _choice(final: Mapping) -> list[str]:
     ]
 
 
-def _robust(record: Mapping, eps: float) -> dict[str, str]:
+def _robust(record: Record, eps: float) -> dict[str, str]:
     rows = {f"Robust accuracy (PGD-10, eps {255 * eps:g}/255)": _percent(record["robust_accuracy"])}
     if "pma_accuracy" in record:
         rows["and under PMA, two runs of 20 steps"] = _percent(record["pma_accuracy"])

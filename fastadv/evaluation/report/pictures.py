@@ -10,7 +10,7 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.attacks import create_attack
 from fastadv.attacks.verdicts import NONE, predicted
-from fastadv.data.share import Batch
+from fastadv.data.share import Samples
 from fastadv.evaluation.report import html
 from fastadv.functional import to_float
 from fastadv.nn.frozen import frozen
@@ -20,8 +20,18 @@ SHOWN = 8  # images
 SIDE = 224  # pixels of the longer side; larger ones are made smaller
 
 
-def under_attack(model: nn.Module, test: Batch, classes: Sequence[str], eps: float) -> str:
-    """Images of all classes, as columns: each with its perturbation and its adversarial image, under PGD-10."""
+def under_attack(model: nn.Module, test: Samples, classes: Sequence[str], eps: float) -> str:
+    """A table of images of all classes, each with its perturbation and its adversarial image under PGD-10.
+
+    Args:
+        model: from images in [0, 1] to logits.
+        test: images (N, C, H, W) and labels int64 (N,).
+        classes: a name for each label.
+        eps: budget in pixels of [0, 1].
+
+    Returns:
+        HTML.
+    """
     device = next((parameter.device for parameter in model.parameters()), test[0].device)
     count = min(SHOWN, len(test[0]))
     spread = test[1].argsort(stable=True)[torch.arange(count) * len(test[0]) // count]  # over all classes
