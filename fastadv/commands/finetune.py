@@ -28,7 +28,7 @@ from fastadv.commands.arguments import (
     overlap,
 )
 from fastadv.commands.speech import is_quiet, say
-from fastadv.data.share import Batch, Share
+from fastadv.data.share import Samples, Share
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation.report import write_report
 from fastadv.models.checkpoints import read_facts, trained_on_of
@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> Non
     model.trained_on += (TrainedOn.of(dataset),)
     records = train(arguments, model, dataset)
     images, labels = dataset.test
-    test = (images.whole(device) if isinstance(images, Share) and not team.alone else images), labels
+    test = (images.whole(device) if isinstance(images, Share) else images), labels
     team.from_first(lambda: _finish(arguments, weights, model, dataset, records, test))
 
 
@@ -125,7 +125,7 @@ def _finish(
     model: models.Model,
     dataset: data.Data,
     records: list[Record],
-    test: Batch,
+    test: Samples,
 ) -> None:
     models.save(model, weights)
     final = records[-1]

@@ -11,7 +11,7 @@ from fastadv.attacks import PGD
 from fastadv.attacks.checks import check_eps, check_samples, highest
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.robustness import robust_accuracy
-from fastadv.evaluation.samples import as_tensors, collected
+from fastadv.evaluation.samples import as_tensors, collected_tensors
 from fastadv.functional import sample_seeds
 from fastadv.models import find_head
 from fastadv.nn.frozen import frozen
@@ -99,7 +99,8 @@ def backbone_robustness(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     judges = min(judge, max(1, len(labels) // 5, len(labels) - fit))
     order = order[: judges + fit]
-    images, labels = collected((images[order.to(images.device)], labels[order.to(labels.device)]), model, None)
+    chosen = images[order.to(images.device)], labels[order.to(labels.device)]
+    images, labels = collected_tensors(chosen, model, None)
     try:
         name, module = find_head(model, head, images[:1].to(labels.device))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -13,7 +14,7 @@ from fastadv.attacks.objective import Objective
 from fastadv.attacks.samplewise import cosines_of
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.foreign import as_images
-from fastadv.evaluation.samples import collected
+from fastadv.evaluation.samples import collected_tensors
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import AnyModel
@@ -121,7 +122,7 @@ class Monitor:
         check_attack("attack", attack)
         # One process may check alone: the wrapper would wait for the others.
         self.model = one_process(model)
-        self.images, self.labels = collected((images, labels), model, None)
+        self.images, self.labels = collected_tensors((images, labels), model, None)
         self.attack = attack
         self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
         self.best: float | None = None  # accuracy under PGD
@@ -201,7 +202,7 @@ class Monitor:
             after, losses, logits = self._judge.gradient(self._attacked(attack, x, labels, seeds[:count]), labels)
             draws = isinstance(attack, Attack) and attack.draws
             cosines = cosines_of((in_noise if draws else at_clean)[:count], after)
-        attacked = predicted(logits) == labels
+        attacked = predicted(cast(torch.Tensor, logits)) == labels  # cross-entropy's are never None
         return tuple(each[:count] for each in (right, attacked, alignment, cosines, noise_losses, losses))
 
     def _attacked(
