@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -139,15 +140,11 @@ def predictions(
         device: where the model runs.
         batch_size: pictures that are decoded and classified at a time.
         workers: threads that decode.
-
-    Raises:
-        ValueError: the model does not say it.
     """
-    if model.preprocessing is None:
-        raise ValueError("the model does not say what size of images it takes: it cannot classify pictures")
+    preprocessing = cast(Preprocessing, model.preprocessing)  # `run` refuses a model without
     network = model.on_pixels.to(device)
     with torch.no_grad(), frozen(network):
-        for part, decoded in _decoded(pictures, model.preprocessing, batch_size, workers):
+        for part, decoded in _decoded(pictures, preprocessing, batch_size, workers):
             pixels = [each for each in decoded if not isinstance(each, str)]
             said = iter(_classified(network, pixels, device) if pixels else ())
             for picture, each in zip(part, decoded, strict=True):

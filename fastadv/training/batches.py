@@ -59,15 +59,15 @@ class Batches:
         images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
         if self.memory_format is not None:
             images = images.contiguous(memory_format=self.memory_format)
-        moves = self.moves(part, at, repeats)
-        if self.augment is not None and moves is not None:
-            images = self.augment(images, moves)
+        if self.augment is not None:
+            images = self.augment(images, self._moves(part, at, repeats))
         return images, labels
 
     def moves(self, part: torch.Tensor, at: Progress, repeats: int) -> torch.Tensor | None:
         """The seeds of the augmentation of the images numbered `part`, int64; None without an augmentation."""
-        if self.augment is None:
-            return None
+        return None if self.augment is None else self._moves(part, at, repeats)
+
+    def _moves(self, part: torch.Tensor, at: Progress, repeats: int) -> torch.Tensor:
         return sample_seeds(self.seed, part.to(self.device), self._passed(at, repeats) + AUGMENTING)
 
     def _passed(self, at: Progress, repeats: int) -> int:
