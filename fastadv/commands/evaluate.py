@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out)
     model = load_model(arguments.model, arguments.trust_code)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
-    adversaries(model.on_pixels, attacks, arguments.eps)  # refuses what is wrong before pictures are decoded
+    adversaries(model.on_pixels, attacks, arguments.eps)  # refuses wrong ones before pictures are decoded
     split = model.trained_on[-1].split if model.trained_on else Split()
     chosen = data.held_out(
         arguments.data,

@@ -97,7 +97,7 @@ def _json_rows(file: TextIO, classes: Sequence[str], top: int | None) -> Iterato
 
     try:
         yield write
-    finally:  # what was written can be read, also where a later picture stopped it
+    finally:  # the rows so far can be read, also where a later picture stopped the command
         file.write("[]\n" if before == "[\n" else "\n]\n")
 
 

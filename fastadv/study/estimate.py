@@ -18,7 +18,7 @@ logger = logging.getLogger("fastadv")
 
 _Kind = tuple[str, str | None, str, str]  # data, classes, model and method: what the time of a pass depends on
 
-# What the time of a standard step depends on.
+# Settings that the time of a standard step depends on.
 _OF_A_STEP = (
     *("method", "head", "rank", "lora_targets", "lr", "batch_size", "grad_accum_steps", "optimizer"),
     *("precision", "compile", "channels_last"),

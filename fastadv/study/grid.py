@@ -111,7 +111,7 @@ class Images:
     def __post_init__(self) -> None:
         if type(self.split_seed) is not int:
             raise ValueError(f"split_seed is a whole number, got {self.split_seed!r}")
-        Split(self.split_seed, validation=self.validation)  # refuses what is no share
+        Split(self.split_seed, validation=self.validation)  # refuses a validation that is no share
         for name in ("train_limit", "val_limit", "test_limit"):
             limit = getattr(self, name)
             if limit is not None and (type(limit) is not int or limit < 1):
@@ -123,7 +123,7 @@ class Task:
     """A cell and all that its result depends on.
 
     Attributes:
-        cell: what it is called by.
+        cell: its name in the results.
         data: where its images are.
         images: which of them are taken.
         attack: name of the attack or the fast method in training, as the trainer takes it.
@@ -270,7 +270,7 @@ def _task(
     name, attack, changes = _attack(attacked)
     cell = Cell(data.name, data.classes, str(model), method, name, _eps(eps), seed)
     task = Task(cell, data, images, attack, _training(cell, {**block, **changes}), judges)
-    trainer(task, nn.Identity())  # refuses what is wrong, before anything is begun
+    trainer(task, nn.Identity())  # refuses wrong settings before any cell runs
     return task
 
 

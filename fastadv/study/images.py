@@ -1,4 +1,4 @@
-"""The images of a cell: a data set, as the model takes it, and of each part the first so many of a fixed order."""
+"""The images of a cell: a data set as the model takes it, each part up to its limit, in a fixed order."""
 
 import hashlib
 from dataclasses import dataclass

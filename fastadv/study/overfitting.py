@@ -89,7 +89,7 @@ class Course:
     Attributes:
         result: of the run.
         collapse: the epoch at which it collapsed, from 0; None where it did not.
-        seen: {detector: the epoch at which it fired first, or None}, of those that had something to see.
+        seen: {detector: the epoch at which it fired first, or None}; detectors without readings are not in it.
     """
 
     result: Result
@@ -154,7 +154,7 @@ def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) 
 
     Args:
         epochs: its records; those without a validation or a probe do not count.
-        partner: those of the run trained with PGD from the same seed.
+        partner: the records of the run trained with PGD from the same seed.
     """
     of_partner = {each["epoch"]: each.get("robust_accuracy") for each in partner or ()}
     best = 0.0

@@ -54,7 +54,7 @@ class Study:
         folder: of the study.
         results: of the finished cells.
         asked: ids of the cells that the grid asks for; None where there is no grid.
-        absent: {id: why, where it is known}, of those that are not finished.
+        absent: {id of a cell that is not finished: why, where it is known}.
         unjudged: {id: judges that the grid asks for and that have not judged the cell}.
         problems: in words, what could not be read or compared.
         differences: to the cells trained with PGD.
@@ -95,7 +95,7 @@ class Study:
 def write_study(folder: Path) -> None:
     """Write report.html, results.json, results.csv and figures (SVG and PNG) of the finished cells in `folder`.
 
-    Of a study that is not finished they say what is missing, and of cells that cannot be read or compared, why.
+    Where the study is not finished they say what is missing, and why a cell cannot be read or compared.
 
     Raises:
         ImportError: the `train` extra is not installed.

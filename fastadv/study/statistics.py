@@ -35,7 +35,7 @@ class Difference:
         mean: of the verdicts.
         low: the lower bound of the mean's interval.
         high: the upper bound.
-        unlike: {name of a setting: both values, in words}, of those that are not the attack's own and differ.
+        unlike: {name of a setting: both values, in words}, of the settings that differ and are not the attack's own.
     """
 
     row: Row
@@ -199,7 +199,7 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     seeds = sorted(set.intersection(*(set(each.seeds) for each in of_one)))
     if not seeds:
         return None
-    # What the methods' models do to an image, with one seed, is one number.
+    # For each image and seed one number: the mean over the methods' models.
     verdicts = np.mean([each.verdicts[[each.seeds.index(s) for s in seeds]] for each in of_one], 0)
     interval = bootstrap(verdicts, _number(*((each.row, each.attack, each.judge) for each in of_one)))
     return Average(*facts, float(verdicts.mean()), *interval)

@@ -36,7 +36,7 @@ class Augment:
             seeds: int64 (N,), on the images' device.
 
         Returns:
-            New images like those given: channels-last if they are, else contiguous.
+            New images of the same shape and dtype: channels-last if the given ones are, else contiguous.
 
         Raises:
             TypeError: seeds are not int64.

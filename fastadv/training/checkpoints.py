@@ -20,7 +20,7 @@ from fastadv.training.settings import RENAMED
 FORMAT, OLDEST = 3, 2  # 2 has old names of settings
 KEPT = 2
 
-# The names of what is written here; nothing else is read, replaced or removed.
+# The names of the files that are written here; no other file is read, replaced or removed.
 _MANIFEST = re.compile(r"\d{8,}\.json")
 _TENSORS = re.compile(r"[0-9a-f]{64}\.safetensors")
 

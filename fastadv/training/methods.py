@@ -119,7 +119,7 @@ def trainable(
     - "lora": a low-rank update of some layers, and the head (Hu et al. 2022, arXiv 2106.09685).
     - "adapter": a bottleneck behind the last branch of each residual block, and the head (Houlsby et al. 2019, arXiv
       1902.00751, as `fastadv.models.Adapter`).
-    - "prompt": tokens beside those of each block of a plain vision transformer, and the head (VPT-deep: Jia et al.
+    - "prompt": more tokens in each block of a plain vision transformer, and the head (VPT-deep: Jia et al.
       2022, arXiv 2203.12119, as `fastadv.models.Prompt`).
     - "ia3": vectors that scale keys, values and the input of the last layer of each residual block, and the head (Liu
       et al. 2022, arXiv 2205.05638).
@@ -141,8 +141,8 @@ def trainable(
         alpha: of LoRA: an update is alpha / rank times the product of its two factors.
         lora_targets: names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means the layers
             that `fastadv.models.lora_targets` finds.
-        example: images (N, C, H, W) as the model takes them, to find the head and those layers by running it.
-        adapter_reduction: an adapter is narrower than what it adapts by this factor; None means 8.
+        example: images (N, C, H, W) as the model takes them, to find the head and the layers by running it.
+        adapter_reduction: the width of a layer over that of its adapter; None means 8.
         prompt_tokens: how many tokens a block gets; None means 10.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The images of a training run: those that it learns from, those that choose weights, and those that judge them."""
+"""The images of a training run, which train the weights, choose among them and judge them."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class Parts:
     """Pairs of images and labels, as tensors.
 
     Attributes:
-        train: what is trained on.
-        val: what weights are chosen on; None where there are no such images.
-        test: what the chosen weights are judged on; `val` where there are no other images.
+        train: they train the weights.
+        val: they choose weights; None where there are no such images.
+        test: they judge the chosen weights; `val` where there are no other images.
     """
 
     train: Batch
@@ -37,11 +37,11 @@ class Parts:
 
     @property
     def present(self) -> list[Batch]:
-        """Those that there are."""
+        """The parts that are not None."""
         return [part for part in (self.train, self.val, self.test) if part is not None]
 
     def facts(self, team: Team, device: torch.device) -> dict[str, object]:
-        """What a fingerprint reads of each part, by its name, to know it again.
+        """For each part, by its name, what a fingerprint reads to recognise it.
 
         Args:
             team: the processes of the run; all of them call this together.

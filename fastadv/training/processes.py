@@ -49,7 +49,7 @@ def processes() -> "PartialState":
     here = require("accelerate").PartialState(cpu=asked or not torch.accelerator.is_available())
     if not (distributed.is_available() and distributed.is_initialized()):
         return here
-    atexit.unregister(_end)  # it is to run once, before what was registered earlier
+    atexit.unregister(_end)  # it runs once, before all functions that were registered earlier
     atexit.register(_end)
     if here.num_processes < distributed.get_world_size():
         warnings.warn(

@@ -525,7 +525,7 @@ class Run:
         at.stopped = action == "stop"
         self._record(record)
         self._say(epoch_line(at.records, self._epochs))
-        self._save()  # or what was just evaluated would be evaluated again
+        self._save()  # else a resumed run would evaluate this epoch again
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
@@ -542,7 +542,7 @@ class Run:
         attacker.attack = self.budget.at(at.epoch * self.steps + at.batch, self._epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = at.lr
-        # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
+        # The model's draws depend on the epoch and the batch alone, so that no generator's state has to be kept.
         torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
         if self.before:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))

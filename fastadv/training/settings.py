@@ -111,7 +111,7 @@ class Settings:
             if value is not None or each.default is not None:
                 value = checked(each.name, value, kind_of(each), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
-        span(self.eps_schedule)  # refuses what is none
+        span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
         for name, method in (("lora_targets", "lora"), ("adapter_reduction", "adapter"), ("prompt_tokens", "prompt")):

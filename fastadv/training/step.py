@@ -28,11 +28,11 @@ class TrainStep:
     backward pass to the images and one to what trains.
 
     Args:
-        model: what is trained; any outputs that attacks take.
+        model: it is trained; its outputs are any that attacks take.
         attack: one of fastadv, any callable from (images, labels) to images, None for clean images, or a `FastMethod`,
             whose `begin` the caller calls before each update.
         optimizer: of the parameters that train.
-        through: what the update calls, such as the model under DistributedDataParallel; None means the model.
+        through: the update calls this, such as the model under DistributedDataParallel; None means the model.
         clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
         label_smoothing: of the loss of the update.
         max_grad_norm: largest norm of the gradient of all parameters; None means no clipping.

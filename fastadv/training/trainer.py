@@ -113,11 +113,11 @@ class Trainer:
         elif isinstance(attack, str):
             if attack not in PRESETS:
                 raise ValueError(f"unknown attack {attack!r}; there are {', '.join((*PRESETS, *FAST))}")
-            attack = create_attack(attack, self.model, self.eps, **changes)  # refuses what is wrong, now
+            attack = create_attack(attack, self.model, self.eps, **changes)  # refuses wrong settings now
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
-        Budget(attack, self.settings.eps_schedule)  # refuses what it would not change
+        Budget(attack, self.settings.eps_schedule)  # refuses an attack that it would not change
         check_attack("eval_attack", self.eval_attack)
         if isinstance(attack, Attack) and attack.norm != "Linf":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The weights that a training run keeps beside those that train."""
+"""The copies of the weights that a training run keeps: averaged, good and best ones."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -65,7 +65,7 @@ class FastMethod:
     REFUSES: Mapping[str, str] = {  # settings that it cannot heed, and why
         "eps_schedule": "what it weighs, or keeps from update to update, is of one budget",
     }
-    WEIGHT = 0.0  # of what it adds to the loss, where penalty is not given
+    WEIGHT = 0.0  # of its addition to the loss, where penalty is not given
     REPEATS = 1
     alone = True  # whether it trains in one process only
     compares = False  # whether the update sees the images at the start too, and `distances` adds to the loss

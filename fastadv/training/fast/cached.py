@@ -31,8 +31,8 @@ class Cached(FastMethod):
 
     An image's features are one row of numbers in the precision in which they enter the head: images x features x 4
     bytes in float32, 26 MB for 50,000 images and 128 features, 154 MB for 768. There are two such tables in memory, or
-    three files of them in the run's folder. After a rollback the features are still right; only their perturbations
-    are those of a head that was given up.
+    three files of them in the run's folder. After a rollback the features are still right, but their perturbations
+    were made for the head that was given up.
 
     Args:
         model: as of `FastMethod`.

@@ -86,7 +86,7 @@ class FGSMPGI(FastMethod):
             pairs: (N, 2, C, H, W).
             moves: int64 (N,), the seeds of the augmentation; None without one.
             where: "sources": from the frame of the stored pictures to that of the images; "targets": back.
-            elsewhere: (N, 2, C, H, W), what is taken beyond the picture.
+            elsewhere: (N, 2, C, H, W), the numbers where the frame is beyond the picture.
         """
         if moves is None:
             return pairs
