@@ -99,7 +99,7 @@ def test_a_picture_without_a_prediction_gets_no_class(tmp_path, monkeypatch):
     colours = {"0": (200, 0, 0), "1": (0, 0, 0), "2": (255, 255, 255), "3": (0, 0, 200), "4": (200, 200, 0)}
     for name, colour in colours.items():
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"{name}.png")
-    model = SimpleNamespace(pixels=Blind(), preprocessing=Preprocessing((16, 16)), classes=("r", "g", "b"))
+    model = SimpleNamespace(on_pixels=Blind(), preprocessing=Preprocessing((16, 16)), classes=("r", "g", "b"))
     monkeypatch.setattr(predict, "load_model", lambda path, trust_code: model)
     for name in ("p.csv", "p.json"):
         with pytest.warns(UserWarning, match="no prediction for 2 of 5 pictures"):

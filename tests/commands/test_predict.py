@@ -294,7 +294,7 @@ def test_pictures_are_decoded_a_batch_ahead_by_so_many_workers(tmp_path, monkeyp
     for batch, workers in ((4, 3), (5, 1), (30, 2)):
         decoded.clear(), most.clear()
         network = Noting(decoded)
-        model = SimpleNamespace(pixels=network, preprocessing=Preprocessing((12, 10)), classes=CLASSES)
+        model = SimpleNamespace(on_pixels=network, preprocessing=Preprocessing((12, 10)), classes=CLASSES)
         found = predict.found(tmp_path)
         given = list(predict.predictions(model, found, torch.device("cpu"), batch, workers))
         assert [str(prediction.path) for prediction in given] == sorted(images)

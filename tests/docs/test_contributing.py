@@ -118,7 +118,9 @@ def followed(tmp_path):
 
 
 def run(folder, *command):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in ours if not path.startswith(str(ROOT / "tests"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *others])}
     done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

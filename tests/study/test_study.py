@@ -29,6 +29,7 @@ from fastadv.study.grid import Cell, DataSet, expanded, trainer
 from fastadv.study.images import parts_of
 from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
+from fastadv.training.settings import RENAMED
 from fastadv.version import __version__
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -637,8 +638,14 @@ def test_what_an_older_cell_has_no_name_for_had_its_default_and_a_newer_one_is_r
     path.write_text(json.dumps(record | {"settings": record["settings"] | {"colour": "blue"}}))
     with pytest.raises(SystemExit, match=r"differs in colour \(blue, None\)"):
         study(tmp_path / "copy")
-    path.write_text(json.dumps(record | {"format": 2}))
-    with pytest.raises(SystemExit, match="has the format 2"):
+    old = {new: name for name, new in RENAMED.items()}
+    first = {old.get(name, name): value for name, value in record["settings"].items()}
+    path.write_text(json.dumps(record | {"format": 1, "settings": first}))  # before settings got other names
+    study(tmp_path / "copy", "-q")
+    with pytest.raises(SystemExit, match=r"differs in max_grad_norm \(None, 2\.0\)"):
+        study(tmp_path / "copy", grid=SMALL + "max_grad_norm: 2.0\n")
+    path.write_text(json.dumps(record | {"format": 3}))
+    with pytest.raises(SystemExit, match="has the format 3"):
         study(tmp_path / "copy")
     path.write_text("{")
     with pytest.raises(SystemExit, match=r"cell\.json is damaged"):
