@@ -14,7 +14,7 @@ from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.images import FooledImages
 from fastadv.evaluation.robustness import check_counts, judged
 from fastadv.evaluation.run import Report, Run
-from fastadv.evaluation.samples import collected_tensors
+from fastadv.evaluation.samples import collected
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.logits import AnyModel
 
@@ -136,7 +136,7 @@ class AutoAttack(Ensemble):
             raise ValueError("the run that goes on from a state must have its seed: give AutoAttack(seed=), an int")
         seed = int(new_seed("cpu")) if self.seed is None else self.seed
         check_counts(bs=bs, seed=seed)
-        images, labels = collected_tensors((x, y), self.model, self.device)
+        images, labels = collected((x, y), self.model, self.device)
         settings = {"iterate": "any", "ensemble": ensemble, "slots": min(bs, len(images)), "seed": int(seed)}
         # Also to see that the log can be written, before there is anything to lose.
         self._log(f"using {', '.join(each.title for each in against)}")

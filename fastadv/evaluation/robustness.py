@@ -332,9 +332,7 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
             trial.gallery.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
 
 
-def robust_accuracy(
-    model: AnyModel, data: AnyData, attack: AnyAttack, **options: Any
-) -> Mapping[str, float | list[float | None] | None]:
+def robust_accuracy(model: AnyModel, data: AnyData, attack: AnyAttack, **options: Any) -> dict[str, Any]:
     """`evaluate` in short: one attack, without a progress bar.
 
     Args:

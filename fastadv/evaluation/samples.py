@@ -1,7 +1,7 @@
 """The samples of an evaluation: all of them, checked."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -27,11 +27,16 @@ WANTED = (
 AnyData = Batch | Iterable[Batch] | Dataset[Any]
 
 
+@overload
 def collected(
-    data: AnyData,
-    model: AnyModel,
-    device: torch.device | str | None,
-    normalization: Normalization | None = None,
+    data: Samples, model: AnyModel, device: torch.device | str | None, normalization: Normalization | None = None
+) -> Samples: ...
+@overload
+def collected(
+    data: AnyData, model: AnyModel, device: torch.device | str | None, normalization: Normalization | None = None
+) -> Batch: ...
+def collected(
+    data: AnyData, model: AnyModel, device: torch.device | str | None, normalization: Normalization | None = None
 ) -> Batch:
     """All images of a pair or of batches, where they are, and all labels.
 
@@ -54,16 +59,6 @@ def collected(
     given: Any = data
     if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Share):
         return _share_and_labels(given[0], given[1], model, device)
-    return collected_tensors(data, model, device, normalization)
-
-
-def collected_tensors(
-    data: AnyData,
-    model: AnyModel,
-    device: torch.device | str | None,
-    normalization: Normalization | None = None,
-) -> Samples:
-    """`collected` for data without a `Share`."""
     batches = [_pair(batch, model) for batch in _batches(data)]
     if not sum(labels.numel() for _, labels in batches):
         raise ValueError("there are no images to evaluate")
