@@ -1,7 +1,7 @@
 """How robust is a backbone before anything is trained? A head on a frozen one is no more robust than its features."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from collections.abc import Iterable
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from fastadv.attacks import PGD
 from fastadv.attacks.checks import check_eps, check_samples, highest
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.robustness import robust_accuracy
-from fastadv.evaluation.samples import as_tensors, collected_tensors
+from fastadv.evaluation.samples import as_tensors, collected
 from fastadv.functional import sample_seeds
 from fastadv.models import find_head
 from fastadv.nn.frozen import frozen
@@ -100,7 +100,7 @@ def backbone_robustness(
     judges = min(judge, max(1, len(labels) // 5, len(labels) - fit))
     order = order[: judges + fit]
     chosen = images[order.to(images.device)], labels[order.to(labels.device)]
-    images, labels = collected_tensors(chosen, model, None)
+    images, labels = collected(chosen, model, None)
     try:
         name, module = find_head(model, head, images[:1].to(labels.device))
     except ValueError as error:
@@ -138,7 +138,7 @@ def backbone_robustness(
             probe.fit(features, labels[fitting].repeat(1 + refit))
         against = PGD(probe, eps, eps / 4, steps, **passes.attack)
         judged, options = (images[:judges], labels[:judges]), {"seed": seed, "device": labels.device}
-        report: Mapping[str, Any] = robust_accuracy(probe, judged, against, **options, **passes.evaluation)
+        report = robust_accuracy(probe, judged, against, **options, **passes.evaluation)
         robust: float = report["robust_accuracy"]
     chance = int(labels[judging].bincount().max()) / judges
     warning = None

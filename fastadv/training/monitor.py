@@ -14,7 +14,7 @@ from fastadv.attacks.objective import Objective
 from fastadv.attacks.samplewise import cosines_of
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.foreign import as_images
-from fastadv.evaluation.samples import collected_tensors
+from fastadv.evaluation.samples import collected
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import AnyModel
@@ -122,7 +122,7 @@ class Monitor:
         check_attack("attack", attack)
         # One process may check alone: the wrapper would wait for the others.
         self.model = one_process(model)
-        self.images, self.labels = collected_tensors((images, labels), model, None)
+        self.images, self.labels = collected((images, labels), model, None)
         self.attack = attack
         self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
         self.best: float | None = None  # accuracy under PGD

@@ -351,7 +351,7 @@ class Run:
         report = evaluate(self.model, test, attacks, progress=False, **options)
         shares = [result["robust_accuracy"] for result in report["attacks"]]
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
-        return self._agreed({**self._checked(found, attack), "confusion": confusions(test[1], report)})
+        return self._agreed(self._checked(found, attack) | {"confusion": confusions(test[1], report)})
 
     def _choice(self) -> Record:
         """The accuracy that the weights were chosen by, and the epochs that chance alone may have ranked below them."""
@@ -681,14 +681,14 @@ class Run:
         if self.at.best is None or found >= self.at.best:
             self.at.best, self.at.best_epoch = found, self.at.epoch - 1
             self.weights.keep("best")
-        return {**result, "eval_s": time.perf_counter() - start}
+        return result | {"eval_s": time.perf_counter() - start}
 
-    def _accuracy(self, data: Batch, attack: TrainAttack) -> Mapping[str, Any]:
+    def _accuracy(self, data: Batch, attack: TrainAttack) -> Record:
         options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
         found = robust_accuracy(self.model, data, attack, **options)
         return self._agreed(self._checked(found, attack))
 
-    def _checked(self, found: Mapping[str, Any], attack: TrainAttack) -> Mapping[str, Any]:
+    def _checked(self, found: Record, attack: TrainAttack) -> Record:
         if found["robust_accuracy"] is None:  # its warning says how far it went
             raise ValueError(f"eval_attack {_name(attack)} leaves its eps or [0, 1]: weights cannot be chosen by it")
         return found
