@@ -1,4 +1,4 @@
-"""What the arguments of several commands mean."""
+"""Options that several commands have, and what they mean."""
 
 import argparse
 import math
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +16,7 @@ from fastadv.commands.speech import say
 from fastadv.data.classes import class_list
 from fastadv.data.trained import known
 from fastadv.preprocessing import Preprocessing
+from fastadv.team import Team
 
 
 def budget(text: str) -> float:
@@ -34,9 +36,12 @@ def budget(text: str) -> float:
 
 
 def eps_budget(text: str) -> float:
-    """As `budget`; below 0.5 it must be spelt out as a fraction of 255, because it is probably in [0, 1].
+    """As `budget`, but a number below 0.5 must be written as a fraction of 255: it is probably meant in [0, 1].
 
-    Only --eps is read so strictly: a step or a noise of a fraction of 1/255 is nothing unusual.
+    Only --eps is read so strictly: a step or a noise below 0.5/255 is nothing unusual.
+
+    Raises:
+        argparse.ArgumentTypeError: as `budget`, or such a number.
     """
     value = budget(text)
     if "/" not in text and 0 < float(text) < 0.5:
@@ -47,11 +52,20 @@ def eps_budget(text: str) -> float:
     return value
 
 
-def adder(parser: argparse.ArgumentParser) -> Callable:
-    """`add(name, kind, default, **options)` for a parser whose help shows the defaults."""
+Kind = Callable[[str], object]  # from an option's text to its value; argparse shows its ArgumentTypeError
+
+
+class Add(Protocol):
+    """Adds an option to a parser: `add("--epochs", int, 20, help="passes over the training images")`."""
+
+    def __call__(self, name: str, kind: Kind = str, default: object = None, **options: Any) -> None: ...
+
+
+def adder(parser: argparse.ArgumentParser) -> Add:
+    """What adds options to a parser whose help shows the defaults."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
-    def add(name: str, kind: Callable = str, default: object = None, **options) -> None:
+    def add(name: str, kind: Kind = str, default: object = None, **options: Any) -> None:
         # A help text, if only a blank, is what makes argparse print the default.
         parser.add_argument(name, type=kind, default=default, **{"help": " ", **options})
 
@@ -61,18 +75,30 @@ def adder(parser: argparse.ArgumentParser) -> Callable:
 class Renamed(argparse.Action):
     """An old name of an option: it works until the next minor release, and warns."""
 
-    def __init__(self, option_strings: list[str], dest: str, **options):
+    def __init__(self, option_strings: list[str], dest: str, **options: Any):
         super().__init__(option_strings, dest, **options | {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS})
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
         new = "--" + self.dest.replace("_", "-")
         warnings.warn(f"{option_string} is now {new}", FutureWarning, stacklevel=2)
         setattr(namespace, self.dest, values)
 
 
-def add_data(
-    parser: argparse.ArgumentParser, add: Callable, default: str | None = None, split_seed: int | None = 0
-) -> None:
+def add_data(parser: argparse.ArgumentParser, add: Add, default: str | None = None, split_seed: int | None = 0) -> None:
+    """Add the options that say where the images are, and what is taken of them.
+
+    Args:
+        parser: of the command.
+        add: its `adder`.
+        default: of --data; None means that it must be given.
+        split_seed: default of --split-seed.
+    """
     add(
         "--data",
         default=default,
@@ -94,7 +120,8 @@ def add_data(
     add_device(add)
 
 
-def add_device(add: Callable) -> None:
+def add_device(add: Add) -> None:
+    """Add --device: a GPU where there is one."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", device, here, help="where the model runs: cpu, cuda, cuda:1")
 
@@ -124,7 +151,7 @@ def devices() -> list[str]:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that cannot be made or written to, before anything is spent on what is to go there.
+    """Refuse a folder that cannot be made or written to, before time is spent on its content.
 
     Raises:
         OSError: it is no folder, or nothing can be written there.
@@ -142,8 +169,24 @@ def check_folder(path: Path) -> None:
         raise OSError(f"cannot write to --out {path}{where}: {error.strerror}") from error
 
 
-def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None, **options) -> data.Data:
-    """The data that `add_data`'s arguments name, with a word on what the set itself does not have."""
+def load_data(
+    arguments: argparse.Namespace,
+    preprocessing: Preprocessing | None,
+    *,
+    validation: float,
+    team: Team | None = None,
+) -> data.Data:
+    """The data that `add_data`'s options name; the parts that the set itself does not have are printed.
+
+    Args:
+        arguments: of the command.
+        preprocessing: of the pictures, as in `fastadv.data.load`.
+        validation: share of the training images to choose weights on, where the set sets none apart.
+        team: the processes of a run, each of which holds a share of the images; None means that this one holds all.
+
+    Raises:
+        ValueError: the data have a single class.
+    """
     dataset = data.load(
         arguments.data,
         preprocessing=preprocessing,
@@ -154,7 +197,8 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
         skip_corrupt=arguments.skip_corrupt,
         workers=arguments.workers,
         seed=arguments.split_seed,
-        **options,
+        validation=validation,
+        team=team,
     )
     for note in dataset.notes:
         say(note)
@@ -167,9 +211,9 @@ def load_data(arguments: argparse.Namespace, preprocessing: Preprocessing | None
 
 
 def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
-    """How many of the pictures with these digests the model was trained on, with a word if any; None: it is not known.
+    """How many of the pictures with these digests the model was trained on; None where its file does not say.
 
-    Training pictures say nothing about how good a model is.
+    Where there are any this is printed: training pictures say nothing about how good a model is.
     """
     count = known(model.trained_on, digests)
     if count:
@@ -181,6 +225,7 @@ def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add --trust-code."""
     parser.add_argument(
         "--trust-code",
         action="store_true",
@@ -189,10 +234,14 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def check_new(weights: Path, resume: bool) -> None:
-    """Refuse to write over the weights of a run that does not go on.
+    """Refuse to write over the weights of another run.
+
+    Args:
+        weights: the file to be written.
+        resume: whether the run goes on from the state beside that file.
 
     Raises:
-        FileExistsError: there are some.
+        FileExistsError: there are such weights.
     """
     if not weights.exists():
         return
@@ -217,6 +266,6 @@ def load_model(path: str | Path, trust_code: bool) -> models.Model:
 
 
 def _see_working_folder() -> None:
-    """Last, so that no file there takes the place of a package."""
+    """Let modules be imported from the working folder; last, so that no file there takes the place of a package."""
     if "" not in sys.path:
         sys.path.append("")

@@ -5,6 +5,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ FORMAT = 1  # of report.json
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.set_defaults(run=run)
     add = adder(parser)
     add_data(parser, add, split_seed=None)
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out)
     model = load_model(arguments.model, arguments.trust_code)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
-    adversaries(model.on_pixels, attacks, arguments.eps)  # refuses what is wrong before pictures are decoded
+    adversaries(model.on_pixels, attacks, arguments.eps)  # refuses wrong ones before pictures are decoded
     split = model.trained_on[-1].split if model.trained_on else Split()
     chosen = data.held_out(
         arguments.data,
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
         _draw(arguments.out / "curve.png", report["curves"])
 
 
-def _draw(path: Path, curves: list[dict]) -> None:
+def _draw(path: Path, curves: list[dict[str, Any]]) -> None:
     try:
         write_curves(path, curves)
     except Exception as error:  # the numbers are on the disk
@@ -125,12 +127,13 @@ def _draw(path: Path, curves: list[dict]) -> None:
         say(f"saved {path}")
 
 
-def _budget(result: dict) -> str:
+def _budget(result: dict[str, Any]) -> str:
     return f"{255 * result['eps']:g}/255" if result["norm"] == "Linf" else f"{result['eps']:g} {result['norm']}"
 
 
-def _print_attacks(results: list[dict]) -> None:
-    """A row each: what it left of what it was given, how often it ran, its gradients, and its last find."""
+def _print_attacks(results: list[dict[str, Any]]) -> None:
+    """Print a row for each attack: its robust accuracy, its passes, the images that it was given, its runs, the run and
+    the step that fooled the last image, and its seconds."""
     say(f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}")
     for result in results:
         eps, latest, settings = _budget(result), result["latest"], result["settings"]

@@ -9,6 +9,7 @@ from fastadv.commands.speech import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.set_defaults(run=run)
     parser.add_argument("model", type=Path, help="a checkpoint.safetensors")
     add_trust(parser)

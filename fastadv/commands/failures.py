@@ -9,14 +9,19 @@ import torch
 
 from fastadv.study.files import GRID
 
-# Errors that say what was wrong with what was asked for. Others are faults of the program: their traceback is shown.
+# Errors that say what was wrong with the request. Others are faults of the program: their traceback is shown.
 EXPECTED = (ArithmeticError, ImportError, OSError, TypeError, ValueError, torch.AcceleratorError)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")  # PyTorch's words
 
 
 def words_of(error: BaseException, arguments: argparse.Namespace) -> str | None:
-    """What to print about an error of a command with these arguments; None where only a traceback helps."""
+    """The text to print about an error of a command; None where only a traceback helps.
+
+    Args:
+        error: of the command.
+        arguments: of the command.
+    """
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted: {how_to_go_on(arguments) or 'nothing is kept of it'}"
     if is_out_of_memory(error):
@@ -31,6 +36,7 @@ def words_of(error: BaseException, arguments: argparse.Namespace) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is lacking, on the host or on a device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
@@ -39,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def lighter(arguments: argparse.Namespace) -> str:
-    """The size of what goes through the model at once, and how to make it smaller."""
+    """How much goes through the model at once, and how to make it less."""
     if hasattr(arguments, "grad_accum_steps"):
         parts = arguments.grad_accum_steps
         return (
@@ -54,7 +60,9 @@ def lighter(arguments: argparse.Namespace) -> str:
 
 def how_to_go_on(arguments: argparse.Namespace) -> str | None:
     """How to go on from the state on the disk; None where there is none."""
-    out = getattr(arguments, "out", None)
+    out: Path | None = getattr(arguments, "out", None)
+    if out is None:
+        return None
     if hasattr(arguments, "grid") and Path(out, GRID).exists():
         return f"go on with the same command, from {out}"
     if hasattr(arguments, "resume") and any(Path(out, "state").glob("*.json")):

@@ -6,12 +6,15 @@ import functools
 import platform
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastadv import data, models
 from fastadv.attacks import PRESETS
 from fastadv.commands.arguments import (
+    Add,
+    Kind,
     Renamed,
     add_data,
     add_trust,
@@ -25,7 +28,7 @@ from fastadv.commands.arguments import (
     overlap,
 )
 from fastadv.commands.speech import is_quiet, say
-from fastadv.data.share import Batch
+from fastadv.data.share import Samples, Share
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation.report import write_report
 from fastadv.models.checkpoints import read_facts, trained_on_of
@@ -33,11 +36,13 @@ from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.fast import FAST
 from fastadv.training.processes import of_first, one_run, processes, team_of
+from fastadv.training.progress import Record
 from fastadv.training.settings import RENAMED, Settings, kind_of
 from fastadv.version import __version__
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.set_defaults(run=run)
     add = adder(parser)
     add_data(parser, add)
@@ -58,9 +63,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")
 
 
-def _add_settings(add, parser: argparse.ArgumentParser) -> None:
-    """Every setting by its own name; lengths in units of 1/255."""
-    kinds = {"alpha": budget, "noise": budget, "lora_targets": _names}
+def _add_settings(add: Add, parser: argparse.ArgumentParser) -> None:
+    """Add every setting by its own name; lengths are in units of 1/255."""
+    kinds: dict[str, Kind] = {"alpha": budget, "noise": budget, "lora_targets": _names}
     old = {new: f"--{name.replace('_', '-')}" for name, new in RENAMED.items()}
     for field in dataclasses.fields(Settings):
         option, facts = "--" + field.name.replace("_", "-"), field.metadata
@@ -99,11 +104,12 @@ def _run(arguments: argparse.Namespace, device: torch.device, team: Team) -> Non
     model.trained_on += (TrainedOn.of(dataset),)
     records = train(arguments, model, dataset)
     images, labels = dataset.test
-    test = (images if team.alone else images.whole(device)), labels
+    test = (images.whole(device) if isinstance(images, Share) else images), labels
     team.from_first(lambda: _finish(arguments, weights, model, dataset, records, test))
 
 
 def build(arguments: argparse.Namespace, source: models.ModelSource, dataset: data.Data) -> models.Model:
+    """The model before training, with the weights of --init where it was given."""
     torch.manual_seed(arguments.seed)
     model = source.build(dataset.classes, dataset.shape)
     if arguments.init:
@@ -118,8 +124,8 @@ def _finish(
     weights: Path,
     model: models.Model,
     dataset: data.Data,
-    records: list[dict],
-    test: Batch,
+    records: list[Record],
+    test: Samples,
 ) -> None:
     models.save(model, weights)
     final = records[-1]
@@ -142,7 +148,7 @@ def _finish(
         say(f"saved {arguments.out / 'report.html'}")
 
 
-def _say_result(final: dict, count: int, eps: float) -> None:
+def _say_result(final: Record, count: int, eps: float) -> None:
     if "clean_accuracy" not in final:
         say("there were no test and no validation images: nothing was measured")
         return
@@ -153,7 +159,7 @@ def _say_result(final: dict, count: int, eps: float) -> None:
     )
 
 
-def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> dict[str, dict]:
+def _facts(arguments: argparse.Namespace, dataset: data.Data, final: Record) -> dict[str, dict[str, Any]]:
     parts = {"training": dataset.y_train, "validation": dataset.y_val, "test": dataset.y_test}
     unset = {"run", "verbosity", "command_line"}
     settings = {name: value for name, value in vars(arguments).items() if name not in unset and value is not None}
@@ -181,7 +187,8 @@ def _facts(arguments: argparse.Namespace, dataset: data.Data, final: dict) -> di
     }
 
 
-def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data) -> list[dict]:
+def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data) -> list[Record]:
+    """Train the model in place; return the records of `Trainer.fit`."""
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
     trainer = Trainer(
         model.on_pixels,

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from typing import Any
 
 import fastadv
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="the same for programs, as fastadv.info() returns it")
 
@@ -16,8 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(facts, indent=1) if arguments.json else in_words(facts))
 
 
-def in_words(facts: dict) -> str:
-    """What `fastadv.info` returns, for people."""
+def in_words(facts: dict[str, Any]) -> str:
+    """The facts that `fastadv.info` returns, for people."""
     torch = facts["torch"]
     cuda = f"with CUDA {torch['cuda']}" if torch["cuda"] else "without CUDA"
     parts = {
@@ -32,14 +34,14 @@ def in_words(facts: dict) -> str:
     return "\n".join(lines)
 
 
-def _usable(backend: dict) -> str:
+def _usable(backend: dict[str, Any]) -> str:
     if not backend["available"]:
         return f"not used here. {backend['why']}"
     return "ready" + (f", but not everywhere. {backend['why']}" if backend["why"] else "")
 
 
-def _built(facts: dict | str) -> str:
-    """What is known of an extension; "built" and "why" are in every one that was not built."""
+def _built(facts: dict[str, Any] | str) -> str:
+    """The facts of an extension; those of one that was not built have "built" and "why"."""
     if not isinstance(facts, dict):
         return str(facts)
     if facts.get("built") is False:

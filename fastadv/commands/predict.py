@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastadv import models
@@ -29,13 +31,15 @@ logger = logging.getLogger("fastadv")
 
 BATCH = 64
 
+Pixels = npt.NDArray[np.uint8]  # of a picture, (C, H, W)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a picture.
+    """The model's prediction for a picture.
 
     Attributes:
-        path: the picture's.
+        path: of the picture.
         shares: the probability of each class; None where the picture cannot be read.
         best: the class; NONE where the model gives no prediction.
         error: why the picture cannot be read.
@@ -48,6 +52,7 @@ class Prediction:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.set_defaults(run=run)
     add = adder(parser)
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders of them")
@@ -95,17 +100,18 @@ def _report(errors: list[str], count: int, skipped: bool) -> None:
 
 
 def found(path: Path) -> list[Prediction]:
-    """What is to be classified: the picture `path`, or those in this folder and below it, in order.
+    """The pictures to classify: the picture `path`, or those in this folder and below it, in order.
 
-    Every file whose name ends as a picture's does, hidden or not; folders that are hidden do not count. A folder that
-    cannot be read has its error already.
+    Every file counts whose name ends as a picture's does, hidden or not; hidden folders do not count. For a folder that
+    cannot be read there is a prediction with an error.
 
     Raises:
         FileNotFoundError: there is no such file, or no picture in the folder.
     """
     if not os.path.isdir(path) and os.path.lexists(path):
         return [Prediction(path)]
-    endings, closed = extensions(), []
+    endings = extensions()
+    closed: list[OSError] = []
     below = files_below(path, hidden=True, onerror=closed.append) if os.path.isdir(path) else []
     pictures = [Prediction(file) for file in below if file.suffix.lower() in endings]
     pictures += [
@@ -123,14 +129,22 @@ def found(path: Path) -> list[Prediction]:
 def predictions(
     model: models.Model, pictures: list[Prediction], device: torch.device, batch_size: int, workers: int
 ) -> Iterator[Prediction]:
-    """The predictions of pictures, in their order; of those that cannot be read the error.
+    """The predictions for pictures, in their order; for pictures that cannot be read the error.
 
     A picture goes through the preprocessing of the validation images, bit for bit. No more than two batches are decoded
     at a time.
+
+    Args:
+        model: which says what size of images it takes.
+        pictures: to classify; those that have an error already keep it.
+        device: where the model runs.
+        batch_size: pictures that are decoded and classified at a time.
+        workers: threads that decode.
     """
+    preprocessing = cast(Preprocessing, model.preprocessing)  # `run` refuses a model without
     network = model.on_pixels.to(device)
     with torch.no_grad(), frozen(network):
-        for part, decoded in _decoded(pictures, model.preprocessing, batch_size, workers):
+        for part, decoded in _decoded(pictures, preprocessing, batch_size, workers):
             pixels = [each for each in decoded if not isinstance(each, str)]
             said = iter(_classified(network, pixels, device) if pixels else ())
             for picture, each in zip(part, decoded, strict=True):
@@ -140,7 +154,9 @@ def predictions(
                     yield Prediction(picture.path, *next(said))
 
 
-def _classified(network: torch.nn.Module, pixels: list[np.ndarray], device: torch.device) -> Iterable[tuple]:
+def _classified(
+    network: torch.nn.Module, pixels: list[np.ndarray], device: torch.device
+) -> Iterable[tuple[tuple[float, ...], int]]:
     """The probabilities and the best class of each image uint8 (C, H, W)."""
     images = torch.from_numpy(np.stack(pixels)).to(device)
     logits = find_logits(network(to_float(images)), len(images)).float().cpu()
@@ -149,11 +165,11 @@ def _classified(network: torch.nn.Module, pixels: list[np.ndarray], device: torc
 
 def _decoded(
     pictures: list[Prediction], preprocessing: Preprocessing, batch_size: int, workers: int
-) -> Iterator[tuple[list[Prediction], list[np.ndarray | str]]]:
+) -> Iterator[tuple[list[Prediction], list[Pixels | str]]]:
     """Batches with their pixels or errors; while one is classified the next is decoded."""
     extensions()  # the formats, before threads register them at the same time
 
-    def pixels(picture: Prediction) -> np.ndarray | str:
+    def pixels(picture: Prediction) -> Pixels | str:
         try:
             return picture.error or Picture(str(picture.path)).prepared(preprocessing)
         except CorruptPictureError as error:

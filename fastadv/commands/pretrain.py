@@ -3,13 +3,16 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from fastadv import data, models
 from fastadv.attacks import create_attack
-from fastadv.commands.arguments import add_data, adder, check_folder, check_new, class_list, load_data
+from fastadv.commands.arguments import add_data, adder, check_folder, check_new, load_data
 from fastadv.commands.speech import is_quiet, say
+from fastadv.data.classes import class_list
+from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.files import write_atomically
@@ -18,11 +21,12 @@ from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.passes import Passes
 from fastadv.training.processes import one_run, processes, team_of
+from fastadv.training.progress import Record
 
 FORMAT = 1  # of the card
 EPS = 8 / 255
 NETWORK = "resnet?widths=[64,96,176]&blocks=2"
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "attack": "fgsm-rs",
     "optimizer": "sgd",
     "lr": 0.2,
@@ -40,6 +44,7 @@ WARMUP = 0.15  # of all steps
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.set_defaults(run=run)
     add = adder(parser)
     add_data(parser, add, default="cifar10")
@@ -79,8 +84,9 @@ def _run(arguments: argparse.Namespace, team: Team) -> None:
     team.from_first(lambda: _finish(arguments, model, dataset, records))
 
 
-def _finish(arguments: argparse.Namespace, model: models.Model, dataset: data.Data, records: list[dict]) -> None:
-    model.preprocessing = Preprocessing(dataset.shape[1:], dataset.shape[0])
+def _finish(arguments: argparse.Namespace, model: models.Model, dataset: data.Data, records: list[Record]) -> None:
+    channels, height, width = dataset.shape
+    model.preprocessing = Preprocessing((height, width), channels)
     model.trained_on = (TrainedOn.of(dataset),)
     weights = arguments.out / "robust-resnet.safetensors"
     models.save(model, weights, dtype=torch.float16)
@@ -89,14 +95,18 @@ def _finish(arguments: argparse.Namespace, model: models.Model, dataset: data.Da
     say(f"clean accuracy {card['clean_accuracy']:.1%}, PGD-50-10 {card['robust_accuracy']:.1%}; saved {weights}")
 
 
-def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespace) -> dict:
-    """The card: what the weights are, how they were made, how good they are."""
-    pixels = model.on_pixels.to(device=arguments.device, memory_format=torch.channels_last)
+def measure(model: models.Model, dataset: data.Data, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The card of the weights: what they are, how they were made, how good they are."""
+    whither: dict[str, Any] = {"device": arguments.device, "memory_format": torch.channels_last}
+    pixels = model.on_pixels.to(**whither)
     passes = Passes(RECIPE["batch_size"], torch.bfloat16, torch.channels_last, RECIPE["compile"])
     attack = create_attack("pgd-50-10", pixels, EPS, **passes.attack)
-    images, labels = (part[: arguments.limit] for part in dataset.test)
-    kept = {"state": arguments.out / "evaluation.safetensors", "progress": not is_quiet()}
-    report = evaluate(pixels, (images, labels), [attack], eps=EPS, **kept, **passes.evaluation)
+    images, labels = cast(Samples, dataset.test)  # of one process, which has all images
+    images, labels = images[: arguments.limit], labels[: arguments.limit]
+    state = arguments.out / "evaluation.safetensors"
+    report = evaluate(
+        pixels, (images, labels), [attack], eps=EPS, state=state, progress=not is_quiet(), **passes.evaluation
+    )
     return {
         "format": FORMAT,
         "data": f"CIFAR-10, training images of {', '.join(dataset.classes)} ({len(dataset.y_train):,})",

@@ -7,14 +7,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 logger = logging.getLogger("fastadv")
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
-    """-q and -v, for the program and for each command: whichever is given counts."""
+    """Add -q and -v: they may stand before the command or after it."""
     options = parser.add_mutually_exclusive_group()
-    common = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
+    common: dict[str, Any] = {"action": "store_const", "dest": "verbosity", "default": argparse.SUPPRESS}
     options.add_argument(
         "-q", "--quiet", const=logging.WARNING, help="errors, warnings and what was asked for", **common
     )
@@ -28,16 +29,22 @@ def say(text: str) -> None:
 
 
 def is_quiet() -> bool:
+    """Whether -q was given."""
     return not logger.isEnabledFor(logging.INFO)
 
 
 def is_verbose() -> bool:
+    """Whether -v was given."""
     return logger.isEnabledFor(logging.DEBUG)
 
 
 @contextmanager
 def speaking(verbosity: int) -> Iterator[None]:
-    """Inside, log lines are shown down to this level, warnings are a line each, and any name can be printed."""
+    """Until the end, show log lines from this level on, a warning as one line, and names in any characters.
+
+    Args:
+        verbosity: a level of logging.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s" if verbosity <= logging.DEBUG else "%(message)s")
     level, format_warning = logger.level, warnings.formatwarning
     logger.setLevel(verbosity)

@@ -4,10 +4,11 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastadv.commands.arguments import add_device, adder, check_folder, model_source
 from fastadv.commands.speech import say
-from fastadv.study.cells import Outcome, Place
+from fastadv.study.cells import Outcome, Site
 from fastadv.study.cluster import by_ray
 from fastadv.study.estimate import estimates
 from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_grid
@@ -15,13 +16,16 @@ from fastadv.study.grid import Task, expanded
 from fastadv.study.page import write_study
 from fastadv.study.run import check_possible, here, pending, side_by_side
 
-# Options that a grid file says instead.
-GRID = ("data", "classes", "model", "methods", "attacks", "eps", "seeds", "judges", "epochs", "batch_size")
-GRID += ("train_limit", "val_limit", "test_limit")
-REPORT_S = 600
+# Options that the file of a grid replaces.
+GRID = (
+    *("data", "classes", "model", "methods", "attacks", "eps", "seeds", "judges", "epochs", "batch_size"),
+    *("train_limit", "val_limit", "test_limit"),
+)
+REPORT_S = 600  # between two reports while cells are run
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.set_defaults(run=run)
     add = adder(parser)
     parser.add_argument("grid", nargs="?", type=Path, help="a YAML file, instead of the options down to --test-limit")
@@ -73,21 +77,21 @@ def run(arguments: argparse.Namespace) -> None:
     left = pending(tasks, arguments.out)
     data_folder = arguments.data_folder and arguments.data_folder.absolute()
     device = str(arguments.device)
-    place = Place(arguments.out.absolute(), data_folder, device, arguments.threads, arguments.keep_weights)
+    site = Site(arguments.out.absolute(), data_folder, device, arguments.threads, arguments.keep_weights)
     if arguments.dry_run:
-        _say_plan(tasks, left, place)
+        _say_plan(tasks, left, site)
         return
     check_folder(arguments.out)
     write_grid(arguments.out, grid)
     try:
-        outcomes = _run(left, place, arguments)
+        outcomes = _run(left, site, arguments)
     except KeyboardInterrupt:
         _report(arguments.out)
         raise
     _finish(arguments, tasks, outcomes)
 
 
-def _grid(arguments: argparse.Namespace) -> dict:
+def _grid(arguments: argparse.Namespace) -> dict[str, Any]:
     """The grid of the file, or that of the options.
 
     Raises:
@@ -118,11 +122,11 @@ def _check_places(arguments: argparse.Namespace) -> None:
         raise ValueError("--processes are those of one machine, and --ray has as many as its cluster: leave out one")
 
 
-def _say_plan(tasks: Sequence[Task], left: Sequence[Task], place: Place) -> None:
-    seconds = estimates(left, place)
+def _say_plan(tasks: Sequence[Task], left: Sequence[Task], site: Site) -> None:
+    seconds = estimates(left, site)
     for task in tasks:
         id = task.cell.id
-        failed = id in seconds and (cell_folder(place.folder, id) / ERROR).exists()
+        failed = id in seconds and (cell_folder(site.folder, id) / ERROR).exists()
         state = f"{seconds[id]:.0f} s at most" if id in seconds else "done"
         print(f"{id}  {state}{' (it failed before)' if failed else ''}")
     print(
@@ -131,10 +135,10 @@ def _say_plan(tasks: Sequence[Task], left: Sequence[Task], place: Place) -> None
     )
 
 
-def _run(left: Sequence[Task], place: Place, arguments: argparse.Namespace) -> list[Outcome]:
-    """Run the cells, with a line for each, and a report of what is finished every REPORT_S seconds."""
+def _run(left: Sequence[Task], site: Site, arguments: argparse.Namespace) -> list[Outcome]:
+    """Run the cells; print a line for each, and write a report of the finished ones every REPORT_S seconds."""
     outcomes, reported = [], time.monotonic()
-    for outcome in _outcomes(left, place, arguments):
+    for outcome in _outcomes(left, site, arguments):
         outcomes.append(outcome)
         result = "" if outcome.status == "done" else f"{outcome.status}, "
         say(f"{len(outcomes)}/{len(left)} {outcome.id}: {result}{outcome.words}")
@@ -144,12 +148,12 @@ def _run(left: Sequence[Task], place: Place, arguments: argparse.Namespace) -> l
     return outcomes
 
 
-def _outcomes(left: Sequence[Task], place: Place, arguments: argparse.Namespace) -> Iterator[Outcome]:
+def _outcomes(left: Sequence[Task], site: Site, arguments: argparse.Namespace) -> Iterator[Outcome]:
     if arguments.ray and left:
-        return by_ray(left, place, arguments.ray)
+        return by_ray(left, site, arguments.ray)
     if arguments.processes > 1:
-        return side_by_side(left, place, arguments.processes)
-    return here(left, place)
+        return side_by_side(left, site, arguments.processes)
+    return here(left, site)
 
 
 def _report(folder: Path) -> None:
@@ -159,7 +163,7 @@ def _report(folder: Path) -> None:
 
 
 def _finish(arguments: argparse.Namespace, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
-    """Write the report on what is finished, and say what is not."""
+    """Write the report on the finished cells, and say which are not finished."""
     _report(arguments.out)
     if elsewhere := sum(outcome.status == "elsewhere" for outcome in outcomes):
         say(f"run by other processes: {elsewhere} of the cells; the same command writes the report again with them")

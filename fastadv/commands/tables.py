@@ -13,7 +13,7 @@ from typing import TextIO
 from fastadv.attacks.verdicts import NONE
 
 ENDINGS = (".csv", ".json")
-Write = Callable[[str, Sequence[float] | None, int, str | None], None]
+Write = Callable[[str, Sequence[float] | None, int, str | None], None]  # picture, probabilities, class, error
 
 
 def table_file(text: str) -> Path:
@@ -30,18 +30,19 @@ def table_file(text: str) -> Path:
 
 @contextmanager
 def table(path: Path | None, classes: Sequence[str], top: int | None) -> Iterator[Write]:
-    """A function that writes a row: `write(picture, probabilities, class, error)`.
+    """Open a table; inside, `write(picture, probabilities, class, error)` writes a row.
 
     CSV has the columns picture, class, probability, then a probability for each class, or class_2, probability_2, ...
     for the `top` most probable, and error. JSON is a list of objects {"picture", "class", "probability",
-    "probabilities": {class: probability}, "error"}, where null stands for what there is not.
+    "probabilities": {class: probability}, "error"}, with null for what is missing.
 
     A byte of a file's name that is not UTF-8, 0xe9, is written as \\udce9. JSON readers make of it the name that
     Python has for the file, of which os.fsencode gives the bytes; in CSV it is text.
 
     Args:
-        path: a .json file, else CSV; None: CSV to the terminal.
-        top: how many classes; None: all in their order.
+        path: a .json file, else CSV; None means CSV to the terminal.
+        classes: their names.
+        top: how many classes a row has; None means all in their order.
 
     Raises:
         OSError: the file cannot be written.
@@ -59,6 +60,7 @@ def _csv_rows(file: TextIO, classes: Sequence[str], top: int | None) -> Iterator
     writer.writerow(("picture", "class", "probability", *more, "error"))
 
     def write(picture: str, shares: Sequence[float] | None, best: int, error: str | None) -> None:
+        cells: Sequence[str]
         if shares is None:
             cells = ("", "", *("" for _ in more))
         elif top is None:
@@ -86,7 +88,7 @@ def _json_rows(file: TextIO, classes: Sequence[str], top: int | None) -> Iterato
         row = {
             "picture": picture,
             "class": None if best == NONE else classes[best],
-            "probability": None if best == NONE else shares[best],
+            "probability": None if best == NONE or shares is None else shares[best],
             "probabilities": None if shares is None else {classes[i]: _number(shares[i]) for i in chosen},
             "error": error,
         }
@@ -95,7 +97,7 @@ def _json_rows(file: TextIO, classes: Sequence[str], top: int | None) -> Iterato
 
     try:
         yield write
-    finally:  # what was written can be read, also where a later picture stopped it
+    finally:  # the rows so far can be read, also where a later picture stopped the command
         file.write("[]\n" if before == "[\n" else "\n]\n")
 
 

@@ -1,4 +1,4 @@
-"""What a study says to the question of its title, in sentences, and as README's table."""
+"""A study's answer to the question of its title, in sentences, and as README's table."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from fastadv.study.timing import Time
 TITLE = "Are fast methods stable in adversarially robust transfer learning?"
 HEADLINE_JUDGE = "pma"
 README_JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
-PAPER = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
+PAPER: dict[float, float] = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
 PAPER_TIME = 1 / 4
 PAPER_SETUP = (
     "The paper (“Are Fast Methods Stable in Adversarially Robust Transfer Learning?”, 2025) has -0.39 and -1.39 points "
@@ -25,12 +25,12 @@ NOT_MEASURED = "Not measured yet."
 
 @dataclass(frozen=True)
 class Answer:
-    """To the question of the title.
+    """The answer to the question of the title.
 
     Attributes:
         kind: "open" (not measured), "stable", "mixed" or "unstable".
         headline: in a few words.
-        sentences: what that rests on.
+        sentences: the findings behind it.
     """
 
     kind: str
@@ -45,7 +45,15 @@ def answer(
     scores: Iterable[Score],
     complete: bool = True,
 ) -> Answer:
-    """Right for whatever was measured: nothing, a part (not `complete`), stable runs and collapsed ones."""
+    """The answer for whatever was measured: nothing, a part, stable runs, collapsed ones.
+
+    Args:
+        courses: of the runs.
+        averages: of the differences to PGD.
+        times: of methods with attacks.
+        scores: of the detectors.
+        complete: whether all cells are finished.
+    """
     fast = [each for each in courses if each.result.fast]
     transfer = [each for each in fast if each.result.transfer]
     kind, headline, stability = _stability(transfer)
@@ -66,16 +74,16 @@ def answer(
 def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
     collapsed = [each for each in runs if each.collapse is not None]
     if not runs:
-        words = "No finished cell is a fine-tuning with a fast attack whose records tell whether it collapsed."
-        return "open", NOT_MEASURED, [words]
+        unknown = "No finished cell is a fine-tuning with a fast attack whose records tell whether it collapsed."
+        return "open", NOT_MEASURED, [unknown]
     attacks = _listed(attack_words(name) for name in _distinct(each.result.cell.attack for each in runs))
     one, where = len(runs) == 1, f"of transfer learning with {attacks} ({_ranges(runs)})"
     if not collapsed:
         rate = 100 * (1 - 0.05 ** (1 / len(runs)))
-        words = f"None of the {len(runs)} runs {where} overfitted catastrophically."
-        words = f"The one run {where} did not overfit catastrophically." if one else words
+        none = f"None of the {len(runs)} runs {where} overfitted catastrophically."
+        none = f"The one run {where} did not overfit catastrophically." if one else none
         more = f"Were they independent, up to {rate:.2g} % of such runs could collapse (bound at 95 % confidence)."
-        return "stable", "Yes, as far as this study goes.", [words, more]
+        return "stable", "Yes, as far as this study goes.", [none, more]
     fallen = "The one run" if one else f"{len(collapsed)} of the {len(runs)} runs"
     words = [f"{fallen} {where} overfitted catastrophically: {_places(collapsed, runs)}."]
     untouched = [m for m in _methods(runs) if all(each.result.cell.method != m for each in collapsed)]
@@ -120,7 +128,7 @@ def _from_scratch(runs: Sequence[Course]) -> list[str]:
 
 
 def _price(averages: Sequence[Average]) -> list[str]:
-    """Beside PGD, at the paper's budgets or, where these were not measured, at all."""
+    """The difference to PGD, at the paper's budgets or, where these were not measured, at all budgets."""
     found = headlines(averages)
     if not found:
         return ["What it costs in accuracy is not measured yet: no cell has a partner trained with PGD."]
@@ -154,7 +162,7 @@ def _difference(each: Average) -> str:
 def _time(times: Sequence[Time]) -> list[str]:
     attack = _first_fast(times)
     found = [each for each in times if each.attack == attack and each.to_pgd is not None and each.method != SCRATCH]
-    if not found:
+    if attack is None or not found:
         return []
     words = _listed(f"{each.to_pgd:.2f} ({method_words(each.method)})" for each in found)
     return [f"Training with {attack_words(attack)} takes, as a part of PGD's time: {words}."]
@@ -162,7 +170,7 @@ def _time(times: Sequence[Time]) -> list[str]:
 
 def _warned(scores: Iterable[Score]) -> list[str]:
     best = max((each for each in scores if each.found), key=lambda each: (each.found, -each.false), default=None)
-    if best is None:
+    if best is None or best.lead is None:
         return []
     late = f"{_count(abs(best.lead), 'epoch')} {'before' if best.lead > 0 else 'after'} it"
     when = late if best.lead else "in the epoch of the collapse"
@@ -176,8 +184,11 @@ def _warned(scores: Iterable[Score]) -> list[str]:
 
 
 def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses: Iterable[Course]) -> str:
-    """The answer in Markdown: the paper's figures, ours at each eps, each method's at eps 8, those that alone met a
-    judge at all; and stability."""
+    """The answer in Markdown: a table and a line on stability.
+
+    The table has the paper's figures, ours at each eps, and each method's at eps 8; at other eps a method has a row
+    where it alone was judged by some judge.
+    """
     judges = [judge for judge in README_JUDGES if any(each.judge == judge for each in averages)] or ["pgd-10", "pma"]
     lines = [
         "| FGSM's robust accuracy minus PGD's | eps | " + " | ".join(map(judge_words, judges)) + " | time / PGD's |",
@@ -187,7 +198,7 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
         cells = [points(mean) if judge == "pgd-10" else "" for judge in judges]
         lines.append(_line("the paper, ImageNet backbones at 224 px", eps, cells, PAPER_TIME))
     of_fgsm = [each for each in averages if each.attack == "fgsm" and each.methods != (SCRATCH,)]
-    groups = {}
+    groups: dict[tuple[str, float, tuple[str, ...]], dict[str, Average]] = {}
     for each in of_fgsm:
         groups.setdefault((each.model, each.eps, each.methods), {})[each.judge] = each
     several = len({each.model for each in of_fgsm}) > 1
@@ -227,7 +238,7 @@ def _named(methods: Sequence[str]) -> str:
 
 
 def headlines(averages: Sequence[Average]) -> list[Average]:
-    """For each eps what the first screen says: of the first model and fast attack, the mean of most methods."""
+    """For each eps the average on the first screen: of the first model and fast attack, over the most methods."""
     judged = [each for each in averages if each.judge == HEADLINE_JUDGE and each.methods != (SCRATCH,)]
     if not judged:
         return []

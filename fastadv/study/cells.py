@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,28 +20,29 @@ from fastadv.data.trained import known
 from fastadv.files import write_atomically
 from fastadv.locks import InUseError, held
 from fastadv.study.cost import cost_of
-from fastadv.study.files import ERROR, cell_folder, finished, read_cell, write_cell
+from fastadv.study.files import ERROR, Record, cell_folder, finished, read_cell, write_cell
 from fastadv.study.grid import ALWAYS, SCRATCH, Cell, Task, differences, trainer, with_defaults
 from fastadv.study.images import Parts, parts_of
 from fastadv.study.verdicts import judged, share
 from fastadv.version import __version__
 
 WEIGHTS = "model.safetensors"
-# Of a record's settings: digests of what was found, which no grid says.
+# Entries of a record's settings that no grid has: digests of what was found here.
 FOUND = {"contents": "images", "weights": "pretrained weights"}
 MACHINES = "machines.json"
 _WORK = ("train", "judged-*", MACHINES, ERROR)
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """Where and how cells are run.
 
     Attributes:
         folder: of the study.
-        data_folder: of data sets with relative paths; None: the working folder (of cifar10 as `fastadv.data.load`).
+        data_folder: of data sets with relative paths; None means the working folder, and for cifar10 the folder that
+            `fastadv.data.load` takes.
         device: name of a device of PyTorch.
-        threads: of a cell, whose result depends on them in its last bits.
+        threads: of a cell; its result depends on them in its last bits.
         keep_weights: keep each cell's model.safetensors.
     """
 
@@ -54,27 +55,38 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: "done", "failed", or "elsewhere", where another process has it; and a word on it."""
+    """What became of a cell.
+
+    Attributes:
+        id: of the cell.
+        status: "done", "failed", or "elsewhere", where another process runs it.
+        words: more about it, for people.
+    """
 
     id: str
     status: str
     words: str
 
 
-def run(task: Task, place: Place) -> Outcome:
-    """Run a cell that is not finished, from where it was cut, if it was. What goes wrong is kept beside its results.
+def run(task: Task, site: Site) -> Outcome:
+    """Run a cell that is not finished, or go on with one that was cut. What goes wrong is kept beside its results.
+
+    Args:
+        task: the cell, and all that its result depends on.
+        site: where and how it is run.
 
     Raises:
-        KeyboardInterrupt, SystemExit: it is interrupted, and its state is on the disk.
+        KeyboardInterrupt: it is interrupted, and its state is on the disk.
+        SystemExit: likewise.
     """
-    id, folder = task.cell.id, cell_folder(place.folder, task.cell.id)
+    id, folder = task.cell.id, cell_folder(site.folder, task.cell.id)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(place.threads)
+        torch.set_num_threads(site.threads)
         with held(folder / "cell", f"the cell {id}"):
-            found = read_cell(place.folder, id)
+            found = read_cell(site.folder, id)
             if found is None or missing(task, found):
-                found = _run(task, place, found)
+                found = _run(task, site, found)
     except InUseError as error:
         return Outcome(id, "elsewhere", str(error))
     except Exception as error:
@@ -82,7 +94,7 @@ def run(task: Task, place: Place) -> Outcome:
         return Outcome(id, "failed", f"{type(error).__name__}: {error}")
     finally:
         torch.set_num_threads(before)
-    clean(place.folder, id)
+    clean(site.folder, id)
     return Outcome(id, "done", _said(found))
 
 
@@ -92,48 +104,47 @@ def clean(folder: Path, id: str) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def missing(task: Task, record: Mapping) -> list[str]:
-    """The judges that a finished cell has not met."""
+def missing(task: Task, record: Record) -> list[str]:
+    """The judges that a finished cell was not judged by."""
     return [judge for judge in task.judges if judge not in record["verdicts"]]
 
 
-def _run(task: Task, place: Place, found: dict | None) -> dict:
-    """Train, unless it is done, and judge; the record."""
-    folder = cell_folder(place.folder, task.cell.id)
-    parts = parts_of(task, place.data_folder)
+def _run(task: Task, site: Site, found: Record | None) -> Record:
+    """Train, unless that is done, and judge; return the record."""
+    folder = cell_folder(site.folder, task.cell.id)
+    parts = parts_of(task, site.data_folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if found is None:
-            model, record = _trained(task, place, parts, folder)
+            model, record = _trained(task, site, parts, folder)
         else:
             model, record = models.load(folder / WEIGHTS), found
             check_together([found, found | {"settings": found["settings"] | found_here(task, parts)}])
         began = time.perf_counter()
         judges = (*ALWAYS, *task.judges) if found is None else missing(task, found)
-        network = model.on_pixels.to(place.device)
+        network = model.on_pixels.to(site.device)
         verdicts = judged(network, parts.test, judges, task.cell.eps / 255, task.cell.seed, folder)
     record["verdicts"] = record.get("verdicts", {}) | verdicts
     record["judge_s"] = record.get("judge_s", 0.0) + time.perf_counter() - began
     record["warnings"] = record.get("warnings", []) + [str(each.message) for each in caught]
-    write_cell(place.folder, task.cell.id, record)
+    write_cell(site.folder, task.cell.id, record)
     return record
 
 
-def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[models.Model, dict]:
+def _trained(task: Task, site: Site, parts: Parts, folder: Path) -> tuple[models.Model, Record]:
     model = build(task.cell, parts)
-    record = {"cell": asdict(task.cell), "settings": task.settings | found_here(task, parts)}
-    check_together([*finished(place.folder), record])
+    record: Record = {"cell": asdict(task.cell), "settings": task.settings | found_here(task, parts)}
+    check_together([*finished(site.folder), record])
     if count := known(model.trained_on, parts.test_digests):
         warnings.warn(
             f"the model {task.cell.model} was trained on {count} of the {len(parts.test_digests)} test images (about "
             "one new image in 10,000 is taken for such a one)",
             stacklevel=2,
         )
-    machines = _machines(place, folder)
-    options = {"folder": folder / "train", "resume": True, "device": place.device, "progress": False}
-    # The test images are for the judges alone.
-    records = trainer(task, model.on_pixels, **options).fit(parts.train, parts.val)
-    if place.keep_weights:
+    machines = _machines(site, folder)
+    fitting = trainer(task, model.on_pixels, site.device, folder=folder / "train", resume=True)
+    records = fitting.fit(parts.train, parts.val)  # the test images are for the judges alone
+    if site.keep_weights:
         model.trained_on += (parts.trained_on,)
         models.save(model, folder / WEIGHTS)
     record |= {
@@ -151,7 +162,7 @@ def _trained(task: Task, place: Place, parts: Parts, folder: Path) -> tuple[mode
 
 
 def found_here(task: Task, parts: Parts) -> dict[str, str]:
-    """FOUND, of the images and the model that are here."""
+    """The values of FOUND for the images and the model that are here."""
     shape = tuple(parts.train[0].shape[1:])
     return {"contents": parts.contents, "weights": _pretrained(task.cell.model, parts.classes, shape)}
 
@@ -187,8 +198,8 @@ def _pretrained(model: str, classes: tuple[str, ...], shape: tuple[int, ...]) ->
 # ---------------------------------------------------------------------- what belongs together
 
 
-def check(task: Task, record: Mapping) -> None:
-    """Refuse a finished cell that is not what the grid asks for; what it has no name for had its default.
+def check(task: Task, record: Record) -> None:
+    """Refuse a finished cell that is not what the grid asks for. A setting that its record lacks had its default.
 
     Raises:
         ValueError: what differs.
@@ -202,16 +213,16 @@ def check(task: Task, record: Mapping) -> None:
         )
 
 
-def check_together(records: Iterable[Mapping]) -> None:
+def check_together(records: Iterable[Record]) -> None:
     """Refuse cells that have one name for different images, or for different pretrained weights.
 
     Args:
-        records: of cells, of which "cell" and "settings" are looked at.
+        records: of cells; "cell" and "settings" are compared.
 
     Raises:
         ValueError: two that do not belong in one study.
     """
-    seen: dict[tuple, tuple[str, str]] = {}
+    seen: dict[tuple[str | None, ...], tuple[str, str]] = {}
     for record in records:
         cell = Cell(**record["cell"])
         names = {"contents": (cell.data, cell.classes), "weights": (cell.model, cell.data, cell.classes)}
@@ -224,31 +235,31 @@ def check_together(records: Iterable[Mapping]) -> None:
                 )
 
 
-def _said(record: Mapping) -> str:
+def _said(record: Record) -> str:
     shares = ", ".join(f"{judge} {share(said):.1%}" for judge, said in record["verdicts"].items())
     count = len(record["warnings"])
     noted = f", {count} warning{'s' * (count > 1)} (see its cell.json)" if count else ""
     return f"{shares}; trained in {record['train_s']:.1f} s{noted}"
 
 
-def machine(place: Place) -> dict:
-    """What times and last bits depend on."""
-    device = torch.device(place.device)
+def machine(site: Site) -> dict[str, str | int]:
+    """What times, and the last bits of results, depend on."""
+    device = torch.device(site.device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu(),
-        "threads": place.threads,
+        "threads": site.threads,
         "fastadv": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def _machines(place: Place, folder: Path) -> list[dict]:
-    """Those that a cell was trained on so far, this one last: a run that was cut may go on elsewhere."""
+def _machines(site: Site, folder: Path) -> list[dict[str, str | int]]:
+    """The machines that a cell was trained on so far, this one last: a run that was cut may go on elsewhere."""
     path = folder / MACHINES
-    found, here = json.loads(path.read_text()) if path.exists() else [], machine(place)
-    found = [each for each in found if each != here] + [here]
+    before, here = json.loads(path.read_text()) if path.exists() else [], machine(site)
+    found = [each for each in before if each != here] + [here]
     write_atomically(path, json.dumps(found).encode())
     return found
 

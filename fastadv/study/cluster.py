@@ -5,23 +5,26 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from fastadv._extras import require
 from fastadv.study import cells
-from fastadv.study.cells import Outcome, Place
+from fastadv.study.cells import Outcome, Site
 from fastadv.study.grid import Task
 from fastadv.version import __version__
 
 RETRIES = 5  # of a cell whose worker was lost
 
 
-def by_ray(tasks: Sequence[Task], place: Place, address: str) -> Iterator[Outcome]:
+def by_ray(tasks: Sequence[Task], site: Site, address: str) -> Iterator[Outcome]:
     """Cells on the machines of a cluster, as many at a time as there are threads and GPUs for.
 
-    Each takes `place.threads` CPUs, and a GPU where its device is one. The cell of a lost worker goes on from its
+    Each takes `site.threads` CPUs, and a GPU where its device is one. The cell of a lost worker goes on from its
     checkpoint on another one, so that all machines must have the folder at the same path, as on a network's disk.
 
     Args:
+        tasks: the cells.
+        site: where and how they are run.
         address: as `ray.init` takes it: "auto" for the cluster of this machine, "local" for a new one on this machine
             alone, or HOST:PORT.
 
@@ -34,10 +37,10 @@ def by_ray(tasks: Sequence[Task], place: Place, address: str) -> Iterator[Outcom
     ray = require("ray", "ray")
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
-        _check_machines(ray, place.folder)
-        needs = {"num_cpus": place.threads, "num_gpus": int(place.device.startswith("cuda")), "max_retries": RETRIES}
+        _check_machines(ray, site.folder)
+        needs = {"num_cpus": site.threads, "num_gpus": int(site.device.startswith("cuda")), "max_retries": RETRIES}
         remote = ray.remote(**needs)(_run)
-        waiting = [remote.remote(task, place, Path.cwd()) for task in tasks]
+        waiting = [remote.remote(task, site, Path.cwd()) for task in tasks]
         ids = {reference: task.cell.id for reference, task in zip(waiting, tasks, strict=True)}
         while waiting:
             (ready,), waiting = ray.wait(waiting)
@@ -49,17 +52,18 @@ def by_ray(tasks: Sequence[Task], place: Place, address: str) -> Iterator[Outcom
         ray.shutdown()
 
 
-def _run(task: Task, place: Place, working: Path) -> Outcome:
-    """As in the working folder of who began the study, from which relative paths and a model's module are found."""
+def _run(task: Task, site: Site, working: Path) -> Outcome:
+    """Run a cell in the working folder of the process that began the study: relative paths and a model's module are
+    found from there."""
     if working.is_dir():
         os.chdir(working)
     if "" not in sys.path:
         sys.path.append("")
-    return cells.run(task, place)
+    return cells.run(task, site)
 
 
-def _check_machines(ray, folder: Path) -> None:
-    """Each machine must see what is written here, and run the same fastadv."""
+def _check_machines(ray: ModuleType, folder: Path) -> None:
+    """Refuse machines that do not see this folder, or have another fastadv."""
     token = folder / "shared.token"
     token.write_text(said := uuid.uuid4().hex)
     try:
@@ -83,7 +87,7 @@ def _check_machines(ray, folder: Path) -> None:
 
 
 def _look(token: Path) -> tuple[str | None, str]:
-    """What a machine reads there, and its version of fastadv."""
+    """What a machine reads in the file `token`, and its version of fastadv."""
     try:
         return token.read_text(), __version__
     except OSError:

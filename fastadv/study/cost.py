@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from fastadv.attacks import create_attack
+from fastadv.study.files import Record
 from fastadv.study.grid import ALWAYS, IN_A_ROW, Task
 from fastadv.training.cost import fresh_share, passes
 from fastadv.training.fast.cached import Cached
@@ -39,7 +40,9 @@ def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
     """Forward passes of a whole cell at most, as if each image withstood all that is asked of it.
 
     Args:
+        task: the cell.
         images: how many "train", "val" and "test" images there are.
+        classes: how many there are.
     """
     epochs = sum(stage.epochs for stage in task.training.stages)
     every = task.training.eval_every
@@ -62,7 +65,8 @@ def _judging(names: Iterable[str], task: Task, classes: int) -> float:
     return total
 
 
-def seconds_a_unit(record: Mapping) -> float:
-    """Of a forward pass of one image, as a finished cell's training had it."""
+def seconds_a_unit(record: Record) -> float:
+    """The seconds of a forward pass of one image in the training of a finished cell."""
     epochs = sum("epoch" in each for each in record["records"])
-    return record["train_s"] / (epochs * record["images"]["train"] * record["cost"]["units"])
+    seconds: float = record["train_s"] / (epochs * record["images"]["train"] * record["cost"]["units"])
+    return seconds

@@ -7,7 +7,7 @@ from statistics import mean
 
 import torch
 
-from fastadv.study.cells import Place, build, machine
+from fastadv.study.cells import Site, build, machine
 from fastadv.study.cost import cost_of, seconds_a_unit, units_of
 from fastadv.study.files import finished
 from fastadv.study.grid import Cell, Task, trainer
@@ -16,42 +16,48 @@ from fastadv.training import Settings
 
 logger = logging.getLogger("fastadv")
 
-# What the time of a standard step depends on.
-_OF_A_STEP = ("method", "head", "rank", "lora_targets", "lr", "batch_size", "grad_accum_steps", "optimizer")
-_OF_A_STEP += ("precision", "compile", "channels_last")
+_Kind = tuple[str, str | None, str, str]  # data, classes, model and method: what the time of a pass depends on
+
+# Settings that the time of a standard step depends on.
+_OF_A_STEP = (
+    *("method", "head", "rank", "lora_targets", "lr", "batch_size", "grad_accum_steps", "optimizer"),
+    *("precision", "compile", "channels_last"),
+)
 
 
-def estimates(tasks: Iterable[Task], place: Place) -> dict[str, float]:
+def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float]:
     """Seconds of each cell at most, by its id: as if each image withstood each attack.
 
-    The cost model says how many passes a cell has. What a pass takes is known from the finished cells of the same
-    data set, model and method on such a machine, or else from a step of standard training that is timed here.
+    The cost model says how many passes a cell has. The time of a pass is known from the finished cells of the same data
+    set, model and method on such a machine, or else from a step of standard training that is timed here.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: images or a model that cannot be had.
+        FileNotFoundError: images or a model are not there.
+        ImportError: a package for them is not installed.
+        ValueError: they cannot be read, or do not go together.
     """
-    timed: dict[tuple, list[float]] = {}
-    here = machine(place)
-    for record in finished(place.folder):
+    timed: dict[_Kind, list[float]] = {}
+    here = machine(site)
+    for record in finished(site.folder):
         made = record["machine"]
         if "before" not in made and all(made[name] == here[name] for name in ("device", "cpu", "threads")):
             timed.setdefault(_kind(Cell(**record["cell"])), []).append(seconds_a_unit(record))
     found = {}
     for task in tasks:
-        parts, kind = parts_of(task, place.data_folder), _kind(task.cell)
+        parts, kind = parts_of(task, site.data_folder), _kind(task.cell)
         if kind not in timed:
-            timed[kind] = [_measured(task, place, parts)]
+            timed[kind] = [_measured(task, site, parts)]
         images = {name: len(getattr(parts, name)[1]) for name in ("train", "val", "test")}
         found[task.cell.id] = mean(timed[kind]) * units_of(task, images, len(parts.classes))
     return found
 
 
-def _kind(cell: Cell) -> tuple:
+def _kind(cell: Cell) -> _Kind:
     return cell.data, cell.classes, cell.model, cell.method
 
 
-def _measured(task: Task, place: Place, parts: Parts) -> float:
-    """Seconds of a forward pass of one image: of the second of two steps on clean images, by their passes."""
+def _measured(task: Task, site: Site, parts: Parts) -> float:
+    """Seconds of a forward pass of one image: those of the second of two steps on clean images, over its passes."""
     training = Settings(epochs=2, probe=0, eval_every=0, **{name: getattr(task.training, name) for name in _OF_A_STEP})
     standard = replace(task, attack="none", training=training)
     images = parts.train[0][: training.batch_size]
@@ -59,11 +65,11 @@ def _measured(task: Task, place: Place, parts: Parts) -> float:
     before, level = torch.get_num_threads(), logger.level
     try:
         logger.setLevel(logging.WARNING)  # its two epochs are none of the study's
-        torch.set_num_threads(place.threads)
+        torch.set_num_threads(site.threads)
         model = build(task.cell, parts)
-        records = trainer(standard, model.on_pixels, device=place.device, progress=False).fit((images, labels))
+        records = trainer(standard, model.on_pixels, site.device).fit((images, labels))
     finally:
         logger.setLevel(level)
         torch.set_num_threads(before)
-    seconds = [record["train_s"] for record in records if "epoch" in record]
+    seconds: list[float] = [record["train_s"] for record in records if "epoch" in record]
     return seconds[-1] / (len(images) * cost_of(standard)["units"])

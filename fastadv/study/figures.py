@@ -3,7 +3,7 @@ names may have characters that the font has not."""
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ LEAST_RANGE = 2.0  # points
 
 
 def difference_by_eps(averages: Sequence[Average]) -> "Figure":
-    """Of one model, attack and judge: each method's difference to PGD over eps, and the paper's."""
+    """Each method's difference to PGD over eps, and the paper's; of one model, attack and judge."""
     figure, axis = _axis(WIDTH, 3.3)
     budgets = sorted({each.eps for each in averages})
     methods = list(dict.fromkeys(each.methods for each in averages if len(each.methods) == 1))
@@ -39,7 +39,7 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
         places = [budgets.index(each.eps) + (number - (len(methods) - 1) / 2) * step for each in mine]
         means = np.array([100 * each.mean for each in mine])
         bounds = np.array([[100 * each.low, 100 * each.high] for each in mine]).T
-        style = {**_style(names[0]), "markersize": 5}
+        style: dict[str, Any] = {**_style(names[0]), "markersize": 5}
         lengths = np.abs(bounds - means)
         axis.errorbar(
             places, means, lengths, fmt="", linestyle="", elinewidth=1.2, label=method_words(names[0]), **style
@@ -63,7 +63,7 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
 
 
 def stability_map(courses: Sequence[Course]) -> "Figure":
-    """Of one attack: methods by eps, in each field how many of the runs collapsed."""
+    """Methods by eps, in each field how many of the runs collapsed; of one attack."""
     methods = list(dict.fromkeys(each.result.cell.method for each in courses))
     methods.sort(key=lambda method: method == "scratch")
     budgets = sorted({each.result.cell.eps for each in courses})
@@ -94,8 +94,8 @@ def _field(axis: "Axes", column: int, row: int, runs: int, collapsed: int) -> No
 
 
 def curves(courses: Sequence[Course]) -> "Figure":
-    """Of one method and attack: accuracy of the monitor's images under the training attack and under PGD-5, for each
-    eps, run by run; heavy lines are the mean."""
+    """The accuracy on the monitor's images under the training attack and under PGD-5, for each eps; of one method and
+    attack. Thin lines are runs, heavy lines their mean."""
     budgets = sorted({each.result.cell.eps for each in courses})
     figure = _figure(max(0.6 + 1.45 * len(budgets), 2.9), 2.4)
     axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -142,7 +142,8 @@ def _style(method: str) -> dict[str, str]:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def _axis(width: float, height: float) -> tuple["Figure", "Axes"]:
@@ -157,12 +158,17 @@ def _plain(axis: "Axes") -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
-    axis.xaxis.label.set_size(8)
-    axis.yaxis.label.set_size(8)
+    axis.xaxis.label.set_fontsize(8)
+    axis.yaxis.label.set_fontsize(8)
 
 
 def svg(figure: "Figure", words: str) -> str:
-    """As a part of a page: letters are outlines, nothing is loaded, `words` is for who cannot see it."""
+    """The figure as a part of a page: letters are outlines, and nothing is loaded.
+
+    Args:
+        figure: to be drawn.
+        words: for people who cannot see it.
+    """
     buffer = io.StringIO()
     with require("matplotlib").rc_context({"svg.fonttype": "path", "svg.hashsalt": words}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -1,9 +1,10 @@
-"""The files of a study's folder: the grid as it was asked for, and a folder for each cell."""
+"""The files of a study's folder: the grid that was asked for, and a folder for each cell."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastadv._extras import require
 from fastadv._renamed import by_new_names
@@ -11,12 +12,17 @@ from fastadv.files import check_format, write_atomically
 from fastadv.study.grid import Cell
 from fastadv.training.settings import RENAMED
 
+if TYPE_CHECKING:
+    from yaml import MappingNode
+
 GRID, GRID_FORMAT = "study.yaml", 1
 CELL, CELL_FORMAT, OLDEST_CELL = "cell.json", 2, 1  # 1 has old names of settings
 ERROR = "error.txt"
 
+Record = dict[str, Any]  # of a finished cell: its settings, results and times, as its file has them
 
-def read_grid(path: str | Path) -> dict:
+
+def read_grid(path: str | Path) -> dict[str, Any]:
     """The grid of a YAML file. 1e-3 is a number, as in YAML 1.2.
 
     Raises:
@@ -26,8 +32,8 @@ def read_grid(path: str | Path) -> dict:
     """
     yaml = require("yaml")
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def construct_mapping(self, node: "MappingNode", deep: bool = False) -> object:
             names = [self.construct_object(name, deep=True) for name, _ in node.value]
             for name in names:
                 if names.count(name) > 1:
@@ -46,17 +52,18 @@ def read_grid(path: str | Path) -> dict:
     return grid
 
 
-def write_grid(folder: Path, grid: Mapping) -> None:
+def write_grid(folder: Path, grid: Mapping[str, Any]) -> None:
     """Keep the grid with its results, in a file that `read_grid` reads."""
     plain = json.loads(json.dumps({"format": GRID_FORMAT, **grid}))
     write_atomically(folder / GRID, require("yaml").safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
 
 
 def cell_folder(folder: Path, id: str) -> Path:
+    """The folder of a cell in the study's folder."""
     return folder / "cells" / id
 
 
-def read_cell(folder: Path, id: str) -> dict | None:
+def read_cell(folder: Path, id: str) -> Record | None:
     """The record of a finished cell; None where it is not finished.
 
     Raises:
@@ -65,7 +72,7 @@ def read_cell(folder: Path, id: str) -> dict | None:
     """
     path = cell_folder(folder, id) / CELL
     try:
-        record = json.loads(path.read_text())
+        record: Record = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -77,13 +84,13 @@ def read_cell(folder: Path, id: str) -> dict | None:
     return record
 
 
-def write_cell(folder: Path, id: str, record: Mapping) -> None:
-    """A finished cell, whole or not at all."""
+def write_cell(folder: Path, id: str, record: Record) -> None:
+    """Write the record of a finished cell, whole or not at all."""
     content = json.dumps({**record, "format": CELL_FORMAT}) + "\n"
     write_atomically(cell_folder(folder, id) / CELL, content.encode())
 
 
-def finished(folder: Path) -> Iterator[dict]:
+def finished(folder: Path) -> Iterator[Record]:
     """The records of all finished cells, in the order of their names."""
     for path in sorted((folder / "cells").glob(f"*/{CELL}")):
         if (record := read_cell(folder, path.parent.name)) is not None:

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from fastadv._renamed import by_new_names
@@ -22,8 +24,8 @@ from fastadv.training.settings import RENAMED
 SCRATCH = "scratch"  # everything, from random weights
 LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}  # peaks for AdamW; others have Settings'
 ALWAYS = ("fgsm", "pgd-10", "pma")
-# What judges in a row: each attack gets what those before it leave.
-IN_A_ROW = {"apgd": VERSIONS["standard"][:2], "autoattack": VERSIONS["standard"]}
+# Judges of several attacks in a row: each attack gets the images that those before it leave.
+IN_A_ROW: dict[str, tuple[str, ...]] = {"apgd": VERSIONS["standard"][:2], "autoattack": VERSIONS["standard"]}
 JUDGES = (*(name for name, (attack, _) in PRESETS.items() if attack.norm == "Linf"), *IN_A_ROW)
 
 _AXES = {"model": "robust-resnet", "methods": ("linear", "full"), "attacks": ("fgsm", "pgd"), "eps": (8,), "seeds": 3}
@@ -37,8 +39,14 @@ _NOT_TRAINING = (*_AXES_OF, "checkpoint_s")  # and what changes no result
 class Cell:
     """One training run of a study.
 
-    eps is in units of 1/255, `classes` as `fastadv finetune --classes` takes them, `attack` the name of what attacks in
-    training with its settings.
+    Attributes:
+        data: name of the data set.
+        classes: as `fastadv finetune --classes` takes them; None means all.
+        model: as `fastadv finetune --model` takes it.
+        method: what trains.
+        attack: a name for the attack in training, with its settings.
+        eps: budget, in units of 1/255.
+        seed: of the run.
     """
 
     data: str
@@ -66,7 +74,8 @@ class DataSet:
         path: digits, cifar10, or a path; a relative one is that in the study's data folder.
         classes: to keep, such as "6-9"; None: all.
         size: pixels of a side, for a model that takes images of any size; None: they stay as they are.
-        image_column, label_column: of parquet files.
+        image_column: of parquet files.
+        label_column: of parquet files.
     """
 
     name: str
@@ -76,7 +85,7 @@ class DataSet:
     image_column: str | None = None
     label_column: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise ValueError(f"size is a whole number of pixels, got {self.size!r}")
 
@@ -88,7 +97,9 @@ class Images:
     Attributes:
         validation: share of the training images to choose weights on, where the set sets none apart.
         split_seed: of the parts that the set does not have.
-        train_limit, val_limit, test_limit: so many, the first of an order that is always the same; None: all.
+        train_limit: how many images train, the first of an order that is always the same; None: all.
+        val_limit: how many images choose weights, likewise.
+        test_limit: how many images judge, likewise.
     """
 
     validation: float = 0.1
@@ -97,10 +108,10 @@ class Images:
     val_limit: int | None = None
     test_limit: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if type(self.split_seed) is not int:
             raise ValueError(f"split_seed is a whole number, got {self.split_seed!r}")
-        Split(self.split_seed, validation=self.validation)  # refuses what is no share
+        Split(self.split_seed, validation=self.validation)  # refuses a validation that is no share
         for name in ("train_limit", "val_limit", "test_limit"):
             limit = getattr(self, name)
             if limit is not None and (type(limit) is not int or limit < 1):
@@ -109,7 +120,16 @@ class Images:
 
 @dataclass(frozen=True)
 class Task:
-    """A cell and all that its result depends on, and who judges it beside ALWAYS; `attack` is the trainer's."""
+    """A cell and all that its result depends on.
+
+    Attributes:
+        cell: its name in the results.
+        data: where its images are.
+        images: which of them are taken.
+        attack: name of the attack or the fast method in training, as the trainer takes it.
+        training: settings of the trainer.
+        judges: those beside ALWAYS.
+    """
 
     cell: Cell
     data: DataSet
@@ -119,34 +139,59 @@ class Task:
     judges: tuple[str, ...] = ()
 
     @property
-    def settings(self) -> dict:
-        """What a finished cell must have been made with, as JSON has it."""
+    def settings(self) -> dict[str, Any]:
+        """The settings that a finished cell must have been made with, as JSON has them."""
         training = {name: v for name, v in asdict(self.training).items() if name not in _NOT_TRAINING}
-        return json.loads(
+        settings: dict[str, Any] = json.loads(
             json.dumps({"trained_with": self.attack, **training, **asdict(self.images), "size": self.data.size})
         )
+        return settings
 
 
-def with_defaults(cell: Cell, settings: Mapping) -> dict:
-    """The settings of a record, and the defaults of those that were not there yet when it was made."""
+def with_defaults(cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a record, with the defaults of settings that did not exist when it was made."""
     return {**Task(cell, DataSet("", ""), Images(), cell.attack, Settings()).settings, **settings}
 
 
-def trainer(task: Task, model: nn.Module, **options) -> Trainer:
-    """The trainer of a cell.
+def trainer(
+    task: Task,
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> Trainer:
+    """The trainer of a cell, which shows no progress bar.
+
+    Args:
+        task: the cell, its attack and its settings.
+        model: from images in [0, 1] to logits.
+        device: where to train, as in `Trainer`.
+        folder: for the state of the run, as in `Trainer`.
+        resume: go on from that state, as in `Trainer`.
 
     Raises:
         ValueError: an attack or a setting that cannot be.
     """
     attack = None if task.attack == "none" else task.attack
     settings = {each.name: getattr(task.training, each.name) for each in fields(Settings)}
-    return Trainer(model, task.cell.eps / 255, attack=attack, measure_backbone=False, **settings, **options)
+    return Trainer(
+        model,
+        task.cell.eps / 255,
+        attack=attack,
+        folder=folder,
+        resume=resume,
+        measure_backbone=False,
+        device=device,
+        progress=False,
+        **settings,
+    )
 
 
 # ---------------------------------------------------------------------- from a mapping
 
 
-def expanded(grid: Mapping) -> list[Task]:
+def expanded(grid: Mapping[str, Any]) -> list[Task]:
     """The cells that a grid asks for, each once, in the order in which they are run.
 
     The first seed of all blocks comes first, then the second: a study that is cut has something of everything.
@@ -185,13 +230,13 @@ def expanded(grid: Mapping) -> list[Task]:
     return list(found.values())
 
 
-def differences(one: Mapping, other: Mapping) -> str:
-    """In words, what differs; empty where nothing does."""
+def differences(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """In words, what differs between two mappings; empty where nothing does."""
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return ", ".join(f"{name} ({one.get(name)}, {other.get(name)})" for name in names)
 
 
-def _products(block: Mapping) -> list[list[Task]]:
+def _products(block: Mapping[str, Any]) -> list[list[Task]]:
     """A block's cells, seed by seed."""
     known = [name for kind in (Images, Settings) for name in _names(kind) if name not in _AXES_OF]
     _check_names("the grid", block, ["data", *_AXES, "judges", *known])
@@ -211,16 +256,25 @@ def _products(block: Mapping) -> list[list[Task]]:
     ]
 
 
-def _task(block: Mapping, seed: int, judges: tuple[str, ...], data, model, eps, method: str, attack) -> Task:
-    data, images = _data(data, block)
-    name, attack, changes = _attack(attack)
+def _task(
+    block: Mapping[str, Any],
+    seed: int,
+    judges: tuple[str, ...],
+    data_set: object,
+    model: object,
+    eps: object,
+    method: str,
+    attacked: object,
+) -> Task:
+    data, images = _data(data_set, block)
+    name, attack, changes = _attack(attacked)
     cell = Cell(data.name, data.classes, str(model), method, name, _eps(eps), seed)
     task = Task(cell, data, images, attack, _training(cell, {**block, **changes}), judges)
-    trainer(task, nn.Identity())  # refuses what is wrong, before anything is begun
+    trainer(task, nn.Identity())  # refuses wrong settings before any cell runs
     return task
 
 
-def _data(given: object, block: Mapping) -> tuple[DataSet, Images]:
+def _data(given: object, block: Mapping[str, Any]) -> tuple[DataSet, Images]:
     entry = {"name": _name_of(Path(given)), "path": given} if isinstance(given, str) else given
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
         raise ValueError(f"data are names, paths that end in a name, or mappings with a name, got {given!r}")
@@ -234,11 +288,11 @@ def _data(given: object, block: Mapping) -> tuple[DataSet, Images]:
 
 
 def _name_of(path: Path) -> str:
-    """Empty where it has none, as . and .. have."""
+    """The name of a data set by its path; empty where it has none, as . and .. have none."""
     return path.stem if path.suffix in (".npz", ".parquet") else path.name if path.name != ".." else ""
 
 
-def _attack(given: object) -> tuple[str, str, dict]:
+def _attack(given: object) -> tuple[str, str, dict[str, Any]]:
     """The name of an attack in the results, the trainer's, and changes to the settings of the grid."""
     if isinstance(given, str):
         return given, given, {}
@@ -250,7 +304,7 @@ def _attack(given: object) -> tuple[str, str, dict]:
     return given["name"], given["attack"], changes
 
 
-def _training(cell: Cell, block: Mapping) -> Settings:
+def _training(cell: Cell, block: Mapping[str, Any]) -> Settings:
     chosen = {name: block[name] for name in _names(Settings) if name in block and name != "lr"}
     method = "full" if cell.method == SCRATCH else cell.method
     rates = block.get("lr", {})
@@ -274,7 +328,7 @@ def _seeds(given: object) -> list[int]:
     return seeds
 
 
-def _several(given: object) -> list:
+def _several(given: object) -> list[Any]:
     found = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not found and given != ():
         raise ValueError("a grid has an empty list: nothing would be done")
@@ -297,7 +351,7 @@ def _check_name(kind: str, name: object, known: Sequence[str]) -> None:
 
 
 def _safe(text: str) -> str:
-    """As a part of a file's name; what had to be changed has a digest, so that no two become one."""
+    """The text as a part of a file's name. A changed text gets a digest, so that two texts have two names."""
     safe = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:40]
     plain = re.fullmatch(r"[A-Za-z0-9._-]{1,40}", text) and text == safe
     return safe if plain else f"{safe}.{hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:6]}"

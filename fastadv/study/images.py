@@ -1,4 +1,4 @@
-"""The images of a cell: a data set, as the model takes it, and of each part the first so many of a fixed order."""
+"""The images of a cell: a data set as the model takes it, each part up to its limit, in a fixed order."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.data.classes import class_list
-from fastadv.data.share import Batch
+from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
 from fastadv.preprocessing import Preprocessing
 from fastadv.study.grid import DataSet, Images, Task
@@ -23,7 +23,9 @@ class Parts:
     """What a cell trains and is judged on.
 
     Attributes:
-        train, val, test: images and labels.
+        train: images and labels to train on.
+        val: images and labels to choose weights on.
+        test: images and labels that judge.
         classes: their names.
         contents: a digest of the whole set, whatever the limits.
         judged: a digest of the test images in their order, and of their labels.
@@ -31,9 +33,9 @@ class Parts:
         trained_on: for the file of a model.
     """
 
-    train: Batch
-    val: Batch
-    test: Batch
+    train: Samples
+    val: Samples
+    test: Samples
     classes: tuple[str, ...]
     contents: str
     judged: str
@@ -44,14 +46,20 @@ class Parts:
 def parts_of(task: Task, data_folder: Path | None) -> Parts:
     """The images of a cell; those of a few data sets are kept in memory.
 
+    Args:
+        task: which images.
+        data_folder: of data sets with relative paths; None means the working folder.
+
     Raises:
-        FileNotFoundError, ImportError, ValueError: as `fastadv.data.load`; or the data have a single class.
+        FileNotFoundError: as `fastadv.data.load`.
+        ImportError: likewise.
+        ValueError: likewise, or the data have a single class.
     """
     return _loaded(task.data, task.images, task.cell.model, data_folder)
 
 
 def preprocessing_of(given: DataSet, model: str) -> Preprocessing | None:
-    """What the images go through: the model's own, or a size of the data set's.
+    """The preprocessing of the images: the model's own, or else the one to the size that the data set asks for.
 
     Raises:
         ValueError: an unknown model, or one that has a size of its own where the data set has one too.
@@ -68,22 +76,25 @@ def preprocessing_of(given: DataSet, model: str) -> Preprocessing | None:
 
 
 @lru_cache(maxsize=8)
-def _loaded(given: DataSet, images: Images, model: str, data_folder: Path | None) -> Parts:
+def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None) -> Parts:
     named = given.path in NAMED
     dataset = data.load(
         given.path if named else Path(data_folder or "", given.path),
         preprocessing=preprocessing_of(given, model),
         classes=None if given.classes is None else class_list(given.classes),
-        validation=images.validation,
+        validation=limits.validation,
         folder=data_folder,
         image_column=given.image_column,
         label_column=given.label_column,
-        seed=images.split_seed,
+        seed=limits.split_seed,
     )
     if len(dataset.classes) < 2:
         raise ValueError(f"{given.name} has a single class, {dataset.classes[0]}: there is nothing to tell apart")
-    rows = {name: _chosen(len(getattr(dataset, name)[1]), getattr(images, f"{name}_limit")) for name in dataset.digests}
-    parts = {name: tuple(part[chosen] for part in getattr(dataset, name)) for name, chosen in rows.items()}
+    rows = {name: _chosen(len(getattr(dataset, name)[1]), getattr(limits, f"{name}_limit")) for name in dataset.digests}
+    parts: dict[str, Samples] = {}
+    for name, chosen in rows.items():
+        images, labels = getattr(dataset, name)
+        parts[name] = images[chosen], labels[chosen]
     digests = dataset.digests["test"][rows["test"]]
     whole = torch.cat([torch.stack((dataset.digests[name], getattr(dataset, name)[1]), 1) for name in rows])
     return Parts(

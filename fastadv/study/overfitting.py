@@ -1,10 +1,11 @@
 """Catastrophic overfitting in the records of training: where, when, who saw it and how early."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from fastadv.study.files import Record
 from fastadv.study.results import PGD, Result, row_of
 
 HALF = 0.5
@@ -20,12 +21,12 @@ DEFINITION = (
     "catastrophic overfitting from a model that forgets, or overfits as any does."
 )
 
-Rule = Callable[[Sequence[Mapping]], Iterable[bool]]
+Rule = Callable[[Sequence[float]], Iterable[bool]]  # from a field's values over the epochs to where it fires
 
 
 @dataclass(frozen=True)
 class Detector:
-    """What may see a collapse in the monitor's readings.
+    """A rule that may see a collapse in the monitor's readings.
 
     Attributes:
         field: of an epoch's record; epochs without it do not count.
@@ -35,19 +36,20 @@ class Detector:
 
     field: str
     rule: str
-    fires: Callable[[Sequence[float]], Iterable[bool]]
+    fires: Rule
 
-    def first(self, epochs: Sequence[Mapping]) -> int | None:
+    def first(self, epochs: Sequence[Record]) -> int | None:
         """The epoch at which it fires first, from 0."""
         seen = [each for each in epochs if self.has(each)]
         fired = self.fires([each[self.field] for each in seen])
         return next((each["epoch"] for each, fires in zip(seen, fired, strict=True) if fires), None)
 
-    def has(self, record: Mapping) -> bool:
+    def has(self, record: Record) -> bool:
+        """Whether an epoch's record has the field."""
         return record.get(self.field) is not None
 
 
-def _fell(by: float) -> Callable[[Sequence[float]], Iterable[bool]]:
+def _fell(by: float) -> Rule:
     return lambda values: (best - value > by for value, best in zip(values, _highest(values), strict=True))
 
 
@@ -55,7 +57,7 @@ def _halved(values: Sequence[float]) -> Iterable[bool]:
     return (value < HALF * best for value, best in zip(values, _highest(values), strict=True))
 
 
-def _above(threshold: float) -> Callable[[Sequence[float]], Iterable[bool]]:
+def _above(threshold: float) -> Rule:
     return lambda values: (value > threshold for value in values)
 
 
@@ -66,7 +68,7 @@ def _highest(values: Sequence[float]) -> Iterable[float]:
 class _Alarm(Detector):
     """The monitor's own word, which an epoch without an alarm has too: None."""
 
-    def has(self, record: Mapping) -> bool:
+    def has(self, record: Record) -> bool:
         return self.field in record
 
 
@@ -85,8 +87,9 @@ class Course:
     """How a run went.
 
     Attributes:
+        result: of the run.
         collapse: the epoch at which it collapsed, from 0; None where it did not.
-        seen: {detector: the epoch at which it fired first, or None}, of those that had something to see.
+        seen: {detector: the epoch at which it fired first, or None}; detectors without readings are not in it.
     """
 
     result: Result
@@ -99,9 +102,13 @@ class Score:
     """How well a detector did.
 
     Attributes:
-        found, collapsed: of so many runs that collapsed, those in which it fired.
-        leads: of these, epochs from its firing to the collapse; below 0 it was late.
-        false, sound: of so many runs that did not collapse, those in which it fired.
+        name: of the detector.
+        rule: in words.
+        found: the runs that collapsed and in which it fired.
+        collapsed: the runs that collapsed.
+        leads: of each run in `found`, the epochs from the firing to the collapse; below 0 it was late.
+        false: the runs that did not collapse and in which it fired.
+        sound: the runs that did not collapse.
     """
 
     name: str
@@ -114,11 +121,12 @@ class Score:
 
     @property
     def lead(self) -> float | None:
+        """The median of `leads`; None where there are none."""
         return median(self.leads) if self.leads else None
 
 
 def courses(results: Iterable[Result]) -> list[Course]:
-    """Of all runs with a training attack whose records tell whether they collapsed."""
+    """The courses of all runs with a training attack whose records tell whether they collapsed."""
     results = list(results)
     with_pgd = {(row_of(each), each.cell.seed): each for each in results if each.cell.attack == PGD}
     found = []
@@ -134,19 +142,19 @@ def courses(results: Iterable[Result]) -> list[Course]:
     return found
 
 
-def _measure(partner: Result | None) -> Sequence[Mapping] | None:
-    """The epochs that tell what a run could be; none of a model that always says one class."""
+def _measure(partner: Result | None) -> Sequence[Record] | None:
+    """The epochs of the run with PGD, which tell how robust a run could be; none of a model that says one class."""
     if partner is None:
         return None
     return [] if partner.constant else partner.epochs
 
 
-def collapse(epochs: Sequence[Mapping], partner: Sequence[Mapping] | None = None) -> int | None:
+def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) -> int | None:
     """The epoch, from 0, at which a run collapsed, by DEFINITION; None where it did not.
 
     Args:
         epochs: its records; those without a validation or a probe do not count.
-        partner: those of the run trained with PGD from the same seed.
+        partner: the records of the run trained with PGD from the same seed.
     """
     of_partner = {each["epoch"]: each.get("robust_accuracy") for each in partner or ()}
     best = 0.0
@@ -159,12 +167,13 @@ def collapse(epochs: Sequence[Mapping], partner: Sequence[Mapping] | None = None
         could_be = max(best, reference or 0.0)
         fell = robust < HALF * could_be and could_be - robust > LEAST
         if fell and each["probe_pgd"] < HALF * each["probe_attack"]:
-            return each["epoch"]
+            epoch: int = each["epoch"]
+            return epoch
     return None
 
 
 def scores(found: Iterable[Course]) -> list[Score]:
-    """Of each detector that had something to see."""
+    """The score of each detector that had something to see."""
     found, rows = list(found), []
     for name, detector in DETECTORS.items():
         seen = [(each.collapse, each.seen[name]) for each in found if name in each.seen]
@@ -177,5 +186,5 @@ def scores(found: Iterable[Course]) -> list[Score]:
     return rows
 
 
-def _judged(record: Mapping) -> bool:
+def _judged(record: Record) -> bool:
     return all(record.get(name) is not None for name in ("robust_accuracy", "probe_attack", "probe_pgd"))

@@ -1,4 +1,4 @@
-"""What a study found, as files: one HTML page that needs no other, its numbers as JSON and CSV, its figures."""
+"""A study's results as files: one HTML page that needs no other file, its numbers as JSON and CSV, its figures."""
 
 import csv
 import io
@@ -8,18 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fastadv.evaluation.report import html
 from fastadv.evaluation.report.page import STYLE
 from fastadv.files import write_atomically
 from fastadv.study import answer as say
 from fastadv.study import figures
-from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
-from fastadv.study.grid import expanded
+from fastadv.study.files import CELL, ERROR, GRID, Record, cell_folder, read_cell, read_grid
+from fastadv.study.grid import Cell, expanded
 from fastadv.study.overfitting import DEFINITION, DETECTORS, Course, Score, courses, scores
-from fastadv.study.results import Result, attack_words, judge_words, method_words, place_of, result_of, row_of
+from fastadv.study.results import Result, Row, attack_words, judge_words, method_words, place_of, result_of, row_of
 from fastadv.study.statistics import DRAWS, Average, Difference, averages, compare
 from fastadv.study.timing import Time, times
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 FORMAT = 1
 PAGE, TABLE, NUMBERS, FIGURES = "report.html", "results.csv", "results.json", "figures"
@@ -44,13 +48,20 @@ summary { cursor: pointer; margin: .6rem 0 } @media print { details > * { displa
 
 @dataclass(frozen=True)
 class Study:
-    """What a folder holds, and what was computed from it.
+    """The results in a folder, and what was computed from them.
 
     Attributes:
+        folder: of the study.
+        results: of the finished cells.
         asked: ids of the cells that the grid asks for; None where there is no grid.
-        absent: {id: why, where it is known}, of those that are not finished.
-        unjudged: {id: judges that the grid asks for and the cell has not met}.
+        absent: {id of a cell that is not finished: why, where it is known}.
+        unjudged: {id: judges that the grid asks for and that have not judged the cell}.
         problems: in words, what could not be read or compared.
+        differences: to the cells trained with PGD.
+        averages: of the differences, over data sets.
+        courses: how the runs went.
+        scores: of the detectors.
+        times: of methods with attacks.
     """
 
     folder: Path
@@ -67,21 +78,24 @@ class Study:
 
     @property
     def answer(self) -> say.Answer:
+        """To the question of the title."""
         return say.answer(self.courses, self.averages, self.times, self.scores, self.complete)
 
     @property
     def complete(self) -> bool:
+        """Whether nothing is missing."""
         return not (self.absent or self.unjudged or self.problems)
 
     @property
     def readme(self) -> str:
+        """README's table."""
         return say.table_for_readme(self.averages, self.times, self.courses)
 
 
 def write_study(folder: Path) -> None:
     """Write report.html, results.json, results.csv and figures (SVG and PNG) of the finished cells in `folder`.
 
-    Of a study that is not finished they say what is missing, and of cells that cannot be read or compared, why.
+    Where the study is not finished they say what is missing, and why a cell cannot be read or compared.
 
     Raises:
         ImportError: the `train` extra is not installed.
@@ -129,7 +143,8 @@ def _read(folder: Path) -> tuple[list[Result], list[str]]:
     results, problems = [], []
     for path in sorted((folder / "cells").glob(f"*/{CELL}")):
         try:
-            results.append(result_of(read_cell(folder, path.parent.name)))
+            if (record := read_cell(folder, path.parent.name)) is not None:
+                results.append(result_of(record))
         except (KeyError, TypeError) as error:
             problems.append(f"{path.parent.name}/{CELL} is no record of a cell: {type(error).__name__}: {error}")
         except ValueError as error:
@@ -158,12 +173,12 @@ def _reason(folder: Path, id: str) -> str:
 # ---------------------------------------------------------------------- numbers
 
 
-def _rows(results: Iterable[Result]) -> list[dict]:
+def _rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """A row for each cell: what it is, its accuracies, its time."""
     return [{**asdict(each.cell), **each.accuracies, "train_s": each.record["train_s"]} for each in results]
 
 
-def _csv(rows: Sequence[Mapping]) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
@@ -171,8 +186,8 @@ def _csv(rows: Sequence[Mapping]) -> str:
     return text.getvalue()
 
 
-def _numbers(study: Study) -> dict:
-    """What results.json holds; differences are shares, the first's minus the second's, epochs count from 0."""
+def _numbers(study: Study) -> dict[str, Any]:
+    """The content of results.json: differences are shares, the first's minus the second's, and epochs count from 0."""
     runs = [{**asdict(each.result.cell), "collapse": each.collapse, "detectors": each.seen} for each in study.courses]
     return {
         "format": FORMAT,
@@ -192,7 +207,7 @@ def _numbers(study: Study) -> dict:
     }
 
 
-def _difference(each: Difference) -> dict:
+def _difference(each: Difference) -> dict[str, Any]:
     about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
     return {**asdict(each.row), **about, "mean": each.mean, "low": each.low, "high": each.high, "unlike": each.unlike}
 
@@ -202,6 +217,15 @@ def _difference(each: Difference) -> dict:
 
 @dataclass(frozen=True)
 class Drawing:
+    """A figure, drawn.
+
+    Attributes:
+        words: what it shows.
+        caption: below it; may be empty.
+        svg: for the page.
+        png: for a file.
+    """
+
     words: str
     caption: str
     svg: str
@@ -344,16 +368,17 @@ def _collapses(study: Study) -> str:
     rows = []
     for each in fallen:
         cell, epochs = each.result.cell, {e["epoch"]: e for e in each.result.epochs}
-        before = [e["robust_accuracy"] for n, e in epochs.items() if n < each.collapse and _has_validation(e)]
+        when = each.collapse or 0
+        before = [e["robust_accuracy"] for n, e in epochs.items() if n < when and _has_validation(e)]
         kept = each.result.record["records"][-1].get("best_epoch")
         rows.append(
             [
                 *_names(cell),
                 f"{cell.eps:g}",
                 str(cell.seed),
-                str(each.collapse + 1),
+                str(when + 1),
                 _percent(max(before)) if before else "-",
-                _percent(epochs[each.collapse]["robust_accuracy"]),
+                _percent(epochs[when]["robust_accuracy"]),
                 "-" if kept is None else str(kept + 1),
                 _percent(each.result.accuracies.get("pgd-10")),
             ]
@@ -530,11 +555,11 @@ def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     return table if len(rows) <= _SHOWN else html.folded(title, table)
 
 
-def _names(cell) -> list[str]:
+def _names(cell: Cell) -> list[str]:
     return [_data(cell), html.text(method_words(cell.method)), html.text(attack_words(cell.attack))]
 
 
-def _data(named) -> str:
+def _data(named: Cell | Row) -> str:
     return f"<bdi>{html.text(named.data)}</bdi>" + (f" {html.text(named.classes)}" if named.classes else "")
 
 
@@ -557,13 +582,13 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _has_validation(epoch: Mapping) -> bool:
+def _has_validation(epoch: Record) -> bool:
     return epoch.get("robust_accuracy") is not None
 
 
-def _grouped(items: Iterable, key: Callable) -> list[tuple]:
-    """[(what they have in common, items)], each once, in the order in which they are met."""
-    found: dict = {}
+def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:
+    """(a key, the items that have it), in the order in which keys are met."""
+    found: dict[Key, list[Item]] = {}
     for each in items:
         found.setdefault(key(each), []).append(each)
     return list(found.items())

@@ -8,16 +8,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from fastadv.files import write_atomically
 from fastadv.study import cells
-from fastadv.study.cells import Outcome, Place
+from fastadv.study.cells import Outcome, Site
 from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, cell_folder, finished
-from fastadv.study.grid import Task
+from fastadv.study.grid import Cell, Task
 from fastadv.study.images import preprocessing_of
 
 logger = logging.getLogger("fastadv")
@@ -27,10 +28,11 @@ def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
     """The cells that are still to be run, in their order.
 
     Raises:
-        FormatError, ValueError: what is in the folder was made with other settings, images or weights, or is damaged;
-            or a cell was not met by a judge that is asked for, and its weights are gone.
+        FormatError: a file in the folder is of another version.
+        ValueError: a cell in the folder was made with other settings, images or weights, or is damaged; or a judge that
+            is asked for has not judged it, and its weights are gone.
     """
-    records = {cells.Cell(**record["cell"]).id: record for record in finished(folder)}
+    records = {Cell(**record["cell"]).id: record for record in finished(folder)}
     cells.check_together(records.values())
     left = []
     for task in tasks:
@@ -56,7 +58,9 @@ def check_possible(tasks: Sequence[Task]) -> None:
     """Refuse models that are not there, sizes that they do not take, and attacks that are none to train with.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as `fastadv.models.source`; a size; or an attack of unknown cost.
+        FileNotFoundError: as `fastadv.models.source`.
+        ImportError: likewise.
+        ValueError: likewise; a size that the model does not take; or an attack of unknown cost.
     """
     for given, model in dict.fromkeys((task.data, task.cell.model) for task in tasks):
         preprocessing_of(given, model)
@@ -64,11 +68,11 @@ def check_possible(tasks: Sequence[Task]) -> None:
         cost_of(task)
 
 
-def here(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
+def here(tasks: Sequence[Task], site: Site) -> Iterator[Outcome]:
     """One after another, in this process."""
     for task in tasks:
         logger.info("%s:", task.cell.id)
-        yield cells.run(task, place)
+        yield cells.run(task, site)
 
 
 # ---------------------------------------------------------------------- several processes
@@ -76,20 +80,20 @@ def here(tasks: Sequence[Task], place: Place) -> Iterator[Outcome]:
 
 @dataclass
 class _Worker:
-    process: multiprocessing.Process
-    pipe: connection.Connection
+    process: BaseProcess
+    pipe: "connection.Connection[Task, Outcome]"
     task: Task | None = None
 
 
-def side_by_side(tasks: Sequence[Task], place: Place, processes: int) -> Iterator[Outcome]:
-    """`processes` cells at a time, each in a process of its own; what "cuda" means goes round the GPUs.
+def side_by_side(tasks: Sequence[Task], site: Site, processes: int) -> Iterator[Outcome]:
+    """`processes` cells at a time, each in a process of its own. With the device "cuda" they go round the GPUs.
 
-    A process that dies, as of too little memory, costs its cell and is replaced. If this one dies, they do too, and
-    go on from their checkpoints the next time.
+    A process that dies, for example for lack of memory, costs its cell and is replaced. If this process dies the others
+    die too, and their cells go on from their checkpoints the next time.
     """
     left = list(reversed(tasks))
-    devices = [_device_of(place.device, i) for i in range(min(processes, len(tasks)))]
-    workers = [_started(replace(place, device=device)) for device in devices]
+    devices = [_device_of(site.device, i) for i in range(min(processes, len(tasks)))]
+    workers = [_started(replace(site, device=device)) for device in devices]
     try:
         for worker in workers:
             _give(worker, left)
@@ -98,11 +102,11 @@ def side_by_side(tasks: Sequence[Task], place: Place, processes: int) -> Iterato
             for i, worker in enumerate(workers):
                 if not worker.task:
                     continue
-                outcome = _outcome(worker, place.folder)
+                outcome = _outcome(worker, worker.task, site.folder)
                 if outcome is None:
                     continue
                 if left and not worker.process.is_alive():
-                    workers[i] = worker = _started(replace(place, device=devices[i]))
+                    workers[i] = worker = _started(replace(site, device=devices[i]))
                 yield outcome
                 _give(worker, left)
     finally:
@@ -119,10 +123,10 @@ def _device_of(name: str, number: int) -> str:
     return f"cuda:{number % count}" if name == "cuda" and count else name
 
 
-def _started(place: Place) -> _Worker:
+def _started(site: Site) -> _Worker:
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
-    process = context.Process(target=_serve, args=(its, place), daemon=True)
+    process = context.Process(target=_serve, args=(its, site), daemon=True)
     process.start()
     its.close()
     return _Worker(process, mine)
@@ -134,8 +138,8 @@ def _give(worker: _Worker, left: list[Task]) -> None:
         worker.pipe.send(worker.task)
 
 
-def _outcome(worker: _Worker, folder: Path) -> Outcome | None:
-    """What has become of a worker's cell; None where it is still at it."""
+def _outcome(worker: _Worker, task: Task, folder: Path) -> Outcome | None:
+    """What has become of a worker's cell; None while it is running."""
     try:
         if worker.pipe.poll():
             return worker.pipe.recv()
@@ -144,13 +148,13 @@ def _outcome(worker: _Worker, folder: Path) -> Outcome | None:
     if worker.process.is_alive():
         return None
     worker.process.join()
-    id, words = worker.task.cell.id, f"its process died (exit code {worker.process.exitcode})"
+    id, words = task.cell.id, f"its process died (exit code {worker.process.exitcode})"
     write_atomically(cell_folder(folder, id) / ERROR, f"{words}\n".encode())
     return Outcome(id, "failed", words)
 
 
-def _serve(pipe: connection.Connection, place: Place) -> None:
-    """A worker: cells from the pipe until it is closed. Ctrl-C is for its parent, who sends SIGTERM."""
+def _serve(pipe: "connection.Connection[Outcome, Task]", site: Site) -> None:
+    """Run the cells that come from the pipe until it is closed. Ctrl-C is for the parent, which sends SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
@@ -158,9 +162,11 @@ def _serve(pipe: connection.Connection, place: Place) -> None:
             task = pipe.recv()
         except EOFError:
             return
-        pipe.send(cells.run(task, place))
+        pipe.send(cells.run(task, site))
 
 
 def _end_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What separates models that were trained with another attack from those trained with PGD, and how sure that is.
+"""The differences between models trained with another attack and models trained with PGD, and how sure they are.
 
 All differences are of shares in [0, 1], the first's minus the second's, image by image: both models have one seed, are
 judged by the same attack from the same random starts, and everything but the training attack is the same. Where their
@@ -9,8 +9,10 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastadv._extras import require
 from fastadv.study.grid import OF_THE_ATTACK, SCRATCH
@@ -22,20 +24,25 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one row: between those trained with `attack` and with PGD.
+    """The difference between the cells of one row that were trained with `attack` and those trained with PGD.
 
     Attributes:
+        row: what the cells have in common.
+        attack: of the first ones' training.
+        judge: the attack that judges both.
         seeds: that both have.
         verdicts: int8 (seeds, images): 1 where only the first's model withstands `judge`, -1 where only the second's.
-        mean, low, high: of the verdicts, and the bounds of the interval.
-        unlike: {name of a setting: both values, in words}, of those that are not the attack's own and differ.
+        mean: of the verdicts.
+        low: the lower bound of the mean's interval.
+        high: the upper bound.
+        unlike: {name of a setting: both values, in words}, of the settings that differ and are not the attack's own.
     """
 
     row: Row
     attack: str
     judge: str
     seeds: tuple[int, ...]
-    verdicts: np.ndarray
+    verdicts: npt.NDArray[np.int8]
     mean: float
     low: float
     high: float
@@ -44,13 +51,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class Average:
-    """Over the data sets: of one method, or of the mean of several.
+    """The mean difference over the data sets, of one method or of the mean of several.
 
     Attributes:
-        methods: those that every one of the data sets has.
+        model: of the cells.
+        methods: those that all of the data sets have.
+        attack: of the training.
+        judge: the attack that judges.
+        eps: in units of 1/255.
         data_sets: how many.
-        low, high: of the t interval over data sets, never narrower than what the seeds and images of each set leave
-            open; of one data set, of the bootstrap over its seeds and images.
+        mean: over the data sets.
+        low: the lower bound of the t interval over data sets, which is never narrower than the data sets' own intervals
+            leave it; of one data set the bound of the bootstrap over its seeds and images.
+        high: the upper bound, likewise.
     """
 
     model: str
@@ -64,7 +77,7 @@ class Average:
     high: float
 
 
-def paired(first: Sequence[Result], second: Sequence[Result], judge: str) -> np.ndarray:
+def paired(first: Sequence[Result], second: Sequence[Result], judge: str) -> npt.NDArray[np.int8]:
     """The first's verdicts minus the second's, seed by seed and image by image: int8 (seeds, images).
 
     Raises:
@@ -102,7 +115,9 @@ def compare(results: Iterable[Result], reference: str = PGD) -> tuple[list[Diffe
     return found, refused
 
 
-def bootstrap(differences: np.ndarray, seed: int, draws: int = DRAWS, level: float = LEVEL) -> tuple[float, float]:
+def bootstrap(
+    differences: npt.NDArray[Any], seed: int, draws: int = DRAWS, level: float = LEVEL
+) -> tuple[float, float]:
     """The interval of the mean over all seeds and all images, from `draws` draws of seeds, then of images.
 
     An image is one unit over the seeds: the design is crossed, d = mean + seed + image + rest. The images' part is an
@@ -166,7 +181,7 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
         methods: in the order in which they are to be named.
     """
     differences = [each for each in differences if each.row.method in methods]
-    sets: dict[tuple, dict[str, Difference]] = {}
+    sets: dict[tuple[str, str | None], dict[str, Difference]] = {}
     for each in differences:
         sets.setdefault((each.row.data, each.row.classes), {})[each.row.method] = each
     if not sets:
@@ -184,7 +199,7 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     seeds = sorted(set.intersection(*(set(each.seeds) for each in of_one)))
     if not seeds:
         return None
-    # What the methods' models do to an image, with one seed, is one number.
+    # For each image and seed one number: the mean over the methods' models.
     verdicts = np.mean([each.verdicts[[each.seeds.index(s) for s in seeds]] for each in of_one], 0)
     interval = bootstrap(verdicts, _number(*((each.row, each.attack, each.judge) for each in of_one)))
     return Average(*facts, float(verdicts.mean()), *interval)
@@ -202,13 +217,13 @@ def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> 
 def averages(differences: Iterable[Difference]) -> list[Average]:
     """For each model, attack, judge and eps: of each method, and of the mean of those that transfer, if several do."""
     found = []
-    for _, group in itertools.groupby(sorted(differences, key=_setting), _setting):
-        group = list(group)
+    for _, alike in itertools.groupby(sorted(differences, key=_setting), _setting):
+        group = list(alike)
         methods = list(dict.fromkeys(each.row.method for each in group))
-        of_each = [average(group, [method]) for method in methods]
+        found += [average(group, [method]) for method in methods]
         of_all = average(group, [method for method in methods if method != SCRATCH])
-        found += of_each + ([of_all] if of_all is not None and len(of_all.methods) > 1 else [])
-    return found
+        found += [of_all] if of_all is not None and len(of_all.methods) > 1 else []
+    return [each for each in found if each is not None]
 
 
 # ---------------------------------------------------------------------- parts
@@ -238,7 +253,7 @@ def _judged(judge: str, *results: Result) -> bool:
     return all(judge in each.verdicts for each in results)
 
 
-def _mean_squares(d: np.ndarray) -> tuple[float, float, float]:
+def _mean_squares(d: npt.NDArray[np.float64]) -> tuple[float, float, float]:
     """Of seeds, images and the rest, of a two-way layout (seeds, images) without repetition."""
     (seeds, images), mean = d.shape, d.mean()
     of_seeds, of_images = d.mean(1) - mean, d.mean(0) - mean
@@ -259,5 +274,5 @@ def _number(*words: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "little")
 
 
-def _setting(each: Difference) -> tuple:
+def _setting(each: Difference) -> tuple[str, str, str, float]:
     return each.row.model, each.attack, each.judge, each.row.eps

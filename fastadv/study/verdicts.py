@@ -1,7 +1,8 @@
-"""What the judges of a study say of each image."""
+"""The verdicts of a study's judges on each image."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,27 +15,38 @@ from fastadv.study.grid import IN_A_ROW
 def judged(
     model: torch.nn.Module, test: Batch, judges: Sequence[str], eps: float, seed: int, folder: Path
 ) -> dict[str, str]:
-    """{judge: a character for each image, 1 where it is classified correctly after the attack}, "clean" first.
+    """The verdicts of each judge: a character for each image, 1 where it is classified correctly after the attack.
 
-    Those of IN_A_ROW go on from what is left; of all others each gets all images, from the same random starts.
-    A state of each evaluation is kept in `folder`.
+    A judge of IN_A_ROW gets the images that the one before it left; each other judge gets all images, from the same
+    random starts.
+
+    Args:
+        model: from images in [0, 1] to logits.
+        test: images and labels.
+        judges: names of attacks, or of IN_A_ROW.
+        eps: budget in pixels.
+        seed: of the random starts.
+        folder: for the state of each evaluation.
+
+    Returns:
+        {judge: verdicts}, "clean" first.
     """
-    options = {"graph": next(model.parameters()).is_cuda}
+    graph = next(model.parameters()).is_cuda
     alone = [judge for judge in judges if judge not in IN_A_ROW]
-    common = {"seed": seed, "progress": False}
-    found = {}
+    found: dict[str, str] = {}
     if alone:
-        attacks = [create_attack(judge, model, eps, **options) for judge in alone]
-        report = evaluate(model, test, attacks, ensemble=False, state=_state(folder, alone), **common)
+        attacks = [create_attack(judge, model, eps, graph=graph) for judge in alone]
+        state = _state(folder, alone)
+        report = evaluate(model, test, attacks, ensemble=False, state=state, seed=seed, progress=False)
         left = report["clean_correct"]
         found = {"clean": _bits(left)}
         found |= {judge: _bits(_left(left, result)) for judge, result in zip(alone, report["attacks"], strict=True)}
     rows = {judge: IN_A_ROW[judge] for judge in judges if judge in IN_A_ROW}
     if rows:
         longest = max(rows.values(), key=len)  # of which the others are the beginning
-        ensemble = Ensemble(model, eps=eps, version="custom", attacks_to_run=list(longest), **options)
+        ensemble = Ensemble(model, eps=eps, version="custom", attacks_to_run=list(longest), graph=graph)
         attacks = [attack for _, attack in ensemble.attacks()]
-        report = evaluate(model, test, attacks, state=_state(folder, longest), **common)
+        report = evaluate(model, test, attacks, state=_state(folder, longest), seed=seed, progress=False)
         left, after = report["clean_correct"], {}
         for count, result in enumerate(report["attacks"], 1):
             left = after[longest[:count]] = _left(left, result)
@@ -43,11 +55,11 @@ def judged(
 
 
 def _state(folder: Path, attacks: Sequence[str]) -> Path:
-    """Of an evaluation: a grid may ask for more judges before it goes on."""
+    """The file for an evaluation's state, by its attacks: a grid may ask for more judges before it goes on."""
     return folder / f"judged-{'-'.join(attacks)}.safetensors"
 
 
-def _left(right: Sequence[bool], result: Mapping) -> list[bool]:
+def _left(right: Sequence[bool], result: Mapping[str, Any]) -> list[bool]:
     return [was and not fell for was, fell in zip(right, result["fooled"], strict=True)]
 
 
@@ -56,4 +68,5 @@ def _bits(right: Sequence[bool]) -> str:
 
 
 def share(verdicts: str) -> float:
+    """The share of images that are classified correctly, in [0, 1]."""
     return verdicts.count("1") / len(verdicts)

@@ -14,8 +14,8 @@ REDUCTION = 8
 
 @contextmanager
 def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """On what each block adds last, before it is added: in a transformer what its MLP gives, in a block of convolutions
-    what its body gives. They stay in the model, and those that it has train on.
+    """Put an adapter on the last thing that each block adds, before it is added: in a transformer on the MLP's output,
+    in a block of convolutions on the body's. Adapters stay in the model; those that it has already train on.
 
     Raises:
         ValueError: there is no such block, or the model has adapters of another reduction.

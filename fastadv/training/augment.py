@@ -17,7 +17,8 @@ class Augment:
         flip: whether to flip. Leave it out where a mirror image is another class, as with digits.
 
     Raises:
-        TypeError: flip is not True or False. ValueError: crop is no integer of at least 0.
+        TypeError: flip is not True or False.
+        ValueError: crop is no integer of at least 0.
 
     Source: He et al. 2016, "Deep residual learning for image recognition", section 4.2.
     """
@@ -28,39 +29,55 @@ class Augment:
         self.crop, self.flip = crop, of_kind("flip", flip, bool)
 
     def __call__(self, images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-        """The images, changed.
+        """The cropped and flipped images.
 
         Args:
             images: (N, C, H, W), uint8 or float.
             seeds: int64 (N,), on the images' device.
 
         Returns:
-            New images like those given: channels-last if they are, else contiguous.
+            New images of the same shape and dtype: channels-last if the given ones are, else contiguous.
 
         Raises:
-            TypeError: seeds are not int64. ValueError: a wrong shape or device, or crop is not less than H and W.
+            TypeError: seeds are not int64.
+            ValueError: a wrong shape or device, or crop is not less than H and W.
         """
         self._check(images, seeds)
         crops = moved(images, *self.sources(seeds, *images.shape[2:]), torch.zeros_like(images))
         return crops.contiguous(memory_format=_format(images))
 
     def sources(self, seeds: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows (N, height) and columns (N, width) of the image given that those of the result are; beyond it 0s."""
+        """For each row and column of the result, the row and the column of the given image that it shows.
+
+        A crop of 1 that shifts an image of 4 columns by one, then the same with a flip:
+
+            column of the result      0    1    2    3
+            shows column              1    2    3    4      4 is beyond the image: zeros
+            flipped, it shows         4    3    2    1
+
+        Args:
+            seeds: int64 (N,).
+            height: of an image.
+            width: of an image.
+
+        Returns:
+            int64 (N, height) and (N, width); below 0, or from the height or the width on, they are beyond the image.
+        """
         top, left, flipped = self._drawn(seeds)
         rows, columns = (torch.arange(length, device=seeds.device).expand(len(seeds), -1) for length in (height, width))
         return rows + top, torch.where(flipped, width - 1 - columns, columns) + left
 
     def targets(self, seeds: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inverse of `sources`: the rows and columns of the result that those of the image given are in."""
+        """The inverse of `sources`: for each row and column of the given image, where the result shows it."""
         top, left, flipped = self._drawn(seeds)
         rows, columns = (torch.arange(length, device=seeds.device).expand(len(seeds), -1) for length in (height, width))
         return rows - top, torch.where(flipped, width - 1 - (columns - left), columns - left)
 
     def _drawn(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """By how many rows and columns, and whether mirrored: (N, 1) each."""
+        """By how many rows and columns each image is shifted, and whether it is mirrored: (N, 1) each."""
         bits = _mixed(seeds)[:, None]
         offsets = 2 * self.crop + 1
-        # Of 31 bits each, so that no offset is likelier than another by more than one in 10^8.
+        # 31 bits for each offset, so that no offset is likelier than another by more than one in 10^8.
         top, left = (bits & 0x7FFFFFFF) % offsets, ((bits >> 31) & 0x7FFFFFFF) % offsets
         return top - self.crop, left - self.crop, (bits < 0) & self.flip
 
@@ -82,8 +99,17 @@ class Augment:
 
 
 def moved(pictures: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, elsewhere: torch.Tensor) -> torch.Tensor:
-    """For each pixel the one of `pictures` (N, C, H, W) in these rows (N, H) and columns (N, W), as `Augment.sources`
-    and `Augment.targets` give them; where there is none, that of `elsewhere`, of the same shape."""
+    """The pixels of `pictures` that lie in these rows and columns.
+
+    Args:
+        pictures: (N, C, H, W).
+        rows: int64 (N, H), as `Augment.sources` and `Augment.targets` give them.
+        columns: int64 (N, W), likewise.
+        elsewhere: (N, C, H, W), the pixels where a row or a column is beyond the picture.
+
+    Returns:
+        (N, C, H, W).
+    """
     count, _, height, width = pictures.shape
     within = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]

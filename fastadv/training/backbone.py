@@ -1,6 +1,7 @@
-"""How robust is a backbone, before anything is trained? A frozen one gives its head no more than it has."""
+"""How robust is a backbone before anything is trained? A head on a frozen one is no more robust than its features."""
 
 from collections.abc import Iterable
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -20,8 +21,17 @@ from fastadv.training.passes import Passes
 BATCH = 128
 FIT, JUDGE = 1000, 256  # images at most
 RIDGE = 1.0  # times the features' mean variance: less, and the head leans on small features that any attack moves
-REFITS = 2  # on clean images alone a head finds what is not robust in a robust backbone too
+REFITS = 2  # fitted to clean images alone, a head leans on features that are not robust even in a robust backbone
 NEAR_NOTHING = 0.2  # of the clean accuracy
+
+
+class BackboneRobustness(TypedDict):
+    """What `backbone_robustness` returns."""
+
+    clean_accuracy: float | None
+    robust_accuracy: float | None
+    eps: float
+    warning: str | None
 
 
 def backbone_robustness(
@@ -39,28 +49,30 @@ def backbone_robustness(
     autocast: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     compile: bool = False,
-) -> dict:
+) -> BackboneRobustness:
     """Clean and robust accuracy of the features of `model`, under a linear head fitted to them in closed form.
 
     The head is a ridge regression of targets +-1 on the features of clean images (Hastie et al. 2009, "The elements of
     statistical learning", section 3.4.1), which gives the clean accuracy. It is fitted again, twice, on these and on
-    the features of what PGD-3 makes of the images against the head so far, as adversarial training would; that gives
-    the robust accuracy, under PGD with steps of eps / 4. Other images judge both. A standard backbone is left with
-    about nothing, a robust one with a good share of its clean accuracy. The model is left as it was found; its own
-    head is never written to. Of the images only those that are looked at are copied, and they go to the device in
-    parts.
+    the features of images that PGD-3 attacked against the head so far, as adversarial training would; that gives the
+    robust accuracy, under PGD with steps of eps / 4. Other images judge both. PGD leaves about nothing of a standard
+    backbone's accuracy, and a good share of a robust one's. The model is left as it was found; its own head is never
+    written to. Only the images that are looked at are copied, and they go to the device in parts.
 
     Args:
         model: from images to logits (N, classes), the output of its head.
-        images, labels: training images (N, ...) in [0, 1] or uint8, and int64 (N,); split at random.
+        images: training images (N, ...) in [0, 1] or uint8; they are split at random.
+        labels: int64 (N,).
         eps: budget, in pixels of [0, 1].
         head: name of the head; None means `fastadv.models.find_head`'s.
         steps: number of PGD's steps.
         seed: of the split and of PGD's random start.
-        fit: fit the head to so many images at most.
-        judge: judge it on so many others at most; where there are few images, on a fifth of them.
+        fit: how many images the head is fitted to at most.
+        judge: how many other images judge it at most; where there are few images, a fifth of them.
         part: images that go through the model at a time.
-        autocast, memory_format, compile: of the passes, as in `Attack`; the features come from the plain model.
+        autocast: dtype of torch.autocast, as in `Attack`.
+        memory_format: of the images, as in `Attack`.
+        compile: run the attack under torch.compile, as in `Attack`; the features come from the plain model.
 
     Returns:
         {"clean_accuracy", "robust_accuracy", "eps", "warning"}. The accuracies are None, and the warning says why,
@@ -87,7 +99,8 @@ def backbone_robustness(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     judges = min(judge, max(1, len(labels) // 5, len(labels) - fit))
     order = order[: judges + fit]
-    images, labels = collected((images[order.to(images.device)], labels[order.to(labels.device)]), model, None)
+    chosen = images[order.to(images.device)], labels[order.to(labels.device)]
+    images, labels = collected(chosen, model, None)
     try:
         name, module = find_head(model, head, images[:1].to(labels.device))
     except ValueError as error:
@@ -112,8 +125,9 @@ def backbone_robustness(
             yield attack(x, labels[rows], seed=sample_seeds(seed, rows - judges))
 
     with seeded(seed), frozen(model):
-        features = _features(model, module, staged(fitting), passes)
-        if features is None:
+        try:
+            features = _features(model, module, staged(fitting), passes)
+        except _NoVectorError:
             return _not_measured(eps, f"the head {name} does not get one vector of features for each image")
         probe = _Probe(model, name, module)
         probe.fit(features, labels[fitting])
@@ -124,7 +138,8 @@ def backbone_robustness(
             probe.fit(features, labels[fitting].repeat(1 + refit))
         against = PGD(probe, eps, eps / 4, steps, **passes.attack)
         judged, options = (images[:judges], labels[:judges]), {"seed": seed, "device": labels.device}
-        robust = robust_accuracy(probe, judged, against, **options, **passes.evaluation)["robust_accuracy"]
+        report = robust_accuracy(probe, judged, against, **options, **passes.evaluation)
+        robust: float = report["robust_accuracy"]
     chance = int(labels[judging].bincount().max()) / judges
     warning = None
     if clean > chance and robust < NEAR_NOTHING * clean:
@@ -137,7 +152,7 @@ def backbone_robustness(
 
 
 class _Probe:
-    """`model` with another head in the place of its own, which is not written to."""
+    """`model` with another head; its own head is not written to."""
 
     def __init__(self, model: nn.Module, name: str, head: nn.Linear):
         self.model, self.name, self.head = model, name, head
@@ -176,14 +191,20 @@ def ridge_head(
     return weight, y_mean - weight @ x_mean
 
 
+class _NoVectorError(Exception):
+    """The head does not get one vector of features for each image."""
+
+
 @torch.no_grad()
-def _features(
-    model: nn.Module, head: nn.Linear, batches: Iterable[torch.Tensor], passes: Passes
-) -> torch.Tensor | None:
-    """What enters `head`: (N, D), on the CPU; None where that is something else."""
+def _features(model: nn.Module, head: nn.Linear, batches: Iterable[torch.Tensor], passes: Passes) -> torch.Tensor:
+    """The features that enter `head`: (N, D), on the CPU.
+
+    Raises:
+        _NoVectorError: something else enters it.
+    """
     found = []
     for batch in batches:
-        entered = []
+        entered: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, args, entered=entered: entered.append(args[0]))
         try:
             with passes.precision(batch.device):
@@ -191,11 +212,11 @@ def _features(
         finally:
             hook.remove()
         if len(entered) != 1 or entered[0].ndim != 2 or len(entered[0]) != len(batch):
-            return None
+            raise _NoVectorError
         found.append(entered[0].cpu())
     return torch.cat(found)
 
 
-def _not_measured(eps: float, why: str) -> dict:
+def _not_measured(eps: float, why: str) -> BackboneRobustness:
     warning = f"the backbone's robustness is not measured: {why}"
     return {"clean_accuracy": None, "robust_accuracy": None, "eps": eps, "warning": warning}

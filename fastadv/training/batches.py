@@ -1,29 +1,29 @@
-"""The batches of a training run: which images, in which order and changed in which way, from the seed alone."""
+"""The batches of a training run: the order and the augmentation of its images follow from the seed alone."""
 
 import torch
 
-from fastadv.data.share import Batch, Share
+from fastadv.data.share import Share
 from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
 from fastadv.training.progress import Progress
 
-# What the seeds of other things than the attack have in place of the epoch.
-AUGMENTING = 2**31  # and the epoch
+# The attack's seeds have the epoch as their round; the seeds of the augmentation and of the order have these.
+AUGMENTING = 2**31  # plus the epoch
 ORDERING = 2**32 - 1
 
 
 class Batches:
     """The training images, cut into the batches of each epoch.
 
-    A method may take a batch several times in a row: `repeats` is how often, and the images are then passed epochs /
-    repeats times.
+    A method may take each batch `repeats` times in a row. The images are then passed epochs / repeats times.
 
     Args:
-        images: (N, C, H, W), floats in [0, 1] or uint8; labels: int64 (N,).
+        images: (N, C, H, W), floats in [0, 1] or uint8.
+        labels: int64 (N,).
         count: batches of an epoch.
         seed: of the order and of the augmentation.
-        augment: what changes the images; None for nothing.
-        memory_format: of the images of a batch; None for theirs.
+        augment: what changes the images; None means nothing.
+        memory_format: of the images of a batch; None means that of `images`.
         device: of a batch.
     """
 
@@ -54,22 +54,23 @@ class Batches:
         batches = {p: self.order(at.first_epoch + p).tensor_split(self.count) for p in passes}
         return [batches[number // self.count][number % self.count] for number in numbers]
 
-    def load(self, part: torch.Tensor, at: Progress, repeats: int) -> Batch:
+    def load(self, part: torch.Tensor, at: Progress, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The images numbered `part`, augmented, and their labels, on the device."""
         images, labels = self.images.take(part).to(self.device), self.labels[part].to(self.device)
         if self.memory_format is not None:
             images = images.contiguous(memory_format=self.memory_format)
         if self.augment is not None:
-            images = self.augment(images, self.moves(part, at, repeats))
+            images = self.augment(images, self._moves(part, at, repeats))
         return images, labels
 
     def moves(self, part: torch.Tensor, at: Progress, repeats: int) -> torch.Tensor | None:
-        """The seeds of the augmentation of the images numbered `part`, int64; None where there is none."""
-        if self.augment is None:
-            return None
+        """The seeds of the augmentation of the images numbered `part`, int64; None without an augmentation."""
+        return None if self.augment is None else self._moves(part, at, repeats)
+
+    def _moves(self, part: torch.Tensor, at: Progress, repeats: int) -> torch.Tensor:
         return sample_seeds(self.seed, part.to(self.device), self._passed(at, repeats) + AUGMENTING)
 
     def _passed(self, at: Progress, repeats: int) -> int:
-        """How often all images have been passed: the epoch, but for a method that takes a batch several times."""
+        """How often all images were passed: in epoch 8 of a method with `repeats` 4 twice, else 8 times."""
         done = (at.epoch - at.first_epoch) * self.count + at.batch
         return at.first_epoch + done // repeats // self.count

@@ -3,27 +3,36 @@
 import copy
 from collections.abc import Callable
 
+import torch
+
 from fastadv.attacks import Attack
 
 CONSTANT = "constant"
+
+# From images and labels to adversarial images: an `Attack`, or any callable, whose result is checked before it is used.
+TrainAttack = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class Budget:
     """The training attack, with a share of its budget that grows from 0 to 1.
 
-    The share at `step` of `total` is clip((step / total - begin) / (end - begin), 0, 1); eps, alpha and noise all have
-    it. Where it is 0 there is nothing to attack, and training is on clean images.
+    The share at `step` of `total` is clip((step / total - begin) / (end - begin), 0, 1). eps, alpha and noise are all
+    multiplied by it. Where it is 0 there is nothing to attack, and training is on clean images. With hinge:0.25,0.75
+    and 100 steps:
+
+        step     0   25   50   75   99
+        share    0    0  0.5    1    1
 
     Args:
         attack: with the whole budget.
         schedule: "constant": the whole budget in every step; "linear": from 0 to 1 over all steps;
-            "hinge:BEGIN,END": over those between two shares of them, such as hinge:0.25,0.75.
+            "hinge:BEGIN,END": from 0 to 1 between two shares of the steps, such as hinge:0.25,0.75.
 
     Raises:
-        ValueError: there is no such schedule, or an attack that it would not change.
+        ValueError: there is no such schedule, or it would not change the attack.
     """
 
-    def __init__(self, attack: Callable | None, schedule: str = CONSTANT):
+    def __init__(self, attack: TrainAttack | None, schedule: str = CONSTANT):
         self.attack, self._span = attack, span(schedule)
         if self._span is None:
             return
@@ -39,8 +48,8 @@ class Budget:
         begin, end = self._span
         return min(max((step / total - begin) / (end - begin), 0.0), 1.0)
 
-    def at(self, step: int, total: int) -> Callable | None:
-        """The attack of that step; None where it has no budget."""
+    def at(self, step: int, total: int) -> TrainAttack | None:
+        """The attack of this step, counted from 0; None where the step has no budget."""
         factor = self.factor(step, total)
         if factor in (0, 1):
             return self.attack if factor else None
@@ -52,7 +61,7 @@ class Budget:
 
 
 def span(schedule: str) -> tuple[float, float] | None:
-    """Between which shares of the steps the budget grows; None for a constant one.
+    """The two shares of the steps between which the budget grows; None where it is constant.
 
     Raises:
         ValueError: there is no such schedule.

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,25 +20,26 @@ from fastadv.training.settings import RENAMED
 FORMAT, OLDEST = 3, 2  # 2 has old names of settings
 KEPT = 2
 
-# The names of what is written here; nothing else is read, replaced or removed.
+# The names of the files that are written here; no other file is read, replaced or removed.
 _MANIFEST = re.compile(r"\d{8,}\.json")
 _TENSORS = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 Groups = dict[str, dict[str, torch.Tensor]]
+Facts = dict[str, Any]  # for JSON
 
 
 class Checkpoints:
     """Groups of tensors and JSON facts; the last two with different weights are kept, nothing is pickled.
 
-    Tensors lie in safetensors files that are named by their hash, so that weights which are the newest, the best and
-    the last good ones at once are written once. A checkpoint is a JSON file that names them; it comes last and by a
-    renaming, so a run that is killed in between has its previous one.
+    Tensors are in safetensors files named by their hash: weights that are the newest, the best and the last good ones
+    at once are written once. A checkpoint is a JSON file that names these files. It is written last and put in place by
+    a renaming, so that a run which is killed before that still has the checkpoint before.
 
     Args:
         folder: of the files; made when something is saved.
-        run: `fingerprint` of the run that they belong to.
+        run: `fingerprint` of the run that the checkpoints belong to.
         defaults: the values of parts of the fingerprint that had no name when an older state was written.
-        masks: names of tensors that are to hold numbers that are not finite.
+        masks: names of the tensors that may hold numbers that are not finite.
     """
 
     def __init__(
@@ -49,13 +51,18 @@ class Checkpoints:
         self._damaged: set[str] = set()  # names of files; they go when there is a newer checkpoint
 
     def exist(self) -> bool:
+        """Whether there is a checkpoint."""
         return bool(self._manifests())
 
-    def save(self, groups: Mapping[str, Mapping[str, torch.Tensor] | None], facts: Mapping) -> None:
-        """Write a checkpoint; a group that is None is as in the one before.
+    def save(self, groups: Mapping[str, Mapping[str, torch.Tensor] | None], facts: Facts) -> None:
+        """Write a checkpoint.
+
+        Args:
+            groups: tensors by name, by the name of the group; a group that is None is as in the checkpoint before.
+            facts: what else a run needs to go on.
 
         Raises:
-            OSError: it cannot be written, as on a full disk; the ones before can be loaded still.
+            OSError: it cannot be written, as on a full disk; the checkpoints before can still be loaded.
         """
         files = {name: self._files[name] if part is None else self._write(part) for name, part in groups.items()}
         body = json.dumps({"format": FORMAT, "run": self.run, "files": files, "facts": facts})
@@ -64,7 +71,7 @@ class Checkpoints:
         self._number, self._files = self._number + 1, files
         self._clean()
 
-    def load(self) -> tuple[Groups, dict] | None:
+    def load(self) -> tuple[Groups, Facts] | None:
         """Groups and facts of the newest checkpoint that is whole and finite; None where there is no checkpoint.
 
         Raises:
@@ -112,9 +119,10 @@ class Checkpoints:
         if _hash(content) != path.stem:
             self._damaged.add(name)
             raise ValueError(f"{name} has other content than was written")
-        return require("safetensors.torch").load(content)
+        tensors: dict[str, torch.Tensor] = require("safetensors.torch").load(content)
+        return tensors
 
-    def _checked(self, manifest: Path) -> dict:
+    def _checked(self, manifest: Path) -> Facts:
         digest, _, body = manifest.read_text().rstrip("\n").partition("\n")
         if _hash(body.encode()) != digest:
             raise ValueError("it has other content than was written")
@@ -134,7 +142,7 @@ class Checkpoints:
         return facts
 
     def _check_run(self, there: Mapping[str, str]) -> None:
-        """Refuse another run's fingerprint; what it has no name for, an older version did as the default does."""
+        """Refuse another run's fingerprint. A setting that an older version did not know had its default."""
         here, defaults = json.loads(self.run), json.loads(fingerprint(self.defaults))
         there = by_new_names(there, RENAMED, warn=False)
         unknown = [f"{name} ({value} there)" for name, value in there.items() if name not in here | defaults]
@@ -151,8 +159,9 @@ class Checkpoints:
             )
 
     def _clean(self) -> None:
-        """Remove what no kept checkpoint names, half-written files included, of what has a name of this class."""
-        kept, weights = set(), set()
+        """Remove the files of this class that no kept checkpoint names, half-written ones too."""
+        kept: set[str] = set()
+        weights: set[str | None] = set()
         for manifest in reversed(self._manifests()):
             if manifest.name in self._damaged or len(weights) == KEPT:
                 continue

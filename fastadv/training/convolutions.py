@@ -1,11 +1,11 @@
-"""The convolutions that PyTorch does not train right on a CPU."""
+"""The convolutions whose gradients PyTorch gets wrong on a CPU."""
 
 import torch
 from torch import nn
 
 from fastadv.training.settings import Settings
 
-BLOCK = 16  # channels that the library takes at once, with AVX-512; with AVX2 they are 8, and 8 to 15 would do
+BLOCK = 16  # channels that the library takes at once with AVX-512; with AVX2 it takes 8, and 8 to 15 channels are right
 
 
 def check_convolutions(model: nn.Module, settings: Settings) -> None:

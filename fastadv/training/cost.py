@@ -6,13 +6,19 @@ parameters. Standard training is F + B, FGSM (F + Bx) + (F + B), PGD-K K (F + Bx
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastadv.attacks.checks import check_number, check_whole
 
 
 class Passes(NamedTuple):
-    """Passes of one image in one epoch."""
+    """Passes of one image in one epoch.
+
+    Attributes:
+        forward: F.
+        to_pixels: Bx.
+        to_parameters: B.
+    """
 
     forward: float
     to_pixels: float
@@ -23,18 +29,25 @@ class Passes(NamedTuple):
         """In forward passes, with Bx = F and B = 2 F: a convolution's or a matrix product's."""
         return self.forward + self.to_pixels + 2 * self.to_parameters
 
-    def __add__(self, other: tuple) -> "Passes":
+    def __add__(self, other: tuple[Any, ...]) -> "Passes":
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, factor: float) -> "Passes":
+        """Each number of passes times `factor`."""
         return Passes(*(factor * each for each in self))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """gradients: passes forward and back to the pixels before the update; updated: images that go through the update
-    for each image of the batch; to_pixels: whether the update's backward pass goes on to the pixels; twice: gradients
-    that are differentiated once more; kept: whether the images without a fresh attack do not go through the model."""
+    """What a method of training adds to the update of standard training.
+
+    Attributes:
+        gradients: passes forward and back to the pixels before the update.
+        updated: images that go through the update for each image of the batch.
+        to_pixels: whether the update's backward pass goes on to the pixels.
+        twice: gradients that are differentiated once more.
+        kept: whether the images without a fresh attack do not go through the model.
+    """
 
     gradients: int = 1
     updated: int = 1
@@ -65,12 +78,12 @@ def passes(
 ) -> Passes:
     """The passes of one image in one epoch.
 
-    The update of a linear probe needs no backward pass through the backbone; that of every other method but "full"
-    goes back through all layers and computes next to no weight's gradient, which is a pass to the pixels. Where the
-    pixels' own gradient is asked of the update, it costs the layer that "full" has anyway, and a pass to the pixels of
-    a linear probe. A gradient that is differentiated once more (GradAlign) costs that gradient's two passes and twice
-    the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images. With
-    "cached" the images that get no fresh FGSM do not go through the backbone, and the head costs nothing.
+    The update of a linear probe needs no backward pass through the backbone. The update of every other method but
+    "full" goes back through all layers and computes next to no weight's gradient: that is a pass to the pixels. A
+    method that asks the update for the gradient of the pixels gets it for nothing there; with a linear probe it costs a
+    pass to the pixels. A gradient that is differentiated once more (GradAlign) costs that gradient's two passes and
+    twice the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images.
+    With "cached" the images that get no fresh FGSM do not go through the backbone, and the head costs nothing.
 
     Args:
         attack: a key of STEPS; None means "none".
@@ -80,7 +93,8 @@ def passes(
         clean: whether clean images go through the update too, as with `clean_weight`.
 
     Raises:
-        TypeError, ValueError: no such attack, or a number that is out of range or not the attack's.
+        TypeError: a number is none.
+        ValueError: no such attack, or a number that is out of range or not the attack's.
     """
     name = "none" if attack is None else attack
     if name not in STEPS:
@@ -111,9 +125,11 @@ def passes(
     return total
 
 
-def price(attack: str | None, method: str = "full", **options) -> float:
-    """Time of an epoch over that of standard training; options as of `passes`."""
-    return passes(attack, method, **options).total / passes(None, method).total
+def price(
+    attack: str | None, method: str = "full", *, steps: int | None = None, fresh: float = 0.0, clean: bool = False
+) -> float:
+    """The time of an epoch divided by the time of an epoch of standard training; arguments as of `passes`."""
+    return passes(attack, method, steps=steps, fresh=fresh, clean=clean).total / passes(None, method).total
 
 
 def fresh_share(price_wanted: float, method: str, clean: bool = False) -> float:

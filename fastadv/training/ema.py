@@ -8,16 +8,19 @@ from fastadv.training.finite import nonfinite
 
 
 class EMA:
-    """Exponential moving average of tensors by name; counts, masks and the like are taken as they are.
+    """Exponential moving average of tensors by name. Counts, masks and the like are copied.
 
     The decay rises with the steps, (1 + t) / (10 + t) at first, so that the beginning is soon forgotten
-    (as in Polyak averaging; Izmailov et al. 2018, arXiv 1803.05407, for the effect on networks). It stays on the
-    tensors' device: every step updates it, and all weights would cross to the host in every step.
+    (as in Polyak averaging; Izmailov et al. 2018, arXiv 1803.05407, for the effect on networks). The average stays on
+    the tensors' device: on the host, all weights would cross to it in every step.
 
     Args:
-        state: the tensors to begin with; they are copied. One that is not finite is a mask: of -inf and -inf there is
-            no mean.
+        state: the tensors to begin with; they are copied. A tensor that is not finite is a mask: -inf and -inf have no
+            mean.
         decay: at most this, such as 0.998.
+
+    Attributes:
+        state: the averaged tensors, by name.
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor], decay: float):
@@ -28,6 +31,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Take in the tensors `state` of the update numbered `step`, from 0."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         names = self._averaged
         torch._foreach_lerp_([self.state[n] for n in names], [state[n].detach() for n in names], weight)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,9 +14,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastadv.models.added import added_to
 from fastadv.nn.frozen import at_the_end
 
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner
+
 
 def pattern(names: Collection[str]) -> str:
-    """For peft, which matches a pattern whole and a list by endings."""
+    """These names as peft takes them: it matches a pattern as a whole, but a list by endings."""
     return "|".join(map(re.escape, names))
 
 
@@ -25,9 +29,9 @@ def check_targets(model: nn.Module, names: Sequence[str], method: str, todo: str
     Raises:
         ValueError: there is one.
     """
-    # Each place that holds a weight, be it by a layer of its own or by one layer that is held twice.
+    # Each place that holds a weight: two layers may have one weight, and one layer may be in two places.
     held = [(name, key, child) for name, module in model.named_modules() for key, child in module._modules.items()]
-    places = defaultdict(list)
+    places: defaultdict[int, list[str]] = defaultdict(list)
     for name, key, child in [("", "", model), *held]:
         for parameter in () if child is None else child.parameters(recurse=False):
             places[id(parameter)].append(f"{name}.{key}".lstrip("."))
@@ -47,15 +51,24 @@ def check_targets(model: nn.Module, names: Sequence[str], method: str, todo: str
 
 
 @contextmanager
-def merged(tuner: nn.Module, factors: Mapping[str, nn.Parameter], method: str, todo: str) -> Iterator[None]:
-    """Until the end, when the factors of `tuner` are merged; at the first step `factors`, one of each layer, must have
-    a gradient."""
+def merged(tuner: "BaseTuner", factors: Mapping[str, nn.Parameter], method: str, todo: str) -> Iterator[None]:
+    """Merge the factors of `tuner` into the weights at the end.
+
+    Args:
+        tuner: peft's model, with all factors.
+        factors: one of each layer, by the layer's name.
+        method: what the errors call it.
+        todo: what the errors say is to be done.
+
+    Raises:
+        ValueError: at the first step of an optimizer, before it changes anything, one of `factors` has no gradient.
+    """
     # PyTorch's own layers of a transformer read the weights of their linear layers in inference: not the factors.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     first_step = register_optimizer_step_pre_hook(partial(_check_reached, dict(factors), method, todo))
 
-    def put_back():
+    def put_back() -> None:
         first_step.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         tuner.merge_and_unload(progressbar=False)
@@ -64,8 +77,10 @@ def merged(tuner: nn.Module, factors: Mapping[str, nn.Parameter], method: str, t
         yield
 
 
-def _check_reached(factors: dict[str, nn.Parameter], method: str, todo: str, optimizer, *_) -> None:
-    """Before the first step of their optimizer: all of them must have a gradient."""
+def _check_reached(
+    factors: dict[str, nn.Parameter], method: str, todo: str, optimizer: torch.optim.Optimizer, *_: object
+) -> None:
+    """Refuse the first step of the factors' optimizer where one of them has no gradient."""
     if not factors:  # this was not the first step
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -80,7 +95,16 @@ def _check_reached(factors: dict[str, nn.Parameter], method: str, todo: str, opt
 
 
 def hold(factor: nn.Parameter, rows: Sequence[slice], dim: int = 0) -> int:
-    """Keep all but `rows` of a factor's dimension `dim` where they start: their gradient is zero. How many numbers."""
+    """Keep a part of a factor where it starts, by a gradient of zero.
+
+    Args:
+        factor: of LoRA or IA3.
+        rows: those of its dimension `dim` that train; all others are kept.
+        dim: the dimension that they are counted in.
+
+    Returns:
+        How many numbers of the factor are kept.
+    """
     held = torch.ones(factor.shape[dim], dtype=torch.bool, device=factor.device)
     for part in rows:
         held[part] = False

@@ -15,11 +15,11 @@ _TODO = "choose another method"
 
 @contextmanager
 def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Keys, values and the inputs of each block's last layer; merged into the weights at the end.
+    """Scale keys, values and the inputs of each block's last layer; at the end the scales are merged into the weights.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: there are no such layers, or one whose weight another one has too.
+        ValueError: there are no such layers, or two layers have one weight.
     """
     outputs, inputs = ia3_targets(model, options.images("IA3 finds its layers"), options.head)
     names = [target.name for target in outputs] + inputs
@@ -28,7 +28,7 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
     # A pattern that nothing matches where no input is scaled: peft looks for its own defaults in place of none.
     config = peft.IA3Config(target_modules=pattern(names), feedforward_modules=pattern(inputs) or "(?!)")
     tuner = peft.IA3Model(model, {"default": config}, "default")
-    vectors = {name: model.get_submodule(name).ia3_l["default"] for name in names}
+    vectors = {name: model.get_parameter(f"{name}.ia3_l.default") for name in names}
     with merged(tuner, vectors, "IA3", _TODO.capitalize()):
         fixed = 0
         for target in outputs:

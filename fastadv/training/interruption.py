@@ -2,7 +2,10 @@
 
 import signal
 import threading
-from types import TracebackType
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None  # as `signal.signal` takes it
 
 
 class Interruption:
@@ -14,9 +17,9 @@ class Interruption:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.noted: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> "Interruption":
         self.noted = None
@@ -25,12 +28,14 @@ class Interruption:
             self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._restore()
         if self.noted is not None and error is None:
             signal.raise_signal(self.noted)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.noted = number
         self._restore()
 

@@ -16,12 +16,12 @@ _TODO = "name other layers with lora_targets= (--lora-targets)"
 
 @contextmanager
 def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Of queries and values, or what else `fastadv.models.lora_targets` finds; merged into the weights at the end.
+    """Add low-rank factors to queries and values, or to the other layers that `fastadv.models.lora_targets` finds. At
+    the end they are merged into the weights.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: rank or alpha is out of range, or there is no such layer, none at all, or one whose weight another
-            one has too.
+        ValueError: rank or alpha is out of range, there is no such layer, or two layers have one weight.
     """
     targets = _targets(model, options)
     check_targets(model, [target.name for target in targets], "LoRA", f"{_TODO}, or choose another method")
@@ -31,7 +31,7 @@ def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
     own = {id(parameter) for parameter in model.parameters()}
     tuner = peft.LoraModel(model, {"default": config}, "default")
-    factors = {target.name: model.get_submodule(target.name).lora_B["default"].weight for target in targets}
+    factors = {target.name: model.get_parameter(f"{target.name}.lora_B.default.weight") for target in targets}
     with merged(tuner, factors, "LoRA", _TODO.capitalize()):
         fixed = sum(hold(factors[target.name], target.rows) for target in targets)
         yield Chosen([parameter for parameter in model.parameters() if id(parameter) not in own], fixed)

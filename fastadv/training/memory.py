@@ -1,11 +1,13 @@
-"""Rows of numbers that belong to training images, from one epoch to the next."""
+"""Rows of numbers, one for each training image, that are kept from one epoch to the next."""
 
 import json
 import math
 import mmap
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,17 +16,26 @@ from fastadv.team import Team
 
 FORMAT = 1
 HEADER = 4096  # bytes: JSON, and spaces up to the first row
-FILES = 3  # one is read, one is written, and from the third the last checkpoint but one could go on
+FILES = 3  # one is read, one is written, and the third is for the last checkpoint but one
 CHUNK = 2**20  # bytes
 ELSEWHERE = "the run cannot go on; begin again in another folder"
+
+Facts = dict[str, Any]  # the header of a file, as JSON has it
 
 
 class SampleMemory:
     """A row for each training image: an epoch reads what the epoch before it wrote.
 
-    In an epoch reads come from one file and writes go to another, so that steps which a killed run takes again read and
-    write the same. Which file is which follows from the epoch's number, which a checkpoint has; each file says of which
-    epoch its rows are. Call `flush` before a checkpoint is written, and write each row once in every epoch.
+    An epoch reads one file and writes another. A killed run that takes some steps again therefore reads and writes the
+    same. With three files:
+
+        epoch    reads    writes
+        4        .1       .2
+        5        .2       .0
+        6        .0       .1
+
+    The epoch's number, which a checkpoint has, says which file is which, and each file says which epoch its rows are
+    for. Call `flush` before a checkpoint is written, and write each row once in every epoch.
 
     Several processes of one machine share the files (they are memory-mapped). Without a folder the rows are in memory.
 
@@ -32,7 +43,8 @@ class SampleMemory:
         folder: of the files, which it makes; None for one process without checkpoints.
         name: of the files: {name}.0, ...
         count: how many images there are.
-        shape, dtype: of a row. Rows are zeros until they are written.
+        shape: of a row.
+        dtype: of a row. Rows are zeros until they are written.
         resume: take the files that are there; else they begin with zeros.
         first: the first epoch, which reads zeros.
         team: the processes of the run; all of them make it, and call `begin`, together.
@@ -47,7 +59,7 @@ class SampleMemory:
         folder: str | Path | None,
         name: str,
         count: int,
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         dtype: torch.dtype,
         *,
         resume: bool = False,
@@ -66,7 +78,7 @@ class SampleMemory:
             facts = {"format": FORMAT, "rows": [count, *shape], "dtype": str(dtype), "bytes": size}
             paths = [Path(folder) / f"{name}.{number}" for number in range(FILES)]
             if not resume:
-                self.team.from_first(lambda: [_make(path, facts) for path in paths])
+                self.team.from_first(lambda: _make(paths, facts))
             self._files = self.team.by_all(lambda: [_File(path, facts) for path in paths])
             self._rows = [file.rows(dtype).view(count, *shape) for file in self._files]
             self._check_shared()
@@ -126,7 +138,7 @@ class SampleMemory:
 class _File:
     """A memory-mapped file of rows with a header."""
 
-    def __init__(self, path: Path, facts: dict):
+    def __init__(self, path: Path, facts: Facts):
         self.path = path
         try:
             with open(path, "r+b") as file:
@@ -162,24 +174,26 @@ class _File:
     def flush(self) -> None:
         self._map.flush()
 
-    def _header(self) -> dict:
+    def _header(self) -> Facts:
         try:
-            return json.loads(self._map[:HEADER])
+            facts: Facts = json.loads(self._map[:HEADER])
+            return facts
         except ValueError as error:
             raise ValueError(f"the header of {self.path} is damaged: {ELSEWHERE}") from error
 
 
-def _make(path: Path, facts: dict) -> None:
-    """With every byte written: a full disk is told now, and not by a signal while the memory is written to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with open(path, "wb") as file:
-        file.write(_header(facts | {"epoch": None}))
-        for start in range(0, facts["bytes"], CHUNK):
-            file.write(bytes(min(CHUNK, facts["bytes"] - start)))
-        file.flush()
-        os.fsync(file.fileno())
+def _make(paths: Sequence[Path], facts: Facts) -> None:
+    """Write every byte now: a full disk is then an error here, and not a signal when the memory is written to."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with open(path, "wb") as file:
+            file.write(_header(facts | {"epoch": None}))
+            for start in range(0, facts["bytes"], CHUNK):
+                file.write(bytes(min(CHUNK, facts["bytes"] - start)))
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _header(facts: dict) -> bytes:
+def _header(facts: Facts) -> bytes:
     return (json.dumps(facts) + "\n").encode().ljust(HEADER)

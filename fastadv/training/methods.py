@@ -1,8 +1,9 @@
 """What trains: everything, or the head and what a method adds or chooses before it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ def linear(model: nn.Module, options: Options) -> Iterator[Chosen]:
     yield Chosen()
 
 
-# A method is what chooses, or adds to the model, what trains beside the head; for "full" that is everything.
+# A method chooses what trains beside the head, or adds it to the model; with "full" everything trains.
 METHODS: dict[str, Method | None] = {
     "full": None,
     "linear": linear,
@@ -42,12 +43,18 @@ METHODS: dict[str, Method | None] = {
 class Tuning:
     """What trains while `trainable` is in force.
 
+    Args:
+        model: with flags and modes as they are for training.
+        buffers: names of the buffers that training may change.
+        fixed: how many numbers of the parameters that require grad are kept where they are.
+
     Attributes:
         parameters: (name, parameter) of each that trains.
-        total: how many numbers the parameters of the model hold, what a method adds included.
-        trainable: how many of them train.
-        buffers: of what is in train mode, by name.
-        tensors: all that training can change, by name: what trains, and `buffers`.
+        total: how many numbers the parameters of the model hold, with those that a method adds.
+        trainable: how many of these numbers train.
+
+    Raises:
+        ValueError: nothing trains.
     """
 
     def __init__(self, model: nn.Module, buffers: Iterable[str], fixed: int):
@@ -56,23 +63,27 @@ class Tuning:
             raise ValueError("no parameter requires grad: there is nothing to train")
         self.trainable = sum(parameter.numel() for _, parameter in self.parameters) - fixed
         self.total = sum(parameter.numel() for parameter in model.parameters())
-        # By owner: a model may put another tensor in the place of a buffer.
+        # The owner and the key, not the tensor: a model may put another tensor in the place of a buffer.
         owners = ((name, *name.rpartition(".")[::2]) for name in buffers)
-        self._buffers = {name: (model.get_submodule(owner)._buffers, key) for name, owner, key in owners}
+        self._buffers: dict[str, tuple[dict[str, Any], str]] = {
+            name: (model.get_submodule(owner)._buffers, key) for name, owner, key in owners
+        }
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers of what is in train mode, by name."""
         return {name: held[key] for name, (held, key) in self._buffers.items()}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
+        """All that training can change, by name: the parameters that train, and `buffers`."""
         return dict(self.parameters) | self.buffers
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy of `tensors` in the host's memory: the device's is for the steps."""
+        """A copy of `tensors` in the host's memory, for the steps need the device's."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go back to `state`.
 
         Raises:
@@ -108,7 +119,7 @@ def trainable(
     - "lora": a low-rank update of some layers, and the head (Hu et al. 2022, arXiv 2106.09685).
     - "adapter": a bottleneck behind the last branch of each residual block, and the head (Houlsby et al. 2019, arXiv
       1902.00751, as `fastadv.models.Adapter`).
-    - "prompt": tokens beside those of each block of a plain vision transformer, and the head (VPT-deep: Jia et al.
+    - "prompt": more tokens in each block of a plain vision transformer, and the head (VPT-deep: Jia et al.
       2022, arXiv 2203.12119, as `fastadv.models.Prompt`).
     - "ia3": vectors that scale keys, values and the input of the last layer of each residual block, and the head (Liu
       et al. 2022, arXiv 2205.05638).
@@ -126,11 +137,12 @@ def trainable(
         model: trained in place.
         method: a key of METHODS.
         head: name of the classifier; None means `fastadv.models.find_head`'s.
-        rank, alpha: of LoRA: an update is alpha / rank times the product of factors of that rank.
-        lora_targets: names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means those
+        rank: of LoRA's factors.
+        alpha: of LoRA: an update is alpha / rank times the product of its two factors.
+        lora_targets: names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means the layers
             that `fastadv.models.lora_targets` finds.
-        example: images (N, C, H, W) as the model takes them, to find the head and those layers by running it.
-        adapter_reduction: an adapter is narrower than what it adapts by this factor; None means 8.
+        example: images (N, C, H, W) as the model takes them, to find the head and the layers by running it.
+        adapter_reduction: the width of a layer over that of its adapter; None means 8.
         prompt_tokens: how many tokens a block gets; None means 10.
 
     Raises:
@@ -141,13 +153,14 @@ def trainable(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    head, classifier = (None, None) if method == "full" else find_head(model, head, example)
+    choose = METHODS[method]
+    head, classifier = ("", model) if choose is None else find_head(model, head, example)
     with ExitStack() as stack:
         stack.enter_context(flags_kept(model))
         fixed = 0
-        if head is not None:
+        if choose is not None:
             options = Options(head, example, rank, alpha, lora_targets, adapter_reduction, prompt_tokens)
-            chosen = stack.enter_context(METHODS[method](model, options))
+            chosen = stack.enter_context(choose(model, options))
             fixed = chosen.fixed
             stack.enter_context(_head_follows_mode(model, head))
             # By identity: a tied parameter has several names.
@@ -155,7 +168,7 @@ def trainable(
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in trains)
         model.train()
-        buffers = [name for name, _ in model.named_buffers() if head is None or _within(name, head)]
+        buffers = [name for name, _ in model.named_buffers() if _within(name, head)]
         tuning = Tuning(model, buffers, fixed)
         stack.callback(_drop_gradients, tuning)
         yield tuning
@@ -174,19 +187,20 @@ def _drop_gradients(tuning: Tuning) -> None:
 def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
     """`model.train(mode)` reaches the head alone; the rest is in eval mode."""
 
-    def train(self, mode=True):
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
         for module in self.modules():
             module.training = False
         self.get_submodule(head).train(mode)
         return self
 
     before = vars(model).get("train")
-    model.train = MethodType(train, model)  # bound, so that a deep copy's is its own
+    # Bound, so that a deep copy's is its own.
+    model.train = MethodType(train, model)  # type: ignore[method-assign]
 
-    def put_back():
+    def put_back() -> None:
         del model.train
         if before is not None:
-            model.train = before
+            model.train = before  # type: ignore[method-assign]
 
     with at_the_end(put_back):
         yield

@@ -1,8 +1,8 @@
-"""Is single-step training still training? A probe for catastrophic overfitting, for any training loop."""
+"""A probe for catastrophic overfitting: does single-step training still train? For any training loop."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -17,30 +17,33 @@ from fastadv.evaluation.foreign import as_images
 from fastadv.evaluation.samples import collected
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import AnyModel
 from fastadv.nn.parallel import one_process
 from fastadv.ops.generator import seeded
+from fastadv.training.budget import TrainAttack
 from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack
 
-COLLAPSED = 0.5  # of the training attack's accuracy; sound training leaves PGD nearly all of it
+COLLAPSED = 0.5  # of the accuracy under the training attack; in sound training PGD leaves nearly all of it
 
 
 @dataclass(frozen=True)
 class Reading:
     """What a `Monitor` saw: shares of the probe batch in [0, 1], of the model in eval mode.
 
-    probe_pgd: accuracy under PGD from a random start.
-    probe_attack: accuracy under the training attack; on the clean images if there is none.
-    gap: probe_attack - probe_pgd; grows toward 1 under catastrophic overfitting.
-    alignment: mean cosine of the loss gradients at x and at x + U(-eps, eps); falls toward 0 under catastrophic
-        overfitting (Andriushchenko and Flammarion 2020, arXiv 2007.02617). Samples with a zero gradient
-        do not count; None if no other is left.
-    abnormal: share of samples with a larger loss at x + U(-eps, eps), in the box, than at what the training attack
-        returns; rises under catastrophic overfitting. None without an attack.
-    alarm: None, or what has happened, with the numbers.
-    cosine: mean cosine of the loss gradients where the training attack starts, at x + U(-eps, eps) or at x, and at what
-        it returns: how far the linear model that a single step trusts holds (SORA's detector). Samples with a zero
-        gradient do not count; None if no other is left, or without an attack.
+    Attributes:
+        probe_pgd: accuracy under PGD from a random start.
+        probe_attack: accuracy under the training attack; on the clean images if there is none.
+        gap: probe_attack - probe_pgd; grows toward 1 under catastrophic overfitting.
+        alignment: mean cosine of the loss gradients at x and at x + U(-eps, eps); falls toward 0 under catastrophic
+            overfitting (Andriushchenko and Flammarion 2020, arXiv 2007.02617). Samples with a zero gradient do not
+            count; None if no sample is left.
+        abnormal: share of samples with a larger loss at x + U(-eps, eps), in the box, than at the training attack's
+            result; rises under catastrophic overfitting. None without an attack.
+        alarm: None, or what has happened, with the numbers.
+        cosine: mean cosine of the loss gradients at the training attack's start, which is x + U(-eps, eps) or x, and at
+            its result: how well the linear model holds that a single step trusts (SORA's detector). Samples with a zero
+            gradient do not count; None if no sample is left, or without an attack.
     """
 
     probe_pgd: float
@@ -55,30 +58,38 @@ class Reading:
 class Monitor:
     """Watches a fixed batch for catastrophic overfitting: `reading = monitor.check()`, once an epoch, say.
 
-    Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994) the accuracy under a single-step
-    training attack rises while the one under PGD falls toward zero. There is an alarm when the accuracy under PGD is
-    more than `drop` below the best so far and the gap to the one under the training attack is wider than it was then
-    by more than `drop`: after an unlucky step both accuracies fall, and the gap does not widen so. A model that has
-    collapsed before the first reading, or was never any good, shows in the gap alone: it is wider than `drop`, and
-    PGD leaves less than half of the accuracy under the training attack. Training on clean images has no catastrophic
-    overfitting, and no alarm.
+    Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994) the accuracy under a single-step training attack
+    rises, and the accuracy under PGD falls toward zero. There is an alarm in two cases:
+
+    - The accuracy under PGD is more than `drop` below its best so far, and the gap between both accuracies has widened
+      since then by more than `drop`. After an unlucky step both accuracies fall, and the gap stays about as wide.
+    - The gap is wider than `drop`, and PGD leaves less than half of the accuracy under the training attack. So a model
+      is seen that collapsed before the first reading, or was never robust.
+
+    Training on clean images has no catastrophic overfitting, and no alarm.
 
     A check costs `steps` + 2 gradients with respect to the images, a forward pass and the training attack. The
     model and torch's generators are left as they were found. The same weights always give the same reading.
 
     Args:
         model: any callable from images (N, ...) to logits, as in `Attack`.
-        images, labels: the probe batch: (N, ...) in [0, 1] or uint8, and int64 (N,). A hundred images tell a collapse
-            from noise; held-out ones tell it from ordinary overfitting too. The images stay where they are.
+        images: of the probe batch, (N, ...) in [0, 1] or uint8. A hundred images tell a collapse from noise; held-out
+            ones tell it from ordinary overfitting too. The images stay where they are.
+        labels: int64 (N,).
         attack: the training attack; one of fastadv, any callable from (images, labels) to images, or None for
             training on clean images. May be set to another one later.
         eps: budget of PGD and of the noise, in pixels of [0, 1]; PGD's steps are eps / 4.
         steps: number of PGD's steps.
-        drop: how far accuracy under PGD may fall below the best, or below the one under the training attack.
+        drop: how far the accuracy under PGD may fall below its best, or below that under the training attack.
         seed: of the random starts, each image's own, and of torch's generators for other libraries' attacks.
         part: images that go to the device and through the model at a time; None means all. In eval mode a reading does
             not depend on it, but for what other libraries' attacks draw.
-        autocast, memory_format, compile: of the monitor's own passes, as in `Attack`; an attack has its own.
+        autocast: dtype of torch.autocast in the monitor's own passes, as in `Attack`; the training attack has its own.
+        memory_format: of the images in these passes, as in `Attack`.
+        compile: run these passes under torch.compile, as in `Attack`.
+
+    Attributes:
+        best: the best accuracy under PGD so far; None before the first reading.
 
     Raises:
         TypeError: images are neither floats nor uint8, labels are not int64, or an option is of a wrong type.
@@ -87,10 +98,10 @@ class Monitor:
 
     def __init__(
         self,
-        model: Callable,
+        model: AnyModel,
         images: torch.Tensor,
         labels: torch.Tensor,
-        attack: Callable | None,
+        attack: TrainAttack | None,
         eps: float,
         *,
         steps: int = 5,
@@ -120,7 +131,7 @@ class Monitor:
         self._passes = Passes(min(part or count, count), autocast, memory_format, compile)
         self._pgd = PGD(self.model, eps, eps / 4, steps, **self._passes.attack)
         self._judge = Objective(self.model, "ce", autocast=autocast)
-        # Where a label is beyond the classes, that is to be said before anything is compiled.
+        # A label beyond the classes is refused before anything is compiled.
         (self._judge if compile else self._pgd.objective).check_classes(highest(self.labels))
 
     def check(self) -> Reading:
@@ -130,7 +141,7 @@ class Monitor:
             TypeError: the model returns no logits.
             ValueError: a label is beyond its classes.
         """
-        # A copy, or a compiled attack would fill all its batches up to the size of a part.
+        # A copy: else a compiled attack would fill up all its later batches to the size of a part.
         attack = copy.copy(self.attack) if isinstance(self.attack, Attack) else self.attack
         with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model):
             rows = torch.arange(len(self.labels), device=self.labels.device).split(self._passes.part)
@@ -145,11 +156,11 @@ class Monitor:
         abnormal = None if self.attack is None else abnormal_share(noise, after).item()
         return Reading(probe_pgd, probe_attack, gap, alignment, abnormal, alarm, cosine)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, float | None]:
         """What readings depend on besides the weights, for JSON; `load` takes it back exactly."""
         return {"best": self.best, "best_gap": self._best_gap}
 
-    def load(self, state: dict) -> None:
+    def load(self, state: dict[str, float | None]) -> None:
         """Go on from `state()` of another monitor.
 
         Raises:
@@ -159,10 +170,14 @@ class Monitor:
             raise ValueError(f"a monitor's state has the keys best and best_gap, got {', '.join(state)}")
         self.best, self._best_gap = state["best"], state["best_gap"]
 
-    def _look(self, rows: torch.Tensor, attack: Callable | None) -> tuple[torch.Tensor, ...]:
-        """Of the images `rows` (n,): right under PGD, right under the attack, cosines of the gradients at x with those
-        at the random start, and of those where the attack starts with those at its result, losses at the random start
-        and under the attack; (n,) each."""
+    def _look(self, rows: torch.Tensor, attack: TrainAttack | None) -> tuple[torch.Tensor, ...]:
+        """What the monitor sees of the images numbered `rows` (n,).
+
+        Returns:
+            (n,) each: right under PGD; right under the attack; the cosine of the gradients at x and at the random
+            start; the cosine of the gradients at the attack's start and at its result; the loss at the random start;
+            the loss under the attack.
+        """
         count, pgd, objective = len(rows), self._pgd, self._pgd.objective
         if pgd.compile:
             rows = torch.cat((rows, rows[-1:].expand(self._passes.part - count)))  # one shape: one compilation
@@ -187,23 +202,26 @@ class Monitor:
             after, losses, logits = self._judge.gradient(self._attacked(attack, x, labels, seeds[:count]), labels)
             draws = isinstance(attack, Attack) and attack.draws
             cosines = cosines_of((in_noise if draws else at_clean)[:count], after)
-        attacked = predicted(logits) == labels
+        attacked = predicted(cast(torch.Tensor, logits)) == labels  # cross-entropy's are never None
         return tuple(each[:count] for each in (right, attacked, alignment, cosines, noise_losses, losses))
 
-    def _attacked(self, attack, x, labels, seeds):
+    def _attacked(
+        self, attack: TrainAttack, x: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor
+    ) -> torch.Tensor:
         if isinstance(attack, Attack):
             return attack(x, labels, seed=seeds)
         with torch.enable_grad():
             return as_images(attack(x, labels), x)
 
     def _alarm(self, pgd: float, attack: float) -> str | None:
-        gap = attack - pgd
-        # A gap below zero, of an attack beyond the budget such as N-FGSM, may close.
-        fell = self.best is not None and min(self.best - pgd, gap - max(self._best_gap, 0)) > self.drop
+        gap, fell, then = attack - pgd, False, ""
+        if self.best is not None and self._best_gap is not None:
+            # A gap below zero, of an attack beyond the budget such as N-FGSM, may close.
+            fell = min(self.best - pgd, gap - max(self._best_gap, 0)) > self.drop
+            then = f"; at its best it was {self.best:.1%} and {self.best + self._best_gap:.1%}"
         collapsed = gap > self.drop and pgd < COLLAPSED * attack
         if not (fell or collapsed):
             return None
-        then = "" if self.best is None else f"; at its best it was {self.best:.1%} and {self.best + self._best_gap:.1%}"
         return (
             f"catastrophic overfitting: accuracy on the probe batch is {pgd:.1%} under PGD-{self.steps} and "
             f"{attack:.1%} under the training attack{then}"
@@ -211,14 +229,15 @@ class Monitor:
 
 
 def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torch.Tensor:
-    """The share of samples that the attack left with a smaller loss than its random start: a 0-dim float tensor.
+    """The share of samples whose loss is larger at the random start than at the attack's result: a 0-dim float tensor.
 
     Near 0 in sound single-step training, it rises with catastrophic overfitting (Lin et al. 2023, "Eliminating
     catastrophic overfitting via abnormal adversarial examples regularization", NeurIPS). FGSM-RS and N-FGSM
     have both losses at hand; the model must have been in the same mode for both.
 
     Args:
-        losses_noise, losses_adv: one loss for each sample, at the start and at the attack's result: floats (N,).
+        losses_noise: the loss of each sample at the random start: floats (N,).
+        losses_adv: the loss of each sample at the attack's result: floats (N,).
 
     Raises:
         ValueError: their shapes differ, or are not (N,).
@@ -232,6 +251,6 @@ def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torc
 
 
 def _mean(cosines: torch.Tensor) -> float | None:
-    """Of those that are: a gradient that is zero has none."""
+    """The mean of the cosines that are not NaN, as those of a zero gradient are; None where all are."""
     cosines = cosines[~cosines.isnan()]
     return cosines.mean().item() if len(cosines) else None

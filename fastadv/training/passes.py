@@ -1,6 +1,7 @@
-"""How images go through the model beside the steps: as they do in these."""
+"""How images go through the model outside of the steps: in the same way as in the steps."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -9,11 +10,32 @@ from fastadv.functional import to_float
 STAGED = 16  # parts whose images an evaluation has on the device at a time
 
 
+class AttackOptions(TypedDict):
+    """Options of an `Attack` by name."""
+
+    autocast: torch.dtype | None
+    memory_format: torch.memory_format | None
+    compile: bool
+
+
+class EvaluationOptions(TypedDict):
+    """Options of `evaluate` by name."""
+
+    batch_size: int
+    pool: int
+    autocast: torch.dtype | None
+    memory_format: torch.memory_format | None
+
+
 @dataclass(frozen=True)
 class Passes:
-    """What a step's memory and speed depend on, for the monitor, the evaluations and the backbone's measurement.
+    """What memory and speed of a step depend on, for the monitor, the evaluations and the backbone's measurement.
 
-    part: images that go through the model at a time. autocast, memory_format, compile: as in `Attack`.
+    Attributes:
+        part: images that go through the model at a time.
+        autocast: dtype of torch.autocast, as in `Attack`.
+        memory_format: of the images, as in `Attack`.
+        compile: whether attacks run under torch.compile, as in `Attack`.
     """
 
     part: int
@@ -22,21 +44,25 @@ class Passes:
     compile: bool = False
 
     @property
-    def attack(self) -> dict:
+    def attack(self) -> AttackOptions:
         """Options of an attack."""
         return {"autocast": self.autocast, "memory_format": self.memory_format, "compile": self.compile}
 
     @property
-    def evaluation(self) -> dict:
+    def evaluation(self) -> EvaluationOptions:
         """Options of `evaluate`."""
-        precision = {"autocast": self.autocast, "memory_format": self.memory_format}
-        return {"batch_size": self.part, "pool": STAGED * self.part, **precision}
+        return {
+            "batch_size": self.part,
+            "pool": STAGED * self.part,
+            "autocast": self.autocast,
+            "memory_format": self.memory_format,
+        }
 
     def staged(self, images: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The images `rows`, as floats and laid out, on the device."""
+        """The images numbered `rows` on the device, as floats and in the memory format."""
         images = to_float(images[rows.to(images.device)].to(device))
         return images if self.memory_format is None else images.contiguous(memory_format=self.memory_format)
 
     def precision(self, device: torch.device) -> torch.autocast:
-        """Around a forward pass that no attack runs."""
+        """The context of a forward pass that no attack runs."""
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)

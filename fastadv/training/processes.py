@@ -49,7 +49,7 @@ def processes() -> "PartialState":
     here = require("accelerate").PartialState(cpu=asked or not torch.accelerator.is_available())
     if not (distributed.is_available() and distributed.is_initialized()):
         return here
-    atexit.unregister(_end)  # it is to run once, before what was registered earlier
+    atexit.unregister(_end)  # it runs once, before all functions that were registered earlier
     atexit.register(_end)
     if here.num_processes < distributed.get_world_size():
         warnings.warn(
@@ -62,16 +62,16 @@ def processes() -> "PartialState":
 
 
 def team_of(here: "PartialState") -> Team:
-    """The processes of the run, as those that tell each other something."""
+    """The processes of the run as a `Team`, which passes values between them."""
     return Team(here.process_index, here.num_processes)
 
 
 @contextmanager
 def one_run(folder: Path, team: Team) -> Iterator[None]:
-    """Keep other runs out of the first process's `folder`, until the end, to which all processes wait for each other.
+    """Keep other runs out of the first process's `folder` until the end, where all processes wait for each other.
 
     Raises:
-        InUseError: there is one, in all processes.
+        InUseError: another run has the folder; all processes raise it.
     """
     with ExitStack() as stack:
         lock = held(folder / "run", f"the run in {folder}")
@@ -105,7 +105,8 @@ def precision() -> str:
     """What the caller's own `Accelerator` says, or `accelerate launch`."""
     state = require("accelerate.state")
     if state.is_initialized():
-        return state.AcceleratorState().mixed_precision
+        said: str = state.AcceleratorState().mixed_precision
+        return said
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 

@@ -2,19 +2,39 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from fastadv.training.checkpoints import OtherRunError
+
+Record = dict[str, Any]  # a line of log.jsonl: numbers, names and lists by name
 
 
 @dataclass
 class Progress:
-    """Numbers for JSON, from which, and the tensors, a run goes on.
+    """Where a run is: with these numbers, which JSON can hold, and the tensors of a checkpoint it goes on.
 
-    stage: its number; epoch: of all stages; first_epoch: of this stage.
-    schedule_epoch: where the schedule of the learning rate began: a switch of the attack begins it again.
-    batch: updates of this epoch. loss_sum, right, abnormal, looked, train_s, train_cpu_s: sums over this epoch.
-    memory_since: the epoch before which nothing was kept of each image: 0, or after a switch.
-    best: what the best weights were chosen by.
+    Attributes:
+        stage: its number, from 0.
+        epoch: the number of the epoch, counted over all stages.
+        first_epoch: the epoch with which this stage began.
+        schedule_epoch: the epoch with which the schedule of the learning rate began. It begins again after a switch of
+            the attack.
+        batch: how many updates this epoch had.
+        loss_sum: the sum of the loss over the images of this epoch.
+        right: how many images of this epoch were classified correctly after the attack.
+        abnormal: on how many images of this epoch noise raised the loss more than the attack did.
+        looked: at how many images `abnormal` looked.
+        train_s: seconds of this epoch's training.
+        train_cpu_s: processor time of it, in seconds.
+        lr: the learning rate of the last update.
+        lr_scale: a factor of the learning rate, which each rollback halves.
+        switched: whether the run has switched to another attack.
+        memory_since: the epoch from which rows are kept of each image: 0, or the one after a switch.
+        stopped: whether the monitor has ended the stage.
+        best: the accuracies that the best weights were chosen by.
+        best_epoch: the epoch of the best weights.
+        monitor: the monitor's state.
+        records: what was recorded so far.
     """
 
     stage: int = 0
@@ -35,15 +55,15 @@ class Progress:
     stopped: bool = False
     best: list[float] | None = None
     best_epoch: int | None = None
-    monitor: dict | None = None
-    records: list[dict] = field(default_factory=list)
+    monitor: dict[str, float | None] | None = None
+    records: list[Record] = field(default_factory=list)
 
     @classmethod
-    def of(cls, values: dict, folder: Path) -> "Progress":
-        """From the state in `folder`; what an older version had no name for is as at the start.
+    def of(cls, values: dict[str, Any], folder: Path) -> "Progress":
+        """The progress in `values`, read from `folder`; what an older version did not write is as at the start.
 
         Raises:
-            OtherRunError: it is a newer version's, and has what this one does not know.
+            OtherRunError: a newer version wrote it, with names that this one does not know.
         """
         unknown = values.keys() - {each.name for each in fields(cls)}
         if unknown:

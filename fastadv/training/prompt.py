@@ -14,8 +14,8 @@ COUNT = 10
 
 @contextmanager
 def prompt(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Between the class token, where there is one, and the patches. They stay in the model, and those that it has train
-    on.
+    """Put prompts between the class token, where there is one, and the patches. They stay in the model; those that it
+    has already train on.
 
     Raises:
         ValueError: the model is no plain vision transformer, or has other prompts.

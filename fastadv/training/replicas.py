@@ -45,9 +45,13 @@ def share_weights(model: nn.Module, team: Team) -> None:
 def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:
     """`model` under DistributedDataParallel, which is told whether a parameter that trains may get no gradient.
 
-    To look for such parameters in every step costs a walk through the graph, so a backward pass of `images` (n, ...),
-    floats on the model's device, says whether there are any: DINOv2's mask token, what only another head uses. The
-    model is left as it was found.
+    To look for such parameters in every step costs a walk through the graph. So one backward pass says whether there
+    are any, such as DINOv2's mask token, or parameters that only another head uses. The model is left as it was found.
+
+    Args:
+        model: which trains.
+        images: (n, ...), floats on the model's device.
+        team: the processes of the run.
     """
     through = _Logits(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -7,57 +7,61 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import reduce
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
 
 from fastadv._extras import require
 from fastadv.attacks import Attack, create_attack
 from fastadv.attacks.checks import check_samples, device_of, highest
 from fastadv.data.share import Batch, Share
 from fastadv.evaluation.confusion import confusions
-from fastadv.evaluation.identity import differences, fingerprint, told, untold
+from fastadv.evaluation.identity import differences, fingerprint, untold
 from fastadv.evaluation.robustness import evaluate, robust_accuracy
-from fastadv.evaluation.samples import as_tensors
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds, to_float
 from fastadv.ops.generator import seeded
 from fastadv.training.augment import Augment
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.batches import Batches
-from fastadv.training.budget import CONSTANT, Budget
-from fastadv.training.checkpoints import Checkpoints, Groups, OtherRunError
+from fastadv.training.budget import CONSTANT, Budget, TrainAttack
+from fastadv.training.checkpoints import Checkpoints, Facts, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.fast import FAST, fast_method, is_fast
-from fastadv.training.fast.base import Epoch
+from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
 from fastadv.training.interruption import Interruption
 from fastadv.training.memory import SampleMemory
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
+from fastadv.training.parts import Parts
 from fastadv.training.passes import Passes
 from fastadv.training.processes import one_run, precision, processes, team_of
-from fastadv.training.progress import Progress
+from fastadv.training.progress import Progress, Record
 from fastadv.training.replicas import replicated, share_weights
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
 from fastadv.training.step import TrainStep
-from fastadv.training.weights import Weights
+from fastadv.training.weights import Tensors, Weights
 from fastadv.training.words import epoch_line
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from fastadv.training.trainer import Trainer
 
 logger = logging.getLogger("fastadv")
 
-FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; of epochs see `_check_epochs`
+T = TypeVar("T")
+
+FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; for epochs see `_check_epochs`
 LOG_FORMAT = 1  # in the last line of log.jsonl
 MEASURED = 2**31 + 1  # the epoch whose order chooses the images on which the backbone is measured
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
@@ -78,85 +82,71 @@ class Run:
                 f"{trainer.device}: leave it out, or set ACCELERATE_USE_CPU=true for the CPU"
             )
         self.precision = self.settings.precision or precision()
-        self.team.by_all(lambda: self._take(train, val, test))
+        parts = self.team.by_all(lambda: self._taken(train, val, test))
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
-        self.model = trainer.model.to(device=self.device, memory_format=layout)
+        whither: dict[str, Any] = {"device": self.device, "memory_format": layout}  # of which PyTorch's types know one
+        self.model = trainer.model.to(**whither)
         self.layout = torch.channels_last if self.settings.channels_last else None
         self.autocast = torch.bfloat16 if self.precision == "bf16" else None
-        self.augment = Augment(crop=self.images.shape[2] // 8) if self.settings.augment else None
+        self.augment = Augment(crop=parts.train[0].shape[2] // 8) if self.settings.augment else None
         self.at = Progress()
         self.interruption = Interruption()
-        parts = self.steps * self.here.num_processes * self.settings.grad_accum_steps  # of an epoch
-        self.passes = Passes(math.ceil(len(self.labels) / parts), self.autocast, self.layout, self.settings.compile)
+        calls = self.steps * self.here.num_processes * self.settings.grad_accum_steps  # of the model, in an epoch
+        part = math.ceil(len(parts.train[1]) / calls)
+        self.passes = Passes(part, self.autocast, self.layout, self.settings.compile)
         self.memories: dict[str, SampleMemory] = {}
         self.checkpoints: Checkpoints | None = None
-        self.groups: dict[str, None] = {}  # names of the last checkpoint's tensors
+        self.groups: dict[str, Tensors | None] = {}  # names of the last checkpoint's tensors, each with None
         share_weights(self.model, self.team)
         held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self.masks = set(nonfinite(held))  # what is to hold such numbers, as a mask of logits does
-        self._divide()
+        self.masks = set(nonfinite(held))  # tensors that may hold such numbers, such as a mask of logits
+        self.data = {} if alone and trainer.folder is None else parts.facts(self.team, self.device)
+        self._check_same()
+        self.images, self.val, self.test = parts.shares(self.team)
+        self.labels = parts.train[1]
+        self.batches = Batches(
+            self.images,
+            self.labels,
+            self.steps,
+            seed=self.settings.seed,
+            augment=self.augment,
+            memory_format=self.layout,
+            device=self.device,
+        )
 
-    def _take(self, train: Batch, val: Batch | None, test: Batch | None) -> None:
-        self.images, self.labels = _pair("train", train, self.trainer.model)
-        self.val = self._held_out("val", val)
-        self.test = self._held_out("test", test) or self.val
-        self.steps = math.ceil(len(self.labels) / self.settings.batch_size)
-        self.highest = self._check()
+    def _taken(self, train: Batch, val: Batch | None, test: Batch | None) -> Parts:
+        parts = Parts.of(self.trainer.model, train, val, test)
+        self.steps = math.ceil(len(parts.train[1]) / self.settings.batch_size)
+        self.highest = self._check(parts)
+        return parts
 
-    def _divide(self) -> None:
-        """Keep of all images this process's share, when it is known that all have the same ones."""
-        parts = ((self.images, self.labels), self.val, self.test)
-        self.data = dict(zip(("training data", "validation data", "test data"), map(self._told, parts), strict=True))
-        if not self.team.alone:
-            trainer = self.trainer
-            same = {name: value for name, value in asdict(self.settings).items() if name != "checkpoint_s"}
-            for name in ("attack", "eval_attack"):
-                attack = getattr(trainer, name)
-                same[name] = attack if attack is None or isinstance(attack, str) else type(attack).__qualname__
-            # Where one has a folder, or measures, it asks the others for what they would never give.
-            same |= {"having a folder": trainer.folder is not None, "measure_backbone": trainer.measure_backbone}
-            all_of_them = self.team.gathered(fingerprint({"eps": trainer.eps, **same, **self.data}))
-            for rank, there in enumerate(all_of_them):
-                if there != all_of_them[0]:
-                    raise ValueError(
-                        f"process {rank} differs from process 0 in {differences(all_of_them[0], there)}: all processes "
-                        "of a run need the same"
-                    )
-        same = self.test is self.val
-        if not isinstance(self.images, Share):
-            self.images = Share.of(self.images, self.team)
-        self.val = self._shared(self.val)
-        self.test = self.val if same else self._shared(self.test)
-        options = {"seed": self.settings.seed, "augment": self.augment, "memory_format": self.layout}
-        self.batches = Batches(self.images, self.labels, self.steps, **options, device=self.device)
-
-    def _told(self, part: Batch | None) -> object:
-        """What says of a part that it is the same: it is read where a fingerprint needs it."""
-        if part is None or (self.team.alone and self.trainer.folder is None):
-            return None
-        images, labels = part
-        if not isinstance(images, Share):
-            return told(images.dtype, images.shape, [images]), labels
-        hashed = told(images.dtype, images.shape, images.chunks(self.device))
-        return self.team.from_first(lambda: hashed), labels
-
-    def _shared(self, part: Batch | None) -> Batch | None:
-        if part is None or self.team.alone or isinstance(part[0], Share):
-            return part
-        return Share.of(part[0], self.team), part[1]
+    def _check_same(self) -> None:
+        """Refuse processes with different data or settings."""
+        if self.team.alone:
+            return
+        trainer = self.trainer
+        same: dict[str, object] = {n: value for n, value in asdict(self.settings).items() if n != "checkpoint_s"}
+        for name in ("attack", "eval_attack"):
+            attack = getattr(trainer, name)
+            same[name] = attack if attack is None or isinstance(attack, str) else type(attack).__qualname__
+        # A process that has a folder, or measures, waits for the others, who would never answer if they do not.
+        same |= {"having a folder": trainer.folder is not None, "measure_backbone": trainer.measure_backbone}
+        all_of_them = self.team.gathered(fingerprint({"eps": trainer.eps, **same, **self.data}))
+        for rank, there in enumerate(all_of_them):
+            if there != all_of_them[0]:
+                raise ValueError(
+                    f"process {rank} differs from process 0 in {differences(all_of_them[0], there)}: all processes "
+                    "of a run need the same"
+                )
 
     @property
     def _epochs(self) -> int:
-        """Of all stages."""
+        """How many epochs all stages have together."""
         return sum(stage.epochs for stage in self.settings.stages)
 
-    def _held_out(self, name: str, data: object) -> Batch | None:
-        """None where there are no images."""
-        pair = None if data is None else _pair(name, data, self.trainer.model)
-        return pair if pair is not None and len(pair[1]) else None
-
-    def _check(self) -> int:
-        """Refuse what cannot be; the highest label."""
+    def _check(self, parts: Parts) -> int:
+        """Refuse data and settings that no run can have; return the highest label."""
+        train = parts.train[1]
         least = self.here.num_processes * self.settings.grad_accum_steps
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
@@ -169,46 +159,44 @@ class Run:
             )
         if self.steps == 0:
             raise ValueError("there are no images to train on")
-        parts = [part for part in ((self.images, self.labels), self.val, self.test) if part is not None]
-        for images, labels in parts:
-            if isinstance(images, Share):
-                images, labels = images.mine, labels[images.rows]
-            if len(labels):
-                check_samples(images, labels)
-        if self.labels.min() == self.labels.max():
-            raise ValueError(f"the training images are all of class {self.labels[0]}: there is nothing to tell apart")
+        for images, labels in parts.present:
+            mine, named = (images.mine, labels[images.rows]) if isinstance(images, Share) else (images, labels)
+            if len(named):
+                check_samples(mine, named)
+        if train.min() == train.max():
+            raise ValueError(f"the training images are all of class {train[0]}: there is nothing to tell apart")
         for stage in self.settings.stages:
             if self.settings.warmup > stage.epochs * self.steps:
                 raise ValueError(
                     f"a warmup of {self.settings.warmup} steps is longer than the {stage.epochs * self.steps} steps of "
                     f"the {stage.epochs} epochs of {stage.method}: the learning rate would never reach its peak"
                 )
-        if len(self.labels) // self.steps < least:
+        if len(train) // self.steps < least:
             raise ValueError(
-                f"a batch of {len(self.labels) // self.steps} images cannot be cut into {least} parts "
+                f"a batch of {len(train) // self.steps} images cannot be cut into {least} parts "
                 "(processes times grad_accum_steps): take a larger batch_size"
             )
-        top = max(highest(labels) for _, labels in parts)  # refuses negative ones too, which a loss skips
-        if is_fast(self.trainer.attack):
-            self._check_fast_method()
+        top = max(highest(labels) for _, labels in parts.present)  # refuses negative ones too, which a loss skips
+        attack = self.trainer.attack
+        if is_fast(attack):
+            trainer, s = self.trainer, self.settings
+            images, _ = parts.train
+            mine = images.mine if isinstance(images, Share) else images
+            some = to_float(mine[:2].to(device_of(trainer.model)))
+            fast_method(attack, trainer.model, trainer.eps, s.attack).check_model(attack, s, some)
         return top
-
-    def _check_fast_method(self) -> None:
-        trainer, s = self.trainer, self.settings
-        mine = self.images.mine if isinstance(self.images, Share) else self.images
-        images = to_float(mine[:2].to(device_of(trainer.model)))
-        fast_method(trainer.attack, trainer.model, trainer.eps, s.attack).check_model(trainer.attack, s, images)
 
     # ------------------------------------------------------------------ the whole run
 
-    def run(self) -> list[dict]:
+    def run(self) -> list[Record]:
+        """Train; the records, as `Trainer.fit` returns them."""
         folder = self.trainer.folder
         with nullcontext() if folder is None else one_run(folder, self.team):
             records = self._run()
         self.team.wait()
         return records
 
-    def _run(self) -> list[dict]:
+    def _run(self) -> list[Record]:
         groups = self._open()
         with seeded(self.settings.seed), self._bar() as self.bar:
             if not self.at.records:
@@ -221,19 +209,19 @@ class Run:
                 self._save(self.groups)
         return self.at.records
 
-    def _bar(self):
+    def _bar(self) -> "tqdm":
         done = self.at.epoch * self.steps + self.at.batch
         hidden = None if self.trainer.progress and self.here.is_main_process else True  # None: shown on a terminal only
         return require("tqdm").tqdm(total=self._epochs * self.steps, initial=done, unit="batch", disable=hidden)
 
     def _open(self) -> Groups | None:
-        """The tensors of the checkpoint to go on from, if there is one; `at` is then where it was."""
+        """The tensors of the checkpoint to go on from, if there is one; `at` is then its progress."""
         folder = self.trainer.folder
         if folder is None:
             return None
         defaults = asdict(Settings().settled({}))
         self.checkpoints = Checkpoints(folder / "state", self._fingerprint(), defaults, self.masks)
-        groups, facts = self._found()
+        groups, facts = self._found(self.checkpoints)
         if facts is not None:
             self.at = Progress.of(facts["place"], folder)
             self._check_epochs(facts["epochs"])
@@ -256,17 +244,17 @@ class Run:
         lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
         write_atomically(path, lines.encode())
 
-    def _found(self) -> tuple[Groups | None, dict | None]:
-        """The state that the first process has: the disks of the others may be other ones."""
-        groups, facts = None, None
+    def _found(self, checkpoints: Checkpoints) -> tuple[Groups | None, Facts | None]:
+        """The state that the first process finds, for all: the others may have other disks."""
+        groups: Groups | None = None
 
-        def load() -> dict | None:
+        def load() -> Facts | None:
             nonlocal groups
-            if self.checkpoints.exist() and not self.trainer.resume:
+            if checkpoints.exist() and not self.trainer.resume:
                 raise FileExistsError(
                     f"{self.trainer.folder} has the state of a run: resume it, or choose another folder"
                 )
-            groups, facts = self.checkpoints.load() or (None, None)
+            groups, facts = checkpoints.load() or (None, None)
             return facts
 
         facts = self.team.from_first(load)
@@ -275,7 +263,7 @@ class Run:
         return groups, facts
 
     def _fingerprint(self) -> str:
-        """Of all that the steps so far and the choice among their weights depend on."""
+        """The fingerprint of all that the steps so far, and the choice among their weights, depend on."""
         trainer = self.trainer
         settings = {name: v for name, v in asdict(self.settings).items() if name not in FREE}
         attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
@@ -286,11 +274,14 @@ class Run:
         return run
 
     def _check_epochs(self, before: int) -> None:
-        """Where there are to be others than `before`, say whether a step so far would have had another learning rate,
-        or another budget.
+        """Warn where the run now has another number of epochs, and its steps so far would have had another learning
+        rate or another budget with it.
+
+        Args:
+            before: how many epochs the run was to have.
 
         Raises:
-            OtherRunError: there are more behind it already.
+            OtherRunError: the run has more epochs behind it already.
         """
         at, s = self.at, self.settings
         if before == s.epochs or at.stage < len(s.stages) - 1:
@@ -312,7 +303,7 @@ class Run:
                 stacklevel=5,
             )
 
-    def _machine(self) -> dict:
+    def _machine(self) -> dict[str, int | str]:
         return {
             "threads": torch.get_num_threads(),
             "processes": self.here.num_processes,
@@ -332,17 +323,17 @@ class Run:
             found = self._agreed(backbone_robustness(self.model, images, labels, self.trainer.eps, **options))
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
-                shares = [f"{found[name]:.1%}" for name in ("clean_accuracy", "robust_accuracy")]
-                words = "the backbone before training, with a new head: %s clean, %s under PGD-10 at eps %g/255"
-                logger.info(words, *shares, 255 * self.trainer.eps)
+                shares = f"{found['clean_accuracy']:.1%} clean, {found['robust_accuracy']:.1%} under PGD-10"
+                words = "the backbone before training, with a new head: %s at eps %g/255"
+                logger.info(words, shares, 255 * self.trainer.eps)
             if found["warning"]:
                 warnings.warn(found["warning"], stacklevel=4)
 
-    def _final(self) -> dict:
+    def _final(self) -> Record:
         epochs = [record for record in self.at.records if "epoch" in record]
         seconds = {name: sum(record.get(name, 0.0) for record in epochs) for name in ("train_s", "train_cpu_s")}
         attack = self.trainer.eval_attack or self._named("pgd-10")
-        result = {} if self.test is None else self._judged(attack)
+        result = {} if self.test is None else self._judged(self.test, attack)
         final = {
             "final": True,
             "format": LOG_FORMAT,
@@ -353,18 +344,18 @@ class Run:
         }
         return final | {"eval_attack": _name(attack), **seconds}
 
-    def _judged(self, attack: Callable) -> dict[str, float]:
-        """Of the test images: those that withstand the attack of the evaluations, and those that PMA leaves of them."""
-        attacks = [attack, self._named("pma")]
-        options = {"seed": self.settings.seed, "device": self.device, "progress": False, **self.passes.evaluation}
-        report = evaluate(self.model, self.test, attacks, **options)
+    def _judged(self, test: Batch, attack: TrainAttack) -> Record:
+        """The shares of the test images that withstand the attack of the evaluations, and PMA after it."""
+        attacks: list[str | TrainAttack] = [attack, self._named("pma")]
+        options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
+        report = evaluate(self.model, test, attacks, progress=False, **options)
         shares = [result["robust_accuracy"] for result in report["attacks"]]
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
-        return self._agreed(self._checked(found, attack) | {"confusion": confusions(self.test[1], report)})
+        return self._agreed(self._checked(found, attack) | {"confusion": confusions(test[1], report)})
 
-    def _choice(self) -> dict:
-        """By what the weights were chosen, and from which other epochs chance alone may have told them."""
-        if self.at.best_epoch is None:
+    def _choice(self) -> Record:
+        """The accuracy that the weights were chosen by, and the epochs that chance alone may have ranked below them."""
+        if self.at.best_epoch is None or self.val is None:
             return {}
         by = self._criteria()[0]
         rows = [record for record in self.at.records if by in record and record.get("epoch", -1) >= self.at.first_epoch]
@@ -375,7 +366,7 @@ class Run:
         return {"chosen_by": by, "noise": noise, "within_noise": near}
 
     def _criteria(self) -> tuple[str, ...]:
-        """The accuracies that weights are chosen by, the first one first; of equals the latest are taken."""
+        """The accuracies that weights are chosen by, in their order; of equal weights the latest are taken."""
         return ("clean_accuracy",) if self.trainer.attack is None else ("robust_accuracy", "clean_accuracy")
 
     # ------------------------------------------------------------------ a stage
@@ -383,10 +374,18 @@ class Run:
     def _stage(self, number: int, stage: Stage, groups: Groups | None) -> None:
         s = self.settings
         torch.manual_seed(s.seed)  # low-rank factors begin at random
-        options = {"rank": s.rank, "alpha": s.lora_alpha, "lora_targets": s.lora_targets}
-        options |= {"adapter_reduction": s.adapter_reduction, "prompt_tokens": s.prompt_tokens}
         example = to_float(self.images.to_all(torch.arange(2), self.device))
-        with trainable(self.model, stage.method, s.head, example=example[:1], **options) as self.tuning:
+        with trainable(
+            self.model,
+            stage.method,
+            s.head,
+            rank=s.rank,
+            alpha=s.lora_alpha,
+            lora_targets=s.lora_targets,
+            example=example[:1],
+            adapter_reduction=s.adapter_reduction,
+            prompt_tokens=s.prompt_tokens,
+        ) as self.tuning:
             self.optimizer = optimizer_of(self.model, self.tuning.parameters, s)
             self.through = self.model if self.team.alone else replicated(self.model, example, self.team)
             if groups is None:
@@ -407,28 +406,39 @@ class Run:
 
     def _begin(self, number: int, stage: Stage) -> None:
         now, since = self.at.epoch, self.at.epoch if self.at.switched else self.at.memory_since
-        again = {"epoch": now, "first_epoch": now, "schedule_epoch": now, "memory_since": since}
-        self.at = Progress(stage=number, **again, records=self.at.records)
+        self.at = Progress(
+            number, epoch=now, first_epoch=now, schedule_epoch=now, memory_since=since, records=self.at.records
+        )
         counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
         self._record({"stage": number, "method": stage.method, **counts})
         logger.info("%s: %s of %s parameters train", stage.method, *(f"{count:,}" for count in counts.values()))
 
-    def _use(self, attack: str | Callable | None) -> None:
+    def _use(self, attack: str | TrainAttack | None) -> None:
         """Train with this attack from now on."""
         s = self.settings
-        if isinstance(attack, str):
-            changes = {} if self.at.switched else s.attack
-            if is_fast(attack):
-                attack = fast_method(attack, self.model, self.trainer.eps, changes, **self.passes.attack)
-            else:
-                attack = self._named(attack, **changes)
-        learning = {"clean_weight": s.clean_weight, "label_smoothing": s.label_smoothing}
-        learning |= {"max_grad_norm": s.max_grad_norm}
-        learning |= {"autocast": self.autocast, "compile": s.compile, "highest": self.highest}
-        self.step = TrainStep(self.model, attack, self.optimizer, through=self.through, **learning)
+        changes = {} if self.at.switched else s.attack
+        chosen: TrainAttack | FastMethod | None
+        if is_fast(attack):
+            chosen = fast_method(attack, self.model, self.trainer.eps, changes, **self.passes.attack)
+        elif isinstance(attack, str):
+            chosen = self._named(attack, **changes)
+        else:
+            chosen = attack
+        self.step = TrainStep(
+            self.model,
+            chosen,
+            self.optimizer,
+            through=self.through,
+            clean_weight=s.clean_weight,
+            label_smoothing=s.label_smoothing or 0.0,
+            max_grad_norm=s.max_grad_norm,
+            autocast=self.autocast,
+            compile=s.compile,
+            highest=self.highest,
+        )
         self.budget = Budget(self.step.attack, s.eps_schedule)
 
-    def _named(self, name: str, **changes) -> Attack:
+    def _named(self, name: str, **changes: float | None) -> Attack:
         return create_attack(name, self.model, self.trainer.eps, **changes, **self.passes.attack)
 
     def _new_monitor(self) -> Monitor | None:
@@ -457,7 +467,7 @@ class Run:
         self._finish_epoch(stage)
 
     def _memory(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> SampleMemory:
-        """Rows of the training images, those of the last epoch at hand; it outlasts a stage."""
+        """The rows of the training images under this name, ready for this epoch; they outlast a stage."""
         if name not in self.memories:
             if self.augment is not None and not all(hasattr(self.augment, way) for way in ("sources", "targets")):
                 raise ValueError(
@@ -466,13 +476,15 @@ class Run:
                 )
             at, first = self.at, self.at.memory_since
             folder = self.trainer.folder and self.trainer.folder / "memory"
-            options = {"resume": at.epoch > first or at.batch > 0, "first": first, "team": self.team}
-            self.memories[name] = SampleMemory(folder, name, len(self.labels), shape, dtype, **options)
+            going_on = at.epoch > first or at.batch > 0
+            self.memories[name] = SampleMemory(
+                folder, name, len(self.labels), shape, dtype, resume=going_on, first=first, team=self.team
+            )
         self.memories[name].begin(self.at.epoch)
         return self.memories[name]
 
     def _steps(self, stage: Stage) -> bool:
-        """The steps that are left of an epoch; whether they were interrupted."""
+        """Take the steps that are left of an epoch; return whether they were interrupted."""
         start, before = time.perf_counter(), self.at.train_s
         cpu_start, cpu_before = time.process_time(), self.at.train_cpu_s
         saved = start
@@ -491,7 +503,12 @@ class Run:
 
     def _finish_epoch(self, stage: Stage) -> None:
         at, images = self.at, sum(map(len, self.batches.of_epoch(self.at, self.step.repeats)))
-        record = {"epoch": at.epoch, "loss": at.loss_sum / images, "train_accuracy": at.right / images, "lr": at.lr}
+        record: Record = {
+            "epoch": at.epoch,
+            "loss": at.loss_sum / images,
+            "train_accuracy": at.right / images,
+            "lr": at.lr,
+        }
         record |= {"train_s": at.train_s, "train_cpu_s": at.train_cpu_s}
         free = {"abnormal": at.abnormal / at.looked} if at.looked else {}
         free |= {} if self.step.method is None else self._agreed(self.step.method.facts())
@@ -501,18 +518,22 @@ class Run:
         with self.weights.averaged():
             record |= self._watch() | free
             if self.val is not None and (done == stage.epochs or (every and done % every == 0)):
-                record |= self._validate()
+                record |= self._validate(self.val)
         action = record.get("action")
         if action in ("stop", "rollback", "switch"):
             self._go_back(action)
         at.stopped = action == "stop"
         self._record(record)
         self._say(epoch_line(at.records, self._epochs))
-        self._save()  # or what was just evaluated would be evaluated again
+        self._save()  # else a resumed run would evaluate this epoch again
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
-        """Learn from the images `index`; whether, for any of the processes, a checkpoint is due, and an end."""
+        """Learn from the images numbered `index`.
+
+        Returns:
+            Whether a checkpoint is due in any of the processes, and whether any was asked to end.
+        """
         at, world = self.at, self.here.num_processes
         done = (at.epoch - at.schedule_epoch) * self.steps + at.batch
         total = (at.first_epoch + stage.epochs - at.schedule_epoch) * self.steps
@@ -521,7 +542,7 @@ class Run:
         attacker.attack = self.budget.at(at.epoch * self.steps + at.batch, self._epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = at.lr
-        # What the model draws depends on the place in the run alone, so that no generator's state has to be kept.
+        # The model's draws depend on the epoch and the batch alone, so that no generator's state has to be kept.
         torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
         if self.before:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
@@ -533,32 +554,32 @@ class Run:
             epoch = at.epoch - at.first_epoch
             self.step.method.begin(epoch * self.steps + at.batch, epoch, stage.epochs)
         try:
-            parts = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
+            found = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
         except BaseException:
             with suppress(Exception):  # it would hide the first one
                 self._undo()
             raise
         wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
         norms = torch.stack([norm.to(self.device, torch.float64) for norm in (self.step.norm(), self._statistics())])
-        total = self.team.summed(torch.cat((sum(parts), wishes, norms)))
-        loss, right, abnormal, looked, due, asked, *norms = total.tolist()
+        summed = self.team.summed(torch.cat((reduce(torch.add, found), wishes, norms)))
+        loss, right, abnormal, looked, anywhere_due, asked, norm, statistics = summed.tolist()
         loss /= world
-        # All that is wrong is seen here, by all processes alike, before anything is learnt from it.
-        if not all(map(math.isfinite, (loss, *norms))):
-            self._refuse(loss, *norms, index)
+        # All processes see here what is wrong, before they learn from it.
+        if not all(map(math.isfinite, (loss, norm, statistics))):
+            self._refuse(loss, norm, statistics, index)
         self.step.apply()
         self.weights.stepped(done)
         at.loss_sum += loss * len(index)
         at.right, at.abnormal, at.looked = at.right + right, at.abnormal + abnormal, at.looked + looked
         at.batch += 1
         self.bar.update()
-        return due > 0, asked > 0
+        return anywhere_due > 0, asked > 0
 
-    def _gradients(self, part: torch.Tensor, **options) -> torch.Tensor:
+    def _gradients(self, part: torch.Tensor, *, scale: float, more: bool) -> torch.Tensor:
         images, labels = self.batches.load(part, self.at, self.step.repeats)
         seeds = sample_seeds(self.settings.seed, part.to(self.device), self.at.epoch)
         moves = self.batches.moves(part, self.at, self.step.repeats)
-        return self.step.gradients(images, labels, seeds, rows=part, moves=moves, **options)
+        return self.step.gradients(images, labels, seeds, rows=part, moves=moves, scale=scale, more=more)
 
     def _statistics(self) -> torch.Tensor:
         """The largest magnitude in what a forward pass writes, such as batch-norm's statistics."""
@@ -566,7 +587,7 @@ class Run:
         return largest((buffer for name, buffer in buffers if name not in self.masks), self.device)
 
     def _undo(self) -> None:
-        """As it was before the batch."""
+        """Take back what the batch has changed: gradients and buffers."""
         self.step.forget()
         for buffer, before in zip(self.tuning.buffers.values(), self.before, strict=True):
             buffer.copy_(before)
@@ -616,12 +637,12 @@ class Run:
             )
 
     def _here(self) -> str:
-        """The place in words, which count from 1."""
+        """Where the run is, in words, which count from 1."""
         return f"epoch {self.at.epoch + 1}, batch {self.at.batch + 1}"
 
     # ------------------------------------------------------------------ between epochs
 
-    def _watch(self) -> dict:
+    def _watch(self) -> Record:
         """What the monitor reads, and what is to be done about it."""
         if self.monitor is None:
             return {}
@@ -650,66 +671,74 @@ class Run:
             self.at.switched, self.at.schedule_epoch = True, self.at.epoch
             self.memories.clear()
             self._use(self.settings.switch_to)
-            self.monitor.attack = self.budget.attack
+            if self.monitor is not None:
+                self.monitor.attack = self.budget.attack
 
-    def _validate(self) -> dict:
+    def _validate(self, val: Batch) -> Record:
         start = time.perf_counter()
-        result = self._accuracy(self.val, self.evaluating)
+        result = self._accuracy(val, self.evaluating)
         found = [result[name] for name in self._criteria()]
         if self.at.best is None or found >= self.at.best:
             self.at.best, self.at.best_epoch = found, self.at.epoch - 1
             self.weights.keep("best")
         return result | {"eval_s": time.perf_counter() - start}
 
-    def _accuracy(self, data: Batch, attack: Callable) -> dict[str, float]:
-        options = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
+    def _accuracy(self, data: Batch, attack: TrainAttack) -> Record:
+        options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
         found = robust_accuracy(self.model, data, attack, **options)
         return self._agreed(self._checked(found, attack))
 
-    def _checked(self, found: dict[str, float], attack: Callable) -> dict[str, float]:
+    def _checked(self, found: Record, attack: TrainAttack) -> Record:
         if found["robust_accuracy"] is None:  # its warning says how far it went
             raise ValueError(f"eval_attack {_name(attack)} leaves its eps or [0, 1]: weights cannot be chosen by it")
         return found
 
-    def _agreed(self, found: dict | tuple) -> dict | tuple:
-        """What the first process found: all go on from that, also where rounding or batch-norm's statistics differ."""
+    def _agreed(self, found: T) -> T:
+        """What the first process found: all go on from it, also where rounding or batch-norm's statistics differ."""
         return self.team.from_first(lambda: found)
 
     def _say(self, text: str) -> None:
-        """What the bar shows, where there is none."""
+        """Log what the bar shows, where nobody sees a bar."""
         if self.here.is_main_process:
             logger.log(logging.INFO if self.bar.disable else logging.DEBUG, text)
 
     # ------------------------------------------------------------------ the disk
 
-    def _record(self, record: dict) -> None:
+    def _record(self, record: Record) -> None:
         self.at.records.append(record)
-        if self.trainer.folder is not None:
-            self.team.from_first(lambda: self._log(record))
+        folder = self.trainer.folder
+        if folder is not None:
+            self.team.from_first(lambda: self._log(folder / "log.jsonl", record))
 
-    def _log(self, record: dict) -> None:
-        with open(self.trainer.folder / "log.jsonl", "a") as file:
+    def _log(self, path: Path, record: Record) -> None:
+        with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _save(self, groups: dict[str, None] | None = None) -> None:
-        """Write a checkpoint of the stage, or of its end, with the tensors of the one before."""
-        groups = self.weights.groups(self._of_steps()) if groups is None else groups
+    def _save(self, before: Mapping[str, Tensors | None] | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            before: the groups of the checkpoint before, each with None, where the tensors have not changed since then;
+                None means the groups of the stage.
+        """
+        groups = self.weights.groups(self._of_steps()) if before is None else before
         self._check_finite(groups)
-        if self.checkpoints is None:
+        checkpoints = self.checkpoints
+        if checkpoints is None:
             return
 
         def save() -> None:
             for memory in self.memories.values():  # before the checkpoint, which goes on with them
                 memory.flush()
             facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
-            self.checkpoints.save(groups, facts)
+            checkpoints.save(groups, facts)
             self.groups = dict.fromkeys(groups)
 
         self.team.from_first(save)
         self.weights.written()
 
     def _of_steps(self) -> Groups:
-        """What changes with every step, beside the weights."""
+        """The groups of tensors that change with every step, beside the weights."""
         method = {} if self.step.method is None else {"method": self.step.method.state()}
         return {"optimizer": state_of(self.optimizer), **method}
 
@@ -722,19 +751,12 @@ class Run:
             self.monitor.load(self.at.monitor)
 
 
-def _pair(name: str, data: object, model: nn.Module) -> Batch:
-    """A pair of images and labels, NumPy arrays as tensors."""
-    if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        raise TypeError(
-            f"{name} must be a pair (images, labels) of tensors or NumPy arrays with all images, got "
-            f"{type(data).__name__}: torch.cat makes one of batches"
-        )
-    return as_tensors(*data, model)
-
-
 def two_standard_errors(share: float, count: int) -> float:
-    """Of a share of `count`, which is not 0 for shares of 0 and 1: Agresti and Coull 1998, "Approximate is better than
-    'exact' for interval estimation of binomial proportions"."""
+    """Two standard errors of a share of `count` images; it is not 0 for shares of 0 and 1.
+
+    Source: Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial
+    proportions".
+    """
     middle = (share * count + 2) / (count + 4)
     return 2 * math.sqrt(middle * (1 - middle) / (count + 4))
 
@@ -744,5 +766,5 @@ def _mixed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
 
 
-def _name(attack: str | Callable | None) -> str:
+def _name(attack: str | TrainAttack | None) -> str:
     return repr(attack) if attack is None or isinstance(attack, (str, Attack)) else type(attack).__qualname__

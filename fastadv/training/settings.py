@@ -1,15 +1,15 @@
-"""What a training run is told: numbers and names, checked before anything is changed."""
+"""The settings of a training run, which are checked before anything is changed."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from fastadv.training.budget import span
 from fastadv.training.methods import METHODS
 
-# Old names: they work until the next minor release, and warn. Files that have them load for ever.
+# Old names work until the next minor release, and warn. Files with old names can always be loaded.
 RENAMED = {
     "accumulate": "grad_accum_steps",
     "average": "ema_decay",
@@ -21,7 +21,10 @@ RENAMED = {
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
 
 
-def _of(default, help: str, **limits):
+T = TypeVar("T")
+
+
+def _of(default: T, help: str, **limits: object) -> T:
     return field(default=default, metadata={"help": help, "limits": limits})
 
 
@@ -102,13 +105,13 @@ class Settings:
     switch_to: str = _of("pgd", "the attack after a switch", choices=("pgd", "nfgsm"))
     checkpoint_s: float = _of(600.0, "seconds between two checkpoints; there is one after each epoch as well", least=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
                 value = checked(each.name, value, kind_of(each), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
-        span(self.eps_schedule)  # refuses what is none
+        span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
         for name, method in (("lora_targets", "lora"), ("adapter_reduction", "adapter"), ("prompt_tokens", "prompt")):
@@ -127,17 +130,24 @@ class Settings:
         return {name: getattr(self, name) for name in names}
 
     def settled(self, defaults: Mapping[str, float]) -> "Settings":
-        """With numbers for what its method of training says where it is not given; 0 where that says nothing."""
+        """These settings with numbers for `label_smoothing` and `ema_decay` where they are not given.
+
+        Args:
+            defaults: of the fast method, by the names of settings; a setting that it does not name is 0.
+        """
         names = ("label_smoothing", "ema_decay")
-        return replace(self, **{name: defaults.get(name, 0.0) for name in names if getattr(self, name) is None})
+        missing: dict[str, Any] = {name: defaults.get(name, 0.0) for name in names if getattr(self, name) is None}
+        return replace(self, **missing)
 
     @property
     def stages(self) -> tuple["Stage", ...]:
+        """The parts of the run: linear probing, where `lp_ft` asks for it, and then the method."""
         first = (Stage("linear", self.lp_ft, self.lp_ft_lr),) if self.lp_ft else ()
         return (*first, Stage(self.method, self.epochs, self.lr))
 
 
-Settings.__doc__ += "\n\n    " + "\n    ".join(f"{each.name}: {each.metadata['help']}." for each in fields(Settings))
+_LINES = [f"{each.name}: {each.metadata['help']}." for each in fields(Settings)]
+Settings.__doc__ = "\n        ".join([f"{Settings.__doc__}\n\n    Attributes:", *_LINES]) + "\n    "
 
 
 @dataclass(frozen=True)
@@ -149,11 +159,17 @@ class Stage:
     lr: float
 
 
-def of_kind(name: str, value: object, kind: type) -> object:
-    """`value` as a plain `kind`, a key of WANTED; numbers of NumPy are numbers.
+def of_kind(name: str, value: object, kind: type[T]) -> T:
+    """`value` as a plain `kind`; numbers of NumPy are numbers.
+
+    Args:
+        name: of the setting, for the errors.
+        value: what was given.
+        kind: a key of WANTED.
 
     Raises:
-        TypeError: it is something else. ValueError: a number that is not whole, where an int is wanted.
+        TypeError: it is something else.
+        ValueError: an int is wanted, and the number is not whole.
     """
     if kind is tuple:
         right = isinstance(value, Sequence) and not isinstance(value, str)
@@ -166,26 +182,50 @@ def of_kind(name: str, value: object, kind: type) -> object:
         raise TypeError(wanted)
     if kind is int and not isinstance(value, Integral):
         raise ValueError(wanted)
-    return kind(value)
+    return kind(value)  # type: ignore[call-arg]
 
 
-def kind_of(each: Field) -> type:
-    """What is wanted of a setting where it is not None: a key of WANTED."""
+def kind_of(each: "Field[Any]") -> type:
+    """The type of a setting that is not None: a key of WANTED."""
     first = (*get_args(each.type), each.type)[0]
-    return get_origin(first) or first
+    kind: type = get_origin(first) or first
+    return kind
 
 
-def checked(name: str, value: object, kind: type, choices=None, least=None, above=None, most=None) -> object:
-    """`value` as a plain `kind`, a key of WANTED, within its limits."""
+def checked(
+    name: str,
+    value: object,
+    kind: type[T],
+    choices: Sequence[str] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> T:
+    """`value` as a plain `kind` within its limits.
+
+    Args:
+        name: of the setting, for the errors.
+        value: what was given.
+        kind: a key of WANTED.
+        choices: what it may be; None means anything.
+        least: of a number: it is at least this.
+        above: of a number: it is greater than this.
+        most: of a number: it is at most this.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: it is not within the limits.
+    """
     if choices is not None and value not in choices:
         raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
-    value = of_kind(name, value, kind)
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if least is not None and not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    if above is not None and not value > above:
-        raise ValueError(f"{name} must be above {above}, got {value}")
-    if most is not None and not value <= most:
-        raise ValueError(f"{name} must be at most {most}, got {value}")
-    return value
+    plain = of_kind(name, value, kind)
+    number: Any = plain  # where there are limits
+    if kind is float and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    if least is not None and not number >= least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if above is not None and not number > above:
+        raise ValueError(f"{name} must be above {above}, got {number}")
+    if most is not None and not number <= most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
+    return plain

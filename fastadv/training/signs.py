@@ -24,7 +24,7 @@ def pack_signs(values: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"values must be (N, ...), got the shape {tuple(values.shape)}")
     bits = (values > 0).flatten(1).to(torch.uint8)
     bits = F.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
-    packed = bits[..., 7]
+    packed: torch.Tensor = bits[..., 7]
     for i in range(6, -1, -1):
         packed = packed * 2 + bits[..., i]
     return packed
@@ -42,7 +42,8 @@ def unpack_signs(packed: torch.Tensor, shape: Sequence[int], dtype: torch.dtype 
         (N, *shape), on the same device.
 
     Raises:
-        TypeError: packed is not uint8. ValueError: it has not as many bytes as the shape needs.
+        TypeError: packed is not uint8.
+        ValueError: it does not have as many bytes as the shape needs.
     """
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed signs are uint8, got {packed.dtype}")
@@ -53,4 +54,5 @@ def unpack_signs(packed: torch.Tensor, shape: Sequence[int], dtype: torch.dtype 
         )
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[..., None] >> places & 1).flatten(1)[:, :count]
-    return bits.to(dtype).mul_(2).sub_(1).unflatten(1, tuple(shape))
+    signs: torch.Tensor = bits.to(dtype).mul_(2).sub_(1).unflatten(1, tuple(shape))
+    return signs

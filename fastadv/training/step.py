@@ -1,7 +1,7 @@
-"""One step of adversarial training: the attack's passes, the update's, and nothing twice."""
+"""One step of adversarial training: the passes of the attack and of the update, none of them twice."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +16,7 @@ from fastadv.evaluation.foreign import as_images
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import at_least_float32, find_logits
+from fastadv.training.budget import TrainAttack
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.settings import checked
 
@@ -27,30 +28,31 @@ class TrainStep:
     backward pass to the images and one to what trains.
 
     Args:
-        model: what is trained; any outputs that attacks take.
+        model: it is trained; its outputs are any that attacks take.
         attack: one of fastadv, any callable from (images, labels) to images, None for clean images, or a `FastMethod`,
-            whose `begin` is called before each update.
+            whose `begin` the caller calls before each update.
         optimizer: of the parameters that train.
-        through: what the update calls, such as the model under DistributedDataParallel; None means the model.
+        through: the update calls this, such as the model under DistributedDataParallel; None means the model.
         clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
-        label_smoothing: of the loss that is learnt from.
+        label_smoothing: of the loss of the update.
         max_grad_norm: largest norm of the gradient of all parameters; None means no clipping.
         autocast: dtype of torch.autocast for the update; the attack has its own.
         compile: run the update's forward pass and loss under torch.compile.
-        highest: of all labels that will come, so that `gradients` refuses one that the model has no class for without
-            waiting for the device.
+        highest: the highest of all labels that will come: with it `gradients` refuses a label that the model has no
+            class for, and does not wait for the device.
 
     Raises:
-        TypeError, ValueError: an option is of a wrong type or value.
+        TypeError: an option is of a wrong type.
+        ValueError: an option has a wrong value.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        attack: Callable | FastMethod | None,
+        attack: TrainAttack | FastMethod | None,
         optimizer: torch.optim.Optimizer,
         *,
-        through: Callable | None = None,
+        through: Callable[[torch.Tensor], object] | None = None,
         clean_weight: float = 0.0,
         label_smoothing: float = 0.0,
         max_grad_norm: float | None = None,
@@ -58,19 +60,20 @@ class TrainStep:
         compile: bool = False,
         highest: int = 0,
     ):
-        self.method, attack = (attack, attack.attack) if isinstance(attack, FastMethod) else (None, attack)
-        check_attack("attack", attack)
+        self.method = attack if isinstance(attack, FastMethod) else None
+        self.attack: TrainAttack | None = attack.attack if isinstance(attack, FastMethod) else attack
+        check_attack("attack", self.attack)
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")
-        self.model, self.attack, self.optimizer = model, attack, optimizer
-        self.through = model if through is None else through
+        self.model, self.optimizer = model, optimizer
+        self.through: Callable[[torch.Tensor], object] = model if through is None else through
         self.clean_weight = checked("clean_weight", clean_weight, float, least=0, most=1)
         self.label_smoothing = checked("label_smoothing", label_smoothing, float, least=0, most=1)
         self.max_grad_norm = None if max_grad_norm is None else checked("max_grad_norm", max_grad_norm, float, above=0)
         self.autocast, self.highest = autocast, highest
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
         if self.method is not None:
-            attack.objective.check_classes(highest)
+            self.method.attack.objective.check_classes(highest)
         self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
         self._norm: torch.Tensor | None = None
 
@@ -90,25 +93,29 @@ class TrainStep:
         scale: float | None = None,
         more: bool = False,
     ) -> torch.Tensor:
-        """Add the gradients of a batch to the parameters'.
+        """Add the gradients of a batch to the gradients of the parameters.
 
         Args:
-            images: (N, C, H, W), floats in [0, 1] or uint8; labels: int64 (N,).
+            images: (N, C, H, W), floats in [0, 1] or uint8.
+            labels: int64 (N,).
             seeds: int64 (N,), one for each image, of the attack's random start; a callable that is no attack of
                 fastadv draws from torch's generator instead.
-            rows, moves: int64 (N,), the images' numbers and the seeds of their augmentation, for a method that keeps
-                something of each.
+            rows: int64 (N,), the images' numbers, for a method that keeps something of each image.
+            moves: int64 (N,), the seeds of the images' augmentation, for such a method; None without one.
             scale: the loss is the sum over the batch times this; None means 1/N, a mean.
             more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
 
         Returns:
-            (4,) on the images' device: the scaled loss; how many images were classified correctly after the attack;
-            on how many noise alone raised the loss more than the attack did, and how many of these were looked at: a
-            sign of overfitting to the attack that costs nothing where attack and update run in the same mode.
+            float64 (4,) on the images' device: the scaled loss; how many images were classified correctly after the
+            attack; on how many images noise alone raised the loss more than the attack did; and at how many images
+            that was looked. Such images are a sign of overfitting to the attack, which costs nothing where attack and
+            update run in the same mode; elsewhere no image is looked at.
         """
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
-        method, start, beside, sees = self.method, (), None, False
+        method, sees = self.method, False
+        start: Sequence[torch.Tensor] = ()
+        beside: torch.Tensor | float | None = None
         if method is None:
             x_adv = self._attacked(images, labels, seeds)
         else:
@@ -123,8 +130,8 @@ class TrainStep:
         with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
             loss, logits = self._losses(together, labels, scale)
             loss.backward()
-        if sees:
-            method.seen(x_adv.grad / scale)
+        if method is not None and sees:
+            method.seen(x_adv.grad / scale)  # type: ignore[arg-type, operator]
         with torch.no_grad():
             logits = logits.detach()[: len(labels)]
             right = (predicted(logits) == labels).sum()
@@ -133,25 +140,26 @@ class TrainStep:
             return torch.stack([value.double() for value in (loss, right, abnormal, looked)])
 
     def norm(self) -> torch.Tensor:
-        """The norm of the gradient that `apply` is to take next, before clipping: 0-dim, on the parameters' device.
+        """The norm of the gradient that `apply` takes next, before clipping: 0-dim, on the parameters' device.
 
         It is not finite where any number of the gradient is not, or where it is too large for the parameters' dtype.
-        Whoever asks has to look, and to leave `apply` be then: it does not look again, which would wait for the device.
+        The caller has to look at it, and must not call `apply` then: after `norm`, `apply` does not look again, because
+        that would wait for the device.
         """
         self._norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         return self._norm
 
     def apply(self) -> None:
-        """Change the parameters by their gradients, and forget these.
+        """Change the parameters by their gradients, and forget the gradients.
 
         Raises:
-            FloatingPointError: the gradient is not finite, and nobody asked for its `norm`; nothing was changed, and
-                the gradients are forgotten.
+            FloatingPointError: the gradient is not finite, and the caller did not ask for its `norm`; nothing was
+                changed, and the gradients are forgotten.
         """
         if self._norm is None and not math.isfinite(found := self.norm().item()):
             self.forget()
             raise FloatingPointError(f"the norm of the gradient is {found}: no step was taken")
-        if self.max_grad_norm is not None:
+        if self.max_grad_norm is not None and self._norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, self._norm)
         self.optimizer.step()
         if self.method is not None:
@@ -167,17 +175,17 @@ class TrainStep:
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _attacked(self, images, labels, seeds):
+    def _attacked(self, images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self.attack, Attack):
             return self.attack(images, labels, seed=seeds)
         images = to_float(images)
         if self.attack is None:
             return images
-        # It may leave gradients in the parameters, or move batch-norm's averages.
+        # A foreign attack may leave gradients in the parameters, or move batch-norm's averages.
         with frozen(self.model, "as_is"), torch.enable_grad():
             return as_images(self.attack(images, labels), images)
 
-    def _forward(self, images, labels, scale):
+    def _forward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
         with precision:
             outputs = self.through(images) if self.method is None else self.method.outputs(self.through, images)
@@ -197,23 +205,34 @@ class TrainStep:
             loss = loss + self.method.distances(*logits.split(len(labels))[:2]).sum()
         return loss * scale, logits
 
-    def _abnormal(self, logits, labels):
-        start = self.attack.start_losses if isinstance(self.attack, Attack) and self._comparable() else None
+    def _abnormal(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """On how many images the attack's start has the larger loss, and of how many images."""
+        attack = self.attack
+        start = attack.start_losses if isinstance(attack, Attack) and self._comparable(attack) else None
         if start is None or len(start) != len(labels):
             return torch.zeros(2, device=labels.device)
         after = F.cross_entropy(logits, labels, reduction="none")
         return (start > after).sum(), torch.tensor(len(labels), device=labels.device)
 
-    def _comparable(self):
+    def _comparable(self, attack: Attack) -> bool:
         """Whether the attack's losses are cross-entropies, of the model in the mode in which the update ran it."""
-        attack = self.attack
         if attack.loss != "ce" or attack.targeted or attack.training_mode == "batch_norm":
             return False
         return not any(module.training for module in self._mode_dependent)
 
 
 def check_attack(name: str, attack: object, also: str = "") -> None:
-    """Refuse what trains nothing: no callable, a class, or an attack on inputs that are no images in [0, 1]."""
+    """Refuse an attack that no training can use: no callable, a class, or one on inputs other than images in [0, 1].
+
+    Args:
+        name: of the argument, for the errors.
+        attack: what was given.
+        also: what else the argument may be, for the errors, such as "a name, ".
+
+    Raises:
+        TypeError: it cannot be called, or is a class.
+        ValueError: it attacks other inputs than images in [0, 1].
+    """
     if attack is not None and (isinstance(attack, type) or not callable(attack)):
         raise TypeError(f"{name} must be {also}a callable from (images, labels) to images, or None: got {attack!r}")
     if isinstance(attack, Attack) and box_of(attack.clip) != BOX:

@@ -1,4 +1,4 @@
-"""The weights that a training run keeps beside those that train."""
+"""The copies of the weights that a training run keeps: averaged, good and best ones."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +12,16 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Weights:
-    """Averaged ones, the best ones, and the last good ones, to which a run goes back that overfits.
+    """The averaged weights, the best ones, and the last good ones.
 
     Args:
         tuning: what trains.
-        decay: of the average; None for none.
+        decay: of the average; None or 0 means that there is none.
 
     Attributes:
-        good, best: copies; `best` is None where nothing was judged yet.
+        good: a copy of the last weights before an alarm of the monitor: a run that overfits goes back to them.
+        best: a copy of the weights with the best evaluation; None where nothing was evaluated yet.
+        average: of the weights over the updates; None without a decay.
     """
 
     def __init__(self, tuning: Tuning, decay: float | None):
@@ -27,42 +29,42 @@ class Weights:
         self._begin_average()
         self.good: Tensors = tuning.state()
         self.best: Tensors | None = None
-        self._changed = {"good"}  # of these, what is not on the disk yet
-        self._moved = True  # whether the weights that train are others than on the disk
+        self._changed = {"good"}  # which of "good" and "best" are not on the disk yet
+        self._moved = True  # whether the weights that train differ from those on the disk
 
     def _begin_average(self) -> None:
-        self.average = EMA(self.tuning.tensors, self._decay) if self._decay else None
+        self.average: EMA | None = EMA(self.tuning.tensors, self._decay) if self._decay else None
 
     def stepped(self, step: int) -> None:
-        """After the update numbered `step`."""
+        """Update the average after the update numbered `step`."""
         self._moved = True
         if self.average is not None:
             self.average.update(self.tuning.tensors, step)
 
     def keep(self, name: str) -> None:
-        """Keep what is in the model as "good" or "best"."""
+        """Keep the weights in the model as "good" or "best"."""
         setattr(self, name, self.tuning.state())
         self._changed.add(name)
 
     def go_back(self) -> None:
-        """To the good ones, with which the average begins again."""
+        """Put the good weights into the model; the average begins again with them."""
         self.tuning.load(self.good)
         self._moved = True
         self._begin_average()
 
     def rescue(self) -> None:
-        """Put the last ones that were kept into the model, where a step has left some that are not finite."""
+        """Put the last weights that were kept into the model, after a step whose result is not finite."""
         self.tuning.load(self.best or self.good)
 
     def choose(self) -> None:
-        """Put what the run is to return into the model: the best ones, else the averaged ones, else what is there."""
+        """Put what the run returns into the model: the best weights, else the averaged ones, else nothing new."""
         chosen = self.best or (self.average and self.average.state)
         if chosen:
             self.tuning.load(chosen)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """With the averaged weights in the model, where there are any."""
+        """Have the averaged weights in the model, where there are any, until the end."""
         if self.average is None:
             yield
             return
@@ -72,18 +74,22 @@ class Weights:
         self.tuning.load(current)
 
     def groups(self, others: Mapping[str, Tensors]) -> dict[str, Tensors | None]:
-        """Of a checkpoint, with `others` that change with every step; None for a group that is on the disk already."""
-        groups = {"weights": self.tuning.tensors, **others}
+        """The groups of tensors of a checkpoint; None for a group that is on the disk already.
+
+        Args:
+            others: groups that change with every step.
+        """
+        groups: dict[str, Tensors | None] = {"weights": self.tuning.tensors, **others}
         if self.average is not None:
             groups["average"] = self.average.state
         groups = groups if self._moved else dict.fromkeys(groups)
-        kept = {"good": self.good, "best": self.best}
-        return groups | {
-            name: part if name in self._changed else None for name, part in kept.items() if part is not None
-        }
+        for name, part in (("good", self.good), ("best", self.best)):
+            if part is not None:
+                groups[name] = part if name in self._changed else None
+        return groups
 
     def written(self) -> None:
-        """After a checkpoint."""
+        """Note that a checkpoint with all of it was written."""
         self._changed, self._moved = set(), False
 
     def load(self, groups: Mapping[str, Tensors], device: torch.device) -> None:

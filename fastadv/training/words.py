@@ -1,6 +1,8 @@
-"""What a run says of an epoch where no progress bar is seen: in a batch system's log, a pipe, under nohup."""
+"""The line that a run logs of an epoch where nobody sees a progress bar: in a batch system, a pipe, under nohup."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+from fastadv.training.progress import Record
 
 SHOWN = {
     "train_accuracy": "{:.1%} right in training",
@@ -10,12 +12,12 @@ SHOWN = {
 }
 
 
-def epoch_line(records: Sequence[Mapping], epochs: int) -> str:
-    """The last of the records, which is an epoch's, as a line; epochs are counted from 1.
+def epoch_line(records: Sequence[Record], epochs: int) -> str:
+    """The last epoch as a line of text; epochs are counted from 1.
 
     Args:
-        records: of a run, as `Trainer.fit` returns them.
-        epochs: how many there are to be.
+        records: of a run, as `Trainer.fit` returns them; the last one is an epoch's.
+        epochs: how many epochs the run is to have.
     """
     done = [record for record in records if "epoch" in record]
     record, mean = done[-1], sum(map(_seconds, done)) / len(done)
@@ -26,8 +28,9 @@ def epoch_line(records: Sequence[Mapping], epochs: int) -> str:
     return f"epoch {number}/{epochs}: {facts}"
 
 
-def _seconds(record: Mapping) -> float:
-    return sum(record.get(name, 0.0) for name in ("train_s", "monitor_s", "eval_s"))
+def _seconds(record: Record) -> float:
+    seconds: float = sum(record.get(name, 0.0) for name in ("train_s", "monitor_s", "eval_s"))
+    return seconds
 
 
 def _duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ from fastadv.data import Split, TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.locks import held
 from fastadv.study import cells, cluster, verdicts
-from fastadv.study.cells import Place
+from fastadv.study.cells import Site
 from fastadv.study.cost import cost_of
 from fastadv.study.estimate import estimates
 from fastadv.study.files import read_grid, write_grid
@@ -702,7 +702,7 @@ def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
     seconds = [r["train_s"] / (2 * counts["train"] * units[r["cell"]["attack"]]) for r in found]
     fgsm, pgd, pma = 2 + 1, 20 + 1, 2 * (40 + 1)
     passes = 2 * counts["train"] * 17 + counts["val"] * (2 * pgd + pgd + pma) + counts["test"] * (fgsm + pgd + pma)
-    estimate = estimates([task], Place(whole / "out", whole))[task.cell.id]
+    estimate = estimates([task], Site(whole / "out", whole))[task.cell.id]
     assert estimate == pytest.approx(sum(seconds) / 4 * passes)
 
 
@@ -711,7 +711,7 @@ def test_what_is_timed_is_a_standard_step_whatever_attacks(whole, tmp_path, monk
     monkeypatch.setattr(Trainer, "fit", lambda self, *parts: seen.append(self.attack) or fit(self, *parts))
     grid = read_grid(whole / "grid.yaml") | {"methods": "full", "seeds": 1, "epochs": 8}
     (task,) = expanded(grid | {"attacks": [{"name": "free-4", "attack": "free", "repeats": 4}]})
-    assert estimates([task], Place(tmp_path, whole))[task.cell.id] > 0
+    assert estimates([task], Site(tmp_path, whole))[task.cell.id] > 0
     assert seen == [None]
 
 

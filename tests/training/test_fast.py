@@ -536,6 +536,14 @@ def test_several_processes_are_refused(data, attack, monkeypatch):
         trained(data, attack, 0.05)
 
 
+@pytest.mark.parametrize("attack", ["cached", "fgsm-pgi", "stale"])
+def test_a_method_that_keeps_something_of_each_image_wants_their_numbers(data, attack):
+    model = network()
+    step = TrainStep(model, FAST[attack](model, 0.1), torch.optim.SGD(model.parameters(), LR))
+    with pytest.raises(ValueError, match="give rows="):
+        step.gradients(*data)
+
+
 def test_labels_beyond_the_classes_are_refused_in_words(data):
     for attack in FAST:
         with pytest.raises(ValueError, match="below the model's 3 classes, got 3"):

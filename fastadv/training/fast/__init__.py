@@ -1,5 +1,8 @@
 """Fast methods of adversarial training by name."""
 
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
 from torch import nn
 
 from fastadv.training.fast.base import FastMethod
@@ -24,21 +27,29 @@ FAST: dict[str, type[FastMethod]] = {
 
 
 def fast_method(
-    name: str, model: nn.Module, eps: float, changes: dict[str, float | None], **options: object
+    name: str, model: nn.Module, eps: float, changes: Mapping[str, float | None], **options: Any
 ) -> FastMethod:
-    """The method called `name` (a key of FAST), with `changes` to its settings; of None its own.
+    """The method called `name`.
+
+    Args:
+        name: a key of FAST.
+        model: from images in [0, 1] to logits.
+        eps: budget in pixels.
+        changes: to the method's settings, by name; a change of None leaves the method's own.
+        options: of its attack, such as autocast, memory_format and compile.
 
     Raises:
         ValueError: it has no such setting.
     """
-    method, changes = FAST[name], {key: value for key, value in changes.items() if value is not None}
-    for key in changes:
+    method = FAST[name]
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    for key in given:
         if key not in method.OPTIONS:
             raise ValueError(f"the attack {name} has no setting {key!r}")
-    return method(model, eps, **changes, **options)
+    return method(model, eps, **given, **options)
 
 
-def is_fast(attack: object) -> bool:
+def is_fast(attack: object) -> TypeGuard[str]:
     """Whether it is a key of FAST."""
     return isinstance(attack, str) and attack in FAST
 

@@ -1,7 +1,8 @@
-"""What adversarial training may be beside an attack and the loss at its result."""
+"""Methods of adversarial training that are more than an attack and the loss at its result."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +19,14 @@ from fastadv.training.settings import Settings
 class Epoch:
     """What a method is told before an epoch.
 
-    number: of all stages, from 0; settings: of the run.
-    shape, dtype: of a training image, (C, H, W); augment: what changes it.
-    memory: from a name, and shape and dtype of a row, to what is kept of each training image from epoch to epoch. It
-        outlasts a stage, but not a switch to another attack.
+    Attributes:
+        number: counted over all stages, from 0.
+        settings: of the run.
+        shape: of a training image, (C, H, W).
+        dtype: of a training image.
+        augment: what changes the images; None means nothing.
+        memory: from a name, and shape and dtype of a row, to the rows that are kept of all training images from epoch
+            to epoch. They outlast a stage, but not a switch to another attack.
     """
 
     number: int
@@ -35,9 +40,9 @@ class Epoch:
 class FastMethod:
     """A method of training, for a `TrainStep` in the place of its attack; a subclass is one of the table `FAST`.
 
-    An epoch calls `begin_epoch`, an update `begin`, for each part of its batch `attacked`, `learn`, `distances` and
-    `seen`, then `end`. What `state` gives, and what the epoch's `memory` holds, is all that an update depends on beside
-    weights, images and seeds.
+    An epoch calls `begin_epoch`. An update calls `begin`, then for each part of its batch `attacked`, `learn`,
+    `distances` and `seen`, and then `end`. Beside weights, images and seeds, an update depends on `state` and on the
+    epoch's `memory` alone.
 
     Args:
         model: from images in [0, 1] to logits.
@@ -47,8 +52,8 @@ class FastMethod:
         options: of its attack, such as autocast, memory_format and compile.
 
     Attributes:
-        attack: what a monitor looks with, and whose function the method climbs; where it heeds a schedule of the
-            budget, the run puts here what is left of it, None where nothing is.
+        attack: what a monitor looks with, and whose loss the method climbs. Where the method heeds a schedule of the
+            budget, the run puts the attack with the current budget here, and None where the budget is 0.
         weight: `penalty`, or the method's own.
 
     Raises:
@@ -60,30 +65,34 @@ class FastMethod:
     REFUSES: Mapping[str, str] = {  # settings that it cannot heed, and why
         "eps_schedule": "what it weighs, or keeps from update to update, is of one budget",
     }
-    WEIGHT: float | None = None
+    WEIGHT = 0.0  # of its addition to the loss, where penalty is not given
     REPEATS = 1
     alone = True  # whether it trains in one process only
     compares = False  # whether the update sees the images at the start too, and `distances` adds to the loss
     sees_gradient = False  # whether `seen` gets the update's own gradient with respect to the images
 
     def __init__(
-        self, model: nn.Module, eps: float, *, penalty: float | None = None, repeats: int | None = None, **options
+        self, model: nn.Module, eps: float, *, penalty: float | None = None, repeats: int | None = None, **options: Any
     ):
         check_eps(eps, "Linf")
         self.model, self.eps = model, eps
-        self.weight = self.WEIGHT if penalty is None else penalty
+        self.weight: float = self.WEIGHT if penalty is None else penalty
         self.repeats = self.REPEATS if repeats is None else repeats
-        self.attack = self.looks(model, eps, **options)
+        self.attack: Attack = self.looks(model, eps, **options)
 
-    def looks(self, model: nn.Module, eps: float, **options) -> Attack:
+    def looks(self, model: nn.Module, eps: float, **options: Any) -> Attack:
         """The attack that a monitor looks with."""
         return FGSM(model, eps, **options)
 
     def check(self, name: str, settings: Settings) -> None:
-        """Refuse settings of a run that it, called `name`, cannot heed.
+        """Refuse settings that the method cannot heed.
+
+        Args:
+            name: of the method, for the errors.
+            settings: of the run.
 
         Raises:
-            ValueError: there is one.
+            ValueError: there is such a setting.
         """
         for setting, why in self.REFUSES.items():
             if getattr(settings, setting) != getattr(Settings, setting):
@@ -102,9 +111,11 @@ class FastMethod:
                 )
 
     def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
-        """Refuse a model that it, called `name`, cannot train; it is left as it was.
+        """Refuse a model that the method cannot train. The model is left as it was.
 
         Args:
+            name: of the method, for the errors.
+            settings: of the run.
             images: two of the training images, (2, C, H, W), floats on the model's device.
 
         Raises:
@@ -115,7 +126,13 @@ class FastMethod:
         """Before an epoch, or what is left of it."""
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
-        """Before an update: how many updates of the stage there were, which epoch of how many of the stage it is."""
+        """Before an update.
+
+        Args:
+            number: how many updates of the stage there were before it.
+            epoch: its epoch, counted from the stage's first, which is 0.
+            epochs: of the stage.
+        """
 
     def attacked(
         self,
@@ -130,14 +147,21 @@ class FastMethod:
         A method with `outputs` of its own may return what these take instead.
 
         Args:
-            images: (N, ...) floats in [0, 1]; labels: int64 (N,).
-            seeds: int64 (N,), of each sample's draws; rows: int64 (N,), the images' numbers; moves: int64 (N,), the
-                seeds of their augmentation, None without one.
+            images: (N, ...) floats in [0, 1].
+            labels: int64 (N,).
+            seeds: int64 (N,), of each sample's draws.
+            rows: int64 (N,), the images' numbers.
+            moves: int64 (N,), the seeds of their augmentation; None without one.
         """
         raise NotImplementedError
 
-    def outputs(self, through: Callable, inputs: torch.Tensor) -> object:
-        """What the update's loss is of: what `through`, which is the model, returns for what `attacked` returned."""
+    def outputs(self, through: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> object:
+        """The outputs that the update's loss is taken of.
+
+        Args:
+            through: the model, such as it is under DistributedDataParallel.
+            inputs: (n, ...), what `attacked` returned.
+        """
         return through(inputs)
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -145,7 +169,16 @@ class FastMethod:
         raise NotImplementedError
 
     def learn(self, labels: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float) -> torch.Tensor | float:
-        """Add gradients of something else than the update's loss, times `scale`, to the parameters'; that, scaled."""
+        """Add the gradients of a penalty, beside the update's loss, to the gradients of the parameters.
+
+        Args:
+            labels: int64 (N,), of the images that `attacked` got last.
+            parameters: those that train.
+            scale: a factor of the penalty.
+
+        Returns:
+            The penalty times `scale`: 0-dim, or 0.0 without one.
+        """
         return 0.0
 
     def seen(self, gradient: torch.Tensor) -> None:
@@ -155,7 +188,7 @@ class FastMethod:
         """After the update's step."""
 
     def facts(self) -> dict[str, float]:
-        """Of an epoch that is over, for its record."""
+        """What the record of an epoch says of the method, after its last update."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -166,10 +199,26 @@ class FastMethod:
         """Go on from `state()`, on this device."""
 
 
+def needed(rows: torch.Tensor | None) -> torch.Tensor:
+    """The images' numbers, for a method that keeps something of each image.
+
+    Raises:
+        ValueError: they are not given.
+    """
+    if rows is None:
+        raise ValueError("the method keeps something of each image: give rows=, the images' numbers")
+    return rows
+
+
 def gradient_at(attack: Attack, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Gradient of each sample's loss with respect to the pixels, (N, ...), float32 at least.
 
-    The model is as the attack has it: frozen, in eval mode. The images (N, ...), floats, may be beyond the box.
+    The model is as the attack has it: frozen, in eval mode.
+
+    Args:
+        attack: whose loss is taken.
+        images: floats (N, ...), which may be beyond the box.
+        labels: int64 (N,).
     """
     with torch.inference_mode(False), torch.no_grad(), frozen(attack.model, attack.training_mode):
         slots = attack.slots(images, labels, attack.eps, None)

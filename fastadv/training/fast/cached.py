@@ -1,6 +1,7 @@
 """Adversarial linear probing on kept features: in an epoch some images are attacked, the others skip the backbone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from fastadv.models import find_head
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
-from fastadv.training.fast.base import Epoch, FastMethod
+from fastadv.training.fast.base import Epoch, FastMethod, needed
 from fastadv.training.settings import Settings
 
 INSTEAD = "Name another head with head=, or take another attack"
@@ -19,24 +20,25 @@ CLOSE = 1e-3  # of the largest feature: what batches of other sizes change by ro
 
 
 class Cached(FastMethod):
-    """Linear probing with FGSM where an image keeps its perturbation for some epochs, and so what enters the head.
+    """Linear probing with FGSM, where an image keeps its perturbation, and so its features, for some epochs.
 
-    The backbone is frozen and in eval mode, and so what enters the head, an image's features, depends on the attacked
-    image alone. All images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod `refresh` is 0:
-    its features are kept. In between an update trains the head on the kept ones, and no image goes through the
-    backbone. A fresh image costs what it costs with FGSM, so that with `refresh` K an epoch takes 3 / K passes forward
-    where FGSM takes 3 and training on clean images 1 (`fastadv.training.cost`). With K = 1 it is FGSM to the bit, where
-    the model gives the same bits with and without a gradient and its head takes vectors.
+    The backbone is frozen and in eval mode. So the features that enter the head depend on the attacked image alone. All
+    images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod `refresh` is 0. Their features
+    are kept. For all other images an update trains the head on the kept features, and they do not go through the
+    backbone. With `refresh` K an epoch takes 3 / K passes forward; FGSM takes 3, and training on clean images 1
+    (`fastadv.training.cost`). With K = 1 this is FGSM to the bit, where the model gives the same bits with and without
+    a gradient and its head takes vectors.
 
     An image's features are one row of numbers in the precision in which they enter the head: images x features x 4
     bytes in float32, 26 MB for 50,000 images and 128 features, 154 MB for 768. There are two such tables in memory, or
-    three files of them in the run's folder. After a rollback the features are still right; only their perturbations
-    are those of a head that was given up.
+    three files of them in the run's folder. After a rollback the features are still right, but their perturbations
+    were made for the head that was given up.
 
     Args:
-        alpha: length of FGSM's step; None means eps.
+        model: as of `FastMethod`.
+        eps: as of `FastMethod`.
         refresh: K; None means 4.
-        model, eps, options: as of `FastMethod`.
+        options: as of `FastMethod`; `alpha` is the length of FGSM's step, None means eps.
     """
 
     OPTIONS = ("alpha", "refresh")
@@ -48,10 +50,12 @@ class Cached(FastMethod):
         "eps_schedule": "the features that it keeps are of one budget",
     }
 
-    def __init__(self, model, eps, *, refresh: int | None = None, **options):
+    def __init__(self, model: nn.Module, eps: float, *, refresh: int | None = None, **options: Any):
         super().__init__(model, eps, **options)
         self.refresh = self.REFRESH if refresh is None else refresh
-        self._head: nn.Module | None = None
+        self._known = False  # whether the head and a row of features are, which the first epoch finds
+        self._head: nn.Module
+        self._row: torch.Tensor
 
     def check(self, name: str, settings: Settings) -> None:
         super().check(name, settings)
@@ -81,10 +85,10 @@ class Cached(FastMethod):
 
     def begin_epoch(self, epoch: Epoch) -> None:
         """Go on with the features that the epoch before has left."""
-        if self._head is None:
+        if not self._known:
             black = torch.zeros(1, *epoch.shape, dtype=epoch.dtype, device=device_of(self.model))
             _, self._head = find_head(self.model, epoch.settings.head, to_float(black))
-            self._row = self._features(to_float(black))[0]
+            self._row, self._known = self._features(to_float(black))[0], True
         self._memory = epoch.memory("features", self._row.shape, self._row.dtype)
         numbers = torch.arange(len(self._memory.before))
         self._fresh = (numbers + epoch.number) % self.refresh == 0 if not self._memory.empty else numbers >= 0
@@ -93,8 +97,16 @@ class Cached(FastMethod):
         """The share of images with a fresh attack."""
         return {"fresh": self._fresh.double().mean().item()}
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
-        """What enters the head, (N, ...): new for those that are fresh, else what it was."""
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The features that enter the head, (N, ...): new ones for fresh images, and the kept ones for the others."""
+        rows = needed(rows)
         features = self._memory.read(rows).to(images.device)
         fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # their places in the part
         if len(fresh):
@@ -102,11 +114,11 @@ class Cached(FastMethod):
         self._memory.write(rows, features)
         return (features,)
 
-    def outputs(self, through, inputs):
+    def outputs(self, through: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> object:
         return self._head(inputs)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        """Of images (n, C, H, W), in the precision of the update."""
+        """The features of images (n, C, H, W), in the precision of the update."""
         autocast = self.attack.autocast
         with torch.no_grad(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
             return _entering(self.model, self._head, images)
@@ -117,10 +129,10 @@ class _AtTheHead(Exception):
 
 
 def _entering(model: nn.Module, head: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the model gives its head, (n, ...), of images (n, C, H, W); the pass ends there."""
-    entered = []
+    """The features of images (n, C, H, W) that enter the head, (n, ...); the forward pass ends there."""
+    entered: list[torch.Tensor] = []
 
-    def end(module, args):
+    def end(module: nn.Module, args: tuple[Any, ...]) -> None:
         entered.extend(args)
         raise _AtTheHead
 
@@ -137,11 +149,15 @@ def _entering(model: nn.Module, head: nn.Module, images: torch.Tensor) -> torch.
 
 
 def _gives_logits(model: nn.Module, head: nn.Module, images: torch.Tensor) -> bool:
-    """Whether the head is called once, with a tensor (n, ...) alone, and the logits are what it returns: any numbers
-    that are put in their place."""
-    calls = []
+    """Whether the head is called once, with one tensor (n, ...), and the logits are what it returns.
 
-    def replaced(module, args, kwargs, output):
+    A hook replaces the head's output by other numbers; these must then be the logits.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
+
+    def replaced(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
         numbers = torch.arange(output.numel()).to(output).view_as(output) - output.numel() / 2
         calls.append((args, kwargs, numbers))
         return numbers

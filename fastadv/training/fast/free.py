@@ -1,47 +1,59 @@
 """Free adversarial training: one backward pass for the weights and for the perturbation."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from torch import nn
 
 from fastadv.training.fast.base import FastMethod
 
 
 class Free(FastMethod):
-    """Each batch is learnt from several times in a row, at images + delta, and the update's own gradient moves delta.
+    """Each batch trains several times in a row, at images + delta, and the update's own gradient moves delta.
 
-    Shafahi et al. 2019 (arXiv 1904.12843, algorithm 1): delta <- C(delta + eps sign g); it begins with zeros and goes
-    on from batch to batch. An epoch has as many updates as it has with any other method, and so its price is standard
-    training's and the learning rate falls in each update; what passes less often are the images, epochs / repeats
-    times. So the paper counts: its 8 repeats are those for CIFAR-10, 4 those for ImageNet.
+    delta <- C(delta + eps sign g) begins with zeros and goes on from batch to batch. An epoch has as many updates as
+    with any other method: it costs as much as an epoch of standard training, and the learning rate falls in each
+    update. The images are passed less often, epochs / repeats times, as the paper counts. It has 8 repeats for CIFAR-10
+    and 4 for ImageNet.
+
+    Source: Shafahi et al. 2019 (arXiv 1904.12843, algorithm 1).
     """
 
     OPTIONS = ("repeats",)
     REPEATS = 8
     sees_gradient = True
 
-    def __init__(self, model, eps, **options):
+    def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
-        self._delta: torch.Tensor | None = None
+        self._delta: torch.Tensor | None = None  # (rows of a batch, ...)
         self._first = 0
 
-    def begin(self, number, epoch, epochs):
+    def begin(self, number: int, epoch: int, epochs: int) -> None:
         self._first = 0  # row of the batch
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         part = slice(self._first, self._first + len(images))
         if self._delta is None:
             self._delta = torch.zeros_like(images)
         elif part.stop > len(self._delta):
             more = self._delta.new_zeros(part.stop - len(self._delta), *images.shape[1:])
             self._delta = torch.cat((self._delta, more))
-        self._first, self._part = part.stop, part
-        return ((images + self._delta[part]).clamp(0, 1),)
+        self._first, self._part = part.stop, self._delta[part]
+        return ((images + self._part).clamp(0, 1),)
 
-    def seen(self, gradient):
-        delta = self._delta[self._part]
-        delta.add_(gradient.sign(), alpha=self.eps).clamp_(-self.eps, self.eps)
+    def seen(self, gradient: torch.Tensor) -> None:
+        self._part.add_(gradient.sign(), alpha=self.eps).clamp_(-self.eps, self.eps)
 
-    def state(self):
+    def state(self) -> dict[str, torch.Tensor]:
         return {} if self._delta is None else {"delta": self._delta}
 
-    def load(self, state, device):
+    def load(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._delta = state["delta"].to(device) if state else None

@@ -1,10 +1,13 @@
 """GradAlign: FGSM whose loss wants the gradients of neighbouring points aligned."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastadv.attacks.samplewise import cosines_of
@@ -15,27 +18,36 @@ from fastadv.training.fast.base import FastMethod, gradient_at
 
 
 class GradAlign(FastMethod):
-    """FGSM from the image itself, and weight * (1 - mean cosine of g(x), detached, and g(x + U(-eps, eps))).
+    """FGSM from the image itself, with a penalty where the gradient turns within the ball.
 
-    Andriushchenko and Flammarion 2020 (arXiv 2007.02617). The start is in the box, g is cross-entropy's
-    gradient with the model in eval mode, as the attack's is, and samples whose gradient is zero at either point are
-    left out. The weight grows with eps as that paper's does for CIFAR-10, 0.2 at 8/255. The second derivative is not
-    compiled, and attention takes its plain form for it, which has one.
+    The penalty is weight * (1 - c), where c is the mean cosine of g(x), detached, and g(x + U(-eps, eps)). The second
+    point is in the box, and g is the gradient of cross-entropy with the model in eval mode, as the attack's is. Samples
+    with a zero gradient at either point are left out. The weight grows with eps as the paper's does for CIFAR-10, 0.2
+    at 8/255. The second derivative is not compiled, and attention takes its plain form, which has one.
+
+    Source: Andriushchenko and Flammarion 2020 (arXiv 2007.02617).
     """
 
     OPTIONS = ("penalty",)
 
-    def __init__(self, model, eps, **options):
-        super().__init__(model, eps, **options)
-        if self.weight is None:
+    def __init__(self, model: nn.Module, eps: float, *, penalty: float | None = None, **options: Any):
+        super().__init__(model, eps, penalty=penalty, **options)
+        if penalty is None:
             self.weight = math.exp(255 * eps * math.log(10) / 8 + math.log(0.02))
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         self._gradient = gradient_at(self.attack, images, labels)
         self._start = random_init(images, self.eps, seed=seeds)
         return (fgsm_step(images, self._gradient, self.eps),)
 
-    def learn(self, labels, parameters, scale):
+    def learn(self, labels: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float) -> torch.Tensor | float:
         with flags_kept(self.model):
             for module in self.model.modules():
                 module.training = False

@@ -1,8 +1,10 @@
 """LIET: FGSM that starts from a perturbation of the sample's class, at the price of FGSM and a second forward pass."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastadv.attacks.noise import uniform, uniform_per_sample
 from fastadv.attacks.samplewise import per_sample, seeds_for
@@ -16,15 +18,15 @@ SMALL = 8 / 255 + 1e-6  # the largest budget whose result is projected on the ba
 
 
 class LIET(FastMethod):
-    """FGSM from +-eps times the sign that the gradient of the label's class has at a grey picture.
+    """FGSM from +-eps times the sign of the label's gradient at a grey picture.
 
-    By a summary of the paper's method, not checked against the paper. Every 20 updates the gradient of each class is
-    taken at the picture of 0.5, the model in eval mode: LI_c = eps sign g. A sample starts at P(x +- LI_y), with one
-    sign a sample, and each number of it is replaced by one of U(-eps, eps) with a probability that is drawn for the
-    sample from U(.1, .5). Beyond eps 8/255 that noise is twice as wide, and the step of eps is not projected on the
-    ball. The loss is cross-entropy with label smoothing .6 and, with gradients on both sides, weight * (e + 1) / E
-    times the Jensen-Shannon divergence of the predictions at the start and at the result, in epoch e of E of the
-    stage; weights are averaged over the updates with a decay of .9995.
+    From a summary of the paper's method, not checked against the paper. Every 20 updates the gradient g of each class c
+    is taken at the picture of 0.5, the model in eval mode: LI_c = eps sign g. A sample of class y starts at
+    P(x +- LI_y), with one sign for the whole sample. Each number of the start is replaced by noise U(-eps, eps) with a
+    probability that is drawn for the sample from U(.1, .5). Beyond eps 8/255 this noise is twice as wide, and the step
+    of eps is not projected on the ball. The loss is cross-entropy with label smoothing .6, plus weight * (e + 1) / E
+    times the Jensen-Shannon divergence of the predictions at the start and at the result, with gradients on both sides,
+    in epoch e of the stage's E epochs. Weights are averaged over the updates with a decay of .9995.
     """
 
     OPTIONS = ("penalty",)
@@ -32,25 +34,34 @@ class LIET(FastMethod):
     WEIGHT = 100.0
     compares = True
 
-    def __init__(self, model, eps, **options):
+    def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
-        self._signs: torch.Tensor | None = None  # (classes, ...), those of the gradients
+        self._signs: torch.Tensor | None = None  # (classes, ...), of the gradients
         self._due = True
-        self._now = torch.zeros((), dtype=torch.float64)  # a tensor, so that a compiled update is none the wiser
+        self._now = torch.zeros((), dtype=torch.float64)  # a tensor: a number would be compiled in
 
-    def begin(self, number, epoch, epochs):
+    def begin(self, number: int, epoch: int, epochs: int) -> None:
         self._due = number % EVERY == 0
         self._now.fill_(self.weight * (epoch + 1) / epochs)
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
-        if self._due:
-            self._due, self._signs = False, self._looked(images)
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        signs = self._signs
+        if self._due or signs is None:
+            self._due = False
+            self._signs = signs = self._looked(images)
         wide = 1 if self.eps <= SMALL else 2
         side = uniform_per_sample(images, seeds_for(seeds, images, 1)) - 0.5
         share = 0.1 + 0.4 * uniform_per_sample(images, seeds_for(seeds, images, 2))
         replaced = uniform(images, seeds_for(seeds, images, 3)) < per_sample(share, images)
         noise = wide * self.eps * (2 * uniform(images, seeds_for(seeds, images, 4)) - 1)
-        ours = per_sample(side.sign(), images) * self.eps * self._signs[labels]
+        ours = per_sample(side.sign(), images) * self.eps * signs[labels]
         start = (images + torch.where(replaced, noise, ours)).clamp(0, 1)
         gradient = gradient_at(self.attack, start, labels)
         if wide == 1:
@@ -66,14 +77,14 @@ class LIET(FastMethod):
         parts = [gradient_at(self.attack, grey[: len(c)], c) for c in classes.split(len(images))]
         return torch.cat(parts).sign().to(images.dtype)
 
-    def distances(self, logits, start):
+    def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """The Jensen-Shannon divergence, summed over the classes."""
         p, q = logits.log_softmax(1), start.log_softmax(1)
         middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, device=p.device, dtype=p.dtype))
         return self._now.to(p) * ((p.exp() * (p - middle) + q.exp() * (q - middle)) / 2).sum(1)
 
-    def state(self):
+    def state(self) -> dict[str, torch.Tensor]:
         return {} if self._signs is None else {"signs": self._signs}
 
-    def load(self, state, device):
+    def load(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._signs = state["signs"].to(device) if state else None

@@ -1,14 +1,16 @@
 """FGSM-PGI: FGSM that starts from the perturbation that the epoch before left for the image."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastadv.attacks.noise import uniform
 from fastadv.attacks.samplewise import per_sample
 from fastadv.functional import pgd_step
 from fastadv.training.augment import Augment, moved
-from fastadv.training.fast.base import Epoch, FastMethod, gradient_at
+from fastadv.training.fast.base import Epoch, FastMethod, gradient_at, needed
 from fastadv.training.memory import SampleMemory
 
 AGAIN = 40  # epochs after which the perturbations begin again
@@ -16,17 +18,23 @@ DECAY = 0.3  # of the momentum
 
 
 class FGSMPGI(FastMethod):
-    """FGSM from x + delta, where delta follows a momentum from epoch to epoch (prior-guided initialisation; the variant
-    with momentum, FGSM-MEP).
+    """FGSM from x + delta, where delta follows a momentum from epoch to epoch: FGSM-MEP, the variant with momentum of
+    prior-guided initialisation.
 
-    Jia et al. 2022 (arXiv 2207.08859). At x + delta, which need not be in the box, g is taken: the images
-    learnt from are P(x + C(delta + eps sign g)), m <- g / |g|_1 + .3 m, and the next epoch's delta is
-    C(delta + eps sign m), in the box. delta begins with eps times random signs and m with 0, again every 40 epochs. The
-    loss is cross-entropy with label smoothing .4 and, with gradients on both sides, weight times the mean squared
-    difference of the logits at x + delta and at the result. The norm is the sample's, where public code has the
-    batch's. For each image delta and m are kept, as floats, in memory or in three files of the run's folder. They lie
-    in the frame of the stored picture: crops and flips take them along, the padding has zeros, and what was cropped off
-    keeps what it had.
+    The gradient g is taken at x + delta, which may lie outside of the box. Then:
+
+        images to learn from    P(x + C(delta + eps sign g))
+        momentum                m <- g / |g|_1 + .3 m
+        the next epoch's delta  C(delta + eps sign m), in the box
+
+    delta begins with eps times random signs and m with 0, and both begin again every 40 epochs. The loss is
+    cross-entropy with label smoothing .4, plus weight times the mean squared difference of the logits at x + delta and
+    at the result, with gradients on both sides. The norm |g|_1 is the sample's; public code has the batch's.
+
+    delta and m of each image are kept as floats, in memory or in three files of the run's folder. They lie in the frame
+    of the stored picture: crops and flips move them along, the padding has zeros, and cropped pixels keep theirs.
+
+    Source: Jia et al. 2022 (arXiv 2207.08859).
     """
 
     OPTIONS = ("penalty",)
@@ -34,21 +42,29 @@ class FGSMPGI(FastMethod):
     WEIGHT = 10.0
     compares = True
 
-    def __init__(self, model, eps, **options):
+    def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
-        self._memory: SampleMemory | None = None
+        self._memory: SampleMemory  # from `begin_epoch` on
         self._augment: Augment | None = None
         self._begins = True
 
-    def begin_epoch(self, epoch: Epoch):
+    def begin_epoch(self, epoch: Epoch) -> None:
         self._augment = epoch.augment
         self._memory = epoch.memory("fgsm-pgi", (2, *epoch.shape), _kept_as(epoch.dtype))
 
-    def begin(self, number, epoch, epochs):
+    def begin(self, number: int, epoch: int, epochs: int) -> None:
         self._begins = epoch % AGAIN == 0
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
-        kept = self._memory.read(rows.cpu()).to(images.device)
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        numbers = needed(rows).cpu()
+        kept = self._memory.read(numbers).to(images.device)
         if self._begins:
             kept = torch.stack((self.eps * (uniform(images, seeds) - 0.5).sign(), torch.zeros_like(images)), 1)
         delta, momentum = self._moved(kept, moves, "sources", torch.zeros_like(kept)).unbind(1)
@@ -58,18 +74,28 @@ class FGSMPGI(FastMethod):
         momentum = gradient / size + DECAY * momentum
         attacked, following = (pgd_step(start, g, images, alpha=self.eps, eps=self.eps) for g in (gradient, momentum))
         after = torch.stack((following - images, momentum), 1)
-        self._memory.write(rows.cpu(), self._moved(after, moves, "targets", kept))
+        self._memory.write(numbers, self._moved(after, moves, "targets", kept))
         return attacked, start
 
-    def _moved(self, pairs: torch.Tensor, moves: torch.Tensor | None, where: str, elsewhere: torch.Tensor):
-        """Both of each sample's (N, 2, C, H, W), in the frame of the images (sources) or the stored ones (targets)."""
+    def _moved(
+        self, pairs: torch.Tensor, moves: torch.Tensor | None, where: str, elsewhere: torch.Tensor
+    ) -> torch.Tensor:
+        """The delta and the momentum of each sample, (N, 2, C, H, W), in another frame.
+
+        Args:
+            pairs: (N, 2, C, H, W).
+            moves: int64 (N,), the seeds of the augmentation; None without one.
+            where: "sources": from the frame of the stored pictures to that of the images; "targets": back.
+            elsewhere: (N, 2, C, H, W), the numbers where the frame is beyond the picture.
+        """
         if moves is None:
             return pairs
         rows, columns = getattr(self._augment, where)(moves, *pairs.shape[3:])
         together = moved(pairs.flatten(1, 2), rows, columns, elsewhere.flatten(1, 2))
-        return together.unflatten(1, pairs.shape[1:3])
+        apart: torch.Tensor = together.unflatten(1, pairs.shape[1:3])
+        return apart
 
-    def distances(self, logits, start):
+    def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Squared, the mean over the classes."""
         return self.weight * (logits - start).square().mean(1)
 

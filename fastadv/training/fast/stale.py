@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastadv.functional import fgsm_step, random_init, sample_seeds
 from fastadv.training.augment import moved
 from fastadv.training.cost import fresh_share, price
-from fastadv.training.fast.base import Epoch, FastMethod
+from fastadv.training.fast.base import Epoch, FastMethod, needed
 from fastadv.training.settings import Settings
 from fastadv.training.signs import pack_signs, unpack_signs
 
@@ -20,36 +22,46 @@ SHOWN = 0.005  # the last digit in which prices are told
 class Stale(FastMethod):
     """For each training image the sign of the loss's gradient at what it was attacked with in the last epoch.
 
-    An update's backward pass goes through x_adv anyway: carried on to the input it gives the gradient there. Its sign,
-    one bit a pixel, is kept, and the image's next x_adv is x + eps sign, in the box, as FGSM makes it of its own
-    gradient. A gradient of zero counts as negative (`pack_signs`). Before an image was seen its signs are random, from
-    the seed and its number. Signs lie in the frame of the stored picture: where an augmentation crops and flips they
-    follow, pixels that were cropped off keep the sign that they had, and the border that was padded gets random ones.
+    An update's backward pass starts at the loss of x_adv; carried on to the input, it gives the gradient there. The
+    gradient's sign, one bit a pixel, is kept, and the image's next x_adv is x + eps sign, in the box, as FGSM makes it
+    of its own gradient. A gradient of zero counts as negative (`pack_signs`). Before an image was seen its signs are
+    random, from the seed and its number. Signs lie in the frame of the stored picture. An augmentation crops and flips
+    them along: pixels that were cropped off keep their sign, and the padded border gets random signs.
 
-    It costs what standard training does, where the update's backward pass goes through all layers anyway. Linear
-    probing's ends at the head: there it costs a backward pass through the backbone, so that a step takes twice as long
-    as a standard one, and FGSM's three times (`fastadv.training.cost`).
+    A step takes as long as a standard one where the update's backward pass goes through all layers anyway. The backward
+    pass of linear probing ends at the head: there a step takes twice as long as a standard one, for a backward pass
+    through the backbone, and a step of FGSM three times as long (`fastadv.training.cost`).
 
-    Signs outlast the end of a stage and a rollback. After a switch to another attack they are given up, and a stage
-    that comes then begins with chance again. The monitor watches FGSM, which this is to be like.
+    Signs outlast the end of a stage and a rollback. A switch to another attack drops them, and a stage after it begins
+    with random signs again. The monitor looks with FGSM, which this method imitates.
 
-    The gradient is the update's: of the loss that is learnt from, with label smoothing, in the mode and the precision
-    of the update, and where batch-norm mixes a batch, of the whole part of it.
+    The gradient is the update's: of its loss, with label smoothing, in its mode and precision, and where batch-norm
+    mixes a batch, of the whole part of it.
+
+    Without `refresh` and `price` no image gets a fresh FGSM.
 
     Args:
-        alpha: length of the step; None means eps.
-        refresh, price: which images get a fresh FGSM: without both none; with `refresh` K all of them in the first
-            epoch, and image i where (i + epoch) mod K = 0; with `price` those whose signs agreed least with the ones
-            before, so many that by the cost model a step takes `price` times as long as a standard one. Chance decides
-            while nothing is known.
-        model, eps, options: as of `FastMethod`.
+        model: as of `FastMethod`.
+        eps: as of `FastMethod`.
+        refresh: K: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod K = 0.
+        price: by the cost model, how many times as long as a standard step a step takes. So many images get a fresh
+            FGSM: those whose signs agreed least with their signs of the epoch before, and at first random ones.
+        options: as of `FastMethod`; `alpha` is the length of the step, None means eps.
     """
 
     OPTIONS = ("alpha", "refresh", "price")
     REFUSES: Mapping[str, str] = {}
     alone = False
 
-    def __init__(self, model, eps, *, refresh: int | None = None, price: float | None = None, **options):
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float,
+        *,
+        refresh: int | None = None,
+        price: float | None = None,
+        **options: Any,
+    ):
         super().__init__(model, eps, **options)
         self.refresh, self.price = refresh, price
         # Not where all images are fresh in each epoch.
@@ -58,7 +70,7 @@ class Stale(FastMethod):
     def check(self, name: str, settings: Settings) -> None:
         super().check(name, settings)
         if self.price is not None:
-            self._check_price(settings)
+            self._check_price(settings, self.price)
         own = [option for option in ("refresh", "price") if getattr(self, option) is not None]
         if settings.compile and own and self.refresh != 1:
             raise ValueError(
@@ -66,19 +78,19 @@ class Stale(FastMethod):
                 "batch, which are then filled up to the compiled one. Leave one of them out"
             )
 
-    def _check_price(self, settings: Settings) -> None:
+    def _check_price(self, settings: Settings, wanted: float) -> None:
         if self.refresh is not None:
             raise ValueError("refresh and price both say which images get a fresh FGSM: give one of them")
         if settings.lp_ft:
             raise ValueError("price is that of one method, and lp_ft trains with two: leave one of them out")
         clean = settings.clean_weight > 0
         least, most = (price(attack, settings.method, clean=clean) for attack in ("stale", "fgsm"))
-        if not least - SHOWN <= self.price <= most + SHOWN:
+        if not least - SHOWN <= wanted <= most + SHOWN:
             beside = " and clean images beside the attacked ones" if clean else ""
             raise ValueError(
                 f"with the method {settings.method}{beside} a step takes {least:.2f} times as long as a standard one "
                 f"where no image gets a fresh FGSM, and {most:.2f} times with the attack fgsm: price must be between "
-                f"these, got {self.price:g}"
+                f"these, got {wanted:g}"
             )
 
     def begin_epoch(self, epoch: Epoch) -> None:
@@ -93,13 +105,22 @@ class Stale(FastMethod):
         kept = {"agreement": self._agreement.written.double().mean().item()} if self.sees_gradient else {}
         return {"fresh": self._fresh.double().mean().item(), **kept}
 
-    def attacked(self, images, labels, seeds, rows=None, moves=None):
+    def attacked(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        moves: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """FGSM's step, along the gradient for those that are fresh, else the signs.
 
         They stay as they are without an attack, where a schedule leaves no budget.
         """
+        rows = needed(rows)
         self._rows, self._moves = rows, moves
-        self._before = self._stored(rows, images) if self.sees_gradient else None
+        if self.sees_gradient:
+            self._before = self._stored(rows, images)
         if self.attack is None:
             return (images,)
         fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # their places in the part
@@ -110,12 +131,13 @@ class Stale(FastMethod):
             x_adv[fresh] = self.attack(images[fresh], labels[fresh], seed=seeds[fresh])
         return (x_adv,)
 
-    def seen(self, gradient):
+    def seen(self, gradient: torch.Tensor) -> None:
         """Keep its signs."""
         after = torch.where(gradient > 0, 1.0, -1.0).to(DTYPE)
         seen = torch.ones_like(self._before)
-        if self._moves is not None:
-            places = self._epoch.augment.targets(self._moves, *after.shape[2:])
+        augment = self._epoch.augment
+        if augment is not None and self._moves is not None:
+            places = augment.targets(self._moves, *after.shape[2:])
             seen = moved(seen, *places, torch.zeros_like(seen))
             after = moved(after, *places, self._before)
         same = ((after == self._before) & (seen > 0)).flatten(1).sum(1)
@@ -151,7 +173,8 @@ class Stale(FastMethod):
 
     def _directions(self) -> torch.Tensor:
         """The signs in the frame of the images as they go through the step."""
-        if self._moves is None:
+        augment = self._epoch.augment
+        if augment is None or self._moves is None:
             return self._before
         border = self._random(self._rows, 1 + self._epoch.number, self._before)
-        return moved(self._before, *self._epoch.augment.sources(self._moves, *border.shape[2:]), border)
+        return moved(self._before, *augment.sources(self._moves, *border.shape[2:]), border)

@@ -1,0 +1,89 @@
+"""The images of a training run, which train the weights, choose among them and judge them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastadv.data.share import Batch, Share
+from fastadv.evaluation.identity import told
+from fastadv.evaluation.samples import as_tensors
+from fastadv.nn.logits import AnyModel
+from fastadv.team import Team
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Pairs of images and labels, as tensors.
+
+    Attributes:
+        train: they train the weights.
+        val: they choose weights; None where there are no such images.
+        test: they judge the chosen weights; `val` where there are no other images.
+    """
+
+    train: Batch
+    val: Batch | None
+    test: Batch | None
+
+    @classmethod
+    def of(cls, model: AnyModel, train: object, val: object, test: object) -> "Parts":
+        """The parts as the caller of `Trainer.fit` gives them.
+
+        Raises:
+            TypeError: one of them is no pair.
+        """
+        learnt, chosen = _pair("train", train, model), _held_out("val", val, model)
+        return cls(learnt, chosen, _held_out("test", test, model) or chosen)
+
+    @property
+    def present(self) -> list[Batch]:
+        """The parts that are not None."""
+        return [part for part in (self.train, self.val, self.test) if part is not None]
+
+    def facts(self, team: Team, device: torch.device) -> dict[str, object]:
+        """For each part, by its name, what a fingerprint reads to recognise it.
+
+        Args:
+            team: the processes of the run; all of them call this together.
+            device: by way of which images go from one process to another.
+        """
+        parts = {"training data": self.train, "validation data": self.val, "test data": self.test}
+        return {name: None if part is None else _facts(part, team, device) for name, part in parts.items()}
+
+    def shares(self, team: Team) -> tuple[Share, Batch | None, Batch | None]:
+        """The training images, `val` and `test`, of which each process holds its share."""
+        images, _ = self.train
+        train = images if isinstance(images, Share) else Share.of(images, team)
+        val = _shared(self.val, team)
+        return train, val, val if self.test is self.val else _shared(self.test, team)
+
+
+def _pair(name: str, data: object, model: AnyModel) -> Batch:
+    """A pair of images and labels, NumPy arrays as tensors."""
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise TypeError(
+            f"{name} must be a pair (images, labels) of tensors or NumPy arrays with all images, got "
+            f"{type(data).__name__}: torch.cat makes one of batches"
+        )
+    images, labels = data
+    return as_tensors(images, labels, model)
+
+
+def _held_out(name: str, data: object, model: AnyModel) -> Batch | None:
+    """None where there are no images."""
+    pair = None if data is None else _pair(name, data, model)
+    return pair if pair is not None and len(pair[1]) else None
+
+
+def _facts(part: Batch, team: Team, device: torch.device) -> object:
+    images, labels = part
+    if not isinstance(images, Share):
+        return told(images.dtype, images.shape, [images]), labels
+    hashed = told(images.dtype, images.shape, images.chunks(device))
+    return team.from_first(lambda: hashed), labels
+
+
+def _shared(part: Batch | None, team: Team) -> Batch | None:
+    if part is None or team.alone or isinstance(part[0], Share):
+        return part
+    return Share.of(part[0], team), part[1]
