@@ -54,7 +54,8 @@ def check_format(what: str, found: object, known: int, oldest: int | None = None
         return
     newer = isinstance(found, int) and found > known
     todo = "install a newer fastadv, such as the one that wrote it" if newer else "install the fastadv that wrote it"
-    raise FormatError(f"{what} has the format {found}, this fastadv reads {known}: {todo}")
+    reads = known if oldest is None else f"{oldest} to {known}"
+    raise FormatError(f"{what} has the format {found}, this fastadv reads {reads}: {todo}")
 
 
 class FormatError(ValueError):

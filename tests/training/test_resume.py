@@ -259,8 +259,14 @@ def test_a_state_from_before_a_setting_goes_on_with_its_default(tmp_path):
     [
         (lambda body, run: run.update(mixup="0.4"), r"newer fastadv.*does not know its mixup \(0.4 there\): install"),
         (lambda body, run: body["facts"]["place"].update(phase=3), "newer fastadv.*does not know its phase: install"),
-        (lambda body, run: body.update(format=3), "has the format 3, this fastadv reads 2: install a newer fastadv"),
-        (lambda body, run: body.update(format=1), "has the format 1, this fastadv reads 2: install the fastadv that"),
+        (
+            lambda body, run: body.update(format=4),
+            "has the format 4, this fastadv reads 2 to 3: install a newer fastadv",
+        ),
+        (
+            lambda body, run: body.update(format=1),
+            "has the format 1, this fastadv reads 2 to 3: install the fastadv that",
+        ),
     ],
     ids=["setting", "place", "newer format", "older format"],
 )
