@@ -149,7 +149,7 @@ def _say_result(final: dict, count: int, eps: float) -> None:
     say(f"clean accuracy  {final['clean_accuracy']:.1%} on {count} test images")
     say(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * eps:g}/255")
     say(
-        f"                {final['pma_accuracy']:.1%} of them and PMA together, two runs of 20 steps: the one to report"
+        f"                {final['pma_accuracy']:.1%} under PGD-10 and PMA together (two runs of 20 steps): report this"
     )
 
 

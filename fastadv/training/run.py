@@ -333,7 +333,7 @@ class Run:
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
                 shares = [f"{found[name]:.1%}" for name in ("clean_accuracy", "robust_accuracy")]
-                words = "the backbone before training, with a new head: %s clean, %s under PGD-10 at eps %g/255"
+                words = "the backbone, with a linear head fitted to it: %s clean, %s under PGD-10 at eps %g/255"
                 logger.info(words, *shares, 255 * self.trainer.eps)
             if found["warning"]:
                 warnings.warn(found["warning"], stacklevel=4)
