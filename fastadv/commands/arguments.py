@@ -111,12 +111,20 @@ def add_data(parser: argparse.ArgumentParser, add: Add, default: str | None = No
         class_list,
         help='labels or names to keep, such as 5-9 or cat,dog or "salt, rock",pepper in its quotes (all if not given)',
     )
-    add("--image-column", help="of parquet files (image, img or another usual name if not given)")
-    add("--label-column", help="of parquet files (label, labels or another usual name if not given)")
+    add("--image-column", help="column of the images in parquet files (image, img or another usual name if not given)")
+    add(
+        "--label-column",
+        help="column of the labels in parquet files (label, labels or another usual name if not given)",
+    )
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
     add("--workers", int, help="threads that decode pictures (one for each core if not given)")
-    add("--split-seed", int, split_seed, help="of the parts that a set does not have: evaluate takes the training's")
-    add("--seed", int, 0, help="of all that is random")
+    add(
+        "--split-seed",
+        int,
+        split_seed,
+        help="seed of the split that makes missing parts; evaluate takes the training's",
+    )
+    add("--seed", int, 0, help="seed of everything that is random")
     add_device(add)
 
 

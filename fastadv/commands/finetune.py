@@ -154,9 +154,7 @@ def _say_result(final: Record, count: int, eps: float) -> None:
         return
     say(f"clean accuracy  {final['clean_accuracy']:.1%} on {count} test images")
     say(f"robust accuracy {final['robust_accuracy']:.1%} under PGD-10 at eps {255 * eps:g}/255")
-    say(
-        f"                {final['pma_accuracy']:.1%} of them and PMA together, two runs of 20 steps: the one to report"
-    )
+    say(f"                {final['pma_accuracy']:.1%} under PGD-10 and PMA together: report this")
 
 
 def _facts(arguments: argparse.Namespace, dataset: data.Data, final: Record) -> dict[str, dict[str, Any]]:

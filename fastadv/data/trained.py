@@ -3,7 +3,7 @@
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class TrainedOn:
 
     split: Split
     pictures: int
-    filter: bytes | None
+    filter: bytes | None = field(repr=False)  # kilobytes
 
     @classmethod
     def of(cls, dataset: Data) -> "TrainedOn":

@@ -12,6 +12,7 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.files import write_atomically
 from fastadv.models.added import added_facts
+from fastadv.models.checkpoints import read_facts
 from fastadv.models.model import Model
 from fastadv.nn.logits import find_logits
 from fastadv.preprocessing import Preprocessing
@@ -39,10 +40,13 @@ def export(model: Model, path: str | Path) -> None:
         path: of the file or folder; its ending says which it is to be.
 
     Raises:
+        FileExistsError: the path is that of a checkpoint of fastadv, such as the one that the model came from.
         ValueError: the path's ending fits no format of this network, such as another one than .pt2 for a network with
             adapters or prompts, or torch.export cannot turn the network into a program.
     """
     path = Path(path)
+    if _is_checkpoint(path):
+        raise FileExistsError(f"{path} is a checkpoint of fastadv, and an export of it is none: choose another name")
     if path.suffix == ".pt2":
         write_atomically(path, _program(model))
         return
@@ -64,6 +68,14 @@ def export(model: Model, path: str | Path) -> None:
         write_atomically(path, content.getvalue())
     else:
         raise ValueError(f"{path} must end in .safetensors, .pt, .pth or .pt2, to say which file it is to be")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether `save` wrote what lies there."""
+    try:
+        return path.is_file() and path.suffix == ".safetensors" and read_facts(path) is not None
+    except ValueError:  # another file, which is the caller's to replace
+        return False
 
 
 class _Plain(nn.Module):

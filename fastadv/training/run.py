@@ -324,7 +324,7 @@ class Run:
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
                 shares = f"{found['clean_accuracy']:.1%} clean, {found['robust_accuracy']:.1%} under PGD-10"
-                words = "the backbone before training, with a new head: %s at eps %g/255"
+                words = "the backbone, with a linear head fitted to it: %s at eps %g/255"
                 logger.info(words, shares, 255 * self.trainer.eps)
             if found["warning"]:
                 warnings.warn(found["warning"], stacklevel=4)

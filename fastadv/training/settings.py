@@ -34,72 +34,87 @@ class Settings:
 
     method: str = _of(
         "full",
-        "what trains: all; the head; or with the head biases, low-rank factors, bottlenecks behind the blocks, tokens "
-        "beside those of a vision transformer, scales of keys, values and blocks, or norms",
+        "which weights train: full: all; linear: the head; the others the head and: bias: biases; norm: norm layers; "
+        "lora: low-rank factors; ia3: scales of keys, values and MLPs; adapter: bottlenecks after the blocks; prompt: "
+        "extra tokens of a vision transformer",
         choices=tuple(METHODS),
     )
     head: str | None = _of(None, "name of the head module (the one that the model's structure gives if not given)")
     lp_ft: int = _of(0, "epochs of linear probing before the method, which starts from its head", least=0)
-    lp_ft_lr: float = _of(1e-2, "peak learning rate of these", least=0)
-    rank: int = _of(16, "of the low-rank factors", least=1)
-    lora_alpha: float = _of(16.0, "their product is scaled by this / rank", least=0)
-    lora_targets: tuple[str, ...] | None = _of(None, "modules that get them (those that the structure gives)")
-    adapter_reduction: int | None = _of(None, "of an adapter's width (8 if not given)", least=1)
-    prompt_tokens: int | None = _of(None, "that each block gets with the method prompt (10 if not given)", least=1)
-    alpha: float | None = _of(None, "step of a named attack, in pixels (its own if not given)", least=0)
-    noise: float | None = _of(None, "random start of fgsm-rs and nfgsm, in pixels (theirs if not given)", least=0)
+    lp_ft_lr: float = _of(1e-2, "peak learning rate of the epochs of lp_ft", least=0)
+    rank: int = _of(16, "rank of lora's factors", least=1)
+    lora_alpha: float = _of(16.0, "lora's product of factors is scaled by lora_alpha / rank", least=0)
+    lora_targets: tuple[str, ...] | None = _of(
+        None, "modules that lora adapts (found by the model's structure if not given)"
+    )
+    adapter_reduction: int | None = _of(
+        None, "an adapter is so many times narrower than its block (8 if not given)", least=1
+    )
+    prompt_tokens: int | None = _of(None, "tokens that prompt adds to each block (10 if not given)", least=1)
+    alpha: float | None = _of(None, "step size of the attack, in pixels (the attack's own if not given)", least=0)
+    noise: float | None = _of(
+        None, "half-width of fgsm-rs' and nfgsm's random start, in pixels (theirs if not given)", least=0
+    )
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
     eps_schedule: str = _of(
         "constant",
-        "of the attack's budget: constant, linear (from 0 over all epochs), or hinge:0.25,0.75 (between two shares)",
+        "how eps grows: constant; linear, from 0 over all epochs; hinge:0.25,0.75, between these shares of them",
     )
     refresh: int | None = _of(
         None,
-        "of stale and cached: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod "
-        "this is 0 (of cached 4 if not given)",
+        "for stale and cached: every image gets a fresh FGSM in the first epoch and in every K-th of its own, where "
+        "(i + epoch) mod K is 0 (K is 4 for cached if not given)",
         least=1,
     )
     price: float | None = _of(
         None,
-        "of stale: so many images, those whose signs agree least, get a fresh FGSM that by the cost model a step takes "
-        "this times as long as one of standard training",
+        "for stale: the price of a step, in steps of standard training by the cost model; it decides how many images "
+        "get a fresh FGSM, those first whose signs agree least",
         above=0,
     )
-    quantile: float | None = _of(None, "of zerograd's gradients, below it they are zeroed (0.35)", least=0, most=1)
-    penalty: float | None = _of(
-        None, "weight of what gradalign, fgsm-pgi and liet add to the loss (theirs if not given)", least=0
+    quantile: float | None = _of(
+        None, "for zerograd: gradients below this quantile are zeroed (0.35 if not given)", least=0, most=1
     )
-    repeats: int | None = _of(None, "updates in a row of each batch of free (8 if not given)", least=1)
-    epochs: int = _of(20, "passes over the training images; free makes epochs / repeats of them", least=1)
-    batch_size: int = _of(64, "over all processes; an epoch is cut into batches of nearly equal size", least=1)
+    penalty: float | None = _of(
+        None, "weight of the term that gradalign, fgsm-pgi and liet add to the loss (theirs if not given)", least=0
+    )
+    repeats: int | None = _of(None, "for free: updates in a row from each batch (8 if not given)", least=1)
+    epochs: int = _of(20, "passes over the training images; free makes epochs / repeats passes", least=1)
+    batch_size: int = _of(
+        64, "images of an update, over all processes; the batches of an epoch are nearly equal", least=1
+    )
     grad_accum_steps: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
-    lr: float = _of(1e-3, "peak learning rate", least=0)
+    lr: float = _of(1e-3, "peak learning rate; linear wants a larger one, such as 0.01", least=0)
     warmup: int = _of(0, "steps (not epochs) of linear warm-up; a cosine to 0 follows", least=0)
     optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
-    weight_decay: float = _of(0.0, "of weights, not of biases, norms, positions and tokens", least=0)
+    weight_decay: float = _of(0.0, "decay of weights; biases, norms, positions and tokens have none", least=0)
     clean_weight: float = _of(0.0, "share of the loss on clean images", least=0, most=1)
     label_smoothing: float | None = _of(
-        None, "of the loss that is learnt from (0, of fgsm-pgi 0.4, of liet 0.6, if not given)", least=0, most=1
+        None, "label smoothing of the training loss (if not given 0; fgsm-pgi 0.4, liet 0.6)", least=0, most=1
     )
     max_grad_norm: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", above=0)
     ema_decay: float | None = _of(
         None,
-        "decay of a moving average of the weights, then the result, such as 0.998 (0: none, of liet 0.9995, if not "
-        "given)",
+        "decay of a moving average of the weights, such as 0.998; the average is then the result (if not given 0, no "
+        "average; liet 0.9995)",
         least=0,
         most=1,
     )
-    precision: str | None = _of(None, "of attack and update (what accelerate launch says)", choices=("no", "bf16"))
+    precision: str | None = _of(
+        None, "precision of attack and update (that of accelerate launch if not given)", choices=("no", "bf16")
+    )
     compile: bool = _of(False, "run attack and update under torch.compile")
-    channels_last: bool = _of(False, "memory format of the model and the images")
+    channels_last: bool = _of(False, "channels-last memory format for the model and the images")
     augment: bool = _of(False, "random crops, after padding by an eighth of the height, and flips")
-    seed: int = _of(0, "of everything that is random", least=-(2**63), most=2**64 - 1)
+    seed: int = _of(0, "seed of everything that is random", least=-(2**63), most=2**64 - 1)
     eval_every: int = _of(1, "epochs between evaluations on validation images; 0: after the last one only", least=0)
-    probe: int = _of(256, "training images on which the monitor looks for overfitting; 0: no monitor", least=0)
+    probe: int = _of(
+        256, "training images on which the monitor looks for catastrophic overfitting; 0: no monitor", least=0
+    )
     on_catastrophic_overfitting: str = _of(
         "warn",
-        "stop: with the weights of the best probe; rollback: to them, with half the learning rate; switch: to them, "
-        "with another attack and a learning rate that begins again, over the epochs that are left",
+        "warn: go on; the others go back to the weights of the best probe: stop ends the run, rollback halves the "
+        "learning rate, switch changes the attack and begins the schedule again, over the epochs that are left",
         choices=("warn", "stop", "rollback", "switch"),
     )
     switch_to: str = _of("pgd", "the attack after a switch", choices=("pgd", "nfgsm"))

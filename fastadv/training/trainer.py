@@ -1,5 +1,6 @@
 """Adversarial training by one call."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,11 @@ class Trainer:
         progress: bool = True,
         **settings: Any,
     ):
-        self.settings = Settings(**by_new_names(settings, RENAMED))
+        settings = by_new_names(settings, RENAMED)
+        known = [each.name for each in fields(Settings)]
+        if unknown := settings.keys() - set(known):
+            raise TypeError(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        self.settings = Settings(**settings)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {model!r}")
         self.model, self.eps = model, of_kind("eps", eps, float)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from fastadv.training.progress import Record
 
 SHOWN = {
-    "train_accuracy": "{:.1%} right in training",
+    "train_accuracy": "training accuracy {:.1%}",
     "clean_accuracy": "validation {:.1%} clean",
     "robust_accuracy": "{:.1%} robust",
-    "probe_pgd": "{:.1%} of the probe",
+    "probe_pgd": "probe {:.1%} under PGD",
 }
 
 

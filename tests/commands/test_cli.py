@@ -413,7 +413,7 @@ def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsy
     assert trained == {key: final[key] for key in trained}
     printed = capsys.readouterr().out
     assert f"robust accuracy {trained['robust_accuracy']:.1%} under PGD-10 at eps 16/255" in printed
-    assert f"{final['pma_accuracy']:.1%} of them and PMA" in printed
+    assert f"{final['pma_accuracy']:.1%} under PGD-10 and PMA" in printed
 
 
 def test_transfer_with_a_linear_probe_keeps_the_source_backbone(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,6 +134,18 @@ def test_the_export_is_plain_and_says_the_same(tuned, tmp_path):
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
     ours = models.load(tuned / "model.safetensors").on_pixels.eval()
     torch.testing.assert_close(network.eval()((images - mean) / std), ours(images), rtol=1e-4, atol=1e-5)
+
+
+def test_no_export_takes_a_checkpoint_s_place(tuned, tmp_path):
+    """It would be lost: a plain state dict is no checkpoint."""
+    shutil.copy(tuned / "model.safetensors", tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match=r"is a checkpoint of fastadv.*choose another name"):
+        cli.main(["export", str(tuned / "model.safetensors"), str(tmp_path / "model.safetensors")])
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    (tmp_path / "other.safetensors").write_bytes(b"no model")
+    for _ in range(2):  # an export may be written again
+        cli.main(["export", str(tuned / "model.safetensors"), str(tmp_path / "other.safetensors")])
 
 
 def test_the_report_needs_no_other_file_and_says_what_the_log_says(tuned):

@@ -105,7 +105,7 @@ def test_the_numbers_are_those_of_the_records(report, figures):
     text, *_ = report()
     robust = "Robust accuracy (PGD-10, eps 25.5/255)"
     assert facts_of(text) == [
-        {"Clean accuracy": "93.0 %", robust: "34.0 %", "and under PMA, two runs of 20 steps": "32.0 %"},
+        {"Clean accuracy": "93.0 %", robust: "34.0 %", "Robust accuracy (PGD-10 and PMA together)": "32.0 %"},
         {"Clean accuracy": "81.0 %", robust: "12.0 %"},
         {"lr": "&lt;1"},
     ]

@@ -152,7 +152,7 @@ def _choice(final: Record) -> list[str]:
 def _robust(record: Record, eps: float) -> dict[str, str]:
     rows = {f"Robust accuracy (PGD-10, eps {255 * eps:g}/255)": _percent(record["robust_accuracy"])}
     if "pma_accuracy" in record:
-        rows["and under PMA, two runs of 20 steps"] = _percent(record["pma_accuracy"])
+        rows["Robust accuracy (PGD-10 and PMA together)"] = _percent(record["pma_accuracy"])
     return rows
 
 
