@@ -1,16 +1,11 @@
 """The budget over the steps of a run: how much of eps the training attack has."""
 
 import copy
-from collections.abc import Callable
-
-import torch
 
 from fastadv.attacks import Attack
+from fastadv.training.foreign import AnyAttack
 
 CONSTANT = "constant"
-
-# From images and labels to adversarial images: an `Attack`, or any callable, whose result is checked before it is used.
-TrainAttack = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class Budget:
@@ -32,7 +27,7 @@ class Budget:
         ValueError: there is no such schedule, or it would not change the attack.
     """
 
-    def __init__(self, attack: TrainAttack | None, schedule: str = CONSTANT):
+    def __init__(self, attack: AnyAttack | None, schedule: str = CONSTANT):
         self.attack, self._span = attack, span(schedule)
         if self._span is None:
             return
@@ -48,7 +43,7 @@ class Budget:
         begin, end = self._span
         return min(max((step / total - begin) / (end - begin), 0.0), 1.0)
 
-    def at(self, step: int, total: int) -> TrainAttack | None:
+    def at(self, step: int, total: int) -> AnyAttack | None:
         """The attack of this step, counted from 0; None where the step has no budget."""
         factor = self.factor(step, total)
         if factor in (0, 1):

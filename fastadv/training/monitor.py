@@ -7,20 +7,18 @@ from typing import cast
 import torch
 
 from fastadv.attacks import PGD
-from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.samplewise import cosines_of
 from fastadv.attacks.verdicts import predicted
-from fastadv.evaluation.foreign import as_images
 from fastadv.evaluation.samples import collected
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.parallel import one_process
 from fastadv.ops.generator import seeded
-from fastadv.training.budget import TrainAttack
+from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
 from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack
 
@@ -123,7 +121,7 @@ class Monitor:
         # One process may check alone: the wrapper would wait for the others.
         self.model = one_process(model)
         self.images, self.labels = collected((images, labels), model, None)
-        self.attack = attack
+        self.attack = as_attack(attack, self.model)
         self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
         self.best: float | None = None  # accuracy under PGD
         self._best_gap: float | None = None
@@ -142,7 +140,7 @@ class Monitor:
             ValueError: a label is beyond its classes.
         """
         # A copy: else a compiled attack would fill up all its later batches to the size of a part.
-        attack = copy.copy(self.attack) if isinstance(self.attack, Attack) else self.attack
+        attack = copy.copy(self.attack)
         with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model):
             rows = torch.arange(len(self.labels), device=self.labels.device).split(self._passes.part)
             seen = [self._look(part, attack) for part in rows]
@@ -170,7 +168,7 @@ class Monitor:
             raise ValueError(f"a monitor's state has the keys best and best_gap, got {', '.join(state)}")
         self.best, self._best_gap = state["best"], state["best_gap"]
 
-    def _look(self, rows: torch.Tensor, attack: TrainAttack | None) -> tuple[torch.Tensor, ...]:
+    def _look(self, rows: torch.Tensor, attack: AnyAttack | None) -> tuple[torch.Tensor, ...]:
         """What the monitor sees of the images numbered `rows` (n,).
 
         Returns:
@@ -199,19 +197,10 @@ class Monitor:
         cosines = torch.full_like(alignment, torch.nan)
         if attack is not None:
             x, labels = x[:count], labels[:count]
-            after, losses, logits = self._judge.gradient(self._attacked(attack, x, labels, seeds[:count]), labels)
-            draws = isinstance(attack, Attack) and attack.draws
-            cosines = cosines_of((in_noise if draws else at_clean)[:count], after)
+            after, losses, logits = self._judge.gradient(attack(x, labels, seed=seeds[:count]), labels)
+            cosines = cosines_of((in_noise if attack.draws else at_clean)[:count], after)
         attacked = predicted(cast(torch.Tensor, logits)) == labels  # cross-entropy's are never None
         return tuple(each[:count] for each in (right, attacked, alignment, cosines, noise_losses, losses))
-
-    def _attacked(
-        self, attack: TrainAttack, x: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor
-    ) -> torch.Tensor:
-        if isinstance(attack, Attack):
-            return attack(x, labels, seed=seeds)
-        with torch.enable_grad():
-            return as_images(attack(x, labels), x)
 
     def _alarm(self, pgd: float, attack: float) -> str | None:
         gap, fell, then = attack - pgd, False, ""

@@ -30,12 +30,13 @@ from fastadv.ops.generator import seeded
 from fastadv.training.augment import Augment
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.batches import Batches
-from fastadv.training.budget import CONSTANT, Budget, TrainAttack
+from fastadv.training.budget import CONSTANT, Budget
 from fastadv.training.checkpoints import Checkpoints, Facts, Groups, OtherRunError
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
+from fastadv.training.foreign import TrainAttack
 from fastadv.training.interruption import Interruption
 from fastadv.training.memory import SampleMemory
 from fastadv.training.methods import trainable

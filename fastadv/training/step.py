@@ -12,12 +12,10 @@ from fastadv.attacks import Attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
-from fastadv.evaluation.foreign import as_images
 from fastadv.functional import new_seed, to_float
-from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import at_least_float32, find_logits
-from fastadv.training.budget import TrainAttack
 from fastadv.training.fast.base import FastMethod
+from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
 from fastadv.training.settings import checked
 
 
@@ -61,8 +59,9 @@ class TrainStep:
         highest: int = 0,
     ):
         self.method = attack if isinstance(attack, FastMethod) else None
-        self.attack: TrainAttack | None = attack.attack if isinstance(attack, FastMethod) else attack
-        check_attack("attack", self.attack)
+        given = attack.attack if isinstance(attack, FastMethod) else attack
+        check_attack("attack", given)
+        self.attack = as_attack(given, model)
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")
         self.model, self.optimizer = model, optimizer
@@ -176,14 +175,7 @@ class TrainStep:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _attacked(self, images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(self.attack, Attack):
-            return self.attack(images, labels, seed=seeds)
-        images = to_float(images)
-        if self.attack is None:
-            return images
-        # A foreign attack may leave gradients in the parameters, or move batch-norm's averages.
-        with frozen(self.model, "as_is"), torch.enable_grad():
-            return as_images(self.attack(images, labels), images)
+        return to_float(images) if self.attack is None else self.attack(images, labels, seed=seeds)
 
     def _forward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
@@ -208,13 +200,13 @@ class TrainStep:
     def _abnormal(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """On how many images the attack's start has the larger loss, and of how many images."""
         attack = self.attack
-        start = attack.start_losses if isinstance(attack, Attack) and self._comparable(attack) else None
+        start = None if attack is None or not self._comparable(attack) else attack.start_losses
         if start is None or len(start) != len(labels):
             return torch.zeros(2, device=labels.device)
         after = F.cross_entropy(logits, labels, reduction="none")
         return (start > after).sum(), torch.tensor(len(labels), device=labels.device)
 
-    def _comparable(self, attack: Attack) -> bool:
+    def _comparable(self, attack: AnyAttack) -> bool:
         """Whether the attack's losses are cross-entropies, of the model in the mode in which the update ran it."""
         if attack.loss != "ce" or attack.targeted or attack.training_mode == "batch_norm":
             return False

@@ -11,8 +11,9 @@ from fastadv._renamed import by_new_names
 from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
-from fastadv.training.budget import Budget, TrainAttack
+from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
+from fastadv.training.foreign import TrainAttack, as_attack
 from fastadv.training.progress import Record
 from fastadv.training.run import Run
 from fastadv.training.settings import RENAMED, Settings, of_kind
@@ -122,7 +123,7 @@ class Trainer:
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
-        Budget(attack, self.settings.eps_schedule)  # refuses an attack that it would not change
+        Budget(as_attack(attack, self.model), self.settings.eps_schedule)  # refuses an attack that it would not change
         check_attack("eval_attack", self.eval_attack)
         if isinstance(attack, Attack) and attack.norm != "Linf":
             raise ValueError(
