@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastadv.ops.backends import PACKAGE, calls, facts, native, resolve, why_not
+from fastadv.ops.backends import PACKAGE, calls, chosen, facts, native, resolve, why_not
 from fastadv.ops.schemas import BACKENDS
 from fastadv.version import __version__
 
@@ -29,6 +29,13 @@ def _by_device(found: Mapping[str, str]) -> dict[str, str]:
     return {t if (t := device.split(":")[0]) in alone else device: text for device, text in found.items()}
 
 
+def _serving(device: str) -> str:
+    try:
+        return resolve(chosen(), device)
+    except RuntimeError as error:
+        return f"none: {error}"
+
+
 def _build() -> dict[str, Any]:
     """What setup.py wrote down, and what the extensions know of themselves."""
     written = facts()
@@ -48,7 +55,7 @@ def info() -> dict[str, Any]:
         - `torch`: {"version", "cuda"}.
         - `devices`: {name: text}.
         - `backends`: {name: {"available", "why"}}; `why` says why not, per device type.
-        - `serves`: {device type: backend}.
+        - `serves`: {device type: backend}; where the chosen backend cannot serve a device, "none: " and why.
         - `build`: what setup.py wrote down and the extensions know of themselves.
         - `calls`: {backend: kernel calls in this process}.
     """
@@ -63,7 +70,7 @@ def info() -> dict[str, Any]:
             b: {"available": not all(why.values()), "why": "; ".join(f"{t}: {w}" for t, w in why.items() if w)}
             for b, why in reasons.items()
         },
-        "serves": _by_device({d: resolve(None, d) for d in devices}),
+        "serves": _by_device({d: _serving(d) for d in devices}),
         "build": _build(),
         "calls": calls(),
     }

@@ -24,7 +24,7 @@ def in_words(facts: dict[str, Any]) -> str:
     cuda = f"with CUDA {torch['cuda']}" if torch["cuda"] else "without CUDA"
     parts = {
         "Devices": facts["devices"],
-        "Kernels run": {device: f"by the backend {backend}" for device, backend in facts["serves"].items()},
+        "Kernels run": {device: _serving(backend) for device, backend in facts["serves"].items()},
         "Backends": {name: _usable(each) for name, each in facts["backends"].items()},
         "Built": {name: _built(each) for name, each in facts["build"].items()},
     }
@@ -32,6 +32,10 @@ def in_words(facts: dict[str, Any]) -> str:
     for heading, rows in parts.items():
         lines += ["", heading, *(f"  {name:<10} {words}" for name, words in rows.items())]
     return "\n".join(lines)
+
+
+def _serving(backend: str) -> str:
+    return backend if backend.startswith("none: ") else f"by the backend {backend}"
 
 
 def _usable(backend: dict[str, Any]) -> str:

@@ -174,6 +174,11 @@ def _check_name(name: str) -> None:
         )
 
 
+def chosen() -> str | None:
+    """The backend that `backend` or FASTADV_BACKEND names; None where nobody chose one."""
+    return _chosen.get()
+
+
 def resolve(name: str | None, device: torch.device | str) -> str:
     """The name of the backend that serves the device.
 

@@ -493,6 +493,15 @@ def in_a_process(backend, code):
     return done.stdout
 
 
+def test_info_says_what_the_chosen_backend_serves():
+    with fastadv.backend("reference"):
+        assert fastadv.info()["serves"]["cpu"] == "reference"
+    with fastadv.backend("cuda"):
+        assert fastadv.info()["serves"]["cpu"].startswith("none: backend 'cuda' cannot serve cpu tensors")
+    said = in_a_process("quick", "from fastadv import cli; cli.main(['info'])")
+    assert "none: unknown backend 'quick' (from fastadv.backend or FASTADV_BACKEND)" in said
+
+
 def test_unknown_environment_variable():
     said = in_a_process("quick", "try: step()\nexcept RuntimeError as e: print(e)")
     assert "FASTADV_BACKEND" in said
