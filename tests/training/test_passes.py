@@ -16,7 +16,10 @@ from fastadv.evaluation.masking_checks import notes_on_outputs
 from fastadv.training import Monitor, Trainer, backbone_robustness, trainable
 
 EPS = 8 / 255
-pytestmark = pytest.mark.filterwarnings("ignore:the backbone is not robust")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the backbone is not robust"),
+    pytest.mark.filterwarnings("ignore:the last .* samples that PMA"),  # chance: the networks are untrained
+]
 
 
 def small(count, side=8, dtype=torch.uint8):
