@@ -86,9 +86,9 @@ class Cached(FastMethod):
     def begin_epoch(self, epoch: Epoch) -> None:
         """Go on with the features that the epoch before has left."""
         if not self._known:
-            black = torch.zeros(1, *epoch.shape, dtype=epoch.dtype, device=device_of(self.model))
-            _, self._head = find_head(self.model, epoch.settings.head, to_float(black))
-            self._row, self._known = self._features(to_float(black))[0], True
+            black = to_float(torch.zeros(1, *epoch.shape, dtype=epoch.dtype, device=device_of(self.model)))
+            _, self._head = find_head(self.model, epoch.settings.head, black)
+            self._row, self._known = self._features(black)[0], True
         self._memory = epoch.memory("features", self._row.shape, self._row.dtype)
         numbers = torch.arange(len(self._memory.before))
         self._fresh = (numbers + epoch.number) % self.refresh == 0 if not self._memory.empty else numbers >= 0
