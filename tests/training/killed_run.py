@@ -4,9 +4,11 @@
 
 SETTINGS, as JSON, take the place of those in `train`. Writes result.json to FOLDER. torch is imported once; each run is
 a fork that is killed with SIGKILL, at a random moment or inside a write: when a file is written and not renamed yet, or
-tensors lie there and their checkpoint does not.
+tensors lie there and their checkpoint does not. A run that is to be killed takes a few steps at most and then waits for
+it, so that no run is over before its death, however slow the machine was when it measured how long a run takes.
 """
 
+import itertools
 import json
 import os
 import random
@@ -48,15 +50,17 @@ def train(folder, resume=True, checkpoint_s=0.0, **changes):
     return network
 
 
-def fork(folder, changes, before=lambda: None):
-    """A run in a process of its own, which counts its steps in a file: its number."""
+def fork(folder, changes, before=lambda: None, limit=None):
+    """A run in a process of its own, which counts its steps in a file and waits after `limit` of them: its number."""
     number = os.fork()
     if number:
         return number
     try:
-        apply = TrainStep.apply
+        apply, taken = TrainStep.apply, itertools.count()
 
         def counted(step):
+            if next(taken) == limit:
+                signal.pause()
             with open(folder / "steps", "ab") as file:
                 file.write(b".")
             apply(step)
@@ -70,12 +74,12 @@ def fork(folder, changes, before=lambda: None):
         os._exit(1)
 
 
-def die_inside_a_write(chance):
-    """Replaces the renaming by one that kills this process instead, sometimes."""
-    replace = Path.replace
+def die_inside_a_write(number):
+    """Replaces the renaming by one that kills this process instead, at the file of this number."""
+    replace, files = Path.replace, itertools.count(1)
 
     def deadly(path, target):
-        if chance.random() < 0.15:
+        if next(files) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(path, target)
 
@@ -99,15 +103,19 @@ def main(folder, kills, seed, changes):
     assert os.waitpid(fork(whole, changes), 0)[1] == 0, (whole / "error").read_text()
     lasted = time.perf_counter() - began
 
+    inside_kills = max(1, kills * 3 // 20)
+    # A step writes two files at least, so two steps are left for each death inside one of the next four writes.
+    limit = (steps(whole) - 2 * inside_kills - 1) // kills
     deaths = []
     while len(deaths) < kills:
-        inside = len(deaths) >= kills - max(1, kills * 3 // 20)
-        own = random.Random(chance.random())
-        number = fork(cut, changes, (lambda own=own: die_inside_a_write(own)) if inside else lambda: None)
-        if not inside:
+        inside = len(deaths) >= kills - inside_kills
+        file = chance.randint(1, 4)
+        if inside:
+            number = fork(cut, changes, lambda file=file: die_inside_a_write(file))
+        else:
+            number = fork(cut, changes, limit=limit)
             while 2 * len(deaths) + 1 >= kills and not checkpoints(cut):
                 time.sleep(0.01)
-            # Short enough that the run is not over before it was killed often enough.
             time.sleep(lasted * chance.uniform(0.02, 1.6 / kills))
             os.kill(number, signal.SIGKILL)
         status = os.waitpid(number, 0)[1]
