@@ -11,29 +11,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import reduce
-from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from fastadv._extras import require
 from fastadv.attacks import Attack, create_attack
-from fastadv.attacks.checks import check_samples, device_of, highest
-from fastadv.data.share import Batch, Share
+from fastadv.data.share import Batch
 from fastadv.evaluation.confusion import confusions
-from fastadv.evaluation.identity import differences, fingerprint, untold
 from fastadv.evaluation.robustness import evaluate, robust_accuracy
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds, to_float
 from fastadv.ops.generator import seeded
+from fastadv.training import log
 from fastadv.training.augment import Augment
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.batches import Batches
-from fastadv.training.budget import CONSTANT, Budget
-from fastadv.training.checkpoints import Checkpoints, Facts, Groups, OtherRunError
-from fastadv.training.convolutions import check_convolutions
-from fastadv.training.fast import FAST, fast_method, is_fast
+from fastadv.training.budget import Budget
+from fastadv.training.checkpoints import Checkpoints, Facts, Groups
+from fastadv.training.checks import check_run, check_same
+from fastadv.training.choice import choice, criteria
+from fastadv.training.fast import fast_method, is_fast
 from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
 from fastadv.training.foreign import TrainAttack
@@ -47,6 +45,7 @@ from fastadv.training.passes import Passes
 from fastadv.training.processes import one_run, precision, processes, team_of
 from fastadv.training.progress import Progress, Record
 from fastadv.training.replicas import replicated, share_weights
+from fastadv.training.resume import check_epochs, run_fingerprint
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
 from fastadv.training.step import TrainStep
@@ -62,8 +61,6 @@ logger = logging.getLogger("fastadv")
 
 T = TypeVar("T")
 
-FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; for epochs see `_check_epochs`
-LOG_FORMAT = 1  # in the last line of log.jsonl
 MEASURED = 2**31 + 1  # the epoch whose order chooses the images on which the backbone is measured
 PROBE = 2**31  # the epoch whose order chooses the monitor's images
 
@@ -102,7 +99,7 @@ class Run:
         held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.masks = set(nonfinite(held))  # tensors that may hold such numbers, such as a mask of logits
         self.data = {} if alone and trainer.folder is None else parts.facts(self.team, self.device)
-        self._check_same()
+        check_same(trainer, self.data, self.team)
         self.images, self.val, self.test = parts.shares(self.team)
         self.labels = parts.train[1]
         self.batches = Batches(
@@ -118,74 +115,15 @@ class Run:
     def _taken(self, train: Batch, val: Batch | None, test: Batch | None) -> Parts:
         parts = Parts.of(self.trainer.model, train, val, test)
         self.steps = math.ceil(len(parts.train[1]) / self.settings.batch_size)
-        self.highest = self._check(parts)
+        self.highest = check_run(
+            self.trainer, parts, self.steps, self.team, device=self.device, precision=self.precision
+        )
         return parts
-
-    def _check_same(self) -> None:
-        """Refuse processes with different data or settings."""
-        if self.team.alone:
-            return
-        trainer = self.trainer
-        same: dict[str, object] = {n: value for n, value in asdict(self.settings).items() if n != "checkpoint_s"}
-        for name in ("attack", "eval_attack"):
-            attack = getattr(trainer, name)
-            same[name] = attack if attack is None or isinstance(attack, str) else type(attack).__qualname__
-        # A process that has a folder, or measures, waits for the others, who would never answer if they do not.
-        same |= {"having a folder": trainer.folder is not None, "measure_backbone": trainer.measure_backbone}
-        all_of_them = self.team.gathered(fingerprint({"eps": trainer.eps, **same, **self.data}))
-        for rank, there in enumerate(all_of_them):
-            if there != all_of_them[0]:
-                raise ValueError(
-                    f"process {rank} differs from process 0 in {differences(all_of_them[0], there)}: all processes "
-                    "of a run need the same"
-                )
 
     @property
     def _epochs(self) -> int:
         """How many epochs all stages have together."""
         return sum(stage.epochs for stage in self.settings.stages)
-
-    def _check(self, parts: Parts) -> int:
-        """Refuse data and settings that no run can have; return the highest label."""
-        train = parts.train[1]
-        least = self.here.num_processes * self.settings.grad_accum_steps
-        if self.precision not in ("no", "bf16"):
-            raise ValueError(f"precision must be no or bf16, got {self.precision} from accelerate")
-        if self.device.type == "cpu":
-            check_convolutions(self.trainer.model, self.settings)
-        if not self.team.alone and is_fast(self.trainer.attack) and FAST[self.trainer.attack].alone:
-            raise ValueError(
-                f"the attack {self.trainer.attack} keeps what one process has seen, and trains in one only: start one, "
-                "or take another attack"
-            )
-        if self.steps == 0:
-            raise ValueError("there are no images to train on")
-        for images, labels in parts.present:
-            mine, named = (images.mine, labels[images.rows]) if isinstance(images, Share) else (images, labels)
-            if len(named):
-                check_samples(mine, named)
-        if train.min() == train.max():
-            raise ValueError(f"the training images are all of class {train[0]}: there is nothing to tell apart")
-        for stage in self.settings.stages:
-            if self.settings.warmup > stage.epochs * self.steps:
-                raise ValueError(
-                    f"a warmup of {self.settings.warmup} steps is longer than the {stage.epochs * self.steps} steps of "
-                    f"the {stage.epochs} epochs of {stage.method}: the learning rate would never reach its peak"
-                )
-        if len(train) // self.steps < least:
-            raise ValueError(
-                f"a batch of {len(train) // self.steps} images cannot be cut into {least} parts "
-                "(processes times grad_accum_steps): take a larger batch_size"
-            )
-        top = max(highest(labels) for _, labels in parts.present)  # refuses negative ones too, which a loss skips
-        attack = self.trainer.attack
-        if is_fast(attack):
-            trainer, s = self.trainer, self.settings
-            images, _ = parts.train
-            mine = images.mine if isinstance(images, Share) else images
-            some = to_float(mine[:2].to(device_of(trainer.model)))
-            fast_method(attack, trainer.model, trainer.eps, s.attack).check_model(attack, s, some)
-        return top
 
     # ------------------------------------------------------------------ the whole run
 
@@ -221,11 +159,12 @@ class Run:
         if folder is None:
             return None
         defaults = asdict(Settings().settled({}))
-        self.checkpoints = Checkpoints(folder / "state", self._fingerprint(), defaults, self.masks)
+        run = run_fingerprint(self.trainer, self.model, self.data)
+        self.checkpoints = Checkpoints(folder / "state", run, defaults, self.masks)
         groups, facts = self._found(self.checkpoints)
         if facts is not None:
             self.at = Progress.of(facts["place"], folder)
-            self._check_epochs(facts["epochs"])
+            check_epochs(self.at, self.settings, self.steps, facts["epochs"], folder)
             if facts["machine"] != {name: value for name, value in self._machine().items() if name in facts["machine"]}:
                 warnings.warn(
                     f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
@@ -233,17 +172,8 @@ class Run:
                     stacklevel=4,
                 )
             logger.info("going on in epoch %d after batch %d", self.at.epoch + 1, self.at.batch)
-        self.team.from_first(lambda: self._begin_log(folder / "log.jsonl", new=facts is None))
+        self.team.from_first(lambda: log.begin(folder / log.NAME, self.at.records, new=facts is None))
         return groups
-
-    def _begin_log(self, path: Path, new: bool) -> None:
-        """Write what is known so far; what another run left there is kept under another name."""
-        if new and path.exists() and path.stat().st_size:
-            aside = next(name for i in count(1) if not (name := path.with_name(f"log.{i}.jsonl")).exists())
-            path.rename(aside)
-            logger.info("%s is of another run: it is %s now", path, aside.name)
-        lines = "".join(json.dumps(record) + "\n" for record in self.at.records)
-        write_atomically(path, lines.encode())
 
     def _found(self, checkpoints: Checkpoints) -> tuple[Groups | None, Facts | None]:
         """The state that the first process finds, for all: the others may have other disks."""
@@ -262,47 +192,6 @@ class Run:
         if facts is not None and not self.team.alone:
             groups = self.team.tensors_of_first(groups, self.device)
         return groups, facts
-
-    def _fingerprint(self) -> str:
-        """The fingerprint of all that the steps so far, and the choice among their weights, depend on."""
-        trainer = self.trainer
-        settings = {name: v for name, v in asdict(self.settings).items() if name not in FREE}
-        attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
-        model = {"the model's weights": self.model.state_dict(), "the model": self.model}
-        run = fingerprint({"eps": trainer.eps, **settings, **attacks, **self.data, **model})
-        for what in untold(run):
-            warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
-        return run
-
-    def _check_epochs(self, before: int) -> None:
-        """Warn where the run now has another number of epochs, and its steps so far would have had another learning
-        rate or another budget with it.
-
-        Args:
-            before: how many epochs the run was to have.
-
-        Raises:
-            OtherRunError: the run has more epochs behind it already.
-        """
-        at, s = self.at, self.settings
-        if before == s.epochs or at.stage < len(s.stages) - 1:
-            return
-        done = (at.epoch - at.first_epoch) * self.steps + at.batch
-        if done > s.epochs * self.steps:
-            raise OtherRunError(
-                f"the run in {self.trainer.folder} has {math.ceil(done / self.steps)} epochs behind it, more than the "
-                f"{s.epochs} that it is to have now: choose another folder"
-            )
-        rates, then = (
-            [lr_factor(step, s.warmup, epochs * self.steps) for step in range(done)] for epochs in (before, s.epochs)
-        )
-        what = ["learning rate"] * (at.switched or rates != then) + ["budget"] * (done and s.eps_schedule != CONSTANT)
-        if what:
-            warnings.warn(
-                f"the run was to have {before} epochs and goes on to {s.epochs}: the {' and the '.join(what)} of its "
-                f"{done} steps so far followed {before}, and the result is not that of {s.epochs} in one run",
-                stacklevel=5,
-            )
 
     def _machine(self) -> dict[str, int | str]:
         return {
@@ -335,12 +224,15 @@ class Run:
         seconds = {name: sum(record.get(name, 0.0) for record in epochs) for name in ("train_s", "train_cpu_s")}
         attack = self.trainer.eval_attack or self._named("pgd-10")
         result = {} if self.test is None else self._judged(self.test, attack)
+        chosen = {}
+        if self.at.best_epoch is not None and self.val is not None:
+            chosen = choice(self.at, criteria(self.trainer.attack)[0], len(self.val[1]))
         final = {
             "final": True,
-            "format": LOG_FORMAT,
+            "format": log.FORMAT,
             "epochs": self.at.epoch,
             "best_epoch": self.at.best_epoch,
-            **self._choice(),
+            **chosen,
             **result,
         }
         return final | {"eval_attack": _name(attack), **seconds}
@@ -353,22 +245,6 @@ class Run:
         shares = [result["robust_accuracy"] for result in report["attacks"]]
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
         return self._agreed(self._checked(found, attack) | {"confusion": confusions(test[1], report)})
-
-    def _choice(self) -> Record:
-        """The accuracy that the weights were chosen by, and the epochs that chance alone may have ranked below them."""
-        if self.at.best_epoch is None or self.val is None:
-            return {}
-        by = self._criteria()[0]
-        rows = [record for record in self.at.records if by in record and record.get("epoch", -1) >= self.at.first_epoch]
-        shares = {record["epoch"]: record[by] for record in rows}
-        best = shares.pop(self.at.best_epoch)
-        noise = two_standard_errors(best, len(self.val[1]))
-        near = [epoch for epoch, share in shares.items() if best - share <= noise]
-        return {"chosen_by": by, "noise": noise, "within_noise": near}
-
-    def _criteria(self) -> tuple[str, ...]:
-        """The accuracies that weights are chosen by, in their order; of equal weights the latest are taken."""
-        return ("clean_accuracy",) if self.trainer.attack is None else ("robust_accuracy", "clean_accuracy")
 
     # ------------------------------------------------------------------ a stage
 
@@ -678,7 +554,7 @@ class Run:
     def _validate(self, val: Batch) -> Record:
         start = time.perf_counter()
         result = self._accuracy(val, self.evaluating)
-        found = [result[name] for name in self._criteria()]
+        found = [result[name] for name in criteria(self.trainer.attack)]
         if self.at.best is None or found >= self.at.best:
             self.at.best, self.at.best_epoch = found, self.at.epoch - 1
             self.weights.keep("best")
@@ -709,11 +585,7 @@ class Run:
         self.at.records.append(record)
         folder = self.trainer.folder
         if folder is not None:
-            self.team.from_first(lambda: self._log(folder / "log.jsonl", record))
-
-    def _log(self, path: Path, record: Record) -> None:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            self.team.from_first(lambda: log.append(folder / log.NAME, record))
 
     def _save(self, before: Mapping[str, Tensors | None] | None = None) -> None:
         """Write a checkpoint.
@@ -750,16 +622,6 @@ class Run:
             self.step.method.load(groups["method"], self.device)
         if self.monitor is not None and self.at.monitor is not None:
             self.monitor.load(self.at.monitor)
-
-
-def two_standard_errors(share: float, count: int) -> float:
-    """Two standard errors of a share of `count` images; it is not 0 for shares of 0 and 1.
-
-    Source: Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial
-    proportions".
-    """
-    middle = (share * count + 2) / (count + 4)
-    return 2 * math.sqrt(middle * (1 - middle) / (count + 4))
 
 
 def _mixed(*numbers: int) -> int:

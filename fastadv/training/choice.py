@@ -1,0 +1,46 @@
+"""How a run chooses among its weights: by which accuracy, and how far chance may have made the choice."""
+
+import math
+from typing import Any
+
+from fastadv.training.foreign import TrainAttack
+from fastadv.training.progress import Progress
+
+
+def criteria(attack: str | TrainAttack | None) -> tuple[str, ...]:
+    """The accuracies that weights are chosen by, the most important first; of equal weights the latest are taken.
+
+    Args:
+        attack: of the training.
+    """
+    return ("clean_accuracy",) if attack is None else ("robust_accuracy", "clean_accuracy")
+
+
+def choice(at: Progress, by: str, count: int) -> dict[str, Any]:
+    """The accuracy that the weights were chosen by, and the epochs that chance alone may have ranked below them.
+
+    Args:
+        at: the progress of a run that has chosen its best epoch.
+        by: the accuracy, a name in the records of the epochs.
+        count: how many images it was measured on.
+
+    Returns:
+        "chosen_by", "noise" (two standard errors of the best accuracy) and "within_noise" (the other epochs that were
+        worse by no more than that).
+    """
+    rows = [record for record in at.records if by in record and record.get("epoch", -1) >= at.first_epoch]
+    shares = {record["epoch"]: record[by] for record in rows}
+    best = shares.pop(at.best_epoch)
+    noise = two_standard_errors(best, count)
+    near = [epoch for epoch, share in shares.items() if best - share <= noise]
+    return {"chosen_by": by, "noise": noise, "within_noise": near}
+
+
+def two_standard_errors(share: float, count: int) -> float:
+    """Two standard errors of a share of `count` images; it is not 0 for shares of 0 and 1.
+
+    Source: Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial
+    proportions".
+    """
+    middle = (share * count + 2) / (count + 4)
+    return 2 * math.sqrt(middle * (1 - middle) / (count + 4))

@@ -1,0 +1,74 @@
+"""Whether a run may go on from a checkpoint: its fingerprint, and what a change of its epochs means."""
+
+import math
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastadv.evaluation.identity import fingerprint, untold
+from fastadv.training.budget import CONSTANT
+from fastadv.training.checkpoints import OtherRunError
+from fastadv.training.progress import Progress
+from fastadv.training.schedule import lr_factor
+from fastadv.training.settings import Settings
+
+if TYPE_CHECKING:
+    from fastadv.training.trainer import Trainer
+
+FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; for epochs see `check_epochs`
+
+
+def run_fingerprint(trainer: "Trainer", model: nn.Module, data: dict[str, object]) -> str:
+    """The fingerprint of all that the steps so far, and the choice among their weights, depend on.
+
+    Args:
+        trainer: of the run.
+        model: on its device, before training.
+        data: what a fingerprint reads of the run's data.
+    """
+    settings = {name: v for name, v in asdict(trainer.settings).items() if name not in FREE}
+    attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
+    weights = {"the model's weights": model.state_dict(), "the model": model}
+    run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **weights})
+    for what in untold(run):
+        warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
+    return run
+
+
+def check_epochs(at: Progress, settings: Settings, steps: int, before: int, folder: Path) -> None:
+    """Warn where the run now has another number of epochs, and its steps so far would have had another learning rate or
+    another budget with it.
+
+    Args:
+        at: where the run is.
+        settings: of the run as it goes on.
+        steps: how many batches an epoch has.
+        before: how many epochs the run was to have.
+        folder: of the run.
+
+    Raises:
+        OtherRunError: the run has more epochs behind it already.
+    """
+    now = settings.epochs
+    if before == now or at.stage < len(settings.stages) - 1:
+        return
+    done = (at.epoch - at.first_epoch) * steps + at.batch
+    if done > now * steps:
+        raise OtherRunError(
+            f"the run in {folder} has {math.ceil(done / steps)} epochs behind it, more than the {now} that it is to "
+            "have now: choose another folder"
+        )
+    rates, then = (
+        [lr_factor(step, settings.warmup, epochs * steps) for step in range(done)] for epochs in (before, now)
+    )
+    changed = ["learning rate"] if at.switched or rates != then else []
+    changed += ["budget"] if done and settings.eps_schedule != CONSTANT else []
+    if changed:
+        warnings.warn(
+            f"the run was to have {before} epochs and goes on to {now}: the {' and the '.join(changed)} of its {done} "
+            f"steps so far followed {before}, and the result is not that of {now} in one run",
+            stacklevel=5,
+        )
