@@ -35,6 +35,7 @@ from fastadv.attacks.losses import LossFunction
 from fastadv.attacks.modes import Modes
 from fastadv.attacks.normalized import denormalized, normalization_of
 from fastadv.attacks.objective import Objective
+from fastadv.attacks.outcomes import Outcome, better_where, stronger
 from fastadv.attacks.samplewise import has_rows, padded, part_of, per_sample, put_, scalar, seeds_for
 from fastadv.attacks.targets import Targets
 from fastadv.attacks.verdicts import is_label, verdict
@@ -50,9 +51,6 @@ from fastadv.ops.reference import compute_dtype
 GRAPHS = 8  # that are kept; each has its own memory
 # In a first batch of 8 images or more, a warning says where a tenth of the gradients or more are exactly zero.
 WATCHED, ALARMING = 8, 0.1
-
-Outcome = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Of a run: (images, their strength (N,), which of them fooled, (N,) bool, or None where that has no meaning)."""
 
 
 class Attack(Modes, Targets, ABC):
@@ -394,7 +392,7 @@ class Attack(Modes, Targets, ABC):
         runs = self.runs(targets.shape[1] if self.compares == "pairs" else 0)
         best = self._run(0, runs, x, targets, eps, seed, x_init, alpha, n)
         for run in range(1, runs):
-            best = _stronger(best, self._run(run, runs, x, targets, eps, seed, None, alpha, n))
+            best = stronger(best, self._run(run, runs, x, targets, eps, seed, None, alpha, n))
         return best[0]
 
     def _run(
@@ -513,7 +511,7 @@ class Attack(Modes, Targets, ABC):
     def keep_best(self, slots: Slots) -> None:
         """Keep the iterate, judged by its losses and logits, where it is the strongest so far."""
         fooled = self.fooled(slots.logits, slots.targets)
-        better = _better(slots.strongest, (slots.iterate, slots.losses, fooled))
+        better = better_where(slots.strongest, (slots.iterate, slots.losses, fooled))
         if slots.inside is not None:
             better &= slots.inside
         put_(slots.best, better, slots.iterate)
@@ -696,21 +694,3 @@ def _same(settings: Mapping[str, object], others: Mapping[str, object]) -> bool:
         value is others[name] or (type(value) is type(others[name]) in plain and value == others[name])
         for name, value in settings.items()
     )
-
-
-def _better(best: Outcome, new: Outcome) -> torch.Tensor:
-    """Where the new (images, losses, fooled) are stronger than the best, (N,) bool."""
-    better = (new[1] > best[1]) | (best[1].isnan() & ~new[1].isnan())
-    if new[2] is None or best[2] is None:
-        return better
-    return (new[2] & ~best[2]) | ((new[2] == best[2]) & better)
-
-
-def _stronger(best: Outcome, new: Outcome) -> Outcome:
-    better = _better(best, new)
-
-    def chosen(n: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.where(per_sample(better, b), n, b)
-
-    fooled = None if new[2] is None or best[2] is None else chosen(new[2], best[2])
-    return chosen(new[0], best[0]), chosen(new[1], best[1]), fooled
