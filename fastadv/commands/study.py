@@ -13,8 +13,8 @@ from fastadv.study.cluster import by_ray
 from fastadv.study.estimate import estimates
 from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_grid
 from fastadv.study.grid import Task, expanded
-from fastadv.study.page import write_study
 from fastadv.study.run import check_possible, here, pending, side_by_side
+from fastadv.study.writing import write_study
 
 # Options that the file of a grid replaces.
 GRID = (

@@ -1,4 +1,4 @@
-"""A study's answer to the question of its title, in sentences, and as README's table."""
+"""A study's answer to the question in its title: in sentences, and as the table in README."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ class Answer:
     Attributes:
         kind: "open" (not measured), "stable", "mixed" or "unstable".
         headline: in a few words.
-        sentences: the findings behind it.
+        sentences: the findings that support it.
     """
 
     kind: str
@@ -45,13 +45,13 @@ def answer(
     scores: Iterable[Score],
     complete: bool = True,
 ) -> Answer:
-    """The answer for whatever was measured: nothing, a part, stable runs, collapsed ones.
+    """The answer from what was measured so far, which may be nothing.
 
     Args:
-        courses: of the runs.
-        averages: of the differences to PGD.
-        times: of methods with attacks.
-        scores: of the detectors.
+        courses: how the runs went.
+        averages: the differences to PGD, averaged over data sets.
+        times: the times of methods with attacks.
+        scores: the scores of the detectors.
         complete: whether all cells are finished.
     """
     fast = [each for each in courses if each.result.fast]
@@ -95,7 +95,7 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
 
 
 def _places(collapsed: Sequence[Course], runs: Sequence[Course]) -> str:
-    """Where runs collapsed, and how many of how many, the most frequent first."""
+    """Where runs collapsed, the highest rate first: "full fine-tuning with FGSM at eps 16 (2 of 3), ..." """
     all_runs, fallen = (Counter(map(_place, each)) for each in (runs, collapsed))
     order = sorted(fallen, key=lambda place: (-fallen[place] / all_runs[place], place))
     words = [f"{m} with {a} at eps {e:g} ({fallen[m, a, e]} of {all_runs[m, a, e]})" for m, a, e in order[:4]]
@@ -128,7 +128,7 @@ def _from_scratch(runs: Sequence[Course]) -> list[str]:
 
 
 def _price(averages: Sequence[Average]) -> list[str]:
-    """The difference to PGD, at the paper's budgets or, where these were not measured, at all budgets."""
+    """The difference to PGD in words: at the paper's budgets, or at all budgets where those were not measured."""
     found = headlines(averages)
     if not found:
         return ["What it costs in accuracy is not measured yet: no cell has a partner trained with PGD."]
@@ -184,10 +184,15 @@ def _warned(scores: Iterable[Score]) -> list[str]:
 
 
 def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses: Iterable[Course]) -> str:
-    """The answer in Markdown: a table and a line on stability.
+    """The answer in Markdown: a table, and a line on stability.
 
-    The table has the paper's figures, ours at each eps, and each method's at eps 8; at other eps a method has a row
-    where it alone was judged by some judge.
+    The table has rows for the paper's numbers, for the mean over our methods at each eps, and for each method at eps 8.
+    At another eps a method has a row only where a judge judged that method and not all the others.
+
+    Args:
+        averages: the differences to PGD, averaged over data sets.
+        times: the times of methods with attacks.
+        courses: how the runs went.
     """
     judges = [judge for judge in README_JUDGES if any(each.judge == judge for each in averages)] or ["pgd-10", "pma"]
     lines = [
@@ -205,7 +210,7 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
     most = {key[:2]: max((k for k in groups if k[:2] == key[:2]), key=lambda k: len(k[2])) for key in groups}
     means = list(most.values())
     alone = [key for key in groups if len(key[2]) == 1 and key not in means]
-    # At other eps than 8 where there is a judge whom not all methods met.
+    # At an eps other than 8 only where there is a judge that did not judge all methods.
     methods = [key for key in alone if key[1] == 8 or groups[key].keys() - groups[most[key[:2]]].keys()]
     sets = max((each.data_sets for each in of_fgsm), default=0)
     for model, eps, names in (
@@ -238,7 +243,7 @@ def _named(methods: Sequence[str]) -> str:
 
 
 def headlines(averages: Sequence[Average]) -> list[Average]:
-    """For each eps the average on the first screen: of the first model and fast attack, over the most methods."""
+    """The averages on the first screen, one for each eps: of the first model and fast attack, over the most methods."""
     judged = [each for each in averages if each.judge == HEADLINE_JUDGE and each.methods != (SCRATCH,)]
     if not judged:
         return []
@@ -253,13 +258,13 @@ def headlines(averages: Sequence[Average]) -> list[Average]:
 
 
 def points(share: float) -> str:
-    """A difference of shares, in points, with its sign."""
+    """A difference of shares in points, with its sign: 0.0123 is "+1.23"."""
     rounded = round(100 * share, 2) or 0.0
     return f"{rounded:+.2f}" if rounded else "0.00"
 
 
 def judges_of(found: Iterable[str]) -> list[str]:
-    """Distinct names of judges, weak ones first."""
+    """The judges, each once, weak ones first."""
     known = {judge: place for place, judge in enumerate(JUDGE_ORDER)}
     return sorted(_distinct(found), key=lambda judge: known.get(judge, len(known)))
 

@@ -1,4 +1,4 @@
-"""One cell of a study: trained, judged, and kept in its folder."""
+"""Runs one cell of a study: trains the model, judges it, and writes its record into its folder."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from fastadv.study.verdicts import judged, share
 from fastadv.version import __version__
 
 WEIGHTS = "model.safetensors"
-# Entries of a record's settings that no grid has: digests of what was found here.
+# A record's settings have two entries that no grid has: digests of the images and of the weights that were read.
 FOUND = {"contents": "images", "weights": "pretrained weights"}
 MACHINES = "machines.json"
 _WORK = ("train", "judged-*", MACHINES, ERROR)
@@ -38,12 +38,12 @@ class Site:
     """Where and how cells are run.
 
     Attributes:
-        folder: of the study.
-        data_folder: of data sets with relative paths; None means the working folder, and for cifar10 the folder that
-            `fastadv.data.load` takes.
-        device: name of a device of PyTorch.
-        threads: of a cell; its result depends on them in its last bits.
-        keep_weights: keep each cell's model.safetensors.
+        folder: the study's folder.
+        data_folder: where relative paths of data sets begin; None means the working folder, and for cifar10 the default
+            folder of `fastadv.data.load`.
+        device: the name of a device of PyTorch, such as "cuda".
+        threads: the number of CPU threads of a cell; the last bits of its result depend on it.
+        keep_weights: whether each cell keeps its model.safetensors.
     """
 
     folder: Path
@@ -58,8 +58,8 @@ class Outcome:
     """What became of a cell.
 
     Attributes:
-        id: of the cell.
-        status: "done", "failed", or "elsewhere", where another process runs it.
+        id: the id of the cell.
+        status: "done", "failed", or "elsewhere": another process runs it.
         words: more about it, for people.
     """
 
@@ -69,15 +69,17 @@ class Outcome:
 
 
 def run(task: Task, site: Site) -> Outcome:
-    """Run a cell that is not finished, or go on with one that was cut. What goes wrong is kept beside its results.
+    """Run a cell that is not finished, from its last checkpoint if there is one.
+
+    An error ends the cell, not the study: the traceback is written to error.txt in the cell's folder.
 
     Args:
-        task: the cell, and all that its result depends on.
+        task: the cell, and everything that its result depends on.
         site: where and how it is run.
 
     Raises:
-        KeyboardInterrupt: it is interrupted, and its state is on the disk.
-        SystemExit: likewise.
+        KeyboardInterrupt: Ctrl-C; the state of the cell is on the disk.
+        SystemExit: SIGTERM; likewise.
     """
     id, folder = task.cell.id, cell_folder(site.folder, task.cell.id)
     before = torch.get_num_threads()
@@ -99,18 +101,18 @@ def run(task: Task, site: Site) -> Outcome:
 
 
 def clean(folder: Path, id: str) -> None:
-    """Remove what a finished cell needed on its way."""
+    """Remove the files that a finished cell needs no more, such as its checkpoints."""
     for path in [path for pattern in _WORK for path in cell_folder(folder, id).glob(pattern)]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def missing(task: Task, record: Record) -> list[str]:
-    """The judges that a finished cell was not judged by."""
+    """The judges of the grid that have not judged a finished cell."""
     return [judge for judge in task.judges if judge not in record["verdicts"]]
 
 
 def _run(task: Task, site: Site, found: Record | None) -> Record:
-    """Train, unless that is done, and judge; return the record."""
+    """Train the model, unless `found` has that already; judge it; write and return the record."""
     folder = cell_folder(site.folder, task.cell.id)
     parts = parts_of(task, site.data_folder)
     with warnings.catch_warnings(record=True) as caught:
@@ -156,33 +158,33 @@ def _trained(task: Task, site: Site, parts: Parts, folder: Path) -> tuple[models
         "train_cpu_s": records[-1]["train_cpu_s"],
         "cost": cost_of(task),
     }
-    if commit := os.environ.get("FASTADV_COMMIT"):  # of developers, whose code changes within a version
+    if commit := os.environ.get("FASTADV_COMMIT"):  # for developers: their code changes within a version
         record["commit"] = commit
     return model, record
 
 
 def found_here(task: Task, parts: Parts) -> dict[str, str]:
-    """The values of FOUND for the images and the model that are here."""
+    """The digests of FOUND, of the images and the weights on this machine."""
     shape = tuple(parts.train[0].shape[1:])
     return {"contents": parts.contents, "weights": _pretrained(task.cell.model, parts.classes, shape)}
 
 
 def build(cell: Cell, parts: Parts) -> models.Model:
-    """The model that a cell starts from: its seed chooses the head's weights, or all of them."""
+    """The model that a cell starts from. The cell's seed draws the weights of the head; from scratch, all weights."""
     torch.manual_seed(cell.seed)
     shape = tuple(parts.train[0].shape[1:])
     model = models.source(cell.model).build(parts.classes, shape)
     if cell.method != SCRATCH:
         return model
     torch.manual_seed(cell.seed)
-    # Its maker is trusted: `source` was asked for it by name.
+    # The function that makes the network is trusted: the user gave the model's name.
     network = models.construct(model.architecture, len(parts.classes), trust_code=True)
     return models.Model(network, model.preprocessing, model.architecture, model.classes, pretrained=False)
 
 
 @lru_cache(maxsize=8)
 def _pretrained(model: str, classes: tuple[str, ...], shape: tuple[int, ...]) -> str:
-    """A digest of the weights that a model brings: those that do not depend on a seed."""
+    """A digest of a model's pretrained weights. Weights that depend on the seed, as the head's do, are left out."""
     states = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -199,10 +201,12 @@ def _pretrained(model: str, classes: tuple[str, ...], shape: tuple[int, ...]) ->
 
 
 def check(task: Task, record: Record) -> None:
-    """Refuse a finished cell that is not what the grid asks for. A setting that its record lacks had its default.
+    """Refuse a finished cell that is not what the grid asks for.
+
+    A setting that the record lacks did not exist yet when the cell was made, and had its default.
 
     Raises:
-        ValueError: what differs.
+        ValueError: a setting differs; the message says which.
     """
     settings = {name: value for name, value in record["settings"].items() if name not in FOUND}
     there = {**with_defaults(task.cell, settings), **record["cell"]}
@@ -214,13 +218,13 @@ def check(task: Task, record: Record) -> None:
 
 
 def check_together(records: Iterable[Record]) -> None:
-    """Refuse cells that have one name for different images, or for different pretrained weights.
+    """Refuse cells that use one name for different images, or for different pretrained weights.
 
     Args:
-        records: of cells; "cell" and "settings" are compared.
+        records: the cells' records, of which "cell" and "settings" are compared.
 
     Raises:
-        ValueError: two that do not belong in one study.
+        ValueError: two cells do not belong in one study.
     """
     seen: dict[tuple[str | None, ...], tuple[str, str]] = {}
     for record in records:
@@ -243,7 +247,7 @@ def _said(record: Record) -> str:
 
 
 def machine(site: Site) -> dict[str, str | int]:
-    """What times, and the last bits of results, depend on."""
+    """The facts about this machine on which the times, and the last bits of results, depend."""
     device = torch.device(site.device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -256,7 +260,7 @@ def machine(site: Site) -> dict[str, str | int]:
 
 
 def _machines(site: Site, folder: Path) -> list[dict[str, str | int]]:
-    """The machines that a cell was trained on so far, this one last: a run that was cut may go on elsewhere."""
+    """The machines that a cell was trained on, this one last: a cut run may go on at another machine."""
     path = folder / MACHINES
     before, here = json.loads(path.read_text()) if path.exists() else [], machine(site)
     found = [each for each in before if each != here] + [here]

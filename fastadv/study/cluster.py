@@ -1,4 +1,4 @@
-"""The cells of a study on a cluster, by Ray: a cell is a task."""
+"""Runs the cells of a study on a cluster, with Ray: each cell is a task of Ray's."""
 
 import os
 import sys
@@ -13,20 +13,24 @@ from fastadv.study.cells import Outcome, Site
 from fastadv.study.grid import Task
 from fastadv.version import __version__
 
-RETRIES = 5  # of a cell whose worker was lost
+RETRIES = 5  # a cell is tried so often again after its worker was lost
 
 
 def by_ray(tasks: Sequence[Task], site: Site, address: str) -> Iterator[Outcome]:
-    """Cells on the machines of a cluster, as many at a time as there are threads and GPUs for.
+    """Run the cells on the machines of a cluster, as many at a time as the CPUs and GPUs allow.
 
-    Each takes `site.threads` CPUs, and a GPU where its device is one. The cell of a lost worker goes on from its
-    checkpoint on another one, so that all machines must have the folder at the same path, as on a network's disk.
+    Each cell takes `site.threads` CPUs, and a GPU where `site.device` is one. Where a worker is lost, another one
+    resumes its cell from the checkpoint. So all machines must see the study's folder at the same path, as on a network
+    disk.
 
     Args:
         tasks: the cells.
         site: where and how they are run.
-        address: as `ray.init` takes it: "auto" for the cluster of this machine, "local" for a new one on this machine
-            alone, or HOST:PORT.
+        address: the cluster, as `ray.init` takes it: "auto" for the cluster that this machine is in, "local" for a new
+            one on this machine alone, or HOST:PORT.
+
+    Yields:
+        What became of each cell, in the order in which they end.
 
     Raises:
         ConnectionError: there is no such cluster.
@@ -46,15 +50,17 @@ def by_ray(tasks: Sequence[Task], site: Site, address: str) -> Iterator[Outcome]
             (ready,), waiting = ray.wait(waiting)
             try:
                 yield ray.get(ready)
-            except ray.exceptions.RayError as error:  # its workers were lost again and again
+            except ray.exceptions.RayError as error:  # all retries failed too
                 yield Outcome(ids[ready], "failed", f"{type(error).__name__}: {error}")
     finally:
         ray.shutdown()
 
 
 def _run(task: Task, site: Site, working: Path) -> Outcome:
-    """Run a cell in the working folder of the process that began the study: relative paths and a model's module are
-    found from there."""
+    """Run a cell in the working folder of the process that began the study.
+
+    Relative paths, and the module of a model of the user's, are looked up from there.
+    """
     if working.is_dir():
         os.chdir(working)
     if "" not in sys.path:
@@ -63,7 +69,7 @@ def _run(task: Task, site: Site, working: Path) -> Outcome:
 
 
 def _check_machines(ray: ModuleType, folder: Path) -> None:
-    """Refuse machines that do not see this folder, or have another fastadv."""
+    """Refuse machines that do not see this folder, or have another version of fastadv."""
     token = folder / "shared.token"
     token.write_text(said := uuid.uuid4().hex)
     try:
@@ -87,7 +93,7 @@ def _check_machines(ray: ModuleType, folder: Path) -> None:
 
 
 def _look(token: Path) -> tuple[str | None, str]:
-    """What a machine reads in the file `token`, and its version of fastadv."""
+    """What a machine reads in the file `token`, or None, and its version of fastadv."""
     try:
         return token.read_text(), __version__
     except OSError:

@@ -1,4 +1,4 @@
-"""What a cell costs: passes an image by the cost model, and seconds by what passes have cost."""
+"""The cost of a cell: forward passes by the cost model, and the seconds of a pass from finished cells."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,13 +12,16 @@ from fastadv.training.fast.cached import Cached
 
 
 def cost_of(task: Task) -> dict[str, float]:
-    """Passes an image and epoch by the cost model of `fastadv.training.cost`, and their sum in forward passes.
+    """The passes that training takes for one image in one epoch, by the cost model of `fastadv.training.cost`.
+
+    Args:
+        task: the cell.
 
     Returns:
-        {"forward", "input_backward", "backward", "units"}.
+        The numbers of passes "forward", "input_backward" and "backward"; and "units", their cost in forward passes.
 
     Raises:
-        ValueError: an attack whose cost is not known.
+        ValueError: the cost of the attack is not known.
     """
     training = task.training
     steps = training.steps if task.attack == "pgd" else None
@@ -28,7 +31,7 @@ def cost_of(task: Task) -> dict[str, float]:
 
 
 def _fresh(task: Task) -> float:
-    """The share of images that the attacks stale and cached give a fresh FGSM, over all epochs."""
+    """The share of images, over all epochs, for which the attacks stale and cached take a fresh FGSM."""
     training = task.training
     if training.price is not None:
         return fresh_share(training.price, training.method, clean=training.clean_weight > 0)
@@ -37,12 +40,18 @@ def _fresh(task: Task) -> float:
 
 
 def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
-    """Forward passes of a whole cell at most, as if each image withstood all that is asked of it.
+    """The most forward passes of one image that a whole cell takes: those of a model that withstands every attack.
 
     Args:
         task: the cell.
-        images: how many "train", "val" and "test" images there are.
-        classes: how many there are.
+        images: the numbers of "train", "val" and "test" images.
+        classes: the number of classes.
+
+    Returns:
+        Training, evaluations and judging together.
+
+    Raises:
+        ValueError: the cost of the attack is not known.
     """
     epochs = sum(stage.epochs for stage in task.training.stages)
     every = task.training.eval_every
@@ -56,7 +65,7 @@ def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
 
 
 def _judging(names: Iterable[str], task: Task, classes: int) -> float:
-    """Forward passes of an image that withstands these attacks."""
+    """The forward passes that these attacks take on an image that withstands them all."""
     total = 0.0
     for name in names:
         attack = create_attack(name, nn.Identity(), task.cell.eps / 255)
@@ -66,7 +75,7 @@ def _judging(names: Iterable[str], task: Task, classes: int) -> float:
 
 
 def seconds_a_unit(record: Record) -> float:
-    """The seconds of a forward pass of one image in the training of a finished cell."""
+    """The seconds that a forward pass of one image took in the training of a finished cell."""
     epochs = sum("epoch" in each for each in record["records"])
     seconds: float = record["train_s"] / (epochs * record["images"]["train"] * record["cost"]["units"])
     return seconds

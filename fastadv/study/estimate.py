@@ -16,9 +16,9 @@ from fastadv.training import Settings
 
 logger = logging.getLogger("fastadv")
 
-_Kind = tuple[str, str | None, str, str]  # data, classes, model and method: what the time of a pass depends on
+_Kind = tuple[str, str | None, str, str]  # data, classes, model and method: the time of a pass depends on these
 
-# Settings that the time of a standard step depends on.
+# The time of a step of standard training depends on these settings.
 _OF_A_STEP = (
     *("method", "head", "rank", "lora_targets", "lr", "batch_size", "grad_accum_steps", "optimizer"),
     *("precision", "compile", "channels_last"),
@@ -26,15 +26,22 @@ _OF_A_STEP = (
 
 
 def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float]:
-    """Seconds of each cell at most, by its id: as if each image withstood each attack.
+    """The most seconds that each cell takes: those of a model that withstands every attack.
 
-    The cost model says how many passes a cell has. The time of a pass is known from the finished cells of the same data
-    set, model and method on such a machine, or else from a step of standard training that is timed here.
+    The cost model gives the number of passes. The time of a pass comes from finished cells with the same data set,
+    model and method on such a machine. Where there are none, a step of standard training is timed here.
+
+    Args:
+        tasks: the cells.
+        site: where and how they are run.
+
+    Returns:
+        {id of a cell: seconds}.
 
     Raises:
         FileNotFoundError: images or a model are not there.
         ImportError: a package for them is not installed.
-        ValueError: they cannot be read, or do not go together.
+        ValueError: images or a model cannot be read, or do not go together.
     """
     timed: dict[_Kind, list[float]] = {}
     here = machine(site)
@@ -57,14 +64,14 @@ def _kind(cell: Cell) -> _Kind:
 
 
 def _measured(task: Task, site: Site, parts: Parts) -> float:
-    """Seconds of a forward pass of one image: those of the second of two steps on clean images, over its passes."""
+    """The seconds of a forward pass of one image: two steps on clean images are taken, and the second one is timed."""
     training = Settings(epochs=2, probe=0, eval_every=0, **{name: getattr(task.training, name) for name in _OF_A_STEP})
     standard = replace(task, attack="none", training=training)
     images = parts.train[0][: training.batch_size]
     labels = torch.arange(len(images)) % len(parts.classes)
     before, level = torch.get_num_threads(), logger.level
     try:
-        logger.setLevel(logging.WARNING)  # its two epochs are none of the study's
+        logger.setLevel(logging.WARNING)  # the two epochs here are not the study's
         torch.set_num_threads(site.threads)
         model = build(task.cell, parts)
         records = trainer(standard, model.on_pixels, site.device).fit((images, labels))

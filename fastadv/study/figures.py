@@ -1,5 +1,7 @@
-"""Figures of a study: vector for its page, and PNG beside it. They name methods and attacks, never data sets, whose
-names may have characters that the font has not."""
+"""The figures of a study, as SVG for its page and as PNG files.
+
+They name methods and attacks, but never data sets: a data set's name may have characters that the font lacks.
+"""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -19,17 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's, which all eyes tell apart; the markers do in print.
+# The palette of Okabe and Ito, for colour-blind readers too; the markers tell methods apart in black and white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 ATTACK, UNDER_PGD = "#d55e00", "#0072b2"
 STABLE, SOME, ALL, UNKNOWN = "#cfe6f3", "#f3c77b", "#c8501e", "#ffffff"
-WIDTH = 4.1  # inches: as wide as a telephone's page
-LEAST_RANGE = 2.0  # points
+WIDTH = 4.1  # inches: the width of a phone's screen
+LEAST_RANGE = 2.0  # points: the axis of differences has at least -2 to 2
 
 
 def difference_by_eps(averages: Sequence[Average]) -> "Figure":
-    """Each method's difference to PGD over eps, and the paper's; of one model, attack and judge."""
+    """Each method's difference to PGD over eps, beside the paper's mean.
+
+    Args:
+        averages: averages of one model, attack and judge.
+    """
     figure, axis = _axis(WIDTH, 3.3)
     budgets = sorted({each.eps for each in averages})
     methods = list(dict.fromkeys(each.methods for each in averages if len(each.methods) == 1))
@@ -63,7 +69,11 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
 
 
 def stability_map(courses: Sequence[Course]) -> "Figure":
-    """Methods by eps, in each field how many of the runs collapsed; of one attack."""
+    """A table of methods by eps; each field says how many runs collapsed, such as "2 of 6".
+
+    Args:
+        courses: runs with one training attack.
+    """
     methods = list(dict.fromkeys(each.result.cell.method for each in courses))
     methods.sort(key=lambda method: method == "scratch")
     budgets = sorted({each.result.cell.eps for each in courses})
@@ -83,7 +93,7 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
 
 def _field(axis: "Axes", column: int, row: int, runs: int, collapsed: int) -> None:
     colour = UNKNOWN if not runs else STABLE if not collapsed else ALL if collapsed == runs else SOME
-    hatch = "" if not collapsed else "///"  # for print
+    hatch = "" if not collapsed else "///"  # tells the colours apart in black and white
     rectangle = require("matplotlib.patches").Rectangle
     place = (column - 0.47, row - 0.45)
     edge = "#ffffff" if collapsed else "#cccccc"
@@ -94,8 +104,13 @@ def _field(axis: "Axes", column: int, row: int, runs: int, collapsed: int) -> No
 
 
 def curves(courses: Sequence[Course]) -> "Figure":
-    """The accuracy on the monitor's images under the training attack and under PGD-5, for each eps; of one method and
-    attack. Thin lines are runs, heavy lines their mean."""
+    """The accuracy on the monitor's images over the epochs, under the training attack and under PGD-5, for each eps.
+
+    Thin lines are runs, and heavy lines are their mean.
+
+    Args:
+        courses: runs of one method with one training attack.
+    """
     budgets = sorted({each.result.cell.eps for each in courses})
     figure = _figure(max(0.6 + 1.45 * len(budgets), 2.9), 2.4)
     axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -136,7 +151,7 @@ def _lines(axis: "Axes", runs: Iterable[Course], field: str, colour: str, style:
 
 
 def _style(method: str) -> dict[str, str]:
-    """The same in all figures."""
+    """The colour and the marker of a method, the same in all figures."""
     place = method_place(method)[0]
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
@@ -163,11 +178,11 @@ def _plain(axis: "Axes") -> None:
 
 
 def svg(figure: "Figure", words: str) -> str:
-    """The figure as a part of a page: letters are outlines, and nothing is loaded.
+    """The figure as an SVG element of a page. Letters are drawn as outlines, so the page loads no font.
 
     Args:
-        figure: to be drawn.
-        words: for people who cannot see it.
+        figure: the figure.
+        words: the description for people who cannot see it.
     """
     buffer = io.StringIO()
     with require("matplotlib").rc_context({"svg.fonttype": "path", "svg.hashsalt": words}):

@@ -1,4 +1,4 @@
-"""The files of a study's folder: the grid that was asked for, and a folder for each cell."""
+"""The files in a study's folder: the grid, and a folder for each cell."""
 
 import json
 import re
@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from yaml import MappingNode
 
 GRID, GRID_FORMAT = "study.yaml", 1
-CELL, CELL_FORMAT, OLDEST_CELL = "cell.json", 2, 1  # 1 has old names of settings
+CELL, CELL_FORMAT, OLDEST_CELL = "cell.json", 2, 1  # format 1 has old names of settings
 ERROR = "error.txt"
 
 Record = dict[str, Any]  # of a finished cell: its settings, results and times, as its file has them
 
 
 def read_grid(path: str | Path) -> dict[str, Any]:
-    """The grid of a YAML file. 1e-3 is a number, as in YAML 1.2.
+    """The grid in a YAML file. 1e-3 is a number there, as in YAML 1.2.
+
+    Args:
+        path: the file.
+
+    Returns:
+        {name: value}, without the format.
 
     Raises:
         ImportError: PyYAML is not installed.
         OSError: the file cannot be read.
-        ValueError: it is no such file, has another format, or says something twice.
+        ValueError: the file is not YAML, is no grid, has another format, or has a name twice.
     """
     yaml = require("yaml")
 
@@ -53,7 +59,12 @@ def read_grid(path: str | Path) -> dict[str, Any]:
 
 
 def write_grid(folder: Path, grid: Mapping[str, Any]) -> None:
-    """Keep the grid with its results, in a file that `read_grid` reads."""
+    """Write the grid into the study's folder, in a file that `read_grid` reads.
+
+    Raises:
+        ImportError: PyYAML is not installed.
+        OSError: the file cannot be written.
+    """
     plain = json.loads(json.dumps({"format": GRID_FORMAT, **grid}))
     write_atomically(folder / GRID, require("yaml").safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
 
@@ -67,8 +78,8 @@ def read_cell(folder: Path, id: str) -> Record | None:
     """The record of a finished cell; None where it is not finished.
 
     Raises:
-        FormatError: it is of another version of fastadv.
-        ValueError: it is damaged, or of another cell.
+        FormatError: another version of fastadv wrote it.
+        ValueError: the file is damaged, or belongs to another cell.
     """
     path = cell_folder(folder, id) / CELL
     try:
@@ -85,13 +96,18 @@ def read_cell(folder: Path, id: str) -> Record | None:
 
 
 def write_cell(folder: Path, id: str, record: Record) -> None:
-    """Write the record of a finished cell, whole or not at all."""
+    """Write the record of a finished cell; a process that dies meanwhile leaves no half-written file."""
     content = json.dumps({**record, "format": CELL_FORMAT}) + "\n"
     write_atomically(cell_folder(folder, id) / CELL, content.encode())
 
 
 def finished(folder: Path) -> Iterator[Record]:
-    """The records of all finished cells, in the order of their names."""
+    """The records of all finished cells, in the order of their names.
+
+    Raises:
+        FormatError: as `read_cell`.
+        ValueError: likewise.
+    """
     for path in sorted((folder / "cells").glob(f"*/{CELL}")):
         if (record := read_cell(folder, path.parent.name)) is not None:
             yield record

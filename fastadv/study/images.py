@@ -1,4 +1,4 @@
-"""The images of a cell: a data set as the model takes it, each part up to its limit, in a fixed order."""
+"""The images of a cell: a data set preprocessed for the model, each part cut to its limit, in a fixed order."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from fastadv.data.trained import TrainedOn
 from fastadv.preprocessing import Preprocessing
 from fastadv.study.grid import DataSet, Images, Task
 
-NAMED = ("digits", "cifar10")  # sets that are not found by a path
+NAMED = ("digits", "cifar10")  # data sets that have a name instead of a path
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a cell trains and is judged on.
+    """The images of a cell.
 
     Attributes:
         train: images and labels to train on.
         val: images and labels to choose weights on.
-        test: images and labels that judge.
-        classes: their names.
-        contents: a digest of the whole set, whatever the limits.
-        judged: a digest of the test images in their order, and of their labels.
-        test_digests: of each test image's content, int64 (N,).
-        trained_on: for the file of a model.
+        test: images and labels to judge the model on.
+        classes: the names of the classes.
+        contents: a digest of the whole data set, the same whatever the limits.
+        judged: a digest of the test images and their labels, in their order.
+        test_digests: int64 (N,), a digest of each test image's content.
+        trained_on: the training images as a model's file names them.
     """
 
     train: Samples
@@ -44,25 +44,32 @@ class Parts:
 
 
 def parts_of(task: Task, data_folder: Path | None) -> Parts:
-    """The images of a cell; those of a few data sets are kept in memory.
+    """The images of a cell. The last eight data sets stay in memory.
 
     Args:
-        task: which images.
-        data_folder: of data sets with relative paths; None means the working folder.
+        task: the cell, which names the data set and its limits.
+        data_folder: where relative paths of data sets begin; None means the working folder.
 
     Raises:
         FileNotFoundError: as `fastadv.data.load`.
-        ImportError: likewise.
-        ValueError: likewise, or the data have a single class.
+        ImportError: as `fastadv.data.load`.
+        ValueError: as `fastadv.data.load`; or all images have one class.
     """
     return _loaded(task.data, task.images, task.cell.model, data_folder)
 
 
 def preprocessing_of(given: DataSet, model: str) -> Preprocessing | None:
-    """The preprocessing of the images: the model's own, or else the one to the size that the data set asks for.
+    """The preprocessing of the images: the model's own, or a resize to the size that the grid gives for the data set.
+
+    Args:
+        given: the data set as the grid has it.
+        model: the name of the model.
+
+    Returns:
+        The preprocessing; None where neither has one.
 
     Raises:
-        ValueError: an unknown model, or one that has a size of its own where the data set has one too.
+        ValueError: the model is unknown; or the model has a size of its own, and the data set has one too.
     """
     own = models.source(model).preprocessing
     if given.size is None:
@@ -108,7 +115,7 @@ def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None
 
 
 def _chosen(count: int, limit: int | None) -> torch.Tensor | slice:
-    """The first `limit` of a random order that is always the same; without a limit all, in their own order."""
+    """Which images are taken: the first `limit` of a random order that is always the same; without a limit all."""
     if limit is None:
         return slice(None)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]

@@ -1,4 +1,4 @@
-"""Catastrophic overfitting in the records of training: where, when, who saw it and how early."""
+"""Catastrophic overfitting in the records of training: which runs collapsed, when, and which detectors saw it."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from fastadv.study.files import Record
 from fastadv.study.results import PGD, Result, row_of
 
 HALF = 0.5
-LEAST = 0.05  # of accuracy: less may be chance
+LEAST = 0.05  # a fall in accuracy by less may be chance
 DROP, GAP, ABNORMAL = 0.20, 0.20, 0.10
 
 DEFINITION = (
@@ -21,17 +21,17 @@ DEFINITION = (
     "catastrophic overfitting from a model that forgets, or overfits as any does."
 )
 
-Rule = Callable[[Sequence[float]], Iterable[bool]]  # from a field's values over the epochs to where it fires
+Rule = Callable[[Sequence[float]], Iterable[bool]]  # the values of a field over the epochs -> whether each one fires
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A rule that may see a collapse in the monitor's readings.
+    """A rule that tells a collapse from the monitor's readings.
 
     Attributes:
-        field: of an epoch's record; epochs without it do not count.
-        rule: in words.
-        fires: whether it does, for each value of the field.
+        field: the name of the reading in an epoch's record; epochs without it do not count.
+        rule: the rule in words.
+        fires: the rule: for each value of the field, whether the detector fires there.
     """
 
     field: str
@@ -39,7 +39,7 @@ class Detector:
     fires: Rule
 
     def first(self, epochs: Sequence[Record]) -> int | None:
-        """The epoch at which it fires first, from 0."""
+        """The first epoch at which the detector fires, from 0; None where it never does."""
         seen = [each for each in epochs if self.has(each)]
         fired = self.fires([each[self.field] for each in seen])
         return next((each["epoch"] for each, fires in zip(seen, fired, strict=True) if fires), None)
@@ -66,7 +66,7 @@ def _highest(values: Sequence[float]) -> Iterable[float]:
 
 
 class _Alarm(Detector):
-    """The monitor's own word, which an epoch without an alarm has too: None."""
+    """The monitor's own alarm. Every epoch with a monitor has the field; it is None where there is no alarm."""
 
     def has(self, record: Record) -> bool:
         return self.field in record
@@ -87,9 +87,9 @@ class Course:
     """How a run went.
 
     Attributes:
-        result: of the run.
-        collapse: the epoch at which it collapsed, from 0; None where it did not.
-        seen: {detector: the epoch at which it fired first, or None}; detectors without readings are not in it.
+        result: the finished cell of the run.
+        collapse: the epoch at which the run collapsed, from 0; None where it did not.
+        seen: {name of a detector: the epoch at which it fired first, or None}, of the detectors that have readings.
     """
 
     result: Result
@@ -99,16 +99,16 @@ class Course:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a detector did.
+    """How well a detector told the collapsed runs from the others.
 
     Attributes:
-        name: of the detector.
-        rule: in words.
-        found: the runs that collapsed and in which it fired.
-        collapsed: the runs that collapsed.
-        leads: of each run in `found`, the epochs from the firing to the collapse; below 0 it was late.
-        false: the runs that did not collapse and in which it fired.
-        sound: the runs that did not collapse.
+        name: the name of the detector.
+        rule: its rule in words.
+        found: the number of collapsed runs in which it fired.
+        collapsed: the number of collapsed runs.
+        leads: for each run of `found`, the epochs from the firing to the collapse; -1 is one epoch too late.
+        false: the number of runs without a collapse in which it fired.
+        sound: the number of runs without a collapse.
     """
 
     name: str
@@ -126,7 +126,10 @@ class Score:
 
 
 def courses(results: Iterable[Result]) -> list[Course]:
-    """The courses of all runs with a training attack whose records tell whether they collapsed."""
+    """The courses of the runs that had a training attack and whose records tell whether they collapsed.
+
+    A record tells it where an epoch has both a validation and the monitor's readings.
+    """
     results = list(results)
     with_pgd = {(row_of(each), each.cell.seed): each for each in results if each.cell.attack == PGD}
     found = []
@@ -143,18 +146,24 @@ def courses(results: Iterable[Result]) -> list[Course]:
 
 
 def _measure(partner: Result | None) -> Sequence[Record] | None:
-    """The epochs of the run with PGD, which tell how robust a run could be; none of a model that says one class."""
+    """The epochs of the run with PGD, which show how robust a run could be.
+
+    None where there is no such run. An empty list where its model ends with one class for all images, and shows nothing.
+    """
     if partner is None:
         return None
     return [] if partner.constant else partner.epochs
 
 
 def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) -> int | None:
-    """The epoch, from 0, at which a run collapsed, by DEFINITION; None where it did not.
+    """The epoch at which a run collapsed, as DEFINITION says.
 
     Args:
-        epochs: its records; those without a validation or a probe do not count.
-        partner: the records of the run trained with PGD from the same seed.
+        epochs: the records of the run's epochs; epochs without a validation or the monitor's readings do not count.
+        partner: the records of the run that was trained with PGD from the same seed; None where there is no such run.
+
+    Returns:
+        The epoch, from 0; None where the run did not collapse.
     """
     of_partner = {each["epoch"]: each.get("robust_accuracy") for each in partner or ()}
     best = 0.0
@@ -173,7 +182,7 @@ def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) 
 
 
 def scores(found: Iterable[Course]) -> list[Score]:
-    """The score of each detector that had something to see."""
+    """The score of each detector that has readings in at least one run."""
     found, rows = list(found), []
     for name, detector in DETECTORS.items():
         seen = [(each.collapse, each.seen[name]) for each in found if name in each.seen]

@@ -1,34 +1,24 @@
-"""A study's results as files: one HTML page that needs no other file, its numbers as JSON and CSV, its figures."""
+"""A study as one HTML page that needs no other file."""
 
-import csv
-import io
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 from fastadv.evaluation.report import html
 from fastadv.evaluation.report.page import STYLE
-from fastadv.files import write_atomically
 from fastadv.study import answer as say
-from fastadv.study import figures
-from fastadv.study.files import CELL, ERROR, GRID, Record, cell_folder, read_cell, read_grid
-from fastadv.study.grid import Cell, expanded
-from fastadv.study.overfitting import DEFINITION, DETECTORS, Course, Score, courses, scores
-from fastadv.study.results import Result, Row, attack_words, judge_words, method_words, place_of, result_of, row_of
-from fastadv.study.statistics import DRAWS, Average, Difference, averages, compare
-from fastadv.study.timing import Time, times
+from fastadv.study.drawings import Drawing, first_screen
+from fastadv.study.files import Record
+from fastadv.study.grid import Cell
+from fastadv.study.overfitting import DEFINITION, DETECTORS, Score
+from fastadv.study.reading import Study
+from fastadv.study.results import Result, Row, attack_words, grouped, judge_words, method_words, row_of
+from fastadv.study.statistics import DRAWS, Average, Difference
+from fastadv.study.timing import Time
 
-Item = TypeVar("Item")
-Key = TypeVar("Key")
-
-FORMAT = 1
-PAGE, TABLE, NUMBERS, FIGURES = "report.html", "results.csv", "results.json", "figures"
-_ALARM = "catastrophic overfitting: "  # of the monitor
-_SHOWN = 12  # rows of a list that is not folded
+_ALARM = "catastrophic overfitting: "  # the monitor's warnings begin so
+_SHOWN = 12  # a longer list is folded
 
 _STYLE = """
 body { max-width: 70rem } h1 { font-size: 1.5rem; line-height: 1.25 } h2 { margin-top: 2.2rem }
@@ -46,229 +36,14 @@ summary { cursor: pointer; margin: .6rem 0 } @media print { details > * { displa
 """
 
 
-@dataclass(frozen=True)
-class Study:
-    """The results in a folder, and what was computed from them.
+def page(study: Study, drawn: Mapping[str, Drawing]) -> str:
+    """The page as HTML.
 
-    Attributes:
-        folder: of the study.
-        results: of the finished cells.
-        asked: ids of the cells that the grid asks for; None where there is no grid.
-        absent: {id of a cell that is not finished: why, where it is known}.
-        unjudged: {id: judges that the grid asks for and that have not judged the cell}.
-        problems: in words, what could not be read or compared.
-        differences: to the cells trained with PGD.
-        averages: of the differences, over data sets.
-        courses: how the runs went.
-        scores: of the detectors.
-        times: of methods with attacks.
+    Args:
+        study: the results.
+        drawn: the figures, by their names.
     """
-
-    folder: Path
-    results: list[Result]
-    asked: list[str] | None
-    absent: dict[str, str]
-    unjudged: dict[str, list[str]]
-    problems: list[str]
-    differences: list[Difference]
-    averages: list[Average]
-    courses: list[Course]
-    scores: list[Score]
-    times: list[Time]
-
-    @property
-    def answer(self) -> say.Answer:
-        """To the question of the title."""
-        return say.answer(self.courses, self.averages, self.times, self.scores, self.complete)
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is missing."""
-        return not (self.absent or self.unjudged or self.problems)
-
-    @property
-    def readme(self) -> str:
-        """README's table."""
-        return say.table_for_readme(self.averages, self.times, self.courses)
-
-
-def write_study(folder: Path) -> None:
-    """Write report.html, results.json, results.csv and figures (SVG and PNG) of the finished cells in `folder`.
-
-    Where the study is not finished they say what is missing, and why a cell cannot be read or compared.
-
-    Raises:
-        ImportError: the `train` extra is not installed.
-        OSError: a file cannot be written.
-    """
-    study = read_study(folder)
-    drawn = _drawn(study)
-    for name, drawing in drawn.items():
-        write_atomically(folder / FIGURES / f"{name}.svg", drawing.svg.encode())
-        write_atomically(folder / FIGURES / f"{name}.png", drawing.png)
-    write_atomically(folder / NUMBERS, (json.dumps(_numbers(study), indent=1) + "\n").encode())
-    write_atomically(folder / TABLE, _csv(_rows(study.results)).encode("utf-8", "backslashreplace"))
-    write_atomically(folder / PAGE, _page(study, drawn).encode())
-
-
-def table_for_readme(folder: Path) -> str:
-    """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
-    return read_study(folder).readme
-
-
-def read_study(folder: Path) -> Study:
-    """All that is computed from the finished cells in `folder`."""
-    results, problems = _read(folder)
-    differences, refused = compare(results)
-    asked, judges, said = _asked(folder)
-    done = {each.cell.id: each for each in results}
-    unjudged = {id: [j for j in wanted if j not in done[id].verdicts] for id, wanted in judges.items() if id in done}
-    found = courses(results)
-    return Study(
-        folder,
-        results,
-        asked,
-        {id: _reason(folder, id) for id in asked or () if id not in done},
-        {id: missed for id, missed in unjudged.items() if missed},
-        [*problems, *said, *refused],
-        differences,
-        averages(differences),
-        found,
-        scores(found),
-        times(results),
-    )
-
-
-def _read(folder: Path) -> tuple[list[Result], list[str]]:
-    results, problems = [], []
-    for path in sorted((folder / "cells").glob(f"*/{CELL}")):
-        try:
-            if (record := read_cell(folder, path.parent.name)) is not None:
-                results.append(result_of(record))
-        except (KeyError, TypeError) as error:
-            problems.append(f"{path.parent.name}/{CELL} is no record of a cell: {type(error).__name__}: {error}")
-        except ValueError as error:
-            problems.append(str(error))
-    return sorted(results, key=place_of), problems
-
-
-def _asked(folder: Path) -> tuple[list[str] | None, dict[str, tuple[str, ...]], list[str]]:
-    """Ids of the cells that the grid asks for, who is to judge them, and why that is not known."""
-    if not (folder / GRID).exists():
-        return None, {}, [f"There is no {GRID}: what else was asked for is not known."]
-    try:
-        tasks = expanded(read_grid(folder / GRID))
-    except (ImportError, TypeError, ValueError) as error:
-        return None, {}, [f"{GRID} cannot be read, so that what is missing is not known: {error}"]
-    return [task.cell.id for task in tasks], {task.cell.id: task.judges for task in tasks}, []
-
-
-def _reason(folder: Path, id: str) -> str:
-    try:
-        return (cell_folder(folder, id) / ERROR).read_text(errors="replace").strip().splitlines()[-1]
-    except (FileNotFoundError, IndexError):
-        return ""
-
-
-# ---------------------------------------------------------------------- numbers
-
-
-def _rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """A row for each cell: what it is, its accuracies, its time."""
-    return [{**asdict(each.cell), **each.accuracies, "train_s": each.record["train_s"]} for each in results]
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _numbers(study: Study) -> dict[str, Any]:
-    """The content of results.json: differences are shares, the first's minus the second's, and epochs count from 0."""
-    runs = [{**asdict(each.result.cell), "collapse": each.collapse, "detectors": each.seen} for each in study.courses]
-    return {
-        "format": FORMAT,
-        "answer": asdict(study.answer),
-        "rows": _rows(study.results),
-        "differences": [_difference(each) for each in study.differences],
-        "averages": [asdict(each) for each in study.averages],
-        "paper": {f"{eps:g}": mean for eps, mean in say.PAPER.items()},
-        "overfitting": {
-            "definition": DEFINITION,
-            "runs": runs,
-            "detectors": [{**asdict(each), "lead": each.lead} for each in study.scores],
-        },
-        "times": [asdict(each) for each in study.times],
-        "missing": {"cells": study.absent, "judges": study.unjudged, "problems": study.problems},
-        "readme": study.readme,
-    }
-
-
-def _difference(each: Difference) -> dict[str, Any]:
-    about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
-    return {**asdict(each.row), **about, "mean": each.mean, "low": each.low, "high": each.high, "unlike": each.unlike}
-
-
-# ---------------------------------------------------------------------- figures
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure, drawn.
-
-    Attributes:
-        words: what it shows.
-        caption: below it; may be empty.
-        svg: for the page.
-        png: for a file.
-    """
-
-    words: str
-    caption: str
-    svg: str
-    png: bytes
-
-
-def _drawn(study: Study) -> dict[str, Drawing]:
-    """{name of the file: what is in it}."""
-    models = list(dict.fromkeys(each.cell.model for each in study.results))
-    found = {}
-    for number, model in enumerate(models):
-        mine = [each for each in study.averages if each.model == model and each.judge in say.README_JUDGES]
-        for (attack, judge), shown in _grouped(mine, lambda each: (each.attack, each.judge)):
-            words = f"{attack_words(attack)} minus PGD by eps, judged by {judge_words(judge)}"
-            found[f"difference-{number}-{attack}-{judge}"] = model, words, figures.difference_by_eps(shown)
-        runs = [each for each in study.courses if each.result.cell.model == model and each.result.fast]
-        for attack, group in _grouped(runs, lambda each: each.result.cell.attack):
-            words = f"{attack_words(attack)}: collapsed runs by method and eps"
-            found[f"map-{number}-{attack}"] = model, words, figures.stability_map(group)
-            for method, of_method in _grouped(group, lambda each: each.result.cell.method):
-                words = f"{method_words(method)} with {attack_words(attack)}: accuracy over epochs"
-                found[f"curves-{number}-{attack}-{method}"] = model, words, figures.curves(of_method)
-    drawn = {}
-    for name, (model, words, figure) in found.items():
-        caption = model if len(models) > 1 else ""
-        drawn[name] = Drawing(words, caption, figures.svg(figure, f"{words} {caption}".strip()), figures.png(figure))
-    return drawn
-
-
-def _first_screen(names: Iterable[str]) -> list[str]:
-    """The difference and the map of the first fast attack, FGSM where it is there."""
-    chosen = []
-    for kind, end in (("difference-0-", f"-{say.HEADLINE_JUDGE}"), ("map-0-", "")):
-        found = [name for name in names if name.startswith(kind) and name.endswith(end)]
-        chosen += sorted(found, key=lambda name: name != f"{kind}fgsm{end}")[:1]
-    return chosen
-
-
-# ---------------------------------------------------------------------- the page
-
-
-def _page(study: Study, drawn: Mapping[str, Drawing]) -> str:
-    first = _first_screen(drawn)
+    first = first_screen(drawn)
     parts = [f"<h1>{html.text(say.TITLE)}</h1>", _answer(study), _side(drawn, first)]
     for heading, content in {
         "Beside the paper": _paper(study),
@@ -307,7 +82,7 @@ def _answer(study: Study) -> str:
 
 
 def _constant(results: Sequence[Result]) -> list[str]:
-    """That models say nothing, which no attack can change."""
+    """A warning of models that predict one class for all images; no attack can change that."""
     found = [each.cell.id for each in results if each.constant]
     if not found:
         return []
@@ -319,7 +94,7 @@ def _constant(results: Sequence[Result]) -> list[str]:
 
 
 def _unlike(differences: Sequence[Difference]) -> list[str]:
-    """That pairs differ in more than the training attack."""
+    """A warning of pairs that differ in more than the training attack."""
     rows = {(each.row, each.attack): each.unlike for each in differences if each.unlike}
     if not rows:
         return []
@@ -490,9 +265,9 @@ def _times(found: Sequence[Time]) -> str:
 def _accuracies(results: Sequence[Result]) -> str:
     judges = say.judges_of(judge for each in results for judge in each.verdicts)
     parts = []
-    for names, group in _grouped(results, lambda each: (each.cell.data, each.cell.classes, each.cell.model)):
+    for names, group in grouped(results, lambda each: (each.cell.data, each.cell.classes, each.cell.model)):
         rows = []
-        for (row, attack), cells in _grouped(group, lambda each: (row_of(each), each.cell.attack)):
+        for (row, attack), cells in grouped(group, lambda each: (row_of(each), each.cell.attack)):
             shares = [[each.accuracies[judge] for each in cells if judge in each.verdicts] for judge in judges]
             about = [html.text(method_words(row.method)), html.text(attack_words(attack)), f"{row.eps:g}"]
             rows.append([*about, str(len(cells)), *map(_mean, shares)])
@@ -523,7 +298,7 @@ def _missing(study: Study) -> str:
 
 
 def _warnings(results: Sequence[Result]) -> str:
-    """What was warned of in training and judging, but for the alarms, which have a table of their own."""
+    """The warnings of training and judging. The monitor's alarms are left out: they have a table of their own."""
     counts = Counter(words for each in results for words in set(each.record.get("warnings", ())) if _ALARM not in words)
     rows = [[html.text(words), str(count)] for words, count in counts.most_common()]
     return _folded(f"all {len(rows)} of them", ["warning", "cells"], rows) if rows else ""
@@ -550,7 +325,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A long table shows that it is there."""
+    """A table; a long one is folded, and only its title is shown."""
     table = _table(head, rows)
     return table if len(rows) <= _SHOWN else html.folded(title, table)
 
@@ -584,11 +359,3 @@ def _ratio(value: float | None) -> str:
 
 def _has_validation(epoch: Record) -> bool:
     return epoch.get("robust_accuracy") is not None
-
-
-def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:
-    """(a key, the items that have it), in the order in which keys are met."""
-    found: dict[Key, list[Item]] = {}
-    for each in items:
-        found.setdefault(key(each), []).append(each)
-    return list(found.items())

@@ -1,8 +1,9 @@
 """The finished cells of a study, to compute with."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +11,11 @@ import numpy.typing as npt
 from fastadv.study.files import Record
 from fastadv.study.grid import SCRATCH, Cell, with_defaults
 
-PGD = "pgd"  # the training attack that the others are compared with
-_SLOW = ("none", "pgd", "apgd", "bim", "mifgsm", "pma")  # beginnings of the names of attacks that are not fast
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+PGD = "pgd"  # the other training attacks are compared with this one
+_SLOW = ("none", "pgd", "apgd", "bim", "mifgsm", "pma")  # an attack whose name begins like this is not fast
 
 METHOD_WORDS = {"linear": "linear probing", "bias": "bias tuning", "lora": "LoRA", "full": "full fine-tuning"}
 METHOD_WORDS |= {"adapter": "adapters", "prompt": "prompts", "ia3": "IA3", "norm": "norm tuning"}
@@ -24,7 +28,7 @@ JUDGE_ORDER = ("clean", "fgsm", "pgd-10", "pma", "pgd-50-10", "apgd", "autoattac
 
 @dataclass(frozen=True)
 class Row:
-    """What cells have in common that differ in the training attack and the seed alone."""
+    """What two cells have in common if they differ in nothing but the training attack and the seed."""
 
     data: str
     classes: str | None
@@ -52,12 +56,12 @@ class Result:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Its settings, with the defaults of settings that did not exist when it was made."""
+        """The settings. One that did not exist yet when the cell was made has its default."""
         return with_defaults(self.cell, self.record["settings"])
 
     @property
     def attack(self) -> str:
-        """The attack in training; `cell.attack` is another name where the attack has settings of its own."""
+        """The training attack, such as "pgd". `cell.attack` may be a name of the grid's, for an attack with settings."""
         name: str = self.settings["trained_with"]
         return name
 
@@ -68,13 +72,13 @@ class Result:
 
     @property
     def constant(self) -> bool:
-        """Whether its model says one class for all validation images: it is robust wherever that class is right."""
+        """Whether the model predicts one class for all images. No attack changes that: its robustness means nothing."""
         said = self.record["records"][-1].get("confusion", {}).get("clean", ())
         return len({said_class for _, said_class, _ in said}) == 1
 
     @property
     def fast(self) -> bool:
-        """Whether the attack in training is a fast one."""
+        """Whether the training attack is a fast one."""
         return not self.attack.startswith(_SLOW)
 
     @property
@@ -84,10 +88,10 @@ class Result:
 
 
 def result_of(record: Record) -> Result:
-    """The result in a cell's record.
+    """The result in the record of a cell.
 
     Raises:
-        ValueError: its verdicts are not of the same images.
+        ValueError: the judges' verdicts are not on the same images.
     """
     cell = Cell(**record["cell"])
     if len({len(said) for _, said in _said(record)}) != 1:
@@ -96,7 +100,7 @@ def result_of(record: Record) -> Result:
 
 
 def row_of(result: Result) -> Row:
-    """What a cell has in common with those that differ in the training attack and the seed alone."""
+    """The row of a cell."""
     cell = result.cell
     return Row(cell.data, cell.classes, cell.model, cell.method, cell.eps)
 
@@ -114,7 +118,7 @@ def method_place(method: str) -> tuple[int, str]:
 
 
 def _said(record: Record) -> list[tuple[str, str]]:
-    """(judge, verdicts), weak judges first."""
+    """(judge, verdicts) for each judge, weak judges first."""
     known = {judge: place for place, judge in enumerate(JUDGE_ORDER)}
     return sorted(record["verdicts"].items(), key=lambda entry: known.get(entry[0], len(known)))
 
@@ -132,3 +136,11 @@ def attack_words(attack: str) -> str:
 def judge_words(judge: str) -> str:
     """A judge's name for people."""
     return JUDGE_WORDS.get(judge, judge.upper())
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:
+    """The items by their keys: (key, items), in the order in which the keys first occur."""
+    found: dict[Key, list[Item]] = {}
+    for each in items:
+        found.setdefault(key(each), []).append(each)
+    return list(found.items())

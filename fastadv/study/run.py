@@ -1,4 +1,4 @@
-"""The cells of a study, one after another, or several at a time on one machine."""
+"""Runs the cells of a study on one machine: one after another, or several at a time."""
 
 import logging
 import multiprocessing
@@ -25,12 +25,16 @@ logger = logging.getLogger("fastadv")
 
 
 def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
-    """The cells that are still to be run, in their order.
+    """The cells that must still be run, or judged by more judges, in their order.
+
+    Args:
+        tasks: the cells of the grid.
+        folder: the study's folder.
 
     Raises:
-        FormatError: a file in the folder is of another version.
-        ValueError: a cell in the folder was made with other settings, images or weights, or is damaged; or a judge that
-            is asked for has not judged it, and its weights are gone.
+        FormatError: another version of fastadv wrote a file in the folder.
+        ValueError: a cell in the folder was made with other settings, images or weights, or is damaged; or a judge is
+            missing, and the weights of the cell were not kept.
     """
     records = {Cell(**record["cell"]).id: record for record in finished(folder)}
     cells.check_together(records.values())
@@ -50,17 +54,18 @@ def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
         if absent:
             left.append(task)
         else:
-            cells.clean(folder, task.cell.id)  # what a process left that was killed right at its end
+            cells.clean(folder, task.cell.id)  # a process that was killed right at its end has left its work
     return left
 
 
 def check_possible(tasks: Sequence[Task]) -> None:
-    """Refuse models that are not there, sizes that they do not take, and attacks that are none to train with.
+    """Refuse cells that cannot run, before the first one does.
 
     Raises:
-        FileNotFoundError: as `fastadv.models.source`.
-        ImportError: likewise.
-        ValueError: likewise; a size that the model does not take; or an attack of unknown cost.
+        FileNotFoundError: a model is not there; as `fastadv.models.source`.
+        ImportError: as `fastadv.models.source`.
+        ValueError: as `fastadv.models.source`; or the model takes images of another size; or the attack is not one to
+            train with.
     """
     for given, model in dict.fromkeys((task.data, task.cell.model) for task in tasks):
         preprocessing_of(given, model)
@@ -69,7 +74,7 @@ def check_possible(tasks: Sequence[Task]) -> None:
 
 
 def here(tasks: Sequence[Task], site: Site) -> Iterator[Outcome]:
-    """One after another, in this process."""
+    """Run the cells one after another, in this process."""
     for task in tasks:
         logger.info("%s:", task.cell.id)
         yield cells.run(task, site)
@@ -86,10 +91,19 @@ class _Worker:
 
 
 def side_by_side(tasks: Sequence[Task], site: Site, processes: int) -> Iterator[Outcome]:
-    """`processes` cells at a time, each in a process of its own. With the device "cuda" they go round the GPUs.
+    """Run `processes` cells at a time, each in a process of its own.
 
-    A process that dies, for example for lack of memory, costs its cell and is replaced. If this process dies the others
-    die too, and their cells go on from their checkpoints the next time.
+    With the device "cuda" the processes take turns with the GPUs: on two GPUs process 2 gets GPU 0 again. Where a
+    process dies, for example for lack of memory, its cell has failed and a new process takes its place. Where this
+    process dies, the others die too, and the next run of the study resumes their cells.
+
+    Args:
+        tasks: the cells.
+        site: where and how they are run.
+        processes: how many cells run at a time.
+
+    Yields:
+        What became of each cell, in the order in which they end.
     """
     left = list(reversed(tasks))
     devices = [_device_of(site.device, i) for i in range(min(processes, len(tasks)))]
@@ -111,10 +125,10 @@ def side_by_side(tasks: Sequence[Task], site: Site, processes: int) -> Iterator[
                 _give(worker, left)
     finally:
         for worker in workers:
-            worker.pipe.close()  # it ends when it waits for a cell
+            worker.pipe.close()  # a process that waits for a cell ends
         for worker in workers:
             if worker.task:
-                worker.process.terminate()  # which it heeds after its step, with a checkpoint
+                worker.process.terminate()  # it ends after its step, with a checkpoint
             worker.process.join()
 
 
@@ -139,7 +153,7 @@ def _give(worker: _Worker, left: list[Task]) -> None:
 
 
 def _outcome(worker: _Worker, task: Task, folder: Path) -> Outcome | None:
-    """What has become of a worker's cell; None while it is running."""
+    """What became of a worker's cell; None while the cell is running."""
     try:
         if worker.pipe.poll():
             return worker.pipe.recv()
@@ -154,7 +168,7 @@ def _outcome(worker: _Worker, task: Task, folder: Path) -> Outcome | None:
 
 
 def _serve(pipe: "connection.Connection[Outcome, Task]", site: Site) -> None:
-    """Run the cells that come from the pipe until it is closed. Ctrl-C is for the parent, which sends SIGTERM."""
+    """Run the cells that come through the pipe until it is closed. Ctrl-C ends the parent, which then sends SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:

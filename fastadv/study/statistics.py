@@ -1,8 +1,8 @@
-"""The differences between models trained with another attack and models trained with PGD, and how sure they are.
+"""The difference in accuracy between models trained with some attack and models trained with PGD, and its interval.
 
-All differences are of shares in [0, 1], the first's minus the second's, image by image: both models have one seed, are
-judged by the same attack from the same random starts, and everything but the training attack is the same. Where their
-settings differ all the same, as in how many epochs they have, that is said beside the difference.
+A difference is the first model's accuracy minus the second's, as a share: 0.02 is two points. It is computed image by
+image. Both models have the same seed, and the same attack judges them from the same random starts. Only the training
+attack should differ; where another setting does, such as the number of epochs, `Difference.unlike` names it.
 """
 
 import hashlib
@@ -28,14 +28,15 @@ class Difference:
 
     Attributes:
         row: what the cells have in common.
-        attack: of the first ones' training.
+        attack: the training attack of the first cells.
         judge: the attack that judges both.
-        seeds: that both have.
-        verdicts: int8 (seeds, images): 1 where only the first's model withstands `judge`, -1 where only the second's.
-        mean: of the verdicts.
-        low: the lower bound of the mean's interval.
-        high: the upper bound.
-        unlike: {name of a setting: both values, in words}, of the settings that differ and are not the attack's own.
+        seeds: the seeds that both have.
+        verdicts: int8 (seeds, images): 1 where only the first cell's model withstands `judge`, -1 where only the second
+            one's does, else 0.
+        mean: the mean of the verdicts, in [-1, 1].
+        low: the lower bound of the mean's 95 % interval.
+        high: the upper bound of that interval.
+        unlike: {setting: both values, such as "30 and 40"}, for each setting that differs and is not the attack's own.
     """
 
     row: Row
@@ -54,16 +55,16 @@ class Average:
     """The mean difference over the data sets, of one method or of the mean of several.
 
     Attributes:
-        model: of the cells.
-        methods: those that all of the data sets have.
-        attack: of the training.
+        model: the name of the model.
+        methods: the methods that every data set has.
+        attack: the training attack that is compared with PGD.
         judge: the attack that judges.
-        eps: in units of 1/255.
-        data_sets: how many.
-        mean: over the data sets.
-        low: the lower bound of the t interval over data sets, which is never narrower than the data sets' own intervals
-            leave it; of one data set the bound of the bootstrap over its seeds and images.
-        high: the upper bound, likewise.
+        eps: the budget in units of 1/255.
+        data_sets: the number of data sets.
+        mean: the mean over the data sets, a share in [-1, 1].
+        low: the lower bound of the mean's 95 % interval: for several data sets as in `_over_sets`, for one data set
+            from the bootstrap over its seeds and images.
+        high: the upper bound of that interval.
     """
 
     model: str
@@ -78,10 +79,18 @@ class Average:
 
 
 def paired(first: Sequence[Result], second: Sequence[Result], judge: str) -> npt.NDArray[np.int8]:
-    """The first's verdicts minus the second's, seed by seed and image by image: int8 (seeds, images).
+    """The verdicts of the first cells minus those of the second, seed by seed and image by image.
+
+    Args:
+        first: cells of one row, one for each seed.
+        second: the cells to compare with, in the same order of seeds.
+        judge: the attack whose verdicts are compared.
+
+    Returns:
+        int8 (seeds, images): 1, 0 or -1.
 
     Raises:
-        ValueError: they are no pairs: of different rows or seeds, or judged on different images.
+        ValueError: the cells are no pairs. They have different rows or seeds, or were judged on different images.
     """
     pairs = list(zip(first, second, strict=True))
     if not pairs:
@@ -99,7 +108,15 @@ def paired(first: Sequence[Result], second: Sequence[Result], judge: str) -> npt
 
 
 def compare(results: Iterable[Result], reference: str = PGD) -> tuple[list[Difference], list[str]]:
-    """All differences to the cells trained with `reference`, in the order of `results`; why others are not there."""
+    """All differences to the cells that were trained with `reference`.
+
+    Args:
+        results: the finished cells.
+        reference: the training attack to compare with.
+
+    Returns:
+        The differences, in the order of `results`; and a sentence for each row that cannot be compared.
+    """
     rows: dict[Row, dict[str, dict[int, Result]]] = {}
     for each in results:
         rows.setdefault(row_of(each), {}).setdefault(each.cell.attack, {})[each.cell.seed] = each
@@ -118,29 +135,38 @@ def compare(results: Iterable[Result], reference: str = PGD) -> tuple[list[Diffe
 def bootstrap(
     differences: npt.NDArray[Any], seed: int, draws: int = DRAWS, level: float = LEVEL
 ) -> tuple[float, float]:
-    """The interval of the mean over all seeds and all images, from `draws` draws of seeds, then of images.
+    """The interval of the mean over all seeds and all images.
 
-    An image is one unit over the seeds: the design is crossed, d = mean + seed + image + rest. The images' part is an
-    ordinary bootstrap: columns are drawn, and their means' deviations shrunk by sqrt(1 - MS_rest / MS_image), so that
-    the rest counts once, with the seeds. Seeds cannot be drawn so: of three the widest percentile interval, [least,
-    greatest], covers 75 %. Their part of a draw is t sqrt(MS_seed / (seeds images)), t Student's with (seeds - 1) /
-    sqrt(r) degrees of freedom, r the seeds' share of the estimated variance. With r left out this is Behrens' and
-    Fisher's interval, which covers up to 97.6 % with three seeds; with r in place of its root Welch's and
-    Satterthwaite's, as little as 92.2 %. With the root it covers 93.9 to 95.7 % with three seeds or more, whatever the
-    shares of the variance, and 90.9 to 95.8 % with two, by normal theory; of verdicts on 512 images, simulated, 93.6 to
-    96.4 % with three. (The percentile bootstrap of seeds, then images covers from 70 to 99 % with three.) With one seed
-    it is of the images alone.
+    All seeds judge the same images, so the design is crossed: d = mean + seed + image + rest. Each of the `draws` draws
+    adds two parts to the mean.
 
-    Two images are added, one for each side, as Bonett and Price 2012 do ("Adjusted Wald confidence interval for a
-    difference of binomial proportions based on paired data", J. Educ. Behav. Stat. 37): where hardly a verdict differs
-    it would cover too little, and nothing at all where none does. Where fewer than one in a hundred differ, it covers
-    more than 97 %.
+    - The images' part is an ordinary bootstrap: columns are drawn with replacement. Their deviation from the mean is
+      multiplied by sqrt(1 - MS_rest / MS_image). So the rest counts once, with the seeds.
+    - The seeds' part is t sqrt(MS_seed / (seeds images)). Here t is Student's with (seeds - 1) / sqrt(r) degrees of
+      freedom, and r is the seeds' share of the estimated variance. Seeds cannot be drawn like images: with three of
+      them even the widest percentile interval, [least, greatest], covers only 75 %. With one seed this part is left
+      out, and the interval says nothing of other seeds.
+
+    Coverage at level 0.95, by normal theory, whatever the shares of the variance:
+
+        degrees of freedom                              three seeds or more     two seeds
+        (seeds - 1) / sqrt(r), as here                  93.9 to 95.7 %          90.9 to 95.8 %
+        seeds - 1 (Behrens and Fisher)                  up to 97.6 %
+        (seeds - 1) / r (Welch and Satterthwaite)       as little as 92.2 %
+
+    Simulated verdicts of three seeds on 512 images gave 93.6 to 96.4 %. The percentile bootstrap of seeds, then images,
+    covers 70 to 99 % there.
+
+    Two images are added, one with the difference 1 and one with -1, as in Bonett and Price 2012 ("Adjusted Wald
+    confidence interval for a difference of binomial proportions based on paired data", J. Educ. Behav. Stat. 37).
+    Without them the interval would be too narrow where few verdicts differ, and a point where none does. With them it
+    covers more than 97 % where fewer than one verdict in a hundred differs.
 
     Args:
         differences: (seeds, images) in [-1, 1].
-        seed: of the draws; the same gives the same interval.
-        draws: how many.
-        level: the share of intervals that are to have the mean.
+        seed: the seed of the draws; the same seed gives the same interval.
+        draws: the number of draws.
+        level: the coverage: the share of such intervals that contain the true mean.
 
     Returns:
         (low, high) in [-1, 1].
@@ -165,20 +191,35 @@ def bootstrap(
 
 
 def t_interval(means: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Student's interval of the mean of at least two numbers, clipped to [-1, 1]."""
+    """Student's interval of the mean of at least two numbers, clipped to [-1, 1].
+
+    Args:
+        means: the numbers.
+        level: the coverage, as in `bootstrap`.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
     count, mean = len(means), np.mean(means)
     half = require("scipy.stats").t.ppf((1 + level) / 2, count - 1) * np.std(means, ddof=1) / np.sqrt(count)
     return float(max(mean - half, -1)), float(min(mean + half, 1))
 
 
 def average(differences: Sequence[Difference], methods: Sequence[str]) -> Average | None:
-    """Over the data sets, of the mean of those of `methods` that all data sets have; None where there is no such.
+    """The average over the data sets of the mean over the methods.
 
-    Of one data set it is over the seeds that all these methods have; None where there is no such either.
+    Only methods that every data set has count: with ("full", "lora") on one data set and ("full",) on another, full.
+    Of a single data set only seeds that all these methods have count.
 
     Args:
-        differences: of one model, attack, judge and eps.
-        methods: in the order in which they are to be named.
+        differences: differences of one model, attack, judge and eps.
+        methods: the methods to average over, in the order in which they are named.
+
+    Returns:
+        The average; None where the data sets have no method, or the methods no seed, in common.
     """
     differences = [each for each in differences if each.row.method in methods]
     sets: dict[tuple[str, str | None], dict[str, Difference]] = {}
@@ -206,8 +247,19 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
 
 
 def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> tuple[float, float]:
-    """Student's interval, or where the sets' means happen to lie close together, of the same centre the one that the
-    rows' own intervals leave: as if a set's methods erred alike, and the sets each on its own."""
+    """The interval of the mean over data sets.
+
+    It is Student's interval, but never narrower than the rows' own intervals allow. That matters where the means of the
+    data sets happen to lie close together. The rows' half-widths are averaged within a data set, as if its methods
+    erred alike, and added in quadrature over the data sets, as if these erred independently.
+
+    Args:
+        means: the mean of each data set.
+        sets: the differences of each data set, one for each method.
+
+    Returns:
+        (low, high) in [-1, 1].
+    """
     low, high = t_interval(means)
     within = [np.mean([(each.high - each.low) / 2 for each in rows]) for rows in sets]
     mean, half = np.mean(means), np.linalg.norm(within) / len(sets)
@@ -215,7 +267,11 @@ def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> 
 
 
 def averages(differences: Iterable[Difference]) -> list[Average]:
-    """For each model, attack, judge and eps: of each method, and of the mean of those that transfer, if several do."""
+    """All averages over data sets.
+
+    For each model, attack, judge and eps there is one for each method, and one for the mean over the methods that start
+    from pretrained weights, if there are several.
+    """
     found = []
     for _, alike in itertools.groupby(sorted(differences, key=_setting), _setting):
         group = list(alike)
@@ -245,7 +301,9 @@ def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
         one, other = a.settings, b.settings
         for name in one.keys() | other.keys():
             if name not in OF_THE_ATTACK and one.get(name) != other.get(name):
-                found[name] = f"{str(one.get(name))[:20]} and {str(other.get(name))[:20]}"  # of a digest enough
+                found[name] = (
+                    f"{str(one.get(name))[:20]} and {str(other.get(name))[:20]}"  # 20 characters tell two digests apart
+                )
     return dict(sorted(found.items()))
 
 
@@ -254,7 +312,7 @@ def _judged(judge: str, *results: Result) -> bool:
 
 
 def _mean_squares(d: npt.NDArray[np.float64]) -> tuple[float, float, float]:
-    """Of seeds, images and the rest, of a two-way layout (seeds, images) without repetition."""
+    """The mean squares (MS_seed, MS_image, MS_rest) of a two-way layout (seeds, images) without repetition."""
     (seeds, images), mean = d.shape, d.mean()
     of_seeds, of_images = d.mean(1) - mean, d.mean(0) - mean
     rest = d - mean - of_seeds[:, None] - of_images
@@ -270,7 +328,7 @@ def _judged_on(result: Result, judge: str) -> tuple[str, int]:
 
 
 def _number(*words: object) -> int:
-    """The seed of a row's draws."""
+    """A seed for draws that follows from `words` alone."""
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "little")
 
 

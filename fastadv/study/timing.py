@@ -1,4 +1,4 @@
-"""The time of training, measured and as the cost model foretold it, as ratios to another training attack."""
+"""The time of training with an attack as a ratio to another attack's: measured, and predicted by the cost model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,16 +9,19 @@ from fastadv.study.results import PGD, Result, row_of
 
 @dataclass(frozen=True)
 class Time:
-    """The time of a method with an attack, as the median ratio to the cells that differ in the attack alone.
+    """The training time of a method with an attack, as the median ratio over pairs of cells.
+
+    The two cells of a pair differ in the training attack alone, and were made on the same machine. A ratio is None
+    where there is no pair.
 
     Attributes:
-        method: what trained.
-        attack: what attacked in training.
-        to_pgd: the measured ratio to PGD; None where there is no pair that was made on one machine.
-        predicted_to_pgd: the same by the cost model.
-        to_none: the measured ratio to training without an attack; None likewise.
-        predicted_to_none: the same by the cost model.
-        pairs: how many there are with PGD.
+        method: the fine-tuning method.
+        attack: the training attack.
+        to_pgd: the measured ratio to PGD.
+        predicted_to_pgd: the ratio to PGD by the cost model.
+        to_none: the measured ratio to training without an attack.
+        predicted_to_none: the ratio to training without an attack by the cost model.
+        pairs: the number of pairs with PGD.
     """
 
     method: str
@@ -31,7 +34,7 @@ class Time:
 
 
 def times(results: Iterable[Result]) -> list[Time]:
-    """For each method and attack, in the order in which they are met."""
+    """The times of each method with each attack, in the order in which `results` has them."""
     results = list(results)
     by_row = {(row_of(each), each.cell.seed, each.cell.attack): each for each in results}
     found = []
@@ -48,7 +51,7 @@ def times(results: Iterable[Result]) -> list[Time]:
 
 
 def _comparable(a: Result, b: Result) -> bool:
-    """Made on one machine from beginning to end, on the same threads."""
+    """Whether both cells were made on one machine from beginning to end, on as many threads."""
     return a.record["machine"] == b.record["machine"] and "before" not in a.record["machine"]
 
 
@@ -58,13 +61,13 @@ def _ratio(pairs: Iterable[tuple[Result, Result]], measure: Callable[[Result], f
 
 
 def _seconds(result: Result) -> float:
-    """Processor time on a CPU, which other cells lengthen less than the seconds; seconds on another device."""
+    """The time of the training: on a CPU processor time, which other cells at work lengthen less; else seconds."""
     on_cpu = result.record["machine"]["device"] == "cpu"
     seconds: float = result.record["train_cpu_s" if on_cpu and "train_cpu_s" in result.record else "train_s"]
     return seconds
 
 
 def _units(result: Result) -> float:
-    """Forward passes of the whole training, by the cost model."""
+    """The cost of the whole training by the cost model, in forward passes of one image."""
     units: float = result.record["cost"]["units"] * len(result.epochs) * result.record["images"]["train"]
     return units

@@ -15,21 +15,22 @@ from fastadv.study.grid import IN_A_ROW
 def judged(
     model: torch.nn.Module, test: Batch, judges: Sequence[str], eps: float, seed: int, folder: Path
 ) -> dict[str, str]:
-    """The verdicts of each judge: a character for each image, 1 where it is classified correctly after the attack.
+    """Each judge's verdicts on the test images.
 
-    A judge of IN_A_ROW gets the images that the one before it left; each other judge gets all images, from the same
-    random starts.
+    A judge of IN_A_ROW is several attacks in a row, each on the images that withstood the ones before. Any other judge
+    is one attack on all images; these judges have the same random starts.
 
     Args:
-        model: from images in [0, 1] to logits.
+        model: from images (N, C, H, W) in [0, 1] to logits.
         test: images and labels.
         judges: names of attacks, or of IN_A_ROW.
-        eps: budget in pixels.
-        seed: of the random starts.
-        folder: for the state of each evaluation.
+        eps: budget in pixels of [0, 1].
+        seed: the seed of the random starts.
+        folder: where the state of each evaluation is kept, so that a cut one goes on.
 
     Returns:
-        {judge: verdicts}, "clean" first.
+        {judge: verdicts}, "clean" first where a judge is one attack. Verdicts are a character for each image: 1 where
+        the model is right after the attack, else 0, such as "1101".
     """
     graph = next(model.parameters()).is_cuda
     alone = [judge for judge in judges if judge not in IN_A_ROW]
@@ -43,7 +44,7 @@ def judged(
         found |= {judge: _bits(_left(left, result)) for judge, result in zip(alone, report["attacks"], strict=True)}
     rows = {judge: IN_A_ROW[judge] for judge in judges if judge in IN_A_ROW}
     if rows:
-        longest = max(rows.values(), key=len)  # of which the others are the beginning
+        longest = max(rows.values(), key=len)  # the other rows are the beginning of this one
         ensemble = Ensemble(model, eps=eps, version="custom", attacks_to_run=list(longest), graph=graph)
         attacks = [attack for _, attack in ensemble.attacks()]
         report = evaluate(model, test, attacks, state=_state(folder, longest), seed=seed, progress=False)
@@ -55,7 +56,7 @@ def judged(
 
 
 def _state(folder: Path, attacks: Sequence[str]) -> Path:
-    """The file for an evaluation's state, by its attacks: a grid may ask for more judges before it goes on."""
+    """The file of an evaluation's state. Its name has the attacks, as a resumed grid may ask for more judges."""
     return folder / f"judged-{'-'.join(attacks)}.safetensors"
 
 
@@ -68,5 +69,5 @@ def _bits(right: Sequence[bool]) -> str:
 
 
 def share(verdicts: str) -> float:
-    """The share of images that are classified correctly, in [0, 1]."""
+    """The share of images that are classified correctly, in [0, 1], from verdicts as `judged` returns them."""
     return verdicts.count("1") / len(verdicts)

@@ -12,7 +12,8 @@ import studied
 from PIL import Image
 
 from fastadv.study.answer import TITLE, points
-from fastadv.study.page import read_study, table_for_readme, write_study
+from fastadv.study.reading import read_study
+from fastadv.study.writing import write_study
 
 GRID = {
     "data": ["digits", "cifar10"],
@@ -96,7 +97,7 @@ def test_nothing_is_not_measured_yet(tmp_path):
     assert len(numbers["missing"]["cells"]) == 32
     assert numbers["rows"] == numbers["differences"] == []
     assert not (tmp_path / "figures").exists()
-    assert len(table_for_readme(tmp_path).splitlines()) == 6  # the paper's rows alone
+    assert len(read_study(tmp_path).readme.splitlines()) == 6  # the paper's rows alone
 
 
 def test_a_folder_without_a_grid_says_so(tmp_path, rng):
@@ -159,7 +160,7 @@ def test_all_of_it_stable(tmp_path, rng):
     means = {}
     for each in numbers["averages"]:
         means[each["judge"], each["eps"], tuple(each["methods"])] = each
-    table = table_for_readme(tmp_path)
+    table = read_study(tmp_path).readme
     assert table == numbers["readme"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
     assert cells[2] == ["the paper, ImageNet backbones at 224 px", "4", "-0.39", "", "0.25"]
@@ -227,7 +228,7 @@ def test_the_table_says_fewer_data_sets_and_has_judges_that_one_method_alone_met
             continue
         more = {"apgd": 0.5} if cell["method"] == "full" and cell["eps"] == 4 else {}
         studied.write(tmp_path, studied.record_of(rng, judges=studied.JUDGES | more, labels=cell["data"], **cell))
-    lines = table_for_readme(tmp_path).splitlines()
+    lines = read_study(tmp_path).readme.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0][2:5] == ["PGD-10", "PMA", "APGD"]
     assert [(*row[:2], bool(row[4])) for row in rows[4:]] == [

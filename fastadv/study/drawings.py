@@ -1,0 +1,63 @@
+"""Which figures a study has, each drawn for the page and for a file."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastadv.study import answer as say
+from fastadv.study import figures
+from fastadv.study.reading import Study
+from fastadv.study.results import attack_words, grouped, judge_words, method_words
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that is drawn.
+
+    Attributes:
+        words: what it shows.
+        caption: the line below it; may be empty.
+        svg: the drawing for the page.
+        png: the drawing for a file.
+    """
+
+    words: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def drawn(study: Study) -> dict[str, Drawing]:
+    """All figures of a study: {name of the file, without its ending: the drawing}.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    models = list(dict.fromkeys(each.cell.model for each in study.results))
+    found = {}
+    for number, model in enumerate(models):
+        mine = [each for each in study.averages if each.model == model and each.judge in say.README_JUDGES]
+        for (attack, judge), shown in grouped(mine, lambda each: (each.attack, each.judge)):
+            words = f"{attack_words(attack)} minus PGD by eps, judged by {judge_words(judge)}"
+            found[f"difference-{number}-{attack}-{judge}"] = model, words, figures.difference_by_eps(shown)
+        runs = [each for each in study.courses if each.result.cell.model == model and each.result.fast]
+        for attack, group in grouped(runs, lambda each: each.result.cell.attack):
+            words = f"{attack_words(attack)}: collapsed runs by method and eps"
+            found[f"map-{number}-{attack}"] = model, words, figures.stability_map(group)
+            for method, of_method in grouped(group, lambda each: each.result.cell.method):
+                words = f"{method_words(method)} with {attack_words(attack)}: accuracy over epochs"
+                found[f"curves-{number}-{attack}-{method}"] = model, words, figures.curves(of_method)
+    drawings = {}
+    for name, (model, words, figure) in found.items():
+        caption = model if len(models) > 1 else ""
+        svg = figures.svg(figure, f"{words} {caption}".strip())
+        drawings[name] = Drawing(words, caption, svg, figures.png(figure))
+    return drawings
+
+
+def first_screen(names: Iterable[str]) -> list[str]:
+    """The names of the figures on the first screen: the difference and the map of FGSM, or of the first fast attack."""
+    chosen = []
+    for kind, end in (("difference-0-", f"-{say.HEADLINE_JUDGE}"), ("map-0-", "")):
+        found = [name for name in names if name.startswith(kind) and name.endswith(end)]
+        chosen += sorted(found, key=lambda name: name != f"{kind}fgsm{end}")[:1]
+    return chosen

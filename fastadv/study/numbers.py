@@ -1,0 +1,55 @@
+"""A study's results as numbers: results.json and results.csv."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fastadv.study import answer as say
+from fastadv.study.overfitting import DEFINITION
+from fastadv.study.reading import Study
+from fastadv.study.results import Result
+from fastadv.study.statistics import Difference
+
+FORMAT = 1
+
+
+def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """A row for each finished cell: its names, its accuracies (shares in [0, 1]), its seconds of training."""
+    return [{**asdict(each.cell), **each.accuracies, "train_s": each.record["train_s"]} for each in results]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The content of results.csv. A judge that did not judge a cell leaves an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def numbers(study: Study) -> dict[str, Any]:
+    """The content of results.json. Differences are shares (with the attack minus with PGD), and epochs count from 0."""
+    runs = [{**asdict(each.result.cell), "collapse": each.collapse, "detectors": each.seen} for each in study.courses]
+    return {
+        "format": FORMAT,
+        "answer": asdict(study.answer),
+        "rows": rows(study.results),
+        "differences": [_difference(each) for each in study.differences],
+        "averages": [asdict(each) for each in study.averages],
+        "paper": {f"{eps:g}": mean for eps, mean in say.PAPER.items()},
+        "overfitting": {
+            "definition": DEFINITION,
+            "runs": runs,
+            "detectors": [{**asdict(each), "lead": each.lead} for each in study.scores],
+        },
+        "times": [asdict(each) for each in study.times],
+        "missing": {"cells": study.absent, "judges": study.unjudged, "problems": study.problems},
+        "readme": study.readme,
+    }
+
+
+def _difference(each: Difference) -> dict[str, Any]:
+    about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
+    return {**asdict(each.row), **about, "mean": each.mean, "low": each.low, "high": each.high, "unlike": each.unlike}

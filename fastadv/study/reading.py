@@ -1,0 +1,116 @@
+"""Reads a study's finished cells, and computes everything that its page shows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastadv.study import answer as say
+from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
+from fastadv.study.grid import expanded
+from fastadv.study.overfitting import Course, Score, courses, scores
+from fastadv.study.results import Result, place_of, result_of
+from fastadv.study.statistics import Average, Difference, averages, compare
+from fastadv.study.timing import Time, times
+
+
+@dataclass(frozen=True)
+class Study:
+    """The results in a folder, and what was computed from them.
+
+    Attributes:
+        folder: the study's folder.
+        results: the finished cells.
+        asked: the ids of the cells that the grid asks for; None where there is no grid.
+        absent: {id of a cell that is not finished: the last line of its error, or ""}.
+        unjudged: {id of a finished cell: the judges of the grid that have not judged it}.
+        problems: a sentence for each file that cannot be read, and for each row that cannot be compared.
+        differences: the differences to the cells that were trained with PGD.
+        averages: the differences averaged over data sets.
+        courses: how the runs went.
+        scores: the scores of the detectors.
+        times: the times of methods with attacks.
+    """
+
+    folder: Path
+    results: list[Result]
+    asked: list[str] | None
+    absent: dict[str, str]
+    unjudged: dict[str, list[str]]
+    problems: list[str]
+    differences: list[Difference]
+    averages: list[Average]
+    courses: list[Course]
+    scores: list[Score]
+    times: list[Time]
+
+    @property
+    def answer(self) -> say.Answer:
+        """The answer to the question in the title."""
+        return say.answer(self.courses, self.averages, self.times, self.scores, self.complete)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not (self.absent or self.unjudged or self.problems)
+
+    @property
+    def readme(self) -> str:
+        """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
+        return say.table_for_readme(self.averages, self.times, self.courses)
+
+
+def read_study(folder: Path) -> Study:
+    """The study in `folder`. A file that cannot be read is no error, but one of the study's problems.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    results, problems = _read(folder)
+    differences, refused = compare(results)
+    asked, judges, said = _asked(folder)
+    done = {each.cell.id: each for each in results}
+    unjudged = {id: [j for j in wanted if j not in done[id].verdicts] for id, wanted in judges.items() if id in done}
+    found = courses(results)
+    return Study(
+        folder,
+        results,
+        asked,
+        {id: _reason(folder, id) for id in asked or () if id not in done},
+        {id: missed for id, missed in unjudged.items() if missed},
+        [*problems, *said, *refused],
+        differences,
+        averages(differences),
+        found,
+        scores(found),
+        times(results),
+    )
+
+
+def _read(folder: Path) -> tuple[list[Result], list[str]]:
+    results, problems = [], []
+    for path in sorted((folder / "cells").glob(f"*/{CELL}")):
+        try:
+            if (record := read_cell(folder, path.parent.name)) is not None:
+                results.append(result_of(record))
+        except (KeyError, TypeError) as error:
+            problems.append(f"{path.parent.name}/{CELL} is no record of a cell: {type(error).__name__}: {error}")
+        except ValueError as error:
+            problems.append(str(error))
+    return sorted(results, key=place_of), problems
+
+
+def _asked(folder: Path) -> tuple[list[str] | None, dict[str, tuple[str, ...]], list[str]]:
+    """(ids of the cells that the grid asks for, {id: its judges}, why the grid is not known)."""
+    if not (folder / GRID).exists():
+        return None, {}, [f"There is no {GRID}: what else was asked for is not known."]
+    try:
+        tasks = expanded(read_grid(folder / GRID))
+    except (ImportError, TypeError, ValueError) as error:
+        return None, {}, [f"{GRID} cannot be read, so that what is missing is not known: {error}"]
+    return [task.cell.id for task in tasks], {task.cell.id: task.judges for task in tasks}, []
+
+
+def _reason(folder: Path, id: str) -> str:
+    try:
+        return (cell_folder(folder, id) / ERROR).read_text(errors="replace").strip().splitlines()[-1]
+    except (FileNotFoundError, IndexError):
+        return ""
