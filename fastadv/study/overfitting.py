@@ -148,7 +148,7 @@ def courses(results: Iterable[Result]) -> list[Course]:
 def _measure(partner: Result | None) -> Sequence[Record] | None:
     """The epochs of the run with PGD, which show how robust a run could be.
 
-    None where there is no such run. An empty list where its model ends with one class for all images, and shows nothing.
+    None where there is no such run. An empty list where its model ends with one class for all images: it shows nothing.
     """
     if partner is None:
         return None

@@ -61,7 +61,7 @@ class Result:
 
     @property
     def attack(self) -> str:
-        """The training attack, such as "pgd". `cell.attack` may be a name of the grid's, for an attack with settings."""
+        """The training attack, such as "pgd". `cell.attack` may be the grid's own name of an attack with settings."""
         name: str = self.settings["trained_with"]
         return name
 

@@ -301,9 +301,8 @@ def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
         one, other = a.settings, b.settings
         for name in one.keys() | other.keys():
             if name not in OF_THE_ATTACK and one.get(name) != other.get(name):
-                found[name] = (
-                    f"{str(one.get(name))[:20]} and {str(other.get(name))[:20]}"  # 20 characters tell two digests apart
-                )
+                values = (str(each.get(name))[:20] for each in (one, other))  # 20 characters tell two digests apart
+                found[name] = " and ".join(values)
     return dict(sorted(found.items()))
 
 
