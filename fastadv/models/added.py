@@ -1,7 +1,8 @@
-"""Modules that training adds to a network and that stay there: adapters and prompts.
+"""Modules that training adds to a network for good: adapters and prompts.
 
-Each is a submodule of a module of the network and acts by hooks of that one, so that the network's own modules and
-names are as before. They hold parameters and no layers: nothing that looks for the layers of a network finds theirs.
+An added module becomes a submodule of one of the network's modules, and acts by hooks of that module. So the network's
+own modules keep their names. An added module has parameters but no layers, such as nn.Linear: code that looks for the
+network's layers does not find it.
 """
 
 import math
@@ -13,42 +14,43 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-Facts = dict[str, Any]  # for JSON: the kind of an added module, its arguments, and where it is
+Facts = dict[str, Any]  # of an added module, for JSON: its kind, its arguments, and the module that it is added to
 
 
 class Added(nn.Module):
-    """A module that is added to a network. It is made of whole numbers and flags, which it keeps as attributes.
+    """A module that is added to a network. Its constructor takes whole numbers and flags, and keeps them as attributes.
 
     Attributes:
-        kind: its name in files.
-        arguments: names of the constructor's arguments, and the least that each can be.
+        kind: the name of the class in files.
+        arguments: {argument of the constructor: its least value}.
     """
 
     kind: str
     arguments: Mapping[str, int]
 
     def hook(self, module: nn.Module) -> list[RemovableHandle]:
-        """Register the hooks by which it acts on what enters or leaves `module`."""
+        """Register the hooks that let this module change the input or the output of `module`."""
         raise NotImplementedError
 
     @property
     def facts(self) -> Facts:
-        """Its kind and arguments, from which `add_again` makes such a module."""
+        """The kind and the arguments, from which `add_again` makes an untrained module of this sort."""
         return {"kind": self.kind, **{name: getattr(self, name) for name in self.arguments}}
 
 
 class Adapter(Added):
     """Replaces the output u of a module by u + W_up GELU(W_down u + b_down) + b_up.
 
-    W_up and both biases start at zero, so that the network computes what it did. W_down starts as the weight of an
-    nn.Linear: were both zero, nothing would train.
+    W_up and both biases start at zero, so the network computes the same as before. W_down starts as the weight of an
+    nn.Linear does: if it were zero too, all gradients would be zero and nothing would train.
 
     Source: Houlsby et al. 2019 (arXiv 1902.00751, section 2.1).
 
     Args:
         width: channels of u.
         reduced: channels between the two projections.
-        channels_first: whether u is (N, width, H, W), and the projections 1x1 convolutions; else it is (..., width).
+        channels_first: True where u is (N, width, H, W), and the projections are 1x1 convolutions; False where u is
+            (..., width).
     """
 
     kind = "adapter"
@@ -75,21 +77,21 @@ class Adapter(Added):
 
 
 class Prompt(Added):
-    """Tokens that a block of a transformer gets beside its own, and whose outputs are dropped: VPT-deep.
+    """Trained tokens that a block of a transformer gets beside its own: VPT-deep. Their outputs are dropped.
 
-    They stand behind the first `prefix` tokens, such as the class token, and before the patches: with count = 2
+    They stand after the first `prefix` tokens, such as the class token, and before the patches. With count = 2:
 
         class token | prompt prompt | patch patch patch ...
 
-    They have no position, and start uniform in +-sqrt(6 / (3 pixels + width)).
+    They have no position embedding. They start uniform in +-sqrt(6 / (3 pixels + width)).
 
     Source: Jia et al. 2022 (arXiv 2203.12119, section 3.2).
 
     Args:
-        count: number of the tokens.
-        width: channels of a token.
-        prefix: how many tokens there are before the patches.
-        pixels: of a patch, H x W.
+        count: the number of prompts.
+        width: the channels of a token.
+        prefix: the number of tokens before the patches.
+        pixels: the pixels of a patch, H x W.
     """
 
     kind = "prompt"
@@ -99,23 +101,24 @@ class Prompt(Added):
         super().__init__()
         self.count, self.width, self.prefix, self.pixels = count, width, prefix, pixels
         bound = math.sqrt(6 / (3 * pixels + width))
-        self.tokens = nn.Parameter(torch.empty(count, width).uniform_(-bound, bound))  # so called, they do not decay
+        # Their name keeps them from weight decay, see `fastadv.training.optimizers`.
+        self.tokens = nn.Parameter(torch.empty(count, width).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, T, width) to (N, T + count, width)."""
-        # Not of len(x), which torch.export would make a constant of.
+        """Insert the prompts: (N, T, width) becomes (N, T + count, width)."""
+        # x.shape[0] and not len(x): torch.export would make a constant of len(x).
         return self._inserted(x, self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), 1)
 
     def without(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, T + count, width) to (N, T, width): the way back."""
+        """Remove the prompts: (N, T + count, width) becomes (N, T, width)."""
         return torch.cat((x[:, : self.prefix], x[:, self.prefix + self.count :]), 1)
 
     def unmasked(self, mask: torch.Tensor, tokens: int) -> torch.Tensor:
-        """A mask of attention in which prompts see all tokens and are seen by all.
+        """The attention mask with the prompts: they attend to all tokens, and all tokens attend to them.
 
         Args:
-            mask: (N, heads, T or 1, T), bool or floats, as transformers makes them.
-            tokens: T, without the prompts.
+            mask: (N, heads, T or 1, T), bool (True: attend) or floats (0: attend), as transformers makes them.
+            tokens: T, the number of tokens without the prompts.
 
         Returns:
             (N, heads, T + count or 1, T + count).
@@ -138,7 +141,7 @@ class Prompt(Added):
         ]
 
 
-# The hooks ask the module that they are called with, so that a copy of the network has its own.
+# The hooks look the added module up in the module that they are called with. So they work in a copy of the network too.
 
 
 def _adapted(module: Any, args: object, out: torch.Tensor) -> Any:
@@ -146,7 +149,7 @@ def _adapted(module: Any, args: object, out: torch.Tensor) -> Any:
 
 
 def _prompted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Insert the prompts among the tokens, the block's first argument, and into 4-D masks of attention beside them."""
+    """Insert the prompts into a block's first argument, the tokens, and into its other arguments that are 4-D masks."""
     prompt, values = module.fastadv_prompt, [*args, *kwargs.values()]
     tokens = values[0].shape[1]
     others = [prompt.unmasked(v, tokens) if isinstance(v, torch.Tensor) and v.ndim == 4 else v for v in values[1:]]
@@ -163,18 +166,18 @@ KINDS: dict[str, type[Added]] = {each.kind: each for each in (Adapter, Prompt)}
 
 
 def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
-    """Add a module at the one called `place`; it has the name fastadv_adapter or fastadv_prompt there.
+    """Add a module to a network: as the submodule fastadv_adapter or fastadv_prompt of the module called `place`.
 
     Args:
-        module: a network.
-        place: name of one of its modules.
-        added: what is added.
+        module: the network.
+        place: the name of one of its modules.
+        added: the module to add.
 
     Returns:
-        A function that takes it away again.
+        A function that removes it again.
 
     Raises:
-        ValueError: there is something by that name.
+        ValueError: the module called `place` has a submodule of that name already.
     """
     owner, name = module.get_submodule(place), f"fastadv_{added.kind}"
     if hasattr(owner, name):
@@ -191,26 +194,26 @@ def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
 
 
 def added_to(module: nn.Module) -> Iterator[tuple[str, Added]]:
-    """(name of the module that it is added at, added module) of each."""
+    """The modules that were added to a network: (name of the module that has it, added module)."""
     for name, each in module.named_modules():
         if isinstance(each, Added):
             yield name.rpartition(".")[0], each
 
 
 def added_facts(network: nn.Module) -> list[Facts]:
-    """Kind, arguments and place of each added module, for JSON and `add_again`."""
+    """The kind, arguments and place of each added module, for JSON and `add_again`."""
     return [{"at": place, **added.facts} for place, added in added_to(network)]
 
 
 def add_again(network: nn.Module, facts: object) -> None:
-    """Add such modules as `added_facts` listed, untrained.
+    """Add the modules that `added_facts` listed, untrained.
 
     Args:
-        network: what they are added to.
-        facts: the list; it may come from a file that others made.
+        network: the network to add them to.
+        facts: the list. It may come from a file of unknown origin, so every entry is checked.
 
     Raises:
-        ValueError: these are no such facts, or the network has no module of that name.
+        ValueError: an entry is damaged, or names a module that the network does not have.
     """
     modules = dict(network.named_modules())
     for fact in facts if isinstance(facts, list) else [facts]:

@@ -1,4 +1,4 @@
-"""Models as safetensors files that say how to build them again."""
+"""Models in safetensors files, which say how to build the model again."""
 
 import json
 from collections.abc import Sequence
@@ -19,26 +19,29 @@ from fastadv.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-FORMAT = 2  # of a network with added modules, which version 1 has no word for; of others it is 1 still
-Facts = dict[str, Any]  # what `save` writes beside the tensors, as JSON
+FORMAT = 2  # for a network with added modules, which format 1 cannot name; other networks are still written in format 1
+Facts = dict[str, Any]  # `save` writes them beside the tensors, as JSON
 
 _KEY = "fastadv"
 _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model to a safetensors file, with all that `load` needs.
+    """Write a model to a safetensors file, with everything that `load` needs.
 
-    The file holds weights, buffers, class names, preprocessing, architecture, added modules and the records of training
-    pictures. Tied weights are written once, under their first name. The file replaces an older one when it is whole.
+    The file has the weights, buffers, class names, preprocessing, architecture, added modules and the records of the
+    training pictures. Tied weights are written once, under their first name. An older file is replaced only when the
+    new one is complete.
 
     Args:
-        model: what is written.
-        path: of the file.
-        dtype: torch.float16 or torch.bfloat16 store matrices and kernels so; vectors (norms, biases, running
-            statistics), few and sensitive, stay as they are. `load` makes them float32 again.
+        model: the model.
+        path: the file.
+        dtype: the dtype in which matrices and kernels are stored: torch.float16, torch.bfloat16, or None for their own.
+            Vectors (norms, biases, running statistics) are few and sensitive, and keep their dtype. `load` makes
+            everything float32 again.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: another dtype, or a weight that float16 cannot hold.
     """
     if dtype not in _DTYPES:
@@ -62,16 +65,17 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
     """The model in a file that `save` wrote, on the CPU. The file runs no code, unless `trust_code`.
 
     Args:
-        path: of the file.
-        classes: names of the classes it is to tell apart; if they are not the file's, its head is a new one.
+        path: the file.
+        classes: the names of the model's classes; None means the file's. If they differ from the file's, the model gets
+            a new, untrained head.
         trust_code: whether a file whose architecture is a "module:function" may import that module and call the
-            function. Only for files of those you trust.
+            function. Only for files whose origin you trust.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: the package of its architecture is not installed.
-        ValueError: not a safetensors file, not one of ours, its tensors do not fit its architecture, or this is a
-            module's function, without `trust_code`.
+        ImportError: the package of the architecture is not installed.
+        ValueError: the file is no safetensors file, or `save` did not write it; its tensors do not fit its
+            architecture; or its architecture is a "module:function", without `trust_code`.
     """
     facts = read_facts(path)
     if facts is None:
@@ -90,21 +94,21 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
 
 
 def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str], head: str | None = None) -> bool:
-    """Load any safetensors file into `network`; a head for other classes is left out, as transfer needs it.
+    """Load the weights of any safetensors file into `network`, but not a head for other classes: for transfer learning.
 
     Args:
-        network: of the file's architecture; its head may have another number of classes.
-        path: the file; one that `save` did not write need not name its classes.
-        classes: names of the network's classes; the file's head is kept if its names are equal (or missing) and
-            its shapes are.
-        head: name of the classifier; None means `find_head`'s.
+        network: a network of the file's architecture; its head may have another number of classes.
+        path: the file; `save` need not have written it.
+        classes: the names of the network's classes. The file's head is loaded if it has the same shapes, and the file
+            names the same classes or none.
+        head: the name of the classifier; None means the one that `find_head` finds.
 
     Returns:
-        Whether the file's head was kept. If not, the network keeps the head that it had.
+        Whether the file's head was loaded. If not, the network keeps its own head.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a safetensors file, or its tensors do not fit outside the head.
+        ValueError: the file is no safetensors file, or its tensors do not fit the network outside the head.
     """
     facts, weights, own = read_facts(path), _weights(path), network.state_dict()
     if facts is not None and facts.get("added") and not added_facts(network):
@@ -124,13 +128,18 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
 
 
 def read_facts(path: str | Path) -> Facts | None:
-    """The facts that `save` wrote beside the tensors: format, classes, preprocessing and architecture, or None.
+    """The facts that `save` wrote beside the tensors.
 
-    Later files also have trained_on, which `trained_on_of` reads, and those of the format 2 added, for `add_again`.
+    Args:
+        path: the file.
+
+    Returns:
+        "format", "classes", "preprocessing" and "architecture"; in newer files also "trained_on", for `trained_on_of`;
+        in files of format 2 also "added", for `add_again`. None where `save` did not write the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a safetensors file, or of a later format.
+        ValueError: the file is no safetensors file, is damaged, or has a later format.
     """
     with _opened(path) as file:
         metadata = file.metadata() or {}
@@ -142,7 +151,7 @@ def read_facts(path: str | Path) -> Facts | None:
         missing = {"classes", "preprocessing", "architecture"} - facts.keys()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} says unreadable things about its model: {error!r}") from error
-    if known != 1:
+    if known != 1:  # format 1 is read too
         check_format(str(path), known, FORMAT)
     if missing:
         raise ValueError(f"{path} does not say its model's {', '.join(sorted(missing))}")
@@ -155,10 +164,10 @@ def read_facts(path: str | Path) -> Facts | None:
 
 
 def preprocessing_of(facts: Facts) -> Preprocessing | None:
-    """The model's preprocessing, as `save` wrote it; None where the model has none.
+    """The model's preprocessing, from the facts of a file; None where the model has none.
 
     Raises:
-        ValueError: these are no settings of a preprocessing.
+        ValueError: the settings are damaged.
     """
     given = facts["preprocessing"]
     try:
@@ -168,10 +177,10 @@ def preprocessing_of(facts: Facts) -> Preprocessing | None:
 
 
 def trained_on_of(facts: Facts) -> tuple[TrainedOn, ...]:
-    """The records, written by `save`, of the pictures that the weights were learnt on.
+    """The records of the pictures that the weights were trained on, from the facts of a file.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the records are damaged.
     """
     records = facts.get("trained_on", [])
     if not isinstance(records, list):
@@ -203,9 +212,9 @@ def _opened(path: str | Path) -> "safe_open":
 
 def _weights(path: str | Path) -> dict[str, torch.Tensor]:
     with _opened(path) as file:
-        try:
+        try:  # a dtype newer than this PyTorch cannot be read
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (require("safetensors").SafetensorError, AttributeError, TypeError) as error:  # a dtype of later days
+        except (require("safetensors").SafetensorError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} holds a tensor that cannot be read: {error}") from error
 
 
@@ -226,7 +235,7 @@ def _stored(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.
 
 
 def _check_fit(path: str | Path, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    # A file holds tied weights once, under one of their names.
+    # A file has tied weights once, under one of their names.
     present = {own[key].data_ptr() for key in weights if key in own}
     problems = [f"{key} is missing" for key in own if key not in weights and own[key].data_ptr() not in present]
     problems += [f"{key} is not in the model" for key in weights if key not in own]

@@ -1,4 +1,4 @@
-"""Models for those who do not have fastadv."""
+"""Exports models to files that load without fastadv."""
 
 import copy
 import io
@@ -23,26 +23,28 @@ _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow'
 def export(model: Model, path: str | Path) -> None:
     """Write `model` so that it loads without fastadv.
 
-    - A network of transformers becomes a folder for from_pretrained: weights, config.json with the names of the
-      classes, preprocessor_config.json.
-    - Any other becomes one file with its state dict, under the network's own names: .safetensors, or .pt or .pth for
-      torch.load.
-    - Each becomes, as a file .pt2, a program of torch.export, which needs neither fastadv nor timm or transformers:
-      `torch.export.load(path).module()` maps images (N, C, H, W), float32 in [0, 1], to logits (N, classes). It
-      normalises by itself, is in eval mode, and does not train. The names of the classes are in its extra file
-      "classes.json". This is what keeps adapters and prompts, which a state dict would bring into no plain network.
+    The ending of the path chooses the format:
 
-    The networks of the first two take normalised images: (pixels - mean) / std with the preprocessing's numbers, for
-    pixels in [0, 1].
+    - .pt2, for any network: a program of torch.export. It needs neither fastadv nor timm nor transformers:
+      `torch.export.load(path).module()` maps images (N, C, H, W), float32 in [0, 1], to logits (N, classes). The
+      program normalises the images itself, is in eval mode, and cannot be trained. The names of the classes are in its
+      extra file "classes.json". Adapters and prompts can be exported only so: a plain network could not load them.
+    - no ending, for a network of transformers: a folder for from_pretrained, with the weights, preprocessor_config.json
+      and config.json, which has the names of the classes.
+    - .safetensors, .pt or .pth, for any other network: its state dict, under the network's own names.
+
+    The networks in the last two formats take normalised images: (pixels - mean) / std with the mean and std of the
+    preprocessing, for pixels in [0, 1].
 
     Args:
-        model: what is written.
-        path: of the file or folder; its ending says which it is to be.
+        model: the model.
+        path: the file or folder.
 
     Raises:
-        FileExistsError: the path is that of a checkpoint of fastadv, such as the one that the model came from.
-        ValueError: the path's ending fits no format of this network, such as another one than .pt2 for a network with
-            adapters or prompts, or torch.export cannot turn the network into a program.
+        FileExistsError: there is a checkpoint of fastadv at the path, such as the one that the model came from.
+        ImportError: safetensors is not installed.
+        OSError: the file or the folder cannot be written.
+        ValueError: the ending fits no format of this network; or torch.export cannot turn the network into a program.
     """
     path = Path(path)
     if _is_checkpoint(path):
@@ -59,7 +61,7 @@ def export(model: Model, path: str | Path) -> None:
     if model.architecture["kind"] == "hf":
         _folder(model, path)
     elif path.suffix == ".safetensors":
-        # Copies: readers expect tied weights under each of their names, safetensors refuses shared memory.
+        # Tied weights are copied: readers expect them under each of their names, and safetensors refuses shared memory.
         state = {name: t.detach().cpu().clone().contiguous() for name, t in model.network.state_dict().items()}
         write_atomically(path, require("safetensors.torch").save(state, {"format": "pt"}))
     elif path.suffix in (".pt", ".pth"):
@@ -71,18 +73,18 @@ def export(model: Model, path: str | Path) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether `save` wrote what lies there."""
+    """Whether `save` wrote the file at this path."""
     try:
         return path.is_file() and path.suffix == ".safetensors" and read_facts(path) is not None
-    except ValueError:  # another file, which is the caller's to replace
+    except ValueError:  # another kind of file, which may be replaced
         return False
 
 
 class _Plain(nn.Module):
-    """From images in [0, 1] to logits, by operations of torch alone."""
+    """A network from images in [0, 1] to logits that has operations of PyTorch alone."""
 
-    mean: torch.Tensor  # (C, 1, 1), as is std
-    std: torch.Tensor
+    mean: torch.Tensor  # (C, 1, 1)
+    std: torch.Tensor  # (C, 1, 1)
 
     def __init__(self, model: Model):
         super().__init__()
@@ -99,7 +101,7 @@ class _Plain(nn.Module):
 def _program(model: Model) -> bytes:
     shape = model.preprocessing.shape if model.preprocessing else model.architecture["shape"]
     plain = _Plain(model).eval()
-    # An example of two images: from one a program would be made for one.
+    # The example has two images: with one, torch.export would fix the batch size at 1.
     example, sizes = torch.zeros(2, *shape), ({0: torch.export.Dim("images")},)
     try:
         program = torch.export.export(plain, (example,), dynamic_shapes=sizes)
@@ -123,7 +125,7 @@ def _folder(model: Model, path: Path) -> None:
 
 
 def _processor(given: Preprocessing) -> dict[str, Any]:
-    """The settings of CLIP's image processor: the one that resizes the shorter side and cuts out the centre."""
+    """The settings of CLIP's image processor, which resizes the shorter side and cuts out the centre as we do."""
     height, width = given.size
     return {
         "image_processor_type": "CLIPImageProcessor",

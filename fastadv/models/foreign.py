@@ -1,8 +1,8 @@
-"""What a file from elsewhere may ask for: shapes and sizes, but no code, no other file and no download."""
+"""Checks an architecture from a file of unknown origin: it may choose sizes, but no code, other file or download."""
 
 from collections.abc import Iterator
 
-# Of timm.create_model: sizes, rates, and names that timm looks up among its own layers.
+# The allowed options of timm.create_model: sizes, rates, and NAMES, which timm looks up among its own layers.
 NAMES = ("act_layer", "global_pool", "norm_layer", "pos_embed")
 TIMM_OPTIONS = (
     *("in_chans", "img_size", "patch_size", "embed_dim", "embed_dims", "depth", "depths", "dims", "num_heads"),
@@ -13,21 +13,25 @@ TIMM_OPTIONS = (
     *("drop_block_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *NAMES,
 )
-# Of a configuration of transformers: what names a module, another model, or a kernel of the hub's.
+# Entries of a configuration of transformers that can name a module, another model, or a kernel on the hub.
 OUTWARD = (
     *("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config", "experts_implementation"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "model_args", "backbone"),
     *("backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"),
 )
-ATTENTION = ("eager", "sdpa")  # what PyTorch itself computes
+ATTENTION = ("eager", "sdpa")  # implementations that are in PyTorch itself
 
 
 def check_timm(name: object, options: object) -> None:
-    """Refuse names and options that are more than a network of timm's and its sizes.
+    """Refuse a name or an option that may lead to code or to another file.
+
+    Args:
+        name: the name of a model of timm's.
+        options: {option of timm.create_model: value}.
 
     Raises:
-        ValueError: a name of another place than timm's own list, an option that is not in TIMM_OPTIONS, or a value
-            that is no number, list of numbers, or, for those in NAMES, word.
+        ValueError: the name is not one of timm's own models; an option is not in TIMM_OPTIONS; or its value is neither
+            a number nor a list of numbers nor, for an option in NAMES, a word.
     """
     if not isinstance(name, str) or ":" in name or "/" in name:
         raise ValueError(f"{name!r} is no name of a model that timm contains")
@@ -44,10 +48,13 @@ def check_timm(name: object, options: object) -> None:
 
 
 def check_transformers(config: object) -> None:
-    """Refuse a configuration that leads to other code, models or files than those of transformers itself.
+    """Refuse a configuration that leads to code, models or files from outside transformers.
+
+    Args:
+        config: the configuration as a dict, such as config.json holds it.
 
     Raises:
-        ValueError: it does, or it is none.
+        ValueError: an entry leads elsewhere; or `config` is no configuration.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
@@ -64,10 +71,10 @@ def check_transformers(config: object) -> None:
 
 
 def check_shape(shape: object) -> None:
-    """Refuse anything but the shape of an image, such as (C, H, W).
+    """Refuse anything but the shape of an image, such as (3, 32, 32).
 
     Raises:
-        ValueError: it is not a sequence of integers above 0.
+        ValueError: `shape` is not a sequence of integers above 0.
     """
     sizes = list(shape) if isinstance(shape, list | tuple) else []
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
@@ -82,7 +89,7 @@ def _is_numbers(value: object) -> bool:
 
 
 def _entries(value: object) -> Iterator[tuple[str, object]]:
-    """Names and values of a dict and of all dicts inside it."""
+    """(name, value) of each entry of a dict and of all dicts inside it."""
     if isinstance(value, dict):
         yield from value.items()
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -1,4 +1,4 @@
-"""A network together with what is needed to use it and to build it again."""
+"""A model: a network with its preprocessing, its classes and its architecture, from which it can be built again."""
 
 import importlib
 import warnings
@@ -16,20 +16,20 @@ from fastadv.models.networks import OWN
 from fastadv.nn import Normalized
 from fastadv.preprocessing import Preprocessing
 
-Architecture = dict[str, Any]  # of values that JSON can hold; `construct` lists the kinds
+Architecture = dict[str, Any]  # JSON can hold its values; `construct` lists the kinds
 
 
 @dataclass
 class Model:
-    """A network, the images that it takes and the classes that it tells apart.
+    """A network, the images that it takes, and the classes that it predicts.
 
     Attributes:
-        network: from normalised images (N, C, H, W) to logits (N, classes), or to an output that holds `.logits`.
-        preprocessing: what turns a picture into its input; None: it takes images in [0, 1] of any size that it can.
-        architecture: how `construct` builds the network.
+        network: from normalised images (N, C, H, W) to logits (N, classes), or to an output that has `.logits`.
+        preprocessing: how a picture becomes the network's input; None where the network takes images in [0, 1].
+        architecture: what `construct` needs to build the network.
         classes: a name for each logit.
-        pretrained: whether the backbone's weights were learnt on other data before.
-        trained_on: a record of each training of its weights that is known, in their order.
+        pretrained: whether the backbone's weights were trained on other data before.
+        trained_on: the records of the known trainings of the weights, in their order.
     """
 
     network: nn.Module
@@ -40,13 +40,13 @@ class Model:
     trained_on: tuple[TrainedOn, ...] = ()
 
     def check_shape(self, shape: Sequence[int]) -> None:
-        """Refuse images (C, H, W) other than the network was made for.
+        """Refuse images of a shape that the network was not made for.
 
         Args:
             shape: (C, H, W) of an image.
 
         Raises:
-            ValueError: it takes others.
+            ValueError: the network takes images of another shape.
         """
         made = self.preprocessing.shape if self.preprocessing else self.architecture.get("shape")
         fixed = 3 if self.preprocessing or self.architecture.get("name") == "mlp" else 1  # others may take any size
@@ -55,7 +55,7 @@ class Model:
 
     @cached_property
     def on_pixels(self) -> nn.Module:
-        """The network for images in [0, 1]: it normalises them first. The same parameters."""
+        """The network for images in [0, 1]: it normalises them first. It shares its parameters with `network`."""
         given = self.preprocessing
         if given is None or (not any(given.mean) and all(std == 1 for std in given.std)):
             return self.network
@@ -63,7 +63,7 @@ class Model:
 
     @property
     def pixels(self) -> nn.Module:
-        """What `on_pixels` was called before."""
+        """The old name of `on_pixels`."""
         warnings.warn("Model.pixels is now Model.on_pixels", FutureWarning, stacklevel=2)
         return self.on_pixels
 
@@ -71,19 +71,22 @@ class Model:
 def construct(architecture: Architecture, count: int, *, trust_code: bool = False) -> nn.Module:
     """A new network with `count` logits and random weights. Nothing is downloaded.
 
-    The architecture may come from a file that others made: it chooses among networks and their sizes, and leads to no
-    code, unless `trust_code` lets it import a module.
+    The architecture may come from a file of unknown origin. It chooses among known networks and their sizes, and cannot
+    lead to other code unless `trust_code` allows it.
 
     Args:
-        architecture: {"kind": "own", "name", "shape", "options"}, {"kind": "function", "path": "module:function",
-            "shape"}, {"kind": "timm", "name", "options"} or {"kind": "hf", "config"}.
-        count: number of classes.
+        architecture: one of {"kind": "own", "name", "shape", "options"}, {"kind": "function", "path":
+            "module:function", "shape"}, {"kind": "timm", "name", "options"} and {"kind": "hf", "config"}.
+        count: the number of classes.
         trust_code: whether the kind "function" may import its module and call its function.
 
+    Returns:
+        The network, on the CPU.
+
     Raises:
-        ImportError: its package is not installed.
-        TypeError: the function returned something else than an nn.Module.
-        ValueError: unknown kind, name, option or function, or one that leads to code.
+        ImportError: the package of the kind is not installed.
+        TypeError: the function returned something other than an nn.Module.
+        ValueError: the kind, a name, an option or the function is unknown, or leads to other code.
     """
     kind = architecture.get("kind")
     if kind not in _KINDS:
@@ -93,24 +96,24 @@ def construct(architecture: Architecture, count: int, *, trust_code: bool = Fals
 
 
 def check_trust(architecture: Architecture, trust_code: bool) -> None:
-    """Refuse an architecture that is a function of a module, unless `trust_code`.
+    """Refuse an architecture of the kind "function", unless `trust_code`.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the architecture is of that kind.
     """
     if architecture.get("kind") == "function" and not trust_code:
         raise ValueError(
             f"the model is built by the function {architecture.get('path')!r}, and to load it is to run that code. If "
-            "you trust whoever made the file, and the module that is found under this name: --trust-code, in Python "
+            "you trust whoever made the file, and the module of this name on your machine: --trust-code, in Python "
             "trust_code=True"
         )
 
 
 def function_at(path: str) -> Callable[..., Any]:
-    """The function called "module:function".
+    """The function that `path`, "module:function", names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such module or function.
     """
     module, _, function = path.partition(":")
     try:

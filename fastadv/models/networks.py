@@ -1,4 +1,4 @@
-"""Networks of our own, for small images."""
+"""The package's own networks, for small images."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def mlp(shape: Sequence[int], classes: int) -> nn.Module:
-    """Three linear layers of 256 units, for small images such as the digits."""
+    """Three linear layers, two of them with 256 units, for images (N, *shape) such as the digits of 8x8."""
     pixels = torch.Size(shape).numel()
     return nn.Sequential(
         nn.Flatten(),
@@ -20,7 +20,7 @@ def mlp(shape: Sequence[int], classes: int) -> nn.Module:
 
 
 def conv(shape: Sequence[int], classes: int) -> nn.Module:
-    """Three convolutions with batch-norm and one dropout, for images of 16x16 and more."""
+    """Three convolutions with batch-norm, and one dropout, for images (N, *shape) of 16x16 or more."""
     channels, layers = shape[0], []
     for width, stride in ((16, 1), (32, 2), (64, 2)):
         layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -30,7 +30,7 @@ def conv(shape: Sequence[int], classes: int) -> nn.Module:
 
 
 def resnet(shape: Sequence[int], classes: int, widths: Sequence[int] = (64, 64, 128), blocks: int = 2) -> nn.Module:
-    """A small residual network, for images of about 32x32; see ResNet."""
+    """A small `ResNet`, for images (N, *shape) of about 32x32."""
     return ResNet(shape[0], classes, widths, blocks)
 
 
@@ -38,16 +38,18 @@ OWN: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "conv": conv, "resnet": 
 
 
 class ResNet(nn.Module):
-    """Residual network of He et al. 2016 (arXiv 1512.03385), with SiLU: its gradient has no kinks to hide behind.
+    """The residual network of He et al. 2016 (arXiv 1512.03385), with SiLU in place of ReLU.
 
-    The stem halves the resolution and each width after it does again. Images (N, channels, H, W) become logits
-    (N, classes).
+    SiLU is smooth, so the loss has no kinks at which the gradient, and an attack along it, would mislead.
+
+    The stem halves the resolution, and each later width halves it again: with widths (64, 64, 128) an image of 32x32
+    becomes 16x16, 8x8 and 4x4. Images (N, channels, H, W) become logits (N, classes).
 
     Args:
-        channels: number of an image's channels.
-        classes: number of logits.
-        widths: channels of the stem, then of each group of `blocks` residual blocks.
-        blocks: residual blocks of a width.
+        channels: the channels of an image.
+        classes: the number of logits.
+        widths: the channels of the stem, then of each group of `blocks` residual blocks.
+        blocks: the number of residual blocks of each width.
 
     Raises:
         ValueError: fewer than two widths, or no blocks.
@@ -75,7 +77,7 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a skip, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions, and a skip around them; the skip is a 1x1 convolution where the shape changes."""
 
     def __init__(self, width: int, out: int, stride: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The layers that LoRA and IA3 adapt: of attention the queries, keys and values, of blocks their layers."""
+"""Finds the layers that LoRA and IA3 adapt: those that make the queries, keys and values of attention, and others."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fastadv.models.residual import find_residuals
 from fastadv.models.structure import find_head
 from fastadv.nn.frozen import frozen
 
-# What timm and transformers call the layers of queries, keys and values, and those that give several at once.
+# Names that timm and transformers give to the layers of queries, keys and values; _FUSED below makes several at once.
 _TRIPLES = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -30,45 +30,58 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and keyword argu
 _ALONE = {name for triple in _TRIPLES for name in triple}
 _FUSED = {"qkv", "qkv_proj", "to_qkv", "Wqkv", "query_key_value"}
 _FUSED |= {"kv", "kv_proj", "to_kv", "qk", "qk_proj", "to_qk"}
-_ADAPTS = {  # by what is looked for: who looks, and what else there is
+_ADAPTS = {  # {letters: (the method that adapts them, what else a user can do)}
     "qv": ("LoRA adapts queries and values", ", or name its layers with lora_targets= (--lora-targets)"),
     "kv": ("IA3 adapts keys and values", ""),
 }
-ROWS = 16  # of a layer are disturbed at first, more only while two layouts explain them
-SIZE = 30.0  # of the disturbance, of outputs whose standard deviation is 1: attention is then far from linear in a key
+ROWS = 16  # so many rows of a layer are disturbed at first; more only while two layouts or more fit what was seen
+# The disturbance, for outputs of standard deviation 1. It is so large that attention is far from linear in a key.
+SIZE = 30.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that LoRA or IA3 adapts: its name, and the slices of its outputs that train."""
+    """A layer that LoRA or IA3 adapts.
+
+    Attributes:
+        name: the name of the layer.
+        rows: the slices of its outputs that train; by default all outputs.
+    """
 
     name: str
     rows: tuple[slice, ...] = (slice(None),)
 
 
 def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> list[Target]:
-    """The layers that LoRA adapts (Hu et al. 2022, arXiv 2106.09685, section 4.2: queries and values).
+    """The layers that LoRA adapts: queries and values, where there is attention.
 
-    Found among the layers that run in a forward pass:
+    Only layers that run in a forward pass count. The first rule that finds any decides:
 
-    - attention whose layers have names that timm or transformers give: q_proj and v_proj, query and value, q and v;
-    - other attention by effect. Candidates are layers called qkv, kv or qk, an nn.Linear with three times as many
-      outputs as inputs beside one with as many outputs as inputs, and three nn.Linear or more that take the very same
-      tensor. One output of one token is disturbed: a query changes that token alone, a key or a value others too, the
-      value in proportion. Of a fused layer the queries and values train, be they in thirds or head by head;
-    - where there is no attention: every linear layer (nn.Linear, and nn.Conv2d of 1x1 with groups == 1);
-    - where residual blocks have no linear layers, but for those of their shortcuts: every other convolution of the
-      blocks with groups == 1.
+    1. Attention whose layers have the names that timm or transformers give, such as q_proj and v_proj, or query and
+       value.
+    2. Other attention, by its effect. Candidates are layers called qkv, kv or qk; an nn.Linear with three times as
+       many outputs as inputs beside an nn.Linear with as many outputs as inputs; and three or more nn.Linear with the
+       very same input tensor. One output of one token is disturbed. If it is part of a query, only that token changes.
+       If it is part of a key or a value, other tokens change too, and for a value in proportion to the disturbance. Of
+       a fused layer only the queries and values train, whether they lie in thirds or head by head.
+    3. Without attention: every linear layer, that is nn.Linear, and nn.Conv2d of 1x1 with groups == 1. Where residual
+       blocks have no linear layers outside their shortcuts: the convolutions of the blocks with groups == 1, without
+       those of the shortcuts.
 
-    The head is left out, and so is a layer whose weight is used without calling the layer.
+    The head is left out. So is a layer whose weight the network uses without calling the layer.
+
+    Source: Hu et al. 2022 (arXiv 2106.09685, section 4.2).
 
     Args:
-        module: a network, or one wrapped.
+        module: a network, wrapped or not.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
-        head: name of the classifier; None means `find_head`'s.
+        head: the name of the classifier; None means the one that `find_head` finds.
+
+    Returns:
+        The layers, in the order of the network's modules.
 
     Raises:
-        ValueError: nothing found, or attention of which it is not clear what makes its queries and values.
+        ValueError: there are no such layers; or it is not clear which layers make the queries and values.
     """
     head = find_head(module, head, example)[0]
     ran, targets = _attention_targets(module, example, head, "qv")
@@ -89,21 +102,24 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
 
 
 def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> tuple[list[Target], list[str]]:
-    """The layers that IA3 adapts (Liu et al. 2022, arXiv 2205.05638, section 3.3), at their outputs or their inputs.
+    """The layers that IA3 adapts: at some it scales the outputs, at others the inputs.
 
-    The outputs are those of keys and values, found as `lora_targets` finds its layers; the inputs are those of the last
-    linear layer or convolution in each residual block: the second layer of a transformer's MLP.
+    The outputs are keys and values; their layers are found as `lora_targets` finds queries and values. The inputs are
+    those of the last linear layer or convolution in each residual block, such as the second layer of a transformer's
+    MLP.
+
+    Source: Liu et al. 2022 (arXiv 2205.05638, section 3.3).
 
     Args:
-        module: a network, or one wrapped.
+        module: a network, wrapped or not.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
-        head: name of the classifier; None means `find_head`'s.
+        head: the name of the classifier; None means the one that `find_head` finds.
 
     Returns:
-        The layers whose outputs are scaled, and the names of those whose inputs are.
+        The layers whose outputs are scaled, and the names of the layers whose inputs are scaled.
 
     Raises:
-        ValueError: nothing found, or attention of which it is not clear what makes its keys and values.
+        ValueError: there are no such layers; or it is not clear which layers make the keys and values.
     """
     head = find_head(module, head, example)[0]
     outputs = _attention_targets(module, example, head, "kv")[1]
@@ -117,7 +133,7 @@ def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = Non
 def _attention_targets(
     module: nn.Module, example: torch.Tensor, head: str, letters: str
 ) -> tuple[dict[str, nn.Module], list[Target]]:
-    """The linear layers that run before the head, and of attention those that make `letters`, "qv" or "kv"."""
+    """(the linear layers that run before the head, the layers of attention that make `letters`: "qv" or "kv")."""
     names = {layer: name for name, layer in module.named_modules()}
     with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
         calls = _calls(module, example)
@@ -154,15 +170,15 @@ def _is_linear(layer: nn.Module) -> bool:
 def _projections(
     module: nn.Module, name: str, ran: Mapping[str, nn.Module], calls: Mapping[nn.Module, Call], letters: str
 ) -> list[Target]:
-    """The layers in the children of the module `name` that make queries, keys or values, as `letters` say."""
+    """The layers among the children of the module `name` that make `letters`: "q" queries, "k" keys, "v" values."""
     own: list[str] = []
-    found: dict[str, str] = {}  # by a name that queries, keys and values have
+    found: dict[str, str] = {}  # {name of a child that is usual for queries, keys or values: its layer}
     for key, _ in module.get_submodule(name).named_children():
         full = f"{name}.{key}" if name else key
         if isinstance(ran.get(full), nn.Linear):
             own.append(full)
         inside = [layer for layer in ran if f"{layer}.".startswith(f"{full}.")]
-        if len(inside) == 1 and key in _ALONE | _FUSED:  # the layer itself, or one beside a norm or a pooling
+        if len(inside) == 1 and key in _ALONE | _FUSED:  # the child is the layer, or has it beside a norm or a pooling
             found[key] = inside[0]
     for triple in _TRIPLES:
         made = {letter: found[key] for letter, key in zip("qkv", triple, strict=True) if key in found}
@@ -182,15 +198,15 @@ def _projections(
             return []  # such as the parallel branches of an MLP
         who, todo = _ADAPTS[letters]
         raise ValueError(
-            f"{who}, and what {', '.join(group)} make is neither queries, keys and values one after the other nor head "
-            f"by head: choose another method{todo}"
+            f"{who}, and the outputs of {', '.join(group)} are neither queries, keys and values one after the other "
+            f"nor head by head: choose another method{todo}"
         )
     pairs = zip(group, layouts, strict=True)
     return [Target(full, layout.slices(letters)) for full, layout in pairs if set(layout.parts) & set(letters)]
 
 
 def _by_structure(own: Sequence[str], ran: Mapping[str, Any], calls: Mapping[nn.Module, Call]) -> list[str]:
-    """Layers side by side that may be the projections of attention, by their sizes or by their common input."""
+    """The layers among `own` that may be the projections of attention, by their sizes or by their common input."""
     sizes = {full: tuple(ran[full].weight.shape) for full in own}
     fused = [full for full, (out, d) in sizes.items() if out == 3 * d and (d, d) in sizes.values()]
     if fused:
@@ -207,15 +223,17 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the rows of a layer's weight make.
+    """Which rows of a layer's weight make queries, keys and values.
 
-    A fused layer of 12 rows with the parts "qkv" and 2 heads makes, row by row, q q k k v v q q k k v v; with 1 head
-    q q q q k k k k v v v v.
+    A fused layer with 12 rows and the parts "qkv" has, row by row:
+
+        2 heads    q q k k v v q q k k v v
+        1 head     q q q q k k k k v v v v
 
     Attributes:
-        parts: what follows each other in a head, of "q", "k" and "v".
-        heads: how many heads follow each other.
-        rows: how many rows there are.
+        parts: the letters "q", "k" and "v" in their order within a head.
+        heads: the number of heads.
+        rows: the number of rows.
     """
 
     parts: str
@@ -223,11 +241,11 @@ class _Layout:
     rows: int
 
     def letter(self, row: int) -> str:
-        """What this row makes."""
+        """The letter of a row: "q", "k" or "v"."""
         return self.parts[row * self.heads * len(self.parts) // self.rows % len(self.parts)]
 
     def slices(self, letters: str) -> tuple[slice, ...]:
-        """The rows that make one of `letters`."""
+        """The rows that have one of `letters`."""
         if len(self.parts) == 1:
             return (slice(None),)
         size = self.rows // (self.heads * len(self.parts))
@@ -242,18 +260,19 @@ def _possible(rows: int) -> Iterator[_Layout]:
 
 
 class _Attention:
-    """A module run again and again, with random numbers in the place of what some of its layers return.
+    """Finds out what some layers of a module make, by running the module with other outputs of these layers.
 
-    So nothing depends on the weights, which may be zero. What a disturbance of these numbers does is looked at where
-    the tokens enter the linear layers and convolutions that follow, and where they leave the module.
+    Random numbers take the place of the layers' outputs, so the weights, which may be zero, do not matter. One number
+    is then disturbed. The effect is seen where tokens enter the linear layers and convolutions that follow, and where
+    they leave the module.
 
     Args:
-        module: that holds the layers.
+        module: the module that has the layers.
         call: the arguments with which it ran.
-        layers: that may make queries, keys and values.
+        layers: the layers that may make queries, keys and values.
 
     Attributes:
-        mixes: whether a disturbance of one token reached another one.
+        mixes: whether a disturbance of one token reached another token.
     """
 
     def __init__(self, module: nn.Module, call: Call, layers: Sequence[nn.Module]):
@@ -264,11 +283,11 @@ class _Attention:
         self.mixes = False
 
     def layouts(self) -> list[_Layout] | None:
-        """The layout of each layer; None where what one of them does fits no layout, or several."""
+        """The layout of each layer; None where the effects of a layer fit no layout, or several."""
         sizes = [_tokens(self.outputs[layer], layer).shape[1] for layer in self.layers]
         orders = [torch.randperm(size, generator=self.generator).split(ROWS) for size in sizes]
         first = [self._effects(layer, order[0]) for layer, order in zip(self.layers, orders, strict=True)]
-        # The first place that all of them reach, and some from token to token: behind it tokens may be pooled.
+        # The first place that every layer affects, some from one token to another. Later the tokens may be pooled.
         places = list(zip(*(seen for rows in first for seen in rows.values()), strict=True))
         self.mixes = any({"k", "v"} & set(place) for place in places)
         point = next((i for i, place in enumerate(places) if "-" not in place and {"k", "v"} & set(place)), None)
@@ -287,7 +306,7 @@ class _Attention:
         return found if len(found) == len(self.layers) else None
 
     def _effects(self, layer: nn.Module, rows: torch.Tensor) -> dict[int, list[str]]:
-        """A letter, see `_letter`, of each row at each place that is looked at."""
+        """{row: its letter, see `_letter`, at each place where tokens are seen}."""
         return {row: self._effect(layer, row) for row in rows.tolist()}
 
     def _effect(self, layer: nn.Module, row: int) -> list[str]:
@@ -298,7 +317,14 @@ class _Attention:
     def _run(
         self, disturbed: nn.Module | None = None, token: int = 0, row: int = 0, size: float = 0.0
     ) -> list[torch.Tensor]:
-        """The tokens (tokens, channels) at each place that is looked at, where there are several."""
+        """The tokens (tokens, channels) at each place where they are seen, if there are several.
+
+        Args:
+            disturbed: the layer whose output is disturbed; None for no disturbance.
+            token: the number of the disturbed token.
+            row: the number of the disturbed channel.
+            size: the size of the disturbance.
+        """
         seen = []
 
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -341,16 +367,16 @@ def _tokens(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 def _letter(before: torch.Tensor, once: torch.Tensor, twice: torch.Tensor) -> str:
-    """What a row makes: "q", "k", "v", or "-" where a disturbance has no effect.
+    """What a row makes: "q", "k", "v", or "-" where its disturbance has no effect.
 
     Args:
         before: all tokens (tokens, channels) without a disturbance.
-        once: with one of this row at one token.
-        twice: with one of twice the size.
+        once: the tokens after a disturbance of this row at one token.
+        twice: the tokens after a disturbance twice as large.
     """
     changed = int((once != before).any(1).sum())
     if changed < 2:
         return "-q"[changed]
     once, twice = once - before, twice - before
-    rounding = 0.01 + 8 * torch.finfo(before.dtype).eps  # also of TF32
+    rounding = 0.01 + 8 * torch.finfo(before.dtype).eps  # 0.01 for TF32
     return "v" if (twice - 2 * once).abs().max() <= rounding * twice.abs().max() else "k"

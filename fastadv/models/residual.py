@@ -1,4 +1,4 @@
-"""The residual blocks of a network, found by running it: where a sum adds a branch to what it began from."""
+"""Finds the residual blocks of a network by running it: a block adds a branch to the branch's own input."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,16 +22,16 @@ _LAYERS = (nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Residual:
-    """The last residual sum of a block.
+    """The last residual sum of a block: skip + branch.
 
     Attributes:
-        block: name of the module that adds.
-        place: name of the module whose output is the branch, as it enters the sum.
-        width: channels of the branch.
-        channels_first: whether they are dimension 1, as convolutions have them; else they are the last one.
-        layers: names of the linear layers and convolutions of the block, in the order in which they run; those of a
-            shortcut are left out.
-        last: the last one of these that gives as many numbers as the branch has; None where there is none.
+        block: the name of the module that computes the sum.
+        place: the name of the module whose output is the branch, as it enters the sum.
+        width: the channels of the branch.
+        channels_first: whether the channels are dimension 1, as for convolutions; else they are the last dimension.
+        layers: the names of the block's linear layers and convolutions, in the order in which they run, without those
+            of a shortcut.
+        last: the last of these layers whose output has as many numbers as the branch; None where there is none.
     """
 
     block: str
@@ -43,16 +43,16 @@ class Residual:
 
 
 def find_residuals(module: nn.Module, example: torch.Tensor, head: str | None = None) -> list[Residual]:
-    """The last residual sum of each block, in the order in which they run: of a transformer's block that of its MLP.
+    """The last residual sum of each block, in the order in which the blocks run. For a transformer's block: the MLP's.
 
-    A sum is residual where both addends depend on the image and have one shape. The branch is the addend that took
-    more operations, the other one is the skip. Sums whose branch no module returns, or one that is called elsewhere
-    too, are left out, and so are those in the head and those that the logits do not depend on.
+    A sum is residual if both addends depend on the image and have the same shape. The addend that took more operations
+    is the branch, and the other one is the skip. Left out are sums in the head, sums that the logits do not depend on,
+    and sums whose branch no module returns, or a module that is also called elsewhere.
 
     Args:
-        module: a network, or one wrapped.
+        module: a network, wrapped or not.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
-        head: name of the classifier; None means `find_head`'s.
+        head: the name of the classifier; None means the one that `find_head` finds.
 
     Raises:
         ValueError: there is no such head.
@@ -69,13 +69,13 @@ def find_residuals(module: nn.Module, example: torch.Tensor, head: str | None = 
 @dataclass(frozen=True)
 class _Sum:
     branch: torch.Tensor
-    givers: tuple[str, ...]  # of the branch, the innermost first
-    shortcut: tuple[str, ...]  # modules of the block that gave the other addend
-    ran: int  # how many layers had run
+    givers: tuple[str, ...]  # modules that returned the branch, the innermost first
+    shortcut: tuple[str, ...]  # modules of the block that returned the skip
+    ran: int  # how many layers had run before the sum
 
 
 class _Trace(TorchFunctionMode):
-    """Which modules run, what they return, and what is added."""
+    """Records which modules run, what they return, and which tensors are added."""
 
     def __init__(self, module: nn.Module, head: str):
         super().__init__()
@@ -83,9 +83,9 @@ class _Trace(TorchFunctionMode):
         self.names = {each: name for name, each in module.named_modules() if not _is_aside(each)}
         self.running: list[str] = []
         self.calls: Counter[str] = Counter()
-        self.layers: list[tuple[str, int]] = []  # in the order in which they ran, with the size of what they gave
-        self.given: dict[int, list[str]] = {}  # by identity of a tensor
-        self.tensors: list[torch.Tensor] = []  # alive, so that no identity comes twice
+        self.layers: list[tuple[str, int]] = []  # (name, numbers in its output), in the order in which they ran
+        self.given: dict[int, list[str]] = {}  # {id of a tensor: modules that returned it}
+        self.tensors: list[torch.Tensor] = []  # kept alive: the id of a freed tensor could come again
         self.sums: dict[tuple[str, str], _Sum] = {}
 
     def watching(self) -> ExitStack:
@@ -131,11 +131,11 @@ class _Trace(TorchFunctionMode):
             for each in (branch, skip)
         )
         if givers and not any(_is_within(name, self.head) for name in (block, *givers, *shortcut)):
-            # One module may run many blocks, each of them an nn.ModuleList without a forward of its own.
+            # One module may compute the sums of many blocks, if each block is an nn.ModuleList, which has no forward.
             self.sums[block, givers[-1].rpartition(".")[0]] = _Sum(branch, givers, shortcut, len(self.layers))
 
     def residuals(self, operations: set[Node]) -> Iterator[Residual]:
-        """The sums among the `operations` that gave the logits."""
+        """The residual sums that the logits depend on: those among `operations`."""
         modules = dict(self.module.named_modules())
         used = Counter(name for each in self.sums.values() for name in each.givers)
         for (_, parent), each in self.sums.items():
@@ -143,7 +143,7 @@ class _Trace(TorchFunctionMode):
                 continue
             first = each.givers[0]
             around = [name for name in each.givers if _is_within(first, name) and self.calls[name] == used[name]]
-            # The submodules of an nn.Sequential run one after the other: it cannot have one that does not.
+            # Not an nn.Sequential: a submodule that is added to one would run as its last step.
             places = [name for name in around if not isinstance(modules[name], nn.Sequential)]
             if places:
                 shape = each.branch.shape
@@ -168,7 +168,7 @@ def _is_within(name: str, module: str) -> bool:
 
 
 def _operations(tensor: torch.Tensor) -> set[Node]:
-    """The operations that gave `tensor` and depend on the image."""
+    """The operations, of those that depend on the image, from which `tensor` was computed."""
     seen: set[Node] = set()
     todo = [tensor.grad_fn]
     while todo:

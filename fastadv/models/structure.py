@@ -1,9 +1,9 @@
-"""Where a network has its head and its blocks.
+"""Finds the head and the blocks of a network.
 
-A network may say so itself, by attributes: `fastadv_head`, the name of its classifier, and `fastadv_blocks`, the name
-of the nn.ModuleList or nn.Sequential that holds its blocks. Else both are found by what timm and transformers say,
-and by its structure. Names are those of `module.named_modules()`, also where `module` wraps the network (`Normalized`,
-DistributedDataParallel).
+A network may name them itself, in two attributes: `fastadv_head` is the name of its classifier, and `fastadv_blocks` is
+the name of the nn.ModuleList or nn.Sequential that has its blocks. Else they are found by the conventions of timm and
+transformers, and by the network's structure. Names are those of `module.named_modules()`, also where `module` wraps the
+network (`Normalized`, DistributedDataParallel).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,13 +19,13 @@ from fastadv.nn import Normalized
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 
-Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # after a forward pass: the module, its arguments, its output
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # called after a forward pass with (module, arguments, output)
 
 _WRAPPERS = ((Normalized, "model"), (nn.parallel.DistributedDataParallel, "module"))
 
 
 def unwrapped(module: nn.Module) -> tuple[str, nn.Module]:
-    """(what its names begin with in `module`, the network inside the wrappers): "model.", network for Normalized."""
+    """(the prefix of the network's names in `module`, the network): for Normalized ("model.", the inner network)."""
     for wrapper, attribute in _WRAPPERS:
         if isinstance(module, wrapper):
             prefix, network = unwrapped(getattr(module, attribute))
@@ -37,22 +37,23 @@ def unwrapped(module: nn.Module) -> tuple[str, nn.Module]:
 
 
 def find_head(module: nn.Module, name: str | None = None, example: torch.Tensor | None = None) -> tuple[str, nn.Module]:
-    """Name and module of the classifier.
+    """The name and the module of the classifier. The first rule that applies decides:
 
-    It is the module called `name`; else what `fastadv_head` names; timm's classifier; with an example the last
-    nn.Linear that runs and gives the logits: they depend on its output, and on nothing else; without one, with
-    transformers the last nn.Linear that has config.num_labels outputs, else the last nn.Linear.
+    1. The module called `name`.
+    2. The module that `fastadv_head` names, or timm's default_cfg.
+    3. With an example: the last nn.Linear that runs and on whose output alone the logits depend.
+    4. Without an example: for transformers the last nn.Linear with config.num_labels outputs, else the last nn.Linear.
 
     Args:
-        module: a network, or one wrapped.
-        name: in `module`, or in the network that it wraps.
+        module: a network, wrapped or not.
+        name: the classifier's name in `module`, or in the network that it wraps.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
 
     Returns:
-        Its name in `module`, and the classifier.
+        (its name in `module`, the classifier).
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: there is no classifier, or there are several.
     """
     prefix, network = unwrapped(module)
     if name is None:
@@ -71,10 +72,15 @@ def find_head(module: nn.Module, name: str | None = None, example: torch.Tensor 
 
 
 def classifiers(network: nn.Module) -> tuple[str, ...]:
-    """Names of the classifiers, by what the network says and by its structure: one, or several as DeiT-distilled has.
+    """The names of the classifiers without running the network: rules 2 and 4 of `find_head`.
+
+    Most networks have one. Some have several, such as a distilled DeiT, which averages two.
+
+    Args:
+        network: a network, wrapped or not.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no classifier.
     """
     network = unwrapped(network)[1]
     declared = _declared_heads(network)
@@ -85,7 +91,7 @@ def classifiers(network: nn.Module) -> tuple[str, ...]:
         raise ValueError("the model has no nn.Linear; name its classifier with head=")
     labels = getattr(getattr(network, "config", None), "num_labels", None)
     fitting = [key for key, module in linear.items() if module.out_features == labels]
-    # Beside the base model there may be a second one, which learnt from a teacher.
+    # A distilled model has a second classifier, which was trained on a teacher's outputs.
     tops = {key.partition(".")[0]: key for key in fitting}
     tops.pop(getattr(network, "base_model_prefix", None), None)
     return tuple(tops.values()) if len(tops) > 1 else ((fitting or list(linear))[-1],)
@@ -101,14 +107,14 @@ def _declared_heads(network: nn.Module) -> tuple[str, ...]:
 
 
 def _running_head(module: nn.Module, example: torch.Tensor) -> str:
-    """The last nn.Linear that runs and changes the logits, if it gives them: all classes, and alone."""
+    """The last nn.Linear that changes the logits, if it has one output a class and they depend on nothing else."""
     names: dict[nn.Module, str] = {
         layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
     }
     outputs: dict[nn.Module, torch.Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        outputs.pop(layer, None)  # the order is that of the last calls
+        outputs.pop(layer, None)  # a layer that is called twice counts where it is called last
         outputs[layer] = out
 
     x = to_float(example[:1])
@@ -120,7 +126,7 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
         for layer, given in reversed(outputs.items()):
             expected = _logits(module, x, layer, given)
             if expected.equal(_logits(module, x, layer, given + torch.arange(given.shape[-1]).to(given))):
-                continue  # an auxiliary output
+                continue  # this layer makes an auxiliary output
             if given.shape[-1] == classes and expected.equal(_logits(module, other, layer, given)):
                 return names[layer]
             raise ValueError(
@@ -131,7 +137,7 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
 
 
 def _logits(module: nn.Module, x: torch.Tensor, layer: nn.Module, given: torch.Tensor) -> torch.Tensor:
-    """The logits of `x` if `layer` returned `given`."""
+    """The logits of `x` that the model returns where `given` takes the place of the output of `layer`."""
     with _hooked([layer], lambda *_: given):
         return find_logits(module(x), 1)
 
@@ -147,15 +153,15 @@ def _hooked(layers: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
 
 
 def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None) -> None:
-    """Give `network` a new, untrained head with `count` outputs, in place; each of its heads, where it has several.
+    """Replace the head of `network`, in place, by a new, untrained one; where it has several heads, all of them.
 
     Args:
-        network: a network, or one wrapped.
-        count: number of classes.
-        example: images (N, C, H, W) as it takes them, with which its head is found, see `find_head`.
+        network: a network, wrapped or not.
+        count: the number of classes.
+        example: images (N, C, H, W) as the network takes them, for `find_head`.
 
     Raises:
-        ValueError: its head is no nn.Linear, and timm does not know how to replace it.
+        ValueError: the head is no nn.Linear, and timm cannot replace it either.
     """
     network = unwrapped(network)[1]
     names = classifiers(network) if example is None else (find_head(network, None, example)[0],)
@@ -188,13 +194,16 @@ def _renew(head: nn.Linear, count: int) -> None:
 
 
 def find_blocks(module: nn.Module) -> list[str]:
-    """Names of the blocks, in order.
+    """The names of the blocks, in order.
 
-    They are the children of what `fastadv_blocks` names; else the longest run of children of one type in an
-    nn.ModuleList or nn.Sequential, the first of equally long ones.
+    The blocks are the children of the module that `fastadv_blocks` names. Without that attribute they are the longest
+    run of children of the same type in an nn.ModuleList or nn.Sequential; of equally long runs, the first one.
+
+    Args:
+        module: a network, wrapped or not.
 
     Raises:
-        ValueError: there is no such module, or no run of two.
+        ValueError: there is no module of that name, or no run of two.
     """
     prefix, network = unwrapped(module)
     modules = dict(network.named_modules())

@@ -1,4 +1,4 @@
-"""The tokens of a plain vision transformer: which blocks pass them on, and where the patches begin."""
+"""Finds the tokens of a plain vision transformer: the blocks that pass them on, and where the patches begin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Tokens:
     """The tokens of a plain vision transformer.
 
     Attributes:
-        blocks: names of its blocks, in order.
-        prefix: how many tokens, such as the class token, come before the patches.
-        width: channels of a token.
-        pixels: of a patch, H x W.
+        blocks: the names of the blocks, in order.
+        prefix: the number of tokens before the patches, such as the class token.
+        width: the channels of a token.
+        pixels: the pixels of a patch, H x W.
     """
 
     blocks: tuple[str, ...]
@@ -33,15 +33,18 @@ class Tokens:
 def find_tokens(module: nn.Module, example: torch.Tensor) -> Tokens:
     """The tokens of a plain vision transformer: ViT, DeiT, DINOv2, the towers of CLIP and SigLIP.
 
-    It is one if its blocks (`find_blocks`) pass on equally many tokens, (N, T, width), of which the first ones are the
-    same for two images and no other one is, and if it runs with more tokens and these see them.
+    A network is one if
+
+    - all its blocks (`find_blocks`) take and return the same number of tokens, (N, T, width);
+    - the first tokens that enter its blocks are the same for two images, and all others, the patches, differ;
+    - it runs with more tokens, and they change the others.
 
     Args:
-        module: a network, or one wrapped.
+        module: a network, wrapped or not.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the network is something else; the message says why.
     """
     x = to_float(example[:1])
     other = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -70,8 +73,12 @@ def _refusal(why: str) -> ValueError:
 
 
 def _tokens(module: nn.Module, blocks: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens (N, T, width) that enter the first block and that leave the last one; each passes on as many."""
-    entered: list[Any] = []  # tensors (N, T, width) where the blocks are those of a plain vision transformer
+    """The tokens (N, T, width) that enter the first block, and the tokens that leave the last one.
+
+    Raises:
+        ValueError: the blocks do not all take and return the same number of tokens.
+    """
+    entered: list[Any] = []  # in a plain vision transformer tensors (N, T, width)
     left: list[Any] = []
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,7 +102,7 @@ def _tokens(module: nn.Module, blocks: Sequence[str], x: torch.Tensor) -> tuple[
 
 
 def _check_effect(module: nn.Module, found: Tokens, x: torch.Tensor, before: torch.Tensor) -> None:
-    """Refuse a network that does not run with three more tokens a block, or whose tokens do not change by them."""
+    """Refuse a network that does not run with three more tokens in each block, or whose tokens ignore them."""
     undo = []
     try:
         for name in found.blocks:
