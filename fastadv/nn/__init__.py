@@ -1,4 +1,4 @@
-"""What the package knows about modules: their normalisation, modes and flags, and the logits in any output."""
+"""Tools for any nn.Module: normalisation, train and eval modes, and the logits in a model's output."""
 
 from fastadv.nn.normalized import Normalized
 

@@ -1,4 +1,4 @@
-"""What an attack borrows from a model, and how it gives it back."""
+"""Freezes a model for the time of an attack, and restores its modes, flags and buffers afterwards."""
 
 import os
 import threading
@@ -15,12 +15,12 @@ TRAINING_MODES = ("eval", "as_is", "batch_norm")
 
 # ------------------------------------------------------------------ one thread at a time
 
-_owners: dict[int, int] = {}  # id of a module whose flags are borrowed -> the thread that will put them back
+_owners: dict[int, int] = {}  # id of a module whose flags are changed -> the thread that will restore them
 _owners_lock = threading.Lock()
 
 
 def _forget_owners() -> None:
-    """After a fork: the child's only thread waits for no attack of the parent's threads."""
+    """Clear the owners in a child process after a fork: the parent's threads do not run there."""
     global _owners_lock
     _owners.clear()
     _owners_lock = threading.Lock()
@@ -32,13 +32,13 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
 
 @contextmanager
 def _alone(modules: list[nn.Module]) -> Iterator[None]:
-    """Refuse modules that another thread has borrowed; this one may borrow them again."""
+    """Refuse modules whose flags another thread has changed; the same thread may take them again."""
     me = threading.get_ident()
     with _owners_lock:
         if any(_owners.get(id(module), me) != me for module in modules):
             raise RuntimeError(
-                "another thread is attacking or judging this model, whose modes and flags are that one's to put back: "
-                "take turns, or give each thread a copy (copy.deepcopy(model))"
+                "another thread is attacking or judging this model, and has changed its modes and flags: take turns, "
+                "or give each thread a copy (copy.deepcopy(model))"
             )
         mine = [id(module) for module in modules if id(module) not in _owners]
         _owners.update(dict.fromkeys(mine, me))
@@ -55,16 +55,16 @@ def _alone(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def flags_kept(model: AnyModel) -> Iterator[None]:
-    """Put back every module's `training` and every parameter's `requires_grad` at the end, whatever happens.
+    """Restore every module's `training` and every parameter's `requires_grad` at the end, also after an error.
 
-    Flags are set on the modules themselves: `.eval()` and `.train()` are methods that models override (to
-    keep batch-norm frozen, say), and they cannot put back a model whose modules are in different modes.
+    The flags of the modules are set one by one. `.eval()` and `.train()` would not do: models override them, for
+    example to keep batch-norm frozen, and they cannot restore a model whose modules are in different modes.
 
     Args:
         model: an `nn.Module`; any other callable has no flags.
 
     Raises:
-        RuntimeError: another thread has borrowed the model.
+        RuntimeError: another thread is attacking or judging the model.
     """
     modules = _modules(model)
     with _alone(modules):
@@ -85,16 +85,16 @@ def flags_kept(model: AnyModel) -> Iterator[None]:
 def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
     """Freeze a model until the end: no parameter requires grad, and the modules are in `training_mode`.
 
-    Buffers, such as running statistics or a count of calls, are put back: copied once, because neither a captured graph
-    nor batch-norm marks those that it writes to.
+    Afterwards flags and buffers, such as running statistics, are as before. All buffers are copied at the beginning:
+    neither a captured graph nor batch-norm tells which buffers it has written to.
 
     Args:
         model: an `nn.Module`; any other callable has nothing to freeze.
-        training_mode: "eval": every module in eval mode; "as_is": as found, so that dropout draws and batch-norm uses
-            the batch; "batch_norm": batch-norm in train mode, the rest in eval mode.
+        training_mode: "eval": every module in eval mode; "as_is": modes are left alone, so that in train mode dropout
+            draws and batch-norm uses the batch; "batch_norm": batch-norm in train mode, the rest in eval mode.
 
     Raises:
-        RuntimeError: another thread has borrowed the model.
+        RuntimeError: another thread is attacking or judging the model.
     """
     with flags_kept(model), buffers_kept(model):
         if training_mode != "as_is":
@@ -109,13 +109,17 @@ def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: AnyModel) -> Iterator[None]:
-    """Put the model's buffers back at the end: the same tensors with the same values."""
+    """Restore the model's buffers at the end: the same tensors with the same values.
+
+    Args:
+        model: an `nn.Module`; any other callable has no buffers.
+    """
     named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
     before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
 
     def put_back() -> None:
         before.put_back()
-        for module, name, buffer in named:  # a model may have assigned another tensor; TorchScript cannot
+        for module, name, buffer in named:  # the model may have assigned another tensor; TorchScript cannot
             if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
 
@@ -125,7 +129,7 @@ def buffers_kept(model: AnyModel) -> Iterator[None]:
 
 @contextmanager
 def at_the_end(put_back: Callable[[], None]) -> Iterator[None]:
-    """Call `put_back` at the end, whatever happens; its error never hides one that came before."""
+    """Call `put_back` at the end, also after an error. An error of `put_back` never hides that earlier error."""
     try:
         yield
     except BaseException:
@@ -136,12 +140,15 @@ def at_the_end(put_back: Callable[[], None]) -> Iterator[None]:
 
 
 class _Copies:
-    """Copies of tensors, one launch for all of a dtype: a small net has as many buffers as an attack has launches."""
+    """Copies of tensors, made with one kernel launch for all tensors of a dtype.
+
+    A small network has about as many buffers as an attack has launches: one launch for each buffer would cost time.
+    """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._kinds: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for t in tensors:
-            # Through .data: for autograd nothing changes, so a backward that began before still works.
+            # .data hides the write from autograd, so that a graph that was built before can still run backward.
             mine, copies = self._kinds.setdefault((t.device, t.dtype), ([], []))
             mine.append(t.data)
             copies.append(torch.empty_like(t))
@@ -154,17 +161,17 @@ class _Copies:
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make the device CUDA's current one, which streams, events and captures belong to."""
+    """Make `device` CUDA's current device: streams, events and captures belong to that one. On a CPU do nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def as_normal(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without its graph; a copy if it is an inference tensor, which autograd refuses to save."""
+    """`tensor` without its graph. An inference tensor is copied: autograd refuses to save one for backward."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch lets it be written in place: not where its elements share memory."""
+    """Whether PyTorch can write to a tensor in place. It cannot where elements share memory, as after `expand`."""
     layout = zip(tensor.shape, tensor.stride(), strict=True) if tensor.layout == torch.strided else ()
     return not tensor.is_inference() and all(size <= 1 or stride != 0 for size, stride in layout)
 

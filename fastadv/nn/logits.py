@@ -1,4 +1,4 @@
-"""The logits among what a model returns."""
+"""Finds the logits in a model's output."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
@@ -10,18 +10,18 @@ AnyModel = Callable[..., Any]
 
 
 def find_logits(outputs: object, n: int) -> torch.Tensor:
-    """Find the logits among a model's outputs.
+    """Find the logits in a model's output.
 
     Args:
-        outputs: the logits themselves, or what has them as its attribute or key `logits`, as its key `out`
-            (torchvision's), or as the only float matrix among its entries.
+        outputs: the logits; or an object with the attribute or key `logits`; or a mapping with the key `out`, as
+            torchvision has; or a mapping, tuple or list with a single float matrix among its entries.
         n: the number of samples.
 
     Returns:
-        A float tensor (n, C).
+        The logits, a float tensor (n, C).
 
     Raises:
-        TypeError: what was found is not a float tensor (n, C), or there are several.
+        TypeError: there is no float tensor (n, C), or there are several.
     """
     if are_logits(outputs, n):
         return outputs
@@ -58,12 +58,12 @@ def are_logits(outputs: object, n: int) -> TypeGuard[torch.Tensor]:
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    """The logits, in float32 where their dtype is narrower."""
+    """The logits in float32 where their dtype is narrower, such as bfloat16; else as they are."""
     return logits if logits.dtype == torch.float32 else logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def describe(value: object) -> str:
-    """The type of an output, and its shape, keys or length, in words."""
+    """The type of an output with its shape, keys or length, in words: "a float32 tensor of shape (8, 10)"."""
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Models that take normalised images, attacked in pixels of [0, 1]."""
+"""A wrapper for a model that takes normalised images, so that it can be attacked in pixels of [0, 1]."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,18 +12,19 @@ from fastadv.nn.logits import AnyModel
 
 
 class Normalized(nn.Module):
-    """`model` on (images - mean) / std, for images in [0, 1].
+    """The model images -> model((images - mean) / std), for images in [0, 1].
 
-    An attack on it keeps images in [0, 1] and eps in pixels, and never runs this normalisation: its steps write the
-    model's normalised input themselves, and the gradient's sign is the same on either side of it.
+    For an attack on it images are in [0, 1], and eps is in pixels. The attack does not run this normalisation: its
+    steps write the model's normalised input themselves. They can, because the sign of the gradient is the same with
+    respect to the images and to the normalised images.
 
     Args:
         model: any callable from normalised images (N, C, ...) to its outputs.
-        mean: a number, or one per channel, for images in [0, 1].
-        std: likewise.
+        mean: the mean of pixels in [0, 1]: a number, or one per channel.
+        std: the standard deviation of pixels in [0, 1]: a number, or one per channel.
 
     Raises:
-        ValueError: std is not above 0, mean or std are not finite, or a mean is above 1: it is for pixels of [0, 255].
+        ValueError: std is not above 0; mean or std is not finite; or a mean is above 1, as for pixels of [0, 255].
     """
 
     def __init__(self, model: AnyModel, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
@@ -50,10 +51,10 @@ def of_pixels(mean: float | Sequence[float], std: float | Sequence[float]) -> No
 
     Args:
         mean: a number, or one per channel.
-        std: likewise.
+        std: a number, or one per channel.
 
     Raises:
-        ValueError: a mean is above 1: it is for pixels of [0, 255].
+        ValueError: std is not above 0; mean or std is not finite; or a mean is above 1, as for pixels of [0, 255].
     """
     normalization = Normalization(mean, std)
     means = normalization.mean if isinstance(normalization.mean, tuple) else (normalization.mean,)
@@ -65,15 +66,16 @@ def of_pixels(mean: float | Sequence[float], std: float | Sequence[float]) -> No
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether a call runs the class's `forward` and nothing else: no hooks, no other `forward`, not compiled."""
+    """Whether calling the module runs the `forward` of its class and nothing else, such as hooks or compiled code."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return not any(getattr(model, name) for name in hooks) and not ({"forward", "_compiled_call_impl"} & _set(model))
 
 
 def _set(model: nn.Module) -> set[str]:
+    """The names of the attributes that are set on the module itself and are not None."""
     return {name for name, value in vars(model).items() if value is not None}
 
 
 def _normalises(module: nn.Module) -> bool:
-    """Whether it looks like torchvision's Normalize: by its class's name, its mean and its std."""
+    """Whether a module looks like torchvision's Normalize, by its class's name and its attributes mean and std."""
     return "normaliz" in type(module).__name__.lower() and hasattr(module, "mean") and hasattr(module, "std")

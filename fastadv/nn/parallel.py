@@ -1,4 +1,4 @@
-"""A model under DistributedDataParallel that one process of several may call."""
+"""Calls a model under DistributedDataParallel in one process, without waiting for the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,12 @@ from fastadv.nn.logits import AnyModel
 
 @contextmanager
 def alone(model: AnyModel) -> Iterator[None]:
-    """Each DistributedDataParallel in `model` calls its module and does no more, until the end.
+    """Until the end, each DistributedDataParallel in `model` just calls its module.
 
-    Otherwise each call of it waits for the other processes, which may have nothing to evaluate.
+    Otherwise every call would wait for the other processes, which may have nothing to evaluate.
+
+    Args:
+        model: an `nn.Module`; any other callable is left alone.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     waiting = [vars(module) for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
@@ -29,5 +32,5 @@ def alone(model: AnyModel) -> Iterator[None]:
 
 
 def one_process(model: AnyModel) -> AnyModel:
-    """The module under DistributedDataParallel, whose calls wait for the other processes; any other model as it is."""
+    """The module inside a DistributedDataParallel, whose calls do not wait for other processes; else `model` itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
