@@ -1,4 +1,4 @@
-"""fastadv: the inner loop of adversarial training as fused kernels, and what makes them useful."""
+"""fastadv: adversarial training and fine-tuning, with the steps of its attacks as fused kernels."""
 
 from fastadv.functional import (
     Normalization,

@@ -3,7 +3,8 @@
 import os
 import sys
 
-# Python has put the working folder before all packages: what lies beside someone's pictures must not take their place.
+# Python puts the working folder before all packages. A file beside a user's pictures, such as torch.py, must not be
+# imported in place of a package.
 if sys.path and sys.path[0] == os.getcwd():
     sys.path.append(sys.path.pop(0))
 

@@ -1,14 +1,18 @@
-"""Packages that only some parts of fastadv need."""
+"""Imports packages that only some parts of fastadv need."""
 
 import importlib
 from types import ModuleType
 
 
 def require(module: str, extra: str = "train") -> ModuleType:
-    """Import `module`, a part of the extra called `extra`.
+    """Import a module of a package that an extra of fastadv installs.
+
+    Args:
+        module: the name of the module.
+        extra: the name of the extra.
 
     Raises:
-        ImportError: its package is not installed; the message says what to install.
+        ImportError: the package is not installed; the message says what to install.
     """
     try:
         return importlib.import_module(module)

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
-    """Make a module's `__getattr__` that knows old names, and warns of them.
+    """The function `__getattr__` of a module with old names: it finds their new objects, and warns.
 
     Args:
         module: the module's name.
@@ -30,15 +30,15 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
 
 
 def by_new_names(given: Mapping[str, T], names: Mapping[str, str], warn: bool = True) -> dict[str, T]:
-    """Give what was passed by name its new names.
+    """Replace old names of keyword arguments by the new ones.
 
     Args:
-        given: what was passed, by old or new names.
-        names: from an old name to the new one.
-        warn: whether an old name is warned of.
+        given: {old or new name: value}.
+        names: {old name: new name}.
+        warn: whether an old name gives a warning.
 
     Returns:
-        The same values by their new names.
+        {new name: value}.
 
     Raises:
         TypeError: a value is given under both names.

@@ -22,7 +22,7 @@ COMMANDS = {
     "pretrain": (pretrain, "train the embedded robust backbone again"),
     "info": (info, "what runs on which device here, and why"),
 }
-INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit status that a shell reports after Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with speaking(getattr(arguments, "verbosity", logging.INFO)):
         try:
             arguments.run(arguments)
-            if sys.stdout is not None:  # as it is where the shell closed it
+            if sys.stdout is not None:  # it is None where the shell closed it
                 sys.stdout.flush()
-        except BrokenPipeError:  # its reader has seen enough, as head has
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its last flush
             raise SystemExit(1) from None
         except (Exception, KeyboardInterrupt) as error:
             words = words_of(error, arguments)

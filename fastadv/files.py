@@ -1,20 +1,20 @@
-"""Files that are replaced whole, even where the process is killed, and the numbers of their formats."""
+"""Writes files that are never half written, even where the process is killed, and checks the formats of files."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Replace a file, or make it: a reader finds the old content or the new one, never a part.
+    """Replace a file, or make it. A reader finds the old content or the new one, never a part.
 
-    The content goes to a temporary file beside `path`, then to the disk, and then that file gets the name.
+    The content is written to the temporary file {path}.new and flushed to the disk. Then that file is renamed.
 
     Args:
-        path: the file; its folder is made where it is missing.
+        path: the file; a missing folder is made.
         content: the bytes.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; the old file is still there.
+        OSError: the file cannot be written, as on a full disk; the old file is still there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,9 +28,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except OSError as error:
         new.unlink(missing_ok=True)
         if error.errno is not None and error.filename is None:
-            error.filename = str(path)  # which a full disk does not say
+            error.filename = str(path)  # the error of a full disk does not name the file
         raise
-    if os.name == "posix":  # the renaming too must be on the disk
+    if os.name == "posix":  # the new name, too, must be on the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -39,16 +39,16 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def check_format(what: str, found: object, known: int, oldest: int | None = None) -> None:
-    """Refuse the format `found` of a file that this version of fastadv writes in the format `known`.
+    """Refuse a file of a format that this version of fastadv does not read.
 
     Args:
         what: the file, in words.
-        found: what stands in the file where its format belongs.
+        found: the entry "format" of the file, which may be anything.
         known: the newest format that is read.
-        oldest: the first format that is still read; None means `known` alone.
+        oldest: the oldest format that is read; None means `known` alone.
 
     Raises:
-        FormatError: it is another one; what to do about it.
+        FormatError: the format is not read; the message says which version to install.
     """
     if isinstance(found, int) and (known if oldest is None else oldest) <= found <= known:
         return
@@ -59,4 +59,4 @@ def check_format(what: str, found: object, known: int, oldest: int | None = None
 
 
 class FormatError(ValueError):
-    """A file is of a version of fastadv that this one does not read."""
+    """Another version of fastadv wrote a file, in a format that this version does not read."""

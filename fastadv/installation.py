@@ -1,4 +1,4 @@
-"""What `fastadv info` prints, as a dict."""
+"""The facts about this installation that `fastadv info` prints, as a dict."""
 
 import platform
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def _devices() -> dict[str, str]:
 
 
 def _by_device(found: Mapping[str, str]) -> dict[str, str]:
-    """{device: text} as {device type: text}, but for the devices of a type that differ."""
+    """{device: text} with one entry for each device type, such as "cuda", where its devices have the same text."""
     of_type: dict[str, set[str]] = {}
     for device, text in found.items():
         of_type.setdefault(device.split(":")[0], set()).add(text)
@@ -37,7 +37,7 @@ def _serving(device: str) -> str:
 
 
 def _build() -> dict[str, Any]:
-    """What setup.py wrote down, and what the extensions know of themselves."""
+    """The facts that setup.py wrote when it built the extensions, and the facts that the extensions report."""
     written = facts()
     if written is None:
         return {"built": "no: the package runs from a source tree that was never built"}
@@ -45,19 +45,20 @@ def _build() -> dict[str, Any]:
 
 
 def info() -> dict[str, Any]:
-    """Tell what runs here: which backend serves which device, and why not the others.
+    """Tell which backend runs on which device here, and why the others do not.
 
     Returns:
-        A dict that JSON can hold. Where GPUs differ in who serves them, each has an entry of its own.
+        A dict that JSON can hold. A device type such as "cuda" has one entry; where its GPUs have different backends,
+        each GPU has its own.
 
-        - `version`: fastadv's.
+        - `version`: the version of fastadv.
         - `imported_from`: the package's folder.
         - `torch`: {"version", "cuda"}.
         - `devices`: {name: text}.
-        - `backends`: {name: {"available", "why"}}; `why` says why not, per device type.
-        - `serves`: {device type: backend}; where the chosen backend cannot serve a device, "none: " and why.
-        - `build`: what setup.py wrote down and the extensions know of themselves.
-        - `calls`: {backend: kernel calls in this process}.
+        - `backends`: {name: {"available", "why"}}; `why` says for each device type why the backend does not run there.
+        - `serves`: {device type: backend}; where the chosen backend cannot run on a device, "none: " and the reason.
+        - `build`: the facts that setup.py wrote, and those that the extensions report.
+        - `calls`: {backend: the number of its kernel calls in this process}.
     """
     devices = _devices()
     reasons = {b: _by_device({d: why_not(b, d) for d in devices}) for b in BACKENDS}

@@ -1,4 +1,4 @@
-"""One run at a time where it keeps its files."""
+"""A lock that keeps two runs from using the same folder at the same time."""
 
 import json
 import os
@@ -14,23 +14,23 @@ from fastadv._extras import require
 
 
 class InUseError(OSError):
-    """Another process has a run there."""
+    """Another process, or another thread, holds the lock."""
 
 
 @contextmanager
 def held(path: str | Path, what: str) -> Iterator[None]:
-    """Keep every other process from `what` until the end, or until this process dies.
+    """Hold a lock until the end, or until this process dies.
 
-    This thread may hold it several times. The lock is the system's (flock; on NFS the server's), on the file
-    `path`.lock; `path`.owner says who has it. A process that was killed leaves both, and they lock nothing. Where a
-    file system has no locks, a warning says so.
+    The same thread may take the lock several times. It is a lock of the operating system (flock; on NFS the server's)
+    on the file {path}.lock, and the file {path}.owner says who holds it. A killed process leaves both files, but no
+    lock. Where the file system has no locks, a warning says so, and nothing is locked.
 
     Args:
-        path: the file or folder that is protected; the two files lie beside it.
+        path: the file or folder to protect; the two files lie beside it.
         what: words for the error, such as "the run in photos".
 
     Raises:
-        InUseError: another process, or another thread, has it: the message says who, where and since when.
+        InUseError: another process or thread holds the lock; the message says who, where and since when.
         OSError: the folder cannot be written to.
     """
     filelock = require("filelock")  # PyTorch brings it
@@ -61,7 +61,7 @@ def held(path: str | Path, what: str) -> Iterator[None]:
             owner.unlink(missing_ok=True)
             with suppress(OSError):  # other files are there
                 lock.unlink()
-                if new:  # a run that was refused leaves nothing
+                if new:  # a run that is refused leaves no empty folder
                     path.parent.rmdir()
         mine.release()
 
@@ -73,7 +73,7 @@ def _who() -> dict[str, str | int]:
 
 
 def _told(owner: Path) -> str:
-    """Who has it, in words; nothing where that process has only just begun and has not written it yet."""
+    """Who holds the lock, in words; "" where that process has just begun and has not written it yet."""
     try:
         who = json.loads(owner.read_text())
         return f" ({who['command']}, process {who['pid']} on {who['host']}, since {who['since']})"

@@ -1,4 +1,4 @@
-"""What turns a picture into the pixels of a model: the same bits in training, evaluation and prediction."""
+"""Turns a picture into a model's pixels, with the same bits in training, evaluation and prediction."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-LONGEST = 8192  # pixels of a side: a damaged or hostile file must not ask for all memory
+LONGEST = 8192  # pixels of a side: settings from a damaged or hostile file must not fill the memory
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -24,11 +24,11 @@ class Preprocessing:
     Args:
         size: (H, W) in pixels.
         channels: 3 (RGB) or 1 (grey).
-        mean: of pixels in [0, 1], one for each channel, or one for all. The model's wrapper applies it, `apply` does
-            not.
-        std: likewise.
+        mean: the mean of pixels in [0, 1], one for each channel, or one for all. `apply` does not subtract it; the
+            model's wrapper `Normalized` does.
+        std: the standard deviation, likewise.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
-        crop: share of a resized picture's shorter side that is kept (timm's crop_pct).
+        crop: the share of a resized picture's shorter side that is kept (timm's crop_pct), in (0, 1].
 
     Raises:
         ValueError: a value is not allowed.
@@ -69,17 +69,18 @@ class Preprocessing:
 
     @property
     def covered(self) -> tuple[int, int]:
-        """(H, W) that a resized picture just covers, before the centre is cut out."""
-        # Rounded first: 224 / (224 / 354) is a little below 354.
+        """(H, W) that a resized picture just covers, before its centre is cut out: (256, 256) for 224 and crop 0.875."""
+        # Rounded before the floor, because 224 / (224 / 354) is a little below 354.
         height, width = (math.floor(round(side / self.crop, 6)) for side in self.size)
         return height, width
 
     @property
     def enough(self) -> tuple[int, int] | None:
-        """(H, W) at which a larger JPEG may be decoded, for speed; None: at its own size.
+        """(H, W) at which a larger JPEG may be decoded, for speed; None means at its own size.
 
         It is twice `covered`, so that resizing still averages pixels. On photographs a pixel then differs by at most 3
-        of 255 from the one of the whole picture, and a 12-megapixel JPEG for 224 pixels takes a fifth of the time.
+        of 255 from the pixel of the picture that was decoded at its own size. A 12-megapixel JPEG for 224 pixels takes
+        a fifth of the time.
         """
         height, width = self.covered
         return None if self.interpolation == "nearest" else (2 * height, 2 * width)
@@ -90,16 +91,16 @@ class Preprocessing:
         return self.channels, *self.size
 
     def apply(self, picture: "Image", box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-        """Make the model's pixels of a picture.
+        """The model's pixels of a picture.
 
-        A picture of the model's size keeps its pixels, `crop` or not: what was prepared once is not touched again.
-        Any other is resized, its aspect kept, until it just covers size / crop, and the centre is cut out, rounded
-        as torchvision's Resize and CenterCrop do. Pictures come from `fastadv.data.pictures.read`, which deals with
-        rotation, transparency and 16 bits.
+        A picture that has the model's size already keeps its pixels, whatever `crop` is: it was prepared before. Any
+        other picture is resized, with its aspect ratio, until it just covers size / crop; then its centre is cut out.
+        Sizes are rounded as by torchvision's Resize and CenterCrop. `fastadv.data.pictures.read` reads pictures, and
+        deals with rotation, transparency and 16 bits.
 
         Args:
-            picture: in any mode and size.
-            box: (left, top, right, bottom) in pixels, the part that is taken; None: the whole picture.
+            picture: a picture of any mode and size.
+            box: (left, top, right, bottom) in pixels, the part to use; None means the whole picture.
 
         Returns:
             uint8 (C, H, W).
@@ -129,10 +130,11 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Preprocessing":
-        """The settings that `to_json` made a dict of.
+        """The settings in a dict that `to_json` made.
 
         Raises:
-            ValueError: an entry is unknown, out of range, or size is missing.
+            TypeError: a value is of a wrong type.
+            ValueError: an entry is unknown or out of range, or size is missing.
         """
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown or "size" not in values:

@@ -1,4 +1,4 @@
-"""What fastadv.evaluation.report was called before."""
+"""The old name of fastadv.evaluation.report."""
 
 from fastadv._renamed import old_names
 

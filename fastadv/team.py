@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: objects, sums, tensors and errors."""
+"""Passes objects, sums, tensors and errors between the processes of a run."""
 
 import pickle
 from collections.abc import Callable, Mapping
@@ -14,13 +14,14 @@ Groups = Mapping[str, Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of torch.distributed's default group, or one process that is alone and waits for nobody.
+    """The processes of torch.distributed's default group, or a single process.
 
-    All methods are collective: every process of the team calls them, in the same order.
+    All methods are collective: every process of the team must call them, in the same order. A single process calls them
+    too, and waits for nothing.
 
     Attributes:
-        rank: which one this is, from 0.
-        size: how many there are.
+        rank: the number of this process, from 0.
+        size: the number of processes.
     """
 
     rank: int = 0
@@ -28,15 +29,16 @@ class Team:
 
     @property
     def alone(self) -> bool:
+        """Whether there is one process only."""
         return self.size == 1
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if not self.alone:
             distributed.barrier()
 
     def gathered(self, value: object) -> list[Any]:
-        """The values of all processes, in their order; each is pickled."""
+        """The values of all processes, in the order of their ranks. They are sent by pickle."""
         values = [value]
         if not self.alone:
             values = [None] * self.size
@@ -44,7 +46,12 @@ class Team:
         return values
 
     def summed(self, t: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of a tensor of one shape and dtype, on a device that the group's backend takes."""
+        """The sum of a tensor over all processes.
+
+        Args:
+            t: this process's tensor, of the same shape and dtype in all processes, on a device that the process group's
+                backend can send from.
+        """
         if self.alone:
             return t
         total = t.clone(memory_format=torch.contiguous_format)
@@ -52,7 +59,7 @@ class Team:
         return total
 
     def from_first(self, action: Callable[[], Result]) -> Result:
-        """Call `action` in the first process alone, and return its result, or raise its error, in all of them."""
+        """Call `action` in the first process alone; every process returns its result, or raises its error."""
         if self.alone:
             return action()
         result, error = _tried(action) if self.rank == 0 else (None, None)
@@ -64,7 +71,7 @@ class Team:
         return cast(Result, result)
 
     def by_all(self, action: Callable[[], Result]) -> Result:
-        """Call `action` in every process; where it fails in one, all of them raise its error before any goes on."""
+        """Call `action` in every process. Where it fails in one process, all of them raise that error."""
         if self.alone:
             return action()
         result, error = _tried(action)
@@ -76,14 +83,14 @@ class Team:
         raise first if len(failed) == self.size else _of_process(failed[0], first) from error
 
     def tensors_of_first(self, groups: Groups | None, device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
-        """The groups of tensors of the first process, on the CPU; they go by way of `device`, one at a time.
+        """The first process's groups of tensors, in every process. The tensors are sent one at a time.
 
         Args:
-            groups: of the first process; in the others they are not looked at.
-            device: one that the process group's backend can send from.
+            groups: {group: {name: tensor}} in the first process; the others may pass anything.
+            device: a device that the process group's backend can send from.
 
         Returns:
-            The tensors by group and name.
+            {group: {name: tensor}}, on the CPU.
         """
         mine = groups or {}
         kinds = {name: {key: (t.shape, t.dtype) for key, t in part.items()} for name, part in mine.items()}
@@ -96,7 +103,7 @@ class Team:
         return found
 
     def sent(self, t: torch.Tensor) -> torch.Tensor:
-        """The first process's tensor in all of them; the others pass one of its shape and dtype."""
+        """The first process's tensor, in every process; the others pass a tensor of the same shape and dtype."""
         if not self.alone:
             t = t.contiguous()
             distributed.broadcast(t, 0)
@@ -111,7 +118,7 @@ def _tried(action: Callable[[], Result]) -> tuple[Result | None, Exception | Non
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or its words where it cannot be pickled."""
+    """The error; where it cannot be pickled, a RuntimeError with its message."""
     try:
         copy: Exception = pickle.loads(pickle.dumps(error))
         return copy
@@ -120,7 +127,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _of_process(rank: int, error: Exception) -> Exception:
-    """The error, with the number of the process that it comes from: the others may have no such trouble."""
+    """The error with the number of the process in which it was raised."""
     words = f"process {rank}: {error}"
     try:
         return type(error)(words)
