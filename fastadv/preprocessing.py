@@ -69,7 +69,7 @@ class Preprocessing:
 
     @property
     def covered(self) -> tuple[int, int]:
-        """(H, W) that a resized picture just covers, before its centre is cut out: (256, 256) for 224 and crop 0.875."""
+        """(H, W) that a resized picture just covers before its centre is cut out: (256, 256) for 224 and crop 0.875."""
         # Rounded before the floor, because 224 / (224 / 354) is a little below 354.
         height, width = (math.floor(round(side / self.crop, 6)) for side in self.size)
         return height, width

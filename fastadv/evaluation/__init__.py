@@ -1,4 +1,4 @@
-"""How robust a model is."""
+"""Measures how robust a model is."""
 
 from fastadv.evaluation.autoattack import AutoAttack
 from fastadv.evaluation.robustness import evaluate, robust_accuracy

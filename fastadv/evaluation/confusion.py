@@ -1,4 +1,4 @@
-"""Which classes are taken for which others, without an attack and under one."""
+"""Counts which classes the model confuses, on clean images and under an attack."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -8,17 +8,17 @@ import torch
 
 
 def confusions(labels: torch.Tensor, report: Mapping[str, Any]) -> dict[str, list[list[int]]]:
-    """Counts of what the model takes each class for, on clean images and under the report's first attack.
+    """The counts of (class, predicted class), on clean images and under the report's first attack.
 
-    A sample that the attack does not fool is taken for its class; one that is wrong without it stays what it is. What
-    the model says is -1 where it gives no prediction.
+    Under the attack a sample that is not fooled keeps its clean prediction, which is the label, or is wrong without an
+    attack. Where the model gives no prediction, such as for NaN, the predicted class is -1.
 
     Args:
         labels: int64 (N,).
-        report: what `evaluate` returned for these samples.
+        report: the report of `evaluate` on these samples.
 
     Returns:
-        Under "clean" and "attacked" a list of [class, what the model says, number of samples].
+        {"clean": list, "attacked": list}, each a list of [class, predicted class, number of samples].
     """
     clean, first = report["clean_said"], report["attacks"][0]
     attacked = [new if fooled else old for new, old, fooled in zip(first["said"], clean, first["fooled"], strict=True)]

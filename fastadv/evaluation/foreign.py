@@ -1,4 +1,4 @@
-"""Attacks of other libraries: a seed for their batches, and checks of the images that they return."""
+"""For attacks of other libraries: a seed for each batch, and checks of the images that they return."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from fastadv.functional import to_float
 
 @dataclass
 class Reach:
-    """Where the images that an attack returned lie, of all batches so far.
+    """How far the images that an attack returned are from the clean images, over all batches so far.
 
     Attributes:
-        linf: largest L-inf distance of an image from its clean one, in pixels of [0, 1].
-        l2: largest L2 distance, likewise.
-        low: smallest pixel, 0 at most.
-        high: largest pixel, 1 at least.
-        nonfinite: number of images with a pixel that is no finite number; they count nowhere else.
-        ulp: spacing of the images' dtype at 1.
+        linf: the largest L-inf distance of an image from its clean image, in pixels of [0, 1].
+        l2: the largest L2 distance, likewise.
+        low: the smallest pixel; 0 where no pixel is below 0.
+        high: the largest pixel; 1 where no pixel is above 1.
+        nonfinite: the number of images with a NaN or an infinite pixel; the other attributes leave them out.
+        ulp: the spacing of the images' dtype at 1.
     """
 
     linf: float = 0.0
@@ -32,11 +32,11 @@ class Reach:
     ulp: float = 0.0
 
     def add(self, adv: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
-            adv: what the attack made, floats (N, ...).
-            images: the clean ones, likewise.
+            adv: the images that the attack returned, floats (N, ...).
+            images: the clean images, likewise.
 
         Returns:
             Which images of `adv` are finite, (N,) bool.
@@ -54,14 +54,14 @@ class Reach:
 
     @classmethod
     def of(cls, parts: Sequence["Reach"]) -> "Reach":
-        """The reach over all batches, where each of `parts` is the reach over some of them."""
+        """The reach over all batches, from the reaches over parts of them."""
         most = {name: max(getattr(part, name) for part in parts) for name in ("linf", "l2", "high", "ulp")}
         nonfinite = sum(part.nonfinite for part in parts)
         return cls(**most, low=min(part.low for part in parts), nonfinite=nonfinite)
 
     @property
     def slack(self) -> float:
-        """What rounding may leave beyond a budget or the box."""
+        """How far rounding alone may move a pixel beyond the budget or [0, 1]."""
         return SLACK + self.ulp
 
     def leaves_box(self) -> bool:
@@ -69,20 +69,25 @@ class Reach:
         return self.low < -self.slack or self.high > 1 + self.slack
 
     def exceeds(self, eps: float | None, norm: str | None) -> bool:
-        """Whether an image is further away than eps: of an unknown norm in L-inf, in which no distance is larger."""
+        """Whether an image is further away than eps.
+
+        Args:
+            eps: the budget; None where it is not known.
+            norm: "L2" or "Linf". None where it is not known: then L-inf counts, the smallest of all distances.
+        """
         return eps is not None and (self.l2 if norm == "L2" else self.linf) > eps + self.slack
 
 
 def as_images(returned: object, images: torch.Tensor) -> torch.Tensor:
-    """The adversarial images that an attack returned for `images`, like these.
+    """The adversarial images that an attack returned, as a tensor with the dtype and the device of `images`.
 
     Args:
         returned: a tensor or a NumPy array, or a pair that begins with one, such as (adversarial, success).
-        images: floats (N, ...).
+        images: the clean images, floats (N, ...).
 
     Raises:
-        TypeError: it is something else, or neither floats nor uint8.
-        ValueError: its shape is another one.
+        TypeError: `returned` is something else, or is neither floats nor uint8.
+        ValueError: the shape differs from that of `images`.
     """
     if isinstance(returned, (tuple, list)) and len(returned) == 2:
         returned = returned[0]
@@ -99,9 +104,9 @@ def as_images(returned: object, images: torch.Tensor) -> torch.Tensor:
 
 
 def one_seed(seeds: torch.Tensor) -> int:
-    """One seed for a batch, from those of its samples.
+    """One seed for a batch, from the seeds of its samples.
 
-    It has 32 bits: NumPy's generators, and torch's on the CPU, take no more.
+    It has 32 bits: NumPy's generators, and torch's on the CPU, use no more.
 
     Args:
         seeds: int64 (N,).

@@ -1,8 +1,9 @@
-"""The fingerprint of a run, to which a state belongs: each part of the run by name, as its value or as a hash.
+"""The fingerprint of a run, which says whether a saved state belongs to this run.
 
-The hash of a part reads all that the part computes with: weights, plain attributes, a function's code, the values that
-it closes over and the globals that it uses. Left out are counters, which its own code counts up as it runs. A class or
-function of an installed package is known by its name.
+A fingerprint has each part of the run by its name, as its value or as a hash: {"eps": "0.03", "model": "#5e0c..."}. The
+hash of a part covers everything that the part computes with: weights, plain attributes, the code of a function, the
+values in its closure and the globals that it uses. Counters, which the part's own code increases as it runs, are left
+out. A class or function of an installed package counts by its name.
 """
 
 import contextlib
@@ -29,16 +30,16 @@ from torch import nn
 
 from fastadv.attacks import FGSM, Attack
 
-KEY = "fastadv_key"  # an attribute that says what an object is, instead of all that it holds
-HASH, UNTOLD = "#", "?"  # what a part begins with that is no value; Python's values begin with neither
-WHOLE = 2**20  # bytes of a tensor that are hashed with the rest, not by themselves
-SHORT = 60  # characters of a value that is shown as it is
+KEY = "fastadv_key"  # an attribute that identifies an object, in place of its contents
+HASH, UNKNOWN = "#", "?"  # the first character of a part that is no value; no value of Python's begins with one
+WHOLE = 2**20  # bytes: a smaller tensor is hashed with the rest, a larger one by itself
+SHORT = 60  # characters: a longer value is hashed
 
 _NEW_OBJECT = copyreg.__newobj__  # type: ignore[attr-defined]
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), PurePath, range, np.generic)
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)
-# Of a module: what says nothing of the function that it computes in eval mode.
-_MOVED = {"fastadv.nn.normalized": "fastadv.attacks.normalized"}  # modules by their name in the first states
+_MOVED = {"fastadv.nn.normalized": "fastadv.attacks.normalized"}  # {name of a module now: its name in older states}
+# Attributes of an nn.Module that do not change what it computes in eval mode.
 _ASIDE = {"training", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"}
 _ASIDE |= {"_load_state_dict_post_hooks", "_non_persistent_buffers_set", "_is_full_backward_hook"}
 _OF_CLASSES = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__firstlineno__", "_abc_impl"}
@@ -46,67 +47,80 @@ _OF_CLASSES |= {"__static_attributes__", "__annotate_func__", "__annotations_cac
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:
-    """JSON, equal where two runs compute the same.
+    """The fingerprint of a run. Two runs that compute the same have equal ones.
 
     Args:
-        parts: what a run computes with, by name.
+        parts: everything that the run computes with, by name.
 
     Returns:
-        {name of a part: its value where that is short, else a hash}. A part that cannot be told from another one equals
-        none, not even itself.
+        JSON: {name of a part: its value if that is short, else a hash}. A part that cannot be identified, such as an
+        open file, gets a random text, and so never equals anything.
     """
     reader = _Reader()
     return json.dumps({name: _shown(part) or _hashed(reader, part) for name, part in parts.items()})
 
 
 def differences(here: str, there: str) -> str:
-    """What differs between two fingerprints, in words; nothing where they are equal."""
+    """The parts in which two fingerprints differ, in words; "" where they are equal.
+
+    Args:
+        here: the fingerprint of this run.
+        there: the fingerprint of the other run.
+    """
     mine, other = (dict[str, str](json.loads(run)) for run in (here, there))
-    found = untold(mine)
+    found = unidentifiable(mine)
     for name in {**mine, **other}:
         old, new = other.get(name, "nothing"), mine.get(name, "nothing")
-        if old != new and not new.startswith(UNTOLD):  # these were found above
-            hashed = any(each.startswith((HASH, UNTOLD)) for each in (old, new))
+        if old != new and not new.startswith(UNKNOWN):  # a part that cannot be identified is listed already
+            hashed = any(each.startswith((HASH, UNKNOWN)) for each in (old, new))
             found.append(name if hashed else f"{name} ({old} there, {new} here)")
     return ", ".join(found)
 
 
-def untold(run: str | Mapping[str, str]) -> list[str]:
-    """The parts of a fingerprint that equal no other ones, in words."""
+def unidentifiable(run: str | Mapping[str, str]) -> list[str]:
+    """The parts of a fingerprint that cannot be identified, in words; with one of them a run cannot be resumed.
+
+    Args:
+        run: a fingerprint, or the dict in its JSON.
+    """
     parts: Mapping[str, str] = json.loads(run) if isinstance(run, str) else run
     return [
-        f"{name} (it holds {found.partition(' ')[2]}, which cannot be told from another one: give what holds it a name "
-        f"of its own, an attribute {KEY})"
+        f"{name} (it holds {found.partition(' ')[2]}, which cannot be told from another one: give the object that "
+        f"holds it an attribute {KEY}, a text that identifies it)"
         for name, found in parts.items()
-        if found.startswith(UNTOLD)
+        if found.startswith(UNKNOWN)
     ]
 
 
-class Untold(TypeError):
-    """An object cannot be told from another one."""
+class Unidentifiable(TypeError):
+    """An object cannot be identified: it cannot be told from another object of its kind."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """Stands for a part whose hash is known already."""
+class KnownHash:
+    """Takes the place of a part whose hash was computed before.
+
+    Attributes:
+        hash: 16 bytes.
+    """
 
     hash: bytes
 
 
-def told(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[torch.Tensor]) -> Told:
-    """What stands for a tensor that is too large to be held as a whole.
+def known_hash(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[torch.Tensor]) -> KnownHash:
+    """The hash of a tensor that comes in pieces, such as images that do not fit into memory at once.
 
     Args:
-        dtype: of the tensor.
-        shape: of the tensor.
+        dtype: the dtype of the tensor.
+        shape: the shape of the tensor.
         pieces: the tensor cut along its first dimension, one piece after the other, on the CPU.
     """
     size = dtype.itemsize * math.prod(shape)
-    return Told(_digest((b"Tensor", _kind_of(dtype, shape), _content_of(size, pieces))))
+    return KnownHash(_digest((b"Tensor", _kind_of(dtype, shape), _content_of(size, pieces))))
 
 
 def _content_of(size: int, pieces: Iterable[torch.Tensor]) -> bytes:
-    """The bytes of a tensor of `size` bytes, which comes in pieces; their hash where they are WHOLE or more."""
+    """The bytes of a tensor that comes in pieces; if `size`, their number, is WHOLE or more, the hash of the bytes."""
     flat = (t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for t in pieces)
     if size < WHOLE:
         return b"".join(piece.tobytes() for piece in flat)
@@ -128,18 +142,18 @@ def _shown(part: object) -> str | None:
 def _hashed(reader: "_Reader", part: object) -> str:
     try:
         return HASH + reader.hash(part).hex()
-    except Untold as error:
-        return f"{UNTOLD}{uuid.uuid4().hex} {error}"
+    except Unidentifiable as error:
+        return f"{UNKNOWN}{uuid.uuid4().hex} {error}"
 
 
 class _Reader:
-    """Hashes of objects, each read once; where it meets itself again its place is all that counts."""
+    """Hashes objects, each one once. An object that contains itself has the bytes "itself" at that place."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[bytes, object]] = {}  # the object too, or its id would be used again
+        self._known: dict[int, tuple[bytes, object]] = {}  # the object is kept alive: another one could get its id
 
     def hash(self, value: Any) -> bytes:
-        if isinstance(value, Told):
+        if isinstance(value, KnownHash):
             return value.hash
         if isinstance(value, (*_PLAIN, *_NAMED)):
             return _digest((type(value).__qualname__.encode(), repr(value).encode()))
@@ -160,7 +174,7 @@ class _Reader:
             yield f"{value.dtype.str} {value.shape}".encode()
             yield self.hash(value.tolist()) if value.dtype == object else value.tobytes()
         elif isinstance(value, torch.device):
-            return  # where something is computed is no part of it
+            return  # the device does not count: a run may go on at another one
         elif isinstance(value, Mapping):
             yield from map(self.hash, (each for item in value.items() for each in item))
         elif isinstance(value, (list, tuple, deque)):
@@ -199,17 +213,17 @@ class _Reader:
         yield _kind_of(value.dtype, value.shape)
         try:
             size = value.numel() * value.element_size()
-            # In pieces, for a copy of all images may not fit.
+            # In pieces: a second copy of all images may not fit into memory.
             pieces = [value] if size < WHOLE else value.split(max(1, len(value) * WHOLE // size))
             content = _content_of(size, pieces)
         except (RuntimeError, TypeError, NotImplementedError) as error:  # quantised, sparse, without data
-            raise Untold(f"a tensor of {value.dtype} and {value.layout}") from error
+            raise Unidentifiable(f"a tensor of {value.dtype} and {value.layout}") from error
         yield content
 
     def _module(self, value: Any) -> Iterator[bytes]:
         if isinstance(value, nn.parallel.DistributedDataParallel):
             yield self.hash(value.module)
-        elif hasattr(value, "_orig_mod"):  # of torch.compile
+        elif hasattr(value, "_orig_mod"):  # a module under torch.compile
             yield self.hash(value._orig_mod)
         elif isinstance(value, torch.jit.ScriptModule):
             yield str(value.inlined_graph).encode()
@@ -217,7 +231,7 @@ class _Reader:
         else:
             yield self.hash(type(value))
             attributes = {name: v for name, v in vars(value).items() if name not in _ASIDE}
-            # The keys of hooks count how many there were before.
+            # The keys of hooks are running numbers, and depend on hooks that were removed.
             hooks = {n: list(v.values()) for n, v in attributes.items() if n.endswith("_hooks") and isinstance(v, dict)}
             attributes |= hooks
             if isinstance(value, torch.fx.GraphModule):
@@ -253,11 +267,11 @@ class _Reader:
         """The contents of any other object, as a pickle would hold them."""
         try:
             reduced = value.__reduce_ex__(4)
-        except Exception as error:  # whatever a class has to say to it
-            raise Untold(f"a {type(value).__qualname__}") from error
+        except Exception as error:  # a class may raise anything
+            raise Unidentifiable(f"a {type(value).__qualname__}") from error
         if isinstance(reduced, str):
             yield reduced.encode()
-            yield self.hash(getattr(value, "__wrapped__", None))  # of functools.cache
+            yield self.hash(getattr(value, "__wrapped__", None))  # a function under functools.cache
             return
         made, arguments, state, *items = (*reduced, None)[: max(3, len(reduced))]
         yield from map(self.hash, (made if made is not _NEW_OBJECT else None, arguments))
@@ -273,7 +287,7 @@ class _Reader:
 
 
 def settings_of(attack: Attack) -> dict[str, object]:
-    """The settings of an attack of this package, or of one derived from it; not what it keeps from its calls."""
+    """The settings of an attack of this package, or of a class derived from one; nothing that its calls leave in it."""
     made = [name for kind in type(attack).__mro__ if "__init__" in vars(kind) for name in _parameters(kind)]
     kept = {name for name in vars(attack) if name not in vars(_PATTERN) or not name.startswith("_")} - {"objective"}
     return {name: getattr(attack, name) for name in sorted({*made, *kept}) if hasattr(attack, name)}
@@ -287,14 +301,14 @@ def _parameters(kind: type) -> Iterable[str]:
 
 
 def _globals_of(code: types.CodeType) -> set[str]:
-    """The names of globals that a function, or one inside of it, looks up."""
+    """The names of the globals that a function, or a function inside it, looks up."""
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
     here = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return here.union(*map(_globals_of, inner))
 
 
 def _constant_cells(function: types.FunctionType) -> tuple[types.CellType, ...] | None:
-    """The cells that a function closes over, but for those that it counts up."""
+    """The cells in a function's closure, without those that it both reads and writes, such as a counter."""
     counts = _changed(function.__code__, "DEREF")
     names = function.__code__.co_freevars
     return function.__closure__ and tuple(
@@ -303,7 +317,7 @@ def _constant_cells(function: types.FunctionType) -> tuple[types.CellType, ...] 
 
 
 def _counts_of(value: object) -> set[str]:
-    """The attributes of its class that a method, or a static one, counts up."""
+    """The attributes of its class that a method both reads and writes, such as a counter."""
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
     if not isinstance(function, types.FunctionType):
         return set()
@@ -312,12 +326,17 @@ def _counts_of(value: object) -> set[str]:
 
 
 def _changed(code: types.CodeType, kind: str, itself: str | None = None) -> set[str]:
-    """The names of a `kind` that a function, or one inside of it, both reads and writes: it does not read the
-    attributes of the argument `itself`, its instance."""
+    """The names that a function, or a function inside it, both reads and writes.
+
+    Args:
+        code: the function's code.
+        kind: "GLOBAL", "DEREF" (closures) or "ATTR" (attributes), as in the names of Python's instructions.
+        itself: the name of the argument that is the instance, whose attributes are not looked at; None: there is none.
+    """
     read, written, owner = set(), set(), None
     for instruction in dis.get_instructions(code):
         name, value = instruction.opname, instruction.argval
-        if name in ("COPY", "DUP_TOP"):  # of what was loaded before
+        if name in ("COPY", "DUP_TOP"):  # it repeats what was loaded before
             continue
         if name == f"LOAD_{kind}" and (itself is None or owner != itself):
             read.add(value)
@@ -338,7 +357,7 @@ def _is_installed(module: str | None) -> bool:
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:
-    """A hash of parts of any length. Each is hashed first, so that "ab", "c" and "a", "bc" differ."""
+    """A hash of several parts. Each part is hashed first, so that "ab", "c" and "a", "bc" have different hashes."""
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(hashlib.blake2b(part, digest_size=16).digest())

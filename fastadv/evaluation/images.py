@@ -1,4 +1,4 @@
-"""Adversarial images that are kept: as they are, or as PNG files, eight bits a pixel and still within the budget."""
+"""Keeps adversarial images: as tensors on the host, or as PNG files of eight bits, rounded so that eps still holds."""
 
 import struct
 import zlib
@@ -17,14 +17,19 @@ Logits = Callable[[torch.Tensor], torch.Tensor]  # from images (N, ...) to (N, C
 
 
 class Gallery:
-    """Adversarial images of one attack, as codes, as files, and classified again.
+    """Writes the adversarial images of one attack as PNG files, and classifies the images as they were written.
+
+    A pixel in a PNG file is a whole number in 0 ... 255, here called a code.
 
     Args:
-        folder: for `00000.png`, ..., by the sample's number.
-        images: the clean ones, (N, C, H, W) with C 1 or 3.
-        eps: the L-inf budget; None where the budget is of another kind: no pixel then gets further from the clean one
-            than the attack took it.
-        device: where the adversarial ones are.
+        folder: the folder for `00000.png`, ...; the number is the sample's.
+        images: the clean images, (N, C, H, W) with C 1 or 3, floats in [0, 1] or uint8.
+        eps: the L-inf budget in pixels of [0, 1]; None for a budget of another kind, under which rounding moves no
+            pixel further from the clean one than the attack did.
+        device: the device of the adversarial images.
+
+    Raises:
+        ValueError: images of another shape.
     """
 
     def __init__(self, folder: Path, images: torch.Tensor, eps: float | None, device: torch.device):
@@ -36,21 +41,40 @@ class Gallery:
         self.begin(self.right[:0])
 
     def begin(self, samples: torch.Tensor) -> None:
-        """From now on row i means the sample `samples[i]`; what was put before and is not flushed is lost."""
+        """Begin a window of samples. Images that were put before and are not flushed are lost.
+
+        Args:
+            samples: int64 (n,); from now on row i is the sample `samples[i]`.
+        """
         self._samples = samples
-        # A row more, for what belongs to no sample.
+        # One row more, for images that belong to no sample.
         self._codes = torch.empty((len(samples) + 1, *self._shape), dtype=torch.uint8, device=samples.device)
 
     def again(self, samples: torch.Tensor) -> None:
-        """Forget what was put of the samples (N,) bool: another image of each is to come."""
+        """Forget the images of these samples, (N,) bool: each will get another one."""
         self.right[samples] = -1
 
     def put(self, rows: torch.Tensor, adv: torch.Tensor, clean: torch.Tensor) -> None:
-        """Keep `adv` (n, C, H, W), made from the images `clean`, as `rows`; the row after the last is thrown away."""
+        """Keep adversarial images.
+
+        Args:
+            rows: int64 (n,), the row of each image; the row after the last one is never read.
+            adv: (n, C, H, W), the adversarial images.
+            clean: the clean images that they were made from.
+        """
         self._codes.index_copy_(0, rows, nearest_codes(adv, clean, self._eps))
 
     def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Logits) -> None:
-        """Write and classify those that have ended and are not written yet."""
+        """Write and classify the images of samples that are decided and not written yet.
+
+        Args:
+            verdicts: the verdicts on all samples.
+            labels: int64 (N,).
+            logits: the model.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         rows = (verdicts.todo & ~verdicts.unsettled & (self.right < 0))[self._samples].nonzero()[:, 0]
         if not len(rows):
             return
@@ -64,11 +88,11 @@ class Gallery:
         self.right[samples] = is_label(verdict(logits(saved), labels[samples]), labels[samples]).long()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What `load` takes."""
+        """The state for `load`."""
         return {"right": self.right}
 
     def facts(self) -> dict[str, float]:
-        """For the report."""
+        """The entry in the report: the share of images that are still classified correctly as written."""
         return {"robust_accuracy_8bit": int((self.right == 1).sum()) / len(self.right)}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -76,11 +100,11 @@ class Gallery:
 
 
 class FooledImages:
-    """The adversarial images of one attack that fool, on the host.
+    """Keeps, on the host, those adversarial images of one attack that fool the model.
 
     Args:
-        images: the clean ones, (N, ...).
-        device: where the adversarial ones are.
+        images: the clean images, (N, ...).
+        device: the device of the adversarial images.
     """
 
     def __init__(self, images: torch.Tensor, device: torch.device):
@@ -90,32 +114,32 @@ class FooledImages:
         self.begin(torch.empty(0, dtype=torch.int64, device=device))
 
     def begin(self, samples: torch.Tensor) -> None:
-        """From now on row i means the sample `samples[i]`; what was put before and is not flushed is lost."""
+        """As `Gallery.begin`."""
         self._samples = samples
         shape = (len(samples) + 1, *self._like.shape[1:])
         self._rows = torch.empty(shape, dtype=self._like.dtype, device=samples.device)
 
     def again(self, samples: torch.Tensor) -> None:
-        """None of these has fooled yet."""
+        """Nothing to forget: these samples have fooled nobody yet, so that no image of theirs is kept."""
 
     def put(self, rows: torch.Tensor, adv: torch.Tensor, clean: torch.Tensor) -> None:
-        """Keep `adv` (n, ...) as `rows`; the row after the last is thrown away."""
+        """As `Gallery.put`."""
         self._rows.index_copy_(0, rows, adv)
 
     def flush(self, verdicts: Verdicts, labels: torch.Tensor, logits: Logits) -> None:
-        """Take those that fool to the host."""
+        """Copy the new images that fool the model to the host; arguments as of `Gallery.flush`."""
         rows = (verdicts.fooled & ~self._has)[self._samples].nonzero()[:, 0]
         self._has[self._samples[rows]] = True
         self._parts.append((self._samples[rows].cpu(), self._rows[rows].cpu()))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What `load` takes: samples, int64 (M,) in any order, and their images (M, ...)."""
+        """The state for `load`: "samples", int64 (M,) in any order, and "images" (M, ...)."""
         samples, images = ([each[i] for each in self._parts] for i in (0, 1))
         none = torch.empty(0, dtype=torch.int64)
         return {"samples": torch.cat([none, *samples]), "images": torch.cat([self._like, *images])}
 
     def facts(self) -> dict[str, float]:
-        """For the report."""
+        """The entries in the report: none."""
         return {}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -124,15 +148,16 @@ class FooledImages:
 
 
 def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> torch.Tensor:
-    """For each pixel the code c whose c/255 is nearest to `adv` among those within eps of `clean`.
+    """Round adversarial images to codes 0 ... 255 that stay within eps of the clean images.
 
-    A clean pixel of 10/255 under eps = 1.5/255 may become 9, 10 or 11. A clean pixel that is a code up to the rounding
-    of its dtype counts as that code. Where no code is within eps, it is the one nearest to the clean pixel.
+    Each pixel gets the code c whose c/255 is nearest to `adv`, of the codes within eps of `clean`. A clean pixel of
+    10/255 under eps = 1.5/255 may become 9, 10 or 11. Where no code is within eps, the pixel gets the code nearest to
+    the clean pixel. A clean pixel that differs from a code by the rounding of its dtype alone counts as that code.
 
     Args:
         adv: floats in [0, 1].
-        clean: of the same shape, floats in [0, 1] or uint8.
-        eps: budget in pixels of [0, 1]; None: the distance of `adv` at each pixel.
+        clean: floats in [0, 1] or uint8, of the same shape.
+        eps: the budget in pixels of [0, 1]; None means for each pixel its own distance between `adv` and `clean`.
 
     Returns:
         uint8, of the same shape.
@@ -151,9 +176,9 @@ def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> 
 
 
 def png(image: torch.Tensor) -> bytes:
-    """A PNG file of `image`, uint8 (1 or 3, H, W)."""
+    """The bytes of a PNG file of `image`, uint8 (1 or 3, H, W)."""
     channels, height, width = image.shape
-    # Each row of pixels begins with its filter: 0, none.
+    # Each row of pixels begins with the number of its filter; 0 means none.
     rows = pad(image.permute(1, 2, 0).reshape(height, -1), (1, 0)).contiguous().numpy().tobytes()
     header = struct.pack(">2I5B", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))

@@ -1,6 +1,7 @@
-"""Signs that a model hides its gradients: then no figure of an attack by gradients is its robustness.
+"""Looks for masked gradients: then a gradient attack finds less than there is, and its figure is not the robustness.
 
-Athalye et al. 2018 (arXiv 1802.00420, section 3.1): an attack without gradients finds more, and so does chance.
+The signs are those of Athalye et al. 2018 (arXiv 1802.00420, section 3.1): an attack without gradients, or a random
+start alone, fools images that withstood a gradient attack.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,27 +12,30 @@ import torch
 from fastadv.attacks import PMA, PMAL2, Attack, Square, SquareL2
 from fastadv.evaluation.ensemble import Trial
 
-QUERIES, ASKED = 100, 32  # of the attack without gradients, on so many survivors
-ALLOWED = 1  # of them may fall
-SURPRISE = 0.002  # of all images that Square may find after attacks by gradients
-SHARE = 0.02  # of all images that may fall to the random start alone, or be without a gradient
-PART = 0.25  # of what fell at all that may: a model that is merely weak falls to noise as well, but more to gradients
-FEW = 5  # so many images by chance are no accident
+QUERIES, ASKED = 100, 32  # the attack without gradients has 100 queries on each of 32 survivors at most
+ALLOWED = 1  # so many of these survivors may fall
+SURPRISE = 0.002  # Square may find this share of all images after gradient attacks
+# Some images may fall to the random start alone: the largest of this share of all images (so many may also have no
+# gradient), ...
+SHARE = 0.02
+# ... this share of the fooled images (a weak model falls to noise too, but to gradients more), ...
+PART = 0.25
+FEW = 5  # ... and one image less than these five.
 SQUARES: dict[type[Attack], type[Square] | type[SquareL2]] = {PMA: Square, PMAL2: SquareL2}
-OF_THE_MODEL = ("eot", "autocast", "memory_format", "compile", "graph")  # options under which it is judged
+OF_THE_MODEL = ("eot", "autocast", "memory_format", "compile", "graph")  # options that say how the model is run
 
 
 @dataclass
 class Masking:
-    """What the Square attack and chance found after an attack by gradients.
+    """The signs of masked gradients after a gradient attack, as numbers of images.
 
     Attributes:
-        images: number of images of the evaluation.
-        asked: survivors that the Square attack ran on.
-        fell: those of them that it fooled.
-        fooled: images that the attacks fooled so far.
-        by_chance: those of them that fell to the random start alone.
-        without_gradient: share of the images looked at whose gradient is exactly 0.
+        images: all images of the evaluation.
+        asked: the survivors on which the Square attack ran.
+        fell: the survivors that the Square attack fooled.
+        fooled: the images that the attacks have fooled so far.
+        by_chance: the fooled images that fell to the random start alone.
+        without_gradient: the share of the checked images whose gradient is exactly 0.
     """
 
     images: int
@@ -43,13 +47,18 @@ class Masking:
 
     @property
     def is_likely(self) -> bool:
-        """Whether gradients look masked."""
+        """Whether the gradients are probably masked."""
         allowed = max(SHARE * self.images, PART * self.fooled, FEW - 1)
         return self.fell > ALLOWED or self.by_chance > allowed or self.without_gradient > SHARE
 
 
 def square_of(trial: Trial, shape: tuple[int, ...]) -> Square | SquareL2 | None:
-    """The attack without gradients to run after `trial`, where that is PMA on images (N, C, H, W)."""
+    """The attack without gradients to run after a trial of PMA; None after other attacks.
+
+    Args:
+        trial: the attack that has run, with its verdicts.
+        shape: (N, C, H, W) of the images. None is returned too where there are no such images, or they are too small.
+    """
     attack = trial.adversary.ours
     kind = next((square for pma, square in SQUARES.items() if isinstance(attack, pma)), None)
     if attack is None or kind is None or len(shape) != 4 or (kind is SquareL2 and min(shape[2:]) < 5):
@@ -58,14 +67,14 @@ def square_of(trial: Trial, shape: tuple[int, ...]) -> Square | SquareL2 | None:
 
 
 def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The survivors whose clean images are nearest to another class, by the margin of their two best logits.
+    """The survivors that are most likely to fall: those with the smallest margin between their two largest logits.
 
     Args:
-        survivors: which samples withstood, (N,) bool.
-        logits: of the clean images, (N, C).
+        survivors: (N,) bool, which samples withstood the attacks so far.
+        logits: (N, C), the logits of the clean images.
 
     Returns:
-        Numbers of samples, int64, ASKED at most.
+        The numbers of at most ASKED samples, int64, the smallest margin first.
     """
     rows = survivors.nonzero()[:, 0]
     best, second = logits[rows].topk(2, dim=1).values.unbind(1)
@@ -73,11 +82,11 @@ def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def notes_on_square(trials: Sequence[Trial], images: int) -> Iterator[str]:
-    """Notes on Square attacks that found more than a few samples which the attacks before them had left.
+    """A note on each Square attack that fooled more than a few samples after other attacks had failed on them.
 
     Args:
-        trials: in the order in which they ran.
-        images: number of images of the evaluation.
+        trials: the attacks with their verdicts, in the order in which they ran.
+        images: the number of images of the evaluation.
     """
     for i, trial in enumerate(trials):
         found = int(trial.verdicts.fooled.sum())
@@ -85,8 +94,8 @@ def notes_on_square(trials: Sequence[Trial], images: int) -> Iterator[str]:
         if _is_square(trial) and before and found > max(ALLOWED, SURPRISE * images):
             yield (
                 f"gradients look masked: {trial.adversary.title}, which needs none, fooled {found} samples that "
-                f"{', '.join(before)} had left. The figure may still be too high: give Square more queries and "
-                "restarts, or make an attack for this model"
+                f"had withstood {', '.join(before)}. The robust accuracy may still be too high: give Square more "
+                "queries and restarts, or make an attack for this model"
             )
 
 
@@ -95,19 +104,27 @@ def _is_square(trial: Trial) -> bool:
 
 
 def by_chance(trials: Sequence[Trial]) -> int:
-    """Samples that any of `trials` fooled by a random start alone."""
+    """The number of samples that an attack fooled by its random start alone.
+
+    Args:
+        trials: the attacks with their verdicts; only gradient attacks of this package with a random start count.
+    """
     ours = [(trial.adversary.ours, trial.verdicts) for trial in trials if trial.adversary.ours is not None]
     fell = [v.fooled & (v.step == 0) for attack, v in ours if attack.draws and attack.by_gradient]
     return int(torch.stack(fell).any(0).sum()) if fell else 0
 
 
 def notes_on_masking(found: Sequence[tuple[str, Masking]]) -> Iterator[str]:
-    """Notes on masked gradients, from (name of the attack by gradients, what was found after it)."""
+    """A note on each gradient attack after which gradients look masked.
+
+    Args:
+        found: (name of the gradient attack, the signs after it).
+    """
     for name, masking in found:
         if masking.is_likely:
             yield (
                 f"gradients look masked under {name}: {masking.fell} of {masking.asked} survivors fell to {QUERIES} "
                 f"queries of the Square attack, {masking.by_chance} of {masking.images} images to the random start "
-                f"alone, and {masking.without_gradient:.1%} have no gradient. Its figure may be far too high: run "
-                "--attacks autoattack"
+                f"alone, and {masking.without_gradient:.1%} have no gradient. The robust accuracy may be far too "
+                "high: run --attacks autoattack"
             )

@@ -1,6 +1,6 @@
-"""Signs that a robust accuracy says less than it seems to.
+"""Notes on an evaluation whose robust accuracy may be too high.
 
-Athalye et al. 2018, "Obfuscated gradients give a false sense of security" (arXiv 1802.00420, section 3.1);
+Sources: Athalye et al. 2018, "Obfuscated gradients give a false sense of security" (arXiv 1802.00420, section 3.1);
 Carlini et al. 2019, "On evaluating adversarial robustness" (arXiv 1902.06705, section 4).
 """
 
@@ -16,24 +16,24 @@ from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Logits
 
-CHANGE = 1e-3  # of the largest logit: far above rounding, far below what a verdict needs
-ZERO, FEW = 0.1, 8  # share of gradients, of as many at least, that is no accident
+CHANGE = 1e-3  # times the largest logit: a change far above rounding, and far below one that alters a verdict
+ZERO, FEW = 0.1, 8  # if a tenth of the gradients are zero, of eight or more, that is no accident
 
 
 def notes_on_outputs(
     logits: Logits, images: torch.Tensor, draws: int, autocast: torch.dtype | None = None
 ) -> Iterator[str]:
-    """Notes on the model's outputs for one batch: are they the same again, and are they logits?
+    """Notes on the model's outputs for one batch: are they the same the second time, and are they logits?
 
     Args:
         logits: the model.
         images: the batch, (N, ...).
-        draws: of the model at each image, whose mean the outputs are.
-        autocast: dtype in which the model runs; None: as it is.
+        draws: the number of draws of the model for each image; the outputs are their mean.
+        autocast: the dtype of torch.autocast for the model; None means without autocast.
     """
     change = CHANGE if autocast is None else 4 * torch.finfo(autocast).eps
     outputs = logits(images)
-    # A class that cannot be has a logit of -inf, which is no scale and equals itself.
+    # Some models give an impossible class the logit -inf: it says nothing of the scale, and -inf equals -inf.
     allowed = change * outputs.nan_to_num(0.0, 0.0, 0.0).abs().max()
     if draws == 1 and ((logits(images) - outputs).abs() > allowed).any():
         yield (
@@ -53,7 +53,11 @@ def notes_on_outputs(
 
 
 def notes_on_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
-    """Notes on gradients, from (name, samples whose gradient is exactly 0 at the attack's start, samples looked at)."""
+    """Notes on attacks that start where many gradients are zero.
+
+    Args:
+        counts: (name of the attack, samples whose gradient is exactly 0 at its start, samples that were checked).
+    """
     for name, zero, looked in counts:
         if looked >= FEW and zero >= ZERO * looked:
             yield (
@@ -63,14 +67,19 @@ def notes_on_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
 
 
 def notes_on_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[str]:
-    """Notes on missing predictions, from (name of the attack, samples without one) and the number of all images."""
+    """Notes on samples without a prediction.
+
+    Args:
+        counts: (name of the attack, samples without a prediction).
+        images: the number of all images.
+    """
     for name, count in counts:
         if count:
             yield f"no prediction for {count} of {images} images under {name}, counted as wrong: {SILENT}"
 
 
 def notes_on_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
-    """Notes on images that an attack of another library returned beyond the box or its budget."""
+    """Notes on an attack of another library whose images leave [0, 1] or its budget, or are not finite."""
     if reach.nonfinite:
         yield (
             f"{reach.nonfinite} of the images that {adversary.title} returned are not finite: they get no prediction "
@@ -90,7 +99,7 @@ def notes_on_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
 
 
 def notes_on_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
-    """Notes on PMA that found its last samples in the last tenth of a run: there may be more to find."""
+    """Notes on PMA where samples still fell in the last tenth of a run's steps: more steps may fool more."""
     for trial in trials:
         attack, verdicts = trial.adversary.attack, trial.verdicts
         if isinstance(attack, (PMA, PMAL2)) and trial.latest and trial.latest["restart"] > 0:
@@ -104,21 +113,25 @@ def notes_on_late_falls(trials: Iterable[Trial]) -> Iterator[str]:
 
 
 def notes_on_losses(counts: Iterable[tuple[str, int]]) -> Iterator[str]:
-    """Notes on losses, from (name of the attack, losses that were not finite)."""
+    """Notes on losses that were not finite.
+
+    Args:
+        counts: (name of the attack, the number of such losses).
+    """
     for name, count in counts:
         if count:
             yield f"{count} losses under {name} were not finite; no step was taken there"
 
 
 def notes_on_accuracies(results: Sequence[tuple[str, Attack, torch.Tensor]]) -> Iterator[str]:
-    """Notes on a stronger attack that finds less than a weaker one, by more than chance explains.
+    """Notes on a stronger attack that fooled fewer samples than a weaker one, by more than chance explains.
 
-    Chance lets some samples fall to the weaker attack only, and as many to the stronger one only: the difference of
-    the two counts must be more than two of its deviations, the root of their sum (McNemar 1947, Psychometrika 12).
-    Where none falls to the stronger one only, that is five samples.
+    By chance some samples fall only to the weaker attack, and about as many only to the stronger one. A note needs the
+    first count to exceed the second by more than two standard deviations of the difference, which is the square root of
+    the sum of both counts (McNemar 1947, Psychometrika 12). With none in the second count that takes five samples.
 
     Args:
-        results: (name, attack, which samples withstood it, (N,) bool), each on all samples.
+        results: (name, attack, which samples withstood it, (N,) bool), for attacks on all samples.
     """
     for name, attack, robust in results:
         for stronger_name, stronger, other in results:
@@ -126,7 +139,7 @@ def notes_on_accuracies(results: Sequence[tuple[str, Attack, torch.Tensor]]) -> 
                 before, after = (float(each.double().mean()) for each in (robust, other))
                 yield (
                     f"robust accuracy rises from {before:.2%} under {name} to {after:.2%} under {stronger_name}, which "
-                    "is stronger: the model may hide its gradients, and neither figure is its robustness"
+                    "is stronger: the model may hide its gradients, and neither number is its robustness"
                 )
 
 
@@ -137,7 +150,7 @@ def _rises(robust: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _is_stronger(a: Attack, b: Attack) -> bool:
-    """More steps, more restarts or a larger eps, and less of nothing, where the two can be compared."""
+    """Whether two attacks can be compared, and `a` has more steps, restarts or eps than `b`, and less of none."""
     kind_a, kind_b = ((x.norm, x.loss, x.targeted, getattr(x, "project", True)) for x in (a, b))
     strength = [(getattr(a, name), getattr(b, name)) for name in ("steps", "restarts", "eps")]
     return kind_a == kind_b and all(x >= y for x, y in strength) and any(x > y for x, y in strength)

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, and elsewhere a line now and then in the log."""
+"""A progress bar on a terminal; elsewhere a line in the log each minute."""
 
 import logging
 import sys
@@ -12,12 +12,15 @@ PAUSE = 60.0  # seconds between two lines
 
 
 class ProgressBar:
-    """A context that shows how many steps are done.
+    """A context manager that shows how many steps are done.
 
     Args:
-        title: what goes on, such as "pgd-10 at 8/255".
-        unit: what a step is called, such as "batch".
+        title: what is running, such as "pgd-10 at 8/255".
+        unit: the name of a step, such as "batch".
         shown: whether anything is shown.
+
+    Raises:
+        ImportError: tqdm is not installed.
     """
 
     def __init__(self, title: str, unit: str, shown: bool):
@@ -31,11 +34,11 @@ class ProgressBar:
         return self
 
     def update(self, done: int, left: int) -> None:
-        """Show how far it is.
+        """Show how many steps are done.
 
         Args:
-            done: number of steps so far.
-            left: number of steps to come, if nothing shortens them.
+            done: the number of steps so far.
+            left: the most steps that are still to come.
         """
         if self._bar is not None:
             self._bar.total = done + left

@@ -18,7 +18,7 @@ from fastadv.data.share import Share
 from fastadv.evaluation.adversaries import EPS, Adversary, AnyAttack, adversaries, check_they_take, is_several, listed
 from fastadv.evaluation.ensemble import Trial, in_turn
 from fastadv.evaluation.foreign import Reach
-from fastadv.evaluation.identity import fingerprint, untold
+from fastadv.evaluation.identity import fingerprint, unidentifiable
 from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.queue import Verdicts
 from fastadv.evaluation.run import Report, Run
@@ -289,8 +289,8 @@ def _identity(
         parts |= {f"{name} of {attack}": value for name, value in facts.items()} | {attack: adversary.attack}
     weights = model.state_dict() if isinstance(model, nn.Module) else {}
     run = fingerprint({**parts, "images": images, "labels": labels, "the model's weights": weights, "the model": model})
-    if untold(run):
-        raise TypeError(f"there is no state for such a run: {', '.join(untold(run))}")
+    if unidentifiable(run):
+        raise TypeError(f"there is no state for such a run: {', '.join(unidentifiable(run))}")
     return run
 
 

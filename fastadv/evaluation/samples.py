@@ -1,4 +1,4 @@
-"""The samples of an evaluation: all of them, checked."""
+"""Collects and checks the samples of an evaluation."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, overload
@@ -15,8 +15,8 @@ from fastadv.functional import Normalization
 from fastadv.nn.frozen import as_normal
 from fastadv.nn.logits import AnyModel
 
-BATCH = 256  # samples of a Dataset at a time
-IMAGES = ("images", "image", "pixel_values", "img")  # keys of batches that are dicts
+BATCH = 256  # samples that are read from a Dataset at a time
+IMAGES = ("images", "image", "pixel_values", "img")  # keys of the images where a batch is a dict
 LABELS = ("labels", "label")
 WANTED = (
     "data must be a pair (images, labels) of tensors or NumPy arrays, or a loader or Dataset of such pairs, or of "
@@ -38,23 +38,23 @@ def collected(
 def collected(
     data: AnyData, model: AnyModel, device: torch.device | str | None, normalization: Normalization | None = None
 ) -> Batch:
-    """All images of a pair or of batches, where they are, and all labels.
+    """All images and labels of a data set. The images stay on their device.
 
-    Floats that rounding put up to 1e-6 beyond the box are put back.
+    Floats that are beyond [0, 1] by rounding alone, at most 1e-6, are clamped.
 
     Args:
-        data: as of `evaluate`.
-        model: that is evaluated.
-        device: of the labels; None means the model's.
-        normalization: that was applied to the images; they are made pixels again. None: they are pixels.
+        data: the samples, as `evaluate` takes them.
+        model: the model that is evaluated.
+        device: the device for the labels; None means the model's.
+        normalization: the normalisation that was applied to the images, which is undone; None means none was.
 
     Returns:
-        Images (N, ...), floats in [0, 1] or uint8, or a `Share` of such where `data` has one; labels int64 (N,), or
-        (N, C) of several a sample.
+        Images (N, ...), floats in [0, 1] or uint8, or a `Share` of them where `data` has one; and labels int64 (N,), or
+        (N, C) where a sample has several.
 
     Raises:
-        TypeError: `data` is something else; images are neither floats nor uint8, or labels are not int64.
-        ValueError: there are none, their shapes or values cannot be, or `device` is not the model's.
+        TypeError: `data` is something else; images are neither floats nor uint8; or labels are not int64.
+        ValueError: there are no images; a shape or a value is wrong; or `device` is not the model's.
     """
     given: Any = data
     if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Share):
@@ -87,7 +87,7 @@ def _batches(data: Any) -> Iterable[Any]:
     if isinstance(data, Dataset):
         try:
             return list(DataLoader(data, BATCH))
-        except TypeError as error:  # pictures that are no tensors yet
+        except TypeError as error:  # such as pictures that are not tensors yet
             raise TypeError(f"{WANTED}; its samples make no batch: {error}") from error
     if isinstance(data, (torch.Tensor, np.ndarray, str)) or not isinstance(data, Iterable):
         raise TypeError(f"{WANTED}; got a {type(data).__name__}")
@@ -112,15 +112,18 @@ def _pair(batch: Any, model: AnyModel) -> Samples:
 
 
 def as_tensors(images: object, labels: object, model: AnyModel) -> tuple[Any, Any]:
-    """NumPy arrays as tensors, anything else as it is.
+    """NumPy arrays as tensors; anything else stays as it is.
 
-    NumPy's own dtypes say nothing of what is meant: it computes in float64, and has integers of every size. So images
-    in float64 get the dtype of the model's weights, and integer labels are int64.
+    NumPy computes in float64 by default, and has integers of every size. So float64 images get the dtype of the model's
+    weights, and integer labels become int64.
 
     Args:
-        images: of any type.
-        labels: of any type.
-        model: that takes the images.
+        images: NumPy array or anything else.
+        labels: NumPy array or anything else.
+        model: the model that takes the images.
+
+    Returns:
+        (images, labels).
     """
     found, named = as_tensor(images), as_tensor(labels)
     if isinstance(images, np.ndarray) and found.dtype == torch.float64:
@@ -131,10 +134,10 @@ def as_tensors(images: object, labels: object, model: AnyModel) -> tuple[Any, An
 
 
 def as_tensor(value: object) -> Any:
-    """A NumPy array as a tensor, anything else as it is."""
+    """A NumPy array as a tensor; anything else stays as it is."""
     if not isinstance(value, np.ndarray):
         return value
-    return torch.from_numpy(np.require(value, requirements=("C", "W")))  # torch takes no other without a word
+    return torch.from_numpy(np.require(value, requirements=("C", "W")))  # torch warns of other arrays
 
 
 def _parameters(model: AnyModel) -> Iterable[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The state of a run as a file, from which it goes on where it was cut."""
+"""The state file of an evaluation, from which a cut run is resumed."""
 
 import json
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from fastadv.evaluation.identity import differences
 from fastadv.files import check_format, write_atomically
 
 FORMAT = 5
-_KEY = "fastadv"  # one key: safetensors writes several in random order
+_KEY = "fastadv"  # a single key, because safetensors writes several in random order
 
 
 class StateFile:
-    """Tensors and facts in a safetensors file, replaced as a whole; whatever happens, it is the old one or the new.
+    """Tensors and facts in a safetensors file. It is replaced as a whole, and is never half written.
 
     Args:
-        path: of the file.
-        run: `fingerprint` of the run that it belongs to.
+        path: the file.
+        run: the `fingerprint` of the run that the state belongs to.
     """
 
     def __init__(self, path: str | Path, run: str):
@@ -30,7 +30,9 @@ class StateFile:
         """The tensors and facts that were saved last; None where there is no file.
 
         Raises:
-            ValueError: it is no such file, or one of another run.
+            FormatError: another version of fastadv wrote the file.
+            ImportError: safetensors is not installed.
+            ValueError: the file is no state of an evaluation, or the state of another run.
         """
         if not self.path.exists():
             return None
@@ -57,11 +59,11 @@ class StateFile:
         """Replace the file.
 
         Args:
-            tensors: by name, on any device.
-            facts: what else there is, for JSON.
+            tensors: {name: tensor}, on any device.
+            facts: everything else; JSON must be able to hold it.
 
         Raises:
-            OSError: it cannot be written; the old one stays.
+            OSError: the file cannot be written; the old one stays.
         """
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         metadata = {_KEY: json.dumps({"format": FORMAT, "run": self.run, **facts})}

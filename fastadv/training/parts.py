@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fastadv.data.share import Batch, Share
-from fastadv.evaluation.identity import told
+from fastadv.evaluation.identity import known_hash
 from fastadv.evaluation.samples import as_tensors
 from fastadv.nn.logits import AnyModel
 from fastadv.team import Team
@@ -78,8 +78,8 @@ def _held_out(name: str, data: object, model: AnyModel) -> Batch | None:
 def _facts(part: Batch, team: Team, device: torch.device) -> object:
     images, labels = part
     if not isinstance(images, Share):
-        return told(images.dtype, images.shape, [images]), labels
-    hashed = told(images.dtype, images.shape, images.chunks(device))
+        return known_hash(images.dtype, images.shape, [images]), labels
+    hashed = known_hash(images.dtype, images.shape, images.chunks(device))
     return team.from_first(lambda: hashed), labels
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastadv.evaluation.identity import fingerprint, untold
+from fastadv.evaluation.identity import fingerprint, unidentifiable
 from fastadv.training.budget import CONSTANT
 from fastadv.training.checkpoints import OtherRunError
 from fastadv.training.progress import Progress
@@ -33,7 +33,7 @@ def run_fingerprint(trainer: "Trainer", model: nn.Module, data: dict[str, object
     attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
     weights = {"the model's weights": model.state_dict(), "the model": model}
     run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **weights})
-    for what in untold(run):
+    for what in unidentifiable(run):
         warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
     return run
 

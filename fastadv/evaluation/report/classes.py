@@ -1,4 +1,4 @@
-"""Accuracy class by class, and which classes are taken for which others."""
+"""Tables of a report: the accuracy of each class, and the confusions between classes."""
 
 from collections.abc import Sequence
 
@@ -9,21 +9,21 @@ from fastadv.attacks.verdicts import NONE
 from fastadv.evaluation.report import html
 from fastadv.evaluation.report.curves import png, whole_numbers
 
-MOST = 20  # classes whose matrix is a table, and rows of a list that is not folded
-WORST = 10  # classes and confusions that are named where there are more
+MOST = 20  # with more classes the confusions are a picture, and a list of classes is folded
+WORST = 10  # with more classes the ten worst ones are shown
 
 Triples = Sequence[tuple[int, int, int]]
 
 
 def matrix_of(triples: Triples, count: int) -> np.ndarray:
-    """How many samples of a class (row) are taken for a class (column; the last one is no prediction).
+    """The confusion matrix: the number of samples of each class (row) by the class that the model predicts (column).
 
     Args:
-        triples: (class, what the model says, samples), as in the record of the end of a run.
-        count: classes.
+        triples: (class, predicted class, number of samples), as in the last record of a run.
+        count: the number of classes.
 
     Returns:
-        int64 (count, count + 1).
+        int64 (count, count + 1); the last column counts samples without a prediction.
     """
     matrix = np.zeros((count, count + 1), np.int64)
     for label, said, samples in triples:
@@ -32,7 +32,7 @@ def matrix_of(triples: Triples, count: int) -> np.ndarray:
 
 
 def by_class(clean: np.ndarray, attacked: np.ndarray, classes: Sequence[str]) -> str:
-    """A row for each class: how many images, how many of them are right, and still are under attack."""
+    """A table with a row for each class: its images, and how many the model gets right, clean and under attack."""
     counts, (right, robust) = clean.sum(1), (matrix.diagonal() for matrix in (clean, attacked))
     rows = [
         [html.name(i, classes), str(counts[i]), *(_share(part[i], counts[i]) for part in (right, robust))]
@@ -48,7 +48,7 @@ def by_class(clean: np.ndarray, attacked: np.ndarray, classes: Sequence[str]) ->
 
 
 def confusion_table(matrix: np.ndarray, classes: Sequence[str]) -> str:
-    """A row for each class, a column for what the model says; of many classes a picture and the largest confusions."""
+    """The confusion matrix as a table; with many classes as a picture, and the largest confusions as a table."""
     if len(classes) <= MOST:
         return _as_table(matrix, classes)
     words = html.paragraph(

@@ -1,4 +1,4 @@
-"""Curves over the epochs, and over the budget."""
+"""Curves of a report: accuracies over the epochs, and robust accuracy over the budget."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-Record = Mapping[str, Any]  # of an epoch, or of a run's end, as `Trainer.fit` returns them
+Record = Mapping[str, Any]  # a record that `Trainer.fit` returns, such as that of an epoch
 
 LINES = {
     "clean_accuracy": ("clean, validation", "#6c757d", "-"),
@@ -24,14 +24,22 @@ LINES = {
 
 
 def over_epochs(records: Sequence[Record]) -> bytes:
-    """Accuracies over the epochs, counted from 1, as PNG."""
+    """The accuracies over the epochs, which count from 1, as a PNG file.
+
+    Args:
+        records: the records that `Trainer.fit` returned.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     figure = require("matplotlib.figure").Figure(figsize=(8, 3.2), layout="constrained")
     axis = figure.subplots()
     epochs = [record for record in records if "epoch" in record]
     for key, (label, colour, style) in LINES.items():
         points = [(record["epoch"] + 1, 100 * record[key]) for record in epochs if record.get(key) is not None]
         if points:
-            marker = "." if len(points) < 3 else ""  # whole at 0 and 100 too
+            marker = "." if len(points) < 3 else ""
+            # Without clipping markers and lines are whole at 0 and 100 %.
             axis.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=marker, clip_on=False)
     first, last = (epochs[i]["epoch"] + 1 for i in (0, -1))
     room = 0.5 if last == first else 0.02 * (last - first)
@@ -47,8 +55,8 @@ def write_curves(path: str | Path, curves: Sequence[Mapping[str, Any]]) -> None:
     """Write robust accuracy over the budget as a PNG file.
 
     Args:
-        path: of the file.
-        curves: one for each norm, as `fastadv.evaluation.evaluate` returns them.
+        path: the file.
+        curves: the curves that `fastadv.evaluation.evaluate` returned, one for each norm.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -74,7 +82,7 @@ def _over_budget(axis: "Axes", curve: Mapping[str, Any]) -> None:
 
 
 def whole_numbers(axis: "Axis") -> None:
-    """Let the ticks of an axis be whole numbers."""
+    """Put the ticks of an axis at whole numbers."""
     axis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True, min_n_ticks=1))
 
 

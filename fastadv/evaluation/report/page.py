@@ -39,20 +39,19 @@ def write_report(
     eps: float,
     facts: Mapping[str, Mapping[str, object]],
 ) -> None:
-    """Write a report that needs no other file and no network.
+    """Write a report as one HTML file that needs no other file and no network.
 
-    A part that cannot be made is left out with a warning, in the report too. Names are shown by the reader's fonts;
-    bytes that are no UTF-8 and control characters as escapes. Epochs are counted from 1.
+    Where a part cannot be made, the report says so in its place, and there is a warning. Epochs count from 1.
 
     Args:
-        path: of the HTML file.
-        title: its heading.
-        model: from images in [0, 1] to logits; it is attacked with PGD-10 for the pictures, and left as found.
-        records: what `Trainer.fit` returned.
-        test: images (N, C, H, W) and labels; some of them are shown.
+        path: the HTML file.
+        title: the heading of the report.
+        model: from images in [0, 1] to logits; it is attacked with PGD-10 for the pictures, and is not changed.
+        records: the records that `Trainer.fit` returned.
+        test: images (N, C, H, W) and labels; a few images are shown.
         classes: a name for each label.
-        eps: budget in pixels of [0, 1].
-        facts: tables by their headings, such as {"Settings": {...}, "Versions": {...}}.
+        eps: the budget in pixels of [0, 1].
+        facts: {heading: table}, such as {"Settings": {...}, "Versions": {...}}.
 
     Raises:
         OSError: the file cannot be written.
@@ -74,7 +73,7 @@ def write_report(
 
 
 def _part(heading: str, build: Callable[[], str]) -> list[str]:
-    """The part with its heading, nothing where it is empty, and words where it fails: the others are there still."""
+    """A part with its heading; nothing where it is empty. Where it fails, a sentence in its place says why."""
     try:
         content = build()
     except Exception as error:
@@ -138,7 +137,7 @@ def _measured(records: Sequence[Record]) -> Record | None:
 
 
 def _choice(final: Record) -> list[str]:
-    """A sentence where chance alone may have preferred the chosen weights to others."""
+    """A sentence where chance alone may have made the choice among the weights."""
     if not final.get("within_noise"):
         return []
     others = ", ".join(str(epoch + 1) for epoch in final["within_noise"])

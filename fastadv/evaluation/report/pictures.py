@@ -1,4 +1,4 @@
-"""Images, what an attack adds to them, and what the model says of both."""
+"""Pictures of a report: images, the perturbations of an attack, and the model's predictions."""
 
 import io
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from fastadv.functional import to_float
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 
-SHOWN = 8  # images
-SIDE = 224  # pixels of the longer side; larger ones are made smaller
+SHOWN = 8  # images at most
+SIDE = 224  # pixels: an image with a longer side is made smaller
 
 
 def under_attack(model: nn.Module, test: Samples, classes: Sequence[str], eps: float) -> str:
-    """A table of images of all classes, each with its perturbation and its adversarial image under PGD-10.
+    """A table of images, spread over the classes, each with its perturbation and its adversarial image under PGD-10.
 
     Args:
         model: from images in [0, 1] to logits.
@@ -69,7 +69,7 @@ def _shown(image: torch.Tensor, words: str) -> str:
 
 
 def encoded(image: torch.Tensor) -> bytes:
-    """An image (C, H, W) with values in [0, 1] as PNG of 8 bits: one channel is grey, the first three are colours."""
+    """An image (C, H, W) with values in [0, 1] as a PNG file: one channel as grey, else the first three as RGB."""
     codes = (
         (255 * image.detach().float().nan_to_num().clamp(0, 1)).round().byte().cpu().permute(1, 2, 0).numpy()[..., :3]
     )
