@@ -1,4 +1,4 @@
-"""Adapters (Houlsby et al. 2019, arXiv 1902.00751): one behind the last branch of each residual block."""
+"""Adapters (Houlsby et al. 2019, arXiv 1902.00751): one after the last branch of each residual block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,26 @@ from fastadv.models.added import Adapter, added_to, attach
 from fastadv.models.residual import find_residuals
 from fastadv.training.options import Chosen, Options
 
-REDUCTION = 8
+REDUCTION = 8  # the width of a layer divided by the width of its adapter
 
 
 @contextmanager
 def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Put an adapter on the last thing that each block adds, before it is added: in a transformer on the MLP's output,
-    in a block of convolutions on the body's. Adapters stay in the model; those that it has already train on.
+    """Put an adapter on the output of each block's last branch, before the sum: x + adapter(branch(x)).
+
+    In a transformer that is the output of the MLP; in a block of convolutions it is the output of the body. The
+    adapters stay in the model. A model that has adapters already gets no new ones: its own train.
+
+    Args:
+        model: the network.
+        options: `adapter_reduction`, `example` and `head` are used.
+
+    Yields:
+        The adapters' parameters.
 
     Raises:
-        ValueError: there is no such block, or the model has adapters of another reduction.
+        ValueError: there is no residual block; the model has adapters of another reduction; or the reduction is below
+            1.
     """
     reduction = options.adapter_reduction
     if reduction is not None and reduction < 1:
@@ -28,7 +38,7 @@ def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
     if wrong:
         raise ValueError(
             f"the model has adapters already, of {wrong[0].reduced} channels for {wrong[0].width}, and "
-            f"adapter_reduction={reduction} makes others: leave it out (--adapter-reduction), and they train on"
+            f"adapter_reduction={reduction} means others: leave it out (--adapter-reduction) to train these"
         )
     added = present or _add(model, options, reduction or REDUCTION)
     yield Chosen([parameter for each in added for parameter in each.parameters()])
@@ -40,7 +50,7 @@ def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
     if not residuals:
         raise ValueError(
             "adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and ResNet, and the model has none "
-            "before its head: no sum adds what a module gives to what that began from. Choose another method"
+            "before its head: nowhere is the output of a module added to its input. Choose another method"
         )
     device = example.device
     added = []

@@ -9,8 +9,8 @@ from fastadv.training.settings import of_kind
 class Augment:
     """Random crop after padding with zeros, then a horizontal flip with probability one half.
 
-    What happens to a sample depends on its seed alone (`fastadv.sample_seeds` makes one for each sample and epoch),
-    not on its batch, its device or the number of processes.
+    The crop and the flip of a sample depend on its seed alone, and not on its batch, its device or the number of
+    processes. `fastadv.sample_seeds` makes a seed for each sample and epoch.
 
     Args:
         crop: pixels of padding on every side; 0 leaves the images where they are.
@@ -47,9 +47,9 @@ class Augment:
         return crops.contiguous(memory_format=_format(images))
 
     def sources(self, seeds: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each row and column of the result, the row and the column of the given image that it shows.
+        """For each row and column of the result, the row and the column of the image that it shows.
 
-        A crop of 1 that shifts an image of 4 columns by one, then the same with a flip:
+        An image with 4 columns and a crop of 1 that shifts it by one column, without and with a flip:
 
             column of the result      0    1    2    3
             shows column              1    2    3    4      4 is beyond the image: zeros
@@ -57,24 +57,25 @@ class Augment:
 
         Args:
             seeds: int64 (N,).
-            height: of an image.
-            width: of an image.
+            height: the height of an image.
+            width: the width of an image.
 
         Returns:
-            int64 (N, height) and (N, width); below 0, or from the height or the width on, they are beyond the image.
+            int64 (N, height) and (N, width). A row below 0, or not below `height`, is beyond the image; likewise a
+            column.
         """
         top, left, flipped = self._drawn(seeds)
         rows, columns = (torch.arange(length, device=seeds.device).expand(len(seeds), -1) for length in (height, width))
         return rows + top, torch.where(flipped, width - 1 - columns, columns) + left
 
     def targets(self, seeds: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inverse of `sources`: for each row and column of the given image, where the result shows it."""
+        """The inverse of `sources`: for each row and column of the image, the row and the column of the result."""
         top, left, flipped = self._drawn(seeds)
         rows, columns = (torch.arange(length, device=seeds.device).expand(len(seeds), -1) for length in (height, width))
         return rows - top, torch.where(flipped, width - 1 - (columns - left), columns - left)
 
     def _drawn(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """By how many rows and columns each image is shifted, and whether it is mirrored: (N, 1) each."""
+        """(rows by which each image is shifted, columns, whether it is flipped), (N, 1) each."""
         bits = _mixed(seeds)[:, None]
         offsets = 2 * self.crop + 1
         # 31 bits for each offset, so that no offset is likelier than another by more than one in 10^8.
@@ -99,13 +100,13 @@ class Augment:
 
 
 def moved(pictures: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, elsewhere: torch.Tensor) -> torch.Tensor:
-    """The pixels of `pictures` that lie in these rows and columns.
+    """The pixels of `pictures` in these rows and columns.
 
     Args:
         pictures: (N, C, H, W).
-        rows: int64 (N, H), as `Augment.sources` and `Augment.targets` give them.
+        rows: int64 (N, H), from `Augment.sources` or `Augment.targets`.
         columns: int64 (N, W), likewise.
-        elsewhere: (N, C, H, W), the pixels where a row or a column is beyond the picture.
+        elsewhere: (N, C, H, W), the pixels to take where a row or a column is beyond the picture.
 
     Returns:
         (N, C, H, W).
@@ -118,9 +119,12 @@ def moved(pictures: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, els
 
 
 def _mixed(seeds: torch.Tensor) -> torch.Tensor:
-    """64 fresh bits of each seed: SplitMix64's output (Steele et al. 2014, "Fast splittable generators", figure 17).
+    """64 new random bits from each seed: the output function of SplitMix64.
 
-    The seed's own bits also key the attack's noise, which must not follow the offsets.
+    The bits of the seed itself are the key of the attack's noise. Offsets from the same bits would be correlated with
+    that noise.
+
+    Source: Steele et al. 2014, "Fast splittable pseudorandom number generators", figure 17.
     """
     bits = seeds + as_int64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -129,7 +133,7 @@ def _mixed(seeds: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(bits: torch.Tensor, shift: int) -> torch.Tensor:
-    return (bits >> shift) & ((1 << (64 - shift)) - 1)  # int64's own shift would fill up with the sign
+    return (bits >> shift) & ((1 << (64 - shift)) - 1)  # the shift of int64 alone would fill in the sign bit
 
 
 def _format(images: torch.Tensor) -> torch.memory_format:

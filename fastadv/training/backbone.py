@@ -1,4 +1,4 @@
-"""How robust is a backbone before anything is trained? A head on a frozen one is no more robust than its features."""
+"""Measures how robust a backbone is before training. A head on a frozen backbone cannot be more robust than it."""
 
 from collections.abc import Iterable
 from typing import TypedDict
@@ -19,14 +19,15 @@ from fastadv.ops.generator import seeded
 from fastadv.training.passes import Passes
 
 BATCH = 128
-FIT, JUDGE = 1000, 256  # images at most
-RIDGE = 1.0  # times the features' mean variance: less, and the head leans on small features that any attack moves
-REFITS = 2  # fitted to clean images alone, a head leans on features that are not robust even in a robust backbone
-NEAR_NOTHING = 0.2  # of the clean accuracy
+FIT, JUDGE = 1000, 256  # the most images that the head is fitted to, and judged on
+# The penalty, times the features' mean variance. With a smaller one the head uses small features that any attack moves.
+RIDGE = 1.0
+REFITS = 2  # fits on attacked images: a head that is fitted to clean ones alone uses features that are not robust
+NEAR_NOTHING = 0.2  # a warning where PGD leaves less than this share of the clean accuracy
 
 
 class BackboneRobustness(TypedDict):
-    """What `backbone_robustness` returns."""
+    """The result of `backbone_robustness`, which describes it."""
 
     clean_accuracy: float | None
     robust_accuracy: float | None
@@ -50,39 +51,41 @@ def backbone_robustness(
     memory_format: torch.memory_format | None = None,
     compile: bool = False,
 ) -> BackboneRobustness:
-    """Clean and robust accuracy of the features of `model`, under a linear head fitted to them in closed form.
+    """The clean and the robust accuracy that a linear head reaches on the features of `model`.
 
-    The head is a ridge regression of targets +-1 on the features of clean images (Hastie et al. 2009, "The elements of
-    statistical learning", section 3.4.1), which gives the clean accuracy. It is fitted again, twice, on these and on
-    the features of images that PGD-3 attacked against the head so far, as adversarial training would; that gives the
-    robust accuracy, under PGD with steps of eps / 4. Other images judge both. PGD leaves about nothing of a standard
-    backbone's accuracy, and a good share of a robust one's. The model is left as it was found; its own head is never
-    written to. Only the images that are looked at are copied, and they go to the device in parts.
+    1. A head is fitted to the features of clean images, by ridge regression of targets +-1 (Hastie et al. 2009, "The
+       elements of statistical learning", section 3.4.1). Its accuracy on other images is the clean accuracy.
+    2. Twice, PGD-3 attacks the images against the latest head, and a new head is fitted to all features so far, as in
+       adversarial training. The last head's accuracy on the other images under PGD, with steps of eps / 4, is the
+       robust accuracy.
+
+    PGD leaves almost nothing of a standard backbone's accuracy, and a good share of a robust one's. The model is not
+    changed, nor is its head. Only the images that are used are copied, and they go to the device in parts.
 
     Args:
         model: from images to logits (N, classes), the output of its head.
         images: training images (N, ...) in [0, 1] or uint8; they are split at random.
         labels: int64 (N,).
-        eps: budget, in pixels of [0, 1].
-        head: name of the head; None means `fastadv.models.find_head`'s.
-        steps: number of PGD's steps.
-        seed: of the split and of PGD's random start.
-        fit: how many images the head is fitted to at most.
-        judge: how many other images judge it at most; where there are few images, a fifth of them.
-        part: images that go through the model at a time.
-        autocast: dtype of torch.autocast, as in `Attack`.
-        memory_format: of the images, as in `Attack`.
-        compile: run the attack under torch.compile, as in `Attack`; the features come from the plain model.
+        eps: the budget in pixels of [0, 1].
+        head: the name of the head; None means the one that `fastadv.models.find_head` finds.
+        steps: the number of PGD's steps for the robust accuracy.
+        seed: the seed of the split and of PGD's random start.
+        fit: the most images that the head is fitted to.
+        judge: the most other images that judge it; of few images a fifth.
+        part: the number of images that go through the model at a time.
+        autocast: the dtype of torch.autocast, as in `Attack`.
+        memory_format: the memory format of the images, as in `Attack`.
+        compile: whether the attack runs under torch.compile, as in `Attack`; the features come from the plain model.
 
     Returns:
-        {"clean_accuracy", "robust_accuracy", "eps", "warning"}. The accuracies are None, and the warning says why,
-        where the head is no plain nn.Linear on one feature vector per image, or there are several. Else the warning is
-        None, or says that the backbone is not robust: less than a fifth of its accuracy, which is above chance, is left
-        under PGD.
+        {"clean_accuracy", "robust_accuracy", "eps", "warning"}. Where the head is no plain nn.Linear on one feature
+        vector per image, or there are several heads, both accuracies are None and the warning says why. Else the
+        warning is None; or it says that the backbone is not robust, where PGD leaves less than a fifth of a clean
+        accuracy above chance.
 
     Raises:
-        TypeError: images are neither floats nor uint8, or labels are not int64.
-        ValueError: fewer than two images; a label is beyond the head's outputs; no such head; or a
+        TypeError: images are neither floats nor uint8; or labels are not int64.
+        ValueError: there are fewer than two images; a label is beyond the head's outputs; there is no such head; or a
             number is out of range.
     """
     check_eps(eps, "Linf")
@@ -145,14 +148,14 @@ def backbone_robustness(
     if clean > chance and robust < NEAR_NOTHING * clean:
         warning = (
             f"the backbone is not robust at eps = {255 * eps:.4g}/255: a linear head fitted to its features has a "
-            f"clean accuracy of {clean:.1%}, and PGD-{steps} leaves {robust:.1%}. No head holds on features that do "
-            "not: start from robustly pretrained weights, take a smaller eps, or train everything"
+            f"clean accuracy of {clean:.1%}, and PGD-{steps} leaves {robust:.1%}. No head is robust on features that "
+            "are not: start from robustly pretrained weights, take a smaller eps, or train everything"
         )
     return {"clean_accuracy": clean, "robust_accuracy": robust, "eps": eps, "warning": warning}
 
 
 class _Probe:
-    """`model` with another head; its own head is not written to."""
+    """`model` with other weights in its head. The model itself is not changed."""
 
     def __init__(self, model: nn.Module, name: str, head: nn.Linear):
         self.model, self.name, self.head = model, name, head
@@ -164,7 +167,7 @@ class _Probe:
         self.parameters = {f"{self.name}.{key}": new.to(old) for (key, old), new in zip(own, fitted, strict=False)}
 
     def of_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes) of features (N, D), on the CPU."""
+        """The logits (N, classes) of features (N, D), on the CPU."""
         weight, *bias = (parameter.cpu() for parameter in self.parameters.values())
         return nn.functional.linear(features.to(weight.dtype), weight, *bias)
 
@@ -175,10 +178,19 @@ class _Probe:
 def ridge_head(
     features: torch.Tensor, labels: torch.Tensor, classes: int, *, intercept: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (classes, D) and bias (classes,) of the ridge regression of targets +-1 on features (N, D), in float64.
+    """The head of the ridge regression of targets +-1 on features.
 
-    The penalty is RIDGE times N times the mean variance of the features, so that their scale does not matter; the
-    bias has none. Without `intercept` the bias is zero, and the variance is about zero.
+    The penalty on the weights is RIDGE times N times the mean variance of the features. So the scale of the features
+    does not matter. The bias has no penalty.
+
+    Args:
+        features: floats (N, D).
+        labels: int64 (N,).
+        classes: the number of classes.
+        intercept: whether there is a bias; without it the variance is taken about zero.
+
+    Returns:
+        The weight (classes, D) and the bias (classes,), float64, on the CPU; without `intercept` the bias is zero.
     """
     x = features.double().cpu()
     y = 2 * nn.functional.one_hot(labels.cpu(), classes).double() - 1
@@ -200,7 +212,7 @@ def _features(model: nn.Module, head: nn.Linear, batches: Iterable[torch.Tensor]
     """The features that enter `head`: (N, D), on the CPU.
 
     Raises:
-        _NoVectorError: something else enters it.
+        _NoVectorError: the head gets something else.
     """
     found = []
     for batch in batches:

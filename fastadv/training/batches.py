@@ -1,4 +1,4 @@
-"""The batches of a training run: the order and the augmentation of its images follow from the seed alone."""
+"""The batches of a training run. The order of the images and their augmentation depend on the seed alone."""
 
 import torch
 
@@ -7,24 +7,25 @@ from fastadv.functional import sample_seeds
 from fastadv.training.augment import Augment
 from fastadv.training.progress import Progress
 
-# The attack's seeds have the epoch as their round; the seeds of the augmentation and of the order have these.
-AUGMENTING = 2**31  # plus the epoch
-ORDERING = 2**32 - 1
+# The rounds of `sample_seeds`: the attack's seeds have the epoch as their round, others have these.
+AUGMENTING = 2**31  # plus the epoch, for the seeds of the augmentation
+ORDERING = 2**32 - 1  # for the seed of the order
 
 
 class Batches:
-    """The training images, cut into the batches of each epoch.
+    """Cuts the training images into the batches of each epoch.
 
-    A method may take each batch `repeats` times in a row. The images are then passed epochs / repeats times.
+    A method may take each batch `repeats` times in a row. Then 8 epochs of updates with 4 repeats are 2 passes over the
+    images.
 
     Args:
         images: (N, C, H, W), floats in [0, 1] or uint8.
         labels: int64 (N,).
-        count: batches of an epoch.
-        seed: of the order and of the augmentation.
-        augment: what changes the images; None means nothing.
-        memory_format: of the images of a batch; None means that of `images`.
-        device: of a batch.
+        count: the number of batches in an epoch.
+        seed: the seed of the order and of the augmentation.
+        augment: the augmentation; None means none.
+        memory_format: the memory format of a batch; None means that of `images`.
+        device: the device of a batch.
     """
 
     def __init__(
@@ -42,12 +43,17 @@ class Batches:
         self.seed, self.augment, self.memory_format, self.device = seed, augment, memory_format, device
 
     def order(self, epoch: int) -> torch.Tensor:
-        """The order of the images in an epoch, int64 (N,), from the seed and its number alone."""
+        """The order of the images in an epoch, int64 (N,). It depends on the seed and the epoch alone."""
         seed = sample_seeds(self.seed, torch.tensor([epoch]), ORDERING)
         return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(int(seed)))
 
     def of_epoch(self, at: Progress, repeats: int) -> list[torch.Tensor]:
-        """The numbers of the images of each update of the epoch, int64."""
+        """The numbers of the images in each update of an epoch, int64.
+
+        Args:
+            at: the progress, which says the epoch.
+            repeats: how often a batch is taken in a row.
+        """
         first = (at.epoch - at.first_epoch) * self.count
         numbers = [update // repeats for update in range(first, first + self.count)]
         passes = {number // self.count for number in numbers}
@@ -71,6 +77,6 @@ class Batches:
         return sample_seeds(self.seed, part.to(self.device), self._passed(at, repeats) + AUGMENTING)
 
     def _passed(self, at: Progress, repeats: int) -> int:
-        """How often all images were passed: in epoch 8 of a method with `repeats` 4 twice, else 8 times."""
+        """The number of complete passes over the images: in epoch 8 it is 8, and 2 for a method with 4 repeats."""
         done = (at.epoch - at.first_epoch) * self.count + at.batch
         return at.first_epoch + done // repeats // self.count

@@ -1,4 +1,4 @@
-"""Every bias trains (BitFit: Ben Zaken et al. 2022, arXiv 2106.10199)."""
+"""Bias tuning: only biases train (BitFit: Ben Zaken et al. 2022, arXiv 2106.10199)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,21 @@ from fastadv.training.options import Chosen, Options
 
 @contextmanager
 def bias(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Parameters that are called a bias, such as `bias`, `in_proj_bias`, `q_bias` and `bias_ih_l0`."""
-    # A tied one may be a bias by one of its names.
+    """Choose the parameters that are called a bias, such as `bias`, `in_proj_bias`, `q_bias` and `bias_ih_l0`.
+
+    Args:
+        model: the network.
+        options: none of them is used.
+
+    Yields:
+        These parameters.
+    """
+    # A tied parameter has several names, and one of them may be a bias's.
     named = model.named_parameters(remove_duplicate=False)
     yield Chosen([parameter for name, parameter in named if _is_bias(name)])
 
 
 def _is_bias(name: str) -> bool:
-    """Not a table of biases that are added to attention."""
+    """Whether a name is that of a bias; a table of attention biases, such as relative_position_bias_table, is none."""
     words = name.rpartition(".")[2].split("_")
     return "bias" in (words[0], words[-1])

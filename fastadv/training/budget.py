@@ -1,4 +1,4 @@
-"""The budget over the steps of a run: how much of eps the training attack has."""
+"""The schedule of the budget: the share of eps that the training attack has at each step of a run."""
 
 import copy
 
@@ -9,22 +9,21 @@ CONSTANT = "constant"
 
 
 class Budget:
-    """The training attack, with a share of its budget that grows from 0 to 1.
+    """The training attack with a share of its budget, which grows from 0 to 1.
 
-    The share at `step` of `total` is clip((step / total - begin) / (end - begin), 0, 1). eps, alpha and noise are all
-    multiplied by it. Where it is 0 there is nothing to attack, and training is on clean images. With hinge:0.25,0.75
-    and 100 steps:
+    The share at `step` of `total` is clip((step / total - begin) / (end - begin), 0, 1). It multiplies eps, alpha and
+    noise. Where it is 0, the images are not attacked. With hinge:0.25,0.75 and 100 steps:
 
         step     0   25   50   75   99
         share    0    0  0.5    1    1
 
     Args:
-        attack: with the whole budget.
+        attack: the attack with the whole budget.
         schedule: "constant": the whole budget in every step; "linear": from 0 to 1 over all steps;
             "hinge:BEGIN,END": from 0 to 1 between two shares of the steps, such as hinge:0.25,0.75.
 
     Raises:
-        ValueError: there is no such schedule, or it would not change the attack.
+        ValueError: there is no such schedule; or it cannot change the attack, which is None or another library's.
     """
 
     def __init__(self, attack: AnyAttack | None, schedule: str = CONSTANT):
@@ -37,26 +36,34 @@ class Budget:
         self._scaled = copy.copy(attack)
 
     def factor(self, step: int, total: int) -> float:
-        """The share of the budget at `step` of `total`, counted from 0."""
+        """The share of the budget, in [0, 1].
+
+        Args:
+            step: the number of the step, from 0.
+            total: the number of all steps.
+        """
         if self._span is None:
             return 1.0
         begin, end = self._span
         return min(max((step / total - begin) / (end - begin), 0.0), 1.0)
 
     def at(self, step: int, total: int) -> AnyAttack | None:
-        """The attack of this step, counted from 0; None where the step has no budget."""
+        """The attack with the budget of a step; None where that is 0. Arguments as of `factor`."""
         factor = self.factor(step, total)
         if factor in (0, 1):
             return self.attack if factor else None
         for name in ("eps", "alpha", "noise"):
-            whole = getattr(self.attack, name, None)  # None follows eps
+            whole = getattr(self.attack, name, None)  # None means that it follows eps
             if whole is not None:
                 setattr(self._scaled, name, factor * whole)
         return self._scaled
 
 
 def span(schedule: str) -> tuple[float, float] | None:
-    """The two shares of the steps between which the budget grows; None where it is constant.
+    """The two shares of the steps between which the budget grows, in [0, 1]; None where it is constant.
+
+    Args:
+        schedule: as of `Budget`.
 
     Raises:
         ValueError: there is no such schedule.

@@ -1,23 +1,27 @@
-"""The convolutions whose gradients PyTorch gets wrong on a CPU."""
+"""Refuses convolutions whose gradients PyTorch computes wrongly on a CPU."""
 
 import torch
 from torch import nn
 
 from fastadv.training.settings import Settings
 
-BLOCK = 16  # channels that the library takes at once with AVX-512; with AVX2 it takes 8, and 8 to 15 channels are right
+BLOCK = 16  # channels in a block of the library with AVX-512. With AVX2 it is 8, and 8 to 15 channels are right.
 
 
 def check_convolutions(model: nn.Module, settings: Settings) -> None:
-    """Refuse 1x1 convolutions with a stride and fewer than 16 channels, where their weights train in channels-last.
+    """Refuse 1x1 convolutions with a stride and fewer than 16 channels, if their weights train in channels-last layout.
 
-    oneDNN, PyTorch's library for CPUs, writes the gradients of these weights beyond their memory: with several threads
-    the process dies or the gradients are wrong (https://github.com/uxlfoundation/oneDNN/issues/6035; PyTorch 2.13).
-    torch.compile chooses channels-last by itself, and one layer in it passes it on to the next. An attack needs the
-    gradients of images only.
+    oneDNN, PyTorch's library for CPUs, writes the gradients of these weights beyond their memory. With several threads
+    the process dies, or the gradients are wrong (https://github.com/uxlfoundation/oneDNN/issues/6035; PyTorch 2.13).
+    torch.compile may choose channels-last by itself, and a layer in that layout passes it on to the next layer. Attacks
+    are not concerned: they need the gradients of images only.
+
+    Args:
+        model: the network, before training.
+        settings: the settings of the run.
 
     Raises:
-        ValueError: the model has such a layer.
+        ValueError: the model has such a layer, and the run would train it in channels-last layout.
     """
     trained = {"full", "lora"} & {stage.method for stage in settings.stages}
     if not trained or not (settings.channels_last or settings.compile or _in_channels_last(model)):

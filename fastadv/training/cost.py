@@ -1,8 +1,13 @@
-"""What an epoch of adversarial training costs, counted in passes of the model: the field's cost model.
+"""The cost of an epoch of adversarial training, counted in passes of the model.
 
-F is a forward pass of an image, Bx a backward pass to its pixels with the parameters frozen, B a backward pass to all
-parameters. Standard training is F + B, FGSM (F + Bx) + (F + B), PGD-K K (F + Bx) + (F + B): Wong et al. 2020
-(arXiv 2001.03994, section 1) and Shafahi et al. 2019 (arXiv 1904.12843, section 3) count so.
+F is a forward pass of one image, Bx a backward pass to its pixels with the parameters frozen, and B a backward pass to
+all parameters. With Bx = F and B = 2 F:
+
+    standard training    F + B                       3 F
+    FGSM                 (F + Bx) + (F + B)          5 F
+    PGD-7                7 (F + Bx) + (F + B)       17 F
+
+Sources: Wong et al. 2020 (arXiv 2001.03994, section 1); Shafahi et al. 2019 (arXiv 1904.12843, section 3).
 """
 
 from dataclasses import dataclass
@@ -12,12 +17,12 @@ from fastadv.attacks.checks import check_number, check_whole
 
 
 class Passes(NamedTuple):
-    """Passes of one image in one epoch.
+    """The numbers of passes of one image in one epoch.
 
     Attributes:
-        forward: F.
-        to_pixels: Bx.
-        to_parameters: B.
+        forward: forward passes, F.
+        to_pixels: backward passes to the pixels, Bx.
+        to_parameters: backward passes to the parameters, B.
     """
 
     forward: float
@@ -26,7 +31,7 @@ class Passes(NamedTuple):
 
     @property
     def total(self) -> float:
-        """In forward passes, with Bx = F and B = 2 F: a convolution's or a matrix product's."""
+        """The cost in forward passes, with Bx = F and B = 2 F as for a convolution or a matrix product."""
         return self.forward + self.to_pixels + 2 * self.to_parameters
 
     def __add__(self, other: tuple[Any, ...]) -> "Passes":
@@ -39,14 +44,14 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """What a method of training adds to the update of standard training.
+    """The cost of a training method, compared with the update of standard training.
 
     Attributes:
-        gradients: passes forward and back to the pixels before the update.
-        updated: images that go through the update for each image of the batch.
-        to_pixels: whether the update's backward pass goes on to the pixels.
-        twice: gradients that are differentiated once more.
-        kept: whether the images without a fresh attack do not go through the model.
+        gradients: gradients with respect to the pixels before the update, F + Bx each.
+        updated: how many images go through the update for each image of the batch.
+        to_pixels: whether the update's backward pass continues to the pixels.
+        twice: gradients that are differentiated a second time.
+        kept: whether images without a fresh attack skip the model.
     """
 
     gradients: int = 1
@@ -78,23 +83,26 @@ def passes(
 ) -> Passes:
     """The passes of one image in one epoch.
 
-    The update of a linear probe needs no backward pass through the backbone. The update of every other method but
-    "full" goes back through all layers and computes next to no weight's gradient: that is a pass to the pixels. A
-    method that asks the update for the gradient of the pixels gets it for nothing there; with a linear probe it costs a
-    pass to the pixels. A gradient that is differentiated once more (GradAlign) costs that gradient's two passes and
-    twice the update's. An epoch of "free" has as many updates as any other: it is a share of a pass over the images.
-    With "cached" the images that get no fresh FGSM do not go through the backbone, and the head costs nothing.
+    - The update of a linear probe has no backward pass through the backbone. With "full" there is a pass to the
+      parameters. With any other method the backward pass goes through all layers, but computes hardly any gradient of a
+      weight: it counts as a pass to the pixels.
+    - A method that needs the update's gradient of the pixels gets it for free, except with a linear probe: there it
+      costs a pass to the pixels.
+    - A gradient that is differentiated a second time (GradAlign) costs its own two passes, and the update's backward
+      pass twice.
+    - An epoch of "free" has as many updates as any other epoch, although it is only a part of a pass over the images.
+    - With "cached" the images without a fresh FGSM skip the backbone, and the head costs nothing.
 
     Args:
         attack: a key of STEPS; None means "none".
-        method: what trains, as in `Settings`.
-        steps: of "pgd"; None means 7.
-        fresh: the share of images, in [0, 1], that "stale" or "cached" gives a fresh FGSM.
+        method: the fine-tuning method, as in `Settings`.
+        steps: the number of steps of "pgd"; None means 7.
+        fresh: the share of images, in [0, 1], for which "stale" or "cached" takes a fresh FGSM.
         clean: whether clean images go through the update too, as with `clean_weight`.
 
     Raises:
-        TypeError: a number is none.
-        ValueError: no such attack, or a number that is out of range or not the attack's.
+        TypeError: a number is of a wrong type.
+        ValueError: there is no such attack; or a number is out of range, or does not belong to the attack.
     """
     name = "none" if attack is None else attack
     if name not in STEPS:
@@ -119,7 +127,7 @@ def passes(
     updated = fresh if step.kept else step.updated
     total = Passes(1, 1, 0).times(count + fresh) + update.times(updated + clean)
     if step.twice:
-        # Its own two passes, then back through both of them; a head alone is reached through the second.
+        # Two passes for the gradient, then back through both; to a linear probe's head, back through the second alone.
         again = Passes(0, 1, 0) if method == "linear" else back.times(2)
         total += Passes(1, 1, 0) + again
     return total
@@ -128,12 +136,18 @@ def passes(
 def price(
     attack: str | None, method: str = "full", *, steps: int | None = None, fresh: float = 0.0, clean: bool = False
 ) -> float:
-    """The time of an epoch divided by the time of an epoch of standard training; arguments as of `passes`."""
+    """The cost of an epoch divided by the cost of an epoch of standard training; arguments as of `passes`."""
     return passes(attack, method, steps=steps, fresh=fresh, clean=clean).total / passes(None, method).total
 
 
 def fresh_share(price_wanted: float, method: str, clean: bool = False) -> float:
-    """The share of images that "stale" gives a fresh FGSM so that its `price` is the one wanted, in [0, 1]."""
+    """The share of images, in [0, 1], for which "stale" may take a fresh FGSM at a given price.
+
+    Args:
+        price_wanted: the price, as `price` returns it.
+        method: the fine-tuning method.
+        clean: whether clean images go through the update too.
+    """
     least, most = (passes("stale", method, fresh=share, clean=clean).total for share in (0, 1))
     share = (price_wanted * passes(None, method).total - least) / (most - least)
     return min(max(share, 0.0), 1.0)

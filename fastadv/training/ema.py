@@ -8,16 +8,17 @@ from fastadv.training.finite import nonfinite
 
 
 class EMA:
-    """Exponential moving average of tensors by name. Counts, masks and the like are copied.
+    """Exponential moving average of tensors by name. Integers, such as counts, and masks are copied instead.
 
-    The decay rises with the steps, (1 + t) / (10 + t) at first, so that the beginning is soon forgotten
-    (as in Polyak averaging; Izmailov et al. 2018, arXiv 1803.05407, for the effect on networks). The average stays on
-    the tensors' device: on the host, all weights would cross to it in every step.
+    The decay at step t is min(decay, (1 + t) / (10 + t)): 0.1 at first, 0.92 at step 100. So the average soon forgets
+    the beginning. It is kept on the tensors' device; otherwise all weights would be copied to the host in every step.
+
+    Source: Polyak averaging; for its effect on networks Izmailov et al. 2018 (arXiv 1803.05407).
 
     Args:
-        state: the tensors to begin with; they are copied. A tensor that is not finite is a mask: -inf and -inf have no
-            mean.
-        decay: at most this, such as 0.998.
+        state: the tensors to begin with, which are copied. A tensor with infinite numbers or NaN counts as a mask: -inf
+            and -inf have no mean.
+        decay: the largest decay, such as 0.998.
 
     Attributes:
         state: the averaged tensors, by name.
@@ -31,7 +32,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Take in the tensors `state` of the update numbered `step`, from 0."""
+        """Update the average.
+
+        Args:
+            state: the tensors after an update, by name.
+            step: the number of the update, from 0.
+        """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         names = self._averaged
         torch._foreach_lerp_([self.state[n] for n in names], [state[n].detach() for n in names], weight)

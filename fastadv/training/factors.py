@@ -1,4 +1,4 @@
-"""What LoRA and IA3 share: factors beside a layer's weight, by peft, that are merged into it at the end."""
+"""The common part of LoRA and IA3: peft's factors beside a layer's weight, which are merged into it at the end."""
 
 import re
 from collections import defaultdict
@@ -19,17 +19,23 @@ if TYPE_CHECKING:
 
 
 def pattern(names: Collection[str]) -> str:
-    """These names as peft takes them: it matches a pattern as a whole, but a list by endings."""
+    """A pattern for exactly these names. peft would match the names of a list by their endings."""
     return "|".join(map(re.escape, names))
 
 
 def check_targets(model: nn.Module, names: Sequence[str], method: str, todo: str) -> None:
-    """Refuse layers whose weight is not theirs alone, or whose output an adapter changes.
+    """Refuse layers that share their weight with another layer, or that have an adapter on their output.
+
+    Args:
+        model: the network.
+        names: the names of the layers.
+        method: the name of the method, for the error.
+        todo: the advice in the error.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a layer.
     """
-    # Each place that holds a weight: two layers may have one weight, and one layer may be in two places.
+    # A weight may be in several places: two layers may share one, and one layer may be in two places.
     held = [(name, key, child) for name, module in model.named_modules() for key, child in module._modules.items()]
     places: defaultdict[int, list[str]] = defaultdict(list)
     for name, key, child in [("", "", model), *held]:
@@ -45,8 +51,8 @@ def check_targets(model: nn.Module, names: Sequence[str], method: str, todo: str
     adapted = {place for place, _ in added_to(model)} & set(names)
     if adapted:
         raise ValueError(
-            f"{', '.join(sorted(adapted))} has an adapter, which {method}'s factors would come behind, and merged into "
-            f"the weight before: {todo}"
+            f"{', '.join(sorted(adapted))} has an adapter: {method}'s factors would act after it in training, and "
+            f"before it once they are merged into the weight: {todo}"
         )
 
 
@@ -56,14 +62,14 @@ def merged(tuner: "BaseTuner", factors: Mapping[str, nn.Parameter], method: str,
 
     Args:
         tuner: peft's model, with all factors.
-        factors: one of each layer, by the layer's name.
-        method: what the errors call it.
-        todo: what the errors say is to be done.
+        factors: {name of a layer: one of its factors}.
+        method: the name of the method, for the error.
+        todo: the advice in the error.
 
     Raises:
-        ValueError: at the first step of an optimizer, before it changes anything, one of `factors` has no gradient.
+        ValueError: one of `factors` has no gradient at the first step of an optimizer; nothing was changed.
     """
-    # PyTorch's own layers of a transformer read the weights of their linear layers in inference: not the factors.
+    # In inference PyTorch's own transformer layers read the weights of their linear layers directly, without factors.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     first_step = register_optimizer_step_pre_hook(partial(_check_reached, dict(factors), method, todo))
@@ -80,8 +86,8 @@ def merged(tuner: "BaseTuner", factors: Mapping[str, nn.Parameter], method: str,
 def _check_reached(
     factors: dict[str, nn.Parameter], method: str, todo: str, optimizer: torch.optim.Optimizer, *_: object
 ) -> None:
-    """Refuse the first step of the factors' optimizer where one of them has no gradient."""
-    if not factors:  # this was not the first step
+    """Refuse the first step of the factors' optimizer where a factor has no gradient."""
+    if not factors:  # the first step is over
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, factor in factors.items() if id(factor) in held and factor.grad is None]
@@ -95,15 +101,15 @@ def _check_reached(
 
 
 def hold(factor: nn.Parameter, rows: Sequence[slice], dim: int = 0) -> int:
-    """Keep a part of a factor where it starts, by a gradient of zero.
+    """Let only some rows of a factor train: the gradient of all others is set to zero.
 
     Args:
-        factor: of LoRA or IA3.
-        rows: those of its dimension `dim` that train; all others are kept.
-        dim: the dimension that they are counted in.
+        factor: a factor of LoRA or IA3.
+        rows: the rows that train.
+        dim: the dimension of the factor that has the rows.
 
     Returns:
-        How many numbers of the factor are kept.
+        How many numbers of the factor do not train.
     """
     held = torch.ones(factor.shape[dim], dtype=torch.bool, device=factor.device)
     for part in rows:

@@ -1,4 +1,4 @@
-"""Attacks of other libraries in training."""
+"""Wraps an attack of another library for training."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -15,17 +15,17 @@ TrainAttack: TypeAlias = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class ForeignAttack:
-    """Any callable from (images, labels) to images, with what training asks of an attack of fastadv.
+    """Any callable from (images, labels) to images, with the attributes that training reads from an attack of fastadv.
 
-    It gets floats and no seed. What it leaves in the model is put back: gradients in the parameters, batch-norm's
-    averages.
+    The callable gets images as floats, and no seed. Afterwards the model's gradients and its batch-norm statistics are
+    as before.
 
     Args:
         attack: from images (N, ...), floats in [0, 1], and labels int64 (N,) to images of that shape.
-        model: which it attacks.
+        model: the model that it attacks.
     """
 
-    # What fastadv does not know of it is such that nothing is concluded from it.
+    # These facts are not known of the callable. The values here are such that training concludes nothing from them.
     draws = False
     loss = "unknown"
     start_losses: torch.Tensor | None = None
@@ -36,11 +36,11 @@ class ForeignAttack:
         self.attack, self.model = attack, model
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, *, seed: torch.Tensor | None = None) -> torch.Tensor:
-        """The adversarial images, like `images` as floats; `seed` is not used.
+        """The adversarial images, as floats of the shape of `images`; `seed` is not used.
 
         Raises:
-            TypeError: the attack returns something else than images.
-            ValueError: it returns images of another shape.
+            TypeError: the attack returned something other than images.
+            ValueError: the attack returned images of another shape.
         """
         images = to_float(images)
         with frozen(self.model, "as_is"), torch.enable_grad():
@@ -54,7 +54,7 @@ AnyAttack: TypeAlias = Attack | ForeignAttack
 
 
 def as_attack(attack: TrainAttack | None, model: AnyModel) -> AnyAttack | None:
-    """The attack as training calls it: one of fastadv as it is, another one as a `ForeignAttack`, None as None."""
+    """The attack as training calls it: an attack of fastadv, or None, as it is; another one as a `ForeignAttack`."""
     if attack is None or isinstance(attack, Attack | ForeignAttack):
         return attack
     return ForeignAttack(attack, model)

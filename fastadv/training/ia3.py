@@ -1,4 +1,4 @@
-"""Vectors that scale what layers give or take (IA3: Liu et al. 2022, arXiv 2205.05638), by peft."""
+"""IA3, vectors that scale the outputs or the inputs of layers, with peft (Liu et al. 2022, arXiv 2205.05638)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +15,24 @@ _TODO = "choose another method"
 
 @contextmanager
 def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Scale keys, values and the inputs of each block's last layer; at the end the scales are merged into the weights.
+    """Scale keys, values and the input of each block's last layer; at the end the scales are merged into the weights.
+
+    Args:
+        model: the network.
+        options: `example` and `head` are used.
+
+    Yields:
+        The vectors, which begin with ones.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: there are no such layers, or two layers have one weight.
+        ValueError: there are no such layers; or two layers share a weight.
     """
     outputs, inputs = ia3_targets(model, options.images("IA3 finds its layers"), options.head)
     names = [target.name for target in outputs] + inputs
     check_targets(model, names, "IA3", _TODO)
     peft = require("peft")
-    # A pattern that nothing matches where no input is scaled: peft looks for its own defaults in place of none.
+    # Where no input is scaled, a pattern that matches nothing: for an empty one peft would take its own defaults.
     config = peft.IA3Config(target_modules=pattern(names), feedforward_modules=pattern(inputs) or "(?!)")
     tuner = peft.IA3Model(model, {"default": config}, "default")
     vectors = {name: model.get_parameter(f"{name}.ia3_l.default") for name in names}
@@ -33,5 +40,7 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
         fixed = 0
         for target in outputs:
             vector = vectors[target.name]
-            fixed += hold(vector, target.rows, 1 if vector.ndim == 4 else 0)  # a convolution's is (1, outputs, 1, 1)
+            fixed += hold(
+                vector, target.rows, 1 if vector.ndim == 4 else 0
+            )  # the vector of a convolution is (1, outputs, 1, 1)
         yield Chosen(list(vectors.values()), fixed)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that the training loop answers between two steps."""
+"""Delays SIGTERM and Ctrl-C until the training loop is between two steps."""
 
 import signal
 import threading
@@ -9,10 +9,13 @@ Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | No
 
 
 class Interruption:
-    """Inside, the first SIGTERM or SIGINT is only noted, in `noted`; it acts at the end. A second one acts at once.
+    """A context manager that delays the first SIGTERM or SIGINT to its end. A second one acts at once.
 
-    A signal that is ignored, as under nohup, stays so. Outside the main thread Python can set no handlers, and signals
-    act as ever.
+    A signal that the process ignores, as under nohup, stays ignored. Outside the main thread Python can set no
+    handlers: there signals act as usual.
+
+    Attributes:
+        noted: the number of the signal that came; None where none came.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Low-rank updates of layers (LoRA: Hu et al. 2022, arXiv 2106.09685), by peft."""
+"""LoRA, low-rank updates of layers, with peft (Hu et al. 2022, arXiv 2106.09685)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +16,20 @@ _TODO = "name other layers with lora_targets= (--lora-targets)"
 
 @contextmanager
 def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Add low-rank factors to queries and values, or to the other layers that `fastadv.models.lora_targets` finds. At
-    the end they are merged into the weights.
+    """Add low-rank factors to layers; at the end they are merged into the layers' weights.
+
+    The layers are those of `options.lora_targets`, or those that `fastadv.models.lora_targets` finds.
+
+    Args:
+        model: the network.
+        options: `rank`, `alpha`, `lora_targets`, `example` and `head` are used.
+
+    Yields:
+        The factors.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: rank or alpha is out of range, there is no such layer, or two layers have one weight.
+        ValueError: rank or alpha is out of range; there is no such layer; or two layers share a weight.
     """
     targets = _targets(model, options)
     check_targets(model, [target.name for target in targets], "LoRA", f"{_TODO}, or choose another method")

@@ -1,4 +1,4 @@
-"""A probe for catastrophic overfitting: does single-step training still train? For any training loop."""
+"""A monitor for catastrophic overfitting, for any training loop."""
 
 import copy
 from dataclasses import dataclass
@@ -22,26 +22,26 @@ from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
 from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack
 
-COLLAPSED = 0.5  # of the accuracy under the training attack; in sound training PGD leaves nearly all of it
+COLLAPSED = 0.5  # alarm where PGD leaves less than half of the accuracy under the training attack; else it leaves most
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a `Monitor` saw: shares of the probe batch in [0, 1], of the model in eval mode.
+    """A reading of a `Monitor`: shares of the probe batch in [0, 1], with the model in eval mode.
 
     Attributes:
-        probe_pgd: accuracy under PGD from a random start.
-        probe_attack: accuracy under the training attack; on the clean images if there is none.
-        gap: probe_attack - probe_pgd; grows toward 1 under catastrophic overfitting.
-        alignment: mean cosine of the loss gradients at x and at x + U(-eps, eps); falls toward 0 under catastrophic
-            overfitting (Andriushchenko and Flammarion 2020, arXiv 2007.02617). Samples with a zero gradient do not
-            count; None if no sample is left.
-        abnormal: share of samples with a larger loss at x + U(-eps, eps), in the box, than at the training attack's
-            result; rises under catastrophic overfitting. None without an attack.
-        alarm: None, or what has happened, with the numbers.
-        cosine: mean cosine of the loss gradients at the training attack's start, which is x + U(-eps, eps) or x, and at
-            its result: how well the linear model holds that a single step trusts (SORA's detector). Samples with a zero
-            gradient do not count; None if no sample is left, or without an attack.
+        probe_pgd: the accuracy under PGD from a random start.
+        probe_attack: the accuracy under the training attack; on the clean images where there is no attack.
+        gap: probe_attack - probe_pgd. It grows toward 1 under catastrophic overfitting.
+        alignment: the mean cosine of the loss gradients at x and at x + U(-eps, eps). It falls toward 0 under
+            catastrophic overfitting (Andriushchenko and Flammarion 2020, arXiv 2007.02617). Samples with a zero
+            gradient do not count; None where no sample is left.
+        abnormal: the share of samples whose loss is larger at x + U(-eps, eps), clamped to [0, 1], than at the training
+            attack's result. It rises under catastrophic overfitting. None without an attack.
+        alarm: a sentence with the numbers where there is an alarm, else None.
+        cosine: the mean cosine of the loss gradients at the training attack's start, which is x + U(-eps, eps) or x,
+            and at its result (SORA's detector). A single step trusts the loss to be linear, which means a cosine of 1.
+            Samples with a zero gradient do not count; None where no sample is left, or without an attack.
     """
 
     probe_pgd: float
@@ -54,44 +54,50 @@ class Reading:
 
 
 class Monitor:
-    """Watches a fixed batch for catastrophic overfitting: `reading = monitor.check()`, once an epoch, say.
+    """Watches a fixed batch for catastrophic overfitting. Call `reading = monitor.check()`, for example once an epoch.
 
     Under catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994) the accuracy under a single-step training attack
     rises, and the accuracy under PGD falls toward zero. There is an alarm in two cases:
 
-    - The accuracy under PGD is more than `drop` below its best so far, and the gap between both accuracies has widened
-      since then by more than `drop`. After an unlucky step both accuracies fall, and the gap stays about as wide.
-    - The gap is wider than `drop`, and PGD leaves less than half of the accuracy under the training attack. So a model
-      is seen that collapsed before the first reading, or was never robust.
+    - The accuracy under PGD is more than `drop` below its best so far, and the gap between both accuracies has grown by
+      more than `drop` since then. (After an unlucky step both accuracies fall, and the gap stays about as wide.)
+    - The gap is wider than `drop`, and PGD leaves less than half of the accuracy under the training attack. This finds
+      a model that collapsed before the first reading, or was never robust.
+
+    Example with drop 0.2: the best reading was 40 % under PGD and 45 % under FGSM. A reading of 15 % and 60 % is an
+    alarm; 15 % and 20 % is none.
 
     Training on clean images has no catastrophic overfitting, and no alarm.
 
-    A check costs `steps` + 2 gradients with respect to the images, a forward pass and the training attack. The
-    model and torch's generators are left as they were found. The same weights always give the same reading.
+    A check costs `steps` + 2 gradients with respect to the images, a forward pass, and the training attack. It does not
+    change the model or torch's generators. The same weights always give the same reading.
 
     Args:
         model: any callable from images (N, ...) to logits, as in `Attack`.
-        images: of the probe batch, (N, ...) in [0, 1] or uint8. A hundred images tell a collapse from noise; held-out
-            ones tell it from ordinary overfitting too. The images stay where they are.
+        images: the probe batch, (N, ...) in [0, 1] or uint8. A hundred images are enough to tell a collapse from noise.
+            Held-out images also tell it from ordinary overfitting. The images stay on their device.
         labels: int64 (N,).
-        attack: the training attack; one of fastadv, any callable from (images, labels) to images, or None for
-            training on clean images. May be set to another one later.
-        eps: budget of PGD and of the noise, in pixels of [0, 1]; PGD's steps are eps / 4.
-        steps: number of PGD's steps.
-        drop: how far the accuracy under PGD may fall below its best, or below that under the training attack.
-        seed: of the random starts, each image's own, and of torch's generators for other libraries' attacks.
-        part: images that go to the device and through the model at a time; None means all. In eval mode a reading does
-            not depend on it, but for what other libraries' attacks draw.
-        autocast: dtype of torch.autocast in the monitor's own passes, as in `Attack`; the training attack has its own.
-        memory_format: of the images in these passes, as in `Attack`.
-        compile: run these passes under torch.compile, as in `Attack`.
+        attack: the training attack: one of fastadv, any callable from (images, labels) to images, or None for training
+            on clean images. The attribute may be set to another attack later.
+        eps: the budget of PGD and of the noise, in pixels of [0, 1]; PGD's steps are eps / 4.
+        steps: the number of PGD's steps.
+        drop: how far the accuracy under PGD may fall below its best, or below the accuracy under the training attack; a
+            share in (0, 1).
+        seed: the seed of the random starts, of which each image has its own, and of torch's generators for attacks of
+            other libraries.
+        part: the number of images that go to the device and through the model at a time; None means all. Readings do
+            not depend on it, except where an attack of another library draws random numbers.
+        autocast: the dtype of torch.autocast in the monitor's own passes, as in `Attack`; the training attack has its
+            own.
+        memory_format: the memory format of the images in these passes, as in `Attack`.
+        compile: whether these passes run under torch.compile, as in `Attack`.
 
     Attributes:
         best: the best accuracy under PGD so far; None before the first reading.
 
     Raises:
-        TypeError: images are neither floats nor uint8, labels are not int64, or an option is of a wrong type.
-        ValueError: no images, images beyond [0, 1], or an option is out of range.
+        TypeError: images are neither floats nor uint8; labels are not int64; or an option is of a wrong type.
+        ValueError: there are no images, or images beyond [0, 1]; or an option is out of range.
     """
 
     def __init__(
@@ -118,7 +124,7 @@ class Monitor:
         if not 0 < drop < 1:
             raise ValueError(f"drop is a share in (0, 1), got {drop}")
         check_attack("attack", attack)
-        # One process may check alone: the wrapper would wait for the others.
+        # One process may check while others do not: DistributedDataParallel would wait for them.
         self.model = one_process(model)
         self.images, self.labels = collected((images, labels), model, None)
         self.attack = as_attack(attack, self.model)
@@ -129,17 +135,17 @@ class Monitor:
         self._passes = Passes(min(part or count, count), autocast, memory_format, compile)
         self._pgd = PGD(self.model, eps, eps / 4, steps, **self._passes.attack)
         self._judge = Objective(self.model, "ce", autocast=autocast)
-        # A label beyond the classes is refused before anything is compiled.
+        # Refuses a label beyond the classes before anything is compiled.
         (self._judge if compile else self._pgd.objective).check_classes(highest(self.labels))
 
     def check(self) -> Reading:
-        """Look at the model as it is now.
+        """Take a reading of the model.
 
         Raises:
             TypeError: the model returns no logits.
-            ValueError: a label is beyond its classes.
+            ValueError: a label is beyond the model's classes.
         """
-        # A copy: else a compiled attack would fill up all its later batches to the size of a part.
+        # A copy of the attack: a compiled one would fill up all its later batches to the size of a part.
         attack = copy.copy(self.attack)
         with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model):
             rows = torch.arange(len(self.labels), device=self.labels.device).split(self._passes.part)
@@ -155,26 +161,30 @@ class Monitor:
         return Reading(probe_pgd, probe_attack, gap, alignment, abnormal, alarm, cosine)
 
     def state(self) -> dict[str, float | None]:
-        """What readings depend on besides the weights, for JSON; `load` takes it back exactly."""
+        """The state, for JSON and `load`. Readings depend on it and on the weights alone."""
         return {"best": self.best, "best_gap": self._best_gap}
 
     def load(self, state: dict[str, float | None]) -> None:
-        """Go on from `state()` of another monitor.
+        """Continue from the `state()` of another monitor.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: `state` has other keys.
         """
         if state.keys() != self.state().keys():
             raise ValueError(f"a monitor's state has the keys best and best_gap, got {', '.join(state)}")
         self.best, self._best_gap = state["best"], state["best_gap"]
 
     def _look(self, rows: torch.Tensor, attack: AnyAttack | None) -> tuple[torch.Tensor, ...]:
-        """What the monitor sees of the images numbered `rows` (n,).
+        """The measurements on some of the images.
+
+        Args:
+            rows: int64 (n,), the numbers of the images.
+            attack: the training attack.
 
         Returns:
-            (n,) each: right under PGD; right under the attack; the cosine of the gradients at x and at the random
-            start; the cosine of the gradients at the attack's start and at its result; the loss at the random start;
-            the loss under the attack.
+            Tensors (n,): whether the model is right under PGD; whether it is right under the attack; the cosine of the
+            gradients at x and at the random start; the cosine of the gradients at the attack's start and at its result;
+            the loss at the random start; the loss under the attack.
         """
         count, pgd, objective = len(rows), self._pgd, self._pgd.objective
         if pgd.compile:
@@ -199,13 +209,13 @@ class Monitor:
             x, labels = x[:count], labels[:count]
             after, losses, logits = self._judge.gradient(attack(x, labels, seed=seeds[:count]), labels)
             cosines = cosines_of((in_noise if attack.draws else at_clean)[:count], after)
-        attacked = predicted(cast(torch.Tensor, logits)) == labels  # cross-entropy's are never None
+        attacked = predicted(cast(torch.Tensor, logits)) == labels  # with cross-entropy they are never None
         return tuple(each[:count] for each in (right, attacked, alignment, cosines, noise_losses, losses))
 
     def _alarm(self, pgd: float, attack: float) -> str | None:
         gap, fell, then = attack - pgd, False, ""
         if self.best is not None and self._best_gap is not None:
-            # A gap below zero, of an attack beyond the budget such as N-FGSM, may close.
+            # The gap may be below zero, for an attack that leaves the budget, such as N-FGSM. It may then grow to zero.
             fell = min(self.best - pgd, gap - max(self._best_gap, 0)) > self.drop
             then = f"; at its best it was {self.best:.1%} and {self.best + self._best_gap:.1%}"
         collapsed = gap > self.drop and pgd < COLLAPSED * attack
@@ -218,18 +228,23 @@ class Monitor:
 
 
 def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torch.Tensor:
-    """The share of samples whose loss is larger at the random start than at the attack's result: a 0-dim float tensor.
+    """The share of samples whose loss is larger at the random start than at the attack's result.
 
-    Near 0 in sound single-step training, it rises with catastrophic overfitting (Lin et al. 2023, "Eliminating
-    catastrophic overfitting via abnormal adversarial examples regularization", NeurIPS). FGSM-RS and N-FGSM
-    have both losses at hand; the model must have been in the same mode for both.
+    It is near 0 in sound single-step training, and rises with catastrophic overfitting. FGSM-RS and N-FGSM compute both
+    losses anyway. The model must be in the same mode for both.
+
+    Source: Lin et al. 2023, "Eliminating catastrophic overfitting via abnormal adversarial examples regularization",
+    NeurIPS.
 
     Args:
-        losses_noise: the loss of each sample at the random start: floats (N,).
-        losses_adv: the loss of each sample at the attack's result: floats (N,).
+        losses_noise: floats (N,), the loss of each sample at the random start.
+        losses_adv: floats (N,), the loss of each sample at the attack's result.
+
+    Returns:
+        A 0-dim float tensor in [0, 1].
 
     Raises:
-        ValueError: their shapes differ, or are not (N,).
+        ValueError: the shapes differ, or are not (N,).
     """
     if losses_noise.ndim != 1 or losses_noise.shape != losses_adv.shape:
         raise ValueError(
@@ -240,6 +255,6 @@ def abnormal_share(losses_noise: torch.Tensor, losses_adv: torch.Tensor) -> torc
 
 
 def _mean(cosines: torch.Tensor) -> float | None:
-    """The mean of the cosines that are not NaN, as those of a zero gradient are; None where all are."""
+    """The mean of the cosines without NaN, which a zero gradient gives; None where all are NaN."""
     cosines = cosines[~cosines.isnan()]
     return cosines.mean().item() if len(cosines) else None

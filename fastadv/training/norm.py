@@ -1,4 +1,4 @@
-"""The normalisation layers train, as with peft's LN Tuning (Zhao et al. 2023, arXiv 2312.11420)."""
+"""Norm tuning: only normalisation layers train, as in peft's LN Tuning (Zhao et al. 2023, arXiv 2312.11420)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,19 @@ from fastadv.training.options import Chosen, Options
 
 @contextmanager
 def norm(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Weights and biases of the layers whose class is called a norm, as those of torch, timm and transformers are.
+    """Choose the weights and biases of the layers whose class has "norm" in its name, such as LayerNorm.
 
-    Unlike peft's method it copies no layer: those that train are the model's own.
+    Unlike peft's method it copies no layer: the model's own layers train.
+
+    Args:
+        model: the network.
+        options: none of them is used.
+
+    Yields:
+        These parameters.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the model has no such layer with weights.
     """
     norms = [module for module in model.modules() if _is_norm(module)]
     parameters = [parameter for module in norms for parameter in module.parameters(recurse=False)]
@@ -28,6 +35,6 @@ def norm(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A layer of linear or convolutional weights that are normalised is none."""
+    """Whether a layer normalises its input; a linear layer or convolution with normalised weights does not."""
     weighs = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
     return "norm" in type(module).__name__.lower() and not weighs

@@ -1,4 +1,4 @@
-"""Prompts (VPT-deep: Jia et al. 2022, arXiv 2203.12119): tokens that each block gets beside its own."""
+"""Prompts: trained tokens beside the tokens of each block (VPT-deep: Jia et al. 2022, arXiv 2203.12119)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,25 @@ from fastadv.models.added import Prompt, added_to, attach
 from fastadv.models.tokens import find_tokens
 from fastadv.training.options import Chosen, Options
 
-COUNT = 10
+COUNT = 10  # prompts of a block
 
 
 @contextmanager
 def prompt(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Put prompts between the class token, where there is one, and the patches. They stay in the model; those that it
-    has already train on.
+    """Put prompts before the patches in each block, after the class token where there is one.
+
+    The prompts stay in the model. A model that has prompts already gets no new ones: its own train.
+
+    Args:
+        model: the network.
+        options: `prompt_tokens` and `example` are used.
+
+    Yields:
+        The prompts.
 
     Raises:
-        ValueError: the model is no plain vision transformer, or has other prompts.
+        ValueError: the model is no plain vision transformer; it has another number of prompts; or the number is below
+            1.
     """
     count = options.prompt_tokens
     if count is not None and count < 1:
@@ -26,8 +35,8 @@ def prompt(model: nn.Module, options: Options) -> Iterator[Chosen]:
     present = [each for _, each in added_to(model) if isinstance(each, Prompt)]
     if present and count not in (None, present[0].count):
         raise ValueError(
-            f"the model has prompts of {present[0].count} tokens already, and prompt_tokens={count} makes others: "
-            "leave it out (--prompt-tokens), and they train on"
+            f"the model has prompts of {present[0].count} tokens already, and prompt_tokens={count} means others: "
+            "leave it out (--prompt-tokens) to train these"
         )
     added = present or _add(model, options, count or COUNT)
     yield Chosen([each.tokens for each in added])

@@ -4,10 +4,16 @@ import math
 
 
 def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Factor of the peak learning rate at `step` of `total`, counted from 0.
+    """The factor of the peak learning rate.
 
-    Linear over the first `warmup` steps, from 1/warmup (a step at rate 0 would train nothing) to 1; then half a cosine
-    that reaches 0 at `total`. With a warm-up of 2 steps of 10: 0.5, 1, 1, 0.96, ..., 0.15, 0.04.
+    Over the first `warmup` steps it rises linearly from 1 / warmup to 1. (It does not begin with 0, which would waste a
+    step.) Then it falls as half a cosine, which would reach 0 at step `total`. With 2 of 10 steps as warm-up:
+    0.5, 1, 1, 0.96, ..., 0.15, 0.04.
+
+    Args:
+        step: the number of the step, from 0.
+        warmup: the number of steps of the warm-up.
+        total: the number of all steps.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""Signs as bits, eight in a byte."""
+"""Packs signs into bits, eight signs in a byte."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 
 def pack_signs(values: torch.Tensor) -> torch.Tensor:
-    """One bit for each number of each sample: 1 where it is above 0, else 0, so that zeros count as negative.
+    """Pack the signs of numbers into bits: 1 where a number is above 0, else 0. Zeros count as negative.
 
     Args:
-        values: (N, ...), of any dtype but complex ones, such as gradients.
+        values: (N, ...), such as gradients, of any real dtype.
 
     Returns:
-        uint8 (N, ceil(M / 8)) for M numbers in a sample, on the same device: number i is the bit of value 2^(i mod 8)
-        of byte i // 8. Bits that are left over are 0.
+        uint8 (N, ceil(M / 8)) for M numbers in a sample, on the same device. Number i is the bit of value 2^(i mod 8)
+        in byte i // 8; number 10 is the bit of value 4 in byte 1. Unused bits are 0.
 
     Raises:
         ValueError: values have no dimension beside N.
@@ -31,19 +31,19 @@ def pack_signs(values: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_signs(packed: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What `pack_signs` packed: 1 and -1, never 0, as `fgsm_step` takes them for a gradient.
+    """Unpack signs: 1 and -1, never 0. `fgsm_step` takes them in place of a gradient.
 
     Args:
-        packed: uint8 (N, ceil(M / 8)).
-        shape: of a sample, of M numbers in all.
-        dtype: of the result.
+        packed: uint8 (N, ceil(M / 8)), from `pack_signs`.
+        shape: the shape of a sample, with M numbers in all.
+        dtype: the dtype of the result.
 
     Returns:
         (N, *shape), on the same device.
 
     Raises:
-        TypeError: packed is not uint8.
-        ValueError: it does not have as many bytes as the shape needs.
+        TypeError: `packed` is not uint8.
+        ValueError: `packed` has more or fewer bytes than the shape needs.
     """
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed signs are uint8, got {packed.dtype}")

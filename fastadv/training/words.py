@@ -1,4 +1,4 @@
-"""The line that a run logs of an epoch where nobody sees a progress bar: in a batch system, a pipe, under nohup."""
+"""The line in the log for each epoch, where there is no progress bar: in a batch system, a pipe, under nohup."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ SHOWN = {
 
 
 def epoch_line(records: Sequence[Record], epochs: int) -> str:
-    """The last epoch as a line of text; epochs are counted from 1.
+    """The last epoch as a line of text. Epochs count from 1.
 
     Args:
-        records: of a run, as `Trainer.fit` returns them; the last one is an epoch's.
-        epochs: how many epochs the run is to have.
+        records: the records of a run, as `Trainer.fit` returns them; the last one is an epoch's.
+        epochs: the number of epochs that the run will have.
     """
     done = [record for record in records if "epoch" in record]
     record, mean = done[-1], sum(map(_seconds, done)) / len(done)
@@ -34,7 +34,7 @@ def _seconds(record: Record) -> float:
 
 
 def _duration(seconds: float) -> str:
-    """In the unit that fits: "4.2 s", "12 min", "3.5 h"."""
+    """Seconds in a suitable unit: "4.2 s", "12 min", "3.5 h"."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -19,8 +19,8 @@ from torch import nn
 
 from fastadv.attacks import FGSM, PGD, Normalized, create_attack
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.identity import differences, fingerprint, untold
-from fastadv.evaluation.identity import told as in_pieces
+from fastadv.evaluation.identity import differences, fingerprint, unidentifiable
+from fastadv.evaluation.identity import known_hash as in_pieces
 from fastadv.training import Trainer
 
 EPS = 8 / 255
@@ -190,7 +190,7 @@ DIFFERENT = {
 
 def told(value):
     found = fingerprint({"it": value})
-    assert not untold(found)
+    assert not unidentifiable(found)
     return found
 
 
@@ -324,10 +324,10 @@ def test_models_of_other_packages_are_told_by_their_weights_alone():
 def test_what_cannot_be_told_equals_nothing_and_takes_a_name(unknown):
     first = fingerprint({"the attack": Foreign(a=[unknown])})
     assert first != fingerprint({"the attack": Foreign(a=[unknown])})
-    assert "the attack (it holds a" in untold(first)[0]
-    assert "fastadv_key" in untold(first)[0]
+    assert "the attack (it holds a" in unidentifiable(first)[0]
+    assert "fastadv_key" in unidentifiable(first)[0]
     named = [fingerprint({"it": Foreign(a=[unknown], fastadv_key=key)}) for key in ("one", "one", "two")]
-    assert not untold(named[0])
+    assert not unidentifiable(named[0])
     assert named[0] == named[1] != named[2]
 
 

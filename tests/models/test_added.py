@@ -299,7 +299,7 @@ def test_what_a_model_has_trains_on_and_other_numbers_are_refused():
 
 
 def test_layers_with_an_adapter_get_no_factors():
-    """These come behind the adapter, and merged before it."""
+    """In training the factors would act after the adapter, and merged into the weight before it."""
     network = made("own resnet")
     residual = find_residuals(network, torch.rand(1, *SHAPE))[0]
     models.added.attach(network, residual.last, Adapter(residual.width, 2, True))
