@@ -280,8 +280,8 @@ def test_prompt_tokens_and_ia3s_vectors_do_not_decay(optimizer):
 
 def test_what_a_model_has_trains_on_and_other_numbers_are_refused():
     for method, option, message in (
-        ("adapter", {"adapter_reduction": 4}, "of 3 channels for 24, and adapter_reduction=4 makes others"),
-        ("prompt", {"prompt_tokens": 4}, "prompts of 10 tokens already, and prompt_tokens=4 makes others"),
+        ("adapter", {"adapter_reduction": 4}, "of 3 channels for 24, and adapter_reduction=4 means others"),
+        ("prompt", {"prompt_tokens": 4}, "prompts of 10 tokens already, and prompt_tokens=4 means others"),
     ):
         network = with_added("timm vit", method)
         before = {name: t.clone() for name, t in network.state_dict().items()}

@@ -661,7 +661,7 @@ def test_known_names_come_before_effects():
         "attention.value",
     }
     with pytest.raises(
-        ValueError, match=r"what attention\.a, attention\.b, attention\.c make.* or name its .*--lora-t"
+        ValueError, match=r"outputs of attention\.a, attention\.b, attention\.c are.* or name its .*--lora-t"
     ):
         models.lora_targets(OneBlock(WithoutSoftmax("vkq")), torch.rand(1, 3, 32, 32))
 
@@ -701,7 +701,7 @@ def test_of_a_fused_projection_queries_and_values_train(layout, name):
 def test_a_fused_projection_in_no_known_order_is_refused():
     for letters in ("qkv" + "q" * 23 + "k" * 23 + "v" * 23, "q" * 12 + "k" * 24 + "v" * 24 + "q" * 12):
         for name in ("qkv", "mix"):
-            with pytest.raises(ValueError, match=rf"what attention\.{name} make.* or name its .*--lora-targets"):
+            with pytest.raises(ValueError, match=rf"outputs of attention\.{name} are.* or name its .*--lora-targets"):
                 models.lora_targets(OneBlock(Fused(letters, name)), torch.rand(1, 3, 32, 32))
 
 
