@@ -32,8 +32,8 @@ class Cached(FastMethod):
 
     The features of attacked images are kept. For the other images the head trains on the kept features, and they skip
     the backbone. With `refresh` K an epoch costs 3 / K forward passes of each image; FGSM costs 3, and training on
-    clean images 1 (`fastadv.training.cost`). With K = 1 this is FGSM to the bit, if the model computes the same bits with and
-    without a gradient and its head takes vectors.
+    clean images 1 (`fastadv.training.cost`). With K = 1 this is FGSM to the bit, if the model computes the same bits
+    with and without a gradient and its head takes vectors.
 
     The features of an image are one row of numbers, with the dtype in which they enter the head. In float32 that is
     images x features x 4 bytes: 26 MB for 50,000 images and 128 features, 154 MB for 768. There are two such tables in
