@@ -28,7 +28,7 @@ def nonfinite(tensors: Mapping[str, torch.Tensor], known: Collection[str] = ()) 
 
 
 def nonfinite_groups(groups: Mapping[str, Mapping[str, torch.Tensor] | None], known: Collection[str] = ()) -> list[str]:
-    """As `nonfinite` for groups of tensors: names such as "optimizer 0.exp_avg". A group that is None is not checked."""
+    """As `nonfinite` for groups: names such as "optimizer 0.exp_avg". A group that is None is not checked."""
     return [f"{group} {name}" for group, part in groups.items() for name in nonfinite(part or {}, known)]
 
 
