@@ -32,7 +32,7 @@ OPTIONS = ("autocast", "memory_format", "compile", "graph")  # of every part
 
 @dataclass(slots=True)
 class ForAPGD:
-    """What can be set of APGD.
+    """The settings of APGD.
 
     Attributes:
         eps: in pixels of [0, 1].
@@ -51,7 +51,7 @@ class ForAPGD:
 
 @dataclass(slots=True)
 class ForTargetedAPGD(ForAPGD):
-    """What can be set of APGD with target classes, beside `ForAPGD`.
+    """The settings of APGD with target classes, beside those of `ForAPGD`.
 
     Attributes:
         n_target_classes: how many of the clean image's best other classes are targets; all where there are fewer.
@@ -62,7 +62,7 @@ class ForTargetedAPGD(ForAPGD):
 
 @dataclass(slots=True)
 class ForFAB:
-    """What can be set of FAB.
+    """The settings of FAB.
 
     Attributes:
         eps: in pixels of [0, 1].
@@ -85,7 +85,7 @@ class ForFAB:
 
 @dataclass(slots=True)
 class ForSquare:
-    """What can be set of Square.
+    """The settings of Square.
 
     Attributes:
         eps: in pixels of [0, 1].

@@ -16,7 +16,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class Allocated(TorchDispatchMode):
-    """most: bytes of the largest storage that an op made."""
+    """Measures memory: `most` is the number of bytes of the largest storage that an op made."""
 
     def __init__(self):
         super().__init__()

@@ -21,7 +21,7 @@ both_norms = pytest.mark.parametrize("norm", KINDS)
 
 
 class Watched:
-    """A model that keeps the images that it is shown."""
+    """A model that keeps its input images."""
 
     def __init__(self, model):
         self.model, self.seen = model, []
@@ -32,7 +32,7 @@ class Watched:
 
 
 class Rough(nn.Module):
-    """Two layers of which no loss is climbed to its end in a few steps; a row's bits do not depend on the others'."""
+    """Two layers whose loss has no maximum that a few steps reach; the bits of a row do not depend on other rows."""
 
     def __init__(self, classes=5, width=60):
         super().__init__()
@@ -50,7 +50,7 @@ def samples(model, count):
 
 
 def alone(images, seed):
-    """Seeds for each of them."""
+    """A seed for each sample."""
     return sample_seeds(seed, torch.arange(len(images)))
 
 
@@ -163,7 +163,7 @@ def test_a_budget_of_its_own_for_each_sample(norm):
 @both_norms
 @pytest.mark.parametrize("loss", ["ce", "targeted_dlr"])
 def test_a_refilled_slot_is_as_good_as_a_fresh_one(norm, loss):
-    """Samples enter slots whose neighbours are of another age: each gives what it gives alone."""
+    """A sample that enters a slot beside slots of other ages gives the same result as alone."""
     kind, eps = KINDS[norm]
     model = Rough()
     images, labels = samples(model, 12)
@@ -209,7 +209,7 @@ def test_a_refilled_slot_is_as_good_as_a_fresh_one(norm, loss):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network on digits, trained for a moment; images and labels that it has not seen."""
+    """(a network that was trained briefly on digits, images that it has not seen, their labels)."""
     torch.manual_seed(0)
     parts = data.load("digits", validation=0, test=0.3)
     (images, labels), held_out = parts.train, parts.test
@@ -354,7 +354,7 @@ def test_of_a_model_that_always_answers_alike_the_mean_is_its_gradient_to_the_bi
 
 
 def test_the_mean_of_several_draws_is_what_is_climbed(batch):
-    """On a linear model; the noise has the mean 0, so that of two draws the mean is the gradient without it."""
+    """On a linear model the noise has the mean 0, so the mean gradient of two draws is the gradient without noise."""
     linear = nn.Sequential(nn.Flatten(), nn.Linear(108, 5)).double()
     images, labels = batch
 

@@ -1,4 +1,4 @@
-"""What attacks leave alone: the model, the inputs, the device's queue, and samples beside a broken one."""
+"""What attacks do not change: the model, the inputs, the device's queue, and samples beside a broken one."""
 
 import copy
 import warnings
@@ -91,7 +91,7 @@ def mixed_net():
 @every_option
 @pytest.mark.parametrize("start", ["own", "x_init"])
 def test_model_and_inputs_are_left_as_they_were(name, options, start):
-    """Also where the model fails in its first or last call."""
+    """Also where the model raises in its first or last call."""
     net, (images, labels) = mixed_net(), batch_of(N)
     attack = ATTACKS[name](net, **options)
     given = {
@@ -207,7 +207,7 @@ def test_a_given_seed_leaves_the_generator_alone(name):
 
 @every_attack
 def test_loss_is_summed_over_float32_logits(name):
-    """What arrives at the model's outputs is the gradient of a sum: as large for one sample as for many."""
+    """The gradient at the model's outputs is that of a sum: as large for one sample as for many."""
     arrived = []
 
     def model(x):
@@ -264,7 +264,7 @@ def test_broken_samples_are_counted_and_leave_the_others_alone(name, broken, opt
 
 
 def same(a, b):
-    """A bool of its own, or pytest would print the tensors."""
+    """Whether two tensors are equal, as a bool: pytest would print the tensors."""
     return bool(torch.equal(a, b))
 
 
@@ -317,7 +317,7 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 
 
 class Log(TorchDispatchMode):
-    """Every op by name, with the number of elements of the largest tensor it takes or gives."""
+    """Records every op by name, with the number of elements of its largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -431,7 +431,7 @@ LIBRARY.impl("backward", lambda g, w, x: (g @ w.T).reshape(x.shape), "CompositeE
 
 
 class Recognisable(torch.autograd.Function):
-    """A model that is one op forward and one back, so that all others are the attack's."""
+    """A model with one op forward and one backward, so that all other ops are the attack's."""
 
     @staticmethod
     def forward(ctx, x, w):

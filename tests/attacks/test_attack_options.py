@@ -121,7 +121,7 @@ def test_autocast_runs_the_model_in_that_dtype(name, dtype):
 
 
 class Attending(nn.Module):
-    """Every pixel looks at the others, as told by `attention`."""
+    """A model in which every pixel attends to the others, by the function `attention`."""
 
     def __init__(self, attention, tokens):
         super().__init__()
@@ -348,7 +348,7 @@ def test_logits_beside_other_things_are_found(net, batch, case):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """A process group of this process alone."""
+    """A process group with this process alone."""
     store = tmp_path_factory.mktemp("group") / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield

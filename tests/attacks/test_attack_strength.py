@@ -31,14 +31,14 @@ from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
 
 
 def within_an_ulp(a, b, images, reach=EPS):
-    """One spacing of the largest value that the pixel may take."""
+    """Whether two results differ by at most one spacing of the largest possible pixel value."""
     top = (images + reach).clamp(max=1.0)
     spacing = torch.nextafter(top, torch.full_like(top, 9)) - top
     return bool(((a - b).abs() <= spacing).all())
 
 
 def ce(logits, labels):
-    """Summed, written out."""
+    """The summed cross-entropy, written out."""
     return (logits.exp().sum(1).log() - logits.gather(1, labels[:, None])[:, 0]).sum()
 
 
@@ -195,7 +195,7 @@ def test_tpgd_on_a_linear_model_goes_to_one_of_the_two_far_corners(linear, batch
 
 
 def starts(attack_class, images, **settings):
-    """What the model sees first when it has to compute a gradient."""
+    """The first input of the model with a gradient: the attack's start."""
     seen = []
 
     def model(x):
@@ -209,7 +209,7 @@ def starts(attack_class, images, **settings):
 
 
 def kolmogorov_smirnov(sample, distribution):
-    """sqrt(n) times the largest distance of the distribution functions: above 2.2 once in ten thousand runs."""
+    """sqrt(n) times the largest distance between the distribution functions: above 2.2 once in ten thousand runs."""
     ordered = distribution(sample.double().sort().values)
     steps = torch.arange(len(ordered), dtype=torch.float64) / len(ordered)
     return math.sqrt(len(ordered)) * max((ordered - steps).max(), (steps + 1 / len(ordered) - ordered).max())
@@ -281,7 +281,7 @@ def test_a_seed_is_an_int_or_a_tensor_with_one_element(net, batch, name):
 
 
 def recorded(attack_class=PGD, **options):
-    """The targets that arrive at the loss, through a linear model's gradient."""
+    """The targets that the loss gets, read from a linear model's gradient."""
     arrived = []
 
     def model(x):
@@ -412,7 +412,7 @@ def test_each_loss_is_climbed(net, batch, loss):
 
 @every_attack
 def test_a_loss_of_ones_own(batch, name):
-    """Regression: a dict of outputs, float targets of another shape."""
+    """A loss for regression: a dict of outputs, and float targets of another shape."""
     images, values = batch[0], torch.rand(N, 2, dtype=torch.float64)
     weight = torch.randn(108, 2, dtype=torch.float64)
 
@@ -461,7 +461,7 @@ def test_restarts_keep_the_strongest_result_of_each_image(name, per_sample, targ
 
 @pytest.mark.filterwarnings("ignore:the gradient is exactly zero")
 def test_restarts_keep_a_fooled_result_over_one_of_larger_loss():
-    """Where the first pixel grew the image is fooled by a hair, elsewhere its loss is large among many classes."""
+    """Where the first pixel grew, the image is fooled by a hair; elsewhere its loss is larger, but it is not fooled."""
 
     def model(x):
         grown = (x[:, 0, 0, 0] > 0.5)[:, None]
@@ -481,7 +481,7 @@ def test_restarts_keep_a_fooled_result_over_one_of_larger_loss():
 @pytest.mark.parametrize("gap", [torch.nan, torch.inf], ids=["NaN", "infinite"])
 @pytest.mark.parametrize("targeted", [False, True])
 def test_restarts_keep_a_finite_result_over_a_broken_one(gap, targeted, recwarn):
-    """Where the first pixel grew the model breaks, to an output whose largest entry is class 1."""
+    """Where the first pixel grew, the model's output is not finite, and its largest entry is class 1."""
 
     def model(x):
         broken = (x[:, 0, 0, 0] > 0.5)[:, None] & torch.tensor([False, True, False])
@@ -552,7 +552,7 @@ def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
     assert not recwarn.list
 
     class Own(cls):
-        """No constructor of its own."""
+        """A subclass without a constructor."""
 
     class Deeper(Own):
         def __init__(self, model):

@@ -1,4 +1,4 @@
-"""The function that is attacked is the one that was given, with the settings as they are now, and it is left alone."""
+"""The attacked function is the given model with the present settings, and an attack does not change it."""
 
 import copy
 import os
@@ -30,7 +30,7 @@ def net():
 
 
 def plain_pgd(model, x, y, eps, alpha, steps, box=(0.0, 1.0), start=None, loss=F.cross_entropy):
-    """The loop by hand, on float64."""
+    """PGD as a loop by hand, in float64."""
     adv = x if start is None else start
     for _ in range(steps):
         leaf = adv.detach().requires_grad_()
@@ -254,7 +254,7 @@ BAKED = {
 
 @pytest.fixture
 def how_to_compute():
-    """Put back what PyTorch was told of that."""
+    """Restores PyTorch's global settings, such as the precision of matrix products."""
     before = torch.backends.cudnn.deterministic, torch.get_float32_matmul_precision()
     torch.backends.cudnn.deterministic = False
     yield
@@ -307,7 +307,7 @@ def test_a_schedule_of_budgets_needs_one_graph_and_few_are_kept(captures):
 
 
 class Writing(nn.Module):
-    """Normalises its input where it lies, as many models on the web do."""
+    """A model that normalises its input in place, as many published models do."""
 
     def __init__(self):
         super().__init__()
@@ -369,7 +369,7 @@ def test_a_second_thread_is_refused_and_the_first_goes_on():
 
 
 def test_a_model_that_attacks_itself_may():
-    """Reentrant: what judges a model in one thread may attack it there."""
+    """The lock is reentrant: a thread that evaluates a model may also attack it."""
     model, (images, labels) = net(), batch_of(N)
     inner = FGSM(model, EPS)
     outer = FGSM(
@@ -490,7 +490,7 @@ def test_a_divergence_from_the_start_itself_is_refused():
 
 
 def saturated(share):
-    """Of so many of the images the gradient is exactly zero, by a plateau."""
+    """A model whose gradient is exactly zero for so many of the images, because of a plateau."""
 
     inner = net()
 
@@ -579,7 +579,7 @@ def test_what_takes_images_alone_refuses_attacks_on_other_inputs():
 
 
 class Spoiling(torch.autograd.Function):
-    """The identity, whose way back writes into the gradient that it is given."""
+    """The identity, whose backward pass writes into the gradient that it gets."""
 
     @staticmethod
     def forward(ctx, losses):

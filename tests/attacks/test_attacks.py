@@ -1,4 +1,4 @@
-"""The attacks against closed forms, against torchattacks, and their manners towards the model."""
+"""The attacks against closed forms and torchattacks, and what they do not change in the model."""
 
 import copy
 
@@ -54,7 +54,7 @@ def batch():
 
 @pytest.fixture
 def linear():
-    """A linear model of two classes; the best attack on it is known."""
+    """A linear model with two classes, on which the best attack is known."""
     torch.manual_seed(2)
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double()
 

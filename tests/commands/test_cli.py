@@ -74,7 +74,7 @@ def last_line(out):
 
 
 class Asked(Exception):
-    """Raised where the work would begin."""
+    """Raised in place of the work."""
 
 
 def options_of(command):
@@ -86,7 +86,7 @@ def options_of(command):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What data sets are asked for; it is always digits, of all classes."""
+    """A list of the data sets that a command loads; all of them are digits."""
     found, load = {}, data.load
 
     def noted(name, *, preprocessing, classes, **options):
@@ -98,7 +98,7 @@ def loaded(monkeypatch):
 
 
 def run(command, given, option, word):
-    """The command as far as the work begins, with an option instead of what is given."""
+    """Run a command up to its work, with an option in place of the given one."""
     words = [part for name, value in given.items() if name != option for part in (name, value)]
     with pytest.raises(Asked):
         cli.main([command, *words, *([option] if option else []), *(word.split() if word else [])])
@@ -106,7 +106,7 @@ def run(command, given, option, word):
 
 @pytest.fixture
 def asked_of_finetune(monkeypatch, tmp_path, loaded):
-    """`asked("--lr", "0.1")`: a dict of all that `fastadv finetune` hands on."""
+    """`asked("--lr", "0.1")`: a dict of all arguments that `fastadv finetune` passes on."""
     monkeypatch.chdir(tmp_path)
     saved(mlp((1, 8, 8), 10), (1, 8, 8), map(str, range(10)), tmp_path / "w.safetensors")
     found, source = {}, finetune_command.model_source
@@ -225,7 +225,7 @@ def saved(network, shape, classes, path):
 
 @pytest.fixture
 def asked_of_evaluate(monkeypatch, tmp_path):
-    """`asked("--batch-size", "9")`: a dict of all that `fastadv evaluate` hands on; the data are always digits."""
+    """`asked("--batch-size", "9")`: a dict of all arguments that `fastadv evaluate` passes on; the data are digits."""
     monkeypatch.chdir(tmp_path)
     found, held_out, decoded = {}, data.held_out, data.HeldOut.decoded
     for name in ("one", "other"):
@@ -344,7 +344,7 @@ def test_an_option_of_pretrain_changes_what_it_says_and_nothing_else(option, mon
 
 
 def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
-    """A model that learnt classes in another order than the set's is right about all, in whatever order they come."""
+    """A model with its classes in another order than the data set's is right on all images, whatever the order."""
     labels = torch.arange(60) % 3
     images, others = (0.6 * F.one_hot(labels, 3)[:, :, None, None] + 0.4 * torch.rand(60, 3, 2, 2) for _ in range(2))
     parts = {"x_train": images, "y_train": labels, "x_test": others, "y_test": labels}

@@ -1,4 +1,4 @@
-"""Models of normalised images: the attack's images stay in [0, 1]."""
+"""Models of normalised images: the images of an attack stay in [0, 1]."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Plain(nn.Module):
-    """The same, as users write it: a layer like any other to the attack."""
+    """The same model as users write it: normalisation is an ordinary layer."""
 
     def __init__(self, model, mean=MEAN, std=STD):
         super().__init__()

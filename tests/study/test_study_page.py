@@ -1,4 +1,4 @@
-"""A study's page, tables and figures: right for nothing, for a part and for all of it."""
+"""A study's page, tables and figures: for no results, for some and for all."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def rng():
 
 
 class Page(HTMLParser):
-    """Its text, its headings, and that every element is closed."""
+    """The text and the headings of a page; every element must be closed."""
 
     EMPTY = ("meta", "img", "br")
 

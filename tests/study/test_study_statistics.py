@@ -39,7 +39,7 @@ def verdicts(rng, seeds, images, *, of_seed, of_image, noise, gap=0.05, level=0.
 
 
 def by_hand(differences, draws, rng):
-    """The draws of `bootstrap`, one after another, with sums that are spelled out."""
+    """The draws of `bootstrap`, one after another, with sums written out."""
     rows = [[*map(float, row), 1.0, -1.0] for row in differences]
     seeds, images = len(rows), len(rows[0])
     mean = sum(map(sum, rows)) / (seeds * images)
@@ -225,7 +225,7 @@ def test_an_average_is_over_the_methods_that_all_data_sets_have(rng):
 
 
 def test_data_sets_that_agree_by_chance_are_no_certainty(rng):
-    """Two sets of one mean: Student's interval is a point, and what is open is what each set's images leave open."""
+    """Two data sets with equal means: Student's interval is a point, so the interval must come from their images."""
     records = [studied.record_of(rng, data=data, attack=attack) for data in "ab" for attack in ("fgsm", "pgd")]
     for a, b in zip(records[:2], records[2:], strict=True):
         b["verdicts"] = a["verdicts"]
@@ -260,7 +260,7 @@ def test_an_average_over_methods_of_one_data_set_is_over_the_seeds_that_all_have
 
 
 def changed(epochs, **changes):
-    """Epochs whose fields are lists of values."""
+    """Epochs made from {field: list of its values}."""
     return [each | {name: values[i] for name, values in changes.items()} for i, each in enumerate(epochs)]
 
 

@@ -1,4 +1,4 @@
-"""Every setting acts: a run with one setting changed is the loop by hand with that one changed, and no other run."""
+"""Every setting acts: with one setting changed, a run equals the loop by hand with that change, and no other run."""
 
 import copy
 import math
@@ -86,7 +86,7 @@ def parameters_of(model, method, head, lora):
 
 
 class Lora:
-    """A model with scale * B A added to the weights of `targets`; the factors begin as peft's do after the seed."""
+    """A model with scale * B A added to the weights of `targets`; the factors start as peft's do after the seed."""
 
     def __init__(self, model, targets, rank, alpha, seed):
         torch.manual_seed(seed)
@@ -258,7 +258,7 @@ def test_a_schedule_needs_an_attack_that_it_changes(attack):
 
 
 def augment():
-    """Each epoch has crops and flips of its own, of the padded image; without it the images are as they are."""
+    """Each epoch has other crops and flips of the padded image; without augmentation the images are unchanged."""
     side, pad = 16, 2
     x = torch.rand(COUNT, 1, side, side)
     seen = []
@@ -336,7 +336,7 @@ def probe():
 
 
 def answers():
-    """What each answer to an alarm after the first epoch does to the epochs, the rates and the attack after it."""
+    """The effect of each reaction to an alarm after the first epoch: on the epochs, learning rates and the attack."""
     for changes, attacks, rates in (
         ({"on_catastrophic_overfitting": "warn"}, ["FGSM"] * 3, [1, 1, 1]),
         ({"on_catastrophic_overfitting": "stop"}, ["FGSM"], [1]),
@@ -413,7 +413,7 @@ def refresh():
 
 
 def price():
-    """A step of full fine-tuning is 3 forward passes and FGSM 2 more, which gives the share of fresh images."""
+    """A step of full fine-tuning costs 3 forward passes, and FGSM 2 more, which gives the share of fresh images."""
     for value, method, share in ((1.0, "full", 0), (1.25, "full", 0.375), (5 / 3, "full", 1), (1.5, "bias", 0.5)):
         assert fresh_images(price=value, method=method) == [round(share * COUNT)] * 3
     assert fresh_images(price=2.5, method="linear") == [COUNT // 4] * 3

@@ -1,4 +1,4 @@
-"""The training loop against what it promises: seeds, choices of weights, answers to overfitting, refusals."""
+"""The training loop: seeds, choices of weights, reactions to overfitting, refusals."""
 
 import copy
 import warnings
@@ -37,7 +37,7 @@ TRAIN, VAL, TEST = colours(50, 1), colours(20, 2), colours(21, 3)
 
 
 def conv(batch_norm=True):
-    """With a 1x1 convolution for LoRA, batch-norm and no dropout."""
+    """A network with a 1x1 convolution for LoRA, batch-norm and no dropout."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8) if batch_norm else nn.Identity()
     layers = [nn.Conv2d(3, 8, 3, 2, 1), norm, nn.SiLU(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Flatten()]
@@ -64,7 +64,7 @@ def same(first, second):
 
 @pytest.fixture
 def after_steps(monkeypatch):
-    """The weights after each step, in a list, taken from the model that `watch` was given."""
+    """A list that gets the weights after each step of the model that `watch` gets."""
     states, watched, apply = [], [], TrainStep.apply
 
     def noted(step):
@@ -80,7 +80,7 @@ def after_steps(monkeypatch):
 
 @pytest.mark.parametrize(("batch_size", "grad_accum_steps"), [(50, 1), (10, 1), (10, 3), (7, 2)])
 def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, grad_accum_steps):
-    """Its start is drawn from the run's seed, its own number and the epoch."""
+    """Its start depends on the run's seed, the sample's number and the epoch alone."""
     model = conv()
     reference = copy.deepcopy(model).eval()
     shown, order = [], []
@@ -155,7 +155,7 @@ def test_a_head_start_trains_the_head_and_the_method_begins_with_it(method, afte
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """`scripted((clean, robust), ...)`: what the evaluations find, one after the other; the attacks are noted."""
+    """`scripted((clean, robust), ...)` sets the results of the evaluations, in their order; their attacks are noted."""
 
     def script(*found):
         attacks, left = [], iter(found)
@@ -229,7 +229,7 @@ def test_training_with_an_l2_attack_is_refused(attack):
 
 
 def test_the_training_attack_never_chooses(after_steps):
-    """Against the attack given for evaluation the later epochs are worse; against the training attack, better."""
+    """Later epochs are worse under the evaluation's attack, and better under the training attack."""
     states, watch = after_steps
     model = conv()
     watch(model)
@@ -329,7 +329,7 @@ def test_stopping_leaves_the_last_good_weights(alarms, after_steps):
 
 @pytest.mark.parametrize(("probes", "best"), [([0.5, 0.6, 0.4], 1), ([0.5, 0.4, 0.5], 2), ([0.6, 0.5, 0.4], 0)])
 def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, after_steps, before_steps, tmp_path):
-    """Also after a resume; weights whose decline has begun without an alarm are no good."""
+    """Also after a resumption; weights with a worse probe are not good ones, even without an alarm."""
     (states, watch), model = after_steps, conv()
     (found, watch_before) = before_steps
     watch(model)
@@ -384,7 +384,7 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
 
 @pytest.fixture
 def before_steps(monkeypatch):
-    """The weights that each batch found."""
+    """The weights before each step."""
     states, watched, batch = [], [], run.Run._batch
 
     def noted(run, *arguments):
@@ -509,7 +509,7 @@ def trained(model, dataset, **settings):
 
 @pytest.fixture(scope="module")
 def by_answer():
-    """Digits 0-4 from scratch at a budget that FGSM overfits at: (records, robust accuracy) by attack or answer."""
+    """Digits 0-4 from scratch at a budget at which FGSM overfits: (records, robust accuracy) by attack or reaction."""
     runs = {"pgd": {"attack": "pgd"}, "fgsm": {}}
     runs |= {answer: {"on_catastrophic_overfitting": answer} for answer in ("stop", "rollback", "switch")}
     found = {}
@@ -745,7 +745,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(changes, message):
 
 
 def strided(channels=15, kernel=1, stride=2, groups=1):
-    """With a strided convolution, as a residual network's skip is."""
+    """A network with a strided 1x1 convolution, as in a residual network's shortcut."""
     skip = nn.Conv2d(channels, channels, kernel, stride, groups=groups)
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3))
     return nn.Sequential(nn.Conv2d(3, channels, 3), skip, *head)
@@ -851,7 +851,7 @@ def test_a_label_that_the_model_has_no_class_for_is_refused_in_the_first_batch(a
 
 
 def test_an_error_in_a_batch_leaves_the_model_as_it_was_before_it(after_steps):
-    """After the first half of the batch has moved batch-norm's averages."""
+    """The error comes after the first half of the batch has changed batch-norm's averages."""
     (states, watch), model, calls = after_steps, conv(), []
     watch(model)
 

@@ -1,4 +1,4 @@
-"""The trainer: what it learns, what it leaves alone, what it writes."""
+"""The trainer: what it learns, what it does not change, and what it writes."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def trainer(model, **changes):
 
 
 def trained_on_digits(attack):
-    """The final record of a perceptron, at a budget that training on clean images is no match for."""
+    """The final record of a perceptron, at a budget against which training on clean images does not help."""
     digits, eps = data.load("digits", classes=range(5)), 0.15
     torch.manual_seed(0)
     model = networks.mlp(digits.shape, 5)

@@ -1,4 +1,4 @@
-"""Fast methods of adversarial training by name."""
+"""Fast methods of adversarial training: they cost less than PGD, and have an update of their own."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -34,12 +34,12 @@ def fast_method(
     Args:
         name: a key of FAST.
         model: from images in [0, 1] to logits.
-        eps: budget in pixels.
-        changes: to the method's settings, by name; a change of None leaves the method's own.
-        options: of its attack, such as autocast, memory_format and compile.
+        eps: the budget in pixels of [0, 1].
+        changes: {setting of the method: value}; None leaves the method's own value.
+        options: options of the method's attack, such as autocast, memory_format and compile.
 
     Raises:
-        ValueError: it has no such setting.
+        ValueError: the method has no such setting; or a value is out of range.
     """
     method = FAST[name]
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
@@ -50,7 +50,7 @@ def fast_method(
 
 
 def is_fast(attack: object) -> TypeGuard[str]:
-    """Whether it is a key of FAST."""
+    """Whether `attack` is a key of FAST."""
     return isinstance(attack, str) and attack in FAST
 
 
