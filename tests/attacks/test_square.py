@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
+from dispatched import NoReads
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv.attacks import Normalized, Square, SquareL2, create_attack, samplewise
 from fastadv.attacks.engine import Engine
@@ -469,18 +469,6 @@ def test_with_another_loss_what_fools_comes_first(kind):
     with pytest.warns(UserWarning, match="2 losses were not finite"):
         best = KINDS[kind](model, n_queries=4)(image, label, seed=1)
     assert torch.equal(best, shown[2])
-
-
-class NoReads(TorchDispatchMode):
-    """Refuses what waits for the device or has a shape that depends on values: a CUDA graph could not hold it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
-        of_flags = (
-            (t for t in args[1] or () if t is not None and t.dtype == torch.bool) if "index.T" in str(func) else ()
-        )
-        assert not any(True for _ in of_flags)
-        return func(*args, **(kwargs or {}))
 
 
 @every_kind
