@@ -177,8 +177,7 @@ SETTINGS = {
     "switch_to": ("nfgsm", "nfgsm"),
     "checkpoint_s": ("30", 30.0),
 }
-OPTIONS = {f"--{name.replace('_', '-')}": (word, {name: value}) for name, (word, value) in SETTINGS.items()}
-OPTIONS |= {
+TRAINING = {  # of both commands that train
     "--image-column": ("a", {"load image_column": "a"}),
     "--label-column": ("b", {"load label_column": "b"}),
     "--data": ("photos", {"data": "photos"}),
@@ -189,14 +188,17 @@ OPTIONS |= {
     "--split-seed": ("5", {"load seed": 5}),
     "--seed": ("5", {"seed": 5}),
     "--device": ("cpu:0", {"device": torch.device("cpu:0")}),
+    "--out": ("there", {"folder": Path("there")}),
+    "--resume": (None, {"resume": True}),
+}
+OPTIONS = TRAINING | {f"--{name.replace('_', '-')}": (word, {name: value}) for name, (word, value) in SETTINGS.items()}
+OPTIONS |= {
     "--validation": ("0.3", {"load validation": 0.3, "validation": 0.3}),
     "--model": ("conv", {"model": "conv"}),
     "--trust-code": (None, {"trust": True}),
     "--init": ("w.safetensors", {"init": "w.safetensors"}),
     "--attack": ("pgd", {"attack": "pgd"}),
     "--eps": ("4", {"eps": 4 / 255}),
-    "--out": ("there", {"folder": Path("there")}),
-    "--resume": (None, {"resume": True}),
 }
 
 
@@ -304,20 +306,8 @@ def test_an_option_of_evaluate_changes_what_it_says_and_nothing_else(option, ask
     assert found == without | changes
 
 
-PRETRAINING = {
-    "--image-column": ("a", {"load image_column": "a"}),
-    "--label-column": ("b", {"load label_column": "b"}),
-    "--data": ("photos", {"data": "photos"}),
-    "--data-folder": ("here", {"load folder": Path("here")}),
-    "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
-    "--skip-corrupt": (None, {"load skip_corrupt": True}),
-    "--workers": ("3", {"load workers": 3}),
-    "--split-seed": ("5", {"load seed": 5}),
-    "--seed": ("5", {"seed": 5}),
-    "--device": ("cpu:0", {"device": torch.device("cpu:0")}),
+PRETRAINING = TRAINING | {
     "--epochs": ("20", {"epochs": 20, "warmup": 0.15}),
-    "--out": ("there", {"folder": Path("there")}),
-    "--resume": (None, {"resume": True}),
 }
 
 
@@ -372,7 +362,7 @@ def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
 
 
 def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsys):
-    from test_training import colours
+    from test_trainer import colours
 
     train, test = colours(64, 1, side=32), colours(33, 2, side=32)
     arrays = zip(("x_train", "y_train", "x_test", "y_test"), (*train, *test), strict=True)
@@ -521,7 +511,8 @@ def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_importing_fastadv_imports_no_extra():
-    code = "import torch, sys; before = set(sys.modules); import fastadv; print(*set(sys.modules) - before)"
+    packages = "fastadv, fastadv.attacks, fastadv.data, fastadv.training.augment"
+    code = f"import torch, sys; before = set(sys.modules); import {packages}; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     tops = {name.partition(".")[0] for name in done.stdout.split()}
     assert not tops & {

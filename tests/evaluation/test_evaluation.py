@@ -16,12 +16,12 @@ import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
+from dispatched import NoReads
 from matplotlib.image import imread
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastadv import cli, data, models, random_init, sample_seeds
@@ -349,19 +349,6 @@ def test_what_is_left_of_all_windows_never_grows(net, samples, monkeypatch):
     assert all(a + b <= 36 * 3 * 5 for a, b in seen)
     assert list(left) == sorted(left, reverse=True)
     assert left[-1] == 0
-
-
-class NoReads(TorchDispatchMode):
-    """Refuses ops for which the host would wait for a GPU."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.partition(".")[0]
-        assert name not in self.waits, func
-        if name.startswith("index") and isinstance(args[1], (list, tuple)):
-            assert all(index is None or index.dtype == torch.int64 for index in args[1]), "indexed by a mask"
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("part", ["iterate", "settle"])
@@ -907,6 +894,23 @@ def test_the_generators_are_given_back_as_they_were(net, samples):
 
 def draw_all():
     return random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+
+
+def test_robust_accuracy_counts_what_a_hand_counts():
+    def model(x):  # class 1 where the pixel is above one half
+        return torch.stack((0.5 - x[:, 0], x[:, 0] - 0.5), dim=1)
+
+    images = torch.tensor([[0.9], [0.55], [0.1], [0.45], [0.8]])
+    labels = torch.tensor([1, 1, 0, 0, 0])  # the last one is wrong already
+    attack = FGSM(model, 0.1)
+    expected = {"clean_accuracy": 0.8, "robust_accuracy": 0.4}
+    assert robustness.robust_accuracy(model, (images, labels), attack) == expected
+    assert robustness.robust_accuracy(model, (images, labels), attack, batch_size=2) == expected
+    assert robustness.robust_accuracy(model, [(images[:3], labels[:3]), (images[3:], labels[3:])], attack) == expected
+    helpful = robustness.robust_accuracy(model, (images, labels), lambda x, y: y[:, None].float())
+    assert helpful == {"clean_accuracy": 0.8, "robust_accuracy": 0.8}
+    with pytest.raises(ValueError, match="no images"):
+        robustness.robust_accuracy(model, [], attack)
 
 
 def test_robust_accuracy_answers_for_every_eps(net, samples):
