@@ -18,6 +18,7 @@ from fastadv.attacks.checks import (
     beyond_the_box,
     box_of,
     check_alpha_of,
+    check_clip,
     check_device,
     check_eps,
     check_has_classes,
@@ -175,10 +176,11 @@ class Attack(Modes, Targets, ABC):
 
     def check(self) -> None:
         """Refuse settings of a wrong type or value; called before they act, also after one was assigned."""
+        check_clip(self.clip)
         check_eps(self.eps, self.norm, self.clip)
         check_options(
             *(self.targeted, self.loss, self.target_classes, self.restarts, self.eot, self.training_mode),
-            *(self.autocast, self.memory_format, self.graph, self.chunk, self.clip),
+            *(self.autocast, self.memory_format, self.best_iterate, self.compile, self.graph, self.chunk),
         )
         check_whole("kth_min", self.kth_min)
         if self.images_normalized is not None:

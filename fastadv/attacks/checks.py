@@ -45,6 +45,12 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_switch(name: str, value: object) -> None:
+    """Refuse what is no bool: any text is true, "no" and "false" too."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_options(
     targeted: object,
     loss: Any,
@@ -54,9 +60,10 @@ def check_options(
     training_mode: object,
     autocast: object,
     memory_format: object,
-    graph: bool,
+    best_iterate: object,
+    compile: object,
+    graph: object,
     chunk: object,
-    clip: Any,
 ) -> None:
     if not callable(targeted) and (not isinstance(targeted, (bool, str)) or targeted not in TARGETED):
         raise ValueError(
@@ -76,14 +83,15 @@ def check_options(
         raise TypeError(f"autocast must be a dtype such as torch.bfloat16, or None, got {autocast!r}")
     if memory_format is not None and not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"memory_format must be one of torch's, such as torch.channels_last, got {memory_format!r}")
-    _check_clip(clip)
+    for name, value in (("best_iterate", best_iterate), ("compile", compile), ("graph", graph)):
+        check_switch(name, value)
     if training_mode not in TRAINING_MODES:
         raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
     if graph and not torch.cuda.is_available():
         raise RuntimeError("graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither")
 
 
-def _check_clip(clip: Any) -> None:
+def check_clip(clip: Any) -> None:
     if clip is None:
         return
     try:

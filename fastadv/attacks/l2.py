@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import box_of
+from fastadv.attacks.checks import box_of, check_number
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian, uniform_per_sample
 from fastadv.attacks.pgd import PGD
@@ -67,8 +67,14 @@ class PGDL2(OnL2Ball, PGD):
         eps_for_division: float = 1e-10,
         **options: Any,
     ) -> None:
-        super().__init__(model, eps, alpha, steps, random_start, **options)
         self.eps_for_division = eps_for_division
+        super().__init__(model, eps, alpha, steps, random_start, **options)
+
+    def check(self) -> None:
+        super().check()
+        check_number("eps_for_division", self.eps_for_division)
+        if self.eps_for_division <= 0:
+            raise ValueError(f"eps_for_division must be above 0, got {self.eps_for_division}")
 
     def start(self, slots: Slots) -> None:
         clean = to_float(slots.x)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import box_of, check_alpha, check_whole
+from fastadv.attacks.checks import box_of, check_alpha, check_number, check_switch, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian
 from fastadv.attacks.samplewise import per_sample
@@ -57,6 +57,7 @@ class PGD(Attack):
 
     def check(self) -> None:
         super().check()
+        check_switch("random_start", self.random_start)
         check_whole("steps", self.steps)
         if self.alpha is not None:
             check_alpha(self.alpha)
@@ -169,8 +170,14 @@ class MIFGSM(PGD):
         decay: float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__(model, eps, alpha, steps, False, **options)
         self.decay = decay
+        super().__init__(model, eps, alpha, steps, False, **options)
+
+    def check(self) -> None:
+        super().check()
+        check_number("decay", self.decay)
+        if self.decay < 0:
+            raise ValueError(f"decay, the momentum's factor, must be at least 0, got {self.decay}")
 
     def prepare(self, slots: Slots) -> None:
         dtype = torch.promote_types(slots.input.dtype, torch.float32)

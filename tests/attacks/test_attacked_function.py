@@ -1,6 +1,7 @@
 """The attacked function is the given model with the present settings, and an attack does not change it."""
 
 import copy
+import inspect
 import os
 import threading
 import warnings
@@ -13,7 +14,7 @@ from attacked import CLASSES, EPS, N, Net, batch_of
 from attacked import one_thread as one_thread
 from torch import nn
 
-from fastadv import sample_seeds
+from fastadv import attacks, sample_seeds
 from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, Normalized, ZeroGrad, base
 from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine
@@ -122,6 +123,10 @@ WRONG = [
     (FGSM, "noise", "8/255", "noise must be a number"),
     (FGSM, "noise", -0.1, "noise must not be negative, got -0.1"),
     (ZeroGrad, "quantile", 1.1, r"quantile is a share in \[0, 1\], got 1.1"),
+    (PGD, "clip", [1], r"clip must be \(lo, hi\)"),
+    (PGD, "compile", "no", "compile must be True or False, got 'no'"),
+    (MIFGSM, "decay", -0.5, "decay, the momentum's factor, must be at least 0"),
+    (PGDL2, "eps_for_division", 0.0, "eps_for_division must be above 0"),
 ]
 
 
@@ -134,6 +139,23 @@ def test_a_wrong_setting_is_refused_when_given_and_when_assigned(cls, name, valu
     setattr(attack, name, value)
     with pytest.raises((TypeError, ValueError), match=message):
         attack(images, labels)
+
+
+PUBLIC = [each for each in vars(attacks).values() if isinstance(each, type) and issubclass(each, Attack)]
+
+
+@pytest.mark.parametrize("cls", [each for each in PUBLIC if not inspect.isabstract(each)])
+def test_every_setting_takes_its_type_alone(cls):
+    """A setting of text, "0.5" or "no", is what a configuration file gives by mistake: as a bool it would be True."""
+    given = {}
+    for part in cls.__mro__[:-1]:
+        parameters = inspect.signature(part.__init__).parameters.values() if "__init__" in vars(part) else ()
+        given = {each.name: each.default for each in parameters if type(each.default) in (bool, int, float)} | given
+    assert given.keys() >= {"eps", "compile", "graph", "best_iterate", "restarts", "eot", "kth_min"}
+    for setting, default in given.items():
+        texts = {"targeted": "no"} if setting == "targeted" else {setting: str(default)}
+        with pytest.raises((TypeError, ValueError), match=setting):
+            cls(net(), **texts)
 
 
 def test_numbers_of_numpy_are_numbers():
