@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastadv.attacks.checks import check_switch
 from fastadv.attacks.normalized import normalization_of
 from fastadv.data.share import Share
 from fastadv.evaluation.adversaries import EPS, Adversary, AnyAttack, adversaries, check_they_take, is_several, listed
@@ -144,6 +145,8 @@ def evaluate(
 
     Source: Madry et al. 2018 (arXiv 1706.06083, section 5) for robust accuracy under PGD with restarts.
     """
+    for name, value in (("ensemble", ensemble), ("progress", progress)):
+        check_switch(name, value)
     if iterate not in ITERATES:
         raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
     if slots is not None:

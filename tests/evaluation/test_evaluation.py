@@ -1184,6 +1184,7 @@ def test_images_that_rounding_put_beyond_the_box_are_put_back(net, samples, exce
         ({"batch_size": 2.5}, TypeError, "batch_size must be an int"),
         ({"pool": "3"}, TypeError, "pool must be an int"),
         ({"seed": 1.5}, TypeError, "seed must be an int"),
+        ({"ensemble": "no"}, TypeError, "ensemble must be True or False, got 'no'"),
         ({"attacks": [FGSM(Net(), EPS)], "eps": EPS / 4}, ValueError, "eps is for attacks by name.*FGSM at 16/255"),
     ],
 )
