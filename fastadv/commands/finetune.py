@@ -19,15 +19,14 @@ from fastadv.commands.arguments import (
     add_data,
     add_trust,
     adder,
-    budget,
     check_folder,
     check_new,
-    eps_budget,
     load_data,
     model_source,
     overlap,
 )
 from fastadv.commands.speech import is_quiet, say
+from fastadv.commands.values import Listed, budget, eps_budget, names
 from fastadv.data.share import Samples, Share
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation.report import write_report
@@ -65,7 +64,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(add: Add, parser: argparse.ArgumentParser) -> None:
     """Add every setting by its own name; lengths are in units of 1/255."""
-    kinds: dict[str, Kind] = {"alpha": budget, "noise": budget, "lora_targets": _names}
+    kinds: dict[str, Kind] = {"alpha": budget, "noise": budget, "lora_targets": names}
     old = {new: f"--{name.replace('_', '-')}" for name, new in RENAMED.items()}
     for field in dataclasses.fields(Settings):
         option, facts = "--" + field.name.replace("_", "-"), field.metadata
@@ -76,13 +75,10 @@ def _add_settings(add: Add, parser: argparse.ArgumentParser) -> None:
             continue
         kind = kinds.get(field.name, kind_of(field))
         choices = facts["limits"].get("choices")
-        add(option, kind, field.default, choices=choices, help=facts["help"].replace("in pixels", "in 1/255"))
+        help = facts["help"].replace("in pixels", "in 1/255")
+        add(option, kind, field.default, help=help, **({"action": Listed} if kind is names else {"choices": choices}))
         if field.name in old:
             parser.add_argument(old[field.name], dest=field.name, type=kind, choices=choices, action=Renamed)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from fastadv.data.splits import Split
 from fastadv.training import Settings, Trainer
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import RENAMED
+from fastadv.units import in_255ths
 
 SCRATCH = "scratch"  # everything, from random weights
 LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}  # peaks for AdamW; others have Settings'
@@ -316,6 +317,7 @@ def _training(cell: Cell, block: Mapping[str, Any]) -> Settings:
 
 
 def _eps(given: object) -> float:
+    given = in_255ths(given) if isinstance(given, str) else given  # "8/255"
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0.5 <= given <= 255:
         raise ValueError(f"eps is a number of 1/255, from 0.5 to 255, got {given!r}")
     return float(given)

@@ -1,0 +1,106 @@
+"""What the text of an option means: lengths in 1/255, and lists of lengths and names."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastadv.data.classes import pieces
+from fastadv.units import in_255ths
+
+
+def budget_255(text: str) -> float:
+    """A length in 1/255 units, "8" or "8/255", as 8.0.
+
+    A number below 0.5 must be written as a fraction of 255: it is probably meant in [0, 1]. Only --eps is read so
+    strictly: a step or a noise below 0.5/255 is nothing unusual.
+
+    Raises:
+        argparse.ArgumentTypeError: not such a number, or outside [0, 255].
+    """
+    value = _in_255ths(text)
+    if "/" not in text and 0 < value < 0.5:
+        raise argparse.ArgumentTypeError(
+            f"eps is in units of 1/255, and {text} of them is next to nothing; "
+            f"{text} of the range [0, 1] is --eps {255 * value:.4g}. To mean it, write {text}/255"
+        )
+    return value
+
+
+def eps_budget(text: str) -> float:
+    """As `budget_255`, as a float in [0, 1]."""
+    return budget_255(text) / 255
+
+
+def budget(text: str) -> float:
+    """A length in 1/255 units, "8" or "8/255", as a float in [0, 1].
+
+    Raises:
+        argparse.ArgumentTypeError: not such a number, or outside [0, 255].
+    """
+    return _in_255ths(text) / 255
+
+
+def _in_255ths(text: str) -> float:
+    try:
+        return in_255ths(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them; one that has commas itself in double quotes: '"a,b",c'.
+
+    Raises:
+        argparse.ArgumentTypeError: an empty name.
+    """
+    found = [quoted or plain for quoted, plain in pieces(text)]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"names with a comma or a space between them, got {text!r}")
+    return found
+
+
+def eps_budgets(text: str) -> list[float]:
+    """Budgets with commas between them, each as of `eps_budget`."""
+    return [eps_budget(part) for part in names(text)]
+
+
+def budgets_255(text: str) -> list[float]:
+    """Budgets with commas between them, each as of `budget_255`."""
+    return [budget_255(part) for part in names(text)]
+
+
+class Listed(argparse.Action):
+    """An option that takes a list, with commas or spaces: "4,8", "4 8" and "4, 8" mean the same.
+
+    Args:
+        option_strings: of argparse.
+        dest: of argparse.
+        type: from the list's text, with commas, to its value.
+        default: text of a list, which the help shows as it is, or None.
+        options: of argparse.
+    """
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        type: Callable[[str], Any],
+        default: str | None = None,
+        **options: Any,
+    ):
+        super().__init__(option_strings, dest, nargs="+", default=default and type(default), **options)
+        self.read, self.default_text = type, default
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        *before, last = values
+        text = ",".join([*(word.rstrip().removesuffix(",") for word in before), last])
+        try:
+            setattr(namespace, self.dest, self.read(text))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
