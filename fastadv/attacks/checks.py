@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastadv.attacks.losses import LOSSES
+from fastadv.names import instead
 from fastadv.nn.frozen import TRAINING_MODES
 from fastadv.nn.logits import AnyModel
 
@@ -64,7 +65,7 @@ def check_options(
             f"labels, got {targeted!r}"
         )
     if not callable(loss) and loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
+        raise ValueError(f"unknown loss {loss!r} (neither a name nor callable){instead(loss, LOSSES)}")
     if targeted and not callable(loss) and LOSSES[loss].compares in ("clean", "pairs"):
         why = "has no target class" if loss == "kl" else "chooses its target classes itself"
         raise ValueError(f"the loss {loss} {why}: leave targeted at False, or choose another loss")
@@ -78,7 +79,7 @@ def check_options(
         raise TypeError(f"memory_format must be one of torch's, such as torch.channels_last, got {memory_format!r}")
     _check_clip(clip)
     if training_mode not in TRAINING_MODES:
-        raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
+        raise ValueError(f"unknown training_mode {training_mode!r}{instead(training_mode, TRAINING_MODES)}")
     if graph and not torch.cuda.is_available():
         raise RuntimeError("graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither")
 

@@ -9,6 +9,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.fab import FAB, FABL2
 from fastadv.attacks.square import RandomSearch, Square
 from fastadv.attacks.square_l2 import SquareL2
+from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
 VERSIONS: dict[str, tuple[str, ...]] = {
@@ -139,7 +140,7 @@ class Ensemble:
         if norm not in KINDS:
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}: AutoAttack in another norm is not built here")
         if version not in VERSIONS:
-            raise ValueError(f"unknown version {version!r}: choose one of {', '.join(VERSIONS)}")
+            raise ValueError(f"unknown version {version!r}{instead(version, VERSIONS)}")
         if attacks_to_run and version != "custom":
             raise ValueError(f"version {version!r} has attacks of its own: to choose them give version='custom'")
         for name in set(options) - set(OPTIONS):
@@ -189,7 +190,8 @@ class Ensemble:
         return apgd(self.model, of_apgd.eps, of_apgd.n_iter, **settings, **self.options)
 
 
-ENSEMBLES: dict[str, dict[str, str]] = {
+ENSEMBLES: dict[str, dict[str, Any]] = {
+    "apgd": {"version": "custom", "attacks_to_run": VERSIONS["standard"][:2]},  # without FAB and Square
     "autoattack": {},
     "autoattack-plus": {"version": "plus"},
     "autoattack-rand": {"version": "rand"},

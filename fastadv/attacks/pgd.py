@@ -11,6 +11,7 @@ from fastadv.attacks.noise import gaussian
 from fastadv.attacks.samplewise import per_sample
 from fastadv.attacks.schedules import SCHEDULES, Factors
 from fastadv.functional import pgd_step, pgd_step_, random_init
+from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
 
@@ -61,7 +62,7 @@ class PGD(Attack):
         if self.alpha is not None:
             check_alpha(self.alpha)
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+            raise ValueError(f"unknown schedule {self.schedule!r}{instead(self.schedule, SCHEDULES)}")
 
     @property
     def by_age(self) -> bool:

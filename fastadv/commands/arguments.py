@@ -12,7 +12,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.commands.speech import say
-from fastadv.commands.values import Listed
+from fastadv.commands.values import Listed, one_of
 from fastadv.data.classes import class_list
 from fastadv.data.trained import known
 from fastadv.preprocessing import Preprocessing
@@ -32,6 +32,8 @@ def adder(parser: argparse.ArgumentParser) -> Add:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
     def add(name: str, kind: Kind = str, default: object = None, **options: Any) -> None:
+        if choices := options.get("choices"):
+            kind = one_of(choices)
         # A help text, if only a blank, is what makes argparse print the default.
         parser.add_argument(name, type=kind, default=default, **{"help": " ", **options})
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastadv.data.classes import pieces
+from fastadv.names import instead
 from fastadv.units import in_255ths
 
 
@@ -57,6 +58,24 @@ def names(text: str) -> list[str]:
     if not all(found):
         raise argparse.ArgumentTypeError(f"names with a comma or a space between them, got {text!r}")
     return found
+
+
+def one_of(known: Sequence[str]) -> Callable[[str], str]:
+    """What reads one of these names.
+
+    Args:
+        known: the names.
+
+    Raises (when it is called):
+        argparse.ArgumentTypeError: another name.
+    """
+
+    def read(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"unknown {text!r}{instead(text, known)}")
+        return text
+
+    return read
 
 
 def eps_budgets(text: str) -> list[float]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from fastadv.data.source import AnyPart
+from fastadv.names import instead
 
 # A name in quotes, or what there is, up to the next comma.
 _PIECE = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,)|([^,]*)),'
@@ -67,7 +68,7 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
     for chosen in classes:
         if isinstance(chosen, str) and chosen not in names:
             hint = ' (names with commas in double quotes: "salt, rock",pepper)' if "," in "".join(names) else ""
-            raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}{hint}")
+            raise ValueError(f"there is no class {chosen!r}{instead(chosen, names)}{hint}")
         if isinstance(chosen, str):
             continue
         called = [name for name in names if name.isdecimal() and int(name) == chosen]

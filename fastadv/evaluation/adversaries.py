@@ -10,6 +10,7 @@ from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, create_attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.samplewise import has_rows
+from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
 EPS = 8 / 255  # of attacks by name, where nothing else is said
@@ -155,7 +156,7 @@ def _named(name: str, model: AnyModel, eps: float, options: dict[str, Any]) -> l
     if name in ENSEMBLES:
         return Ensemble(model, eps=eps, **ENSEMBLES[name], **options).attacks()
     if name not in PRESETS:
-        raise ValueError(f"unknown attack {name!r}; there are {', '.join((*PRESETS, *ENSEMBLES))}")
+        raise ValueError(f"unknown attack {name!r}{instead(name, (*PRESETS, *ENSEMBLES))}")
     return [(name, create_attack(name, model, eps, **options))]
 
 

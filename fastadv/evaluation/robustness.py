@@ -25,6 +25,7 @@ from fastadv.evaluation.run import Report, Run
 from fastadv.evaluation.samples import AnyData, collected
 from fastadv.evaluation.saved import StateFile
 from fastadv.locks import held
+from fastadv.names import instead
 from fastadv.nn import Normalized
 from fastadv.nn.frozen import frozen, on
 from fastadv.nn.logits import AnyModel
@@ -145,7 +146,7 @@ def evaluate(
     Source: Madry et al. 2018 (arXiv 1706.06083, section 5) for robust accuracy under PGD with restarts.
     """
     if iterate not in ITERATES:
-        raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
+        raise ValueError(f"unknown iterate {iterate!r}{instead(iterate, ITERATES)}")
     if slots is not None:
         warnings.warn("slots is now batch_size", FutureWarning, stacklevel=2)
         batch_size = slots

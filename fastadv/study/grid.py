@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from fastadv._renamed import by_new_names
-from fastadv.attacks import PRESETS
+from fastadv.attacks import ENSEMBLES, PRESETS
 from fastadv.attacks.ensembles import VERSIONS
 from fastadv.data.splits import Split
+from fastadv.names import instead
 from fastadv.training import Settings, Trainer
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import RENAMED
@@ -26,7 +27,7 @@ SCRATCH = "scratch"  # everything, from random weights
 LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}  # peaks for AdamW; others have Settings'
 ALWAYS = ("fgsm", "pgd-10", "pma")
 # Judges of several attacks in a row: each attack gets the images that those before it leave.
-IN_A_ROW: dict[str, tuple[str, ...]] = {"apgd": VERSIONS["standard"][:2], "autoattack": VERSIONS["standard"]}
+IN_A_ROW = {"apgd": tuple(ENSEMBLES["apgd"]["attacks_to_run"]), "autoattack": VERSIONS["standard"]}
 JUDGES = (*(name for name, (attack, _) in PRESETS.items() if attack.norm == "Linf"), *IN_A_ROW)
 
 _AXES = {"model": "robust-resnet", "methods": ("linear", "full"), "attacks": ("fgsm", "pgd"), "eps": (8,), "seeds": 3}
@@ -344,12 +345,12 @@ def _names(kind: type) -> list[str]:
 def _check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            raise ValueError(f"{where} has no setting {name!r}; there are {', '.join(known)}")
+            raise ValueError(f"{where} has no setting {name!r}{instead(name, known)}")
 
 
 def _check_name(kind: str, name: object, known: Sequence[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+        raise ValueError(f"unknown {kind} {name!r}{instead(name, known)}")
 
 
 def _safe(text: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastadv.attacks.checks import check_number, check_whole
+from fastadv.names import instead
 
 
 class Passes(NamedTuple):
@@ -106,7 +107,7 @@ def passes(
     """
     name = "none" if attack is None else attack
     if name not in STEPS:
-        raise ValueError(f"the cost of {name!r} is not known; there are {', '.join(STEPS)}")
+        raise ValueError(f"the cost of {name!r} is not known{instead(name, STEPS)}")
     step = STEPS[name]
     check_number("fresh", fresh)
     if not 0 <= fresh <= 1:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastadv.models import Target, find_head
+from fastadv.names import instead
 from fastadv.nn.frozen import at_the_end, flags_kept
 from fastadv.training.adapter import adapter
 from fastadv.training.bias import bias
@@ -152,7 +153,7 @@ def trainable(
             an optimizer, before it changes anything, a layer for LoRA or IA3 whose factors got no gradient.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
     choose = METHODS[method]
     head, classifier = ("", model) if choose is None else find_head(model, head, example)
     with ExitStack() as stack:

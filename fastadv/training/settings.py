@@ -6,6 +6,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_args, get_origin
 
+from fastadv.names import instead
 from fastadv.training.budget import span
 from fastadv.training.methods import METHODS
 
@@ -232,7 +233,7 @@ def checked(
         ValueError: it is not within the limits.
     """
     if choices is not None and value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
+        raise ValueError(f"unknown {name} {value!r}{instead(value, choices)}")
     plain = of_kind(name, value, kind)
     number: Any = plain  # where there are limits
     if kind is float and not math.isfinite(number):

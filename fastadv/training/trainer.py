@@ -11,6 +11,7 @@ from fastadv._renamed import by_new_names
 from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
+from fastadv.names import instead
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.foreign import TrainAttack, as_attack
@@ -93,8 +94,8 @@ class Trainer:
     ):
         settings = by_new_names(settings, RENAMED)
         known = [each.name for each in fields(Settings)]
-        if unknown := settings.keys() - set(known):
-            raise TypeError(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        for name in settings.keys() - set(known):
+            raise TypeError(f"there is no setting {name!r}{instead(name, known)}")
         self.settings = Settings(**settings)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {model!r}")
@@ -118,7 +119,7 @@ class Trainer:
             attack = method.attack
         elif isinstance(attack, str):
             if attack not in PRESETS:
-                raise ValueError(f"unknown attack {attack!r}; there are {', '.join((*PRESETS, *FAST))}")
+                raise ValueError(f"unknown attack {attack!r}{instead(attack, (*PRESETS, *FAST))}")
             attack = create_attack(attack, self.model, self.eps, **changes)  # refuses wrong settings now
         elif changes:
             raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")

@@ -809,7 +809,7 @@ def test_other_convolutions_are_trained(begin_only, layer, settings):
         ({"epochs": True}, "epochs is a whole number, got True"),
         ({"lr": "0.1"}, "lr is a number, got '0.1'"),
         ({"lr": torch.tensor(0.1)}, "lr is a number, got tensor"),
-        ({"learning_rate": 0.1}, r"there is no setting learning_rate; there are method, head, .*\blr\b"),
+        ({"learning_rate": 0.1}, r"there is no setting 'learning_rate'; there are method, head, .*\blr\b"),
         ({"max_grad_norm": [1.0]}, r"max_grad_norm is a number, got \[1.0\]"),
         ({"compile": "no"}, "compile is True or False, got 'no'"),
         ({"augment": 0}, "augment is True or False, got 0"),

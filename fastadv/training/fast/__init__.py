@@ -5,6 +5,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from fastadv.names import instead
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.fast.cached import Cached
 from fastadv.training.fast.free import Free
@@ -45,7 +46,7 @@ def fast_method(
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     for key in given:
         if key not in method.OPTIONS:
-            raise ValueError(f"the attack {name} has no setting {key!r}")
+            raise ValueError(f"the attack {name} has no setting {key!r}{instead(key, method.OPTIONS)}")
     return method(model, eps, **given, **options)
 
 
