@@ -15,6 +15,7 @@ from fastadv.commands.speech import say
 from fastadv.commands.values import Listed, one_of
 from fastadv.data.classes import class_list
 from fastadv.data.trained import known
+from fastadv.devices import present
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
 
@@ -117,22 +118,10 @@ def device(text: str) -> torch.device:
     Raises:
         argparse.ArgumentTypeError: it is not.
     """
-    here = devices()
     try:
-        found = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no device {text!r}; here are {', '.join(here)}") from None
-    if found.type != "cpu" and str(found) not in here and (found.index is not None or f"{found}:0" not in here):
-        built = found.type == "cuda" and torch.version.cuda is None and torch.version.hip is None
-        why = f" (this PyTorch {torch.__version__} is built without CUDA)" if built else ""
-        raise argparse.ArgumentTypeError(f"the device {text!r} is not here{why}; here are {', '.join(here)}")
-    return found
-
-
-def devices() -> list[str]:
-    """The names of the devices of this machine that PyTorch can use."""
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    return ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()) if kind)]
+        return present(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def check_folder(path: Path) -> None:

@@ -141,7 +141,8 @@ def evaluate(
         InUseError: another process has the `state`; an OSError.
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
             hold something that cannot be told from another one, such as an open file.
-        ValueError: there are no images; an option, a shape or a label is wrong; or `state` belongs to another run.
+        ValueError: there are no images; `device` is not here; an option, a shape or a label is wrong; or `state`
+            belongs to another run.
 
     Source: Madry et al. 2018 (arXiv 1706.06083, section 5) for robust accuracy under PGD with restarts.
     """

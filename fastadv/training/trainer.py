@@ -11,6 +11,7 @@ from fastadv._renamed import by_new_names
 from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
+from fastadv.devices import present
 from fastadv.names import instead
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
@@ -74,8 +75,8 @@ class Trainer:
     Raises:
         ImportError: the `train` extra is not installed.
         TypeError: an argument or a setting is of a wrong type, or an attack cannot be called.
-        ValueError: unknown attack, method or optimizer, a number out of range, a setting that nothing would heed, or
-            training with an L2 attack, for which weights cannot be chosen yet.
+        ValueError: unknown attack, method or optimizer, a device that is not here, a number out of range, a setting
+            that nothing would heed, or training with an L2 attack, for which weights cannot be chosen yet.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Trainer:
         self.measure_backbone = (
             None if measure_backbone is None else of_kind("measure_backbone", measure_backbone, bool)
         )
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else present(device)
 
     def _check_attacks(self) -> None:
         attack, changes = self.attack, {name: v for name, v in self.settings.attack.items() if v is not None}

@@ -13,10 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastadv import cli, data, models
+from fastadv import cli, data, devices, models
 from fastadv.attacks import PGD
 from fastadv.attacks.checks import device_of
-from fastadv.commands import arguments
 from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
 from fastadv.commands import pretrain as pretrain_command
@@ -246,7 +245,7 @@ def asked_of_evaluate(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate_command, "evaluate", noted)
     monkeypatch.setattr(data, "held_out", noted_data)
     monkeypatch.setattr(data.HeldOut, "decoded", noted_decoding)
-    monkeypatch.setattr(arguments, "devices", lambda: ["cpu", "meta"])
+    monkeypatch.setattr(devices, "devices", lambda: ["cpu", "meta"])
     load = evaluate_command.load_model
 
     def loaded_model(path, trust):
