@@ -195,4 +195,5 @@ def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data
         progress=not is_quiet(),
         **settings,
     )
+    vars(arguments).update(dataclasses.asdict(trainer.settings))  # for the report: with the numbers of the method
     return trainer.fit(dataset.train, dataset.val, dataset.test)

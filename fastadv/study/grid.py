@@ -24,7 +24,6 @@ from fastadv.training.settings import RENAMED
 from fastadv.units import in_255ths
 
 SCRATCH = "scratch"  # everything, from random weights
-LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}  # peaks for AdamW; others have Settings'
 ALWAYS = ("fgsm", "pgd-10", "pma")
 # Judges of several attacks in a row: each attack gets the images that those before it leave.
 IN_A_ROW = {"apgd": tuple(ENSEMBLES["apgd"]["attacks_to_run"]), "autoattack": VERSIONS["standard"]}
@@ -309,12 +308,11 @@ def _attack(given: object) -> tuple[str, str, dict[str, Any]]:
 def _training(cell: Cell, block: Mapping[str, Any]) -> Settings:
     chosen = {name: block[name] for name in _names(Settings) if name in block and name != "lr"}
     method = "full" if cell.method == SCRATCH else cell.method
-    rates = block.get("lr", {})
-    if isinstance(rates, Mapping):
-        _check_names("lr", rates, (*METHODS, SCRATCH))
-        default = LEARNING_RATES.get(method, Settings.lr)
-        rates = {**LEARNING_RATES, **rates}.get(cell.method, default)
-    return Settings(**chosen, lr=rates, method=method, seed=cell.seed)
+    rate = block.get("lr")
+    if isinstance(rate, Mapping):
+        _check_names("lr", rate, (*METHODS, SCRATCH))
+        rate = rate.get(cell.method)
+    return Settings(**chosen, lr=rate, method=method, seed=cell.seed)
 
 
 def _eps(given: object) -> float:

@@ -39,6 +39,9 @@ METHODS: dict[str, Method | None] = {
     "ia3": ia3,
     "norm": norm,
 }
+LEARNING_RATE = 1e-3
+LEARNING_RATES = {"linear": 1e-2, "bias": 3e-3}
+"""Peak learning rates of methods for AdamW; that of the others is LEARNING_RATE."""
 
 
 class Tuning:

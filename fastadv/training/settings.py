@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from fastadv.names import instead
 from fastadv.training.budget import span
-from fastadv.training.methods import METHODS
+from fastadv.training.methods import LEARNING_RATE, LEARNING_RATES, METHODS
 
 # Old names work until the next minor release, and warn. Files with old names can always be loaded.
 RENAMED = {
@@ -20,7 +20,7 @@ RENAMED = {
     "on_overfitting": "on_catastrophic_overfitting",
 }
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
-
+_RATES = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items()) + f", the others {LEARNING_RATE:g}"
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Settings:
         64, "images of an update, over all processes; the batches of an epoch are nearly equal", least=1
     )
     grad_accum_steps: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
-    lr: float = _of(1e-3, "peak learning rate; linear wants a larger one, such as 0.01", least=0)
+    lr: float | None = _of(None, f"peak learning rate (the method's own if not given: {_RATES})", least=0)
     warmup: int = _of(0, "steps (not epochs) of linear warm-up; a cosine to 0 follows", least=0)
     optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
     weight_decay: float = _of(0.0, "decay of weights; biases, norms, positions and tokens have none", least=0)
@@ -127,6 +127,8 @@ class Settings:
             if value is not None or each.default is not None:
                 value = checked(each.name, value, kind_of(each), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
+        if self.lr is None:
+            object.__setattr__(self, "lr", LEARNING_RATES.get(self.method, LEARNING_RATE))
         span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
@@ -159,7 +161,7 @@ class Settings:
     def stages(self) -> tuple["Stage", ...]:
         """The parts of the run: linear probing, where `lp_ft` asks for it, and then the method."""
         first = (Stage("linear", self.lp_ft, self.lp_ft_lr),) if self.lp_ft else ()
-        return (*first, Stage(self.method, self.epochs, self.lr))
+        return (*first, Stage(self.method, self.epochs, cast(float, self.lr)))
 
 
 _LINES = [f"{each.name}: {each.metadata['help']}." for each in fields(Settings)]
