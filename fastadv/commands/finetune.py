@@ -195,5 +195,6 @@ def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data
         progress=not is_quiet(),
         **settings,
     )
+    records = trainer.fit(dataset.train, dataset.val, dataset.test)
     vars(arguments).update(dataclasses.asdict(trainer.settings))  # for the report: with the numbers of the method
-    return trainer.fit(dataset.train, dataset.val, dataset.test)
+    return records
