@@ -12,7 +12,7 @@ import torch
 
 from fastadv import data, models
 from fastadv.commands.speech import say
-from fastadv.commands.values import Listed, one_of
+from fastadv.commands.values import Listed, WithDefaults, one_of
 from fastadv.data.classes import class_list
 from fastadv.data.trained import known
 from fastadv.devices import present
@@ -30,13 +30,12 @@ class Add(Protocol):
 
 def adder(parser: argparse.ArgumentParser) -> Add:
     """What adds options to a parser whose help shows the defaults."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = WithDefaults
 
     def add(name: str, kind: Kind = str, default: object = None, **options: Any) -> None:
         if choices := options.get("choices"):
             kind = one_of(choices)
-        # A help text, if only a blank, is what makes argparse print the default.
-        parser.add_argument(name, type=kind, default=default, **{"help": " ", **options})
+        parser.add_argument(name, type=kind, default=default, **options)
 
     return add
 

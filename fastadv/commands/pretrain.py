@@ -47,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
     add_data(parser, add, default="cifar10", classes="0-5")
-    add("--epochs", int, 30)
+    add("--epochs", int, 30, help="passes over the training images")
     add("--limit", int, 1000, help="test images for PGD-50-10, from the first")
     add("--out", Path, required=True, help="folder for robust-resnet.safetensors, its card and the state")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")

@@ -38,19 +38,19 @@ def add(parser: argparse.ArgumentParser) -> None:
         "quotes one with a comma)",
     )
     add("--classes", str, action=Listed, help="labels or names to keep, of a single data set (all if not given)")
-    add("--model", help="as for fastadv finetune (robust-resnet if not given)")
+    add("--model", help="as for fastadv finetune (default: robust-resnet)")
     add(
         "--methods",
         names,
         action=Listed,
-        help="as for fastadv finetune, and scratch: all, from random weights (linear,full)",
+        help="as for fastadv finetune, and scratch: all, from random weights (default: linear full)",
     )
-    add("--attacks", names, action=Listed, help="as for fastadv finetune (fgsm,pgd)")
-    add("--eps", budgets_255, action=Listed, help="budgets in units of 1/255: 4 8, 4,8 or 4/255 8/255 (8)")
-    add("--seeds", int, help="how many, from 0 (3)")
+    add("--attacks", names, action=Listed, help="as for fastadv finetune (default: fgsm pgd)")
+    add("--eps", budgets_255, action=Listed, help="budgets in units of 1/255: 4 8, 4,8 or 4/255 8/255 (default: 8)")
+    add("--seeds", int, help="how many, from 0 (default: 3)")
     add("--judges", names, action=Listed, help="beside clean, fgsm, pgd-10 and pma: pgd-50-10, apgd, autoattack")
-    add("--epochs", int, help="of each cell (20)")
-    add("--batch-size", int, help="(64)")
+    add("--epochs", int, help="passes over the training images, of each cell (default: 20)")
+    add("--batch-size", int, help="images of an update (default: 64)")
     for part in ("train", "val", "test"):
         add(f"--{part}-limit", int, help="so many images, the first of an order that is always the same")
     add("--data-folder", Path, help="where the data sets are whose paths are relative")

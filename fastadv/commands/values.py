@@ -1,4 +1,4 @@
-"""What the text of an option means: lengths in 1/255, and lists of lengths and names."""
+"""What the text of an option means, lengths in 1/255 and lists, and how the help shows its default."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -123,3 +123,19 @@ class Listed(argparse.Action):
             setattr(namespace, self.dest, self.read(text))
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, str(error)) from None
+
+
+def default_of(action: argparse.Action) -> str | None:
+    """The default of an option as it would be written on the command line; None where it has none, as a flag has."""
+    default = getattr(action, "default_text", action.default)
+    if default is None or default is False or default == argparse.SUPPRESS or not action.option_strings:
+        return None
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+class WithDefaults(argparse.HelpFormatter):
+    """Shows the defaults that options have."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = default_of(action)
+        return action.help if default is None else f"{action.help} (default: {default.replace('%', '%%')})"

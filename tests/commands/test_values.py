@@ -2,10 +2,11 @@
 
 import argparse
 import random
+import re
 
 import pytest
 
-from fastadv.commands import evaluate, finetune, pretrain, study
+from fastadv.commands import evaluate, finetune, predict, pretrain, study
 from fastadv.study.grid import expanded
 
 
@@ -76,3 +77,33 @@ def test_a_grid_takes_budgets_as_the_commands_do():
     assert [task.cell.eps for task in expanded({**grid, "eps": [4, "8/255", "16"]})] == [4, 8, 16]
     with pytest.raises(ValueError, match="'8/256' is not a number of 1/255"):
         expanded({**grid, "eps": "8/256"})
+
+
+def help_of(command):
+    """{option: its line of help}, without line breaks."""
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    options = re.split(r"\n(?=  -)", parser.format_help())[1:]
+    return {re.search(r"--[a-z0-9-]+", each)[0]: " ".join(each.split()) for each in options}
+
+
+@pytest.mark.parametrize("command", [evaluate, finetune, predict, pretrain, study], ids=lambda m: m.__name__[17:])
+def test_the_help_shows_a_default_only_where_there_is_one(command):
+    lines = help_of(command)
+    text = " ".join(lines.values())
+    assert not re.search(r"None|False|\[0\.|\['", text)
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    for action in parser._actions:
+        has_one = action.default is not None and action.default is not False and action.default != argparse.SUPPRESS
+        if has_one and action.help != argparse.SUPPRESS:
+            assert "(default: " in lines[action.option_strings[0]]
+
+
+def test_a_default_is_shown_as_the_option_takes_it():
+    lines = help_of(evaluate)
+    for name, shown in (("eps", "8"), ("attacks", "fgsm,pgd-10,pma"), ("batch-size", "128")):
+        assert f"(default: {shown})" in lines[f"--{name}"]
+        assert parsed(evaluate)[name.replace("-", "_")] == parsed(evaluate, f"--{name}", shown)[name.replace("-", "_")]
+    assert "(default: 600)" in help_of(finetune)["--checkpoint-s"]
+    assert "(default: 0-5)" in help_of(pretrain)["--classes"]
