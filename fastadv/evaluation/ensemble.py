@@ -36,6 +36,15 @@ class Trial:
     zeros: tuple[int, int] | None = None
     by_square: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self._planned = self.verdicts.restarts
+
+    @property
+    def title(self) -> str:
+        """For people, what runs: "pma at 8/255", or "pma at 8/255, extra run 3" of an attack that goes on."""
+        runs, attack = self.verdicts.restarts, self.adversary.title
+        return attack if runs == self._planned else f"{attack}, extra run {runs} because others still fooled samples"
+
     @property
     def within_budget(self) -> bool:
         """Whether all its adversarial images lie in a ball of a known norm and radius, and in the box."""

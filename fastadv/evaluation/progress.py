@@ -46,7 +46,7 @@ class ProgressBar:
         self._done, now = done, time.perf_counter()
         if self._lines and now - self._said >= PAUSE:
             self._said = now
-            logger.info("%s: %d of at most %d (%s)", self.title, done, done + left, self.unit)
+            logger.info("%s: %d of at most %d %s", self.title, done, done + left, self.unit)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._bar is not None:
