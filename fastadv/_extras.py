@@ -32,7 +32,7 @@ def _broken(module: str, error: BaseException) -> str:
     if not any("torchvision" in str(each) for each in chain):
         return f"{why}: install it again"
     return (
-        f"{why}: it imports torchvision, which is broken here, and probably built for another torch than the "
-        f"{version('torch')} that is installed. Install the torchvision that fits, from where this torch came: pip install "
-        "--force-reinstall --no-deps torchvision"
+        f"{why}: it imports torchvision, which is broken here, and probably built for another torch than "
+        f"{version('torch')}, which is installed. Install the torchvision that fits, from where this torch came: pip "
+        "install --force-reinstall --no-deps torchvision"
     )

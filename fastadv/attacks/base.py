@@ -56,7 +56,7 @@ WATCHED, ALARMING = 8, 0.1
 
 
 class Attack(Modes, Targets, ABC):
-    """An attack on `model` within `eps`, in pixels of [0, 1].
+    """An attack on `model` within `eps`, in the images' units, [0, 1].
 
     While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
     The model is left exactly as it was found, also when it raises: train flags, requires_grad, `.grad`, buffers.

@@ -100,7 +100,7 @@ def _check_clip(clip: Any) -> None:
 
 def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
     if isinstance(eps, Real) and norm == "Linf" and box_of(clip) == BOX and not 0 <= eps <= 1:
-        raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
+        raise ValueError(f"eps is on the images' scale [0, 1] (8/255, not 8), got {eps}")
     check_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
@@ -209,13 +209,13 @@ def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX)
     lo, hi = box_of(clip)
     if lo - SLACK <= low and high <= hi + SLACK:
         return None
-    told = f"images must be in [{lo:g}, {hi:g}], got [{low:.9g}, {high:.9g}]"
+    wrong = f"images must be in [{lo:g}, {hi:g}], got [{low:.9g}, {high:.9g}]"
     if low != low:
-        return f"{told}: some are NaN"
+        return f"{wrong}: some are NaN"
     if box_of(clip) != BOX:
-        return told
+        return wrong
     return (
-        f"{told}: divide those of [0, 255] by 255; if they are normalised, pass them as they were before, and "
+        f"{wrong}: divide those of [0, 255] by 255; if they are normalised, pass them as they were before, and "
         "Normalized(model, mean, std) as the model; for inputs with another range or none an attack takes "
         "clip=(lo, hi) or clip=None"
     )

@@ -36,7 +36,7 @@ class ForAPGD:
     """What can be set of APGD.
 
     Attributes:
-        eps: in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         n_restarts: runs.
         n_iter: steps of a run.
         rho: as APGD's.
@@ -66,7 +66,7 @@ class ForFAB:
     """What can be set of FAB.
 
     Attributes:
-        eps: in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         n_restarts: runs of "fab"; "fab-t" has one for each of its target classes.
         n_iter: steps of a run.
         n_target_classes: of "fab-t", as `ForTargetedAPGD`'s.
@@ -89,7 +89,7 @@ class ForSquare:
     """What can be set of Square.
 
     Attributes:
-        eps: in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         n_restarts: runs.
         n_queries: how many images of a sample the model sees in a run.
         p_init: as Square's.
@@ -107,7 +107,7 @@ class Ensemble:
     Args:
         model: any callable from images to logits (N, C).
         norm: "Linf" or "L2".
-        eps: budget, in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         version: "standard", "plus", "rand" for models that answer at random, or "custom".
         attacks_to_run: of a custom version, some of PARTS.
         options: of every attack, see `Attack`: autocast, memory_format, compile, graph.

@@ -20,7 +20,7 @@ class PGD(Attack):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps; also a tensor, see `Attack.alpha`.
         steps: number of steps, at least 1.
         random_start: start at a uniformly random point of the ball, else at the image.
@@ -100,7 +100,7 @@ class BIM(PGD):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps.
         steps: number of steps, at least 1.
         options: as PGD's, `schedule` among them; see `Attack`.
@@ -121,7 +121,7 @@ class TPGD(PGD):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps.
         steps: number of steps, at least 1.
         options: as PGD's, `schedule` among them; see `Attack`.
@@ -154,7 +154,7 @@ class MIFGSM(PGD):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps.
         steps: number of steps, at least 1.
         decay: the momentum's factor, mu.

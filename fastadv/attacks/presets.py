@@ -48,7 +48,7 @@ def create_attack(name: str, model: AnyModel, eps: float, **changes: Any) -> Att
     Args:
         name: a key of PRESETS, such as "pgd-20".
         model: any callable from images to logits (N, C).
-        eps: budget, in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         changes: to its settings (alpha, noise, steps) and to the options of `Attack`. None leaves the preset's value.
 
     Returns:

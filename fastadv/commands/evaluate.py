@@ -131,15 +131,16 @@ def _budget(result: dict[str, Any]) -> str:
 
 
 def _print_attacks(results: list[dict[str, Any]]) -> None:
-    """Print a row for each attack: its robust accuracy, its passes, the images that it was given, its runs, the run and
+    """Print a row for each attack: its robust accuracy, its passes, the images that it attacked, its runs, the run and
     the step that fooled the last image, and its seconds."""
-    say(f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}")
+    heads = f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'attacked':>10}"
+    say(f"{heads}{'runs x steps':>15}{'last fooled':>14}{'s':>8}")
     for result in results:
         eps, latest, settings = _budget(result), result["latest"], result["settings"]
         runs = f"{result['runs']} x {settings.get('steps', settings.get('n_queries', 1))}"
         fell = f"run {latest['restart'] + 1}, {latest['step']}" if latest else "-"
         say(
-            f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:8,}"
+            f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:10,}"
             f"{runs:>15}{fell:>14}{result['seconds']:8.1f}"
         )
 

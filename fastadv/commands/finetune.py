@@ -75,7 +75,7 @@ def _add_settings(add: Add, parser: argparse.ArgumentParser) -> None:
             continue
         kind = kinds.get(field.name, kind_of(field))
         choices = facts["limits"].get("choices")
-        help = facts["help"].replace("in pixels", "in 1/255")
+        help = facts["help"].replace("on the scale [0, 1]", "in units of 1/255")
         add(option, kind, field.default, help=help, **({"action": Listed} if kind is names else {"choices": choices}))
         if field.name in old:
             parser.add_argument(old[field.name], dest=field.name, type=kind, choices=choices, action=Renamed)
@@ -170,7 +170,7 @@ def _facts(arguments: argparse.Namespace, dataset: data.Data, final: Record) -> 
             "epochs": final["epochs"],
             "seconds of training": round(final["train_s"], 1),
         },
-        "Settings (eps, alpha and noise of pixels in [0, 1])": settings,
+        "Settings (eps, alpha and noise on the scale [0, 1])": settings,
         "Versions": {
             "fastadv": __version__,
             "torch": torch.__version__,

@@ -13,7 +13,7 @@ from fastadv.attacks.samplewise import has_rows
 from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
-EPS = 8 / 255  # of attacks by name, where nothing else is said
+EPS = 8 / 255  # of attacks by name, by default
 
 
 class StandardEvaluation(Protocol):
@@ -201,7 +201,7 @@ def budgets_of(eps: float | Sequence[float]) -> list[float]:
     given: list[object] = list(eps) if is_several(eps) else [eps]
     budgets = [number for number in map(_number, given) if number is not None]
     if len(budgets) < len(given) or not budgets:
-        raise TypeError(f"eps must be a number in pixels of [0, 1], such as 8/255, or several of them, got {eps!r}")
+        raise TypeError(f"eps must be a number on the images' scale [0, 1], such as 8/255, or several, got {eps!r}")
     return budgets
 
 

@@ -131,8 +131,8 @@ def curve(norm: str, points: Sequence[tuple[float, float]], clean: float) -> dic
     Returns:
         "norm"; "eps", ascending from 0; "robust_accuracy" at each of them; "area", that under the curve by trapezia,
         divided by the largest eps: the mean robust accuracy over budgets up to it; "expected_robustness", the mean over
-        all samples of the largest of these budgets that they withstand, in the unit of eps. That is a lower bound: a
-        sample that withstands 4/255 and not 8/255 counts as 4/255, whatever it withstands between them.
+        all samples of the largest of these budgets at which they are not fooled, in the unit of eps. That is a lower
+        bound: a sample that is fooled at 8/255 and not at 4/255 counts as 4/255, wherever between them it falls.
     """
     points = sorted({0.0: clean, **dict(points)}.items())
     steps = list(pairwise(points))

@@ -106,7 +106,7 @@ class Queue:
     over the free slots says what goes where, and the host, which is up to two iterations ahead, waits for nothing. An
     image that has taken its last step is then judged by one more iteration, whose gradient is lost. When no sample
     waits, free slots take further runs of samples that are under attack. The verdict is that of the first run that
-    fools: those before it go on, those after it are waste, and are stopped. A run that is survived takes as many
+    fools: those before it go on, those after it were not needed, and are stopped. A run that is survived takes as many
     iterations as any, so that a sample's runs end in the order in which they began, but for those that fool.
 
     On the CPU there are no more rows than images under attack, in one run each, and images that have taken their last
@@ -267,7 +267,7 @@ class Queue:
     def _verdict(
         self, logits: torch.Tensor, labels: torch.Tensor, inside: torch.Tensor | None, right: torch.Tensor
     ) -> torch.Tensor:
-        """What the model says; `right`, as if it withstood, where an iterate may not count."""
+        """What the model says; `right`, as if it were not fooled, where an iterate may not count."""
         said = verdict(logits, labels)
         return said if inside is None else torch.where(inside, said, right)
 

@@ -43,7 +43,7 @@ def share_weights(model: nn.Module, team: Team) -> None:
 
 
 def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:
-    """`model` under DistributedDataParallel, which is told whether a parameter that trains may get no gradient.
+    """`model` under DistributedDataParallel, which gets whether a parameter that trains may get no gradient.
 
     To look for such parameters in every step costs a walk through the graph. So one backward pass says whether there
     are any, such as DINOv2's mask token, or parameters that only another head uses. The model is left as it was found.

@@ -238,7 +238,7 @@ class Run:
         return final | {"eval_attack": _name(attack), **seconds}
 
     def _judged(self, test: Batch, attack: TrainAttack) -> Record:
-        """The shares of the test images that withstand the attack of the evaluations, and PMA after it."""
+        """The shares of the test images that the attack of the evaluations does not fool, and PMA after it."""
         attacks: list[str | TrainAttack] = [attack, self._named("pma")]
         options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
         report = evaluate(self.model, test, attacks, progress=False, **options)

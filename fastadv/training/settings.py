@@ -52,9 +52,11 @@ class Settings:
         None, "an adapter is so many times narrower than its block (8 if not given)", least=1
     )
     prompt_tokens: int | None = _of(None, "tokens that prompt adds to each block (10 if not given)", least=1)
-    alpha: float | None = _of(None, "step size of the attack, in pixels (the attack's own if not given)", least=0)
+    alpha: float | None = _of(
+        None, "step size of the attack, on the scale [0, 1] (the attack's own if not given)", least=0
+    )
     noise: float | None = _of(
-        None, "half-width of fgsm-rs' and nfgsm's random start, in pixels (theirs if not given)", least=0
+        None, "half-width of fgsm-rs' and nfgsm's random start, on the scale [0, 1] (theirs if not given)", least=0
     )
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
     eps_schedule: str = _of(
@@ -143,7 +145,7 @@ class Settings:
 
     @property
     def attack(self) -> dict[str, float | None]:
-        """Changes to the settings of an attack or a fast method that is given by name."""
+        """Changes to the settings of an attack by name."""
         names = ("alpha", "noise", "steps", "refresh", "price", "quantile", "penalty", "repeats")
         return {name: getattr(self, name) for name in names}
 

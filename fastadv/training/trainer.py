@@ -41,14 +41,14 @@ class Trainer:
 
     Memory follows the batch. No pass of the model has more images than a part of a step, batch_size / (processes times
     grad_accum_steps). The monitor, the evaluations and the backbone's measurement have the step's precision, its memory
-    layout and its compilation; an attack that is given as an object or a callable has its own. Of the validation and
+    layout and its compilation; an attack that is passed as an object or a callable has its own. Of the validation and
     test images 16 parts are on the device at a time. Copies of the weights (the last good ones, the best ones) are on
     the host. Only the average, which every step updates, is on the device.
 
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
-        eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
+        eps: radius of the ball, in the images' units, [0, 1], of an attack by name and of the default evaluation.
         attack: one of
             the name of an attack: "fgsm", "fgsm-rs", "nfgsm", "zerograd" or "pgd";
             the name of a method in `fastadv.training.fast`: "stale", FGSM's step along the signs that the last epoch's
@@ -123,7 +123,7 @@ class Trainer:
                 raise ValueError(f"unknown attack {attack!r}{instead(attack, (*PRESETS, *FAST))}")
             attack = create_attack(attack, self.model, self.eps, **changes)  # refuses wrong settings now
         elif changes:
-            raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
+            raise ValueError(f"{', '.join(changes)} belong to an attack by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
         Budget(as_attack(attack, self.model), self.settings.eps_schedule)  # refuses an attack that it would not change
         check_attack("eval_attack", self.eval_attack)
@@ -156,10 +156,11 @@ class Trainer:
               sign of the epoch before, the mean over the images); and, when evaluated, "clean_accuracy" and
               "robust_accuracy" on `val`.
             - At last {"final": True}, with "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy",
-              "robust_accuracy", "pma_accuracy" (of the images that withstand `eval_attack` and then PMA), "confusion"
-              (lists of [label, the model's class, images], "clean" and "attacked" by `eval_attack`), "eval_attack",
-              "train_s" and "train_cpu_s"; and where there was a choice of weights "chosen_by" (which accuracy on
-              `val`), "noise" (two standard errors of it) and "within_noise" (other epochs that were worse by no more).
+              "robust_accuracy", "pma_accuracy" (of the images that neither `eval_attack` nor then PMA fools),
+              "confusion" (lists of [label, the model's class, images], "clean" and "attacked" by `eval_attack`),
+              "eval_attack", "train_s" and "train_cpu_s"; and where there was a choice of weights "chosen_by" (which
+              accuracy on `val`), "noise" (two standard errors of it) and "within_noise" (other epochs that were worse
+              by no more).
 
         Raises:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.

@@ -716,7 +716,7 @@ def test_bf16_trains_weights_that_stay_float32():
         ({"attack": None, "alpha": 0.1, "steps": 3}, "alpha, steps belong to an attack given by name, got .* None"),
         ({"steps": 1.5, "attack": "pgd"}, "steps is a whole number, got 1.5"),
         ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
-        ({"eps": 8, "attack": None}, "eps is in pixels"),
+        ({"eps": 8, "attack": None}, "eps is on the images' scale"),
         (
             {"attack": PGD(nn.Identity(), 0.1, clip=(-1, 1))},
             r"images in \[0, 1\], and attack is made for clip=\(-1, 1\)",

@@ -35,7 +35,7 @@ def fast_method(
     Args:
         name: a key of FAST.
         model: from images in [0, 1] to logits.
-        eps: budget in pixels.
+        eps: radius of the ball, in the images' units, [0, 1].
         changes: to the method's settings, by name; a change of None leaves the method's own.
         options: of its attack, such as autocast, memory_format and compile.
 

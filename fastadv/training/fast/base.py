@@ -17,7 +17,7 @@ from fastadv.training.settings import Settings
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a method is told before an epoch.
+    """What a training attack gets before an epoch.
 
     Attributes:
         number: counted over all stages, from 0.
@@ -46,7 +46,7 @@ class FastMethod:
 
     Args:
         model: from images in [0, 1] to logits.
-        eps: budget in pixels.
+        eps: radius of the ball, in the images' units, [0, 1].
         penalty: weight of what the method adds to the loss; None means its own.
         repeats: updates in a row from one batch; None means its own.
         options: of its attack, such as autocast, memory_format and compile.

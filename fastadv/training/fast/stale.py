@@ -16,7 +16,7 @@ from fastadv.training.signs import pack_signs, unpack_signs
 
 DTYPE = torch.bfloat16  # of signs that are not packed
 RANDOM = 2**30  # in the place of an attack's epoch, for the seeds of random signs; and one more than the epoch
-SHOWN = 0.005  # the last digit in which prices are told
+SHOWN = 0.005  # the last digit in which prices are shown
 
 
 class Stale(FastMethod):
