@@ -713,7 +713,7 @@ def test_bf16_trains_weights_that_stay_float32():
             "on_catastrophic_overfitting='stop' answers the monitor, and probe=0",
         ),
         ({"lora_targets": ["3"]}, "lora_targets belongs to the method lora, and the method is full"),
-        ({"attack": None, "alpha": 0.1, "steps": 3}, "alpha, steps belong to an attack given by name, got .* None"),
+        ({"attack": None, "alpha": 0.1, "steps": 3}, "alpha, steps belong to an attack by name, got .* None"),
         ({"steps": 1.5, "attack": "pgd"}, "steps is a whole number, got 1.5"),
         ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
         ({"eps": 8, "attack": None}, "eps is on the images' scale"),
