@@ -53,8 +53,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--attack",
         default="fgsm",
         choices=(*PRESETS, *FAST, "none"),
-        help=f"{', '.join(FAST)} are methods of training; stale: FGSM along the last epoch's signs; cached: linear "
-        "probing on features of attacked images that are kept for some epochs",
+        help=f"{', '.join(FAST)} are training attacks, with a step of their own; stale: FGSM along the last epoch's "
+        "signs; cached: linear probing on features of attacked images that are kept for some epochs",
     )
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
     _add_settings(add, parser)

@@ -127,7 +127,7 @@ class Task:
         cell: its name in the results.
         data: where its images are.
         images: which of them are taken.
-        attack: name of the attack or the fast method in training, as the trainer takes it.
+        attack: name of the attack in training, as the trainer takes it.
         training: settings of the trainer.
         judges: those beside ALWAYS.
     """

@@ -153,7 +153,7 @@ class Settings:
         """These settings with numbers for `label_smoothing` and `ema_decay` where they are not given.
 
         Args:
-            defaults: of the fast method, by the names of settings; a setting that it does not name is 0.
+            defaults: of the training attack, by the names of settings; a setting that it does not name is 0.
         """
         names = ("label_smoothing", "ema_decay")
         missing: dict[str, Any] = {name: defaults.get(name, 0.0) for name in names if getattr(self, name) is None}

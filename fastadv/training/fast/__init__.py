@@ -1,4 +1,4 @@
-"""Fast methods of adversarial training by name."""
+"""Training attacks by name: fast adversarial training with a step of its own."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -24,19 +24,19 @@ FAST: dict[str, type[FastMethod]] = {
     "sora": SORA,
     "stale": Stale,
 }
-"""Fast methods by name."""
+"""Training attacks by name."""
 
 
 def fast_method(
     name: str, model: nn.Module, eps: float, changes: Mapping[str, float | None], **options: Any
 ) -> FastMethod:
-    """The method called `name`.
+    """The training attack called `name`.
 
     Args:
         name: a key of FAST.
         model: from images in [0, 1] to logits.
         eps: radius of the ball, in the images' units, [0, 1].
-        changes: to the method's settings, by name; a change of None leaves the method's own.
+        changes: to its settings, by name; a change of None leaves its own value.
         options: of its attack, such as autocast, memory_format and compile.
 
     Raises:

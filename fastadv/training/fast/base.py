@@ -38,7 +38,7 @@ class Epoch:
 
 
 class FastMethod:
-    """A method of training, for a `TrainStep` in the place of its attack; a subclass is one of the table `FAST`.
+    """A training attack, with a step of its own, for a `TrainStep`; a subclass is one of the table `FAST`.
 
     An epoch calls `begin_epoch`. An update calls `begin`, then for each part of its batch `attacked`, `learn`,
     `distances` and `seen`, and then `end`. Beside weights, images and seeds, an update depends on `state` and on the
@@ -47,14 +47,14 @@ class FastMethod:
     Args:
         model: from images in [0, 1] to logits.
         eps: radius of the ball, in the images' units, [0, 1].
-        penalty: weight of what the method adds to the loss; None means its own.
+        penalty: weight of what it adds to the loss; None means its own.
         repeats: updates in a row from one batch; None means its own.
         options: of its attack, such as autocast, memory_format and compile.
 
     Attributes:
-        attack: what a monitor looks with, and whose loss the method climbs. Where the method heeds a schedule of the
+        attack: what a monitor looks with, and whose loss it climbs. Where it heeds a schedule of the
             budget, the run puts the attack with the current budget here, and None where the budget is 0.
-        weight: `penalty`, or the method's own.
+        weight: `penalty`, or its own.
 
     Raises:
         ValueError: eps is out of range.
@@ -85,10 +85,10 @@ class FastMethod:
         return FGSM(model, eps, **options)
 
     def check(self, name: str, settings: Settings) -> None:
-        """Refuse settings that the method cannot heed.
+        """Refuse settings that the attack cannot heed.
 
         Args:
-            name: of the method, for the errors.
+            name: of the attack, for the errors.
             settings: of the run.
 
         Raises:
@@ -111,10 +111,10 @@ class FastMethod:
                 )
 
     def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
-        """Refuse a model that the method cannot train. The model is left as it was.
+        """Refuse a model that the attack cannot train. The model is left as it was.
 
         Args:
-            name: of the method, for the errors.
+            name: of the attack, for the errors.
             settings: of the run.
             images: two of the training images, (2, C, H, W), floats on the model's device.
 
@@ -144,7 +144,7 @@ class FastMethod:
     ) -> tuple[torch.Tensor, ...]:
         """The images to learn from, new and detached, and where it `compares` those at the start, (N, ...) each.
 
-        A method with `outputs` of its own may return what these take instead.
+        An attack with `outputs` of its own may return what these take instead.
 
         Args:
             images: (N, ...) floats in [0, 1].
@@ -188,7 +188,7 @@ class FastMethod:
         """After the update's step."""
 
     def facts(self) -> dict[str, float]:
-        """What the record of an epoch says of the method, after its last update."""
+        """What the record of an epoch says of the attack, after its last update."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -200,13 +200,13 @@ class FastMethod:
 
 
 def needed(rows: torch.Tensor | None) -> torch.Tensor:
-    """The images' numbers, for a method that keeps something of each image.
+    """The images' numbers, for an attack that keeps something of each image.
 
     Raises:
         ValueError: they are not given.
     """
     if rows is None:
-        raise ValueError("the method keeps something of each image: give rows=, the images' numbers")
+        raise ValueError("the attack keeps something of each image: give rows=, the images' numbers")
     return rows
 
 

@@ -33,7 +33,7 @@ class Stale(FastMethod):
     through the backbone, and a step of FGSM three times as long (`fastadv.training.cost`).
 
     Signs outlast the end of a stage and a rollback. A switch to another attack drops them, and a stage after it begins
-    with random signs again. The monitor looks with FGSM, which this method imitates.
+    with random signs again. The monitor looks with FGSM, which this attack imitates.
 
     The gradient is the update's: of its loss, with label smoothing, in its mode and precision, and where batch-norm
     mixes a batch, of the whole part of it.
