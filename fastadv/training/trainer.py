@@ -52,9 +52,9 @@ class Trainer:
         attack: one of
             the name of an attack: "fgsm", "fgsm-rs", "nfgsm", "zerograd" or "pgd";
             the name of a training attack in `fastadv.training.fast`: "stale", FGSM's step along the signs that the last
-            epoch's updates left, at about the price of standard training; or one that trains in one process only: "cached",
-            linear probing on features of attacked images that are kept for some epochs, "fgsm-pgi", "gradalign",
-            "free", "liet" or "sora";
+            epoch's updates left, at about the price of standard training; or one that trains in one process only:
+            "cached", linear probing on features of attacked images that are kept for some epochs, "fgsm-pgi",
+            "gradalign", "free", "liet" or "sora";
             an attack of fastadv on `model`, which gets a seed for each image, from the run's seed, the image's number
             and the epoch;
             any other callable from (images, labels) to images;
