@@ -50,6 +50,7 @@ LOOKED_UP = {
     "loss": (lambda: FGSM(MODEL, loss="drl"), "dlr", ("ce", "kl")),
     "training mode": (lambda: FGSM(MODEL, training_mode="evaluate"), "eval", ("eval",)),
     "schedule": (lambda: PGD(MODEL, schedule="cosin"), "cosine", ()),
+    "part of AutoAttack": (lambda: Ensemble(MODEL, version="custom", attacks_to_run=["fab-tt"]), "fab-t", ("square",)),
     "version": (lambda: Ensemble(MODEL, version="standart"), "standard", ("plus", "rand")),
     "iterate": (lambda: evaluate(MODEL, (IMAGES, LABELS), iterate="lasts"), "last", ("any",)),
     "method": (lambda: trainable(MODEL, "lara").__enter__(), "lora", METHODS),

@@ -164,8 +164,11 @@ class Ensemble:
             TypeError, ValueError: a setting or a name is wrong.
         """
         chosen = self.attacks_to_run
-        if not isinstance(chosen, (list, tuple)) or any(name not in PARTS for name in chosen):
+        if not isinstance(chosen, (list, tuple)):
             raise ValueError(f"attacks_to_run must be a list of {', '.join(PARTS)}, got {chosen!r}")
+        for name in chosen:
+            if name not in PARTS:
+                raise ValueError(f"unknown part {name!r} in attacks_to_run{instead(name, PARTS)}")
         return [(name, self._attack(name)) for name in chosen]
 
     def _attack(self, name: str) -> Attack:
