@@ -13,7 +13,7 @@ def require(module: str, extra: str = "train") -> ModuleType:
         extra: the name of the extra.
 
     Raises:
-        ImportError: the package is not installed; the message says what to install.
+        ImportError: the package is not installed, or broken; the message says what to do.
     """
     try:
         return importlib.import_module(module)

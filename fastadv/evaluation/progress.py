@@ -16,7 +16,7 @@ class ProgressBar:
 
     Args:
         title: what is running, such as "pgd-10 at 8/255".
-        unit: the name of a step, such as "batch".
+        unit: the name of the steps, such as "batches".
         shown: whether anything is shown.
 
     Raises:

@@ -45,7 +45,7 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """The cost of a training method, compared with the update of standard training.
+    """The cost of a training attack, compared with the update of standard training.
 
     Attributes:
         gradients: gradients with respect to the pixels before the update, F + Bx each.
@@ -87,7 +87,7 @@ def passes(
     - The update of a linear probe has no backward pass through the backbone. With "full" there is a pass to the
       parameters. With any other method the backward pass goes through all layers, but computes hardly any gradient of a
       weight: it counts as a pass to the pixels.
-    - A method that needs the update's gradient of the pixels gets it for free, except with a linear probe: there it
+    - An attack that needs the update's gradient of the pixels gets it for free, except with a linear probe: there it
       costs a pass to the pixels.
     - A gradient that is differentiated a second time (GradAlign) costs its own two passes, and the update's backward
       pass twice.
