@@ -343,7 +343,7 @@ def test_images_of_another_type_are_refused(net, batch, images):
 
 @pytest.mark.parametrize("eps", [8, -0.1, float("nan")])
 def test_eps_outside_the_pixel_range_is_refused(net, eps):
-    with pytest.raises(ValueError, match=r"pixels of \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"the images' scale \[0, 1\]"):
         FGSM(net, eps)
 
 

@@ -1054,7 +1054,7 @@ def test_only_comparable_attacks_are_compared(net):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"pool": 0}, "pool must be at least 1"),
         ({"attacks": ["pgb"]}, "unknown attack 'pgb'"),
-        ({"eps": 8}, r"pixels of \[0, 1\]"),
+        ({"eps": 8}, r"the images' scale \[0, 1\]"),
         ({"attacks": [lambda net: hardest(net, targeted=True)]}, "takes its targets for labels"),
         ({"attacks": [lambda net: hardest(net, training_mode="as_is")]}, "in another mode"),
         ({"images": lambda x: x * 2}, "images must be in"),
@@ -1062,7 +1062,7 @@ def test_only_comparable_attacks_are_compared(net):
         ({"labels": lambda y: y - 1}, "not be negative, got -1"),
         ({"labels": lambda y: y[:0], "images": lambda x: x[:0]}, "no images to evaluate"),
         ({"labels": lambda y: y[:39]}, "one for each of images"),
-        ({"device": "meta"}, "images are on meta and the model is on cpu"),
+        ({"device": "meta"}, "the device 'meta' is not here"),
     ],
 )
 def test_what_cannot_work_is_refused(net, samples, options, message):
