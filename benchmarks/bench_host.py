@@ -1,4 +1,4 @@
-"""What one call costs the host: 16 elements, so that the arithmetic is nothing."""
+"""Measures the host's time of one call: on 16 elements the arithmetic takes no time."""
 
 import time
 
@@ -9,7 +9,7 @@ from cases import DEVICE, OPS, Case, contenders
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
-CALLS = 100  # nine launches each at most: a GPU queues about a thousand before the host has to wait
+CALLS = 100  # with nine launches each at most: a GPU queues about a thousand launches before the host has to wait
 
 
 def reading(call):

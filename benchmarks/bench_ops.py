@@ -7,13 +7,13 @@ from cases import DEVICE, OPS, SIZES, all_cases, contenders
 
 import fastadv
 
-CHECKED = 2  # samples: the reference takes seconds for a large batch
+CHECKED = 2  # samples that are compared with the reference, which takes seconds for a large batch
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
 
 def check(case, inputs, out):
-    """No figure for a wrong result: all of it written, and the first samples bit for bit the reference's on a CPU."""
+    """Check a result before the timing: all of it is written, and the first samples equal the reference's bits."""
     assert out.isfinite().all()
     with fastadv.backend("reference"):
         want = OPS[case.op].fused(*(t[:CHECKED].cpu() for t in inputs))
@@ -21,7 +21,7 @@ def check(case, inputs, out):
 
 
 def figures(nbytes, median):
-    """The ratios people ask for. A copy reads and writes: two tensors."""
+    """Ratios of the medians: to the naive step, the compiled naive step and a copy, which reads and writes a tensor."""
     rate = nbytes["fastadv"] / median["fastadv"]
     copy_rate = nbytes["copy"] / median["copy"]
     found = {

@@ -1,4 +1,4 @@
-"""What is timed: the ops, the sizes, the dtypes, and the contenders of each case."""
+"""The cases of the benchmarks: ops, sizes and dtypes, and the contenders of each case."""
 
 import functools
 import os
@@ -19,8 +19,8 @@ PAIRS = ("f32/f32", "f32/bf16", "bf16/bf16", "f16/f16", "u8/f32")  # image/grad
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 SIZES = {
-    "16": (16,),  # the host's cost alone
-    "tiny": (2, 3, 8, 8),  # for trying the machinery, never for figures
+    "16": (16,),  # for the host's time alone
+    "tiny": (2, 3, 8, 8),  # to try the benchmark itself; its times mean nothing
     "cifar": (128, 3, 32, 32),
     "imagenet": (64, 3, 224, 224),
     "large": (192, 3, 224, 224),  # 115 MB in float32: beyond any cache
@@ -30,7 +30,7 @@ USUAL_SIZES = "cifar,large,huge" if DEVICE.type == "cuda" else "cifar,imagenet,l
 CHOSEN_SIZES = os.environ.get("FASTADV_BENCH_SIZES", USUAL_SIZES).split(",")
 
 
-# ------------------------------------------------------------------ what people write today
+# ------------------------------------------------------------------ the naive steps, as written by hand
 
 
 def pixels(x):
@@ -57,7 +57,7 @@ def naive_fgsm_rs(x, grad):
 
 
 def with_model_input(naive, dtype):
-    """What a model that normalises inside does to the step's result."""
+    """The normalisation inside a model, as an operation of its own on the step's result."""
     mean, std = (torch.tensor(v, dtype=dtype, device=DEVICE).view(1, -1, 1, 1) for v in (MEAN, STD))
 
     def run(*inputs):
@@ -72,7 +72,7 @@ def with_model_input(naive, dtype):
 
 @dataclass(frozen=True)
 class Op:
-    reads: tuple  # the tensors, in the order that both callables take them
+    reads: tuple  # the tensors that both callables take, in their order
     fused: Callable
     naive: Callable
 
@@ -99,11 +99,11 @@ class Case:
     pair: str
     backend: str
     layout: str = "contiguous"
-    z: bool = False  # whether it writes the model's next input too
+    z: bool = False  # whether the step also writes the model's next input
 
     @property
     def name(self):
-        """The op and what is special about this case."""
+        """The name of the op, with the layout and z where they are not the usual ones."""
         return self.op + " z" * self.z + " channels-last" * (self.layout == "channels_last")
 
     @property
@@ -114,13 +114,13 @@ class Case:
         return t.contiguous(memory_format=LAYOUTS[self.layout])
 
     def dtypes(self):
-        """The dtype of each tensor and of the result: a uint8 image gives a float32 one."""
+        """The dtype of each tensor and of the result; for uint8 images the result is float32."""
         image, grad = (DTYPES[name] for name in self.pair.split("/"))
         result = torch.float32 if image == torch.uint8 else image
         return {"x": image, "grad": grad, "x_adv": result, "out": result}
 
     def inputs(self):
-        """Fresh random tensors; a ReLU network's gradient has zeros."""
+        """New random tensors; some gradients are zero, as in a ReLU network."""
         shape, dtypes = SIZES[self.size], self.dtypes()
         x = torch.rand(shape, device=DEVICE)
         made = {
@@ -131,11 +131,11 @@ class Case:
         return [self.laid_out(made[name]) for name in OPS[self.op].reads]
 
     def output(self):
-        """Poisoned: what a kernel leaves unwritten does not look like a result."""
+        """The tensor for the result, filled with NaN: a number that a kernel does not write is then seen."""
         return self.laid_out(torch.full(SIZES[self.size], torch.nan, dtype=self.dtypes()["out"], device=DEVICE))
 
     def model_input(self, out):
-        """The arguments that have the step write z."""
+        """The arguments with which the step writes z."""
         return {"normalization": NORMALIZATION, "z": torch.full_like(out, torch.nan)} if self.z else {}
 
     def bytes(self, inputs, out):
@@ -143,7 +143,7 @@ class Case:
 
 
 def backends(size):
-    """The native backend, Triton beside it on a GPU, and the reference where a CPU can wait for it."""
+    """The native backend; on a GPU also Triton; on a CPU also the reference, at sizes where it is not too slow."""
     if DEVICE.type == "cuda":
         return ("cuda", "triton")
     return ("cpu", "reference") if size in ("tiny", "cifar") else ("cpu",)
@@ -156,14 +156,14 @@ def pairs(op, size):
 
 
 def special(op, pair, size):
-    """(layout, z): on a GPU the other layout and the model's input too, at one size."""
+    """(layout, z) of the cases at a size: on a GPU one size also has the other layout, and the model's input."""
     if DEVICE.type == "cuda" and size == "large" and pair in ("f32/f32", "bf16/bf16"):
         return [("contiguous", False), ("channels_last", False), ("contiguous", True), ("channels_last", True)]
     return [("contiguous", False)]
 
 
 def all_cases():
-    """Backends innermost: those of one case share its compiled contender."""
+    """All cases. The backends of a case follow each other, because they share its compiled contender."""
     return [
         Case(op, size, pair, backend, layout, z)
         for op in OPS
@@ -187,19 +187,19 @@ def naive_step(op, pair, z):
 
 @functools.lru_cache(maxsize=1)
 def compiled(op, shape, pair, z):
-    """The naive step under torch.compile; for `shape`, or for any where it is None."""
+    """The naive step under torch.compile: for a fixed `shape`, or for all shapes where it is None."""
     torch._dynamo.reset()
     return torch.compile(naive_step(op, pair, z), fullgraph=True, dynamic=shape is None)
 
 
-# Names with commas between them; all where there are none. What is compiled takes longer to compile than to time.
+# Names of contenders, separated by commas; without names all. To compile the compiled one takes longer than to time it.
 CHOSEN_CONTENDERS = [name for name in os.environ.get("FASTADV_BENCH_CONTENDERS", "").split(",") if name]
 
 
 def contenders(case, quick):
-    """name -> a function that takes (inputs, out) and returns the call to time.
+    """{name: a function that takes (inputs, out) and returns the call to time}.
 
-    A quick run compiles once for all sizes: compiling takes most of its time, and it is no measurement anyway.
+    A quick run, which measures nothing, compiles once for all sizes: to compile takes most of its time.
     """
     fused, naive = OPS[case.op].fused, naive_step(case.op, case.pair, case.z)
     shape = None if quick else SIZES[case.size]
@@ -209,6 +209,6 @@ def contenders(case, quick):
         "compile": lambda inputs, out: functools.partial(compiled(case.op, shape, case.pair, case.z), *inputs),
         "copy": lambda inputs, out: functools.partial(out.copy_, torch.rand_like(out)),
     }
-    if DEVICE.type == "cuda":  # a kernel that does nothing: the floor of small sizes
+    if DEVICE.type == "cuda":  # a kernel that does nothing shows the least time of a small case
         made["empty"] = lambda inputs, out: functools.partial(torch.cuda._sleep, 0)
     return {name: make for name, make in made.items() if not CHOSEN_CONTENDERS or name in CHOSEN_CONTENDERS}

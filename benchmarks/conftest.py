@@ -1,14 +1,14 @@
-"""The fixture that measures, what goes into the JSON, and the table at the end.
+"""The fixture that measures, the contents of the JSON file, and the table at the end.
 
-The rounds are pytest-benchmark's options: at least `--benchmark-min-rounds`, and as many as fit into
-`--benchmark-max-time` seconds a case. One round of each, to see that everything runs:
+pytest-benchmark's options choose the rounds: at least `--benchmark-min-rounds`, and as many as fit into
+`--benchmark-max-time` seconds for each case. One round of each case, to see that everything runs:
 `pytest --benchmark --benchmark-min-rounds=1 --benchmark-max-time=0`.
 """
 
 import sys
 from pathlib import Path
 
-# For the modules beside the benchmarks; behind what is installed.
+# The modules beside the benchmarks can be imported. Installed packages come first.
 sys.path.extend(str(Path(__file__).resolve().parent / folder) for folder in ("", "attacks", "training"))
 
 import environment
@@ -17,7 +17,7 @@ import report
 import timing
 
 FIGURES = pytest.StashKey()
-# What a row is read with, whatever file it ends up in.
+# A row needs these facts, whatever file it is stored in.
 VERSIONS = ("device", "device_type", "threads", "torch", "triton", "python", "cuda", "driver")
 
 
@@ -32,7 +32,7 @@ class Measure:
         return self.max_time == 0
 
     def __call__(self, readings, first):
-        """The seconds of every reading, taken in alternation; those of `first` are pytest-benchmark's."""
+        """Time all contenders in turn; pytest-benchmark gets the times of `first`. Returns {name: seconds}."""
         return timing.run(self.benchmark, readings, first, self.min_rounds, self.max_time)
 
     def record(self, **figures):
@@ -53,13 +53,13 @@ def measure(benchmark, request, facts):
 
 
 def pytest_benchmark_update_machine_info(machine_info):
-    """Neither the host's name nor the processor's hundred flags belong into stored results."""
+    """Leave the host's name and the processor's hundred flags out of stored results."""
     machine_info.pop("node", None)
     machine_info["cpu"].pop("flags", None)
 
 
 def pytest_benchmark_update_json(output_json):
-    """The facts of the run; without the single readings, nine tenths of the file."""
+    """Add the facts of the run, and remove the single readings, which are nine tenths of the file."""
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
     output_json["part"] = "bench"

@@ -1,4 +1,4 @@
-"""Where and on what a result was measured: every result file carries these facts."""
+"""The machine and the software of a measurement; every file of results has these facts."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def output(*command):
-    """What the command prints, or '' where it does not run."""
+    """The output of a command, or "" where it does not run."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -22,7 +22,7 @@ def output(*command):
 
 
 def commit():
-    """The git commit, `+` where tracked files differ from it; FASTADV_COMMIT names it where the repository cannot."""
+    """The git commit, with "+" where tracked files differ from it. Without a repository FASTADV_COMMIT names it."""
     head = output("git", "rev-parse", "HEAD")
     if not head or "FASTADV_COMMIT" in os.environ:
         return os.environ.get("FASTADV_COMMIT", "unknown")
@@ -52,7 +52,7 @@ def facts():
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        # glibc maps large tensors anew unless told not to: see NOTES.md on what that costs the contenders.
+        # By default glibc maps new memory for each large tensor. NOTES.md says what that costs the contenders.
         "recycled_memory": "MALLOC_MMAP_THRESHOLD_" in os.environ,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,10 +1,10 @@
-"""The figures in README and docs: one table of them, and the texts that quote it.
+"""Writes the table of all measured numbers ("figures"), and the texts in README and docs that quote them.
 
     python benchmarks/figures.py          (make figures)
 
-`quoted.py` says which figures there are and where in benchmarks/results each is; `figures.md` has the texts, with
-`{id}` where one stands. This writes benchmarks/results/table.csv and, in README.md and docs, what is between
-`<!-- figures:NAME -->` and `<!-- /figures -->`. No figure is typed by hand; a test makes all of it anew.
+`quoted.py` lists the figures and says where in benchmarks/results each is. `figures.md` has the texts, with `{id}` in
+place of a figure. This writes benchmarks/results/table.csv, and in README.md and docs the text between
+`<!-- figures:NAME -->` and `<!-- /figures -->`. No figure is typed by hand: a test compares these texts with new ones.
 """
 
 import csv
@@ -29,7 +29,7 @@ QUOTED = re.compile(r"\{([\w.-]+)\}")
 
 
 def table(root: Path = ROOT, figures: Iterable[Figure] = FIGURES) -> list[dict[str, str]]:
-    """A row a figure; all values as they are written."""
+    """A row for each figure. Its value is the text that is quoted, such as "3.1"."""
     results: dict[str, Any] = {}
     for figure in figures:
         results |= {name: read(root / "benchmarks/results", name) for name in figure.files if name not in results}
@@ -37,7 +37,7 @@ def table(root: Path = ROOT, figures: Iterable[Figure] = FIGURES) -> list[dict[s
 
 
 def read(folder: Path, name: str) -> Any:
-    """What the file has; where the name has a star, a list of what all that match have."""
+    """The content of a file of results; for a name with a star, a list of the contents of all files that match."""
     if "*" in name:
         return [json.loads(path.read_text()) for path in sorted(folder.glob(name))]
     return json.loads((folder / name).read_text())
@@ -59,7 +59,7 @@ def row(figure: Figure, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def joined(words: Iterable[str | None]) -> str:
-    """Distinct ones, in their order."""
+    """Distinct words in their order, as one text."""
     return "; ".join(dict.fromkeys(word for word in words if word))
 
 
@@ -72,7 +72,7 @@ def on_cpu(result: Mapping) -> bool:
 
 
 def versions(result: Mapping) -> str:
-    """Of what took part; that of a peer whose own file it is too."""
+    """The versions of the software in a measurement, also that of another library that was measured."""
     facts = {name: environment(result).get(name) for name in ("torch", "triton", "cuda", "python")}
     facts["autoattack"] = (result.get("autoattack") or "")[:7]
     facts[result.get("peer")] = result.get("version of the peer")
@@ -80,7 +80,7 @@ def versions(result: Mapping) -> str:
 
 
 def commit(result: Mapping) -> str:
-    """Seven digits, with `+` where files differed from it."""
+    """The first seven digits of the commit, with "+" where files differed from it."""
     whole = result.get("commit") or environment(result).get("commit") or ""
     return whole[:7] + ("+" if whole.endswith("+") else "")
 
@@ -102,7 +102,7 @@ def as_csv(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def texts(root: Path = ROOT) -> dict[str, str]:
-    """Each block's text, with {id} where a figure stands."""
+    """{name of a block: its text, with {id} in place of a figure}."""
     return dict(BLOCK.findall((root / TEXTS).read_text()))
 
 
@@ -111,10 +111,15 @@ def quoted(text: str) -> list[str]:
 
 
 def filled(page: str, blocks: Mapping[str, str], values: Mapping[str, str]) -> str:
-    """The page, with these texts and values between its marks.
+    """The page with new texts between its marks.
+
+    Args:
+        page: the text of the page.
+        blocks: {name of a block: its text}.
+        values: {id of a figure: its value}.
 
     Raises:
-        LookupError: there is no such block, or no such figure.
+        LookupError: the page has a block, or a text a figure, that does not exist.
     """
 
     def written(mark: re.Match) -> str:
@@ -135,14 +140,14 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def files_of(page: Path, root: Path = ROOT) -> list[str]:
-    """The stored results that a page's figures are from."""
+    """The files of results from which a page quotes figures."""
     blocks, figures = texts(root), {figure.id: figure for figure in FIGURES}
     ids = [name for block, _ in BLOCK.findall(page.read_text()) for name in quoted(blocks[block])]
     return list(dict.fromkeys(file for name in ids for file in figures[name].files))
 
 
 def made(root: Path = ROOT, figures: Iterable[Figure] = FIGURES) -> dict[Path, str]:
-    """What the table and the pages should be."""
+    """{path: new content} of the table and the pages."""
     rows, blocks = table(root, figures), texts(root)
     values = {row["id"]: row["value"] for row in rows}
     return {root / TABLE: as_csv(rows)} | {page: filled(page.read_text(), blocks, values) for page in pages(root)}

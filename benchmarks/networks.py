@@ -1,4 +1,4 @@
-"""The attacked and trained networks, for 32x32 images and ten classes: small, but each of a kind people attack."""
+"""The networks that benchmarks attack and train, for 32x32 images and ten classes: small ones of the usual kinds."""
 
 import torch
 from cases import DEVICE
@@ -17,7 +17,7 @@ def conv():
 
 
 def strided():
-    """Three strided convolutions and a linear layer over all places: learns robustly within a minute."""
+    """Three strided convolutions and a linear layer on all pixels; it can be trained adversarially within a minute."""
     widths = (3, 64, 128, 256)
     layers = [
         layer
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 def resnet18():
-    """ResNet-18 as it is used on CIFAR: no early pooling (He et al. 2016, arXiv 1512.03385)."""
+    """ResNet-18 in its form for CIFAR, without early pooling (He et al. 2016, arXiv 1512.03385)."""
     stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     plan = ((64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2))
     blocks = [Block(*widths) for widths in (*plan, (512, 512, 1))]
@@ -54,7 +54,7 @@ def resnet18():
 
 
 class ViT(nn.Module):
-    """A vision transformer, patches of 4x4 (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
+    """A vision transformer with patches of 4x4 pixels (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
 
     def __init__(self, width=192, depth=6, heads=3):
         super().__init__()
@@ -91,7 +91,7 @@ NETWORKS = {"conv": (conv, 128), "resnet18": (resnet18, 32), "vit": (ViT, 32)}
 
 
 def example(network, quick):
-    """A new model, images and labels."""
+    """(a new model, images, labels)."""
     make, n = NETWORKS[network]
     n = 4 if quick else n
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What README and docs quote: for each figure its id, the stored results that it is from, and where it is there."""
+"""The list of figures that README and docs quote: for each figure its id, its file of results and its place there."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvid
 DEMO = "demo.json"
 STUDY, CELLS = "study/results.json", "study/cells/*/cell.json"
 
-# What made the files, but for those that say it themselves; of several that match, the first.
+# {pattern of files: the command that made them}; the first pattern that matches counts. Other files name their command.
 COMMANDS = {
     RECYCLED: "pytest --benchmark benchmarks/bench_ops.py, MALLOC_{MMAP,TRIM}_THRESHOLD_ above the tensors' size",
     "cpu-amd-epyc-*-thread*": "pytest --benchmark benchmarks/bench_ops.py benchmarks/bench_host.py",
@@ -55,12 +55,12 @@ class Figure:
     """A measured value that a text quotes.
 
     Attributes:
-        id: as the texts have it, in braces.
-        what: it is, in words.
-        files: in benchmarks/results; one with a star stands for all that match.
-        value: where it is, as `at` has it in the only file, or a function of the contents of the files in their order
-            (a list of them where it has a star).
-        form: the value as it is written.
+        id: the name that the texts have in braces.
+        what: a description in words.
+        files: files in benchmarks/results; a name with a star stands for all files that match.
+        value: the place of the value, for `at` in the only file; or a function of the contents of the files, in their
+            order, with a list of contents for a name with a star.
+        form: turns the value into the text that is quoted.
     """
 
     id: str
@@ -74,13 +74,17 @@ class Figure:
 
 
 def at(found: Mapping, path: str) -> Any:
-    """What is at `key.key[name=value&name=value].key`.
+    """The value at a place such as `key.key[name=value&name=value].key`.
 
-    Brackets choose the only row of a list that has these facts. `figures` are the rows of a benchmark, wherever its
-    file has them.
+    Brackets choose the row of a list that has these values. The key `figures` stands for the rows of a benchmark,
+    wherever its file has them.
+
+    Args:
+        found: the content of a file.
+        path: the place.
 
     Raises:
-        LookupError: there is no such key, or not one such row.
+        LookupError: there is no such key; or no row or several rows match.
     """
     for key, facts in re.findall(r"([^.\[]+)(?:\[([^]]*)\])?", path):
         found = rows_of(found) if key == "figures" else found[key]
@@ -175,7 +179,7 @@ def steps_on_cpu() -> Iterator[Figure]:
 
 
 def _step(name: str, file: str, facts: str) -> list[Figure]:
-    """Its speed beside the naive step, the compiled one and a copy."""
+    """Figures of a step's speed relative to the naive step, the compiled one and a copy."""
     row, words = f"figures[{facts}]", ", ".join(fact.split("=")[1] for fact in facts.split("&")[1:])
     return [
         Figure(f"{name}.naive", f"{words}: the naive step's time over it", (file,), f"{row}.speedup_over_naive", times),
@@ -233,8 +237,10 @@ def _over_ops(
     sizes: Iterable[str] = (),
     dtypes: Iterable[str] = (),
 ) -> tuple[float, float]:
-    """The least and the greatest of these ops (with all that they can write besides), sizes and dtypes; of all where
-    none are named."""
+    """The smallest and the largest value over some ops, sizes and dtypes; where none are named, over all.
+
+    An op counts with and without its further outputs, such as the model's input.
+    """
     wanted = {"backend": (backend,), "op": ops, "size": sizes, "dtype": dtypes}
     rows = [{**row, "op": row["op"].split()[0]} for row in rows_of(found) if row["kind"] == "op"]
     chosen = [row for row in rows if all(not some or row[name] in some for name, some in wanted.items())]
@@ -441,7 +447,7 @@ def _time_ratio(found: Mapping, contender: str) -> float:
 
 
 def _same_robust(found: Mapping) -> int:
-    """What all contenders leave, which must be one number."""
+    """The robust result of the contenders, which must be the same for all of them."""
     (left,) = {at(found, f"rows[contender={contender}].robust") for contender in CONTENDERS.values()}
     return left
 
@@ -592,7 +598,7 @@ def _flattered(row: Mapping) -> str:
 
 
 def _apart(found: Mapping) -> list[float]:
-    """By how many images PMA and AutoAttack differ, in the runs in which they do."""
+    """The numbers of images by which PMA and AutoAttack differ, of the runs where they differ."""
     images = at(found, f"{_summary('linear', 'fgsm')}.judged.images")
     judged = [row["judged"]["accuracy"] for row in found["rows"]]
     return [images * abs(each["PMA"] - each["AutoAttack"]) for each in judged if each["PMA"] != each["AutoAttack"]]
@@ -623,7 +629,7 @@ def study() -> Iterator[Figure]:
 
 
 def _of_study(report: Mapping, cells: list[Mapping], path: str) -> Any:
-    """A report has no environment: the cells' are told beside it."""
+    """The value at a place in a study's report. The report has no environment, so the figure also needs the cells."""
     return at(report, path)
 
 

@@ -4,10 +4,10 @@
 
 Reads what `pytest --benchmark --benchmark-json=FILE` and `benchmarks/gpu/run.sh FOLDER` wrote.
 
-A figure must be possible. No op moves its bytes faster than the fastest copy of the same run, so on a GPU one that is
-more than `NOISE` above it is refused: it was not timed, or its bytes are not what it moved. On a CPU a store to
-memory reads the line first, which the count leaves out, so that a copy moves more than it is counted for and a step
-that mostly reads less; and small tensors lie in the caches. There the same excess is a warning.
+Results are checked. No op can move its bytes faster than the fastest copy of the same run. So on a GPU a result that is
+faster by more than `NOISE` is refused: the time or the number of bytes is wrong. On a CPU it is a warning. There a
+store first reads the cache line, which is not counted: a copy moves 3 bytes for 2 that are counted, `pgd_step` 5 for 4.
+And small tensors are in the caches.
 """
 
 import argparse
@@ -21,14 +21,14 @@ NOISE = 1.25
 
 
 class Impossible(ValueError):
-    """A figure above the roofline."""
+    """A result is faster than the memory."""
 
 
 # ------------------------------------------------------------------ reading
 
 
 def load(paths):
-    """The result files, folders searched one level deep, as dicts; each knows where it comes from."""
+    """The files of results as dicts, each with its path; a folder stands for the files in it."""
     files = [f for path in map(Path, paths) for f in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     found = [{**json.loads(file.read_text()), "file": file.name} for file in files]
     strangers = [result["file"] for result in found if "environment" not in result]
@@ -43,7 +43,7 @@ def figures(result):
 
 
 def check_roofline(rows):
-    """Raises Impossible for a GPU's figure above the copy roofline; returns a CPU's as warnings."""
+    """Raise Impossible for a GPU's result that is faster than a copy; return such results of a CPU as warnings."""
     warnings = []
     ops = [r for r in rows if r["kind"] == "op"]
     for row in ops:
@@ -151,7 +151,7 @@ def training_row(r):
     )
 
 
-# Of the runs that were measured before there were studies.
+# For runs that were measured before there was `fastadv study`.
 TRANSFER_HEADER = (
     *("method", "attack", "seeds", "parameters that train", "clean", "PGD-10", "PMA"),
     *("images", "PMA there", "AutoAttack there", "s of training", "time / FGSM", "alarms"),
@@ -226,7 +226,7 @@ KINDS = (
 
 
 def tables(rows):
-    """(title, header, rows) of each kind of benchmark among the figures."""
+    """(title, header, rows) for each kind of benchmark in the results."""
     for kind, title, header, make in KINDS:
         made = [make(r) for r in rows if r["kind"] == kind]
         if made:
@@ -234,7 +234,7 @@ def tables(rows):
 
 
 def aligned(header, rows):
-    """Lines of a plain-text table."""
+    """The lines of a table in plain text."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         yield "  ".join(
@@ -249,7 +249,7 @@ def markdown_table(header, rows):
 
 
 def heading(environment):
-    """One line that says where the figures come from."""
+    """One line with the machine and the versions of a result."""
     e = environment
     told = [e["device"], f"threads {e['threads']}", *(["recycled memory"] if e["recycled_memory"] else [])]
     told += [f"{name} {e[name]}" for name in ("driver", "cuda", "torch", "triton", "python") if e[name]]
@@ -257,7 +257,7 @@ def heading(environment):
     return ", ".join(told) + (" (**dry run: no measurement**)" if e["dry_run"] else "")
 
 
-# What each part of gpu/run.sh has to tell in one line.
+# {part of gpu/run.sh: its result in one line}
 PARTS = {
     "build": lambda r: f"{len(r['ptxas'])} kernels, {sum(k['spill_bytes'] > 0 for k in r['ptxas'])} of them spill",
     "correctness": lambda r: ", ".join(f"{n} {what}" for what, n in r["tests"].items()),
@@ -305,7 +305,7 @@ PANELS = (
 
 
 def bars(axis, rows, scale, ticks, series):
-    """Speed-ups start at 1, slower to the left of it; shares start at 0."""
+    """Draw bars. Bars of speed-ups begin at 1, where a slower contender goes to the left; bars of shares begin at 0."""
     height, start = 0.8 / len(series), 1 if scale == "log" else 0
     axis.set_xscale(scale)
     for i, (key, label, color) in enumerate(series):
@@ -326,9 +326,12 @@ def bars(axis, rows, scale, ticks, series):
 
 
 def plot(results, path, only=""):
-    """Speed-ups and shares of the copy rate: a group an op, a bar a case; the reference backend is no contender.
+    """Plot speed-ups and shares of the copy rate: a group for each op, a bar for each case. Leave the reference out.
 
-    only: a regular expression that "op size image/grad backend" must have in it.
+    Args:
+        results: the files of results.
+        path: the PNG file.
+        only: a regular expression; only cases whose "op size image/grad backend" matches are shown.
     """
     import matplotlib
 
@@ -365,7 +368,7 @@ def plot(results, path, only=""):
 
 
 def roofline(results, path):
-    """Every launch that ncu counted under what bounds it: DRAM's peak, and the issue slots (both as ncu saw them)."""
+    """Plot every launch that ncu measured, with its two bounds: DRAM's peak bandwidth, and the issue slots."""
     import matplotlib
 
     matplotlib.use("Agg")

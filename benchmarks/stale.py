@@ -1,10 +1,10 @@
-"""Which stored figures were measured before the code they depend on changed, and at which commit.
+"""Lists stored results that are older than their code, with the commit at which they were measured.
 
     python benchmarks/stale.py [--write]
 
-Compares each file in benchmarks/results with git: the commit that it names, against the files as they are now. --write
-brings the lists in README.md, docs/figures.md and benchmarks/results/README.md up to date; a test says when that is
-due.
+A file in benchmarks/results names the commit of its code. git says whether that code differs from the present one.
+With --write the lists in README.md, docs/figures.md and benchmarks/results/README.md are updated; a test fails where
+they are not up to date.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ATTACKS = ("fastadv/attacks",)
 EVALUATION = (*ATTACKS, "fastadv/evaluation")
 TRAINING = (*EVALUATION, "fastadv/training")
 
-# Kind of figure (by the benchmark's rows, or the part that made the file) -> the files it depends on.
+# {kind of result, by the rows of the benchmark or the part that made the file: the files of code that it depends on}
 DEPENDS = {
     "op": OPS,
     "host": OPS,
@@ -37,9 +37,9 @@ DEPENDS = {
     "suites": ATTACKS,
     "verdicts": EVALUATION,
     "own time": EVALUATION,
-    "training": (*ATTACKS, "fastadv/training/step.py"),  # of the first run on a GPU
+    "training": (*ATTACKS, "fastadv/training/step.py"),  # from the first run on a GPU
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
-    # Of the runs that were measured before there were studies.
+    # From runs that were measured before there was `fastadv study`.
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
     "demo": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors", "examples/demo.py"),
     "study": (
@@ -57,7 +57,7 @@ OF_BACKEND = {"cpu": CPU_OPS, "reference": CPU_OPS, "cuda": CUDA_OPS, "triton": 
 
 
 def kinds(result):
-    """(kind, backend or None) of everything that a result has figures of."""
+    """(kind, backend or None) for all rows of a result."""
     rows = [b["extra_info"] for b in result.get("benchmarks", [])] + result.get("summary", [])
     rows += [{"kind": "counter", **launch} for launch in result.get("launches", [])]
     found = {(row["kind"], row.get("backend")) for row in rows if "kind" in row}
@@ -65,7 +65,7 @@ def kinds(result):
 
 
 def depends(result):
-    """The paths that a result depends on, in git's notation."""
+    """The paths of the code that a result depends on, as git's pathspecs."""
     found = set()
     for kind, backend in kinds(result):
         ops = kind in ("op", "host", "counter")
@@ -79,7 +79,7 @@ def git(root, *command):
 
 
 def changed(root, result):
-    """The files that differ now from those that were measured; None where git does not know the commit."""
+    """The files of code that have changed since a commit; None where git does not know the commit."""
     commit = result["environment"]["commit"].rstrip("+")
     found = set()
     for paths in depends(result):
@@ -92,15 +92,18 @@ def changed(root, result):
 
 
 def results(root):
-    """All but what names no environment: what others' attacks found depends on models and images, whose digests those
-    files have."""
+    """The files of results that depend on our code.
+
+    Files without an environment have results of other libraries' attacks. They depend on models and images, whose
+    digests the files have.
+    """
     folder = root / "benchmarks/results"
     found = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
     return {name: result for name, result in found.items() if "environment" in result} | studied(found)
 
 
 def studied(found):
-    """Of a study's cells the first one of each commit, which stands for the others."""
+    """The files, but of a study's cells only the first one of each commit, in place of the others."""
     first = {}
     for name, result in found.items():
         if "cell" in result:
@@ -109,7 +112,7 @@ def studied(found):
 
 
 def stale(root):
-    """File -> (commit, files changed since); None where git does not know the commit."""
+    """{file of results: (its commit, the code that has changed since, or None where git does not know the commit)}."""
     found = {}
     for name, result in results(root).items():
         names = changed(root, result)
@@ -122,7 +125,7 @@ def stale(root):
 
 
 def in_readme(found):
-    """In a sentence, those that README quotes; a study is told by its folder."""
+    """A sentence with the old results that README quotes; a study is named by its folder."""
     quoted = figures.files_of(ROOT / "README.md")
     commits = {name: commit for name, (commit, _) in found.items() if any(fnmatch(name, each) for each in quoted)}
     told = {f"`{Path(name.split('/cells/')[0]).with_suffix('')}` ({commit})": None for name, commit in commits.items()}
@@ -130,7 +133,7 @@ def in_readme(found):
 
 
 def in_figures(found):
-    """A line a commit."""
+    """A list with a line for each commit."""
     commits = {}
     for name, (commit, _) in found.items():
         commits.setdefault(commit, []).append(f"`{Path(name).with_suffix('')}`")
@@ -138,7 +141,7 @@ def in_figures(found):
 
 
 def in_results(found):
-    """A line a file, and what has changed."""
+    """A list with a line for each file of results, and the code that has changed."""
     return [
         f"- [{name}]({name}), measured at {commit}; changed since: {', '.join(f'`{path}`' for path in paths)}"
         for name, (commit, paths) in found.items()
@@ -149,7 +152,7 @@ PLACES = {"README.md": in_readme, "docs/figures.md": in_figures, "benchmarks/res
 
 
 def filled(text, told):
-    """The text with these lines between its two marks."""
+    """The text with new lines between its two marks."""
     before, rest = text.split(BEGIN)
     told = "\n".join(told)
     return f"{before}{BEGIN}\n{told}\n{END}{rest.split(END)[1]}"

@@ -1,4 +1,4 @@
-"""How it is timed: contenders in alternation, so that what slows the machine for a while slows all of them."""
+"""Times contenders in turn. So other work on the machine slows all of them alike."""
 
 import time
 from math import ceil
@@ -6,17 +6,17 @@ from statistics import median, quantiles
 
 import torch
 
-# Short calls are repeated until one reading takes this long, far above what a clock and a loop cost.
+# Short calls are repeated until one reading takes this long, which is far above the cost of the clock and the loop.
 CPU_READING = 1e-3
-# Calls in one captured graph: launching it costs a few microseconds, shared among them.
+# Calls in one captured graph. To launch a graph takes a few microseconds, which its calls share.
 GRAPH_CALLS = 48
-# Inputs rotate through this many times the L2 cache, so that no call finds its own there.
+# The inputs fill the L2 cache so many times, and are used in turn: no call finds its own inputs in the cache.
 CACHE_MULTIPLE = 4
 MAX_SETS = 256
 
 
 class Clock:
-    """Shows the seconds measured elsewhere, such as by a GPU's events; it stands still between two readings."""
+    """A clock that is set by hand, for seconds that were measured otherwise, such as with a GPU's events."""
 
     now = 0.0
 
@@ -27,7 +27,7 @@ def clock():
 
 
 def input_sets(device, nbytes):
-    """How many sets of inputs to rotate through: on a GPU enough to leave its L2 cache."""
+    """The number of sets of inputs that are used in turn: on a GPU more than fit into its L2 cache."""
     if device.type == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -35,7 +35,7 @@ def input_sets(device, nbytes):
 
 
 def cpu_reading(calls):
-    """A function that returns the seconds of one call. The first call warms up, and compiles what is compiled."""
+    """A function that times one call and returns its seconds. A first call warms up, and compiles where needed."""
     (call,) = calls
     call()
     start = time.perf_counter()
@@ -52,7 +52,7 @@ def cpu_reading(calls):
 
 
 def cuda_reading(calls):
-    """The same on a GPU: all calls captured in one graph, its replay between two events."""
+    """The same on a GPU: all calls are captured in one graph, whose replay is timed by two events."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -81,10 +81,20 @@ READINGS = {"cpu": cpu_reading, "cuda": cuda_reading}
 
 
 def run(benchmark, readings, first, min_rounds, max_time):
-    """Round robin over the readings, each round starting with another one; returns name -> its seconds.
+    """Take readings in rounds: each round times every contender once, and begins with another one.
 
     pytest-benchmark gets the times of `first`. As in its own loop, there are as many rounds as fit into `max_time`
-    seconds, and `min_rounds` at least.
+    seconds, and at least `min_rounds`.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        readings: {name of a contender: a function that returns its seconds}.
+        first: the name of the contender whose times pytest-benchmark gets.
+        min_rounds: the least number of rounds.
+        max_time: seconds for all rounds.
+
+    Returns:
+        {name: its seconds in each round}.
     """
     names, seconds = list(readings), {name: [] for name in readings}
 
@@ -109,7 +119,7 @@ def medians(seconds):
 
 
 def spreads(seconds):
-    """Interquartile range over median: how noisy the machine was."""
+    """The interquartile range divided by the median, which shows how noisy the machine was."""
     if len(next(iter(seconds.values()))) < 2:
         return {}
     quarters = {name: quantiles(values, n=4) for name, values in seconds.items()}

@@ -1,4 +1,4 @@
-"""What every op test needs: the backends and the devices they run on, and the examples hypothesis draws."""
+"""Fixtures of the op tests: backends and their devices, and hypothesis' examples."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What a test that needs a GPU is marked with."""
+"""The mark of tests that need a GPU."""
 
 import pytest
 import torch

@@ -37,7 +37,7 @@ EPS = 8 / 255
 
 
 class Cut(Exception):
-    """The end of a run before its end."""
+    """Ends a run early."""
 
 
 def images(count, shift=0):
@@ -49,7 +49,7 @@ def images(count, shift=0):
 
 
 def filled(module):
-    """With weights that are a formula of their places."""
+    """A network whose weights are a formula of their positions."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             places = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)

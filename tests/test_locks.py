@@ -1,4 +1,4 @@
-"""One run at a time: who comes second is told who is there, and a lock ends with its process."""
+"""One run at a time: a second run gets the name of the first, and a lock ends with its process."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture
 def another(tmp_path):
-    """Another process that has the run in tmp_path and the state of an evaluation there."""
+    """Another process that has locked the run in tmp_path and the state of an evaluation there."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process

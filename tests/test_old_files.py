@@ -96,7 +96,7 @@ def test_an_evaluation_goes_on(old, tmp_path):
 
 
 def test_a_report_and_a_log_say_what_they_said(old, tmp_path):
-    """A program that reads what an older version wrote reads a new one: no field is gone, or of another type."""
+    """A program that reads an older version's files can read new ones: no field is missing or has another type."""
     before = json.loads((old / "report.json").read_text())
     now = json.loads(json.dumps(old_run.judged(old_run.model(), None)))
     assert kinds(before).items() <= kinds(now).items()
@@ -133,7 +133,7 @@ def test_a_batch_that_was_kept_is_there(old):
 
 
 def test_a_number_of_a_later_version_is_refused_with_what_to_do(old, tmp_path):
-    """Of the files that something reads again; test_resume.py has a training's state."""
+    """For files that are read again; test_resume.py has the state of a training run."""
     for name in ("model", "evaluation"):
         with safetensors.safe_open(old / f"{name}.safetensors", "pt") as file:
             facts = json.loads(file.metadata()["fastadv"])

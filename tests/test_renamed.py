@@ -1,4 +1,4 @@
-"""Old names of what is public: each does what the new one does, and warns."""
+"""Old public names: each does what the new one does, and warns."""
 
 import warnings
 

@@ -29,7 +29,7 @@ ROUNDS = 2  # at most: each is thousands of steps long
 
 
 class Seen:
-    """Counts the images of which a gradient is taken."""
+    """Counts the images of which a gradient is computed."""
 
     def __init__(self, model):
         self.images, self._model = 0, model
@@ -57,13 +57,13 @@ def trained(quick):
 
 
 def in_batches(right, images, labels):
-    """Robust accuracy where `right` says of a batch which images survive."""
+    """The robust accuracy, from a function `right` that says which images of a batch withstand."""
     batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
     return float(torch.cat([right(x, y) for x, y in batches]).float().mean())
 
 
 def contenders(model, eps, steps, restarts):
-    """name -> robust accuracy of (images, labels)."""
+    """{name: a function from (images, labels) to the robust accuracy}."""
     settings = {"eps": eps, "alpha": eps / 4, "steps": steps}
     ours, one = (PGD(model, **settings, restarts=n) for n in (restarts, 1))
 

@@ -63,7 +63,7 @@ def compare(network, measure, contenders):
 
 
 class Held:
-    """Bytes that autograd holds for a backward pass at most, each storage once, and those of the weights beside it."""
+    """Measures the most bytes that autograd holds for a backward pass, each storage once, with and without weights."""
 
     def __init__(self, model):
         self.weights = {
@@ -88,7 +88,7 @@ class Held:
 
 
 def test_memory(network, measure):
-    """One step of each: what is held is the same in all."""
+    """One step of each contender: more steps hold no more."""
     model, images, labels = example(network, measure.quick)
     held, readings = {}, {}
     for name, attack in contenders(model, 1, DEVICE).items():

@@ -1,4 +1,4 @@
-"""PGD by several hands, all with the same start, step and number of steps."""
+"""PGD by fastadv, by hand and by other libraries, with the same start, step and number of steps."""
 
 import functools
 import importlib
@@ -24,7 +24,7 @@ EPS, ALPHA = 8 / 255, 2 / 255
 
 
 def backward_loop(model, images, labels, steps):
-    """As written by hand, and by foolbox and ART at their core: `backward()` makes the weights' gradients too."""
+    """PGD by hand, and as foolbox and ART do it: `backward()` also computes the gradients of the weights."""
     adv = (images + torch.empty_like(images).uniform_(-EPS, EPS)).clamp(0, 1)
     for _ in range(steps):
         adv.requires_grad_()
@@ -46,7 +46,7 @@ def foolbox_pgd(model, steps):
 
 
 def art_pgd(model, steps):
-    """ART takes and gives NumPy arrays: the copies from and to the device are part of what its user waits for."""
+    """ART takes and returns NumPy arrays; the copies from and to the device are part of its time."""
     device = next(model.parameters()).device.type
     kind = "gpu" if device == "cuda" else "cpu"
     wrapped = art.PyTorchClassifier(model, F.cross_entropy, (3, 32, 32), 10, clip_values=(0, 1), device_type=kind)
@@ -60,7 +60,7 @@ def art_pgd(model, steps):
 
 
 def autocast(attack, device):
-    """A peer's attack in bfloat16, as its user would have it."""
+    """Another library's attack in bfloat16, as its user would write it."""
 
     def run(images, labels):
         with torch.autocast(device.type, torch.bfloat16):
@@ -74,7 +74,7 @@ def fast(model, steps, **options):
 
 
 def peers(model, steps, device):
-    """Those that are installed."""
+    """{name: attack} of the libraries that are installed."""
     found = {}
     if torchattacks:
         found["torchattacks"] = torchattacks_pgd(model, steps)
@@ -88,7 +88,7 @@ def peers(model, steps, device):
 
 
 def contenders(model, steps, device):
-    """name -> attack(images, labels)."""
+    """{name: a function from (images, labels) to adversarial images}."""
     found = {
         "fastadv": fast(model, steps),
         **peers(model, steps, device),
@@ -102,7 +102,7 @@ def contenders(model, steps, device):
 
 
 def compiled(model, steps, device):
-    """The same under torch.compile, which takes longer than all the others' rounds; ours eager to compare with."""
+    """The attacks under torch.compile, which takes longer than all other rounds; ours also without it."""
     found = {
         "fastadv": fast(model, steps),
         "fastadv compile": fast(model, steps, compile=True),

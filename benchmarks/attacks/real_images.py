@@ -8,13 +8,13 @@ from fastadv.data import load
 
 
 def cifar10(folder, train, test):
-    """So many of the first training and test images, uint8 (N, 3, 32, 32), each with their labels."""
+    """The first training and test images of CIFAR-10, so many of each: uint8 (N, 3, 32, 32), with their labels."""
     data = load("cifar10", folder=folder, validation=0)
     return (data.x_train[:train], data.y_train[:train]), (data.x_test[:test], data.y_test[:test])
 
 
 def digits(train, test):
-    """The same of the digits, floats."""
+    """The first training and test images of the digits, enlarged: floats (N, 3, 32, 32), with their labels."""
     data = load("digits", validation=0)
     parts = ((data.x_train[:train], data.y_train[:train]), (data.x_test[:test], data.y_test[:test]))
     return tuple((interpolate(images, (32, 32)).repeat(1, 3, 1, 1), labels) for images, labels in parts)

@@ -40,7 +40,7 @@ def timed(call):
 
 
 def accuracy(model, attack, images, labels):
-    """Share that is classified correctly on what the attack returns: its last iterate, or the best restart's."""
+    """The share of images that are classified correctly after the attack: its last iterate, or the best restart's."""
     right = 0
     for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         adv = attack(x, y)
@@ -60,7 +60,7 @@ def compare(model, images, labels, steps, restarts):
 
 
 def variants(model, images, labels, steps):
-    """The same attack from the same starts with each of the faster options; the float32 model judges what it makes."""
+    """The same attack from the same starts with each of the faster options; the float32 model judges the results."""
     options = {
         "as it is": {},
         "bf16": {"autocast": torch.bfloat16},

@@ -22,7 +22,7 @@ OURS = {"ce": "ce", "dlr": "dlr", "dlr-targeted": "targeted_dlr"}
 
 
 class Watched:
-    """A model that keeps what it is shown."""
+    """A model that keeps its inputs."""
 
     def __init__(self, model):
         self.model, self.seen = model, []
@@ -40,7 +40,7 @@ def network():
 
 
 def theirs(model, norm, eps, loss, images, labels, start, target):
-    """Their iterates x_0 ... x_STEPS."""
+    """The iterates x_0 ... x_STEPS of the authors' code."""
     from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
     watched = Watched(model)
@@ -56,7 +56,7 @@ def theirs(model, norm, eps, loss, images, labels, start, target):
 
 
 def ours(model, norm, eps, loss, images, labels, start, target):
-    """The same of ours, and the step lengths before each step, in eps."""
+    """Our iterates, and the step length before each step, in eps."""
     watched, lengths = Watched(model), []
 
     class Traced(BUDGETS[norm][0]):

@@ -25,7 +25,7 @@ RESULTS = environment.ROOT / "benchmarks/results/autoattack"
 
 
 def facts_of(name, checkout):
-    """The model, its images and budget, and what a file says of them."""
+    """The model, its images and its budget, as a file of verdicts describes them."""
     model, images, labels, eps = judged.judged(name)
     logits = model(images)
     classes, right = logits.shape[1], logits.argmax(1) == labels
@@ -47,7 +47,7 @@ def facts_of(name, checkout):
 
 
 def save(result, runs):
-    """A line for each fact and run."""
+    """Write a file with a line for each fact and each run."""
     lines = [f'"{key}": {json.dumps(value)}' for key, value in result.items()]
     lines.append('"runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]")
     text = "{\n" + ",\n".join(lines) + "\n}\n"

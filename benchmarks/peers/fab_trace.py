@@ -21,7 +21,7 @@ EVERYWHERE = {"Linf": (FAB, 1.0), "L2": (FABL2, 100.0)}  # an eps that no neares
 
 
 def trained(steps=150):
-    """A network, and images that it classifies correctly, with their labels."""
+    """(a network, images that it classifies correctly, their labels)."""
     torch.manual_seed(0)
     patterns = torch.rand(CLASSES, 3, 16, 16)
 
@@ -53,7 +53,7 @@ def distances(adv, images, norm):
 
 
 def theirs_towards(model, norm, steps, rank):
-    """Their attack towards the class of rank `rank`, from 1 for the best other class; 0 for the nearest of all."""
+    """The authors' attack towards the class of rank `rank`: 1 is the best other class, 0 the nearest of all classes."""
     from autoattack.fab_pt import FABAttack_PT
 
     attack = FABAttack_PT(model, norm=norm, n_iter=steps, eps=1.0, device="cpu")
@@ -81,7 +81,7 @@ def compare(norm, loss, steps, targets):
 
 
 class MeanAndLinear(nn.Module):
-    """The least that a model can do with 3 x 32 x 32 pixels."""
+    """A model of 3 x 32 x 32 pixels that takes hardly any time."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class MeanAndLinear(nn.Module):
 
 
 def timed(call):
-    """Seconds of this process's own, whatever else the machine does."""
+    """The processor time of a call in seconds, which other work on the machine hardly changes."""
     start = time.process_time()
     call()
     return time.process_time() - start

@@ -71,7 +71,7 @@ def network(classes):
 
 
 def pairs(images, labels, count):
-    """So many pairs of digits, side by side; the class of a and b is 10 a + b."""
+    """So many pairs of digits, side by side; the class of the digits a and b is 10 a + b."""
     left, right = torch.randint(len(labels), (2, count), generator=torch.Generator().manual_seed(0))
     return torch.cat((images[left], images[right]), 3), 10 * labels[left] + labels[right]
 
@@ -86,7 +86,7 @@ def digits(classes):
 
 
 def cifar10():
-    """The first 512 test images of the backbone's classes, and their labels; its verdicts are of a copy in JPEG."""
+    """The first 512 test images of the backbone's classes, and their labels. The verdicts are for a copy in JPEG."""
     folder = os.environ.get("FASTADV_CIFAR10")
     if not folder:
         raise FileNotFoundError("the backbone is judged on CIFAR-10: set FASTADV_CIFAR10 to the folder that has it")
@@ -98,21 +98,21 @@ def cifar10():
 
 
 class Quantised(nn.Module):
-    """Five grey levels: the gradient is zero."""
+    """A model that rounds its input to five grey levels: its gradient is zero."""
 
     def forward(self, x):
         return torch.round(4 * x) / 4
 
 
 class Randomised(nn.Module):
-    """Other noise in every call."""
+    """A model with new noise in every call."""
 
     def forward(self, x):
         return x + 0.1 * torch.randn_like(x)
 
 
 class Saturated(nn.Module):
-    """Probabilities that are 0 or 1 in float32: nothing is left to climb."""
+    """A model that returns probabilities, which are 0 or 1 in float32: the gradient of the loss is zero."""
 
     def forward(self, logits):
         return softmax(1000 * logits, 1)
@@ -129,7 +129,7 @@ NAMES = (*TRAINED, "backbone")
 
 
 def built(name):
-    """(model, eps) of one of NAMES or MASKING; in eval mode, its parameters frozen."""
+    """(model, eps) for one of NAMES or MASKING; the model is in eval mode, its parameters are frozen."""
     if name == "backbone":
         model, eps = models.source("robust-resnet").build(CLASSES[:6]).on_pixels, 8 / 255
         return model.eval().requires_grad_(False), eps
@@ -155,7 +155,7 @@ def judged(name):
 
 
 def digest(tensors):
-    """Of their bytes, in this order."""
+    """A digest of the bytes of some tensors, in their order."""
     hashed = blake2b(digest_size=16)
     for tensor in tensors:
         hashed.update(tensor.contiguous().numpy())
@@ -166,7 +166,7 @@ def digest(tensors):
 
 
 def train(recipe):
-    """A network after the recipe: Adam, a rate that falls to 0, on the attacked images alone."""
+    """A network that is trained by the recipe: Adam, with a rate that falls to 0, on the attacked images alone."""
     torch.manual_seed(0)
     images, labels = digits(recipe.classes)[0]
     model = network(recipe.classes)
@@ -186,7 +186,7 @@ def train(recipe):
 
 
 def store(name):
-    """Train a model and store it, its weights rounded to float16."""
+    """Train a model, and store it with its weights rounded to float16."""
     recipe = TRAINED[name]
     weights = {key: value.half() for key, value in train(recipe).state_dict().items()}
     FOLDER.mkdir(exist_ok=True)

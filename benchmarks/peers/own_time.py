@@ -35,7 +35,7 @@ OURS = {
 
 
 class MeanAndLinear:
-    """A model of 3 x 32 x 32 pixels and 10 classes; `seconds` are those of its passes."""
+    """A model of 3 x 32 x 32 pixels and 10 classes; `seconds` is the time of its passes."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -90,7 +90,7 @@ CONTENDERS = {"theirs": theirs, "call": ours, "evaluation": evaluation}
 
 
 def milliseconds(made, part, norm, images, labels):
-    """Outside the model, in a step or query."""
+    """The time of a step or a query outside the model."""
     model = MeanAndLinear()
     run = made(part, norm, model)
     start = time.process_time()

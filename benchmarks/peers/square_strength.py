@@ -35,7 +35,7 @@ def ours(model, norm, eps, queries, seed):
 
 
 def trained():
-    """A small network, and the digits that it had not seen and takes for what they are."""
+    """(a small network, test digits that it classifies correctly, their labels)."""
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     images, labels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16, torch.from_numpy(labels).long()
@@ -62,7 +62,7 @@ def strength(queries, seeds):
 
 
 class Linear:
-    """The mean of each channel and a linear layer, which times itself."""
+    """A model that measures its own time: the mean of each channel, then a linear layer."""
 
     def __init__(self):
         self.weight, self.bias, self.seconds = 0.01 * torch.randn(3, 10), torch.eye(10)[0] * 5, 0.0

@@ -12,7 +12,7 @@ ROBUST, MISCLASSIFIED = -1, 0  # in a verdict; else 1 + the index of the part th
 
 
 class Counted:
-    """A model that counts the images it is shown: those of which a gradient is taken, and the others."""
+    """A model that counts its images: those with a gradient, and the others."""
 
     def __init__(self, model):
         self.model, self.gradients, self.forwards = model, 0, 0
@@ -26,12 +26,12 @@ class Counted:
 
 
 def parts_for(classes):
-    """All but APGD-T, whose loss takes the four largest logits, where there are fewer."""
+    """The parts of AutoAttack for so many classes: APGD-T needs four logits."""
     return tuple(part for part in PARTS if part != "apgd-t" or classes >= 4)
 
 
 def attack(model, eps, classes, seed, part, device="cpu"):
-    """Their ensemble of this part alone, and the model as its attacks see it."""
+    """The authors' ensemble with this part alone, and the model as its attacks see it."""
     from autoattack import AutoAttack
 
     counted = Counted(model)
@@ -43,13 +43,13 @@ def attack(model, eps, classes, seed, part, device="cpu"):
 
 
 def run_of(right, seed):
-    """A run before its first part; `right`: which images the model classifies rightly, (N,) bool."""
+    """A run before its first part; `right` (N,) bool says which images the model classifies correctly."""
     verdicts = [ROBUST if ok else MISCLASSIFIED for ok in right.tolist()]
     return {"seed": seed, "robust": 0, "verdicts": verdicts, "gradients": {}, "forwards": {}, "seconds": {}}
 
 
 def run_part(model, images, labels, eps, classes, run, part, **batch):
-    """One part on what is left of a run, which it updates; batch: `bs`, if not theirs of 250."""
+    """Run one part on the images that are left, and update the run; `batch` replaces the package's size of 250."""
     left = (torch.tensor(run["verdicts"], device=labels.device) == ROBUST).nonzero()[:, 0]
     made, counted = attack(model, eps, classes, run["seed"], part, labels.device)
     start = time.perf_counter()

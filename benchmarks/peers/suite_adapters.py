@@ -14,7 +14,7 @@ from fastadv import attacks
 
 
 def whole_box(eps, lo, hi):
-    """A radius that fastadv takes: one beyond the box's width means the box."""
+    """A radius for fastadv: one that is larger than the box's width is replaced by that width."""
     return min(float(eps), hi - lo)
 
 
@@ -46,7 +46,7 @@ def pgd_linf(
 
 
 def fab(model, inputs, labels, norm, n_iter=100):
-    """Without a bound: within the whole box."""
+    """FAB without a bound: within the whole box."""
     attack, eps = (attacks.FAB, 1.0) if norm == math.inf else (attacks.FABL2, math.sqrt(inputs[0].numel()))
     return attack(model, eps, n_iter, loss="margin")(inputs, labels)
 
@@ -71,7 +71,7 @@ FOOLBOX = {
 
 
 def foolbox_run(ours):
-    """What replaces the method `run` of an attack of theirs."""
+    """The replacement of the method `run` of one of foolbox's attacks."""
 
     def run(self, model, inputs, criterion, *, epsilon, **kwargs):
         import eagerpy
@@ -104,7 +104,7 @@ def foolbox():
 
 
 def number(value):
-    """Their settings may be arrays: of one value, which is it."""
+    """A setting as a number; ART allows arrays with a single value."""
     values = np.unique(value)
     if len(values) > 1:
         raise NotImplementedError(f"one value for all pixels, got {values}")
@@ -151,7 +151,7 @@ def known(model, x, labels):
 
 
 def art_pgd(self, norm):
-    """Also of BasicIterativeMethod and MomentumIterativeMethod, which are its children."""
+    """PGD for ART, and for its subclasses BasicIterativeMethod and MomentumIterativeMethod."""
     if norm not in (2, math.inf) or self.random_eps:
         return None
     settings = {"alpha": number(self.eps_step), "steps": self.max_iter, "targeted": self.targeted}
@@ -171,7 +171,7 @@ def art_fgm(self, norm):
 
 
 class Least:
-    """Their `minimal`: the first of the budgets step, 2 step ... at which an image falls, else the last within eps."""
+    """ART's option `minimal`: the first of the budgets step, 2 step, ... that fools, else the last one within eps."""
 
     def __init__(self, make, step, model, eps, clip):
         self.attack, self.budgets = make(model, eps, clip=clip), np.arange(1, eps / step + 1e-6) * step
@@ -200,7 +200,7 @@ def art_square(self, norm):
 
 
 class OnlyRight:
-    """An attack that returns misclassified images as they are."""
+    """An attack that returns misclassified images unchanged."""
 
     def __init__(self, make, model, eps, clip):
         self.attack = make(model, eps, clip=clip)
@@ -227,7 +227,7 @@ def art():
 
 
 def torchattacks():
-    """No adapter: the names, the arguments and the manners are the same."""
+    """No adapter is needed: names and arguments are the same."""
     import torchattacks as theirs
 
     for name in set(theirs.__all__) & set(attacks.__all__):

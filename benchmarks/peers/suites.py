@@ -44,7 +44,7 @@ RESULTS = environment.ROOT / "benchmarks/results/peers"
 
 
 def stand_in(*names, **attributes):
-    """Modules that their files import and the chosen tests do not use, where they cannot be imported."""
+    """Put empty modules in place of modules that the tests' files import, do not use, and cannot find."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -63,7 +63,7 @@ def for_art(mnist):
 
 
 def for_torchattacks(mnist):
-    """A model and images instead of RobustBench's, which come from the net."""
+    """A model and images in place of RobustBench's, which must be downloaded."""
 
     def load_cifar10(n_examples, data_dir):
         _, images, labels, _ = judged.judged("clean")
@@ -185,7 +185,7 @@ def peer_of(checkout):
 
 
 class Watch:
-    """A pytest plugin: chooses the tests, seeds them, and writes down how they end and what they called."""
+    """A pytest plugin: it selects the tests, seeds them, and notes how they end and what they call."""
 
     def __init__(self, chosen):
         self.chosen, self.calls, self.rows = re.compile(chosen), 0, {}
@@ -224,14 +224,14 @@ class Watch:
 
 
 def told(failure):
-    """(the last line of their tests that was reached, what was raised)."""
+    """(the last line of the tests that was reached, the error)."""
     places = [entry.reprfileloc for entry in failure.reprtraceback.reprentries]
     places = [f"{place.path}:{place.lineno}" for place in places if "test" in place.path]
     return places[-1] if places else "", failure.reprcrash.message.strip().split("\n")[0][:300]
 
 
 def run(checkout, package, mnist, ours):
-    """Test -> how it ended, in this process, where nothing of theirs may have been imported yet."""
+    """{test: how it ended}, in this process, which must not have imported the package before."""
     torch.set_num_threads(1)
     peer = PEERS[package]
     os.chdir(checkout)
@@ -248,13 +248,13 @@ def run(checkout, package, mnist, ours):
 
 
 def apart(*args):
-    """`run` in a process of its own."""
+    """As `run`, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(run, *args).result()
 
 
 def beside(package, ours, theirs):
-    """A row a test; what needs an explanation and has none is "unexplained"."""
+    """A row for each test; a difference without an explanation is "unexplained"."""
     rows = []
     for test, row in ours.items():
         row = {"test": test, **row, "with theirs": theirs[test]["outcome"]}
@@ -286,7 +286,7 @@ def result(package, checkout, mnist, facts):
 
 
 def stored(result, package):
-    """A line for each fact and test."""
+    """The text of the file: a line for each fact and each test."""
     lines = [f'"{key}": {json.dumps(value)}' for key, value in result.items() if key != "tests"]
     lines.append('"tests": [\n' + ",\n".join(map(json.dumps, result["tests"])) + "\n]")
     RESULTS.mkdir(exist_ok=True)

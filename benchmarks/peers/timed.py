@@ -37,7 +37,7 @@ IN_ROW = ("attack", "seconds", "given", "passes", "forwards", "waste", "latest",
 
 
 class Rows:
-    """What is measured, in a file."""
+    """The rows of measurements in a file."""
 
     def __init__(self, path):
         self._path = path
@@ -47,7 +47,7 @@ class Rows:
         return any((row["model"], row["contender"]) == key and row["done"] for row in self.rows)
 
     def put(self, row):
-        """In the place of an earlier one of that name, if there is one."""
+        """Add a row, in place of an earlier one with the same names."""
         key = row["model"], row["contender"]
         self.rows = [r for r in self.rows if (r["model"], r["contender"]) != key] + [row]
         lines = ",\n".join(map(json.dumps, self.rows))
@@ -61,7 +61,7 @@ def now(device):
 
 
 def shortened(attacks, steps=2):
-    """Give them so few steps; what to call to give theirs back."""
+    """Limit the authors' attacks to so few steps; returns a function that undoes it."""
     lengths = [(a, name, getattr(a, name)) for a in attacks for name in LENGTHS if name in vars(a)]
     for attack, name, _ in lengths:
         setattr(attack, name, steps)
@@ -110,7 +110,7 @@ def ours(names, options, slots, model, images, labels, eps, quick):
 
 
 def package(batch, model, images, labels, eps, quick):
-    """Its row after each of its parts."""
+    """The row of AutoAttack's own package, after each of its parts."""
     with torch.no_grad():
         logits = model(images)
     run = standard.run_of(logits.argmax(1) == labels, seed=0)
@@ -140,13 +140,13 @@ CONTENDERS = {
 
 
 def run_here(contender, device, checkout):
-    """Whether it can: graphs and what is compiled are a GPU's matter."""
+    """Whether a contender can run here: graphs and compilation need a GPU."""
     of_a_gpu = "graph" in contender or "compiled" in contender
     return device.type == "cuda" if of_a_gpu else checkout is not None or "package" not in contender
 
 
 def measured(name, arguments):
-    """(contender, row) after each measurement of a model that is not in the file."""
+    """(contender, row) after each measurement of a model that the file lacks."""
     device = torch.device(arguments.device)
     model, images, labels, eps = judged.judged(name)
     model, images, labels = (t.to(device) for t in (model, images[: arguments.images], labels[: arguments.images]))

@@ -49,7 +49,7 @@ INSTEAD = {
 
 
 def arguments(function: object) -> list[tuple[str, object]]:
-    """(name, default) of each argument, of what a decorator of torchattacks hides too."""
+    """(name, default) of each argument, also behind a decorator of torchattacks."""
     hidden = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     function = next(filter(inspect.isfunction, hidden), function)
     parameters = inspect.signature(function).parameters.values()
@@ -57,7 +57,7 @@ def arguments(function: object) -> list[tuple[str, object]]:
 
 
 def verdict(name: str, ours: object, theirs: object) -> str:
-    """What there is to say about the attribute `name` of two attacks."""
+    """The comparison of the attribute `name` of two attacks, in words."""
     if not hasattr(ours, name):
         return INSTEAD.get(name, "missing")
     if name in DIFFERENT:
@@ -69,7 +69,7 @@ def verdict(name: str, ours: object, theirs: object) -> str:
 
 
 def rows(model: nn.Module) -> dict[str, str]:
-    """By name, of the base class as far as every attack has it, then of each attack."""
+    """The rows by name: first those of the base class that all attacks have, then those of each attack."""
     pairs = {name: (getattr(attacks, name)(model), getattr(torchattacks, name)(model)) for name in ATTACKS}
     told: dict[str, str] = {}
     for attack, (ours, theirs) in pairs.items():

@@ -26,7 +26,7 @@ APGD = ("apgd-ce", "apgd-t")
 
 
 def beside(name, seeds, attacks):
-    """One model's row; "only_theirs" are samples that the package fooled with both seeds and we did not."""
+    """The row of one model; "only_theirs" are samples that the package fooled with both seeds and we did not."""
     model, images, labels, eps = judged.judged(name)
     stored = json.loads((STORED / f"{name}.json").read_text())["runs"]
     theirs = [torch.tensor(run["verdicts"]) >= 0 for run in stored]

@@ -44,12 +44,12 @@ def pytest_generate_tests(metafunc):
 
 
 def expected(seconds, gradients):
-    """The sum of the parts of a step whose attack takes so many gradients of the images."""
+    """The sum of the parts of a step whose attack computes so many gradients of the images."""
     return gradients * seconds["F + Bx"] + seconds["F + B"] + seconds["optimiser"]
 
 
 def figures(seconds):
-    """The ratios people ask for, from the seconds of every step and part."""
+    """The ratios of a report, from the seconds of every step and every part."""
     return {
         "over_parts": {attack: seconds[attack] / expected(seconds, gradients) for attack, gradients in ATTACKS.items()},
         "fgsm_over_standard": seconds["fgsm"] / seconds["none"],
@@ -58,7 +58,7 @@ def figures(seconds):
 
 
 def reading(call, prepared=nullcontext):
-    """A function that returns the seconds of one call; setting up and clearing up are not among them."""
+    """A function that times one call and returns its seconds, without the time to set up and to clean up."""
 
     def now():
         if DEVICE.type == "cuda":
@@ -75,7 +75,7 @@ def reading(call, prepared=nullcontext):
 
 
 def parts(model, optimizer, images, labels):
-    """name -> reading of each part, written by hand."""
+    """{name of a part, written by hand: a function that times it}."""
 
     @contextmanager
     def attacked():
@@ -112,7 +112,7 @@ def parts(model, optimizer, images, labels):
 
 
 def steps(model, optimizer, images, labels):
-    """name -> reading of a whole step with each attack."""
+    """{name of an attack: a function that times a whole step}."""
     seeds = sample_seeds(0, torch.arange(len(images), device=DEVICE))
 
     def step(name):

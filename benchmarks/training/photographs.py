@@ -24,7 +24,7 @@ ORIENTATION, TURN_RIGHT = 0x0112, 6  # EXIF's tag, and its value for a picture t
 
 
 def pictures():
-    """Class name -> picture."""
+    """{name of the class: picture}."""
     china, flower = load_sample_images().images
     heights = np.load(get_sample_data("jacksboro_fault_dem.npz", asfileobj=False))["elevation"].astype(float)
     grey = 255 * (heights - heights.min()) / np.ptp(heights)
@@ -37,7 +37,7 @@ def pictures():
 
 
 def places(size, part, count, rng):
-    """First row and column of `count` different crops of a part of a picture."""
+    """The first row and column of each of `count` different crops of a part of a picture."""
     width, height = size
     cut = int(TRAIN_SHARE * width)
     first, last = (0, cut) if part == "train" else (cut, width)
@@ -47,7 +47,7 @@ def places(size, part, count, rng):
 
 
 def store(crop, stem, number):
-    """Write a crop, the odd ones as PNG."""
+    """Write a crop as a file: JPEG, and each second one PNG."""
     if number % 5 == 0:
         crop = crop.convert("L")
     if number % 2:

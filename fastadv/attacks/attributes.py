@@ -1,4 +1,4 @@
-"""What the parts of an attack know of each other: its attributes."""
+"""The attributes of an attack that its parts, in several files, use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What every attack has in common: its calling convention, its options, its checks and its manners."""
+"""The base class of all attacks: calling convention, options, checks, and the care that leaves a model unchanged."""
 
 import inspect
 import warnings
@@ -161,7 +161,7 @@ class Attack(Modes, Targets, ABC):
         self.images_normalized = images_normalized
         self._start_losses: torch.Tensor | None = None
         self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
-        self._counts: dict[str, torch.Tensor] = {}  # what else is told of at its end
+        self._counts: dict[str, torch.Tensor] = {}  # counts of other problems, for the warnings at the end of a call
         self._settled: dict[str, object] = {}
         self._made_of: dict[str, object] = {}
         self._graphs: OrderedDict[tuple[object, ...], GraphEngine] = OrderedDict()
@@ -685,7 +685,10 @@ class Attack(Modes, Targets, ABC):
 
 
 def _unwrapped(model: AnyModel) -> tuple[AnyModel, Normalization | None]:
-    """(what is called, its normalisation or None): a model whose call does more than its forward stays as it is."""
+    """(the model without its normalisation, the normalisation or None).
+
+    A `Normalized` whose call does more than its forward, for example by hooks, stays as it is.
+    """
     inner = one_process(model)
     if type(inner) is Normalized and is_plain(inner):
         return one_process(inner.model), inner.normalization

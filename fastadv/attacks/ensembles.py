@@ -33,7 +33,7 @@ OPTIONS = ("autocast", "memory_format", "compile", "graph")  # of every part
 
 @dataclass(slots=True)
 class ForAPGD:
-    """What can be set of APGD.
+    """The settings of APGD.
 
     Attributes:
         eps: radius of the ball, in the images' units, [0, 1].
@@ -52,7 +52,7 @@ class ForAPGD:
 
 @dataclass(slots=True)
 class ForTargetedAPGD(ForAPGD):
-    """What can be set of APGD with target classes, beside `ForAPGD`.
+    """The settings of APGD with target classes, beside those of `ForAPGD`.
 
     Attributes:
         n_target_classes: how many of the clean image's best other classes are targets; all where there are fewer.
@@ -63,7 +63,7 @@ class ForTargetedAPGD(ForAPGD):
 
 @dataclass(slots=True)
 class ForFAB:
-    """What can be set of FAB.
+    """The settings of FAB.
 
     Attributes:
         eps: radius of the ball, in the images' units, [0, 1].
@@ -86,7 +86,7 @@ class ForFAB:
 
 @dataclass(slots=True)
 class ForSquare:
-    """What can be set of Square.
+    """The settings of Square.
 
     Attributes:
         eps: radius of the ball, in the images' units, [0, 1].

@@ -1,4 +1,4 @@
-"""The attacks that a model is evaluated under: by name, of this package, or of any other."""
+"""The attacks of an evaluation: by name, of this package, or of another library."""
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -13,7 +13,7 @@ from fastadv.attacks.samplewise import has_rows
 from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
-EPS = 8 / 255  # of attacks by name, by default
+EPS = 8 / 255  # the default of attacks by name
 
 
 class StandardEvaluation(Protocol):
@@ -31,23 +31,22 @@ class Adversary:
     """One attack at one eps, under a name.
 
     Args:
-        name: for the report.
-        attack: of this package or any other.
-        model: that is evaluated.
+        name: the name in the report.
+        attack: an attack of this package or of another library.
+        model: the model that is evaluated.
 
     Attributes:
-        eps: its budget, in its own unit; None where it names none.
-        norm: "Linf" or "L2"; None where it names neither.
-        ours: the attack, where it is one of this package on this very model and can run on the queue's slots; else
-            None.
+        eps: the attack's budget, in its own unit; None where it has none.
+        norm: "Linf" or "L2"; None where the attack names neither.
+        ours: the attack, if it is one of this package, on this very model, and can run in the queue's slots; else None.
 
     Raises:
-        ValueError: an attack of this package has a setting under which there is no verdict.
+        ValueError: an attack of this package has a setting that allows no verdict.
     """
 
     def __init__(self, name: str, attack: Attacker, model: AnyModel):
         self.name, self.attack = name, attack
-        self.eps = _number(getattr(attack, "eps", getattr(attack, "epsilon", None)))  # AutoAttack's is called epsilon
+        self.eps = _number(getattr(attack, "eps", getattr(attack, "epsilon", None)))  # AutoAttack calls it epsilon
         self.norm = _norm(getattr(attack, "norm", None))
         self.ours = attack if isinstance(attack, Attack) and attack.model is model else None
         if self.ours is not None and (self.ours.targeted is True or callable(self.ours.targeted)):
@@ -68,13 +67,13 @@ class Adversary:
             raise ValueError(f"{attack!r} attacks the model in another mode than the eval mode that is evaluated")
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> object:
-        """What the attack returns for copies of images, floats (N, ...), and labels int64 (N,)."""
+        """The attack's result for copies of images, floats (N, ...), and labels, int64 (N,)."""
         call = self.attack if callable(self.attack) else self.attack.run_standard_evaluation
         return call(images.clone(), labels.clone())
 
     @property
     def ball(self) -> tuple[str, float] | None:
-        """(norm, eps) of the ball that it keeps to; None where that is not known, or, as N-FGSM, it keeps to none."""
+        """(norm, eps) of the attack's ball; None where it is not known, or the attack leaves it, as N-FGSM does."""
         if self.norm is None or self.eps is None or not getattr(self.attack, "project", True):
             return None
         return self.norm, self.eps
@@ -109,15 +108,15 @@ def adversaries(
     """The attacks to evaluate `model` under.
 
     Args:
-        model: that is evaluated.
-        attacks: one or several, as of `evaluate`.
-        eps: one or several; an attack by name stands for one attack at each of them.
-        options: of attacks by name, see `Attack`.
+        model: the model that is evaluated.
+        attacks: one attack or several, as of `evaluate`.
+        eps: one budget or several; an attack by name stands for an attack at each of them.
+        options: options of attacks by name, see `Attack`.
 
     Raises:
-        TypeError: an attack is neither a name nor anything that can be called, or a class; or eps is no number.
-        ValueError: an unknown name, a wrong eps or one that no attack asks for, or an attack that the verdict has no
-            meaning for.
+        TypeError: an attack is neither a name nor a callable, or is a class; or eps is no number.
+        ValueError: a name is unknown; eps is wrong, or no attack needs it; or an attack has a setting that allows no
+            verdict.
     """
     budgets = budgets_of(eps)
     against: list[Adversary] = []
@@ -152,7 +151,7 @@ def listed(attacks: AnyAttack | Sequence[AnyAttack]) -> list[Any]:
 
 
 def _named(name: str, model: AnyModel, eps: float, options: dict[str, Any]) -> list[tuple[str, Attack]]:
-    """The attacks that a name stands for, each with a name of its own."""
+    """The attacks that a name stands for, each with its own name."""
     if name in ENSEMBLES:
         return Ensemble(model, eps=eps, **ENSEMBLES[name], **options).attacks()
     if name not in PRESETS:
@@ -161,16 +160,16 @@ def _named(name: str, model: AnyModel, eps: float, options: dict[str, Any]) -> l
 
 
 def check_they_take(against: Iterable[Adversary], images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse attacks that are not made for such images or labels, before the first one runs for hours.
+    """Refuse attacks that cannot take the images or labels, before the first attack runs for hours.
 
     Args:
         against: the attacks.
         images: (N, ...).
-        labels: int64 (N,), or (N, C) where there are several a sample.
+        labels: int64 (N,), or (N, C) where a sample has several.
 
     Raises:
-        ValueError: the images have another shape than an attack is made for, or there are several labels a sample and
-            an attack's loss compares with one class.
+        ValueError: an attack is not made for images of this shape; or a sample has several labels, and an attack's loss
+            compares with one class.
     """
     for adversary in against:
         if isinstance(adversary.attack, Attack):
@@ -193,10 +192,10 @@ def is_several(eps: object) -> TypeGuard[Sequence[float]]:
 
 
 def budgets_of(eps: float | Sequence[float]) -> list[float]:
-    """The budgets as a list, also where it is one.
+    """The budgets as a list, also where there is just one.
 
     Raises:
-        TypeError: one of them is no number, or there is none.
+        TypeError: a budget is no number; or there is none.
     """
     given: list[object] = list(eps) if is_several(eps) else [eps]
     budgets = [number for number in map(_number, given) if number is not None]
@@ -213,7 +212,7 @@ def _number(value: object) -> float | None:
 
 
 def _norm(said: object) -> str | None:
-    """The norm that an attack names as its own, in whatever spelling; None where it is not known."""
+    """The norm that an attack names, in any spelling, as "Linf" or "L2"; None where it is not known."""
     return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(str(said).lower())
 
 
@@ -222,4 +221,4 @@ def _shown(value: object) -> bool | int | float | str | None:
         return value
     if isinstance(value, (torch.dtype, torch.memory_format)):
         return str(value)
-    return getattr(value, "__qualname__", None)  # a loss of one's own
+    return getattr(value, "__qualname__", None)  # a loss of the user's

@@ -1,4 +1,4 @@
-"""Several attacks together: the samples that one hands on to the next, and the budgets that they count for."""
+"""Several attacks together: their order, the samples that they fool within a budget, and the curve over budgets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,16 @@ from fastadv.evaluation.queue import Verdicts
 
 @dataclass
 class Trial:
-    """An adversary and how far it is.
+    """An attack with its results so far.
 
     Attributes:
         adversary: the attack.
-        verdicts: what it found of each sample.
-        gallery: its adversarial images, where they are kept.
-        reach: how far it went, of an attack that is called batch by batch; else None.
-        seconds: that it took so far.
-        zeros: number of samples whose first gradient is 0, and of samples looked at; None where none were.
-        by_square: which of the survivors fell to some queries of the Square attack, (N,) bool; None where it did not
-            run.
+        verdicts: the verdict on each sample.
+        gallery: the adversarial images, where they are kept; else None.
+        reach: the distances of the images, for an attack that is called batch by batch; else None.
+        seconds: the time that it took so far.
+        zeros: (number of samples whose first gradient is 0, number of samples that were checked); None where none were.
+        by_square: (N,) bool, which survivors fell to a few queries of the Square attack; None where it did not run.
     """
 
     adversary: Adversary
@@ -47,7 +46,7 @@ class Trial:
 
     @property
     def within_budget(self) -> bool:
-        """Whether all its adversarial images lie in a ball of a known norm and radius, and in the box."""
+        """Whether all its adversarial images are in [0, 1] and in a ball of known norm and radius."""
         adversary, reach = self.adversary, self.reach
         if adversary.ball is None:
             return False
@@ -68,13 +67,13 @@ class Trial:
         return bool(verdicts.unsettled.any())
 
     def falls_at(self, norm: str, eps: float) -> bool:
-        """Whether a sample that it fooled is fooled at that budget too: its own ball lies in that one."""
+        """Whether a sample that it fooled is fooled within that budget too, because its own ball is inside that one."""
         ball = self.adversary.ball
         return self.within_budget and ball is not None and ball[0] == norm and ball[1] <= eps
 
     @property
     def zero_gradients(self) -> float | None:
-        """The share of those looked at whose first gradient is 0; None where none was."""
+        """The share of the checked samples whose first gradient is 0; None where none was checked."""
         return self.zeros[0] / self.zeros[1] if self.zeros and self.zeros[1] else None
 
     @property
@@ -88,7 +87,7 @@ class Trial:
 
 
 def in_turn(trials: Sequence[Trial]) -> list[Trial]:
-    """The order in which they run: as given, but of one attack's budgets the smallest first.
+    """The order in which the trials run: as given, but the budgets of one attack from the smallest to the largest.
 
     fgsm at 8/255, fgsm at 2/255 and pgd at 8/255 run as fgsm at 2/255, fgsm at 8/255 and pgd at 8/255.
     """
@@ -100,7 +99,7 @@ def in_turn(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def fooled_by(trials: Sequence[Trial], ball: tuple[str, float] | None, like: torch.Tensor) -> torch.Tensor:
-    """Which samples any of `trials` fooled within the ball (norm, eps), (N,) bool as `like`; none where it is None."""
+    """Which samples any of `trials` fooled within the ball (norm, eps), (N,) bool; none where the ball is None."""
     fooled = torch.zeros_like(like)
     for trial in trials:
         if ball is not None and trial.falls_at(*ball):
@@ -109,7 +108,7 @@ def fooled_by(trials: Sequence[Trial], ball: tuple[str, float] | None, like: tor
 
 
 def budgets(trials: Sequence[Trial], correct: torch.Tensor) -> Iterator[tuple[str, float, list[str], torch.Tensor]]:
-    """(norm, eps, names of the attacks that count there, which samples none of them fools) of every budget."""
+    """For every budget: (norm, eps, the names of its attacks, which samples none of them fools)."""
     within = [trial for trial in trials if trial.within_budget]
     for ball in dict.fromkeys(trial.adversary.ball for trial in within if trial.adversary.ball is not None):
         counted = [trial for trial in within if trial.falls_at(*ball)]

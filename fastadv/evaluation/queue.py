@@ -12,28 +12,28 @@ from fastadv.attacks.verdicts import NONE, verdict
 from fastadv.functional import sample_seeds
 from fastadv.ops.autograd import result_like
 
-LAG = 2  # iterations that a GPU's host may be ahead of it
+LAG = 2  # the host may be so many iterations ahead of a GPU
 
 
 class Verdicts:
-    """The verdict on each sample so far; from it alone a run goes on where it was cut.
+    """The verdict on each sample so far. A cut evaluation is resumed from it alone.
 
     Args:
-        todo: whether a sample is to be attacked at all, bool (N,).
-        restarts: number of runs of each sample.
+        todo: bool (N,), whether a sample is attacked at all.
+        restarts: the number of runs for each sample.
 
     Attributes:
-        restart: runs that the sample survived, int64 (N,).
-        step: the step of run `restart` at which it was fooled, -1 where it was not, int64 (N,).
-        said: what the model then took it for, as `verdict` returns it, int64 (N,).
-        passes: gradients computed for slots that held a sample.
-        forwards: forward passes run for them.
-        nonfinite: losses among them that were not finite.
-        waste: the passes in runs after the one that fooled; the forward passes of an attack that takes no gradients.
+        restart: int64 (N,), the number of runs that did not fool the sample.
+        step: int64 (N,), the step of run `restart` at which it was fooled; -1 where it was not.
+        said: int64 (N,), the prediction for the image that fooled, as `verdict` returns it.
+        passes: the number of gradients for slots with a sample.
+        forwards: the number of forward passes for such slots.
+        nonfinite: the number of their losses that were not finite.
+        waste: the gradients of runs after the one that fooled; for an attack without gradients, the forward passes.
     """
 
     COUNTS = ("passes", "forwards", "nonfinite", "waste")
-    SAVED = ("restart", "step", "said")  # of a state on the disk, beside the counts
+    SAVED = ("restart", "step", "said")  # the tensors in a state on the disk, beside the counts
 
     def __init__(self, todo: torch.Tensor, restarts: int):
         self.todo, self.restarts = todo, restarts
@@ -49,7 +49,7 @@ class Verdicts:
 
     @property
     def silenced(self) -> torch.Tensor:
-        """Which samples are fooled by an image for which the model gives no prediction, bool (N,)."""
+        """Which samples are fooled by an image without a prediction, bool (N,)."""
         return self.fooled & (self.said == NONE)
 
     @property
@@ -69,75 +69,76 @@ class Verdicts:
         return int(((self.restarts - self.restart) * self.unsettled).sum())
 
     def part(self, rows: torch.Tensor, restarts: int) -> "Verdicts":
-        """The verdicts on the samples `rows` (n,), to be attacked until the run `restarts`; `take` brings them back."""
+        """A copy of the verdicts on the samples `rows` (n,), with runs up to `restarts`; `take` copies it back."""
         part = Verdicts(self.todo[rows], restarts)
         part.restart, part.step, part.said = self.restart[rows], self.step[rows], self.said[rows]
         part.count_on(self)
         return part
 
     def take(self, rows: torch.Tensor, part: "Verdicts") -> None:
-        """Bring back the verdicts on the samples `rows` (n,)."""
+        """Copy back the verdicts on the samples `rows` (n,), which `part` returned."""
         self.restart[rows], self.step[rows], self.said[rows] = part.restart, part.step, part.said
         self.count_on(part)
 
     def count_on(self, other: "Verdicts") -> None:
-        """Go on with the counts of `other`, which began with these."""
+        """Take over the counts of `other`, which continued from these."""
         for name in self.COUNTS:
             setattr(self, name, getattr(other, name))
 
 
 def takes_one_shape(images: torch.Tensor, attack: Attack) -> bool:
-    """Whether the slots are of one number throughout."""
+    """Whether the number of slots is fixed."""
     return images.is_cuda or attack.compile or attack.graph
 
 
 class Queue:
-    """Runs `attack` on samples through a number of slots, in the order (run, sample).
+    """Attacks samples in a number of slots, in the order (run, sample).
 
-    Two slots, three samples and one run of four iterations each; sample 0 is fooled in its second:
+    For example two slots and three samples, with one run of four iterations each; sample 0 is fooled in its second
+    iteration:
 
         slot 0   0  0  2  2  2  2
         slot 1   1  1  1  1
 
-    An iteration is a gradient, a verdict and a step in every slot. After an iteration in which runs have ended, these
-    are booked and their slots refilled.
+    An iteration is a gradient, a verdict and a step in every slot. After an iteration in which runs have ended, their
+    verdicts are booked and their slots are refilled.
 
-    On a GPU, and for a compiled model, the slots are of one number throughout: the model sees one shape, a prefix sum
-    over the free slots says what goes where, and the host, which is up to two iterations ahead, waits for nothing. An
-    image that has taken its last step is then judged by one more iteration, whose gradient is lost. When no sample
-    waits, free slots take further runs of samples that are under attack. The verdict is that of the first run that
-    fools: those before it go on, those after it were not needed, and are stopped. A run that is survived takes as many
-    iterations as any, so that a sample's runs end in the order in which they began, but for those that fool.
+    On a GPU, and for a compiled model, the number of slots is fixed. The model sees one shape, a prefix sum over the
+    free slots says which run goes where, and the host, which is up to two iterations ahead, waits for nothing. An image
+    that has taken its last step is judged in one more iteration, whose gradient is not used. When no sample waits, free
+    slots take further runs of the samples under attack. The verdict is that of the first run that fools. The runs
+    before it continue; the runs after it were not needed, and are stopped. All runs that do not fool take the same
+    number of iterations. So a sample's runs end in the order in which they began, except for those that fool.
 
-    On the CPU there are no more rows than images under attack, in one run each, and images that have taken their last
+    On the CPU there are as many rows as images under attack, each in one run, and images that have taken their last
     step are judged by a forward pass.
 
     Args:
-        attack: on a model in the state in which it shall be judged.
-        images: (N, ...) on the model's device; they stay uint8 if they are.
-        labels: (N,), or (N, C) of several a sample.
-        targets: what the attack's loss compares with, (N, ...).
-        verdicts: on the samples; those that are still to be attacked are, and the new verdicts are written there.
-        slots: number of images under attack at a time.
-        classes: number of classes that the model tells apart.
-        seed: sample i draws `sample_seeds(seed, numbers[i], run)`.
-        numbers: of the samples in the whole set, int64 (N,).
-        last: judge the last iterate of a run only, instead of every one and the start.
-        keep: gets (rows, iterates, images) of all slots: the sample that a slot has just finished with this iterate,
-            the one that fooled or the last of all, made from this image. The row is N where a slot has finished none.
+        attack: the attack, on a model in the mode in which it is judged.
+        images: (N, ...) on the model's device; uint8 images stay uint8.
+        labels: (N,), or (N, C) where a sample has several.
+        targets: (N, ...), the targets of the attack's loss.
+        verdicts: the verdicts on the samples. Samples with runs left are attacked, and their verdicts are updated.
+        slots: the number of images under attack at a time.
+        classes: the number of the model's classes.
+        seed: sample i draws its random numbers from `sample_seeds(seed, numbers[i], run)`.
+        numbers: int64 (N,), the numbers of the samples in the whole data set.
+        last: whether only the last iterate of a run is judged; else the start and every iterate are.
+        keep: called with (rows, iterates, images) of all slots: the row of the sample that a slot has just finished,
+            the iterate that fooled or the last one, and the clean image. The row is N where a slot has finished none.
     """
 
     engine: Engine
-    # Of each slot, (slots,):
-    _sample: torch.Tensor  # row of the sample that it holds, N where it holds none
-    _run: torch.Tensor  # of that sample
-    _open: torch.Tensor  # whether that run goes on, bool
-    _label: torch.Tensor  # of the sample
-    _expected: torch.Tensor  # what `verdict` says where the model is right
-    _at: torch.Tensor  # step at which the run ended
-    _answer: torch.Tensor  # what the model said there
-    _bad: torch.Tensor  # losses of the run that were not finite
-    _final: torch.Tensor  # iterate with which the run ended, (slots, ...), where `keep` is given
+    # For each slot, (slots,):
+    _sample: torch.Tensor  # the row of its sample; N where it has none
+    _run: torch.Tensor  # the number of the sample's run
+    _open: torch.Tensor  # bool, whether the run continues
+    _label: torch.Tensor  # the sample's label
+    _expected: torch.Tensor  # the result of `verdict` where the model is right
+    _at: torch.Tensor  # the step at which the run ended
+    _answer: torch.Tensor  # the prediction there
+    _bad: torch.Tensor  # the number of the run's losses that were not finite
+    _final: torch.Tensor  # (slots, ...), the iterate with which the run ended, where `keep` is given
 
     def __init__(
         self,
@@ -164,12 +165,12 @@ class Queue:
         none = torch.zeros((), dtype=torch.int64, device=images.device)
         left = verdicts.unsettled
         self._lowest = int(verdicts.restart.where(left, verdicts.restarts).amin())
-        # Row N takes what is written for slots that have nothing to write, and stands for no sample.
+        # Row N is no sample's: slots that have nothing to write write there.
         self._restart, self._step, self._said = (
             torch.cat((t, t.new_zeros(1))) for t in (verdicts.restart, verdicts.step, verdicts.said)
         )
-        self._begun = self._restart.clone()  # runs, those that were survived among them
-        # The first run that fooled, or as many as there are; runs from there on are of no interest.
+        self._begun = self._restart.clone()  # runs that have begun, with those that did not fool
+        # The first run that fooled, or the number of runs; later runs do not count.
         self._until = torch.cat((left * verdicts.restarts, none[None]))
         self._counts = {name: none + getattr(verdicts, name) for name in Verdicts.COUNTS}
         self._numbers_told = torch.zeros(4, dtype=torch.int64, device=images.device)
@@ -185,7 +186,7 @@ class Queue:
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Until all is done; yields (forward passes so far, those left at most) in every iteration.
+        """Run all samples; yields (forward passes so far, the most that are left) in every iteration.
 
         `verdicts` are up to date after `update()`, and at the end.
         """
@@ -205,7 +206,7 @@ class Queue:
         yield self.verdicts.forwards, 0
 
     def update(self) -> None:
-        """Bring `verdicts` up to date; the samples in the slots begin their run again where a run goes on so."""
+        """Bring `verdicts` up to date. An evaluation that is resumed from them begins the runs in the slots again."""
         self.settle()
         settled = self._restart >= self._until
         self.verdicts.restart, self.verdicts.said = self._restart[:-1].clone(), self._said[:-1].clone()
@@ -216,10 +217,10 @@ class Queue:
         self._counts["nonfinite"] = self._counts["nonfinite"] + (self._bad * self._open).sum()
         for name, number in self._counts.items():
             setattr(self.verdicts, name, int(number))
-        self._counts = booked  # those that are under way are counted where they end
+        self._counts = booked  # runs in the slots are counted when they end
 
     def iterate(self) -> None:
-        """One gradient and one step in every slot, and the verdicts; on the CPU also on images that thereby ended."""
+        """A gradient, a verdict and a step in every slot; on the CPU also a verdict on images after their last step."""
         attack, slots = self.attack, self.engine.slots
         at_end = attack.ended(slots)  # on the CPU only where a run has no step: other ends are judged below
         before = None if self._keep is None else slots.adv.clone()
@@ -267,14 +268,14 @@ class Queue:
     def _verdict(
         self, logits: torch.Tensor, labels: torch.Tensor, inside: torch.Tensor | None, right: torch.Tensor
     ) -> torch.Tensor:
-        """What the model says; `right`, as if it were not fooled, where an iterate may not count."""
+        """The model's predictions; the right one where an iterate does not count, such as one outside the ball."""
         said = verdict(logits, labels)
         return said if inside is None else torch.where(inside, said, right)
 
     # ------------------------------------------------------------------ booking and refilling
 
     def settle(self) -> None:
-        """Book what has ended, and put the next runs into the slots that it leaves free."""
+        """Book the runs that have ended, and put the next runs into the free slots."""
         if self._has_engine:
             self._book()
         if self._fixed:
@@ -287,7 +288,7 @@ class Queue:
         self._numbers_told.copy_(torch.stack((torch.zeros_like(done), (left > 0).sum(), done, most.clamp(min=0))))
 
     def _book(self) -> None:
-        """Write the verdicts of runs that have ended, and free their slots and those of runs that no longer count."""
+        """Write the verdicts of runs that have ended. Free their slots, and the slots of runs that no longer count."""
         none, slots, runs = self._n, self.engine.slots, self.verdicts.restarts
         held = self._sample < none
         ended = held & ~self._open
@@ -321,7 +322,7 @@ class Queue:
         self._counts["forwards"] = self._counts["forwards"] + forwards
 
     def _exchange(self) -> None:
-        """On the CPU: the slots that are still open, and new ones for as many samples as there is room for."""
+        """On the CPU: keep the open slots, and add new ones for as many samples as there is room for."""
         keep = self._open.nonzero()[:, 0]
         waiting = ((self._begun == self._restart) & (self._begun < self._until)).nonzero()[:, 0]
         room = min(self._slots - len(keep), len(waiting))
@@ -410,7 +411,7 @@ class Queue:
 
 
 class _Pilot:
-    """Reads numbers from the device without waiting for it: on a GPU those of two turns before.
+    """Reads numbers from the device without waiting for it: on a GPU the numbers of two turns before.
 
     In turn 5 the host begins to copy the numbers of turn 5, and reads those of turn 3, whose copy has ended by then.
     There is room for LAG + 1 = 3 copies.

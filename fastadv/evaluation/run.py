@@ -1,4 +1,4 @@
-"""The run of an evaluation: what all of its attacks share, and what they find."""
+"""The run of an evaluation: its samples, its attacks one after the other, and the report."""
 
 import time
 import warnings
@@ -38,30 +38,30 @@ from fastadv.ops.generator import seeded
 
 TARGETED = [name for name, loss in LOSSES.items() if loss.compares == "pairs"]
 SAVE_EVERY = 10.0  # seconds between two states on the disk
-SAVING = 0.5  # seconds that one may take; longer ones are as much rarer
-PROBED = 64  # samples whose first gradients are looked at
+SAVING = 0.5  # seconds that writing a state may take; a slower one is written as much more rarely
+PROBED = 64  # the first gradients of so many samples are checked
 
-Report = dict[str, Any]  # for json.dump; `evaluate` lists what it holds
+Report = dict[str, Any]  # for json.dump; `evaluate` lists its entries
 
 
 class Run:
-    """What all attacks of an evaluation share: the samples, the outputs on the clean ones, the warnings.
+    """The common part of an evaluation's attacks: the samples, the outputs on the clean images, the warnings.
 
     Args:
-        model: that is evaluated, frozen.
+        model: the model, frozen.
         share: the images.
-        labels: of all images, int64 (N,), or (N, C) of several a sample.
+        labels: int64 (N,), the labels of all images, or (N, C) where a sample has several.
         against: the attacks.
         settings: "iterate", "slots" and "seed" as of `evaluate`.
-        pool: number of images on the device at a time; None: all.
-        autocast: dtype in which the model runs; None: as it is.
-        memory_format: of the images that the model sees; None: as they are.
+        pool: the number of images on the device at a time; None means all.
+        autocast: the dtype of torch.autocast for the model; None means without autocast.
+        memory_format: the memory format of the model's inputs; None means that of the images.
 
     Attributes:
-        clean: logits of the clean images, (N, C).
-        said: what the model says of them, int64 (N,).
-        correct: whether that is right, bool (N,).
-        silent: number of clean images for which there is no prediction.
+        clean: (N, C), the logits of the clean images.
+        said: int64 (N,), the predictions for the clean images.
+        correct: bool (N,), whether they are right.
+        silent: the number of clean images without a prediction.
         notes: the warnings so far.
     """
 
@@ -111,7 +111,7 @@ class Run:
         return images if self._memory_format is None else images.contiguous(memory_format=self._memory_format)
 
     def _staged(self, rows: torch.Tensor) -> torch.Tensor:
-        """The images `rows`, which are this process's, on the device."""
+        """The images `rows`, of this process's share, on the device."""
         return self.share.take(rows).to(self.labels.device)
 
     def _filled(self, rows: torch.Tensor) -> torch.Tensor:
@@ -130,21 +130,21 @@ class Run:
         return Trial(adversary, Verdicts(self.correct, adversary.ours.runs(self.clean.shape[1])), gallery, None)
 
     def left(self, ended: Sequence[Trial]) -> torch.Tensor:
-        """Samples that are classified correctly and that none of `ended` fooled, (N,) bool."""
+        """Which samples are classified correctly and were fooled by none of the trials `ended`, (N,) bool."""
         fooled = [trial.verdicts.fooled for trial in ended]
         return self.correct & ~torch.stack([~self.correct, *fooled]).any(0)
 
     def hand_on(self, before: Sequence[Trial], trial: Trial) -> None:
-        """Give `trial` those samples alone that the trials before it have not fooled within its budget."""
+        """Leave `trial` only the samples that the trials before it have not fooled within its budget."""
         trial.verdicts.todo = self.correct & ~fooled_by(before, trial.adversary.ball, self.correct)
 
     def attack(self, trial: Trial, save: Callable[[], None], progress: bool) -> None:
         """Finish `trial`.
 
         Args:
-            trial: the attack.
-            save: writes the state; called every few seconds and at the end.
-            progress: whether to show how far it is.
+            trial: the attack with its verdicts so far.
+            save: writes the state; it is called every few seconds and at the end.
+            progress: whether a progress bar is shown.
         """
         while trial.is_open(len(self.labels)):
             with self._my_part(trial):
@@ -152,7 +152,7 @@ class Run:
 
     @contextmanager
     def _my_part(self, trial: Trial) -> Iterator[None]:
-        """Let this process attack its own samples alone, and bring all processes' verdicts together at the end."""
+        """Let this process attack its own samples alone; at the end combine the verdicts of all processes."""
         share, verdicts, todo = self.share, trial.verdicts, trial.verdicts.todo
         if share.alone:
             yield
@@ -212,17 +212,17 @@ class Run:
         return Windows(trial.verdicts, self.pool, queue)
 
     def _targets(self, attack: Attack) -> torch.Tensor:
-        """What the attack's loss compares with, for all samples."""
+        """The targets of the attack's loss for all samples."""
         if not attack.needs_clean:
             return self.labels
         numbers = torch.arange(len(self.labels), device=self.labels.device)
         return attack.targets(self.clean, self.labels, sample_seeds(self.seed, numbers, restart=2**32 - 1))
 
     def _zero_gradients(self, attack: Attack) -> tuple[int, int]:
-        """(number of samples whose gradient is 0 at the attack's start, number of samples looked at).
+        """(number of samples whose gradient is 0 at the attack's start, number of samples that were checked).
 
-        The first PROBED samples to be attacked are looked at, but for "kl" those alone whose start is not the clean
-        image itself, where no model has a gradient.
+        The first PROBED samples to be attacked are checked. With the loss "kl" a start at the clean image itself is
+        left out: there the gradient of every model is 0.
         """
         zero = looked = 0
         targets = self._targets(attack)
@@ -245,7 +245,7 @@ class Run:
         return zero, looked
 
     def _batches(self, trial: Trial) -> Iterator[tuple[int, int]]:
-        """The plain loop for what cannot run on the slots: (batches so far, batches left)."""
+        """The plain loop for attacks that cannot run in slots; yields (batches so far, batches left)."""
         verdicts = trial.verdicts
         reach = trial.reach = trial.reach or Reach()
         chunks = verdicts.todo.nonzero()[:, 0].split(self.slots)
@@ -274,7 +274,7 @@ class Run:
             trial.gallery.flush(trial.verdicts, self.labels, self.logits)
 
     def ask_square(self, trial: Trial, save: Callable[[], None]) -> None:
-        """After PMA, find which of the survivors the Square attack fools: they count as fooled, too."""
+        """After PMA, run the Square attack on some of the survivors; those that it fools count as fooled."""
         square = square_of(trial, self.share.shape)
         if square is None or self.labels.ndim > 1 or trial.by_square is not None:
             return
@@ -297,7 +297,7 @@ class Run:
         save()
 
     def masking(self, order: Sequence[Trial]) -> Iterator[tuple[Trial, Masking]]:
-        """(a PMA, what the Square attack and chance found after it), in the order in which they ran."""
+        """(a trial of PMA, the signs of masked gradients after it), in the order in which they ran."""
         n = len(self.labels)
         for i, trial in enumerate(order):
             if trial.by_square is None:
@@ -309,12 +309,12 @@ class Run:
             yield trial, Masking(n, asked, fell, fooled, chance, zero)
 
     def report(self, trials: Sequence[Trial], order: Sequence[Trial], ensemble: bool) -> Report:
-        """The report, but for "settings" and "versions".
+        """The report, without "settings" and "versions".
 
         Args:
-            trials: as they were given.
-            order: the same, as they ran.
-            ensemble: whether each got what those before it left.
+            trials: the trials in the order in which the user gave the attacks.
+            order: the same trials in the order in which they ran.
+            ensemble: whether each got only the samples that the trials before it had not fooled.
         """
         n = len(self.labels)
         for trial in trials:
@@ -363,7 +363,7 @@ class Run:
         }
 
     def _robust(self, trial: Trial) -> torch.Tensor:
-        """The samples that the attack was given and did not fool, (N,) bool."""
+        """Which samples the attack got and did not fool, (N,) bool."""
         return trial.verdicts.todo & ~trial.verdicts.fooled
 
     def _result(self, trial: Trial) -> dict[str, Any]:

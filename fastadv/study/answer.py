@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastadv.study.grid import SCRATCH
-from fastadv.study.overfitting import Course, Score
+from fastadv.study.overfitting import PARTLY, Course, Score
 from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
 from fastadv.study.timing import Time
@@ -73,20 +73,25 @@ def answer(
 
 def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
     collapsed = [each for each in runs if each.collapse is not None]
+    partly = [each for each in runs if each.partly is not None]
     if not runs:
         unknown = "No finished cell is a fine-tuning with a fast attack whose records show whether it collapsed."
         return "open", NOT_MEASURED, [unknown]
     attacks = _listed(attack_words(name) for name in _distinct(each.result.cell.attack for each in runs))
     one, where = len(runs) == 1, f"of transfer learning with {attacks} ({_ranges(runs)})"
-    if not collapsed:
+    none = f"The one run {where} did not" if one else f"None of the {len(runs)} runs {where}"
+    none += " overfit catastrophically." if one else " overfitted catastrophically."
+    if not collapsed and not partly:
         rate = 100 * (1 - 0.05 ** (1 / len(runs)))
-        none = f"None of the {len(runs)} runs {where} overfitted catastrophically."
-        none = f"The one run {where} did not overfit catastrophically." if one else none
         more = f"Were they independent, up to {rate:.2g} % of such runs could collapse (bound at 95 % confidence)."
         return "stable", "Yes, as far as this study goes.", [none, more]
     fallen = "The one run" if one else f"{len(collapsed)} of the {len(runs)} runs"
-    words = [f"{fallen} {where} overfitted catastrophically: {_places(collapsed, runs)}."]
-    untouched = [m for m in _methods(runs) if all(each.result.cell.method != m for each in collapsed)]
+    words = [f"{fallen} {where} overfitted catastrophically: {_places(collapsed, runs)}." if collapsed else none]
+    if partly:
+        other = " other" if collapsed else ""
+        count = f"{len(partly)}{other} {'run' if len(partly) == 1 else 'runs'}"
+        words.append(f"{count} overfitted partly, losing more than {100 * PARTLY:.0f} points: {_places(partly, runs)}.")
+    untouched = [m for m in _methods(runs) if all(each.sound for each in runs if each.result.cell.method == m)]
     if untouched:
         words.append(f"None did in {_listed(map(method_words, untouched), 'or')}.")
     if len(collapsed) == len(runs):
@@ -94,9 +99,9 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
     return "mixed", "Not everywhere.", words
 
 
-def _places(collapsed: Sequence[Course], runs: Sequence[Course]) -> str:
-    """Where runs collapsed, the highest rate first: "full fine-tuning with FGSM at eps 16 (2 of 3), ..." """
-    all_runs, fallen = (Counter(map(_place, each)) for each in (runs, collapsed))
+def _places(some: Sequence[Course], runs: Sequence[Course]) -> str:
+    """Where some of the runs are, the highest rate first: "full fine-tuning with FGSM at eps 16 (2 of 3), ..." """
+    all_runs, fallen = (Counter(map(_place, each)) for each in (runs, some))
     order = sorted(fallen, key=lambda place: (-fallen[place] / all_runs[place], place))
     words = [f"{m} with {a} at eps {e:g} ({fallen[m, a, e]} of {all_runs[m, a, e]})" for m, a, e in order[:4]]
     rest = sum(fallen[place] for place in order[4:])

@@ -69,7 +69,7 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
 
 
 def stability_map(courses: Sequence[Course]) -> "Figure":
-    """A table of methods by eps; each field says how many runs collapsed, such as "2 of 6".
+    """A table of methods by eps; each field says how many runs collapsed, and how many overfitted partly.
 
     Args:
         courses: runs with one training attack.
@@ -81,26 +81,31 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     for row, method in enumerate(methods):
         for column, eps in enumerate(budgets):
             runs = [each for each in courses if (each.result.cell.method, each.result.cell.eps) == (method, eps)]
-            _field(axis, column, row, len(runs), sum(each.collapse is not None for each in runs))
+            collapsed, partly = (
+                sum(getattr(each, name) is not None for each in runs) for name in ("collapse", "partly")
+            )
+            _field(axis, (column, row), len(runs), collapsed, partly)
     axis.set_xticks(range(len(budgets)), [f"{eps:g}" for eps in budgets])
     axis.set_yticks(range(len(methods)), [method_words(method) for method in methods])
     axis.set(xlabel="eps, 1/255", xlim=(-0.5, len(budgets) - 0.5), ylim=(len(methods) - 0.5, -0.5))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_title(f"{attack_words(courses[0].result.cell.attack)}: collapsed runs of all", fontsize=9)
+    axis.set_title(f"{attack_words(courses[0].result.cell.attack)}: collapsed runs", fontsize=9)
     return figure
 
 
-def _field(axis: "Axes", column: int, row: int, runs: int, collapsed: int) -> None:
-    colour = UNKNOWN if not runs else STABLE if not collapsed else ALL if collapsed == runs else SOME
-    hatch = "" if not collapsed else "///"  # tells the colours apart in black and white
+def _field(axis: "Axes", place: tuple[int, int], runs: int, collapsed: int, partly: int) -> None:
+    fell = collapsed + partly
+    colour = UNKNOWN if not runs else STABLE if not fell else ALL if collapsed == runs else SOME
+    hatch = "///" if fell else ""  # tells the colours apart in black and white
     rectangle = require("matplotlib.patches").Rectangle
-    place = (column - 0.47, row - 0.45)
-    edge = "#ffffff" if collapsed else "#cccccc"
-    axis.add_patch(rectangle(place, 0.94, 0.9, facecolor=colour, edgecolor=edge, hatch=hatch, linewidth=0.5))
-    words = f"{collapsed} of {runs}" if runs else "-"
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if collapsed else None
-    axis.text(column, row, words, ha="center", va="center", fontsize=8, bbox=box, weight="bold" if collapsed else None)
+    corner = (place[0] - 0.47, place[1] - 0.45)
+    edge = "#ffffff" if fell else "#cccccc"
+    axis.add_patch(rectangle(corner, 0.94, 0.9, facecolor=colour, edgecolor=edge, hatch=hatch, linewidth=0.5))
+    words = f"{collapsed} of {runs}" + (f"\n{partly} partly" if partly else "") if runs else "-"
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if fell else None
+    size, weight = (7 if partly else 8), ("bold" if fell else None)
+    axis.text(*place, words, ha="center", va="center", fontsize=size, bbox=box, weight=weight, linespacing=0.9)
 
 
 def curves(courses: Sequence[Course]) -> "Figure":

@@ -31,7 +31,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def numbers(study: Study) -> dict[str, Any]:
     """The content of results.json. Differences are shares (with the attack minus with PGD), and epochs count from 0."""
-    runs = [{**asdict(each.result.cell), "collapse": each.collapse, "detectors": each.seen} for each in study.courses]
+    runs = [
+        {**asdict(each.result.cell), "collapse": each.collapse, "partly": each.partly, "detectors": each.seen}
+        for each in study.courses
+    ]
     return {
         "format": FORMAT,
         "answer": asdict(study.answer),

@@ -1,7 +1,7 @@
 """Catastrophic overfitting in the records of training: which runs collapsed, when, and which detectors saw it."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,16 +10,20 @@ from fastadv.study.results import PGD, Result, row_of
 
 HALF = 0.5
 LEAST = 0.05  # a fall in accuracy by less may be chance
+PARTLY = 0.10
 DROP, GAP, ABNORMAL = 0.20, 0.20, 0.10
 
 DEFINITION = (
-    "A run has collapsed at the first epoch at which its accuracy under PGD-10 on the validation images is less "
-    f"than half of what it could be, and more than {100 * LEAST:.0f} points below it, while of the monitor's images "
-    "fewer than half as many are classified correctly under PGD-5 as under the attack trained with. What it could "
-    "be is its best so far or, if higher, at the same epoch that of the run trained with PGD from the same seed, "
-    "unless that ends with one class for all images; where there is no such run, the accuracy under the attack "
-    "trained with. The second condition tells catastrophic overfitting from a model that forgets, or overfits as "
-    "any does."
+    "A run has collapsed at the first epoch at which its accuracy under PGD-10 on the validation images is less than "
+    f"half of what it could be, and more than {100 * LEAST:.0f} points below it, while of the monitor's images fewer "
+    "than half as many are classified correctly under PGD-5 as under the attack trained with. What it could be is its "
+    "best so far or, if higher, at the same epoch that of the run trained with PGD from the same seed, unless that "
+    "ends with one class for all images; where there is no such run, the accuracy under the attack trained with. The "
+    "second condition tells catastrophic overfitting from a model that forgets, or overfits as any does. A run that "
+    "did not collapse has overfitted partly if at some epoch the accuracy under PGD-10 is more than "
+    f"{100 * PARTLY:.0f} points below its best so far or that of the run trained with PGD, while the monitor's images "
+    "are classified correctly under the attack trained with more often than under PGD-5, by more than "
+    f"{100 * PARTLY:.0f} points. The weights that were chosen may be of an epoch before."
 )
 
 Rule = Callable[[Sequence[float]], Iterable[bool]]  # the values of a field over the epochs -> whether each one fires
@@ -90,12 +94,19 @@ class Course:
     Attributes:
         result: the finished cell of the run.
         collapse: the epoch at which the run collapsed, from 0; None where it did not.
+        partly: where it did not collapse, the epoch at which it had first overfitted partly; None where it never had.
         seen: {name of a detector: the epoch at which it fired first, or None}, of the detectors that have readings.
     """
 
     result: Result
     collapse: int | None
+    partly: int | None
     seen: dict[str, int | None]
+
+    @property
+    def sound(self) -> bool:
+        """Whether the run overfitted neither wholly nor partly."""
+        return self.collapse is None and self.partly is None
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,8 @@ class Score:
         found: the number of collapsed runs in which it fired.
         collapsed: the number of collapsed runs.
         leads: for each run of `found`, the epochs from the firing to the collapse; -1 is one epoch too late.
-        false: the number of runs without a collapse in which it fired.
-        sound: the number of runs without a collapse.
+        false: the number of sound runs in which it fired.
+        sound: the number of sound runs; those that overfitted partly are neither sound nor collapsed.
     """
 
     name: str
@@ -142,7 +153,9 @@ def courses(results: Iterable[Result]) -> list[Course]:
                 for name, detector in DETECTORS.items()
                 if any(map(detector.has, each.epochs))
             }
-            found.append(Course(each, collapse(each.epochs, _measure(partner)), seen))
+            measure = _measure(partner)
+            fallen, half = collapse(each.epochs, measure), partly(each.epochs, measure)
+            found.append(Course(each, fallen, half if fallen is None else None, seen))
     return found
 
 
@@ -166,30 +179,40 @@ def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) 
     Returns:
         The epoch, from 0; None where the run did not collapse.
     """
+    for each, could_be in _with_what_could_be(epochs, partner):
+        robust = each["robust_accuracy"]
+        fell = robust < HALF * could_be and could_be - robust > LEAST
+        if fell and each["probe_pgd"] < HALF * each["probe_attack"]:
+            return int(each["epoch"])
+    return None
+
+
+def partly(epochs: Sequence[Record], partner: Sequence[Record] | None = None) -> int | None:
+    """The first epoch at which a run had overfitted partly, as DEFINITION says; arguments and result as of collapse."""
+    for each, could_be in _with_what_could_be(epochs, partner or ()):
+        if could_be - each["robust_accuracy"] > PARTLY and each["probe_attack"] - each["probe_pgd"] > PARTLY:
+            return int(each["epoch"])
+    return None
+
+
+def _with_what_could_be(epochs: Sequence[Record], partner: Sequence[Record] | None) -> Iterator[tuple[Record, float]]:
+    """Each epoch that was judged, with the accuracy under PGD-10 that the run could have had there."""
     of_partner = {each["epoch"]: each.get("robust_accuracy") for each in partner or ()}
     best = 0.0
     for each in filter(_judged, epochs):
-        robust = each["robust_accuracy"]
-        best = max(best, robust)
-        reference = of_partner.get(each["epoch"])
-        if partner is None:
-            reference = each["probe_attack"]
-        could_be = max(best, reference or 0.0)
-        fell = robust < HALF * could_be and could_be - robust > LEAST
-        if fell and each["probe_pgd"] < HALF * each["probe_attack"]:
-            epoch: int = each["epoch"]
-            return epoch
-    return None
+        best = max(best, each["robust_accuracy"])
+        reference = each["probe_attack"] if partner is None else of_partner.get(each["epoch"])
+        yield each, max(best, reference or 0.0)
 
 
 def scores(found: Iterable[Course]) -> list[Score]:
     """The score of each detector that has readings in at least one run."""
     found, rows = list(found), []
     for name, detector in DETECTORS.items():
-        seen = [(each.collapse, each.seen[name]) for each in found if name in each.seen]
+        seen = [each for each in found if name in each.seen]
         if seen:
-            collapsed = [(when, fired) for when, fired in seen if when is not None]
-            sound = [fired for when, fired in seen if when is None]
+            collapsed = [(each.collapse, each.seen[name]) for each in seen if each.collapse is not None]
+            sound = [each.seen[name] for each in seen if each.sound]
             leads = tuple(when - fired for when, fired in collapsed if fired is not None)
             false = sum(fired is not None for fired in sound)
             rows.append(Score(name, detector.rule, len(leads), len(collapsed), leads, false, len(sound)))

@@ -132,18 +132,18 @@ def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
     if not study.courses:
         return "\n".join([*parts, html.paragraph("Not measured yet.")])
     parts.append(_side(drawn, [name for name in drawn if name.startswith("map-") and name not in first]))
-    parts += ["<h3>Runs that collapsed</h3>", _collapses(study), "<h3>Detectors</h3>", _detectors(study.scores)]
+    parts += ["<h3>Runs that overfitted</h3>", _overfitted(study), "<h3>Detectors</h3>", _detectors(study.scores)]
     return "\n".join(parts)
 
 
-def _collapses(study: Study) -> str:
-    fallen = [each for each in study.courses if each.collapse is not None]
+def _overfitted(study: Study) -> str:
+    fallen = sorted((each for each in study.courses if not each.sound), key=lambda each: each.collapse is None)
     if not fallen:
         return html.paragraph(f"None of {len(study.courses)} runs, those trained with PGD among them.")
     rows = []
     for each in fallen:
         cell, epochs = each.result.cell, {e["epoch"]: e for e in each.result.epochs}
-        when = each.collapse or 0
+        when = next(n for n in (each.collapse, each.partly) if n is not None)
         before = [e["robust_accuracy"] for n, e in epochs.items() if n < when and _has_validation(e)]
         kept = each.result.record["records"][-1].get("best_epoch")
         rows.append(
@@ -151,6 +151,7 @@ def _collapses(study: Study) -> str:
                 *_names(cell),
                 f"{cell.eps:g}",
                 str(cell.seed),
+                "collapsed" if each.collapse is not None else "partly",
                 str(when + 1),
                 _percent(max(before)) if before else "-",
                 _percent(epochs[when]["robust_accuracy"]),
@@ -158,8 +159,20 @@ def _collapses(study: Study) -> str:
                 _percent(each.result.accuracies.get("pgd-10")),
             ]
         )
-    head = ["data", "method", "attack", "eps", "seed", "epoch", "PGD-10 before", "then", "epoch kept", "its PGD-10"]
-    return _folded(f"all {len(rows)} runs that collapsed", head, rows)
+    head = [
+        "data",
+        "method",
+        "attack",
+        "eps",
+        "seed",
+        "how",
+        "epoch",
+        "PGD-10 before",
+        "then",
+        "epoch kept",
+        "its PGD-10",
+    ]
+    return _folded(f"all {len(rows)} runs that overfitted", head, rows)
 
 
 def _detectors(found: Sequence[Score]) -> str:
@@ -171,8 +184,8 @@ def _detectors(found: Sequence[Score]) -> str:
         rows.append([html.text(each.name), html.text(each.rule), seen, lead, false])
     absent = [name for name in DETECTORS if name not in {each.name for each in found}]
     note = f"Not in these records: {', '.join(absent)}. " if absent else ""
-    note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs without a "
-    note += "collapse in which it fired."
+    note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs that "
+    note += "overfitted neither wholly nor partly, in which it fired."
     head = ["detector", "fires at", "collapses seen", "epochs before", "false alarms"]
     return _table(head, rows) + html.paragraph(note, "note")
 

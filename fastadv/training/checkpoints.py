@@ -1,4 +1,4 @@
-"""The states of a training run in a folder, from which it goes on where it was cut."""
+"""The checkpoints of a training run, from which a cut run is resumed."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from fastadv.files import FormatError, check_format, write_atomically
 from fastadv.training.finite import nonfinite_groups
 from fastadv.training.settings import RENAMED
 
-FORMAT, OLDEST = 3, 2  # 2 has old names of settings
-KEPT = 2
+FORMAT, OLDEST = 3, 2  # format 2 has old names of settings
+KEPT = 2  # so many checkpoints with different weights are kept
 
-# The names of the files that are written here; no other file is read, replaced or removed.
+# Only files with names like these are read, replaced or removed.
 _MANIFEST = re.compile(r"\d{8,}\.json")
 _TENSORS = re.compile(r"[0-9a-f]{64}\.safetensors")
 
@@ -29,17 +29,22 @@ Facts = dict[str, Any]  # for JSON
 
 
 class Checkpoints:
-    """Groups of tensors and JSON facts; the last two with different weights are kept, nothing is pickled.
+    """Groups of tensors, and facts in JSON, in a folder. The last two checkpoints with different weights are kept.
 
-    Tensors are in safetensors files named by their hash: weights that are the newest, the best and the last good ones
-    at once are written once. A checkpoint is a JSON file that names these files. It is written last and put in place by
-    a renaming, so that a run which is killed before that still has the checkpoint before.
+    The tensors of a group are in a safetensors file whose name is its hash. So weights that are the newest, the best
+    and the last good ones at the same time are written once. A checkpoint is a JSON file that names these files:
+
+        00000042.json                    "weights": "5e0c....safetensors", "best": "5e0c....safetensors", ...
+        5e0c....safetensors
+
+    The JSON file is written last, and gets its name when it is complete. A run that is killed before that still has the
+    previous checkpoint. Nothing is pickled.
 
     Args:
-        folder: of the files; made when something is saved.
-        run: `fingerprint` of the run that the checkpoints belong to.
-        defaults: the values of parts of the fingerprint that had no name when an older state was written.
-        masks: names of the tensors that may hold numbers that are not finite.
+        folder: the folder; it is made by the first `save`.
+        run: the `fingerprint` of the run that the checkpoints belong to.
+        defaults: the defaults of settings; an older state may lack some of them.
+        masks: the names of the tensors that may have infinite numbers or NaN.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class Checkpoints:
         self.folder, self.run, self.defaults, self.masks = Path(folder), run, defaults or {}, masks
         self._number = 0
         self._files: dict[str, str] = {}
-        self._damaged: set[str] = set()  # names of files; they go when there is a newer checkpoint
+        self._damaged: set[str] = set()  # names of files that are removed after the next `save`
 
     def exist(self) -> bool:
         """Whether there is a checkpoint."""
@@ -58,11 +63,11 @@ class Checkpoints:
         """Write a checkpoint.
 
         Args:
-            groups: tensors by name, by the name of the group; a group that is None is as in the checkpoint before.
-            facts: what else a run needs to go on.
+            groups: {group: {name: tensor}}; {group: None} means that the group is the same as in the last checkpoint.
+            facts: everything else that a run needs to resume; JSON must be able to hold it.
 
         Raises:
-            OSError: it cannot be written, as on a full disk; the checkpoints before can still be loaded.
+            OSError: the checkpoint cannot be written, as on a full disk; earlier ones can still be loaded.
         """
         files = {name: self._files[name] if part is None else self._write(part) for name, part in groups.items()}
         body = json.dumps({"format": FORMAT, "run": self.run, "files": files, "facts": facts})
@@ -72,11 +77,15 @@ class Checkpoints:
         self._clean()
 
     def load(self) -> tuple[Groups, Facts] | None:
-        """Groups and facts of the newest checkpoint that is whole and finite; None where there is no checkpoint.
+        """The groups and facts of the newest checkpoint that is complete and finite; None where there is no checkpoint.
+
+        A newer checkpoint that is damaged is passed over with a warning.
 
         Raises:
-            OSError: one cannot be read, which says nothing of its content.
-            ValueError: they are of another run or format, or none of them is whole.
+            FormatError: another version of fastadv wrote the checkpoints.
+            OSError: a file cannot be read. It may be sound, so no older checkpoint is taken in its place.
+            OtherRunError: the checkpoints belong to another run.
+            ValueError: all checkpoints are damaged.
         """
         safetensors = require("safetensors")
         damaged: dict[Path, str] = {}
@@ -131,9 +140,9 @@ class Checkpoints:
         facts = json.loads(body)
         if not isinstance(facts, dict) or "format" not in facts:
             raise ValueError("it is no manifest")
-        files = facts.get("files")  # named so in every format
+        files = facts.get("files")  # every format has this entry
         for name in files.values() if isinstance(files, dict) else [files]:
-            # Others would be read, and perhaps removed.
+            # Otherwise a forged manifest could have any other file read, and later removed.
             if not _TENSORS.fullmatch(str(name)) or (self.folder / str(name)).is_symlink():
                 raise ValueError(f"it names {name!r}, which is no file of a state")
         check_format(f"the state in {self.folder}", facts["format"], FORMAT, OLDEST)
@@ -142,7 +151,7 @@ class Checkpoints:
         return facts
 
     def _check_run(self, there: Mapping[str, str]) -> None:
-        """Refuse another run's fingerprint. A setting that an older version did not know had its default."""
+        """Refuse the fingerprint of another run. A setting that it lacks did not exist yet, and had its default."""
         here, defaults = json.loads(self.run), json.loads(fingerprint(self.defaults))
         there = by_new_names(there, RENAMED, warn=False)
         unknown = [f"{name} ({value} there)" for name, value in there.items() if name not in here | defaults]
@@ -159,7 +168,7 @@ class Checkpoints:
             )
 
     def _clean(self) -> None:
-        """Remove the files of this class that no kept checkpoint names, half-written ones too."""
+        """Remove files that no kept checkpoint names, also half-written ones; other files of the folder stay."""
         kept: set[str] = set()
         weights: set[str | None] = set()
         for manifest in reversed(self._manifests()):
@@ -167,7 +176,7 @@ class Checkpoints:
                 continue
             try:
                 files = self._checked(manifest)["files"]
-            except (FileNotFoundError, ValueError):  # `load` found a newer one, and did not look at it
+            except (FileNotFoundError, ValueError):  # damaged, and older than the one that `load` took
                 continue
             if files.get("weights") not in weights:
                 weights.add(files.get("weights"))

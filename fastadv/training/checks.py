@@ -1,4 +1,4 @@
-"""What a run refuses before it changes anything: data and settings that no run can have."""
+"""Refuses data and settings that no run can have, before anything is changed."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
     """Refuse data and settings that no run can have.
 
     Args:
-        trainer: with the settings of the run.
+        trainer: the trainer, which has the settings of the run.
         parts: the images of the run.
         steps: how many batches an epoch has.
         team: the processes of the run.
@@ -81,8 +81,8 @@ def check_same(trainer: "Trainer", data: dict[str, object], team: Team) -> None:
     """Refuse processes with different data or settings; all processes call this together.
 
     Args:
-        trainer: this process's.
-        data: what a fingerprint reads of this process's data.
+        trainer: this process's trainer.
+        data: the facts about this process's data, as `Parts.facts` returns them.
         team: the processes of the run.
 
     Raises:

@@ -8,21 +8,21 @@ from fastadv.training.progress import Progress
 
 
 def criteria(attack: str | TrainAttack | None) -> tuple[str, ...]:
-    """The accuracies that weights are chosen by, the most important first; of equal weights the latest are taken.
+    """The accuracies by which weights are chosen, the most important one first. Of equal weights the latest are taken.
 
     Args:
-        attack: of the training.
+        attack: the training attack; None for training on clean images.
     """
     return ("clean_accuracy",) if attack is None else ("robust_accuracy", "clean_accuracy")
 
 
 def choice(at: Progress, by: str, count: int) -> dict[str, Any]:
-    """The accuracy that the weights were chosen by, and the epochs that chance alone may have ranked below them.
+    """The accuracy by which the weights were chosen, and the epochs that are worse by no more than chance may explain.
 
     Args:
-        at: the progress of a run that has chosen its best epoch.
-        by: the accuracy, a name in the records of the epochs.
-        count: how many images it was measured on.
+        at: the progress of a run that has a best epoch.
+        by: the name of the accuracy in the records of the epochs.
+        count: the number of images on which it was measured.
 
     Returns:
         "chosen_by", "noise" (two standard errors of the best accuracy) and "within_noise" (the other epochs that were

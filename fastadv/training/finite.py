@@ -1,4 +1,4 @@
-"""Checks that no number is learnt from, or kept, that is not finite."""
+"""Checks for NaN and infinity before a step is taken, and before weights are saved."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -8,35 +8,40 @@ from torch.nn.utils import get_total_norm
 
 
 def largest(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The largest magnitude in the tensors of floats, 0-dim on `device`, without waiting for it.
+    """The largest magnitude in some tensors, 0-dim on `device`, without waiting for the device.
 
-    NaN where one of them holds a NaN.
+    Args:
+        tensors: the tensors, on any device; integers do not count.
+        device: the device of the result.
+
+    Returns:
+        0-dim float; NaN where a tensor has a NaN.
     """
     held = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     return get_total_norm(held, float("inf")).to(device)
 
 
 def nonfinite(tensors: Mapping[str, torch.Tensor], known: Collection[str] = ()) -> list[str]:
-    """Names of the tensors that hold a number that is not finite, without those that are `known` to hold one."""
+    """The names of the tensors with NaN or infinity, without those that are `known` to have some."""
     unknown = {name: tensor for name, tensor in tensors.items() if name not in known}
     return [name for name, t in unknown.items() if t.is_floating_point() and not bool(t.isfinite().all())]
 
 
 def nonfinite_groups(groups: Mapping[str, Mapping[str, torch.Tensor] | None], known: Collection[str] = ()) -> list[str]:
-    """As `nonfinite` in groups of tensors: "group name"; a group that is None was looked at before."""
+    """As `nonfinite` for groups: names such as "optimizer 0.exp_avg". A group that is None is not checked."""
     return [f"{group} {name}" for group, part in groups.items() for name in nonfinite(part or {}, known)]
 
 
 def fault(loss: float, norm: float, statistics: float) -> tuple[str, str]:
-    """What is wrong with a step that is not finite, and what may be done about it.
+    """The cause of a step that is not finite, and advice, in words.
 
     Args:
-        loss: of the step.
-        norm: of the gradient.
+        loss: the loss of the step.
+        norm: the norm of the gradient.
         statistics: the largest magnitude in the buffers that the forward pass wrote.
 
     Returns:
-        Two texts; the second one is empty or begins with a full stop.
+        (the cause, advice to add to the message, which may be empty).
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}", ""

@@ -40,7 +40,6 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
         fixed = 0
         for target in outputs:
             vector = vectors[target.name]
-            fixed += hold(
-                vector, target.rows, 1 if vector.ndim == 4 else 0
-            )  # the vector of a convolution is (1, outputs, 1, 1)
+            dim = 1 if vector.ndim == 4 else 0  # the vector of a convolution is (1, outputs, 1, 1)
+            fixed += hold(vector, target.rows, dim)
         yield Chosen(list(vectors.values()), fixed)

@@ -1,4 +1,4 @@
-"""Rows of numbers, one for each training image, that are kept from one epoch to the next."""
+"""Keeps a row of numbers for each training image from one epoch to the next."""
 
 import json
 import math
@@ -15,43 +15,44 @@ from fastadv.files import check_format
 from fastadv.team import Team
 
 FORMAT = 1
-HEADER = 4096  # bytes: JSON, and spaces up to the first row
-FILES = 3  # one is read, one is written, and the third is for the last checkpoint but one
-CHUNK = 2**20  # bytes
+HEADER = 4096  # bytes before the first row: JSON, then spaces
+FILES = 3  # one is read, one is written, and the third belongs to the last checkpoint but one
+CHUNK = 2**20  # bytes that are written at a time
 ELSEWHERE = "the run cannot go on; begin again in another folder"
 
 Facts = dict[str, Any]  # the header of a file, as JSON has it
 
 
 class SampleMemory:
-    """A row for each training image: an epoch reads what the epoch before it wrote.
+    """A row for each training image. An epoch reads the rows that the epoch before wrote, and writes new ones.
 
-    An epoch reads one file and writes another. A killed run that takes some steps again therefore reads and writes the
-    same. With three files:
+    It reads one file and writes another. So a killed run that takes some steps again reads the same rows as before. The
+    three files take turns:
 
         epoch    reads    writes
         4        .1       .2
         5        .2       .0
         6        .0       .1
 
-    The epoch's number, which a checkpoint has, says which file is which, and each file says which epoch its rows are
-    for. Call `flush` before a checkpoint is written, and write each row once in every epoch.
+    A checkpoint has the number of the epoch, which says which file is which; and each file says for which epoch its
+    rows are. Write each row once in every epoch, and call `flush` before a checkpoint is written.
 
-    Several processes of one machine share the files (they are memory-mapped). Without a folder the rows are in memory.
+    The processes of one machine share the files, which are memory-mapped. Without a folder the rows are in memory.
 
     Args:
-        folder: of the files, which it makes; None for one process without checkpoints.
-        name: of the files: {name}.0, ...
-        count: how many images there are.
-        shape: of a row.
-        dtype: of a row. Rows are zeros until they are written.
-        resume: take the files that are there; else they begin with zeros.
-        first: the first epoch, which reads zeros.
-        team: the processes of the run; all of them make it, and call `begin`, together.
+        folder: the folder of the files, which is made; None for one process without checkpoints.
+        name: the beginning of the files' names: {name}.0, ...
+        count: the number of images.
+        shape: the shape of a row.
+        dtype: the dtype of a row. Rows are zeros until they are written.
+        resume: whether to continue with files that are there; else all rows begin with zeros.
+        first: the number of the first epoch, which reads zeros.
+        team: the processes of the run; all of them make this object, and call `begin`, together.
 
     Raises:
-        OSError: there is no room for the files, or one that is needed to go on is missing.
-        ValueError: the processes have no folder in common, or a file has other rows, or another format.
+        FormatError: another version of fastadv wrote a file.
+        OSError: there is no room for the files; or a file that is needed to resume is missing.
+        ValueError: the processes do not share the folder; or a file has other rows.
     """
 
     def __init__(
@@ -86,10 +87,13 @@ class SampleMemory:
                 self.team.from_first(lambda: self._files[first % FILES].say(first))
 
     def begin(self, epoch: int) -> None:
-        """Read from now on what epoch `epoch - 1` wrote, and write for `epoch + 1`.
+        """Begin an epoch: from now on read the rows of the epoch before, and write rows for the next epoch.
+
+        Args:
+            epoch: the number of the epoch.
 
         Raises:
-            ValueError: the file has the rows of another epoch.
+            ValueError: the file to read has the rows of another epoch.
         """
         read, write = epoch % len(self._rows), (epoch + 1) % len(self._rows)
         if self._files:
@@ -98,30 +102,42 @@ class SampleMemory:
         self._epoch, self._read, self._write = epoch, self._rows[read], self._rows[write]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the epoch before wrote for the images `rows`, int64 (n,) on the CPU: (n, *shape), on the CPU."""
+        """The rows that the epoch before wrote.
+
+        Args:
+            rows: int64 (n,), on the CPU, the numbers of the images.
+
+        Returns:
+            (n, *shape), on the CPU.
+        """
         return self._read[rows]
 
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep `values` (n, *shape), on any device, of the images `rows`, int64 (n,) on the CPU."""
+        """Write rows for the next epoch.
+
+        Args:
+            rows: int64 (n,), on the CPU, the numbers of the images.
+            values: (n, *shape), on any device.
+        """
         self._write[rows] = values.to("cpu", self._write.dtype)
 
     @property
     def empty(self) -> bool:
-        """Whether no epoch has been before: all rows are zeros then."""
+        """Whether this is the first epoch, and all rows to read are zeros."""
         return self._epoch == self.first
 
     @property
     def before(self) -> torch.Tensor:
-        """All rows (count, *shape) that the epoch before wrote; not to be written to."""
+        """All rows (count, *shape) that the epoch before wrote. Do not write to them."""
         return self._read
 
     @property
     def written(self) -> torch.Tensor:
-        """All rows (count, *shape) of this epoch, where they have been written."""
+        """All rows (count, *shape) for the next epoch, as far as this epoch has written them."""
         return self._write
 
     def flush(self) -> None:
-        """Have on the disk what all processes of this machine have written."""
+        """Bring all rows that the processes of this machine have written to the disk."""
         for file in self._files:
             file.flush()
 
@@ -144,7 +160,7 @@ class _File:
             with open(path, "r+b") as file:
                 self._map = mmap.mmap(file.fileno(), 0)
                 self.number = os.fstat(file.fileno()).st_ino
-        except (FileNotFoundError, ValueError) as error:  # a file that is empty
+        except (FileNotFoundError, ValueError) as error:  # ValueError: the file is empty
             raise FileNotFoundError(f"{path} is missing or empty: {ELSEWHERE}") from error
         found = self._header()
         check_format(str(path), found.get("format"), FORMAT)
@@ -168,7 +184,7 @@ class _File:
             )
 
     def say(self, epoch: int) -> None:
-        """That its rows are for this epoch."""
+        """Write into the header for which epoch the rows are."""
         self._map[:HEADER] = _header(self._facts | {"epoch": epoch})
 
     def flush(self) -> None:
@@ -183,7 +199,7 @@ class _File:
 
 
 def _make(paths: Sequence[Path], facts: Facts) -> None:
-    """Write every byte now: a full disk is then an error here, and not a signal when the memory is written to."""
+    """Make the files, and write every byte: a full disk is an error here, not a signal that kills the run later."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What trains: everything, or the head and what a method adds or chooses before it."""
+"""Fine-tuning methods: they choose the parameters that train, everything or the head and a few others."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,11 +24,11 @@ Method = Callable[[nn.Module, Options], AbstractContextManager[Chosen]]
 
 @contextmanager
 def linear(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Nothing but the head."""
+    """Choose nothing beside the head."""
     yield Chosen()
 
 
-# A method chooses what trains beside the head, or adds it to the model; with "full" everything trains.
+# A method chooses parameters that train beside the head, or adds some to the model. With "full" everything trains.
 METHODS: dict[str, Method | None] = {
     "full": None,
     "linear": linear,
@@ -45,16 +45,16 @@ LEARNING_RATES = {"linear": 1e-2, "bias": 3e-3}
 
 
 class Tuning:
-    """What trains while `trainable` is in force.
+    """The parameters that train, and the buffers that training changes, inside `trainable`.
 
     Args:
-        model: with flags and modes as they are for training.
-        buffers: names of the buffers that training may change.
-        fixed: how many numbers of the parameters that require grad are kept where they are.
+        model: the model, with flags and modes set for training.
+        buffers: the names of the buffers that training may change.
+        fixed: how many numbers do not train although their parameter requires grad.
 
     Attributes:
-        parameters: (name, parameter) of each that trains.
-        total: how many numbers the parameters of the model hold, with those that a method adds.
+        parameters: (name, parameter) for each parameter that trains.
+        total: how many numbers all parameters have, with those that the method added.
         trainable: how many of these numbers train.
 
     Raises:
@@ -67,7 +67,7 @@ class Tuning:
             raise ValueError("no parameter requires grad: there is nothing to train")
         self.trainable = sum(parameter.numel() for _, parameter in self.parameters) - fixed
         self.total = sum(parameter.numel() for parameter in model.parameters())
-        # The owner and the key, not the tensor: a model may put another tensor in the place of a buffer.
+        # The owner and the key are kept, not the tensor: a model may assign another tensor to a buffer.
         owners = ((name, *name.rpartition(".")[::2]) for name in buffers)
         self._buffers: dict[str, tuple[dict[str, Any], str]] = {
             name: (model.get_submodule(owner)._buffers, key) for name, owner, key in owners
@@ -75,20 +75,23 @@ class Tuning:
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Buffers of what is in train mode, by name."""
+        """The buffers of the modules in train mode, by name."""
         return {name: held[key] for name, (held, key) in self._buffers.items()}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that training can change, by name: the parameters that train, and `buffers`."""
+        """All tensors that training can change, by name: the parameters that train, and `buffers`."""
         return dict(self.parameters) | self.buffers
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy of `tensors` in the host's memory, for the steps need the device's."""
+        """A copy of `tensors` on the host: the steps need the device's memory."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go back to `state`.
+        """Load a state.
+
+        Args:
+            state: a state that `state()` returned.
 
         Raises:
             ValueError: it is the state of another model or method; nothing was changed.
@@ -114,14 +117,14 @@ def trainable(
     adapter_reduction: int | None = None,
     prompt_tokens: int | None = None,
 ) -> Iterator[Tuning]:
-    """Set `model` up for `method`, until the end.
+    """Set `model` up for a fine-tuning method until the end.
 
-    - "full": the model is in train mode and every parameter that requires grad trains.
-    - "linear": the head trains. Nothing before it requires grad, so an update runs no backward through the backbone.
+    - "full": the model is in train mode, and every parameter that requires grad trains.
+    - "linear": the head trains. Nothing before it requires grad: an update has no backward pass through the backbone.
     - "bias": every bias trains, such as `bias`, `in_proj_bias`, `q_bias` and `bias_ih_l0`, and the head (BitFit: Ben
       Zaken et al. 2022, arXiv 2106.10199).
     - "lora": a low-rank update of some layers, and the head (Hu et al. 2022, arXiv 2106.09685).
-    - "adapter": a bottleneck behind the last branch of each residual block, and the head (Houlsby et al. 2019, arXiv
+    - "adapter": a bottleneck after the last branch of each residual block, and the head (Houlsby et al. 2019, arXiv
       1902.00751, as `fastadv.models.Adapter`).
     - "prompt": more tokens in each block of a plain vision transformer, and the head (VPT-deep: Jia et al.
       2022, arXiv 2203.12119, as `fastadv.models.Prompt`).
@@ -129,31 +132,35 @@ def trainable(
       et al. 2022, arXiv 2205.05638).
     - "norm": weights and biases of the normalisation layers, and the head.
 
-    A weight of the head that a layer before it has too (tied weights) trains: it is one parameter. With every method
-    but "full" the backbone stays in eval mode, also after `model.train()`, so that batch-norm's buffers keep their
-    bits; the head alone follows the mode.
+    Where the head shares a weight with a layer of the backbone (tied weights), that weight trains: it is one parameter.
+    With every method but "full" the backbone stays in eval mode, also after `model.train()`, so that batch-norm's
+    buffers do not change. Only the head follows `model.train()`.
 
-    At the end, whatever happens, LoRA's and IA3's updates are merged into the weights, every flag is as it was, no
-    parameter that trained has a gradient, and the model has its own modules and names again. Adapters and prompts stay:
-    they are modules of the model from then on, and what trains when it is set up for the same method again.
+    At the end, also after an error, LoRA's and IA3's updates are merged into the weights, every flag is as before, the
+    gradients are gone, and the model has its own modules and names again. Adapters and prompts stay: they are modules
+    of the model from now on, and train when it is set up for the same method again.
 
     Args:
-        model: trained in place.
+        model: the model, which is trained in place.
         method: a key of METHODS.
-        head: name of the classifier; None means `fastadv.models.find_head`'s.
-        rank: of LoRA's factors.
-        alpha: of LoRA: an update is alpha / rank times the product of its two factors.
-        lora_targets: names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means the layers
-            that `fastadv.models.lora_targets` finds.
-        example: images (N, C, H, W) as the model takes them, to find the head and the layers by running it.
-        adapter_reduction: the width of a layer over that of its adapter; None means 8.
-        prompt_tokens: how many tokens a block gets; None means 10.
+        head: the name of the classifier; None means the one that `fastadv.models.find_head` finds.
+        rank: the rank of LoRA's factors.
+        alpha: for LoRA: an update is alpha / rank times the product of its two factors.
+        lora_targets: the names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means the
+            layers that `fastadv.models.lora_targets` finds.
+        example: images (N, C, H, W) as the model takes them. The model is run on them to find the head and the layers.
+        adapter_reduction: the width of a layer divided by the width of its adapter; None means 8.
+        prompt_tokens: the number of prompts in a block; None means 10.
+
+    Yields:
+        The parameters that train.
 
     Raises:
-        ImportError: "lora" or "ia3" without peft, of the `train` extra.
-        ValueError: unknown method, no such head or layer, a layer for LoRA or IA3 whose weight another one has too,
-            no place for what the method adds, nothing that trains, or a number out of range; and at the first step of
-            an optimizer, before it changes anything, a layer for LoRA or IA3 whose factors got no gradient.
+        ImportError: the method is "lora" or "ia3", and peft, of the `train` extra, is not installed.
+        ValueError: the method is unknown; there is no such head or layer; LoRA or IA3 would adapt a layer that shares
+            its weight with another one; the model has no place for an adapter or a prompt; nothing trains; or a number
+            is out of range. At the first step of an optimizer, before it changes anything: the factors of LoRA or IA3
+            in a layer got no gradient.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
@@ -167,7 +174,7 @@ def trainable(
             chosen = stack.enter_context(choose(model, options))
             fixed = chosen.fixed
             stack.enter_context(_head_follows_mode(model, head))
-            # By identity: a tied parameter has several names.
+            # By id, because a tied parameter has several names.
             trains = {id(parameter) for parameter in (*classifier.parameters(), *chosen.parameters)}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in trains)
@@ -189,7 +196,7 @@ def _drop_gradients(tuning: Tuning) -> None:
 
 @contextmanager
 def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
-    """`model.train(mode)` reaches the head alone; the rest is in eval mode."""
+    """Until the end, `model.train(mode)` acts on the head alone; the other modules stay in eval mode."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         for module in self.modules():
@@ -198,7 +205,7 @@ def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
         return self
 
     before = vars(model).get("train")
-    # Bound, so that a deep copy's is its own.
+    # A bound method: a deep copy of the model gets one that is bound to the copy.
     model.train = MethodType(train, model)  # type: ignore[method-assign]
 
     def put_back() -> None:

@@ -1,4 +1,4 @@
-"""Optimisers by name, and their states as tensors by name."""
+"""Makes optimizers by name, and saves their states as tensors by name."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ from torch import nn
 
 from fastadv.training.settings import Settings
 
-# The last word of the names of positions, of class tokens and their like, and of tables of biases for attention.
+# Matches the last word of the names of position embeddings, of class and other tokens, and of attention biases.
 _NO_DECAY = re.compile(
     r"(^|_)(pos|position|positional|rel|relative|cls|bias|biases)(_|\d|$)|tokens?\d*(_\d+)?$|^class_emb"
 )
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # weights of several dimensions; other norms' weights have one
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # their weights may have several dimensions; other norms' have one
 
 
 def optimizer_of(
     model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], s: Settings
 ) -> torch.optim.Optimizer:
-    """The optimizer of `parameters`, of which only weights decay.
+    """The optimizer of `parameters`. Weight decay applies to the weights of linear layers and convolutions alone.
 
     Args:
-        model: which has the parameters.
-        parameters: (name, parameter) of each that trains.
-        s: the optimizer's name, its learning rate and its weight decay.
+        model: the model that has the parameters.
+        parameters: (name, parameter) for each parameter that trains.
+        s: the settings with the optimizer's name, its learning rate and its weight decay.
     """
     kept = _without_decay(model)
     weights = [p for _, p in parameters if id(p) not in kept]
@@ -39,8 +39,11 @@ def optimizer_of(
 
 
 def _without_decay(model: nn.Module) -> set[int]:
-    """The ids of the parameters without weight decay: biases, norms, positions, tokens, IA3's vectors, which are about
-    1, and what timm's models list. By id, because a tied parameter has several names."""
+    """The ids of the parameters without weight decay.
+
+    These are biases, norms, position embeddings, tokens, IA3's vectors, whose values are about 1, and the parameters
+    that a model of timm's lists. A tied parameter has several names, so it is found by its id.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     listing = {name: m for name, m in modules.items() if callable(getattr(m, "no_weight_decay", None))}
     listed = [f"{name}.{pattern}".lstrip(".") for name, m in listing.items() for pattern in m.no_weight_decay()]
@@ -56,19 +59,19 @@ def _without_decay(model: nn.Module) -> set[int]:
 
 
 def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The last word of a parameter's name; of the weight of an nn.Embedding the last word of the embedding's name."""
+    """The last word of a parameter's name; for the weight of an nn.Embedding that of the embedding: "pos_embed"."""
     owner, _, word = name.rpartition(".")
     return owner.rpartition(".")[2] if isinstance(modules[owner], nn.Embedding) else word
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The tensors of the optimizer's state, by "number of the parameter.name", such as "0.exp_avg"."""
+    """The tensors of an optimizer's state, by the number of the parameter and a name, such as "0.exp_avg"."""
     states = optimizer.state_dict()["state"].items()
     return {f"{i}.{key}": t for i, state in states for key, t in state.items() if isinstance(t, torch.Tensor)}
 
 
 def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Take back what `state_of` returned."""
+    """Load the tensors that `state_of` returned."""
     states: dict[int, dict[str, torch.Tensor]] = {}
     for name, t in tensors.items():
         number, _, key = name.partition(".")

@@ -1,4 +1,4 @@
-"""The options of a method of fine-tuning, and the parameters that it chooses."""
+"""The options of a fine-tuning method, and the parameters that it chooses to train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from fastadv.models import Target
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `trainable` that methods heed, under the same names.
+    """The arguments of `trainable` that methods use, under the same names.
 
     Attributes:
-        head: name of the classifier.
+        head: the name of the classifier.
         example: images (N, C, H, W) as the model takes them, or None.
-        rank: of LoRA's factors.
-        alpha: of LoRA: an update is alpha / rank times the product of its two factors.
-        lora_targets: layers for LoRA; None means those that the structure gives.
-        adapter_reduction: the width of a layer over that of its adapter; None means 8.
-        prompt_tokens: of a block; None means 10.
+        rank: the rank of LoRA's factors.
+        alpha: for LoRA: an update is alpha / rank times the product of its two factors.
+        lora_targets: the layers that LoRA adapts; None means those that `fastadv.models.lora_targets` finds.
+        adapter_reduction: the width of a layer divided by the width of its adapter; None means 8.
+        prompt_tokens: the number of prompts in a block; None means 10.
     """
 
     head: str
@@ -35,7 +35,7 @@ class Options:
         """The images of `example`.
 
         Args:
-            what: needs them, for the error, such as "prompt finds its tokens".
+            what: the beginning of the error's message, such as "prompt finds its tokens".
 
         Raises:
             ValueError: there is no example.
@@ -47,11 +47,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What trains beside the head.
+    """The parameters that train beside the head.
 
     Attributes:
-        parameters: of the model, or of what the method added to it.
-        fixed: how many of their numbers are kept where they are.
+        parameters: parameters of the model, or of modules that the method added to it.
+        fixed: how many of their numbers do not train all the same, see `fastadv.training.factors.hold`.
     """
 
     parameters: Sequence[nn.Parameter] = ()

@@ -1,4 +1,4 @@
-"""The images of a training run, which train the weights, choose among them and judge them."""
+"""The images of a training run: for training, for the choice of weights (validation), and for the final evaluation."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class Parts:
     """Pairs of images and labels, as tensors.
 
     Attributes:
-        train: they train the weights.
-        val: they choose weights; None where there are no such images.
-        test: they judge the chosen weights; `val` where there are no other images.
+        train: the training images.
+        val: the validation images, for the choice of weights; None where there are none.
+        test: the images of the final evaluation; `val` where there are no others.
     """
 
     train: Batch
@@ -41,11 +41,11 @@ class Parts:
         return [part for part in (self.train, self.val, self.test) if part is not None]
 
     def facts(self, team: Team, device: torch.device) -> dict[str, object]:
-        """For each part, by its name, what a fingerprint reads to recognise it.
+        """{name of a part: the facts by which a fingerprint identifies it}.
 
         Args:
             team: the processes of the run; all of them call this together.
-            device: by way of which images go from one process to another.
+            device: the device over which images are sent from one process to another.
         """
         parts = {"training data": self.train, "validation data": self.val, "test data": self.test}
         return {name: None if part is None else _facts(part, team, device) for name, part in parts.items()}

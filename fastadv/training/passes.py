@@ -1,4 +1,4 @@
-"""How images go through the model outside of the steps: in the same way as in the steps."""
+"""How the monitor and the evaluations of a run call the model: with the batch size and precision of the steps."""
 
 from dataclasses import dataclass
 from typing import TypedDict
@@ -7,11 +7,11 @@ import torch
 
 from fastadv.functional import to_float
 
-STAGED = 16  # parts whose images an evaluation has on the device at a time
+STAGED = 16  # an evaluation has the images of 16 parts on the device at a time
 
 
 class AttackOptions(TypedDict):
-    """Options of an `Attack` by name."""
+    """Keyword arguments of an `Attack`."""
 
     autocast: torch.dtype | None
     memory_format: torch.memory_format | None
@@ -19,7 +19,7 @@ class AttackOptions(TypedDict):
 
 
 class EvaluationOptions(TypedDict):
-    """Options of `evaluate` by name."""
+    """Keyword arguments of `evaluate`."""
 
     batch_size: int
     pool: int
@@ -29,12 +29,14 @@ class EvaluationOptions(TypedDict):
 
 @dataclass(frozen=True)
 class Passes:
-    """What memory and speed of a step depend on, for the monitor, the evaluations and the backbone's measurement.
+    """The settings of a pass through the model, for the monitor, the evaluations and the backbone's measurement.
+
+    With the settings of the training step these need no more memory than the step, and are as fast.
 
     Attributes:
-        part: images that go through the model at a time.
-        autocast: dtype of torch.autocast, as in `Attack`.
-        memory_format: of the images, as in `Attack`.
+        part: the number of images that go through the model at a time.
+        autocast: the dtype of torch.autocast, as in `Attack`.
+        memory_format: the memory format of the images, as in `Attack`.
         compile: whether attacks run under torch.compile, as in `Attack`.
     """
 
@@ -45,12 +47,12 @@ class Passes:
 
     @property
     def attack(self) -> AttackOptions:
-        """Options of an attack."""
+        """The keyword arguments of an attack."""
         return {"autocast": self.autocast, "memory_format": self.memory_format, "compile": self.compile}
 
     @property
     def evaluation(self) -> EvaluationOptions:
-        """Options of `evaluate`."""
+        """The keyword arguments of `evaluate`."""
         return {
             "batch_size": self.part,
             "pool": STAGED * self.part,
@@ -59,10 +61,10 @@ class Passes:
         }
 
     def staged(self, images: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The images numbered `rows` on the device, as floats and in the memory format."""
+        """The images numbered `rows`, int64 (n,), on the device, as floats in the memory format."""
         images = to_float(images[rows.to(images.device)].to(device))
         return images if self.memory_format is None else images.contiguous(memory_format=self.memory_format)
 
     def precision(self, device: torch.device) -> torch.autocast:
-        """The context of a forward pass that no attack runs."""
+        """The autocast context for a forward pass outside an attack."""
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)

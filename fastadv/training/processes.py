@@ -1,7 +1,7 @@
-"""Of accelerate what a run needs: which of how many processes this is, on which device, in which precision.
+"""Asks accelerate about the processes of a run: their number, this one's rank, its device and its precision.
 
-Without an `Accelerator`, all of which share one state: it would change the caller's own, such as its gradient
-accumulation, and would keep a later one from choosing another precision.
+No `Accelerator` is made: all of them share one state. A new one would change the caller's own, such as its gradient
+accumulation, and a later one could not choose another precision.
 """
 
 import atexit
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
-# What accelerate can do and a run does not: (its variable, its DistributedType, its name).
+# Ways to train of accelerate that a run does not support: (environment variable, DistributedType, name).
 SHARDED = (
     ("ACCELERATE_USE_FSDP", "FSDP", "FSDP"),
     ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED", "DeepSpeed"),
@@ -40,11 +40,12 @@ def processes() -> "PartialState":
     """This process and the others of its run.
 
     Raises:
-        ValueError: accelerate is set to something that a run would not heed: FSDP, DeepSpeed, Megatron-LM, a
+        ImportError: accelerate is not installed.
+        ValueError: accelerate is set to something that a run does not support: FSDP, DeepSpeed, Megatron-LM, a
             parallelism_config, a dynamo backend, or gradient accumulation.
     """
     _check_settings()
-    # Told to choose for itself, accelerate takes processes without an accelerator for as many separate runs.
+    # If accelerate chooses the device itself, several processes without a GPU become as many separate runs.
     asked = require("accelerate.utils").parse_flag_from_env("ACCELERATE_USE_CPU")
     here = require("accelerate").PartialState(cpu=asked or not torch.accelerator.is_available())
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -68,7 +69,11 @@ def team_of(here: "PartialState") -> Team:
 
 @contextmanager
 def one_run(folder: Path, team: Team) -> Iterator[None]:
-    """Keep other runs out of the first process's `folder` until the end, where all processes wait for each other.
+    """Lock the first process's `folder` against other runs. At the end all processes wait for each other.
+
+    Args:
+        folder: the folder of the run.
+        team: the processes of the run; all of them enter and leave together.
 
     Raises:
         InUseError: another run has the folder; all processes raise it.
@@ -81,9 +86,14 @@ def one_run(folder: Path, team: Team) -> Iterator[None]:
 
 
 def of_first(team: Team, make: Callable[[], Made]) -> Made:
-    """What the first process makes, for all: the files that it takes need not be on the disks of the others.
+    """The object that `make` returns in the first process, in all processes.
 
-    What cannot be pickled, such as a model of classes inside a function, each makes for itself.
+    So the files that `make` reads need not be on the other machines' disks. An object that cannot be pickled, such as a
+    model whose class is inside a function, is made in each process.
+
+    Args:
+        team: the processes of the run; all of them call this together.
+        make: makes the object.
     """
     made = None
 
@@ -92,7 +102,7 @@ def of_first(team: Team, make: Callable[[], Made]) -> Made:
         made = make()
         try:
             return None if team.alone else pickle.dumps(made)
-        except Exception:  # whatever a class has to say to it
+        except Exception:  # a class may raise anything when it is pickled
             return None
 
     content = team.from_first(sent)
@@ -102,7 +112,7 @@ def of_first(team: Team, make: Callable[[], Made]) -> Made:
 
 
 def precision() -> str:
-    """What the caller's own `Accelerator` says, or `accelerate launch`."""
+    """The mixed precision of the caller's own `Accelerator`, or of `accelerate launch`: "no", "bf16", "fp16", ..."""
     state = require("accelerate.state")
     if state.is_initialized():
         said: str = state.AcceleratorState().mixed_precision
@@ -135,11 +145,12 @@ def _check_settings() -> None:
 
 
 def _end() -> None:
-    """End the process group with the process: left to the interpreter's end, its threads abort a finished run.
+    """End the process group before the interpreter ends. Its threads would else abort a run that has finished.
 
-    Where all went well they have waited for each other before; where this one failed, NCCL would wait for the others.
+    In a run without errors all processes have waited for each other by now. After an error, NCCL would wait here for
+    processes that do not come, so then the group is left alone.
     """
     failed = hasattr(sys, "last_value")
     if distributed.is_initialized() and not (failed and "nccl" in distributed.get_backend()):
-        gc.collect()  # a DistributedDataParallel among its own cycles would keep the group, and its threads, alive
+        gc.collect()  # frees a DistributedDataParallel in a reference cycle, which keeps the group's threads alive
         distributed.destroy_process_group()

@@ -11,7 +11,7 @@ Record = dict[str, Any]  # a line of log.jsonl: numbers, names and lists by name
 
 @dataclass
 class Progress:
-    """Where a run is: with these numbers, which JSON can hold, and the tensors of a checkpoint it goes on.
+    """Where a run is. JSON can hold these values; with the tensors of a checkpoint they are enough to resume the run.
 
     Attributes:
         stage: its number, from 0.

@@ -1,4 +1,4 @@
-"""A model that several processes train: the same weights at the start, and the mean of all gradients in each update."""
+"""Trains one model in several processes: equal weights at the start, and the mean of all gradients in each update."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from fastadv.team import Team
 
 
 class _Logits(nn.Module):
-    """The logits alone: DistributedDataParallel waits for the gradient of whatever else a model returns."""
+    """A model that returns its logits alone. DistributedDataParallel would wait for the gradients of other outputs."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -22,10 +22,14 @@ class _Logits(nn.Module):
 
 @torch.no_grad()
 def share_weights(model: nn.Module, team: Team) -> None:
-    """Give every process the first one's parameters and buffers.
+    """Copy the parameters and buffers of the first process to all others.
+
+    Args:
+        model: this process's model.
+        team: the processes of the run; all of them call this together.
 
     Raises:
-        ValueError: the models of the processes are not the same, apart from their numbers.
+        ValueError: the models differ in the names, shapes or dtypes of their tensors.
     """
     if team.alone:
         return
@@ -43,15 +47,16 @@ def share_weights(model: nn.Module, team: Team) -> None:
 
 
 def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:
-    """`model` under DistributedDataParallel, which gets whether a parameter that trains may get no gradient.
+    """`model` under DistributedDataParallel.
 
-    To look for such parameters in every step costs a walk through the graph. So one backward pass says whether there
-    are any, such as DINOv2's mask token, or parameters that only another head uses. The model is left as it was found.
+    Some parameters may get no gradient, such as DINOv2's mask token, or the parameters of another head. Then
+    DistributedDataParallel must search the graph in every step, which costs time. One backward pass here finds out
+    whether that is needed. It does not change the model.
 
     Args:
-        model: which trains.
+        model: the model that trains.
         images: (n, ...), floats on the model's device.
-        team: the processes of the run.
+        team: the processes of the run; all of them call this together.
     """
     through = _Logits(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

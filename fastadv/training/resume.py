@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: its fingerprint, and what a change of its epochs means."""
+"""Decides whether a run may be resumed from a checkpoint: by its fingerprint and its number of epochs."""
 
 import math
 import warnings
@@ -22,12 +22,14 @@ FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past 
 
 
 def run_fingerprint(trainer: "Trainer", model: nn.Module, data: dict[str, object]) -> str:
-    """The fingerprint of all that the steps so far, and the choice among their weights, depend on.
+    """The fingerprint of everything on which the steps so far, and the choice among their weights, depend.
+
+    A warning says where a part cannot be identified: the run cannot be resumed then.
 
     Args:
-        trainer: of the run.
-        model: on its device, before training.
-        data: what a fingerprint reads of the run's data.
+        trainer: the trainer of the run.
+        model: the model before training, on its device.
+        data: the facts about the run's data, as `Parts.facts` returns them.
     """
     settings = {name: v for name, v in asdict(trainer.settings).items() if name not in FREE}
     attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
@@ -39,18 +41,19 @@ def run_fingerprint(trainer: "Trainer", model: nn.Module, data: dict[str, object
 
 
 def check_epochs(at: Progress, settings: Settings, steps: int, before: int, folder: Path) -> None:
-    """Warn where the run now has another number of epochs, and its steps so far would have had another learning rate or
-    another budget with it.
+    """Check the number of epochs of a resumed run, which may differ from the number before.
+
+    A warning says where the steps so far would have had another learning rate or another budget with the new number.
 
     Args:
-        at: where the run is.
-        settings: of the run as it goes on.
+        at: the progress of the run.
+        settings: the settings of the resumed run.
         steps: how many batches an epoch has.
-        before: how many epochs the run was to have.
-        folder: of the run.
+        before: the number of epochs before.
+        folder: the folder of the run.
 
     Raises:
-        OtherRunError: the run has more epochs behind it already.
+        OtherRunError: the run has taken more epochs already.
     """
     now = settings.epochs
     if before == now or at.stage < len(settings.stages) - 1:

@@ -1,4 +1,4 @@
-"""The run of a Trainer: stages of epochs of steps, watched, evaluated and kept on the disk."""
+"""The run of a Trainer: the steps of its stages and epochs, with the monitor, evaluations and checkpoints."""
 
 import hashlib
 import json
@@ -61,8 +61,9 @@ logger = logging.getLogger("fastadv")
 
 T = TypeVar("T")
 
-MEASURED = 2**31 + 1  # the epoch whose order chooses the images on which the backbone is measured
-PROBE = 2**31  # the epoch whose order chooses the monitor's images
+# Numbers of epochs that never come. Their orders of the images choose some of them:
+PROBE = 2**31  # those of the monitor
+MEASURED = 2**31 + 1  # those on which the backbone is measured
 
 
 class Run:
@@ -82,22 +83,22 @@ class Run:
         self.precision = self.settings.precision or precision()
         parts = self.team.by_all(lambda: self._taken(train, val, test))
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
-        whither: dict[str, Any] = {"device": self.device, "memory_format": layout}  # of which PyTorch's types know one
-        self.model = trainer.model.to(**whither)
+        target: dict[str, Any] = {"device": self.device, "memory_format": layout}  # PyTorch's stubs lack both together
+        self.model = trainer.model.to(**target)
         self.layout = torch.channels_last if self.settings.channels_last else None
         self.autocast = torch.bfloat16 if self.precision == "bf16" else None
         self.augment = Augment(crop=parts.train[0].shape[2] // 8) if self.settings.augment else None
         self.at = Progress()
         self.interruption = Interruption()
-        calls = self.steps * self.here.num_processes * self.settings.grad_accum_steps  # of the model, in an epoch
+        calls = self.steps * self.here.num_processes * self.settings.grad_accum_steps  # of the model in an epoch
         part = math.ceil(len(parts.train[1]) / calls)
         self.passes = Passes(part, self.autocast, self.layout, self.settings.compile)
         self.memories: dict[str, SampleMemory] = {}
         self.checkpoints: Checkpoints | None = None
-        self.groups: dict[str, Tensors | None] = {}  # names of the last checkpoint's tensors, each with None
+        self.groups: dict[str, Tensors | None] = {}  # {group of tensors in the last checkpoint: None}
         share_weights(self.model, self.team)
         held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self.masks = set(nonfinite(held))  # tensors that may hold such numbers, such as a mask of logits
+        self.masks = set(nonfinite(held))  # tensors that are infinite or NaN from the start, such as a mask of logits
         self.data = {} if alone and trainer.folder is None else parts.facts(self.team, self.device)
         check_same(trainer, self.data, self.team)
         self.images, self.val, self.test = parts.shares(self.team)
@@ -128,7 +129,7 @@ class Run:
     # ------------------------------------------------------------------ the whole run
 
     def run(self) -> list[Record]:
-        """Train; the records, as `Trainer.fit` returns them."""
+        """Train, and return the records as of `Trainer.fit`."""
         folder = self.trainer.folder
         with nullcontext() if folder is None else one_run(folder, self.team):
             records = self._run()
@@ -154,7 +155,7 @@ class Run:
         return require("tqdm").tqdm(total=self._epochs * self.steps, initial=done, unit="batch", disable=hidden)
 
     def _open(self) -> Groups | None:
-        """The tensors of the checkpoint to go on from, if there is one; `at` is then its progress."""
+        """The tensors of the checkpoint to resume from, or None. `self.at` becomes the checkpoint's progress."""
         folder = self.trainer.folder
         if folder is None:
             return None
@@ -176,7 +177,7 @@ class Run:
         return groups
 
     def _found(self, checkpoints: Checkpoints) -> tuple[Groups | None, Facts | None]:
-        """The state that the first process finds, for all: the others may have other disks."""
+        """The newest checkpoint of the first process, in all processes: the others may have other disks."""
         groups: Groups | None = None
 
         def load() -> Facts | None:
@@ -238,7 +239,7 @@ class Run:
         return final | {"eval_attack": _name(attack), **seconds}
 
     def _judged(self, test: Batch, attack: TrainAttack) -> Record:
-        """The shares of the test images that the attack of the evaluations does not fool, and PMA after it."""
+        """The accuracies on the test images: clean, under the attack of the evaluations, and under PMA after it."""
         attacks: list[str | TrainAttack] = [attack, self._named("pma")]
         options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
         report = evaluate(self.model, test, attacks, progress=False, **options)
@@ -335,7 +336,7 @@ class Run:
             self.step.method.begin_epoch(epoch)
         with self.interruption if self.checkpoints else nullcontext():
             asked = self._steps(stage)
-            # Before the evaluation, which may take longer than the patience of who sends SIGTERM.
+            # Before the evaluation, which may take so long that SIGKILL follows SIGTERM.
             self._save()
             if asked:
                 logger.info("interrupted: the state is in %s", self.trainer.folder)
@@ -344,7 +345,7 @@ class Run:
         self._finish_epoch(stage)
 
     def _memory(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> SampleMemory:
-        """The rows of the training images under this name, ready for this epoch; they outlast a stage."""
+        """The rows that are kept under a name for each training image, ready for this epoch. They outlast a stage."""
         if name not in self.memories:
             if self.augment is not None and not all(hasattr(self.augment, way) for way in ("sources", "targets")):
                 raise ValueError(
@@ -361,7 +362,7 @@ class Run:
         return self.memories[name]
 
     def _steps(self, stage: Stage) -> bool:
-        """Take the steps that are left of an epoch; return whether they were interrupted."""
+        """Take the remaining steps of an epoch; return whether a signal interrupted them."""
         start, before = time.perf_counter(), self.at.train_s
         cpu_start, cpu_before = time.process_time(), self.at.train_cpu_s
         saved = start
@@ -402,14 +403,19 @@ class Run:
         at.stopped = action == "stop"
         self._record(record)
         self._say(epoch_line(at.records, self._epochs))
-        self._save()  # else a resumed run would evaluate this epoch again
+        self._save()  # without it a resumed run would evaluate this epoch again
         self.bar.set_postfix({key: f"{record[key]:.3f}" for key in record if key.endswith(("loss", "accuracy"))})
 
     def _batch(self, stage: Stage, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
-        """Learn from the images numbered `index`.
+        """Take the step of one batch.
+
+        Args:
+            stage: the stage of the run.
+            index: int64, the numbers of the images.
+            due: whether a checkpoint is due in this process.
 
         Returns:
-            Whether a checkpoint is due in any of the processes, and whether any was asked to end.
+            Whether a checkpoint is due in any process, and whether a signal has asked any process to end.
         """
         at, world = self.at, self.here.num_processes
         done = (at.epoch - at.schedule_epoch) * self.steps + at.batch
@@ -419,7 +425,7 @@ class Run:
         attacker.attack = self.budget.at(at.epoch * self.steps + at.batch, self._epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = at.lr
-        # The model's draws depend on the epoch and the batch alone, so that no generator's state has to be kept.
+        # The model's random numbers depend on the epoch and the batch alone: no generator's state has to be saved.
         torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
         if self.before:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
@@ -433,7 +439,7 @@ class Run:
         try:
             found = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
         except BaseException:
-            with suppress(Exception):  # it would hide the first one
+            with suppress(Exception):  # a second error would hide the first one
                 self._undo()
             raise
         wishes = torch.tensor([due, self.interruption.noted or 0], dtype=torch.float64, device=self.device)
@@ -441,7 +447,7 @@ class Run:
         summed = self.team.summed(torch.cat((reduce(torch.add, found), wishes, norms)))
         loss, right, abnormal, looked, anywhere_due, asked, norm, statistics = summed.tolist()
         loss /= world
-        # All processes see here what is wrong, before they learn from it.
+        # The sums are the same in all processes: all of them refuse the step together.
         if not all(map(math.isfinite, (loss, norm, statistics))):
             self._refuse(loss, norm, statistics, index)
         self.step.apply()
@@ -459,24 +465,25 @@ class Run:
         return self.step.gradients(images, labels, seeds, rows=part, moves=moves, scale=scale, more=more)
 
     def _statistics(self) -> torch.Tensor:
-        """The largest magnitude in what a forward pass writes, such as batch-norm's statistics."""
+        """The largest magnitude in the buffers that a forward pass writes, such as batch-norm's statistics."""
         buffers = self.tuning.buffers.items() if self.before else ()
         return largest((buffer for name, buffer in buffers if name not in self.masks), self.device)
 
     def _undo(self) -> None:
-        """Take back what the batch has changed: gradients and buffers."""
+        """Undo the changes of the batch: drop the gradients, restore the buffers."""
         self.step.forget()
         for buffer, before in zip(self.tuning.buffers.values(), self.before, strict=True):
             buffer.copy_(before)
 
     def _refuse(self, loss: float, norm: float, statistics: float, index: torch.Tensor) -> None:
-        """End the run at the batch `index`, before its step."""
+        """End the run at the batch `index`, before its step, with an error that says what is not finite."""
         self._undo()
         back = self._rescued() if nonfinite(self.tuning.tensors, self.masks) else ""
         what, todo = fault(loss, norm, statistics)
         if came := [name for name, _ in self.tuning.parameters if name in self.masks]:
             todo += f". The model came with numbers that are not finite in {', '.join(came[:3])}"
-        self.images.bring([index, *[index[:0]] * (self.team.size - 1)], self.device)  # to the first one, which writes
+        # All images of the batch to the first process, which writes them.
+        self.images.bring([index, *[index[:0]] * (self.team.size - 1)], self.device)
         where = self._kept_batch(index)
         self.team.wait()
         raise FloatingPointError(
@@ -485,7 +492,7 @@ class Run:
         )
 
     def _kept_batch(self, index: torch.Tensor) -> str:
-        """Write the batch `index` to the folder; in words, where it is."""
+        """Write the batch `index` to the folder; return where it is, in words."""
         if self.trainer.folder is None or not self.here.is_main_process:
             return ""
         path = self.trainer.folder / "nonfinite.safetensors"
@@ -498,12 +505,12 @@ class Run:
         return f"; the batch is in {path}"
 
     def _rescued(self) -> str:
-        """Go back to the last weights that were kept; in words, that it was done."""
+        """Go back to the last weights that were kept; return a sentence that says so."""
         self.weights.rescue()
         return ". The step before had left weights that are not finite: the model has the last ones that were kept"
 
     def _check_finite(self, groups: Mapping[str, Mapping[str, torch.Tensor] | None]) -> None:
-        """Refuse to keep what is not finite, as after a step that was finite and too large."""
+        """Refuse to save tensors that are not finite. A finite step that was too large may have made them so."""
         found = self._agreed(nonfinite_groups(groups, self.masks))
         if found:
             back = self._rescued()
@@ -514,13 +521,13 @@ class Run:
             )
 
     def _here(self) -> str:
-        """Where the run is, in words, which count from 1."""
+        """Where the run is, in words. They count from 1."""
         return f"epoch {self.at.epoch + 1}, batch {self.at.batch + 1}"
 
     # ------------------------------------------------------------------ between epochs
 
     def _watch(self) -> Record:
-        """What the monitor reads, and what is to be done about it."""
+        """The monitor's reading, and the action where it has an alarm."""
         if self.monitor is None:
             return {}
         start = time.perf_counter()
@@ -529,7 +536,7 @@ class Run:
         self.at.monitor = state
         reading["monitor_s"] = time.perf_counter() - start
         if reading["alarm"] is None:
-            # Not merely without alarm: the decline begins some epochs before it shows.
+            # Weights are good only where no earlier reading was better: a collapse begins some epochs before the alarm.
             if reading["probe_pgd"] >= state["best"]:
                 self.weights.keep("good")
             return reading
@@ -571,11 +578,11 @@ class Run:
         return found
 
     def _agreed(self, found: T) -> T:
-        """What the first process found: all go on from it, also where rounding or batch-norm's statistics differ."""
+        """The first process's result, in all processes. Theirs may differ by rounding or batch-norm's statistics."""
         return self.team.from_first(lambda: found)
 
     def _say(self, text: str) -> None:
-        """Log what the bar shows, where nobody sees a bar."""
+        """Log a line where there is no progress bar."""
         if self.here.is_main_process:
             logger.log(logging.INFO if self.bar.disable else logging.DEBUG, text)
 
@@ -591,8 +598,8 @@ class Run:
         """Write a checkpoint.
 
         Args:
-            before: the groups of the checkpoint before, each with None, where the tensors have not changed since then;
-                None means the groups of the stage.
+            before: {group of the last checkpoint: None}, where no tensor has changed since then; None means the
+                present groups.
         """
         groups = self.weights.groups(self._of_steps()) if before is None else before
         self._check_finite(groups)
@@ -601,7 +608,7 @@ class Run:
             return
 
         def save() -> None:
-            for memory in self.memories.values():  # before the checkpoint, which goes on with them
+            for memory in self.memories.values():  # before the checkpoint, which relies on them
                 memory.flush()
             facts = {"place": asdict(self.at), "epochs": self.settings.epochs, "machine": self._machine()}
             checkpoints.save(groups, facts)
@@ -611,7 +618,7 @@ class Run:
         self.weights.written()
 
     def _of_steps(self) -> Groups:
-        """The groups of tensors that change with every step, beside the weights."""
+        """The groups of tensors beside the weights that change with every step."""
         method = {} if self.step.method is None else {"method": self.step.method.state()}
         return {"optimizer": state_of(self.optimizer), **method}
 
@@ -625,7 +632,7 @@ class Run:
 
 
 def _mixed(*numbers: int) -> int:
-    """One seed from several numbers; torch's generator on the CPU looks at 32 bits of it."""
+    """A seed of 32 bits from several numbers; torch's generator on the CPU uses no more bits."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
 
 

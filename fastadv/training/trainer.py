@@ -76,7 +76,7 @@ class Trainer:
         ImportError: the `train` extra is not installed.
         TypeError: an argument or a setting is of a wrong type, or an attack cannot be called.
         ValueError: unknown attack, method or optimizer, a device that is not here, a number out of range, a setting
-            that nothing would heed, or training with an L2 attack, for which weights cannot be chosen yet.
+            that would have no effect, or training with an L2 attack, for which weights cannot be chosen yet.
     """
 
     def __init__(
@@ -176,6 +176,6 @@ class Trainer:
                 a model that "cached" refuses; on a CPU a layer that PyTorch gets wrong in channels-last layout; the
                 state is another run's, or of a newer fastadv, or the processes have different data, models or settings:
                 the message names what differs, or what this one does not know; accelerate is set to FSDP, DeepSpeed or
-                something else that a run does not heed.
+                something else that a run does not support.
         """
         return Run(self, train, val, test).run()

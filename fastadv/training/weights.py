@@ -1,4 +1,4 @@
-"""The copies of the weights that a training run keeps: averaged, good and best ones."""
+"""The copies of the weights that a training run keeps: the averaged, the last good and the best weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ class Weights:
     """The averaged weights, the best ones, and the last good ones.
 
     Args:
-        tuning: what trains.
-        decay: of the average; None or 0 means that there is none.
+        tuning: the weights that train.
+        decay: the decay of the average; None or 0 means no average.
 
     Attributes:
-        good: a copy of the last weights before an alarm of the monitor: a run that overfits goes back to them.
-        best: a copy of the weights with the best evaluation; None where nothing was evaluated yet.
-        average: of the weights over the updates; None without a decay.
+        good: a copy of the last weights before an alarm of the monitor; after an alarm the run may go back to them.
+        best: a copy of the weights with the best evaluation; None before the first evaluation.
+        average: the average of the weights over the updates; None without a decay.
     """
 
     def __init__(self, tuning: Tuning, decay: float | None):
@@ -29,8 +29,8 @@ class Weights:
         self._begin_average()
         self.good: Tensors = tuning.state()
         self.best: Tensors | None = None
-        self._changed = {"good"}  # which of "good" and "best" are not on the disk yet
-        self._moved = True  # whether the weights that train differ from those on the disk
+        self._changed = {"good"}  # those of "good" and "best" that are not on the disk yet
+        self._moved = True  # whether the training weights differ from those on the disk
 
     def _begin_average(self) -> None:
         self.average: EMA | None = EMA(self.tuning.tensors, self._decay) if self._decay else None
@@ -53,18 +53,18 @@ class Weights:
         self._begin_average()
 
     def rescue(self) -> None:
-        """Put the last weights that were kept into the model, after a step whose result is not finite."""
+        """Put the best weights, or else the last good ones, into the model after a step whose result is not finite."""
         self.tuning.load(self.best or self.good)
 
     def choose(self) -> None:
-        """Put what the run returns into the model: the best weights, else the averaged ones, else nothing new."""
+        """Put the result of the run into the model: the best weights, else the averaged ones, else the present ones."""
         chosen = self.best or (self.average and self.average.state)
         if chosen:
             self.tuning.load(chosen)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Have the averaged weights in the model, where there are any, until the end."""
+        """Put the averaged weights, if there are any, into the model until the end."""
         if self.average is None:
             yield
             return
@@ -74,10 +74,10 @@ class Weights:
         self.tuning.load(current)
 
     def groups(self, others: Mapping[str, Tensors]) -> dict[str, Tensors | None]:
-        """The groups of tensors of a checkpoint; None for a group that is on the disk already.
+        """The groups of tensors for a checkpoint. A group that is on the disk already is None.
 
         Args:
-            others: groups that change with every step.
+            others: more groups that change with every step, such as the optimizer's state.
         """
         groups: dict[str, Tensors | None] = {"weights": self.tuning.tensors, **others}
         if self.average is not None:
@@ -89,11 +89,11 @@ class Weights:
         return groups
 
     def written(self) -> None:
-        """Note that a checkpoint with all of it was written."""
+        """Note that a checkpoint with all groups was written."""
         self._changed, self._moved = set(), False
 
     def load(self, groups: Mapping[str, Tensors], device: torch.device) -> None:
-        """Go on from a checkpoint's `groups`."""
+        """Continue from the groups of a checkpoint."""
         self.tuning.load(groups["weights"])
         self.good, self.best, self._changed = groups["good"], groups.get("best"), set()
         if self.average is not None:

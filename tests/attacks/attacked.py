@@ -39,7 +39,7 @@ def steps_of(name):
 
 
 def fresh_seed():
-    """Another at every run; pytest shows it where a test fails."""
+    """A new seed at every run; pytest prints it where a test fails."""
     seed = random.SystemRandom().randrange(2**31)
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def fresh_seed():
 
 
 class Net(nn.Module):
-    """Smooth, so that no gradient is zero by accident; with batch-norm, dropout and a buffer that counts calls."""
+    """A smooth network, so that no gradient is zero by accident; with batch-norm, dropout and a count of its calls."""
 
     def __init__(self, classes=CLASSES):
         super().__init__()
@@ -68,7 +68,7 @@ def batch_of(n=N, dtype=torch.float32, classes=CLASSES, size=6):
 
 
 def distances(name, adv, images):
-    """Of each sample from its image, in the attack's norm."""
+    """The distance of each sample from its image, in the attack's norm."""
     delta = (adv.double() - images.double()).flatten(1)
     return delta.norm(dim=1) if name in IN_L2 else delta.abs().amax(1)
 
@@ -89,7 +89,7 @@ def batch():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """So small models lose more than they gain by two, most of all where other programs run."""
+    """Run with one thread: models this small are slower with two, above all beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     fresh_seed()

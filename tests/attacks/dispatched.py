@@ -1,4 +1,4 @@
-"""The ops that torch dispatches: their names, and the memory that they take."""
+"""The ops that torch dispatches: their names, the memory that they take, and those that wait for the device."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class Allocated(TorchDispatchMode):
-    """most: bytes of the largest storage that an op made."""
+    """Measures memory: `most` is the number of bytes of the largest storage that an op made."""
 
     def __init__(self):
         super().__init__()
@@ -28,6 +28,19 @@ class Allocated(TorchDispatchMode):
         made = [storage.nbytes() for storage in _storages(result) if storage.data_ptr() not in given]
         self.most = max([self.most, *made])
         return result
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes a GPU's host wait, or has a shape that depends on values: no CUDA graph could hold it."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        assert name not in self.waits, func
+        if name.startswith("index") and isinstance(args[1], (list, tuple)):
+            assert all(index is None or index.dtype == torch.int64 for index in args[1]), "indexed by a mask"
+        return func(*args, **(kwargs or {}))
 
 
 def _storages(values):

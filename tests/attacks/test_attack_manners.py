@@ -1,4 +1,4 @@
-"""What attacks leave alone: the model, the inputs, the device's queue, and samples beside a broken one."""
+"""What attacks do not change: the model, the inputs, the device's queue, and samples beside a broken one."""
 
 import copy
 import warnings
@@ -77,9 +77,18 @@ def assert_equal(new, old, path=""):
         assert new == old, path
 
 
+class KeepsBatchNorm(Net):
+    """With a train() of its own, as users write it to keep batch-norm frozen."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.training = False
+        return self
+
+
 def mixed_net():
     """Modules in different modes, flags of both kinds, gradients on some parameters."""
-    net = Net()
+    net = KeepsBatchNorm()
     net.norm.running_mean.uniform_(-0.1, 0.1)
     net.training, net.norm.training, net.drop.training, net.conv.training = True, True, True, False
     net.conv.bias.requires_grad_(False)
@@ -91,7 +100,7 @@ def mixed_net():
 @every_option
 @pytest.mark.parametrize("start", ["own", "x_init"])
 def test_model_and_inputs_are_left_as_they_were(name, options, start):
-    """Also where the model fails in its first or last call."""
+    """Also where the model raises in its first or last call."""
     net, (images, labels) = mixed_net(), batch_of(N)
     attack = ATTACKS[name](net, **options)
     given = {
@@ -122,6 +131,16 @@ def test_model_and_inputs_are_left_as_they_were(name, options, start):
         with pytest.raises(failure):
             attack(**given)
         assert_equal(left_of(net, given), expected)
+
+
+@every_attack
+def test_a_model_that_returns_no_logits_is_left_as_it_was(name):
+    net, calls, last = mixed_net(), [], steps_of(name)
+    net.register_forward_hook(lambda module, args, out: calls.append(1) or (out[:, 0] if len(calls) == last else out))
+    expected = left_of(net, {})
+    with pytest.raises(TypeError, match=r"tensor of shape \(6,\)"):
+        ATTACKS[name](net)(*batch_of(N))
+    assert_equal(left_of(net, {}), expected)
 
 
 @every_attack
@@ -163,14 +182,17 @@ def test_a_backward_may_begin_before_the_attack_and_end_after_it(name, mode):
 
 
 @every_attack
-def test_parameters_are_frozen_while_it_runs_and_get_no_gradient(name):
-    net, seen, computed = mixed_net(), [], []
+def test_in_eval_mode_unless_told_with_parameters_that_are_frozen_and_get_no_gradient(name):
+    net, seen, computed, training = mixed_net(), [], [], []
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.register_hook(computed.append)
     net.register_forward_pre_hook(lambda module, args: seen.extend(p.requires_grad for p in net.parameters()))
+    net.register_forward_pre_hook(lambda module, args: training.extend(m.training for m in net.modules()))
     for options in OPTIONS.values():
+        training.clear()
         ATTACKS[name](net, **options)(*batch_of(N))
+        assert any(training) == ("training_mode" in options)
     assert seen
     assert not any(seen)
     assert not computed
@@ -199,7 +221,31 @@ def test_a_given_seed_leaves_the_generator_alone(name):
     for seed in (3, torch.arange(N)):
         for options in ({}, {"restarts": 2}, {"chunk": 2}, {"targeted": "random", "loss": "ce"}):
             ATTACKS[name](net, **options)(*batch, seed=seed)
+    if name not in RANDOM:
+        ATTACKS[name](net)(*batch)  # without a seed too: it has nothing to draw
+    PGD(net, EPS, random_start=False)(*batch)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@every_attack
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_caller_may_be_under_no_grad_or_inference_mode(name, mode):
+    net, (images, labels) = Net().eval(), batch_of(N)
+    expected = ATTACKS[name](net)(images, labels, seed=2)
+    with mode():
+        adv = ATTACKS[name](net)(images.clone(), labels.clone(), seed=2)  # inference tensors under inference_mode
+        assert not torch.is_grad_enabled()
+    assert torch.equal(adv, expected)
+    nn.functional.cross_entropy(net(adv), labels).backward()  # the result is fit for training
+
+
+@every_attack
+def test_images_that_require_grad_get_none(name):
+    images, labels = batch_of(N)
+    images.requires_grad_()
+    adv = ATTACKS[name](Net())(images * 1, labels)
+    assert not adv.requires_grad
+    assert images.grad is None
 
 
 # The gradient
@@ -207,7 +253,7 @@ def test_a_given_seed_leaves_the_generator_alone(name):
 
 @every_attack
 def test_loss_is_summed_over_float32_logits(name):
-    """What arrives at the model's outputs is the gradient of a sum: as large for one sample as for many."""
+    """The gradient at the model's outputs is that of a sum: as large for one sample as for many."""
     arrived = []
 
     def model(x):
@@ -264,7 +310,7 @@ def test_broken_samples_are_counted_and_leave_the_others_alone(name, broken, opt
 
 
 def same(a, b):
-    """A bool of its own, or pytest would print the tensors."""
+    """Whether two tensors are equal, as a bool: pytest would print the tensors."""
     return bool(torch.equal(a, b))
 
 
@@ -317,7 +363,7 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 
 
 class Log(TorchDispatchMode):
-    """Every op by name, with the number of elements of the largest tensor it takes or gives."""
+    """Records every op by name, with the number of elements of its largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -400,6 +446,25 @@ def test_values_are_looked_at_in_the_first_batch_only():
     own(images, torch.full((N,), 10**9))
 
 
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([0, 1, 2, 3, 0, CLASSES]), ValueError, f"below the model's {CLASSES} classes, got {CLASSES}"),
+        (torch.tensor([0, 1, 2, 3, 0, -100]), ValueError, "not be negative, got -100"),
+        (torch.zeros(5, dtype=torch.int64), ValueError, r"one for each of images \(6, 3, 6, 6\), got \(5,\)"),
+        (torch.zeros(6, 1, dtype=torch.int64), ValueError, r"got \(6, 1\)"),
+        (torch.zeros(6, dtype=torch.int32), TypeError, "int64 tensor, got torch.int32"),
+        ([0] * 6, TypeError, "int64 tensor, got <class 'list'>"),
+    ],
+)
+def test_bad_labels_are_refused_and_nothing_is_changed(labels, error, message):
+    net, (images, _) = mixed_net(), batch_of(N)
+    expected = left_of(net, {"images": images})
+    with pytest.raises(error, match=message):
+        PGD(net, EPS, EPS / 4, 2)(images, labels)
+    assert_equal(left_of(net, {"images": images}), expected)
+
+
 @every_attack
 @pytest.mark.parametrize("options", [{}, {"targeted": True}, {"targeted": "random"}, {"targeted": "least_likely"}])
 def test_labels_beyond_the_classes_are_refused_by_name(name, options):
@@ -431,7 +496,7 @@ LIBRARY.impl("backward", lambda g, w, x: (g @ w.T).reshape(x.shape), "CompositeE
 
 
 class Recognisable(torch.autograd.Function):
-    """A model that is one op forward and one back, so that all others are the attack's."""
+    """A model with one op forward and one backward, so that all other ops are the attack's."""
 
     @staticmethod
     def forward(ctx, x, w):

@@ -121,7 +121,7 @@ def test_autocast_runs_the_model_in_that_dtype(name, dtype):
 
 
 class Attending(nn.Module):
-    """Every pixel looks at the others, as told by `attention`."""
+    """A model in which every pixel attends to the others, by the function `attention`."""
 
     def __init__(self, attention, tokens):
         super().__init__()
@@ -346,9 +346,25 @@ def test_logits_beside_other_things_are_found(net, batch, case):
     assert torch.equal(attack(*batch, seed=1), PGD(net)(*batch, seed=1))
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: (x, x), "a tuple of length 2"),
+        (lambda x: {"logits": x}, r"a dict with the keys \['logits'\]"),
+        (lambda x: x.mean(dim=(1, 2, 3)), r"a float32 tensor of shape \(6,\)"),
+        (lambda x: x.flatten(1)[:3], r"a float32 tensor of shape \(3, 108\)"),
+        (lambda x: x.flatten(1).argmax(dim=1, keepdim=True), r"a int64 tensor of shape \(6, 1\)"),
+        (lambda x: None, "a NoneType"),
+    ],
+)
+def test_output_that_is_not_logits_is_refused_by_what_it_is(output, message):
+    with pytest.raises(TypeError, match=message):
+        FGSM(output, EPS)(*batch_of(N))
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """A process group of this process alone."""
+    """A process group with this process alone."""
     store = tmp_path_factory.mktemp("group") / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
@@ -390,6 +406,23 @@ def test_another_device_is_a_clear_error(net, batch, name):
 def test_an_empty_batch_comes_back_empty(net, batch, name, options):
     images, labels = batch
     assert ATTACKS[name](net, **options)(images[:0], labels[:0]).shape == (0, 3, 6, 6)
+
+
+@every_attack
+def test_uint8_images_mean_images_over_255(name):
+    net, (images, labels) = Net(), batch_of(N)
+    codes = (images * 255).round().to(torch.uint8)
+    before = codes.clone()
+    adv = ATTACKS[name](net)(codes, labels, seed=1)
+    assert adv.dtype == torch.float32
+    assert torch.equal(adv, ATTACKS[name](net)(codes.float() / 255, labels, seed=1))
+    assert torch.equal(codes, before)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(6, 3, dtype=torch.int64), [0.0] * 6])
+def test_images_of_another_type_are_refused(net, batch, images):
+    with pytest.raises(TypeError, match="images must be a float or uint8 tensor"):
+        FGSM(net, EPS)(images, batch[1])
 
 
 @every_attack

@@ -10,6 +10,7 @@ from attacked import (
     ATTACKS,
     CLASSES,
     EPS,
+    IN_L2,
     L2_EPS,
     RANDOM,
     SINGLE_STEP,
@@ -26,19 +27,19 @@ from attacked import net as net
 from attacked import one_thread as one_thread
 from torch import nn
 
-from fastadv import sample_seeds
-from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD
+from fastadv import random_init, sample_seeds
+from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, create_attack
 
 
 def within_an_ulp(a, b, images, reach=EPS):
-    """One spacing of the largest value that the pixel may take."""
+    """Whether two results differ by at most one spacing of the largest possible pixel value."""
     top = (images + reach).clamp(max=1.0)
     spacing = torch.nextafter(top, torch.full_like(top, 9)) - top
     return bool(((a - b).abs() <= spacing).all())
 
 
 def ce(logits, labels):
-    """Summed, written out."""
+    """The summed cross-entropy, written out."""
     return (logits.exp().sum(1).log() - logits.gather(1, labels[:, None])[:, 0]).sum()
 
 
@@ -51,16 +52,24 @@ def gradient(model, x, loss):
 
 
 @pytest.mark.parametrize("targeted", [False, True])
-def test_pgd_equals_torchattacks_from_the_same_start(net, batch, targeted, monkeypatch):
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda m, **o: PGD(m, EPS, EPS / 4, 20, **o), lambda m: torchattacks.PGD(m, EPS, EPS / 4, 20)),
+        (lambda m, **o: FFGSM(m, EPS, 1.25 * EPS, **o), lambda m: torchattacks.FFGSM(m, EPS, 1.25 * EPS)),
+    ],
+    ids=["PGD", "FFGSM"],
+)
+def test_equals_torchattacks_from_the_same_start(net, batch, ours, theirs, targeted, monkeypatch):
     images, labels = batch
     noise = torch.empty_like(images).uniform_(-EPS, EPS)
     start = (images + noise).clamp(0, 1)
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.copy_(noise))
-    reference = torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=20)
+    reference = theirs(net)
     if targeted:
         reference.set_mode_targeted_by_label(quiet=True)
-    ours = PGD(net, EPS, EPS / 4, 20, targeted=targeted)(images, labels, x_init=start)
-    assert within_an_ulp(ours, reference(images, labels), images)
+    adv = ours(net, targeted=targeted)(images, labels, x_init=start)
+    assert within_an_ulp(adv, reference(images, labels), images)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +135,27 @@ def test_each_float32_step_is_the_plain_one(restart_from):
         iterate = adv
 
 
-def test_ffgsm_and_nfgsm_step_from_what_the_model_saw(net, batch):
+@pytest.mark.parametrize(
+    ("attack_on", "reach", "alpha", "projects"),
+    [
+        (lambda m: FFGSM(m, EPS, 1.25 * EPS), EPS, 1.25 * EPS, True),
+        (lambda m: create_attack("fgsm-rs", m, EPS), EPS, 1.25 * EPS, True),
+        (lambda m: NFGSM(m, EPS), 2 * EPS, EPS, False),
+    ],
+    ids=["FFGSM", "FGSM-RS", "NFGSM"],
+)
+def test_a_single_step_is_taken_from_the_random_start_that_the_model_saw(net, batch, attack_on, reach, alpha, projects):
     images, labels = batch
-    for attack, project in ((FFGSM(net, EPS, 1.25 * EPS), True), (NFGSM(net, EPS), False)):
-        seen = []
-        hook = net.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach().clone()))
-        adv = attack(images, labels, seed=7)
-        hook.remove()
-        (start,) = seen
-        grad = gradient(net, start, lambda z: ce(z, labels))
-        step = start + (1.25 if project else 1.0) * EPS * grad.sign()
-        expected = (images + (step - images).clamp(-EPS, EPS) if project else step).clamp(0, 1)
-        torch.testing.assert_close(adv, expected, rtol=0, atol=1e-15)
-        assert (start - images).abs().max() > (0.9 if project else 1.8) * EPS
+    seen = []
+    hook = net.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    adv = attack_on(net)(images, labels, seed=7)
+    hook.remove()
+    (start,) = seen
+    assert torch.equal(start, random_init(images, reach, seed=7))
+    grad = gradient(net, start, lambda z: ce(z, labels))
+    step = start + alpha * grad.sign()
+    expected = (images + (step - images).clamp(-EPS, EPS) if projects else step).clamp(0, 1)
+    torch.testing.assert_close(adv, expected, rtol=0, atol=1e-15)
 
 
 # Closed forms
@@ -155,6 +172,8 @@ def linear():
     [
         lambda m, **o: FGSM(m, EPS, **o),
         lambda m, **o: FFGSM(m, EPS, 2 * EPS, **o),
+        lambda m, **o: FGSM(m, EPS, alpha=2 * EPS, noise=EPS, **o),
+        lambda m, **o: PGD(m, EPS, EPS, 1, False, **o),
         lambda m, **o: PGD(m, EPS, EPS / 4, 9, **o),
         lambda m, **o: BIM(m, EPS, EPS / 4, 5, **o),
         lambda m, **o: MIFGSM(m, EPS, EPS / 4, 5, **o),
@@ -195,7 +214,7 @@ def test_tpgd_on_a_linear_model_goes_to_one_of_the_two_far_corners(linear, batch
 
 
 def starts(attack_class, images, **settings):
-    """What the model sees first when it has to compute a gradient."""
+    """The first input of the model with a gradient: the attack's start."""
     seen = []
 
     def model(x):
@@ -209,7 +228,7 @@ def starts(attack_class, images, **settings):
 
 
 def kolmogorov_smirnov(sample, distribution):
-    """sqrt(n) times the largest distance of the distribution functions: above 2.2 once in ten thousand runs."""
+    """sqrt(n) times the largest distance between the distribution functions: above 2.2 once in ten thousand runs."""
     ordered = distribution(sample.double().sort().values)
     steps = torch.arange(len(ordered), dtype=torch.float64) / len(ordered)
     return math.sqrt(len(ordered)) * max((ordered - steps).max(), (steps + 1 / len(ordered) - ordered).max())
@@ -277,11 +296,22 @@ def test_a_seed_is_an_int_or_a_tensor_with_one_element(net, batch, name):
         assert not torch.equal(results[0], attack(*batch, seed=10))
 
 
+@pytest.mark.parametrize("name", RANDOM)
+def test_without_a_seed_the_start_is_drawn_from_torch_s_generator(net, batch, name):
+    attack = ATTACKS[name](net)
+    state = torch.get_rng_state()
+    first, second = attack(*batch), attack(*batch)
+    torch.set_rng_state(state)
+    assert torch.equal(attack(*batch), first)
+    if name not in TO_CORNERS:
+        assert not torch.equal(first, second)
+
+
 # Targets, losses, labels
 
 
 def recorded(attack_class=PGD, **options):
-    """The targets that arrive at the loss, through a linear model's gradient."""
+    """The targets that the loss gets, read from a linear model's gradient."""
     arrived = []
 
     def model(x):
@@ -412,7 +442,7 @@ def test_each_loss_is_climbed(net, batch, loss):
 
 @every_attack
 def test_a_loss_of_ones_own(batch, name):
-    """Regression: a dict of outputs, float targets of another shape."""
+    """A loss for regression: a dict of outputs, and float targets of another shape."""
     images, values = batch[0], torch.rand(N, 2, dtype=torch.float64)
     weight = torch.randn(108, 2, dtype=torch.float64)
 
@@ -461,7 +491,7 @@ def test_restarts_keep_the_strongest_result_of_each_image(name, per_sample, targ
 
 @pytest.mark.filterwarnings("ignore:the gradient is exactly zero")
 def test_restarts_keep_a_fooled_result_over_one_of_larger_loss():
-    """Where the first pixel grew the image is fooled by a hair, elsewhere its loss is large among many classes."""
+    """Where the first pixel grew, the image is fooled by a hair; elsewhere its loss is larger, but it is not fooled."""
 
     def model(x):
         grown = (x[:, 0, 0, 0] > 0.5)[:, None]
@@ -481,7 +511,7 @@ def test_restarts_keep_a_fooled_result_over_one_of_larger_loss():
 @pytest.mark.parametrize("gap", [torch.nan, torch.inf], ids=["NaN", "infinite"])
 @pytest.mark.parametrize("targeted", [False, True])
 def test_restarts_keep_a_finite_result_over_a_broken_one(gap, targeted, recwarn):
-    """Where the first pixel grew the model breaks, to an output whose largest entry is class 1."""
+    """Where the first pixel grew, the model's output is not finite, and its largest entry is class 1."""
 
     def model(x):
         broken = (x[:, 0, 0, 0] > 0.5)[:, None] & torch.tensor([False, True, False])
@@ -552,7 +582,7 @@ def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
     assert not recwarn.list
 
     class Own(cls):
-        """No constructor of its own."""
+        """A subclass without a constructor."""
 
     class Deeper(Own):
         def __init__(self, model):
@@ -571,6 +601,7 @@ def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
 def test_result_is_in_ball_and_box_in_every_dtype(name):
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8):
         images, labels = batch_of(N)
+        images[0], images[1] = 0, 1
         images = (images * 255).round().to(dtype) if dtype == torch.uint8 else images.to(dtype)
         net = Net().eval().to(dtype if dtype.is_floating_point else torch.float32)
         adv = ATTACKS[name](net)(images, labels)
@@ -580,6 +611,8 @@ def test_result_is_in_ball_and_box_in_every_dtype(name):
         if name == "PGDL2":
             slack = 1e-6
         assert (distances(name, adv, pixels) <= radius(name) + slack).all()
+        if name not in IN_L2 and dtype != torch.uint8:  # as a user checks it, in the images' dtype
+            assert ((adv - images).abs() <= radius(name)).all()
         assert 0 <= adv.min()
         assert adv.max() <= 1
 

@@ -1,4 +1,4 @@
-"""The function that is attacked is the one that was given, with the settings as they are now, and it is left alone."""
+"""The attacked function is the given model with the present settings, and an attack does not change it."""
 
 import copy
 import os
@@ -14,7 +14,7 @@ from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import sample_seeds
-from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, Normalized, base
+from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, Normalized, ZeroGrad, base
 from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.losses import LOSSES
@@ -30,7 +30,7 @@ def net():
 
 
 def plain_pgd(model, x, y, eps, alpha, steps, box=(0.0, 1.0), start=None, loss=F.cross_entropy):
-    """The loop by hand, on float64."""
+    """PGD as a loop by hand, in float64."""
     adv = x if start is None else start
     for _ in range(steps):
         leaf = adv.detach().requires_grad_()
@@ -102,26 +102,34 @@ def test_another_model_is_attacked_where_it_was_assigned():
     assert torch.equal(attack(images, labels, seed=SEEDS), want)
 
 
-WRONG = {
-    "eps": (8, "pixels"),
-    "alpha": ("2/255", "alpha must be a number"),
-    "steps": (1.5, "steps must be a whole number"),
-    "restarts": ("2", "restarts must be a whole number"),
-    "chunk": (0, "chunk must be at least 1"),
-    "autocast": ("bf16", "autocast must be a dtype"),
-    "memory_format": ("channels_last", "memory_format must be one of torch's"),
-    "loss": ("cross", "unknown loss"),
-    "targeted": ("yes", "targeted must be one of"),
-    "clip": ((1, 0), "lo below hi"),
-}
+WRONG = [
+    (PGD, "eps", 8, r"the images' scale \[0, 1\]"),
+    (PGD, "eps", -0.1, "the images' scale"),
+    (PGD, "eps", float("nan"), "the images' scale"),
+    (PGD, "alpha", "2/255", "alpha must be a number"),
+    (PGD, "steps", 1.5, "steps must be a whole number"),
+    (PGD, "steps", 0, "steps must be at least 1, got 0"),
+    (PGD, "schedule", "linear", "unknown schedule 'linear': choose one of constant, cosine"),
+    (PGD, "restarts", "2", "restarts must be a whole number"),
+    (PGD, "chunk", 0, "chunk must be at least 1"),
+    (PGD, "autocast", "bf16", "autocast must be a dtype"),
+    (PGD, "memory_format", "channels_last", "memory_format must be one of torch's"),
+    (PGD, "loss", "cross", "unknown loss"),
+    (PGD, "targeted", "yes", "targeted must be one of"),
+    (PGD, "clip", (1, 0), "lo below hi"),
+    (FGSM, "eps", 8, "the images' scale"),
+    (FGSM, "alpha", "2/255", "alpha must be a number"),
+    (FGSM, "noise", "8/255", "noise must be a number"),
+    (FGSM, "noise", -0.1, "noise must not be negative, got -0.1"),
+    (ZeroGrad, "quantile", 1.1, r"quantile is a share in \[0, 1\], got 1.1"),
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_setting_is_refused_when_given_and_when_assigned(name):
-    value, message = WRONG[name]
+@pytest.mark.parametrize(("cls", "name", "value", "message"), WRONG)
+def test_a_wrong_setting_is_refused_when_given_and_when_assigned(cls, name, value, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        PGD(net(), **{name: value})
-    attack, (images, labels) = PGD(net()), batch_of(N)
+        cls(net(), **{name: value})
+    attack, (images, labels) = cls(net()), batch_of(N)
     attack(images, labels)
     setattr(attack, name, value)
     with pytest.raises((TypeError, ValueError), match=message):
@@ -174,7 +182,6 @@ def patched():
 
 
 WRAPPED = {
-    "once": lambda: Normalized(net(), MEAN, STD),
     "nested": lambda: Normalized(Normalized(net(), MEAN, STD), (0.1, 0.2, 0.3), 0.5),
     "subclassed": lambda: Doubled(net(), MEAN, STD),
     "hooked": hooked,
@@ -254,7 +261,7 @@ BAKED = {
 
 @pytest.fixture
 def how_to_compute():
-    """Put back what PyTorch was told of that."""
+    """Restores PyTorch's global settings, such as the precision of matrix products."""
     before = torch.backends.cudnn.deterministic, torch.get_float32_matmul_precision()
     torch.backends.cudnn.deterministic = False
     yield
@@ -307,7 +314,7 @@ def test_a_schedule_of_budgets_needs_one_graph_and_few_are_kept(captures):
 
 
 class Writing(nn.Module):
-    """Normalises its input where it lies, as many models on the web do."""
+    """A model that normalises its input in place, as many published models do."""
 
     def __init__(self):
         super().__init__()
@@ -369,7 +376,7 @@ def test_a_second_thread_is_refused_and_the_first_goes_on():
 
 
 def test_a_model_that_attacks_itself_may():
-    """Reentrant: what judges a model in one thread may attack it there."""
+    """The lock is reentrant: a thread that evaluates a model may also attack it."""
     model, (images, labels) = net(), batch_of(N)
     inner = FGSM(model, EPS)
     outer = FGSM(
@@ -449,8 +456,12 @@ def test_bytes_are_in_the_usual_box():
 
 def test_an_output_that_does_not_depend_on_the_input():
     model, (images, labels) = net(), batch_of(N)
-    for broken in (lambda x: model(torch.from_numpy(x.detach().numpy())), lambda x: model(x.detach()).detach()):
-        with pytest.raises(RuntimeError, match="does not depend on its input through autograd"):
+    for broken in (
+        lambda x: model(torch.from_numpy(x.detach().numpy())),
+        lambda x: model(x.detach()).detach(),
+        torch.no_grad()(model.forward),
+    ):
+        with pytest.raises(RuntimeError, match=r"does not depend on its input through autograd.*under no_grad"):
             PGD(broken)(images, labels)
 
 
@@ -490,7 +501,7 @@ def test_a_divergence_from_the_start_itself_is_refused():
 
 
 def saturated(share):
-    """Of so many of the images the gradient is exactly zero, by a plateau."""
+    """A model whose gradient is exactly zero for so many of the images, because of a plateau."""
 
     inner = net()
 
@@ -579,7 +590,7 @@ def test_what_takes_images_alone_refuses_attacks_on_other_inputs():
 
 
 class Spoiling(torch.autograd.Function):
-    """The identity, whose way back writes into the gradient that it is given."""
+    """The identity, whose backward pass writes into the gradient that it gets."""
 
     @staticmethod
     def forward(ctx, losses):

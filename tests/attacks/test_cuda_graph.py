@@ -29,7 +29,7 @@ def batch(n=6):
 
 @pytest.fixture(autouse=True)
 def one_order():
-    """The same kernels in both: only then can bits be compared."""
+    """The same kernels with and without a graph: only then can bits be compared."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     yield
@@ -102,7 +102,7 @@ def test_host_waits_for_the_device_only_at_the_end(model, attack, graph, monkeyp
 
 
 def test_garbage_does_not_end_a_capture(model):
-    """Dropped attacks are reference cycles with graphs in them: the collector must not meet them in a capture."""
+    """Attacks with graphs are in reference cycles; the garbage collector must not free a graph during a capture."""
     images, labels = batch()
     before = gc.get_threshold()
     gc.set_threshold(20)

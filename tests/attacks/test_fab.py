@@ -1,4 +1,4 @@
-"""FAB: its way to a hyperplane against an exact solver, and its iterates against the algorithm by hand."""
+"""FAB: its step to a hyperplane against an exact solver, and its iterates against the algorithm by hand."""
 
 import math
 
@@ -26,7 +26,7 @@ def length(delta, norm):
 
 
 def exact_move(v, w, gap, norm):
-    """One point's, float64: the pixels come to their bounds one after the other, so sort them by when."""
+    """The exact step of one point in float64: the pixels reach their bounds one after the other, so they are sorted."""
     shape, v, w = v.shape, v.flatten(), w.flatten()
     c = w.sign() if norm == "Linf" else w
     forward = -math.copysign(1.0, gap) * c
@@ -84,7 +84,7 @@ def test_the_way_to_a_plane_is_the_exact_one(norm, kind, d):
 @every_norm
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_shorter_way_leads_there(norm, kind):
-    """In L-inf a shorter one cannot reach it; in L2 no exchange between two pixels on the plane shortens it."""
+    """In L-inf no shorter step reaches the plane; in L2 no exchange between two pixels on the plane is shorter."""
     v, w, gap, _ = points(kind, 100, 200)
     moves = to_hyperplane(v, w, gap, norm, BOX)
     forward = -gap.sign()[:, None] * w
@@ -167,13 +167,13 @@ def by_hand(model, image, label, targets, norm, steps, alpha_max=0.1, eta=1.05, 
 
 
 def best_of(model, seen, image, label, norm):
-    """(distance, iterate) of the nearest that is misclassified."""
+    """(distance, iterate) of the nearest misclassified iterate."""
     wrong = [(length((x - image)[None], norm).item(), x) for x in seen if model(x[None]).argmax() != label]
     return min(wrong, key=lambda pair: pair[0], default=(math.inf, image))
 
 
 class Rows(nn.Module):
-    """Two layers that compute each row by itself, so that its bits do not depend on the batch it is in."""
+    """Two layers that compute each row alone, so that its bits do not depend on the batch."""
 
     def __init__(self, classes=5, pixels=108, dtype=torch.float64):
         super().__init__()
@@ -192,7 +192,7 @@ def case(n=6, classes=5, dtype=torch.float64):
 
 
 def started(attack, images, labels, run=0, seed=0):
-    """An engine on these images, at the start of run number `run`."""
+    """An engine for these images, at the start of run number `run`."""
     targets = attack.targets(attack._clean_logits(images), labels)
     slots = attack.slots(images, targets, attack.eps, seed)
     slots.age = torch.zeros(len(images), dtype=torch.int64)
@@ -327,7 +327,7 @@ def test_on_a_linear_model_a_few_steps_find_the_nearest_point(norm, classes):
 
 @every_norm
 def test_the_nearest_plane_is_so_in_the_attack_s_norm(norm):
-    """Class 1 looks at one pixel, and class 2 a twentieth as hard at each of all 48: in L-inf it is the nearer one."""
+    """Class 1 depends on one pixel, class 2 on all 48 with a twentieth of the weight: in L-inf class 2 is nearer."""
     model, images = linear(3), 0.5 + 0.1 * torch.rand(5, 3, 4, 4, dtype=torch.float64)
     with torch.no_grad():
         model[1].weight.zero_()
@@ -347,7 +347,7 @@ def test_the_nearest_plane_is_so_in_the_attack_s_norm(norm):
 
 
 def put(engine, other, rows):
-    """Rows of freshly started slots in place of an engine's, as an evaluation does."""
+    """Put rows of new slots into an engine's slots, as an evaluation does."""
     mine = engine.slots.tensors()
     for name, fresh in other.slots.tensors().items():
         mine[name][rows] = fresh[rows]

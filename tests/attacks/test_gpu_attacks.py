@@ -1,4 +1,4 @@
-"""Attacks and the evaluation on a GPU: captured graphs have the eager attack's bits, slots there the CPU's verdicts."""
+"""Attacks and the evaluation on a GPU: captured graphs give the eager attack's bits, and slots the CPU's verdicts."""
 
 from functools import partial
 from itertools import count
@@ -34,7 +34,7 @@ def device(request):
 
 
 def attack_of(name, model, eps=EPS, **options):
-    """The preset with few steps, or a class in L2."""
+    """A preset with few steps, or an attack in L2."""
     kind = IN_L2[name] if name in IN_L2 else PRESETS[name][0]
     if issubclass(kind, (Square, SquareL2)):
         options["n_queries"] = QUERIES
@@ -62,7 +62,7 @@ OPTIONS = {
 @every_attack
 @pytest.mark.parametrize("option", OPTIONS)
 def test_graph_equals_eager_bit_for_bit(device, model, name, option):
-    """At the capture and in replays, on other images each time."""
+    """At the capture and in replays, with other images each time."""
     attacked = Normalized(model, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)) if option == "normalized" else model
     eager, graph = (attack_of(name, attacked, **OPTIONS[option], graph=graph) for graph in (False, True))
     if option == "alpha" and not isinstance(getattr(eager, "alpha", None), float):
@@ -85,7 +85,7 @@ def test_graph_equals_eager_bit_for_bit(device, model, name, option):
 @every_attack
 @pytest.mark.parametrize("rows", [False, True], ids=["0-dim", "per image"])
 def test_eps_as_a_tensor_gives_the_bits_of_the_number(name, rows):
-    """On the CPU too: a graph has it as a tensor, so that a call may change it."""
+    """On the CPU too: a graph keeps eps as a tensor, so that a call may change it."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     attack = attack_of(name, body, EPS)
@@ -126,7 +126,7 @@ OF_A_SAMPLE = ("fooled", "restart", "step", "robust_accuracy", "given", "zero_gr
 
 
 def samples():
-    """Of every difficulty; some labels are wrong from the start."""
+    """Easy and hard samples; some labels are wrong from the start."""
     images = torch.rand(IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = Exact()(images).argmax(1)
     labels[5:20:4] = (labels[5:20:4] + 1) % 5
@@ -162,7 +162,7 @@ def assert_same(there, here, counted):
 
 @pytest.fixture
 def one_shape(monkeypatch):
-    """An evaluation on the CPU that has slots of one number, as a GPU has."""
+    """An evaluation on the CPU with a fixed number of slots, as on a GPU."""
 
     def run(*args, **options):
         with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_the_images_that_are_saved_are_the_cpus(device, tmp_path, name, options)
 
 
 class Cut(BaseException):
-    """As a kill: nothing is meant to handle it."""
+    """An exception in place of a kill: no code handles it."""
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
@@ -259,7 +259,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(device, tmp_path, monke
 @pytest.mark.parametrize("name", ["pgd", "pma", "apgd-ce", "apgd-t", "square", "fab-t"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_the_host_waits_for_nothing(device, monkeypatch, name, part, graph):
-    """From the second call on: in each queue's first, tables go to the device."""
+    """From the second call on; in the first call of each queue tables go to the device."""
     guards, original = [], getattr(Queue, part)
 
     def guarded(self):
@@ -278,7 +278,7 @@ def test_the_host_waits_for_nothing(device, monkeypatch, name, part, graph):
 
 
 class Counting(TorchDispatchMode):
-    """Counts what launches something: no views, no memory, no copy of a tensor to itself."""
+    """Counts ops that launch a kernel: no views, no allocations, no copies of a tensor to itself."""
 
     none = ("empty", "detach", "alias", "view", "select", "slice", "expand", "unsqueeze", "reshape", "t", "permute")
 
@@ -296,7 +296,7 @@ class Counting(TorchDispatchMode):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_an_iteration_launches_little_beside_gradient_and_step(device, monkeypatch):
-    """At most 20 things: a small model's gradient is no more."""
+    """At most 20 kernels: a small model's gradient has no more."""
     counting, iterate, seen = Counting(), Queue.iterate, []
 
     def paused(function):

@@ -1,4 +1,4 @@
-"""The losses by name, against formulas written out in float64 and autograd's gradients of them."""
+"""The losses by name, against formulas in float64 and their gradients by autograd."""
 
 import math
 
@@ -224,7 +224,7 @@ def test_pma_follows_its_formulas_in_each_run(steps):
 
 
 def test_pma_goes_on_where_the_second_run_found_something():
-    """More than one image in 500, and than one image; or more than a tenth of what the first found."""
+    """The second run fooled over one image in 500, and not just one image; or over a tenth of the first run's."""
     attack = PMA(linear())
     for second, images, goes_on in ((2, 500, True), (1, 500, False), (1, 100, False), (20, 10_000, False)):
         assert attack.goes_on([400, second], images) == goes_on
@@ -237,7 +237,7 @@ def test_pma_goes_on_where_the_second_run_found_something():
 
 
 def test_pma_goes_on_while_that_finds_something():
-    """While the last four, the first apart, found more than one image in 1,000."""
+    """While the last four runs, the first one apart, fooled more than one image in 1,000."""
     attack = PMA(linear(), most_runs=12)
     falls = [50, 9]
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Normalised images, step sizes of each image, targets by a function, and what torchattacks calls by its names."""
+"""Normalised images, step sizes for each image, targets by a function, and the methods that torchattacks has."""
 
 import copy
 import inspect
@@ -35,7 +35,7 @@ def per_channel(values, dtype=torch.float64):
 
 
 def normalised(pixels):
-    """As a loader does it, in the pixels' dtype."""
+    """Normalised as a data loader does it, in the pixels' dtype."""
     return (pixels - per_channel(MEAN, pixels.dtype)) / per_channel(STD, pixels.dtype)
 
 
@@ -269,7 +269,7 @@ def test_an_evaluation_takes_a_step_size_of_all(batch):
 
 
 class Uncaptured(GraphEngine):
-    """With tensors of its own like a captured graph, and no GPU."""
+    """An engine with tensors of its own, like a captured graph, but without a GPU."""
 
     made = 0
 

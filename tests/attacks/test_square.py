@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
+from dispatched import NoReads
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv.attacks import Normalized, Square, SquareL2, create_attack, samplewise
 from fastadv.attacks.engine import Engine
@@ -31,20 +31,20 @@ def network(channels, height, width):
 
 
 def samples(model, n, shape):
-    """Images of which some pixels are at the box, and what the model says of them."""
+    """(images with some pixels at 0 or 1, the model's predictions for them)."""
     images = (torch.rand(n, *shape, dtype=torch.float64) * 1.2 - 0.1).clamp(0, 1)
     return images, model(images).argmax(1)
 
 
 def seen_by(model):
-    """What the model is shown from now on, (N, ...) a query."""
+    """The model's inputs from now on, (N, ...) for each query."""
     shown = []
     model.register_forward_pre_hook(lambda module, args: shown.append(args[0].detach().clone()))
     return shown
 
 
 def drawn(seed, query, count):
-    """The uniform numbers of this query of the sample with this seed, from the generator of contract.md."""
+    """The uniform numbers of a query for a sample with this seed, from the generator in contract.md."""
     key = int(oracle.sample_seeds(seed, [0], restart=query + 2**31)[0])
     return [(2 * int(h) + 1) / 2**17 for h in oracle.random_halves(key, np.arange(count))]
 
@@ -55,7 +55,7 @@ def side_by_hand(query, shape):
 
 
 def key_by_hand(logits, label, loss, targeted):
-    """What is to be larger: whether it fools, then the loss."""
+    """The key that Square makes larger: first whether the image is fooled, then the loss."""
     logits = logits.tolist()
     if loss == "ce":
         value = math.log(sum(math.exp(z) for z in logits)) - logits[label]
@@ -66,7 +66,7 @@ def key_by_hand(logits, label, loss, targeted):
 
 
 def linf_by_hand(model, image, label, seed, queries, loss="margin", targeted=False):
-    """(what the model is shown, best point) of one sample, window after window."""
+    """(the model's inputs, the best point) for one sample, window after window."""
     c, h, w = image.shape
     stripes = [(2 * int(v) + 1) / 2**17 > 0.5 for v in oracle.random_halves(seed, np.arange(c * w))]
     point = image + torch.tensor([EPS if up else -EPS for up in stripes], dtype=torch.float64).reshape(c, 1, w)
@@ -113,7 +113,7 @@ def test_linf_follows_a_loop_by_hand(shape, loss, targeted):
 
 
 def test_linf_queries_are_stripes_then_squares():
-    """From what the model is shown alone, on images away from the box."""
+    """Seen from the model's inputs alone, for images away from 0 and 1."""
     model = network(3, 12, 20)
     images = 0.4 + 0.2 * torch.rand(6, 3, 12, 20, dtype=torch.float64)
     labels, shown = model(images).argmax(1), seen_by(model)
@@ -161,7 +161,7 @@ def test_linf_stays_in_ball_and_box(dtype):
 
 
 def after_one_step(attack, images, ages, seeds):
-    """The next iterates of slots of these ages whose best points are the images."""
+    """The next iterates of slots of these ages, whose best points are the images."""
     labels = torch.zeros(len(images), dtype=torch.int64)
     slots = attack.slots(images, labels, attack.eps, seeds)
     slots.age, slots.restart = torch.zeros_like(labels), torch.zeros_like(labels)
@@ -179,7 +179,7 @@ def flat(x):
 
 
 def squares_of(moved):
-    """(top, left, height, width) of what is not 0, (N, C, H, W); all of it is."""
+    """(top, left, height, width) of the rectangle of nonzero pixels, for (N, C, H, W)."""
     found = []
     for one in moved:
         assert ((one != 0) == (one[:1] != 0)).all()
@@ -442,7 +442,7 @@ def test_images_in_bytes_and_a_normalized_model_give_the_same(kind):
 
 
 def scripted(rows):
-    """A model whose logits are these, one row a query, whatever it is shown; and what it is shown."""
+    """(a model with these logits, a row for each query, whatever its input; the list of its inputs)."""
     shown, rows = [], iter(rows)
 
     def model(x):
@@ -469,18 +469,6 @@ def test_with_another_loss_what_fools_comes_first(kind):
     with pytest.warns(UserWarning, match="2 losses were not finite"):
         best = KINDS[kind](model, n_queries=4)(image, label, seed=1)
     assert torch.equal(best, shown[2])
-
-
-class NoReads(TorchDispatchMode):
-    """Refuses what waits for the device or has a shape that depends on values: a CUDA graph could not hold it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
-        of_flags = (
-            (t for t in args[1] or () if t is not None and t.dtype == torch.bool) if "index.T" in str(func) else ()
-        )
-        assert not any(True for _ in of_flags)
-        return func(*args, **(kwargs or {}))
 
 
 @every_kind
@@ -572,7 +560,7 @@ def test_preset():
 
 
 def trained(channels):
-    """A small network that has learnt which of four patterns is under the noise, and images of it."""
+    """(a small network that was trained to find one of four patterns under noise, images)."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(CLASSES, channels, 10, 10, generator=generator)
     labels = torch.randint(CLASSES, (600,), generator=generator)

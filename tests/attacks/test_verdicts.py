@@ -1,4 +1,4 @@
-"""What counts as a prediction, by rules written out sample by sample, wherever a verdict is given."""
+"""What counts as a prediction, by rules written out for each sample, in all places that give a verdict."""
 
 import math
 import warnings
@@ -20,7 +20,7 @@ EPS = 8 / 255
 
 
 def by_rule(row):
-    """The class that one row of logits names; None where it names none."""
+    """The class that a row of logits predicts; None where it predicts none."""
     if any(math.isnan(value) for value in row):
         return None
     row = [0.0, *row] if len(row) == 1 else row  # a single logit is that of the second of two classes
@@ -42,7 +42,7 @@ def test_rows_of_few_values_name_what_the_rule_says(dtype, classes):
 
 
 class Broken(nn.Module):
-    """A sound linear network but for what `damage` makes of (images, logits)."""
+    """A linear network whose logits `damage` changes, as a function of (images, logits)."""
 
     def __init__(self, damage):
         super().__init__()
@@ -53,7 +53,7 @@ class Broken(nn.Module):
 
 
 def sample_of(count=10):
-    """Images whose first pixel is 0 or 0.5: a model can tell the second half without its gradient."""
+    """Images whose first pixel is 0 or 0.5: so a model recognises the second half without a gradient."""
     images = torch.rand(count, 3, 2, 2)
     images[:, 0, 0, 0] = (torch.arange(count) >= count // 2) * 0.5
     return images
@@ -119,7 +119,7 @@ def test_an_attack_that_silences_the_model_has_fooled_it(broken, options):
 
 
 def test_a_target_is_not_reached_where_nothing_is_predicted():
-    """Of two restarts the one that reaches the target is kept, not the one that silences the model."""
+    """Of two restarts the one that reaches the target is kept, not the one after which there is no prediction."""
     images = torch.full((4, 3, 2, 2), 0.5)
     targets = torch.zeros(4, dtype=torch.int64)
     calls = []

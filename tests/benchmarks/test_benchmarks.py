@@ -1,4 +1,4 @@
-"""The benchmarks and the GPU script, tried without a GPU: what they write, that they go on, and what is refused."""
+"""The benchmarks and the GPU script, tried without a GPU: what they write, how they resume, and what they refuse."""
 
 import importlib
 import itertools
@@ -131,7 +131,7 @@ def cells(out):
 
 
 def unpacked(archive, folder):
-    """The names of its files, laid into the folder."""
+    """The names of the files in an archive, unpacked into the folder."""
     with tarfile.open(archive) as files:
         files.extractall(folder, filter="data")
         return set(files.getnames())
@@ -331,7 +331,7 @@ def test_counters_are_read():
 
 
 def doctored(dry, tmp_path, device_type, factor):
-    """The dry run's benchmark as if the op had moved `factor` times the bytes of the copy."""
+    """The benchmark of the dry run, changed as if the op had moved `factor` times the bytes of the copy."""
     bench = result(dry, "bench")
     for row in bench["summary"]:
         if row["kind"] == "op":

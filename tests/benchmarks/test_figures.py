@@ -44,7 +44,7 @@ def test_no_figure_is_typed_into_a_text():
 
 @pytest.fixture
 def house(tmp_path):
-    """A README that quotes two results, and the values in them."""
+    """A folder with a README that quotes two results, and the quoted values."""
     values = [random.uniform(1, 9) for _ in range(3)]
     results = tmp_path / "benchmarks/results"
     (results / "runs").mkdir(parents=True)
@@ -197,7 +197,7 @@ def git(folder, *command):
 
 @pytest.fixture
 def repository(tmp_path):
-    """Sources, a result of theirs, and its commit."""
+    """A repository with sources, a result that was measured with them, and the commit."""
     git(tmp_path, "init", "-q")
     for name in ("fastadv/attacks/pgd.py", "fastadv/ops/reference.py", "csrc/cpu/ops.cpp", "csrc/cuda/ops.cu", "x.py"):
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""The GPU kernels' machine code: the reader of it, and that no kernel gets worse. No GPU, no clock."""
+"""The GPU kernels' machine code: the program that reads it, and limits for every kernel. It needs no GPU."""
 
 import os
 import re
@@ -103,7 +103,7 @@ RECORD = sass.read(sass.RECORD)
 
 
 def output(*command):
-    """Of a process of its own: this one has Triton's interpreter switched on."""
+    """The output of a separate process: Triton's interpreter is switched on in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -124,7 +124,7 @@ def hopper(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Triton's main kernels; setup.py's log tells of the CUDA kernels' spills there."""
+    """Triton's main kernels; for the CUDA kernels setup.py's log has the spills."""
     options = ("--backend=triton", "--arch=80", "--arch=100", r"--kernels=\b(f32/f32|f16/f16|bf16/bf16|u8/f32)$")
     return compiled(tmp_path_factory.mktemp("others"), *options)
 
@@ -147,7 +147,7 @@ def test_nothing_spills_and_nothing_is_fused_elsewhere(others):
 
 
 def test_every_form_compiles_for_the_oldest_gpu():
-    """Turing has no instruction for bfloat16, and no minimum that keeps NaN: what stands in for them must be used."""
+    """Turing has no instruction for bfloat16, and no minimum that keeps NaN, so other instructions must be used."""
     forms = output(GPU / "triton_aot.py", "75").splitlines()
     assert len(set(forms)) == len(forms) >= 50
     assert {"flat", "any"} <= {word for form in forms for word in form.split()}
@@ -155,7 +155,7 @@ def test_every_form_compiles_for_the_oldest_gpu():
 
 
 def test_packs_move_128_bits_at_a_time(hopper):
-    """Eight uint8 are 64 bits, and so is a seed; a channel's mean and scale are numbers."""
+    """Eight uint8 and a seed are 64 bits; a channel's mean and scale are single numbers."""
     for row in hopper["rows"]:
         if row["layout"] == "flat":
             seeds = {"LDG.64"} if re.match(r"random_init|fgsm_step noise", row["op"]) else set()
@@ -170,7 +170,7 @@ def compilers(result):
 
 
 def test_no_kernel_takes_more_instructions(hopper):
-    """`python benchmarks/gpu/sass.py --record` writes the limits anew. Another compiler's code differs by itself."""
+    """`python benchmarks/gpu/sass.py --record` writes new limits. Another version of a compiler needs new ones."""
     margin = 1.03 if compilers(hopper) == compilers(RECORD) else 1.15
     limits = {(row["backend"], row["kernel"], row["arch"]): row for row in RECORD["rows"]}
     grown = {}

@@ -1,4 +1,4 @@
-"""The stored verdicts of AutoAttack's own package: that they are of these models and images, and say something."""
+"""The stored verdicts of AutoAttack's own package: they belong to these models and images, and can fail."""
 
 import functools
 import importlib
@@ -32,13 +32,13 @@ def result(name):
 
 
 def stored(name):
-    """Seed -> bool (N,): what is misclassified, by itself or after any part of AutoAttack."""
+    """{seed: bool (N,), which samples are misclassified, clean or after any part of AutoAttack}."""
     return {run["seed"]: torch.tensor(run["verdicts"]) != standard.ROBUST for run in result(name)["runs"]}
 
 
 @pytest.mark.parametrize("name", judged.NAMES)
 def test_the_verdicts_are_of_these_weights(name):
-    """If not: the models were trained again, and `benchmarks/peers/autoattack.py` is due."""
+    """If not: the models were trained again; run `benchmarks/peers/autoattack.py`."""
     model, eps = judged.built(name)
     assert result(name)["weights"] == judged.digest(model.state_dict().values())
     assert result(name)["eps"] == eps
@@ -60,7 +60,7 @@ def test_the_verdicts_are_of_these_images(name):
 
 @pytest.mark.parametrize("name", judged.NAMES)
 def test_a_wrong_evaluation_would_show(name):
-    """Neither all nor none survive, and some fall to no part but targeted APGD."""
+    """Some images survive and some fall, a few of them to targeted APGD alone."""
     runs = result(name)["runs"]
     parts = standard.parts_for(result(name)["classes"])
     assert [run["seed"] for run in runs] == [0, 1]
@@ -78,7 +78,7 @@ def test_a_wrong_evaluation_would_show(name):
 
 @pytest.mark.parametrize("name", judged.TRAINED)
 def test_what_pgd_fools_is_fooled(name):
-    """By another attack than those that were stored."""
+    """PGD is an attack other than the stored ones."""
     model, images, labels, eps = judge(name)
     adv = PGD(model, eps, eps / 4, 10)(images, labels)
     fooled = model(adv).argmax(1) != labels
@@ -112,7 +112,7 @@ def test_masking_models_hide_their_gradient(name, hidden):
 
 
 class Ensemble:
-    """In AutoAttack's place: each part takes two gradients and a forward of an image, and fools two images more."""
+    """In place of AutoAttack: each part takes two gradients and a forward pass an image, and fools two more images."""
 
     def __init__(self, model, **settings):
         self.model, self.attacked, self.settings = model, model, settings
@@ -148,7 +148,7 @@ def test_a_run_says_which_part_was_the_first_and_what_it_took(monkeypatch):
 @pytest.mark.filterwarnings("ignore:the last .* fell in the last tenth")
 @pytest.mark.parametrize("name", judged.TRAINED)
 def test_the_default_evaluation_leaves_what_autoattack_leaves(name):
-    """The lower of the package's counts, or one image in 500 more."""
+    """At most the lower of the package's counts plus one image in 500."""
     model, images, labels, eps = judged.judged(name)
     report = evaluate(model, (images, labels), eps=eps, progress=False)
     least = min(int((~fooled).sum()) for fooled in stored(name).values())
@@ -171,7 +171,7 @@ def test_a_model_that_hides_its_gradient_is_told_of(name):
 
 
 def test_what_their_tests_say_is_explained_or_told():
-    """A failure that theirs has too, one with a reason, one without; and a test that tried nothing of ours."""
+    """A failure that the peer has too, one with a reason, one without; and a test that used nothing of ours."""
     said = {"outcome": "failed", "said": "no net"}
     ours = {
         "fine": {"outcome": "passed", "calls": 2},

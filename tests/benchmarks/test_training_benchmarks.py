@@ -1,4 +1,4 @@
-"""The training benchmarks: what a step should cost, and the pictures."""
+"""The training benchmarks: the predicted cost of a step, and the pictures."""
 
 import importlib
 import sys

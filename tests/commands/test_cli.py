@@ -74,7 +74,7 @@ def last_line(out):
 
 
 class Asked(Exception):
-    """Raised where the work would begin."""
+    """Raised in place of the work."""
 
 
 def options_of(command):
@@ -86,7 +86,7 @@ def options_of(command):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What data sets are asked for; it is always digits, of all classes."""
+    """A list of the data sets that a command loads; all of them are digits."""
     found, load = {}, data.load
 
     def noted(name, *, preprocessing, classes, **options):
@@ -98,7 +98,7 @@ def loaded(monkeypatch):
 
 
 def run(command, given, option, word):
-    """The command as far as the work begins, with an option instead of what is given."""
+    """Run a command up to its work, with an option in place of the given one."""
     words = [part for name, value in given.items() if name != option for part in (name, value)]
     with pytest.raises(Asked):
         cli.main([command, *words, *([option] if option else []), *(word.split() if word else [])])
@@ -106,7 +106,7 @@ def run(command, given, option, word):
 
 @pytest.fixture
 def asked_of_finetune(monkeypatch, tmp_path, loaded):
-    """`asked("--lr", "0.1")`: a dict of all that `fastadv finetune` hands on."""
+    """`asked("--lr", "0.1")`: a dict of all arguments that `fastadv finetune` passes on."""
     monkeypatch.chdir(tmp_path)
     saved(mlp((1, 8, 8), 10), (1, 8, 8), map(str, range(10)), tmp_path / "w.safetensors")
     found, source = {}, finetune_command.model_source
@@ -177,8 +177,7 @@ SETTINGS = {
     "switch_to": ("nfgsm", "nfgsm"),
     "checkpoint_s": ("30", 30.0),
 }
-OPTIONS = {f"--{name.replace('_', '-')}": (word, {name: value}) for name, (word, value) in SETTINGS.items()}
-OPTIONS |= {
+TRAINING = {  # of both commands that train
     "--image-column": ("a", {"load image_column": "a"}),
     "--label-column": ("b", {"load label_column": "b"}),
     "--data": ("photos", {"data": "photos"}),
@@ -189,14 +188,17 @@ OPTIONS |= {
     "--split-seed": ("5", {"load seed": 5}),
     "--seed": ("5", {"seed": 5}),
     "--device": ("cpu:0", {"device": torch.device("cpu:0")}),
+    "--out": ("there", {"folder": Path("there")}),
+    "--resume": (None, {"resume": True}),
+}
+OPTIONS = TRAINING | {f"--{name.replace('_', '-')}": (word, {name: value}) for name, (word, value) in SETTINGS.items()}
+OPTIONS |= {
     "--validation": ("0.3", {"load validation": 0.3, "validation": 0.3}),
     "--model": ("conv", {"model": "conv"}),
     "--trust-code": (None, {"trust": True}),
     "--init": ("w.safetensors", {"init": "w.safetensors"}),
     "--attack": ("pgd", {"attack": "pgd"}),
     "--eps": ("4", {"eps": 4 / 255}),
-    "--out": ("there", {"folder": Path("there")}),
-    "--resume": (None, {"resume": True}),
 }
 
 
@@ -225,7 +227,7 @@ def saved(network, shape, classes, path):
 
 @pytest.fixture
 def asked_of_evaluate(monkeypatch, tmp_path):
-    """`asked("--batch-size", "9")`: a dict of all that `fastadv evaluate` hands on; the data are always digits."""
+    """`asked("--batch-size", "9")`: a dict of all arguments that `fastadv evaluate` passes on; the data are digits."""
     monkeypatch.chdir(tmp_path)
     found, held_out, decoded = {}, data.held_out, data.HeldOut.decoded
     for name in ("one", "other"):
@@ -304,20 +306,8 @@ def test_an_option_of_evaluate_changes_what_it_says_and_nothing_else(option, ask
     assert found == without | changes
 
 
-PRETRAINING = {
-    "--image-column": ("a", {"load image_column": "a"}),
-    "--label-column": ("b", {"load label_column": "b"}),
-    "--data": ("photos", {"data": "photos"}),
-    "--data-folder": ("here", {"load folder": Path("here")}),
-    "--classes": ("1,3-4", {"classes": [1, 3, 4]}),
-    "--skip-corrupt": (None, {"load skip_corrupt": True}),
-    "--workers": ("3", {"load workers": 3}),
-    "--split-seed": ("5", {"load seed": 5}),
-    "--seed": ("5", {"seed": 5}),
-    "--device": ("cpu:0", {"device": torch.device("cpu:0")}),
+PRETRAINING = TRAINING | {
     "--epochs": ("20", {"epochs": 20, "warmup": 0.15}),
-    "--out": ("there", {"folder": Path("there")}),
-    "--resume": (None, {"resume": True}),
 }
 
 
@@ -344,7 +334,7 @@ def test_an_option_of_pretrain_changes_what_it_says_and_nothing_else(option, mon
 
 
 def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
-    """A model that learnt classes in another order than the set's is right about all, in whatever order they come."""
+    """A model with its classes in another order than the data set's is right on all images, whatever the order."""
     labels = torch.arange(60) % 3
     images, others = (0.6 * F.one_hot(labels, 3)[:, :, None, None] + 0.4 * torch.rand(60, 3, 2, 2) for _ in range(2))
     parts = {"x_train": images, "y_train": labels, "x_test": others, "y_test": labels}
@@ -372,7 +362,7 @@ def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
 
 
 def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsys):
-    from test_training import colours
+    from test_trainer import colours
 
     train, test = colours(64, 1, side=32), colours(33, 2, side=32)
     arrays = zip(("x_train", "y_train", "x_test", "y_test"), (*train, *test), strict=True)
@@ -521,7 +511,8 @@ def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_importing_fastadv_imports_no_extra():
-    code = "import torch, sys; before = set(sys.modules); import fastadv; print(*set(sys.modules) - before)"
+    packages = "fastadv, fastadv.attacks, fastadv.data, fastadv.training.augment"
+    code = f"import torch, sys; before = set(sys.modules); import {packages}; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     tops = {name.partition(".")[0] for name in done.stdout.split()}
     assert not tops & {

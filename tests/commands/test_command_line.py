@@ -1,4 +1,4 @@
-"""What the command line says: how a run goes, and what went wrong, in words instead of tracebacks."""
+"""The messages of the command line: how a run goes, and errors in words in place of tracebacks."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ def finetune(out, *options):
 
 
 def failed(capsys, *words):
-    """(exit status, last line of what it says) of a command that fails, without a traceback."""
+    """(exit status, last line of its output) of a command that fails without a traceback."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(word) for word in words])
     said = capsys.readouterr().err

@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """A checkpoint for 16x16 pictures with a normalisation; its weights are random, as its head will not be."""
+    """A checkpoint for 16x16 pictures with a normalisation and random weights; its head is replaced in training."""
     torch.manual_seed(0)
     network = resnet((3, 16, 16), 2, widths=(16, 16), blocks=1)
     architecture = {"kind": "own", "name": "resnet", "shape": [3, 16, 16], "options": {"widths": [16, 16], "blocks": 1}}
@@ -89,7 +89,7 @@ def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tune
 
 
 class Blind(torch.nn.Module):
-    """Tells colours by their channel; NaN for what is dark, and the same for every class where it is white."""
+    """Classifies colours by their channel; gives NaN for dark pictures, and equal logits for white ones."""
 
     def forward(self, images):
         means = images.mean((2, 3))
@@ -137,7 +137,7 @@ def test_the_export_is_plain_and_says_the_same(tuned, tmp_path):
 
 
 def test_no_export_takes_a_checkpoint_s_place(tuned, tmp_path):
-    """It would be lost: a plain state dict is no checkpoint."""
+    """An export over a checkpoint would destroy it: a plain state dict is no checkpoint."""
     shutil.copy(tuned / "model.safetensors", tmp_path / "model.safetensors")
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match=r"is a checkpoint of fastadv.*choose another name"):

@@ -1,4 +1,4 @@
-"""fastadv predict: every picture has its row, whatever lies beside it and however it is called."""
+"""fastadv predict: every picture has its row, whatever else is in the folder and whatever its name."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ ODD = ["a, b.png", 'with "quotes".png', "two\nlines.png", "tab\t;.png", "ü雪\u
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A model of three classes for 12 x 10 pictures; what it says varies from picture to picture."""
+    """A model of three classes for 12 x 10 pictures, whose predictions differ from picture to picture."""
     torch.manual_seed(0)
     model = models.source("mlp").build(CLASSES, (3, 12, 10))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def encoded(kind="png"):
 
 
 def photos(folder, names):
-    """A picture under each name; their pixels by path, for the model to say by hand what they are."""
+    """{path: pixels} of a picture under each name, for predictions by hand."""
     found = {}
     for name in names:
         path = folder / name
@@ -69,7 +69,7 @@ def shares(weights, images):
 
 
 def classified(weights, out, *words, status=None):
-    """The rows by picture, as `fastadv predict` wrote them, and what it said where it ended with an error."""
+    """(the rows of `fastadv predict` by picture, its message where it ended with an error)."""
     words = ["predict", *map(str, words), "--model", str(weights), "--out", str(out), "--device", "cpu"]
     said = ""
     if status is None:

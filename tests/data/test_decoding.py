@@ -1,4 +1,4 @@
-"""How pictures are decoded: reduced where nothing is lost, by as many threads as there are cores, and with a word."""
+"""How pictures are decoded: reduced where nothing is lost, with a thread for each core, and with a message."""
 
 import io
 import logging
@@ -18,7 +18,7 @@ from fastadv.preprocessing import Preprocessing
 
 
 def photo(width, height):
-    """Smooth, with the noise of a sensor."""
+    """A smooth picture with the noise of a sensor."""
     rng = np.random.default_rng(fresh_seed())
     coarse = Image.fromarray(rng.integers(0, 256, (max(2, height // 100), max(2, width // 100), 3), np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
@@ -32,7 +32,7 @@ def encoded(image, kind="JPEG", **options):
 
 
 def whole(picture, preprocessing):
-    """As Pillow decodes it, upright."""
+    """The picture as Pillow decodes it, upright."""
     with Image.open(io.BytesIO(picture.content)) as image:
         return preprocessing.apply(ImageOps.exif_transpose(image).convert("RGB"))
 
@@ -57,7 +57,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_hardly_a_pixel_differs(size, crop, 
 
 @pytest.mark.parametrize("orientation", [None, 1, 2, 3, 4, 5, 6, 7, 8])
 def test_a_picture_that_is_to_be_turned_is_measured_upright(orientation):
-    """Stored 1,207 x 301: where it is shown upright, the shorter side of what is shown tells whether it is reduced."""
+    """The picture is stored as 1,207 x 301. The shorter side of the upright picture decides whether it is reduced."""
     exif = Image.Exif()
     if orientation is not None:
         exif[274] = orientation
@@ -100,7 +100,7 @@ def test_a_large_jpeg_of_another_size_is_refused_and_not_reduced():
 
 @pytest.fixture
 def at_a_time(monkeypatch):
-    """Decodes 12 pictures and says how many at a time: each waits a moment for as many more as it can get."""
+    """Decode 12 pictures; return how many are decoded at the same time. Each waits a moment for others."""
     lock, now, seen = threading.Lock(), [0], []
     more = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The images that judge a model: which they are, whose labels they have, and what is not looked at."""
+"""The images that judge a model: which they are, what labels they have, and which files are not read."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def photos(root, *folders, count=12):
 
 
 def images_of(chosen, **options):
-    """(pixels, class in the model's words) of each image."""
+    """(pixels, the model's name of the class) of each image."""
     images, labels = chosen.decoded(None, options.get("skip_corrupt", False))
     assert len(images) == len(labels)
     return {(image.numpy().tobytes(), CLASSES[label]) for image, label in zip(images, labels, strict=True)}
@@ -58,7 +58,7 @@ def read_files(monkeypatch):
 
 
 def spoil(folder):
-    """What must not matter: damaged pictures, a class without any, one that nobody knows, a pipe."""
+    """Add files that must not matter: damaged pictures, a class without pictures, an unknown class, a pipe."""
     for name in ("rose", "cactus", "empty"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "rose" / "bad.png").write_bytes(b"damaged")

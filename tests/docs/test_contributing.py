@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files that it names are there, and its list for an attack is all that an attack takes."""
+"""CONTRIBUTING.md: the files that it names exist, and its list for an attack is complete."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""README's examples run as they stand, and do what it says of them."""
+"""README's examples run as they are, and do what README says."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_the_step_is_fgsm_rs():
 
 
 def test_the_attack_raises_the_loss_and_the_evaluation_counts_what_withstands():
-    """Of a linear network with two classes the worst image is known."""
+    """For a linear network with two classes the worst image is known."""
     mean, std = torch.rand(3), torch.rand(3) + 0.5
     network = Sequential(Flatten(), Linear(3 * 8 * 8, 2))
     images = torch.rand(64, 3, 8, 8)

@@ -1,4 +1,4 @@
-"""The pages of the site beside the code: what a page lists is what there is. `make docs` builds the site, strictly."""
+"""The pages of the site against the code: lists are complete. `make docs` builds the site, strictly."""
 
 import argparse
 import importlib.util

@@ -1,4 +1,4 @@
-"""AutoAttack: called as its authors' program, against that of torchattacks, and against its attacks one by one."""
+"""AutoAttack: called like its authors' program, against torchattacks', and against its attacks one by one."""
 
 from itertools import pairwise
 
@@ -43,7 +43,7 @@ def net():
 
 
 def again(net, **changes):
-    """Another object with the same weights."""
+    """A copy with the same weights."""
     other = Counting(**changes).eval()
     other.load_state_dict(net.state_dict())
     return other
@@ -51,7 +51,7 @@ def again(net, **changes):
 
 @pytest.fixture
 def samples(net):
-    """Images of which most are classified correctly, and some are near a boundary."""
+    """Images most of which are classified correctly, some of them near a boundary."""
     x = 0.5 + 0.3 * torch.randn(40, 1, 6, 6).clamp(-1.5, 1.5)
     with torch.no_grad():
         net.second.bias -= net(x).mean(0)  # no class is far from the others
@@ -210,7 +210,7 @@ def test_versions_are_those_of_the_paper(net):
 
 
 class Noisy(nn.Module):
-    """The sign of the mean pixel, beside noise that is often larger, yet has no mean."""
+    """The sign of the mean pixel, with noise of mean 0 that is often larger."""
 
     def forward(self, x):
         mean = (x.flatten(1).mean(1) - 0.5) * 20 + torch.randn(len(x))

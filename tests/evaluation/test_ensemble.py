@@ -1,4 +1,4 @@
-"""What attacks find together, against unions and sums by hand."""
+"""The results of several attacks together, against unions and sums by hand."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_what_falls_within_a_budget_falls_within_a_larger_one_without_work(net, 
 
 
 def test_only_what_keeps_to_a_ball_counts_for_it(net, samples):
-    """Another norm is another threat; N-FGSM leaves its ball; an image beyond the budget is no find."""
+    """Attacks in another norm do not count; nor does N-FGSM, which leaves its ball; nor an image beyond the budget."""
 
     class Beyond:
         __name__, eps, norm = "Beyond", EPS, "Linf"
@@ -105,7 +105,7 @@ def test_several_budgets_make_a_curve(net, samples):
 
 
 def test_a_late_fall_is_told_of(net, samples):
-    """A model that gives way at the last steps of the second run only."""
+    """A model that is fooled only in the last steps of the second run."""
     calls = []
 
     def stubborn(x):
@@ -122,7 +122,7 @@ def test_a_late_fall_is_told_of(net, samples):
 
 
 def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
-    """On linear models a sign step along the weight is the worst of all."""
+    """On a linear model the sign step along the weight is the worst perturbation."""
     torch.manual_seed(1)
     images = torch.rand(60, 3, 2, 2)
     one = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1))
@@ -150,7 +150,7 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
 
 
 def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, samples, tmp_path):
-    """The whole of what so many runs find, and no run more than the rule asks for."""
+    """They fool the same samples as so many restarts, and there is no run more than the rule asks for."""
     attack = PMA(net, EPS, 4, most_runs=9)
     found = evaluate(net, samples, [attack], batch_size=SLOTS, seed=2, save_images=tmp_path / "found")["attacks"][0]
     survivors = [i for i, f in enumerate(found["fooled"]) if not f]
@@ -214,7 +214,7 @@ def test_what_looks_like_masked_gradients(images, asked, fell, fooled, by_chance
 
 
 class Rounded(Net):
-    """Gradient-free, so that the Square attack finds what PMA does not."""
+    """A model without gradients, so that Square fools samples that withstand PMA."""
 
     def logits(self, x):
         return super().logits((x * 8).round() / 8 + 0 * x)

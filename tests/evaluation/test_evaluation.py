@@ -1,4 +1,4 @@
-"""The evaluation against a plain loop, what it promises of its queue, and what survives a cut."""
+"""The evaluation against a plain loop, the properties of its queue, and its resumption after a cut."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
+from dispatched import NoReads
 from matplotlib.image import imread
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastadv import cli, data, models, random_init, sample_seeds
@@ -37,7 +37,7 @@ EPS, SLOTS = 16 / 255, 7
 
 
 class Net(nn.Module):
-    """A small float64 network that sees the shapes of its calls, in each of which there is one `sin`."""
+    """A small float64 network that notes the shapes of its inputs; each call has one `sin`."""
 
     def __init__(self, inputs=48):
         super().__init__()
@@ -57,11 +57,11 @@ class Net(nn.Module):
 
 
 class Cut(BaseException):
-    """As a kill: nothing is meant to handle it."""
+    """An exception in place of a kill: no code handles it."""
 
 
 class CutAt(TorchFunctionMode):
-    """Ends the `count`-th call of a Net, from outside: nothing of the model or the attack is another one."""
+    """Ends the `count`-th call of a Net from outside: the model and the attack stay the same objects."""
 
     def __init__(self, count, end=None):
         super().__init__()
@@ -88,7 +88,7 @@ def samples():
 
 
 def forty_samples():
-    """Images of every difficulty; four labels are wrong from the start."""
+    """Easy and hard images; four labels are wrong from the start."""
     images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = Net()(images).argmax(1)
     labels[5:20:4] = (labels[5:20:4] + 1) % 3
@@ -100,7 +100,7 @@ def hardest(net, restarts=3, steps=4, **options):
 
 
 def plain_loop(model, images, labels, attack, seed, last):
-    """(restart, step) of the first misclassified iterate of each sample, one after the other; None where none is."""
+    """(restart, step) of the first misclassified iterate of each sample; None where there is none."""
     found = []
     for i in range(len(images)):
         x, y = images[i : i + 1], labels[i : i + 1]
@@ -136,7 +136,7 @@ def verdicts(result):
 
 @pytest.fixture(params=["rows", "one shape"])
 def shape(request, monkeypatch):
-    """As many rows as there are images under attack, or the slots of one number that a GPU has."""
+    """The queue has as many rows as images under attack, or a fixed number of slots as on a GPU."""
     if request.param == "one shape":
         monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     return request.param
@@ -165,7 +165,7 @@ def test_verdict_restart_and_step_are_those_of_a_plain_loop(net, samples, iterat
 
 @pytest.mark.parametrize("lag", [1, 2, 5])
 def test_verdicts_do_not_depend_on_how_far_the_host_is_ahead(net, samples, lag, monkeypatch):
-    """As on a GPU, where it knows the numbers of some turns before."""
+    """On a GPU the host reads numbers that are some iterations old."""
     told, turns, iterate = [], [], Queue.iterate
 
     def late(self, turn, numbers):
@@ -226,7 +226,7 @@ def test_verdicts_do_not_depend_on_the_slots(net, samples, slots, shape):
     ],
 )
 def test_every_attack_refills_as_it_begins(net, samples, attack_on, shape):
-    """What an attack keeps in a slot must not leak into the next sample: one slot a sample has nothing to leak."""
+    """Nothing that an attack keeps in a slot may reach the next sample; compared with one slot for each sample."""
     few, all_at_once = (evaluate(net, samples, [attack_on(net)], batch_size=n, seed=5)["attacks"][0] for n in (3, 40))
     assert verdicts(few) == verdicts(all_at_once)
     assert 0 < few["robust_accuracy"] < 0.9
@@ -349,19 +349,6 @@ def test_what_is_left_of_all_windows_never_grows(net, samples, monkeypatch):
     assert all(a + b <= 36 * 3 * 5 for a, b in seen)
     assert list(left) == sorted(left, reverse=True)
     assert left[-1] == 0
-
-
-class NoReads(TorchDispatchMode):
-    """Refuses what makes a GPU's host wait."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.partition(".")[0]
-        assert name not in self.waits, func
-        if name.startswith("index") and isinstance(args[1], (list, tuple)):
-            assert all(index is None or index.dtype == torch.int64 for index in args[1]), "indexed by a mask"
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("part", ["iterate", "settle"])
@@ -715,7 +702,7 @@ def test_an_attack_on_another_model_is_a_transfer(net, samples):
 
 
 class Foreign:
-    """Any attack of another library: `call` makes what it returns."""
+    """An attack of another library; `call` makes its result."""
 
     def __init__(self, call, **attributes):
         self.call, self.seen = call, []
@@ -727,7 +714,7 @@ class Foreign:
 
 
 def moved(images, linf, l2):
-    """Images that are `linf` away in one pixel and about `l2` in all."""
+    """Images at the distance `linf` in one pixel and about `l2` over all pixels."""
     rest = images[0].numel() - 1
     delta = torch.full_like(images, ((l2**2 - linf**2) / rest) ** 0.5).flatten(1)
     delta[:, 7] = linf
@@ -835,7 +822,7 @@ def test_images_that_leave_the_box_give_no_figure(net, samples, shift, kept):
 @pytest.mark.filterwarnings("ignore:no prediction", "ignore:.* are not finite")
 @pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
 def test_images_that_are_not_finite_get_no_prediction(net, samples, pixel):
-    """Also of a model that gives one, because it puts something in their place."""
+    """Also where the model replaces NaN and gives a prediction."""
 
     def model(x):
         return net(x.nan_to_num(0.5, 0.5, 0.5))
@@ -907,6 +894,23 @@ def test_the_generators_are_given_back_as_they_were(net, samples):
 
 def draw_all():
     return random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+
+
+def test_robust_accuracy_counts_what_a_hand_counts():
+    def model(x):  # class 1 where the pixel is above one half
+        return torch.stack((0.5 - x[:, 0], x[:, 0] - 0.5), dim=1)
+
+    images = torch.tensor([[0.9], [0.55], [0.1], [0.45], [0.8]])
+    labels = torch.tensor([1, 1, 0, 0, 0])  # the last one is wrong already
+    attack = FGSM(model, 0.1)
+    expected = {"clean_accuracy": 0.8, "robust_accuracy": 0.4}
+    assert robustness.robust_accuracy(model, (images, labels), attack) == expected
+    assert robustness.robust_accuracy(model, (images, labels), attack, batch_size=2) == expected
+    assert robustness.robust_accuracy(model, [(images[:3], labels[:3]), (images[3:], labels[3:])], attack) == expected
+    helpful = robustness.robust_accuracy(model, (images, labels), lambda x, y: y[:, None].float())
+    assert helpful == {"clean_accuracy": 0.8, "robust_accuracy": 0.8}
+    with pytest.raises(ValueError, match="no images"):
+        robustness.robust_accuracy(model, [], attack)
 
 
 def test_robust_accuracy_answers_for_every_eps(net, samples):
@@ -1204,7 +1208,7 @@ def one_process():
 
 @pytest.mark.parametrize("around", [lambda m: m, lambda m: Normalized(m, 0.5, 0.5), nn.Sequential])
 def test_one_process_of_several_may_evaluate(samples, one_process, monkeypatch, around):
-    """What waits for the other processes is DistributedDataParallel's own forward."""
+    """DistributedDataParallel's own forward would wait for the other processes."""
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).double()
     calls, forward = [], nn.parallel.DistributedDataParallel.forward
     monkeypatch.setattr(nn.parallel.DistributedDataParallel, "forward", lambda *a: calls.append(1) or forward(*a))

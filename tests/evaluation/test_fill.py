@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in TOLD]
 
 
 class Table(nn.Module):
-    """Says 1 instead of the label 0 for a pixel's (sample, run + 1, step) that fools; run 0 is the clean image."""
+    """Predicts 1 instead of the label 0 for a pixel (sample, run + 1, step) that fools; run 0 is the clean image."""
 
     def __init__(self, fools, wrong):
         super().__init__()
@@ -41,7 +41,7 @@ class Table(nn.Module):
 
 
 class Scripted(Attack):
-    """Its iterates say what they are; `first` runs are known from the start, the others it asks for."""
+    """An attack whose iterates name themselves; `first` runs are known from the start, it asks for the others later."""
 
     by_age = True
 
@@ -62,7 +62,7 @@ class Scripted(Attack):
 
 
 class Case:
-    """A random table, and what a loop by hand makes of it."""
+    """A random table, and the result of a loop by hand on it."""
 
     def __init__(self, samples=None, runs=None, steps=None, share=None):
         self.n, self.runs = samples or random.randint(1, 12), runs or random.randint(1, 9)
@@ -82,7 +82,7 @@ class Case:
         return evaluate(self.model, self.data, attack, batch_size=slots, progress=False, **options)["attacks"][0]
 
     def falls(self, sample, run, last):
-        """At which step, None where at none."""
+        """The step at which a run fools; None where it does not."""
         found = [k for k in range(self.steps + 1) if self.fools[sample, run, k] and (k == self.steps or not last)]
         return found[0] if found else None
 
@@ -138,7 +138,7 @@ def saved(folder):
 
 @pytest.fixture
 def turns(monkeypatch):
-    """Slots of one number, as on a GPU; a list that gets an entry in each iteration."""
+    """A list that gets an entry in each iteration, with a fixed number of slots as on a GPU."""
     seen, iterate = [], Queue.iterate
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     monkeypatch.setattr(Queue, "iterate", lambda self: seen.append(1) or iterate(self))
@@ -246,7 +246,7 @@ def test_runs_that_an_attack_asks_for_later_are_not_begun_before(turns, tmp_path
 
 
 class Cut(BaseException):
-    """As a kill: nothing is meant to handle it."""
+    """An exception in place of a kill: no code handles it."""
 
 
 @pytest.mark.parametrize("pool", [None, 4])

@@ -1,4 +1,4 @@
-"""A state belongs to what was computed: what makes a difference is one, and what makes none is none."""
+"""The fingerprint of a run: every change of the computation changes it, and nothing else does."""
 
 import functools
 import json
@@ -108,7 +108,7 @@ def inner_constant(value):
 
 
 def global_of(value):
-    """The same code under another value of a global."""
+    """The same code with another value of a global."""
     return eval("lambda x, y: x + STEP", {"STEP": value})
 
 
@@ -296,7 +296,7 @@ print({case: [fingerprint({"it": make()}) for make in pair] for case, pair in DI
 
 
 def test_another_process_says_the_same():
-    """With other addresses and other hashes of strings."""
+    """Another process has other addresses and other hashes of strings."""
     command = [sys.executable, "-W", "ignore", "-c", PROCESS]
     both = [subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=120)[0] for process in both]

@@ -1,4 +1,4 @@
-"""The report of a run: its numbers, its warnings, its classes, and what it says of its pictures."""
+"""The report of a run: its numbers, warnings, classes and pictures."""
 
 import base64
 import html
@@ -49,7 +49,7 @@ class Brightness(nn.Module):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What matplotlib draws."""
+    """The figures that matplotlib draws."""
     found, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (found.append(self), save(self, *a, **k))[1])
     return found

@@ -1,4 +1,4 @@
-"""Small networks of the families that methods are made for, from configurations."""
+"""Small networks of the families that fine-tuning methods support, from configurations."""
 
 import timm
 import torch
@@ -63,7 +63,7 @@ HEADS = {"timm deit": "head"}
 
 
 def made(name):
-    """A network of which no parameter is zero, and no statistic the initial one."""
+    """A network without a zero parameter, and with statistics other than the initial ones."""
     network = FAMILIES[name]()
     with torch.no_grad():
         for parameter in network.parameters():

@@ -1,4 +1,4 @@
-"""Adapters and prompts: where they come, what they compute, and that a model keeps them."""
+"""Adapters and prompts: their places, what they compute, and that a model keeps them."""
 
 import json
 import math
@@ -66,7 +66,7 @@ COUNT = {"timm convnext": 4, "timm resnet": 8, "hf convnext": 4, "hf resnet": 3,
 
 @pytest.mark.parametrize("name", SUMS)
 def test_an_adapter_comes_right_before_the_residual_sum(name):
-    """What is added to the place's output is what the sum has more, all of it and nothing else."""
+    """A change of the place's output changes the sum by the same amount, and nothing else changes it."""
     network, x = made(name).double(), torch.rand(2, *SHAPE, dtype=torch.float64)
     residuals = find_residuals(network, x, HEADS.get(name))
     assert len(residuals) == COUNT.get(name, 2)
@@ -177,7 +177,7 @@ def normed(x, norm):
 
 
 def vit_by_hand(network, images):
-    """timm's ViT in plain operations; VPT-deep's tokens are replaced from block to block, as the paper has it."""
+    """timm's ViT in plain operations, with new prompts in each block as in VPT-deep's paper."""
     patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     kernel, count = network.patch_embed.proj, 0
     x = patches @ kernel.weight.flatten(1).T + kernel.bias
@@ -247,7 +247,7 @@ def test_new_adapters_leave_every_bit_of_the_logits(name):
 
 
 def test_masks_of_attention_let_prompts_be_seen():
-    """transformers' eager attention is given a mask where a padding is, and torch.export always."""
+    """transformers' eager attention gets a mask where there is padding, and under torch.export always."""
     prompt, tokens = Prompt(2, 4, 1, 16), 5
     seen = torch.rand(3, 1, tokens, tokens) < 0.5
     wide = prompt.unmasked(seen, tokens)
@@ -280,8 +280,8 @@ def test_prompt_tokens_and_ia3s_vectors_do_not_decay(optimizer):
 
 def test_what_a_model_has_trains_on_and_other_numbers_are_refused():
     for method, option, message in (
-        ("adapter", {"adapter_reduction": 4}, "of 3 channels for 24, and adapter_reduction=4 makes others"),
-        ("prompt", {"prompt_tokens": 4}, "prompts of 10 tokens already, and prompt_tokens=4 makes others"),
+        ("adapter", {"adapter_reduction": 4}, "of 3 channels for 24, and adapter_reduction=4 means others"),
+        ("prompt", {"prompt_tokens": 4}, "prompts of 10 tokens already, and prompt_tokens=4 means others"),
     ):
         network = with_added("timm vit", method)
         before = {name: t.clone() for name, t in network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Models: what their names build, where their head and blocks are, and their files."""
+"""Models: what their names build, how their heads and blocks are found, and their files."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ PREPROCESSING = Preprocessing((32, 32), 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "b
 
 
 def built(name=RESNET, classes="abcde", preprocessing=None):
-    """A model with running statistics that are not the initial ones."""
+    """A model with running statistics other than the initial ones."""
     model = models.source(name).build(classes, SHAPE)
     model.preprocessing = preprocessing or model.preprocessing
     for value in model.network.buffers():
@@ -62,7 +62,7 @@ def own_net(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """A small ViT of transformers as it lies on the hub, with its image processor."""
+    """A small ViT of transformers in a folder as on the hub, with its image processor."""
     config = transformers.ViTConfig(
         image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
@@ -328,7 +328,7 @@ def test_pixels_normalise_once_and_share_the_parameters():
 
 
 class Branching(nn.Module):
-    """Its classifier is not its last linear layer."""
+    """A network whose classifier is not its last linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -437,7 +437,7 @@ def test_blocks_are_those_declared_or_the_longest_run(hf_folder):
 
 
 class Gated(nn.Module):
-    """Attention by other names, of other sizes, beside a gated MLP; q comes first, whatever it is called."""
+    """Attention with unusual names and sizes, beside a gated MLP; q comes first, whatever its name."""
 
     def __init__(self):
         super().__init__()
@@ -595,7 +595,7 @@ class OneBlock(nn.Module):
 
 
 class Separate(nn.Module):
-    """Three projections, defined and called in an order of their own, by names that say nothing."""
+    """Three projections, defined and called in different orders, with names that say nothing."""
 
     def __init__(self, order, names="abc"):
         super().__init__()
@@ -611,7 +611,7 @@ class Separate(nn.Module):
 
 
 class Fused(nn.Module):
-    """One projection whose rows are in an order of their own."""
+    """One projection with its rows in an unusual order."""
 
     def __init__(self, letters, name="qkv"):
         super().__init__()
@@ -647,7 +647,7 @@ def test_queries_and_values_are_told_by_their_effect(order, zero):
 
 
 class WithoutSoftmax(Separate):
-    """Its output is in proportion to keys as it is to values: only their names tell them apart."""
+    """Its output is linear in keys and in values: only their names can distinguish them."""
 
     def forward(self, x):
         q, k, v = (getattr(self, self.names[letter])(x) for letter in "qkv")
@@ -661,7 +661,7 @@ def test_known_names_come_before_effects():
         "attention.value",
     }
     with pytest.raises(
-        ValueError, match=r"what attention\.a, attention\.b, attention\.c make.* or name its .*--lora-t"
+        ValueError, match=r"outputs of attention\.a, attention\.b, attention\.c are.* or name its .*--lora-t"
     ):
         models.lora_targets(OneBlock(WithoutSoftmax("vkq")), torch.rand(1, 3, 32, 32))
 
@@ -701,7 +701,7 @@ def test_of_a_fused_projection_queries_and_values_train(layout, name):
 def test_a_fused_projection_in_no_known_order_is_refused():
     for letters in ("qkv" + "q" * 23 + "k" * 23 + "v" * 23, "q" * 12 + "k" * 24 + "v" * 24 + "q" * 12):
         for name in ("qkv", "mix"):
-            with pytest.raises(ValueError, match=rf"what attention\.{name} make.* or name its .*--lora-targets"):
+            with pytest.raises(ValueError, match=rf"outputs of attention\.{name} are.* or name its .*--lora-targets"):
                 models.lora_targets(OneBlock(Fused(letters, name)), torch.rand(1, 3, 32, 32))
 
 
@@ -981,7 +981,7 @@ def architecture(kind, **facts):
 
 @pytest.fixture
 def traps(tmp_path, monkeypatch):
-    """Where a module and a pickle lie that leave a trace when they run."""
+    """A module and a pickle that leave a trace when they run."""
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nnet = None\n")
 
     class Trap:

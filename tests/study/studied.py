@@ -1,4 +1,4 @@
-"""Studies that never ran: cells by the format, with verdicts and records that are drawn."""
+"""Studies without training: cells in the stored format with verdicts and records that are drawn at random."""
 
 import json
 
@@ -39,7 +39,7 @@ def epochs_of(count, collapse=None, attack=0.6, rng=None):
 
 
 def record_of(rng, collapse=None, labels="images", judges=JUDGES, images=64, shift=0.0, epochs=5, **cell):
-    """A cell's record; `cell` holds what differs from full fine-tuning with FGSM at eps 8."""
+    """The record of a cell; `cell` has the differences from full fine-tuning with FGSM at eps 8."""
     default = {"data": "eurosat", "classes": None, "model": "robust-resnet", "method": "full", "attack": "fgsm"}
     cell = {**default, "eps": 8.0, "seed": 0, **cell}
     hard = np.random.default_rng(list(map(ord, cell["data"]))).random(images)

@@ -1,4 +1,4 @@
-"""fastadv study: which cells a grid has, that each is run once and as if alone, and that nothing is mixed or lost."""
+"""fastadv study: the cells of a grid, that each runs once and as if alone, and that nothing is mixed up or lost."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def colours(count, seed, classes=3, side=6):
-    """Images that a few steps tell apart, uint8."""
+    """uint8 images of classes that a few training steps can separate."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
     bright = np.eye(classes)[labels][:, :, None, None]
@@ -82,13 +82,13 @@ def timeless(value):
 
 @pytest.fixture(autouse=True)
 def _unreported(monkeypatch):
-    """Figures take longer than these cells: `whole` has a report, and test_study_page.py is of them."""
+    """No reports here, because figures take longer than these cells; test_study_page.py tests them."""
     monkeypatch.setattr(command, "write_study", lambda out: None)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a study that was run in one go."""
+    """The folder of a study that ran without a cut."""
     folder = tmp_path_factory.mktemp("study")
     write_set(folder / "colours.npz", 1)
     study(folder, "-q")
@@ -268,7 +268,7 @@ def test_the_study_for_a_gpu_is_refused_where_its_transformer_is_not(tmp_path, m
 
 
 def test_an_estimate_knows_which_images_get_a_fresh_attack():
-    """By hand: an epoch of F + B, where B is 2 F; of so many images F + Bx more."""
+    """By hand: an epoch costs F + B, with B = 2 F, and F + Bx more for each image with a fresh attack."""
     asked = {"steady": {"refresh": 4, "epochs": 9}, "once": {"refresh": 9, "epochs": 3}, "never": {}}
     asked |= {"dear": {"price": 5 / 3}, "cheap": {"price": 1.25}, "always": {"refresh": 1}}
     grid = D | {"methods": "full", "seeds": 1, "epochs": 8}
@@ -360,7 +360,7 @@ def test_what_is_said_of_a_data_set_acts(tmp_path):
 
 
 def plain_pgd(model, images, labels, eps, seed):
-    """Which images are right at the random start and after each of ten steps: bool (N,)."""
+    """Which images are classified correctly at the random start and after each of ten steps: bool (N,)."""
     x = images.double() / 255
     adv = random_init(images, eps, seed=sample_seeds(seed, torch.arange(len(x)))).double()
     right = torch.ones(len(x), dtype=torch.bool)
@@ -471,7 +471,7 @@ def test_a_study_that_is_killed_and_goes_on_finds_the_same(whole, tmp_path):
 
 
 def test_folders_are_merged_and_a_process_that_dies_costs_its_cell_alone(whole, tmp_path, monkeypatch, capsys):
-    """One seed on two processes, one of whose models ends its process; the other seed elsewhere; then both together."""
+    """One seed on two processes, one of which a model kills; the other seed elsewhere; then both folders together."""
     write_set(tmp_path / "colours.npz", 1)
     (tmp_path / "deadly.py").write_text(
         "import os\nfrom fastadv.models.networks import mlp\n\ndef make(shape, classes):\n"
@@ -561,7 +561,7 @@ def test_a_cell_that_another_process_has_is_left_to_it(whole, tmp_path, capsys):
 
 
 class Cluster:
-    """Of Ray what is asked of its machines: `found` is what others than this one read and run, ... the same."""
+    """Ray, as far as its machines matter: `found` is what other machines read and run; ... is the same as here."""
 
     def __init__(self, **found):
         names = ["here", *found]

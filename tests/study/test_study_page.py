@@ -1,4 +1,4 @@
-"""A study's page, tables and figures: right for nothing, for a part and for all of it."""
+"""A study's page, tables and figures: for no results, for some and for all."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def rng():
 
 
 class Page(HTMLParser):
-    """Its text, its headings, and that every element is closed."""
+    """The text and the headings of a page; every element must be closed."""
 
     EMPTY = ("meta", "img", "br")
 
@@ -201,6 +201,20 @@ def test_collapses_are_told_plainly(tmp_path, rng, every):
         if every or (method, eps) == ("full", 8)
     }
     assert {run[3] for run in runs if run[0] == "pgd"} == {None}
+
+
+def test_a_run_that_overfitted_partly_is_named(tmp_path, rng):
+    for attack in ("fgsm", "pgd"):
+        record = studied.record_of(rng, attack=attack)
+        if attack == "fgsm":
+            record["records"][-2] |= {"robust_accuracy": 0.3, "probe_pgd": 0.5, "probe_attack": 0.8}
+        studied.write(tmp_path, record)
+    page, numbers = written(tmp_path)
+    assert page.words[2] == "Not everywhere."
+    assert page.answer[1].startswith("The one run of transfer learning with FGSM")
+    where = "full fine-tuning with FGSM at eps 8 (1 of 1)."
+    assert page.answer[2] == f"1 run overfitted partly, losing more than 10 points: {where}"
+    assert {run["attack"]: run["partly"] for run in numbers["overfitting"]["runs"]} == {"fgsm": 4, "pgd": None}
 
 
 def test_from_scratch_is_no_transfer(tmp_path, rng):

@@ -29,7 +29,7 @@ FINETUNE = ("--model", "mlp", "--eps", "8", "--batch-size", "8", "--epochs", "2"
 
 
 def outcome(action):
-    """In words; an error is no end here."""
+    """The result of a call in words; an error does not end the program."""
     try:
         return str(action())
     except (Exception, SystemExit) as error:

@@ -50,7 +50,7 @@ def batch_norm():
 
 
 def with_a_token():
-    """As a transformer has for masked images: nothing that is learnt here needs it."""
+    """A model with a token for masked images, as some transformers have; the training here does not use it."""
     layer = layer_norm()
     layer.mask_token = nn.Parameter(torch.ones(8))
     return layer
@@ -81,7 +81,7 @@ def train(norm, dtype, changes, **options):
 
 @contextmanager
 def judged_images(model):
-    """A list that gets an entry for each image which the model sees in an evaluation."""
+    """A list that gets an entry for each image that the model sees in an evaluation."""
     judged, before = [], (run.robust_accuracy, run.evaluate)
 
     def counted(function):
@@ -114,7 +114,7 @@ def compare(folder):
 
 
 class OneSided(Monitor):
-    """Gives an alarm in the first process alone, at the third check."""
+    """A monitor with an alarm in the first process alone, at the third check."""
 
     checks = 0
 

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 
 def model():
-    """With all that a checkpoint has to hold: batch-norm's statistics, dropout's draws."""
+    """A model with everything that a checkpoint must keep: batch-norm's statistics, dropout's random numbers."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2)]
     return nn.Sequential(*layers, nn.Linear(128, 3))
@@ -51,7 +51,7 @@ def train(folder, resume=True, checkpoint_s=0.0, **changes):
 
 
 def fork(folder, changes, before=lambda: None, limit=None):
-    """A run in a process of its own, which counts its steps in a file and waits after `limit` of them: its number."""
+    """Start a run in its own process, which counts its steps in a file and waits after `limit` of them; its number."""
     number = os.fork()
     if number:
         return number
@@ -75,7 +75,7 @@ def fork(folder, changes, before=lambda: None, limit=None):
 
 
 def die_inside_a_write(number):
-    """Replaces the renaming by one that kills this process instead, at the file of this number."""
+    """Replaces the renaming of a file by the death of this process, at the file of this number."""
     replace, files = Path.replace, itertools.count(1)
 
     def deadly(path, target):

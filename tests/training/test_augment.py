@@ -14,7 +14,7 @@ def seeds_of(count):
 
 
 def splitmix64(state):
-    """Steele et al. 2014, in Python's integers."""
+    """The generator of Steele et al. 2014, with Python's integers."""
     z = (state + 0x9E3779B97F4A7C15) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64

@@ -1,4 +1,4 @@
-"""The backbone's own robustness: a head in closed form, judged under PGD, and the model left alone."""
+"""The backbone's own robustness: a head in closed form, judged under PGD, without a change of the model."""
 
 import copy
 
@@ -22,7 +22,7 @@ OLD, NEW = data.load("digits", classes=range(5)), data.load("digits", classes=ra
 
 
 def pretrained(robustly):
-    """On the digits 0-4."""
+    """A model that was trained on the digits 0-4."""
     model = mlp(OLD.shape, 5)
     images, labels = OLD.train
     attack, optimizer = PGD(model, EPS, EPS / 4, 7), torch.optim.Adam(model.parameters(), 2e-3)
@@ -68,7 +68,7 @@ def test_features_that_say_nothing_give_a_constant_head():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_accuracies_are_those_of_a_model_with_that_head(bias):
-    """The same written out: split, features by hand, a head put in place, attacked."""
+    """The same written out: split, features by hand, the head put into the model, attacked."""
     net, seed, eps = Net(), fresh_seed(), 0.02
     net.head = nn.Linear(24, 5, bias=bias)
     images, _ = batch_of(1000)

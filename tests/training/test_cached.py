@@ -24,7 +24,7 @@ def images(dtype=torch.float64):
 
 
 def network(head=None, dtype=torch.float64):
-    """With batch-norm and dropout, which are in eval mode while a head alone trains."""
+    """A network with batch-norm and dropout, which are in eval mode while the head alone trains."""
     layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.3), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(64, CLASSES) if head is None else head)
     model[1].running_mean.normal_()
@@ -54,7 +54,7 @@ def trained(model, data, **changes):
 
 
 def by_hand(model, data, order, refresh, alpha=EPS, smoothing=0.0, grad_accum_steps=1):
-    """Every image goes through the model in every update, at the perturbed picture that is kept of it."""
+    """The run by hand: every image goes through the model in every update, with its kept perturbation."""
     weight, bias = model[-1].weight, model[-1].bias
     moments, kept, parts = [torch.zeros_like(weight), torch.zeros_like(bias)], {}, iter(order)
     for update in range(UPDATES):
@@ -111,7 +111,7 @@ def test_a_run_is_the_loop_by_hand(changes):
 
 
 class Wrapped(nn.Module):
-    """Says its logits as transformers' models do."""
+    """Returns its logits as transformers' models do."""
 
     def __init__(self, model):
         super().__init__()
@@ -122,12 +122,12 @@ class Wrapped(nn.Module):
 
 
 def moody_head():
-    """Draws numbers, and moves statistics of its own, in train mode."""
+    """A head that draws random numbers and has statistics that change in train mode."""
     return nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.2), nn.Linear(64, CLASSES))
 
 
 def compiled():
-    """Has run before, when no hook was there."""
+    """A compiled model that has run before, without a hook."""
     model = torch.compile(network(dtype=torch.float32), backend="eager")
     with torch.no_grad(), frozen(model):
         model(torch.rand(2, 3, 8, 8))
@@ -209,7 +209,7 @@ def test_settings_that_it_cannot_heed_are_refused(changes, words):
 
 
 class Body(nn.Module):
-    """What a model may do with its head; `fastadv_head` is 'head'."""
+    """Models that use their head in different ways; `fastadv_head` is 'head'."""
 
     fastadv_head = "head"
 
@@ -253,7 +253,7 @@ class PerToken(Body):
 
 
 class TokensFirst(Body):
-    """The head gets a row for each token, in which all images are."""
+    """The head gets a row for each token, and each row has all images."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +274,7 @@ class Scaling(nn.Linear):
 
 
 class Told(Body):
-    """The head gets more than the features."""
+    """The head gets more arguments than the features."""
 
     def __init__(self):
         super().__init__()
@@ -290,7 +290,7 @@ class ByName(Body):
 
 
 class Aside(Body):
-    """The head is not what gives the logits."""
+    """The logits are not the head's output."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Two processes do what one does, end together, and their run goes on in one."""
+"""Two processes give the result of one, end together, and one process can resume their run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def run(*arguments, program=distributed_run, **variables):
-    """The exit status and the errors of two processes, on the CPU."""
+    """(exit status, errors) of two processes on the CPU."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [*LAUNCH, program.__file__, *map(str, arguments)]
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def results(folder, name):
-    """Of each of the two processes."""
+    """The results of the two processes."""
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -81,7 +81,7 @@ def test_two_processes_train_as_one_does(folder, case):
 
 
 def test_processes_that_see_different_things_do_the_same(folder):
-    """Other batch-norm statistics, an alarm and a checkpoint that is due in one of them only."""
+    """One of them alone has other batch-norm statistics, an alarm, and a checkpoint that is due."""
     first, second = (without_seconds(result["records"]) for result in results(folder, "disagreement"))
     assert first == second
     assert [record.get("action") for record in first if "epoch" in record] == [None, None, "stop"]
@@ -108,7 +108,7 @@ def test_a_signal_to_one_process_ends_both_and_one_goes_on_alone(tmp_path, monke
 
 
 def photos(folder, seed=0):
-    """Twenty pictures of each of three classes, which take turns in their colours."""
+    """Twenty pictures for each of three classes, in different colours."""
     rng = np.random.default_rng(seed)
     for label, name in enumerate(("blue", "green", "red")):
         (folder / name).mkdir(parents=True)
@@ -120,7 +120,7 @@ def photos(folder, seed=0):
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
-    """(the folder, what each of the two processes met)."""
+    """(the folder, the outcomes of the two processes)."""
     top = tmp_path_factory.mktemp("troubled")
     for disk in (top / "0", top / "1"):
         for name in ("photos", "differ", "damaged"):
@@ -174,7 +174,7 @@ def test_what_the_first_process_came_with_is_no_fault_in_the_others(troubled):
 
 
 def test_a_process_may_hold_none_of_the_images(troubled):
-    """As where all pictures of its share were damaged."""
+    """This happens where all pictures of its share are damaged."""
     assert [each["all in one"] for each in troubled[1]] == ["[0, 1]"] * 2
 
 

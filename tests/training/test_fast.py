@@ -1,4 +1,4 @@
-"""The training attacks against plain loops in float64, written from the formulas; their draws are the ops'."""
+"""The training attacks against plain loops in float64, written from the formulas; random numbers come from the ops."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def data():
 
 
 def network():
-    """Smooth, with batch-norm, so that it matters in which mode each pass runs."""
+    """A smooth network with batch-norm, so that the mode of each pass matters."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Tanh(), nn.AdaptiveAvgPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
@@ -65,7 +65,7 @@ def own_losses(model, x, y):
 
 
 def gradient(model, x, y, create_graph=False):
-    """In eval mode."""
+    """The gradient in eval mode."""
     model.eval()
     x = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(own_losses(model, x, y).sum(), x, create_graph=create_graph)
@@ -83,7 +83,7 @@ def smoothed(logits, y, smoothing):
 
 
 class ByHand:
-    """`loss(x, y, ...)` is the sum of a part's losses; `after` sees what the update's backward pass left."""
+    """`loss(x, y, ...)` is the sum of the losses in a part; `after` gets the gradient of the update's backward pass."""
 
     smoothing, average = 0.0, 0.0
 
@@ -342,7 +342,7 @@ def test_free_takes_each_batch_so_often_in_a_row_and_every_image_epochs_over_rep
 
 
 def test_the_updates_of_free_in_a_row_see_one_crop(data):
-    """Of the picture as it was cropped and flipped once, whatever the epoch."""
+    """The picture is cropped and flipped once for all updates in a row, also across epochs."""
     shown, batch_of = [], Batches.load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "load", lambda *given: (shown.append(batch_of(*given)), shown[-1])[1])
@@ -364,7 +364,7 @@ class Cut(Exception):
 @pytest.mark.parametrize("attack", FAST)
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(data, attack, checkpoint_s, tmp_path):
-    """With a checkpoint after each step, and with those between epochs alone: then steps are taken again."""
+    """With a checkpoint after each step, and with checkpoints between epochs alone, after which steps are repeated."""
     options = {"checkpoint_s": checkpoint_s, "grad_accum_steps": 2, "augment": attack != "cached", "epochs": 3}
     x = F.interpolate(data[0], 16), data[1]
     with pytest.MonkeyPatch.context() as patch:
@@ -504,7 +504,7 @@ def test_in_bf16_the_model_runs_in_bf16_in_every_pass(data, attack, monkeypatch)
 
 
 class Attention(nn.Module):
-    """A token of each row of an image; PyTorch's attention, or its formula."""
+    """A token for each row of an image, with PyTorch's attention or its formula."""
 
     def __init__(self, fused):
         super().__init__()

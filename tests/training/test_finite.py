@@ -1,4 +1,4 @@
-"""What is not finite is neither learnt nor kept: the run ends with what it had before, and goes on from there."""
+"""NaN and infinity are neither learnt nor saved: the run ends with its last finite weights, and can be resumed."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def train(folder=None, model=None, **changes):
-    """The model of a run of three epochs of four batches, and the states of its weights before each step."""
+    """(the model of a run with three epochs of four batches, its weights before each step)."""
     model, states = poisoned_run.network() if model is None else model, []
     apply = TrainStep.apply
 
@@ -38,7 +38,7 @@ def assert_same(state, expected):
 
 
 def assert_finite(folder):
-    """All that a checkpoint holds."""
+    """Everything in a checkpoint is finite."""
     files = list((folder / "state").glob("*.safetensors"))
     assert files
     for path in files:
@@ -96,7 +96,7 @@ def test_statistics_that_are_not_finite_are_not_kept(value, tmp_path):
 )
 @pytest.mark.parametrize("with_folder", [True, False])
 def test_a_finite_gradient_whose_step_is_too_large_leaves_the_weights_before(batch_size, words, with_folder, tmp_path):
-    """Of two batches in an epoch the second one sees it; of one none does."""
+    """With two batches in an epoch the second one finds it; with one batch the checkpoint does."""
     model, before = poisoned_run.network(), poisoned_run.network().state_dict()
     folder, step = tmp_path if with_folder else None, torch.optim.SGD.step
 
@@ -115,7 +115,7 @@ def test_a_finite_gradient_whose_step_is_too_large_leaves_the_weights_before(bat
 
 
 class Masked(nn.Module):
-    """With a class that cannot be, by a buffer and by a parameter that does not train."""
+    """A model with an impossible class, by a buffer and by a parameter that does not train."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ def test_weights_that_the_model_came_with_are_named_where_nothing_can_be_learnt(
 
 
 def test_a_mask_is_no_part_of_an_average():
-    """Of -inf and -inf there is no mean, and what is NaN in a mask is looked for by nobody."""
+    """-inf and -inf have no mean, and NaN in a mask is no error."""
 
     class Impossible(nn.Module):
         def __init__(self):
@@ -179,7 +179,7 @@ def test_a_step_of_a_loop_of_one_s_own_is_refused_too(ours):
 
 
 class Reads(TorchDispatchMode):
-    """Counts what waits for a device."""
+    """Counts ops that wait for a device."""
 
     def __init__(self):
         super().__init__()

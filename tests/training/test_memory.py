@@ -1,4 +1,4 @@
-"""A memory of rows per training image: an epoch reads what the one before wrote, whatever happens in between."""
+"""The rows that are kept for each training image: an epoch reads the rows of the epoch before, also after a kill."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ def made(folder, resume=False, dtype=torch.float32):
 
 
 def epoch_of(kept, epoch, generator=None):
-    """An epoch in batches of random order, whose rows follow from those of the epoch before alone."""
+    """An epoch in batches of random order, whose rows depend on those of the epoch before alone."""
     for rows in torch.randperm(COUNT, generator=generator).split(4):
         kept.write(rows, 2 * kept.read(rows) + rows[:, None] + epoch)
 

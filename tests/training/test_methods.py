@@ -1,4 +1,4 @@
-"""What each method trains, and that it leaves every other bit alone."""
+"""Which parameters each method trains; no other bit changes."""
 
 import copy
 import re
@@ -75,7 +75,7 @@ NORMS = {
 
 
 def made(name):
-    """A network for images in [0, 1] whose parameters are none of them zero, nor its statistics the initial ones."""
+    """A network for images in [0, 1] without a zero parameter, and with statistics other than the initial ones."""
     network = NETWORKS[name]()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -90,7 +90,7 @@ def logits(out):
 
 
 def steps(model, tuning, count=10, train=True):
-    """Adversarial training, by hand."""
+    """Steps of adversarial training, by hand."""
     optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=1e-2)
     attack = FGSM(model, 4 / 255)
     for _ in range(count):
@@ -287,7 +287,7 @@ def test_lora_learns_where_the_frozen_features_lack_the_class():
 
 
 def test_biases_learn_where_the_frozen_features_lack_the_class():
-    """Features tanh(W x) are odd in x and the class, an exclusive or, is even: no linear head on them tells it."""
+    """Features tanh(W x) are odd in x, and the class, an exclusive or, is even: no linear head on them can learn it."""
 
     def make():
         network = nn.Sequential(nn.Flatten(), nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2))
@@ -355,7 +355,7 @@ def test_named_layers_and_rows_are_adapted():
 
 
 def test_a_name_is_a_whole_name():
-    """Two layers whose names end alike: only the one that is named is adapted."""
+    """Two layers whose names have the same ending: only the named one is adapted."""
     network = nn.Sequential()
     network.add_module("proj", nn.Linear(4, 4))
     network.add_module("deep", nn.Sequential())
@@ -398,7 +398,7 @@ def test_nothing_to_train_is_refused():
 
 
 class Counting(nn.Module):
-    """Puts another tensor in the place of its buffer at each call, as some models do."""
+    """Assigns another tensor to its buffer in each call, as some models do."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The stability monitor: what it measures, when it raises the alarm, and what it leaves alone."""
+"""The monitor: what it measures, when it has an alarm, and what it does not change."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ def accuracy(model, images, labels):
 
 
 def train(attack, epochs, seed):
-    """Readings after each epoch of training on digits at a large budget, in a loop of the test's own."""
+    """Readings after each epoch of training on digits at a large budget, in a loop by hand."""
     torch.manual_seed(seed)
     model = mlp(DIGITS.shape, 5)
     attack = create_attack(attack, model, LARGE_EPS)
@@ -146,7 +146,7 @@ def test_a_check_leaves_model_and_generators_as_they_were(net):
 
 
 class Scripted(nn.Module):
-    """Right on so many percent of 100 images: under PGD, and of what `marked` returns."""
+    """A model that is right on given shares of 100 images: under PGD, and for the images that `marked` returns."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ def test_no_prediction_is_a_wrong_answer_whatever_the_label(row):
 
 
 def test_tiny_gradients_still_have_an_angle():
-    """A confident model's gradients vanish in float32 when squared; an affine one's are the same everywhere."""
+    """The squares of a confident model's gradients are zero in float32; an affine model's gradients are all equal."""
     weight = torch.randn(2, 12)
 
     def model(x):

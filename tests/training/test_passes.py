@@ -1,4 +1,4 @@
-"""What runs beside the steps of a training takes no more memory than these: parts, precision, layout, copies."""
+"""Passes beside the steps of a run take no more memory than the steps: parts, precision, layout, copies."""
 
 import collections
 import math

@@ -1,4 +1,4 @@
-"""What accelerate is set to: heeded, or refused by name."""
+"""Settings of accelerate: followed, or refused by name."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def test_fsdp_of_the_callers_own_accelerator_is_refused(monkeypatch):
 
 
 def test_a_process_that_trains_alone_in_a_group_is_told_and_its_group_ends_with_it():
-    """A group that accelerate knows nothing of, as of torch.multiprocessing.spawn without torchrun's variables."""
+    """A group that accelerate does not know, as after torch.multiprocessing.spawn without torchrun's variables."""
     program = """
 import sys, torch, warnings
 from torch import nn, distributed

@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted, or finds the disk full goes on to the same bits; nothing of its state is lost."""
+"""A run that is killed or interrupted, or whose disk is full, is resumed to the same bits; nothing is lost."""
 
 import errno
 import hashlib
@@ -59,7 +59,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, se
     ids=str,
 )
 def test_what_is_kept_outlasts_a_signal_and_a_damaged_checkpoint(tmp_path, memory, settings, monkeypatch, terminating):
-    """Cut in the middle of an epoch, and the newest checkpoint damaged: the one before is of the epoch before."""
+    """The run is cut within an epoch, and the newest checkpoint is damaged: the one before is from the epoch before."""
     fast = {"probe": 0, "eval_every": 0}
     settings = {"attack": "stale", "lp_ft": 0, "epochs": 6, "checkpoint_s": 1e9} | fast | settings
     whole = killed_run.train(tmp_path / "whole", **settings)
@@ -100,12 +100,12 @@ def test_signs_are_on_the_disk_before_the_checkpoint_that_needs_them(tmp_path, m
 
 
 class Terminated(Exception):
-    """What SIGTERM does in this test."""
+    """The exception that SIGTERM raises in this test."""
 
 
 @pytest.fixture
 def terminating():
-    """Signals act as in a program on a terminal, whatever the tests are run by."""
+    """Signals act as in a program on a terminal, however the tests are run."""
 
     def terminate(number, frame):
         raise Terminated
@@ -180,7 +180,7 @@ def test_a_finished_run_gives_its_weights_and_records_again(tmp_path):
 
 
 def short(folder, cut=None, part=0, **changes):
-    """Weights, losses and records of a run of batches of 16 in 96 images, killed by an exception after `cut` steps."""
+    """(weights, losses, records) of a run on 96 images in batches of 16; an exception ends it after `cut` steps."""
     network, taken = killed_run.model(), []
     options = {"attack": "fgsm-rs", "epochs": 3, "batch_size": 16, "lr": 1e-2, "probe": 0, "progress": False}
     options |= {"measure_backbone": False, "checkpoint_s": 0.0 if cut else 600.0, "folder": folder, "resume": True}
@@ -224,7 +224,7 @@ def test_another_run_s_state_is_refused_and_what_differs_is_named(tmp_path, chan
 
 
 def rewrite(folder, change):
-    """Change what the manifests of a state say, as another version of fastadv would have written them."""
+    """Change the manifests of a state, as another version of fastadv would have written them."""
     for path in (folder / "state").glob("*.json"):
         body = json.loads(path.read_text().splitlines()[1])
         run = json.loads(body["run"])
@@ -234,7 +234,7 @@ def rewrite(folder, change):
 
 
 def older(body, run):
-    """Written before there were these."""
+    """The state without these settings, as an older version wrote it."""
     assert run.pop("label_smoothing") == "0.0"
     assert run.pop("max_grad_norm") == "None"
     assert body["facts"]["place"].pop("switched") is False
@@ -471,7 +471,7 @@ def test_a_log_of_another_run_is_kept_under_another_name(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_no_damaged_one(tmp_path, monkeypatch):
-    """As on a network drive that is away for a while: the newest would be lost for the one before."""
+    """As on a network drive that is away for a while: an older checkpoint must not take the place of the newest."""
     files = Checkpoints(tmp_path, "run")
     for seed in range(2):
         files.save({"weights": tensors(seed)}, {})

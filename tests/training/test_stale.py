@@ -1,4 +1,4 @@
-"""Signs kept from the last epoch: against loops by hand that move pixels one by one."""
+"""Stored signs: against loops by hand that move pixels one by one."""
 
 import copy
 import random
@@ -78,7 +78,7 @@ def test_signs_of_another_shape_are_refused():
 
 
 def places_by_hand(augment, seeds, height, width):
-    """For each pixel of the result the one of the picture that it is, or None: seen on a picture of its own numbers."""
+    """For each pixel of the result its place in the picture, or None, read from a picture whose pixels are numbered."""
     numbers = torch.arange(1, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
     seen = augment(numbers.expand(len(seeds), -1, -1, -1), seeds)[:, 0].long().tolist()
     whole = [[divmod(number - 1, width) if number else None for number in row] for one in seen for row in one]
@@ -111,7 +111,7 @@ def test_sources_and_targets_say_where_each_pixel_goes(flip):
 
 
 class Told(FastMethod):
-    """Attacks with noise of its own, and keeps the gradients."""
+    """Attacks with given noise, and keeps the gradients."""
 
     sees_gradient = True
 
@@ -150,7 +150,7 @@ def test_the_update_gives_the_gradient_at_x_adv(frozen, clean_weight, smoothing)
 
 
 def chance(rows, when):
-    """Random signs that a loop by hand can have too, one image at a time."""
+    """Random signs that a loop by hand can draw too, one image at a time."""
     generators = [torch.Generator().manual_seed(1000 * int(row) + when) for row in rows]
     return torch.stack([torch.randint(2, (3, SIDE, SIDE), generator=g) for g in generators]).double() * 2 - 1
 
@@ -258,7 +258,7 @@ def test_price_attacks_the_images_whose_signs_agreed_least(monkeypatch):
     assert [int(fresh.sum()) for fresh in chosen] == [fresh_count] * 4
 
     def fresh(i, epoch, last):
-        """By the run's choice, where equals are at the border; else this is the choice."""
+        """The run's choice where images at the border are equal; else the choice by hand."""
         below = sum(last[j] < last[i] - 1e-6 for j in last)
         not_above = sum(last[j] <= last[i] + 1e-6 for j in last)
         taken = bool(chosen[epoch][i])
@@ -289,7 +289,7 @@ def test_a_fresh_attack_for_all_is_fgsm_to_the_bit(changes):
 
 
 class Epochs:
-    """Of a method without a run, and without a folder."""
+    """The epochs of a method without a run and without a folder."""
 
     def __init__(self, method, count, seed=0):
         self.method, self.count, self.settings, self.memories = method, count, Settings(seed=seed), {}

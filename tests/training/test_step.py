@@ -46,7 +46,7 @@ def fgsm_by_hand(model, images, labels):
 
 
 def learnt_by_hand(model, x_adv, images, labels, clean_weight=0.0, smoothing=0.0, clip=None):
-    """Loss and weights after a step of plain SGD on a mixture of adversarial and clean images."""
+    """(loss, weights) after a step of plain SGD on a mixture of adversarial and clean images."""
     on_adv, on_clean = (cross_entropy(model(x), labels, smoothing).mean() for x in (x_adv, images))
     loss = (1 - clean_weight) * on_adv + clean_weight * on_clean
     parameters = list(model.parameters())
@@ -57,7 +57,7 @@ def learnt_by_hand(model, x_adv, images, labels, clean_weight=0.0, smoothing=0.0
 
 
 def taken(step, images, labels, parts=None, seeds=None):
-    """The step on a batch cut into `parts`; what `gradients` returned, summed up."""
+    """Takes the step on a batch that is cut into `parts`; returns the sum of the results of `gradients`."""
     sizes = parts or [len(labels)]
     cut = zip(images.split(sizes), labels.split(sizes), strict=True)
     results = [
@@ -138,7 +138,7 @@ def test_a_callable_gets_float_images_and_labels_and_nothing_else(dtype):
 
 
 def test_a_foreign_attack_leaves_nothing_in_the_parameters_or_the_buffers():
-    """One written by hand, that calls backward() in train mode."""
+    """An attack by hand that calls backward() in train mode."""
 
     def attack(x, y):
         x = x.clone().requires_grad_()

@@ -1,6 +1,7 @@
-"""The training loop against what it promises: seeds, choices of weights, answers to overfitting, refusals."""
+"""The training loop: seeds, choices of weights, reactions to overfitting, refusals."""
 
 import copy
+import json
 import warnings
 
 import numpy as np
@@ -18,7 +19,6 @@ from fastadv.models import find_head, networks
 from fastadv.training import Trainer, run
 from fastadv.training.augment import Augment
 from fastadv.training.batches import AUGMENTING, Batches
-from fastadv.training.ema import EMA
 from fastadv.training.monitor import Reading
 from fastadv.training.step import TrainStep
 
@@ -37,7 +37,7 @@ TRAIN, VAL, TEST = colours(50, 1), colours(20, 2), colours(21, 3)
 
 
 def conv(batch_norm=True):
-    """With a 1x1 convolution for LoRA, batch-norm and no dropout."""
+    """A network with a 1x1 convolution for LoRA, batch-norm and no dropout."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8) if batch_norm else nn.Identity()
     layers = [nn.Conv2d(3, 8, 3, 2, 1), norm, nn.SiLU(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Flatten()]
@@ -64,7 +64,7 @@ def same(first, second):
 
 @pytest.fixture
 def after_steps(monkeypatch):
-    """The weights after each step, in a list, taken from the model that `watch` was given."""
+    """A list that gets the weights after each step of the model that `watch` gets."""
     states, watched, apply = [], [], TrainStep.apply
 
     def noted(step):
@@ -80,7 +80,7 @@ def after_steps(monkeypatch):
 
 @pytest.mark.parametrize(("batch_size", "grad_accum_steps"), [(50, 1), (10, 1), (10, 3), (7, 2)])
 def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, grad_accum_steps):
-    """Its start is drawn from the run's seed, its own number and the epoch."""
+    """Its start depends on the run's seed, the sample's number and the epoch alone."""
     model = conv()
     reference = copy.deepcopy(model).eval()
     shown, order = [], []
@@ -112,6 +112,31 @@ def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, grad_accum_st
         assert (x - images).abs().max() > 0.5 * EPS
 
 
+def test_the_seed_reaches_what_an_attack_draws():
+    def draws(seed):
+        drawn = []
+        fit(conv(), attack=lambda x, y: drawn.append(torch.rand(()).item()) or x, epochs=1, seed=seed)
+        return drawn
+
+    assert draws(1) == draws(1)
+    assert not set(draws(1)) & set(draws(2))
+
+
+def test_same_seed_same_bits_and_the_callers_generator_untouched():
+    def weights(seed, callers):
+        torch.manual_seed(0)
+        model = networks.conv((3, 32, 32), 3)  # dropout, and with it a random start and a shuffled order
+        torch.manual_seed(callers)
+        state = torch.get_rng_state()
+        fit(model, attack="fgsm-rs", epochs=1, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        return copied(model)
+
+    first = weights(1, 7)
+    assert same(first, weights(1, 99))
+    assert not same(first, weights(2, 7))
+
+
 # ---------------------------------------------------------------------- what trains
 
 
@@ -127,10 +152,13 @@ STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 @pytest.mark.parametrize("method", METHODS)
 def test_after_ten_steps_what_should_train_has_changed_and_no_other_bit(method):
     model = conv()
-    before = copied(model)
+    model[2].eval()
+    before, modes = copied(model), [module.training for module in model.modules()]
     records = fit(model, method=method, rank=2)
     assert changed(model, before) == METHODS[method] | (STATISTICS if method == "full" else set())
     assert [record["lr"] for record in records if "lr" in record][-1] > 0
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("method", ["full", "bias", "lora"])
@@ -150,12 +178,17 @@ def test_a_head_start_trains_the_head_and_the_method_begins_with_it(method, afte
     assert [record["epoch"] for record in records if "epoch" in record] == [0, 1, 2, 3]
 
 
+def test_a_last_batch_of_one_image_does_not_reach_batch_norm():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    fit(model, epochs=1, parts=((TRAIN[0][:11], TRAIN[1][:11]), VAL))
+
+
 # ---------------------------------------------------------------------- which weights
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """`scripted((clean, robust), ...)`: what the evaluations find, one after the other; the attacks are noted."""
+    """`scripted((clean, robust), ...)` sets the results of the evaluations, in their order; their attacks are noted."""
 
     def script(*found):
         attacks, left = [], iter(found)
@@ -206,6 +239,21 @@ def test_the_final_figures_are_those_of_the_evaluation_s_attack_and_of_pma_on_wh
     assert final["pma_accuracy"] == sum(r and not (p or q) for r, p, q in zip(right, *alone, strict=True)) / 21
 
 
+def test_the_log_is_the_records_and_agrees_with_a_new_evaluation(tmp_path):
+    model = conv()
+    records = fit(model, epochs=3, eval_every=2, seed=5, folder=tmp_path, parts=(TRAIN, VAL, TEST))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == records
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert lines.pop(0) == {"stage": 0, "method": "full", "trainable": count, "total": count}
+    assert [line.get("epoch") for line in lines] == [0, 1, 2, None]
+    assert ["robust_accuracy" in line for line in lines] == [False, True, True, True]
+    for line in lines[:-1]:
+        assert {"loss", "train_accuracy", "lr", "train_s"} <= line.keys()
+    again = robust_accuracy(model, TEST, PGD(model, EPS, EPS / 4, 10), seed=5)
+    assert again == {key: lines[-1][key] for key in again}
+
+
 def test_the_final_record_says_which_epochs_chance_alone_may_have_told_from_the_best(scripted):
     shares = [0.05, 0.6, 0.9, 0.85, 0.7]
     scripted(*((1, share) for share in shares))
@@ -229,7 +277,7 @@ def test_training_with_an_l2_attack_is_refused(attack):
 
 
 def test_the_training_attack_never_chooses(after_steps):
-    """Against the attack given for evaluation the later epochs are worse; against the training attack, better."""
+    """Later epochs are worse under the evaluation's attack, and better under the training attack."""
     states, watch = after_steps
     model = conv()
     watch(model)
@@ -329,7 +377,7 @@ def test_stopping_leaves_the_last_good_weights(alarms, after_steps):
 
 @pytest.mark.parametrize(("probes", "best"), [([0.5, 0.6, 0.4], 1), ([0.5, 0.4, 0.5], 2), ([0.6, 0.5, 0.4], 0)])
 def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, after_steps, before_steps, tmp_path):
-    """Also after a resume; weights whose decline has begun without an alarm are no good."""
+    """Also after a resumption; weights with a worse probe are not good ones, even without an alarm."""
     (states, watch), model = after_steps, conv()
     (found, watch_before) = before_steps
     watch(model)
@@ -384,7 +432,7 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
 
 @pytest.fixture
 def before_steps(monkeypatch):
-    """The weights that each batch found."""
+    """The weights before each step."""
     states, watched, batch = [], [], run.Run._batch
 
     def noted(run, *arguments):
@@ -486,7 +534,7 @@ def test_a_run_cut_in_its_final_evaluation_can_be_resumed_twice(tmp_path, monkey
     assert all(same(copied(models[0]), copied(model)) for model in models[1:])
 
 
-# ---------------------------------------------------------------------- overfitting itself
+# ---------------------------------------------------------------------- robustness, and overfitting itself
 
 
 EPOCHS = 40
@@ -499,6 +547,15 @@ def digits(classes, **changes):
     return model, dataset, {"optimizer": "adamw", "lr": 2e-3, "batch_size": 64, "probe": 256, **changes}
 
 
+@pytest.mark.parametrize("attack", ["nfgsm", "object", None])
+def test_training_under_attack_makes_robust_and_without_does_not(attack):
+    model, dataset, settings = digits(range(5), eps=0.15, epochs=6, probe=0, eval_every=0)
+    settings["attack"] = FGSM(model, 0.15) if attack == "object" else attack
+    final = fit(model, parts=(dataset.train, dataset.test), **settings)[-1]
+    assert final["clean_accuracy"] > 0.9
+    assert final["robust_accuracy"] > 0.6 if attack else final["robust_accuracy"] < 0.45
+
+
 def trained(model, dataset, **settings):
     """The records of the epochs, and accuracy of the last weights on the test images under PGD-10."""
     eps = settings["eps"]
@@ -509,7 +566,7 @@ def trained(model, dataset, **settings):
 
 @pytest.fixture(scope="module")
 def by_answer():
-    """Digits 0-4 from scratch at a budget that FGSM overfits at: (records, robust accuracy) by attack or answer."""
+    """Digits 0-4 from scratch at a budget at which FGSM overfits: (records, robust accuracy) by attack or reaction."""
     runs = {"pgd": {"attack": "pgd"}, "fgsm": {}}
     runs |= {answer: {"on_catastrophic_overfitting": answer} for answer in ("stop", "rollback", "switch")}
     found = {}
@@ -590,18 +647,6 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(batch_norm, tmp_path, be
 # ---------------------------------------------------------------------- averaging
 
 
-def test_an_average_is_the_recursion_by_hand():
-    values = [{"w": torch.rand(3, 2, dtype=torch.float64), "count": torch.tensor(i)} for i in range(40)]
-    average = EMA(values[0], 0.7)
-    expected = values[0]["w"].clone()
-    for step, state in enumerate(values[1:]):
-        average.update(state, step)
-        decay = min(0.7, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * state["w"]
-        torch.testing.assert_close(average.state["w"], expected, rtol=1e-12, atol=1e-14)
-        assert average.state["count"] == state["count"]
-
-
 def test_the_averaged_weights_are_evaluated_and_returned(after_steps, monkeypatch):
     (states, watch), model, evaluated = after_steps, conv(), []
     watch(model)
@@ -651,15 +696,17 @@ def losses(records):
 
 
 def test_channels_last_reaches_the_model_and_changes_no_result():
-    layouts = []
-    model = conv()
-    model.register_forward_pre_hook(
-        lambda module, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    changed_layout = losses(fit(model, channels_last=True, augment=True, parts=(TRAIN,)))
-    assert all(layouts)
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert changed_layout == pytest.approx(losses(fit(conv(), augment=True, parts=(TRAIN,))), rel=1e-3)
+    def found(wanted):
+        model, layouts = conv(), set()
+        model.register_forward_pre_hook(
+            lambda module, args: layouts.add(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        records = fit(model, channels_last=wanted, augment=True, parts=(TRAIN,))
+        assert layouts == {wanted}
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == wanted
+        return losses(records)
+
+    assert found(True) == pytest.approx(found(False), rel=1e-3)
 
 
 def test_a_compiled_run_has_the_same_losses():
@@ -671,14 +718,17 @@ def test_a_compiled_run_has_the_same_losses():
 
 
 def test_bf16_trains_weights_that_stay_float32():
-    model, dtypes = conv(), set()
-    model[0].register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
-    records = fit(model, precision="bf16", epochs=6, parts=(TRAIN,), attack="pgd")
-    assert dtypes == {torch.bfloat16}
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    in_float32 = losses(fit(conv(), epochs=6, parts=(TRAIN,), attack="pgd"))
-    assert losses(records) == pytest.approx(in_float32, abs=0.05)
-    assert losses(records)[-1] < 0.7 * losses(records)[0]
+    def found(precision, dtype):
+        model, dtypes = conv(), set()
+        model[0].register_forward_hook(lambda module, args, out: dtypes.add((module.weight.requires_grad, out.dtype)))
+        records = fit(model, precision=precision, epochs=6, parts=(TRAIN,), attack="pgd")
+        assert dtypes == {(False, dtype), (True, dtype)}  # in the attack and in the update
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        return losses(records)
+
+    in_bf16 = found("bf16", torch.bfloat16)
+    assert in_bf16 == pytest.approx(found("no", torch.float32), abs=0.05)
+    assert in_bf16[-1] < 0.7 * in_bf16[0]
 
 
 # ---------------------------------------------------------------------- refusals
@@ -687,6 +737,10 @@ def test_bf16_trains_weights_that_stay_float32():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"method": "adaptor"}, "unknown method 'adaptor'; there are full, linear, bias, lora, .*, norm"),
+        ({"attack": "cw"}, "unknown attack 'cw'; there are fgsm, .*, free, .*stale"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'; there are adamw, sgd"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lp_ft": 2, "method": "linear"}, "lp_ft is linear probing before another method"),
         ({"clean_weight": 1.1}, "clean_weight must be at most 1, got 1.1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0, got -0.1"),
@@ -725,6 +779,7 @@ def test_bf16_trains_weights_that_stay_float32():
             {"eval_attack": PGD(nn.Identity(), 0.1, clip=None)},
             r"images in \[0, 1\], and eval_attack is made for .*None",
         ),
+        ({"parts": ((TRAIN[0][:0], TRAIN[1][:0]), VAL)}, "no images to train on"),
         ({"parts": ((TRAIN[0], TRAIN[1] - 1),)}, "labels must not be negative, got -1"),
         ({"parts": (TRAIN, (VAL[0], VAL[1] - 100)), "attack": None}, "labels must not be negative, got -100"),
         ({"parts": ((TRAIN[0], 0 * TRAIN[1] + 2),)}, "all of class 2: there is nothing to tell apart"),
@@ -745,7 +800,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(changes, message):
 
 
 def strided(channels=15, kernel=1, stride=2, groups=1):
-    """With a strided convolution, as a residual network's skip is."""
+    """A network with a strided 1x1 convolution, as in a residual network's shortcut."""
     skip = nn.Conv2d(channels, channels, kernel, stride, groups=groups)
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3))
     return nn.Sequential(nn.Conv2d(3, channels, 3), skip, *head)
@@ -851,7 +906,7 @@ def test_a_label_that_the_model_has_no_class_for_is_refused_in_the_first_batch(a
 
 
 def test_an_error_in_a_batch_leaves_the_model_as_it_was_before_it(after_steps):
-    """After the first half of the batch has moved batch-norm's averages."""
+    """The error comes after the first half of the batch has changed batch-norm's averages."""
     (states, watch), model, calls = after_steps, conv(), []
     watch(model)
 

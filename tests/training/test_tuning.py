@@ -1,4 +1,4 @@
-"""What each method trains in every family of networks, what it learns, and what it shares with peft."""
+"""Which parameters each method trains in every family of networks, what it learns, and how it compares with peft."""
 
 import copy
 
@@ -141,7 +141,7 @@ def test_norm_and_ia3_are_refused_where_there_is_nothing_for_them():
 
 
 def test_lora_adapts_the_convolutions_of_blocks_without_linear_layers():
-    """Those of 1x1 in a shortcut are none of the block's branch, and neither is the stem."""
+    """1x1 convolutions in a shortcut do not belong to a block's branch, and neither does the stem."""
     for name, names in (
         ("own resnet", ["blocks.0.body.0", "blocks.0.body.3", "blocks.1.body.0", "blocks.1.body.3"]),
         ("timm resnet", [f"layer{i}.{j}.conv{k}" for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)]),
@@ -159,7 +159,7 @@ def test_lora_adapts_the_convolutions_of_blocks_without_linear_layers():
 
 
 def test_lora_adapts_the_linear_layers_of_blocks_that_have_some():
-    """A bottleneck has convolutions of 1x1, which are linear."""
+    """A bottleneck has 1x1 convolutions, which count as linear layers."""
     found = [target.name for target in lora_targets(made("hf resnet"), torch.rand(1, *SHAPE))]
     assert "resnet.encoder.stages.1.layers.1.layer.0.convolution" in found
     assert "resnet.encoder.stages.1.layers.1.layer.1.convolution" not in found
@@ -169,7 +169,7 @@ def test_lora_adapts_the_linear_layers_of_blocks_that_have_some():
 
 
 def parity(count, seed):
-    """Two patches of 16 are bright or dark, the others something in between; the label is their exclusive or."""
+    """Two patches of 16 are bright or dark, and the others are in between; the label is the exclusive or of the two."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(2, (count, 2), generator=generator)
     patches = 0.1 + 0.2 * torch.rand(count, 4, 4, generator=generator)

@@ -1,4 +1,4 @@
-"""Training attacks by name: fast adversarial training with a step of its own."""
+"""Training attacks by name: they cost less than PGD, and have an update of their own."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -35,12 +35,12 @@ def fast_method(
     Args:
         name: a key of FAST.
         model: from images in [0, 1] to logits.
-        eps: radius of the ball, in the images' units, [0, 1].
-        changes: to its settings, by name; a change of None leaves its own value.
-        options: of its attack, such as autocast, memory_format and compile.
+        eps: the radius of the ball, in the images' units, [0, 1].
+        changes: {setting of the attack: value}; None leaves the attack's own value.
+        options: options of the attack whose loss it increases, such as autocast, memory_format and compile.
 
     Raises:
-        ValueError: it has no such setting.
+        ValueError: the attack has no such setting; or a value is out of range.
     """
     method = FAST[name]
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
@@ -51,7 +51,7 @@ def fast_method(
 
 
 def is_fast(attack: object) -> TypeGuard[str]:
-    """Whether it is a key of FAST."""
+    """Whether `attack` is a key of FAST."""
     return isinstance(attack, str) and attack in FAST
 
 

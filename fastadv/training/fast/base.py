@@ -1,4 +1,4 @@
-"""Methods of adversarial training that are more than an attack and the loss at its result."""
+"""The base class of training attacks: they do more in a training step than to make its images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from fastadv.training.settings import Settings
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a training attack gets before an epoch.
+    """The facts about an epoch that a training attack gets before it.
 
     Attributes:
-        number: counted over all stages, from 0.
-        settings: of the run.
-        shape: of a training image, (C, H, W).
-        dtype: of a training image.
-        augment: what changes the images; None means nothing.
-        memory: from a name, and shape and dtype of a row, to the rows that are kept of all training images from epoch
-            to epoch. They outlast a stage, but not a switch to another attack.
+        number: the number of the epoch, counted over all stages, from 0.
+        settings: the settings of the run.
+        shape: (C, H, W) of a training image.
+        dtype: the dtype of a training image.
+        augment: the augmentation; None means none.
+        memory: called with a name and the shape and dtype of a row, it returns the rows that are kept for each training
+            image from epoch to epoch. They outlast a stage, but not a switch to another attack.
     """
 
     number: int
@@ -38,38 +38,43 @@ class Epoch:
 
 
 class FastMethod:
-    """A training attack, with a step of its own, for a `TrainStep`; a subclass is one of the table `FAST`.
+    """A training attack, which a `TrainStep` takes in place of an attack. Each subclass is a row of the table `FAST`.
 
-    An epoch calls `begin_epoch`. An update calls `begin`, then for each part of its batch `attacked`, `learn`,
-    `distances` and `seen`, and then `end`. Beside weights, images and seeds, an update depends on `state` and on the
-    epoch's `memory` alone.
+    A run calls its methods in this order:
+
+        begin_epoch                                  before an epoch
+            begin                                    before an update
+                attacked, learn, distances, seen     for each part of its batch
+            end                                      after the update
+
+    Beside weights, images and seeds, an update depends on `state` and on the epoch's `memory` alone.
 
     Args:
         model: from images in [0, 1] to logits.
-        eps: radius of the ball, in the images' units, [0, 1].
-        penalty: weight of what it adds to the loss; None means its own.
-        repeats: updates in a row from one batch; None means its own.
-        options: of its attack, such as autocast, memory_format and compile.
+        eps: the radius of the ball, in the images' units, [0, 1].
+        penalty: the weight of the term that the training attack adds to the loss; None means its own weight.
+        repeats: how many updates in a row use the same batch; None means its own number.
+        options: options of `attack`, such as autocast, memory_format and compile.
 
     Attributes:
-        attack: what a monitor looks with, and whose loss it climbs. Where it heeds a schedule of the
-            budget, the run puts the attack with the current budget here, and None where the budget is 0.
-        weight: `penalty`, or its own.
+        attack: the attack whose loss the training attack increases, and which the monitor uses. Where a schedule of the
+            budget is supported, the run sets it to the attack with the present budget, and to None where that is 0.
+        weight: `penalty`, or its own weight.
 
     Raises:
         ValueError: eps is out of range.
     """
 
-    OPTIONS: tuple[str, ...] = ()  # settings of its own that it heeds
-    DEFAULTS: Mapping[str, float] = {}  # of other settings, where they are not given
-    REFUSES: Mapping[str, str] = {  # settings that it cannot heed, and why
+    OPTIONS: tuple[str, ...] = ()  # the names of its own settings
+    DEFAULTS: Mapping[str, float] = {}  # its defaults of other settings
+    REFUSES: Mapping[str, str] = {  # {setting that it does not support: why}
         "eps_schedule": "what it weighs, or keeps from update to update, is of one budget",
     }
-    WEIGHT = 0.0  # of its addition to the loss, where penalty is not given
-    REPEATS = 1
-    alone = True  # whether it trains in one process only
-    compares = False  # whether the update sees the images at the start too, and `distances` adds to the loss
-    sees_gradient = False  # whether `seen` gets the update's own gradient with respect to the images
+    WEIGHT = 0.0  # the default of penalty
+    REPEATS = 1  # the default of repeats
+    alone = True  # whether it trains in a single process only
+    compares = False  # whether the update also sees the images at the start, and `distances` adds to the loss
+    sees_gradient = False  # whether `seen` gets the update's gradient with respect to the images
 
     def __init__(
         self, model: nn.Module, eps: float, *, penalty: float | None = None, repeats: int | None = None, **options: Any
@@ -81,15 +86,15 @@ class FastMethod:
         self.attack: Attack = self.looks(model, eps, **options)
 
     def looks(self, model: nn.Module, eps: float, **options: Any) -> Attack:
-        """The attack that a monitor looks with."""
+        """The attack that the monitor uses. Arguments as of the constructor."""
         return FGSM(model, eps, **options)
 
     def check(self, name: str, settings: Settings) -> None:
-        """Refuse settings that the attack cannot heed.
+        """Refuse settings that the attack does not support.
 
         Args:
-            name: of the attack, for the errors.
-            settings: of the run.
+            name: the name of the attack, for the errors.
+            settings: the settings of the run.
 
         Raises:
             ValueError: there is such a setting.
@@ -111,27 +116,27 @@ class FastMethod:
                 )
 
     def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
-        """Refuse a model that the attack cannot train. The model is left as it was.
+        """Refuse a model that the attack cannot train. The model is not changed.
 
         Args:
-            name: of the attack, for the errors.
-            settings: of the run.
+            name: the name of the attack, for the errors.
+            settings: the settings of the run.
             images: two of the training images, (2, C, H, W), floats on the model's device.
 
         Raises:
-            ValueError: it is one.
+            ValueError: the attack cannot train this model.
         """
 
     def begin_epoch(self, epoch: Epoch) -> None:
-        """Before an epoch, or what is left of it."""
+        """Called before an epoch, or before the rest of an epoch that was cut."""
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
-        """Before an update.
+        """Called before an update.
 
         Args:
-            number: how many updates of the stage there were before it.
-            epoch: its epoch, counted from the stage's first, which is 0.
-            epochs: of the stage.
+            number: the number of the update in the stage, from 0.
+            epoch: the number of the epoch in the stage, from 0.
+            epochs: how many epochs the stage has.
         """
 
     def attacked(
@@ -142,68 +147,78 @@ class FastMethod:
         rows: torch.Tensor | None = None,
         moves: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The images to learn from, new and detached, and where it `compares` those at the start, (N, ...) each.
-
-        An attack with `outputs` of its own may return what these take instead.
+        """The attacked images of a part of the batch.
 
         Args:
-            images: (N, ...) floats in [0, 1].
+            images: (N, ...), floats in [0, 1].
             labels: int64 (N,).
-            seeds: int64 (N,), of each sample's draws.
-            rows: int64 (N,), the images' numbers.
-            moves: int64 (N,), the seeds of their augmentation; None without one.
+            seeds: int64 (N,), the seed of each sample's random numbers.
+            rows: int64 (N,), the numbers of the images.
+            moves: int64 (N,), the seeds of the images' augmentation; None without one.
+
+        Returns:
+            The images (N, ...) to learn from, new and detached. An attack that `compares` also returns the images at
+            its start. An attack that overrides `outputs` may return other inputs for it.
         """
         raise NotImplementedError
 
     def outputs(self, through: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> object:
-        """The outputs that the update's loss is taken of.
+        """The outputs for the update's loss.
 
         Args:
-            through: the model, such as it is under DistributedDataParallel.
-            inputs: (n, ...), what `attacked` returned.
+            through: the model, which may be under DistributedDataParallel.
+            inputs: (n, ...), inputs that `attacked` returned.
         """
         return through(inputs)
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """What each sample adds to its loss, (N,), from the logits (N, C) of what `attacked` returned."""
+        """The term that the attack adds to each sample's loss.
+
+        Args:
+            logits: (N, C), of the attacked images.
+            start: (N, C), the logits of the images at the start of the attack.
+
+        Returns:
+            (N,).
+        """
         raise NotImplementedError
 
     def learn(self, labels: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float) -> torch.Tensor | float:
-        """Add the gradients of a penalty, beside the update's loss, to the gradients of the parameters.
+        """Add the gradients of a penalty to the gradients of the parameters.
 
         Args:
             labels: int64 (N,), of the images that `attacked` got last.
-            parameters: those that train.
+            parameters: the parameters that train.
             scale: a factor of the penalty.
 
         Returns:
-            The penalty times `scale`: 0-dim, or 0.0 without one.
+            The penalty times `scale`: a 0-dim tensor, or 0.0 without a penalty.
         """
         return 0.0
 
     def seen(self, gradient: torch.Tensor) -> None:
-        """The update's gradient of each sample's own loss with respect to the images learnt from."""
+        """Called with the update's gradient of each sample's loss with respect to the attacked images, (N, ...)."""
 
     def end(self) -> None:
-        """After the update's step."""
+        """Called after the step of an update."""
 
     def facts(self) -> dict[str, float]:
-        """What the record of an epoch says of the attack, after its last update."""
+        """The attack's entries in the record of an epoch, after its last update."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What is kept from update to update, by name; `load` takes it back exactly."""
+        """The tensors, by name, that are kept from update to update; `load` takes them."""
         return {}
 
     def load(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        """Go on from `state()`, on this device."""
+        """Continue from a state that `state()` returned, on this device."""
 
 
 def needed(rows: torch.Tensor | None) -> torch.Tensor:
-    """The images' numbers, for an attack that keeps something of each image.
+    """The images' numbers, for an attack that keeps numbers of each image.
 
     Raises:
-        ValueError: they are not given.
+        ValueError: `rows` is None.
     """
     if rows is None:
         raise ValueError("the attack keeps something of each image: give rows=, the images' numbers")
@@ -211,14 +226,17 @@ def needed(rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def gradient_at(attack: Attack, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Gradient of each sample's loss with respect to the pixels, (N, ...), float32 at least.
+    """The gradient of each sample's loss with respect to the pixels.
 
-    The model is as the attack has it: frozen, in eval mode.
+    The model is frozen and in eval mode, as during the attack.
 
     Args:
-        attack: whose loss is taken.
-        images: floats (N, ...), which may be beyond the box.
+        attack: the attack with the loss.
+        images: floats (N, ...), which may be beyond [0, 1].
         labels: int64 (N,).
+
+    Returns:
+        (N, ...), float32 or float64.
     """
     with torch.inference_mode(False), torch.no_grad(), frozen(attack.model, attack.training_mode):
         slots = attack.slots(images, labels, attack.eps, None)

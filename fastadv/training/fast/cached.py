@@ -1,4 +1,4 @@
-"""Adversarial linear probing on kept features: in an epoch some images are attacked, the others skip the backbone."""
+"""Kept features: linear probing that attacks only some images in an epoch; the others skip the backbone."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,28 +16,34 @@ from fastadv.training.fast.base import Epoch, FastMethod, needed
 from fastadv.training.settings import Settings
 
 INSTEAD = "Name another head with head=, or take another attack"
-CLOSE = 1e-3  # of the largest feature: what batches of other sizes change by rounding
+CLOSE = 1e-3  # times the largest feature: rounding may change features so much when the batch has another size
 
 
 class Cached(FastMethod):
     """Linear probing with FGSM, where an image keeps its perturbation, and so its features, for some epochs.
 
     The backbone is frozen and in eval mode. So the features that enter the head depend on the attacked image alone. All
-    images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod `refresh` is 0. Their features
-    are kept. For all other images an update trains the head on the kept features, and they do not go through the
-    backbone. With `refresh` K an epoch takes 3 / K passes forward; FGSM takes 3, and training on clean images 1
-    (`fastadv.training.cost`). With K = 1 this is FGSM to the bit, where the model gives the same bits with and without
-    a gradient and its head takes vectors.
+    images get a fresh FGSM in the first epoch, and later image i where (i + epoch) mod `refresh` is 0. With refresh 2:
 
-    An image's features are one row of numbers in the precision in which they enter the head: images x features x 4
-    bytes in float32, 26 MB for 50,000 images and 128 features, 154 MB for 768. There are two such tables in memory, or
-    three files of them in the run's folder. After a rollback the features are still right, but their perturbations
-    were made for the head that was given up.
+        epoch    image 0    image 1
+        0        FGSM       FGSM
+        1        kept       FGSM
+        2        FGSM       kept
+
+    The features of attacked images are kept. For the other images the head trains on the kept features, and they skip
+    the backbone. With `refresh` K an epoch costs 3 / K forward passes of each image; FGSM costs 3, and training on
+    clean images 1 (`fastadv.training.cost`). With K = 1 this is FGSM to the bit, if the model computes the same bits
+    with and without a gradient and its head takes vectors.
+
+    The features of an image are one row of numbers, with the dtype in which they enter the head. In float32 that is
+    images x features x 4 bytes: 26 MB for 50,000 images and 128 features, 154 MB for 768. There are two such tables in
+    memory, or three files of them in the run's folder. After a rollback the features are still right, but their
+    perturbations were computed for the head that was discarded.
 
     Args:
         model: as of `FastMethod`.
         eps: as of `FastMethod`.
-        refresh: K; None means 4.
+        refresh: an image gets a fresh FGSM every `refresh` epochs; None means 4.
         options: as of `FastMethod`; `alpha` is the length of FGSM's step, None means eps.
     """
 
@@ -53,7 +59,7 @@ class Cached(FastMethod):
     def __init__(self, model: nn.Module, eps: float, *, refresh: int | None = None, **options: Any):
         super().__init__(model, eps, **options)
         self.refresh = self.REFRESH if refresh is None else refresh
-        self._known = False  # whether the head and a row of features are, which the first epoch finds
+        self._known = False  # whether the first epoch has found the head and the shape of a row
         self._head: nn.Module
         self._row: torch.Tensor
 
@@ -84,7 +90,7 @@ class Cached(FastMethod):
             )
 
     def begin_epoch(self, epoch: Epoch) -> None:
-        """Go on with the features that the epoch before has left."""
+        """Get the features of the epoch before, and choose the images that get a fresh FGSM."""
         if not self._known:
             black = to_float(torch.zeros(1, *epoch.shape, dtype=epoch.dtype, device=device_of(self.model)))
             _, self._head = find_head(self.model, epoch.settings.head, black)
@@ -94,7 +100,7 @@ class Cached(FastMethod):
         self._fresh = (numbers + epoch.number) % self.refresh == 0 if not self._memory.empty else numbers >= 0
 
     def facts(self) -> dict[str, float]:
-        """The share of images with a fresh attack."""
+        """The share of images with a fresh FGSM."""
         return {"fresh": self._fresh.double().mean().item()}
 
     def attacked(
@@ -105,10 +111,10 @@ class Cached(FastMethod):
         rows: torch.Tensor | None = None,
         moves: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The features that enter the head, (N, ...): new ones for fresh images, and the kept ones for the others."""
+        """The features that enter the head, (N, ...): new ones where an image gets a fresh FGSM, else the kept ones."""
         rows = needed(rows)
         features = self._memory.read(rows).to(images.device)
-        fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # their places in the part
+        fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # positions in this part of the batch
         if len(fresh):
             features[fresh] = self._features(self.attack(images[fresh], labels[fresh], seed=seeds[fresh]))
         self._memory.write(rows, features)
@@ -118,14 +124,14 @@ class Cached(FastMethod):
         return self._head(inputs)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        """The features of images (n, C, H, W), in the precision of the update."""
+        """The features of images (n, C, H, W), (n, ...), in the precision of the update."""
         autocast = self.attack.autocast
         with torch.no_grad(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
             return _entering(self.model, self._head, images)
 
 
 class _AtTheHead(Exception):
-    """Ends a forward pass."""
+    """Ends a forward pass when it reaches the head."""
 
 
 def _entering(model: nn.Module, head: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -136,7 +142,8 @@ def _entering(model: nn.Module, head: nn.Module, images: torch.Tensor) -> torch.
         entered.extend(args)
         raise _AtTheHead
 
-    # Before hooks of the head's own, which act when it is called with this. A compiled model would not call the hook.
+    # This hook comes first: the head's own hooks act later, when the head is called with these features. A compiled
+    # model would not call the hook.
     hook = head.register_forward_pre_hook(end, prepend=True)
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -149,9 +156,9 @@ def _entering(model: nn.Module, head: nn.Module, images: torch.Tensor) -> torch.
 
 
 def _gives_logits(model: nn.Module, head: nn.Module, images: torch.Tensor) -> bool:
-    """Whether the head is called once, with one tensor (n, ...), and the logits are what it returns.
+    """Whether the head is called once, with one tensor (n, ...), and its output is the logits.
 
-    A hook replaces the head's output by other numbers; these must then be the logits.
+    A hook replaces the head's output by other numbers. The model must then return these numbers as its logits.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
 
@@ -176,7 +183,7 @@ def _gives_logits(model: nn.Module, head: nn.Module, images: torch.Tensor) -> bo
 
 
 def _tied(model: nn.Module, head: str) -> str | None:
-    """A parameter before the head that is one of the head's too."""
+    """The name of a parameter that a layer before the head shares with the head; None where there is none."""
     named = [(name, p, name.startswith(f"{head}.")) for name, p in model.named_parameters(remove_duplicate=False)]
     own = {id(p) for _, p, within in named if within}
     return next((name for name, p, within in named if not within and id(p) in own), None)

@@ -1,4 +1,4 @@
-"""Free adversarial training: one backward pass for the weights and for the perturbation."""
+"""Free adversarial training: a single backward pass updates the weights and the perturbation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,11 @@ from fastadv.training.fast.base import FastMethod
 class Free(FastMethod):
     """Each batch trains several times in a row, at images + delta, and the update's own gradient moves delta.
 
-    delta <- C(delta + eps sign g) begins with zeros and goes on from batch to batch. An epoch has as many updates as
-    with any other method: it costs as much as an epoch of standard training, and the learning rate falls in each
-    update. The images are passed less often, epochs / repeats times, as the paper counts. It has 8 repeats for CIFAR-10
+    After each update with the gradient g of the pixels, delta <- delta + eps sign g, clamped to [-eps, eps]. delta
+    begins with zeros, and the next batch continues with the last batch's delta.
+
+    An epoch has as many updates as with any other attack. So it costs as much as an epoch of standard training, but is
+    only a part of a pass over the images: with 8 repeats, 8 epochs are one pass. The paper has 8 repeats for CIFAR-10
     and 4 for ImageNet.
 
     Source: Shafahi et al. 2019 (arXiv 1904.12843, algorithm 1).
@@ -30,7 +32,7 @@ class Free(FastMethod):
         self._first = 0
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
-        self._first = 0  # row of the batch
+        self._first = 0  # the first row of the batch in the next part
 
     def attacked(
         self,

@@ -1,4 +1,4 @@
-"""GradAlign: FGSM whose loss wants the gradients of neighbouring points aligned."""
+"""GradAlign: FGSM with a penalty that aligns the gradients at neighbouring points."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,11 @@ from fastadv.training.fast.base import FastMethod, gradient_at
 class GradAlign(FastMethod):
     """FGSM from the image itself, with a penalty where the gradient turns within the ball.
 
-    The penalty is weight * (1 - c), where c is the mean cosine of g(x), detached, and g(x + U(-eps, eps)). The second
-    point is in the box, and g is the gradient of cross-entropy with the model in eval mode, as the attack's is. Samples
-    with a zero gradient at either point are left out. The weight grows with eps as the paper's does for CIFAR-10, 0.2
-    at 8/255. The second derivative is not compiled, and attention takes its plain form, which has one.
+    The penalty is weight * (1 - c), where c is the mean cosine of the gradients g(x) and g(x + U(-eps, eps)). The
+    second point is clamped to [0, 1], and the first gradient is detached. g is the gradient of cross-entropy with the
+    model in eval mode, as in the attack. Samples with a zero gradient at either point are left out. The default weight
+    grows with eps as in the paper for CIFAR-10; at 8/255 it is 0.2. The second derivative is not compiled. Attention is
+    computed by plain matrix products, because PyTorch's faster kernels have no second derivative.
 
     Source: Andriushchenko and Flammarion 2020 (arXiv 2007.02617).
     """
@@ -53,7 +54,7 @@ class GradAlign(FastMethod):
                 module.training = False
             there = self._gradient_with_graph(self._start.requires_grad_(), labels)
         a, b = (g.flatten(1).double() for g in (self._gradient, there))
-        # The gradient of a norm is not finite at 0.
+        # Zero gradients are left out: the derivative of a norm is not finite at 0.
         both = ((a != 0).any(1) & (b != 0).any(1)).nonzero()[:, 0]
         aligned = cosines_of(a[both], b[both]).sum() / max(len(both), 1)
         penalty = scale * len(labels) * self.weight * (1 - aligned)

@@ -1,4 +1,4 @@
-"""LIET: FGSM that starts from a perturbation of the sample's class, at the price of FGSM and a second forward pass."""
+"""LIET: FGSM that starts from a perturbation of the sample's class; its update also sees the images at the start."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,20 +13,25 @@ from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 from fastadv.training.fast.base import FastMethod, gradient_at
 
-EVERY = 20  # updates between two looks at the classes
-SMALL = 8 / 255 + 1e-6  # the largest budget whose result is projected on the ball
+EVERY = 20  # updates after which the perturbations of the classes are computed again
+SMALL = 8 / 255 + 1e-6  # up to this budget the result is projected into the ball
 
 
 class LIET(FastMethod):
-    """FGSM from +-eps times the sign of the label's gradient at a grey picture.
+    """FGSM that starts from the perturbation of the sample's class.
 
-    From a summary of the paper's method, not checked against the paper. Every 20 updates the gradient g of each class c
-    is taken at the picture of 0.5, the model in eval mode: LI_c = eps sign g. A sample of class y starts at
-    P(x +- LI_y), with one sign for the whole sample. Each number of the start is replaced by noise U(-eps, eps) with a
-    probability that is drawn for the sample from U(.1, .5). Beyond eps 8/255 this noise is twice as wide, and the step
-    of eps is not projected on the ball. The loss is cross-entropy with label smoothing .6, plus weight * (e + 1) / E
-    times the Jensen-Shannon divergence of the predictions at the start and at the result, with gradients on both sides,
-    in epoch e of the stage's E epochs. Weights are averaged over the updates with a decay of .9995.
+    - Every 20 updates the perturbation of each class c is computed: LI_c = eps sign g, where g is the gradient of class
+      c at a grey picture, all pixels 0.5, with the model in eval mode.
+    - A sample of class y starts at x + LI_y or x - LI_y, clamped to [0, 1]; the sign is drawn once for the sample.
+      Before that, each number of the perturbation is replaced by noise U(-eps, eps) with a probability that is drawn
+      for the sample from U(0.1, 0.5).
+    - From the start FGSM takes a step of eps. Above eps 8/255 the noise is twice as wide, and the result is clamped to
+      [0, 1] but not projected into the ball.
+    - The loss is cross-entropy with label smoothing 0.6, plus weight * (e + 1) / E times the Jensen-Shannon divergence
+      of the predictions at the start and at the result, in epoch e of the stage's E epochs. Both sides have gradients.
+    - Weights are averaged over the updates with a decay of 0.9995.
+
+    This follows a summary of the paper's method and was not checked against the paper.
     """
 
     OPTIONS = ("penalty",)
@@ -38,7 +43,8 @@ class LIET(FastMethod):
         super().__init__(model, eps, **options)
         self._signs: torch.Tensor | None = None  # (classes, ...), of the gradients
         self._due = True
-        self._now = torch.zeros((), dtype=torch.float64)  # a tensor: a number would be compiled in
+        # The weight of the divergence: a tensor, because torch.compile would make a constant of a number.
+        self._now = torch.zeros((), dtype=torch.float64)
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
         self._due = number % EVERY == 0
@@ -69,7 +75,7 @@ class LIET(FastMethod):
         return fgsm_step(start, gradient, self.eps, project=False), start
 
     def _looked(self, images: torch.Tensor) -> torch.Tensor:
-        """Signs of the classes' gradients at a grey picture, no more pictures at a time than there are `images`."""
+        """The signs of the classes' gradients at a grey picture, (classes, ...), from batches as large as `images`."""
         grey = torch.full_like(images, 0.5)
         with torch.no_grad(), frozen(self.model):
             count = find_logits(self.model(grey[:1]), 1).shape[1]
@@ -78,7 +84,7 @@ class LIET(FastMethod):
         return torch.cat(parts).sign().to(images.dtype)
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """The Jensen-Shannon divergence, summed over the classes."""
+        """The weighted Jensen-Shannon divergence of the predictions at the result and at the start, (N,)."""
         p, q = logits.log_softmax(1), start.log_softmax(1)
         middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, device=p.device, dtype=p.dtype))
         return self._now.to(p) * ((p.exp() * (p - middle) + q.exp() * (q - middle)) / 2).sum(1)

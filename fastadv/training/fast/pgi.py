@@ -1,4 +1,4 @@
-"""FGSM-PGI: FGSM that starts from the perturbation that the epoch before left for the image."""
+"""FGSM-PGI: FGSM that starts from the image's perturbation of the epoch before."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,25 +14,26 @@ from fastadv.training.fast.base import Epoch, FastMethod, gradient_at, needed
 from fastadv.training.memory import SampleMemory
 
 AGAIN = 40  # epochs after which the perturbations begin again
-DECAY = 0.3  # of the momentum
+DECAY = 0.3  # the decay of the momentum
 
 
 class FGSMPGI(FastMethod):
-    """FGSM from x + delta, where delta follows a momentum from epoch to epoch: FGSM-MEP, the variant with momentum of
-    prior-guided initialisation.
+    """FGSM from x + delta, where delta follows a momentum from epoch to epoch.
 
-    The gradient g is taken at x + delta, which may lie outside of the box. Then:
+    This is FGSM-MEP, the variant of prior-guided initialisation (PGI) with a momentum. The gradient g is taken at x +
+    delta, which may lie outside [0, 1]. C clamps a perturbation to [-eps, eps], P an image to [0, 1]:
 
         images to learn from    P(x + C(delta + eps sign g))
-        momentum                m <- g / |g|_1 + .3 m
-        the next epoch's delta  C(delta + eps sign m), in the box
+        momentum                m <- g / |g|_1 + 0.3 m
+        the next epoch's delta  C(delta + eps sign m), such that x + delta is in [0, 1]
 
-    delta begins with eps times random signs and m with 0, and both begin again every 40 epochs. The loss is
-    cross-entropy with label smoothing .4, plus weight times the mean squared difference of the logits at x + delta and
-    at the result, with gradients on both sides. The norm |g|_1 is the sample's; public code has the batch's.
+    delta begins with eps times random signs, and m with 0. Both begin again every 40 epochs. The loss is cross-entropy
+    with label smoothing 0.4, plus weight times the mean squared difference of the logits at x + delta and at the
+    result; both sides have gradients. The norm |g|_1 is that of the sample. (Public code takes the norm of the batch.)
 
-    delta and m of each image are kept as floats, in memory or in three files of the run's folder. They lie in the frame
-    of the stored picture: crops and flips move them along, the padding has zeros, and cropped pixels keep theirs.
+    delta and m of each image are kept as floats, in memory or in three files in the run's folder. They belong to the
+    pixels of the stored picture, so a crop or a flip moves them with the pixels. Padding has zeros, and pixels that
+    were cropped off keep their numbers.
 
     Source: Jia et al. 2022 (arXiv 2207.08859).
     """
@@ -44,7 +45,7 @@ class FGSMPGI(FastMethod):
 
     def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
-        self._memory: SampleMemory  # from `begin_epoch` on
+        self._memory: SampleMemory  # set by `begin_epoch`
         self._augment: Augment | None = None
         self._begins = True
 
@@ -80,13 +81,16 @@ class FGSMPGI(FastMethod):
     def _moved(
         self, pairs: torch.Tensor, moves: torch.Tensor | None, where: str, elsewhere: torch.Tensor
     ) -> torch.Tensor:
-        """The delta and the momentum of each sample, (N, 2, C, H, W), in another frame.
+        """Move delta and momentum from the pixels of the stored pictures to those of the augmented images, or back.
 
         Args:
-            pairs: (N, 2, C, H, W).
+            pairs: (N, 2, C, H, W), delta and momentum of each sample.
             moves: int64 (N,), the seeds of the augmentation; None without one.
-            where: "sources": from the frame of the stored pictures to that of the images; "targets": back.
-            elsewhere: (N, 2, C, H, W), the numbers where the frame is beyond the picture.
+            where: "sources": to the augmented images; "targets": back to the stored pictures.
+            elsewhere: (N, 2, C, H, W), the numbers to take where a pixel has no partner.
+
+        Returns:
+            (N, 2, C, H, W).
         """
         if moves is None:
             return pairs
@@ -96,7 +100,7 @@ class FGSMPGI(FastMethod):
         return apart
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Squared, the mean over the classes."""
+        """The weighted squared difference of the logits, the mean over the classes, (N,)."""
         return self.weight * (logits - start).square().mean(1)
 
 

@@ -1,4 +1,4 @@
-"""SORA's step: its length follows how well the linear model that FGSM trusts has held so far."""
+"""SORA: FGSM-RS with a shorter step where the loss has been less linear."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,19 @@ from fastadv.training.fast.base import FastMethod, gradient_at
 
 
 class SORA(FastMethod):
-    """From x0 = P(x + U(-eps, eps)) a step of a_i sign g, with a_i ~ U(0, a*) for each number of a sample.
+    """A step from a random start, whose length depends on how linear the loss was in earlier updates.
 
-    The result is put into the box (P), and not into the ball. g' is the update's gradient at the result. v begins with
-    .99 and follows, with a decay of .95, the mean over the samples of <sign g, g'> / |g|_1, in which samples with a
-    zero gradient do not count. a* = min(2 eps, .02 / (1 - v)), and 2 eps where v is 1 or more. A monitor looks with
-    N-FGSM's step of eps from the same start.
+        start       x0 = P(x + U(-eps, eps)), with the gradient g
+        result      P(x0 + a sign g), with a drawn from U(0, a*) for each number of a sample
 
-    From a summary of the paper's method, not checked against the paper.
+    P clamps to [0, 1]. The result is not projected into the ball. g' is the update's gradient at the result. v measures
+    how linear the loss is: it begins with 0.99 and follows, with a decay of 0.95, the mean over the samples of
+    <sign g, g'> / |g|_1, without samples whose gradient g is zero. For a linear loss g' = g, and the quotient is 1. The
+    longest step is a* = min(2 eps, 0.02 / (1 - v)), and 2 eps where v is 1 or more.
+
+    The monitor uses N-FGSM's step of eps from the same start.
+
+    This follows a summary of the paper's method and was not checked against the paper.
     """
 
     sees_gradient = True
@@ -33,7 +38,7 @@ class SORA(FastMethod):
     def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
         self._v: torch.Tensor | None = None  # float64, 0-dim
-        self._sum: Any = 0  # tensors after the first part of a batch
+        self._sum: Any = 0  # this and the count are tensors after the first part of a batch
         self._count: Any = 0
 
     def looks(self, model: nn.Module, eps: float, **options: Any) -> Attack:

@@ -1,4 +1,4 @@
-"""Adversarial training without the attack's passes: FGSM's step along signs that the last epoch's updates left."""
+"""Stored signs: adversarial training without passes for an attack. FGSM's step follows last epoch's gradient signs."""
 
 import math
 from collections.abc import Mapping
@@ -14,38 +14,45 @@ from fastadv.training.fast.base import Epoch, FastMethod, needed
 from fastadv.training.settings import Settings
 from fastadv.training.signs import pack_signs, unpack_signs
 
-DTYPE = torch.bfloat16  # of signs that are not packed
-RANDOM = 2**30  # in the place of an attack's epoch, for the seeds of random signs; and one more than the epoch
-SHOWN = 0.005  # the last digit in which prices are shown
+DTYPE = torch.bfloat16  # the dtype of unpacked signs
+# The rounds of `sample_seeds` for random signs: this for signs at the start, this + 1 + epoch for an epoch's border.
+RANDOM = 2**30
+SHOWN = 0.005  # prices are shown with two digits after the point, so a price may be wrong by this
 
 
 class Stale(FastMethod):
-    """For each training image the sign of the loss's gradient at what it was attacked with in the last epoch.
+    """FGSM's step along the signs of the gradient that the image had in the last epoch.
 
-    An update's backward pass starts at the loss of x_adv; carried on to the input, it gives the gradient there. The
-    gradient's sign, one bit a pixel, is kept, and the image's next x_adv is x + eps sign, in the box, as FGSM makes it
-    of its own gradient. A gradient of zero counts as negative (`pack_signs`). Before an image was seen its signs are
-    random, from the seed and its number. Signs lie in the frame of the stored picture. An augmentation crops and flips
-    them along: pixels that were cropped off keep their sign, and the padded border gets random signs.
+    An update computes the gradient of the loss at x_adv with respect to the weights. Its backward pass also gives the
+    gradient with respect to the pixels of x_adv. Its signs are kept, one bit for each number. In the next epoch the
+    image is attacked with x_adv = P(x + eps sign), where P clamps to [0, 1]: FGSM's step with an older gradient.
 
-    A step takes as long as a standard one where the update's backward pass goes through all layers anyway. The backward
-    pass of linear probing ends at the head: there a step takes twice as long as a standard one, for a backward pass
-    through the backbone, and a step of FGSM three times as long (`fastadv.training.cost`).
+        epoch 1    x_adv = P(x + eps s0), s0 random    the update's gradient there has the signs s1
+        epoch 2    x_adv = P(x + eps s1)               the update's gradient there has the signs s2
 
-    Signs outlast the end of a stage and a rollback. A switch to another attack drops them, and a stage after it begins
-    with random signs again. The monitor looks with FGSM, which this attack imitates.
+    A gradient of zero counts as negative (`pack_signs`). Random signs depend on the seed and the image's number alone.
+    Signs belong to the pixels of the stored picture, so a crop or a flip moves them with the pixels. Pixels that were
+    cropped off keep their signs, and the padding gets random signs.
 
-    The gradient is the update's: of its loss, with label smoothing, in its mode and precision, and where batch-norm
-    mixes a batch, of the whole part of it.
+    Where the update's backward pass goes through all layers anyway, a step takes as long as a standard one. In linear
+    probing the standard backward pass ends at the head. There a step takes twice as long as a standard one, because the
+    backward pass goes on through the backbone; a step of FGSM takes three times as long (`fastadv.training.cost`).
+
+    Signs outlast the end of a stage and a rollback. A switch to another attack drops them, and a stage after the switch
+    begins with random signs again. The monitor uses FGSM, which this attack imitates.
+
+    The gradient is that of the update: of its loss with label smoothing, in its mode and precision. Where batch-norm
+    mixes the images of a batch, it is that of the loss of the whole part of the batch.
 
     Without `refresh` and `price` no image gets a fresh FGSM.
 
     Args:
         model: as of `FastMethod`.
         eps: as of `FastMethod`.
-        refresh: K: all images get a fresh FGSM in the first epoch, and then image i where (i + epoch) mod K = 0.
-        price: by the cost model, how many times as long as a standard step a step takes. So many images get a fresh
-            FGSM: those whose signs agreed least with their signs of the epoch before, and at first random ones.
+        refresh: K: all images get a fresh FGSM in the first epoch, and later image i where (i + epoch) mod K = 0.
+        price: how many times as long as a standard step a step may take, by the cost model. As many images get a fresh
+            FGSM as that allows: those whose signs agreed least with their signs of the epoch before; at first random
+            images.
         options: as of `FastMethod`; `alpha` is the length of the step, None means eps.
     """
 
@@ -64,7 +71,7 @@ class Stale(FastMethod):
     ):
         super().__init__(model, eps, **options)
         self.refresh, self.price = refresh, price
-        # Not where all images are fresh in each epoch.
+        # With refresh 1 all images get a fresh FGSM in each epoch, and no sign is used.
         self.sees_gradient = refresh != 1
 
     def check(self, name: str, settings: Settings) -> None:
@@ -94,14 +101,14 @@ class Stale(FastMethod):
             )
 
     def begin_epoch(self, epoch: Epoch) -> None:
-        """Go on with the signs that the epoch before has left."""
+        """Get the signs of the epoch before, and choose the images that get a fresh FGSM."""
         self._epoch = epoch
         self._signs = epoch.memory("signs", (-(-math.prod(epoch.shape) // 8),), torch.uint8)
         self._agreement = epoch.memory("agreement", (), torch.float32)
         self._fresh = self._chosen()
 
     def facts(self) -> dict[str, float]:
-        """The share of images with a fresh attack, and of signs that are as they were."""
+        """The share of images with a fresh FGSM, and the share of signs that are the same as in the epoch before."""
         kept = {"agreement": self._agreement.written.double().mean().item()} if self.sees_gradient else {}
         return {"fresh": self._fresh.double().mean().item(), **kept}
 
@@ -113,9 +120,9 @@ class Stale(FastMethod):
         rows: torch.Tensor | None = None,
         moves: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """FGSM's step, along the gradient for those that are fresh, else the signs.
+        """FGSM's step, along a new gradient for the images that get a fresh FGSM, else along the stored signs.
 
-        They stay as they are without an attack, where a schedule leaves no budget.
+        Where the schedule leaves no budget, the images are not changed.
         """
         rows = needed(rows)
         self._rows, self._moves = rows, moves
@@ -123,7 +130,7 @@ class Stale(FastMethod):
             self._before = self._stored(rows, images)
         if self.attack is None:
             return (images,)
-        fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # their places in the part
+        fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # positions in this part of the batch
         if len(fresh) == len(rows):
             return (self.attack(images, labels, seed=seeds),)
         x_adv = fgsm_step(images, self._directions(), self.attack.eps, alpha=self.attack.alpha)
@@ -132,7 +139,7 @@ class Stale(FastMethod):
         return (x_adv,)
 
     def seen(self, gradient: torch.Tensor) -> None:
-        """Keep its signs."""
+        """Keep the signs of the update's gradient."""
         after = torch.where(gradient > 0, 1.0, -1.0).to(DTYPE)
         seen = torch.ones_like(self._before)
         augment = self._epoch.augment
@@ -145,7 +152,7 @@ class Stale(FastMethod):
         self._agreement.write(self._rows, same / (seen > 0).flatten(1).sum(1))
 
     def _chosen(self) -> torch.Tensor:
-        """Which images get a fresh attack in this epoch: bool (N,)."""
+        """Which images get a fresh FGSM in this epoch: bool (N,)."""
         s, number, before = self._epoch.settings, self._epoch.number, self._agreement.before
         numbers = torch.arange(len(before))
         if self.refresh is not None:
@@ -160,19 +167,19 @@ class Stale(FastMethod):
         return fresh
 
     def _random(self, rows: torch.Tensor, when: int, images: torch.Tensor) -> torch.Tensor:
-        """Random signs like `images`, those numbered `rows`, of their numbers alone."""
+        """Random signs of the shape of `images`, which depend on the numbers `rows`, `when` and the seed alone."""
         middle = torch.full(images.shape, 0.5, device=images.device)
         seeds = sample_seeds(self._epoch.settings.seed, rows.to(images.device), RANDOM + when)
         return torch.where(random_init(middle, 0.25, seed=seeds) > 0.5, 1.0, -1.0).to(DTYPE)
 
     def _stored(self, rows: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Their signs before this epoch: 1 and -1 (n, C, H, W), in the frame of the stored pictures."""
+        """The signs of the epoch before: 1 and -1, (n, C, H, W), for the pixels of the stored pictures."""
         if self._signs.empty:
             return self._random(rows, 0, images)
         return unpack_signs(self._signs.read(rows).to(images.device), images.shape[1:], DTYPE)
 
     def _directions(self) -> torch.Tensor:
-        """The signs in the frame of the images as they go through the step."""
+        """The signs for the pixels of the augmented images."""
         augment = self._epoch.augment
         if augment is None or self._moves is None:
             return self._before
