@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastadv.cli import COMMANDS
+from fastadv.commands.values import default_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = re.compile(r"^<!-- options: (\w+) -->$", re.MULTILINE)
@@ -53,9 +54,9 @@ def _meaning(action: argparse.Action) -> str:
     sentences = [(action.help or "").strip()]
     if action.choices:
         sentences.append(f"One of {', '.join(f'`{each}`' for each in action.choices)}")
-    is_plain = isinstance(action.default, (str, int, float)) and not isinstance(action.default, bool)
-    if is_plain and action.dest != "device":  # which is the machine's that makes the site
-        sentences.append(f"Default: `{action.default}`")
+    default = default_of(action)
+    if default is not None and action.dest != "device":  # which is the machine's that makes the site
+        sentences.append(f"Default: `{default}`")
     return " ".join(f"{each}." for each in sentences if each).replace("|", "\\|")
 
 

@@ -194,8 +194,8 @@ def random_init(
 
     Args:
         x: images of any shape, float or uint8.
-        noise: half-width of the noise, finite and at least 0, in pixels of [0, 1]: a number, or a float tensor that is
-            0-dim or broadcasts over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
+        noise: half-width of the noise, finite and at least 0, in the images' units, [0, 1]: a number, or a float tensor
+            that is 0-dim or broadcasts over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
         seed: an int in [-2^63, 2^64), or an int64 tensor with one element; one of shape (N,) draws every sample as a
             tensor of its own (`sample_seeds` makes them). None draws a `new_seed`.
         clip: (lo, hi), the box, in pixels: numbers, or tensors as noise.
@@ -248,7 +248,7 @@ def fgsm_step(
         x: clean images of any shape, float or uint8.
         grad: the loss's gradient at `random_init(x, noise, seed=seed, clip=clip)`, at x where noise is 0; of x's shape,
             in any float dtype.
-        eps: radius of the ball, at least 0, in pixels of [0, 1]: a number, or a float tensor that is 0-dim or
+        eps: radius of the ball, at least 0, in the images' units, [0, 1]: a number, or a float tensor that is 0-dim or
             broadcasts over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
         alpha: step size, finite, in the same unit and form; None: eps.
         noise: half-width of the random start, finite and at least 0, in the same unit and form.
@@ -305,8 +305,8 @@ def pgd_step(
         x_adv: the iterate, of x's shape, float.
         grad: the loss's gradient there, of x's shape, in any float dtype.
         x: clean images of any shape, float or uint8.
-        alpha: step size, finite, in pixels of [0, 1]: a number, or a float tensor that is 0-dim or broadcasts over the
-            first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
+        alpha: step size, finite, in the images' units, [0, 1]: a number, or a float tensor that is 0-dim or broadcasts
+            over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
         eps: radius of the ball, at least 0, in the same unit and form.
         clip: (lo, hi), the box, in pixels: numbers, or tensors as eps.
         out: takes the result, so that nothing is allocated: a float tensor of x's shape, an input itself or one that
@@ -353,7 +353,7 @@ def fgsm_step_(
         x: clean images of any shape, float, not uint8; the result replaces them.
         grad: the loss's gradient at `random_init(x, noise, seed=seed, clip=clip)`, at x where noise is 0; of x's shape,
             in any float dtype.
-        eps: radius of the ball, at least 0, in pixels of [0, 1]: a number, or a float tensor that is 0-dim or
+        eps: radius of the ball, at least 0, in the images' units, [0, 1]: a number, or a float tensor that is 0-dim or
             broadcasts over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
         alpha: step size, finite, in the same unit and form; None: eps.
         noise: half-width of the random start, finite and at least 0, in the same unit and form.
@@ -402,8 +402,8 @@ def pgd_step_(
         x_adv: the iterate, of x's shape, float; the result replaces it.
         grad: the loss's gradient there, of x's shape, in any float dtype.
         x: clean images of any shape, float or uint8.
-        alpha: step size, finite, in pixels of [0, 1]: a number, or a float tensor that is 0-dim or broadcasts over the
-            first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
+        alpha: step size, finite, in the images' units, [0, 1]: a number, or a float tensor that is 0-dim or broadcasts
+            over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
         eps: radius of the ball, at least 0, in the same unit and form.
         clip: (lo, hi), the box, in pixels: numbers, or tensors as eps.
         normalization: with z, what the model does to its input first.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadv._extras import require
+from fastadv.names import instead
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +59,8 @@ class Preprocessing:
             raise ValueError(f"size must be (H, W) in pixels, got {self.size}")
         object.__setattr__(self, "size", tuple(int(side) for side in self.size))
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"unknown interpolation {self.interpolation!r}; there are {', '.join(INTERPOLATIONS)}")
+            wrong = self.interpolation
+            raise ValueError(f"unknown interpolation {wrong!r}{instead(wrong, INTERPOLATIONS)}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be in (0, 1], got {self.crop}")
         if max(self.size) / self.crop > LONGEST:

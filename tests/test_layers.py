@@ -10,7 +10,7 @@ import fastadv
 PACKAGE = Path(fastadv.__file__).parent
 # From the lowest to the highest; those of one row know nothing of each other.
 LAYERS = (
-    ("_extras", "_renamed", "files", "version", "_build"),
+    ("_extras", "_renamed", "devices", "files", "names", "units", "version", "_build"),
     ("locks", "ops", "preprocessing", "team"),
     ("functional", "installation"),
     ("data", "nn"),

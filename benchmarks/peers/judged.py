@@ -36,7 +36,7 @@ class Recipe:
     Attributes:
         classes: up to 10, the class is the digit modulo `classes`; 100 are the pairs of digits, side by side.
         attack: the preset that made its training images; None: they were clean.
-        trained_at, eps: budgets of training and of judgement, in pixels of [0, 1].
+        trained_at, eps: budgets of training and of judgement, in the images' units, [0, 1].
     """
 
     classes: int

@@ -29,7 +29,7 @@ class APGD(Attack):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         steps: number of steps, at least 1; the checkpoints follow it.
         rho: the share of the steps between two checkpoints, in [0, 1], that must have raised the loss.
         options: see `Attack`. The authors' ensemble has the losses "ce" and "targeted_dlr".
@@ -209,7 +209,7 @@ def apgd_step_(
         x: clean images.
         alpha: step size, of the compute type, (N, 1, ...).
         share: of the new step in the next iterate, likewise.
-        eps: radius of the ball, in pixels.
+        eps: radius of the ball, in the images' units, [0, 1].
         clip: (lo, hi), the box.
         normalization: with z, what the model does to its input first.
         z: takes the model's next input.

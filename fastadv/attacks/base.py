@@ -1,5 +1,6 @@
 """The base class of all attacks: calling convention, options, checks, and the care that leaves a model unchanged."""
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -41,6 +42,7 @@ from fastadv.attacks.samplewise import has_rows, padded, part_of, per_sample, pu
 from fastadv.attacks.targets import Targets
 from fastadv.attacks.verdicts import is_label, verdict
 from fastadv.functional import Normalization, new_seed, pgd_step_, random_init, to_float
+from fastadv.names import instead
 from fastadv.nn.frozen import as_normal, frozen, on
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, is_plain
@@ -55,7 +57,7 @@ WATCHED, ALARMING = 8, 0.1
 
 
 class Attack(Modes, Targets, ABC):
-    """An attack on `model` within `eps`, in pixels of [0, 1].
+    """An attack on `model` within `eps`, in the images' units, [0, 1].
 
     While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
     The model is left exactly as it was found, also when it raises: train flags, requires_grad, `.grad`, buffers.
@@ -105,7 +107,7 @@ class Attack(Modes, Targets, ABC):
     All of these are attributes. One that is assigned later acts as if it had been passed here.
 
     Raises:
-        TypeError: an option is of a wrong type.
+        TypeError: an option is unknown or of a wrong type.
         ValueError: an option is of a wrong value.
     """
 
@@ -137,7 +139,10 @@ class Attack(Modes, Targets, ABC):
         clip: Clip = BOX,
         kth_min: int = 1,
         images_normalized: tuple[Any, Any] | None = None,
+        **unknown: object,
     ) -> None:
+        for name in unknown:
+            raise TypeError(f"{type(self).__name__} has no option {name!r}{instead(name, options_of(type(self)))}")
         self.model = model
         self.eps = eps
         self.targeted = targeted
@@ -699,3 +704,10 @@ def _same(settings: Mapping[str, object], others: Mapping[str, object]) -> bool:
         value is others[name] or (type(value) is type(others[name]) in plain and value == others[name])
         for name, value in settings.items()
     )
+
+
+def options_of(attack: type[Attack]) -> list[str]:
+    """Names of what an attack can be made with beside the model and eps: its own, and those of every attack."""
+    parameters = [each for kind in (attack, Attack) for each in inspect.signature(kind).parameters.values()]
+    own = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    return [name for name in dict.fromkeys(own) if name not in ("model", "eps")]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastadv.attacks.losses import LOSSES
+from fastadv.names import instead
 from fastadv.nn.frozen import TRAINING_MODES
 from fastadv.nn.logits import AnyModel
 
@@ -71,7 +72,7 @@ def check_options(
             f"labels, got {targeted!r}"
         )
     if not callable(loss) and loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable")
+        raise ValueError(f"unknown loss {loss!r} (neither a name nor callable){instead(loss, LOSSES)}")
     if targeted and not callable(loss) and LOSSES[loss].compares in ("clean", "pairs"):
         why = "has no target class" if loss == "kl" else "chooses its target classes itself"
         raise ValueError(f"the loss {loss} {why}: leave targeted at False, or choose another loss")
@@ -86,7 +87,7 @@ def check_options(
     for name, value in (("best_iterate", best_iterate), ("compile", compile), ("graph", graph)):
         check_switch(name, value)
     if training_mode not in TRAINING_MODES:
-        raise ValueError(f"unknown training_mode {training_mode!r}: choose one of {', '.join(TRAINING_MODES)}")
+        raise ValueError(f"unknown training_mode {training_mode!r}{instead(training_mode, TRAINING_MODES)}")
     if graph and not torch.cuda.is_available():
         raise RuntimeError("graph=True captures a CUDA graph, and there is no GPU here: use compile=True, or neither")
 
@@ -107,7 +108,7 @@ def check_clip(clip: Any) -> None:
 
 def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
     if isinstance(eps, Real) and norm == "Linf" and box_of(clip) == BOX and not 0 <= eps <= 1:
-        raise ValueError(f"eps is in pixels of [0, 1] (8/255, not 8), got {eps}")
+        raise ValueError(f"eps is on the images' scale [0, 1] (8/255, not 8), got {eps}")
     check_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
@@ -216,13 +217,13 @@ def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX)
     lo, hi = box_of(clip)
     if lo - SLACK <= low and high <= hi + SLACK:
         return None
-    told = f"images must be in [{lo:g}, {hi:g}], got [{low:.9g}, {high:.9g}]"
+    wrong = f"images must be in [{lo:g}, {hi:g}], got [{low:.9g}, {high:.9g}]"
     if low != low:
-        return f"{told}: some are NaN"
+        return f"{wrong}: some are NaN"
     if box_of(clip) != BOX:
-        return told
+        return wrong
     return (
-        f"{told}: divide those of [0, 255] by 255; if they are normalised, pass them as they were before, and "
+        f"{wrong}: divide those of [0, 255] by 255; if they are normalised, pass them as they were before, and "
         "Normalized(model, mean, std) as the model; for inputs with another range or none an attack takes "
         "clip=(lo, hi) or clip=None"
     )

@@ -9,6 +9,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.fab import FAB, FABL2
 from fastadv.attacks.square import RandomSearch, Square
 from fastadv.attacks.square_l2 import SquareL2
+from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
 VERSIONS: dict[str, tuple[str, ...]] = {
@@ -35,7 +36,7 @@ class ForAPGD:
     """The settings of APGD.
 
     Attributes:
-        eps: in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         n_restarts: runs.
         n_iter: steps of a run.
         rho: as APGD's.
@@ -65,7 +66,7 @@ class ForFAB:
     """The settings of FAB.
 
     Attributes:
-        eps: in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         n_restarts: runs of "fab"; "fab-t" has one for each of its target classes.
         n_iter: steps of a run.
         n_target_classes: of "fab-t", as `ForTargetedAPGD`'s.
@@ -88,7 +89,7 @@ class ForSquare:
     """The settings of Square.
 
     Attributes:
-        eps: in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         n_restarts: runs.
         n_queries: how many images of a sample the model sees in a run.
         p_init: as Square's.
@@ -106,7 +107,7 @@ class Ensemble:
     Args:
         model: any callable from images to logits (N, C).
         norm: "Linf" or "L2".
-        eps: budget, in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         version: "standard", "plus", "rand" for models that answer at random, or "custom".
         attacks_to_run: of a custom version, some of PARTS.
         options: of every attack, see `Attack`: autocast, memory_format, compile, graph.
@@ -139,7 +140,7 @@ class Ensemble:
         if norm not in KINDS:
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}: AutoAttack in another norm is not built here")
         if version not in VERSIONS:
-            raise ValueError(f"unknown version {version!r}: choose one of {', '.join(VERSIONS)}")
+            raise ValueError(f"unknown version {version!r}{instead(version, VERSIONS)}")
         if attacks_to_run and version != "custom":
             raise ValueError(f"version {version!r} has attacks of its own: to choose them give version='custom'")
         for name in set(options) - set(OPTIONS):
@@ -163,8 +164,11 @@ class Ensemble:
             TypeError, ValueError: a setting or a name is wrong.
         """
         chosen = self.attacks_to_run
-        if not isinstance(chosen, (list, tuple)) or any(name not in PARTS for name in chosen):
+        if not isinstance(chosen, (list, tuple)):
             raise ValueError(f"attacks_to_run must be a list of {', '.join(PARTS)}, got {chosen!r}")
+        for name in chosen:
+            if name not in PARTS:
+                raise ValueError(f"unknown part {name!r} in attacks_to_run{instead(name, PARTS)}")
         return [(name, self._attack(name)) for name in chosen]
 
     def _attack(self, name: str) -> Attack:
@@ -189,7 +193,8 @@ class Ensemble:
         return apgd(self.model, of_apgd.eps, of_apgd.n_iter, **settings, **self.options)
 
 
-ENSEMBLES: dict[str, dict[str, str]] = {
+ENSEMBLES: dict[str, dict[str, Any]] = {
+    "apgd": {"version": "custom", "attacks_to_run": VERSIONS["standard"][:2]},  # without FAB and Square
     "autoattack": {},
     "autoattack-plus": {"version": "plus"},
     "autoattack-rand": {"version": "rand"},

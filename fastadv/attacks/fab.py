@@ -35,7 +35,7 @@ class FAB(Attack):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the L-inf ball around the image, in pixels of [0, 1].
+        eps: radius of the L-inf ball around the image, in the images' units, [0, 1].
         steps: of a run.
         alpha_max: the largest share of the image's own way to the plane in a step.
         eta: by what a step goes further than to the plane, as a factor, at least 1.

@@ -18,7 +18,7 @@ class FGSM(Attack):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps; also a tensor, see `Attack.alpha`.
         noise: half-width of the uniform random start, in the same unit; None means eps, also where that has one value
             per image.
@@ -94,7 +94,7 @@ class FFGSM(FGSM):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball and half-width of the random start, in pixels of [0, 1].
+        eps: radius of the ball and half-width of the random start, in the images' units, [0, 1].
         alpha: step size in the same unit.
         options: see `Attack`.
     """
@@ -111,7 +111,7 @@ class NFGSM(FGSM):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: the budget, in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         noise: half-width of the uniform random start, in the same unit; None means 2 eps.
         alpha: step size in the same unit; None means eps.
         options: see `Attack`.

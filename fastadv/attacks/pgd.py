@@ -11,6 +11,7 @@ from fastadv.attacks.noise import gaussian
 from fastadv.attacks.samplewise import per_sample
 from fastadv.attacks.schedules import SCHEDULES, Factors
 from fastadv.functional import pgd_step, pgd_step_, random_init
+from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
 
@@ -19,7 +20,7 @@ class PGD(Attack):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps; also a tensor, see `Attack.alpha`.
         steps: number of steps, at least 1.
         random_start: start at a uniformly random point of the ball, else at the image.
@@ -62,7 +63,7 @@ class PGD(Attack):
         if self.alpha is not None:
             check_alpha(self.alpha)
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+            raise ValueError(f"unknown schedule {self.schedule!r}{instead(self.schedule, SCHEDULES)}")
 
     @property
     def by_age(self) -> bool:
@@ -100,7 +101,7 @@ class BIM(PGD):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps.
         steps: number of steps, at least 1.
         options: as PGD's, `schedule` among them; see `Attack`.
@@ -121,7 +122,7 @@ class TPGD(PGD):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps.
         steps: number of steps, at least 1.
         options: as PGD's, `schedule` among them; see `Attack`.
@@ -154,7 +155,7 @@ class MIFGSM(PGD):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball around the image, in pixels of [0, 1].
+        eps: radius of the ball around the image, in the images' units, [0, 1].
         alpha: step size in the same unit; None means eps.
         steps: number of steps, at least 1.
         decay: the momentum's factor, mu.

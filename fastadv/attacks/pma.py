@@ -84,7 +84,7 @@ class PMA(_TwoStages):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the L-inf ball around the image, in pixels of [0, 1].
+        eps: radius of the L-inf ball around the image, in the images' units, [0, 1].
         steps: of a run, even. 20 are the default here; the paper's are 100.
         restarts: the number of runs.
         most_runs: up to which an evaluation goes on.

@@ -1,11 +1,10 @@
 """Attacks by name, with the settings of their papers."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from fastadv.attacks.apgd import APGD
-from fastadv.attacks.base import Attack
+from fastadv.attacks.base import Attack, options_of
 from fastadv.attacks.fab import FAB
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
@@ -13,6 +12,7 @@ from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.square import Square
 from fastadv.attacks.zerograd import ZeroGrad
+from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
 # A step of eps / 4 is the usual 2/255 at the usual budget of 8/255, and follows the budget elsewhere.
@@ -48,7 +48,7 @@ def create_attack(name: str, model: AnyModel, eps: float, **changes: Any) -> Att
     Args:
         name: a key of PRESETS, such as "pgd-20".
         model: any callable from images to logits (N, C).
-        eps: budget, in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         changes: to its settings (alpha, noise, steps) and to the options of `Attack`. None leaves the preset's value.
 
     Returns:
@@ -58,10 +58,10 @@ def create_attack(name: str, model: AnyModel, eps: float, **changes: Any) -> Att
         ValueError: the name is unknown, or the attack has no such setting.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown attack {name!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown attack {name!r}{instead(name, PRESETS)}")
     attack, settings = PRESETS[name]
     changes = {key: value for key, value in changes.items() if value is not None}
     for key in changes:
-        if not any(key in inspect.signature(known).parameters for known in (attack, Attack)):
-            raise ValueError(f"the attack {name} has no setting {key!r}")
+        if key not in options_of(attack):
+            raise ValueError(f"the attack {name} has no setting {key!r}{instead(key, options_of(attack))}")
     return attack(model, eps, **{**settings(eps), **changes})

@@ -125,7 +125,7 @@ class Square(RandomSearch):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the L-inf ball around the image, in pixels of [0, 1].
+        eps: radius of the L-inf ball around the image, in the images' units, [0, 1].
         n_queries: number of images of a sample that the model sees, with the start. AutoAttack has 5000.
         p_init: share of the image that the first squares have.
         options: see `Attack`. The loss is "margin"; a query is judged by it and by whether it fools.

@@ -20,7 +20,7 @@ class ZeroGrad(FGSM):
 
     Args:
         model: any callable from images to logits (N, C).
-        eps: radius of the ball and half-width of the random start, in pixels of [0, 1].
+        eps: radius of the ball and half-width of the random start, in the images' units, [0, 1].
         alpha: step size in the same unit; None means 2 eps.
         quantile: share in [0, 1] of each sample's gradients; those strictly below its value are zeroed: .35 is for
             CIFAR-10, .45 for CIFAR-100, .7 for SVHN.

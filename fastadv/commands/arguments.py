@@ -1,7 +1,6 @@
 """Options that several commands have, and what they mean."""
 
 import argparse
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,44 +12,12 @@ import torch
 
 from fastadv import data, models
 from fastadv.commands.speech import say
+from fastadv.commands.values import Listed, WithDefaults, one_of
 from fastadv.data.classes import class_list
 from fastadv.data.trained import known
+from fastadv.devices import present
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
-
-
-def budget(text: str) -> float:
-    """A length in 1/255 units, "8" or "8/255", as a float in [0, 1].
-
-    Raises:
-        argparse.ArgumentTypeError: not such a number, or outside [0, 255].
-    """
-    number, slash, unit = text.partition("/")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 255 or (slash and unit.strip() != "255"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1/255, such as 8 or 8/255")
-    return value / 255
-
-
-def eps_budget(text: str) -> float:
-    """As `budget`, but a number below 0.5 must be written as a fraction of 255: it is probably meant in [0, 1].
-
-    Only --eps is read so strictly: a step or a noise below 0.5/255 is nothing unusual.
-
-    Raises:
-        argparse.ArgumentTypeError: as `budget`, or such a number.
-    """
-    value = budget(text)
-    if "/" not in text and 0 < float(text) < 0.5:
-        raise argparse.ArgumentTypeError(
-            f"eps is in units of 1/255, and {text} of them is next to nothing; "
-            f"{text} of the range [0, 1] is --eps {255 * float(text):.4g}. To mean it, write {text}/255"
-        )
-    return value
-
 
 Kind = Callable[[str], object]  # from an option's text to its value; argparse shows its ArgumentTypeError
 
@@ -63,11 +30,12 @@ class Add(Protocol):
 
 def adder(parser: argparse.ArgumentParser) -> Add:
     """What adds options to a parser whose help shows the defaults."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = WithDefaults
 
     def add(name: str, kind: Kind = str, default: object = None, **options: Any) -> None:
-        # A help text, if only a blank, is what makes argparse print the default.
-        parser.add_argument(name, type=kind, default=default, **{"help": " ", **options})
+        if choices := options.get("choices"):
+            kind = one_of(choices)
+        parser.add_argument(name, type=kind, default=default, **options)
 
     return add
 
@@ -90,13 +58,20 @@ class Renamed(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_data(parser: argparse.ArgumentParser, add: Add, default: str | None = None, split_seed: int | None = 0) -> None:
+def add_data(
+    parser: argparse.ArgumentParser,
+    add: Add,
+    default: str | None = None,
+    classes: str | None = None,
+    split_seed: int | None = 0,
+) -> None:
     """Add the options that say where the images are, and what is taken of them.
 
     Args:
         parser: of the command.
         add: its `adder`.
         default: of --data; None means that it must be given.
+        classes: default of --classes; None means all.
         split_seed: default of --split-seed.
     """
     add(
@@ -109,6 +84,8 @@ def add_data(parser: argparse.ArgumentParser, add: Add, default: str | None = No
     add(
         "--classes",
         class_list,
+        classes,
+        action=Listed,
         help='labels or names to keep, such as 5-9 or cat,dog or "salt, rock",pepper in its quotes (all if not given)',
     )
     add("--image-column", help="column of the images in parquet files (image, img or another usual name if not given)")
@@ -140,22 +117,10 @@ def device(text: str) -> torch.device:
     Raises:
         argparse.ArgumentTypeError: it is not.
     """
-    here = devices()
     try:
-        found = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no device {text!r}; here are {', '.join(here)}") from None
-    if found.type != "cpu" and str(found) not in here and (found.index is not None or f"{found}:0" not in here):
-        built = found.type == "cuda" and torch.version.cuda is None and torch.version.hip is None
-        why = f" (this PyTorch {torch.__version__} is built without CUDA)" if built else ""
-        raise argparse.ArgumentTypeError(f"the device {text!r} is not here{why}; here are {', '.join(here)}")
-    return found
-
-
-def devices() -> list[str]:
-    """The names of the devices of this machine that PyTorch can use."""
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    return ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()) if kind)]
+        return present(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def check_folder(path: Path) -> None:

@@ -17,11 +17,11 @@ from fastadv.commands.arguments import (
     add_trust,
     adder,
     check_folder,
-    eps_budget,
     load_model,
     overlap,
 )
 from fastadv.commands.speech import is_quiet, say
+from fastadv.commands.values import Listed, eps_budgets, names
 from fastadv.data.judged import PARTS
 from fastadv.data.parquet import Columns
 from fastadv.data.splits import Split
@@ -48,8 +48,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="of the data: test (what the training split off, where the set has no test part) or all (not given: test, "
         "or all of a set that has no test part and that the model was not trained on)",
     )
-    add("--attacks", default=",".join(ATTACKS), help=f"some of {', '.join((*PRESETS, *ENSEMBLES))}")
-    add("--eps", eps_budget, [8 / 255], nargs="+", help="budgets in units of 1/255: 4 8 or 8/255")
+    add("--attacks", names, ",".join(ATTACKS), action=Listed, help=f"some of {', '.join((*PRESETS, *ENSEMBLES))}")
+    add("--eps", eps_budgets, "8", action=Listed, help="budgets in units of 1/255: 8, 8/255, or several, 4 8 or 4,8")
     parser.add_argument(
         "--independent", action="store_true", help="give each attack all images, not those that the ones before it left"
     )
@@ -72,8 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(batch_size=arguments.batch_size)
     check_folder(arguments.out)
     model = load_model(arguments.model, arguments.trust_code)
-    attacks = [name.strip() for name in arguments.attacks.split(",")]
-    adversaries(model.on_pixels, attacks, arguments.eps)  # refuses wrong ones before pictures are decoded
+    adversaries(model.on_pixels, arguments.attacks, arguments.eps)  # refuses wrong ones before pictures are decoded
     split = model.trained_on[-1].split if model.trained_on else Split()
     chosen = data.held_out(
         arguments.data,
@@ -96,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = evaluate(
         model.on_pixels.to(arguments.device),
         (images, labels),
-        attacks,
+        arguments.attacks,
         eps=arguments.eps,
         ensemble=not arguments.independent,
         iterate=arguments.iterate,
@@ -132,15 +131,16 @@ def _budget(result: dict[str, Any]) -> str:
 
 
 def _print_attacks(results: list[dict[str, Any]]) -> None:
-    """Print a row for each attack: its robust accuracy, its passes, the images that it was given, its runs, the run and
+    """Print a row for each attack: its robust accuracy, its passes, the images that it attacked, its runs, the run and
     the step that fooled the last image, and its seconds."""
-    say(f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'given':>8}{'runs x steps':>15}{'last fell':>14}{'s':>8}")
+    heads = f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'attacked':>10}"
+    say(f"{heads}{'runs x steps':>15}{'last fooled':>14}{'s':>8}")
     for result in results:
         eps, latest, settings = _budget(result), result["latest"], result["settings"]
         runs = f"{result['runs']} x {settings.get('steps', settings.get('n_queries', 1))}"
         fell = f"run {latest['restart'] + 1}, {latest['step']}" if latest else "-"
         say(
-            f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:8,}"
+            f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:10,}"
             f"{runs:>15}{fell:>14}{result['seconds']:8.1f}"
         )
 

@@ -19,15 +19,14 @@ from fastadv.commands.arguments import (
     add_data,
     add_trust,
     adder,
-    budget,
     check_folder,
     check_new,
-    eps_budget,
     load_data,
     model_source,
     overlap,
 )
 from fastadv.commands.speech import is_quiet, say
+from fastadv.commands.values import Listed, budget, eps_budget, names
 from fastadv.data.share import Samples, Share
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation.report import write_report
@@ -54,8 +53,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--attack",
         default="fgsm",
         choices=(*PRESETS, *FAST, "none"),
-        help=f"{', '.join(FAST)} are methods of training; stale: FGSM along the last epoch's signs; cached: linear "
-        "probing on features of attacked images that are kept for some epochs",
+        help=f"{', '.join(FAST)} are training attacks, with a step of their own; stale: FGSM along the last epoch's "
+        "signs; cached: linear probing on features of attacked images that are kept for some epochs",
     )
     add("--eps", eps_budget, "8", help="budget in units of 1/255: 8 or 8/255")
     _add_settings(add, parser)
@@ -65,7 +64,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(add: Add, parser: argparse.ArgumentParser) -> None:
     """Add every setting by its own name; lengths are in units of 1/255."""
-    kinds: dict[str, Kind] = {"alpha": budget, "noise": budget, "lora_targets": _names}
+    kinds: dict[str, Kind] = {"alpha": budget, "noise": budget, "lora_targets": names}
     old = {new: f"--{name.replace('_', '-')}" for name, new in RENAMED.items()}
     for field in dataclasses.fields(Settings):
         option, facts = "--" + field.name.replace("_", "-"), field.metadata
@@ -76,13 +75,10 @@ def _add_settings(add: Add, parser: argparse.ArgumentParser) -> None:
             continue
         kind = kinds.get(field.name, kind_of(field))
         choices = facts["limits"].get("choices")
-        add(option, kind, field.default, choices=choices, help=facts["help"].replace("in pixels", "in 1/255"))
+        help = facts["help"].replace("on the scale [0, 1]", "in units of 1/255")
+        add(option, kind, field.default, help=help, **({"action": Listed} if kind is names else {"choices": choices}))
         if field.name in old:
             parser.add_argument(old[field.name], dest=field.name, type=kind, choices=choices, action=Renamed)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -174,7 +170,7 @@ def _facts(arguments: argparse.Namespace, dataset: data.Data, final: Record) -> 
             "epochs": final["epochs"],
             "seconds of training": round(final["train_s"], 1),
         },
-        "Settings (eps, alpha and noise of pixels in [0, 1])": settings,
+        "Settings (eps, alpha and noise on the scale [0, 1])": settings,
         "Versions": {
             "fastadv": __version__,
             "torch": torch.__version__,
@@ -199,4 +195,6 @@ def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data
         progress=not is_quiet(),
         **settings,
     )
-    return trainer.fit(dataset.train, dataset.val, dataset.test)
+    records = trainer.fit(dataset.train, dataset.val, dataset.test)
+    vars(arguments).update(dataclasses.asdict(trainer.settings))  # for the report: with the numbers of the method
+    return records

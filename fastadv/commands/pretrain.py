@@ -11,7 +11,6 @@ from fastadv import data, models
 from fastadv.attacks import create_attack
 from fastadv.commands.arguments import add_data, adder, check_folder, check_new, load_data
 from fastadv.commands.speech import is_quiet, say
-from fastadv.data.classes import class_list
 from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
@@ -47,9 +46,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.set_defaults(run=run)
     add = adder(parser)
-    add_data(parser, add, default="cifar10")
-    parser.set_defaults(classes=class_list("0-5"))
-    add("--epochs", int, 30)
+    add_data(parser, add, default="cifar10", classes="0-5")
+    add("--epochs", int, 30, help="passes over the training images")
     add("--limit", int, 1000, help="test images for PGD-50-10, from the first")
     add("--out", Path, required=True, help="folder for robust-resnet.safetensors, its card and the state")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")

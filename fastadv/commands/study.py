@@ -8,6 +8,7 @@ from typing import Any
 
 from fastadv.commands.arguments import add_device, adder, check_folder, model_source
 from fastadv.commands.speech import say
+from fastadv.commands.values import Listed, budgets_255, names
 from fastadv.study.cells import Outcome, Site
 from fastadv.study.cluster import by_ray
 from fastadv.study.estimate import estimates
@@ -29,16 +30,27 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
     parser.add_argument("grid", nargs="?", type=Path, help="a YAML file, instead of the options down to --test-limit")
-    add("--data", _names, help="digits, cifar10, folders of pictures or of parquet files, .npz files: a,b")
-    add("--classes", help="labels or names to keep, of a single data set (all if not given)")
-    add("--model", help="as for fastadv finetune (robust-resnet if not given)")
-    add("--methods", _names, help="as for fastadv finetune, and scratch: all, from random weights (linear,full)")
-    add("--attacks", _names, help="as for fastadv finetune (fgsm,pgd)")
-    add("--eps", _numbers, help="budgets in units of 1/255: 4,8 (8)")
-    add("--seeds", int, help="how many, from 0 (3)")
-    add("--judges", _names, help="beside clean, fgsm, pgd-10 and pma: pgd-50-10, apgd, autoattack")
-    add("--epochs", int, help="of each cell (20)")
-    add("--batch-size", int, help="(64)")
+    add(
+        "--data",
+        names,
+        action=Listed,
+        help="digits, cifar10, folders of pictures or of parquet files, .npz files: a b or a,b (in double "
+        "quotes one with a comma)",
+    )
+    add("--classes", str, action=Listed, help="labels or names to keep, of a single data set (all if not given)")
+    add("--model", help="as for fastadv finetune (default: robust-resnet)")
+    add(
+        "--methods",
+        names,
+        action=Listed,
+        help="as for fastadv finetune, and scratch: all, from random weights (default: linear full)",
+    )
+    add("--attacks", names, action=Listed, help="as for fastadv finetune (default: fgsm pgd)")
+    add("--eps", budgets_255, action=Listed, help="budgets in units of 1/255: 4 8, 4,8 or 4/255 8/255 (default: 8)")
+    add("--seeds", int, help="how many, from 0 (default: 3)")
+    add("--judges", names, action=Listed, help="beside clean, fgsm, pgd-10 and pma: pgd-50-10, apgd, autoattack")
+    add("--epochs", int, help="passes over the training images, of each cell (default: 20)")
+    add("--batch-size", int, help="images of an update (default: 64)")
     for part in ("train", "val", "test"):
         add(f"--{part}-limit", int, help="so many images, the first of an order that is always the same")
     add("--data-folder", Path, help="where the data sets are whose paths are relative")
@@ -51,20 +63,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-weights", action="store_true", help="keep a model.safetensors of each cell")
     add("--out", Path, required=True, help="folder for the cells and the report; a study that was cut goes on there")
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"names with commas between them, got {text!r}")
-    return names
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"numbers with commas between them, got {text!r}") from None
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 
 from fastadv.data.source import AnyPart
+from fastadv.names import instead
 
-# A name in quotes, or what there is up to the next comma; an empty one follows the last.
-_CLASS = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,|$)|([^,]*))(?:,|$)'
+# A name in quotes, or what there is, up to the next comma.
+_PIECE = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,)|([^,]*)),'
 
 
 def class_list(text: str) -> list[int | str]:
@@ -19,12 +20,17 @@ def class_list(text: str) -> list[int | str]:
     One that is not written as a label is, such as 01 or 9-5, makes all of them names. A name in double quotes is taken
     as it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice.
     """
-    parts = [(quoted.replace('""', '"'), plain.strip()) for quoted, plain in re.findall(_CLASS, text)][:-1]
+    parts = pieces(text.rstrip().removesuffix(","))
     ends = [None if quoted else _label_range(plain) for quoted, plain in parts]
     ranges = [each for each in ends if each is not None]
     if len(ranges) < len(ends):
         return [quoted or plain for quoted, plain in parts]
     return [label for first, last in ranges for label in range(first, last + 1)]
+
+
+def pieces(text: str) -> list[tuple[str, str]]:
+    """What stands between the commas of a list: (what is in double quotes, ""), or ("", what is not)."""
+    return [(quoted.replace('""', '"'), plain.strip()) for quoted, plain in re.findall(_PIECE, f"{text},")]
 
 
 def _label_range(text: str) -> tuple[int, int] | None:
@@ -62,7 +68,7 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
     for chosen in classes:
         if isinstance(chosen, str) and chosen not in names:
             hint = ' (names with commas in double quotes: "salt, rock",pepper)' if "," in "".join(names) else ""
-            raise ValueError(f"there is no class {chosen!r}; there are {', '.join(names)}{hint}")
+            raise ValueError(f"there is no class {chosen!r}{instead(chosen, names)}{hint}")
         if isinstance(chosen, str):
             continue
         called = [name for name in names if name.isdecimal() and int(name) == chosen]

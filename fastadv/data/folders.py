@@ -10,6 +10,7 @@ import torch
 from fastadv.data.pictures import Picture, extensions
 from fastadv.data.source import DataSource, Part, judging
 from fastadv.data.walking import files_below, folders_in, is_counted, sort_key, visible
+from fastadv.names import instead
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _LAYOUT = (
@@ -186,6 +187,6 @@ def _part(found: dict[str, list[Path]], names: tuple[str, ...], place: Path) -> 
         if not paths:
             raise ValueError(f"the class {name!r} has no pictures in {place}: add some, or delete its folder")
         if name not in names:
-            raise ValueError(f"{place} has a class {name!r} that the training part lacks; it has {', '.join(names)}")
+            raise ValueError(f"{place} has a class {name!r} that the training part lacks{instead(name, names)}")
     labels = [names.index(name) for name, paths in found.items() for _ in paths]
     return Part([Picture(str(path)) for paths in found.values() for path in paths], torch.tensor(labels))

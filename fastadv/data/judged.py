@@ -14,6 +14,7 @@ from fastadv.data.share import Samples
 from fastadv.data.source import DataSource, DigestedPart, Part, concatenated, judging
 from fastadv.data.splits import Split, split_off, warn_of_repetitions
 from fastadv.data.trained import MOST_OVERLAP, TrainedOn, known
+from fastadv.names import instead
 from fastadv.preprocessing import Preprocessing
 
 PARTS = ("test", "all")
@@ -87,7 +88,7 @@ def held_out(
         ValueError: the content is not as `load` wants it; a class is unknown to the model or has no images.
     """
     if part not in (None, *PARTS):
-        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+        raise ValueError(f"unknown part {part!r}{instead(part, PARTS)}")
     judge = "all" if part == "all" else "test"
     source = find(name_or_path, folder, columns or Columns(), codes=codes, judge=judge)
     source = replace(source, parts={name: source.parts[name] for name in judging(source.parts, judge)})

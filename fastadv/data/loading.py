@@ -18,6 +18,7 @@ from fastadv.data.pictures import Picture
 from fastadv.data.share import Share, dealt
 from fastadv.data.source import AnyPart, DataSource, DigestedPart, Part, digest
 from fastadv.data.splits import TEST_SHARE, Split, with_splits
+from fastadv.names import instead
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
 
@@ -153,8 +154,8 @@ def find(
         return folders(path, judge)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no data set or file called {str(path)!r}; give 'digits', 'cifar10', or the path of an .npz file, "
-            "a parquet file, or a folder of parquet files or pictures"
+            f"no data set or file called {str(path)!r}: give the path of an .npz file, a parquet file, or a folder of "
+            f"parquet files or pictures, or a name{instead(path, named)}"
         )
     return npz(path, judge)
 

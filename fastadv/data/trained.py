@@ -64,7 +64,7 @@ class TrainedOn:
             ValueError: there is no filter.
         """
         if self.filter is None:
-            raise ValueError(f"the {self.pictures:,} training pictures are too many to be told from others")
+            raise ValueError(f"the {self.pictures:,} training pictures are too many to be told apart from others")
         bits = np.unpackbits(np.frombuffer(self.filter, np.uint8), count=max(LEAST, BITS * self.pictures))
         return torch.from_numpy(np.logical_and.reduce([bits[places] for places in _places(digests.numpy(), len(bits))]))
 

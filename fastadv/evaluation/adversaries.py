@@ -10,6 +10,7 @@ from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, create_attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.samplewise import has_rows
+from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
 EPS = 8 / 255  # the default of attacks by name
@@ -154,7 +155,7 @@ def _named(name: str, model: AnyModel, eps: float, options: dict[str, Any]) -> l
     if name in ENSEMBLES:
         return Ensemble(model, eps=eps, **ENSEMBLES[name], **options).attacks()
     if name not in PRESETS:
-        raise ValueError(f"unknown attack {name!r}; there are {', '.join((*PRESETS, *ENSEMBLES))}")
+        raise ValueError(f"unknown attack {name!r}{instead(name, (*PRESETS, *ENSEMBLES))}")
     return [(name, create_attack(name, model, eps, **options))]
 
 
@@ -199,7 +200,7 @@ def budgets_of(eps: float | Sequence[float]) -> list[float]:
     given: list[object] = list(eps) if is_several(eps) else [eps]
     budgets = [number for number in map(_number, given) if number is not None]
     if len(budgets) < len(given) or not budgets:
-        raise TypeError(f"eps must be a number in pixels of [0, 1], such as 8/255, or several of them, got {eps!r}")
+        raise TypeError(f"eps must be a number on the images' scale [0, 1], such as 8/255, or several, got {eps!r}")
     return budgets
 
 

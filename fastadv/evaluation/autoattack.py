@@ -31,7 +31,7 @@ class AutoAttack(Ensemble):
     Args:
         model: any callable from images to logits (N, C), C from 2 on, in eval mode while it is attacked.
         norm: "Linf" or "L2".
-        eps: budget, in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         version: "standard"; "plus", with more attacks and restarts; "rand" for a model that answers at random, whose
             gradients and predictions are then means of 20 draws; or "custom".
         attacks_to_run: of a custom version: "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square", in any order.

@@ -35,6 +35,15 @@ class Trial:
     zeros: tuple[int, int] | None = None
     by_square: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self._planned = self.verdicts.restarts
+
+    @property
+    def title(self) -> str:
+        """For people, what runs: "pma at 8/255", or "pma at 8/255, extra run 3" of an attack that goes on."""
+        runs, attack = self.verdicts.restarts, self.adversary.title
+        return attack if runs == self._planned else f"{attack}, extra run {runs} because others still fooled samples"
+
     @property
     def within_budget(self) -> bool:
         """Whether all its adversarial images are in [0, 1] and in a ball of known norm and radius."""
@@ -99,7 +108,7 @@ def fooled_by(trials: Sequence[Trial], ball: tuple[str, float] | None, like: tor
 
 
 def budgets(trials: Sequence[Trial], correct: torch.Tensor) -> Iterator[tuple[str, float, list[str], torch.Tensor]]:
-    """For every budget: (norm, eps, the names of its attacks, which samples withstand all of them)."""
+    """For every budget: (norm, eps, the names of its attacks, which samples none of them fools)."""
     within = [trial for trial in trials if trial.within_budget]
     for ball in dict.fromkeys(trial.adversary.ball for trial in within if trial.adversary.ball is not None):
         counted = [trial for trial in within if trial.falls_at(*ball)]
@@ -121,8 +130,8 @@ def curve(norm: str, points: Sequence[tuple[float, float]], clean: float) -> dic
     Returns:
         "norm"; "eps", ascending from 0; "robust_accuracy" at each of them; "area", that under the curve by trapezia,
         divided by the largest eps: the mean robust accuracy over budgets up to it; "expected_robustness", the mean over
-        all samples of the largest of these budgets that they withstand, in the unit of eps. That is a lower bound: a
-        sample that withstands 4/255 and not 8/255 counts as 4/255, whatever it withstands between them.
+        all samples of the largest of these budgets at which they are not fooled, in the unit of eps. That is a lower
+        bound: a sample that is fooled at 8/255 and not at 4/255 counts as 4/255, wherever between them it falls.
     """
     points = sorted({0.0: clean, **dict(points)}.items())
     steps = list(pairwise(points))

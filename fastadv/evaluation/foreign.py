@@ -16,7 +16,7 @@ class Reach:
     """How far the images that an attack returned are from the clean images, over all batches so far.
 
     Attributes:
-        linf: the largest L-inf distance of an image from its clean image, in pixels of [0, 1].
+        linf: the largest L-inf distance of an image from its clean image, in the images' units, [0, 1].
         l2: the largest L2 distance, likewise.
         low: the smallest pixel; 0 where no pixel is below 0.
         high: the largest pixel; 1 where no pixel is above 1.

@@ -85,7 +85,7 @@ def unidentifiable(run: str | Mapping[str, str]) -> list[str]:
     """
     parts: Mapping[str, str] = json.loads(run) if isinstance(run, str) else run
     return [
-        f"{name} (it holds {found.partition(' ')[2]}, which cannot be told from another one: give the object that "
+        f"{name} (it holds {found.partition(' ')[2]}, which cannot be told apart from another: give the object that "
         f"holds it an attribute {KEY}, a text that identifies it)"
         for name, found in parts.items()
         if found.startswith(UNKNOWN)
@@ -93,7 +93,7 @@ def unidentifiable(run: str | Mapping[str, str]) -> list[str]:
 
 
 class Unidentifiable(TypeError):
-    """An object cannot be identified: it cannot be told from another object of its kind."""
+    """An object cannot be identified: it cannot be told apart from another of its kind."""
 
 
 @dataclass(frozen=True)

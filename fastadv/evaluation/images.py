@@ -24,8 +24,8 @@ class Gallery:
     Args:
         folder: the folder for `00000.png`, ...; the number is the sample's.
         images: the clean images, (N, C, H, W) with C 1 or 3, floats in [0, 1] or uint8.
-        eps: the L-inf budget in pixels of [0, 1]; None for a budget of another kind, under which rounding moves no
-            pixel further from the clean one than the attack did.
+        eps: the L-inf budget in the images' units, [0, 1]; None for a budget of another kind, under which
+            rounding moves no pixel further from the clean one than the attack did.
         device: the device of the adversarial images.
 
     Raises:
@@ -157,7 +157,8 @@ def nearest_codes(adv: torch.Tensor, clean: torch.Tensor, eps: float | None) -> 
     Args:
         adv: floats in [0, 1].
         clean: floats in [0, 1] or uint8, of the same shape.
-        eps: the budget in pixels of [0, 1]; None means for each pixel its own distance between `adv` and `clean`.
+        eps: the radius of the ball, in the images' units, [0, 1]; None means for each pixel its own distance between
+            `adv` and `clean`.
 
     Returns:
         uint8, of the same shape.

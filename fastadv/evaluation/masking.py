@@ -1,7 +1,7 @@
 """Looks for masked gradients: then a gradient attack finds less than there is, and its figure is not the robustness.
 
 The signs are those of Athalye et al. 2018 (arXiv 1802.00420, section 3.1): an attack without gradients, or a random
-start alone, fools images that withstood a gradient attack.
+start alone, fools images that no attack had fooled a gradient attack.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,7 +70,7 @@ def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """The survivors that are most likely to fall: those with the smallest margin between their two largest logits.
 
     Args:
-        survivors: (N,) bool, which samples withstood the attacks so far.
+        survivors: (N,) bool, which samples no attack has fooled so far.
         logits: (N, C), the logits of the clean images.
 
     Returns:
@@ -94,7 +94,7 @@ def notes_on_square(trials: Sequence[Trial], images: int) -> Iterator[str]:
         if _is_square(trial) and before and found > max(ALLOWED, SURPRISE * images):
             yield (
                 f"gradients look masked: {trial.adversary.title}, which needs none, fooled {found} samples that "
-                f"had withstood {', '.join(before)}. The robust accuracy may still be too high: give Square more "
+                f"survived {', '.join(before)}. The robust accuracy may still be too high: give Square more "
                 "queries and restarts, or make an attack for this model"
             )
 

@@ -131,7 +131,7 @@ def notes_on_accuracies(results: Sequence[tuple[str, Attack, torch.Tensor]]) -> 
     the sum of both counts (McNemar 1947, Psychometrika 12). With none in the second count that takes five samples.
 
     Args:
-        results: (name, attack, which samples withstood it, (N,) bool), for attacks on all samples.
+        results: (name, attack, which samples it did not fool, (N,) bool), for attacks on all samples.
     """
     for name, attack, robust in results:
         for stronger_name, stronger, other in results:

@@ -16,7 +16,7 @@ class ProgressBar:
 
     Args:
         title: what is running, such as "pgd-10 at 8/255".
-        unit: the name of a step, such as "batch".
+        unit: the name of the steps, such as "batches".
         shown: whether anything is shown.
 
     Raises:
@@ -46,7 +46,7 @@ class ProgressBar:
         self._done, now = done, time.perf_counter()
         if self._lines and now - self._said >= PAUSE:
             self._said = now
-            logger.info("%s: %d of at most %d (%s)", self.title, done, done + left, self.unit)
+            logger.info("%s: %d of at most %d %s", self.title, done, done + left, self.unit)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._bar is not None:

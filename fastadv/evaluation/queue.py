@@ -23,7 +23,7 @@ class Verdicts:
         restarts: the number of runs for each sample.
 
     Attributes:
-        restart: int64 (N,), the number of runs that the sample withstood.
+        restart: int64 (N,), the number of runs that did not fool the sample.
         step: int64 (N,), the step of run `restart` at which it was fooled; -1 where it was not.
         said: int64 (N,), the prediction for the image that fooled, as `verdict` returns it.
         passes: the number of gradients for slots with a sample.
@@ -105,9 +105,9 @@ class Queue:
 
     On a GPU, and for a compiled model, the number of slots is fixed. The model sees one shape, a prefix sum over the
     free slots says which run goes where, and the host, which is up to two iterations ahead, waits for nothing. An image
-    that has taken its last step is judged in one more iteration, whose gradient is wasted. When no sample waits, free
+    that has taken its last step is judged in one more iteration, whose gradient is not used. When no sample waits, free
     slots take further runs of the samples under attack. The verdict is that of the first run that fools. The runs
-    before it continue; the runs after it are waste and are stopped. All runs that a sample withstands take the same
+    before it continue; the runs after it were not needed, and are stopped. All runs that do not fool take the same
     number of iterations. So a sample's runs end in the order in which they began, except for those that fool.
 
     On the CPU there are as many rows as images under attack, each in one run, and images that have taken their last
@@ -169,7 +169,7 @@ class Queue:
         self._restart, self._step, self._said = (
             torch.cat((t, t.new_zeros(1))) for t in (verdicts.restart, verdicts.step, verdicts.said)
         )
-        self._begun = self._restart.clone()  # runs that have begun, with those that the sample withstood
+        self._begun = self._restart.clone()  # runs that have begun, with those that did not fool
         # The first run that fooled, or the number of runs; later runs do not count.
         self._until = torch.cat((left * verdicts.restarts, none[None]))
         self._counts = {name: none + getattr(verdicts, name) for name in Verdicts.COUNTS}

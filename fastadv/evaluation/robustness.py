@@ -26,6 +26,7 @@ from fastadv.evaluation.run import Report, Run
 from fastadv.evaluation.samples import AnyData, collected
 from fastadv.evaluation.saved import StateFile
 from fastadv.locks import held
+from fastadv.names import instead
 from fastadv.nn import Normalized
 from fastadv.nn.frozen import frozen, on
 from fastadv.nn.logits import AnyModel
@@ -66,8 +67,9 @@ def evaluate(
     for each logit, are several a sample, which is right where the sign of every logit is that of its label; as for a
     model of one logit, attacks then take loss="bce".
 
-    The attacks run one after the other, and each gets the samples that are left: robust is what withstands all of them
-    within a budget. A sample that is fooled within some eps is fooled within any larger one of the same norm.
+    The attacks run one after the other, and each gets the samples that are left: robust are those that none of
+    them fools within a budget. A sample that is fooled within some eps is fooled within any larger one of the same
+    norm.
 
     An attack of fastadv runs on a fixed number of slots; a slot whose sample is fooled or finished takes the next one,
     in the order (restart, sample). On a GPU, and with compile or graph, slots for which no sample is left take further
@@ -87,7 +89,7 @@ def evaluate(
             NumPy array, or a pair that begins with one), such as those of torchattacks or the `run_standard_evaluation`
             of AutoAttack's authors. These two have an eps of their own; where they have no attribute `norm`, "Linf" or
             "L2", they are independent of the others and count for no budget.
-        eps: one or several, in pixels of [0, 1].
+        eps: one or several, in the images' units, [0, 1].
         ensemble: whether each attack gets what those before it left; else all get all samples, for figures that do not
             depend on each other.
         images_normalized: (mean, std) of a loader that normalises already, for a model that takes such images; eps
@@ -104,7 +106,8 @@ def evaluate(
             put back.
         device: where to evaluate; None means the model's, or where the images are if it has no parameters.
         autocast: dtype of torch.autocast, as in `Attack`, for the model on clean images and on those that other
-            libraries' attacks return, and for attacks by name; an attack of fastadv that is given has its own.
+            libraries' attacks return, and for attacks by name; an attack of fastadv that is passed as an object has its
+            own.
         memory_format: likewise, of the images that the model sees.
         state: a file that keeps what is finished, written every few seconds; a run that was cut goes on from it. It
             belongs to the settings, the data, the model and the attacks, with all that these hold or close over; an
@@ -116,39 +119,41 @@ def evaluate(
         slots: what `batch_size` was called before.
 
     Returns:
-        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that withstands all attacks; a list where
+        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that no attack fools; a list where
         there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy", "attacks"
         (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with several
         budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`; "clean_correct" (a
         bool per sample); "clean_said" (a class per sample, -1 where the model gives none; with labels (N, C) 1 where
         all are right and 0 where one is not); "no_prediction" (clean samples that get none); "attacks", a list of
-        {"attack", "eps", "norm", "robust_accuracy" (the share that it was given and did not fool), "given" (samples
-        that it was to fool), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
+        {"attack", "eps", "norm", "robust_accuracy" (the share that it attacked and did not fool), "given" (samples
+        that it attacked), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
         fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none), "passes"
         and "forwards" (gradients and forward passes of one image; null where not known), "waste" (those of the passes
-        that were in a run after the one that fooled, begun because slots were free; of the forward passes, where an
-        attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
+        that were not needed: in a run after the one that fooled, begun because slots were free; of the forward passes,
+        where an attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
-        the attack's start), "fooled" (a bool per sample), "said" (what it is then taken for, as in "clean_said"; null
-        for the others), "restart" and "step" (of the first iterate that fooled; where an attack goes towards one class
-        after the other its runs are counted through; null where there is none or it is not known), "target" (of such an
-        attack, the class that this run went to), "runs" (of a sample that withstands), "latest" (restart and step of
-        the sample that fell last), "settings", with save_images also "robust_accuracy_8bit"}; "warnings" (also given by
-        `warnings.warn`); "settings"; "versions". Where another library's attack left [0, 1] or its eps by more than
-        rounding, its robust accuracy is null, it counts for no budget, and a warning says how far it went.
+        the attack's start), "fooled" (a bool per sample), "said" (the class that it is then taken for, as in
+        "clean_said"; null for the others), "restart" and "step" (of the first iterate that fooled; where an attack goes
+        towards one class after the other its runs are counted through; null where there is none or it is not known),
+        "target" (of such an attack, the class that this run went to), "runs" (of a sample that is not fooled), "latest"
+        (restart and step of the sample that was fooled last), "settings", with save_images also
+        "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings"; "versions". Where another
+        library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is null, it counts for no
+        budget, and a warning says how far it went.
 
     Raises:
         InUseError: another process has the `state`; an OSError.
         TypeError: data, an option or the model's output are of a wrong type; or with `state` the model or an attack
-            hold something that cannot be told from another one, such as an open file.
-        ValueError: there are no images; an option, a shape or a label is wrong; or `state` belongs to another run.
+            hold something that cannot be told apart from another one, such as an open file.
+        ValueError: there are no images; `device` is not here; an option, a shape or a label is wrong; or `state`
+            belongs to another run.
 
     Source: Madry et al. 2018 (arXiv 1706.06083, section 5) for robust accuracy under PGD with restarts.
     """
     for name, value in (("ensemble", ensemble), ("progress", progress)):
         check_switch(name, value)
     if iterate not in ITERATES:
-        raise ValueError(f"unknown iterate {iterate!r}: choose one of {', '.join(ITERATES)}")
+        raise ValueError(f"unknown iterate {iterate!r}{instead(iterate, ITERATES)}")
     if slots is not None:
         warnings.warn("slots is now batch_size", FutureWarning, stacklevel=2)
         batch_size = slots

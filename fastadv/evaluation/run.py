@@ -175,8 +175,8 @@ class Run:
         begun = saved = time.perf_counter()
         pause = SAVE_EVERY
         windows = None if adversary.ours is None else self._windows(trial, adversary.ours)
-        unit = "batch" if adversary.ours is None else "pass"
-        with ProgressBar(adversary.title, unit, progress) as shown:
+        unit = "batches" if adversary.ours is None else "passes"
+        with ProgressBar(trial.title, unit, progress) as shown:
             for done, left in self._batches(trial) if windows is None else windows.run():
                 now = time.perf_counter()
                 trial.seconds = earlier + now - begun

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.normalized import denormalized
 from fastadv.data.share import Batch, Samples, Share
+from fastadv.devices import present
 from fastadv.functional import Normalization
 from fastadv.nn.frozen import as_normal
 from fastadv.nn.logits import AnyModel
@@ -54,8 +55,9 @@ def collected(
 
     Raises:
         TypeError: `data` is something else; images are neither floats nor uint8; or labels are not int64.
-        ValueError: there are no images; a shape or a value is wrong; or `device` is not the model's.
+        ValueError: there are no images; a shape or a value is wrong; or `device` is not here or not the model's.
     """
+    device = None if device is None else present(device)
     given: Any = data
     if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Share):
         return _share_and_labels(given[0], given[1], model, device)

@@ -13,6 +13,7 @@ from fastadv._extras import require
 from fastadv.data.trained import TrainedOn
 from fastadv.models.foreign import check_shape, check_timm, check_transformers
 from fastadv.models.networks import OWN
+from fastadv.names import instead
 from fastadv.nn import Normalized
 from fastadv.preprocessing import Preprocessing
 
@@ -90,7 +91,7 @@ def construct(architecture: Architecture, count: int, *, trust_code: bool = Fals
     """
     kind = architecture.get("kind")
     if kind not in _KINDS:
-        raise ValueError(f"unknown kind of architecture {kind!r}; there are {', '.join(_KINDS)}")
+        raise ValueError(f"unknown kind of architecture {kind!r}{instead(kind, _KINDS)}")
     check_trust(architecture, trust_code)
     return _KINDS[kind](architecture, count)
 
@@ -125,7 +126,7 @@ def function_at(path: str) -> Callable[..., Any]:
 
 def _own(architecture: Architecture, count: int) -> nn.Module:
     if architecture["name"] not in OWN:
-        raise ValueError(f"unknown network {architecture['name']!r}; there are {', '.join(OWN)}")
+        raise ValueError(f"unknown network {architecture['name']!r}{instead(architecture['name'], OWN)}")
     check_shape(architecture["shape"])
     return OWN[architecture["name"]](architecture["shape"], count, **architecture["options"])
 

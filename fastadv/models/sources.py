@@ -20,6 +20,7 @@ from fastadv.models.foreign import check_timm, check_transformers
 from fastadv.models.model import Model, check_trust, construct, function_at
 from fastadv.models.networks import OWN
 from fastadv.models.structure import new_head
+from fastadv.names import instead
 from fastadv.preprocessing import Preprocessing
 
 CHOICES = (*OWN, "robust-resnet", "efficientnet-lite0", "timm:NAME", "hf:NAME_OR_FOLDER", "FILE.safetensors")
@@ -111,7 +112,7 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
         return _embedded(name)
     if colon:
         return _function(name)
-    raise ValueError(f"unknown model {name!r}; there are {', '.join(CHOICES)}, or your own as module:function")
+    raise ValueError(f"unknown model {name!r}{instead(name, (*CHOICES, 'your own as module:function'))}")
 
 
 def _options(name: str) -> tuple[str, dict[str, Any]]:
@@ -134,7 +135,7 @@ def _own(name: str, base: str, options: dict[str, Any]) -> ModelSource:
     known = dict(list(inspect.signature(OWN[base]).parameters.items())[2:])
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise ValueError(f"{base} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        raise ValueError(f"{base} has no option {unknown[0]!r}{instead(unknown[0], known)}")
     # The defaults are written into the file too, so that it still loads the same after they change.
     chosen = {key: parameter.default for key, parameter in known.items()} | options
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastadv.functional import to_float
+from fastadv.names import instead
 from fastadv.nn import Normalized
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
@@ -68,7 +69,7 @@ def find_head(module: nn.Module, name: str | None = None, example: torch.Tensor 
     for full in (name, prefix + name):
         if full in modules:
             return full, modules[full]
-    raise ValueError(f"the model has no module called {name!r}; there are {', '.join(filter(None, modules))}")
+    raise ValueError(f"the model has no module called {name!r}{instead(name, filter(None, modules))}")
 
 
 def classifiers(network: nn.Module) -> tuple[str, ...]:

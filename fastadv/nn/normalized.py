@@ -1,4 +1,4 @@
-"""A wrapper for a model that takes normalised images, so that it can be attacked in pixels of [0, 1]."""
+"""A wrapper for a model that takes normalised images, so that it can be attacked in the images' units, [0, 1]."""
 
 import warnings
 from collections.abc import Sequence

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from fastadv.names import instead
 from fastadv.ops import reference
 from fastadv.ops.schemas import BACKENDS, OPS, SCHEMAS, Arguments, below_autograd
 
@@ -168,10 +169,8 @@ _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 def _check_name(name: str) -> None:
     if name not in BACKENDS:
-        choice = ", ".join(BACKENDS)
-        raise RuntimeError(
-            f"unknown backend {name!r} (from fastadv.backend or FASTADV_BACKEND): choose one of {choice}"
-        )
+        where = "(from fastadv.backend or FASTADV_BACKEND)"
+        raise RuntimeError(f"unknown backend {name!r} {where}{instead(name, BACKENDS)}")
 
 
 def chosen() -> str | None:

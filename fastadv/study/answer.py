@@ -75,7 +75,7 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
     collapsed = [each for each in runs if each.collapse is not None]
     partly = [each for each in runs if each.partly is not None]
     if not runs:
-        unknown = "No finished cell is a fine-tuning with a fast attack whose records tell whether it collapsed."
+        unknown = "No finished cell is a fine-tuning with a fast attack whose records show whether it collapsed."
         return "open", NOT_MEASURED, [unknown]
     attacks = _listed(attack_words(name) for name in _distinct(each.result.cell.attack for each in runs))
     one, where = len(runs) == 1, f"of transfer learning with {attacks} ({_ranges(runs)})"

@@ -40,7 +40,7 @@ def _fresh(task: Task) -> float:
 
 
 def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
-    """The most forward passes of one image that a whole cell takes: those of a model that withstands every attack.
+    """The most forward passes of one image that a whole cell takes: those of a model that no attack fools.
 
     Args:
         task: the cell.
@@ -65,7 +65,7 @@ def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
 
 
 def _judging(names: Iterable[str], task: Task, classes: int) -> float:
-    """The forward passes that these attacks take on an image that withstands them all."""
+    """The forward passes that these attacks take on an image that none of them fools."""
     total = 0.0
     for name in names:
         attack = create_attack(name, nn.Identity(), task.cell.eps / 255)

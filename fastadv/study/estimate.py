@@ -26,7 +26,7 @@ _OF_A_STEP = (
 
 
 def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float]:
-    """The most seconds that each cell takes: those of a model that withstands every attack.
+    """The most seconds that each cell takes: those of a model that no attack fools.
 
     The cost model gives the number of passes. The time of a pass comes from finished cells with the same data set,
     model and method on such a machine. Where there are none, a step of standard training is timed here.

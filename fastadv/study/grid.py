@@ -14,18 +14,19 @@ import torch
 from torch import nn
 
 from fastadv._renamed import by_new_names
-from fastadv.attacks import PRESETS
+from fastadv.attacks import ENSEMBLES, PRESETS
 from fastadv.attacks.ensembles import VERSIONS
 from fastadv.data.splits import Split
+from fastadv.names import instead
 from fastadv.training import Settings, Trainer
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import RENAMED
+from fastadv.units import in_255ths
 
 SCRATCH = "scratch"  # everything, from random weights
-LEARNING_RATES = {"full": 1e-3, "linear": 1e-2, "bias": 3e-3, "lora": 1e-3}  # peaks for AdamW; others have Settings'
 ALWAYS = ("fgsm", "pgd-10", "pma")
 # Judges of several attacks in a row: each attack gets the images that those before it leave.
-IN_A_ROW: dict[str, tuple[str, ...]] = {"apgd": VERSIONS["standard"][:2], "autoattack": VERSIONS["standard"]}
+IN_A_ROW = {"apgd": tuple(ENSEMBLES["apgd"]["attacks_to_run"]), "autoattack": VERSIONS["standard"]}
 JUDGES = (*(name for name, (attack, _) in PRESETS.items() if attack.norm == "Linf"), *IN_A_ROW)
 
 _AXES = {"model": "robust-resnet", "methods": ("linear", "full"), "attacks": ("fgsm", "pgd"), "eps": (8,), "seeds": 3}
@@ -126,7 +127,7 @@ class Task:
         cell: its name in the results.
         data: where its images are.
         images: which of them are taken.
-        attack: name of the attack or the fast method in training, as the trainer takes it.
+        attack: name of the attack in training, as the trainer takes it.
         training: settings of the trainer.
         judges: those beside ALWAYS.
     """
@@ -307,15 +308,15 @@ def _attack(given: object) -> tuple[str, str, dict[str, Any]]:
 def _training(cell: Cell, block: Mapping[str, Any]) -> Settings:
     chosen = {name: block[name] for name in _names(Settings) if name in block and name != "lr"}
     method = "full" if cell.method == SCRATCH else cell.method
-    rates = block.get("lr", {})
-    if isinstance(rates, Mapping):
-        _check_names("lr", rates, (*METHODS, SCRATCH))
-        default = LEARNING_RATES.get(method, Settings.lr)
-        rates = {**LEARNING_RATES, **rates}.get(cell.method, default)
-    return Settings(**chosen, lr=rates, method=method, seed=cell.seed)
+    rate = block.get("lr")
+    if isinstance(rate, Mapping):
+        _check_names("lr", rate, (*METHODS, SCRATCH))
+        rate = rate.get(cell.method)
+    return Settings(**chosen, lr=rate, method=method, seed=cell.seed)
 
 
 def _eps(given: object) -> float:
+    given = in_255ths(given) if isinstance(given, str) else given  # "8/255"
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0.5 <= given <= 255:
         raise ValueError(f"eps is a number of 1/255, from 0.5 to 255, got {given!r}")
     return float(given)
@@ -342,12 +343,12 @@ def _names(kind: type) -> list[str]:
 def _check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            raise ValueError(f"{where} has no setting {name!r}; there are {', '.join(known)}")
+            raise ValueError(f"{where} has no setting {name!r}{instead(name, known)}")
 
 
 def _check_name(kind: str, name: object, known: Sequence[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+        raise ValueError(f"unknown {kind} {name!r}{instead(name, known)}")
 
 
 def _safe(text: str) -> str:

@@ -16,14 +16,14 @@ DROP, GAP, ABNORMAL = 0.20, 0.20, 0.10
 DEFINITION = (
     "A run has collapsed at the first epoch at which its accuracy under PGD-10 on the validation images is less than "
     f"half of what it could be, and more than {100 * LEAST:.0f} points below it, while of the monitor's images fewer "
-    "than half as many withstand PGD-5 as the attack trained with. What it could be is its best so far or, if higher, "
-    "at the same epoch that of the run trained with PGD from the same seed, unless that ends with one class for all "
-    "images; where there is no such run, the accuracy under the attack trained with. The second condition tells "
-    "catastrophic overfitting from a model that forgets, or overfits as any does. A run that did not collapse has "
-    f"overfitted partly if at some epoch the accuracy under PGD-10 is more than {100 * PARTLY:.0f} points below its "
-    "best so far or that of the run trained with PGD, while the monitor's images withstand the attack trained with "
-    f"more often than PGD-5, by more than {100 * PARTLY:.0f} points. The weights that were chosen may be of an epoch "
-    "before."
+    "than half as many are classified correctly under PGD-5 as under the attack trained with. What it could be is its "
+    "best so far or, if higher, at the same epoch that of the run trained with PGD from the same seed, unless that "
+    "ends with one class for all images; where there is no such run, the accuracy under the attack trained with. The "
+    "second condition tells catastrophic overfitting from a model that forgets, or overfits as any does. A run that "
+    "did not collapse has overfitted partly if at some epoch the accuracy under PGD-10 is more than "
+    f"{100 * PARTLY:.0f} points below its best so far or that of the run trained with PGD, while the monitor's images "
+    "are classified correctly under the attack trained with more often than under PGD-5, by more than "
+    f"{100 * PARTLY:.0f} points. The weights that were chosen may be of an epoch before."
 )
 
 Rule = Callable[[Sequence[float]], Iterable[bool]]  # the values of a field over the epochs -> whether each one fires

@@ -88,7 +88,7 @@ def _constant(results: Sequence[Result]) -> list[str]:
         return []
     shown = ", ".join(found[:_SHOWN]) + (", ..." if found[_SHOWN:] else "")
     return [
-        f"{len(found)} of {len(results)} models say one class of all images, and withstand every attack where that is "
+        f"{len(found)} of {len(results)} models predict one class for all images, and no attack fools them where it is "
         f"right: their robust accuracy is that class's share, and differences to them mean nothing ({shown})."
     ]
 

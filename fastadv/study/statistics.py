@@ -31,8 +31,8 @@ class Difference:
         attack: the training attack of the first cells.
         judge: the attack that judges both.
         seeds: the seeds that both have.
-        verdicts: int8 (seeds, images): 1 where only the first cell's model withstands `judge`, -1 where only the second
-            one's does, else 0.
+        verdicts: int8 (seeds, images): 1 where `judge` fools the second cell's model alone, -1 where it fools the first
+            one's alone, else 0.
         mean: the mean of the verdicts, in [-1, 1].
         low: the lower bound of the mean's 95 % interval.
         high: the upper bound of that interval.

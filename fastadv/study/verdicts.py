@@ -17,14 +17,14 @@ def judged(
 ) -> dict[str, str]:
     """Each judge's verdicts on the test images.
 
-    A judge of IN_A_ROW is several attacks in a row, each on the images that withstood the ones before. Any other judge
+    A judge of IN_A_ROW is several attacks in a row, each on the images that the ones before left. Any other judge
     is one attack on all images; these judges have the same random starts.
 
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits.
         test: images and labels.
         judges: names of attacks, or of IN_A_ROW.
-        eps: budget in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
         seed: the seed of the random starts.
         folder: where the state of each evaluation is kept, so that a cut one goes on.
 

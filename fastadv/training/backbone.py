@@ -66,7 +66,7 @@ def backbone_robustness(
         model: from images to logits (N, classes), the output of its head.
         images: training images (N, ...) in [0, 1] or uint8; they are split at random.
         labels: int64 (N,).
-        eps: the budget in pixels of [0, 1].
+        eps: the radius of the ball, in the images' units, [0, 1].
         head: the name of the head; None means the one that `fastadv.models.find_head` finds.
         steps: the number of PGD's steps for the robust accuracy.
         seed: the seed of the split and of PGD's random start.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastadv.attacks.checks import check_number, check_whole
+from fastadv.names import instead
 
 
 class Passes(NamedTuple):
@@ -44,7 +45,7 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """The cost of a training method, compared with the update of standard training.
+    """The cost of a training attack, compared with the update of standard training.
 
     Attributes:
         gradients: gradients with respect to the pixels before the update, F + Bx each.
@@ -86,7 +87,7 @@ def passes(
     - The update of a linear probe has no backward pass through the backbone. With "full" there is a pass to the
       parameters. With any other method the backward pass goes through all layers, but computes hardly any gradient of a
       weight: it counts as a pass to the pixels.
-    - A method that needs the update's gradient of the pixels gets it for free, except with a linear probe: there it
+    - An attack that needs the update's gradient of the pixels gets it for free, except with a linear probe: there it
       costs a pass to the pixels.
     - A gradient that is differentiated a second time (GradAlign) costs its own two passes, and the update's backward
       pass twice.
@@ -106,7 +107,7 @@ def passes(
     """
     name = "none" if attack is None else attack
     if name not in STEPS:
-        raise ValueError(f"the cost of {name!r} is not known; there are {', '.join(STEPS)}")
+        raise ValueError(f"the cost of {name!r} is not known{instead(name, STEPS)}")
     step = STEPS[name]
     check_number("fresh", fresh)
     if not 0 <= fresh <= 1:

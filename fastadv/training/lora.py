@@ -8,6 +8,7 @@ from torch import nn
 from fastadv import models
 from fastadv._extras import require
 from fastadv.models import Target
+from fastadv.names import instead
 from fastadv.training.factors import check_targets, hold, merged, pattern
 from fastadv.training.options import Chosen, Options
 
@@ -60,6 +61,6 @@ def _targets(model: nn.Module, options: Options) -> list[Target]:
     for target in targets:
         if target.name not in layers:
             raise ValueError(
-                f"the model has no linear or convolutional layer {target.name!r}; there are {', '.join(layers)}"
+                f"the model has no linear or convolutional layer {target.name!r}{instead(target.name, layers)}"
             )
     return targets

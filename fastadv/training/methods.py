@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastadv.models import Target, find_head
+from fastadv.names import instead
 from fastadv.nn.frozen import at_the_end, flags_kept
 from fastadv.training.adapter import adapter
 from fastadv.training.bias import bias
@@ -38,6 +39,9 @@ METHODS: dict[str, Method | None] = {
     "ia3": ia3,
     "norm": norm,
 }
+LEARNING_RATE = 1e-3
+LEARNING_RATES = {"linear": 1e-2, "bias": 3e-3}
+"""Peak learning rates of methods for AdamW; that of the others is LEARNING_RATE."""
 
 
 class Tuning:
@@ -159,7 +163,7 @@ def trainable(
             in a layer got no gradient.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
     choose = METHODS[method]
     head, classifier = ("", model) if choose is None else find_head(model, head, example)
     with ExitStack() as stack:

@@ -79,7 +79,7 @@ class Monitor:
         labels: int64 (N,).
         attack: the training attack: one of fastadv, any callable from (images, labels) to images, or None for training
             on clean images. The attribute may be set to another attack later.
-        eps: the budget of PGD and of the noise, in pixels of [0, 1]; PGD's steps are eps / 4.
+        eps: the budget of PGD and of the noise, in the images' units, [0, 1]; PGD's steps are eps / 4.
         steps: the number of PGD's steps.
         drop: how far the accuracy under PGD may fall below its best, or below the accuracy under the training attack; a
             share in (0, 1).

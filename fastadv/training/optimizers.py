@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,9 +32,10 @@ def optimizer_of(
     others = [p for _, p in parameters if id(p) in kept]
     groups = [{"params": weights, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    rate = cast(float, s.lr)
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(groups, s.lr)
-    return torch.optim.SGD(groups, s.lr, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, rate)
+    return torch.optim.SGD(groups, rate, momentum=0.9, nesterov=True)
 
 
 def _without_decay(model: nn.Module) -> set[int]:

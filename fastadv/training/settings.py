@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
+from fastadv.names import instead
 from fastadv.training.budget import span
-from fastadv.training.methods import METHODS
+from fastadv.training.methods import LEARNING_RATE, LEARNING_RATES, METHODS
 
 # Old names work until the next minor release, and warn. Files with old names can always be loaded.
 RENAMED = {
@@ -19,7 +20,7 @@ RENAMED = {
     "on_overfitting": "on_catastrophic_overfitting",
 }
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a name", tuple: "a sequence of names"}
-
+_RATES = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items()) + f", the others {LEARNING_RATE:g}"
 
 T = TypeVar("T")
 
@@ -51,9 +52,11 @@ class Settings:
         None, "an adapter is so many times narrower than its block (8 if not given)", least=1
     )
     prompt_tokens: int | None = _of(None, "tokens that prompt adds to each block (10 if not given)", least=1)
-    alpha: float | None = _of(None, "step size of the attack, in pixels (the attack's own if not given)", least=0)
+    alpha: float | None = _of(
+        None, "step size of the attack, on the scale [0, 1] (the attack's own if not given)", least=0
+    )
     noise: float | None = _of(
-        None, "half-width of fgsm-rs' and nfgsm's random start, in pixels (theirs if not given)", least=0
+        None, "half-width of fgsm-rs' and nfgsm's random start, on the scale [0, 1] (theirs if not given)", least=0
     )
     steps: int | None = _of(None, "steps of pgd (7 if not given)", least=1)
     eps_schedule: str = _of(
@@ -84,7 +87,7 @@ class Settings:
         64, "images of an update, over all processes; the batches of an epoch are nearly equal", least=1
     )
     grad_accum_steps: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
-    lr: float = _of(1e-3, "peak learning rate; linear wants a larger one, such as 0.01", least=0)
+    lr: float | None = _of(None, f"peak learning rate (the method's own if not given: {_RATES})", least=0)
     warmup: int = _of(0, "steps (not epochs) of linear warm-up; a cosine to 0 follows", least=0)
     optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
     weight_decay: float = _of(0.0, "decay of weights; biases, norms, positions and tokens have none", least=0)
@@ -126,6 +129,8 @@ class Settings:
             if value is not None or each.default is not None:
                 value = checked(each.name, value, kind_of(each), **each.metadata["limits"])
                 object.__setattr__(self, each.name, value)
+        if self.lr is None:
+            object.__setattr__(self, "lr", LEARNING_RATES.get(self.method, LEARNING_RATE))
         span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
@@ -140,7 +145,7 @@ class Settings:
 
     @property
     def attack(self) -> dict[str, float | None]:
-        """Changes to the settings of an attack or a fast method that is given by name."""
+        """Changes to the settings of an attack by name."""
         names = ("alpha", "noise", "steps", "refresh", "price", "quantile", "penalty", "repeats")
         return {name: getattr(self, name) for name in names}
 
@@ -148,7 +153,7 @@ class Settings:
         """These settings with numbers for `label_smoothing` and `ema_decay` where they are not given.
 
         Args:
-            defaults: of the fast method, by the names of settings; a setting that it does not name is 0.
+            defaults: of the training attack, by the names of settings; a setting that it does not name is 0.
         """
         names = ("label_smoothing", "ema_decay")
         missing: dict[str, Any] = {name: defaults.get(name, 0.0) for name in names if getattr(self, name) is None}
@@ -158,7 +163,7 @@ class Settings:
     def stages(self) -> tuple["Stage", ...]:
         """The parts of the run: linear probing, where `lp_ft` asks for it, and then the method."""
         first = (Stage("linear", self.lp_ft, self.lp_ft_lr),) if self.lp_ft else ()
-        return (*first, Stage(self.method, self.epochs, self.lr))
+        return (*first, Stage(self.method, self.epochs, cast(float, self.lr)))
 
 
 _LINES = [f"{each.name}: {each.metadata['help']}." for each in fields(Settings)]
@@ -232,7 +237,7 @@ def checked(
         ValueError: it is not within the limits.
     """
     if choices is not None and value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
+        raise ValueError(f"unknown {name} {value!r}{instead(value, choices)}")
     plain = of_kind(name, value, kind)
     number: Any = plain  # where there are limits
     if kind is float and not math.isfinite(number):

@@ -99,8 +99,8 @@ class TrainStep:
             labels: int64 (N,).
             seeds: int64 (N,), one for each image, of the attack's random start; a callable that is no attack of
                 fastadv draws from torch's generator instead.
-            rows: int64 (N,), the images' numbers, for a method that keeps something of each image.
-            moves: int64 (N,), the seeds of the images' augmentation, for such a method; None without one.
+            rows: int64 (N,), the images' numbers, for an attack that keeps something of each image.
+            moves: int64 (N,), the seeds of the images' augmentation, for such an attack; None without one.
             scale: the loss is the sum over the batch times this; None means 1/N, a mean.
             more: another part of the same update follows: under DistributedDataParallel nothing is sent yet.
 

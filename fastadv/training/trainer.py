@@ -11,6 +11,8 @@ from fastadv._renamed import by_new_names
 from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
+from fastadv.devices import present
+from fastadv.names import instead
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.foreign import TrainAttack, as_attack
@@ -39,20 +41,20 @@ class Trainer:
 
     Memory follows the batch. No pass of the model has more images than a part of a step, batch_size / (processes times
     grad_accum_steps). The monitor, the evaluations and the backbone's measurement have the step's precision, its memory
-    layout and its compilation; an attack that is given as an object or a callable has its own. Of the validation and
+    layout and its compilation; an attack that is passed as an object or a callable has its own. Of the validation and
     test images 16 parts are on the device at a time. Copies of the weights (the last good ones, the best ones) are on
     the host. Only the average, which every step updates, is on the device.
 
     Args:
         model: from images (N, C, H, W) in [0, 1] to logits (N, classes), such as `Normalized(network, mean, std)`;
             trained in place.
-        eps: budget in pixels of [0, 1], of an attack given by name and of the default evaluation.
+        eps: radius of the ball, in the images' units, [0, 1], of an attack by name and of the default evaluation.
         attack: one of
             the name of an attack: "fgsm", "fgsm-rs", "nfgsm", "zerograd" or "pgd";
-            the name of a method in `fastadv.training.fast`: "stale", FGSM's step along the signs that the last epoch's
-            updates left, at about the price of standard training; or one that trains in one process only: "cached",
-            linear probing on features of attacked images that are kept for some epochs, "fgsm-pgi", "gradalign",
-            "free", "liet" or "sora";
+            the name of a training attack in `fastadv.training.fast`: "stale", FGSM's step along the signs that the last
+            epoch's updates left, at about the price of standard training; or one that trains in one process only:
+            "cached", linear probing on features of attacked images that are kept for some epochs, "fgsm-pgi",
+            "gradalign", "free", "liet" or "sora";
             an attack of fastadv on `model`, which gets a seed for each image, from the run's seed, the image's number
             and the epoch;
             any other callable from (images, labels) to images;
@@ -73,8 +75,8 @@ class Trainer:
     Raises:
         ImportError: the `train` extra is not installed.
         TypeError: an argument or a setting is of a wrong type, or an attack cannot be called.
-        ValueError: unknown attack, method or optimizer, a number out of range, a setting that would have no effect, or
-            training with an L2 attack, for which weights cannot be chosen yet.
+        ValueError: unknown attack, method or optimizer, a device that is not here, a number out of range, a setting
+            that would have no effect, or training with an L2 attack, for which weights cannot be chosen yet.
     """
 
     def __init__(
@@ -93,8 +95,8 @@ class Trainer:
     ):
         settings = by_new_names(settings, RENAMED)
         known = [each.name for each in fields(Settings)]
-        if unknown := settings.keys() - set(known):
-            raise TypeError(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        for name in settings.keys() - set(known):
+            raise TypeError(f"there is no setting {name!r}{instead(name, known)}")
         self.settings = Settings(**settings)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {model!r}")
@@ -108,7 +110,7 @@ class Trainer:
         self.measure_backbone = (
             None if measure_backbone is None else of_kind("measure_backbone", measure_backbone, bool)
         )
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else present(device)
 
     def _check_attacks(self) -> None:
         attack, changes = self.attack, {name: v for name, v in self.settings.attack.items() if v is not None}
@@ -118,10 +120,10 @@ class Trainer:
             attack = method.attack
         elif isinstance(attack, str):
             if attack not in PRESETS:
-                raise ValueError(f"unknown attack {attack!r}; there are {', '.join((*PRESETS, *FAST))}")
+                raise ValueError(f"unknown attack {attack!r}{instead(attack, (*PRESETS, *FAST))}")
             attack = create_attack(attack, self.model, self.eps, **changes)  # refuses wrong settings now
         elif changes:
-            raise ValueError(f"{', '.join(changes)} belong to an attack given by name, got the attack {attack!r}")
+            raise ValueError(f"{', '.join(changes)} belong to an attack by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
         Budget(as_attack(attack, self.model), self.settings.eps_schedule)  # refuses an attack that it would not change
         check_attack("eval_attack", self.eval_attack)
@@ -154,10 +156,11 @@ class Trainer:
               sign of the epoch before, the mean over the images); and, when evaluated, "clean_accuracy" and
               "robust_accuracy" on `val`.
             - At last {"final": True}, with "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy",
-              "robust_accuracy", "pma_accuracy" (of the images that withstand `eval_attack` and then PMA), "confusion"
-              (lists of [label, the model's class, images], "clean" and "attacked" by `eval_attack`), "eval_attack",
-              "train_s" and "train_cpu_s"; and where there was a choice of weights "chosen_by" (which accuracy on
-              `val`), "noise" (two standard errors of it) and "within_noise" (other epochs that were worse by no more).
+              "robust_accuracy", "pma_accuracy" (of the images that neither `eval_attack` nor then PMA fools),
+              "confusion" (lists of [label, the model's class, images], "clean" and "attacked" by `eval_attack`),
+              "eval_attack", "train_s" and "train_cpu_s"; and where there was a choice of weights "chosen_by" (which
+              accuracy on `val`), "noise" (two standard errors of it) and "within_noise" (other epochs that were worse
+              by no more).
 
         Raises:
             FileExistsError: the folder has the state of a run, and `resume` was not asked for.

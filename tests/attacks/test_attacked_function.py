@@ -104,9 +104,9 @@ def test_another_model_is_attacked_where_it_was_assigned():
 
 
 WRONG = [
-    (PGD, "eps", 8, r"pixels of \[0, 1\]"),
-    (PGD, "eps", -0.1, "pixels"),
-    (PGD, "eps", float("nan"), "pixels"),
+    (PGD, "eps", 8, r"the images' scale \[0, 1\]"),
+    (PGD, "eps", -0.1, "the images' scale"),
+    (PGD, "eps", float("nan"), "the images' scale"),
     (PGD, "alpha", "2/255", "alpha must be a number"),
     (PGD, "steps", 1.5, "steps must be a whole number"),
     (PGD, "steps", 0, "steps must be at least 1, got 0"),
@@ -118,7 +118,7 @@ WRONG = [
     (PGD, "loss", "cross", "unknown loss"),
     (PGD, "targeted", "yes", "targeted must be one of"),
     (PGD, "clip", (1, 0), "lo below hi"),
-    (FGSM, "eps", 8, "pixels"),
+    (FGSM, "eps", 8, "the images' scale"),
     (FGSM, "alpha", "2/255", "alpha must be a number"),
     (FGSM, "noise", "8/255", "noise must be a number"),
     (FGSM, "noise", -0.1, "noise must not be negative, got -0.1"),

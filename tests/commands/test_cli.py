@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastadv import cli, data, models
+from fastadv import cli, data, devices, models
 from fastadv.attacks import PGD
 from fastadv.attacks.checks import device_of
-from fastadv.commands import arguments
 from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
 from fastadv.commands import pretrain as pretrain_command
-from fastadv.commands.arguments import budget, class_list, eps_budget
+from fastadv.commands.values import budget, eps_budget
+from fastadv.data.classes import class_list
 from fastadv.data.parquet import Columns
 from fastadv.evaluation import robust_accuracy
 from fastadv.models.networks import conv, mlp
@@ -148,7 +148,7 @@ SETTINGS = {
     "lora_alpha": ("7", 7.0),
     "adapter_reduction": ("4", 4),
     "prompt_tokens": ("5", 5),
-    "lora_targets": ("a.b,c", ("a.b", "c")),
+    "lora_targets": ("a.b,c", ["a.b", "c"]),
     "alpha": ("5/255", 5 / 255),
     "noise": ("0.2", 0.2 / 255),
     "steps": ("3", 3),
@@ -247,7 +247,7 @@ def asked_of_evaluate(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate_command, "evaluate", noted)
     monkeypatch.setattr(data, "held_out", noted_data)
     monkeypatch.setattr(data.HeldOut, "decoded", noted_decoding)
-    monkeypatch.setattr(arguments, "devices", lambda: ["cpu", "meta"])
+    monkeypatch.setattr(devices, "devices", lambda: ["cpu", "meta"])
     load = evaluate_command.load_model
 
     def loaded_model(path, trust):

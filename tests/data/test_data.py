@@ -22,10 +22,9 @@ from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_digits
 
 from fastadv import data, to_float
-from fastadv.commands.arguments import class_list
 from fastadv.data import decoding
 from fastadv.data.cifar10 import CLASSES
-from fastadv.data.classes import labels_of
+from fastadv.data.classes import class_list, labels_of
 from fastadv.data.pictures import extensions, read
 from fastadv.data.source import digests
 from fastadv.data.splits import Split

@@ -92,7 +92,7 @@ def test_all_is_every_image_of_every_part(tmp_path):
     shutil.rmtree(tmp_path / "train")
     shutil.rmtree(tmp_path / "test" / "tulip")
     assert len(images_of(data.held_out(tmp_path, CLASSES, part="all"))) == 12 * 5
-    with pytest.raises(ValueError, match="part must be one of test, all, got 'val'"):
+    with pytest.raises(ValueError, match="unknown part 'val'; there are test, all"):
         data.held_out(tmp_path, CLASSES, part="val")
 
 

@@ -75,8 +75,8 @@ def test_the_build_warns_of_a_public_name_that_no_page_describes(tmp_path, caplo
 def test_the_page_of_methods_has_those_that_there_are():
     text = page("methods.md")
     assert sorted(named(text, "What trains")) == sorted(METHODS)
-    assert sorted(named(text, "Fast methods")) == sorted(FAST)
-    assert sorted(named(text, "Attacks") + named(text, "Fast methods")) == sorted(STEPS)
+    assert sorted(named(text, "Training attacks")) == sorted(FAST)
+    assert sorted(named(text, "Attacks") + named(text, "Training attacks")) == sorted(STEPS)
     assert {name for name in named(text, "Attacks") if name != "none"} <= PRESETS.keys()
 
 

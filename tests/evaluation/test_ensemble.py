@@ -167,6 +167,19 @@ def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, sample
     assert images[0] == images[1]
 
 
+def test_the_progress_says_which_lines_are_of_extra_runs(net, samples, caplog):
+    class Insistent(PMA):
+        def goes_on(self, falls, images):
+            return len(falls) < 5
+
+    caplog.set_level("INFO", "fastadv")
+    found = evaluate(net, samples, [Insistent(net, EPS, 4)], batch_size=SLOTS)["attacks"][0]
+    assert found["runs"] == 5
+    titles = [message.partition(": done in ")[0] for message in caplog.messages]
+    why = "because others still fooled samples"
+    assert titles == ["Insistent at 16/255", *(f"Insistent at 16/255, extra run {run} {why}" for run in (3, 4, 5))]
+
+
 def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
     inner, mean, std = Net(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     m, s = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))

@@ -134,7 +134,7 @@ def test_own_function_by_path(own_net):
         ("rmlp", r"unknown model 'rmlp'; there are mlp, conv, resnet, .*hf:NAME_OR_FOLDER.* module:function"),
         ("sys:absent", "absent"),
         ("no_such_module:net", "no_such_module"),
-        ("resnet?width=3", "resnet has no option 'width'; it has widths, blocks"),
+        ("resnet?width=3", "resnet has no option 'width'; there are widths, blocks\\. Did you mean widths"),
         ("timm:vit_tiny_patch16_223", "timm has no model 'vit_tiny_patch16_223'; it has .*vit_tiny_patch16_224"),
         ("timm:vit_tiny_patch16_224.best", r"Invalid pretrained tag.*There are vit_tiny_patch16_224\.augreg"),
         ("timm:resnet18?pretrained=False", "pretrained must be true or false, got 'False'"),

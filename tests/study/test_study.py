@@ -775,8 +775,8 @@ def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--data digits,", "names with commas between them, got 'digits,'"),
-        ("--data digits --eps 4,x", "numbers with commas between them, got '4,x'"),
+        ("--data digits,", "names with a comma or a space between them, got 'digits,'"),
+        ("--data digits --eps 4,x", "'x' is not a number of 1/255, such as 8 or 8/255"),
     ],
 )
 def test_lists_of_the_command_line_have_no_gaps(words, said, capsys):

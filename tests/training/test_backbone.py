@@ -148,7 +148,7 @@ def test_what_cannot_be_measured_says_why():
     ("changes", "message"),
     [
         ({"labels": torch.arange(1, 6)}, "below the head's 5 outputs, got 5"),
-        ({"eps": 8}, r"pixels of \[0, 1\]"),
+        ({"eps": 8}, r"the images' scale \[0, 1\]"),
         ({"judge": 0}, "judge must be at least 1, got 0"),
         ({"head": "top"}, "no module called 'top'"),
         ({"images": torch.rand(1, 3, 6, 6), "labels": torch.tensor([4])}, "got 1 image"),

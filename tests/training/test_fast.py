@@ -1,4 +1,4 @@
-"""The fast methods against plain loops in float64, written from the formulas; random numbers come from the ops."""
+"""The training attacks against plain loops in float64, written from the formulas; random numbers come from the ops."""
 
 import copy
 import math
@@ -444,7 +444,7 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         ("gradalign", {"alpha": 0.1}, "the attack gradalign has no setting 'alpha'"),
         ("sora", {"noise": 0.1}, "the attack sora has no setting 'noise'"),
         ("liet", {"steps": 2}, "the attack liet has no setting 'steps'"),
-        (None, {"penalty": 1.0}, "penalty belong to an attack given by name"),
+        (None, {"penalty": 1.0}, "penalty belong to an attack by name"),
         ("sora", {"clean_weight": 0.1}, "clean_weight is not for sora: its step follows the gradient"),
         ("free", {"clean_weight": 1.0}, "free follows the gradient .* clean_weight=1 leaves these out"),
         ("free", {"eps_schedule": "linear"}, "eps_schedule is not for free: "),

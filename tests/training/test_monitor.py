@@ -250,7 +250,7 @@ def test_abnormal_share_counts_and_refuses_what_is_not_one_per_sample():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"eps": 8}, ValueError, r"pixels of \[0, 1\]"),
+        ({"eps": 8}, ValueError, r"the images' scale \[0, 1\]"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 1.5}, TypeError, "steps must be a whole number, got 1.5"),
         ({"drop": "0.2"}, TypeError, "drop must be a number, got '0.2'"),

@@ -1,6 +1,7 @@
 """Every setting acts: with one setting changed, a run equals the loop by hand with that change, and no other run."""
 
 import copy
+import json
 import math
 from dataclasses import fields
 
@@ -15,6 +16,7 @@ from fastadv.attacks import FGSM
 from fastadv.models.added import added_to
 from fastadv.training import Monitor, Trainer, run
 from fastadv.training.batches import Batches
+from fastadv.training.methods import METHODS
 from fastadv.training.settings import Settings
 
 EPS, COUNT, CLASSES = 0.1, 24, 3
@@ -390,3 +392,36 @@ def test_no_setting_is_left_out():
         IN_TEST_FAST | IN_TEST_TRAINER | {field for field, _, _ in IN_THE_WEIGHTS} | ELSEWHERE.keys() | {"checkpoint_s"}
     )
     assert tried == {field.name for field in fields(Settings)}
+
+
+# ---------------------------------------------------------------------- the method's own learning rate
+
+
+def test_a_method_has_a_learning_rate_of_its_own():
+    own = {"linear": 1e-2, "bias": 3e-3}
+    for method in METHODS:
+        assert Settings(method=method).lr == own.get(method, 1e-3)
+        assert Settings(method=method, lr=0.5).lr == 0.5
+        assert Settings(method=method, lr=0).lr == 0
+
+
+@pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("linear", 1e-2), ("bias", 3e-3)])
+def test_a_run_takes_the_rate_of_its_method_and_tells_it(method, rate, tmp_path):
+    options = {"method": method, "epochs": 1, "batch_size": COUNT, "probe": 0, "measure_backbone": False, "lp_ft": 0}
+    trainer = Trainer(network(), EPS, progress=False, folder=tmp_path, **options)
+    assert trainer.settings.lr == rate
+    rates = [record["lr"] for record in trainer.fit(TRAIN) if "lr" in record]
+    assert rates == [rate]  # of the only step, at the peak
+    (manifest, *_) = sorted((tmp_path / "state").glob("*.json"))
+    assert json.loads(json.loads(manifest.read_text().partition("\n")[2])["run"])["lr"] == str(rate)
+
+
+def test_a_run_that_was_begun_with_a_number_goes_on_with_it_alone(tmp_path):
+    def go_on(**lr):
+        options = {"method": "linear", "epochs": 1, "probe": 0, "measure_backbone": False, "progress": False}
+        return Trainer(network(), EPS, folder=tmp_path, resume=True, **options, **lr).fit(TRAIN)
+
+    before = go_on(lr=1e-3)
+    assert go_on(lr=1e-3)[-1]["final"] == before[-1]["final"]
+    with pytest.raises(ValueError, match=r"differs in lr \(0.001 there, 0.01 here\)"):
+        go_on()

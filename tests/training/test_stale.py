@@ -363,7 +363,7 @@ def test_signs_outlast_a_stage_and_begin_again_after_a_switch(monkeypatch, tmp_p
     [
         ({"attack": "fgsm", "refresh": 2}, "the attack fgsm has no setting 'refresh'"),
         ({"attack": "sora", "price": 1.2}, "the attack sora has no setting 'price'"),
-        ({"attack": None, "price": 1.2}, "price belong to an attack given by name, got the attack None"),
+        ({"attack": None, "price": 1.2}, "price belong to an attack by name, got the attack None"),
         ({"refresh": 2, "price": 1.2}, "refresh and price both say which images get a fresh FGSM"),
         ({"price": 0.99}, "method full a step takes 1.00 times as long .* and 1.67 times with .* got 0.99"),
         ({"price": 1.7}, "got 1.7"),

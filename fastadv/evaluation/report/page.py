@@ -50,7 +50,7 @@ def write_report(
         records: the records that `Trainer.fit` returned.
         test: images (N, C, H, W) and labels; a few images are shown.
         classes: a name for each label.
-        eps: the budget in pixels of [0, 1].
+        eps: the radius of the ball, in the images' units, [0, 1].
         facts: {heading: table}, such as {"Settings": {...}, "Versions": {...}}.
 
     Raises:

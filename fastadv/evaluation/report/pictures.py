@@ -27,7 +27,7 @@ def under_attack(model: nn.Module, test: Samples, classes: Sequence[str], eps: f
         model: from images in [0, 1] to logits.
         test: images (N, C, H, W) and labels int64 (N,).
         classes: a name for each label.
-        eps: budget in pixels of [0, 1].
+        eps: radius of the ball, in the images' units, [0, 1].
 
     Returns:
         HTML.

@@ -1,10 +1,11 @@
-"""Fast methods of adversarial training: they cost less than PGD, and have an update of their own."""
+"""Training attacks by name: they cost less than PGD, and have an update of their own."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from torch import nn
 
+from fastadv.names import instead
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.fast.cached import Cached
 from fastadv.training.fast.free import Free
@@ -23,29 +24,29 @@ FAST: dict[str, type[FastMethod]] = {
     "sora": SORA,
     "stale": Stale,
 }
-"""Fast methods by name."""
+"""Training attacks by name."""
 
 
 def fast_method(
     name: str, model: nn.Module, eps: float, changes: Mapping[str, float | None], **options: Any
 ) -> FastMethod:
-    """The method called `name`.
+    """The training attack called `name`.
 
     Args:
         name: a key of FAST.
         model: from images in [0, 1] to logits.
-        eps: the budget in pixels of [0, 1].
-        changes: {setting of the method: value}; None leaves the method's own value.
-        options: options of the method's attack, such as autocast, memory_format and compile.
+        eps: the radius of the ball, in the images' units, [0, 1].
+        changes: {setting of the attack: value}; None leaves the attack's own value.
+        options: options of the attack whose loss it increases, such as autocast, memory_format and compile.
 
     Raises:
-        ValueError: the method has no such setting; or a value is out of range.
+        ValueError: the attack has no such setting; or a value is out of range.
     """
     method = FAST[name]
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     for key in given:
         if key not in method.OPTIONS:
-            raise ValueError(f"the attack {name} has no setting {key!r}")
+            raise ValueError(f"the attack {name} has no setting {key!r}{instead(key, method.OPTIONS)}")
     return method(model, eps, **given, **options)
 
 

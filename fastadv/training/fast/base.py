@@ -1,4 +1,4 @@
-"""The base class of fast methods: training methods with more than an attack and the loss at its result."""
+"""The base class of training attacks: they do more in a training step than to make its images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fastadv.training.settings import Settings
 
 @dataclass(frozen=True)
 class Epoch:
-    """The facts about an epoch that a method gets before it.
+    """The facts about an epoch that a training attack gets before it.
 
     Attributes:
         number: the number of the epoch, counted over all stages, from 0.
@@ -38,7 +38,7 @@ class Epoch:
 
 
 class FastMethod:
-    """A training method, which a `TrainStep` takes in place of an attack. Each subclass is a row of the table `FAST`.
+    """A training attack, which a `TrainStep` takes in place of an attack. Each subclass is a row of the table `FAST`.
 
     A run calls its methods in this order:
 
@@ -51,15 +51,15 @@ class FastMethod:
 
     Args:
         model: from images in [0, 1] to logits.
-        eps: the budget in pixels of [0, 1].
-        penalty: the weight of the term that the method adds to the loss; None means the method's own weight.
-        repeats: how many updates in a row use the same batch; None means the method's own number.
-        options: options of its attack, such as autocast, memory_format and compile.
+        eps: the radius of the ball, in the images' units, [0, 1].
+        penalty: the weight of the term that the training attack adds to the loss; None means its own weight.
+        repeats: how many updates in a row use the same batch; None means its own number.
+        options: options of `attack`, such as autocast, memory_format and compile.
 
     Attributes:
-        attack: the attack whose loss the method increases, and which the monitor uses. Where the method supports a
-            schedule of the budget, the run sets it to the attack with the present budget, and to None where that is 0.
-        weight: `penalty`, or the method's own weight.
+        attack: the attack whose loss the training attack increases, and which the monitor uses. Where a schedule of the
+            budget is supported, the run sets it to the attack with the present budget, and to None where that is 0.
+        weight: `penalty`, or its own weight.
 
     Raises:
         ValueError: eps is out of range.
@@ -90,10 +90,10 @@ class FastMethod:
         return FGSM(model, eps, **options)
 
     def check(self, name: str, settings: Settings) -> None:
-        """Refuse settings that the method does not support.
+        """Refuse settings that the attack does not support.
 
         Args:
-            name: the name of the method, for the errors.
+            name: the name of the attack, for the errors.
             settings: the settings of the run.
 
         Raises:
@@ -116,15 +116,15 @@ class FastMethod:
                 )
 
     def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
-        """Refuse a model that the method cannot train. The model is not changed.
+        """Refuse a model that the attack cannot train. The model is not changed.
 
         Args:
-            name: the name of the method, for the errors.
+            name: the name of the attack, for the errors.
             settings: the settings of the run.
             images: two of the training images, (2, C, H, W), floats on the model's device.
 
         Raises:
-            ValueError: the method cannot train this model.
+            ValueError: the attack cannot train this model.
         """
 
     def begin_epoch(self, epoch: Epoch) -> None:
@@ -157,8 +157,8 @@ class FastMethod:
             moves: int64 (N,), the seeds of the images' augmentation; None without one.
 
         Returns:
-            The images (N, ...) to learn from, new and detached. A method that `compares` also returns the images at the
-            start of the attack. A method that overrides `outputs` may return other inputs for it.
+            The images (N, ...) to learn from, new and detached. An attack that `compares` also returns the images at
+            its start. An attack that overrides `outputs` may return other inputs for it.
         """
         raise NotImplementedError
 
@@ -172,7 +172,7 @@ class FastMethod:
         return through(inputs)
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """The term that the method adds to each sample's loss.
+        """The term that the attack adds to each sample's loss.
 
         Args:
             logits: (N, C), of the attacked images.
@@ -203,7 +203,7 @@ class FastMethod:
         """Called after the step of an update."""
 
     def facts(self) -> dict[str, float]:
-        """The method's entries in the record of an epoch, after its last update."""
+        """The attack's entries in the record of an epoch, after its last update."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -215,13 +215,13 @@ class FastMethod:
 
 
 def needed(rows: torch.Tensor | None) -> torch.Tensor:
-    """The images' numbers, for a method that keeps numbers of each image.
+    """The images' numbers, for an attack that keeps numbers of each image.
 
     Raises:
         ValueError: `rows` is None.
     """
     if rows is None:
-        raise ValueError("the method keeps something of each image: give rows=, the images' numbers")
+        raise ValueError("the attack keeps something of each image: give rows=, the images' numbers")
     return rows
 
 

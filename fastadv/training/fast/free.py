@@ -15,7 +15,7 @@ class Free(FastMethod):
     After each update with the gradient g of the pixels, delta <- delta + eps sign g, clamped to [-eps, eps]. delta
     begins with zeros, and the next batch continues with the last batch's delta.
 
-    An epoch has as many updates as with any other method. So it costs as much as an epoch of standard training, but is
+    An epoch has as many updates as with any other attack. So it costs as much as an epoch of standard training, but is
     only a part of a pass over the images: with 8 repeats, 8 epochs are one pass. The paper has 8 repeats for CIFAR-10
     and 4 for ImageNet.
 

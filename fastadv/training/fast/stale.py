@@ -39,7 +39,7 @@ class Stale(FastMethod):
     backward pass goes on through the backbone; a step of FGSM takes three times as long (`fastadv.training.cost`).
 
     Signs outlast the end of a stage and a rollback. A switch to another attack drops them, and a stage after the switch
-    begins with random signs again. The monitor uses FGSM, which this method imitates.
+    begins with random signs again. The monitor uses FGSM, which this attack imitates.
 
     The gradient is that of the update: of its loss with label smoothing, in its mode and precision. Where batch-norm
     mixes the images of a batch, it is that of the loss of the whole part of the batch.
