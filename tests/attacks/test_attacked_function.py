@@ -110,7 +110,7 @@ WRONG = [
     (PGD, "alpha", "2/255", "alpha must be a number"),
     (PGD, "steps", 1.5, "steps must be a whole number"),
     (PGD, "steps", 0, "steps must be at least 1, got 0"),
-    (PGD, "schedule", "linear", "unknown schedule 'linear': choose one of constant, cosine"),
+    (PGD, "schedule", "linear", "unknown schedule 'linear'; there are constant, cosine"),
     (PGD, "restarts", "2", "restarts must be a whole number"),
     (PGD, "chunk", 0, "chunk must be at least 1"),
     (PGD, "autocast", "bf16", "autocast must be a dtype"),
@@ -168,7 +168,7 @@ def test_numbers_of_numpy_are_numbers():
 def test_budgets_of_a_tensor_are_looked_at():
     images, labels = batch_of(N)
     for value in (-0.1, 8.0, torch.nan):
-        with pytest.raises(ValueError, match="pixels"):
+        with pytest.raises(ValueError, match=r"the images' scale \[0, 1\]"):
             PGD(net())(images, labels, eps=torch.tensor([0.1] * (N - 1) + [value]))
     with pytest.raises(TypeError, match="float tensor"):
         PGD(net())(images, labels, eps=torch.ones(N, dtype=torch.int64))
