@@ -264,14 +264,14 @@ def test_pairs_that_differ_in_more_than_the_attack_are_said_on_the_first_screen(
     assert {str(each["unlike"]) for each in numbers["differences"]} == {"{'epochs': '2 and 5'}"}
 
 
-def test_models_that_say_one_class_are_said_on_the_first_screen(tmp_path, rng):
+def test_models_that_predict_one_class_are_named_on_the_first_screen(tmp_path, rng):
     for attack, confusion in (("fgsm", [[0, 0, 3], [1, 1, 2]]), ("pgd", [[0, 1, 3], [1, 1, 2]])):
         record = studied.record_of(rng, attack=attack)
         record["records"][-1]["confusion"] = {"clean": confusion}
         studied.write(tmp_path, record)
-    said = [words for words in written(tmp_path)[0].answer if "say one class" in words]
+    said = [words for words in written(tmp_path)[0].answer if "predict one class" in words]
     assert len(said) == 1
-    assert said[0].startswith("1 of 2 models say one class of all images")
+    assert said[0].startswith("1 of 2 models predict one class for all images")
     assert said[0].endswith("(eurosat-robust-resnet-full-pgd-eps8-seed0).")
 
 
