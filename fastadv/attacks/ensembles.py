@@ -141,6 +141,8 @@ class Ensemble:
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}: AutoAttack in another norm is not built here")
         if version not in VERSIONS:
             raise ValueError(f"unknown version {version!r}{instead(version, VERSIONS)}")
+        if isinstance(attacks_to_run, str):
+            raise ValueError(f"attacks_to_run must be a list such as [{attacks_to_run!r}], got {attacks_to_run!r}")
         if attacks_to_run and version != "custom":
             raise ValueError(f"version {version!r} has attacks of its own: to choose them give version='custom'")
         for name in set(options) - set(OPTIONS):
