@@ -364,7 +364,7 @@ def test_bad_npz_is_refused_by_what_is_wrong(tmp_path, changes, message):
 
 
 def test_other_files_and_names_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'digit': give the path .*there are digits, cifar10. Did you mean digits"):
+    with pytest.raises(FileNotFoundError, match=r"'digit': give the path .*are digits, cifar10\. Did you mean digits"):
         data.load("digit")
     np.savez(tmp_path / "whole.npz", **arrays())
     whole = (tmp_path / "whole.npz").read_bytes()
