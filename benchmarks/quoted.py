@@ -27,6 +27,7 @@ OWN_TIME = "autoattack/own-time.json"
 H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvidia-h200-2026-11-26-second/"
 DEMO = "demo.json"
 STUDY, CELLS = "study/results.json", "study/cells/*/cell.json"
+SCRATCH = "scratch/fgsm.json"
 
 # {pattern of files: the command that made them}; the first pattern that matches counts. Other files name their command.
 COMMANDS = {
@@ -42,6 +43,7 @@ COMMANDS = {
     "peers/*": "benchmarks/peers/suites.py CHECKOUTS... --mnist FOLDER",
     "nvidia-*": "benchmarks/gpu/run.sh FOLDER",
     STEPS_CPU: "pytest --benchmark benchmarks/training/bench_step.py",
+    "scratch/*": "benchmarks/training/scratch.py DATA FOLDER",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
 }
 
@@ -644,6 +646,42 @@ def _answer(answer: Mapping) -> str:
     return " ".join([answer["headline"], *answer["sentences"]])
 
 
+def scratch() -> Iterator[Figure]:
+    for name, what, value, form in (
+        ("epochs", "epochs", "settings.epochs", str),
+        ("best", "the best that PGD-5 leaves of the monitor's images", lambda run: max(_monitored(run)), percent),
+        ("best.epoch", "the epoch of that, from 1", lambda run: 1 + _best(run), str),
+        ("fall.epoch", "the first epoch after it in which PGD-5 leaves less than half of that", _fall, str),
+        (
+            "last",
+            "what PGD-5 leaves of the monitor's images in the last epoch",
+            lambda run: _monitored(run)[-1],
+            percent,
+        ),
+        ("clean", "test images, clean", "clean_accuracy", percent),
+        *(
+            (attack, f"test images under {attack}", f"attacks[attack={attack}].robust_accuracy", percent)
+            for attack in ("fgsm", "pma")
+        ),
+    ):
+        yield Figure(f"scratch.fgsm.{name}", f"FGSM from scratch: {what}", (SCRATCH,), value, form)
+
+
+def _monitored(run: Mapping) -> list[float]:
+    """What PGD-5 leaves of the monitor's images, for each epoch."""
+    return [record["probe_pgd"] for record in run["records"] if "probe_pgd" in record]
+
+
+def _best(run: Mapping) -> int:
+    left = _monitored(run)
+    return left.index(max(left))
+
+
+def _fall(run: Mapping) -> int:
+    left, best = _monitored(run), _best(run)
+    return next(epoch + 1 for epoch in range(best, len(left)) if left[epoch] < left[best] / 2)
+
+
 FIGURES = [
     *steps_on_cpu(),
     *steps_on_gpu(),
@@ -661,4 +699,5 @@ FIGURES = [
     *transfer(),
     *demo(),
     *study(),
+    *scratch(),
 ]

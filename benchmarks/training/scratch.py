@@ -1,7 +1,7 @@
 """FGSM from scratch, where it is known to collapse, and the same network fine-tuned beside it.
 
-    python benchmarks/training/scratch.py DATA/cifar10 scratch                                  # zero start
-    python benchmarks/training/scratch.py DATA/cifar100 backbone --attack nfgsm                 # a robust backbone
+    python benchmarks/training/scratch.py DATA/cifar10 scratch                                     # zero start
+    python benchmarks/training/scratch.py DATA/cifar100 backbone --attack nfgsm --eps 8 --epochs 30  # a robust backbone
     python benchmarks/training/scratch.py DATA/cifar10 tuned --backbone backbone/weights.pt --lr 0.03
 
 A residual network with ReLU, all training images, crops and flips, SGD with a learning rate that rises and falls once,
@@ -29,6 +29,7 @@ from fastadv.models.networks import resnet
 from fastadv.training import Trainer
 
 PROBE, TEST = 512, 512
+KEPT = "attack", "eps", "robust_accuracy", "settings"  # what is kept of an attack's report
 RISE = 0.4  # of the steps, in which the learning rate rises; then it falls as half a cosine
 
 
@@ -79,9 +80,14 @@ def main(argv=None):
     torch.save(model.state_dict(), args.out / "weights.pt")
     test = data.x_test[:TEST], data.y_test[:TEST]
     report = evaluate(model, test, attacks=("fgsm", "pgd-10", "pma"), eps=eps, progress=False)
-    result = {"environment": facts(), "arguments": {name: str(value) for name, value in vars(args).items()}}
+    result = {
+        "part": "scratch",
+        "environment": facts(),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+    }
     result |= {"parameters": sum(p.numel() for p in model.parameters()), "settings": settings, "records": records}
-    result["report"] = {name: report[name] for name in ("clean_accuracy", "attacks", "budgets", "warnings")}
+    result |= {"test_images": TEST, "clean_accuracy": report["clean_accuracy"], "warnings": report["warnings"]}
+    result["attacks"] = [{name: found[name] for name in KEPT} for found in report["attacks"]]
     (args.out / "result.json").write_text(json.dumps(result, indent=1))
 
 
