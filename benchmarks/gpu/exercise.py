@@ -1,9 +1,8 @@
-"""Calls every op x dtypes x layout x kind of parameter, with and without z, on each kernel backend, small, and compares
-with the reference.
+"""Compares every kernel with the reference, on small tensors: all ops, dtypes, layouts, kinds of parameters, and z.
 
-Run by itself, or under compute-sanitizer, which watches the memory accesses; with the backends' names, or all;
-`--seconds` ends it after so many, and takes the calls in a mixed order that is always the same. Without a GPU: the CPU
-kernels, and Triton's in its interpreter (TRITON_INTERPRET=1), with fewer dtypes.
+It runs alone, or under compute-sanitizer, which watches the memory accesses. Arguments name the backends; by default
+all of them run. With `--seconds` it ends after that time, and shuffles the calls, always into the same order. Without a
+GPU it runs the CPU kernels, and Triton's in its interpreter (TRITON_INTERPRET=1), with fewer dtypes.
 """
 
 import argparse
@@ -27,7 +26,7 @@ f64, f32, f16, bf16, u8 = torch.float64, torch.float32, torch.float16, torch.bfl
 PAIRS = [(f32, f32), (u8, bf16), (bf16, bf16), (f32, bf16), (f32, f16), (f16, f16), (u8, f32), (f64, f64), (f64, f32)]
 LAYOUTS = ("contiguous", "channels_last", "misaligned", "sliced", "expanded")
 
-# op -> (the tensors it takes, its other arguments but for the parameter under test)
+# {op: (the tensors that it takes, the parameter under test, the other arguments)}
 OPS = {
     "random_init": (("x",), "noise", {"seed": 7}),
     "fgsm_step": (("x", "grad"), "eps", {}),
@@ -38,7 +37,7 @@ OPS = {
 
 
 def laid_out(values, layout, device):
-    """The values in the layout, on the device; the storage's gaps are filled, so nothing is read uninitialised."""
+    """The values in a layout, on a device. Gaps in the storage are filled, so that nothing uninitialised is read."""
     n, c, h, w = values.shape
     if layout == "expanded":
         return values[:1].to(device).expand(values.shape)
@@ -67,7 +66,7 @@ def values_of(image, grad):
 
 
 def call(op, values, layout, parameter, with_z, device):
-    """One call into a poisoned `out` and perhaps z, of the gradient's dtype: what it wrote."""
+    """What one call writes into `out` and, if `with_z`, into z of the gradient's dtype. Both begin filled with NaN."""
     names, tested, fixed = OPS[op]
     tensors = {name: laid_out(values[name], layout, device) for name in names}
     like = tensors.get("x_adv", tensors["x"])
@@ -87,7 +86,7 @@ def call(op, values, layout, parameter, with_z, device):
 
 def cases():
     for op, (image, grad) in itertools.product(OPS, PAIRS if GPU else PAIRS[:2]):
-        # random_init has no gradient: a pair an image dtype is enough.
+        # random_init takes no gradient: one pair for each image dtype is enough.
         if op != "random_init" or (image, grad) == next(p for p in PAIRS if p[0] == image):
             for layout, kind, with_z in itertools.product(LAYOUTS, ("number", "per sample"), (False, True)):
                 yield op, image, grad, layout, kind, with_z
@@ -96,7 +95,7 @@ def cases():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("backends", nargs="*", help=f"of {', '.join(BACKENDS)} (all)")
-    parser.add_argument("--seconds", type=float, help="end after so many")
+    parser.add_argument("--seconds", type=float, help="end after this many seconds")
     args = parser.parse_args(argv)
     chosen, end = list(cases()), time.monotonic() + (args.seconds or float("inf"))
     if args.seconds:

@@ -1,9 +1,9 @@
-"""A pytest plugin that keeps how each test ended, and its figures, as it ends; what passed before is not run again.
+"""A pytest plugin that stores the outcome of each test at once; a test that has passed before is not run again.
 
     pytest -p kept --kept FILE
 
-FILE has a JSON object a line: {"collected": tests} for each time they were collected, and for each test {"test",
-"outcome", "seconds", "figures"}. A run that is killed has lost the test that it was at.
+FILE has one JSON object per line: {"collected": number of tests} for each collection, and {"test", "outcome",
+"seconds", "figures"} for each test. A run that is killed loses only the test that was running.
 """
 
 import json
@@ -16,7 +16,7 @@ ENDED = ("passed", "skipped")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kept", type=Path, metavar="FILE", help="keep how each test ended there, and go on from it")
+    parser.addoption("--kept", type=Path, metavar="FILE", help="store outcomes there, and skip tests that have passed")
 
 
 def pytest_configure(config):
@@ -29,7 +29,7 @@ class Kept:
         self.path = config.getoption("kept")
         worker = getattr(config, "workerinput", {}).get("workerid")  # of pytest-xdist
         self.collects, self.reports = worker in (None, "gw0"), worker is None
-        if self.reports and self.path.exists():  # without a line that was cut
+        if self.reports and self.path.exists():  # a last line that was cut off is dropped
             text = self.path.read_text()
             self.path.write_text(text[: text.rfind("\n") + 1])
 

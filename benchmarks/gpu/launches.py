@@ -1,8 +1,8 @@
-"""One launch of every op, dtypes and backend on tensors beyond the caches: what parts.py has ncu look at.
+"""Launches every op once, with all dtypes and backends, on tensors larger than the caches; parts.py runs it under ncu.
 
     python benchmarks/gpu/launches.py ["triton or random_init"]
 
-Those that have one of the words in their name. Prints what it launched, in order, as JSON.
+Only cases with one of the words in their id are launched. Prints the launches, in order, as JSON.
 """
 
 import json

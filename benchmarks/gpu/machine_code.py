@@ -1,7 +1,7 @@
-"""Reads nvdisasm's listings: basic blocks, the ways through them, and what a way costs.
+"""Reads nvdisasm's listings: basic blocks, the paths ("ways") through them, and the cost of a path.
 
-Counted is the way of a thread that has all its elements: each loop once, both sides of a predicate. An instruction
-that is predicated off takes its issue slot all the same.
+The path is that of a thread that has all its elements. It runs each loop once. Both sides of a predicate count, because
+an instruction that is predicated off takes its issue slot all the same.
 """
 
 import re
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 JUMPS = ("BRA", "BRX", "EXIT", "RET", "CALL")
 
-# Instructions by what they cost. Half rate: pipe ALU of sm_80 and sm_90, as Nsight Compute's manual has it; slow: a
-# quarter and less; wide: multiplications of 64 bits.
+# Instructions by their cost. half: the ALU pipe of sm_80 and sm_90, which has half rate by Nsight Compute's manual;
+# slow: a quarter of the rate or less; wide: multiplications with a product of 64 bits.
 MIX = {
     "half": re.compile(r"U?LOP3|U?IADD3|U?SHF|[FIV]+MNMX|FSETP|F?SEL|ISETP|PLOP3|PRMT|LEA|VIADD|F2FP|I2FP|SGXT|BMSK"),
     "slow": re.compile(r"F2F\b|I2F\b|F2I|MUFU|FRND|D(ADD|MUL|FMA|SETP)|POPC|FLO|BREV|S2U?R"),
@@ -35,7 +35,7 @@ class Instruction:
 
     @property
     def bytes(self):
-        """What an access to memory moves."""
+        """The bytes that an access to memory moves."""
         return next((WIDTHS[part] for part in self.opcode.split(".") if part in WIDTHS), 4)
 
     @property
@@ -48,18 +48,18 @@ class Instruction:
 
     @property
     def registers(self):
-        """The numbers of those it names; of a pair or more, the first."""
+        """The numbers of the registers that it names; of a pair or more, the first one."""
         return {int(n) for n in re.findall(r"\bR(\d+)\b", self.operands)}
 
     @property
     def result(self):
-        """Registers that a load fills."""
+        """The numbers of the registers that a load fills."""
         first = int(re.match(r"R(\d+)", self.operands)[1])
         return set(range(first, first + -(-self.bytes // 4)))
 
     @property
     def targets(self):
-        """Labels it may go to. A call to a label is a jump (for threads to meet again), one to a $function returns."""
+        """The labels that it may jump to. A call to a label is a jump, so that threads meet; a $function returns."""
         return re.findall(r"\.L\w+", self.operands) if self.name in JUMPS else []
 
     @property
@@ -69,14 +69,14 @@ class Instruction:
 
     @property
     def ends(self):
-        """Whether nothing goes on behind it. A branch may have its predicate among its operands."""
+        """Whether it never goes on to the next instruction. A branch may have its predicate among its operands."""
         if self.predicate or self.name not in JUMPS or self.name == "CALL":
             return False
         return self.name != "BRA" or self.operands.startswith("`")
 
     @property
     def fused(self):
-        """A multiply-add that rounds once. With a factor of zero it is a move, which some units do that way."""
+        """Whether it is a multiply-add that rounds once. With a factor of zero it is a move, as some units do it."""
         factors = self.operands.split(", ")[1:3]
         return self.name in ("FFMA", "FFMA2", "DFMA", "HFMA2") and not any(f.lstrip("-") == "RZ" for f in factors)
 
@@ -85,7 +85,7 @@ class Instruction:
 class Block:
     instructions: list = field(default_factory=list)
     successors: list = field(default_factory=list)
-    cost: int = 0  # instructions, those of the functions that it calls too
+    cost: int = 0  # instructions, with those of the functions that it calls
 
     @property
     def last(self):
@@ -101,7 +101,7 @@ class Block:
 
 
 def functions(listing):
-    """name -> lines, of what `nvdisasm -c` prints."""
+    """{name of a function: its lines} in the output of `nvdisasm -c`."""
     found, lines = {}, []
     for line in listing.splitlines():
         if line.startswith("\t.section\t"):
@@ -135,16 +135,16 @@ def blocks(lines):
 
 
 def length(made, entry):
-    """Instructions of a called function: all of them, for those that there are go straight through."""
+    """The number of instructions in a called function: all of them, because these functions have no branches."""
     returns = next(i for i in range(entry, len(made)) if made[i].last.name == "RET")
     return sum(len(block.instructions) for block in made[entry : returns + 1])
 
 
-# ------------------------------------------------------------------ ways
+# ------------------------------------------------------------------ paths
 
 
 def in_order(made):
-    """The blocks that are reached, each before its successors but for those that close a loop."""
+    """The blocks that can be reached, each before its successors; an edge back to the head of a loop does not count."""
     seen, done, open_ = {0}, [], [(0, iter(made[0].successors))]
     while open_:
         block, rest = open_[-1]
@@ -159,13 +159,14 @@ def in_order(made):
 
 
 def ways_through(made, loaded, choose=min):
-    """Bytes stored -> the blocks of the shortest (choose=max: longest) way that stores them and loads so many at least.
+    """{bytes: the blocks of the shortest path that stores this many bytes, and loads at least `loaded` bytes}.
 
-    A way goes through each loop once, to the exit; where a loop is left at its head alone, to the loop's end.
+    With choose=max it is the longest one. A path runs each loop once, to the exit. If a loop can be left only at its
+    head, the path ends at the end of the loop.
     """
     order = in_order(made)
     place = {block: i for i, block in enumerate(order)}
-    # block -> (bytes stored, loaded) on the way to it -> (instructions, the way: its last block and the way before)
+    # {block: {bytes (stored, loaded) before it: (instructions, the way: its last block, and the way before that)}}
     ways, exits, repeats = {block: {} for block in order}, {}, {}
     ways[0][0, 0] = 0, None
     for number in order:
@@ -190,14 +191,14 @@ def unrolled(way):
 
 
 def loop_around(made, way):
-    """The part of the way that the innermost loop around its last store repeats; all of it where there is none."""
+    """The part of a path that the innermost loop around its last store repeats; without a loop, the whole path."""
     order = in_order(made)
     place = {block: i for i, block in enumerate(order)}
     store = max(i for i, block in enumerate(way) if made[block].stored)
     parts = []
     for head in way[: store + 1]:
         ends = {b for b in order if head in made[b].successors and place[b] >= place[head]}
-        for block in order[::-1]:  # and whatever leads there
+        for block in order[::-1]:  # and the blocks that lead there
             if any(s in ends and place[s] > place[block] for s in made[block].successors):
                 ends.add(block)
         inside = [i for i, block in enumerate(way) if block in ends and i >= store]
@@ -205,7 +206,7 @@ def loop_around(made, way):
     return min(parts, key=len, default=way)
 
 
-# ------------------------------------------------------------------ what a way costs
+# ------------------------------------------------------------------ the cost of a path
 
 
 def cost(made, way):
@@ -213,8 +214,8 @@ def cost(made, way):
 
 
 def in_flight(walked):
-    """The most bytes that a thread has asked for and not yet waited for."""
-    waited_for, most = {}, 0  # place of a load -> the registers it fills
+    """The largest number of bytes that a thread has requested and not yet waited for."""
+    waited_for, most = {}, 0  # {place of a load: the registers that it fills}
     for place, instruction in enumerate(walked):
         waited_for = {load: filled for load, filled in waited_for.items() if not filled & instruction.registers}
         if instruction.loaded:
@@ -224,7 +225,7 @@ def in_flight(walked):
 
 
 def accesses(walked):
-    """`LDG.128` -> how many, in bits."""
+    """{access with its width in bits, such as "LDG.128": their number}."""
     return dict(sorted(Counter(f"{i.name}.{8 * i.bytes}" for i in walked if i.name in ("LDG", "STG")).items()))
 
 

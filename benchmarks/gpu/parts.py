@@ -1,6 +1,7 @@
-"""What the parts of run.sh do: `python benchmarks/gpu/parts.py PART DIR`, as plan.py calls it.
+"""The parts of run.sh; plan.py runs each one as `python benchmarks/gpu/parts.py PART DIR`.
 
-Each says in DIR/PART.json where it ran, and then what it found. Tests and benchmarks are kept one by one (kept.py).
+A part writes into DIR/PART.json where it ran, and at its end what it found. The results of tests and benchmarks are
+stored one by one (kept.py).
 """
 
 import csv
@@ -22,7 +23,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def run(log, *command, **env):
-    """Exit status and output of a command; the output is kept in `log` too, as it comes."""
+    """Run a command; return its exit status and output. The output also goes to the file `log` while it runs."""
     with log.open("w") as file:
         status = subprocess.run(
             list(map(str, command)), cwd=ROOT, env={**os.environ, **env}, stdout=file, stderr=subprocess.STDOUT
@@ -44,7 +45,7 @@ ENTRY = re.compile(
 
 
 def resources(log):
-    """What ptxas said of every kernel."""
+    """What ptxas reported for every kernel."""
     return [
         {
             "name": m["name"],
@@ -58,7 +59,7 @@ def resources(log):
 
 
 def build(out):
-    """In place and for this GPU alone. A dry run goes through setup.py and compiles nothing."""
+    """Build in place, for this GPU alone. A dry run goes through setup.py and compiles nothing."""
     if DRY_RUN:
         env = {"FASTADV_CPU": "0", "FASTADV_CUDA": "0"}
         place = ["--build-lib", str(out / "lib")]
@@ -66,7 +67,7 @@ def build(out):
         major, minor = torch.cuda.get_device_capability()
         env = {"FASTADV_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
         place = ["--inplace"]
-    # A folder of its own: what an earlier build left would keep ptxas from speaking.
+    # An empty folder: where objects of an earlier build are left, ptxas does not run, and reports nothing.
     objects = out / "objects"
     shutil.rmtree(objects, ignore_errors=True)
     command = (sys.executable, "setup.py", "build_ext", *place, "--build-temp", str(objects))
@@ -75,7 +76,7 @@ def build(out):
     return {"ok": status == 0, "flags": env, "ptxas": resources(log), **loaded(out)}
 
 
-# Registers, spills and occupancy as the driver loaded the kernels; a dry run has the CPU's build facts alone.
+# Prints registers, spills and occupancy of the kernels that the driver loaded; in a dry run only the CPU build's facts.
 LOADED = """
 import json, sys
 from fastadv.ops.backends import native
@@ -86,14 +87,14 @@ print(json.dumps({"why": why, **found}))
 
 
 def loaded(out):
-    """By a process of its own: this one was started before the kernels were there."""
+    """Ask a new process: this one was started before the kernels existed."""
     status, text = run(out / "build.loaded.log", sys.executable, "-c", LOADED, "cpu" if DRY_RUN else "cuda")
     return json.loads(text.splitlines()[-1]) if status == 0 else {"ok": False}
 
 
 # ------------------------------------------------------------------ tests and benchmarks
 
-# In this order: what has never run on a GPU, or failed there.
+# Tests that had never run on a GPU, or had failed there, come first.
 GPU_TESTS = [
     *(f"tests/attacks/test_{name}.py" for name in ("gpu_attacks", "cuda_graph")),
     *(
@@ -104,15 +105,15 @@ GPU_TESTS = [
 
 
 def pytest(out, part, *arguments, **env):
-    """pytest itself in place of this process: what it writes is the part's log, and its status the part's."""
+    """Run pytest. It writes into the part's log, and its exit status decides whether the part is ok."""
     kept = ("-p", "kept", "--kept", out / f"kept/{part}.jsonl", "-p", "no:cacheprovider")
     command = (sys.executable, "-m", "pytest", *kept, *arguments)
     status = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **env}).returncode
-    return {"ok": status in (0, 5)}  # 5: all had been done before
+    return {"ok": status in (0, 5)}  # 5: no test was left to run
 
 
 def correctness(out):
-    """Every op on CUDA and Triton, graphs, streams, the evaluation on a device."""
+    """Test every op on CUDA and Triton, graphs, streams, and the evaluation on a device."""
     if DRY_RUN:
         return pytest(out, "correctness", "tests/ops/test_philox.py", "-k", "cpu or triton", FASTADV_TEST_EXAMPLES="2")
     workers = ("-n", str(min(12, os.cpu_count())), "--dist", "worksteal")
@@ -121,34 +122,34 @@ def correctness(out):
 
 
 def benchmarks(out, part, files, which="", seconds=1.0, rounds=5, **env):
-    """Benchmarks of some files, each case timed for so many seconds and rounds at least."""
+    """Run the benchmarks of some files; each case is timed for `seconds` seconds, and for at least `rounds` rounds."""
     seconds, rounds = (0, 1) if DRY_RUN else (seconds, rounds)
     how = ("--benchmark-quiet", f"--benchmark-min-rounds={rounds}", f"--benchmark-max-time={seconds}")
     return pytest(out, part, "--benchmark", *(f"benchmarks/{file}" for file in files), "-k", which, *how, **env)
 
 
 def attacks(out):
-    """Eager, captured and compiled, beside every peer that is installed."""
+    """Time attacks, eager, captured and compiled, beside every peer that is installed."""
     which = "test_pgd and conv and not compiled" if DRY_RUN else "not memory"
     return benchmarks(out, "attacks", ["attacks/bench_pgd.py"], which, seconds=3)
 
 
 def steps(out):
-    """The training step beside its parts, for every method and attack."""
+    """Time the training step beside its parts, for every method and attack."""
     return benchmarks(out, "steps", ["training/bench_step.py"], seconds=2)
 
 
 def evaluation(out):
-    """PGD-50 with ten restarts on a trained network."""
+    """Time PGD-50 with ten restarts on a trained network."""
     return benchmarks(out, "evaluation", ["attacks/bench_evaluation.py"], rounds=1)
 
 
-# What has changed since the last run on a GPU that measured it: Triton's kernels; random_init was never timed.
+# What changed after it was last measured on a GPU, which is Triton's kernels; and random_init, which never was timed.
 CHANGED = "triton or random_init"
 
 
 def bench(out, which=CHANGED, sizes="large", contenders="fastadv,naive,copy", part="bench"):
-    """The ops; without the compiled step, which takes longer to compile than all else to time."""
+    """Time the ops, without the compiled step: to compile it takes longer than to time all others."""
     if DRY_RUN:
         which, sizes = "pgd_step-tiny-f32/f32-cpu or host", "tiny"
     env = {"FASTADV_BENCH_SIZES": sizes, "FASTADV_BENCH_CONTENDERS": contenders}
@@ -167,8 +168,8 @@ def images():
 
 
 def verdicts(out):
-    """timed.py: fastadv and the authors' AutoAttack on a robust backbone, then on digits."""
-    path = out / "kept/verdicts.json"  # has each row: after a cut the others follow
+    """Run timed.py: fastadv and the authors' AutoAttack, on a robust backbone, then on digits."""
+    path = out / "kept/verdicts.json"  # keeps each finished row: after a cut the other rows follow
     if DRY_RUN:
         chosen = ["--device=cpu", "--models", "clean", "--images=32", "--quick"]
     elif checkout := os.environ.get("FASTADV_AUTOATTACK"):
@@ -180,8 +181,8 @@ def verdicts(out):
 
 
 def study(out):
-    """fastadv study: FGSM and PGD from a robust backbone, on the classes that it was not trained on."""
-    folder = out / "kept/study"  # has each finished cell: after a cut the others follow
+    """Run fastadv study: FGSM and PGD from a robust backbone, on the classes that it was not trained on."""
+    folder = out / "kept/study"  # keeps each finished cell: after a cut the other cells follow
     if DRY_RUN:
         chosen = ["--data=digits", "--model=conv", "--methods=full", "--seeds=1", "--epochs=1", "--device=cpu"]
         chosen += [f"--{part}-limit=32" for part in ("train", "val", "test")]
@@ -195,7 +196,7 @@ def study(out):
 
 
 def strength(out):
-    """strength.py: a network trained and attacked on CIFAR-10."""
+    """Run strength.py, which trains and attacks a network on CIFAR-10."""
     path = out / "kept/strength.json"
     if DRY_RUN or not images():
         return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with CIFAR-10"}
@@ -209,8 +210,8 @@ def strength(out):
 
 
 def sanitize(out, tool, backends, seconds):
-    """exercise.py under a tool of compute-sanitizer, or by itself where `tool` is None."""
-    # Without PyTorch's caching allocator every tensor is an allocation of its own, with borders that are watched.
+    """Run exercise.py under a tool of compute-sanitizer, or alone if `tool` is None."""
+    # Without PyTorch's caching allocator every tensor is an allocation of its own, whose bounds the tools watch.
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "50"] if tool else []
     command = (*prefix, sys.executable, "benchmarks/gpu/exercise.py", *backends, *seconds)
     status, log = run(out / f"sanitizer.{tool or 'none'}.log", *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -226,7 +227,7 @@ def sanitize(out, tool, backends, seconds):
 
 
 def sanitizer(out, backends=("triton",), seconds=("--seconds", "12"), part="sanitizer"):
-    """So many seconds of calls by themselves, for Triton to compile them, and of the same under each tool.
+    """Run calls for some seconds without a tool, so that Triton compiles its kernels, then under each tool.
 
     A tool that is done is not run again.
     """
@@ -259,13 +260,13 @@ METRICS = {
 
 
 def counted(table):
-    """The rows of ncu's CSV, by METRICS' names; its second line has the units, and its numbers have commas."""
+    """The rows of ncu's CSV, with the names of METRICS. Its second line has units, and its numbers have commas."""
     rows = list(csv.DictReader(line for line in table.splitlines() if line.startswith('"')))[1:]
     return [{name: float(row[metric].replace(",", "")) for metric, name in METRICS.items()} for row in rows]
 
 
 def counters(out, which=CHANGED):
-    """What ncu counts in one launch of an op, by itself: achieved bandwidth, issue slots, pipes."""
+    """Count with ncu, in one launch of each op: achieved bandwidth, issue slots, pipes."""
     if DRY_RUN:
         return {"ok": True, "why": "a dry run has no counters", "launches": []}
     table = out / "ncu.csv"
@@ -287,7 +288,7 @@ def counters_all(out):
 
 
 def hanging(out):
-    """Of a dry run: never ends, nor do its children; plan.py has to cut it."""
+    """A part of a dry run that never ends, with a child process that does not end either: plan.py has to cut it."""
     subprocess.run(["sleep", "1000"], check=True)
 
 
@@ -301,7 +302,7 @@ def main(name, out):
         sys.exit("there is no GPU; --dry-run does without")
     path = out / f"{name}.json"
     ran = {"part": name, "ok": False, "environment": environment.facts()}
-    plan.write(path, ran)  # a part that is cut has said where it ran
+    plan.write(path, ran)  # a part that is cut has written where it ran
     result = {part.__name__.replace("_", "-"): part for part in PARTS}[name](out)
     plan.write(path, ran | result)
     return 0 if result["ok"] else 1

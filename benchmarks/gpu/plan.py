@@ -1,6 +1,6 @@
-"""What run.sh does and when: the parts in order, each within its cap, until the minutes are over.
+"""Runs the parts of run.sh in order, each within its time limit ("cap"), until the minutes are over.
 
-Needs no package, so that it costs no second of the GPU's; parts.py has what the parts do.
+It imports no package, so that it starts at once: every second of a GPU counts. parts.py has the parts themselves.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# Part -> its cap in seconds, in the order of what is least known. Nine minutes hold the first six, three the next
-# three, and three more the last.
+# {part: its cap in seconds}. The parts about which the least is known come first. The first six parts (520 s) fit into
+# nine minutes, the next three into three minutes, and the last one into three more.
 CAPS = {
     "build": 90,
     "correctness": 110,
@@ -30,16 +30,16 @@ CAPS = {
     "sanitizer": 80,
     "study": 170,
 }
-# By --part alone.
+# Parts that only --part runs.
 MORE = {"strength": 170, "bench-all": 580, "counters-all": 120, "sanitizer-all": 580}
-# Of a dry run: it is to be cut, and the others are to be done all the same.
+# A part of a dry run that must be cut, while all the other parts are done.
 HANGING = {"hanging": 3}
 
-LEAST = 15  # seconds below which no part is begun: importing PyTorch takes a third of them
+LEAST = 15  # seconds; with less time left no part is started, as importing PyTorch alone takes a third of this
 GRACE = 3  # seconds between asking a part to end and killing it
-LARGEST = 15 << 20  # bytes of results.tar.gz
+LARGEST = 15 << 20  # bytes of results.tar.gz at most
 PACKED = (".json", ".jsonl", ".log", ".csv", ".yaml", ".txt")
-STATE = {"train", "machines.json"}  # of a cell that was cut: of no use without its weights, which are not packed
+STATE = {"train", "machines.json"}  # state of an unfinished cell: useless without its weights, which are not packed
 
 
 # ------------------------------------------------------------------ results
@@ -61,7 +61,7 @@ def lines(path):
 
 
 def collect(out, part):
-    """Puts what a part kept as it went into PART.json: its runs, its cells, how its tests ended, with their figures."""
+    """Collect in PART.json what a part stored while it ran: runs, cells, outcomes of tests, and their figures."""
     result = read(out / f"{part}.json") | read(out / f"kept/{part}.json")
     if cells := sorted(path.parent.name for path in (out / f"kept/{part}").glob("cells/*/cell.json")):
         result["cells"] = cells
@@ -80,7 +80,7 @@ def collect(out, part):
 
 
 def pack(out, folder):
-    """All results and logs as one file, without weights; the largest logs stay behind where it would be too large."""
+    """Pack all results and logs, without weights, into one file; if it is too large, leave the largest logs out."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [f for f in out.rglob("*") if f.suffix in PACKED and not STATE & set(f.relative_to(out).parts)]
     files.sort(key=size)
@@ -101,7 +101,7 @@ def size(path):
 
 
 def supervised(command, cap, log, environment):
-    """Runs the command, all its processes killed after `cap` seconds: (done, failed or cut, seconds)."""
+    """Run a command, and kill all its processes after `cap` seconds. Return ("done", "failed" or "cut", seconds)."""
     start = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -118,7 +118,7 @@ def supervised(command, cap, log, environment):
 
 
 def end(process):
-    """The whole process group, compilers and test workers included."""
+    """End the whole process group, with compilers and test workers."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
@@ -134,7 +134,7 @@ def command_of(part, out):
 
 
 def environment_of(dry_run):
-    """Where the parts find the package: on a GPU in the tree, built in place; in a dry run wherever it is installed."""
+    """A part's environment. On a GPU it finds the package that is built in place, in a dry run the installed one."""
     paths = [ROOT / "benchmarks", ROOT / "benchmarks/gpu", *([] if dry_run else [ROOT]), os.environ.get("PYTHONPATH")]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p), "PYTHONUNBUFFERED": "1"}
     if dry_run:
@@ -146,16 +146,16 @@ def environment_of(dry_run):
 
 
 class Plan:
-    """The parts of one call, and what is known of those of the calls before it (DIR/kept/plan.json)."""
+    """The parts of one call, and the outcomes of the parts in earlier calls (DIR/kept/plan.json)."""
 
     def __init__(self, out, caps, command=command_of, built=lambda: any((ROOT / "fastadv").glob("_cuda*.so"))):
         self.out, self.caps, self.command = out, caps, command
-        self.built = built  # on another machine the results may be there, and what was built not
+        self.built = built  # whether kernels are there: on another machine the results may be without them
         (out / "kept").mkdir(parents=True, exist_ok=True)
         self.known = read(out / "kept/plan.json")
 
     def order(self):
-        """Those that were never begun, then those that were cut or failed."""
+        """The parts that are not done: first parts that were never started, then parts that were cut or failed."""
         left = [part for part in self.caps if self.outcome(part) != "done"]
         return sorted(left, key=lambda part: self.outcome(part) is not None)
 
@@ -165,7 +165,7 @@ class Plan:
         return self.known.get(part, {}).get("outcome")
 
     def run(self, seconds, environment, to=None):
-        """Whether every part that was begun is done."""
+        """Run parts for `seconds` seconds. Return whether every part that was started is done."""
         end_at, begun = time.monotonic() + seconds, []
         for part in self.order():
             left = end_at - time.monotonic() - GRACE
@@ -176,7 +176,7 @@ class Plan:
             if to:
                 pack(self.out, to)
             if part == "build" and self.outcome(part) != "done":
-                break  # the others have nothing to run
+                break  # without kernels the other parts cannot run
         return all(self.outcome(part) == "done" for part in begun)
 
     def do(self, part, cap, environment):
@@ -191,7 +191,7 @@ class Plan:
             print(log.read_text(errors="replace")[-1500:], flush=True)
 
     def left(self, part):
-        """Seconds that the part would take still: by the pace of its tests, or up to its cap."""
+        """The seconds that a part still needs, by the pace of its tests; its cap if none has passed yet."""
         found, tests = self.known.get(part, {}), read(self.out / f"{part}.json").get("tests")
         if found.get("outcome") == "done":
             return 0

@@ -3,18 +3,21 @@
 #
 #   benchmarks/gpu/run.sh DIR [--minutes N] [--to FOLDER] [--part NAME] [--dry-run]
 #
-# For a machine that is at hand for a quarter of an hour. `--minutes 9` does what is least known first: build, correctness,
-# verdicts, attacks, steps, evaluation. A second call in the same DIR, `--minutes 3`, goes on: bench, counters and
-# sanitizer of what has changed; a third does the study, then what was cut. A part is killed at its cap in seconds (or
-# where the minutes end) and what it had is kept; finished parts, tests and figures are not done again. `--part` does
-# one part alone, those among them that no call includes: benchmarks/gpu/plan.py has the table.
+# The script is made for a machine that one has for a quarter of an hour. `--minutes 9` runs the parts about which the
+# least is known: build, correctness, verdicts, attacks, steps, evaluation. A second call in the same DIR, with
+# `--minutes 3`, goes on with bench, counters and sanitizer for the code that has changed. A third call runs the study,
+# then parts that were cut. A part is cut when its time limit or the minutes end, and what it had found is kept.
+# Finished parts, tests and figures are not run again. `--part` runs one part alone; some parts run only in this way.
+# benchmarks/gpu/plan.py has the table of parts.
 #
-# DIR is best an ignored folder of the tree, such as gpu-results. Each part leaves DIR/PART.json; all of them go to
-# FOLDER/results.tar.gz after each part, and a table of what was done, what is unmeasured and how long that would take
-# is printed last. --dry-run does every part without a GPU, on tiny sizes, and one that hangs, to be cut: no figure of
-# it counts. PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10, FASTADV_AUTOATTACK a clone
-# of github.com/fra31/auto-attack, FASTADV_COMMIT the commit where there is no repository. No network is needed. Exit
-# status: 0 if every part that was begun is done.
+# DIR is best an ignored folder of the tree, such as gpu-results. Each part leaves DIR/PART.json. After each part all
+# results go to FOLDER/results.tar.gz. At the end a table shows the parts that were run, the parts that were not,
+# and the seconds that these need. --dry-run runs every part on tiny sizes without a GPU, and one part that hangs, which must be
+# cut; its figures mean nothing.
+#
+# PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10, FASTADV_AUTOATTACK a clone of
+# github.com/fra31/auto-attack, FASTADV_COMMIT the commit if there is no repository. No network is needed. The exit
+# status is 0 if every part that was started is done.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)

@@ -1,10 +1,10 @@
-"""What the compilers made of the GPU kernels, read from the machine code: no GPU, no clock.
+"""Counts what the GPU kernels cost, in their machine code. It needs no GPU, and measures no time.
 
     python benchmarks/gpu/sass.py [--arch 90] [--backend cuda] [--kernels REGEX] [--source csrc/cuda/ops.cu]
-    python benchmarks/gpu/sass.py --record     # all of it into results/sass.json
-    python benchmarks/gpu/sass.py --page       # the main kernels of results/sass.json, an architecture a column
+    python benchmarks/gpu/sass.py --record     # all kernels, into results/sass.json
+    python benchmarks/gpu/sass.py --page       # the main kernels of results/sass.json, one column per architecture
 
-It needs nvcc for the CUDA kernels, and nvdisasm and cuobjdump, of the toolkit or of the Triton package.
+It needs nvcc for the CUDA kernels, and nvdisasm and cuobjdump from the CUDA toolkit or from the Triton package.
 """
 
 import argparse
@@ -36,20 +36,23 @@ RECORD = ROOT / "benchmarks/results/sass.json"
 
 @dataclass(frozen=True)
 class Chip:
-    """Vendor's data sheets, but for the clock: what it holds under load (boost clocks of H100 and B200: 1.98 GHz)."""
+    """A GPU by its data sheet, but the clock is what it holds under load (boost clock of H100 and B200: 1.98 GHz)."""
 
     name: str
     multiprocessors: int
     clock: float
     bandwidth: float
-    shared: int  # bytes an SM
+    shared: int  # bytes per SM
 
     def issue_share(self, instructions, moved):
-        """Of the issue slots: each of four schedulers an SM issues one instruction for 32 threads a clock."""
+        """The share of the issue slots that is taken at full bandwidth.
+
+        An SM has four schedulers; each of them issues one instruction for 32 threads per clock.
+        """
         return self.bandwidth / moved * instructions / (self.multiprocessors * 4 * 32 * self.clock)
 
     def resident(self, threads, registers, shared):
-        """Threads an SM holds at once, in blocks of so many, by the CUDA programming guide's limits of all three."""
+        """The threads that an SM holds at once, in blocks of `threads`, by the limits in the CUDA programming guide."""
         warps = 4 * (16384 // (32 * -(-registers // 8) * 8))
         return threads * min(32 * warps // threads, 2048 // threads, 32, self.shared // (shared + 1024))
 
@@ -71,7 +74,7 @@ GROUP, THREADS = 8, 128  # kGroup, kThreads
 
 @dataclass(frozen=True)
 class Case:
-    """What a kernel is for, and so the bytes it must move."""
+    """What a kernel computes; this gives the bytes that it must move."""
 
     op: str
     layout: str  # flat or any
@@ -90,7 +93,7 @@ class Case:
 
     @property
     def loaded(self):
-        """Bytes an element."""
+        """Bytes per element."""
         return SIZES[self.x] + SIZES[self.grad] + (SIZES[self.result] if self.op == "pgd_step" else 0)
 
     @property
@@ -99,7 +102,7 @@ class Case:
 
 
 def native_case(signature):
-    """The case of a demangled name; None for a kernel that is no step. z has any type: here the result's."""
+    """The case of a demangled name; None for a kernel that is no step. z may have any type; here it is the result's."""
     found = re.match(r"void fastadv::(vectorised|strided)_kernel<\(fastadv::Kind\)(\d), (.*)>\(", signature)
     if not found:
         return None
@@ -112,7 +115,7 @@ def native_case(signature):
 
 
 def whole_packs(made, case, choose=min):
-    """(elements, blocks) of the way of a thread that has them all, with its seed in memory where it has one."""
+    """(elements, blocks) of the path of a thread that has all its elements; where it has a seed, it loads the seed."""
     seed = 8 if case.op.startswith(("random_init", "fgsm_step noise")) else 0
     for elements in (8, 16, 32, 4):
         way = machine_code.ways_through(made, elements * case.loaded + seed, choose).get(elements * case.stored)
@@ -122,13 +125,13 @@ def whole_packs(made, case, choose=min):
 
 
 def one_by_one(made, case, choose=min):
-    """The same for a loop over a thread's elements. Stores of several types may stand in it, under predicates."""
+    """The same for a loop over a thread's elements, which may have stores of several types, under predicates."""
     ways = machine_code.ways_through(made, case.loaded, choose)
     return 1, ways[min(stored for stored in ways if stored >= case.stored)]
 
 
 def analyse(lines, case, arch, threads, resources, loop=False):
-    """The row of a kernel."""
+    """The row of results of a kernel."""
     made = machine_code.blocks(lines)
     find = one_by_one if loop else whole_packs
     elements, way = find(made, case)
@@ -166,7 +169,7 @@ def analyse(lines, case, arch, threads, resources, loop=False):
 
 
 def tool(name):
-    """A program of the CUDA toolkit, or of the Triton package, which has some of them."""
+    """The path of a program of the CUDA toolkit; the Triton package has some of them, too."""
     if found := shutil.which(name):
         return found
     import triton
@@ -179,12 +182,12 @@ def output(*command):
 
 
 def last_line(program):
-    """What it says of its version."""
+    """The last line that a program prints about its version."""
     return output(program, "--version").split("\n")[-2]
 
 
 def disassembled(cubin):
-    """(lines, resources) of every kernel in a file, by name."""
+    """{name: (lines, resources)} of the kernels in a file."""
     text = output(tool("cuobjdump"), "-res-usage", cubin)
     used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
     code = machine_code.functions(output(tool("nvdisasm"), "-c", cubin))
@@ -223,7 +226,7 @@ def triton(arch, wanted):
 
 
 def collect(backends, archs, wanted, source=SOURCE):
-    """The rows, a thread a backend: Triton's driver is one for all threads."""
+    """The rows. Each backend has one thread, not one per architecture, because all threads share Triton's driver."""
     makers = {"cuda": lambda arch: cuda(arch, wanted, source), "triton": lambda arch: triton(arch, wanted)}
 
     def rows(backend):
@@ -238,14 +241,14 @@ def collect(backends, archs, wanted, source=SOURCE):
 
 
 def document(rows):
-    """The rows with what made them."""
+    """The rows, with the machine and the programs that made them."""
     facts = {**environment.facts(), "nvcc": ".".join(cuda_version(nvcc())), "nvdisasm": last_line(tool("nvdisasm"))}
     facts["ptxas_of_triton"] = last_line(tool("ptxas"))
     return {"part": "sass", "ok": True, "environment": facts, "columns": list(rows[0]), "rows": rows}
 
 
 def save(path, result):
-    """A row a line."""
+    """Write a file with one line per row."""
     head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
     rows = ",\n".join(json.dumps(list(row.values())) for row in result["rows"])
     path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
@@ -276,21 +279,21 @@ MAIN = re.compile(
 
 PAGE_HEAD = """# Machine code of the GPU kernels
 
-What the compilers made of the kernels, read from the machine code by `benchmarks/gpu/sass.py --record`. No GPU and no
-clock takes part: this is what the code asks for, not how fast it is.
+Counts from the machine code of the kernels, by `benchmarks/gpu/sass.py --record`. It uses no GPU and measures no time:
+the counts say what the code asks for, not how fast it is.
 
-- **Instructions an element**: those that a thread issues on its way from the entry to the exit when it has all its
-  elements, loops once, predicated-off ones and called routines counted. Where branches depend on the values (float16's
-  small numbers) or on the layout (channels), from the shortest such way to the longest.
-- **Registers** a thread.
-- **Issue slots**: the share of the chip's that is taken when the tensors move at its full bandwidth; from 100 % on the
-  instructions, and not the memory, bound the kernel.
+- **Instructions per element**: all that a thread issues from the entry to the exit when it has all its elements. Each
+  loop counts once; predicated-off instructions and called routines count. Branches may depend on the values (small
+  float16 numbers) or on the layout (channels): then the shortest and the longest such path are given.
+- **Registers** per thread.
+- **Issue slots**: the share of the chip's slots that is taken when the tensors move at its full bandwidth. From 100 %
+  on the kernel is bound by its instructions, not by memory.
 {chips}
-- **In flight**: the bytes that the threads of an SM have asked for before the first of them waits, on sm_90.
+- **In flight**: the bytes that the threads of an SM have requested before the first of them waits, on sm_90.
 
-`free` kernels (no projection), other types and `any` layouts, access widths, occupancy, and the mix of instructions are
-in `benchmarks/results/sass.json`. No kernel spills or fuses a multiply with an add, as a test holds:
-`tests/benchmarks/test_machine_code.py`.
+`benchmarks/results/sass.json` also has the `free` kernels (no projection), other types, `any` layouts, access widths,
+occupancy and the mix of instructions. No kernel spills, and none fuses a multiply with an add:
+`tests/benchmarks/test_machine_code.py` tests this.
 
 {made}
 
@@ -304,7 +307,7 @@ def measured(row):
 
 
 def page(result):
-    """Markdown: the main kernels, an architecture a column."""
+    """A Markdown page of the main kernels, with one column per architecture."""
     groups = {}
     for row in result["rows"]:
         if MAIN.match(row["kernel"]):
@@ -329,11 +332,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, choices=CHIPS, action="append", help="one or more; default: 90")
     parser.add_argument("--backend", choices=("cuda", "triton"), action="append", help="one or more; default: cuda")
-    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), metavar="REGEX", help="those alone")
+    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), metavar="REGEX", help="which kernels")
     parser.add_argument("--source", type=Path, default=SOURCE, help="instead of csrc/cuda/ops.cu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there instead of a table")
-    parser.add_argument("--record", action="store_true", help="all of it, into benchmarks/results")
-    parser.add_argument("--page", action="store_true", help="print a page of what is there")
+    parser.add_argument("--record", action="store_true", help="all kernels, into benchmarks/results")
+    parser.add_argument("--page", action="store_true", help="print a page of the stored results")
     args = parser.parse_args(argv)
     if args.record:
         save(RECORD, document(collect(("cuda", "triton"), CHIPS, args.kernels)))

@@ -1,9 +1,9 @@
-"""Compiles, with no GPU, exactly what the Triton launchers would compile for one.
+"""Compiles without a GPU exactly the kernels that the Triton launchers would compile on one.
 
-    python benchmarks/gpu/triton_aot.py 75     # every form for sm_75, a line each
+    python benchmarks/gpu/triton_aot.py 75     # every kernel for sm_75, one line for each
 
-The real launchers run, on CPU tensors; a stand-in for the driver names the target, and a launch stops after
-compilation. Not under Triton's interpreter.
+The real launchers run on CPU tensors. A stand-in for the driver names the target, and a launch stops after compilation.
+This does not work under Triton's interpreter.
 """
 
 import sys
@@ -21,11 +21,11 @@ TRAINING = ("f32/f32", "f32/bf16", "f32/f16", "f16/f16", "bf16/bf16", "u8/f32", 
 
 
 class NoDevice(CudaDriver):
-    """As much of a driver as compiling takes."""
+    """A driver with only what compilation needs."""
 
     def __init__(self, capability):
         self.capability = capability
-        self.get_current_device = lambda: capability  # a number for each: what was compiled is kept by it
+        self.get_current_device = lambda: capability  # one number per target: Triton keeps kernels by it
         self.get_current_stream = lambda device: 0
 
     def get_current_target(self):
@@ -36,7 +36,10 @@ class NoDevice(CudaDriver):
 
 
 def launches(size=1 << 16):
-    """(op, layout, types of images, gradients and z), and the call; sizes and addresses as torch gives them."""
+    """Yield ((op, layout, types of images, gradients and z), name of the op, its arguments) for every kernel.
+
+    Sizes and addresses, for which Triton specialises its kernels, are those of usual tensors.
+    """
     box, eps, mean = (0.0, 1.0), 8 / 255, torch.zeros(1, 4, 1)
     for x_type, grad_type in (pair.split("/") for pair in TRAINING):
         x = torch.zeros(16, 4, size // 64, dtype=TYPES[x_type])
@@ -54,7 +57,7 @@ def launches(size=1 << 16):
                 yield (name, "flat", x_type, grad_type, z_type), f"{op}_z", (out, z, mean, mean, *args)
         if grad_type in (x_type, "f32"):
             yield ("random_init", "flat", x_type, "", ""), "random_init", (out, x, eps, 7, *box)
-    # What lies otherwise goes through the other kernel: an eps and a seed for each image, every second column.
+    # Tensors with gaps go through the other kernel: here every second column, with an eps and a seed for each image.
     x, eps, seeds = torch.zeros(4, 3, 8, 8), torch.zeros(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64)
     image, out, mean = x[..., ::2], x[..., 1::2].clone(), torch.zeros(1, 3, 1, 1)
     args = (image, image, True, 0.1, 0.0, 0.0, 0, *box, None, eps, eps, seeds, None, None)
@@ -63,7 +66,7 @@ def launches(size=1 << 16):
 
 
 def compiled(capability, wanted):
-    """(facts, compiled kernel) of every launch whose facts are wanted, for sm_<capability>."""
+    """Yield (facts, compiled kernel) for every launch with wanted facts, for sm_<capability>."""
     kernels, run = [], JITFunction.run
     triton.runtime.driver.set_active(NoDevice(capability))
     JITFunction.run = lambda *args, warmup, **options: kernels.append(run(*args, warmup=True, **options))
