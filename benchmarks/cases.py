@@ -19,7 +19,7 @@ PAIRS = ("f32/f32", "f32/bf16", "bf16/bf16", "f16/f16", "u8/f32")  # image/grad
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 SIZES = {
-    "16": (16,),  # for the host's time alone
+    "16": (16,),  # only for the host's time
     "tiny": (2, 3, 8, 8),  # to try the benchmark itself; its times mean nothing
     "cifar": (128, 3, 32, 32),
     "imagenet": (64, 3, 224, 224),
@@ -192,7 +192,7 @@ def compiled(op, shape, pair, z):
     return torch.compile(naive_step(op, pair, z), fullgraph=True, dynamic=shape is None)
 
 
-# Names of contenders, separated by commas; without names all. To compile the compiled one takes longer than to time it.
+# Names of contenders, separated by commas; none means all. Compiling the compiled step takes longer than timing it.
 CHOSEN_CONTENDERS = [name for name in os.environ.get("FASTADV_BENCH_CONTENDERS", "").split(",") if name]
 
 

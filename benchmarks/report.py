@@ -7,7 +7,7 @@ Reads what `pytest --benchmark --benchmark-json=FILE` and `benchmarks/gpu/run.sh
 Results are checked. No op can move its bytes faster than the fastest copy of the same run. So on a GPU a result that is
 faster by more than `NOISE` is refused: the time or the number of bytes is wrong. On a CPU it is a warning. There a
 store first reads the cache line, which is not counted: a copy moves 3 bytes for 2 that are counted, `pgd_step` 5 for 4.
-And small tensors are in the caches.
+Besides, small tensors are in the caches.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def training_row(r):
     )
 
 
-# For runs that were measured before there was `fastadv study`.
+# The table of runs that were measured before `fastadv study` existed.
 TRANSFER_HEADER = (
     *("method", "attack", "seeds", "parameters that train", "clean", "PGD-10", "PMA"),
     *("images", "PMA there", "AutoAttack there", "s of training", "time / FGSM", "alarms"),
@@ -404,8 +404,8 @@ def main(argv=None):
     parser.add_argument("results", nargs="+", help="JSON files, or folders of them")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there (default: print them)")
     parser.add_argument("--plot", metavar="FILE", help="write the plot there, as PNG, SVG or PDF")
-    parser.add_argument("--only", metavar="REGEX", default="", help="what the plot shows of the ops")
-    parser.add_argument("--roofline", metavar="FILE", help="write what ncu counted there, under the chip's limits")
+    parser.add_argument("--only", metavar="REGEX", default="", help="which cases the plot shows")
+    parser.add_argument("--roofline", metavar="FILE", help="write a plot of ncu's counts there, with the chip's limits")
     args = parser.parse_args(argv)
     try:
         results = load(args.results)

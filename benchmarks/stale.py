@@ -39,7 +39,7 @@ DEPENDS = {
     "own time": EVALUATION,
     "training": (*ATTACKS, "fastadv/training/step.py"),  # from the first run on a GPU
     "training cost": (*ATTACKS, "fastadv/training/step.py", "fastadv/training/methods.py"),
-    # From runs that were measured before there was `fastadv study`.
+    # From runs that were measured before `fastadv study` existed.
     "transfer": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
     "demo": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors", "examples/demo.py"),
     "study": (

@@ -8,9 +8,9 @@ import torch
 
 # Short calls are repeated until one reading takes this long, which is far above the cost of the clock and the loop.
 CPU_READING = 1e-3
-# Calls in one captured graph. To launch a graph takes a few microseconds, which its calls share.
+# Calls in one captured graph. Launching a graph takes a few microseconds, which its calls share.
 GRAPH_CALLS = 48
-# The inputs fill the L2 cache so many times, and are used in turn: no call finds its own inputs in the cache.
+# The sets of inputs are used in turn, and are this many times as large as the L2 cache: no call finds its inputs there.
 CACHE_MULTIPLE = 4
 MAX_SETS = 256
 

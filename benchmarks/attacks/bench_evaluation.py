@@ -1,8 +1,9 @@
-"""PGD with ten restarts on a trained network: slots that are refilled, torchattacks' restarts, and nothing dropped.
+"""PGD with ten restarts on a trained network, by `evaluate`, by torchattacks, and by a loop that drops no image.
 
-What can be dropped depends on the network, so it is trained first (FGSM-RS, some ten seconds) and recorded with the
-result. The same images, budget, steps and restarts for all; torchattacks gets batch after batch and
-drops between restarts what is fooled.
+A fooled image can be dropped, and how many are fooled depends on the network. So a network is trained first (FGSM-RS,
+about ten seconds), and its accuracy is recorded with the result. All contenders get the same images, budget, steps and
+restarts. `evaluate` refills the slot of a fooled image at once. torchattacks gets one batch after the other, and drops
+fooled images between restarts.
 """
 
 import time
@@ -22,14 +23,14 @@ from fastadv.training import Trainer
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
-BATCH = 128  # of the peers, and as many slots
-# More survive than there are slots: else a GPU's take further restarts, some of them in vain.
+BATCH = 128  # the batch size of the peers, and the number of our slots
+# More images stay robust than there are slots. Otherwise empty slots of a GPU take further restarts, some in vain.
 IMAGES = 640
-ROUNDS = 2  # at most: each is thousands of steps long
+ROUNDS = 2  # at most, because a round has thousands of steps
 
 
 class Seen:
-    """Counts the images of which a gradient is computed."""
+    """Counts the images whose gradient is computed."""
 
     def __init__(self, model):
         self.images, self._model = 0, model
@@ -57,7 +58,7 @@ def trained(quick):
 
 
 def in_batches(right, images, labels):
-    """The robust accuracy, from a function `right` that says which images of a batch withstand."""
+    """The robust accuracy; the function `right` tells which images of a batch are not fooled."""
     batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
     return float(torch.cat([right(x, y) for x, y in batches]).float().mean())
 
@@ -82,7 +83,7 @@ def contenders(model, eps, steps, restarts):
         "fastadv": slots,
         "nothing dropped": lambda images, labels: in_batches(nothing_dropped, images, labels),
     }
-    if DEVICE.type == "cpu":  # a GPU is there for a quarter of an hour
+    if DEVICE.type == "cpu":  # not on a GPU, whose time is short
         made["fastadv last"] = lambda images, labels: slots(images, labels, "last")
     else:
         captured = PGD(model, **settings, restarts=restarts, graph=True)
@@ -110,7 +111,7 @@ def test_evaluation(measure):
 
     made = contenders(model, eps, steps, restarts)
     readings = {name: reading(name, call) for name, call in made.items()}
-    # No rounds to warm up: a round is long.
+    # There are no warm-up rounds, because a round is long.
     seconds = timing.run(measure.benchmark, readings, "fastadv", min(ROUNDS, measure.min_rounds), max_time=0)
     median = timing.medians(seconds)
     with torch.no_grad():

@@ -88,7 +88,7 @@ class Held:
 
 
 def test_memory(network, measure):
-    """One step of each contender: more steps hold no more."""
+    """Measures one step of each contender: more steps hold no more memory."""
     model, images, labels = example(network, measure.quick)
     held, readings = {}, {}
     for name, attack in contenders(model, 1, DEVICE).items():

@@ -1,12 +1,13 @@
-"""How strong the attacks are on real images: the accuracy that each leaves, and its time.
+"""How strong the attacks are on real images: the robust accuracy under each attack, and its time.
 
-Beside torchattacks with as many steps and restarts; then the options that make the attack faster, beside none.
+First our attacks beside torchattacks' with as many steps and restarts; then our attack with each of the options that
+make it faster, beside the attack without options.
 
     python benchmarks/attacks/strength.py CIFAR10_FOLDER --out strength.json
 
-CIFAR10_FOLDER is what `fastadv.data.load("cifar10", folder=...)` reads.
-A small network is trained adversarially first (FGSM-RS, a minute or two on a CPU), then attacked on the first test
-images. On the GPU where there is one.
+CIFAR10_FOLDER is a folder that `fastadv.data.load("cifar10", folder=...)` reads. A small network is trained
+adversarially first (FGSM-RS, a minute or two on a CPU), then attacked on the first test images. All of it runs on the
+GPU if there is one.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def variants(model, images, labels, steps):
     for name, chosen in options.items():
         made = copy.deepcopy(model).to(memory_format=chosen.get("memory_format", torch.contiguous_format))
         attack = functools.partial(PGD(made, EPS, ALPHA, steps, **chosen), seed=0)
-        attack(images[:BATCH], labels[:BATCH])  # compiles what is compiled
+        attack(images[:BATCH], labels[:BATCH])  # compiles, if the options say so
         left, seconds = timed(lambda attack=attack: accuracy(model, attack, images, labels))
         yield {"attack": f"PGD-{steps}", "options": name, "fastadv": left, "fastadv_s": seconds}
 

@@ -12,8 +12,8 @@
 #
 # DIR is best an ignored folder of the tree, such as gpu-results. Each part leaves DIR/PART.json. After each part all
 # results go to FOLDER/results.tar.gz. At the end a table shows the parts that were run, the parts that were not,
-# and the seconds that these need. --dry-run runs every part on tiny sizes without a GPU, and one part that hangs, which must be
-# cut; its figures mean nothing.
+# and the seconds that these need. --dry-run runs every part on tiny sizes without a GPU, and one part that hangs, which
+# must be cut; its figures mean nothing.
 #
 # PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10, FASTADV_AUTOATTACK a clone of
 # github.com/fra31/auto-attack, FASTADV_COMMIT the commit if there is no repository. No network is needed. The exit

@@ -1,10 +1,12 @@
 """A step of adversarial training beside the sum of its parts, for every method and attack.
 
-An attack with K steps takes K forward passes and backward passes to the images (F + Bx), the update one forward pass
-and a backward pass to what trains (F + B), then the optimiser: no step can cost less than the sum. Its ratio to the sum
-is what the trainer adds: random starts, steps of the attack, flags set and put back. In bfloat16 where there is a GPU.
-Ratios are of lower quartiles: what else runs on the machine only ever adds, and here a few per cent matter; but the
-fastest of a few long readings is never as lucky as the sum of the fastest short ones.
+An attack with K steps takes K forward passes and K backward passes to the images (F + Bx). The update takes a forward
+pass and a backward pass to the parameters that train (F + B), then the optimiser. No step can cost less than the sum.
+The ratio to the sum shows what the trainer adds: random starts, steps of the attack, flags that are set and put back.
+On a GPU the passes are in bfloat16.
+
+Ratios are of lower quartiles. Other work on the machine only ever adds time, and a few per cent matter here. Minima
+would not do: the fastest of a few long readings is never as lucky as the sum of the fastest short ones.
 """
 
 import time
@@ -28,9 +30,9 @@ from fastadv.training.step import TrainStep
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
 
 EPS = 8 / 255
-ATTACKS = {"none": 0, "fgsm": 1, "fgsm-rs": 1, "pgd": 7}  # and its gradients
+ATTACKS = {"none": 0, "fgsm": 1, "fgsm-rs": 1, "pgd": 7}  # {attack: how many gradients of the images it computes}
 AUTOCAST = torch.bfloat16 if DEVICE.type == "cuda" else None
-# Of a single thread the processor's time can be had, in which nothing else that runs on the machine is counted.
+# With a single thread it is the processor's time, which does not count other work on the machine.
 CLOCK = time.process_time if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -44,7 +46,7 @@ def pytest_generate_tests(metafunc):
 
 
 def expected(seconds, gradients):
-    """The sum of the parts of a step whose attack computes so many gradients of the images."""
+    """The sum of the parts of a step whose attack computes this number of gradients of the images."""
     return gradients * seconds["F + Bx"] + seconds["F + B"] + seconds["optimiser"]
 
 
@@ -88,7 +90,7 @@ def parts(model, optimizer, images, labels):
         yield
         optimizer.zero_grad()
 
-    def with_gradients():  # out of the caches, as a backward pass leaves them
+    def with_gradients():  # a backward pass leaves them outside of the caches
         loss(images).backward()
         return nullcontext()
 
@@ -131,7 +133,7 @@ def test_training_step(network, method, measure):
     if DEVICE.type == "cuda":
         images, labels = images.repeat(8, 1, 1, 1), labels.repeat(8)
     else:
-        images, labels = images[:8], labels[:8]  # a fixed cost would show
+        images, labels = images[:8], labels[:8]  # small, so that a fixed cost shows
     with trainable(model, method, example=images) as tuning:
         optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], 1e-5)
         given = (model, optimizer, images, labels)

@@ -1,12 +1,12 @@
-"""A folder of pictures as users have them, from photographs that scikit-learn and matplotlib bring along.
+"""Makes a folder of pictures as users have them, from photographs in scikit-learn and matplotlib.
 
     python benchmarks/training/photographs.py photos
     fastadv finetune --data photos --out run
 
-Crops of four pictures, a class each (the fourth is a map of heights, grey), as photos/train/CLASS and
-photos/test/CLASS: the test crops are from the right of each picture, which no training crop touches. Half are JPEG and
-half PNG; some are grey, some lie on their side and say so in their EXIF data. A file's name is the place of its crop:
-first row, first column.
+Each of four pictures is a class (the fourth is a grey map of heights). Crops of them go to photos/train/CLASS and
+photos/test/CLASS. Test crops are from the right part of a picture, which no training crop touches. Half of the files
+are JPEG and half PNG. Some are grey; some are stored turned, and their EXIF data say so. A file's name is the place of
+its crop: 12-40.png begins at row 12 and column 40.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def places(size, part, count, rng):
 
 
 def store(crop, stem, number):
-    """Write a crop as a file: JPEG, and each second one PNG."""
+    """Write a crop as a JPEG file, and every second crop as PNG."""
     if number % 5 == 0:
         crop = crop.convert("L")
     if number % 2:

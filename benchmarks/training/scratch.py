@@ -1,14 +1,14 @@
-"""FGSM from scratch, where it is known to collapse, and the same network fine-tuned beside it.
+"""Trains with FGSM from scratch, which is known to collapse, and fine-tunes the same network for comparison.
 
     python benchmarks/training/scratch.py DATA/cifar10 scratch                                     # zero start
     python benchmarks/training/scratch.py DATA/cifar100 backbone --attack nfgsm --eps 8 --epochs 30  # a robust backbone
     python benchmarks/training/scratch.py DATA/cifar10 tuned --backbone backbone/weights.pt --lr 0.03
 
-A residual network with ReLU, all training images, crops and flips, SGD with a learning rate that rises and falls once,
-the attack in train mode: the settings of Wong et al. 2020 (arXiv 2001.03994) but for the network, which is one that a
-CPU trains. OUT/result.json has a record for each epoch, with the accuracies of the monitor's images under the training
-attack and under PGD-5, and the last epoch's weights judged on test images. A run that is cut goes on with the same
-command.
+The settings are those of Wong et al. 2020 (arXiv 2001.03994): all training images, crops and flips, SGD with a learning
+rate that rises and falls once, and the attack in train mode. Only the network differs: a residual network with ReLU that a
+CPU can train. OUT/result.json has a record for each epoch, with the robust accuracy on the monitor's images under the
+training attack and under PGD-5. It also has the accuracies of the last epoch's weights on test images. An interrupted
+run resumes with the same command.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from fastadv.training import Trainer
 
 PROBE, TEST = 512, 512
 KEPT = "attack", "eps", "robust_accuracy", "settings"  # what is kept of an attack's report
-RISE = 0.4  # of the steps, in which the learning rate rises; then it falls as half a cosine
+RISE = 0.4  # share of the steps in which the learning rate rises; then it falls as half a cosine
 
 
 def network(classes, widths):
