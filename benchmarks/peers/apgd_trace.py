@@ -1,9 +1,9 @@
-"""Whether APGD takes the authors' steps: iterates, and halvings, beside those of their code.
+"""Compares the iterates of APGD, and how often it halves its step, with those of the authors' code.
 
     python benchmarks/peers/apgd_trace.py CHECKOUT
 
-CHECKOUT is a clone of github.com/fra31/auto-attack (Croce & Hein 2020). Both start at the same images in float64; what
-their model is shown is their trace.
+CHECKOUT is a clone of github.com/fra31/auto-attack (Croce & Hein 2020). Both start at the same images, in float64. The
+trace of an attack is the sequence of its model's inputs.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def ours(model, norm, eps, loss, images, labels, start, target):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkout", type=Path, help="a clone of github.com/fra31/auto-attack")
-    torch.set_default_dtype(torch.float64)  # theirs keep step sizes and losses in that
+    torch.set_default_dtype(torch.float64)  # their code keeps step sizes and losses in the default dtype
     sys.path.insert(0, str(parser.parse_args().checkout.resolve()))
     for seed, (norm, (_, eps)) in enumerate(BUDGETS.items()):
         torch.manual_seed(seed)

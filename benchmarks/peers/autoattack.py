@@ -1,9 +1,10 @@
-"""What the authors' AutoAttack (Croce & Hein 2020, github.com/fra31/auto-attack) finds on the judged models.
+"""Stores the verdicts of the authors' AutoAttack (Croce & Hein 2020, github.com/fra31/auto-attack) on the models.
 
     python benchmarks/peers/autoattack.py CHECKOUT --models pgd clean --seeds 0 1
 
-CHECKOUT is a clone of theirs. Its standard version, L-inf: the parts follow each other, each on what is left.
-Everything is stored in benchmarks/results/autoattack, after each part; `tests/benchmarks/test_peers.py` reads it.
+CHECKOUT is a clone of that repository. AutoAttack's standard version for L-inf is run: each part attacks the images
+that no part before it has fooled. The verdicts are stored in benchmarks/results/autoattack after each part;
+`tests/benchmarks/test_peers.py` reads them.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def main():
     parser.add_argument("checkout", type=Path, help="a clone of github.com/fra31/auto-attack")
     parser.add_argument("--models", nargs="+", choices=judged.NAMES, default=judged.NAMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="these alone, in their order")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these parts, in the usual order")
     args = parser.parse_args()
     sys.path.insert(0, str(args.checkout.resolve()))  # before this folder, which has a module of that name
     for name in args.models:

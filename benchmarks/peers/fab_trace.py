@@ -1,10 +1,11 @@
-"""FAB beside its authors' (Croce & Hein 2020, github.com/fra31/auto-attack): how near it comes, and its own time.
+"""Compares FAB with its authors' code (Croce & Hein 2020, github.com/fra31/auto-attack): distances, and its own time.
 
     OMP_NUM_THREADS=1 python benchmarks/peers/fab_trace.py CHECKOUT
 
-CHECKOUT is a clone of theirs. Both attack a small network that is trained here on random patterns, towards target
-classes (FAB-T) and the nearest of all planes (FAB): the distance of the nearest point that each finds for each image.
-The time of a step is on the mean of the pixels and a linear layer, and so that of everything but the model.
+CHECKOUT is a clone of that repository. Both attack a small network, which is trained here on random patterns: towards
+target classes (FAB-T), and towards the nearest of all planes (FAB). Compared are, for each image, the distances of the
+nearest points that the two attacks find. Steps are timed on a model that takes hardly any time, the mean of the pixels
+and a linear layer: so the time is that of everything but the model.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch import nn
 from fastadv.attacks import FAB, FABL2
 
 CLASSES, BATCH = 10, 64
-EVERYWHERE = {"Linf": (FAB, 1.0), "L2": (FABL2, 100.0)}  # an eps that no nearest point is beyond
+EVERYWHERE = {"Linf": (FAB, 1.0), "L2": (FABL2, 100.0)}  # an eps that is larger than every distance
 
 
 def trained(steps=150):

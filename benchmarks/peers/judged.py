@@ -1,10 +1,10 @@
-"""Small models to be judged, and their images: the same everywhere, from this code and the files beside it alone.
+"""Small models to be judged, and their images. Both come from this code and the files beside it, on every machine.
 
     python benchmarks/peers/judged.py --train
 
-Networks for 2 to 100 classes, trained robustly, badly and not at all robustly; the same with a hidden gradient; and
-fastadv's own backbone, which needs CIFAR-10. --train makes the stored weights anew: the verdicts in
-benchmarks/results/autoattack are then to be made again too.
+There are networks for 2 to 100 classes, which were trained robustly, with catastrophic overfitting, or on clean images;
+networks that hide their gradient; and fastadv's own backbone, which needs CIFAR-10. --train trains the stored weights
+again: then the verdicts in benchmarks/results/autoattack must be made again too.
 """
 
 import argparse
@@ -31,7 +31,7 @@ IMAGES = 500
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model was trained, and the budget at which it is judged: neither all images nor none survive there.
+    """How a model was trained, and the budget at which it is judged: there some of its images are robust, but not all.
 
     Attributes:
         classes: up to 10, the class is the digit modulo `classes`; 100 are the pairs of digits, side by side.
@@ -49,7 +49,7 @@ class Recipe:
 TRAINED = {
     "fgsm-rs": Recipe(10, "fgsm-rs", 0.25, 0.25, 40),
     "pgd": Recipe(10, "pgd", 0.25, 0.25, 40),
-    # Catastrophic overfitting: where it was trained FGSM leaves 67 % of the images, PGD-20 none.
+    # Catastrophic overfitting: at its training budget the robust accuracy is 67 % under FGSM, and 0 % under PGD-20.
     "collapsed": Recipe(10, "fgsm", 0.4, 0.06, 100),
     "clean": Recipe(10, None, 0.0, 0.12, 40),
     "two-classes": Recipe(2, "pgd", 0.15, 0.22, 40),
@@ -71,7 +71,7 @@ def network(classes):
 
 
 def pairs(images, labels, count):
-    """So many pairs of digits, side by side; the class of the digits a and b is 10 a + b."""
+    """`count` pairs of digits, side by side; the class of the digits a and b is 10 a + b."""
     left, right = torch.randint(len(labels), (2, count), generator=torch.Generator().manual_seed(0))
     return torch.cat((images[left], images[right]), 3), 10 * labels[left] + labels[right]
 
@@ -86,7 +86,7 @@ def digits(classes):
 
 
 def cifar10():
-    """The first 512 test images of the backbone's classes, and their labels. The verdicts are for a copy in JPEG."""
+    """The first 512 test images of the backbone's classes, and their labels. The stored verdicts used a JPEG copy."""
     folder = os.environ.get("FASTADV_CIFAR10")
     if not folder:
         raise FileNotFoundError("the backbone is judged on CIFAR-10: set FASTADV_CIFAR10 to the folder that has it")
@@ -166,7 +166,7 @@ def digest(tensors):
 
 
 def train(recipe):
-    """A network that is trained by the recipe: Adam, with a rate that falls to 0, on the attacked images alone."""
+    """Train a network by a recipe: Adam, with a learning rate that falls to 0, on attacked images alone."""
     torch.manual_seed(0)
     images, labels = digits(recipe.classes)[0]
     model = network(recipe.classes)
@@ -195,8 +195,8 @@ def store(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--train", action="store_true", required=True, help="make the stored weights anew")
-    parser.add_argument("--models", nargs="+", choices=TRAINED, default=TRAINED, help="these alone")
+    parser.add_argument("--train", action="store_true", required=True, help="train the stored weights again")
+    parser.add_argument("--models", nargs="+", choices=TRAINED, default=TRAINED, help="only these models")
     for name in parser.parse_args().models:
         store(name)
         model, images, labels, _ = judged(name)

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/peers/own_time.py CHECKOUT [--out own-time.json]
 
-CHECKOUT is a clone of github.com/fra31/auto-attack. The model, the mean of each channel and a linear layer, times its
-own forward and backward passes, which are taken off, on either side. Nothing fools it. In each round theirs, our call
-and our evaluation run in turns; a figure is the median of the rounds' ratios. The windows of Square are those of the
-middle of its 5000 queries.
+CHECKOUT is a clone of github.com/fra31/auto-attack. The model is the mean of each channel and a linear layer; no attack
+fools it. It times its own forward and backward passes, and this time is subtracted for every contender. In each round
+their attack, our call and our evaluation run in turns. A figure is the median of the rounds' ratios. The windows of
+Square have the size that they have in the middle of its 5000 queries.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def theirs(part, norm, model):
         return APGDAttack_targeted(model, n_iter=STEPS, n_target_classes=1, **options).perturb
     if part == "fab-t":
         return FABAttack_PT(model, n_iter=STEPS, targeted=True, n_target_classes=1, **options).perturb
-    # They count the start apart.
+    # Their number of queries does not include the start.
     return SquareAttack(model, n_queries=QUERIES - 1, p_init=MIDDLE, resc_schedule=False, **options).perturb
 
 
@@ -126,7 +126,7 @@ def main():
     rows = []
     for part in arguments.parts:
         for norm in BUDGETS:
-            for batch in (64, 250):  # 250 are the package's
+            for batch in (64, 250):  # 250 is the package's batch size
                 rows.append(measured(part, norm, batch, arguments.rounds))
                 print(*(f"{name} {value}" for name, value in rows[-1].items()), sep=", ", flush=True)
     if arguments.out:

@@ -1,10 +1,10 @@
-"""The Square attack beside the authors' (github.com/fra31/auto-attack): how many it fools, and its own time.
+"""Compares the Square attack with the authors' (github.com/fra31/auto-attack): its strength, and its own time.
 
     OMP_NUM_THREADS=1 python benchmarks/peers/square_strength.py CHECKOUT
 
-CHECKOUT is a clone of theirs. Strength: the share of scikit-learn's digits that are fooled on a small network trained
-here, with the same number of queries, over seeds. Time: microseconds a query outside the model, on images that nothing
-fools, the two in turns and the best of three.
+CHECKOUT is a clone of that repository. Strength is the share of scikit-learn's digits that are fooled with the same
+number of queries, on a small network that is trained here, for several seeds. Time is in microseconds per query outside
+the model, on images that no attack fools. The two attacks run in turns, and the best of three runs counts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BUDGETS = {"Linf": 0.15, "L2": 1.0}
 def theirs(model, norm, eps, queries, seed):
     from autoattack.square import SquareAttack
 
-    # They count the start apart.
+    # Their number of queries does not include the start.
     options = {"n_queries": queries - 1, "resc_schedule": False, "seed": seed, "device": "cpu"}
     return SquareAttack(model, norm=norm, eps=eps, **options).perturb
 

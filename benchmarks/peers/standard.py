@@ -1,6 +1,6 @@
-"""The authors' AutoAttack (Croce & Hein 2020, github.com/fra31/auto-attack), run part by part on one of the models.
+"""Runs the authors' AutoAttack (Croce & Hein 2020, github.com/fra31/auto-attack) part by part on one of the models.
 
-Their package is to be importable, as `autoattack`; nothing else here needs it.
+Only `attack` needs their package, which must be importable as `autoattack`.
 """
 
 import time
@@ -8,11 +8,11 @@ import time
 import torch
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
-ROBUST, MISCLASSIFIED = -1, 0  # in a verdict; else 1 + the index of the part that fooled it first
+ROBUST, MISCLASSIFIED = -1, 0  # verdicts; the others are 1 + the index of the part that fooled the image
 
 
 class Counted:
-    """A model that counts its images: those with a gradient, and the others."""
+    """A model that counts the images it gets: with gradients, and without."""
 
     def __init__(self, model):
         self.model, self.gradients, self.forwards = model, 0, 0
@@ -26,17 +26,17 @@ class Counted:
 
 
 def parts_for(classes):
-    """The parts of AutoAttack for so many classes: APGD-T needs four logits."""
+    """The parts of AutoAttack for a number of classes: APGD-T needs four logits."""
     return tuple(part for part in PARTS if part != "apgd-t" or classes >= 4)
 
 
 def attack(model, eps, classes, seed, part, device="cpu"):
-    """The authors' ensemble with this part alone, and the model as its attacks see it."""
+    """(the authors' ensemble with this part alone, the counted model that its attacks see)."""
     from autoattack import AutoAttack
 
     counted = Counted(model)
     made = AutoAttack(counted, norm="Linf", eps=eps, seed=seed, version="standard", device=device, verbose=False)
-    made.model = model  # its checks and verdicts do not count
+    made.model = model  # its checks and verdicts are not counted
     made.attacks_to_run = [part]
     made.apgd_targeted.n_target_classes = made.fab.n_target_classes = min(9, classes - 1)
     return made, counted
@@ -49,7 +49,7 @@ def run_of(right, seed):
 
 
 def run_part(model, images, labels, eps, classes, run, part, **batch):
-    """Run one part on the images that are left, and update the run; `batch` replaces the package's size of 250."""
+    """Run one part on the images that are not fooled yet, and update the run; `batch`: another batch size than 250."""
     left = (torch.tensor(run["verdicts"], device=labels.device) == ROBUST).nonzero()[:, 0]
     made, counted = attack(model, eps, classes, run["seed"], part, labels.device)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""How fastadv's attacks take the place of peers' own, under the peers' names, arguments and defaults.
+"""Puts fastadv's attacks in place of peers' own, with the peers' names, arguments and defaults.
 
-Each of `adv_lib`, `foolbox`, `art` and `torchattacks` replaces the attacks of that package; `suites.py` then runs the
-package's tests. What an adapter translates, beside names, is said there and stored with the results.
+The functions `adv_lib`, `foolbox`, `art` and `torchattacks` each replace the attacks of that package; `suites.py` then
+runs the package's tests. It lists what an adapter changes, beside names, and stores this with the results.
 """
 
 import math
@@ -14,7 +14,7 @@ from fastadv import attacks
 
 
 def whole_box(eps, lo, hi):
-    """A radius for fastadv: one that is larger than the box's width is replaced by that width."""
+    """The radius for fastadv: eps, or the width of the box if eps is larger."""
     return min(float(eps), hi - lo)
 
 
@@ -112,9 +112,9 @@ def number(value):
 
 
 def art_model(estimator, x, mask):
-    """Their estimator as a function of tensors: with its preprocessing, whose gradient is the identity, and the mask.
+    """Their estimator as a function of tensors, with its preprocessing, whose gradient is the identity, and the mask.
 
-    A pixel that is masked out stays what it is in x.
+    A pixel that is masked out keeps its value in x.
     """
 
     def model(images):
@@ -126,7 +126,10 @@ def art_model(estimator, x, mask):
 
 
 def art_generate(theirs, made_of):
-    """What replaces their `generate`: made_of(self, norm) makes an attack of (model, eps, clip); None leaves theirs."""
+    """The replacement of their `generate`.
+
+    made_of(self, norm) returns a function from (model, eps, clip) to an attack; or None, which keeps their attack.
+    """
 
     def generate(self, x, y=None, **options):
         norm = math.inf if self.norm == "inf" else self.norm

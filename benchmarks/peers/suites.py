@@ -1,11 +1,12 @@
-"""Peers' own tests, run with fastadv's attacks in the place of theirs, and with theirs for comparison.
+"""Runs peers' own tests with fastadv's attacks in place of theirs, and with theirs for comparison.
 
     python benchmarks/peers/suites.py CHECKOUTS... [--mnist FOLDER]
 
-CHECKOUTS are clones of the repositories in PEERS; what these need, except for torch, is to be installed (eagerpy and
-GitPython for foolbox). FOLDER has Keras' mnist.npz, which ART loads from the net otherwise; its tests see the first 100
-training images and 11 test images. One file a peer is stored in benchmarks/results/peers. The exit status is 1 where a
-test fails that passes with their attacks and has no explanation in PEERS, or passes without an attack of fastadv.
+CHECKOUTS are clones of the repositories in PEERS. What these need beside torch must be installed (eagerpy and GitPython
+for foolbox). FOLDER has Keras' mnist.npz, which ART downloads otherwise; ART's tests use its first 100 training images
+and 11 test images. A file for each peer is stored in benchmarks/results/peers. The exit status is 1 if a test that
+passes with the peer's attack fails with fastadv's, and PEERS does not explain why; or if a test passes without a call
+of fastadv.
 """
 
 import argparse
@@ -40,15 +41,15 @@ from fastadv.files import write_atomically
 RESULTS = environment.ROOT / "benchmarks/results/peers"
 
 
-# ------------------------------------------------------------------ what their tests need and is not in a clone
+# ------------------------------------------------------------------ what the tests need and a clone lacks
 
 
 def stand_in(*names, **attributes):
-    """Put empty modules in place of modules that the tests' files import, do not use, and cannot find."""
+    """Put empty modules in place of modules that the tests import but do not use, where these are not installed."""
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception:  # torchvision, of another torch, raises what it likes
+        except Exception:  # a torchvision for another torch raises errors of several types
             sys.modules[name] = MagicMock(**attributes)
 
 
@@ -90,13 +91,13 @@ class Peer:
 
     Attributes:
         repository: on GitHub.
-        files: with the tests, in the clone.
-        chosen: regular expression of the tests' ids that are run.
-        replace: puts fastadv's attacks in the place of theirs.
-        needs: makes what they need and a clone has not, from the folder with MNIST or None.
-        options: of pytest.
-        translated: what is made of their attacks' arguments, beside other names.
-        explained: part of a test's id -> why it fails with fastadv.
+        files: the files in the clone that have the tests.
+        chosen: a regular expression; a test is run if its id matches.
+        replace: puts fastadv's attacks in place of theirs.
+        needs: provides what the tests need and a clone lacks; takes the folder with MNIST, or None.
+        options: options for pytest.
+        translated: what the adapters change in the arguments of attacks, beside their names.
+        explained: {part of a test's id: why the test fails with fastadv}.
     """
 
     repository: str
@@ -199,7 +200,7 @@ class Watch:
         attacks.Attack.__call__ = counted
 
     def pytest_configure(self, config):
-        # ART runs what goes for every framework with TensorFlow only, unless it is told of another default.
+        # ART runs tests for all frameworks with TensorFlow only, unless another framework is the default.
         for plugin in config.pluginmanager.get_plugins():
             if hasattr(plugin, "get_default_framework"):
                 plugin.get_default_framework = lambda: "pytorch"
@@ -210,7 +211,7 @@ class Watch:
     def pytest_runtest_setup(self, item):
         self.calls = 0
         torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002 (theirs draw from it)
+        np.random.seed(0)  # noqa: NPY002 (their attacks draw from it)
 
     def pytest_runtest_logreport(self, report):
         failed = self.rows.get(report.nodeid, {}).get("outcome") == "failed"
@@ -263,7 +264,7 @@ def beside(package, ours, theirs):
             same = "It fails with their attack too: " + theirs[test].get("said", "")
             row["why"] = same if row["with theirs"] == "failed" else whys[0] if whys else "unexplained"
         elif row["outcome"] == "passed" and not row["calls"]:
-            row["why"] = "unexplained"  # nothing of fastadv was tried
+            row["why"] = "unexplained"  # no attack of fastadv was called
         rows.append(row)
     return rows
 
@@ -286,7 +287,7 @@ def result(package, checkout, mnist, facts):
 
 
 def stored(result, package):
-    """The text of the file: a line for each fact and each test."""
+    """Write the file, with a line for each fact and each test."""
     lines = [f'"{key}": {json.dumps(value)}' for key, value in result.items() if key != "tests"]
     lines.append('"tests": [\n' + ",\n".join(map(json.dumps, result["tests"])) + "\n]")
     RESULTS.mkdir(exist_ok=True)

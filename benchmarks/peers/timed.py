@@ -1,14 +1,14 @@
-"""What fastadv and the authors' AutoAttack leave of the judged models on one device, and in how many seconds.
+"""Times fastadv and the authors' AutoAttack on the judged models, on one device, and stores their verdicts.
 
     python benchmarks/peers/timed.py --device cuda --autoattack CHECKOUT --out timed.json
 
-CHECKOUT is a clone of github.com/fra31/auto-attack; without one fastadv is alone. Every row is written as soon as it
-is measured, and one that is in the file already is not measured again. A row has the seconds from images on the device
-to verdicts on the host, the images that withstand, the gradients and forward passes of single images, and a verdict for
-each: -1 robust, 0 misclassified anyway, else 1 + the number of the attack that fooled it.
+CHECKOUT is a clone of github.com/fra31/auto-attack; without it only fastadv is measured. Every row is written as soon
+as it is measured, and a row that is already in the file is not measured again. A row has the seconds from images on the
+device to verdicts on the host, the number of robust images, the gradients and forward passes of single images, and a
+verdict for each image: -1 robust, 0 misclassified without an attack, else 1 + the index of the attack that fooled it.
 
-Before it is timed every contender has run with attacks of two steps: kernels, libraries and compiled models are then
-there; CUDA graphs are captured within the time. The backbone needs FASTADV_CIFAR10, and is left out without it.
+Before it is timed, every contender runs once with attacks of two steps, so that kernels, libraries and compiled models
+are loaded. CUDA graphs are captured within the time. The backbone needs FASTADV_CIFAR10; without it, it is left out.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from fastadv.evaluation import evaluate
 from fastadv.evaluation.robustness import ATTACKS
 from fastadv.files import write_atomically
 
-SLOTS = 256  # near the package's 250
+SLOTS = 256  # near the package's batch size of 250
 FAST = {"autocast": torch.bfloat16, "compile": True, "memory_format": torch.channels_last}
 LENGTHS = ("steps", "n_queries")
 COUNTS = {"gradients": "passes", "forwards": "forwards"}
@@ -61,7 +61,7 @@ def now(device):
 
 
 def shortened(attacks, steps=2):
-    """Limit the authors' attacks to so few steps; returns a function that undoes it."""
+    """Limit attacks to this number of steps or queries; return a function that undoes it."""
     lengths = [(a, name, getattr(a, name)) for a in attacks for name in LENGTHS if name in vars(a)]
     for attack, name, _ in lengths:
         setattr(attack, name, steps)
@@ -124,7 +124,7 @@ def package(batch, model, images, labels, eps, quick):
         yield {**sums, "robust": run["robust"], "parts": run, "verdicts": run["verdicts"], "done": part == parts[-1]}
 
 
-# In the order of what is to be known first; compiling takes as long as all others.
+# The most important contenders come first. The compiled ones take as long as all others.
 CONTENDERS = {
     "default": partial(ours, ATTACKS, {}, 128),
     "default, graph": partial(ours, ATTACKS, {"graph": True}, SLOTS),
@@ -146,11 +146,11 @@ def run_here(contender, device, checkout):
 
 
 def measured(name, arguments):
-    """(contender, row) after each measurement of a model that the file lacks."""
+    """Yield (contender, row) after each measurement of a model that the file does not have."""
     device = torch.device(arguments.device)
     model, images, labels, eps = judged.judged(name)
     model, images, labels = (t.to(device) for t in (model, images[: arguments.images], labels[: arguments.images]))
-    model.requires_grad_(True)  # as its user has it: the package's FAB then takes the weights' gradients too
+    model.requires_grad_(True)  # as its user has it; the package's FAB then computes the weights' gradients too
     for contender, run in CONTENDERS.items():
         if (name, contender) not in arguments.rows and run_here(contender, device, arguments.autoattack):
             for row in run(model, images, labels, eps, arguments.quick):
@@ -162,7 +162,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoattack", type=Path, metavar="CHECKOUT", help="a clone of github.com/fra31/auto-attack")
     parser.add_argument("--models", nargs="+", choices=judged.NAMES, default=("backbone", *judged.TRAINED))
-    parser.add_argument("--images", type=int, help="so many of each model's (all)")
+    parser.add_argument("--images", type=int, help="number of images of each model (all)")
     parser.add_argument("--quick", action="store_true", help="attacks of two steps: no figure counts")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Which of torchattacks' public names an attack of this package has, by the installed torchattacks.
+"""Lists the public names of the installed torchattacks, and whether fastadv's attacks have them.
 
     python benchmarks/peers/torchattacks_names.py
 
-One row for each method, attribute and constructor argument of its base class and of the attacks that both have. "same":
-the name is there, with the same arguments in the same order, and the same defaults. For names that are not it says what
-to write instead; one that nobody has thought of is "missing", and the exit status is then 1.
+There is one row for each method, attribute and constructor argument of torchattacks' base class, and of the attacks
+that both packages have. "same" means that fastadv has the name, with the same arguments in the same order and the same
+defaults. For a name that fastadv does not have, the row says what to write instead. If INSTEAD lacks the name, the row
+says "missing". The exit status is 1 if a name is missing, or has other arguments or defaults.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from torch import nn
 from fastadv import attacks
 
 ATTACKS = ("FGSM", "FFGSM", "BIM", "PGD", "MIFGSM", "TPGD", "PGDL2")
-# There under the same name, and not quite the same.
+# Names that fastadv has with another behaviour: the difference.
 DIFFERENT = {
     "__call__": "labels may be left out; eps, seed and x_init may be passed",
     "save": "uint8 is rounded, not cut off; the L2 norm is in pixels; the time is a batch's mean; written once, whole",
@@ -27,7 +28,7 @@ DIFFERENT = {
     "set_normalization_used": "the model may not be Normalized as well",
     "targeted": "True for targets as labels; else also which: 'random', 'least_likely', or the function",
 }
-# Not there, and what to write.
+# Names that fastadv does not have: what to write instead.
 INSTEAD = {
     "attack": "type(atk).__name__",
     "device": "none needed: where the images and the model are",

@@ -1,8 +1,9 @@
-"""fastadv's robust accuracy beside AutoAttack's stored verdicts: what each leaves, and for how many gradients.
+"""Compares fastadv's robust accuracy, and its number of gradients, with AutoAttack's stored verdicts.
 
     python benchmarks/peers/verdicts.py [--models pgd clean] [--seeds 0 1] [--attacks autoattack] --out verdicts.json
 
-With the default attacks of `evaluate`, or others. The backbone's images are read from the folder in FASTADV_CIFAR10.
+The attacks are the default attacks of `evaluate`, or others that are named. The backbone's images are read from the
+folder in FASTADV_CIFAR10.
 """
 
 import argparse

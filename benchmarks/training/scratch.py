@@ -5,10 +5,10 @@
     python benchmarks/training/scratch.py DATA/cifar10 tuned --backbone backbone/weights.pt --lr 0.03
 
 The settings are those of Wong et al. 2020 (arXiv 2001.03994): all training images, crops and flips, SGD with a learning
-rate that rises and falls once, and the attack in train mode. Only the network differs: a residual network with ReLU that a
-CPU can train. OUT/result.json has a record for each epoch, with the robust accuracy on the monitor's images under the
-training attack and under PGD-5. It also has the accuracies of the last epoch's weights on test images. An interrupted
-run resumes with the same command.
+rate that rises and falls once, and the attack in train mode. Only the network differs: a residual network with ReLU
+that a CPU can train. OUT/result.json has a record for each epoch, with the robust accuracy on the monitor's images
+under the training attack and under PGD-5. It also has the accuracies of the last epoch's weights on test images. An
+interrupted run resumes with the same command.
 """
 
 import argparse
