@@ -57,7 +57,7 @@ def naive_fgsm_rs(x, grad):
 
 
 def with_model_input(naive, dtype):
-    """The normalisation inside a model, as an operation of its own on the step's result."""
+    """The naive step, then the normalisation inside a model as a separate operation on its result."""
     mean, std = (torch.tensor(v, dtype=dtype, device=DEVICE).view(1, -1, 1, 1) for v in (MEAN, STD))
 
     def run(*inputs):

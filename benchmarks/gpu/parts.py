@@ -211,7 +211,7 @@ def strength(out):
 
 def sanitize(out, tool, backends, seconds):
     """Run exercise.py under a tool of compute-sanitizer, or alone if `tool` is None."""
-    # Without PyTorch's caching allocator every tensor is an allocation of its own, whose bounds the tools watch.
+    # Without PyTorch's caching allocator every tensor has a separate allocation, whose bounds the tools watch.
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "50"] if tool else []
     command = (*prefix, sys.executable, "benchmarks/gpu/exercise.py", *backends, *seconds)
     status, log = run(out / f"sanitizer.{tool or 'none'}.log", *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

@@ -249,7 +249,7 @@ def run(checkout, package, mnist, ours):
 
 
 def apart(*args):
-    """As `run`, in a process of its own."""
+    """The result of `run` in a separate process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(run, *args).result()
 

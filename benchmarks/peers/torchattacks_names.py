@@ -70,7 +70,7 @@ def verdict(name: str, ours: object, theirs: object) -> str:
 
 
 def rows(model: nn.Module) -> dict[str, str]:
-    """The rows by name: first those of the base class that all attacks have, then those of each attack."""
+    """{name: its verdict}: first for the names of the base class, which all attacks have, then for each attack."""
     pairs = {name: (getattr(attacks, name)(model), getattr(torchattacks, name)(model)) for name in ATTACKS}
     told: dict[str, str] = {}
     for attack, (ours, theirs) in pairs.items():
