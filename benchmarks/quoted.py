@@ -668,7 +668,7 @@ def scratch() -> Iterator[Figure]:
 
 
 def _monitored(run: Mapping) -> list[float]:
-    """What PGD-5 leaves of the monitor's images, for each epoch."""
+    """The robust accuracy under PGD-5 on the monitor's images, after each epoch."""
     return [record["probe_pgd"] for record in run["records"] if "probe_pgd" in record]
 
 
