@@ -56,3 +56,11 @@ def pytest_configure(config):
         report_multiple_bugs=False,
     )
     settings.load_profile("fastadv")
+
+
+@pytest.fixture
+def one_process():
+    """A process group with this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

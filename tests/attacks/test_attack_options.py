@@ -362,15 +362,6 @@ def test_output_that_is_not_logits_is_refused_by_what_it_is(output, message):
         FGSM(output, EPS)(*batch_of(N))
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A process group with this process alone."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @every_attack
 def test_a_data_parallel_model_is_attacked_through_its_module(net, batch, name, one_process, monkeypatch):
     parallel = nn.parallel.DistributedDataParallel(net.train())

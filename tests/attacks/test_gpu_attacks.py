@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 from attacked import one_thread as one_thread
+from cut import Cut
 from gpus import needs_gpu
 from test_cuda_graph import EPS
 from test_cuda_graph import model as model
@@ -121,7 +122,7 @@ class Exact(nn.Module):
         return self.second(waves - 0.5)
 
 
-IMAGES, BATCH_SIZE = 48, 7
+IMAGES, BATCH = 48, 7
 OF_A_SAMPLE = ("fooled", "restart", "step", "robust_accuracy", "given", "zero_gradients")
 
 
@@ -136,7 +137,7 @@ def samples():
 def evaluated(device, attacks_on, **options):
     there = Exact().to(device).eval()
     return evaluate(
-        there, samples(), attacks_on(there), **{"batch_size": BATCH_SIZE, "seed": 3, "progress": False, **options}
+        there, samples(), attacks_on(there), **{"batch_size": BATCH, "seed": 3, "progress": False, **options}
     )
 
 
@@ -215,10 +216,6 @@ def test_the_images_that_are_saved_are_the_cpus(device, tmp_path, name, options)
 
 
 # ---------------------------------------------------------------------- cut and continued
-
-
-class Cut(BaseException):
-    """An exception in place of a kill: no code handles it."""
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
