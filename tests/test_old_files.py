@@ -68,7 +68,7 @@ def test_a_model_loads(old):
     assert known(model.trained_on, old_run.DIGESTS[:5]) == 5
     expected = safetensors.torch.load_file(old / "logits.safetensors")["logits"]
     torch.testing.assert_close(old_run.logits(model), expected, rtol=1e-5, atol=1e-5)
-    again = models.source(str(old / "model.safetensors")).build(("gnu",), (3, 8, 8))  # to be trained for other classes
+    again = models.source(str(old / "model.safetensors")).build(("gnu",), (3, 8, 8))  # for other classes
     assert again.pretrained
 
 
