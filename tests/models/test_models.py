@@ -497,7 +497,7 @@ def test_looking_for_layers_leaves_the_model_as_it_was():
 
 
 class TwoOutputs(nn.Module):
-    """The logits come from a layer that is neither defined last nor runs last."""
+    """The logits come from a layer that is neither defined last nor runs last. No feature is constant, as by ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -505,13 +505,13 @@ class TwoOutputs(nn.Module):
         self.auxiliary, self.spare = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def forward(self, images):
-        x = self.body(images.flatten(1)).relu()
+        x = self.body(images.flatten(1)).tanh()
         return {"logits": self.classifier(x) / 0.07, "auxiliary": self.auxiliary(x)}
 
 
 class MeanOfTwo(TwoOutputs):
     def forward(self, images):
-        x = self.body(images.flatten(1)).relu()
+        x = self.body(images.flatten(1)).tanh()
         return (self.classifier(x) + self.auxiliary(x)) / 2
 
 
