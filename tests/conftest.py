@@ -1,4 +1,4 @@
-"""Fixtures of the op tests: backends and their devices, and hypothesis' examples."""
+"""What many tests share: the helpers' folders, the ops' backends and their devices, hypothesis' examples, fixtures."""
 
 import os
 import sys

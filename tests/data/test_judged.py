@@ -119,7 +119,7 @@ def test_of_the_set_of_the_training_its_test_part_judges(tmp_path, seed):
     copies = [path for path in (tmp_path / "mine" / "rose").iterdir() if _digest(path) in trained]
     shutil.copy(copies[0], tmp_path / "other" / "rose")  # 1 of 37 images is below the limit of 5 %
     assert len(images_of(data.held_out(tmp_path / "other", CLASSES, trained_on=record))) == 37
-    without = [data.TrainedOn(record[0].split, 10**7, None)]  # so many training images are not remembered
+    without = [data.TrainedOn(record[0].split, 10**7, None)]  # too many training images to be remembered
     assert len(images_of(data.held_out(tmp_path / "mine", CLASSES, trained_on=without))) == len(test)
 
 
