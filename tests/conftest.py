@@ -1,4 +1,4 @@
-"""Fixtures of the op tests: backends and their devices, and hypothesis' examples."""
+"""What many tests share: the helpers' folders, the ops' backends and their devices, hypothesis' examples, fixtures."""
 
 import os
 import sys
@@ -8,21 +8,21 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-# Without a GPU the Triton kernels run in Triton's interpreter: to be asked for before the first import.
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before the first import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from gpus import needs_gpu
 
-# For the helpers beside the tests, here and in the processes that tests start.
+# The tests, and the processes that they start, import the helpers beside the tests.
 FOLDERS = [Path(__file__).resolve().parent, *sorted(p for p in Path(__file__).resolve().parent.iterdir() if p.is_dir())]
 sys.path += map(str, FOLDERS[1:])
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (os.environ.get("PYTHONPATH"), *FOLDERS))))
 
 EXAMPLES = max(1, int(os.environ.get("FASTADV_TEST_EXAMPLES", "200")))
 
-# Every backend and where it runs. Nothing but the GPU may be missing: what was not built fails its tests.
+# Every backend and its device. Only a GPU may be missing: the tests of a backend that was not built fail.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc):
 def pytest_configure(config):
     """Examples are fresh on every run; hypothesis prints the failing one with the seed of its numbers."""
     if config.getoption("benchmark"):
-        return  # which has this file loaded too, and needs no hypothesis
+        return  # benchmarks load this file too, and need no hypothesis
     from hypothesis import HealthCheck, settings
 
     settings.register_profile(
@@ -56,3 +56,11 @@ def pytest_configure(config):
         report_multiple_bugs=False,
     )
     settings.load_profile("fastadv")
+
+
+@pytest.fixture
+def one_process():
+    """A process group with this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -2,8 +2,8 @@
 
     python old_run.py FOLDER
 
-writes the files of the fastadv that is installed to FOLDER; test_old_files.py goes on from them. Images and weights are
-formulas: no generator of random numbers has to stay what it is.
+writes the files of the installed fastadv to FOLDER; test_old_files.py goes on from them. Images and weights are
+formulas, so that they do not depend on the random numbers of a PyTorch version.
 """
 
 import json
@@ -31,7 +31,7 @@ RUNS = {
     "adamw": {"method": "full", "ema_decay": 0.9, "lp_ft": 1, "probe": 16, "max_grad_norm": 1.0, "warmup": 2},
     "sgd": {"method": "full", "optimizer": "sgd", "probe": 0, "eval_every": 2, "augment": True},
 }
-STEPS = {"adamw": 9, "sgd": 7}  # of four an epoch, before it is cut
+STEPS = {"adamw": 9, "sgd": 7}  # the steps before a run is cut; an epoch has four
 DIGESTS = 7919 * torch.arange(24)
 EPS = 8 / 255
 
@@ -41,7 +41,7 @@ class Cut(Exception):
 
 
 def images(count, shift=0):
-    """uint8 (count, 3, 8, 8), brighter in the channel that is the label, and the labels."""
+    """(images, labels): uint8 (count, 3, 8, 8); each image is brighter in the channel of its label."""
     labels = torch.arange(count) % 3
     places = torch.arange(count * 192).reshape(count, 3, 8, 8) + shift
     bright = 90 * nn.functional.one_hot(labels, 3)[:, :, None, None]
@@ -49,7 +49,7 @@ def images(count, shift=0):
 
 
 def filled(module):
-    """A network whose weights are a formula of their positions."""
+    """The network with weights that are a formula of their positions."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             places = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
@@ -60,12 +60,12 @@ def filled(module):
 def network():
     layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
     made = filled(nn.Sequential(*layers))
-    made.fastadv_key = "the network of old_run"  # whatever attributes later versions of PyTorch give its modules
+    made.fastadv_key = "the network of old_run"  # the attributes of modules differ between versions of PyTorch
     return made
 
 
 def train(name, folder=None, steps=None, epochs=3, **changes):
-    """Weights and records of a run, which ends by `Cut` before the step of this number."""
+    """Weights and records of a run, which raises `Cut` after `steps` steps."""
     model, taken, batch = network(), [], run.Run._batch
 
     def cut(self, *arguments):
@@ -99,7 +99,7 @@ def model():
     made.preprocessing = Preprocessing((8, 8), mean=(0.5,), std=(0.25,))
     made.trained_on = (TrainedOn.of(SimpleNamespace(split=Split(), digests={"train": DIGESTS})),)
     filled(made.network)
-    level = logits(made).mean(0)  # without it all images are of one class
+    level = logits(made).mean(0)  # without this shift the model predicts one class for all images
     with torch.no_grad():
         list(made.network.parameters())[-1].sub_(level.mul(100).round().div(100))
     return made
@@ -111,7 +111,7 @@ def logits(made):
 
 
 def judged(made, path, iterations=None):
-    """A report, of a run that ends by `Cut` after so many iterations."""
+    """The report of an evaluation, which raises `Cut` after `iterations` iterations."""
     taken, iterate = [], queue.Queue.iterate
 
     def cut(self):

@@ -1,6 +1,6 @@
-"""The package as it is built: what is in the wheel, what its libraries ask of others, and building without tools.
+"""The built package: what the wheel holds, which symbols its libraries need, and a build without a compiler.
 
-FASTADV_TEST_WHEEL names a wheel to look at instead of one built here (CI builds one with the CUDA kernels).
+FASTADV_TEST_WHEEL names a wheel to test instead of one built here (CI builds one with the CUDA kernels).
 """
 
 import ast
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# PyTorch's stable ABI, and Python's own. Anything else of PyTorch's would break at its next release.
+# The names of PyTorch's stable ABI. Any other symbol of PyTorch may be gone in its next release.
 STABLE = re.compile(r"(aoti_torch_|torch_)\w+$")
 PYTORCH = re.compile(r"torch|aten|c10|at::")
 
@@ -58,7 +58,7 @@ def built_wheel(source, folder, **environment):
 
 @pytest.fixture(scope="session")
 def unpacked_sdist(tmp_path_factory):
-    """What a source distribution holds, where nothing else of the checkout is."""
+    """The content of a source distribution, in a folder without the checkout."""
     folder = tmp_path_factory.mktemp("sdist")
     code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, folder], cwd=checkout(folder), capture_output=True, check=True)
@@ -71,7 +71,7 @@ def unpacked_sdist(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cxx(tmp_path_factory):
-    """A C++ compiler that makes no object twice: all that is built here is of the same sources."""
+    """A C++ compiler that makes no object twice, because all builds here have the same sources."""
     folder = tmp_path_factory.mktemp("objects")
     (folder / "c++").write_text(COMPILER.format(compiler=os.environ.get("CXX", "c++"), folder=folder))
     (folder / "c++").chmod(0o755)
@@ -93,7 +93,7 @@ def wheel(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bare_wheel(tmp_path_factory):
-    """Built where there is no compiler and no nvcc."""
+    """The content of a wheel that was built without a compiler and without nvcc."""
     folder = tmp_path_factory.mktemp("bare")
     path = built_wheel(checkout(folder), folder, CXX="/nonexistent/c++", CUDA_HOME="/nonexistent")
     zipfile.ZipFile(path).extractall(folder / "unpacked")
@@ -200,7 +200,7 @@ def test_sources_without_those_of_the_kernels_are_refused(tmp_path):
     assert "csrc is missing" in run.stdout + run.stderr
 
 
-# What is installed is what runs
+# The installed package is the one that runs
 
 
 @pytest.fixture
@@ -208,13 +208,13 @@ def python(tmp_path):
     """The interpreter of an empty environment, with what fastadv needs, but no fastadv."""
     venv.create(tmp_path / "venv", symlinks=True)
     (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    # A folder that is named there is on the path, without the editable installs that it may have.
+    # A .pth file puts the folder on the path, but not the editable installs in it.
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return tmp_path / "venv/bin/python"
 
 
 def in_checkout(source, *command):
-    ours = ("PYTHON", "PYTEST", "FASTADV")  # this suite's, its workers' among them
+    ours = ("PYTHON", "PYTEST", "FASTADV")  # the variables of this test run
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment["FASTADV_BENCH_CONTENDERS"] = "fastadv,naive,copy"  # compiling is slow
     return subprocess.run(list(map(str, command)), cwd=source, env=environment, capture_output=True, text=True)
@@ -236,7 +236,8 @@ def test_in_the_checkout_the_kernels_that_were_built_serve(python, tmp_path, whe
     benchmark = in_checkout(source, python, "-m", "pytest", "-W", "error::UserWarning", *BENCHMARK)
     assert benchmark.returncode == 0, benchmark.stdout + benchmark.stderr
     assert re.search(r"^pgd_step +cifar +f32/f32 +cpu ", benchmark.stdout, re.MULTILINE)
-    pytest_itself = (python, "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())")  # as its script
+    # Like the command `pytest`, which does not put the present folder on the path.
+    pytest_itself = (python, "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())")
     tests = in_checkout(source, *pytest_itself, "-W", "error::UserWarning", "tests/ops/test_philox.py", "-k", "cpu")
     assert tests.returncode == 0, tests.stdout
     info = json.loads(in_checkout(tmp_path, python, "-m", "fastadv", "info", "--json").stdout)
@@ -245,7 +246,7 @@ def test_in_the_checkout_the_kernels_that_were_built_serve(python, tmp_path, whe
 
 
 def test_a_source_tree_that_was_not_built_says_so(python, tmp_path, wheel_file):
-    """Alone on the path, and before an installed fastadv."""
+    """Both where nothing else is installed, and where the source tree hides an installed fastadv."""
     source = checkout(tmp_path)
     code = "import torch, fastadv; x = torch.rand(3); fastadv.fgsm_step(x, x, 0.1); fastadv.random_init(x, 0.1)"
     for installed in (False, True):

@@ -1,4 +1,4 @@
-"""A package that is missing or broken: what is said, and what to do."""
+"""The errors about a package that is missing or broken."""
 
 import sys
 

@@ -8,7 +8,7 @@ import pytest
 import fastadv
 
 PACKAGE = Path(fastadv.__file__).parent
-# From the lowest to the highest; those of one row know nothing of each other.
+# From the lowest to the highest; the parts of one row do not import each other.
 LAYERS = (
     ("_extras", "_renamed", "devices", "files", "names", "units", "version", "_build"),
     ("locks", "ops", "preprocessing", "team"),

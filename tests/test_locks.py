@@ -1,4 +1,4 @@
-"""One run at a time: a second run gets the name of the first, and a lock ends with its process."""
+"""Only one run may use a folder: the error names the process of the first run, and a lock ends with its process."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def test_a_thread_may_hold_it_twice_and_another_thread_not_at_all(tmp_path):
     with held(tmp_path / "run", "the run"):
         enter()
         assert not refused
-        for _ in range(2):  # the inner one has let go of nothing
+        for _ in range(2):  # the end of the inner block in `enter` did not release the lock
             thread = threading.Thread(target=enter)
             thread.start()
             thread.join()

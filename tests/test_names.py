@@ -1,4 +1,4 @@
-"""What a message says of an unknown name: what there is, and the nearest, wherever a name is looked up."""
+"""Every message about an unknown name lists the known names and suggests the nearest."""
 
 import re
 

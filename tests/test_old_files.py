@@ -1,6 +1,6 @@
-"""Files of every kind that versions before this one wrote: they load, and runs go on from them.
+"""Files of every kind that earlier versions wrote: they load, and runs go on from them.
 
-old_files/VERSION holds what `old_run.py` wrote with that version.
+old_files/VERSION holds the files that `old_run.py` wrote with that version.
 """
 
 import csv
@@ -34,11 +34,11 @@ def test_a_training_goes_on(old, name, tmp_path, monkeypatch):
     epochs = 3 + old_run.RUNS[name].get("lp_ft", 0)
     assert [record["epoch"] for record in records if "epoch" in record] == list(range(epochs))
     assert len(batches) == 4 * epochs - old_run.STEPS[name]
-    # Of that version, in one run; another PyTorch or processor may round otherwise.
+    # The weights are from an uncut run of that version; another PyTorch or processor may round otherwise.
     torch.testing.assert_close(weights, safetensors.torch.load_file(old / f"{name}.safetensors"), rtol=0, atol=1e-4)
     start = old_run.network().state_dict()
     assert all((weights[key] - start[key]).abs().max() > 0.01 for key in ("0.weight", "1.running_mean", "4.weight"))
-    assert old_run.train(name, tmp_path / "run")[1] == records  # what this version made of it
+    assert old_run.train(name, tmp_path / "run")[1] == records  # this version reads the files that it wrote
 
 
 def test_a_training_goes_on_for_more_epochs_with_more_evaluations(old, tmp_path):
@@ -68,14 +68,14 @@ def test_a_model_loads(old):
     assert known(model.trained_on, old_run.DIGESTS[:5]) == 5
     expected = safetensors.torch.load_file(old / "logits.safetensors")["logits"]
     torch.testing.assert_close(old_run.logits(model), expected, rtol=1e-5, atol=1e-5)
-    again = models.source(str(old / "model.safetensors")).build(("gnu",), (3, 8, 8))  # to be trained for other classes
+    again = models.source(str(old / "model.safetensors")).build(("gnu",), (3, 8, 8))  # for other classes
     assert again.pretrained
 
 
 def test_an_evaluation_goes_on(old, tmp_path):
     shutil.copy(old / "evaluation.safetensors", tmp_path / "state.safetensors")
     done = safetensors.torch.load_file(tmp_path / "state.safetensors")
-    assert all(0 < done[f"{number}.restart"].sum() for number in (0, 1))  # it was cut inside the second attack
+    assert all(0 < done[f"{number}.restart"].sum() for number in (0, 1))  # the run was cut in the second attack
     iterations, iterate = {}, queue.Queue.iterate
 
     def judged(path):
@@ -109,7 +109,7 @@ def test_a_report_and_a_log_say_what_they_said(old, tmp_path):
 
 
 def kinds(value, place=""):
-    """The type of each field by its place, numbers of either type alike."""
+    """The type of each field by its place; int and float are both "number"."""
     if isinstance(value, dict):
         return {key: kind for name, each in value.items() for key, kind in kinds(each, f"{place}.{name}").items()}
     return {place: "number" if type(value) in (int, float) else type(value).__name__}
@@ -133,7 +133,7 @@ def test_a_batch_that_was_kept_is_there(old):
 
 
 def test_a_number_of_a_later_version_is_refused_with_what_to_do(old, tmp_path):
-    """For files that are read again; test_resume.py has the state of a training run."""
+    """Models and the states of evaluations; test_resume.py has the state of a training run."""
     for name in ("model", "evaluation"):
         with safetensors.safe_open(old / f"{name}.safetensors", "pt") as file:
             facts = json.loads(file.metadata()["fastadv"])

@@ -30,7 +30,7 @@ class Trace(NamedTuple):
 
 
 def check_points(steps):
-    """After how many steps the step size is looked at: for 100 steps 22, 41, 57, 70, 80, 87, 93 and 99."""
+    """The numbers of steps after which APGD checks the step size: for 100 steps 22, 41, 57, 70, 80, 87, 93 and 99."""
     interval, drop, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     points, done = [], 0
     while done + interval <= steps:
@@ -99,7 +99,7 @@ def apgd(model, image, label, start, *, eps, norm, loss, steps, rho=0.75, moment
 
         done = i + 1
         if done in checks:
-            # The first interval compares its first loss with 0 and not with the loss of the start.
+            # The first interval compares its first loss with 0, not with the loss of the start.
             past = [0.0, *losses[1:]] if checked == 0 else losses
             rises = sum(past[j] > past[j - 1] for j in range(checked + 1, done + 1))
             oscillates = rises <= rho * (done - checked)

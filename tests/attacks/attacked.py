@@ -27,9 +27,9 @@ ATTACKS = {
     "APGD": lambda model, **o: APGD(model, EPS, STEPS, **o),
     "APGDL2": lambda model, **o: APGDL2(model, L2_EPS, STEPS, **o),
 }
-RANDOM = ("FFGSM", "NFGSM", "ZeroGrad", "PGD", "TPGD", "PGDL2", "APGD", "APGDL2")  # those that start at random
+RANDOM = ("FFGSM", "NFGSM", "ZeroGrad", "PGD", "TPGD", "PGDL2", "APGD", "APGDL2")  # they start at random
 IN_L2 = ("PGDL2", "APGDL2")
-TO_CORNERS = ("APGD",)  # from whichever start it may reach the same corner of the ball
+TO_CORNERS = ("APGD",)  # it may reach the same corner of the ball from every start
 SINGLE_STEP = ("FGSM", "FFGSM", "NFGSM", "ZeroGrad")
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
@@ -39,7 +39,7 @@ def steps_of(name):
 
 
 def fresh_seed():
-    """A new seed at every run; pytest prints it where a test fails."""
+    """Set a new seed at every run; pytest shows it where a test fails."""
     seed = random.SystemRandom().randrange(2**31)
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def fresh_seed():
 
 
 class Net(nn.Module):
-    """A smooth network, so that no gradient is zero by accident; with batch-norm, dropout and a count of its calls."""
+    """A smooth network: no gradient is zero by accident. It has batch-norm, dropout and a count of its calls."""
 
     def __init__(self, classes=CLASSES):
         super().__init__()
@@ -89,7 +89,7 @@ def batch():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Run with one thread: models this small are slower with two, above all beside other programs."""
+    """Run with one thread: such small models are slower with two, above all beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     fresh_seed()

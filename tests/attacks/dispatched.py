@@ -1,4 +1,4 @@
-"""The ops that torch dispatches: their names, the memory that they take, and those that wait for the device."""
+"""Dispatch modes for tests: they record the names of ops and their memory, and refuse ops that wait for the device."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +31,7 @@ class Allocated(TorchDispatchMode):
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses what makes a GPU's host wait, or has a shape that depends on values: no CUDA graph could hold it."""
+    """Refuses an op that makes the host wait for a GPU or whose shape depends on values: no CUDA graph can hold it."""
 
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
 

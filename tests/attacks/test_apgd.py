@@ -1,4 +1,4 @@
-"""APGD against an oracle of its own and by its properties; the strongest of all iterates; means of several draws."""
+"""APGD against an oracle and by its properties; the strongest of all iterates; the mean gradient of several draws."""
 
 import itertools
 
@@ -58,8 +58,10 @@ def alone(images, seed):
 
 
 def clear_until(losses):
-    """The first iterate whose loss is nearly, not exactly, that of the one before it, or of the best: there rounding
-    decides what rises, and from there on the steps may part."""
+    """The first iterate whose loss nearly equals the loss before it or the best loss so far.
+
+    There rounding decides whether the loss rises, and the two programs may take different steps from there on.
+    """
     losses = torch.tensor(losses, dtype=torch.float64)
     gaps = torch.stack((losses.diff(), losses[1:] - losses.cummax(0).values[:-1])).abs()
     tied = ((gaps > 0) & (gaps < 1e-11)).any(0).nonzero()
@@ -71,7 +73,7 @@ def clear_until(losses):
     ("loss", "steps", "rho"), [("ce", 100, 0.75), ("targeted_dlr", 100, 0.75), ("margin", 40, 0.5), ("ce", 7, 0.9)]
 )
 def test_apgd_takes_the_oracles_steps(norm, loss, steps, rho):
-    """Iterates, step sizes and halvings, of a few samples; at twice the usual budget, for more of them to oscillate."""
+    """Iterates, step sizes and halvings of a few samples, at twice the usual budget: so more samples oscillate."""
     kind, eps = KINDS[norm]
     eps, model = 2 * eps, Rough()
     images, labels = samples(model, 5)
@@ -139,7 +141,7 @@ def test_normalised_images_of_any_dtype_stay_in_ball_and_box(norm, dtype):
 @both_norms
 @pytest.mark.parametrize("loss", ["ce", "targeted_dlr"])
 def test_a_refilled_slot_is_as_good_as_a_fresh_one(norm, loss):
-    """A sample that enters a slot beside slots of other ages gives the same result as alone."""
+    """A sample that enters a slot beside slots of other ages gets the same result as alone."""
     kind, eps = KINDS[norm]
     model = Rough()
     images, labels = samples(model, 12)
@@ -158,7 +160,7 @@ def test_a_refilled_slot_is_as_good_as_a_fresh_one(norm, loss):
     held, waiting, found = list(range(slots)), list(range(slots, 12)), {}
     engine = filled(held)
     mine = engine.slots.tensors()
-    # The first are driven on by different numbers of steps, so that later ones enter one by one.
+    # The first samples leave after different numbers of steps, so that later samples enter one by one.
     early = {0: 5, 1: 11, 2: 17}
     while any(sample is not None for sample in held):
         engine.iterate()
@@ -169,7 +171,7 @@ def test_a_refilled_slot_is_as_good_as_a_fresh_one(norm, loss):
             if age == steps:
                 found[sample] = engine.slots.adv[slot].clone()
             else:
-                waiting.append(sample)  # from the start, later
+                waiting.append(sample)  # it begins again later
                 del early[sample]
             held[slot] = waiting.pop(0) if waiting else None
             if held[slot] is not None:
@@ -185,7 +187,7 @@ def test_a_refilled_slot_is_as_good_as_a_fresh_one(norm, loss):
 
 @pytest.fixture(scope="module")
 def trained():
-    """(a network that was trained briefly on digits, images that it has not seen, their labels)."""
+    """(a network that was trained briefly on digits, images that were not in training, their labels)."""
     torch.manual_seed(0)
     parts = data.load("digits", validation=0, test=0.3)
     (images, labels), held_out = parts.train, parts.test
@@ -210,7 +212,7 @@ def test_apgd_finds_at_least_what_pgd_finds(trained):
         robust[name] = sum((z.argmax(1) == labels).sum().item() for z in logits)
         loss[name] = sum(nn.functional.cross_entropy(z, labels).item() for z in logits)
     assert 30 < robust["apgd-ce"] <= robust["pgd-20"] < 270
-    # Of those that are misclassified at all, the largest loss; PGD's last iterates are not the largest of theirs.
+    # APGD returns its misclassified iterate with the largest loss, PGD its last iterate.
     assert loss["apgd-ce"] > loss["pgd-20"]
 
 
@@ -234,7 +236,7 @@ def test_wrong_settings_are_refused(wrong):
 
 
 def strongest(attack, model, trace, labels):
-    """By hand: of (steps + 1, N, ...) the first of the largest loss, of misclassified ones if there are any."""
+    """By hand: of the iterates (steps + 1, N, ...) the first with the largest loss; a misclassified one comes first."""
     sign = -1 if attack.targeted else 1
     best = []
     for i, label in enumerate(labels):
@@ -245,7 +247,7 @@ def strongest(attack, model, trace, labels):
     return torch.stack(best)
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "TPGD"])  # whose loss is not one of labels
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "TPGD"])  # TPGD's loss takes no labels
 def test_the_strongest_of_all_iterates(name, batch):
     model, (images, labels) = steep(), batch
     for options in ({}, {"loss": "margin"}, {"targeted": True}, {"restarts": 3}):
@@ -298,7 +300,7 @@ def test_iterates_that_may_not_count_do_not(net, batch):
 
     class Half(PGD):
         def inside(self, slots):
-            return slots.adv.flatten(1).sum(1) < images.flatten(1).sum(1)  # where the image has not become lighter
+            return slots.adv.flatten(1).sum(1) < images.flatten(1).sum(1)  # the image has become darker
 
     adv = Half(net, EPS, EPS / 2, 6, best_iterate=True)(images, labels, seed=1)
     assert (adv.flatten(1).sum(1) <= images.flatten(1).sum(1)).all()
@@ -308,7 +310,7 @@ def test_iterates_that_may_not_count_do_not(net, batch):
 
 
 class Drawn(nn.Module):
-    """Logits of x times 1 + n: n is +2 and -2 in turns, of mean 0, and one of them climbs the wrong way."""
+    """The logits of x times 1 + n. n is +2 and -2 in turns, with mean 0, and under -2 the gradient's sign is wrong."""
 
     def __init__(self, model):
         super().__init__()
@@ -340,7 +342,7 @@ def test_the_mean_of_several_draws_is_what_is_climbed(batch):
     plain = PGD(linear, EPS, EPS, 3, loss=margin)(images, labels, seed=1)
     attack = PGD(Drawn(linear), EPS, EPS, 3, loss=margin)
     assert not torch.allclose(attack(images, labels, seed=1), plain)
-    attack.eot = 2  # acts as if it had been given
+    attack.eot = 2  # an assigned setting acts like a given one
     torch.testing.assert_close(attack(images, labels, seed=1), plain)
     attack.eot = 1
     assert not torch.allclose(attack(images, labels, seed=1), plain)
@@ -360,7 +362,7 @@ def test_the_verdict_is_that_of_the_mean_probabilities(loss):
     else:
         mean = torch.stack([z.softmax(1) for z in draws]).mean(0)
         torch.testing.assert_close(logits.softmax(1), mean)
-        assert not torch.equal(mean.argmax(1), sum(draws).argmax(1))  # which is another verdict
+        assert not torch.equal(mean.argmax(1), sum(draws).argmax(1))  # the mean of logits gives another verdict
     torch.testing.assert_close(losses, torch.stack([LOSSES[loss](z, targets) for z in draws]).mean(0))
     for judged in (objective.judge(images, targets)[1], objective.logits(images)):
         torch.testing.assert_close(judged, logits)

@@ -1,4 +1,4 @@
-"""What attacks do not change: the model, the inputs, the device's queue, and samples beside a broken one."""
+"""Attacks change neither the model nor the inputs, do not wait for the device, and a broken sample harms no other."""
 
 import copy
 import warnings
@@ -47,7 +47,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def left_of(model, tensors):
-    """All that an attack could change: values, flags, modes, gradients, and how often a tensor was written to."""
+    """All that an attack could change: values, flags, modes, gradients, and the number of writes to a tensor."""
     return {
         "values": {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())},
         "keys": list(model.state_dict()),
@@ -78,7 +78,7 @@ def assert_equal(new, old, path=""):
 
 
 class KeepsBatchNorm(Net):
-    """With a train() of its own, as users write it to keep batch-norm frozen."""
+    """A model with a train() of its own, as users write it to keep batch-norm frozen."""
 
     def train(self, mode=True):
         super().train(mode)
@@ -222,7 +222,7 @@ def test_a_given_seed_leaves_the_generator_alone(name):
         for options in ({}, {"restarts": 2}, {"chunk": 2}, {"targeted": "random", "loss": "ce"}):
             ATTACKS[name](net, **options)(*batch, seed=seed)
     if name not in RANDOM:
-        ATTACKS[name](net)(*batch)  # without a seed too: it has nothing to draw
+        ATTACKS[name](net)(*batch)  # these attacks draw nothing, so they need no seed
     PGD(net, EPS, random_start=False)(*batch)
     assert torch.equal(state, torch.get_rng_state())
 
@@ -289,7 +289,7 @@ def test_broken_samples_are_counted_and_leave_the_others_alone(name, broken, opt
     seeds = torch.randint(2**62, (N,))
 
     def model(x):
-        rows = torch.cdist(x.detach().flatten(1), images.flatten(1)).argmin(1)  # which images these are near to
+        rows = torch.cdist(x.detach().flatten(1), images.flatten(1)).argmin(1)  # the nearest clean images
         logits, own = net(x), nn.functional.one_hot(labels[rows], CLASSES).bool()
         return torch.stack(
             [BROKEN[broken](z, o) if is_bad else z for z, o, is_bad in zip(logits, own, bad[rows], strict=True)]
@@ -305,7 +305,7 @@ def test_broken_samples_are_counted_and_leave_the_others_alone(name, broken, opt
     assert bool(adv.isfinite().all())
     assert same(adv[~bad], whole[~bad])
     assert bool((distances(name, adv, images) <= radius(name) * (1 + 1e-6)).all())
-    if name not in RANDOM and broken != "no probability":  # there the loss alone is infinite
+    if name not in RANDOM and broken != "no probability":  # no probability makes only the loss infinite
         assert same(adv[bad], images[bad])
 
 
@@ -339,7 +339,7 @@ def test_a_sample_that_breaks_in_one_step_takes_the_others(name):
         attack(images, labels, seed=seeds)
 
 
-SINGLE = (*SINGLE_STEP, "MIFGSM", "APGD", "APGDL2")  # the last three go on along their momentum
+SINGLE = (*SINGLE_STEP, "MIFGSM", "APGD", "APGDL2")  # the last three move on by their momentum
 
 
 def test_padding_is_not_counted(monkeypatch):
@@ -400,14 +400,14 @@ def test_the_host_reads_the_device_once_and_last(name, call, monkeypatch):
         attack(**given)
         with monkeypatch.context() as patch, Log() as log:
             patch.setattr(samplewise, "AT_ONCE", ())
-            for method in ("numpy", "__array__", "cpu", "__contains__"):  # these go past the dispatcher
+            for method in ("numpy", "__array__", "cpu", "__contains__"):  # the dispatcher does not see these
                 patch.setattr(torch.Tensor, method, lambda *args, **kwargs: pytest.fail("read"))
             patch.setattr(torch.Tensor, "tolist", lambda t: log.ops.append(("tolist", t.numel(), True)) or [0] * len(t))
             attack(**given)
         reads = [i for i, (_, _, waits) in enumerate(log.ops) if waits]
         assert len(reads) == 1
         rest = {op for op, *_ in log.ops[reads[0] + 1 :]}
-        assert rest <= {"aten.detach.default", "aten._foreach_copy_.default"}  # buffers are put back
+        assert rest <= {"aten.detach.default", "aten._foreach_copy_.default"}  # the copy restores the buffers
         assert reads[0] > 10
 
 
@@ -434,7 +434,7 @@ def test_values_are_looked_at_in_the_first_batch_only():
     fresh = FGSM(Net(), EPS)
     with pytest.raises(ValueError, match="negative"):
         fresh(images, skipped)
-    with pytest.raises(ValueError, match="negative"):  # a refused batch is no first batch
+    with pytest.raises(ValueError, match="negative"):  # a refused batch does not count as the first
         fresh(images, skipped)
     fresh(images, labels)
     with pytest.warns(UserWarning, match=f"{N} labels name no class"):
@@ -538,7 +538,8 @@ def test_between_two_model_calls_one_op_touches_an_image(attack_on, before, afte
     parts, inside = [[]], False
     for op, size, _ in log.ops:
         if op.startswith("attacktests.forward"):
-            inside = attack.loss != "kl" or len(parts) > 1  # until the gradient is there; a prediction has none
+            # Inside until the backward call ends. The prediction of the clean images has no backward call.
+            inside = attack.loss != "kl" or len(parts) > 1
             parts.append([])
         elif op.startswith("attacktests.backward"):
             inside = False
@@ -546,7 +547,7 @@ def test_between_two_model_calls_one_op_touches_an_image(attack_on, before, afte
             assert not inside, op
             parts[-1].append(op)
     if attack.loss == "kl":
-        parts = parts[1:]  # the prediction of the clean images
+        parts = parts[1:]  # without the prediction of the clean images
     if before is not None:
         assert [op.split(".")[1] for op in parts[0]] == before
     assert len(parts) == attack.steps + 1
@@ -556,7 +557,7 @@ def test_between_two_model_calls_one_op_touches_an_image(attack_on, before, afte
 
 def test_pgd_10_costs_ten_forwards_and_ten_backwards_to_the_input():
     class Direct(Net):
-        """Without modules' hooks: the counter's own refuse a leaf."""
+        """A module without hooks: the counter's module hooks refuse a leaf."""
 
         def forward(self, x):
             features = nn.functional.avg_pool2d(nn.functional.conv2d(x, self.conv.weight, self.conv.bias).tanh(), 2)

@@ -242,7 +242,7 @@ def test_compile_takes_the_batchs_statistics_as_eager_does(net, batch, mode, mon
     compiled, eager = (PGD(net, compile=compile, **options) for compile in (True, False))
     plain = PGD(net, random_start=False, steps=2)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    for n in (N, 4):  # a smaller batch is not filled up: that would change its statistics
+    for n in (N, 4):  # a smaller batch is not filled up, because this would change its statistics
         images, labels = batch[0][:n], batch[1][:n]
         adv = compiled(images, labels)
         torch.testing.assert_close(adv, eager(images, labels), rtol=0, atol=1e-9)
@@ -275,7 +275,7 @@ def test_a_filled_up_batch_gives_what_it_gives_alone(net, batch, name, given, mo
     assert adv.shape == (2, 3, 6, 6)
     expected = ATTACKS[name](net, restarts=2)(images[:2], labels[:2], **given)
     torch.testing.assert_close(adv, expected, rtol=0, atol=1e-9)
-    if "x_init" not in given:  # noise follows the layout
+    if "x_init" not in given:  # noise takes the images' layout
         last = [images[:2].contiguous(memory_format=torch.channels_last), labels[:2]]
         expected = ATTACKS[name](net, restarts=2)(*last, **given)
         torch.testing.assert_close(attack(*last, **given), expected, rtol=0, atol=1e-9)
@@ -362,21 +362,12 @@ def test_output_that_is_not_logits_is_refused_by_what_it_is(output, message):
         FGSM(output, EPS)(*batch_of(N))
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A process group with this process alone."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @every_attack
 def test_a_data_parallel_model_is_attacked_through_its_module(net, batch, name, one_process, monkeypatch):
     parallel = nn.parallel.DistributedDataParallel(net.train())
     frozen = []
     net.register_forward_pre_hook(lambda *a: frozen.append(any(p.requires_grad for p in parallel.parameters())))
-    with monkeypatch.context() as patch:  # its hooks would wait for the other processes
+    with monkeypatch.context() as patch:  # the wrapper's hooks would wait for other processes
         patch.setattr(parallel, "forward", lambda *args: pytest.fail("called through the wrapper"))
         adv = ATTACKS[name](parallel)(*batch, seed=1)
     assert frozen

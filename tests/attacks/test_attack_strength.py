@@ -1,4 +1,4 @@
-"""What attacks compute: against torchattacks, plain loops, closed forms and statistics."""
+"""The results of attacks against torchattacks, plain loops, closed forms and statistics."""
 
 import math
 import sys
@@ -228,7 +228,7 @@ def starts(attack_class, images, **settings):
 
 
 def kolmogorov_smirnov(sample, distribution):
-    """sqrt(n) times the largest distance between the distribution functions: above 2.2 once in ten thousand runs."""
+    """sqrt(n) times the largest distance between the distribution functions. It is above 2.2 once in 10,000 runs."""
     ordered = distribution(sample.double().sort().values)
     steps = torch.arange(len(ordered), dtype=torch.float64) / len(ordered)
     return math.sqrt(len(ordered)) * max((ordered - steps).max(), (steps + 1 / len(ordered) - ordered).max())
@@ -325,7 +325,7 @@ def recorded(attack_class=PGD, **options):
     def targets(images, labels, **call):
         arrived.clear()
         attack(images, labels, **call)
-        # Of cross-entropy's gradient, softmax minus one-hot, only the target's entry has the other sign.
+        # In cross-entropy's gradient, softmax minus one-hot, only the target's entry is negative.
         return (arrived[0] * (1 if options.get("targeted") else -1)).argmax(1)
 
     return targets
@@ -524,7 +524,8 @@ def test_restarts_keep_a_finite_result_over_a_broken_one(gap, targeted, recwarn)
     runs += [single(images, labels, seed=sample_seeds(5, index, restart=r)) for r in (1, 2)]
     broken = torch.stack([adv[:, 0, 0, 0] > 0.5 for adv in runs])
     best = PGD(model, EPS, 0.0, 1, targeted=targeted, restarts=3)(images, labels, seed=5)
-    # An infinite logit is a prediction, and fools, although its loss is NaN. NaN is none: wrong, but no target's.
+    # An infinite logit is a prediction and fools, although its loss is NaN. A NaN logit predicts no class: it is wrong
+    # for every label, and reaches no target.
     expected = broken.all(0) if targeted and gap is torch.nan else broken.any(0)
     assert torch.equal(best[:, 0, 0, 0] > 0.5, expected)
 
@@ -611,7 +612,7 @@ def test_result_is_in_ball_and_box_in_every_dtype(name):
         if name == "PGDL2":
             slack = 1e-6
         assert (distances(name, adv, pixels) <= radius(name) + slack).all()
-        if name not in IN_L2 and dtype != torch.uint8:  # as a user checks it, in the images' dtype
+        if name not in IN_L2 and dtype != torch.uint8:  # users check the result in the images' dtype
             assert ((adv - images).abs() <= radius(name)).all()
         assert 0 <= adv.min()
         assert adv.max() <= 1

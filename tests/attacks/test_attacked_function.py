@@ -146,7 +146,7 @@ PUBLIC = [each for each in vars(attacks).values() if isinstance(each, type) and 
 
 @pytest.mark.parametrize("cls", [each for each in PUBLIC if not inspect.isabstract(each)])
 def test_every_setting_takes_its_type_alone(cls):
-    """A setting of text, "0.5" or "no", is what a configuration file gives by mistake: as a bool it would be True."""
+    """A configuration file gives text such as "0.5" or "no" by mistake; as a bool, "no" would be True."""
     given = {}
     for part in cls.__mro__[:-1]:
         parameters = inspect.signature(part.__init__).parameters.values() if "__init__" in vars(part) else ()
@@ -228,7 +228,7 @@ def test_means_for_bytes_are_refused():
 
 
 class Stub(Engine):
-    """In place of a captured graph: counts how often one is made. Like a graph it keeps all but what is in tensors."""
+    """Stands for a captured graph, and counts how many are made. Like a graph it fixes everything outside tensors."""
 
     made = 0
 
@@ -388,12 +388,12 @@ def test_a_second_thread_is_refused_and_the_first_goes_on():
     with pytest.raises(RuntimeError, match=r"another thread .*copy.deepcopy"):
         FGSM(model, EPS)(images, labels)
     child = os.fork()
-    if child == 0:  # a child has no other thread to wait for
+    if child == 0:  # the child process has no other thread that holds the lock
         os._exit(0 if len(FGSM(model, EPS)(images, labels)) == N else 1)
     assert os.waitpid(child, 0)[1] == 0
     go.set()
     first.join()
-    assert torch.equal(found[0], FGSM(model, EPS)(images, labels))  # and now it is free
+    assert torch.equal(found[0], FGSM(model, EPS)(images, labels))  # now the model is free
     copy.deepcopy(model)
 
 
@@ -415,7 +415,7 @@ def test_putting_flags_back_never_hides_the_first_error():
 
         def forward(self, x):
             self.inner.train = None
-            type(self.inner).training = property(lambda module: False)  # which refuses to be set
+            type(self.inner).training = property(lambda module: False)  # it cannot be set
             raise ZeroDivisionError("the first")
 
     class Layer(nn.Linear):
@@ -473,7 +473,7 @@ def test_bytes_are_in_the_usual_box():
         PGD(net(), clip=(0, 255))(torch.zeros(N, 3, 6, 6, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64))
 
 
-# ------------------------------------------------------------------ problems that are none
+# ------------------------------------------------------------------ inputs without a problem to attack
 
 
 def test_an_output_that_does_not_depend_on_the_input():
@@ -523,7 +523,7 @@ def test_a_divergence_from_the_start_itself_is_refused():
 
 
 def saturated(share):
-    """A model whose gradient is exactly zero for so many of the images, because of a plateau."""
+    """A model whose gradient is exactly zero for this share of the images, because of a plateau."""
 
     inner = net()
 

@@ -29,7 +29,7 @@ def batch(n=6):
 
 @pytest.fixture(autouse=True)
 def one_order():
-    """The same kernels with and without a graph: only then can bits be compared."""
+    """Use the same kernels with and without a graph: only then are the bits equal."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     yield
@@ -81,7 +81,7 @@ def test_buffers_that_a_graph_writes_to_are_put_back():
 
     counting = Counting().cuda()
     graph = PGD(counting, EPS, graph=True)
-    for _ in range(2):  # captured, and replayed alone
+    for _ in range(2):  # the first call captures, the second only replays
         graph(*batch())
         assert int(counting.calls) == 0
 
@@ -92,7 +92,7 @@ def test_host_waits_for_the_device_only_at_the_end(model, attack, graph, monkeyp
     images, labels = batch()
     attacked = attack(model, EPS, graph=graph)
     attacked(images, labels, seed=1)
-    monkeypatch.setattr(attacked, "_report", lambda: None)  # the one read, after the loop
+    monkeypatch.setattr(attacked, "_report", lambda: None)  # its one read comes after the loop
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -102,7 +102,7 @@ def test_host_waits_for_the_device_only_at_the_end(model, attack, graph, monkeyp
 
 
 def test_garbage_does_not_end_a_capture(model):
-    """Attacks with graphs are in reference cycles; the garbage collector must not free a graph during a capture."""
+    """An attack with a graph is in a reference cycle; the garbage collector must not free a graph during a capture."""
     images, labels = batch()
     before = gc.get_threshold()
     gc.set_threshold(20)

@@ -14,7 +14,7 @@ from fastadv.attacks.samplewise import seeds_for
 
 BOX = (0.0, 1.0)
 NORMS = {"Linf": (FAB, EPS), "L2": (FABL2, L2_EPS)}
-EVERYWHERE = {"Linf": 1.0, "L2": 9.0}  # an eps that all points of the box are within
+EVERYWHERE = {"Linf": 1.0, "L2": 9.0}  # with this eps the ball holds the whole box
 every_norm = pytest.mark.parametrize("norm", NORMS)
 
 
@@ -34,7 +34,8 @@ def exact_move(v, w, gap, norm):
     moving = forward != 0
     limit = torch.where(moving, room / c.abs(), math.inf)
     rate = (w * c).abs()
-    done, left = 0.0, rate[moving].sum().item()  # reached by the pixels at their bounds; rate of those still moving
+    # The part of the gap that pixels at their bounds have closed; the rate of the pixels that still move.
+    done, left = 0.0, rate[moving].sum().item()
     for j in limit.argsort().tolist():
         if not moving[j]:
             break
@@ -46,7 +47,7 @@ def exact_move(v, w, gap, norm):
 
 
 def points(kind, n, d, dtype=torch.float64):
-    """Points, normals and gaps: `reachable` of the way to all pixels' bounds, with more or fewer at theirs already."""
+    """(points, normals w, gaps, the largest rise and fall of the product with w in the box)."""
     v, w = torch.rand(n, d, dtype=dtype), torch.randn(n, d, dtype=dtype)
     if kind == "corners":
         v = torch.where(torch.rand(n, d) < 0.8, v.round(), v)
@@ -73,11 +74,11 @@ def test_the_way_to_a_plane_is_the_exact_one(norm, kind, d):
     v, w, gap, _ = points(kind, 60, d)
     moves = to_hyperplane(v, w, gap, norm, BOX)
     assert ((v + moves >= 0) & (v + moves <= 1)).all()
-    slack = 1e-5 if kind == "heavy tails" else 1e-13  # the passes are not enough for all of these in L2
+    slack = 1e-5 if kind == "heavy tails" else 1e-13  # in L2 the passes do not reach every point of this kind
     assert (((w * moves).sum(1) + gap).abs() <= slack * w.abs().sum(1)).all()
     for i in range(len(v)):
         exact = exact_move(v[i], w[i], gap[i].item(), norm)
-        # A pixel that hardly counts may move far for the last rounding error of what it adds.
+        # A pixel with a small weight may move far to close a gap of one rounding error.
         assert ((w[i] * (moves[i] - exact)).abs() <= slack * w[i].abs().sum()).all()
 
 
@@ -216,7 +217,7 @@ def test_the_iterates_are_the_algorithm_s(norm, loss, run):
         targets = attack.targets(model(images), labels)[:, 1 + run, None]
     hand = [by_hand(model, *one, norm, steps, **settings) for one in zip(images, labels, targets, strict=True)]
     wrong = torch.stack([model(torch.stack(seen)).argmax(1) != label for seen, label in zip(hand, labels, strict=True)])
-    assert wrong[:, 1:].any()  # so that some are drawn back; the images themselves are not
+    assert wrong[:, 1:].any()  # some iterates are drawn back; the images themselves are not
     for t in range(steps):
         for adv, seen in zip(engine.slots.adv, hand, strict=True):
             torch.testing.assert_close(adv, seen[t], rtol=0, atol=1e-9)
@@ -238,7 +239,7 @@ def test_a_call_returns_the_nearest_of_all_target_classes_or_the_image(norm):
         targets = [target for target in range(5) if target != label]
         seen = [x for target in targets for x in by_hand(model, image, label, [target], norm, steps)]
         nearest.append(best_of(model, seen, image, label, norm))
-    eps = sorted(distance for distance, _ in nearest)[4] * (1 + 1e-6)  # five of eight are within
+    eps = sorted(distance for distance, _ in nearest)[4] * (1 + 1e-6)  # five of eight samples are within eps
     adv = cls(model, eps, steps)(images, labels)
     for i, (distance, found) in enumerate(nearest):
         torch.testing.assert_close(adv[i], found if distance <= eps else images[i], rtol=0, atol=1e-9)
@@ -255,7 +256,7 @@ def test_further_restarts_start_at_random_at_half_of_eps_and_the_nearest_result_
     attack = cls(model, 0.1, 4, loss=loss, restarts=3)
     starts = [started(attack, images, labels, run, seed=run).slots.adv for run in range(4)]
     assert torch.equal(starts[0], images)
-    assert torch.equal(starts[3], images)  # the first run towards the next target class
+    assert torch.equal(starts[3], images)  # here the first run towards the next target class begins
     assert not torch.equal(starts[1], starts[2])
     free = cls(model, 0.1, 4, loss=loss, restarts=3, clip=None)
     for run in (1, 2):
@@ -305,7 +306,7 @@ def linear(classes, pixels=48):
 @every_norm
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_on_a_linear_model_a_few_steps_find_the_nearest_point(norm, classes):
-    """Its planes are the true ones: beyond them by a twentieth of a tenth of the way."""
+    """A linear model's planes are exact: the result lies beyond one by a twentieth of a tenth of the way."""
     model, images = linear(classes), batch_of(8, torch.float64, size=4)[0]
     logits = model(images).detach()
     labels = logits.argmax(1)

@@ -1,4 +1,4 @@
-"""Attacks and the evaluation on a GPU: captured graphs give the eager attack's bits, and slots the CPU's verdicts."""
+"""On a GPU captured graphs give the eager attack's bits, and an evaluation has the CPU's verdicts."""
 
 from functools import partial
 from itertools import count
@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 from attacked import one_thread as one_thread
+from cut import Cut
 from gpus import needs_gpu
 from test_cuda_graph import EPS
 from test_cuda_graph import model as model
@@ -18,7 +19,7 @@ from fastadv.evaluation import evaluate, queue
 from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.queue import Queue
 
-# What is strange about so small a model is told of; here it is not what is asked about.
+# So small a model gives these warnings, which are not tested here.
 TOLD = ("the last", "gradients look masked", "robust accuracy rises")
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in TOLD]
 
@@ -62,7 +63,7 @@ OPTIONS = {
 @every_attack
 @pytest.mark.parametrize("option", OPTIONS)
 def test_graph_equals_eager_bit_for_bit(device, model, name, option):
-    """At the capture and in replays, with other images each time."""
+    """The capture and the replays each take other images."""
     attacked = Normalized(model, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)) if option == "normalized" else model
     eager, graph = (attack_of(name, attacked, **OPTIONS[option], graph=graph) for graph in (False, True))
     if option == "alpha" and not isinstance(getattr(eager, "alpha", None), float):
@@ -101,9 +102,9 @@ def test_eps_as_a_tensor_gives_the_bits_of_the_number(name, rows):
 
 
 class Exact(nn.Module):
-    """Its logits have no rounding error, whatever the order of their sums, so that no verdict hangs on one.
+    """A model whose logits have no rounding error in any order of summation, so that no verdict depends on one.
 
-    Pixels are rounded to 2^-16 and weights to 2^-10: of every sum float64 has all bits.
+    Pixels are rounded to 2^-16 and weights to 2^-10, so that float64 holds every sum exactly.
     """
 
     def __init__(self, inputs=108, classes=5):
@@ -117,11 +118,11 @@ class Exact(nn.Module):
 
     def forward(self, x):
         seen = x + ((x * 2**16).round() / 2**16 - x).detach()
-        waves = (self.first(seen.flatten(1) - 0.5).remainder(2) - 1).abs()  # neither all nor none fall
+        waves = (self.first(seen.flatten(1) - 0.5).remainder(2) - 1).abs()  # attacks fool some samples, not all
         return self.second(waves - 0.5)
 
 
-IMAGES, SLOTS = 48, 7
+IMAGES, BATCH = 48, 7
 OF_A_SAMPLE = ("fooled", "restart", "step", "robust_accuracy", "given", "zero_gradients")
 
 
@@ -136,7 +137,7 @@ def samples():
 def evaluated(device, attacks_on, **options):
     there = Exact().to(device).eval()
     return evaluate(
-        there, samples(), attacks_on(there), **{"batch_size": SLOTS, "seed": 3, "progress": False, **options}
+        there, samples(), attacks_on(there), **{"batch_size": BATCH, "seed": 3, "progress": False, **options}
     )
 
 
@@ -145,14 +146,14 @@ def of(keys, report):
 
 
 def work(report):
-    """(passes, forwards) of each in plain order, in proportion: how much is waste depends on the slots."""
+    """(passes, forwards) of each attack without waste, which depends on the number of slots."""
     for result in report["attacks"]:
         unit = result["passes"] or result["forwards"] or 1
         yield [result[key] * (unit - result["waste"]) / unit for key in ("passes", "forwards")]
 
 
 def assert_same(there, here, counted):
-    """Verdicts of the CPU's queue, whose rows are as many as images are under attack; counts of slots of one number."""
+    """Compare verdicts with `here`, whose queue shrinks, and counts with `counted`, with a fixed number of slots."""
     assert of(OF_A_SAMPLE, there) == of(OF_A_SAMPLE, here)
     assert list(work(there)) == list(work(counted))
     assert of(["nonfinite_losses"], there) == of(["nonfinite_losses"], counted)
@@ -162,7 +163,7 @@ def assert_same(there, here, counted):
 
 @pytest.fixture
 def one_shape(monkeypatch):
-    """An evaluation on the CPU with a fixed number of slots, as on a GPU."""
+    """Runs an evaluation on the CPU with a fixed number of slots, as on a GPU."""
 
     def run(*args, **options):
         with monkeypatch.context() as patch:
@@ -173,7 +174,7 @@ def one_shape(monkeypatch):
 
 
 RUNS = ({"batch_size": 3}, {"batch_size": 64}, {"pool": 20})
-SMALL = 0.012  # where restarts of few steps still find more
+SMALL = 0.012  # at this eps further restarts of few steps still fool more samples
 
 
 @every_attack
@@ -217,10 +218,6 @@ def test_the_images_that_are_saved_are_the_cpus(device, tmp_path, name, options)
 # ---------------------------------------------------------------------- cut and continued
 
 
-class Cut(BaseException):
-    """An exception in place of a kill: no code handles it."""
-
-
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_a_run_that_was_cut_goes_on_with_the_same_result(device, tmp_path, monkeypatch, graph, share):
@@ -252,14 +249,14 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(device, tmp_path, monke
         assert again[key] == whole[key]
 
 
-# ---------------------------------------------------------------------- what the host and the device wait for
+# ---------------------------------------------------------------------- the host waits for nothing
 
 
 @pytest.mark.parametrize("part", ["iterate", "settle"])
 @pytest.mark.parametrize("name", ["pgd", "pma", "apgd-ce", "apgd-t", "square", "fab-t"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_the_host_waits_for_nothing(device, monkeypatch, name, part, graph):
-    """From the second call on; in the first call of each queue tables go to the device."""
+    """The first call of each queue may wait, because it copies tables to the device."""
     guards, original = [], getattr(Queue, part)
 
     def guarded(self):
@@ -296,7 +293,7 @@ class Counting(TorchDispatchMode):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_an_iteration_launches_little_beside_gradient_and_step(device, monkeypatch):
-    """At most 20 kernels: a small model's gradient has no more."""
+    """At most 20 kernels, about as many as the gradient of a small model."""
     counting, iterate, seen = Counting(), Queue.iterate, []
 
     def paused(function):

@@ -48,7 +48,7 @@ def test_dlr_and_its_targeted_kind_follow_their_formulas_for_any_number_of_class
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
 def test_a_logit_of_minus_infinity_is_no_class_in_a_ratio(classes):
-    logits = torch.randn(100, classes, dtype=torch.float64, requires_grad=True)  # none equal: which is third is clear
+    logits = torch.randn(100, classes, dtype=torch.float64, requires_grad=True)  # no two are equal, so one is third
     labels = torch.randint(classes, (100,))
     pairs = torch.stack((labels, (labels + 1) % classes), 1)
     for name, targets in (("dlr", labels), ("targeted_dlr", pairs)):
@@ -79,7 +79,7 @@ def test_the_probability_margin_is_its_value_and_its_gradient_a_positive_multipl
     targets = labels if climbed == BOTH else torch.stack((labels, torch.full_like(labels, climbed)), 1)
     found = LOSSES["probability_margin"](logits, targets)
     torch.testing.assert_close(found, value)
-    # Of two that are equal the first one is climbed here, and both of them by amax.
+    # Of two equal classes this loss climbs the first; the gradient of amax climbs both.
     single = (p.scatter(1, own, -1.0) == p_best[:, None]).sum(1) == 1
     mine, true = (F.normalize(gradient(each, logits), dim=1)[single] for each in (found, value))
     torch.testing.assert_close(mine, true)
@@ -87,7 +87,7 @@ def test_the_probability_margin_is_its_value_and_its_gradient_a_positive_multipl
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0, 1000.0])
 def test_the_probability_margin_has_a_gradient_however_sure_the_model_is(scale):
-    """In float32, where 1 - p_y is 0 from a margin of 17 on."""
+    """In float32 1 - p_y is 0 from a margin of 17 on."""
     logits, labels = rows(100, 5, torch.float32)
     labels = logits.argmax(1)
     scaled = (logits * scale).detach().requires_grad_()
@@ -126,7 +126,7 @@ def samples(model, count=40):
 
 
 def test_targeted_losses_are_run_towards_the_classes_in_the_order_of_the_clean_logits():
-    """On a linear model a sign step towards a class is known: the strongest of all is kept."""
+    """On a linear model the sign step towards each class is known; the strongest step is kept."""
     model = linear(6)
     images, labels = samples(model)
     asked = []
@@ -161,7 +161,7 @@ def test_a_loss_that_chooses_its_targets_is_refused_with_others(loss):
 
 
 def test_bce_attacks_one_logit_and_several_labels():
-    """A linear model's best step under one logit is the sign of its weight; of several labels one is enough."""
+    """With one logit a linear model's best step is the sign of its weight; with several, one wrong label fools."""
     model = linear(1)
     images = torch.rand(20, 3, 3, 3, dtype=torch.float64)
     labels = (model(images)[:, 0] > 0).long()
@@ -194,7 +194,7 @@ def by_hand(model, images, labels, starts, steps, eps, run):
         p_best = p.gather(1, best[:, None])[:, 0]
         if k >= first:
             value = p_best - p_own
-        elif run >= 2:  # the third run to the class that comes second on the clean image
+        elif run >= 2:  # the third run goes to the class that comes second on the clean image
             driven_to = model(images).argsort(dim=1, descending=True)[:, 1 + (run - 2) % (logits.shape[1] - 1)]
             value = (logits.gather(1, driven_to[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
         else:
@@ -213,8 +213,8 @@ def test_pma_follows_its_formulas_in_each_run(steps):
     shown = []
     model.register_forward_pre_hook(lambda module, args: shown.append(args[0].detach().clone()))
     PMA(model, EPS, steps, restarts=7)(images, labels, seed=3)
-    runs = [shown[i : i + steps + 1] for i in range(1, len(shown), steps + 1)]  # the first are the clean images
-    assert len(runs) == 7  # the last goes to the second class again
+    runs = [shown[i : i + steps + 1] for i in range(1, len(shown), steps + 1)]  # the first call has clean images
+    assert len(runs) == 7  # the last run goes to the second class again
     for run, iterates in enumerate(runs):
         expected = by_hand(model, images, labels, iterates[0], steps, EPS, run)
         assert (iterates[0] - images).abs().max() > EPS / 2
@@ -224,7 +224,7 @@ def test_pma_follows_its_formulas_in_each_run(steps):
 
 
 def test_pma_goes_on_where_the_second_run_found_something():
-    """The second run fooled over one image in 500, and not just one image; or over a tenth of the first run's."""
+    """The second run fooled more than one image in 500 and more than one image, or a tenth of the first run's count."""
     attack = PMA(linear())
     for second, images, goes_on in ((2, 500, True), (1, 500, False), (1, 100, False), (20, 10_000, False)):
         assert attack.goes_on([400, second], images) == goes_on
@@ -232,19 +232,19 @@ def test_pma_goes_on_where_the_second_run_found_something():
     for first, goes_on in ((9, True), (10, False), (0, True)):
         assert attack.goes_on([first, 1], 500) == goes_on
     assert not attack.goes_on([0, 0], 500)
-    assert not attack.goes_on([3, 3], 3000)  # but of little
-    assert not attack.goes_on([50], 500)  # further runs follow two
+    assert not attack.goes_on([3, 3], 3000)  # no more than one image in 1,000
+    assert not attack.goes_on([50], 500)  # the second run has not ended
 
 
 def test_pma_goes_on_while_that_finds_something():
-    """While the last four runs, the first one apart, fooled more than one image in 1,000."""
+    """The last four runs, without the first, together fooled more than one image in 1,000."""
     attack = PMA(linear(), most_runs=12)
     falls = [50, 9]
     for _ in range(4):
         assert attack.goes_on(falls, 500)
         falls.append(0)
     assert not attack.goes_on(falls, 500)
-    assert not attack.goes_on([18, 1, 5], 500)  # these did not ask for the third
+    assert not attack.goes_on([18, 1, 5], 500)  # the first two runs asked for no third
     assert attack.goes_on([*falls, 1, 0, 0, 0], 500)
     assert not attack.goes_on([*falls, 1, 0, 0, 0, 0], 500)
     assert not attack.goes_on([900, 90, 9, 4, 3, 2, 1], 10_000)

@@ -1,4 +1,4 @@
-"""Normalised images, step sizes for each image, targets by a function, and the methods that torchattacks has."""
+"""Normalised images, step sizes for each image, targets by a function, and torchattacks' methods."""
 
 import copy
 import inspect
@@ -43,7 +43,7 @@ def pixels_of(images):
     return images.double() * per_channel(STD) + per_channel(MEAN)
 
 
-# Images that are normalised already
+# Normalised images
 
 
 @every_attack
@@ -97,7 +97,7 @@ def test_set_normalization_used_equals_torchattacks(net, batch, name, spelling):
 @pytest.mark.parametrize("name", ["FGSM", "PGD", "PGDL2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_a_perturbation_images_come_back(name, dtype):
-    pixels = torch.randint(256, (N, 3, 6, 6)).to(dtype) / 255  # among them 0 and 1, which rounding takes out of the box
+    pixels = torch.randint(256, (N, 3, 6, 6)).to(dtype) / 255  # rounding can take 0 and 1 out of the box
     images = normalised(pixels)
     back = ATTACKS[name](Net().to(dtype).eval(), **LOADED)(images, torch.zeros(N).long(), eps=0.0, seed=1)
     torch.testing.assert_close(back, images, rtol=0, atol=1e-14 if dtype == torch.float64 else 1e-6)
@@ -125,7 +125,7 @@ def test_one_number_for_all_channels_and_no_box(batch):
     pixels = 4 * pixels - 2
     attack = BIM(net, 0.1, 0.1, 1, clip=None, images_normalized=(0.25, 0.5))
     adv = attack((pixels - 0.25) / 0.5, labels)
-    # A linear model: one step of the whole budget, in pixels.
+    # On a linear model the expected result is one step of the whole budget, in pixels.
     torch.testing.assert_close((adv * 0.5 + 0.25 - pixels).abs(), torch.full_like(pixels, 0.1), rtol=0, atol=1e-12)
 
 
@@ -161,7 +161,7 @@ def test_what_is_no_normalisation_is_refused(net, images_normalized, message):
         PGD(net, images_normalized=images_normalized)
     attack = PGD(net)
     attack.images_normalized = images_normalized
-    for _ in range(2):  # also when it has been refused before
+    for _ in range(2):  # the second call is refused like the first
         with pytest.raises((TypeError, ValueError), match=message):
             attack(*batch_of(dtype=torch.float64))
 
@@ -209,11 +209,11 @@ def test_it_is_a_setting_like_the_others(net, batch):
 # Step sizes of each image
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith("APGD")])  # it finds its own
+@pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith("APGD")])  # APGD sets its own
 @pytest.mark.parametrize("options", [{}, {"restarts": 2}, {"chunk": 4}, {"memory_format": torch.channels_last}])
 def test_each_image_has_its_own_step_size(net, batch, name, options):
     images, labels = batch
-    # So short that no image gets to the edge of its ball, where all step sizes would be alike.
+    # The steps are too short to reach the edge of the ball, where all step sizes would give the same result.
     alpha, seeds = EPS / 4 * torch.rand(N, dtype=torch.float64), torch.arange(N)
     attack = ATTACKS[name](net, **options)
     attack.alpha = alpha
@@ -302,7 +302,7 @@ def test_a_graph_takes_other_step_sizes(net, batch, monkeypatch):
     monkeypatch.setattr(base, "GraphEngine", Uncaptured)
     Uncaptured.made = 0
     same_graph_for_other_step_sizes(net, *batch)
-    assert Uncaptured.made == 4  # one for all of each image's, and one for each that is of all
+    assert Uncaptured.made == 4  # all step sizes per image share one graph, and each single number has its own
 
 
 @needs_gpu
@@ -437,7 +437,7 @@ def printed(call):
 
 @pytest.mark.parametrize("name", SAME_NAMES)
 def test_they_take_what_torchattacks_take(net, name):
-    # There decorated methods hide their arguments.
+    # torchattacks' decorator hides the arguments of a method.
     theirs = getattr(torchattacks.attack.Attack, name)
     hidden = [cell.cell_contents for cell in theirs.__closure__ or ()]
     theirs, ours = (inspect.signature(f).parameters for f in ((hidden or [theirs])[0], getattr(PGD, name)))
@@ -448,7 +448,7 @@ def test_they_take_what_torchattacks_take(net, name):
 def test_modes_say_what_torchattacks_say(net, name):
     ours, theirs = PGD(net), torchattacks.PGD(net)
     SETS["random"](ours, quiet=True)
-    # Of "'default.'" and "'targeted(random)'." ours has the second form only.
+    # torchattacks prints "'default.'" and "'targeted(random)'."; fastadv puts the dot last in both.
     told, expected = (printed(lambda attack=attack: SETS[name](attack)) for attack in (ours, theirs))
     assert told == expected.replace(".'", "'.")
     assert ours.get_mode() == theirs.get_mode() == ours.attack_mode
@@ -510,7 +510,7 @@ def test_training_mode_is_torchattacks_where_there_is_one(batch, modes):
     theirs.set_model_training_mode(*modes)
     theirs(*batch)
     expected = set(model.seen)
-    model.eval().seen.clear()  # there it is left in train mode
+    model.eval().seen.clear()  # torchattacks leaves the model in train mode
     if modes[0] and modes != (True, True, False):
         with pytest.raises(ValueError, match="as_is"):
             ours.set_model_training_mode(*modes)
@@ -560,7 +560,7 @@ def test_save_writes_what_torchattacks_writes(net, loader, tmp_path, save_predic
 
 
 def test_torchattacks_loads_it(net, loader, tmp_path):
-    attack = BIM(net.train())  # attacked and judged in eval mode all the same
+    attack = BIM(net.train())  # the model is attacked and evaluated in eval mode even so
     attack.save(loader, tmp_path / "of" / "adv.pt", save_predictions=True, save_clean_inputs=True, save_type="int")
     assert all(module.training for module in net.modules())
     net.eval()

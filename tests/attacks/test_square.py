@@ -37,7 +37,7 @@ def samples(model, n, shape):
 
 
 def seen_by(model):
-    """The model's inputs from now on, (N, ...) for each query."""
+    """A list that gets the model's later inputs, (N, ...) for each query."""
     shown = []
     model.register_forward_pre_hook(lambda module, args: shown.append(args[0].detach().clone()))
     return shown
@@ -66,7 +66,7 @@ def key_by_hand(logits, label, loss, targeted):
 
 
 def linf_by_hand(model, image, label, seed, queries, loss="margin", targeted=False):
-    """(the model's inputs, the best point) for one sample, window after window."""
+    """(the model's inputs, the best point) of one sample, by a loop over the windows."""
     c, h, w = image.shape
     stripes = [(2 * int(v) + 1) / 2**17 > 0.5 for v in oracle.random_halves(seed, np.arange(c * w))]
     point = image + torch.tensor([EPS if up else -EPS for up in stripes], dtype=torch.float64).reshape(c, 1, w)
@@ -113,12 +113,12 @@ def test_linf_follows_a_loop_by_hand(shape, loss, targeted):
 
 
 def test_linf_queries_are_stripes_then_squares():
-    """Seen from the model's inputs alone, for images away from 0 and 1."""
+    """The test looks at the model's inputs only, for images away from 0 and 1."""
     model = network(3, 12, 20)
     images = 0.4 + 0.2 * torch.rand(6, 3, 12, 20, dtype=torch.float64)
     labels, shown = model(images).argmax(1), seen_by(model)
     Square(model, EPS, 70)(images, labels, seed=5)
-    shown = shown[:]  # margins are of them, and the model is shown what that takes too
+    shown = shown[:]  # a copy: the margins below call the model, which appends to the list
     deltas = (torch.stack(shown) - images) / EPS
     torch.testing.assert_close(deltas.abs(), torch.ones_like(deltas), rtol=0, atol=1e-12)
     deltas = deltas.round()
@@ -212,7 +212,7 @@ def test_windows_and_signs_are_uniform(kind):
     found = squares_of(moved)
     side = side_by_hand(query, (3, height, width))
     assert (found[:, 2:] == side).all()
-    places = torch.zeros(height - side, width - side)  # one that begins at height - side would fit, and is not drawn
+    places = torch.zeros(height - side, width - side)  # Square never draws the last place, height - side
     places.index_put_((found[:, 0], found[:, 1]), torch.ones(n), accumulate=True)
     expected = n / places.numel()
     assert ((places - expected) ** 2 / expected).sum() < places.numel() + 5 * math.sqrt(2 * places.numel())
@@ -267,7 +267,7 @@ def l2_start_by_hand(image, seed):
 
 
 def l2_query_by_hand(image, best, seed, query):
-    """What follows the best point, before the box; None where the new window is what rounding left of the old one."""
+    """The next point, before the box; None where bump and old window cancel, so that only a rounding error is left."""
     c, h, w = image.shape
     p = 0.8 / 2 ** sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000))
     s = max(round(math.sqrt(p * h * w)), 3)
@@ -293,7 +293,7 @@ def l2_query_by_hand(image, best, seed, query):
 
 @pytest.mark.parametrize("shape", [(3, 10, 10), (1, 6, 12), (2, 11, 5), (3, 17, 16)])
 def test_l2_follows_its_rules_by_hand(shape):
-    """Query by query: a window that holds nothing is normalised too, and makes much of the last bit."""
+    """Query by query, because an empty window is normalised too, which makes a difference in the last bit large."""
     model = network(*shape)
     images, labels = samples(model, 4, shape)
     seeds, shown = torch.randint(-(2**62), 2**62, (4,)), seen_by(model)
@@ -307,7 +307,7 @@ def test_l2_follows_its_rules_by_hand(shape):
             if highest is None or key > highest:
                 best, highest = points[query, n], key
             expected = l2_query_by_hand(image, best, seed, query)
-            if expected is None:  # a bump met its own negative: from here on the last bits decide
+            if expected is None:  # a bump cancelled its negative: from here on rounding decides
                 break
         else:
             assert torch.equal(found[n], best)
@@ -322,7 +322,7 @@ def test_l2_perturbations_have_the_norm_eps(dtype):
         shown.append(x.clone())
         return x.float().flatten(1) @ weight
 
-    for scale in (1, 0.02):  # well within the box, and at its border
+    for scale in (1, 0.02):  # within the box, and at its border
         image = images if scale == 1 else images // 127 if dtype == torch.uint8 else images * scale
         adv = SquareL2(model, L2_EPS, 60)(image, torch.arange(4), seed=1)
         pixels = torch.from_numpy(oracle.image(image, np.float64))
@@ -442,7 +442,7 @@ def test_images_in_bytes_and_a_normalized_model_give_the_same(kind):
 
 
 def scripted(rows):
-    """(a model with these logits, a row for each query, whatever its input; the list of its inputs)."""
+    """(a model that returns the next row as logits at each query, the list of its inputs)."""
     shown, rows = [], iter(rows)
 
     def model(x):
@@ -482,7 +482,7 @@ def test_an_iteration_reads_nothing_from_the_device_and_keeps_its_tensors(kind, 
     slots.age, slots.restart = torch.zeros_like(labels), torch.zeros_like(labels)
     engine = Engine(attack, slots)
     engine.start()
-    engine.iterate()  # which may look up tables for the first time
+    engine.iterate()  # the first call may build tables
     kept = {name: t.data_ptr() for name, t in slots.tensors().items()}
     with NoReads():
         engine.iterate()
@@ -583,15 +583,15 @@ def shares(attacks, model, images, labels):
     return torch.tensor([(model(attack(images, labels)).argmax(1) != labels).double().mean() for attack in attacks])
 
 
-# torchattacks shares a window's energy between channels as no other code of the attack does: for L2 there is one.
+# For L2 the images have one channel: torchattacks divides a window's energy between channels in its own way.
 @pytest.mark.parametrize(("cls", "eps", "channels"), [(Square, 0.12, 3), (SquareL2, 0.9, 1)])
 def test_as_strong_as_torchattacks(cls, eps, channels):
     model, images, labels = trained(channels)
     queries, seeds = 60, range(6)
     found = shares([lambda x, y, s=s: cls(model, eps, queries)(x, y, seed=s) for s in seeds], model, images, labels)
-    options = {"n_queries": queries - 1, "resc_schedule": False}  # beside the start
+    options = {"n_queries": queries - 1, "resc_schedule": False}  # torchattacks does not count the start
     peers = [torchattacks.Square(model, cls.norm, eps, seed=seed, **options) for seed in seeds]
     expected = shares(peers, model, images, labels)
     assert 0.2 < expected.mean() < 0.8
-    # Theirs draws for a batch, not for a sample: its seeds differ by about 0.03 from each other.
+    # torchattacks draws for a batch, not for a sample: its share differs by about 0.03 between seeds.
     assert abs(found.mean() - expected.mean()) < 0.06

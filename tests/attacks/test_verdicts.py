@@ -1,4 +1,4 @@
-"""What counts as a prediction, by rules written out for each sample, in all places that give a verdict."""
+"""When a model's output counts as a prediction: a rule for each sample, in all places that give a verdict."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ from fastadv.attacks import PGD, create_attack
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation import evaluate
 
-# What follows from a missing prediction is told, too; here it is not what is asked about.
+# A missing prediction also gives these warnings, which are not tested here.
 TOLD = ("no prediction", "the gradient is zero", ".* losses .*not finite")
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in TOLD]
 
@@ -20,10 +20,10 @@ EPS = 8 / 255
 
 
 def by_rule(row):
-    """The class that a row of logits predicts; None where it predicts none."""
+    """The class that a row of logits predicts, or None."""
     if any(math.isnan(value) for value in row):
         return None
-    row = [0.0, *row] if len(row) == 1 else row  # a single logit is that of the second of two classes
+    row = [0.0, *row] if len(row) == 1 else row  # a single logit is the logit of the second of two classes
     if len(set(row)) == 1:
         return None
     return row.index(max(row))
@@ -53,7 +53,7 @@ class Broken(nn.Module):
 
 
 def sample_of(count=10):
-    """Images whose first pixel is 0 or 0.5: so a model recognises the second half without a gradient."""
+    """Images whose first pixel is 0 or 0.5, by which a model recognises the second half without a gradient."""
     images = torch.rand(count, 3, 2, 2)
     images[:, 0, 0, 0] = (torch.arange(count) >= count // 2) * 0.5
     return images
@@ -86,7 +86,7 @@ def test_no_prediction_is_wrong_for_every_label(damage, column):
         report = evaluate(model, (images, labels), ["fgsm"], eps=0.0, batch_size=4)
     assert report["clean_correct"] == [by_rule(row) == column for row in rows]
     assert report["no_prediction"] == 5
-    assert report["attacks"][0]["no_prediction"] == 0  # what is wrong already is not attacked
+    assert report["attacks"][0]["no_prediction"] == 0  # a misclassified image is not attacked
     assert report["attacks"][0]["robust_accuracy"] == report["clean_accuracy"]
 
 
@@ -101,13 +101,13 @@ def own_loss(outputs, labels):
 )
 def test_an_attack_that_silences_the_model_has_fooled_it(broken, options):
     images = sample_of()
-    near = torch.cdist  # distance to the clean images tells which of them is under attack
+    near = torch.cdist  # the distance to the clean images tells whether an image is under attack
 
     def damage(x, logits):
         moved = near(x.detach().flatten(1), images.flatten(1), p=math.inf).amin(1) > EPS / 4
         return torch.where((moved & second_half(x))[:, None], broken(logits.detach()), logits * 1e-3 + large)
 
-    large = torch.tensor([2.0, 0.0, 0.0])  # else class 0, whatever the attack
+    large = torch.tensor([2.0, 0.0, 0.0])  # without damage the model predicts class 0 under every attack
     model, labels = Broken(damage), torch.zeros(10, dtype=torch.int64)
     with pytest.warns(UserWarning, match="no prediction for 5 of 10 images under PGD at 8/255"):
         report = evaluate(model, (images, labels), [PGD(model, EPS, EPS / 2, 3, **options)], batch_size=3)
@@ -119,7 +119,7 @@ def test_an_attack_that_silences_the_model_has_fooled_it(broken, options):
 
 
 def test_a_target_is_not_reached_where_nothing_is_predicted():
-    """Of two restarts the one that reaches the target is kept, not the one after which there is no prediction."""
+    """Of two restarts the one that reaches the target is kept, not the one without a prediction."""
     images = torch.full((4, 3, 2, 2), 0.5)
     targets = torch.zeros(4, dtype=torch.int64)
     calls = []

@@ -1,4 +1,4 @@
-"""The benchmarks and the GPU script, tried without a GPU: what they write, how they resume, and what they refuse."""
+"""The benchmarks and the GPU script, run without a GPU: their files, their resumption, and their refusals."""
 
 import importlib
 import itertools
@@ -21,7 +21,7 @@ SCRIPT = ROOT / "benchmarks/gpu/run.sh"
 sys.path.append(str(SCRIPT.parent))
 plan = importlib.import_module("plan")
 PARTS = tuple(plan.CAPS)
-RUNS = sorted(ROOT.glob("benchmarks/results/**/transfer*.json"))  # before there were studies
+RUNS = sorted(ROOT.glob("benchmarks/results/**/transfer*.json"))  # they are older than studies
 FACTS = {"device", "device_type", "driver", "cuda", "torch", "triton", "python", "threads", "commit", "date", "dry_run"}
 
 
@@ -125,13 +125,13 @@ def test_the_training_part_has_steps(dry):
 
 
 def cells(out):
-    """The text of the study's finished cells, by their attacks."""
+    """{attack: the text of the study's finished cell}."""
     texts = [path.read_text() for path in out.glob("kept/study/cells/*/cell.json")]
     return {json.loads(text)["cell"]["attack"]: text for text in texts}
 
 
 def unpacked(archive, folder):
-    """The names of the files in an archive, unpacked into the folder."""
+    """Unpack an archive into the folder; returns the names of its files."""
     with tarfile.open(archive) as files:
         files.extractall(folder, filter="data")
         return set(files.getnames())
@@ -159,7 +159,7 @@ def test_a_study_that_is_cut_goes_on_elsewhere_from_its_finished_cells(dry, tmp_
 
     subprocess.run(plan.command_of("study", there), env=plan.environment_of(dry_run=True), check=True)
     again = cells(there)
-    assert again["fgsm"] == whole["fgsm"]  # with its own seconds: it was not run again
+    assert again["fgsm"] == whole["fgsm"]  # even its seconds are equal, so it was not run again
     found, wanted = json.loads(again["pgd"]), json.loads(whole["pgd"])
     assert [found[name] for name in ("settings", "verdicts")] == [wanted[name] for name in ("settings", "verdicts")]
     assert found["commit"] == result(there, "study")["environment"]["commit"]
@@ -170,7 +170,7 @@ def test_a_study_that_is_cut_goes_on_elsewhere_from_its_finished_cells(dry, tmp_
 
 
 def planned(out, caps, commands):
-    """A plan whose parts are these lines of Python."""
+    """A plan whose parts are the given lines of Python."""
     return plan.Plan(out, caps, lambda part, out: [sys.executable, "-c", commands[part]], built=lambda: True)
 
 
@@ -194,7 +194,7 @@ def test_a_part_is_killed_at_its_cap_with_its_children(tmp_path):
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_what_was_never_begun_comes_before_what_was_cut(tmp_path):
+def test_parts_that_never_began_come_before_parts_that_were_cut(tmp_path):
     commands = {"a": "import time; time.sleep(100)", "b": "raise SystemExit(3)", "c": "pass", "d": "pass"}
     first = planned(tmp_path, {"a": 1, "b": 1, "c": 1, "d": 1}, commands)
     assert not first.run(60, dict(os.environ))
@@ -331,7 +331,7 @@ def test_counters_are_read():
 
 
 def doctored(dry, tmp_path, device_type, factor):
-    """The benchmark of the dry run, changed as if the op had moved `factor` times the bytes of the copy."""
+    """The dry run's benchmark, changed as if the op had moved `factor` times the bytes of the copy."""
     bench = result(dry, "bench")
     for row in bench["summary"]:
         if row["kind"] == "op":

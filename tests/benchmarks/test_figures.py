@@ -1,5 +1,4 @@
-"""What README and docs say of measurements is what was measured; and what is marked as measured before the code changed
-is just that."""
+"""README and docs quote the stored results, and a result is marked as stale if its code has changed since."""
 
 import csv
 import importlib
@@ -24,7 +23,7 @@ PAGES = [str(page.relative_to(ROOT)) for page in figures.pages()]
 
 @pytest.mark.parametrize("path", [figures.TABLE, *PAGES])
 def test_table_and_pages_are_what_the_stored_results_say(path):
-    """If not: make figures"""
+    """If this fails, run `make figures`."""
     assert (ROOT / path).read_text() == figures.made()[ROOT / path]
 
 
@@ -81,7 +80,7 @@ def test_a_page_and_the_table_have_the_values_of_the_results(house, monkeypatch)
     assert (step["value"], step["file"], step["commit"]) == (f"{ratio:.1f}", "ops.json", "abcdef0+")
     assert (total["device"], total["versions"], total["command"]) == ("CPU a; CPU b", "torch 2.2", "run")
     assert (total["value"], total["file"], total["commit"]) == (f"{2 * each:.3f}", "runs/*.json", "1111111")
-    # Written, it is as it should be; a result that changes changes the page.
+    # After `--write` nothing is wrong; a result that changes also changes the page.
     for path, text in made.items():
         path.write_text(text)
     assert figures.made(root, some) == made
@@ -121,7 +120,7 @@ def test_a_study_says_how_much_of_it_is_measured():
     assert cells.value(report | {"missing": {"cells": []}}, []) == f"All {done} cells are measured."
 
 
-# ------------------------------------------------------------------ and nowhere else
+# ------------------------------------------------------------------ no figure stands anywhere else
 
 UNITS = (
     *("%", "times", "fold", "points"),
@@ -130,12 +129,12 @@ UNITS = (
 )
 MEASURED = re.compile(rf"(?<![\w/.={{-])\d[\d.,]*(?: (?:to|±) \d[\d.,]*)?(?:x|[ -]?(?:{'|'.join(UNITS)}))(?![\w/])")
 
-# What has such a unit and is no measurement: page -> phrases.
+# {page: phrases with such a unit that are no measurements}.
 SETTINGS = {"benchmarks/figures.md": ("95 % intervals", "115 MB a tensor")}
 
 
 def measured(text):
-    """The numbers with a unit of measurement in the prose of a page: outside of its figures, code and links."""
+    """The numbers with a unit of measurement in the prose of a page, without its figures, code and links."""
     for what in (
         figures.BLOCK,
         re.compile(r"<!-- stale figures.*?<!-- end -->", re.DOTALL),
@@ -187,7 +186,7 @@ def test_readme_is_read_in_a_minute():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-# ------------------------------------------------------------------ what is older than its code
+# ------------------------------------------------------------------ results that are older than their code
 
 
 def git(folder, *command):
@@ -197,7 +196,7 @@ def git(folder, *command):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A repository with sources, a result that was measured with them, and the commit."""
+    """(a repository with sources and a result that was measured with them, the commit)."""
     git(tmp_path, "init", "-q")
     for name in ("fastadv/attacks/pgd.py", "fastadv/ops/reference.py", "csrc/cpu/ops.cpp", "csrc/cuda/ops.cu", "x.py"):
         path = tmp_path / name
@@ -228,11 +227,11 @@ def test_a_figure_is_stale_where_a_file_that_it_depends_on_has_changed(repositor
     assert changes("x.py", "second\n") == {}
     assert changes("csrc/cuda/ops.cu", "second\n") == {"gpu/cuda.json": ["csrc/cuda/ops.cu"]}
     git(repository, "add", "-A")
-    git(repository, "commit", "-qm", "second")  # what is committed counts as what is not
+    git(repository, "commit", "-qm", "second")  # committed changes count like uncommitted ones
     new = {"attack.json": ["fastadv/attacks/new.py"], "gpu/cuda.json": ["csrc/cuda/ops.cu"]}
     assert changes("fastadv/attacks/new.py", "new\n") == new
     (repository / "fastadv/attacks/new.py").unlink()
-    assert changes("csrc/cuda/ops.cu", "first\n") == {}  # as it was
+    assert changes("csrc/cuda/ops.cu", "first\n") == {}  # the file is as it was
 
 
 def test_a_commit_that_git_does_not_know_is_named(repository):
@@ -259,7 +258,7 @@ def test_every_stored_result_says_what_it_depends_on():
 
 @pytest.mark.parametrize("place", stale.PLACES)
 def test_the_lists_are_up_to_date(place):
-    """If not: make figures"""
+    """If this fails, run `make figures`."""
     found = stale.stale(ROOT)
     if None in found.values():
         pytest.skip("git does not know a commit that a result names: a shallow clone, or none")

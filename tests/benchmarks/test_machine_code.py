@@ -1,4 +1,4 @@
-"""The GPU kernels' machine code: the program that reads it, and limits for every kernel. It needs no GPU."""
+"""The machine code of the GPU kernels: the program that reads it, and limits for every kernel. No GPU is needed."""
 
 import os
 import re
@@ -15,8 +15,8 @@ sys.path.append(str(GPU))
 import machine_code  # noqa: E402
 import sass  # noqa: E402
 
-# A thread beyond the end leaves; one with a whole pack takes the wide accesses, of which it waits for one at 0x70;
-# the rest go through a loop. A routine is called, and a move is written as a multiply-add.
+# A thread beyond the end exits. A thread with a whole pack takes the wide accesses, and waits for one of them at 0x70.
+# The other threads go through a loop. A routine is called, and a move is written as a multiply-add.
 LISTING = """
 	.section	.text.kernel,"ax",@progbits
 	.sectioninfo	@"SHI_REGISTERS=12"
@@ -65,7 +65,7 @@ def walk(made, way):
 
 def test_the_way_of_a_whole_pack(read):
     way = machine_code.ways_through(read, 24)[16]
-    assert machine_code.cost(read, way) == 3 + 2 + 6 + 2 + 2  # and the two that are called
+    assert machine_code.cost(read, way) == 3 + 2 + 6 + 2 + 2  # the last two are in the called routine
     assert machine_code.accesses(walk(read, way)) == {"LDG.128": 1, "LDG.64": 1, "STG.128": 1}
     assert machine_code.in_flight(walk(read, way)) == 24
     assert machine_code.mix(walk(read, way)) == {"half": 1, "slow": 1, "wide": 0}
@@ -89,21 +89,21 @@ def test_fused_operations_are_told_from_moves(read):
 def test_chips():
     h100 = sass.CHIPS[90]
     assert h100.resident(256, 32, 0) == 2048
-    assert h100.resident(256, 33, 0) == 1536  # 40 each: six blocks
+    assert h100.resident(256, 33, 0) == 1536  # 33 registers take 40, so six blocks fit
     assert h100.resident(128, 32, 32 << 10) == 6 * 128
-    # An element of 16 bytes each 4.8 ps, 16 instructions of it at 29.7 a ps.
+    # Memory gives an element of 16 bytes each 4.8 ps; its 16 instructions are issued at 29.7 a ps.
     assert h100.issue_share(16, 16) == pytest.approx(3.35e12 / (132 * 4 * 32 * 1.755e9))
 
 
 # ------------------------------------------------------------------ the kernels
 
-# The CUDA kernels are looked at wherever there is nvcc; what Triton needs is in its package.
+# The CUDA kernels are tested wherever there is nvcc; Triton's package brings its own compiler.
 BACKENDS = ["triton", *(["cuda"] if shutil.which("nvcc") else [])]
 RECORD = sass.read(sass.RECORD)
 
 
 def output(*command):
-    """The output of a separate process: Triton's interpreter is switched on in this one."""
+    """The output of a separate process, because this process has Triton's interpreter switched on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -111,20 +111,21 @@ def output(*command):
 
 
 def compiled(folder, *options):
-    """The rows."""
+    """The rows that sass.py writes."""
     output(GPU / "sass.py", *options, "--json", folder / "rows.json")
     return sass.read(folder / "rows.json")
 
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory):
-    kernels = r"--kernels=^(?!.*\b(f32|f16|u8)/\S+ z bf16)"  # without what differs in Triton's last conversion alone
+    # Without kernels that differ from others only in Triton's last conversion.
+    kernels = r"--kernels=^(?!.*\b(f32|f16|u8)/\S+ z bf16)"
     return compiled(tmp_path_factory.mktemp("sm_90"), kernels, *(f"--backend={b}" for b in BACKENDS))
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Triton's main kernels; for the CUDA kernels setup.py's log has the spills."""
+    """Triton's main kernels for other GPUs; setup.py's log has the spills of the CUDA kernels."""
     options = ("--backend=triton", "--arch=80", "--arch=100", r"--kernels=\b(f32/f32|f16/f16|bf16/bf16|u8/f32)$")
     return compiled(tmp_path_factory.mktemp("others"), *options)
 
@@ -155,7 +156,7 @@ def test_every_form_compiles_for_the_oldest_gpu():
 
 
 def test_packs_move_128_bits_at_a_time(hopper):
-    """Eight uint8 and a seed are 64 bits; a channel's mean and scale are single numbers."""
+    """Exceptions: eight uint8 and a seed are 64 bits, and a channel's mean and scale are single numbers."""
     for row in hopper["rows"]:
         if row["layout"] == "flat":
             seeds = {"LDG.64"} if re.match(r"random_init|fgsm_step noise", row["op"]) else set()

@@ -1,4 +1,4 @@
-"""The stored verdicts of AutoAttack's own package: they belong to these models and images, and can fail."""
+"""The stored verdicts of AutoAttack's package belong to these models and images, and a wrong evaluation would fail."""
 
 import functools
 import importlib
@@ -21,7 +21,7 @@ RESULTS = PEERS.parent / "results/autoattack"
 sys.path.append(str(PEERS))
 judged, standard, suites = (importlib.import_module(name) for name in ("judged", "standard", "suites"))
 
-# The backbone's images are there only where FASTADV_CIFAR10 names the copy that the verdicts are of.
+# The backbone's images are available only where FASTADV_CIFAR10 names the copy of CIFAR-10 with these verdicts.
 WITH_IMAGES = [name for name in judged.NAMES if name != "backbone" or os.environ.get("FASTADV_CIFAR10")]
 
 judge = functools.cache(judged.judged)
@@ -32,13 +32,13 @@ def result(name):
 
 
 def stored(name):
-    """{seed: bool (N,), which samples are misclassified, clean or after any part of AutoAttack}."""
+    """{seed: bool (N,), whether a sample is misclassified, clean or after any part of AutoAttack}."""
     return {run["seed"]: torch.tensor(run["verdicts"]) != standard.ROBUST for run in result(name)["runs"]}
 
 
 @pytest.mark.parametrize("name", judged.NAMES)
 def test_the_verdicts_are_of_these_weights(name):
-    """If not: the models were trained again; run `benchmarks/peers/autoattack.py`."""
+    """If this fails, the models were trained again: run `benchmarks/peers/autoattack.py`."""
     model, eps = judged.built(name)
     assert result(name)["weights"] == judged.digest(model.state_dict().values())
     assert result(name)["eps"] == eps
@@ -60,7 +60,7 @@ def test_the_verdicts_are_of_these_images(name):
 
 @pytest.mark.parametrize("name", judged.NAMES)
 def test_a_wrong_evaluation_would_show(name):
-    """Some images survive and some fall, a few of them to targeted APGD alone."""
+    """Some images are robust and some are fooled, a few of them only by targeted APGD."""
     runs = result(name)["runs"]
     parts = standard.parts_for(result(name)["classes"])
     assert [run["seed"] for run in runs] == [0, 1]
@@ -78,16 +78,16 @@ def test_a_wrong_evaluation_would_show(name):
 
 @pytest.mark.parametrize("name", judged.TRAINED)
 def test_what_pgd_fools_is_fooled(name):
-    """PGD is an attack other than the stored ones."""
+    """PGD is not among the stored attacks."""
     model, images, labels, eps = judge(name)
     adv = PGD(model, eps, eps / 4, 10)(images, labels)
     fooled = model(adv).argmax(1) != labels
     found = torch.stack(list(stored(name).values())).any(0)
-    assert (fooled & ~found).sum() <= 0.01 * len(found)  # on the edge: seeds differ in as many
+    assert (fooled & ~found).sum() <= 0.01 * len(found)  # the verdicts of two seeds differ in about as many images
     assert fooled.sum() > 0.5 * found.sum()
 
 
-def test_the_collapsed_model_withstands_fgsm_alone():
+def test_the_collapsed_model_is_robust_to_fgsm_only():
     model, images, labels, _ = judge("collapsed")
     eps = judged.TRAINED["collapsed"].trained_at
     left = [
@@ -112,7 +112,7 @@ def test_masking_models_hide_their_gradient(name, hidden):
 
 
 class Ensemble:
-    """In place of AutoAttack: each part takes two gradients and a forward pass an image, and fools two more images."""
+    """Stands for AutoAttack: each part takes two gradients and a forward pass per image, and fools two more images."""
 
     def __init__(self, model, **settings):
         self.model, self.attacked, self.settings = model, model, settings
@@ -142,19 +142,19 @@ def test_a_run_says_which_part_was_the_first_and_what_it_took(monkeypatch):
     assert (made.fab.n_target_classes, made.settings["seed"], made.settings["eps"]) == (2, 7, 0.1)
 
 
-# ---------------------------------------------------------------------- ours beside them
+# ---------------------------------------------------------------------- fastadv's evaluation beside AutoAttack
 
 
 @pytest.mark.filterwarnings("ignore:the last .* fell in the last tenth")
 @pytest.mark.parametrize("name", judged.TRAINED)
 def test_the_default_evaluation_leaves_what_autoattack_leaves(name):
-    """At most the lower of the package's counts plus one image in 500."""
+    """No more images are robust than in the package's lower count, plus one image in 500."""
     model, images, labels, eps = judged.judged(name)
     report = evaluate(model, (images, labels), eps=eps, progress=False)
     least = min(int((~fooled).sum()) for fooled in stored(name).values())
     assert sum(report["budgets"][0]["robust"]) <= least + 1
     assert not any("masked" in warning for warning in report["warnings"])
-    # Anything that only PGD finds is far from that.
+    # PGD alone leaves clearly more.
     pgd = evaluate(model, (images, labels), ["pgd-10"], eps=eps, progress=False)
     assert sum(pgd["budgets"][0]["robust"]) > least + 5
 
@@ -167,11 +167,11 @@ def test_a_model_that_hides_its_gradient_is_told_of(name):
     assert any("gradients look masked" in warning for warning in report["warnings"])
 
 
-# ---------------------------------------------------------------------- their own tests, with our attacks
+# ---------------------------------------------------------------------- tests of peers, run with fastadv's attacks
 
 
 def test_what_their_tests_say_is_explained_or_told():
-    """A failure that the peer has too, one with a reason, one without; and a test that used nothing of ours."""
+    """Failures that the peer has too, with a reason and without a reason; and a test that called no fastadv attack."""
     said = {"outcome": "failed", "said": "no net"}
     ours = {
         "fine": {"outcome": "passed", "calls": 2},
@@ -189,7 +189,7 @@ def test_what_their_tests_say_is_explained_or_told():
 
 
 def test_least_finds_the_first_budget_at_which_an_image_falls():
-    """The class is whether a pixel is above a threshold: it falls at the first multiple of the step beyond the gap."""
+    """Class 1 needs a pixel above a threshold: the first multiple of the step beyond the gap fools the image."""
     gaps = torch.tensor([0.05, 0.12, 0.31, 0.9])[:, None]
 
     def model(x):

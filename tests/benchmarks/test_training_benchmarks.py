@@ -1,4 +1,4 @@
-"""The training benchmarks: the predicted cost of a step, and the pictures."""
+"""The training benchmarks: the predicted cost of a step, and the crops of their pictures."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""The command line, in process."""
+"""The command line, called within the test's process."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fitted import colours
 
 from fastadv import cli, data, devices, models
 from fastadv.attacks import PGD
@@ -74,19 +75,19 @@ def last_line(out):
 
 
 class Asked(Exception):
-    """Raised in place of the work."""
+    """Raised in place of the command's work."""
 
 
 def options_of(command):
     parser = argparse.ArgumentParser()
     command.add(parser)
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]  # not the old names
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]  # without the old names
     return {action.option_strings[0] for action in shown} - {"-h"}
 
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """A list of the data sets that a command loads; all of them are digits."""
+    """A dict that gets the arguments with which a command loads its data; the data are always digits."""
     found, load = {}, data.load
 
     def noted(name, *, preprocessing, classes, **options):
@@ -98,7 +99,7 @@ def loaded(monkeypatch):
 
 
 def run(command, given, option, word):
-    """Run a command up to its work, with an option in place of the given one."""
+    """Run a command up to its work; `option` replaces the option of this name in `given`."""
     words = [part for name, value in given.items() if name != option for part in (name, value)]
     with pytest.raises(Asked):
         cli.main([command, *words, *([option] if option else []), *(word.split() if word else [])])
@@ -136,7 +137,7 @@ def asked_of_finetune(monkeypatch, tmp_path, loaded):
     return asked
 
 
-# The words of an option, and what they change: the settings by their names.
+# {setting: (the value of its option as a word, the value of the setting)}.
 SETTINGS = {
     "method": ("lora", "lora"),
     "head": ("5", "5"),
@@ -177,7 +178,7 @@ SETTINGS = {
     "switch_to": ("nfgsm", "nfgsm"),
     "checkpoint_s": ("30", 30.0),
 }
-TRAINING = {  # of both commands that train
+TRAINING = {  # {option: (word, the arguments that it changes)}, for both commands that train
     "--image-column": ("a", {"load image_column": "a"}),
     "--label-column": ("b", {"load label_column": "b"}),
     "--data": ("photos", {"data": "photos"}),
@@ -285,7 +286,7 @@ EVALUATION = {
     "--iterate": ("last", {"iterate": "last"}),
     "--limit": ("7", {"data limit": 7, "count": 7}),
     "--independent": (None, {"ensemble": False}),
-    "--allow-overlap": (None, {}),  # it only lets images pass that are refused else
+    "--allow-overlap": (None, {}),  # it changes nothing where no test image is a training image
     "--batch-size": ("9", {"batch_size": 9}),
     "--save-images": (None, {"save_images": Path("out/images")}),
     "--out": ("there", {"state": Path("there/state.safetensors")}),
@@ -300,7 +301,7 @@ def test_no_option_of_evaluate_is_left_out():
 def test_an_option_of_evaluate_changes_what_it_says_and_nothing_else(option, asked_of_evaluate):
     word, changes = EVALUATION[option]
     without, found = asked_of_evaluate(), asked_of_evaluate(option, word)
-    if option in ("--split-seed", "--part"):  # a part of the digits instead of all
+    if option in ("--split-seed", "--part"):  # they choose a part of the digits
         assert 250 < found["count"] < 450 < without["count"] == 1797
         del without["count"], found["count"]
     assert found == without | changes
@@ -325,7 +326,7 @@ def test_an_option_of_pretrain_changes_what_it_says_and_nothing_else(option, mon
 
     monkeypatch.setattr(pretrain_command, "Trainer", Noted)
     monkeypatch.setattr(pretrain_command, "NETWORK", "resnet?widths=[4,4]&blocks=1")
-    assert options_of(pretrain_command) == {*PRETRAINING, "--limit"}  # of the test images, after training
+    assert options_of(pretrain_command) == {*PRETRAINING, "--limit"}  # the limit of test images acts after training
     given, (word, changes) = {"--data": "digits", "--out": str(tmp_path), "--device": "cpu"}, PRETRAINING[option]
     run("pretrain", given, None, None)
     without = loaded | found
@@ -334,7 +335,7 @@ def test_an_option_of_pretrain_changes_what_it_says_and_nothing_else(option, mon
 
 
 def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
-    """A model with its classes in another order than the data set's is right on all images, whatever the order."""
+    """A model is right on all images although its classes have another order than the data set's."""
     labels = torch.arange(60) % 3
     images, others = (0.6 * F.one_hot(labels, 3)[:, :, None, None] + 0.4 * torch.rand(60, 3, 2, 2) for _ in range(2))
     parts = {"x_train": images, "y_train": labels, "x_test": others, "y_test": labels}
@@ -350,7 +351,7 @@ def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
     evaluate = ("evaluate", *map(str, options), "--device", "cpu", "--out", str(tmp_path / "report"), "--classes")
     cli.main([*evaluate, "2,0"])
     assert json.loads((tmp_path / "report" / "report.json").read_text())["clean_accuracy"] == 1
-    for other, count in (("0,2", 40), ("0", 20), ("2", 20)):  # another order, or not all
+    for other, count in (("0,2", 40), ("0", 20), ("2", 20)):  # another order, or only one class
         cli.main([*evaluate[:-2], str(tmp_path / other), "--classes", other])
         report = json.loads((tmp_path / other / "report.json").read_text())
         assert report["clean_correct"] == [True] * count
@@ -362,8 +363,6 @@ def test_evaluate_tells_the_classes_of_the_model_by_their_names(tmp_path):
 
 
 def test_a_convolutional_network_from_an_npz_file_becomes_robust(tmp_path, capsys):
-    from test_trainer import colours
-
     train, test = colours(64, 1, side=32), colours(33, 2, side=32)
     arrays = zip(("x_train", "y_train", "x_test", "y_test"), (*train, *test), strict=True)
     np.savez(tmp_path / "set.npz", **{key: value.numpy() for key, value in arrays})
@@ -471,7 +470,7 @@ def test_an_own_model_in_the_working_folder(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=r"'my_net:net', and to load it is to run that code.*--trust-code"):
             cli.main([*command, *(["plain.safetensors"] if command[0] == "export" else [])])
         assert "my_net" not in sys.modules
-    # A file there that has the name of a package that is imported late is not that package.
+    # A file in the working folder must not replace a package of the same name that is imported late.
     Path("safetensors.py").write_text("open('ran', 'w').close()\n")
     export = [sys.executable, "-m", "fastadv", "export", model, "plain.safetensors", "--trust-code"]
     subprocess.run(export, check=True)

@@ -1,4 +1,4 @@
-"""The messages of the command line: how a run goes, and errors in words in place of tracebacks."""
+"""The messages of the command line: progress, and errors in words instead of tracebacks."""
 
 import errno
 import json
@@ -55,7 +55,7 @@ def test_off_a_terminal_each_epoch_is_a_line_with_the_numbers_of_the_log(tmp_pat
         assert shares(line) == [pytest.approx(100 * record[name], abs=0.05) for name in names if name in record]
         assert float(re.search(r"loss ([\d.e-]+)", line)[1]) == pytest.approx(record["loss"], rel=1e-3)
     assert ["left" in line for line in lines] == [True, True, False]
-    assert sum("clean" in line for line in lines) == 2  # the head start's last one, and the second of the method
+    assert sum("clean" in line for line in lines) == 2  # the last epoch of LP-FT's linear stage and the last of all
 
 
 def test_the_report_has_the_learning_rate_of_the_method_where_none_was_asked_for(tmp_path):
@@ -80,7 +80,7 @@ def test_quiet_and_verbose_before_the_command_or_behind_it(tmp_path, capsys, cap
         assert (printed == "") == (option == "-q")
         assert any("parameters train" in message for message in caplog.messages) == (option == "-v")
         caplog.clear()
-    assert logging.getLogger("fastadv").level == logging.NOTSET  # as it was before
+    assert logging.getLogger("fastadv").level == logging.NOTSET  # the level is restored
 
 
 def test_a_warning_is_a_line(capsys):
@@ -90,7 +90,7 @@ def test_a_warning_is_a_line(capsys):
     ):
         with speaking(verbosity):
             assert warnings.formatwarning(UserWarning("look out"), UserWarning, "here.py", 7).startswith(start)
-        print("caf\udce9")  # which the terminal's encoding cannot say
+        print("caf\udce9")  # the terminal's encoding lacks this character
     assert "caf" in capsys.readouterr().out
 
 
@@ -137,7 +137,7 @@ def test_info_is_words_for_people_and_json_for_programs(capsys):
         assert word in printed
 
 
-# ---------------------------------------------------------------------- what went wrong
+# ---------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "pretrain", "predict"])
@@ -259,9 +259,10 @@ def test_a_file_that_is_no_model_is_a_line(tmp_path, capsys):
         assert (code, "is not a safetensors file" in said) == (1, True)
 
 
-def test_a_closed_stdout_is_no_fault(monkeypatch):
+def test_a_closed_stdout_is_no_fault(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
     cli.main(["info"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

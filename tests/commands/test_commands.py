@@ -1,4 +1,4 @@
-"""From a folder of pictures to a model, its report, its predictions and its export, by the command line in process."""
+"""The command line turns a folder of pictures into a model, a report, predictions and an export."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """A checkpoint for 16x16 pictures with a normalisation and random weights; its head is replaced in training."""
+    """A checkpoint for 16 x 16 pictures with a normalisation and random weights; training replaces its head."""
     torch.manual_seed(0)
     network = resnet((3, 16, 16), 2, widths=(16, 16), blocks=1)
     architecture = {"kind": "own", "name": "resnet", "shape": [3, 16, 16], "options": {"widths": [16, 16], "blocks": 1}}
@@ -89,7 +89,7 @@ def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tune
 
 
 class Blind(torch.nn.Module):
-    """Classifies colours by their channel; gives NaN for dark pictures, and equal logits for white ones."""
+    """Classifies colours by their channel; gives NaN for dark pictures and equal logits for white pictures."""
 
     def forward(self, images):
         means = images.mean((2, 3))
@@ -157,7 +157,7 @@ def test_the_report_needs_no_other_file_and_says_what_the_log_says(tuned):
     model = models.load(tuned / "model.safetensors")
     photo = re.search(r"--data (\S+) ", text)[1]
     images, labels = data.load(photo, preprocessing=model.preprocessing).test
-    assert text.count("data:image/png;base64,") == 1 + 3 * min(8, len(labels))  # the curves, and three rows of pictures
+    assert text.count("data:image/png;base64,") == 1 + 3 * min(8, len(labels))  # the curves and three rows of pictures
     with torch.no_grad():
         says = model.on_pixels.eval()(to_float(images)).argmax(1)
     pairs = list(zip(labels.tolist(), says.tolist(), strict=True))
@@ -257,7 +257,7 @@ def test_training_pictures_are_found_under_other_names_and_in_other_folders(phot
                 picture(colour, rng).save(tmp_path / "new" / part / name / f"{i}.png")
     contents = [path.read_bytes() for path in (photos / "red").iterdir()]
     mine = [content for content in contents if digests([Picture("", content)]).item() in trained]
-    for i, content in enumerate(mine[:4]):  # of 94 in the end: below 5 %
+    for i, content in enumerate(mine[:4]):  # 4 of the 94 pictures are below the limit of 5 %
         (tmp_path / "new" / "test" / "red" / f"copy-{i}.jpg").write_bytes(content)
     report = judged(tuned / "model.safetensors", tmp_path / "new", tmp_path / "out")
     assert report["trained_on"] == 4

@@ -1,4 +1,4 @@
-"""fastadv predict: every picture has its row, whatever else is in the folder and whatever its name."""
+"""fastadv predict gives every picture a row, whatever its name is and whatever else is in the folder."""
 
 import csv
 import io
@@ -49,7 +49,7 @@ def encoded(kind="png"):
 
 
 def photos(folder, names):
-    """{path: pixels} of a picture under each name, for predictions by hand."""
+    """Write a picture under each name. Returns {path: pixels} for predictions by hand."""
     found = {}
     for name in names:
         path = folder / name
@@ -60,7 +60,7 @@ def photos(folder, names):
 
 
 def shares(weights, images):
-    """The probabilities of each class, float64, by path."""
+    """{path: float64 probabilities of the classes}."""
     network = models.load(weights).network.eval().double()
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in ((0.5, 0.4, 0.3), (0.2, 0.2, 0.3)))
     batch = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2).double() / 255
@@ -69,7 +69,7 @@ def shares(weights, images):
 
 
 def classified(weights, out, *words, status=None):
-    """(the rows of `fastadv predict` by picture, its message where it ended with an error)."""
+    """({picture: its row in the output of `fastadv predict`}, the message of an error)."""
     words = ["predict", *map(str, words), "--model", str(weights), "--out", str(out), "--device", "cpu"]
     said = ""
     if status is None:
@@ -103,7 +103,7 @@ def cut(kind):
     return write
 
 
-# What may lie among pictures, by the name it has.
+# {name: a function that writes a file that is no readable picture}.
 BAD = {
     "cut.png": cut("png"),
     "cut.jpg": cut("jpeg"),
@@ -243,7 +243,7 @@ def test_links_in_a_circle_are_followed_once(weights, tmp_path):
     (new / "a" / "b" / "up").symlink_to(new)
     (new / "a" / "aside").symlink_to(new / "c")
     (new / "c" / "aside").symlink_to(new / "a")
-    (new / "0").symlink_to(new / "c")  # comes first, and is another name of what is there
+    (new / "0").symlink_to(new / "c")  # a second name of this folder, which comes first
     (new / "itself").symlink_to(new / "itself")
     (new / "other").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(new)
@@ -262,20 +262,20 @@ def test_what_is_no_picture_by_its_name_is_spoken_of(weights, tmp_path, caplog):
 
 
 class Noting(nn.Module):
-    """Notes the size of each batch, and how many pictures were decoded before."""
+    """Records the size of each batch, and how many pictures are decoded ahead of it."""
 
     def __init__(self, decoded):
         super().__init__()
         self.decoded, self.sizes, self.ahead = decoded, [], []
 
     def forward(self, images):
-        time.sleep(0.05)  # for who reads ahead without an end
+        time.sleep(0.05)  # time in which a reader without a limit would decode far ahead
         self.ahead.append(len(self.decoded) - sum(self.sizes))
         self.sizes.append(len(images))
         return images.mean((2, 3)) + torch.arange(3) / 100
 
 
-def test_pictures_are_decoded_a_batch_ahead_by_so_many_workers(tmp_path, monkeypatch):
+def test_pictures_are_decoded_a_batch_ahead_by_as_many_workers_as_given(tmp_path, monkeypatch):
     images = photos(tmp_path, [f"{i:02}.png" for i in range(21)])
     decoded, running, most = [], [], []
     prepared, lock = pictures.Picture.prepared, threading.Lock()

@@ -1,4 +1,4 @@
-"""Data sets: their contents, splits and preparation, and what is refused."""
+"""Data sets: their contents, splits and preparation, and refusals."""
 
 import hashlib
 import io
@@ -67,7 +67,7 @@ def test_digits_for_a_model_are_codes_of_its_size():
     assert torch.equal(codes.x_test, (255 * plain.x_test.double()).round().to(torch.uint8))
     large = data.load("digits", preprocessing=Preprocessing((32, 24), interpolation="nearest"))
     assert large.shape == (3, 32, 24)
-    # Resized to 32 x 32, four by four for each pixel, and four columns cut off at either side.
+    # Each pixel becomes 4 x 4 pixels, and four columns are cut off at either side.
     enlarged = codes.x_val.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     assert torch.equal(large.x_val, enlarged[..., 4:-4].expand(-1, 3, -1, -1))
     assert torch.equal(large.y_val, plain.y_val)
@@ -85,14 +85,14 @@ def test_split_follows_the_seed_alone():
 
 
 def small_images(path, count):
-    """An .npz file with so many random training images of three classes, and a test image of each."""
+    """An .npz file with `count` random training images of three classes, and one test image of each class."""
     images, labels = RNG.integers(0, 256, (count + 3, 3, 2, 2), dtype=np.uint8), np.arange(count + 3) % 3
     np.savez(path, x_train=images[:-3], y_train=labels[:-3], x_test=images[-3:], y_test=labels[-3:])
     return path
 
 
 def pairs(part):
-    """Counts of (image, label), without their order."""
+    """The pairs (image, label), sorted."""
     return sorted((image.numpy().tobytes(), int(label)) for image, label in zip(*part, strict=True))
 
 
@@ -101,7 +101,7 @@ def test_validation_is_a_share_of_what_is_not_the_test_part(tmp_path, share):
     count = 4000
     path = small_images(tmp_path / "a.npz", count)
     loaded = data.load(path, validation=share)
-    spread = (count * share * (1 - share)) ** 0.5  # of a binomial count
+    spread = (count * share * (1 - share)) ** 0.5  # the standard deviation of a binomial count
     assert abs(len(loaded.y_val) - share * count) < 5 * spread
     assert pairs([torch.cat(t) for t in zip(loaded.train, loaded.val, strict=True)]) == pairs(
         data.load(path, validation=0).train
@@ -125,7 +125,7 @@ def test_one_more_picture_moves_no_other_and_names_mean_nothing(tmp_path):
     before = data.load(tmp_path, validation=0.3)
     assert len(before.notes) == 1, "60 pictures and none in a fifth: a chance of one in a million"
     photos(tmp_path / "more", {"a": 7, "b": 3})
-    for i, path in enumerate(sorted((tmp_path / "more").glob("*/*"))):  # among the others, in the middle
+    for i, path in enumerate(sorted((tmp_path / "more").glob("*/*"))):  # their names are among the others
         path.rename(tmp_path / path.parent.name / f"0{15 + 2 * i}-new{path.suffix}")
     for folder in (tmp_path / "more").iterdir():
         folder.rmdir()
@@ -155,13 +155,13 @@ def test_equal_pictures_fall_on_one_side_and_two_labels_are_counted(tmp_path):
         loaded = data.load(tmp_path, validation=0.3)
     parts = [rows(loaded.x_train), rows(loaded.x_val), rows(loaded.x_test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 60
-    with warnings.catch_warnings():  # a single class of the two has nothing to contradict
+    with warnings.catch_warnings():  # with one of the two classes there is no second label
         warnings.simplefilter("error")
         data.load(tmp_path, classes=["b"])
 
 
 def place(path, seed):
-    """The number u of a file in [0, 1), by the formula on which model files depend."""
+    """The place of a file's picture in [0, 1). Model files depend on this formula."""
     content = hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
     hashed = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(hashed, "little") / 2**64
@@ -179,7 +179,7 @@ def test_parts_are_those_of_the_hash_and_a_class_without_a_picture_has_the_neare
             for name in ("many", "few")
         }
         lacking = [name for name in ("many", "few") if not all(natural[part, name] for part in parts)]
-        for name in lacking:  # by hand: with three pictures the first is a test picture, the next one for validation
+        for name in lacking:  # of three pictures the first goes to test, the second to val, the third to train
             assert name == "few", "150 pictures and none in a tenth: a chance of one in a million"
             ordered = sorted((tmp_path / name).iterdir(), key=lambda path: place(path, seed))
             natural |= {(part, name): {path} for part, path in zip(parts, ordered, strict=True)}
@@ -417,7 +417,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
 def test_pictures_are_turned_upright_and_animations_show_their_first_frame(tmp_path):
     pixels = noise(4, 6)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture must turn 90 degrees clockwise
+    exif[0x0112] = 6  # the picture must be turned by 90 degrees clockwise
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read(tmp_path / "a.png"), np.rot90(pixels, -1))
     frames = [Image.new("RGB", (3, 3), name) for name in ("red", "lime")]
@@ -460,14 +460,14 @@ def test_a_picture_of_the_models_size_keeps_its_bits():
 
 @pytest.mark.parametrize(
     ("picture", "size", "crop", "resized", "corner"),
-    [  # (H, W) each; corner is (top, left) of what is cut out, counted by hand
+    [  # sizes are (H, W); the corner (top, left) of the crop is counted by hand
         ((40, 60), (32, 32), 1.0, (32, 48), (0, 8)),
         ((60, 40), (32, 32), 1.0, (48, 32), (8, 0)),
         ((64, 64), (28, 28), 0.875, (32, 32), (2, 2)),
         ((50, 75), (224, 224), 0.875, (256, 384), (16, 80)),
-        ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),  # half of 5, rounded to the even 2
+        ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),  # 5 / 2 is rounded to the even 2
         ((100, 100), (224, 224), 224 / 354, (354, 354), (65, 65)),  # 224 / (224 / 354) is 353.99...
-        ((31, 17), (16, 16), 0.95, (29, 16), (6, 0)),  # 16 / .95 = 16.8, cut to 16; 31 * 16 / 17 = 29.2; 6.5 to 6
+        ((31, 17), (16, 16), 0.95, (29, 16), (6, 0)),  # 16 / .95 = 16.8 gives 16, 31 * 16 / 17 = 29.2 gives 29
     ],
 )
 def test_pictures_are_resized_to_cover_and_cut_in_the_centre(picture, size, crop, resized, corner):
@@ -511,7 +511,7 @@ def test_bad_settings_are_refused(changes, message):
 
 
 def photos(root, counts, size=(6, 6)):
-    """Write so many random pictures in each folder; returns their pixels as (C, H, W) by folder."""
+    """Write random pictures, `counts` has {folder: number}. Returns {folder: set of their pixels, (C, H, W)}."""
     pixels = {name: [noise(*size) for _ in range(count)] for name, count in counts.items()}
     for name, images in pixels.items():
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -577,7 +577,7 @@ def test_parts_without_classes_or_training_are_refused(tmp_path, counts):
 
 def test_a_name_that_is_stored_in_two_ways_is_one_class(tmp_path):
     photos(tmp_path, {"\u00e9": 5, "e": 5})
-    for i in range(5):  # as a copy from another system brings it along
+    for i in range(5):  # a copy from another system has the name in this form
         path = tmp_path / "e\u0301" / f"other-{i}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(png(noise(6, 6)))
@@ -697,7 +697,7 @@ def test_classes_below_a_single_folder_are_found(tmp_path, prefix):
         warnings.simplefilter("always")
         loaded = data.load(tmp_path, validation=0)
     said = [str(warning.message) for warning in told]
-    if prefix != "train":  # which is a layout of its own
+    if prefix != "train":  # a folder "train" is another layout
         assert f"are not the classes: took those in these folders (train: {prefix})" in said.pop(0)
     assert said == [f"left out, no picture of a class: 1, such as {tmp_path / 'readme.txt'}"]
     assert loaded.classes == ("a", "b")
@@ -741,7 +741,7 @@ def test_folders_of_folders_that_may_be_classes_are_spoken_of(tmp_path):
 
 
 def test_folders_below_the_classes_are_theirs_without_a_word(tmp_path):
-    photos(tmp_path / "images", {f"{name}/images": 6 for name in "ab"})  # as Tiny ImageNet has it
+    photos(tmp_path / "images", {f"{name}/images": 6 for name in "ab"})  # the layout of Tiny ImageNet
     photos(tmp_path / "words", {"train_station/old": 6, "train_station/new": 6, "test_tube": 6})
     photos(tmp_path / "some", {"a": 6, "a/more": 6, "a/most": 6, "b/more": 6, "b/most": 6})
     with warnings.catch_warnings():
@@ -858,7 +858,7 @@ def test_a_damaged_picture_that_was_a_class_s_only_one_in_a_part_is_a_warning(tm
             warnings.simplefilter("always")
             loaded = data.load(tmp_path, skip_corrupt=True, seed=seed)
         said = sorted(str(warning.message) for warning in told)
-        if said[1:]:  # the damaged one was the only one of its part
+        if said[1:]:  # the damaged picture was the only picture of its class in its part
             break
     part = "val" if "val" in said[1] else "test"
     assert said[0].startswith("1 of 24 pictures were left out")
@@ -910,7 +910,7 @@ def test_shards_are_read_in_order(tmp_path, folder):
 
 
 def test_two_classes_of_one_name_stay_two(tmp_path):
-    """ImageNet's short names have such classes; classes are identified by their names alone."""
+    """ImageNet's short names have such classes. fastadv identifies classes only by their names."""
     names = ("crane", "maillot", "crane", "crane (2)")
     parquet(tmp_path / "train.parquet", [noise(4, 4) for _ in range(8)], [0, 1, 2, 3] * 2, names)
     parquet(tmp_path / "test.parquet", [noise(4, 4) for _ in range(4)], [3, 2, 1, 0], names)
@@ -962,7 +962,7 @@ def test_parquet_files_of_another_layout_are_refused(tmp_path):
 
 
 def named(path, pixels, labels):
-    """A parquet file whose pictures are in files beside it, with the labels as given."""
+    """A parquet file with the given labels, whose pictures are files beside it."""
     files = [f"{path.stem}-{i}.png" for i in range(len(labels))]
     path.parent.mkdir(parents=True, exist_ok=True)
     for file, image in zip(files, pixels, strict=True):
@@ -1096,7 +1096,7 @@ BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
 def batches(count=20):
-    """Pixels (N, 3072) and labels of each batch."""
+    """{file: (pixels (N, 3072), labels)} for each batch."""
     return {
         name: (RNG.integers(0, 256, (count, 3072), dtype=np.uint8), RNG.permutation(count) % 10) for name in BATCHES
     }
@@ -1203,13 +1203,13 @@ def test_a_pickle_that_wants_more_than_arrays_is_refused(tmp_path):
 
 
 def test_a_picture_is_no_program(tmp_path, monkeypatch):
-    """A PostScript file is a program, and Pillow would have Ghostscript run it, whatever the file's name."""
+    """A PostScript file is a program. Pillow would let Ghostscript run it under any file name."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     (programs / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # where Pillow remembers that it found it
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow stores here where it found Ghostscript
     for name in ("a.jpg", "a.eps"):
         Image.new("RGB", (8, 8)).save(tmp_path / name, "EPS")
         with pytest.raises(ValueError, match="cannot be read as a picture"):

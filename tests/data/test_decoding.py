@@ -1,4 +1,4 @@
-"""How pictures are decoded: reduced where nothing is lost, with a thread for each core, and with a message."""
+"""Decoding of pictures: at a reduced size where nothing is lost, with a thread for each core, and with a message."""
 
 import io
 import logging
@@ -79,7 +79,7 @@ def test_a_picture_that_is_to_be_turned_is_measured_upright(orientation):
         ("JPEG", (255, 400), {}),  # less than four times the size on a side
         ("PNG", (640, 512), {}),
         ("WEBP", (640, 512), {}),
-        ("JPEG", (640, 512), {"interpolation": "nearest"}),  # which takes single pixels
+        ("JPEG", (640, 512), {"interpolation": "nearest"}),  # this interpolation takes single pixels
         ("JPEG", (64, 64), {}),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_large_jpeg_of_another_size_is_refused_and_not_reduced():
 
 @pytest.fixture
 def at_a_time(monkeypatch):
-    """Decode 12 pictures; return how many are decoded at the same time. Each waits a moment for others."""
+    """A function that decodes 12 pictures, each slowly, and returns how many are decoded at the same time."""
     lock, now, seen = threading.Lock(), [0], []
     more = threading.Event()
 
@@ -125,7 +125,7 @@ def at_a_time(monkeypatch):
 
 def test_as_many_threads_decode_as_are_told_or_as_there_are_cores(at_a_time, monkeypatch):
     assert [at_a_time(workers) for workers in (1, 2, 5)] == [1, 2, 5]
-    monkeypatch.setattr("joblib.cpu_count", lambda: 4)  # it knows affinity and containers
+    monkeypatch.setattr("joblib.cpu_count", lambda: 4)  # this function knows affinity and containers
     assert at_a_time(None) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert (cores(), at_a_time(None)) == (2, 2)
@@ -145,7 +145,7 @@ def test_the_command_line_says_how_many(tmp_path):
         cli.main(["finetune", *options])
 
 
-# ---------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------- messages
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,4 @@
-"""The images that judge a model: which they are, what labels they have, and which files are not read."""
+"""The images that judge a model: their choice, their labels, and the files that are not read."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from fastadv.data import pictures
 from fastadv.data.splits import Split
 
 RNG = np.random.default_rng()
-CLASSES = ("rose", "daisy", "tulip")  # in no order
+CLASSES = ("rose", "daisy", "tulip")  # not sorted
 
 
 def png():
@@ -31,7 +31,7 @@ def pixels(content):
 
 
 def photos(root, *folders, count=12):
-    """So many pictures in each folder; (pixels, name of the folder) of each."""
+    """Write `count` pictures in each folder. Returns the set of their (pixels, name of the folder)."""
     found = set()
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def photos(root, *folders, count=12):
 
 
 def images_of(chosen, **options):
-    """(pixels, the model's name of the class) of each image."""
+    """The set of (pixels, the model's name of the class) of the images."""
     images, labels = chosen.decoded(None, options.get("skip_corrupt", False))
     assert len(images) == len(labels)
     return {(image.numpy().tobytes(), CLASSES[label]) for image, label in zip(images, labels, strict=True)}
@@ -51,7 +51,7 @@ def images_of(chosen, **options):
 
 @pytest.fixture
 def read_files(monkeypatch):
-    """The names of the files whose content is read."""
+    """A set that gets the names of the files whose content is read."""
     names, stored = set(), pictures.Picture.stored
     monkeypatch.setattr(pictures.Picture, "stored", lambda self: names.add(self.name) or stored(self))
     return names
@@ -117,9 +117,9 @@ def test_of_the_set_of_the_training_its_test_part_judges(tmp_path, seed):
     assert "was trained on another set: all images judge it" in chosen.notes[0]
     trained = sorted(loaded.digests["train"].tolist())
     copies = [path for path in (tmp_path / "mine" / "rose").iterdir() if _digest(path) in trained]
-    shutil.copy(copies[0], tmp_path / "other" / "rose")  # 1 of 37: below 5 %
+    shutil.copy(copies[0], tmp_path / "other" / "rose")  # 1 of 37 images is below the limit of 5 %
     assert len(images_of(data.held_out(tmp_path / "other", CLASSES, trained_on=record))) == 37
-    without = [data.TrainedOn(record[0].split, 10**7, None)]  # too many to be told from others
+    without = [data.TrainedOn(record[0].split, 10**7, None)]  # too many training images to be remembered
     assert len(images_of(data.held_out(tmp_path / "mine", CLASSES, trained_on=without))) == len(test)
 
 
@@ -171,7 +171,7 @@ def test_arrays_and_parquet_files_need_no_training_part_either(tmp_path, kind):
     assert images_of(data.held_out(path, classes)) == expected
     with pytest.raises(ValueError, match=r"damaged|no array [xy]_train"):
         data.load(path)
-    if kind == "parquet":  # a test part without labels is none
+    if kind == "parquet":  # a test part without labels is left out
         pq.write_table(pa.table({"image": content[:9], "label": [-1] * 9}), tmp_path / "test.parquet")
         pq.write_table(pa.table({"image": content, "label": labels}), tmp_path / "train.parquet")
         with pytest.warns(UserWarning, match=r"the test part .* it is left out"):

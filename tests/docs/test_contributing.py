@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files that it names exist, and its list for an attack is complete."""
+"""CONTRIBUTING.md: the files that it names exist, and its list for a new attack is complete."""
 
 import os
 import re
@@ -14,9 +14,9 @@ import fastadv
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 PATH = re.compile(r"`((?:fastadv|csrc|tests|docs|benchmarks)/[\w/.-]+|[A-Z]+\.md)`")
-NEW = "fastadv/attacks/half_start.py"  # the one of the list for an attack
+NEW = "fastadv/attacks/half_start.py"  # the new file of the list for an attack
 
-# What the list says, place by place: FGSM from a random start in half the ball.
+# {file: the text that the list adds to it}, for FGSM from a random start in half the ball.
 PLACES = {
     NEW: """
 from fastadv.attacks.fgsm import FGSM
@@ -47,7 +47,7 @@ OWN["HalfStart"] = ("eps=8/255",)
 """,
 }
 
-# By its name, everywhere; and what it does, beside plain PyTorch.
+# The new attack by its name in Python, `evaluate`, `Trainer` and the command line, and its result in plain PyTorch.
 USED = """
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ def test_every_command_that_is_named_is_in_the_makefile():
 
 
 def test_every_table_that_is_named_is_in_its_file():
-    """`TABLE` ... `FILE`, or `FILE` before it, in one item of a list."""
+    """An item of a list that names a `TABLE` also names the `FILE` that has it."""
     items = re.split(r"^\d+\. ", TEXT, flags=re.MULTILINE)
     for item in items:
         files = [ROOT / name for name in PATH.findall(item) if name.endswith((".py", ".cpp", ".cu"))]
@@ -106,7 +106,7 @@ def test_the_list_for_an_attack_names_the_places_that_it_takes():
 
 @pytest.fixture
 def followed(tmp_path):
-    """A copy of the package and of the tests of all attacks, with a new attack as the list says."""
+    """A copy of the package and of the tests, with a new attack that was added as the list says."""
     shutil.copytree(Path(fastadv.__file__).parent, tmp_path / "fastadv", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "old_files"))
     for name in ("conftest.py", "pyproject.toml"):

@@ -1,4 +1,4 @@
-"""The guides of the site: their code runs as it stands, each in a folder of its own, and its assertions hold."""
+"""The guides of the site: the code of each runs unchanged in a folder of its own, and its assertions hold."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ def run(path):
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """An empty folder, one thread, and torch's generator put back."""
+    """An empty working folder and one thread; torch's generator is restored."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def test_a_wrong_guide_fails(alone):
     (alone / "wrong.md").write_text("text\n\n```python\nx = 1\n```\n\n```python\n\nassert x == 2\n```\n")
     with pytest.raises(AssertionError) as error:
         run(alone / "wrong.md")
-    assert error.traceback[-1].lineno + 1 == 9  # as an editor shows it
+    assert error.traceback[-1].lineno + 1 == 9  # the line number in an editor
     (alone / "wrong.md").write_text("```sh\nfastadv evaluate --no-such-option\n```\n")
     with pytest.raises(SystemExit):
         run(alone / "wrong.md")

@@ -1,4 +1,4 @@
-"""README's examples run as they are, and do what README says."""
+"""README's examples run unchanged and do what README says."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_the_step_is_fgsm_rs():
     torch.testing.assert_close(names["x_adv"], expected, rtol=0, atol=1e-6)
 
 
-def test_the_attack_raises_the_loss_and_the_evaluation_counts_what_withstands():
+def test_the_attack_raises_the_loss_and_the_evaluation_counts_robust_images():
     """For a linear network with two classes the worst image is known."""
     mean, std = torch.rand(3), torch.rand(3) + 0.5
     network = Sequential(Flatten(), Linear(3 * 8 * 8, 2))
@@ -46,9 +46,9 @@ def test_the_attack_raises_the_loss_and_the_evaluation_counts_what_withstands():
     towards_first = (network[1].weight[0] - network[1].weight[1]).view(3, 8, 8).sign()
     direction = towards_first * torch.where(labels == 0, -1, 1).view(-1, 1, 1, 1)
     worst = ((images + eps / 255 * direction).clamp(0, 1) for eps in (4, 8))
-    withstood = [(network(normalised(each, mean, std)).argmax(1) == labels).float().mean().item() for each in worst]
+    robust = [(network(normalised(each, mean, std)).argmax(1) == labels).float().mean().item() for each in worst]
     assert report["clean_accuracy"] == 1
-    assert report["robust_accuracy"] == pytest.approx(withstood, abs=1 / 64 + 1e-6)  # one image by rounding
+    assert report["robust_accuracy"] == pytest.approx(robust, abs=1 / 64 + 1e-6)  # rounding may change one image
 
 
 def normalised(images, mean, std):

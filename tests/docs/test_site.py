@@ -1,4 +1,4 @@
-"""The pages of the site against the code: lists are complete. `make docs` builds the site, strictly."""
+"""The lists on the pages of the site are complete, compared with the code. `make docs` builds the site, strictly."""
 
 import argparse
 import importlib.util
@@ -114,7 +114,7 @@ def test_every_command_has_its_options_on_the_page():
     for module, _ in COMMANDS.values():
         parser = argparse.ArgumentParser()
         module.add(parser)
-        for option in re.findall(r"--[a-z][a-z-]+", parser.format_usage()):  # which leaves out hidden ones
+        for option in re.findall(r"--[a-z][a-z-]+", parser.format_usage()):  # the usage lacks hidden options
             assert f"`{option}`" in made, option
     assert argparse.SUPPRESS not in made
 
@@ -151,7 +151,7 @@ def test_nothing_is_fetched_from_elsewhere_and_every_page_has_its_place():
     assert {"".join(pair) for pair in listed} == {str(path.relative_to(DOCS)) for path in PAGES}
 
 
-# ---------------------------------------------------------------------- what runs it
+# ---------------------------------------------------------------------- continuous integration
 
 
 def test_the_hosted_workflow_runs_what_must_hold():

@@ -1,4 +1,4 @@
-"""The field's plain words, in what people read: docs, docstrings, helps and messages."""
+"""Docs, docstrings, helps and messages use the field's plain words."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 READ = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "fastadv").rglob("*.py")]
-# What a reader stumbles over, and the plain words for it. The paper's title alone speaks of fast methods.
+# {an odd phrase: plain words}. Only the paper's title speaks of fast methods.
 PLAIN = {
     r"in pixels of \[0, 1\]": "in the images' units, [0, 1]",
     r"withst(and|ood)": "robust, or: no attack fools it",

@@ -1,4 +1,4 @@
-"""AutoAttack: called like its authors' program, against torchattacks', and against its attacks one by one."""
+"""AutoAttack with the interface of its authors' program, against torchattacks and against its attacks one by one."""
 
 from itertools import pairwise
 
@@ -14,9 +14,9 @@ EPS = 0.03
 
 
 class Counting(nn.Module):
-    """A small network that notes how many images it has seen, and stops the run after `most` calls."""
+    """A small network that counts its images and calls, and raises `Cut` at call number `most`."""
 
-    fastadv_key = "the same whatever it has seen"
+    fastadv_key = "the same whatever its counts are"
 
     def __init__(self, classes=4, most=None):
         super().__init__()
@@ -51,10 +51,10 @@ def again(net, **changes):
 
 @pytest.fixture
 def samples(net):
-    """Images most of which are classified correctly, some of them near a boundary."""
+    """Images, most of them classified correctly and some near a decision boundary; and their labels."""
     x = 0.5 + 0.3 * torch.randn(40, 1, 6, 6).clamp(-1.5, 1.5)
     with torch.no_grad():
-        net.second.bias -= net(x).mean(0)  # no class is far from the others
+        net.second.bias -= net(x).mean(0)  # all classes get similar logits
         labels = net(x).argmax(1)
     labels[:3] = (labels[:3] + 1) % 4
     net.seen = net.graded = net.calls = 0
@@ -94,7 +94,7 @@ def test_each_attack_gets_what_those_before_it_left(net, samples):
     assert list(results) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     for before, after in pairwise(results.values()):
         assert after["given"] == before["given"] - sum(before["fooled"])
-    # APGD's first and only run by itself, from the same seeds.
+    # APGD alone, with the same seeds.
     correct = net(x).argmax(1) == y
     adv = APGD(net, EPS, 8)(x, y, seed=sample_seeds(0, torch.arange(len(x))))
     fooled = correct & (net(adv).argmax(1) != y)
@@ -114,7 +114,7 @@ def test_each_attack_by_itself_gets_all(net, samples):
         assert torch.equal(net(adv).argmax(1), said)
         assert ((said == y) >= (together == y)).all()
     robust = torch.stack([said == y for _, said in found.values()]).all(0)
-    assert torch.equal(robust, together == y)  # nothing that one finds is lost to another
+    assert torch.equal(robust, together == y)  # together the attacks fool the same images as alone
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -132,7 +132,7 @@ def test_as_robust_as_torchattacks_says(net, norm, samples):
     assert mine.sum() <= robust.sum() + 1
 
 
-# Settings, by what the model sees: a budget of nothing, so that no sample falls
+# Settings, by the number of images that the model gets; eps is 0, so that no attack fools a sample
 
 
 def runs_of(net, samples, change=lambda attack: None, **options):
@@ -167,7 +167,7 @@ def test_settings_change_how_many_gradients_are_taken(net, samples, part, name, 
 
     options = {"version": "custom", "attacks_to_run": [part]}
     robust = int((net(samples[0]).argmax(1) == samples[1]).sum())
-    looked = (part != "fab-t" and part != "fab") * changes.get("eot_iter", 1) * 40  # a look at the first gradients
+    looked = (part != "fab-t" and part != "fab") * changes.get("eot_iter", 1) * 40  # the check of the first gradients
     plain = runs_of(net, samples, **options)[0] - 40 * part.startswith("apgd")
     changed = runs_of(net, samples, change, **options)[0] - looked
     assert plain >= robust * 8
@@ -206,11 +206,11 @@ def test_versions_are_those_of_the_paper(net):
     assert run(version="rand") == [("apgd-ce", APGD, "ce", 1, 20), ("apgd-dlr", APGD, "dlr", 1, 20)]
 
 
-# A model that answers at random
+# A model with random logits
 
 
 class Noisy(nn.Module):
-    """The sign of the mean pixel, with noise of mean 0 that is often larger."""
+    """Classifies by the sign of the mean pixel plus noise; the noise has mean 0 and is often larger."""
 
     def forward(self, x):
         mean = (x.flatten(1).mean(1) - 0.5) * 20 + torch.randn(len(x))
@@ -221,8 +221,8 @@ def test_the_randomised_version_judges_by_the_mean_of_its_draws():
     x = torch.full((60, 1, 4, 4), 0.5) + 0.1 * torch.linspace(-1, 1, 60).view(-1, 1, 1, 1)
     margin = x.flatten(1).mean(1) - 0.5
     report = evaluate(Noisy(), (x, (margin > 0).long()), "autoattack-rand", eps=0.03)
-    # The step's sign is right whatever the noise, so that only the distance counts: 20 draws of a noise of 1 say on
-    # which side 20 * margin is where it is 1, and of 200 times in none where it is 1.3.
+    # The sign of the gradient does not depend on the noise, so only |20 * margin| counts, in deviations of the noise.
+    # The mean of 20 draws is right where it is 1; where it is 1.3, the mean was wrong in none of 200 tries.
     robust, clean = torch.tensor(report["budgets"][0]["robust"]), torch.tensor(report["clean_correct"])
     assert not robust[margin.abs() < 0.01].any()
     assert robust[margin.abs() > 0.095].all()
@@ -322,7 +322,7 @@ def test_without_a_seed_each_run_draws_one(net, samples):
     assert not torch.equal(one, other)
 
 
-@pytest.mark.filterwarnings("ignore:.*no step was taken")  # on the way to a class that cannot be
+@pytest.mark.filterwarnings("ignore:.*no step was taken")  # a masked target class has no gradient
 @pytest.mark.parametrize("part", ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
 def test_a_class_that_cannot_be_is_as_if_it_were_not_there(net, samples, part):
     class Masked(nn.Module):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torchattacks
-from test_evaluation import EPS, SLOTS, Cut, CutAt, Net, forty_samples, hardest
+from cut import Cut
+from test_evaluation import BATCH, EPS, CutAt, Net, forty_samples, hardest
 from test_evaluation import net as net
 from test_evaluation import samples as samples
 
@@ -19,7 +20,7 @@ def union(results):
 
 
 def both(net, samples, attacks, **options):
-    return [evaluate(net, samples, attacks, batch_size=SLOTS, ensemble=e, seed=3, **options) for e in (True, False)]
+    return [evaluate(net, samples, attacks, batch_size=BATCH, ensemble=e, seed=3, **options) for e in (True, False)]
 
 
 def test_survivors_are_handed_on_and_all_together_fool_what_each_alone_does(net, samples):
@@ -32,7 +33,7 @@ def test_survivors_are_handed_on_and_all_together_fool_what_each_alone_does(net,
     seen = [False] * 40
     for one, each in zip(together["attacks"], alone["attacks"], strict=True):
         assert one["given"] == left
-        # An attack of ours draws by the sample and not by the batch: it finds the same of those that it is given.
+        # fastadv's attacks draw for each sample, not for the batch: they fool the same samples in either case.
         assert each["given"] == sum(correct)
         if each["passes"] is not None:
             assert one["fooled"] == [f and not s for f, s in zip(each["fooled"], seen, strict=True)]
@@ -67,7 +68,7 @@ def test_what_falls_within_a_budget_falls_within_a_larger_one_without_work(net, 
 
 
 def test_only_what_keeps_to_a_ball_counts_for_it(net, samples):
-    """Attacks in another norm do not count; nor does N-FGSM, which leaves its ball; nor an image beyond the budget."""
+    """Three attacks do not count: one in another norm, N-FGSM, which leaves its ball, and one beyond its budget."""
 
     class Beyond:
         __name__, eps, norm = "Beyond", EPS, "Linf"
@@ -76,9 +77,9 @@ def test_only_what_keeps_to_a_ball_counts_for_it(net, samples):
             return (images + 0.5).clamp(0, 1)
 
     attacks = [NFGSM(net, EPS), PGDL2(net, 0.4, 0.1, 4), Beyond(), PGD(net, EPS, EPS / 4, 4)]
-    attacks.append(torchattacks.PGD(net, EPS, EPS / 4, 4))  # of a norm that it does not name
+    attacks.append(torchattacks.PGD(net, EPS, EPS / 4, 4))  # it does not name its norm
     with pytest.warns(UserWarning, match="beyond its eps"):
-        report = evaluate(net, samples, attacks, batch_size=SLOTS)
+        report = evaluate(net, samples, attacks, batch_size=BATCH)
     assert [r["given"] for r in report["attacks"]] == [36] * 5
     assert [(b["norm"], b["eps"], b["attacks"]) for b in report["budgets"]] == [
         ("L2", 0.4, ["PGDL2"]),
@@ -92,20 +93,20 @@ def test_the_curve_s_figures_are_sums_by_hand():
     assert found["eps"] == [0.0, 0.1, 0.4]
     assert found["robust_accuracy"] == [0.9, 0.5, 0.1]
     assert found["area"] == pytest.approx((0.1 * (0.9 + 0.5) / 2 + 0.3 * (0.5 + 0.1) / 2) / 0.4)
-    # Of ten samples one is wrong, four fall by 0.1, four more by 0.4, and one withstands that.
+    # Of ten samples one is misclassified, four are fooled at 0.1, four more at 0.4, and one is not fooled.
     assert found["expected_robustness"] == pytest.approx((4 * 0.1 + 1 * 0.4) / 10)
 
 
 def test_several_budgets_make_a_curve(net, samples):
-    report = evaluate(net, samples, ["fgsm", "pma"], eps=[EPS, EPS / 2], batch_size=SLOTS)
+    report = evaluate(net, samples, ["fgsm", "pma"], eps=[EPS, EPS / 2], batch_size=BATCH)
     (found,) = report["curves"]
     assert found["eps"] == [0.0, EPS / 2, EPS]
     assert found["robust_accuracy"] == [report["clean_accuracy"], *report["robust_accuracy"][::-1]]
-    assert not evaluate(net, samples, ["fgsm"], batch_size=SLOTS)["curves"]
+    assert not evaluate(net, samples, ["fgsm"], batch_size=BATCH)["curves"]
 
 
 def test_a_late_fall_is_told_of(net, samples):
-    """A model that is fooled only in the last steps of the second run."""
+    """The model is fooled only in the last steps of the second run."""
     calls = []
 
     def stubborn(x):
@@ -129,7 +130,7 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
     with torch.no_grad():
         one[1].bias -= one(images).mean()
     labels = (one(images)[:, 0] > 0).long()
-    report = evaluate(one, (images, labels), [FGSM(one, 8 / 255, loss="bce")], batch_size=SLOTS)
+    report = evaluate(one, (images, labels), [FGSM(one, 8 / 255, loss="bce")], batch_size=BATCH)
     step = (1 - 2 * labels).view(-1, 1, 1, 1) * one[1].weight.detach().sign().view(3, 2, 2)
     adv = (images + 8 / 255 * step).clamp(0, 1)
     assert report["attacks"][0]["fooled"] == ((one(adv)[:, 0] > 0).long() != labels).tolist()
@@ -139,20 +140,20 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
     signs = (several(images) > 0).long()
     signs[:5, 0] ^= 1
     attack = PGD(several, 8 / 255, loss="bce", random_start=False, steps=3)
-    report = evaluate(several, (images, signs), [attack], batch_size=SLOTS)
+    report = evaluate(several, (images, signs), [attack], batch_size=BATCH)
     assert report["clean_correct"] == [False] * 5 + [True] * 55
     found = several(attack(images, signs))
     fooled = ((found > 0) != (signs > 0)).any(1)
     assert all(f for f, last in zip(report["attacks"][0]["fooled"], fooled.tolist(), strict=True) if last and f)
     assert sum(report["attacks"][0]["fooled"]) >= int(fooled[5:].sum()) > 0
     with pytest.raises(ValueError, match="loss='bce'"):
-        evaluate(several, (images, signs), ["fgsm"], batch_size=SLOTS)
+        evaluate(several, (images, signs), ["fgsm"], batch_size=BATCH)
 
 
 def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, samples, tmp_path):
-    """They fool the same samples as so many restarts, and there is no run more than the rule asks for."""
+    """Extra runs fool the same samples as restarts of the same number, and no run exceeds what `goes_on` asks for."""
     attack = PMA(net, EPS, 4, most_runs=9)
-    found = evaluate(net, samples, [attack], batch_size=SLOTS, seed=2, save_images=tmp_path / "found")["attacks"][0]
+    found = evaluate(net, samples, [attack], batch_size=BATCH, seed=2, save_images=tmp_path / "found")["attacks"][0]
     survivors = [i for i, f in enumerate(found["fooled"]) if not f]
     runs = max(r for r in found["restart"] if r is not None) + 1
     falls = [sum(r == run for r in found["restart"]) for run in range(9)]
@@ -160,7 +161,7 @@ def test_further_runs_of_pma_are_those_that_more_restarts_would_make(net, sample
     assert survivors
     assert runs <= needed
     fixed = PMA(net, EPS, 4, restarts=needed, most_runs=needed)
-    whole = evaluate(net, samples, [fixed], batch_size=SLOTS, seed=2, save_images=tmp_path / "whole")["attacks"][0]
+    whole = evaluate(net, samples, [fixed], batch_size=BATCH, seed=2, save_images=tmp_path / "whole")["attacks"][0]
     keys = ("fooled", "restart", "step", "passes", "robust_accuracy_8bit")
     assert [whole[key] for key in keys] == [found[key] for key in keys]
     images = [sorted((f.name, f.read_bytes()) for f in (tmp_path / run).rglob("*.png")) for run in ("found", "whole")]
@@ -173,7 +174,7 @@ def test_the_progress_says_which_lines_are_of_extra_runs(net, samples, caplog):
             return len(falls) < 5
 
     caplog.set_level("INFO", "fastadv")
-    found = evaluate(net, samples, [Insistent(net, EPS, 4)], batch_size=SLOTS)["attacks"][0]
+    found = evaluate(net, samples, [Insistent(net, EPS, 4)], batch_size=BATCH)["attacks"][0]
     assert found["runs"] == 5
     titles = [message.partition(": done in ")[0] for message in caplog.messages]
     why = "because others still fooled samples"
@@ -186,8 +187,8 @@ def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
     images, labels = samples
     labels = inner((images - m) / s).argmax(1)
     batches = [((images[i : i + 7] - m) / s, labels[i : i + 7]) for i in range(0, 40, 7)]
-    found = evaluate(inner, batches, ["pgd-10"], eps=EPS / 8, images_normalized=(mean, std), batch_size=SLOTS)
-    expected = evaluate(Normalized(inner, mean, std), (images, labels), ["pgd-10"], eps=EPS / 8, batch_size=SLOTS)
+    found = evaluate(inner, batches, ["pgd-10"], eps=EPS / 8, images_normalized=(mean, std), batch_size=BATCH)
+    expected = evaluate(Normalized(inner, mean, std), (images, labels), ["pgd-10"], eps=EPS / 8, batch_size=BATCH)
     assert found["attacks"][0]["fooled"] == expected["attacks"][0]["fooled"]
     assert 0 < found["robust_accuracy"] < found["clean_accuracy"] == 1
     with pytest.raises(ValueError, match="attacks are names"):
@@ -201,11 +202,11 @@ def test_a_loader_that_normalises_is_evaluated_as_its_pixels_are(samples):
     [
         (1000, 32, 1, 500, 20, 0.02, False),
         (1000, 32, 2, 500, 0, 0.0, True),
-        (1000, 32, 0, 500, 100, 0.0, False),  # weak: falls to noise, and to gradients much more
+        (1000, 32, 0, 500, 100, 0.0, False),  # a weak model: noise fools it, and gradients far more often
         (1000, 32, 0, 300, 100, 0.0, True),
         (1000, 32, 0, 40, 20, 0.0, False),
         (1000, 32, 0, 500, 0, 0.03, True),
-        (18, 1, 0, 5, 2, 0.0, False),  # so few may be chance
+        (18, 1, 0, 5, 2, 0.0, False),  # with few images this may be chance
         (18, 1, 0, 8, 5, 0.0, True),
     ],
 )
@@ -214,7 +215,7 @@ def test_what_looks_like_masked_gradients(images, asked, fell, fooled, by_chance
 
 
 class Rounded(Net):
-    """A model without gradients, so that Square fools samples that withstand PMA."""
+    """A model without gradients, so that Square fools samples that PMA does not."""
 
     def logits(self, x):
         return super().logits((x * 8).round() / 8 + 0 * x)
@@ -237,12 +238,12 @@ def test_what_square_found_is_in_the_state(tmp_path, monkeypatch):
     for each, attack, budget in zip(whole["masking"], whole["attacks"], whole["budgets"], strict=True):
         assert budget["robust_accuracy"] <= attack["robust_accuracy"] - each["fell"] / 40
 
-    with pytest.raises(Cut), CutAt(len(nets[0].shapes) - 50):  # in the second budget's queries
+    with pytest.raises(Cut), CutAt(len(nets[0].shapes) - 50):  # during the second budget's queries
         rounded_at_two_budgets(nets[1], state=tmp_path / "state")
     assert rounded_at_two_budgets(nets[2], state=tmp_path / "state") == whole
-    assert len(nets[2].shapes) < len(nets[0].shapes) - QUERIES  # those of the first budget are not asked again
+    assert len(nets[2].shapes) < len(nets[0].shapes) - QUERIES  # the queries of the first budget are not repeated
     assert rounded_at_two_budgets(nets[3], state=tmp_path / "state") == whole
-    assert len(nets[3].shapes) < 20  # the clean images and the first gradients
+    assert len(nets[3].shapes) < 20  # only the clean images and the first gradients are computed again
 
 
 def test_square_judges_the_model_under_pma_s_options(samples, monkeypatch):
@@ -257,7 +258,7 @@ def test_square_judges_the_model_under_pma_s_options(samples, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
     model = Seen().float()
     options = {"autocast": torch.bfloat16, "memory_format": torch.channels_last, "compile": True, "eot": 2}
-    report = evaluate(model, (samples[0].float(), samples[1]), [PMA(model, EPS / 8, 2, **options)], batch_size=SLOTS)
+    report = evaluate(model, (samples[0].float(), samples[1]), [PMA(model, EPS / 8, 2, **options)], batch_size=BATCH)
     assert report["masking"][0]["asked"] > 0
     queries = [i for i, each in enumerate(seen) if each == "asked"]
     assert len(queries) >= QUERIES

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
+from cut import Cut
 from dispatched import NoReads
 from matplotlib.image import imread
 from PIL import Image
@@ -33,11 +34,11 @@ from fastadv.evaluation.queue import Queue
 from fastadv.evaluation.saved import StateFile
 from fastadv.evaluation.windows import Windows
 
-EPS, SLOTS = 16 / 255, 7
+EPS, BATCH = 16 / 255, 7
 
 
 class Net(nn.Module):
-    """A small float64 network that notes the shapes of its inputs; each call has one `sin`."""
+    """A small float64 network that records the shapes of its inputs; each call has one `sin`."""
 
     def __init__(self, inputs=48):
         super().__init__()
@@ -56,12 +57,8 @@ class Net(nn.Module):
         return self.second(self.first(x.to(self.first.weight.dtype).flatten(1) - 0.5).sin() * 2)
 
 
-class Cut(BaseException):
-    """An exception in place of a kill: no code handles it."""
-
-
 class CutAt(TorchFunctionMode):
-    """Ends the `count`-th call of a Net from outside: the model and the attack stay the same objects."""
+    """Raises `Cut`, or calls `end`, in call number `count` of a Net; model and attack stay the same objects."""
 
     def __init__(self, count, end=None):
         super().__init__()
@@ -88,7 +85,7 @@ def samples():
 
 
 def forty_samples():
-    """Easy and hard images; four labels are wrong from the start."""
+    """Easy and hard images; the model misclassifies four of them."""
     images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = Net()(images).argmax(1)
     labels[5:20:4] = (labels[5:20:4] + 1) % 3
@@ -145,17 +142,17 @@ def shape(request, monkeypatch):
 @pytest.mark.parametrize("iterate", ["any", "last"])
 def test_verdict_restart_and_step_are_those_of_a_plain_loop(net, samples, iterate, shape):
     attack = hardest(net)
-    report = evaluate(net, samples, [attack], batch_size=SLOTS, seed=11, iterate=iterate)
+    report = evaluate(net, samples, [attack], batch_size=BATCH, seed=11, iterate=iterate)
     expected = plain_loop(net, *samples, attack, 11, iterate == "last")
     result = report["attacks"][0]
     assert verdicts(result) == expected
     fooled = [f for f in expected if f]
-    assert {r for r, _ in fooled} >= {0, 1}  # the case has something to tell
+    assert {r for r, _ in fooled} >= {0, 1}  # both restarts fool some samples
     assert len({s for _, s in fooled}) > (1 if iterate == "any" else 0)
     assert report["clean_accuracy"] == 36 / 40
     assert result["robust_accuracy"] == (36 - len(fooled)) / 40 > 0
-    # No pass is lost: none for a sample that is wrong from the start or settled, nor a gradient after the last step.
-    # Beside them, where the slots are of one number, those that would be empty take further runs.
+    # No pass is wasted: a sample that is misclassified or fooled gets none, and the last step gets no gradient.
+    # Where the number of slots is fixed, empty slots take further runs, which are counted as waste.
     cost = sum(r * 5 + s + 1 for r, s in fooled) + (36 - len(fooled)) * 3 * 5
     gradients = sum(r * 4 + min(s + 1, 4) for r, s in fooled) + (36 - len(fooled)) * 3 * 4
     assert result["forwards"] - result["waste"] == cost
@@ -172,20 +169,22 @@ def test_verdicts_do_not_depend_on_how_far_the_host_is_ahead(net, samples, lag, 
         told.append(numbers.tolist())
         return (turn - lag, told[turn - lag - 1]) if turn > lag else (0, [0, 0, 0, 0])
 
-    expected = evaluate(net, samples, [hardest(net)], batch_size=SLOTS, seed=11)["attacks"][0]
+    expected = evaluate(net, samples, [hardest(net)], batch_size=BATCH, seed=11)["attacks"][0]
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     monkeypatch.setattr(queue._Pilot, "read", late)
     monkeypatch.setattr(Queue, "iterate", lambda self: turns.append(1) or iterate(self))
-    found = evaluate(net, samples, [hardest(net)], batch_size=SLOTS, seed=11)["attacks"][0]
+    found = evaluate(net, samples, [hardest(net)], batch_size=BATCH, seed=11)["attacks"][0]
     assert verdicts(found) == verdicts(expected)
     assert found["forwards"] - found["waste"] == expected["forwards"]
-    # A slot that has ended waits for the host, and at the end all do.
-    assert len(turns) <= (1 + lag / 3) * expected["forwards"] / SLOTS + 5 + 2 * lag
+    # A slot that has finished waits for the host; at the end all slots wait.
+    assert len(turns) <= (1 + lag / 3) * expected["forwards"] / BATCH + 5 + 2 * lag
 
 
-@pytest.mark.parametrize("slots", [1, 3, 64])
-def test_verdicts_do_not_depend_on_the_slots(net, samples, slots, shape):
-    one, other = (evaluate(net, samples, [hardest(net)], batch_size=n, seed=2)["attacks"][0] for n in (SLOTS, slots))
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_verdicts_do_not_depend_on_the_batch_size(net, samples, batch_size, shape):
+    one, other = (
+        evaluate(net, samples, [hardest(net)], batch_size=n, seed=2)["attacks"][0] for n in (BATCH, batch_size)
+    )
     assert verdicts(one) == verdicts(other)
     assert one["passes"] - one["waste"] == other["passes"] - other["waste"]
 
@@ -226,7 +225,7 @@ def test_verdicts_do_not_depend_on_the_slots(net, samples, slots, shape):
     ],
 )
 def test_every_attack_refills_as_it_begins(net, samples, attack_on, shape):
-    """Nothing that an attack keeps in a slot may reach the next sample; compared with one slot for each sample."""
+    """Nothing that an attack keeps in a slot may reach the next sample. The reference has a slot for each sample."""
     few, all_at_once = (evaluate(net, samples, [attack_on(net)], batch_size=n, seed=5)["attacks"][0] for n in (3, 40))
     assert verdicts(few) == verdicts(all_at_once)
     assert 0 < few["robust_accuracy"] < 0.9
@@ -234,7 +233,7 @@ def test_every_attack_refills_as_it_begins(net, samples, attack_on, shape):
 
 def test_any_is_never_the_weaker(net, samples):
     any_, last = (
-        evaluate(net, samples, ["fgsm", "pgd"], eps=[EPS / 2, EPS], batch_size=SLOTS, iterate=iterate)["attacks"]
+        evaluate(net, samples, ["fgsm", "pgd"], eps=[EPS / 2, EPS], batch_size=BATCH, iterate=iterate)["attacks"]
         for iterate in ("any", "last")
     )
     for one, other in zip(any_, last, strict=True):
@@ -246,14 +245,14 @@ def test_uint8_images_mean_images_over_255(samples):
     net = Net()
     codes = (samples[0] * 255).round().to(torch.uint8)
     labels = net(codes.float() / 255).argmax(1)
-    one = evaluate(net, (codes, labels), [hardest(net)], batch_size=SLOTS)
-    other = evaluate(net, (codes.float() / 255, labels), [hardest(net)], batch_size=SLOTS)
+    one = evaluate(net, (codes, labels), [hardest(net)], batch_size=BATCH)
+    other = evaluate(net, (codes.float() / 255, labels), [hardest(net)], batch_size=BATCH)
     assert verdicts(one["attacks"][0]) == verdicts(other["attacks"][0])
 
 
 def test_batches_are_as_good_as_a_pair(net, samples):
     batches = [(samples[0][:9], samples[1][:9]), (samples[0][9:], samples[1][9:])]
-    one, other = (evaluate(net, d, [hardest(net)], batch_size=SLOTS)["attacks"][0] for d in (samples, batches))
+    one, other = (evaluate(net, d, [hardest(net)], batch_size=BATCH)["attacks"][0] for d in (samples, batches))
     assert verdicts(one) == verdicts(other)
 
 
@@ -261,15 +260,15 @@ def test_compiled_verdicts_are_those_of_a_plain_loop(net, samples, monkeypatch):
     torch._dynamo.reset()
     compiler, real = CompileCounterWithBackend("inductor"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=compiler, **options))
-    model = net.logits  # its own list of shapes would be compiled again for each length
+    model = net.logits  # with the list of shapes the model would be compiled again for each length
     attack = hardest(model, compile=True)
-    result = evaluate(model, samples, [attack], batch_size=SLOTS, seed=11)["attacks"][0]
+    result = evaluate(model, samples, [attack], batch_size=BATCH, seed=11)["attacks"][0]
     assert verdicts(result) == plain_loop(net, *samples, attack, 11, last=False)
-    assert compiler.frame_count == 1  # of all the queue's batches
+    assert compiler.frame_count == 1  # one compilation serves all batches of the queue
 
 
 def test_verdicts_under_autocast_are_those_of_a_plain_loop_under_autocast(net, samples):
-    """But for one sample in twenty, because a batch may be summed up in another order than a sample alone."""
+    """One sample in twenty may differ, because sums over a batch may have another order than sums for one sample."""
     images, labels = samples[0].float(), samples[1]
     seen = []
 
@@ -281,8 +280,8 @@ def test_verdicts_under_autocast_are_those_of_a_plain_loop_under_autocast(net, s
     attack = hardest(net, autocast=torch.bfloat16)
     expected = plain_loop(half, images, labels, attack, 11, last=False)
     net.first.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    result = evaluate(net, (images, labels), [attack], batch_size=SLOTS, seed=11)["attacks"][0]
-    assert seen.count(torch.bfloat16) * SLOTS >= result["passes"]
+    result = evaluate(net, (images, labels), [attack], batch_size=BATCH, seed=11)["attacks"][0]
+    assert seen.count(torch.bfloat16) * BATCH >= result["passes"]
     assert sum(a != b for a, b in zip(verdicts(result), expected, strict=True)) <= 2
 
 
@@ -305,7 +304,7 @@ def test_samples_are_taken_in_the_order_restart_sample(net, samples, monkeypatch
         taken.extend(pair for pair in held(self) if pair not in before)
 
     monkeypatch.setattr(Queue, "settle", spy)
-    evaluate(net, samples, [hardest(net)], batch_size=SLOTS, pool=pool)
+    evaluate(net, samples, [hardest(net)], batch_size=BATCH, pool=pool)
     assert taken == sorted(taken)
     assert len(taken) == len(set(taken)) > 40
 
@@ -326,7 +325,7 @@ def test_no_more_images_than_the_pool_are_on_the_device_and_the_result_is_the_sa
 
     def run(pool):
         attacks = [hardest(net), hardest(net, targeted="random"), create_attack("tpgd", net, EPS, restarts=2)]
-        options = {"pool": pool, "batch_size": SLOTS, "save_images": tmp_path / f"{pool}", "ensemble": False}
+        options = {"pool": pool, "batch_size": BATCH, "save_images": tmp_path / f"{pool}", "ensemble": False}
         results = evaluate(net, samples, attacks, **options)["attacks"]
         return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
 
@@ -343,7 +342,7 @@ def test_no_more_images_than_the_pool_are_on_the_device_and_the_result_is_the_sa
 def test_what_is_left_of_all_windows_never_grows(net, samples, monkeypatch):
     seen, run = [], Windows.run
     monkeypatch.setattr(Windows, "run", lambda self: (seen.append(each) or each for each in run(self)))
-    evaluate(net, samples, [hardest(net)], batch_size=SLOTS, pool=10)
+    evaluate(net, samples, [hardest(net)], batch_size=BATCH, pool=10)
     done, left = zip(*seen, strict=True)
     assert list(done) == sorted(done)
     assert all(a + b <= 36 * 3 * 5 for a, b in seen)
@@ -352,7 +351,7 @@ def test_what_is_left_of_all_windows_never_grows(net, samples, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["iterate", "settle"])
-def test_the_host_reads_nothing_where_the_slots_are_of_one_number(net, samples, monkeypatch, tmp_path, part):
+def test_the_host_reads_nothing_where_the_number_of_slots_is_fixed(net, samples, monkeypatch, tmp_path, part):
     calls, original = [], getattr(Queue, part)
 
     def guarded(self):
@@ -365,7 +364,7 @@ def test_the_host_reads_nothing_where_the_slots_are_of_one_number(net, samples, 
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     monkeypatch.setattr(samplewise, "AT_ONCE", ())
     monkeypatch.setattr(Queue, part, guarded)
-    evaluate(net, samples, [hardest(net), FGSM(net, EPS), PMA(net, EPS, 4)], batch_size=SLOTS, save_images=tmp_path)
+    evaluate(net, samples, [hardest(net), FGSM(net, EPS), PMA(net, EPS, 4)], batch_size=BATCH, save_images=tmp_path)
     assert len(calls) > 40
 
 
@@ -379,11 +378,12 @@ def test_the_guard_sees_a_read():
 def test_the_model_sees_one_shape(net, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
     theirs = torchattacks.PGD(net, eps=EPS, steps=2)
-    evaluate(net, samples, ["fgsm", hardest(net)], batch_size=SLOTS, save_images=tmp_path)
-    assert set(net.shapes) == {(SLOTS, 3, 4, 4)}
+    evaluate(net, samples, ["fgsm", hardest(net)], batch_size=BATCH, save_images=tmp_path)
+    assert set(net.shapes) == {(BATCH, 3, 4, 4)}
     net.shapes.clear()
-    evaluate(net, samples, [theirs], batch_size=SLOTS, save_images=tmp_path)
-    assert set(net.shapes) == {(SLOTS, 3, 4, 4), (36 % SLOTS, 3, 4, 4)}  # another library's is not paid for copies
+    evaluate(net, samples, [theirs], batch_size=BATCH, save_images=tmp_path)
+    # A last batch of another library's attack is not filled up.
+    assert set(net.shapes) == {(BATCH, 3, 4, 4), (36 % BATCH, 3, 4, 4)}
 
 
 def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
@@ -391,7 +391,7 @@ def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
     net.second.training = False
     for end in (pytest.raises(Cut), CutAt(12)), (nullcontext(), nullcontext()):
         with end[0], end[1]:
-            evaluate(net, samples, [hardest(net)], batch_size=SLOTS)
+            evaluate(net, samples, [hardest(net)], batch_size=BATCH)
         assert [module.training for module in net.modules()] == [True, True, False]
         assert [p.requires_grad for p in net.parameters()] == [False, True, True, True]
         assert all(p.grad is None for p in net.parameters())
@@ -402,7 +402,7 @@ def test_the_model_is_left_as_found_also_when_it_is_cut(net, samples):
 
 def two_attacks(model, samples, ensemble=False, **options):
     attacks = [hardest(model), hardest(model, restarts=2, steps=6)]
-    return evaluate(model, samples, attacks, batch_size=SLOTS, ensemble=ensemble, **options)
+    return evaluate(model, samples, attacks, batch_size=BATCH, ensemble=ensemble, **options)
 
 
 @pytest.mark.parametrize("pool", [None, 10])
@@ -427,7 +427,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
         assert verdicts(one) == verdicts(other)
         for name in ("robust_accuracy", "robust_accuracy_8bit"):
             assert one[name] == other[name]
-        assert other["passes"] - before <= one["passes"] - before + SLOTS * longest
+        assert other["passes"] - before <= one["passes"] - before + BATCH * longest
     files = [
         sorted((f.relative_to(root), f.read_bytes()) for f in root.rglob("*.png"))
         for root in (tmp_path / "{}", tmp_path / f"{ {'state': path} }")
@@ -435,7 +435,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path,
     assert files[0] == files[1]
     assert len(files[0]) == 36 + whole["attacks"][1]["given"] <= 2 * 36
 
-    assert run(Net(), state=path)["attacks"] == again["attacks"]  # a finished one has nothing left to do
+    assert run(Net(), state=path)["attacks"] == again["attacks"]  # a finished run has nothing left to do
     assert [path] == [f for f in tmp_path.iterdir() if f.is_file()]
 
 
@@ -473,7 +473,7 @@ def test_a_killed_run_goes_on_with_the_same_result(net, samples, tmp_path, monke
         patch.setattr(evaluation_run, "SAVE_EVERY", 0)
         patch.setattr(os, "fsync", lambda file: written.append(1) or fsync(file))
         whole = two_attacks(net, samples, state=tmp_path / "whole")["attacks"]
-    fatal = int(share * len(net.shapes if where == "model" else written)) | 1  # an odd fsync is of an unfinished file
+    fatal = int(share * len(net.shapes if where == "model" else written)) | 1  # at an odd fsync a file is unfinished
     command = [sys.executable, "-c", CHILD, path, where, str(fatal)]
     killed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -486,7 +486,7 @@ def test_a_killed_run_goes_on_with_the_same_result(net, samples, tmp_path, monke
     assert len(second.shapes) < len(net.shapes)
     for one, other, before, longest in zip(whole, again, saved, (5, 7), strict=True):
         assert verdicts(one) == verdicts(other)
-        assert other["passes"] - before <= one["passes"] - before + SLOTS * longest
+        assert other["passes"] - before <= one["passes"] - before + BATCH * longest
     assert not (tmp_path / "state.new").exists()
 
 
@@ -502,7 +502,7 @@ def test_another_librarys_attack_goes_on_too(net, samples, tmp_path, monkeypatch
     monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
 
     def run(model, **options):
-        return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], batch_size=SLOTS, **options)
+        return evaluate(model, samples, [torchattacks.PGD(model, EPS, EPS / 2, 3)], batch_size=BATCH, **options)
 
     whole = run(net)
     with pytest.raises(Cut), CutAt(25):
@@ -537,7 +537,7 @@ def test_a_state_of_another_run_is_refused_and_what_differs_is_named(samples, tm
     options = {"net": Net(), "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
 
     def run(net, samples, attacks, **options):
-        return evaluate(net, samples, attacks, batch_size=SLOTS, state=tmp_path / "state", **options)["attacks"]
+        return evaluate(net, samples, attacks, batch_size=BATCH, state=tmp_path / "state", **options)["attacks"]
 
     first = run(**options)
     options["net"] = Net()
@@ -589,7 +589,7 @@ def test_codes_are_the_nearest_within_the_ball(dtype, codes):
 def test_codes_between_those_of_the_image():
     clean = torch.tensor([10.4, 10.5, 10.9], dtype=torch.float64) / 255
     assert nearest_codes(clean + 1 / 255, clean, 1 / 255).tolist() == [11, 11, 11]
-    assert nearest_codes(clean + 0.2 / 255, clean, 0.05 / 255).tolist() == [10, 10, 11]  # none is inside
+    assert nearest_codes(clean + 0.2 / 255, clean, 0.05 / 255).tolist() == [10, 10, 11]  # no code is inside the ball
     far = clean + torch.tensor([2.0, -1.0, 0.3], dtype=torch.float64) / 255
     assert nearest_codes(far, clean, None).tolist() == [12, 10, 11]
 
@@ -597,7 +597,7 @@ def test_codes_between_those_of_the_image():
 def test_images_are_saved_and_classified_again(net, samples, tmp_path):
     codes = (samples[0] * 255).round().to(torch.uint8)
     labels = net(codes.float() / 255).argmax(1)
-    report = evaluate(net, (codes, labels), [hardest(net)], batch_size=SLOTS, save_images=tmp_path)
+    report = evaluate(net, (codes, labels), [hardest(net)], batch_size=BATCH, save_images=tmp_path)
     result = report["attacks"][0]
     files = sorted((tmp_path / "0-PGD-16").iterdir())
     assert [file.name for file in files] == [f"{i:05d}.png" for i in range(40)]
@@ -608,7 +608,7 @@ def test_images_are_saved_and_classified_again(net, samples, tmp_path):
     right = net(saved).argmax(1) == labels
     assert result["robust_accuracy_8bit"] == right.double().mean()
     agree = [bool(r) != f for r, f in zip(right, result["fooled"], strict=True)]
-    assert sum(agree) >= 36  # rounding turns few
+    assert sum(agree) >= 36  # rounding changes few verdicts
 
 
 def test_grey_images_are_saved_as_such(tmp_path):
@@ -622,7 +622,7 @@ def test_grey_images_are_saved_as_such(tmp_path):
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(net, samples, monkeypatch, capsys, caplog):
     caplog.set_level("INFO", "fastadv")
     monkeypatch.setattr(progress, "PAUSE", 0.0)
-    found = evaluate(net, samples, ["fgsm", "pgd"], batch_size=SLOTS)["attacks"]
+    found = evaluate(net, samples, ["fgsm", "pgd"], batch_size=BATCH)["attacks"]
     assert not capsys.readouterr().err
     for name, result in zip(("fgsm", "pgd"), found, strict=True):
         lines = [message for message in caplog.messages if message.startswith(f"{name} at 8/255: ")]
@@ -632,10 +632,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(net, samples, monke
         assert counts[-1] == result["forwards"]
         assert "done in" in lines[-1]
     caplog.clear()
-    evaluate(net, samples, ["fgsm"], batch_size=SLOTS, progress=False)
+    evaluate(net, samples, ["fgsm"], batch_size=BATCH, progress=False)
     assert not caplog.messages
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
-    passes = evaluate(net, samples, ["fgsm"], batch_size=SLOTS)["attacks"][0]["forwards"]
+    passes = evaluate(net, samples, ["fgsm"], batch_size=BATCH)["attacks"][0]["forwards"]
     assert f"fgsm at 8/255: 100%|██████████| {passes}/{passes}" in capsys.readouterr().err
 
 
@@ -644,7 +644,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(net, samples, monke
 
 def test_torchattacks_plugs_in(net, samples):
     ours, theirs = evaluate(
-        net, samples, [FGSM(net, EPS), torchattacks.FGSM(net, EPS)], batch_size=SLOTS, iterate="last"
+        net, samples, [FGSM(net, EPS), torchattacks.FGSM(net, EPS)], batch_size=BATCH, iterate="last"
     )["attacks"]
     assert ours["fooled"] == theirs["fooled"]
     assert 0 < theirs["robust_accuracy"] < 0.9
@@ -654,13 +654,13 @@ def test_torchattacks_plugs_in(net, samples):
 
 
 def test_autoattacks_object_plugs_in(net, samples):
-    class AutoAttack:  # what is used of it
+    class AutoAttack:  # the part of the authors' class that is used
         epsilon = EPS
 
         def run_standard_evaluation(self, images, labels):
             return FGSM(net, self.epsilon)(images, labels)
 
-    ours, theirs = evaluate(net, samples, ["fgsm", AutoAttack()], eps=EPS, batch_size=SLOTS, iterate="last")["attacks"]
+    ours, theirs = evaluate(net, samples, ["fgsm", AutoAttack()], eps=EPS, batch_size=BATCH, iterate="last")["attacks"]
     assert ours["fooled"] == theirs["fooled"]
     assert (theirs["attack"], theirs["eps"]) == ("AutoAttack", EPS)
     with pytest.raises(TypeError, match="names or callables, got float"):
@@ -670,7 +670,7 @@ def test_autoattacks_object_plugs_in(net, samples):
 def test_other_attacks_draw_the_same_each_time_and_leave_the_generator(net, samples):
     state = torch.get_rng_state()
     results = [
-        evaluate(net, samples, [torchattacks.PGD(net, EPS, EPS / 4, 3)], batch_size=SLOTS, seed=seed)["attacks"][0][
+        evaluate(net, samples, [torchattacks.PGD(net, EPS, EPS / 4, 3)], batch_size=BATCH, seed=seed)["attacks"][0][
             "fooled"
         ]
         for seed in (1, 1, 2)
@@ -687,7 +687,7 @@ def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
 
     attacks = [FGSM(broken, EPS), PGDL2(broken, 0.25, 0.1, 1)]
     with pytest.warns(UserWarning, match="not finite"):
-        report = evaluate(broken, samples, attacks, batch_size=SLOTS)
+        report = evaluate(broken, samples, attacks, batch_size=BATCH)
     notes = [note for note in report["warnings"] if "not finite" in note]
     assert [note.split(" losses under ")[1].split(" were")[0] for note in notes] == ["FGSM at 16/255", "PGDL2 at 0.25"]
 
@@ -695,14 +695,14 @@ def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
 def test_an_attack_on_another_model_is_a_transfer(net, samples):
     weak = lambda x: net(1 - x)  # noqa: E731
     attack = PGD(weak, EPS, EPS, 1, random_start=False)
-    result = evaluate(net, samples, attack, batch_size=SLOTS)["attacks"][0]  # a single one is as good as a list
+    result = evaluate(net, samples, attack, batch_size=BATCH)["attacks"][0]  # a single attack needs no list
     right = net(samples[0]).argmax(1) == samples[1]
     fooled = right & (net(attack(*samples)).argmax(1) != samples[1])
     assert result["fooled"] == fooled.tolist()
 
 
 class Foreign:
-    """An attack of another library; `call` makes its result."""
+    """An attack of another library, which returns call(images, labels)."""
 
     def __init__(self, call, **attributes):
         self.call, self.seen = call, []
@@ -736,7 +736,7 @@ def moved(images, linf, l2):
 )
 def test_what_an_attack_returns_may_have_several_forms(net, samples, form):
     attack = Foreign(lambda images, labels: form(moved(images, 0.05, 0.3)))
-    result = evaluate(net, samples, [attack], batch_size=SLOTS)["attacks"][0]
+    result = evaluate(net, samples, [attack], batch_size=BATCH)["attacks"][0]
     images, labels = samples
     wrong = net(moved(images, 0.05, 0.3)).argmax(1) != labels
     assert result["fooled"] == (wrong & (net(images).argmax(1) == labels)).tolist()
@@ -757,7 +757,7 @@ def test_what_an_attack_returns_may_have_several_forms(net, samples, form):
 )
 def test_what_is_no_images_is_refused_in_words(net, samples, returned, error, message):
     with pytest.raises(error, match=f"must return the adversarial images.*{message}"):
-        evaluate(net, samples, [Foreign(lambda images, labels: returned(images))], batch_size=SLOTS)
+        evaluate(net, samples, [Foreign(lambda images, labels: returned(images))], batch_size=BATCH)
 
 
 @pytest.mark.parametrize(
@@ -770,13 +770,13 @@ def test_what_is_no_images_is_refused_in_words(net, samples, returned, error, me
         (0.04 + 2e-6, 0.2, {"eps": 0.04}, False, "Foreign at 0.04"),
         (0.2, 0.2999, {"eps": 0.3, "norm": "L2"}, True, ""),
         (0.2, 0.3001, {"eps": 0.3, "norm": "L2"}, False, "Foreign at 0.3 "),
-        (0.2, 0.3001, {"eps": 0.3}, True, ""),  # perhaps L-inf: not known to be beyond
+        (0.2, 0.3001, {"eps": 0.3}, True, ""),  # within 0.3 if the norm is L-inf, which is not known
         (0.2, 0.3001, {"eps": None}, True, ""),
     ],
 )
 def test_images_beyond_the_attacks_own_eps_give_no_figure(net, samples, recwarn, linf, l2, attributes, kept, title):
     attack = Foreign(lambda images, labels: moved(images, linf, l2), **attributes)
-    report = evaluate(net, samples, [attack], batch_size=SLOTS)
+    report = evaluate(net, samples, [attack], batch_size=BATCH)
     result = report["attacks"][0]
     assert (result["largest_linf"], result["largest_l2"]) == pytest.approx((linf, l2), abs=1e-9)
     if kept:
@@ -789,7 +789,7 @@ def test_images_beyond_the_attacks_own_eps_give_no_figure(net, samples, recwarn,
         assert title in note
         assert "beyond its eps" in note
         assert "255" not in note or attributes.get("norm") == "Linf"
-        assert robustness.robust_accuracy(net, samples, attack, batch_size=SLOTS)["robust_accuracy"] is None
+        assert robustness.robust_accuracy(net, samples, attack, batch_size=BATCH)["robust_accuracy"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
@@ -814,7 +814,7 @@ def test_images_that_leave_the_box_give_no_figure(net, samples, shift, kept):
         adv[0, 0, 0, 0], adv[0, 0, 0, 1] = -shift, 1 + shift
         return adv
 
-    report = evaluate(net, samples, [Foreign(call)], batch_size=SLOTS)
+    report = evaluate(net, samples, [Foreign(call)], batch_size=BATCH)
     assert (report["attacks"][0]["robust_accuracy"] is not None) == kept
     assert any("beyond [0, 1]" in note for note in report["warnings"]) != kept
 
@@ -822,7 +822,7 @@ def test_images_that_leave_the_box_give_no_figure(net, samples, shift, kept):
 @pytest.mark.filterwarnings("ignore:no prediction", "ignore:.* are not finite")
 @pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
 def test_images_that_are_not_finite_get_no_prediction(net, samples, pixel):
-    """Also where the model replaces NaN and gives a prediction."""
+    """A model that replaces NaN gives a prediction, which does not count."""
 
     def model(x):
         return net(x.nan_to_num(0.5, 0.5, 0.5))
@@ -831,10 +831,10 @@ def test_images_that_are_not_finite_get_no_prediction(net, samples, pixel):
         images[::3, 1, 2, 3] = pixel
         return images
 
-    report = evaluate(model, samples, [Foreign(call, eps=0.1)], batch_size=SLOTS)
+    report = evaluate(model, samples, [Foreign(call, eps=0.1)], batch_size=BATCH)
     result = report["attacks"][0]
     attacked = [i for i, right in enumerate(report["clean_correct"]) if right]
-    batches = [attacked[i : i + SLOTS] for i in range(0, 36, SLOTS)]
+    batches = [attacked[i : i + BATCH] for i in range(0, 36, BATCH)]
     broken = {sample for batch in batches for sample in batch[::3]}
     assert result["fooled"] == [i in broken for i in range(40)]
     assert result["no_prediction"] == len(broken)
@@ -863,23 +863,23 @@ def test_an_attack_that_writes_into_what_it_gets_is_measured_all_the_same(net, s
     "draw",
     [
         lambda: torch.rand(8),
-        lambda: torch.from_numpy(np.random.rand(8)),  # noqa: NPY002 (what other libraries draw from)
+        lambda: torch.from_numpy(np.random.rand(8)),  # noqa: NPY002 (other libraries draw from it)
         lambda: torch.tensor([random.random() for _ in range(8)]),
     ],
     ids=["torch", "numpy", "random"],
 )
 def test_batches_of_another_library_draw_each_their_own(net, samples, draw):
-    def run(seed, slots=SLOTS):
+    def run(seed):
         drawn = []
         attack = Foreign(lambda images, labels: (drawn.append(draw()), images)[1])
-        evaluate(net, samples, [attack], batch_size=slots, seed=seed)
+        evaluate(net, samples, [attack], batch_size=BATCH, seed=seed)
         return [tuple(each.tolist()) for each in drawn]
 
     after = draw()
     first, again, other = run(0), run(0), run(1)
     assert first == again
     assert len(first) == 6
-    assert len({*first, *other}) == 12  # nor does a batch draw as the next one does under the next seed
+    assert len({*first, *other}) == 12  # a batch does not draw the numbers of the next batch under another seed
     assert not torch.equal(draw(), after)
 
 
@@ -888,7 +888,7 @@ def test_the_generators_are_given_back_as_they_were(net, samples):
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
     before = state()
-    evaluate(net, samples, [Foreign(lambda images, labels: (draw_all(), images)[1])], batch_size=SLOTS)
+    evaluate(net, samples, [Foreign(lambda images, labels: (draw_all(), images)[1])], batch_size=BATCH)
     assert state() == before
 
 
@@ -901,7 +901,7 @@ def test_robust_accuracy_counts_what_a_hand_counts():
         return torch.stack((0.5 - x[:, 0], x[:, 0] - 0.5), dim=1)
 
     images = torch.tensor([[0.9], [0.55], [0.1], [0.45], [0.8]])
-    labels = torch.tensor([1, 1, 0, 0, 0])  # the last one is wrong already
+    labels = torch.tensor([1, 1, 0, 0, 0])  # the last image is misclassified
     attack = FGSM(model, 0.1)
     expected = {"clean_accuracy": 0.8, "robust_accuracy": 0.4}
     assert robustness.robust_accuracy(model, (images, labels), attack) == expected
@@ -916,12 +916,12 @@ def test_robust_accuracy_counts_what_a_hand_counts():
 def test_robust_accuracy_answers_for_every_eps(net, samples):
     budgets = (EPS / 4, EPS / 2, EPS)
     each = [
-        robustness.robust_accuracy(net, samples, "pgd", eps=eps, batch_size=SLOTS)["robust_accuracy"] for eps in budgets
+        robustness.robust_accuracy(net, samples, "pgd", eps=eps, batch_size=BATCH)["robust_accuracy"] for eps in budgets
     ]
     assert each == sorted(each, reverse=True)
     assert each[0] > each[-1]
     for several in (budgets, list(budgets), np.array(budgets), torch.tensor(budgets, dtype=torch.float64)):
-        assert robustness.robust_accuracy(net, samples, "pgd", eps=several, batch_size=SLOTS)["robust_accuracy"] == each
+        assert robustness.robust_accuracy(net, samples, "pgd", eps=several, batch_size=BATCH)["robust_accuracy"] == each
 
 
 # Warnings
@@ -941,7 +941,7 @@ def test_robust_accuracy_answers_for_every_eps(net, samples):
     ids=["random", "neighbours", "probabilities", "masked, but not zero", "rounded", "saturated", "sound"],
 )
 def test_suspicious_models_are_called_so(net, samples, recwarn, change, message):
-    report = evaluate(change(net), samples, ["fgsm"], batch_size=SLOTS)
+    report = evaluate(change(net), samples, ["fgsm"], batch_size=BATCH)
     if message is None:
         assert not report["warnings"]
         assert not recwarn.list
@@ -953,12 +953,12 @@ def test_suspicious_models_are_called_so(net, samples, recwarn, change, message)
 @pytest.mark.parametrize("zero", [0, 3, 4, 40])
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "tpgd"])
 def test_the_share_of_zero_gradients_is_reported_and_warned_of_from_a_tenth_on(net, samples, recwarn, zero, name):
-    """Of 36 that are attacked; whether a sample's gradient is cut off can be read off its first pixel."""
+    """All 40 images are attacked. The model cuts off the gradient of an image whose first pixel is bright."""
     images, labels = samples[0].clone(), net(samples[0]).argmax(1)
     images[:, 0, 0, 0] = (torch.arange(40) < zero) * 1.0
     model = lambda x: net(torch.where(x[:, :1, :1, :1].detach() > 0.5, x.detach() + 0 * x, x))  # noqa: E731
     labels = model(images).argmax(1)
-    report = evaluate(model, (images, labels), [create_attack(name, model, EPS)], batch_size=SLOTS)
+    report = evaluate(model, (images, labels), [create_attack(name, model, EPS)], batch_size=BATCH)
     assert report["attacks"][0]["zero_gradients"] == zero / 40
     told = any(f"the gradient is zero for {zero} of 40 images" in note for note in report["warnings"])
     assert told == (zero >= 4)
@@ -976,7 +976,7 @@ def test_a_few_zero_gradients_may_be_an_accident(samples, count):
 
 
 def test_at_the_clean_image_kl_has_no_gradient_on_any_model(net, samples, recwarn):
-    report = evaluate(net, samples, ["tpgd"], eps=0.0, batch_size=SLOTS)
+    report = evaluate(net, samples, ["tpgd"], eps=0.0, batch_size=BATCH)
     assert report["attacks"][0]["zero_gradients"] is None
     assert not recwarn.list
 
@@ -992,7 +992,7 @@ def test_a_model_of_one_class_is_refused_with_what_works(samples):
         return torch.cat((0 * z, z), 1)
 
     labels = (model(images)[:, 0] > 0).long()
-    report = evaluate(both, (images, labels), ["fgsm"], batch_size=SLOTS)
+    report = evaluate(both, (images, labels), ["fgsm"], batch_size=BATCH)
     assert report["clean_accuracy"] == 1
     direction = torch.where(labels == 1, -1.0, 1.0)[:, None] * model[1].weight.sign()
     adv = (images + 8 / 255 * direction.view_as(images)).clamp(0, 1)
@@ -1007,12 +1007,12 @@ def test_losses_that_are_not_finite_are_counted(net, samples):
         return torch.where(sound | (logits < logits.amax(1, keepdim=True)), logits, torch.inf)
 
     with pytest.warns(UserWarning, match="not finite"):
-        report = evaluate(model, samples, [PGD(model, 0.0, 0.0, 1, random_start=False)], batch_size=SLOTS)
+        report = evaluate(model, samples, [PGD(model, 0.0, 0.0, 1, random_start=False)], batch_size=BATCH)
     assert 0 < report["attacks"][0]["nonfinite_losses"] <= report["attacks"][0]["passes"]
 
 
 def test_accuracy_that_rises_with_the_budget_is_called_so():
-    def trap(x):  # class 1 in a narrow zone that a larger step leaps over
+    def trap(x):  # class 1 lies in a narrow zone that a larger step jumps over
         zone = (x > 0.51) & (x < 0.52)
         return torch.cat((torch.ones_like(x), x + zone), dim=1)
 
@@ -1110,7 +1110,7 @@ def as_dicts(images, labels):
 )
 def test_data_come_in_many_forms(net, samples, form, recwarn):
     samples[0].numpy().flags.writeable = False
-    expected, found = (evaluate(net, d, ["pgd"], batch_size=SLOTS) for d in (samples, form(*samples)))
+    expected, found = (evaluate(net, d, ["pgd"], batch_size=BATCH) for d in (samples, form(*samples)))
     assert found["clean_correct"] == expected["clean_correct"]
     assert found["attacks"][0]["step"] == expected["attacks"][0]["step"]
     assert not recwarn.list
@@ -1200,24 +1200,17 @@ def test_numbers_are_taken_from_whichever_library(net, samples, eps):
     json.dumps(found)
 
 
-@pytest.fixture
-def one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("around", [lambda m: m, lambda m: Normalized(m, 0.5, 0.5), nn.Sequential])
 def test_one_process_of_several_may_evaluate(samples, one_process, monkeypatch, around):
-    """DistributedDataParallel's own forward would wait for the other processes."""
+    """The forward of DistributedDataParallel would wait for the other processes."""
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).double()
     calls, forward = [], nn.parallel.DistributedDataParallel.forward
     monkeypatch.setattr(nn.parallel.DistributedDataParallel, "forward", lambda *a: calls.append(1) or forward(*a))
     wrapped = around(nn.parallel.DistributedDataParallel(inner))
     attacks = [hardest(around(inner)), Foreign(lambda images, labels: FGSM(wrapped, EPS)(images, labels))]
-    found = evaluate(wrapped, samples, ["fgsm", "pgd", attacks[1]], batch_size=SLOTS)
+    found = evaluate(wrapped, samples, ["fgsm", "pgd", attacks[1]], batch_size=BATCH)
     assert not calls
-    expected = evaluate(around(inner), samples, ["fgsm", "pgd", attacks[1]], batch_size=SLOTS)
+    expected = evaluate(around(inner), samples, ["fgsm", "pgd", attacks[1]], batch_size=BATCH)
     assert [r["fooled"] for r in found["attacks"]] == [r["fooled"] for r in expected["attacks"]]
     calls.clear()
     wrapped(samples[0])

@@ -1,7 +1,7 @@
-"""Slots for which no sample is left take further runs: what was found, and what it cost, is known by hand.
+"""Slots for which no sample is left take further runs. The verdicts and their cost are counted by hand.
 
-The model is a table that says for each (sample, run, step) whether the iterate fools, and an iterate says in its pixels
-which one it is.
+The model is a table that says for each (sample, run, step) whether the iterate fools. The pixels of an iterate are its
+sample, run and step.
 """
 
 import random
@@ -11,6 +11,7 @@ from itertools import count
 import pytest
 import torch
 from attacked import one_thread as one_thread
+from cut import Cut
 from matplotlib.image import imread
 from test_gpu_attacks import SMALL, attack_of, evaluated
 from torch import nn
@@ -21,13 +22,13 @@ from fastadv.evaluation import run as evaluation_run
 from fastadv.evaluation.queue import Queue
 from fastadv.functional import to_float
 
-# Tables are no models: they are told of.
+# So artificial a model gives these warnings.
 TOLD = ("the last", "gradients look masked", "robust accuracy rises", "the gradient is zero")
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{told}") for told in TOLD]
 
 
 class Table(nn.Module):
-    """Predicts 1 instead of the label 0 for a pixel (sample, run + 1, step) that fools; run 0 is the clean image."""
+    """Predicts 1 instead of the label 0 for pixels (sample, run + 1, step) that fool. A clean image has 0 as second."""
 
     def __init__(self, fools, wrong):
         super().__init__()
@@ -35,13 +36,13 @@ class Table(nn.Module):
 
     def forward(self, x):
         sample, run, step = (x[:, :, 0, 0] * 255).round().long().unbind(1)
-        step = step.clamp(max=self.fools.shape[2] - 1)  # a slot that has ended goes on until it is refilled
+        step = step.clamp(max=self.fools.shape[2] - 1)  # a slot that has finished goes on until it is refilled
         says = torch.where(run == 0, self.wrong[sample], self.fools[sample, (run - 1).clamp(min=0), step]).to(x)
         return 3 * torch.stack((1 - says, says), 1) + x.flatten(1)[:, :2] / 2**10
 
 
 class Scripted(Attack):
-    """An attack whose iterates name themselves; `first` runs are known from the start, it asks for the others later."""
+    """An attack that writes run and step into the pixels. It begins with `first` runs and asks for the others later."""
 
     by_age = True
 
@@ -69,7 +70,7 @@ class Case:
         self.steps = steps or random.randint(1, 4)
         share = random.choice((0, 0.02, 0.1, 0.3)) if share is None else share
         self.fools = torch.rand(self.n, self.runs, self.steps + 1) < share
-        # Fillers that are not attacked: there are no more slots than images.
+        # Misclassified images, which are not attacked, allow for more slots than samples.
         self.wrong = torch.arange(80) >= self.n
         fillers = torch.zeros(80 - self.n, *self.fools.shape[1:], dtype=torch.bool)
         self.model = Table(torch.cat((self.fools, fillers)), self.wrong)
@@ -82,12 +83,12 @@ class Case:
         return evaluate(self.model, self.data, attack, batch_size=slots, progress=False, **options)["attacks"][0]
 
     def falls(self, sample, run, last):
-        """The step at which a run fools; None where it does not."""
+        """The step at which a run fools the sample, or None."""
         found = [k for k in range(self.steps + 1) if self.fools[sample, run, k] and (k == self.steps or not last)]
         return found[0] if found else None
 
     def plain(self, last=False):
-        """([(restart, step) of each sample, None where it withstands], gradients of slots of one number)."""
+        """([(restart, step) of each sample, or None if it is not fooled], gradients with a fixed number of slots)."""
         found, passes = [], 0
         for sample in range(self.n):
             falls = [(run, self.falls(sample, run, last)) for run in range(self.runs)]
@@ -98,7 +99,7 @@ class Case:
         return found + [None] * (80 - self.n), passes
 
     def filled(self, slots, last=False):
-        """(turns, gradients, those of them that are waste) where each free slot takes the next run."""
+        """(turns, gradients, wasted gradients) where each free slot takes the next run."""
         waiting = [(run, sample) for run in range(self.runs) for sample in range(self.n)]
         best, under_way, taken, turns = dict.fromkeys(range(self.n), self.runs), {}, Counter(), 0
         while True:
@@ -121,7 +122,7 @@ class Case:
         return turns, sum(taken.values()), waste
 
     def images(self, last=False):
-        """Of each sample that is attacked: (sample, run + 1, step) of the iterate that fooled, or the last one."""
+        """[sample, run + 1, step] of the iterate that fooled each attacked sample, or of its last iterate."""
         found, _ = self.plain(last)
         ends = [each or (self.runs - 1, self.steps) for each in found[: self.n]]
         return [[sample, run + 1, step] for sample, (run, step) in enumerate(ends)]
@@ -198,7 +199,7 @@ def test_without_gradients_the_waste_is_of_the_forward_passes(turns, monkeypatch
     assert (found["passes"], found["forwards"], found["waste"]) == (0, *case.filled(slots)[1:])
 
 
-# Windows, a host that is ahead, further runs that are asked for
+# Windows, a host that is ahead, runs that an attack asks for later
 
 
 @pytest.mark.parametrize("pool", [1, 3, 8])
@@ -239,20 +240,16 @@ def test_runs_that_an_attack_asks_for_later_are_not_begun_before(turns, tmp_path
     assert found["passes"] - found["waste"] == plain
     assert saved(tmp_path) == case.images()
     began = case.n * 2 * (case.steps + 1)
-    assert found["waste"] <= began  # of the second run alone: of later ones each is asked for by itself
+    assert found["waste"] <= began  # only the second run can be waste: each later run is asked for after the one before
 
 
 # Cut and continued
 
 
-class Cut(BaseException):
-    """An exception in place of a kill: no code handles it."""
-
-
 @pytest.mark.parametrize("pool", [None, 4])
 @pytest.mark.parametrize("case", range(8))
 def test_a_run_that_was_cut_goes_on_with_the_same_result(turns, tmp_path, monkeypatch, case, pool):
-    """Also where a later run has fooled before the cut, and those before it have not ended."""
+    """In some cases a later run has fooled before the cut, while earlier runs have not ended."""
     monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
     case, slots, iterate, number = Case(), random.randint(1, 64), Queue.iterate, count()
     whole = case.evaluate(slots, pool=pool)
@@ -277,12 +274,12 @@ def test_a_run_that_was_cut_goes_on_with_the_same_result(turns, tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["pgd", "pma", "apgd-t", "fab-t", "square"])
 def test_attacks_find_what_they_find_in_plain_order(monkeypatch, tmp_path, name):
-    def found(folder, slots):
+    def found(folder, batch_size):
         several = {} if name in ("pma", "apgd-t", "fab-t") else {"restarts": 2}
         report = evaluated(
             "cpu",
             lambda there: [attack_of(name, there, SMALL, **several)],
-            batch_size=slots,
+            batch_size=batch_size,
             save_images=tmp_path / folder,
         )
         result = report["attacks"][0]
@@ -291,7 +288,7 @@ def test_attacks_find_what_they_find_in_plain_order(monkeypatch, tmp_path, name)
 
     *here, _ = found("rows", 7)
     monkeypatch.setattr(queue, "takes_one_shape", lambda *_: True)
-    for slots in (7, 48):
-        *there, result = found(f"{slots}", slots)
+    for batch_size in (7, 48):
+        *there, result = found(f"{batch_size}", batch_size)
         assert there == here
     assert result["waste"] > 0 or name in ("fab-t", "square")

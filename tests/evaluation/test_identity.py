@@ -108,7 +108,7 @@ def inner_constant(value):
 
 
 def global_of(value):
-    """The same code with another value of a global."""
+    """A function with the same code as the others and another value of a global."""
     return eval("lambda x, y: x + STEP", {"STEP": value})
 
 
@@ -132,7 +132,7 @@ def theirs(model=None, **attributes):
     return attack
 
 
-# What was another computation: pairs of makers.
+# Pairs of functions that make two different computations.
 DIFFERENT = {
     "another function": (lambda: one, lambda: two),
     "closure": (lambda: closing_over(0.1), lambda: closing_over(0.2)),
@@ -245,7 +245,7 @@ class Counted(Foreign):
         cls.calls = cls.calls + 1
 
     def weigh(self, value):
-        self.weight = value * self.weight  # of this one, not of the class
+        self.weight = value * self.weight  # an attribute of the instance, not of the class
 
     def __call__(self, images, labels):
         self.count()
@@ -349,9 +349,9 @@ def test_containers_that_hold_themselves_end():
 
 @pytest.mark.parametrize("part", ["attack", "model"])
 def test_an_evaluation_s_state_is_refused_for_what_is_not_in_its_settings(tmp_path, part):
-    images = 0.9 * torch.rand(8, 3, 2, 2)  # what an attack adds stays in the box
+    images = 0.9 * torch.rand(8, 3, 2, 2)  # perturbed images stay in the box
     with torch.no_grad():
-        labels = Scaled(1.0)(images).argmax(1)  # one to attack at least, else there is no state
+        labels = Scaled(1.0)(images).argmax(1)  # without an image to attack there would be no state
 
     def run(value):
         model = Scaled(value if part == "model" else 1.0)
@@ -427,7 +427,7 @@ def test_a_traced_module_is_told_by_its_code():
 
 def test_a_large_tensor_is_read_in_pieces_and_known_by_its_values():
     images = torch.rand(600, 3, 32, 32)
-    elsewhere = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # the same in another layout
+    elsewhere = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # the same values in another layout
     with Allocated() as allocated:
         first, second = (fingerprint({"images": part}) for part in (images, elsewhere))
     assert first == second
@@ -438,7 +438,7 @@ def test_a_large_tensor_is_read_in_pieces_and_known_by_its_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("count", [3, 7001])  # more than a MiB too, which is hashed by itself
+@pytest.mark.parametrize("count", [3, 7001])  # the larger number is more than a MiB, which is hashed by itself
 def test_images_that_come_in_pieces_are_the_same_as_in_one(dtype, count):
     images = torch.randint(0, 256, (count, 3, 8, 8)).to(dtype)
     labels = torch.randint(0, 5, (count,))

@@ -36,7 +36,7 @@ RECORDS = [
 
 
 class Brightness(nn.Module):
-    """Bright where the mean is above one half: images near it are fooled."""
+    """Predicts "bright" where the mean is above one half; attacks fool images near one half."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Brightness(nn.Module):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that matplotlib draws."""
+    """A list of the figures that matplotlib draws."""
     found, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (found.append(self), save(self, *a, **k))[1])
     return found
@@ -57,13 +57,13 @@ def figures(monkeypatch):
 
 @pytest.fixture
 def report(tmp_path):
-    """(text, images, labels) of a report with `records`."""
+    """A function that writes a report with `records` and returns (text, images, labels)."""
 
     def write(records=RECORDS, classes=CLASSES, shape=(3, 4, 4), title="a & b", facts=None):
         levels = torch.tensor([0.05, 0.45, 0.55, 0.95, 0.2, 0.8]).repeat_interleave(2)
         images = (levels[:, None, None, None] + 0.02 * torch.rand(12, *shape)).clamp(0, 1)
         labels = (levels > 0.5).long()
-        labels[4] = 1 - labels[4]  # one that is wrong as it is
+        labels[4] = 1 - labels[4]  # the model misclassifies this image
         facts = {"Settings": {"lr": "<1"}} if facts is None else facts
         write_report(tmp_path / "r.html", title, Brightness(), records, (images, labels), classes, EPS, facts)
         return (tmp_path / "r.html").read_bytes().decode("utf-8"), images, labels
@@ -254,7 +254,7 @@ NAMES = {
 def test_any_class_name_is_shown_or_its_bytes_are(report, name):
     confusion = {"clean": [[0, 0, 5], [1, 1, 7]], "attacked": [[0, 1, 5], [1, 1, 7]]}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib's, about glyphs that a font lacks
+        warnings.simplefilter("error")  # matplotlib warns of glyphs that a font lacks
         text, *_ = report([*RECORDS[:-1], RECORDS[-1] | {"confusion": confusion}], (name, "other"), title=name)
     by_class, clean, attacked, pictures = tables(text)
     assert [by_class[1][0], clean[1][0], attacked[1][0]] == [f"0 {NAMES[name]}"] * 3
@@ -274,7 +274,7 @@ def test_class_by_class_and_what_they_are_taken_for(report, count):
     for part in ("clean", "attacked"):
         matrix = rng.integers(0, 9, (count, count + 1)) * (rng.random((count, count + 1)) < 0.5)
         matrix[0] = 0  # no test images of this class
-        if part == "attacked":  # of the same images
+        if part == "attacked":  # the same images, attacked
             matrix = np.zeros_like(matrix)
             for label, images in enumerate(counted["clean"].sum(1)):
                 np.add.at(matrix[label], rng.integers(0, count + 1, images), 1)
@@ -320,7 +320,7 @@ def test_confusions_are_those_of_the_model_without_and_under_the_attack():
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
     with torch.no_grad():
         net[1].weight.copy_(2 * torch.randn(4, 48, generator=generator))
-    attack = FGSM(net, 0.3)  # nearly all that are right are fooled
+    attack = FGSM(net, 0.3)  # fools nearly all images
     found = confusions(labels, evaluate(net, (images, labels), [attack], batch_size=16, progress=False))
     adv = attack(images, labels)
     with torch.no_grad():

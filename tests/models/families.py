@@ -11,6 +11,11 @@ SHAPE = (3, 32, 32)
 CLASSES = 3
 
 
+def logits(out):
+    """The logits in what a network of any library returns."""
+    return getattr(out, "logits", out)
+
+
 def hf(kind, **options):
     config = transformers.AutoConfig.for_model(kind, **options)
     config.num_labels = CLASSES
@@ -30,7 +35,7 @@ PLAIN = {
     "hf siglip": lambda: hf("siglip", vision_config=VIT),
     "hf dinov2": lambda: hf("dinov2", **VIT),
 }
-PREFIX = {"timm deit": 2, "timm siglip": 0, "timm dinov2": 5, "hf siglip": 0}  # tokens before the patches, if not 1
+PREFIX = {"timm deit": 2, "timm siglip": 0, "timm dinov2": 5, "hf siglip": 0}  # tokens before the patches; else 1
 OTHERS = {
     "timm swin": lambda: timm.create_model(
         "swin_tiny_patch4_window7_224",
@@ -58,7 +63,7 @@ OTHERS = {
     "own resnet": lambda: ResNet(3, CLASSES, (8, 8, 16), 1),
 }
 FAMILIES = PLAIN | OTHERS
-# Where it is not what the structure gives: DeiT-distilled has two.
+# The head to name where the structure gives more than one: DeiT-distilled has two.
 HEADS = {"timm deit": "head"}
 
 
@@ -72,5 +77,5 @@ def made(name):
             if key.endswith("running_mean"):
                 buffer.normal_(0, 0.05)
             elif key.endswith("running_var"):
-                buffer.uniform_(0.05, 0.15)  # of about the size of what comes, so that no ReLU is dead
+                buffer.uniform_(0.05, 0.15)  # about the variance of the inputs, so that no ReLU is dead
     return network.eval()

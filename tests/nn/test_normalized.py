@@ -1,8 +1,9 @@
-"""Models of normalised images: the images of an attack stay in [0, 1]."""
+"""Models of normalised images are attacked in [0, 1]."""
 
 import pytest
 import torch
 from attacked import ATTACKS, Net, batch_of, distances, every_attack, radius
+from attacked import net as net
 from attacked import one_thread as one_thread
 from torch import nn
 
@@ -13,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Plain(nn.Module):
-    """The same model as users write it: normalisation is an ordinary layer."""
+    """A model whose normalisation is an ordinary layer, as users write it."""
 
     def __init__(self, model, mean=MEAN, std=STD):
         super().__init__()
@@ -23,11 +24,6 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return self.model((x - self.shift) / self.scale)
-
-
-@pytest.fixture
-def net():
-    return Net().double().eval()
 
 
 @every_attack

@@ -1,9 +1,9 @@
 """An independent NumPy oracle of the L-inf ops, written from the numeric contract and not from the code.
 
-Every value lives in a float64 array, which holds each of the smaller formats exactly. Two such arrays being
-equal (NaN equal to NaN) is therefore the contract's "bit for bit": all bits but the sign of a zero and the
-payload of a NaN. Arithmetic happens in NumPy's float32 or float64, one rounding an operation. torch is asked
-for two things only: the bytes of a tensor, and the strides of `torch.empty_like(x)`.
+Every value lives in a float64 array, which holds each of the smaller formats exactly. So if two such arrays are
+equal (NaN equals NaN), the values are what the contract calls "bit for bit" equal: in all bits but the sign of a
+zero and the payload of a NaN. Arithmetic happens in NumPy's float32 or float64, with one rounding for each
+operation. Only two things come from torch: the bytes of a tensor, and the strides of `torch.empty_like(x)`.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ def values(t):
 
 
 def same(a, b):
-    """Equal but for the sign of a zero and the payload of a NaN."""
+    """Whether both are equal, but for the sign of a zero and the payload of a NaN."""
     return a.shape == b.shape and bool(np.all((a == b) | (np.isnan(a) & np.isnan(b))))
 
 
@@ -55,20 +55,20 @@ def round_to(v, dtype):
     finite = np.isfinite(v)
     safe = np.where(finite, v, 0.0)
     exponent = np.maximum(np.frexp(safe)[1] - 1, emin)
-    # Scaling by a power of two is exact here, so rint is the only rounding.
+    # Scaling by a power of two is exact here, so only rint rounds.
     out = np.ldexp(np.rint(np.ldexp(safe, bits - exponent)), exponent - bits)
     out = np.where(np.abs(out) >= np.ldexp(1.0, emax + 1), np.copysign(np.inf, out), out)
     return np.where(finite, out, v)
 
 
 def next_toward(w, target, dtype):
-    """The neighbour of w (values of dtype) on target's side. Works through zero."""
+    """The neighbour of w (values of dtype) on target's side, also across zero."""
     w, target = np.broadcast_arrays(np.asarray(w, np.float64), np.asarray(target, np.float64))
     up = target > w
     if dtype in NUMPY:
         t = NUMPY[dtype]
         return np.nextafter(w.astype(t), np.where(up, t(np.inf), t(-np.inf))).astype(np.float64)
-    # bfloat16: the signed index of a value on the number line, one step, and back.
+    # For bfloat16 the signed index of a value on the number line is moved by one step.
     bits = (w.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.int64)
     line = np.where(bits & 0x8000, -(bits & 0x7FFF), bits) + np.where(up, 1, -1)
     bits = np.where(line < 0, 0x8000 | -line, line).astype(np.uint32)
@@ -155,7 +155,7 @@ def halves(x, seed):
     assert seed.shape == tuple(x.shape[:1])
     if x.shape[0] == 0:
         return np.zeros(tuple(x.shape), np.int64)
-    # A sample is drawn as a tensor of its own; all samples have the strides of the first.
+    # A sample is drawn like a tensor of its own; all samples have the strides of the first.
     return random_halves(seed.reshape(-1, *[1] * (x.dim() - 1)), positions(x[0])[None])
 
 

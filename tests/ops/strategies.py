@@ -1,7 +1,7 @@
 """hypothesis strategies for whole calls of an op: dtypes, layouts, sizes, values, parameters and seeds.
 
-hypothesis draws the choices and one integer; NumPy draws the numbers from it. That keeps an example cheap and
-its description short: `Case(...)` in a failure says everything that is needed to build it again.
+hypothesis draws the choices and one integer, which is the seed of NumPy's numbers. So an example is cheap and its
+description short: the `Case(...)` of a failure has everything that is needed to build it again.
 """
 
 import functools
@@ -17,7 +17,7 @@ import fastadv
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 OPS = ("random_init", "fgsm_step", "pgd_step")
 
-# Sizes 0, 1, 3, 7, odd ones, whole vectors, and enough elements for vector bodies, tails and several tiles.
+# Sizes 0, 1, 3, 7, other odd sizes, whole vectors, and enough elements for vector bodies, tails and several tiles.
 SHAPES = [
     (),
     (0,),
@@ -109,12 +109,12 @@ def blank(shape, dtype, layout, rng):
 
 
 def whole_storage(t):
-    """All that t's storage holds, also what t does not reach, as a flat tensor on the same memory."""
+    """The whole storage of t, with the elements that t does not reach, as a flat tensor on the same memory."""
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
 
 
 def on(t, device):
-    """The same view of a copy of t's whole storage on the device. Not a tensor: returned as it is."""
+    """The same view of a copy of t's whole storage on the device; another object than a tensor is returned itself."""
     if not isinstance(t, torch.Tensor):
         return t
     return whole_storage(t).clone().to(device).as_strided(t.shape, t.stride(), t.storage_offset())
@@ -134,7 +134,7 @@ def tiny(dtype):
 
 
 def scatter(rng, array, specials, share=0.15):
-    """Puts the special values at random places, in about that share of them."""
+    """Put the special values at random places, about this share of all places."""
     where = rng.random(array.shape) < share
     return np.where(where, rng.choice(np.asarray(specials, np.float64), array.shape), array)
 
@@ -221,7 +221,7 @@ class Case:
         x = rng.integers(0, 256, self.shape).astype(np.uint8)
         if self.x != torch.uint8:
             x = image_values(rng, self.shape, self.x, box, grid)
-            if np.all(np.abs(x) < 16 * grid) and rng.random() < 0.8:  # so that rounding and step 2 meet zero
+            if np.all(np.abs(x) < 16 * grid) and rng.random() < 0.8:  # rounding and step 2 then meet zero
                 params = {
                     k: (v[0] if k in ("lo", "hi") else grid * rng.integers(0, 9) / 4, v[1]) for k, v in params.items()
                 }
@@ -235,7 +235,7 @@ class Case:
         return Call(self.op, tensors, self.arguments(rng, params), out)
 
     def moved(self, rng, x, params):
-        """Where an attack may have got to: in the ball, at its border, or out of it; sometimes NaN."""
+        """An iterate of an attack: in the ball, at its border, or outside of it; sometimes NaN."""
         v = oracle.image(x, np.float64)
         eps = params["eps"][0] if np.isfinite(params["eps"][0]) else 1.0
         v = v + eps * rng.choice([-1.0, -0.5, 0.0, 0.3, 1.0, 1.5], self.shape)
@@ -285,7 +285,7 @@ class Call:
     out: torch.Tensor
 
     def on(self, device):
-        """A deep copy on the device, every storage with its gaps."""
+        """A deep copy on the device; every storage keeps its gaps."""
         args = {k: tuple(on(b, device) for b in v) if k == "clip" else on(v, device) for k, v in self.arguments.items()}
         return Call(self.op, {k: on(t, device) for k, t in self.tensors.items()}, args, on(self.out, device))
 
@@ -309,7 +309,7 @@ class Call:
 
 
 def mostly(*choices):
-    """The first choice half of the time: the paths that users take deserve most examples."""
+    """The first choice half of the time, because most examples should be like the calls of users."""
     return st.one_of(st.just(choices[0]), st.sampled_from(choices))
 
 
@@ -347,7 +347,7 @@ def cases(draw, op):
 
 
 def without_out(case):
-    """The case for a result that the op allocates: its dtype is not a choice."""
+    """The case for a result that the op allocates; the op chooses its dtype."""
     return replace(
         case, out=case.x_adv if case.op == "pgd_step" else torch.float32 if case.x == torch.uint8 else case.x
     )
@@ -355,7 +355,7 @@ def without_out(case):
 
 @dataclass(frozen=True)
 class ModelInput:
-    """The choices of a normalisation and of its z; `made()` builds them for a case."""
+    """The choices of a normalisation and of its z; `made()` builds both for a case."""
 
     z: torch.dtype
     layout: str
@@ -384,7 +384,7 @@ def model_inputs():
 
 
 def calls_on_every_16_bit_value(dtype, device="cpu"):
-    """Calls of the ops on the values of the dtype, of both signs: many leave the ball and are pulled back."""
+    """Calls of the ops on the values of the dtype; many results leave the ball and are pulled back."""
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.abs() < 60_000].to(device)
     grad = torch.randn(x.shape).to(device)
@@ -393,6 +393,6 @@ def calls_on_every_16_bit_value(dtype, device="cpu"):
         yield functools.partial(fastadv.fgsm_step, x, grad, radius, **options)
         yield functools.partial(fastadv.random_init, x, radius, seed=5, **options)
         yield functools.partial(fastadv.fgsm_step, x, grad, radius, noise=radius, seed=6, **options)
-        # A start at the ball's edge: the other neighbour is often the nearer one.
+        # A start at the ball's edge, where the nearer neighbour is often outside of the ball.
         start = (x.double() + radius * (1 - torch.rand(x.shape, device=x.device) / 50)).to(dtype)
         yield functools.partial(fastadv.pgd_step, start, grad, x, alpha=radius / 9, eps=radius, **options)

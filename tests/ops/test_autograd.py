@@ -1,4 +1,4 @@
-"""Gradients: torch.clamp's, ties pass; the sign's argument gets zeros; and only where they were asked for."""
+"""Gradients are torch.clamp's, and ties pass; the sign's argument gets zeros; no call without grad pays for them."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad, gradcheck
 import fastadv
 
 SHAPE = (2, 3, 4, 5)
-SMALL = (2, 2, 3)  # finite differences call the op twice an element
+SMALL = (2, 2, 3)  # finite differences call the op twice for each element
 
 
 def leaf(array, dtype, device):
@@ -23,12 +23,12 @@ def leaf(array, dtype, device):
 
 
 def on_eighths(rng, low, high):
-    """Multiples of 1/8: every sum below is exact, so ties are met, and are ties."""
+    """Multiples of 1/8: every sum below is exact, so that many values tie with a bound exactly."""
     return rng.integers(round(8 * low), round(8 * high) + 1, SHAPE) / 8
 
 
 def backward(result, rng, *leaves):
-    """A random upstream gradient; returns it and what reached the leaves, as values."""
+    """(a random upstream gradient, the gradients of the leaves), as values."""
     up = torch.from_numpy(rng.normal(size=SHAPE)).to(result.dtype).to(result.device)
     got = torch.autograd.grad(result, leaves, up, allow_unused=False)
     for g, v in zip(got, leaves, strict=True):
@@ -89,7 +89,7 @@ def test_pgd_step_masks_of_parameter_tensors(backend):
 @pytest.mark.parametrize("project", [True, False], ids=("project", "no_project"))
 @pytest.mark.parametrize("alpha", [None, 0.125, 0.5])
 def test_fgsm_step_masks_without_noise(backend, alpha, project):
-    """Without noise the ball's clamp passes everything on, one way or the other: what is left is the box."""
+    """Without noise the ball's clamp does not depend on x, so only the box masks the gradient."""
     name, device = backend
     rng, eps, box = np.random.default_rng(), 0.25, (0.0, 0.75)
     x, g = on_eighths(rng, -0.25, 1.25), rng.choice([-1.0, 0.0, 1.0, np.nan], SHAPE)
@@ -106,7 +106,7 @@ def test_fgsm_step_masks_without_noise(backend, alpha, project):
 
 
 def noise_of(x, noise, seed):
-    """n, in float64, from the oracle: random_init with an open box is x + n, rounded once."""
+    """The noise n in float64, from the oracle: random_init with an open box is x + n, rounded once."""
     h = oracle.halves(x, seed)
     return (noise * 2.0**-16) * (2 * h - 65535)
 
@@ -151,7 +151,7 @@ def test_random_init_mask(backend):
 
 
 def away_from(values, *borders, margin=1e-3):
-    """Moves values that are close to a border away from it, to where finite differences see one branch."""
+    """Move values away from the borders, so that finite differences see one branch."""
     for border in borders:
         values = np.where(np.abs(values - border) < margin, border + 2 * margin, values)
     return values
@@ -160,7 +160,7 @@ def away_from(values, *borders, margin=1e-3):
 def test_gradcheck_pgd_step(backend):
     name, device = backend
     rng, eps, alpha = np.random.default_rng(), 0.2, 0.1
-    x = away_from(rng.uniform(0.05, 0.95, SMALL), 0.2, 0.8)  # and so x +- eps from 0 and 1
+    x = away_from(rng.uniform(0.05, 0.95, SMALL), 0.2, 0.8)  # so x +- eps is away from 0 and 1
     g = rng.choice([-1.0, 1.0], SMALL)
     d = away_from(rng.uniform(-0.4, 0.4, SMALL), -eps, eps)
     d = np.where(np.abs(x + d) < 2e-3, d + 5e-3, np.where(np.abs(x + d - 1) < 2e-3, d - 5e-3, d))
@@ -171,12 +171,12 @@ def test_gradcheck_pgd_step(backend):
 
 @pytest.mark.parametrize("project", [True, False], ids=("project", "no_project"))
 def test_gradcheck_fgsm_step_and_random_init(backend, project):
-    """Images far enough inside for no tie with the box; the ball is met on both sides."""
+    """The images are inside the box, so that none ties with it; the ball is met on both sides."""
     name, device = backend
     rng = np.random.default_rng()
     x, g = rng.uniform(0.35, 0.65, SMALL), rng.choice([-1.0, 1.0], SMALL)
     leaves = [leaf(v, torch.float64, device) for v in (x, g)]
-    # d = n +- 0.1 comes within 1e-5 of eps only where n does of 0.05: take a seed where it does not.
+    # d = n +- 0.1 is within 1e-5 of eps only where n is within 1e-5 of 0.05: take a seed without such a place.
     for seed in range(1000):
         n = noise_of(torch.from_numpy(x), 0.2, seed)
         if np.abs(np.abs(n + 0.1 * g) - 0.15).min() > 1e-5:
@@ -187,7 +187,7 @@ def test_gradcheck_fgsm_step_and_random_init(backend, project):
         assert gradcheck(lambda t: fastadv.random_init(t, 0.2, seed=seed), leaves[:1])
 
 
-# ------------------------------------------------------------------------------- only where it was asked for
+# ------------------------------------------------------------------------------- only with grad mode
 
 
 def steps(t):
@@ -204,7 +204,7 @@ def inputs(device):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 def test_without_grad_mode_attacks_pay_nothing(backend, mode):
-    """The same ops are dispatched as for inputs that never required grad, and nothing is recorded."""
+    """The dispatched ops are the ops of inputs that never required grad, and nothing is recorded."""
     name, device = backend
     t = inputs(device)
     with fastadv.backend(name), mode():
@@ -254,7 +254,7 @@ def raw_calls(t, out):
 
 @pytest.mark.parametrize("op", s.OPS)
 def test_raw_op_refuses_inputs_that_require_grad(backend, op):
-    """An op that writes to out has no derivative: silence would be a wrong gradient."""
+    """An op that writes to out has no derivative; without an error the gradient would be wrong."""
     name, device = backend
     raw = getattr(getattr(torch.ops.fastadv, op), name)
     for which in ("x", "x_adv", "grad", "out"):
@@ -291,7 +291,7 @@ def failing_calls(t):
 
 @pytest.mark.parametrize("call", range(8))
 def test_an_error_that_somebody_keeps_leaves_autograd_on(backend, call):
-    """Interactive shells and test runners keep the traceback, and with it everything that its frames hold."""
+    """Interactive shells and test runners keep a traceback, and so all objects in its frames."""
     name, device = backend
     t, kept = inputs(device), None
     with fastadv.backend(name):
@@ -307,14 +307,14 @@ def test_an_error_that_somebody_keeps_leaves_autograd_on(backend, call):
         with fastadv.backend(name):
             assert fastadv.random_init(x.to(device), 0.1, seed=1).requires_grad
     finally:
-        del kept  # or the tests after this one would fail too
+        del kept  # else the tests after this one could fail too
 
 
 # -------------------------------------------------------------------------------- torch.func, forward-mode, constants
 
 
 def squared(t):
-    """A function of x whose gradient is that of a step's result, squared."""
+    """{op: a function of x that sums the squares of the op's result}."""
     return {
         "random_init": lambda x: (fastadv.random_init(x, 0.1, seed=3) ** 2).sum(),
         "fgsm_step": lambda x: (fastadv.fgsm_step(x, t["grad"], 0.1, noise=0.2, seed=3) ** 2).sum(),
@@ -334,7 +334,7 @@ def test_torch_func_takes_the_same_gradient(backend, op):
         assert torch.equal(torch.func.vjp(f, t["x"])[1](torch.ones((), device=device))[0], want)
         assert torch.equal(torch.func.jacrev(f)(t["x"]), want)
         second = torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(t["x"])
-        assert torch.equal(second, 2.0 * (want != 0))  # of a piecewise linear function's square
+        assert torch.equal(second, 2.0 * (want != 0))  # a step is piecewise linear, and its square has 2 or 0
 
 
 def test_a_gradient_for_each_sample_is_refused(backend):
@@ -367,13 +367,13 @@ def test_forward_mode_is_refused_and_not_dropped(backend, which):
             with pytest.raises(RuntimeError, match="forward-mode"):
                 raw(every["out"], dual.expand(SHAPE), every["grad"], every["x"], 0.05, 0.1)
             assert every["out"].isnan().all()
-            assert not step(every[which]).isnan().any()  # without a tangent a level changes nothing
+            assert not step(every[which]).isnan().any()  # a tensor without a tangent is no problem
         with pytest.raises(RuntimeError, match="forward-mode"):
             torch.func.jvp(step, (every[which],), (tangent,))
 
 
 def first_uses(normalization, x):
-    """Where a cache of constants may be filled so that it serves nobody else."""
+    """First calls that may fill a cache of constants with tensors that later calls cannot use."""
     with torch.inference_mode():
         yield normalization(x.clone())
     with FakeTensorMode() as mode:
@@ -408,7 +408,7 @@ def test_constants_are_kept_for_every_later_call(backend, constants, use):
 
 
 def test_constants_do_not_go_stale():
-    """A model is saved with its normalisation, and may be loaded onto another device; new numbers are a new object."""
+    """A normalisation is saved with its model and may be loaded onto another device. Its numbers cannot be changed."""
     normalization, x = fastadv.Normalization((0.1, 0.2, 0.3), 0.5), torch.rand(SHAPE)
     want, file = normalization(x), io.BytesIO()
     torch.save(normalization, file)

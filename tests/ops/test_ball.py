@@ -1,6 +1,6 @@
-"""The two promises that users rely on: |x_adv - x| <= eps in the stored dtype, and never outside of the box.
+"""The two promises that users rely on: |x_adv - x| <= eps in the stored dtype, and x_adv is always in the box.
 
-Checked for every finite bfloat16 and float16 image value, and on random float32 ones.
+They are checked on every finite bfloat16 and float16 image value, and on random float32 values.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ OPS = ("pgd_step", "fgsm_step", "fgsm_rs_step", "random_init")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """On a busy machine threads that wait for each other made these small calls a hundred times slower."""
+    """Run with one thread: on a busy machine two threads made these small calls a hundred times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,14 +31,14 @@ def every_value(dtype):
 
 
 def plan(backend, op, eps, up):
-    """What is tried: no up and down for the random start, and little in the slow interpreter."""
+    """Whether a call is tried: the random start has no direction, and the interpreter is slow."""
     if backend == ("triton", "cpu"):
         return eps == 8 / 255 and op == "pgd_step"
     return up or op != "random_init"
 
 
 def run(module, op, x, up, eps, box, seed, **kw):
-    """The op on its way to the ball's border, up or down; noise larger than the ball in FGSM-RS."""
+    """The op moves every pixel to the ball's border, up or down; in FGSM-RS the noise is larger than the ball."""
     grad = torch.full_like(x, 1.0 if up else -1.0)
     if op == "pgd_step":
         return module.pgd_step(x, grad, x, alpha=2 * eps + 1e-3, eps=eps, clip=box, **kw)
@@ -50,9 +50,9 @@ def run(module, op, x, up, eps, box, seed, **kw):
 
 
 def check_ball(x, x_adv, eps, box):
-    """As a user checks it: subtract, compare. Outside of the box there is no promise but the box.
+    """Subtract and compare, as a user checks it. An image outside of the box is only brought into the box.
 
-    The bounds are those of the computation, float32; they are compared in float64, where nothing is rounded.
+    The bounds are float32 like the computation; they are compared in float64, where nothing is rounded.
     """
     lo, hi = (float(np.float32(b)) for b in box)
     inside = (x.double() >= lo) & (x.double() <= hi)
@@ -95,7 +95,7 @@ def test_random_float32_images_stay_in_the_ball(backend, box):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_uint8_images_stay_in_the_ball(backend, dtype):
-    """The user compares with code/255 in float32, whatever the dtype that the result is stored in."""
+    """The user compares with code/255 in float32, even if the result is stored in another dtype."""
     name, device = backend
     codes = torch.arange(256, dtype=torch.uint8)
     x = codes.float() / 255

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and opcheck see through the ops, and change no bit of what they compute."""
+"""The ops work under torch.compile, torch.export and opcheck, which change no bit of the results."""
 
 import random
 import warnings
@@ -30,7 +30,7 @@ def inputs(device, layout="contiguous", shape=SHAPE):
 
 
 def every_op(x, x_adv, grad):
-    """All three ops, between other ones so that a compiler has something to fuse and to lay out anew."""
+    """All three ops with other ops between them, so that a compiler can fuse and change layouts."""
     x = x * 0.5 + 0.25
     start = fastadv.random_init(x, 0.1, seed=5)
     fast = fastadv.fgsm_step(x, grad * 2, 0.1, alpha=0.125, noise=0.2, seed=-7)
@@ -48,7 +48,7 @@ def out_and_in_place(x, x_adv, grad):
 
 
 def tensor_arguments(x, x_adv, grad):
-    """Parameter tensors and per-sample seeds that the compiled function makes or is given."""
+    """Parameter tensors and per-sample seeds, some given and some made in the compiled function."""
     eps = x.mean((1, 2, 3), keepdim=True) / 4
     seed = fastadv.sample_seeds(9, torch.arange(x.shape[0], device=x.device), 1)
     start = fastadv.random_init(x, eps, seed=seed)
@@ -59,7 +59,7 @@ NORMALIZATION = fastadv.Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 def model_input(x, x_adv, grad):
-    """z of all three ops, into new memory and into what the function was given."""
+    """z of all three ops, written to new memory and to given tensors."""
     z, start, last = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x), x_adv.clone()
     fastadv.random_init(x, 0.1, seed=5, out=start, normalization=NORMALIZATION, z=z)
     fast = fastadv.fgsm_step(start, grad, 0.1, noise=0.2, seed=-7, normalization=NORMALIZATION, z=last)
@@ -99,7 +99,7 @@ def test_compiled_equals_eager(backend, function):
 @pytest.mark.parametrize("layout", ["channels_last", "sliced"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_compiled_equals_eager_in_any_layout(native, function, layout):
-    """What is traced depends on the layout, but not on who serves."""
+    """The traced graph depends on the layout, but not on the backend."""
     compiled_equals_eager(*native, function, layout)
 
 
@@ -131,7 +131,7 @@ def test_gradients_through_a_compiled_step(backend):
 
 
 def test_a_draw_in_a_compiled_function_repeats_under_manual_seed(native):
-    """Which seed is drawn may differ from eager's, but it is reproducible, and fresh in each call."""
+    """The drawn seed may differ from the eager function's. It is reproducible, and new in each call."""
     name, device = native
     x = inputs(device)[0]
     with fastadv.backend(name):
@@ -146,7 +146,7 @@ def test_a_draw_in_a_compiled_function_repeats_under_manual_seed(native):
 
 
 def test_compiled_writes_are_counted(native):
-    """What a compiled step overwrites cannot be backpropagated through either."""
+    """There is no backward pass through a tensor that a compiled step has overwritten."""
     name, device = native
     x, x_adv, grad = inputs(device)
     w = torch.ones((), device=device, requires_grad=True)
@@ -171,7 +171,7 @@ def seeded(x, seed):
 
 @pytest.mark.parametrize("kind", ["counted", "any", "drawn"])
 def test_seeds_compile_once_and_once_for_all(native, kind):
-    """An int is a number of the graph at its second value, whatever its sign and size."""
+    """From its second value on an int is a symbol of the graph, for every sign and size."""
     name, device = native
     rng = random.Random()
     seeds = {
@@ -187,7 +187,7 @@ def test_seeds_compile_once_and_once_for_all(native, kind):
     assert count.frame_count <= 2
 
 
-# Inductor is what may lay tensors out anew; it is slow to start, so it compiles two functions.
+# Only inductor may change the layouts of tensors. It is slow to start, so it compiles two functions.
 
 
 def channels_last_inside(x, x_adv, grad):

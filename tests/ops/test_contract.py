@@ -1,5 +1,5 @@
-"""The ops against the numeric contract, on whole random calls: every backend, the reference among them, against an
-oracle that shares no code with any. Bit for bit."""
+"""The ops against the numeric contract, on whole random calls: every backend and the reference equal, bit for bit, an
+oracle that shares no code with them."""
 
 import itertools
 import time
@@ -18,7 +18,7 @@ from fastadv.ops import backends
 
 
 def settings_for(name):
-    """In Triton's interpreter a call takes 20 ms and more: fewer of them, and a failure would be shrunk for minutes."""
+    """Triton's interpreter takes 20 ms or more for a call: it gets fewer examples, and failures are not shrunk."""
     if name != "triton" or torch.cuda.is_available():
         return settings()
     return settings(phases=[Phase.generate], max_examples=max(1, 2 * settings().max_examples // 3))
@@ -29,12 +29,12 @@ def calls():
 
 
 def bits(call):
-    """Every byte of every tensor that the call reads, gaps included."""
+    """Every byte of every tensor that the call reads, with the gaps in memory."""
     return torch.cat([s.whole_storage(s.on(t, "cpu")).view(torch.uint8) for t in call.everything()])
 
 
 def check(call, backend, device, want, want_z=None, **model_input):
-    """Runs the call with out= on the backend and looks at everything it may have touched."""
+    """Run the call with out= on the backend and check everything that it may have touched."""
     call = call.on(device)
     inputs, before = bits(call), calls()
     with fastadv.backend(backend):
@@ -57,7 +57,7 @@ def check(call, backend, device, want, want_z=None, **model_input):
 
 @pytest.mark.parametrize("op", s.OPS)
 def test_every_backend_equals_the_oracle(backend, op):
-    """With z asked for as well: the same image, and of its stored values the model's next input."""
+    """With z the image is the same, and z is the model input for its stored values."""
     name, device = backend
 
     @settings_for(name)
@@ -77,7 +77,7 @@ def test_every_backend_equals_the_oracle(backend, op):
 
 @pytest.mark.parametrize("op", s.OPS)
 def test_allocated_result_equals_the_oracle(native, op):
-    """Without out=, the result has its own dtype and the strides of `empty_like`: one code allocates for all."""
+    """Without out= the op chooses the dtype, and the strides of `empty_like`; native backends share this code."""
     name, device = native
 
     @given(s.cases(op).map(s.without_out))
@@ -96,7 +96,7 @@ def test_allocated_result_equals_the_oracle(native, op):
 
 
 def test_fgsm_starts_from_what_random_init_returned(backend):
-    """The image that the model saw is the one that the step starts from: for every dtype of x and out."""
+    """For every dtype of x and out the step starts from exactly the image that the model saw."""
     name, device = backend
 
     @settings_for(name)
@@ -107,7 +107,7 @@ def test_fgsm_starts_from_what_random_init_returned(backend):
         case = replace(case, project=True)
         call = case.call()
         a, t = call.arguments, call.tensors
-        # The scale of a case may have rounded it to the number 0, which starts from x itself, outside the box too.
+        # The scale of a case may round the noise to the number 0; then the step starts from x, even outside the box.
         assume(torch.is_tensor(a["noise"]) or a["noise"] != 0)
         eps, alpha = a["eps"], a["eps"] if a["alpha"] is None else a["alpha"]
         with fastadv.backend("reference"):
@@ -126,7 +126,7 @@ def test_fgsm_starts_from_what_random_init_returned(backend):
 @pytest.mark.parametrize("seeds", ["one", "each"])
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 128, 96), (3, 2, 48, 64)], ids=str)
 def test_images_of_whole_blocks(kernel, shape, seeds):
-    """Channels of 4096, 12288 and 3072 elements: of whole blocks, also of the widest, and images alone of them."""
+    """Channels of 4096 and 12288 elements are whole blocks, also of the widest block; with 3072 only images are."""
     name, device = kernel
     x, grad = torch.rand(shape), torch.randn(shape)
     seed = 5 if seeds == "one" else torch.arange(shape[0]) - 1
@@ -145,7 +145,7 @@ def test_images_of_whole_blocks(kernel, shape, seeds):
 
 
 def budgets(shape, kind, rng):
-    """eps as a tensor; one of many is NaN."""
+    """eps as a tensor, of which one entry is NaN if it has more than two."""
     size = {"0d": (), "N": shape[:1], "NC": shape[:2]}[kind]
     eps = rng.uniform(0.01, 0.1, size)
     if size and eps.size > 2:
@@ -157,7 +157,7 @@ def budgets(shape, kind, rng):
 @pytest.mark.parametrize("kind", ["0d", "N", "NC"])
 @pytest.mark.parametrize("shape", [(5, 3, 17, 19), (3, 2, 33, 31), (40, 65), (9, 7), (3, 4, 16, 16)], ids=str)
 def test_budgets_change_wherever_they_do(native, shape, kind, layout):
-    """Within a tile, at its end and beyond it: with one value for a stretch of elements, and with arrays of them."""
+    """eps changes within a tile, at its end or beyond it; the kernel reads one value for a stretch, or an array."""
     name, device = native
     rng = np.random.default_rng()
     t = {k: s.laid_out(rng.random(shape), torch.float32, layout, rng) for k in ("x", "x_adv", "grad")}
@@ -182,7 +182,7 @@ def test_budgets_change_wherever_they_do(native, shape, kind, layout):
 
 @pytest.mark.parametrize("eps", ["number", "each"])
 def test_triton_takes_more_samples_than_a_grid_has_rows(monkeypatch, eps):
-    """In several launches; with rows for 3 samples here, for the interpreter takes minutes for 65,536."""
+    """It needs several launches. The limit is 3 samples here, because the interpreter takes minutes for 65,536."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, grad, seed = torch.rand(7, 2, 5), torch.randn(7, 2, 5), torch.arange(7) * 2**40
     eps = 0.1 if eps == "number" else torch.rand(7, 1, 1) / 10
@@ -203,7 +203,7 @@ def test_triton_takes_more_samples_than_a_grid_has_rows(monkeypatch, eps):
 
 @pytest.mark.parametrize("op", s.OPS)
 def test_a_budget_for_each_sample_costs_what_one_costs(op):
-    """The same bytes move: within twice the time, on the CPU. (Arrays of parameters take eight times as long.)"""
+    """The bytes are the same, so the time on the CPU is at most twice. (Arrays of parameters take eight times.)"""
     x, grad, out = torch.rand(128, 3, 32, 32), torch.randn(128, 3, 32, 32), torch.empty(128, 3, 32, 32)
     call = {
         "random_init": lambda eps: fastadv.random_init(x, eps, seed=1, out=out),
@@ -226,7 +226,7 @@ def test_a_budget_for_each_sample_costs_what_one_costs(op):
 
 @given(s.cases("random_init"), s.model_inputs())
 def test_normalization_equals_the_oracle(case, model_input):
-    """Called on an image it does what the steps do."""
+    """A normalisation that is called on an image gives what the steps write to z."""
     normalization, z = model_input.made(case)
     w = case.call().out.zero_()
     w += torch.randn(w.shape).to(w)
@@ -240,7 +240,7 @@ def test_normalization_equals_the_oracle(case, model_input):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_value_of_16_bits(kernel, dtype):
-    """Of Triton's interpreter, which is slow, every third of the calls: each op, and each radius, is among them."""
+    """In Triton's interpreter, which is slow, every third call is run: they have each op and each radius."""
     name, device = kernel
     step = 3 if name == "triton" and device == "cpu" else 1
     for call in itertools.islice(s.calls_on_every_16_bit_value(dtype, device), 0, None, step):

@@ -1,7 +1,7 @@
-"""The CUDA kernels and their launcher, compiled for the CPU, on whole random calls: bit for bit the reference.
+"""The CUDA kernels and their launcher, compiled for the CPU, equal the reference bit for bit on whole random calls.
 
-What a GPU's own instructions do is not in this; every index, access, table row and formula is. The same cases run on
-a GPU in test_contract.py.
+This tests every index, access, table row and formula, but no instruction of a GPU. test_contract.py runs the same cases
+on a GPU.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ BACKEND = ["-DFASTADV_BACKEND=cuda", "-DFASTADV_KEY=CPU", '-DFASTADV_NVCC="none"
 
 @pytest.fixture(scope="module", autouse=True)
 def emulated(tmp_path_factory):
-    """The CUDA library as an extension that serves CPU tensors; the backend `cuda` is it, in this module."""
+    """The CUDA library as an extension for CPU tensors; in this module it is the backend `cuda`."""
     folder = tmp_path_factory.mktemp("emulated")
     torch_dir = Path(torch.__file__).parent
     include = [
@@ -97,7 +97,7 @@ FLAT = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.
 @pytest.mark.parametrize("shape", [(3, 3, 32, 32), (5, 1001), (3, 2, 8)], ids=str)
 @pytest.mark.parametrize("per_sample", [False, True], ids=["one_seed", "seeds"])
 def test_the_fast_path(x_type, grad_type, shape, per_sample):
-    """Dense, aligned, numbers: where these kernels spend their lives, with whole and partial groups."""
+    """Dense, aligned tensors and parameters that are numbers, the usual call; with whole and partial groups."""
     x = (torch.rand(shape) * 256).to(torch.uint8) if x_type == torch.uint8 else torch.rand(shape).to(x_type)
     grad = torch.randn(shape).to(grad_type)
     grad.view(-1)[::7] = 0
@@ -138,7 +138,7 @@ def test_every_value_of_16_bits(dtype, emulated):
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 5, 5), (3, 11, 3, 3), (2, 1, 4, 4), (1, 40, 3, 1)], ids=str)
 def test_the_channels_of_the_fast_path(shape):
-    """Wherever they begin and end in a group of eight: contiguous and channels-last, one block and one a sample."""
+    """A channel may begin and end anywhere in a group of eight; in both layouts, with one seed and with one each."""
     normalization = fastadv.Normalization(torch.rand(shape[1]).tolist(), torch.rand(shape[1]).add(0.1).tolist())
     for memory_format, seed in itertools.product(
         (torch.contiguous_format, torch.channels_last), (1, torch.arange(shape[0]))
@@ -157,7 +157,7 @@ def test_the_generator():
 
 
 def test_more_samples_than_the_grid_has_rows():
-    """65,535 blocks at most lie in a grid's second dimension: the kernels go round."""
+    """The second dimension of a grid has at most 65,535 blocks, so the kernels loop over samples."""
     x = torch.rand(65_600, 3)
     seeds = fastadv.sample_seeds(1, torch.arange(len(x)))
     with fastadv.backend("cpu"):
@@ -174,7 +174,7 @@ def left_by_c(name):
 
 
 def test_only_kernels_that_wait_are_launched_before_their_predecessor_has_ended(monkeypatch):
-    """What counts is what the code was made of, 8.0 on the first device and 9.0 on the second, not the device."""
+    """The architecture of the code decides, 8.0 on the first device and 9.0 on the second, not the device's."""
     monkeypatch.setenv("FASTADV_EMULATED_PTX", "80,90")
     x, found = torch.rand(2, 3, 8, 8), []
     calls = {

@@ -1,4 +1,4 @@
-"""Every refusal names the argument and what it got, and comes before anything is written."""
+"""Every error names the argument and its value, and is raised before anything is written."""
 
 import ast
 import os
@@ -20,7 +20,7 @@ N, C, H, W = SHAPE = (2, 3, 4, 5)
 
 
 def valid(op):
-    """Arguments that are fine; each case below spoils one."""
+    """Valid arguments; each case below replaces one of them."""
     t = {k: torch.rand(SHAPE) for k in ("x", "grad", "x_adv")}
     out = torch.full(SHAPE, torch.nan)
     if op == "random_init":
@@ -40,7 +40,7 @@ def valid(op):
 
 
 def says(name, got=""):
-    """A pattern for a message that has both words, in any order; "NaN" may be spelled as one likes."""
+    """A pattern for a message that has both words in any order and case."""
     return rf"(?is)(?=.*\b{name}\b)(?=.*{got})"
 
 
@@ -169,7 +169,7 @@ PARAMETERS = having("eps", "noise", "alpha") + [
 
 
 def parameter(name, p):
-    """Where the parameter goes, and what the message may call it."""
+    """(the arguments with the parameter, a pattern of its names in a message)."""
     if name in ("lo", "hi"):
         return {"clip": (p, 1.0) if name == "lo" else (0.0, p)}, "clip|lo|hi"
     return {name: p}, name
@@ -180,7 +180,7 @@ def refuses_parameter(op, error, name, p, got):
     refuses(op, error, rf"(?s)(?=.*\b({named})\b)(?=.*{got})", **bad)
 
 
-# 1-D is refused as nobody can say whether it is N or C; over H and W no parameter may vary.
+# A 1-D tensor is refused because it could be N or C; no parameter may vary over H and W.
 BAD_SHAPES = ((1,), (C,), (W,), (N, C), (N, 1, 1), (1, 1, H, 1), (1, 1, 1, W), (N, C, H, W))
 BAD_SHAPES += ((N + 1, 1, 1, 1), (1, C + 1, 1, 1), (0, 1, 1, 1), (1, N, 1, 1, 1))
 
@@ -314,7 +314,7 @@ def test_in_place_with_an_input_that_requires_grad(op, which):
     with torch.no_grad():
         for k, v in before.items():
             assert torch.equal(t[k], v)
-        in_place(op, t)  # without grad mode it is what every attack does
+        in_place(op, t)  # attacks call it so, without grad mode
         target = "x" if op == "fgsm_step_" else "x_adv"
         assert not torch.equal(t[target], before[target])
 
@@ -430,7 +430,7 @@ def test_normalization_is_for_float_images_of_its_channels():
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64], ids=lambda k: k.__name__)
 def test_numpy_numbers_are_numbers(kind):
-    """The number that NumPy holds, rounded as any other."""
+    """A NumPy number is used like the Python number of its value."""
     t = {k: torch.rand(SHAPE) for k in ("x", "grad", "x_adv")}
     eps, alpha, lo, hi, seed = (kind(v) for v in (0.75, 0.3, 0.125, 1, 3))
     seed = np.int64(seed)
@@ -483,7 +483,7 @@ def test_backend_that_is_no_name(name):
 
 
 def in_a_process(backend, code):
-    """The variable is read once a process, so these two tests need one each."""
+    """Run code in a new process, because the variable is read once in each process."""
     step = "import torch, fastadv; x = torch.ones(4); step = lambda: fastadv.fgsm_step(x, x, 0.1)"
     env = {**os.environ, "FASTADV_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -516,7 +516,7 @@ def test_the_environment_variable_chooses_and_the_context_wins():
 
 
 def test_a_named_backend_never_falls_back():
-    """Asked for CUDA with CPU tensors: whether it was built or not, that is an error."""
+    """The backend cuda is an error on CPU tensors, whether it was built or not."""
     x = torch.rand(SHAPE)
     out = torch.full_like(x, torch.nan)
     with pytest.raises(RuntimeError, match=r"(?s)(?=.*cuda)(?=.*cpu)"), fastadv.backend("cuda"):
@@ -526,7 +526,7 @@ def test_a_named_backend_never_falls_back():
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """CUDA kernels built for a list of architectures, Triton, and GPUs of these compute capabilities."""
+    """A function that feigns CUDA kernels for a list of architectures, Triton, and GPUs of these capabilities."""
 
     def there_are(archs, *capabilities):
         def capability(device=None):
@@ -553,12 +553,12 @@ SERVED = [
     ("8.6", (8, 0), False),
     ("8.0 8.6", (8, 9), True),
     ("8.0;9.0", (10, 0), False),
-    ("8.0+PTX", (9, 0), True),  # PTX serves all that is later
+    ("8.0+PTX", (9, 0), True),  # PTX serves all later architectures
     ("9.0+PTX", (8, 9), False),
-    ("9.0a", (9, 0), True),  # but that of one device alone
+    ("9.0a", (9, 0), True),  # "a" serves only this architecture
     ("9.0a+PTX", (10, 0), False),
     ("10.0a+PTX", (10, 3), False),
-    ("10.0f", (10, 3), True),  # and that of a family in it
+    ("10.0f", (10, 3), True),  # "f" serves its family
     ("10.0f+PTX", (12, 0), False),
 ]
 
@@ -604,7 +604,7 @@ def test_backend_is_undone_also_by_an_exception():
 
 
 def test_backend_is_a_context_variable():
-    """What one thread chose, another one does not see."""
+    """The backend of one thread does not affect another thread."""
     inside, done = threading.Event(), threading.Event()
 
     def hold():

@@ -1,4 +1,4 @@
-"""What only a GPU has: streams, graphs, a second device, tensors beyond 2^31 elements."""
+"""The ops with streams, graphs, a second device and tensors beyond 2^31 elements, which need a GPU."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_a_captured_op_follows_its_inputs_and_its_seed(name, op, dtype, per_samp
 
 @gpu_backend
 def test_concurrent_streams(name):
-    """Each stream's calls wait for what its own stream made, and for nothing else."""
+    """The calls of each stream wait for the results of this stream only."""
     streams = [torch.cuda.Stream() for _ in range(4)]
     made = [tensors() for _ in streams]
     seeds = [torch.tensor([i], device="cuda") for i in range(len(streams))]
@@ -77,7 +77,7 @@ def test_concurrent_streams(name):
         for _ in range(5):
             for stream, (x, grad, x_adv), seed in zip(streams, made, seeds, strict=True):
                 with torch.cuda.stream(stream):
-                    torch.cuda._sleep(100_000)  # the stream's inputs come late
+                    torch.cuda._sleep(100_000)  # the inputs of the stream come late
                     late = [t.clone() for t in (x, grad, x_adv)]
                     results.append([call(torch.empty_like(x)) for call in calls(*late, seed).values()])
     torch.cuda.synchronize()
@@ -106,7 +106,7 @@ BEYOND = 2**31 + 8 * 1001 + 3
 
 @gpu_backend
 def test_steps_beyond_2_to_the_31_elements(name):
-    """The first and the last elements, and those around 2^31, against the reference on them alone."""
+    """The first elements, the last, and the elements around 2^31, against the reference on these slices."""
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs an NVIDIA GPU with 20 GiB free")
     x = torch.rand(BEYOND, device="cuda", dtype=torch.bfloat16)
@@ -122,7 +122,7 @@ def test_steps_beyond_2_to_the_31_elements(name):
 
 @gpu_backend
 def test_noise_beyond_2_to_the_31_elements(name):
-    """Around 0.5 the noise of the last whole groups is the generator's, exactly."""
+    """Around 0.5 the noise of the last whole groups is exactly the generator's."""
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs an NVIDIA GPU with 20 GiB free")
     x = torch.full((BEYOND,), 0.5, device="cuda")

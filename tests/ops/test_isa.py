@@ -1,4 +1,4 @@
-"""The CPU kernels are compiled once per instruction set: all of them give the same bits."""
+"""The CPU kernels are compiled once for each instruction set, and all give the same bits."""
 
 import pytest
 import strategies as s

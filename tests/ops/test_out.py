@@ -1,4 +1,4 @@
-"""out= and in-place: aliasing, refusals, one op, no allocation, the same bits whatever the threads."""
+"""out= and in-place: aliasing, refusals, one op, no allocation, the same bits with any number of threads."""
 
 import numpy as np
 import oracle
@@ -36,7 +36,7 @@ def run(op, t, **out):
 
 
 def expected(op, t):
-    """The oracle's result, of copies that alias nothing but keep the layout that the noise follows."""
+    """The oracle's result for copies without aliases, in the same layout, which determines the noise."""
     t = {k: s.on(v, "cpu") for k, v in t.items()}
     if op == "random_init":
         return oracle.random_init(t["x"], EPS, seed=5)
@@ -83,7 +83,7 @@ def test_in_place_forms(backend, dtype):
 
 
 def test_interleaved_views_of_one_buffer(backend):
-    """Views that share a storage and no element are accepted, and nothing between them is touched."""
+    """Views that share a storage but no element are accepted, and no other element is touched."""
     name, device = backend
     rng = np.random.default_rng()
     for views in (
@@ -105,7 +105,7 @@ def test_interleaved_views_of_one_buffer(backend):
 
 
 def writes(t):
-    """Calls and what each writes."""
+    """{name: (a call, the tensors that it writes)}."""
     z, fresh = torch.empty_like(t["x"]), torch.empty_like(t["x"])
     z_args = {"normalization": NORMALIZATION, "z": z}
     base = torch.rand(2, 12, 5, 7, device=fresh.device)
@@ -121,7 +121,7 @@ def writes(t):
 
 @pytest.mark.parametrize("call", ["out", "z", "out and z", "in place", "in a gap"])
 def test_what_was_written_cannot_be_backpropagated_through(backend, call):
-    """A graph that saved the old values would give a wrong gradient: autograd sees the write, and says so."""
+    """A graph that saved the old values would give a wrong gradient, so autograd must see the write."""
     name, device = backend
     t = on(tensors(), device)
     write, written = writes(t)[call]
@@ -354,7 +354,7 @@ def test_nothing_is_allocated(native, op, layout):
     out = torch.empty_like(t["x"])
     with fastadv.backend(name):
         for more in ({}, {"normalization": NORMALIZATION, "z": torch.empty_like(out, dtype=torch.bfloat16)}):
-            run(op, t, out=out, **more)  # what the first call sets up is not the call's
+            run(op, t, out=out, **more)  # the first call allocates tables that later calls use
             assert allocated(device, lambda more=more: run(op, t, out=out, **more)) == 0
         size = out.numel() * out.element_size()
         assert allocated(device, lambda: run(op, t)) >= size, "the measurement sees nothing"

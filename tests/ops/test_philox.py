@@ -1,4 +1,4 @@
-"""The random bits: Random123's published vectors, every backend's generator, what the noise is made of."""
+"""The random bits: Random123's published vectors, the generator of every backend, and the bits in the noise."""
 
 import numpy as np
 import oracle
@@ -18,7 +18,7 @@ SEEDS = (0, 1, -1, 2**63, -(2**63), 0x299F31D0A4093822, 2**64 - 1)
 
 
 def halves_of(start):
-    """h from random_init(zeros, 1.0), float64, open box: there the noise is (2h - 65535) / 65536, exactly."""
+    """h from random_init(zeros, 1.0) in float64 with an open box, where the noise is exactly (2h - 65535) / 65536."""
     k = oracle.values(start) * 65536
     assert np.array_equal(k, np.rint(k))
     assert np.all(k % 2 == 1)
@@ -44,7 +44,7 @@ def test_oracle_has_the_published_vectors(line):
 
 
 def test_backend_has_the_published_vector(backend):
-    """The only published vector whose counter can be a noise group: all zeros."""
+    """Only the published vector of zeros has a counter that can be a noise group."""
     name, device = backend
     want = [int(word, 16) for word in PUBLISHED[0].split()[6:]]
     with fastadv.backend(name):
@@ -71,7 +71,7 @@ def test_backend_draws_the_oracle_bits(backend, seed):
 
 
 def test_seed_forms_agree(backend):
-    """An int, the same modulo 2^64, a 0-dim and a one-element tensor are the same seed."""
+    """An int, the int plus 2^64, a 0-dim tensor and a one-element tensor are the same seed."""
     x, seed = zeros(5, 3), int(np.random.default_rng().integers(-(2**63), 0))
     forms = (seed, seed + 2**64, torch.tensor(seed), torch.tensor([seed]))
     first, *others = (drawn(backend, x, form) for form in forms)
@@ -81,7 +81,7 @@ def test_seed_forms_agree(backend):
 
 
 def test_noise_follows_the_position_not_the_layout_of_out(backend):
-    """Channels-last has its own order; out, grad and x_adv have no say."""
+    """Channels-last has its own order; the layouts of out, grad and x_adv do not matter."""
     name, device = backend
     x = zeros(2, 3, 5, 4).to(memory_format=torch.channels_last)
     order = drawn(backend, zeros(2 * 3 * 5 * 4), 11).reshape(2, 5, 4, 3).transpose(0, 3, 1, 2)
@@ -94,7 +94,7 @@ def test_noise_follows_the_position_not_the_layout_of_out(backend):
 
 
 def test_a_sample_does_not_know_its_neighbours(backend):
-    """Per-sample seeds: sample n alone, in any batch, on any layout, has the same noise."""
+    """With per-sample seeds a sample has the same noise alone and in any batch, in any layout."""
     name, device = backend
     rng = np.random.default_rng()
     for shape, layout in (
@@ -110,7 +110,7 @@ def test_a_sample_does_not_know_its_neighbours(backend):
             x = torch.rand(6, 33)[::2, 1::3]
         seed = torch.from_numpy(rng.integers(-(2**63), 2**63, shape[0]))
         if shape[0] > 2:
-            seed[2] = seed[0]  # the same seed twice is the same noise twice
+            seed[2] = seed[0]  # two samples with one seed
         x, seed = x.to(device), seed.to(device)
         with fastadv.backend(name):
             whole = fastadv.random_init(x, 0.2, seed=seed)
@@ -121,7 +121,7 @@ def test_a_sample_does_not_know_its_neighbours(backend):
 
 
 def test_all_65536_levels_uniformly(kernel):
-    """A chi-square test over every level; 2^21 draws (in the interpreter 2^14, over 256 bins)."""
+    """A chi-square test over every level, with 2^21 draws; in the interpreter 2^14 draws over 256 bins."""
     slow = kernel == ("triton", "cpu")
     seed = int(np.random.default_rng().integers(2**62))
     h = drawn(kernel, zeros(1 << 14 if slow else 1 << 21), seed)
@@ -131,7 +131,7 @@ def test_all_65536_levels_uniformly(kernel):
         count = np.bincount(values, minlength=bins)
         expected = h.size / bins
         chi2 = ((count - expected) ** 2 / expected).sum()
-        # Six standard deviations: by chance about once in a million runs.
+        # A deviation of six standard deviations comes by chance about once in a million runs.
         assert abs(chi2 - (bins - 1)) < 6 * np.sqrt(2 * (bins - 1)), f"seed {seed}, {bins} bins: {chi2}"
     if not slow:
         assert np.count_nonzero(np.bincount(h, minlength=65536)) == 65536, f"seed {seed}"
@@ -162,7 +162,7 @@ def test_sample_seeds_are_the_oracles(seed):
 
 
 def test_sample_seeds_have_a_published_relative():
-    """Counter (0, 0, 0, 1): the words of an independent scalar Philox, in the stated order."""
+    """The seed of counter (0, 0, 0, 1) has the words of an independent scalar Philox, in the stated order."""
     w = oracle.philox4x32((0, 0, 0, 1), (0, 0))
     got = int(fastadv.sample_seeds(0, torch.tensor([0]))[0]) & oracle.M64
     assert got == int(w[0]) | int(w[1]) << 32

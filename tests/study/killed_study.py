@@ -1,9 +1,9 @@
-"""A study that is killed again and again: run by test_study.py as a program, which forks its runs.
+"""A study that is killed again and again. test_study.py runs it as a program, which forks its runs.
 
     python killed_study.py FOLDER KILLS SEED
 
-FOLDER has grid.yaml and its data. Each run is a fork that is killed with SIGKILL at a random moment; the last one is
-not. Writes deaths.json: of each, how many cells were finished, and whether one was begun.
+FOLDER has grid.yaml and its data. Each run is a fork, and SIGKILL ends all but the last at a random moment. deaths.json
+says for each death how many cells were finished, and whether a cell was begun.
 """
 
 import json
@@ -42,7 +42,7 @@ def main(folder, kills, seed):
     chance, deaths = random.Random(seed), []
     while len(deaths) < kills:
         before, number = finished(folder), fork(folder)
-        # Not over before it was killed often enough: eight cells, and no death sees more than one new one.
+        # The study of eight cells does not end before the last kill, because a run finishes one or two cells at most.
         while finished(folder) == before and not list(folder.glob("out/cells/*/train/state/*.json")):
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.3))

@@ -1,8 +1,8 @@
-"""A study by Ray on two workers, one of which is killed: the same verdicts and records as without, times aside.
+"""A study by Ray on two workers, one of which is killed, has the verdicts and records of a study without Ray.
 
     python tests/study/ray_study.py
 
-Needs the extra ray; it is a step of CI, not of `make test`.
+It needs the extra ray, and is a step of CI, not of `make test`.
 """
 
 import json
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import ray
 
-sys.path.append(str(Path(__file__).resolve().parent))
+sys.path += [str(Path(__file__).resolve().parents[1] / name) for name in ("study", "training")]
 
-from test_study import SMALL, records, timeless, write_set
+from fitted import timeless
+from test_study import SMALL, records, write_set
 
 from fastadv import cli
 
@@ -27,14 +28,14 @@ WORDS = [sys.executable, "-m", "fastadv", "study", "grid.yaml", "--device", "cpu
 
 
 def kill_a_worker(folder):
-    """SIGKILL to the process that has a cell, once there is a state of its training."""
+    """Kill the process that has a cell, as soon as its training has a state."""
     while True:
         for owner in folder.glob("cells/*/cell.owner"):
             try:
                 if any(owner.with_name("train").glob("state/*.json")):
                     os.kill(json.loads(owner.read_text())["pid"], signal.SIGKILL)
                     return owner.parent.name
-            except (OSError, ValueError):  # it has just ended
+            except (OSError, ValueError):  # the cell has just ended
                 pass
         time.sleep(0.002)
 

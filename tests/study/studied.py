@@ -1,8 +1,9 @@
-"""Studies without training: cells in the stored format with verdicts and records that are drawn at random."""
+"""Studies without training: cells in the stored format with random verdicts and records."""
 
 import json
 
 import numpy as np
+import pytest
 
 from fastadv.study.grid import Cell
 
@@ -11,8 +12,16 @@ SECONDS = {"none": 10.0, "fgsm": 17.0, "fgsm-rs": 17.5, "nfgsm": 17.5, "pgd": 58
 UNITS = {"none": 3.0, "fgsm": 5.0, "fgsm-rs": 5.0, "nfgsm": 5.0, "pgd": 17.0}
 
 
+@pytest.fixture
+def rng():
+    """A generator with a new seed at every run; pytest shows the seed where a test fails."""
+    seed = int(np.random.SeedSequence().entropy % 2**32)
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
 def epochs_of(count, collapse=None, attack=0.6, rng=None):
-    """Records of a run that collapses at the epoch `collapse`, after signs of it: the alignment falls one before."""
+    """Records of a run that collapses at the epoch `collapse`; the alignment falls one epoch before."""
     noise = (lambda: float(rng.normal() * 0.01)) if rng is not None else (lambda: 0.0)
     found = []
     for epoch in range(count):

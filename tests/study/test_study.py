@@ -1,4 +1,4 @@
-"""fastadv study: the cells of a grid, that each runs once and as if alone, and that nothing is mixed up or lost."""
+"""fastadv study: a grid's cells each run once and give the same as alone, and no result is mixed up or lost."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fitted import timeless
 
 from fastadv import cli, models, random_init, sample_seeds
 from fastadv.commands import study as command
@@ -74,21 +75,15 @@ def records(out):
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("cells/*/cell.json"))}
 
 
-def timeless(value):
-    if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if not key.endswith("_s")}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
-
-
 @pytest.fixture(autouse=True)
 def _unreported(monkeypatch):
-    """No reports here, because figures take longer than these cells; test_study_page.py tests them."""
+    """These tests write no reports, because figures take longer than the cells; test_study_page.py tests reports."""
     monkeypatch.setattr(command, "write_study", lambda out: None)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a study that ran without a cut."""
+    """The folder of a study that was not cut."""
     folder = tmp_path_factory.mktemp("study")
     write_set(folder / "colours.npz", 1)
     study(folder, "-q")
@@ -119,7 +114,7 @@ def test_a_grid_is_a_product_by_hand():
     found = [(c.data, c.classes, c.model, c.method, c.attack, c.eps, c.seed) for c in (task.cell for task in tasks)]
     assert Counter(found) == Counter(expected)
     assert len({task.cell.id for task in tasks}) == len(tasks)
-    # A row's cells are neighbours, so that a study that is cut has whole rows.
+    # The cells of a row are neighbours, so that a cut study has whole rows.
     rows = [(c[0], c[2], c[5], c[6]) for c in found]
     assert len([row for row, _ in itertools.groupby(rows)]) == len(set(rows))
 
@@ -268,7 +263,7 @@ def test_the_study_for_a_gpu_is_refused_where_its_transformer_is_not(tmp_path, m
 
 
 def test_an_estimate_knows_which_images_get_a_fresh_attack():
-    """By hand: an epoch costs F + B, with B = 2 F, and F + Bx more for each image with a fresh attack."""
+    """By hand: an image costs F + B in each epoch, with B = 2 F, and F + Bx more if it gets a fresh attack."""
     asked = {"steady": {"refresh": 4, "epochs": 9}, "once": {"refresh": 9, "epochs": 3}, "never": {}}
     asked |= {"dear": {"price": 5 / 3}, "cheap": {"price": 1.25}, "always": {"refresh": 1}}
     grid = D | {"methods": "full", "seeds": 1, "epochs": 8}
@@ -299,7 +294,7 @@ def test_the_costs_are_those_of_the_cost_model():
     assert units == {(m, a): (probe if m == "linear" else whole)[a] for m, a in units}
     (five,) = expanded(D | {"methods": "full", "attacks": "pgd", "steps": 5, "seeds": 1})
     assert cost_of(five) == {"forward": 6, "input_backward": 5, "backward": 1, "units": 13}
-    # Of 10 epochs, the first has a fresh FGSM of 2 passes for all images and each later one for a fifth of them.
+    # A fresh FGSM attack costs 2 passes. The first of 10 epochs attacks all images, each later epoch a fifth of them.
     for changes, units in (({}, 3), ({"refresh": 5}, 3 + 2 * (1 + 9 / 5) / 10), ({"price": 1.4}, 4.2)):
         variant = {"name": "kept", "attack": "stale", "epochs": 10, **changes}
         (kept,) = expanded(D | {"methods": "full", "attacks": [variant], "seeds": 1})
@@ -375,7 +370,7 @@ def plain_pgd(model, images, labels, eps, seed):
 
 
 def test_the_verdicts_are_those_of_attacks_by_hand_on_the_kept_weights(tmp_path, monkeypatch):
-    rows = {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "apgd-dlr")}  # without Square's queries
+    rows = {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "apgd-dlr")}  # Square would be slow
     assert verdicts.IN_A_ROW == {"apgd": ("apgd-ce", "apgd-t"), "autoattack": ("apgd-ce", "apgd-t", "fab-t", "square")}
     monkeypatch.setattr(verdicts, "IN_A_ROW", rows)
     write_set(tmp_path / "colours.npz", 7, test=30)
@@ -440,7 +435,7 @@ def test_a_cell_has_its_threads_and_its_device_whatever_was_before(whole, tmp_pa
     assert {record["machine"]["threads"] for record in records(whole / "out").values()} == {1}
 
 
-# ---------------------------------------------------------------------- each cell once, and as if alone
+# ---------------------------------------------------------------------- each cell runs once and gives the same as alone
 
 
 def test_a_row_has_the_same_images_and_a_finished_cell_is_not_run_again(whole, monkeypatch):
@@ -466,12 +461,12 @@ def test_a_study_that_is_killed_and_goes_on_finds_the_same(whole, tmp_path):
     subprocess.run([sys.executable, program, tmp_path, "3", str(np.random.default_rng().integers(2**31))], check=True)
     told = json.loads((tmp_path / "deaths.json").read_text())
     assert len(told) == 3
-    assert any(each["begun"] for each in told)  # in the middle of a cell
+    assert any(each["begun"] for each in told)  # a kill came in the middle of a cell
     assert timeless(records(tmp_path / "out")) == timeless(records(whole / "out"))
 
 
 def test_folders_are_merged_and_a_process_that_dies_costs_its_cell_alone(whole, tmp_path, monkeypatch, capsys):
-    """One seed on two processes, one of which a model kills; the other seed elsewhere; then both folders together."""
+    """Seed 0 runs on two processes, and a model kills one of them. Seed 1 has its own folder; then both are merged."""
     write_set(tmp_path / "colours.npz", 1)
     (tmp_path / "deadly.py").write_text(
         "import os\nfrom fastadv.models.networks import mlp\n\ndef make(shape, classes):\n"
@@ -511,7 +506,7 @@ def test_a_cell_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
     assert len(records(tmp_path / "out")) == 2
     write_set(tmp_path / "absent.npz", 3)
     study(tmp_path, grid=grid)
-    assert capsys.readouterr().out.count("absent-mlp") == 2  # and no line of the others
+    assert capsys.readouterr().out.count("absent-mlp") == 2  # finished cells have no line
     assert len(records(tmp_path / "out")) == 4
     assert not list(tmp_path.glob("out/cells/*/error.txt"))
 
@@ -541,7 +536,7 @@ def test_a_cell_that_another_process_has_is_left_to_it(whole, tmp_path, capsys):
     entered, leave = threading.Event(), threading.Event()
     (id, *_) = records(whole / "out")
 
-    def hold():  # another thread is as good as another process
+    def hold():  # another thread stands for another process
         with held(tmp_path / "out" / "cells" / id / "cell", "it"):
             entered.set()
             leave.wait(60)
@@ -561,7 +556,7 @@ def test_a_cell_that_another_process_has_is_left_to_it(whole, tmp_path, capsys):
 
 
 class Cluster:
-    """Ray, as far as its machines matter: `found` is what other machines read and run; ... is the same as here."""
+    """Stands for Ray. `found` is {machine: (content of the file that it reads, version)}; ... is this machine's."""
 
     def __init__(self, **found):
         names = ["here", *found]
@@ -593,7 +588,7 @@ def test_machines_without_the_folder_or_with_another_version_are_refused(tmp_pat
     cluster._check_machines(Cluster(), tmp_path)
     with pytest.raises(FileNotFoundError, match=f"machine far of the cluster does not have the folder {tmp_path}"):
         cluster._check_machines(Cluster(far=(None, __version__)), tmp_path)
-    with pytest.raises(FileNotFoundError, match="machine far"):  # a folder of that name, and not this one
+    with pytest.raises(FileNotFoundError, match="machine far"):  # it has another folder of this name
         cluster._check_machines(Cluster(far=("other", __version__)), tmp_path)
     with pytest.raises(ValueError, match=r"machine old of the cluster has fastadv 0\.0\.9, this one"):
         cluster._check_machines(Cluster(old=(..., "0.0.9")), tmp_path)
@@ -613,13 +608,13 @@ def test_finished_cells_of_another_study_are_refused_by_name(whole, tmp_path):
     ):
         with pytest.raises(SystemExit, match=words):
             study(folder, grid=SMALL.replace(*change))
-    # Another set under the same name: said at the first cell that is new.
+    # Another data set under the same name is found at the first new cell.
     write_set(folder / "colours.npz", 9)
     with pytest.raises(SystemExit, match="4 of 12 cells failed"):
         study(folder, "-q", grid=SMALL.replace("seeds: 2", "seeds: 3"))
     (error, *_) = folder.glob("out/cells/*seed2/error.txt")
     assert "different images under the name colours" in error.read_text()
-    # A set of another folder, merged.
+    # A cell with another data set comes from a merged folder.
     study(folder, "-q", grid=SMALL.replace("seeds: 2", "seeds: [2]"), out="other")
     shutil.copytree(folder / "other" / "cells", folder / "out" / "cells", dirs_exist_ok=True)
     with pytest.raises(SystemExit, match="different images under the name colours"):
@@ -640,7 +635,7 @@ def test_what_an_older_cell_has_no_name_for_had_its_default_and_a_newer_one_is_r
         study(tmp_path / "copy")
     old = {new: name for name, new in RENAMED.items()}
     first = {old.get(name, name): value for name, value in record["settings"].items()}
-    path.write_text(json.dumps(record | {"format": 1, "settings": first}))  # before settings got other names
+    path.write_text(json.dumps(record | {"format": 1, "settings": first}))  # with the old names of the settings
     study(tmp_path / "copy", "-q")
     with pytest.raises(SystemExit, match=r"differs in max_grad_norm \(None, 2\.0\)"):
         study(tmp_path / "copy", grid=SMALL + "max_grad_norm: 2.0\n")
@@ -650,7 +645,7 @@ def test_what_an_older_cell_has_no_name_for_had_its_default_and_a_newer_one_is_r
     path.write_text("{")
     with pytest.raises(SystemExit, match=r"cell\.json is damaged"):
         study(tmp_path / "copy")
-    # As it is when a cell is put aside where it lies: it would count twice.
+    # A copy of a cell's folder beside it would count twice.
     path.write_text(json.dumps(record))
     shutil.copytree(path.parent, path.parent.with_name("aside"))
     with pytest.raises(SystemExit, match=rf"aside/cell\.json is of the cell {path.parent.name}: move that folder out"):
@@ -730,7 +725,7 @@ def test_one_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(command, "write_study", lambda out: reports.append(list(records(out))))
     with pytest.raises(SystemExit) as ended:
         study(tmp_path)
-    # While it runs, and of what is there at the end.
+    # Reports are written while the study runs, and at the end.
     assert reports == [sorted(order[:1]), sorted(order), sorted(order)]
     assert ended.value.code == 130
     assert f"go on with the same command, from {tmp_path / 'out'}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A study's page, tables and figures: for no results, for some and for all."""
+"""A study's page, tables and figures: with no results, with some and with all."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import studied
 from PIL import Image
+from studied import rng as rng
 
 from fastadv.study.answer import TITLE, points
 from fastadv.study.reading import read_study
@@ -32,13 +33,8 @@ CELLS = [
 ]
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 class Page(HTMLParser):
-    """The text and the headings of a page; every element must be closed."""
+    """The words and attributes of a page, and its answer; every element must be closed."""
 
     EMPTY = ("meta", "img", "br")
 
@@ -71,7 +67,7 @@ def written(folder):
     write_study(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    # Nothing is loaded from anywhere: all that looks like an address is a namespace.
+    # The page loads nothing: every address in it is the name of a namespace.
     addresses = set(re.findall(r"[a-z]+://[^\s\"'<)]*", text))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     for name, value in page.attributes:
@@ -97,7 +93,7 @@ def test_nothing_is_not_measured_yet(tmp_path):
     assert len(numbers["missing"]["cells"]) == 32
     assert numbers["rows"] == numbers["differences"] == []
     assert not (tmp_path / "figures").exists()
-    assert len(read_study(tmp_path).readme.splitlines()) == 6  # the paper's rows alone
+    assert len(read_study(tmp_path).readme.splitlines()) == 6  # only the paper's rows
 
 
 def test_a_folder_without_a_grid_says_so(tmp_path, rng):
@@ -140,7 +136,7 @@ def test_all_of_it_stable(tmp_path, rng):
     assert page.answer[1].startswith("None of the 16 runs of transfer learning with FGSM (2 data sets; ")
     assert "32 of 32 cells are finished." in page.answer
     assert "What is missing" not in page.words
-    # Its numbers are those of the cells.
+    # The page has the numbers of the cells.
     records = [json.loads(path.read_text()) for path in sorted((tmp_path / "cells").glob("*/cell.json"))]
     rows = {tuple(row[name] for name in CELLS[0]): row for row in numbers["rows"]}
     table = {
@@ -156,7 +152,7 @@ def test_all_of_it_stable(tmp_path, rng):
             line = table["".join(str(cell[name]) for name in ("data", "method", "attack", "eps", "seed"))]
             assert float(line[judge]) == pytest.approx(row[judge])
     assert len(numbers["differences"]) == 2 * 2 * 2 * len(studied.JUDGES)
-    # README's table is of them.
+    # README's table has these numbers too.
     means = {}
     for each in numbers["averages"]:
         means[each["judge"], each["eps"], tuple(each["methods"])] = each

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import studied
 from scipy import stats
+from studied import rng as rng
 
 from fastadv.study.overfitting import DETECTORS, collapse, courses, partly, scores
 from fastadv.study.results import result_of
@@ -15,17 +16,10 @@ from fastadv.study.statistics import Row, averages, bootstrap, compare, paired, 
 from fastadv.study.timing import times
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.SeedSequence().entropy % 2**32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def verdicts(rng, seeds, images, *, of_seed, of_image, noise, gap=0.05, level=0.3):
     """Differences of verdicts (seeds, images) of two models by the probit model, and their expectation.
 
-    An image is as hard for all; `of_image` is how much harder for the one than for the other, at all seeds alike.
+    An image is equally hard for all seeds. `of_image` scales how much its difficulty differs between the two models.
     """
     hard, found = rng.normal(size=images), []
     for mean in (level - gap, level):
@@ -39,7 +33,7 @@ def verdicts(rng, seeds, images, *, of_seed, of_image, noise, gap=0.05, level=0.
 
 
 def by_hand(differences, draws, rng):
-    """The draws of `bootstrap`, one after another, with sums written out."""
+    """The interval of `bootstrap` by a loop over the draws, with plain sums."""
     rows = [[*map(float, row), 1.0, -1.0] for row in differences]
     seeds, images = len(rows), len(rows[0])
     mean = sum(map(sum, rows)) / (seeds * images)
@@ -68,12 +62,12 @@ def test_the_interval_is_that_of_a_loop(rng, seeds):
     differences, _ = verdicts(rng, seeds, 60, of_seed=0.1, of_image=0.4, noise=0.4)
     expected = by_hand(differences, 20_000, rng)
     found = bootstrap(differences, seed=int(rng.integers(2**32)), draws=200_000)
-    # A quantile of 20,000 draws is off by 1 % of the width (t with few degrees of freedom: 2 %) at one standard error.
+    # The standard error of a quantile of 20,000 draws is 1 % of the width; 2 % for t with few degrees of freedom.
     np.testing.assert_allclose(found, expected.clip(-1, 1), rtol=0, atol=0.08 * np.diff(expected)[0])
 
 
 def test_what_seeds_and_images_do_not_share_counts_once(rng):
-    """Where all seeds have one mean, what is left to the images is what exceeds the rest."""
+    """All seeds have the same mean. The variance between images counts only as far as it exceeds the rest."""
     row = rng.permuted(np.repeat([1.0, -1.0, 0.0], [12, 6, 42]))
     differences = rng.permuted(np.tile(row, (3, 1)), axis=1)
     expected = by_hand(differences, 20_000, rng)
@@ -96,7 +90,7 @@ def test_95_of_100_intervals_have_the_mean(rng, spreads):
         differences, mean = verdicts(rng, 3, 512, **spreads)
         low, high = bootstrap(differences, seed=int(rng.integers(2**32)), draws=2000)
         hits += low <= mean <= high
-    noise = 4 * sqrt(0.95 * 0.05 / count)  # 4 standard errors
+    noise = 4 * sqrt(0.95 * 0.05 / count)  # four standard errors
     assert 0.93 - noise <= hits / count <= 0.97 + noise
 
 
@@ -115,7 +109,7 @@ def test_an_interval_is_that_of_its_row_alone(rng):
 
 def test_no_difference_anywhere_is_no_certainty():
     low, high = bootstrap(np.zeros((3, 512)), seed=0)
-    assert -0.01 < low < 0 < high < 0.01  # by the rule of three, up to 3 / 512 may differ unseen
+    assert -0.01 < low < 0 < high < 0.01  # by the rule of three the true share may be up to 3 / 512
 
 
 def test_the_t_interval_is_student_s(rng):
@@ -159,7 +153,7 @@ def test_verdicts_of_different_images_are_no_pairs(rng):
         paired([mine], [shorter], "pma")
     found, refused = compare([mine, other])
     assert (found, len(refused)) == ([], 1)
-    # An image is one unit over the seeds: these must not be others either.
+    # All seeds must have the same images.
     later = [result_of(studied.record_of(rng, attack=a, seed=1, labels="others")) for a in ("fgsm", "pgd")]
     with pytest.raises(ValueError, match="different images"):
         paired([mine, later[0]], [same, later[1]], "pma")
@@ -177,7 +171,7 @@ def test_settings_that_are_not_the_attack_s_own_are_said_where_pairs_differ_in_t
     cells = [studied.record_of(rng, attack=a, seed=s) for a in ("fgsm", "nfgsm", "pgd") for s in (0, 1)]
     others = ({}, {"epochs": 9}, {"noise": 0.1}, {"max_grad_norm": None}, {}, {"steps": 3})
     for each, changes in zip(cells, others, strict=True):
-        each["settings"] |= changes  # no max_grad_norm is the default, of those who do not name it too
+        each["settings"] |= changes  # the default None equals a record without max_grad_norm
     found, _ = compare(map(result_of, cells))
     assert {each.attack: each.unlike for each in found} == {"fgsm": {"epochs": "9 and 5"}, "nfgsm": {}}
 
@@ -218,14 +212,14 @@ def test_an_average_is_over_the_methods_that_all_data_sets_have(rng):
     of_sets = [(means[data, "full"] + means[data, "lora"]) / 2 for data in ("a", "b")]
     assert (both.data_sets, both.mean) == (2, pytest.approx(np.mean(of_sets)))
     assert both.low <= t_interval(of_sets)[0] <= t_interval(of_sets)[1] <= both.high
-    # Of one data set the interval is the row's.
+    # With one data set the interval is the row's.
     (alone,) = (each for each in differences if each.row.method == "linear" and each.judge == "pma")
     linear = found[("linear",)]
     assert (linear.data_sets, linear.low, linear.high) == (1, alone.low, alone.high)
 
 
 def test_data_sets_that_agree_by_chance_are_no_certainty(rng):
-    """Two data sets with equal means: Student's interval is a point, so the interval must come from their images."""
+    """With equal means of two data sets Student's interval is a point, so the interval must come from the images."""
     records = [studied.record_of(rng, data=data, attack=attack) for data in "ab" for attack in ("fgsm", "pgd")]
     for a, b in zip(records[:2], records[2:], strict=True):
         b["verdicts"] = a["verdicts"]
@@ -235,7 +229,7 @@ def test_data_sets_that_agree_by_chance_are_no_certainty(rng):
     half = sqrt((one[1] - one[0]) ** 2 + (other[1] - other[0]) ** 2) / 2 / 2
     assert found.data_sets == 2
     assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half))
-    # Sets that do not agree have Student's.
+    # Data sets that do not agree have Student's interval.
     spread = [dataclasses.replace(each, mean=mean) for each, mean in zip(differences[-2:], (-0.3, 0.3), strict=True)]
     spread[0] = dataclasses.replace(spread[0], judge="pma", row=differences[0].row)
     spread[1] = dataclasses.replace(spread[1], judge="pma")
@@ -269,35 +263,35 @@ def test_a_collapse_is_a_fall_under_pgd_alone():
     assert collapse(sound) is None
     assert collapse(fallen) == 3
     assert collapse(fallen, sound) == 3
-    # From the first epoch on: only what PGD does elsewhere, or the attack itself, shows it.
+    # A collapse in the first epoch shows only beside PGD's run or the accuracy under the attack itself.
     assert collapse(studied.epochs_of(5, collapse=0), sound) == 0
     assert collapse(studied.epochs_of(5, collapse=0)) == 0
-    # As weak as PGD's run: at a large eps the attack is weak, and nothing fell.
+    # The run is as weak as PGD's: the eps is large, and no accuracy fell.
     weak = changed(sound, robust_accuracy=[0.1] * 5, probe_pgd=[0.12] * 5, probe_attack=[0.4] * 5)
     assert collapse(weak, weak) is None
-    # It forgets: both fall.
+    # A run that forgets: both accuracies fall.
     forgets = changed(sound, robust_accuracy=[0.5, 0.5, 0.1, 0.1, 0.1], probe_pgd=[0.5, 0.5, 0.1, 0.1, 0.1])
     forgets = changed(forgets, probe_attack=[0.55, 0.55, 0.12, 0.12, 0.12])
     assert collapse(forgets, sound) is None
-    # It overfits as any training does: what falls are other images.
+    # A run that overfits as any training does: only the accuracy on validation images falls.
     overfits = changed(sound, robust_accuracy=[0.5, 0.4, 0.3, 0.24, 0.2], probe_pgd=[0.6, 0.7, 0.8, 0.85, 0.9])
     assert collapse(overfits, sound) is None
-    # Too little to tell from chance.
+    # So low an accuracy may fall by chance.
     hopeless = changed(sound, robust_accuracy=[0.04, 0.01, 0.0, 0.0, 0.0], probe_pgd=[0.01] * 5)
     assert collapse(hopeless, hopeless) is None
 
 
 def test_a_run_that_loses_a_third_to_its_own_step_overfitted_partly(rng):
-    """As full fine-tuning to Fashion-MNIST does at eps 16: PGD-10 falls from 68 to 50 %, where PGD's run has 82 %."""
+    """For example full fine-tuning at eps 16: accuracy under PGD-10 falls from 68 to 50 %, and PGD's run has 82 %."""
     sound = studied.epochs_of(4)
     course = {"robust_accuracy": [0.68, 0.56, 0.5, 0.56], "probe_pgd": [0.69, 0.7, 0.63, 0.63]}
     course["probe_attack"] = [0.71, 0.82, 0.86, 0.85]
     fell, with_pgd = changed(sound, **course), changed(sound, robust_accuracy=[0.72, 0.77, 0.82, 0.82])
     assert collapse(fell, with_pgd) is None
     assert [partly(fell, partner) for partner in (with_pgd, [], None)] == [1, 1, 1]
-    assert partly(changed(fell, robust_accuracy=[0.56, 0.57, 0.57, 0.55]), with_pgd) == 1  # PGD's run shows it alone
+    assert partly(changed(fell, robust_accuracy=[0.56, 0.57, 0.57, 0.55]), with_pgd) == 1  # only PGD's run shows it
     assert [partly(changed(fell, robust_accuracy=[0.56, 0.57, 0.57, 0.55]), none) for none in ([], None)] == [None] * 2
-    # Under the attack trained with it is no better: it forgets, or overfits as any training does.
+    # The accuracy under the training attack is no better: such a run forgets, or overfits as any training does.
     assert partly(changed(fell, probe_attack=course["probe_pgd"]), with_pgd) is None
     assert partly(changed(fell, robust_accuracy=[0.72, 0.7, 0.75, 0.74]), with_pgd) is None
 
@@ -307,11 +301,15 @@ def test_a_run_that_loses_a_third_to_its_own_step_overfitted_partly(rng):
     by_attack = {each.result.attack: each for each in courses(map(result_of, records))}
     assert (by_attack["fgsm"].collapse, by_attack["fgsm"].partly, by_attack["pgd"].sound) == (None, 1, True)
     gap = next(each for each in scores(by_attack.values()) if each.name == "gap")
-    assert (gap.collapsed, gap.false, gap.sound) == (0, 0, 1)  # that it fired where a run overfitted partly is no fault
+    assert (gap.collapsed, gap.false, gap.sound) == (
+        0,
+        0,
+        1,
+    )  # firing on partial overfitting is no false alarm
 
 
-def test_a_model_that_says_one_class_is_no_measure(rng):
-    """Its robust accuracy is that class's share, which a run that was never robust does not reach."""
+def test_a_model_that_predicts_one_class_is_no_measure(rng):
+    """The robust accuracy of such a model is the share of that class, although the model is not robust."""
     low, share = studied.record_of(rng), studied.record_of(rng, attack="pgd")
     for epoch in low["records"][1:-1]:
         epoch |= {"robust_accuracy": 0.03, "probe_pgd": 0.06, "probe_attack": 0.2}
@@ -388,15 +386,15 @@ def test_times_are_ratios_to_the_same_row_on_the_same_machine(rng):
         each["train_cpu_s"] = {"none": 2.0, "fgsm": 3.0, "pgd": 10.0}[each["cell"]["attack"]] * (
             1 + each["cell"]["seed"]
         )
-    records[1]["machine"] = records[1]["machine"] | {"threads": 2}  # FGSM's at seed 0
+    records[1]["machine"] = records[1]["machine"] | {"threads": 2}  # FGSM's run at seed 0
     records[1]["train_cpu_s"] = 1.0
     found = {each.attack: each for each in times(map(result_of, records))}
     fgsm = found["fgsm"]
     assert (fgsm.to_pgd, fgsm.to_none, fgsm.pairs) == (pytest.approx(0.3), pytest.approx(1.5), 2)
     assert (fgsm.predicted_to_pgd, fgsm.predicted_to_none) == (pytest.approx(5 / 17), pytest.approx(5 / 3))
     for each in records:
-        each["machine"] = each["machine"] | {"device": "a GPU"}  # where the processor waits
-    two = {**records[0]["machine"], "before": [{"device": "cpu"}]}  # cut, and finished on another machine
+        each["machine"] = each["machine"] | {"device": "a GPU"}  # there CPU time does not count, as the CPU waits
+    two = {**records[0]["machine"], "before": [{"device": "cpu"}]}  # the run was cut and ended on another machine
     assert times(map(result_of, [each | {"machine": two} for each in records[-2:]]))[0].to_pgd is None
     gpu = {each.attack: each for each in times(map(result_of, records))}["fgsm"]
     assert gpu.to_pgd == pytest.approx(17 / 58)

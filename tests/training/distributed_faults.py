@@ -1,9 +1,8 @@
-"""Two processes in trouble, and on two disks: run by test_distributed.py as a program.
+"""Two processes that meet errors and have different disks. test_distributed.py runs it as a program.
 
     python -m torch.distributed.run --nproc_per_node 2 distributed_faults.py FOLDER
 
-Each process has a folder of its own, FOLDER/RANK, with the photos of its disk. What each of them met is in
-FOLDER/RANK.json.
+FOLDER/RANK stands for the disk of a process and has its photos. Each process writes its outcomes to FOLDER/RANK.json.
 """
 
 import gc
@@ -11,10 +10,12 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
-from distributed_run import RANK, images, layer_norm, network
+from distributed_run import RANK, layer_norm, network
+from fitted import colours
 from torch import nn
 
 from fastadv import cli, data
@@ -28,8 +29,11 @@ torch.set_num_threads(1)
 FINETUNE = ("--model", "mlp", "--eps", "8", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "--probe", "0")
 
 
+images = partial(colours, dtype=torch.float64)
+
+
 def outcome(action):
-    """The result of a call in words; an error does not end the program."""
+    """The result of a call, or its error, as text."""
     try:
         return str(action())
     except (Exception, SystemExit) as error:
@@ -55,7 +59,7 @@ def contents(folder):
 def main(top):
     disk, team, told = top / str(RANK), Team(RANK, 2), {}
     told["first"] = outcome(lambda: fit(disk / "run"))
-    # Only one has the state now, and cannot read it.
+    # Now only the first process has the state, and it cannot read the state.
     state = disk / "run" / "state"
     assert state.exists() == (RANK == 0)
     read, before = Path.read_bytes, contents(disk)
@@ -93,7 +97,7 @@ def main(top):
     told["decoded"] = len(set(decoded))
     gc.disable()
     fit()
-    processes._end()  # as at the end of the process: threads that outlive it abort a finished run now and then
+    processes._end()  # what the end of the process calls: threads that are left may abort a finished run
     told["kept"] = sum(isinstance(each, nn.parallel.DistributedDataParallel) for each in gc.get_objects())
     (top / f"{RANK}.json").write_text(json.dumps(told))
 

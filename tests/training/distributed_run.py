@@ -1,10 +1,10 @@
-"""Training as one of several processes: run by test_distributed.py as a program, which itself trains as the only one.
+"""Training as one of two processes. test_distributed.py runs it as a program, and itself trains as a single process.
 
     python -m torch.distributed.run --nproc_per_node 2 distributed_run.py compare FOLDER
     python -m torch.distributed.run --nproc_per_node 2 distributed_run.py interrupted FOLDER STEPS
 
-`compare` trains every case of CASES, and then one on which the processes have reason to disagree; it writes
-CASE-RANK.pt to FOLDER. `interrupted` trains in FOLDER until the last process gets a SIGTERM, after STEPS steps;
+`compare` trains every case of CASES, and then one in which the processes see different things; it writes CASE-RANK.pt
+to FOLDER. `interrupted` trains in FOLDER until the last process gets a SIGTERM, after STEPS steps;
 steps-RANK in FOLDER has a byte for each step.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from fitted import colours
 from torch import nn
 
 from fastadv.training import Monitor, Trainer, run
@@ -25,18 +26,11 @@ torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", 0))
 
 
-def images(count, seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 3
-    bright = nn.functional.one_hot(labels, 3)[:, :, None, None]
-    return (0.4 * bright + 0.6 * torch.rand(count, 3, 8, 8, generator=generator)).to(dtype), labels
-
-
 def network(norm, dtype=torch.float64):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, 2, 1), norm(), nn.SiLU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(128, 3)]
     model = nn.Sequential(*layers).to(dtype)
-    for buffer in model.buffers():  # statistics that are not those of any batch
+    for buffer in model.buffers():  # no batch has these statistics
         buffer.copy_(torch.rand_like(buffer, dtype=torch.float64) + 0.5)
     return model
 
@@ -61,7 +55,7 @@ CASES = {
     "full": (layer_norm, torch.float64, {"method": "full"}),
     "bias": (batch_norm, torch.float64, {"method": "bias", "grad_accum_steps": 2, "max_grad_norm": 0.5}),
     "linear": (batch_norm, torch.float64, {"method": "linear", "optimizer": "sgd", "clean_weight": 0.3}),
-    "head start": (batch_norm, torch.float64, {"method": "bias", "lp_ft": 2, "epochs": 3, "ema_decay": 0.9}),
+    "lp-ft": (batch_norm, torch.float64, {"method": "bias", "lp_ft": 2, "epochs": 3, "ema_decay": 0.9}),
     "unused": (with_a_token, torch.float64, {"method": "full", "grad_accum_steps": 2}),
     "signs": (layer_norm, torch.float64, {"attack": "stale", "refresh": 4, "grad_accum_steps": 2}),
     "signs by price": (batch_norm, torch.float64, {"attack": "stale", "price": 1.5, "method": "bias"}),
@@ -75,13 +69,13 @@ def train(norm, dtype, changes, **options):
     settings |= {"probe": 32, "measure_backbone": False, "progress": False, **changes}
     trainer = Trainer(model, 16 / 255, **settings, **options)
     with judged_images(model) as judged:
-        records = trainer.fit(images(157, 1, dtype), images(33, 2, dtype))
+        records = trainer.fit(colours(157, 1, dtype=dtype), colours(33, 2, dtype=dtype))
     return model, records, len(judged)
 
 
 @contextmanager
 def judged_images(model):
-    """A list that gets an entry for each image that the model sees in an evaluation."""
+    """A list that gets an entry for each image of a forward pass in an evaluation."""
     judged, before = [], (run.robust_accuracy, run.evaluate)
 
     def counted(function):
@@ -114,7 +108,7 @@ def compare(folder):
 
 
 class OneSided(Monitor):
-    """A monitor with an alarm in the first process alone, at the third check."""
+    """A monitor that raises an alarm at the third check, in the first process only."""
 
     checks = 0
 

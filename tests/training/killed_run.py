@@ -1,11 +1,11 @@
-"""A training run that is killed again and again: run by test_resume.py as a program, which forks its runs.
+"""A training run that is killed again and again. test_resume.py runs it as a program, which forks its runs.
 
     python killed_run.py FOLDER KILLS SEED [SETTINGS]
 
-SETTINGS, as JSON, take the place of those in `train`. Writes result.json to FOLDER. torch is imported once; each run is
-a fork that is killed with SIGKILL, at a random moment or inside a write: when a file is written and not renamed yet, or
-tensors lie there and their checkpoint does not. A run that is to be killed takes a few steps at most and then waits for
-it, so that no run is over before its death, however slow the machine was when it measured how long a run takes.
+SETTINGS are JSON and replace settings in `train`. The program writes result.json to FOLDER. Each run is a fork, so that
+torch is imported once. SIGKILL ends a run at a random moment or inside a write: after a file is written and before it
+is renamed, or after the tensors are on the disk and before their checkpoint is. A run takes a few steps at most and
+then waits to be killed. So no run ends before that, even if the time that a run takes was measured too long.
 """
 
 import itertools
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from fitted import colours, timeless
 from torch import nn
 
 from fastadv.training import Trainer
@@ -33,25 +34,17 @@ def model():
     return nn.Sequential(*layers, nn.Linear(128, 3))
 
 
-def images(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 3
-    bright = nn.functional.one_hot(labels, 3)[:, :, None, None]
-    noise = torch.rand(count, 3, 8, 8, generator=generator)
-    return (255 * (0.4 * bright + 0.6 * noise)).to(torch.uint8), labels
-
-
 def train(folder, resume=True, checkpoint_s=0.0, **changes):
     network = model()
     settings = {"attack": "fgsm-rs", "epochs": 4, "batch_size": 16, "lr": 1e-2, "augment": True, "ema_decay": 0.9}
     settings |= {"lp_ft": 2, "probe": 32, "checkpoint_s": checkpoint_s, "progress": False, "warmup": 3, **changes}
     trainer = Trainer(network, 16 / 255, folder=folder, resume=resume, **settings)
-    trainer.fit(images(96, 1), images(33, 2), images(33, 3))
+    trainer.fit(colours(96, 1), colours(33, 2), colours(33, 3))
     return network
 
 
 def fork(folder, changes, before=lambda: None, limit=None):
-    """Start a run in its own process, which counts its steps in a file and waits after `limit` of them; its number."""
+    """Start a run in a process, which counts its steps in a file and waits after `limit` steps; its id is returned."""
     number = os.fork()
     if number:
         return number
@@ -75,7 +68,7 @@ def fork(folder, changes, before=lambda: None, limit=None):
 
 
 def die_inside_a_write(number):
-    """Replaces the renaming of a file by the death of this process, at the file of this number."""
+    """Make this process kill itself in place of renaming file number `number`."""
     replace, files = Path.replace, itertools.count(1)
 
     def deadly(path, target):
@@ -104,7 +97,7 @@ def main(folder, kills, seed, changes):
     lasted = time.perf_counter() - began
 
     inside_kills = max(1, kills * 3 // 20)
-    # A step writes two files at least, so two steps are left for each death inside one of the next four writes.
+    # A step writes at least two files, so the next four writes, one of which kills, need two steps.
     limit = (steps(whole) - 2 * inside_kills - 1) // kills
     deaths = []
     while len(deaths) < kills:
@@ -120,7 +113,7 @@ def main(folder, kills, seed, changes):
             os.kill(number, signal.SIGKILL)
         status = os.waitpid(number, 0)[1]
         if os.WIFEXITED(status):
-            break  # it came to its end, or failed
+            break  # the run ended by itself or failed
         deaths.append({"checkpoints": checkpoints(cut), "inside_a_write": inside, "steps": steps(cut)})
     finished = (cut / "weights.pt").exists() or os.waitpid(fork(cut, changes), 0)[1] == 0
     assert finished, (cut / "error").read_text()
@@ -129,16 +122,10 @@ def main(folder, kills, seed, changes):
     result = {
         "deaths": deaths,
         "same_bits": all(torch.equal(first[name], second[name]) for name in first),
-        "same_log": [without_seconds(line) for line in logs[0]] == [without_seconds(line) for line in logs[1]],
+        "same_log": timeless(logs[0]) == timeless(logs[1]),
         "steps": [steps(whole), steps(cut)],
     }
     (folder / "result.json").write_text(json.dumps(result))
-
-
-def without_seconds(value):
-    if isinstance(value, dict):
-        return {key: without_seconds(item) for key, item in value.items() if not key.endswith("_s")}
-    return value
 
 
 if __name__ == "__main__":

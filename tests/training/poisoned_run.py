@@ -1,9 +1,9 @@
-"""A training into which something is put that is not finite: for test_finite.py, which runs it as a program too.
+"""Training runs with a value that is not finite. test_finite.py imports this file, and also runs it as a program.
 
     python -m torch.distributed.run --nproc_per_node 2 poisoned_run.py FOLDER
 
-poisons the second process alone, in a run for each of KINDS, and writes for each process to KIND-RANK.pt in FOLDER
-where the run ended, and its weights.
+has a run for each of KINDS and poisons the second process only. Each process writes to KIND-RANK.pt in FOLDER where the
+run ended, and its weights.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from fitted import colours
 from torch import nn
 
 from fastadv.training import Trainer, TrainStep
@@ -23,10 +24,7 @@ RANK = int(os.environ.get("RANK", 0))
 
 
 def images(count, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 3
-    bright = nn.functional.one_hot(labels, 3)[:, :, None, None]
-    return 0.4 * bright + 0.6 * torch.rand(count, 3, 8, 8, generator=generator), labels
+    return colours(count, seed, dtype=torch.float32)
 
 
 def network():
@@ -43,7 +41,7 @@ def train(model, folder, resume=False, **changes):
 
 @contextmanager
 def poisoned(call, kind, value=float("nan")):
-    """With `value` in what the call of this number of `TrainStep.gradients` leaves behind."""
+    """Put `value` into the gradient, the loss or the statistics after call number `call` of `TrainStep.gradients`."""
     calls, gradients = [], TrainStep.gradients
 
     def poisonous(step, *arguments, **options):

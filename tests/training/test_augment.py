@@ -1,4 +1,4 @@
-"""Augmentation against a loop over samples, and its randomness."""
+"""Augmentation against a loop over samples, and statistics of its random numbers."""
 
 import random
 
@@ -67,8 +67,8 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_every_offset_and_flip_is_equally_likely():
-    # Pixel values are places 1 to 25: the centre of the result, never padding, tells the offset; its neighbour on the
-    # side where the picture goes on tells whether it was flipped.
+    # Pixel values are the places 1 to 25. The centre of the result is never padding and tells the offset. Its neighbour
+    # on a side that is inside the picture tells whether the picture was flipped.
     count, crop = 40_000, 2
     places = torch.arange(1.0, 26).view(1, 1, 5, 5).expand(count, 1, 5, 5)
     result = Augment(crop)(places, seeds_of(count))[:, 0].long() - 1

@@ -1,4 +1,4 @@
-"""The backbone's own robustness: a head in closed form, judged under PGD, without a change of the model."""
+"""The robustness of a backbone: a head in closed form is attacked with PGD, and the model is not changed."""
 
 import copy
 
@@ -44,7 +44,7 @@ def test_only_a_standard_backbone_is_warned_of():
     assert standard["robust_accuracy"] < 0.17  # 0 to 0.12 in ten runs
     assert standard["warning"].startswith("the backbone is not robust at eps = 51/255: a linear head fitted to its")
     assert f"PGD-10 leaves {standard['robust_accuracy']:.1%}" in standard["warning"]
-    assert robust["robust_accuracy"] > 0.2  # 0.30 to 0.40 in these
+    assert robust["robust_accuracy"] > 0.2  # 0.30 to 0.40 in the same runs
     assert robust["warning"] is None
 
 
@@ -68,7 +68,7 @@ def test_features_that_say_nothing_give_a_constant_head():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_accuracies_are_those_of_a_model_with_that_head(bias):
-    """The same written out: split, features by hand, the head put into the model, attacked."""
+    """By hand: the images are split, the features computed, the head put into the model and the model attacked."""
     net, seed, eps = Net(), fresh_seed(), 0.02
     net.head = nn.Linear(24, 5, bias=bias)
     images, _ = batch_of(1000)
@@ -76,7 +76,7 @@ def test_accuracies_are_those_of_a_model_with_that_head(bias):
     result = backbone_robustness(net, images, labels, eps, seed=seed, fit=900, judge=300, steps=4)
 
     other, order = copy.deepcopy(net).eval(), torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-    judge, fit = order[:200], order[200:]  # a fifth, and the rest
+    judge, fit = order[:200], order[200:]  # a fifth is evaluated, the rest fits the head
 
     def refit(x, y):
         entered = []

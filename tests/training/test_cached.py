@@ -1,4 +1,4 @@
-"""Linear probing on kept features: against a loop by hand that goes through the model with every image."""
+"""Linear probing on kept features, against a loop by hand that passes every image through the whole model."""
 
 import copy
 import itertools
@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fitted import loaded_batches
 from torch import nn
 
 from fastadv.attacks import Normalized
 from fastadv.nn.frozen import frozen
 from fastadv.training import Trainer
-from fastadv.training.batches import Batches
 
 EPS, CLASSES, COUNT, BATCH, EPOCHS, LR = 0.1, 3, 23, 7, 6, 0.05
 UPDATES = EPOCHS * math.ceil(COUNT / BATCH)
@@ -32,19 +32,14 @@ def network(head=None, dtype=torch.float64):
 
 
 def trained(model, data, **changes):
-    """(records of the epochs, (epoch, rows) of each part in the order of the run, images in each pass of the model)."""
-    order, passed, batch_of = [], [], Batches.load
+    """(the records of the epochs, (epoch, rows) of each part of a batch, the number of images in each forward pass)."""
+    passed = []
     settings = {"attack": "cached", "method": "linear", "epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "probe": 0}
     settings |= {"optimizer": "sgd", "measure_backbone": False, "progress": False} | changes
 
-    def noted(batches, part, at, repeats):
-        order.append((at.epoch, part))
-        return batch_of(batches, part, at, repeats)
-
     first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    hook = first.register_forward_pre_hook(lambda layer, args: passed.append(len(args[0])) if order else None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "load", noted)
+    with loaded_batches() as order:
+        hook = first.register_forward_pre_hook(lambda layer, args: passed.append(len(args[0])) if order else None)
         records = Trainer(model, EPS, **settings).fit(data)
     hook.remove()
     return [record for record in records if "epoch" in record], order, passed
@@ -104,7 +99,7 @@ def test_a_run_is_the_loop_by_hand(changes):
     assert moved > 1e-3
     fresh = [sum(epoch == 0 or (i + epoch) % refresh == 0 for i in range(COUNT)) for epoch in range(EPOCHS)]
     assert [record["fresh"] for record in records] == [count / COUNT for count in fresh]
-    assert sum(passed) == 2 * sum(fresh)  # FGSM's pass, and the one for the features
+    assert sum(passed) == 2 * sum(fresh)  # FGSM's pass and the pass for the features
 
 
 # ---------------------------------------------------------------------- plain FGSM
@@ -209,14 +204,14 @@ def test_settings_that_it_cannot_heed_are_refused(changes, words):
 
 
 class Body(nn.Module):
-    """Models that use their head in different ways; `fastadv_head` is 'head'."""
+    """The base of models that use their head in different ways; `fastadv_head` is 'head'."""
 
     fastadv_head = "head"
 
     def __init__(self):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(64, CLASSES)
-        nn.init.zeros_(self.head.weight)  # so that what follows does not show in the logits
+        nn.init.zeros_(self.head.weight)  # the logits do not show what follows the head
         nn.init.zeros_(self.head.bias)
 
     def features(self, x):
@@ -351,4 +346,4 @@ def test_a_model_whose_head_is_not_all_that_follows_is_refused_before_anything_i
     assert not model.head._forward_hooks
     assert not model.head._forward_pre_hooks
     if kind is not Aside:
-        trained(model, data, attack="fgsm")  # which asks less
+        trained(model, data, attack="fgsm")  # FGSM runs on this model

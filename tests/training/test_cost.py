@@ -1,4 +1,4 @@
-"""The cost model: against the passes of a run, and against the ratios in the papers."""
+"""The cost model against counts by hand and against the ratios in the papers."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_the_passes_of_a_method_by_hand(attack, method, options, expected):
 
 
 def test_the_ratios_that_the_papers_state():
-    """PGD-7 costs 3.4 times as much as FGSM, for a linear probe 5 times; FGSM costs 5/3 of standard training."""
+    """PGD-7 costs 3.4 times as much as FGSM, and 5 times for a linear probe. FGSM costs 5/3 of standard training."""
     names = STEPS.keys() - {"cached"}
     full, linear = ({name: passes(name, method).total for name in names} for method in ("full", "linear"))
     assert full["pgd"] / full["fgsm"] == pytest.approx(3.4)

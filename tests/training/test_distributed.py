@@ -1,4 +1,4 @@
-"""Two processes give the result of one, end together, and one process can resume their run."""
+"""Two processes give the result of one process and end together, and one process can resume their run."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import distributed_run
 import numpy as np
 import pytest
 import torch
+from fitted import timeless
 from PIL import Image
 
 from fastadv import cli, data, models
@@ -30,7 +31,7 @@ def run(*arguments, program=distributed_run, **variables):
         try:
             _, errors = launcher.communicate(timeout=200)
         except subprocess.TimeoutExpired:
-            launcher.terminate()  # it ends its processes, which may wait for each other
+            launcher.terminate()  # the launcher ends its processes, which may wait for each other
             raise
     return launcher.returncode, errors
 
@@ -46,10 +47,6 @@ def folder(tmp_path_factory):
 def results(folder, name):
     """The results of the two processes."""
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def without_seconds(records):
-    return [{key: value for key, value in record.items() if not key.endswith("_s")} for record in records]
 
 
 @pytest.mark.parametrize("case", distributed_run.CASES)
@@ -77,25 +74,25 @@ def test_two_processes_train_as_one_does(folder, case):
                 assert one.get(key) == pytest.approx(other.get(key), abs=1e-6), key
     assert sum("epoch" in record for record in records) == STEPS // 10
     shares = [each["judged"] / judged for each in results(folder, case)]
-    assert max(shares) < 0.65, shares  # and not all of the images each
+    assert max(shares) < 0.65, shares  # each process evaluates its part of the images only
 
 
 def test_processes_that_see_different_things_do_the_same(folder):
-    """One of them alone has other batch-norm statistics, an alarm, and a checkpoint that is due."""
-    first, second = (without_seconds(result["records"]) for result in results(folder, "disagreement"))
+    """Only one process has other batch-norm statistics, an alarm, and a checkpoint that is due."""
+    first, second = (timeless(result["records"]) for result in results(folder, "disagreement"))
     assert first == second
     assert [record.get("action") for record in first if "epoch" in record] == [None, None, "stop"]
     lines = (folder / "run" / "log.jsonl").read_text().splitlines()
-    assert without_seconds(map(json.loads, lines)) == first
+    assert timeless([json.loads(line) for line in lines]) == first
 
 
 def test_a_signal_to_one_process_ends_both_and_one_goes_on_alone(tmp_path, monkeypatch):
     status, errors = run("interrupted", tmp_path, 23, ACCELERATE_USE_CPU="true")
     assert status != 0
-    assert "Connection closed" not in errors  # neither was left waiting for the other
+    assert "Connection closed" not in errors  # no process waited for the other
     first, second = ((tmp_path / f"steps-{rank}").stat().st_size for rank in (0, 1))
     assert first == second
-    assert 23 <= first <= 24  # the first one learns of it with the sums of a step
+    assert 23 <= first <= 24  # the first process learns of the signal with the sums of a step
     taken, apply = [], TrainStep.apply
     monkeypatch.setattr(TrainStep, "apply", lambda step: (taken.append(None), apply(step)))
     with pytest.warns(UserWarning, match="'processes': 2.* goes on with .*'processes': 1"):
@@ -120,7 +117,7 @@ def photos(folder, seed=0):
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
-    """(the folder, the outcomes of the two processes)."""
+    """(the folder, [outcomes of the first process, outcomes of the second])."""
     top = tmp_path_factory.mktemp("troubled")
     for disk in (top / "0", top / "1"):
         for name in ("photos", "differ", "damaged"):

@@ -1,4 +1,4 @@
-"""The training attacks against plain loops in float64, written from the formulas; random numbers come from the ops."""
+"""The training attacks against plain float64 loops from the formulas; the random numbers are those of the ops."""
 
 import copy
 import math
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fitted import loaded_batches
 from torch import nn
 
 from fastadv import random_init, sample_seeds
@@ -42,18 +43,17 @@ def network():
 
 
 def trained(data, attack, eps, **changes):
-    """(weights, the parts of batches in the order of the run, the records)."""
-    model, order, batch_of = network(), [], Batches.load
+    """(weights, the rows of each part of a batch in the order of the run, the records)."""
+    model = network()
     settings = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "optimizer": "sgd", "seed": SEED, "probe": 0}
     if attack == "free":
         settings["repeats"] = REPEATS
     if attack == "cached":
         settings["method"] = "linear"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "load", lambda self, part, *at: (order.append(part), batch_of(self, part, *at))[1])
-        trainer = Trainer(model, eps, attack=attack, measure_backbone=False, progress=False, **settings | changes)
+    trainer = Trainer(model, eps, attack=attack, measure_backbone=False, progress=False, **settings | changes)
+    with loaded_batches() as order:
         records = trainer.fit(data)
-    return model.state_dict(), order, records
+    return model.state_dict(), [rows for _, rows in order], records
 
 
 # ---------------------------------------------------------------------- the methods by hand
@@ -65,7 +65,7 @@ def own_losses(model, x, y):
 
 
 def gradient(model, x, y, create_graph=False):
-    """The gradient in eval mode."""
+    """The gradient with the model in eval mode."""
     model.eval()
     x = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(own_losses(model, x, y).sum(), x, create_graph=create_graph)
@@ -83,9 +83,9 @@ def smoothed(logits, y, smoothing):
 
 
 class ByHand:
-    """`loss(x, y, ...)` is the sum of the losses in a part; `after` gets the gradient of the update's backward pass."""
+    """A method: `loss` is the sum of the losses in a part, and `after` runs after the backward passes of an update."""
 
-    smoothing, average = 0.0, 0.0
+    smoothing, ema_decay = 0.0, 0.0
 
     def __init__(self, model, eps, penalty=None):
         self.model, self.eps, self.penalty = model, eps, penalty
@@ -136,7 +136,7 @@ class FreeByHand(ByHand):
 
 
 class LIETByHand(ByHand):
-    smoothing, average = 0.6, 0.9995
+    smoothing, ema_decay = 0.6, 0.9995
 
     def before(self, step, epoch):
         self.weight = (100 if self.penalty is None else self.penalty) * (epoch + 1) / EPOCHS
@@ -182,7 +182,7 @@ class SORAByHand(ByHand):
     def after(self):
         n = sum(len(g) for g, _ in self.used)
         held = [
-            (one.sign() * other).sum() * n / one.abs().sum()  # of a sum over the batch divided by its size
+            (one.sign() * other).sum() * n / one.abs().sum()  # adv.grad is the gradient of the batch's mean loss
             for g, adv in self.used
             for one, other in zip(g, adv.grad, strict=True)
         ]
@@ -201,7 +201,7 @@ class PGIByHand(ByHand):
         adv, start = torch.empty_like(x), torch.empty_like(x)
         for i, row in enumerate(rows.tolist()):
             kept = self.kept.get(row, (self.eps * signs[i], torch.zeros_like(x[i])))
-            # Of each pixel the stored one that it shows, from 1 on; 0 in the padding.
+            # For each pixel the number of the stored pixel that it shows, from 1 on; 0 in the padding.
             shown = torch.arange(1, x[i, 0].numel() + 1) if where is None else where[i, 0].flatten().long()
             delta, m = (F.pad(t.flatten(1), (1, 0))[:, shown].reshape(x[i].shape) for t in kept)
             start[i] = x[i] + delta
@@ -243,7 +243,7 @@ def by_hand(data, attack, eps, order, grad_accum_steps, penalty=None, augment=No
     model = network().train()
     method, left = BY_HAND[attack](model, eps, penalty), iter(order)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True)
-    average = copy.deepcopy(model.state_dict())
+    ema = copy.deepcopy(model.state_dict())
     for step in range(STEPS):
         epoch = step // math.ceil(COUNT / BATCH)
         method.before(step, epoch)
@@ -260,14 +260,14 @@ def by_hand(data, attack, eps, order, grad_accum_steps, penalty=None, augment=No
         optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / STEPS)) / 2
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(method.average, (1 + step) / (10 + step))
+        decay = min(method.ema_decay, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
-            average[name] = decay * average[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
+            ema[name] = decay * ema[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
     assert next(left, None) is None
-    return average if method.average else model.state_dict()
+    return ema if method.ema_decay else model.state_dict()
 
 
-# At a large budget alone the length of SORA's step moves.
+# The length of SORA's step changes only at a large budget.
 @pytest.mark.parametrize(
     ("eps", "grad_accum_steps", "attack"),
     [*((8 / 255, 1, name) for name in BY_HAND), *((0.1, 2, name) for name in BY_HAND), (0.4, 2, "sora")],
@@ -294,13 +294,13 @@ def test_the_weight_of_what_is_added_can_be_set(data, attack):
     torch.testing.assert_close(weights, by_hand(data, attack, 0.05, order, 1, penalty=3.0), rtol=0, atol=1e-10)
 
 
-def test_what_a_method_says_of_the_loss_and_the_average_gives_way_to_what_is_asked_for(data):
+def test_given_settings_of_loss_and_ema_override_a_method_s_own(data):
     liet = {"label_smoothing": 0.1, "ema_decay": 0.0}
     for attack, changes in (("liet", liet), ("fgsm-pgi", {"label_smoothing": 0.0})):
         weights, order, _ = trained(data, attack, 0.05, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(BY_HAND[attack], "smoothing", changes["label_smoothing"])
-            patch.setattr(BY_HAND[attack], "average", 0.0)
+            patch.setattr(BY_HAND[attack], "ema_decay", 0.0)
             expected = by_hand(data, attack, 0.05, order, 1)
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-10)
 
@@ -329,12 +329,12 @@ def test_zerograd_zeroes_strictly_below_the_quantile_also_among_equal_ones(quant
 # ---------------------------------------------------------------------- updates in a row
 
 
-def test_free_takes_each_batch_so_often_in_a_row_and_every_image_epochs_over_repeats_times(data):
+def test_free_takes_each_batch_repeats_times_in_a_row_and_every_image_epochs_over_repeats_times(data):
     _, order, records = trained(data, "free", 0.05, repeats=3, epochs=9)
     assert len(order) == 27
     runs = [order[i : i + 3] for i in range(0, 27, 3)]
     assert all(torch.equal(part, run[0]) for run in runs for part in run)
-    for first in (0, 3, 6):  # of three passes
+    for first in (0, 3, 6):  # the first batch of each of three passes over the data
         assert torch.equal(torch.cat([run[0] for run in runs[first : first + 3]]).sort()[0], torch.arange(COUNT))
     assert not torch.equal(runs[0][0], runs[3][0])
     rates = [record["lr"] for record in records if "epoch" in record]
@@ -342,7 +342,7 @@ def test_free_takes_each_batch_so_often_in_a_row_and_every_image_epochs_over_rep
 
 
 def test_the_updates_of_free_in_a_row_see_one_crop(data):
-    """The picture is cropped and flipped once for all updates in a row, also across epochs."""
+    """The picture is cropped and flipped once for all updates in a row, even where an epoch ends between them."""
     shown, batch_of = [], Batches.load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "load", lambda *given: (shown.append(batch_of(*given)), shown[-1])[1])
@@ -364,7 +364,7 @@ class Cut(Exception):
 @pytest.mark.parametrize("attack", FAST)
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(data, attack, checkpoint_s, tmp_path):
-    """With a checkpoint after each step, and with checkpoints between epochs alone, after which steps are repeated."""
+    """There is a checkpoint after each step, or only between epochs: then the resumed run repeats steps."""
     options = {"checkpoint_s": checkpoint_s, "grad_accum_steps": 2, "augment": attack != "cached", "epochs": 3}
     x = F.interpolate(data[0], 16), data[1]
     with pytest.MonkeyPatch.context() as patch:
@@ -429,7 +429,7 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         _, order, _ = trained(data, attack, 0.05, **options)
     assert looked == ["NFGSM" if attack == "sora" else "FGSM"] * 2 + ["PGD"] * 2
     assert [method is None for method in methods] == [False] * 6 + [True] * 6
-    for first in (6, 9):  # then an epoch passes all images again
+    for first in (6, 9):  # after the switch an epoch has all images
         assert torch.equal(torch.cat(order[first : first + 3]).sort()[0], torch.arange(COUNT))
 
 

@@ -1,4 +1,4 @@
-"""NaN and infinity are neither learnt nor saved: the run ends with its last finite weights, and can be resumed."""
+"""NaN and infinity are neither learnt nor saved: the run ends with its last finite weights and can be resumed."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import poisoned_run
 import pytest
 import safetensors.torch
 import torch
+from fitted import copied, same
 from poisoned_run import poisoned
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,17 +25,12 @@ def train(folder=None, model=None, **changes):
     apply = TrainStep.apply
 
     def noted(step):
-        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        states.append(copied(model))
         apply(step)
 
     with patch.object(TrainStep, "apply", noted):
         poisoned_run.train(model, folder, **changes)
     return model, states
-
-
-def assert_same(state, expected):
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 def assert_finite(folder):
@@ -65,9 +61,9 @@ def test_a_gradient_that_is_not_finite_is_not_learnt_and_the_run_goes_on_to_the_
     words = rf"gradient is not finite \(its norm is .*the loss is \d.*{place}; the batch"
     with poisoned(step * parts, "gradient", value), pytest.raises(FloatingPointError, match=words):
         train(tmp_path / "cut", model, **settings)
-    # Batch-norm's statistics in `states` are of the step under way.
+    # `states` has batch-norm's statistics after the forward pass of the step.
     before = {name: t for name, t in states[step].items() if "running" not in name and "batches" not in name}
-    assert_same({name: t for name, t in model.state_dict().items() if name in before}, before)
+    assert same({name: t for name, t in model.state_dict().items() if name in before}, before)
     assert int(model[1].num_batches_tracked) == (0 if "method" in settings else step * parts)
     assert all(p.grad is None for p in model.parameters())
     assert_finite(tmp_path / "cut")
@@ -75,7 +71,7 @@ def test_a_gradient_that_is_not_finite_is_not_learnt_and_the_run_goes_on_to_the_
     assert kept["images"].isfinite().all()
     assert len(kept["images"]) == len(kept["labels"]) == len(kept["index"]) == 6
     resumed, _ = train(tmp_path / "cut", resume=True, **settings)
-    assert_same(resumed.state_dict(), whole.state_dict())
+    assert same(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -84,10 +80,10 @@ def test_statistics_that_are_not_finite_are_not_kept(value, tmp_path):
     model = poisoned_run.network()
     with poisoned(5, "statistics", value), pytest.raises(FloatingPointError, match=r"statistics, reached .* batch 2;"):
         train(tmp_path / "cut", model)
-    assert_same({"0.weight": model[0].weight.data}, {"0.weight": states[5]["0.weight"]})
+    assert same({"0.weight": model[0].weight.data}, {"0.weight": states[5]["0.weight"]})
     assert model[1].running_var.isfinite().all()
     assert_finite(tmp_path / "cut")
-    assert_same(train(tmp_path / "cut", resume=True)[0].state_dict(), whole.state_dict())
+    assert same(train(tmp_path / "cut", resume=True)[0].state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +92,7 @@ def test_statistics_that_are_not_finite_are_not_kept(value, tmp_path):
 )
 @pytest.mark.parametrize("with_folder", [True, False])
 def test_a_finite_gradient_whose_step_is_too_large_leaves_the_weights_before(batch_size, words, with_folder, tmp_path):
-    """With two batches in an epoch the second one finds it; with one batch the checkpoint does."""
+    """With two batches in an epoch the loss of the second is NaN; with one, the checkpoint finds the weights."""
     model, before = poisoned_run.network(), poisoned_run.network().state_dict()
     folder, step = tmp_path if with_folder else None, torch.optim.SGD.step
 
@@ -109,13 +105,13 @@ def test_a_finite_gradient_whose_step_is_too_large_leaves_the_weights_before(bat
         pytest.raises(FloatingPointError, match=f"{words}.*the model has the last ones that were kept"),
     ):
         train(folder, model, optimizer="sgd", batch_size=batch_size, attack=None, checkpoint_s=1e9)
-    assert_same(model.state_dict(), before)
+    assert same(model.state_dict(), before)
     if with_folder:
         assert_finite(tmp_path)
 
 
 class Masked(nn.Module):
-    """A model with an impossible class, by a buffer and by a parameter that does not train."""
+    """A model with numbers that are not finite: in a buffer, and in a parameter that does not train."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +137,7 @@ def test_weights_that_the_model_came_with_are_named_where_nothing_can_be_learnt(
         train(model=model)
 
 
-def test_a_mask_is_no_part_of_an_average():
+def test_a_mask_is_no_part_of_the_ema():
     """-inf and -inf have no mean, and NaN in a mask is no error."""
 
     class Impossible(nn.Module):
@@ -155,8 +151,8 @@ def test_a_mask_is_no_part_of_an_average():
 
     model, _ = train(model=Impossible(), ema_decay=0.9)
     assert torch.equal(model.mask, torch.tensor([0, 0, 0, -INF]))
-    without, _ = train(ema_decay=0.9)  # a class that cannot be changes nothing
-    assert_same(model.inner.state_dict(), without.state_dict())
+    without, _ = train(ema_decay=0.9)  # an impossible class changes no weight
+    assert same(model.inner.state_dict(), without.state_dict())
 
 
 @pytest.mark.parametrize("ours", [nn.Identity, lambda: nn.BatchNorm2d(3)], ids=["plain", "batch norm"])
@@ -170,7 +166,7 @@ def test_a_step_of_a_loop_of_one_s_own_is_refused_too(ours):
     model[2].bias.grad[1] = NAN
     with pytest.raises(FloatingPointError, match="norm of the gradient is nan: no step was taken"):
         step.apply()
-    assert_same({name: p.detach() for name, p in model.named_parameters()}, before)
+    assert same({name: p.detach() for name, p in model.named_parameters()}, before)
     assert not step.optimizer.state
     step.gradients(images, labels)
     step.apply()
@@ -179,7 +175,7 @@ def test_a_step_of_a_loop_of_one_s_own_is_refused_too(ours):
 
 
 class Reads(TorchDispatchMode):
-    """Counts ops that wait for a device."""
+    """Counts the ops that wait for a device."""
 
     def __init__(self):
         super().__init__()
@@ -190,10 +186,10 @@ class Reads(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_who_has_read_the_norm_waits_no_second_time(clip):
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_who_has_read_the_norm_waits_no_second_time(max_grad_norm):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    step = TrainStep(model, None, torch.optim.SGD(model.parameters(), 0.1), max_grad_norm=clip)
+    step = TrainStep(model, None, torch.optim.SGD(model.parameters(), 0.1), max_grad_norm=max_grad_norm)
     for asked in (True, False):
         step.gradients(*poisoned_run.images(6))
         expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()

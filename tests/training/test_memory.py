@@ -1,4 +1,4 @@
-"""The rows that are kept for each training image: an epoch reads the rows of the epoch before, also after a kill."""
+"""The memory for training images: an epoch reads the rows that the epoch before wrote, also after a kill."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ def made(folder, resume=False, dtype=torch.float32):
 
 
 def epoch_of(kept, epoch, generator=None):
-    """An epoch in batches of random order, whose rows depend on those of the epoch before alone."""
+    """An epoch with batches in random order; new rows depend only on the rows of the epoch before."""
     for rows in torch.randperm(COUNT, generator=generator).split(4):
         kept.write(rows, 2 * kept.read(rows) + rows[:, None] + epoch)
 
@@ -41,7 +41,7 @@ def test_an_epoch_reads_what_the_one_before_wrote(tmp_path, on_disk):
         assert torch.equal(kept.before, expected(epoch))
         epoch_of(kept, epoch)
         assert torch.equal(kept.written, expected(epoch + 1))
-        epoch_of(kept, epoch)  # replayed in another order
+        epoch_of(kept, epoch)  # the epoch is repeated in another order
         assert torch.equal(kept.before, expected(epoch))
 
 

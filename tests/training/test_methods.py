@@ -1,4 +1,4 @@
-"""Which parameters each method trains; no other bit changes."""
+"""The parameters that each method trains; no other bit changes."""
 
 import copy
 import re
@@ -8,6 +8,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from families import logits
+from fitted import changed, copied
 from torch import nn
 
 from fastadv.attacks import FGSM, Normalized
@@ -57,7 +59,7 @@ def conv():
     return model
 
 
-METHODS = ("full", "linear", "bias", "lora", "norm")  # on any network; those of the others are in test_added.py
+METHODS = ("full", "linear", "bias", "lora", "norm")  # they fit any network; test_tuning.py has the others
 NETWORKS = {"timm": timm_vit, "hf": hf_vit, "conv": conv}
 HEADS = {"timm": "head", "hf": "classifier", "conv": "12"}
 ADAPTED = {
@@ -85,12 +87,8 @@ def made(name):
     return network, Normalized(network, 0.5, 0.25)
 
 
-def logits(out):
-    return getattr(out, "logits", out)
-
-
 def steps(model, tuning, count=10, train=True):
-    """Steps of adversarial training, by hand."""
+    """`count` steps of adversarial training by hand."""
     optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=1e-2)
     attack = FGSM(model, 4 / 255)
     for _ in range(count):
@@ -100,15 +98,6 @@ def steps(model, tuning, count=10, train=True):
         F.cross_entropy(logits(model(attack(x, y))), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def copied(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def changed(model, before):
-    assert list(model.state_dict()) == list(before)
-    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -156,7 +145,7 @@ def test_merged_lora_says_what_the_unmerged_one_said(name):
         factors = {key: p.detach().clone() for key, p in tuning.parameters if "lora" in key}
         unmerged = logits(model.eval()(x)).detach()
     torch.testing.assert_close(logits(model.eval()(x)), unmerged, rtol=1e-5, atol=1e-5)
-    assert (unmerged - fresh).abs().max() > 1e-3  # a hundred times what was just allowed
+    assert (unmerged - fresh).abs().max() > 1e-3  # a hundred times the tolerance above
     if name == "hf":  # W + alpha / rank * B A, as in the paper
         for key in ADAPTED["hf"]:
             a, b = (factors[f"model.{key.removesuffix('weight')}lora_{f}.default.weight"] for f in "AB")
@@ -195,7 +184,7 @@ def test_after_an_exception_flags_are_as_they_were():
     network, model = made("conv")
     network[3].weight.requires_grad_(False)
     network[5].eval()
-    model.train = own = lambda mode=True: model  # a method of the instance, as users freeze batch-norm
+    model.train = own = lambda mode=True: model  # users freeze batch-norm by such a method of the instance
     flags = [module.training for module in model.modules()]
 
     def during(tuning):
@@ -271,7 +260,7 @@ def accuracy(make, method, data, head_lr=1e-2, **options):
 
 
 def test_lora_learns_where_the_frozen_features_lack_the_class():
-    """The values are zero, so nothing of the image reaches the class token: the features are constant."""
+    """The attention's values are zero, so nothing of the image reaches the class token: the features are constant."""
 
     def make():
         network = timm_vit()
@@ -317,7 +306,8 @@ def test_counts_are_those_of_a_hand():
     network, model = made("timm")
     total = sum(parameter.numel() for parameter in network.parameters())
     with trainable(model, "lora", rank=2, example=torch.rand(1, *SHAPE)) as tuning:
-        assert tuning.trainable == 2 * 2 * (48 + 2 * 48) + 3 * 48 + 3  # of 144 outputs the 48 keys' do not train
+        # 48 of the 144 outputs are keys, which do not train.
+        assert tuning.trainable == 2 * 2 * (48 + 2 * 48) + 3 * 48 + 3
         assert tuning.total == 2 * 2 * (48 + 144) + total
 
 
@@ -339,7 +329,7 @@ def test_a_state_brings_back_all_that_training_changed(method):
                 tuning.load(wrong)
         assert not changed(network, before)
     buffers = {key for key in state if re.search("running|tracked", key)}
-    assert len(buffers) == (9 if method == "full" else 3)  # the head's are trained by every method
+    assert len(buffers) == (9 if method == "full" else 3)  # every method trains the head's three
 
 
 def test_named_layers_and_rows_are_adapted():
@@ -423,7 +413,7 @@ def test_a_buffer_that_the_model_replaces_is_the_one_that_is_kept():
     assert model.seen == 3
 
 
-# ---------------------------------------------------------------------- what was named is what trains
+# ---------------------------------------------------------------------- named layers train
 
 
 class Tokens(nn.Module):
@@ -473,7 +463,7 @@ FAMILIES = {
 def test_lora_changes_the_rows_that_it_found_and_the_head_in_every_family(name):
     network, x = FAMILIES[name](), torch.rand(4, *SHAPE)
     with torch.no_grad():
-        for parameter in network.parameters():  # some start at zero, and stop every gradient
+        for parameter in network.parameters():  # parameters that start at zero would stop every gradient
             parameter.add_(0.05 * torch.randn_like(parameter))
     targets = lora_targets(network, x)
     head = find_head(network, None, x)[0]
@@ -483,7 +473,7 @@ def test_lora_changes_the_rows_that_it_found_and_the_head_in_every_family(name):
         network.eval()
         learnt = logits(network(x))
         with torch.no_grad():
-            torch.testing.assert_close(logits(network(x)), learnt)  # without a gradient PyTorch takes other kernels
+            torch.testing.assert_close(logits(network(x)), learnt)  # without gradients PyTorch uses other kernels
     names = {f"{target.name}.weight" for target in targets}
     assert changed(network, before) == names | {key for key in before if key.startswith(f"{head}.")}
     for target in targets:
@@ -517,7 +507,7 @@ def test_factors_without_a_gradient_are_refused_at_the_first_step(network, named
     def step():
         with trainable(network, "lora", rank=2, lora_targets=named) as tuning:
             optimizer = torch.optim.SGD([p for _, p in tuning.parameters], lr=1.0)
-            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()  # another one's steps are its own affair
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()  # steps of other optimizers are not checked
             for _ in range(2):
                 F.cross_entropy(network(images), torch.tensor([0, 1, 2, 0])).backward()
                 optimizer.step()
@@ -676,7 +666,7 @@ def test_weights_decay_and_nothing_else(optimizer, wrap):
     stepping.step()
     decaying = {id(network.get_parameter(name)) for name in DECAY}
     for name, parameter in network.named_parameters():
-        decay = 0.5 * 0.1 * (1.9 if optimizer == "sgd" else 1)  # Nesterov's momentum takes the first step 1.9 times
+        decay = 0.5 * 0.1 * (1.9 if optimizer == "sgd" else 1)  # Nesterov momentum: the first step is 1.9 times as long
         factor = 1 - decay if id(parameter) in decaying else 1
         torch.testing.assert_close(parameter.detach(), factor * before[name], rtol=1e-6, atol=0, msg=name)
 

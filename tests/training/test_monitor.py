@@ -1,4 +1,4 @@
-"""The monitor: what it measures, when it has an alarm, and what it does not change."""
+"""The monitor: its measurements, its alarms, and the state that it leaves unchanged."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ def accuracy(model, images, labels):
 
 
 def train(attack, epochs, seed):
-    """Readings after each epoch of training on digits at a large budget, in a loop by hand."""
+    """The readings after each epoch of a training loop by hand, on digits at a large budget."""
     torch.manual_seed(seed)
     model = mlp(DIGITS.shape, 5)
     attack = create_attack(attack, model, LARGE_EPS)
@@ -71,7 +71,7 @@ def test_a_reading_is_what_a_hand_measures(net, attack, normalized):
 
     seeds = sample_seeds(seed, torch.arange(64))
     adv = attack(x, y, seed=seeds)
-    noisy = PGD(model, EPS, alpha=0.0, steps=1)(x, y, seed=seeds)  # its start
+    noisy = PGD(model, EPS, alpha=0.0, steps=1)(x, y, seed=seeds)  # PGD's random start
     assert ((noisy - x).abs().amax() <= EPS) & (noisy != x).any()
     assert reading.probe_pgd == pytest.approx(accuracy(model, PGD(model, EPS, EPS / 4, 5)(x, y, seed=seeds), y))
     assert reading.probe_attack == pytest.approx(accuracy(model, adv, y))
@@ -85,7 +85,7 @@ def test_a_reading_is_what_a_hand_measures(net, attack, normalized):
 
 def test_without_an_attack_the_clean_images_count_and_nothing_alarms(net):
     x, _ = batch_of(64)
-    y = net(x).argmax(1)  # right on every image, wrong near it
+    y = net(x).argmax(1)  # the model is right on every image, and wrong near it
     reading = Monitor(net, x, y, None, 0.5).check()
     assert reading.probe_attack == accuracy(net, x, y) == 1
     assert reading.gap > 0.5
@@ -146,7 +146,7 @@ def test_a_check_leaves_model_and_generators_as_they_were(net):
 
 
 class Scripted(nn.Module):
-    """A model that is right on given shares of 100 images: under PGD, and for the images that `marked` returns."""
+    """A model with given accuracies on 100 images: one under PGD, one for the images that `marked` returns."""
 
     def __init__(self):
         super().__init__()
@@ -174,16 +174,16 @@ def check(monitor, pgd, attack):
 @pytest.mark.parametrize(
     ("course", "alarms"),
     [
-        ([(40, 42), (50, 53), (45, 60), (30, 52)], "...."),  # down by no more than drop
-        ([(60, 62), (39, 66)], ".!"),  # down, and the gap is wider
-        ([(60, 62), (30, 36), (55, 58)], "..."),  # an unlucky step: both fall
-        ([(30, 32), (60, 62), (41, 64), (38, 68), (61, 64)], "...!."),  # below the best, not below the last one
-        ([(60, 75), (39, 70)], ".."),  # the gap was there before: it grew by 16 points
-        ([(60, 40), (39, 41)], ".."),  # an attack beyond the budget, such as N-FGSM: a gap below zero is none
-        ([(2, 90), (3, 95), (70, 75), (71, 74)], "!!.."),  # a collapse before the first reading
-        ([(10, 12), (15, 30), (20, 39), (19, 41)], "...!"),  # one that was never any good
-        ([(41, 80), (46, 90)], ".."),  # a wide gap, but more than half is left
-        ([(0, 10), (0, 20)], ".."),  # a beginning
+        ([(40, 42), (50, 53), (45, 60), (30, 52)], "...."),  # accuracy under PGD falls by no more than drop
+        ([(60, 62), (39, 66)], ".!"),  # it falls further, and the gap gets wider
+        ([(60, 62), (30, 36), (55, 58)], "..."),  # an unlucky step: both accuracies fall
+        ([(30, 32), (60, 62), (41, 64), (38, 68), (61, 64)], "...!."),  # the drop counts from the best reading
+        ([(60, 75), (39, 70)], ".."),  # the gap was wide before, and grew by 16 points only
+        ([(60, 40), (39, 41)], ".."),  # an attack beyond the budget, such as N-FGSM: a gap below zero counts as 0
+        ([(2, 90), (3, 95), (70, 75), (71, 74)], "!!.."),  # the collapse came before the first reading
+        ([(10, 12), (15, 30), (20, 39), (19, 41)], "...!"),  # the accuracy was low at all readings
+        ([(41, 80), (46, 90)], ".."),  # a wide gap, but more than half of the accuracy is left
+        ([(0, 10), (0, 20)], ".."),  # the beginning of training
     ],
 )
 def test_the_alarm_is_for_a_fall_with_a_wider_gap_or_a_collapse(course, alarms):
@@ -230,7 +230,7 @@ def test_no_prediction_is_a_wrong_answer_whatever_the_label(row):
 
 
 def test_tiny_gradients_still_have_an_angle():
-    """The squares of a confident model's gradients are zero in float32; an affine model's gradients are all equal."""
+    """The squares of a confident model's gradients are zero in float32. An affine model's gradients are all equal."""
     weight = torch.randn(2, 12)
 
     def model(x):

@@ -1,4 +1,4 @@
-"""Passes beside the steps of a run take no more memory than the steps: parts, precision, layout, copies."""
+"""The passes of a run that are not steps take no more memory than steps: batch parts, precision, layout, copies."""
 
 import collections
 import math
@@ -18,7 +18,7 @@ from fastadv.training import Monitor, Trainer, backbone_robustness, trainable
 EPS = 8 / 255
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the backbone is not robust"),
-    pytest.mark.filterwarnings("ignore:the last .* samples that PMA"),  # chance: the networks are untrained
+    pytest.mark.filterwarnings("ignore:the last .* samples that PMA"),  # may come by chance on an untrained network
 ]
 
 
@@ -37,7 +37,7 @@ def fit(model, *parts, **changes):
 
 
 def seen_by(model):
-    """(images, whether under autocast, whether in channels-last) of each pass, as the model runs."""
+    """A list that gets (images, whether under autocast, whether in channels-last) of each later pass."""
     seen = []
 
     def note(module, args):
@@ -68,7 +68,7 @@ def test_no_pass_of_a_run_has_more_images_than_a_part_of_a_step(batch_size, grad
     assert max(count for count, _, _ in seen) == largest
 
 
-@pytest.mark.filterwarnings("ignore:no prediction")  # logits in bf16 tie now and then
+@pytest.mark.filterwarnings("ignore:no prediction")  # two logits in bf16 are sometimes equal
 def test_all_passes_of_a_run_are_in_its_precision_and_layout():
     model = network()
     seen = seen_by(model)
@@ -108,7 +108,7 @@ def test_measuring_a_backbone_copies_the_images_that_it_looks_at_alone():
     assert 120 * 3 * 256 <= allocated.most < images.nbytes / 10
 
 
-@pytest.mark.filterwarnings("ignore:epoch 0")  # nothing withstands such an eps
+@pytest.mark.filterwarnings("ignore:epoch 0")  # robust accuracy is 0 at such an eps
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_evaluations_of_a_run_copy_no_whole_part_of_the_data(dtype):
     val, test = small(180, 16, dtype), small(200, 16, dtype)
@@ -153,8 +153,8 @@ def test_a_compiled_model_is_compiled_for_the_sizes_of_the_steps_alone(wrapped, 
     fit(model, small(100), small(70), batch_size=16, probe=40, epochs=2, compile=True, head=head)
     sizes = collections.Counter(compiled)
     assert set(sizes) == {15, 14}  # 100 images in batches of 15 and 14
-    assert sizes[14] == 1  # the update; attacks fill their batches up
-    assert sizes[15] <= 5  # update, attacks by cross-entropy, PMA, the backbone's, without a gradient
+    assert sizes[14] == 1  # the update only, because attacks fill their batches up
+    assert sizes[15] <= 5  # update, attack on cross-entropy, PMA, the backbone's attack, a pass without gradient
 
 
 # ---------------------------------------------------------------------- evaluate

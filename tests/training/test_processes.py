@@ -1,4 +1,4 @@
-"""Settings of accelerate: followed, or refused by name."""
+"""A run follows accelerate's settings, or refuses them by name."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_what_a_run_would_not_heed_is_refused_by_name(monkeypatch, variable, val
     with pytest.raises(ValueError, match=f"accelerate is set to .*{words}"):
         Trainer(network, 8 / 255, epochs=1, batch_size=4).fit((torch.rand(12, 3, 4, 4), torch.arange(12) % 3))
     assert torch.equal(network[1].weight, before)
-    monkeypatch.setenv(variable, {"INDUCTOR": "no", "4": "1"}.get(value, "false"))  # as accelerate launch says it
+    monkeypatch.setenv(variable, {"INDUCTOR": "no", "4": "1"}.get(value, "false"))  # the value of `accelerate launch`
     assert processes().num_processes == 1
 
 
@@ -42,7 +42,7 @@ def test_fsdp_of_the_callers_own_accelerator_is_refused(monkeypatch):
 
 
 def test_a_process_that_trains_alone_in_a_group_is_told_and_its_group_ends_with_it():
-    """A group that accelerate does not know, as after torch.multiprocessing.spawn without torchrun's variables."""
+    """accelerate does not know the group, as after torch.multiprocessing.spawn without torchrun's variables."""
     program = """
 import sys, torch, warnings
 from torch import nn, distributed

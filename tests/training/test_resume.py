@@ -1,4 +1,4 @@
-"""A run that is killed or interrupted, or whose disk is full, is resumed to the same bits; nothing is lost."""
+"""A run that was killed or interrupted, or had a full disk, is resumed to the same bits; nothing is lost."""
 
 import errno
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 import killed_run
 import pytest
 import torch
+from fitted import colours
 
 from fastadv.training import Trainer, run
 from fastadv.training.checkpoints import FORMAT, Checkpoints
@@ -45,7 +46,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, se
     assert sum(death["inside_a_write"] for death in deaths) == max(1, kills * 3 // 20)
     assert 2 * sum(death["checkpoints"] > 0 for death in deaths) >= kills
     whole, cut = result["steps"]
-    # With a checkpoint after each step a death costs the step under way, and one whose checkpoint was being written.
+    # With a checkpoint after each step, a kill costs at most two: the present step, and a step whose checkpoint was
+    # being written.
     assert whole <= cut <= whole + 2 * kills, f"seed {seed}"
 
 
@@ -59,7 +61,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kills, se
     ids=str,
 )
 def test_what_is_kept_outlasts_a_signal_and_a_damaged_checkpoint(tmp_path, memory, settings, monkeypatch, terminating):
-    """The run is cut within an epoch, and the newest checkpoint is damaged: the one before is from the epoch before."""
+    """The run is cut within an epoch. Without the damaged newest checkpoint it goes on from the epoch before."""
     fast = {"probe": 0, "eval_every": 0}
     settings = {"attack": "stale", "lp_ft": 0, "epochs": 6, "checkpoint_s": 1e9} | fast | settings
     whole = killed_run.train(tmp_path / "whole", **settings)
@@ -105,7 +107,7 @@ class Terminated(Exception):
 
 @pytest.fixture
 def terminating():
-    """Signals act as in a program on a terminal, however the tests are run."""
+    """Signals act as in a program on a terminal, whatever handlers the test runner has set."""
 
     def terminate(number, frame):
         raise Terminated
@@ -195,7 +197,7 @@ def short(folder, cut=None, part=0, **changes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Run, "_batch", failing)
-        parts = (killed_run.images(96, 1 + part), killed_run.images(33, 2))
+        parts = (colours(96, 1 + part), colours(33, 2))
         records = Trainer(network, options.pop("eps", 16 / 255), **options).fit(*parts)
     return network.state_dict(), [record["loss"] for record in records if "epoch" in record], records
 
@@ -294,7 +296,7 @@ def test_a_resumed_run_may_be_evaluated_and_kept_at_other_times(tmp_path):
     ("settings", "cut", "same_steps"),
     [
         ({"warmup": 10}, 9, True),
-        ({"warmup": 10}, 11, True),  # the peak is the cosine's first step
+        ({"warmup": 10}, 11, True),  # step 11 is the cosine's first, with the peak rate
         ({"warmup": 10}, 12, False),
         ({"lp_ft": 2}, 11, True),
         ({"lp_ft": 2}, 14, False),
@@ -385,7 +387,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, victim):
         groups, facts = again.load()
     assert facts == {"seed": 0}
     assert same(groups, 0)
-    for seed in (1, 7):  # first what the damaged one held, which a resumed run makes again
+    for seed in (1, 7):  # a resumed run first makes the content of the damaged checkpoint again
         again.save({"weights": tensors(seed)}, {"seed": seed})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -402,7 +404,7 @@ def test_a_damaged_checkpoint_that_nobody_needs_stops_nothing(tmp_path, content)
     (tmp_path / "00000001.json").write_bytes(content)
     again = Checkpoints(tmp_path, "{}")
     again.load()
-    for seed in (1, 1, 2):  # the same weights again, as after an evaluation: an older checkpoint would be kept
+    for seed in (1, 1, 2):  # equal weights again, as after an evaluation, make no new file of tensors
         again.save({"weights": tensors(seed)}, {"seed": seed})
         groups, facts = Checkpoints(tmp_path, "{}").load()
         assert facts == {"seed": seed}
@@ -438,7 +440,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     files.save({"weights": tensors(0)}, {"seed": 0})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))  # the system refuses longer files, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))  # like a full disk, the system refuses longer files
     try:
         with pytest.raises(OSError, match=r"File too large|No space"):
             files.save({"weights": tensors(1)}, {"seed": 1})
@@ -471,7 +473,7 @@ def test_a_log_of_another_run_is_kept_under_another_name(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_no_damaged_one(tmp_path, monkeypatch):
-    """As on a network drive that is away for a while: an older checkpoint must not take the place of the newest."""
+    """A network drive may be away for a while: then an older checkpoint must not replace the newest."""
     files = Checkpoints(tmp_path, "run")
     for seed in range(2):
         files.save({"weights": tensors(seed)}, {})

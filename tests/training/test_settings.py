@@ -1,4 +1,4 @@
-"""Every setting acts: with one setting changed, a run equals the loop by hand with that change, and no other run."""
+"""Every setting acts: a run with one changed setting equals the loop by hand with that change, and no other run."""
 
 import copy
 import json
@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import SHAPE, made
+from fitted import loaded_batches
 from torch import nn
 
 from fastadv import random_init, sample_seeds
 from fastadv.attacks import FGSM
 from fastadv.models.added import added_to
 from fastadv.training import Monitor, Trainer, run
-from fastadv.training.batches import Batches
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import Settings
 
@@ -41,12 +41,11 @@ BASE = {"attack": "fgsm", "epochs": 2, "batch_size": 8, "lr": 0.03, "probe": 0}
 
 
 def trained(changes, parts=(TRAIN,)):
-    """(weights, the indices of each part of a batch in the order of the run, the records)."""
-    model, order, batch_of = network(), [], Batches.load
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "load", lambda self, part, *at: (order.append(part), batch_of(self, part, *at))[1])
+    """(weights, the rows of each part of a batch in the order of the run, the records)."""
+    model = network()
+    with loaded_batches() as order:
         records = Trainer(model, EPS, measure_backbone=False, progress=False, **BASE | changes).fit(*parts)
-    return model.state_dict(), order, records
+    return model.state_dict(), [rows for _, rows in order], records
 
 
 # ---------------------------------------------------------------------- the loop by hand
@@ -118,12 +117,12 @@ def by_hand(order, **s):
     for method, epochs, peak in [*stages, (s["method"], s["epochs"], s["lr"])]:
         lora = Lora(model, (s["lora_targets"] or ()) if method == "lora" else (), s["rank"], s["lora_alpha"], s["seed"])
         trains = parameters_of(model, method, s["head"] or "4", lora.factors)
-        # Weights of layers and factors decay, biases and the norm's weight do not.
+        # The weights of layers and factors decay; biases and the norm's weight do not.
         decay = [0.0 if name.endswith("bias") or name == "2.weight" else s["weight_decay"] for name in trains]
         groups = [{"params": [p], "weight_decay": d} for p, d in zip(trains.values(), decay, strict=True)]
         adamw = s["optimizer"] == "adamw"
         optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups, 1, momentum=0.9, nesterov=True)
-        average = {name: p.detach().clone() for name, p in model.state_dict().items()}
+        ema = copy.deepcopy(model.state_dict())
         steps = -(-COUNT // s["batch_size"])
         for step in range(epochs * steps):
             epoch += step % steps == 0
@@ -153,14 +152,12 @@ def by_hand(order, **s):
             optimizer.zero_grad()
             decay = min(s["ema_decay"], (1 + step) / (10 + step))
             for name, value in model.state_dict().items():
-                average[name] = (
-                    decay * average[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
-                )
+                ema[name] = decay * ema[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
         with torch.no_grad():
             for name in lora.factors:
                 model.get_submodule(name).weight.copy_(lora.weight(name))
         if s["ema_decay"]:
-            model.load_state_dict(average)
+            model.load_state_dict(ema)
     return model.state_dict()
 
 
@@ -168,7 +165,7 @@ def apart(one, other):
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-# What the weights depend on: (field, its value, what else is needed to see it, and another value of it at times).
+# The settings that change the weights: (field, its value, other settings under which it acts).
 LORA = {"method": "lora", "lora_targets": ["1"], "rank": 2}
 IN_THE_WEIGHTS = [
     ("method", "linear", {}),
@@ -240,7 +237,7 @@ def test_monitor_and_evaluations_have_the_whole_budget_from_the_first_epoch_on()
 
     whole, growing = seen("constant"), seen("hinge:0.5,1")
     assert [found[:3] for found in whole] == [found[:3] for found in growing]
-    assert growing[0][3] > whole[0][3]  # the first epoch's steps have none of it
+    assert growing[0][3] > whole[0][3]  # under the schedule the first epoch's steps have no budget
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "hinge", "hinge:0.5", "hinge:0.7,0.3", "hinge:0,2", "linear:0,1", ""])
@@ -255,7 +252,7 @@ def test_a_schedule_needs_an_attack_that_it_changes(attack):
         Trainer(network(), EPS, attack=attack, eps_schedule="linear")
 
 
-# ---------------------------------------------------------------------- what shows elsewhere
+# ---------------------------------------------------------------------- settings that do not change the weights
 
 
 def augment():
@@ -318,7 +315,7 @@ def probe():
 
 
 def adapter_reduction():
-    for value, width in ((None, 2), (4, 4)):  # of 16 channels
+    for value, width in ((None, 2), (4, 4)):  # the block has 16 channels
         network = made("own resnet")
         trained_on_families(network, method="adapter", adapter_reduction=value)
         assert [added.reduced for _, added in added_to(network)] == [width // 2, width]
@@ -379,11 +376,12 @@ def test_checkpoint_s_is_the_time_between_two_checkpoints(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run.Checkpoints, "save", lambda *a, save=save, saved=saved: saved.append(None) or save(*a))
             trained({"checkpoint_s": seconds, "folder": tmp_path / str(count)})
-        always = 7  # at the beginning and the end of the stage, around the evaluation of each of two epochs, at the end
+        # At the begin and end of the stage, before and after the evaluation of each of two epochs, and at the end.
+        always = 7
         assert len(saved) == count + always
 
 
-IN_TEST_FAST = {"quantile", "penalty", "repeats"}  # of methods that have loops by hand of their own
+IN_TEST_FAST = {"quantile", "penalty", "repeats"}  # test_fast.py has loops by hand for their methods
 IN_TEST_TRAINER = {"precision", "channels_last", "on_catastrophic_overfitting", "switch_to"}
 
 
@@ -411,7 +409,7 @@ def test_a_run_takes_the_rate_of_its_method_and_tells_it(method, rate, tmp_path)
     trainer = Trainer(network(), EPS, progress=False, folder=tmp_path, **options)
     assert trainer.settings.lr == rate
     rates = [record["lr"] for record in trainer.fit(TRAIN) if "lr" in record]
-    assert rates == [rate]  # of the only step, at the peak
+    assert rates == [rate]  # the only step has the peak rate
     (manifest, *_) = sorted((tmp_path / "state").glob("*.json"))
     assert json.loads(json.loads(manifest.read_text().partition("\n")[2])["run"])["lr"] == str(rate)
 

@@ -1,4 +1,4 @@
-"""Stored signs: against loops by hand that move pixels one by one."""
+"""Stored signs against loops by hand that move pixels one by one."""
 
 import copy
 import random
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fitted import loaded_batches
 from torch import nn
 
 from fastadv import sample_seeds
 from fastadv.attacks import FGSM
 from fastadv.training import Augment, Settings, Trainer, TrainStep, pack_signs, run, unpack_signs
-from fastadv.training.batches import AUGMENTING, Batches
+from fastadv.training.batches import AUGMENTING
 from fastadv.training.fast import stale
 from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.memory import SampleMemory
@@ -32,18 +33,11 @@ def network(dtype=torch.float64, norm=True):
 
 
 def trained(model, data, **changes):
-    """(the records, the parts of batches as (epoch, rows))."""
-    order, batch_of = [], Batches.load
+    """(the records, (epoch, rows) of each part of a batch)."""
     settings = {"attack": "stale", "epochs": 3, "batch_size": 7, "lr": 0.05, "probe": 0, "optimizer": "sgd"}
-    with pytest.MonkeyPatch.context() as patch:
-
-        def noted(batches, part, at, repeats):
-            order.append((at.epoch, part))
-            return batch_of(batches, part, at, repeats)
-
-        patch.setattr(Batches, "load", noted)
-        options = {"measure_backbone": False, "progress": False}
-        records = Trainer(model, EPS, **options, **settings | changes).fit(data)
+    settings |= {"measure_backbone": False, "progress": False} | changes
+    with loaded_batches() as order:
+        records = Trainer(model, EPS, **settings).fit(data)
     return [record for record in records if "epoch" in record], order
 
 
@@ -78,7 +72,7 @@ def test_signs_of_another_shape_are_refused():
 
 
 def places_by_hand(augment, seeds, height, width):
-    """For each pixel of the result its place in the picture, or None, read from a picture whose pixels are numbered."""
+    """For each pixel of the result its place in the picture, or None; the pixels of the picture are their numbers."""
     numbers = torch.arange(1, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
     seen = augment(numbers.expand(len(seeds), -1, -1, -1), seeds)[:, 0].long().tolist()
     whole = [[divmod(number - 1, width) if number else None for number in row] for one in seen for row in one]
@@ -111,7 +105,7 @@ def test_sources_and_targets_say_where_each_pixel_goes(flip):
 
 
 class Told(FastMethod):
-    """Attacks with given noise, and keeps the gradients."""
+    """A method that returns given adversarial images and keeps the gradient that it gets."""
 
     sees_gradient = True
 
@@ -150,15 +144,15 @@ def test_the_update_gives_the_gradient_at_x_adv(frozen, clean_weight, smoothing)
 
 
 def chance(rows, when):
-    """Random signs that a loop by hand can draw too, one image at a time."""
+    """Random signs that the loop by hand can draw for one image at a time."""
     generators = [torch.Generator().manual_seed(1000 * int(row) + when) for row in rows]
     return torch.stack([torch.randint(2, (3, SIDE, SIDE), generator=g) for g in generators]).double() * 2 - 1
 
 
 def by_hand(model, data, order, fresh, augment=None, smoothing=0.0, alpha=EPS, method="full", seed=0, hinge=False):
-    """The run with signs, an image at a time; also the share of the signs that stayed, of each epoch.
+    """The run with signs, image by image. Returns each epoch's share of unchanged signs, and the fresh attacks.
 
-    `fresh` is a function of i, the epoch and the shares of the last: whether image i gets a fresh FGSM.
+    `fresh(i, epoch, last)` tells whether image i gets a fresh FGSM attack; `last` has the shares of the last epoch.
     """
     x_all, y_all = data
     x_all = x_all.double() / (1 if x_all.dtype.is_floating_point else 255)
@@ -230,7 +224,7 @@ def test_a_run_is_the_loop_by_hand(monkeypatch, changes, fresh, dtype):
     monkeypatch.setattr(stale.Stale, "_random", lambda self, rows, when, x: chance(rows, when).to(torch.bfloat16))
     data = images(dtype=dtype)
     model = network()
-    if dtype == torch.uint8:  # which are float32 as the model gets them: rounding may turn a sign
+    if dtype == torch.uint8:  # the model gets them as float32, and rounding may change a sign
         model = nn.Sequential(*model.float())
     twin = copy.deepcopy(model).double()
     records, order = trained(model, data, **changes)
@@ -258,7 +252,7 @@ def test_price_attacks_the_images_whose_signs_agreed_least(monkeypatch):
     assert [int(fresh.sum()) for fresh in chosen] == [fresh_count] * 4
 
     def fresh(i, epoch, last):
-        """The run's choice where images at the border are equal; else the choice by hand."""
+        """The run's choice, which must be the choice by hand unless shares at the border are equal."""
         below = sum(last[j] < last[i] - 1e-6 for j in last)
         not_above = sum(last[j] <= last[i] + 1e-6 for j in last)
         taken = bool(chosen[epoch][i])
@@ -285,11 +279,11 @@ def test_a_fresh_attack_for_all_is_fgsm_to_the_bit(changes):
     for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(one, other)
     assert [r["loss"] for r in found[0]] == [r["loss"] for r in found[1]]
-    assert not any("agreement" in record for record in found[1])  # nothing is learnt that nobody will ask for
+    assert not any("agreement" in record for record in found[1])  # signs that no epoch will use are not kept
 
 
 class Epochs:
-    """The epochs of a method without a run and without a folder."""
+    """Begins the epochs of a method without a run and without a folder."""
 
     def __init__(self, method, count, seed=0):
         self.method, self.count, self.settings, self.memories = method, count, Settings(seed=seed), {}

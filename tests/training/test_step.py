@@ -1,4 +1,4 @@
-"""One step of adversarial training against the same step written out by hand."""
+"""One step of adversarial training against the same step by hand."""
 
 import copy
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from families import logits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -45,19 +46,19 @@ def fgsm_by_hand(model, images, labels):
     return (images + EPS * grad.sign()).clamp(0, 1).detach()
 
 
-def learnt_by_hand(model, x_adv, images, labels, clean_weight=0.0, smoothing=0.0, clip=None):
+def learnt_by_hand(model, x_adv, images, labels, clean_weight=0.0, smoothing=0.0, max_grad_norm=None):
     """(loss, weights) after a step of plain SGD on a mixture of adversarial and clean images."""
     on_adv, on_clean = (cross_entropy(model(x), labels, smoothing).mean() for x in (x_adv, images))
     loss = (1 - clean_weight) * on_adv + clean_weight * on_clean
     parameters = list(model.parameters())
     grads = torch.autograd.grad(loss, parameters)
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
-    factor = 1.0 if clip is None else min(1.0, clip / norm)
+    factor = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / norm)
     return loss.item(), [(p - LR * factor * grad).detach() for p, grad in zip(parameters, grads, strict=True)]
 
 
 def taken(step, images, labels, parts=None, seeds=None):
-    """Takes the step on a batch that is cut into `parts`; returns the sum of the results of `gradients`."""
+    """Take the step on a batch that is cut into `parts`; returns the sum of the results of `gradients`."""
     sizes = parts or [len(labels)]
     cut = zip(images.split(sizes), labels.split(sizes), strict=True)
     results = [
@@ -88,13 +89,13 @@ def test_a_step_is_the_textbook_one_in_however_many_parts(clean_weight, smoothin
 
 
 @pytest.mark.parametrize("share", [0.5, 2.0])
-def test_clip_bounds_the_norm_of_the_whole_gradient(share):
+def test_max_grad_norm_bounds_the_norm_of_the_whole_gradient(share):
     model, (images, labels) = network(), batch()
     x_adv = fgsm_by_hand(model, images, labels)
     grads = torch.autograd.grad(cross_entropy(model(x_adv), labels).mean(), list(model.parameters()))
-    clip = share * torch.cat([grad.flatten() for grad in grads]).norm().item()
-    _, weights = learnt_by_hand(model, x_adv, images, labels, clip=clip)
-    taken(TrainStep(model, FGSM(model, EPS), sgd(model), max_grad_norm=clip), images, labels, [5, 4])
+    bound = share * torch.cat([grad.flatten() for grad in grads]).norm().item()
+    _, weights = learnt_by_hand(model, x_adv, images, labels, max_grad_norm=bound)
+    taken(TrainStep(model, FGSM(model, EPS), sgd(model), max_grad_norm=bound), images, labels, [5, 4])
     assert_weights(model, weights, rtol=1e-5, atol=1e-5)  # PyTorch adds 1e-6 to the norm
 
 
@@ -138,7 +139,7 @@ def test_a_callable_gets_float_images_and_labels_and_nothing_else(dtype):
 
 
 def test_a_foreign_attack_leaves_nothing_in_the_parameters_or_the_buffers():
-    """An attack by hand that calls backward() in train mode."""
+    """The attack calls backward() in train mode."""
 
     def attack(x, y):
         x = x.clone().requires_grad_()
@@ -222,9 +223,9 @@ def test_bf16_is_used_in_attack_and_update_and_the_loss_is_in_float32():
     assert [trains for trains, _ in seen] == [False, True]
     assert {out.dtype for _, out in seen} == {torch.bfloat16}
     loss = cross_entropy(seen[1][1].double(), labels).mean().item()
-    assert result[0].item() == pytest.approx(loss, rel=1e-6)  # bfloat16 itself has steps of 4e-3
+    assert result[0].item() == pytest.approx(loss, rel=1e-6)  # bfloat16 would round to steps of 4e-3
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    # The gradient is that of float32 up to bfloat16's rounding.
+    # The gradient is the float32 gradient up to bfloat16's rounding.
     in_float32 = copy.deepcopy(model).requires_grad_()
     in_float32.zero_grad()
     cross_entropy(in_float32(fgsm_by_hand(in_float32, images, labels)), labels).mean().backward()
@@ -258,12 +259,8 @@ NETWORKS = {"conv": plain_conv, "vit": vit}
 COSTLY = torch.rand(4, 3, 16, 16), torch.arange(4) % CLASSES
 
 
-def logits_of(outputs):
-    return getattr(outputs, "logits", outputs)
-
-
 class Flops(TorchDispatchMode):
-    """PyTorch's counts of each operation. Its own FlopCounterMode refuses a gradient with respect to the images."""
+    """Sums PyTorch's FLOP formulas. Its own FlopCounterMode refuses a gradient with respect to the images."""
 
     total = 0
 
@@ -282,14 +279,14 @@ class Flops(TorchDispatchMode):
 
 
 class Passes:
-    """FLOPs of a forward pass, of a backward one to the images, and of one to what trains; each counted alone."""
+    """The FLOPs of a forward pass, of a backward pass to the images, and of a backward pass to what trains."""
 
     def __init__(self, model):
         images, labels = COSTLY
         with Flops() as forward, torch.no_grad():
             model(images)
         self.forward = forward.total
-        loss = F.cross_entropy(logits_of(model(images)), labels)
+        loss = F.cross_entropy(logits(model(images)), labels)
         with Flops() as update:
             torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         self.update = update.total
@@ -297,7 +294,7 @@ class Passes:
         for parameter in trains:
             parameter.requires_grad_(False)
         leaf = images.clone().requires_grad_()
-        loss = F.cross_entropy(logits_of(model(leaf)), labels)
+        loss = F.cross_entropy(logits(model(leaf)), labels)
         with Flops() as to_images:
             torch.autograd.grad(loss, leaf)
         self.to_images = to_images.total
@@ -305,7 +302,7 @@ class Passes:
             parameter.requires_grad_(True)
 
 
-ELSEWHERE = ("adapter", "ia3", "prompt", "norm")  # they find nothing in a plain row of convolutions
+ELSEWHERE = ("adapter", "ia3", "prompt", "norm")  # a plain chain of convolutions has nothing for them
 TRAINED = [(kind, method) for kind in NETWORKS for method in METHODS if kind == "vit" or method not in ELSEWHERE]
 
 
@@ -347,7 +344,8 @@ def test_attention_costs_twice_on_the_way_back_and_a_linear_probe_nothing_but_it
     with trainable(model, "linear"):
         passes = Passes(model)
     tokens = (16 // 8) ** 2 + 1
-    attention = 2 * 2 * 2 * len(COSTLY[1]) * tokens**2 * 16  # layers, products, a multiplication and an addition
+    # Two layers, two products in each, and a multiplication and an addition for each term.
+    attention = 2 * 2 * 2 * len(COSTLY[1]) * tokens**2 * 16
     assert passes.to_images == passes.forward + attention
     assert passes.update == HEAD["vit"]
 
@@ -361,7 +359,7 @@ class Sine(nn.Module):
 
 
 def rough():
-    """A network on which a long step often lands where the loss is smaller."""
+    """A network on which a long step often ends at a smaller loss."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), Sine(), nn.Linear(16, CLASSES)).double()
     model[1].weight.data *= 10
     return model
@@ -400,7 +398,7 @@ def test_none_is_looked_at_where_attack_and_update_differ_in_mode(layer, looked)
 @pytest.mark.parametrize(
     "attack",
     [
-        lambda model: FGSM(model, EPS),  # no random start, so no loss there
+        lambda model: FGSM(model, EPS),  # without a random start no loss is computed there
         lambda model: PGD(model, EPS, EPS, 1, random_start=False),
         lambda model: PGD(model, EPS, EPS / 4, 3),
         lambda model: FGSM(model, EPS, noise=None, loss="margin"),

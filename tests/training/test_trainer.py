@@ -1,4 +1,4 @@
-"""The training loop: seeds, choices of weights, reactions to overfitting, refusals."""
+"""The training loop: seeds, the choice of the final weights, reactions to overfitting, refusals."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
+from fitted import changed, colours, copied, loaded_batches, same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,14 +23,6 @@ from fastadv.training.monitor import Reading
 from fastadv.training.step import TrainStep
 
 EPS = 16 / 255
-
-
-def colours(count, seed, side=8):
-    """Noisy uint8 images (count, 3, side, side); the class is the channel that is bright."""
-    labels = torch.arange(count) % 3
-    bright = F.one_hot(labels, 3)[:, :, None, None]
-    noise = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    return (255 * (0.4 * bright + 0.6 * noise)).to(torch.uint8), labels
 
 
 TRAIN, VAL, TEST = colours(50, 1), colours(20, 2), colours(21, 3)
@@ -50,21 +42,9 @@ def fit(model, *, parts=(TRAIN, VAL), **changes):
     return Trainer(model, options.pop("eps", EPS), **options).fit(*parts)
 
 
-def copied(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(model, before):
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-
-
 @pytest.fixture
 def after_steps(monkeypatch):
-    """A list that gets the weights after each step of the model that `watch` gets."""
+    """(states, watch): after `watch(model)` the list `states` gets the model's weights after each step."""
     states, watched, apply = [], [], TrainStep.apply
 
     def noted(step):
@@ -80,7 +60,7 @@ def after_steps(monkeypatch):
 
 @pytest.mark.parametrize(("batch_size", "grad_accum_steps"), [(50, 1), (10, 1), (10, 3), (7, 2)])
 def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, grad_accum_steps):
-    """Its start depends on the run's seed, the sample's number and the epoch alone."""
+    """A sample's random start depends only on the run's seed, the sample's number and the epoch."""
     model = conv()
     reference = copy.deepcopy(model).eval()
     shown, order = [], []
@@ -89,7 +69,7 @@ def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, grad_accum_st
 
     def noted(self, part, *at):
         if not order:
-            shown.clear()  # before, the head was found
+            shown.clear()  # without the passes that looked for the head
         order.append(part)
         return batch_of(self, part, *at)
 
@@ -100,14 +80,14 @@ def test_a_sample_is_attacked_alike_whatever_its_batch(batch_size, grad_accum_st
         fit(model, attack="fgsm-rs", parts=(TRAIN,), **options)
     hook.remove()
     assert torch.cat(order).sort()[0].tolist() == sorted([*range(50), *range(50)])
-    # The second of every two passes is the update's.
+    # Every second pass is an update's.
     updates = [x for _, x in shown][1 : 2 * len(order) : 2]
     for number, (index, x) in enumerate(zip(order, updates, strict=True)):
         epoch = 2 * number // len(order)
         images, labels = to_float(TRAIN[0][index]), TRAIN[1][index]
         seeds = sample_seeds(5, index, epoch)
         expected = FGSM(reference, EPS, alpha=1.25 * EPS, noise=None)(images, labels, seed=seeds)
-        # A gradient of nearly nothing may have another sign in another batch.
+        # A gradient that is nearly zero may have another sign in another batch.
         assert ((x - expected).abs() > 1e-6).float().mean() < 0.01
         assert (x - images).abs().max() > 0.5 * EPS
 
@@ -125,7 +105,7 @@ def test_the_seed_reaches_what_an_attack_draws():
 def test_same_seed_same_bits_and_the_callers_generator_untouched():
     def weights(seed, callers):
         torch.manual_seed(0)
-        model = networks.conv((3, 32, 32), 3)  # dropout, and with it a random start and a shuffled order
+        model = networks.conv((3, 32, 32), 3)  # with dropout; random starts and the order of the images are random too
         torch.manual_seed(callers)
         state = torch.get_rng_state()
         fit(model, attack="fgsm-rs", epochs=1, seed=seed)
@@ -162,7 +142,7 @@ def test_after_ten_steps_what_should_train_has_changed_and_no_other_bit(method):
 
 
 @pytest.mark.parametrize("method", ["full", "bias", "lora"])
-def test_a_head_start_trains_the_head_and_the_method_begins_with_it(method, after_steps):
+def test_lp_ft_trains_the_head_first_and_the_method_begins_with_it(method, after_steps):
     states, watch = after_steps
     model = conv()
     watch(model)
@@ -179,16 +159,20 @@ def test_a_head_start_trains_the_head_and_the_method_begins_with_it(method, afte
 
 
 def test_a_last_batch_of_one_image_does_not_reach_batch_norm():
+    """Eleven images in batches of ten are cut into 6 and 5."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    seen = []
+    model[2].register_forward_pre_hook(lambda layer, args: seen.append(len(args[0])) if layer.training else None)
     fit(model, epochs=1, parts=((TRAIN[0][:11], TRAIN[1][:11]), VAL))
+    assert seen == [6, 5]
 
 
-# ---------------------------------------------------------------------- which weights
+# ---------------------------------------------------------------------- the choice of the final weights
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """`scripted((clean, robust), ...)` sets the results of the evaluations, in their order; their attacks are noted."""
+    """`scripted((clean, robust), ...)` sets the results of the evaluations, and returns a list of their attacks."""
 
     def script(*found):
         attacks, left = [], iter(found)
@@ -207,8 +191,8 @@ def scripted(monkeypatch):
 
 CHOICES = [
     ("fgsm", [(1, 0.2), (0.6, 0.6), (1, 0.5), (1, 0.1)], 1),
-    ("fgsm", [(0.8, 0.3), (0.9, 0.3), (0.7, 0.3), (1, 0.2)], 1),  # of equals the one that is better on clean images
-    ("fgsm", [(0.9, 0.3), (0.9, 0.3), (0.8, 0.3), (1, 0.2)], 1),  # of equals again the latest
+    ("fgsm", [(0.8, 0.3), (0.9, 0.3), (0.7, 0.3), (1, 0.2)], 1),  # robust accuracy is equal: clean accuracy decides
+    ("fgsm", [(0.9, 0.3), (0.9, 0.3), (0.8, 0.3), (1, 0.2)], 1),  # both are equal: the later epoch is chosen
     ("fgsm", [(0.5, 0), (0.7, 0), (0.8, 0), (0.9, 0)], 3),
     (None, [(0.5, 0.3), (0.8, 0.2), (0.9, 0.1), (0.7, 0.4)], 2),
     (None, [(0.9, 0.3), (0.8, 0.5), (0.9, 0), (0.7, 0.4)], 2),
@@ -277,13 +261,13 @@ def test_training_with_an_l2_attack_is_refused(attack):
 
 
 def test_the_training_attack_never_chooses(after_steps):
-    """Later epochs are worse under the evaluation's attack, and better under the training attack."""
+    """Later epochs are worse under the evaluation's attack and better under the training attack."""
     states, watch = after_steps
     model = conv()
     watch(model)
     epochs = iter(range(100))
 
-    def evaluating(x, y):  # from the second epoch on nothing is left
+    def evaluating(x, y):  # from the second epoch on it inverts the images
         return x if next(epochs) == 0 else 1 - x
 
     records = fit(model, epochs=3, attack="fgsm", eval_attack=evaluating)
@@ -303,14 +287,14 @@ def test_without_validation_images_the_last_weights_are_taken(after_steps):
     assert "robust_accuracy" not in records[-1]
 
 
-# ---------------------------------------------------------------------- answers to overfitting
+# ---------------------------------------------------------------------- reactions to overfitting
 
 
 @pytest.fixture
 def alarms(monkeypatch):
-    """`alarms(2)`: a monitor with an alarm at its third check, which notes its attack at each.
+    """`alarms(2)` sets a monitor with an alarm at its third check, and returns a list of its attack at each check.
 
-    probes: accuracy under PGD at each check, 0.5 if not given.
+    probes: accuracy under PGD at each check; 0.5 if not given.
     """
 
     def script(*numbers, probes=()):
@@ -377,7 +361,7 @@ def test_stopping_leaves_the_last_good_weights(alarms, after_steps):
 
 @pytest.mark.parametrize(("probes", "best"), [([0.5, 0.6, 0.4], 1), ([0.5, 0.4, 0.5], 2), ([0.6, 0.5, 0.4], 0)])
 def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, after_steps, before_steps, tmp_path):
-    """Also after a resumption; weights with a worse probe are not good ones, even without an alarm."""
+    """So it is after a resumption too. Weights with a worse probe are not restored, even if they had no alarm."""
     (states, watch), model = after_steps, conv()
     (found, watch_before) = before_steps
     watch(model)
@@ -408,7 +392,7 @@ def cut_at(run, epoch):
         raise RuntimeError("cut")
 
 
-def test_an_alarm_in_a_head_start_ends_that_stage_alone(alarms, tmp_path):
+def test_an_alarm_in_the_linear_stage_of_lp_ft_ends_only_that_stage(alarms, tmp_path):
     alarms(1)
     options = OPTIONS | {"lp_ft": 4, "epochs": 2, "folder": tmp_path, "resume": True}
     options["on_catastrophic_overfitting"] = "stop"
@@ -416,7 +400,7 @@ def test_an_alarm_in_a_head_start_ends_that_stage_alone(alarms, tmp_path):
         records = fit(conv(), **options)
     assert [record["method"] for record in records if "stage" in record] == ["linear", "full"]
     assert actions(records) == [None, "stop", None, None]
-    assert fit(conv(), **options) == records  # as the state has it
+    assert fit(conv(), **options) == records  # a resumed run has the same records
 
 
 def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_steps, monkeypatch):
@@ -432,7 +416,7 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
 
 @pytest.fixture
 def before_steps(monkeypatch):
-    """The weights before each step."""
+    """(states, watch): after `watch(model)` the list `states` gets the model's weights before each step."""
     states, watched, batch = [], [], run.Run._batch
 
     def noted(run, *arguments):
@@ -486,8 +470,8 @@ def test_switching_goes_to_the_last_good_weights_and_another_attack(name, kind, 
     assert used[-1].eps == EPS
     assert (used[-1].alpha, used[-1].steps) == ((EPS / 4, 7) if name == "pgd" else (None, 1))
     assert [type(attack) for attack in watching] == [FGSM] * 2 + [kind] * 2
-    assert actions(records) == [None, "switch", None, "warn"]  # there is nothing more to switch to
-    steps = torch.tensor([4, 9, 4, 9])  # the last of the epochs, of 20 steps, and then of the 10 that are left
+    assert actions(records) == [None, "switch", None, "warn"]  # a run switches only once
+    steps = torch.tensor([4, 9, 4, 9])  # the last step of each epoch; the schedule has 20 steps, then the 10 left
     expected = 1e-2 * (1 + torch.cos(torch.pi * steps / torch.tensor([20, 20, 10, 10]))) / 2
     assert learning_rates(records) == pytest.approx(expected.tolist(), rel=1e-6)
 
@@ -557,7 +541,7 @@ def test_training_under_attack_makes_robust_and_without_does_not(attack):
 
 
 def trained(model, dataset, **settings):
-    """The records of the epochs, and accuracy of the last weights on the test images under PGD-10."""
+    """(the records of the epochs, the accuracy of the last weights on the test images under PGD-10)."""
     eps = settings["eps"]
     records = fit(model, parts=(dataset.train,), **settings)
     robust = robust_accuracy(model, dataset.test, PGD(model, eps, eps / 4, 10))["robust_accuracy"]
@@ -566,7 +550,7 @@ def trained(model, dataset, **settings):
 
 @pytest.fixture(scope="module")
 def by_answer():
-    """Digits 0-4 from scratch at a budget at which FGSM overfits: (records, robust accuracy) by attack or reaction."""
+    """{attack or reaction: (records, robust accuracy)} on digits 0-4 from scratch, at an eps at which FGSM overfits."""
     runs = {"pgd": {"attack": "pgd"}, "fgsm": {}}
     runs |= {answer: {"on_catastrophic_overfitting": answer} for answer in ("stop", "rollback", "switch")}
     found = {}
@@ -644,10 +628,10 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(batch_norm, tmp_path, be
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-# ---------------------------------------------------------------------- averaging
+# ---------------------------------------------------------------------- EMA
 
 
-def test_the_averaged_weights_are_evaluated_and_returned(after_steps, monkeypatch):
+def test_the_ema_is_evaluated_and_returned(after_steps, monkeypatch):
     (states, watch), model, evaluated = after_steps, conv(), []
     watch(model)
     start = copied(model)
@@ -668,18 +652,16 @@ def test_the_averaged_weights_are_evaluated_and_returned(after_steps, monkeypatc
     assert not same(copied(model), states[-1])
 
 
-# ---------------------------------------------------------------------- how the images come, and in which precision
+# ---------------------------------------------------------------------- augmentation, layout, precision
 
 
 def test_augmented_images_reach_the_model_as_their_seeds_say():
     def shown(seed):
-        model, seen, order = conv(), [], []
+        model, seen = conv(), []
         model.register_forward_hook(lambda module, args, _: seen.append(args[0]))
-        batch_of = Batches.load
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Batches, "load", lambda self, part, *at: (order.append(part), batch_of(self, part, *at))[1])
+        with loaded_batches() as order:
             fit(model, attack=None, augment=True, seed=seed, epochs=1, parts=(TRAIN,))
-        return torch.cat(order), torch.cat(seen)
+        return torch.cat([rows for _, rows in order]), torch.cat(seen)
 
     order, seen = shown(5)
     seeds = sample_seeds(5, order, AUGMENTING)
@@ -722,7 +704,7 @@ def test_bf16_trains_weights_that_stay_float32():
         model, dtypes = conv(), set()
         model[0].register_forward_hook(lambda module, args, out: dtypes.add((module.weight.requires_grad, out.dtype)))
         records = fit(model, precision=precision, epochs=6, parts=(TRAIN,), attack="pgd")
-        assert dtypes == {(False, dtype), (True, dtype)}  # in the attack and in the update
+        assert dtypes == {(False, dtype), (True, dtype)}  # the attack's pass and the update's
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         return losses(records)
 
@@ -906,7 +888,7 @@ def test_a_label_that_the_model_has_no_class_for_is_refused_in_the_first_batch(a
 
 
 def test_an_error_in_a_batch_leaves_the_model_as_it_was_before_it(after_steps):
-    """The error comes after the first half of the batch has changed batch-norm's averages."""
+    """The error comes after the first half of the batch has changed batch-norm's statistics."""
     (states, watch), model, calls = after_steps, conv(), []
     watch(model)
 
@@ -953,7 +935,7 @@ def test_the_callers_own_accelerator_is_left_as_it_was_and_may_come_later():
         model, dtypes = conv(), set()
         model[0].register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
         fit(model, epochs=1, parts=(TRAIN,))
-        assert dtypes == {torch.bfloat16}  # as the caller's says
+        assert dtypes == {torch.bfloat16}  # the precision of the caller's accelerator
         assert (own.gradient_accumulation_steps, own.mixed_precision) == (4, "bf16")
     finally:
         state.AcceleratorState._reset_state()
@@ -962,8 +944,8 @@ def test_the_callers_own_accelerator_is_left_as_it_was_and_may_come_later():
 
 def test_a_precision_of_accelerate_s_that_is_not_known_is_refused(monkeypatch):
     model = conv()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as accelerate launch says it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # `accelerate launch` sets it
     with pytest.raises(ValueError, match="precision must be no or bf16, got fp16 from accelerate"):
         fit(model, channels_last=True)
     assert model[0].weight.is_contiguous()
-    fit(model, precision="bf16", epochs=1, parts=(TRAIN,))  # what was asked for wins
+    fit(model, precision="bf16", epochs=1, parts=(TRAIN,))  # a given precision overrides the variable

@@ -1,4 +1,4 @@
-"""Which parameters each method trains in every family of networks, what it learns, and how it compares with peft."""
+"""The parameters that each method trains in every family of networks, its learning, and a comparison with peft."""
 
 import copy
 
@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from families import HEADS, PLAIN, SHAPE, made
+from families import HEADS, PLAIN, SHAPE, logits, made
+from fitted import changed, copied
 from torch import nn
 
 from fastadv import models
@@ -16,10 +17,6 @@ from fastadv.models import lora_targets
 from fastadv.models.added import added_to
 from fastadv.models.projections import ia3_targets
 from fastadv.training.methods import METHODS, trainable
-
-
-def logits(out):
-    return getattr(out, "logits", out)
 
 
 def steps(network, tuning, count=10, lr=1e-2, seed=0):
@@ -34,7 +31,7 @@ def steps(network, tuning, count=10, lr=1e-2, seed=0):
         optimizer.zero_grad()
 
 
-# Of each family what IA3 scales (the outputs of keys and values, the inputs of the last layers) and what LoRA adapts.
+# The layers of each family that IA3 scales: (outputs of keys and values, inputs of the last layers).
 SCALED = {
     "timm vit": (["blocks.{}.attn.qkv"], ["blocks.{}.mlp.fc2"]),
     "timm swin": (["layers.0.blocks.{}.attn.qkv"], ["layers.0.blocks.{}.mlp.fc2"]),
@@ -63,7 +60,7 @@ TEN_STEPS += [(name, "prompt") for name in SCALED if name in PLAIN]
 @pytest.mark.parametrize(("name", "method"), TEN_STEPS)
 def test_ten_steps_change_what_should_train_and_no_other_bit(name, method):
     network, x = made(name), torch.rand(4, *SHAPE)
-    before, modules = {key: t.clone() for key, t in network.state_dict().items()}, set(network.modules())
+    before, modules = copied(network), set(network.modules())
     head = models.find_head(network, None, x)[0]
     with trainable(network, method, example=x) as tuning:
         assert [key for key, module in network.named_modules() if module.training and not key.startswith(head)] == []
@@ -117,7 +114,7 @@ def test_norm_learns_what_peft_does():
         steps(ours, tuning)
     names = [key for key, module in theirs.named_modules() if isinstance(module, nn.LayerNorm)]
     config = peft.LNTuningConfig(target_modules=names)
-    with pytest.warns(UserWarning, match="Unsupported layer type"):  # as it warns of every layer norm
+    with pytest.warns(UserWarning, match="Unsupported layer type"):  # peft warns of every layer norm
         tuned = peft.LNTuningModel(theirs, {"default": config}, "default")
     theirs.classifier.requires_grad_(True)
     trained = [(key, parameter) for key, parameter in theirs.named_parameters() if parameter.requires_grad]
@@ -148,14 +145,13 @@ def test_lora_adapts_the_convolutions_of_blocks_without_linear_layers():
     ):
         network, x = made(name), torch.rand(2, *SHAPE)
         assert [target.name for target in lora_targets(network, x)] == names
-        before = {key: t.clone() for key, t in network.state_dict().items()}
+        before = copied(network)
         with trainable(network, "lora", rank=2, example=x) as tuning:
             steps(network, tuning)
             learnt = network.eval()(x).detach()
         torch.testing.assert_close(network(x), learnt, rtol=1e-4, atol=1e-5)
-        differ = {key for key, t in network.state_dict().items() if not torch.equal(t, before[key])}
         head = models.find_head(network, None, x)[0]
-        assert differ == {f"{key}.weight" for key in names} | {f"{head}.weight", f"{head}.bias"}
+        assert changed(network, before) == {f"{key}.weight" for key in names} | {f"{head}.weight", f"{head}.bias"}
 
 
 def test_lora_adapts_the_linear_layers_of_blocks_that_have_some():
@@ -169,7 +165,7 @@ def test_lora_adapts_the_linear_layers_of_blocks_that_have_some():
 
 
 def parity(count, seed):
-    """Two patches of 16 are bright or dark, and the others are in between; the label is the exclusive or of the two."""
+    """Two of 16 patches are bright or dark, the others are grey; the label is the exclusive or of the two."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(2, (count, 2), generator=generator)
     patches = 0.1 + 0.2 * torch.rand(count, 4, 4, generator=generator)
