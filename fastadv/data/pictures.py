@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF data
 _RUN = "EPS"  # the one format of Pillow's that is a program, run by Ghostscript
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_TWELVE_BITS = 1 << 12
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -95,13 +96,13 @@ def _formats() -> list[str]:
 def read(path: str | Path) -> "Image":
     """The picture in a file, as RGB.
 
-    Turned upright as its EXIF data say; transparency is composited over white; 16-bit grey is scaled to 8 bits; of an
-    animation the first frame.
+    Turned upright as its EXIF data say; transparency is composited over white; 16-bit grey is scaled to 8 bits, so
+    that 65535 becomes 255; of an animation the first frame.
 
     Raises:
         FileNotFoundError: no such file.
         ImportError: the `train` extra is not installed.
-        ValueError: the file is damaged, is no picture, is too large, or has pixels without a known range.
+        ValueError: the file is damaged, is no picture, is too large, or has pixels of an unknown range.
     """
     return decode(Path(path).read_bytes(), str(path))[0]
 
@@ -120,7 +121,7 @@ def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> 
         part of a pixel: 225 pixels at an eighth fill 28.125 of 29.
 
     Raises:
-        CorruptPictureError: the file is damaged, is no picture, is too large, or has pixels without a known range.
+        CorruptPictureError: the file is damaged, is no picture, is too large, or has pixels of an unknown range.
     """
     image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
@@ -172,6 +173,11 @@ def _eight_bits(picture: "Image") -> "Image":
     grey = np.asarray(picture).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("its grey values do not fit in 16 bits; save it with 8 bits")
+    if 0 < grey.max() < _TWELVE_BITS:  # such as a camera's 12 bits, or 8 bits, in a file of 16 bits
+        raise ValueError(
+            f"its file has 16 bits, but its brightest grey value is {grey.max()} of 65535, so it would be almost "
+            "black; save it with 8 bits, scaled to 0..255"
+        )
     return _of_array(((grey + 128) // 257).astype(np.uint8))
 
 

@@ -79,7 +79,7 @@ def with_splits(
         owner, moved = _owners(whole, split, test, validation, source.classes, wanted)
         pieces = {name: whole.take((owner == i).nonzero()[:, 0]) for i, name in enumerate(_NAMES)}
         parts = {**pieces, **given, "train": pieces["train"]}
-        notes = _notes(split, test, moved)
+        notes = _notes(split, len(pieces["test"].labels) if test else 0, len(whole.labels), moved)
     return {name: parts[name] for name in ("train", "val", "test")}, notes
 
 
@@ -98,13 +98,15 @@ def split_off(
         ValueError: a wanted class has too few different images.
     """
     owner, moved = _owners(whole, split, split.test, 0.0, names, wanted)
-    return whole.take((owner == _NAMES.index("test")).nonzero()[:, 0]), _notes(split, split.test, moved)
+    test = whole.take((owner == _NAMES.index("test")).nonzero()[:, 0])
+    return test, _notes(split, len(test.labels), len(whole.labels), moved)
 
 
-def _notes(split: Split, test: float, moved: Sequence[str]) -> tuple[str, ...]:
+def _notes(split: Split, test: int, count: int, moved: Sequence[str]) -> tuple[str, ...]:
+    """Notes on a split of `count` images, of which `test` are the test part (0: none was made)."""
     made = (
-        f"the set has no test part: {100 * test:g} % of its training part are the test part, "
-        f"chosen by seed {split.seed}"
+        f"the set has no test part: {test} of the {count} images of its training part ({test / max(count, 1):.0%}) are "
+        f"the test part, chosen by seed {split.seed}"
     )
     filled = (
         f"where the shares gave a part no picture of a class, it has the nearest one: {', '.join(moved)} "

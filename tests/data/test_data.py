@@ -59,7 +59,9 @@ def test_digits_are_all_there_in_the_unit_range():
     expected = torch.from_numpy(load_digits().images / 16).float()
     assert torch.equal(images.flatten(1).sort(dim=0)[0], expected.flatten(1).sort(dim=0)[0])
     assert len(digits.notes) == 1
-    assert "no test part: 20 % of its training part are" in digits.notes[0]
+    made, count = len(digits.x_test), len(images)
+    said = f"no test part: {made} of the {count} images of its training part ({made / count:.0%}) are the test part"
+    assert said in digits.notes[0]
 
 
 def test_digits_for_a_model_are_codes_of_its_size():
@@ -436,6 +438,11 @@ def test_damaged_pictures_are_refused_by_name(tmp_path, monkeypatch):
     Image.fromarray(np.full((2, 2), 70000, np.int32)).save(tmp_path / "deep.tif")
     with pytest.raises(ValueError, match="do not fit in 16 bits"):
         read(tmp_path / "deep.tif")
+    for brightest, ending in ((1, "png"), (255, "tif"), (4095, "png")):  # 1, 8 and 12 bits in files of 16 or 32
+        kind = np.int32 if ending == "tif" else np.uint16
+        Image.fromarray(np.array([[0, brightest]], kind)).save(tmp_path / f"dark.{ending}")
+        with pytest.raises(ValueError, match=f"brightest grey value is {brightest} of 65535"):
+            read(tmp_path / f"dark.{ending}")
     Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match="floats of unknown range"):
         read(tmp_path / "float.tif")
@@ -522,7 +529,8 @@ def photos(root, counts, size=(6, 6)):
 
 def test_classes_in_a_folder_are_split_three_ways(tmp_path):
     found = photos(tmp_path, {"zèbre": 10, "Äpfel": 20, "äpfel/deep": 5})
-    loaded = data.load(tmp_path)
+    with pytest.warns(UserWarning, match="'Äpfel', 'äpfel' differ in capitals or spaces alone, and count as 2 classes"):
+        loaded = data.load(tmp_path)
     assert loaded.classes == ("zèbre", "Äpfel", "äpfel")
     assert "no test part" in loaded.notes[0]
     assert loaded.x_train.dtype == torch.uint8
@@ -532,6 +540,7 @@ def test_classes_in_a_folder_are_split_three_ways(tmp_path):
         assert set.union(*parts) == found[name]
         assert sum(map(len, parts)) == len(found[name])
         assert all(parts)
+    (tmp_path / "äpfel").rename(tmp_path / "äpfel1")
     again = data.load(str(tmp_path))
     assert all(torch.equal(getattr(loaded, key), getattr(again, key)) for key in ("x_train", "x_val", "x_test"))
     assert not torch.equal(loaded.x_train, data.load(tmp_path, seed=1).x_train)

@@ -105,7 +105,8 @@ def test_of_the_set_of_the_training_its_test_part_judges(tmp_path, seed):
     for part, split in ((None, None), ("test", None), (None, Split(seed, 0.3))):
         chosen = data.held_out(tmp_path / "mine", CLASSES, trained_on=record, part=part, split=split)
         assert images_of(chosen) == test
-        assert f"30 % of its training part are the test part, chosen by seed {seed}" in chosen.notes[0]
+        said = f"{len(test)} of the 120 images of its training part ({len(test) / 120:.0%}) are the test part"
+        assert f"{said}, chosen by seed {seed}" in chosen.notes[0]
         assert f"{len(loaded.y_train)} of the set's 120 images are the model's training images" in chosen.notes[-1]
     assert images_of(data.held_out(tmp_path / "mine", CLASSES, trained_on=record, part="all")) == found
     some = data.held_out(tmp_path / "mine", CLASSES, trained_on=record, classes=["tulip"])
