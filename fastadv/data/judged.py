@@ -123,7 +123,10 @@ def _without_test_part(
                 "it (if it was trained on them, part test keeps to those that the training split off)",
             )
         if count is not None and count <= MOST_OVERLAP * int(mine.sum()):
-            return whole, ("the set has no test part, and the model was trained on another set: all images judge it",)
+            return whole, (
+                f"the set has no test part, and {count} of its {int(mine.sum())} images are the model's training images: "
+                "all judge it (files are compared byte by byte, so a picture that was saved again counts as another)",
+            )
     training = source.parts.get("train", whole).digested()
     split = split or (trained_on[-1].split if trained_on else Split())
     test, notes = split_off(training, split, source.classes, wanted)

@@ -115,11 +115,13 @@ def test_of_the_set_of_the_training_its_test_part_judges(tmp_path, seed):
     other = photos(tmp_path / "other", *CLASSES)
     chosen = data.held_out(tmp_path / "other", CLASSES, trained_on=record)
     assert images_of(chosen) == other
-    assert "was trained on another set: all images judge it" in chosen.notes[0]
+    assert f"0 of its {len(other)} images are the model's training images: all judge it" in chosen.notes[0]
     trained = sorted(loaded.digests["train"].tolist())
     copies = [path for path in (tmp_path / "mine" / "rose").iterdir() if _digest(path) in trained]
     shutil.copy(copies[0], tmp_path / "other" / "rose")  # 1 of 37 images is below the limit of 5 %
-    assert len(images_of(data.held_out(tmp_path / "other", CLASSES, trained_on=record))) == 37
+    chosen = data.held_out(tmp_path / "other", CLASSES, trained_on=record)
+    assert len(images_of(chosen)) == 37
+    assert "1 of its 37 images are" in chosen.notes[0]
     without = [data.TrainedOn(record[0].split, 10**7, None)]  # too many training images to be remembered
     assert len(images_of(data.held_out(tmp_path / "mine", CLASSES, trained_on=without))) == len(test)
 
