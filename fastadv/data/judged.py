@@ -124,8 +124,8 @@ def _without_test_part(
             )
         if count is not None and count <= MOST_OVERLAP * int(mine.sum()):
             return whole, (
-                f"the set has no test part, and {count} of its {int(mine.sum())} images are the model's training images: "
-                "all judge it (files are compared byte by byte, so a picture that was saved again counts as another)",
+                f"the set has no test part, and {count} of its {int(mine.sum())} images are the model's training "
+                "images: all judge it (files are compared byte by byte, so a picture that was saved again is another)",
             )
     training = source.parts.get("train", whole).digested()
     split = split or (trained_on[-1].split if trained_on else Split())
