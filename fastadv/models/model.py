@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastadv._extras import require
@@ -15,6 +16,8 @@ from fastadv.models.foreign import check_shape, check_timm, check_transformers
 from fastadv.models.networks import OWN
 from fastadv.names import instead
 from fastadv.nn import Normalized
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
 from fastadv.preprocessing import Preprocessing
 
 Architecture = dict[str, Any]  # JSON can hold its values; `construct` lists the kinds
@@ -86,8 +89,9 @@ def construct(architecture: Architecture, count: int, *, trust_code: bool = Fals
 
     Raises:
         ImportError: the package of the kind is not installed.
-        TypeError: the function returned something other than an nn.Module.
-        ValueError: the kind, a name, an option or the function is unknown, or leads to other code.
+        TypeError: the function returned something other than an nn.Module, or its output has no logits.
+        ValueError: the kind, a name, an option or the function is unknown, or leads to other code; or the function's
+            network has not one logit for each class, or computes with tensors that its state_dict() lacks.
     """
     kind = architecture.get("kind")
     if kind not in _KINDS:
@@ -132,12 +136,33 @@ def _own(architecture: Architecture, count: int) -> nn.Module:
 
 
 def _function(architecture: Architecture, count: int) -> nn.Module:
-    path, shape = architecture["path"], architecture["shape"]
+    path, shape = architecture["path"], tuple(architecture["shape"])
     check_shape(shape)
-    network = function_at(path)(tuple(shape), count)
+    network = function_at(path)(shape, count)
     if not isinstance(network, nn.Module):
         raise TypeError(f"{path} must return an nn.Module, it returned a {type(network).__name__}")
+    with torch.random.fork_rng(devices=()):
+        logits = _logits_of_noise(network, shape)
+        again = function_at(path)(shape, count)
+        again.load_state_dict(network.state_dict())
+        if logits.shape[1] != count:
+            raise ValueError(
+                f"the network of {path} has {logits.shape[1]} logits for {count} classes: give it one for each class"
+            )
+        if not torch.allclose(logits, _logits_of_noise(again, shape), equal_nan=True):
+            raise ValueError(
+                f"two networks of {path} with the same state_dict() have different logits, so a saved model would not "
+                "be the trained one. A layer or tensor is not registered, such as one in a plain list, and would not "
+                "train either: use nn.ModuleList, nn.Parameter or register_buffer"
+            )
     return network
+
+
+def _logits_of_noise(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """The logits of an image of noise, always the same, in eval mode."""
+    torch.manual_seed(0)
+    with torch.no_grad(), frozen(network):
+        return find_logits(network(torch.rand(1, *shape)), 1)
 
 
 def _timm(architecture: Architecture, count: int) -> nn.Module:

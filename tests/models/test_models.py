@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import struct
 import sys
@@ -13,6 +14,7 @@ import safetensors.torch
 import timm
 import torch
 import transformers
+from attacked import fresh_seed
 from torch import nn
 
 from fastadv import models
@@ -54,6 +56,15 @@ def own_net(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
         "def nothing(shape, classes):\n"
         "    return None\n"
+        "def wide(shape, classes):\n"
+        "    return net(shape, 10)\n"
+        "class Hidden(nn.Module):\n"
+        "    def __init__(self, shape, classes):\n"
+        "        super().__init__()\n"
+        "        self.layers = [net(shape, 5)]\n"
+        "        self.head = nn.Linear(5, classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.layers[0](x))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield "own_net"
@@ -126,6 +137,21 @@ def test_own_function_by_path(own_net):
     assert model.network[1].weight.shape == (3, 4)
     with pytest.raises(TypeError, match=r"must return an nn\.Module, it returned a NoneType"):
         models.source("own_net:nothing").build("abc", (1, 2, 2))
+    with pytest.raises(ValueError, match="own_net:wide has 10 logits for 3 classes"):
+        models.source("own_net:wide").build("abc", (1, 2, 2))
+    with pytest.raises(ValueError, match=r"have different logits, .* not registered, such as one in a plain list"):
+        models.source("own_net:Hidden").build("abc", (1, 2, 2))
+
+
+def test_a_network_of_ones_own_starts_as_its_function_makes_it(own_net):
+    seed = fresh_seed()
+    torch.manual_seed(seed)
+    network = models.source("own_net:net").build("abc", SHAPE).network
+    after = torch.rand(3)
+    torch.manual_seed(seed)
+    expected = importlib.import_module("own_net").net(SHAPE, 3)
+    assert torch.equal(after, torch.rand(3))
+    assert all(map(torch.equal, network.state_dict().values(), expected.state_dict().values()))
 
 
 @pytest.mark.parametrize(
