@@ -9,7 +9,7 @@ network (`Normalized`, DistributedDataParallel).
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -162,12 +162,13 @@ def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None
         example: images (N, C, H, W) as the network takes them, for `find_head`.
 
     Raises:
-        ValueError: the head is no nn.Linear, and timm cannot replace it either.
+        ValueError: the head is no nn.Linear, or one whose weight is computed from others, as weight_norm does, and timm
+            cannot replace it either.
     """
     network = unwrapped(network)[1]
     names = classifiers(network) if example is None else (find_head(network, None, example)[0],)
     heads = [find_head(network, name)[1] for name in names]
-    linear = [head for head in heads if isinstance(head, nn.Linear)]
+    linear = [head for head in heads if _is_plain(head)]
     reset = getattr(network, "reset_classifier", None)  # timm's
     if len(linear) == len(heads):
         for head in linear:
@@ -176,11 +177,18 @@ def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None
         reset(count)
     else:
         kinds = ", ".join(type(head).__name__ for head in heads)
-        raise ValueError(f"the head is a {kinds}: only an nn.Linear can be replaced by a new one")
+        raise ValueError(
+            f"the head is a {kinds}: only an nn.Linear whose weight is a parameter (no weight_norm or the like) can be "
+            "replaced by a new one"
+        )
     config = getattr(network, "config", None)
     for owner, attribute in ((network, "num_classes"), (network, "num_labels"), (config, "num_labels")):
         if hasattr(owner, attribute):
             setattr(owner, attribute, count)
+
+
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(head, nn.Linear) and "weight" in head._parameters
 
 
 def _renew(head: nn.Linear, count: int) -> None:

@@ -446,6 +446,17 @@ def test_a_head_of_another_kind_is_not_replaced():
         models.new_head(network, 3)
 
 
+@pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_head_whose_weight_is_computed_is_not_replaced(computed):
+    network = nn.Sequential(nn.Flatten(), computed(nn.Linear(12, 3)))
+    before, images = copy.deepcopy(network.state_dict()), torch.rand(2, 3, 2, 2)
+    for count in (3, 5):
+        with pytest.raises(ValueError, match=r"only an nn\.Linear whose weight is a parameter"):
+            models.new_head(network, count)
+    assert network(images).shape == (2, 3)
+    assert all(same(value, before[key]) for key, value in network.state_dict().items() if "._" not in key)
+
+
 def test_blocks_are_those_declared_or_the_longest_run(hf_folder):
     network = Branching()
     assert models.find_blocks(network) == ["trunk.2", "trunk.3"]
