@@ -133,7 +133,7 @@ class Modes(Attributes):
         """The targets that a callable `targeted` gives for pixels and labels; no labels are the model's predictions."""
         if labels is None:
             labels = predicted(self._clean_logits(x)).clamp(min=0)
-        targets = targeted(to_float(x), labels)
+        targets = targeted(to_float(x).clone(), labels.clone())  # copies, for it may write to them
         check_labels(targets, x, name="the targets that the callable `targeted` returned")
         return targets
 

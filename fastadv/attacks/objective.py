@@ -203,7 +203,7 @@ class Objective:
         outputs, n = self._outputs(x), x.shape[0]
         logits: torch.Tensor | None
         if callable(self.loss):
-            losses = _per_sample(self.loss(outputs, targets), n)
+            losses = _per_sample(self.loss(outputs, targets.clone()), n)  # a copy, for it may write to them
             logits = at_least_float32(outputs).detach() if are_logits(outputs, n) else None
         else:
             found = self._checked(at_least_float32(find_logits(outputs, n)))

@@ -14,6 +14,7 @@ from fastadv.evaluation.robustness import robust_accuracy
 from fastadv.evaluation.samples import as_tensors, collected
 from fastadv.functional import sample_seeds
 from fastadv.models import find_head
+from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import frozen
 from fastadv.ops.generator import seeded
 from fastadv.training.passes import Passes
@@ -219,7 +220,7 @@ def _features(model: nn.Module, head: nn.Linear, batches: Iterable[torch.Tensor]
         entered: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, args, entered=entered: entered.append(args[0]))
         try:
-            with passes.precision(batch.device):
+            with own_autocast(batch.device, passes.autocast):
                 model(batch)
         finally:
             hook.remove()

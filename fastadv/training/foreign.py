@@ -44,7 +44,8 @@ class ForeignAttack:
         """
         images = to_float(images)
         with frozen(self.model, "as_is"), torch.enable_grad():
-            return as_images(self.attack(images, labels), images)
+            # Copies, for the callable may write to them.
+            return as_images(self.attack(images.clone(), labels.clone()), images)
 
     def __repr__(self) -> str:
         return repr(self.attack)

@@ -64,7 +64,3 @@ class Passes:
         """The images numbered `rows`, int64 (n,), on the device, as floats in the memory format."""
         images = to_float(images[rows.to(images.device)].to(device))
         return images if self.memory_format is None else images.contiguous(memory_format=self.memory_format)
-
-    def precision(self, device: torch.device) -> torch.autocast:
-        """The autocast context for a forward pass outside an attack."""
-        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)

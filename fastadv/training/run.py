@@ -22,6 +22,7 @@ from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.robustness import evaluate, robust_accuracy
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds, to_float
+from fastadv.nn.autocast import own_autocast
 from fastadv.ops.generator import seeded
 from fastadv.training import log
 from fastadv.training.augment import Augment
@@ -116,9 +117,10 @@ class Run:
     def _taken(self, train: Batch, val: Batch | None, test: Batch | None) -> Parts:
         parts = Parts.of(self.trainer.model, train, val, test)
         self.steps = math.ceil(len(parts.train[1]) / self.settings.batch_size)
-        self.highest = check_run(
-            self.trainer, parts, self.steps, self.team, device=self.device, precision=self.precision
-        )
+        with own_autocast(self.device, None):
+            self.highest = check_run(
+                self.trainer, parts, self.steps, self.team, device=self.device, precision=self.precision
+            )
         return parts
 
     @property
@@ -131,7 +133,7 @@ class Run:
     def run(self) -> list[Record]:
         """Train, and return the records as of `Trainer.fit`."""
         folder = self.trainer.folder
-        with nullcontext() if folder is None else one_run(folder, self.team):
+        with own_autocast(self.device, None), nullcontext() if folder is None else one_run(folder, self.team):
             records = self._run()
         self.team.wait()
         return records

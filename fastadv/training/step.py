@@ -13,6 +13,7 @@ from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
 from fastadv.functional import new_seed, to_float
+from fastadv.nn.autocast import own_autocast
 from fastadv.nn.logits import at_least_float32, find_logits
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
@@ -34,7 +35,8 @@ class TrainStep:
         clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
         label_smoothing: of the loss of the update.
         max_grad_norm: largest norm of the gradient of all parameters; None means no clipping.
-        autocast: dtype of torch.autocast for the update; the attack has its own.
+        autocast: dtype of torch.autocast for the update, None for none; the attack has its own. The caller's
+            torch.autocast changes neither.
         compile: run the update's forward pass and loss under torch.compile.
         highest: the highest of all labels that will come: with it `gradients` refuses a label that the model has no
             class for, and does not wait for the device.
@@ -112,31 +114,32 @@ class TrainStep:
         """
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
-        method, sees = self.method, False
-        start: Sequence[torch.Tensor] = ()
-        beside: torch.Tensor | float | None = None
-        if method is None:
-            x_adv = self._attacked(images, labels, seeds)
-        else:
-            seeds = seeds_for(new_seed(images.device), images) if seeds is None else seeds
-            x_adv, *start = method.attacked(to_float(images), labels, seeds, rows, moves)
-            beside, sees = method.learn(labels, self._parameters, scale), method.sees_gradient
-        if sees:
-            x_adv = x_adv.detach().requires_grad_()
-        clean = (to_float(images),) if self.clean_weight else ()
-        # A copy of a leaf, for the model may write to its input.
-        together = torch.cat((x_adv, *start, *clean)) if start or clean or sees else x_adv
-        with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
-            loss, logits = self._losses(together, labels, scale)
-            loss.backward()
-        if method is not None and sees:
-            method.seen(x_adv.grad / scale)  # type: ignore[arg-type, operator]
-        with torch.no_grad():
-            logits = logits.detach()[: len(labels)]
-            right = (predicted(logits) == labels).sum()
-            abnormal, looked = self._abnormal(logits, labels)
-            loss = loss.detach() if beside is None else loss.detach() + beside
-            return torch.stack([value.double() for value in (loss, right, abnormal, looked)])
+        with own_autocast(images.device, None):
+            method, sees = self.method, False
+            start: Sequence[torch.Tensor] = ()
+            beside: torch.Tensor | float | None = None
+            if method is None:
+                x_adv = self._attacked(images, labels, seeds)
+            else:
+                seeds = seeds_for(new_seed(images.device), images) if seeds is None else seeds
+                x_adv, *start = method.attacked(to_float(images), labels, seeds, rows, moves)
+                beside, sees = method.learn(labels, self._parameters, scale), method.sees_gradient
+            if sees:
+                x_adv = x_adv.detach().requires_grad_()
+            clean = (to_float(images),) if self.clean_weight else ()
+            # A copy of a leaf, for the model may write to its input.
+            together = torch.cat((x_adv, *start, *clean)) if start or clean or sees else x_adv
+            with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
+                loss, logits = self._losses(together, labels, scale)
+                loss.backward()
+            if method is not None and sees:
+                method.seen(x_adv.grad / scale)  # type: ignore[arg-type, operator]
+            with torch.no_grad():
+                logits = logits.detach()[: len(labels)]
+                right = (predicted(logits) == labels).sum()
+                abnormal, looked = self._abnormal(logits, labels)
+                loss = loss.detach() if beside is None else loss.detach() + beside
+                return torch.stack([value.double() for value in (loss, right, abnormal, looked)])
 
     def norm(self) -> torch.Tensor:
         """The norm of the gradient that `apply` takes next, before clipping: 0-dim, on the parameters' device.
@@ -178,8 +181,7 @@ class TrainStep:
         return to_float(images) if self.attack is None else self.attack(images, labels, seed=seeds)
 
     def _forward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        precision = torch.autocast(images.device.type, self.autocast) if self.autocast else nullcontext()
-        with precision:
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = self.through(images) if self.method is None else self.method.outputs(self.through, images)
         logits = at_least_float32(find_logits(outputs, len(images)))
         if self.highest >= logits.shape[1]:

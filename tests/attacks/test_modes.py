@@ -370,6 +370,25 @@ def test_the_function_gets_pixels_and_labels(net, batch):
     assert all(torch.equal(got, labels) for _, got in seen)
 
 
+def test_a_function_that_writes_in_place_changes_no_image_and_no_label_of_the_caller(net, batch):
+    images, labels = batch
+    before = images.clone(), labels.clone()
+
+    def next_in_place(images, labels):
+        images.zero_()
+        return labels.add_(1).remainder_(CLASSES)
+
+    def loss_in_place(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets.add_(1).remainder_(CLASSES), reduction="none")
+
+    adv = PGD(net, targeted=next_in_place)(images, labels, seed=3)
+    assert adv.equal(PGD(net, targeted=next_class)(*before, seed=3))
+    adv = PGD(net, loss=loss_in_place)(images, labels, seed=3)
+    assert adv.equal(PGD(net)(before[0], next_class(*before), seed=3))
+    assert images.equal(before[0])
+    assert labels.equal(before[1])
+
+
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [

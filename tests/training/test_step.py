@@ -1,6 +1,7 @@
 """One step of adversarial training against the same step by hand."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -483,3 +484,37 @@ def test_no_prediction_is_a_wrong_answer_in_the_accuracy_of_training():
     assert TrainStep(model, None, sgd(model)).gradients(images, labels)[1] == 0
     model[1].bias.data[0] = 1
     assert TrainStep(model, None, sgd(model)).gradients(images, labels)[1] == (labels == 0).sum()
+
+
+def steps_taken(around, autocast):
+    """The weights after three steps on one batch, where `around` is the caller's context."""
+    torch.manual_seed(0)
+    model, (images, labels) = network(torch.float32), batch(dtype=torch.float32)
+    with around:
+        step = TrainStep(model, FGSM(model, EPS), sgd(model), autocast=autocast)
+        model(images)  # the caller's autocast keeps cast copies of these weights
+        for _ in range(3):
+            taken(step, images, labels)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_step_is_the_same_within_the_callers_autocast(autocast):
+    alone = steps_taken(nullcontext(), autocast)
+    within = steps_taken(torch.autocast("cpu", torch.bfloat16), autocast)
+    assert all(torch.equal(a, b) for a, b in zip(alone, within, strict=True))
+
+
+@pytest.mark.parametrize("clean_weight", [0.0, 0.5])
+def test_what_a_callable_writes_in_place_changes_its_copies_alone(clean_weight):
+    def written(images, labels):
+        labels.add_(1).remainder_(CLASSES)
+        return images.mul_(0.5)
+
+    model, (images, labels) = network(), batch()
+    before = images.clone(), labels.clone()
+    _, weights = learnt_by_hand(model, images / 2, images, labels, clean_weight)
+    taken(TrainStep(model, written, sgd(model), clean_weight=clean_weight), images, labels)
+    assert_weights(model, weights, rtol=1e-12, atol=1e-14)
+    assert images.equal(before[0])
+    assert labels.equal(before[1])

@@ -3,12 +3,13 @@
 import copy
 import json
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from fitted import changed, colours, copied, loaded_batches, same
+from fitted import changed, colours, copied, loaded_batches, same, timeless
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -711,6 +712,21 @@ def test_bf16_trains_weights_that_stay_float32():
     in_bf16 = found("bf16", torch.bfloat16)
     assert in_bf16 == pytest.approx(found("no", torch.float32), abs=0.05)
     assert in_bf16[-1] < 0.7 * in_bf16[0]
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "gradalign"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_within_the_callers_autocast_has_the_same_bits(precision, attack):
+    def found(around):
+        model = conv(batch_norm=False)
+        with around:
+            model(to_float(TRAIN[0]))  # from here on the caller's autocast keeps cast copies of the weights
+            records = fit(model, precision=precision, probe=10, attack=attack)
+        return copied(model), timeless(records)
+
+    (weights, records), (alone, records_alone) = found(torch.autocast("cpu", torch.bfloat16)), found(nullcontext())
+    assert same(weights, alone)
+    assert records == records_alone
 
 
 # ---------------------------------------------------------------------- refusals

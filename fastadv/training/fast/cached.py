@@ -9,6 +9,7 @@ from torch import nn
 from fastadv.attacks.checks import device_of
 from fastadv.functional import to_float
 from fastadv.models import find_head
+from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
@@ -125,8 +126,7 @@ class Cached(FastMethod):
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         """The features of images (n, C, H, W), (n, ...), in the precision of the update."""
-        autocast = self.attack.autocast
-        with torch.no_grad(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        with torch.no_grad(), own_autocast(images.device, self.attack.autocast):
             return _entering(self.model, self._head, images)
 
 

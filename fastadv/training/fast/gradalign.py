@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastadv.attacks.samplewise import cosines_of
 from fastadv.functional import fgsm_step, random_init
+from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import flags_kept
 from fastadv.nn.logits import at_least_float32, find_logits
 from fastadv.training.fast.base import FastMethod, gradient_at
@@ -63,9 +63,7 @@ class GradAlign(FastMethod):
         return penalty.detach() if len(both) else 0.0
 
     def _gradient_with_graph(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        autocast = self.attack.autocast
-        precision = torch.autocast(images.device.type, autocast) if autocast else nullcontext()
-        with precision, sdpa_kernel(SDPBackend.MATH):
+        with own_autocast(images.device, self.attack.autocast), sdpa_kernel(SDPBackend.MATH):
             logits = at_least_float32(find_logits(self.model(images), len(images)))
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.autograd.grad(loss, images, create_graph=True)[0]
