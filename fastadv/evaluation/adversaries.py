@@ -5,12 +5,14 @@ from numbers import Real
 from typing import Any, Protocol, TypeGuard
 
 import torch
+from torch import nn
 
 from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, create_attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.samplewise import has_rows
 from fastadv.names import instead
+from fastadv.nn.kinship import is_another, is_part
 from fastadv.nn.logits import AnyModel
 
 EPS = 8 / 255  # the default of attacks by name
@@ -46,8 +48,7 @@ class Adversary:
 
     def __init__(self, name: str, attack: Attacker, model: AnyModel):
         self.name, self.attack = name, attack
-        self.eps = _number(getattr(attack, "eps", getattr(attack, "epsilon", None)))  # AutoAttack calls it epsilon
-        self.norm = _norm(getattr(attack, "norm", None))
+        self.eps, self.norm = eps_of(attack), norm_of(attack)
         self.ours = attack if isinstance(attack, Attack) and attack.model is model else None
         if self.ours is not None and (self.ours.targeted is True or callable(self.ours.targeted)):
             raise ValueError(f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely'")
@@ -211,9 +212,33 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
-def _norm(said: object) -> str | None:
+def eps_of(attack: object) -> float | None:
+    """The budget that an attack names, in its own unit; None where it names none."""
+    return _number(getattr(attack, "eps", getattr(attack, "epsilon", None)))  # AutoAttack calls it epsilon
+
+
+def norm_of(attack: object) -> str | None:
     """The norm that an attack names, in any spelling, as "Linf" or "L2"; None where it is not known."""
-    return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(str(said).lower())
+    said = str(getattr(attack, "norm", None)).lower()
+    return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(said)
+
+
+def model_of(attack: object) -> nn.Module | None:
+    """The module that an attack attacks; None where that is not known."""
+    # "predict" is advertorch's name; the others say "model".
+    named = (getattr(attack, name, None) for name in ("model", "predict"))
+    return next((model for model in named if isinstance(model, nn.Module)), None)
+
+
+def strange(attack: object, model: AnyModel) -> str | None:
+    """What an attack attacks in place of `model`, in words; None where that is `model`, or not known."""
+    attacked = model_of(attack)
+    if attacked is None or attacked is model:
+        return None
+    if is_another(attacked, model):
+        return "another model"
+    # An attack of another library may normalise by itself.
+    return "a part of the model, or one around it" if isinstance(attack, Attack) and is_part(attacked, model) else None
 
 
 def _shown(value: object) -> bool | int | float | str | None:

@@ -41,16 +41,16 @@ class Reach:
         Returns:
             Which images of `adv` are finite, (N,) bool.
         """
-        self.ulp = torch.finfo(images.dtype).eps
-        finite = adv.flatten(1).isfinite().all(1)
-        self.nonfinite += int((~finite).sum())
-        adv, images = (each[finite].flatten(1).double() for each in (adv, images))
-        if adv.numel():
-            distance = adv - images
-            self.linf = max(self.linf, float(distance.abs().max()))
-            self.l2 = max(self.l2, float(distance.norm(dim=1).max()))
-            self.low, self.high = min(self.low, float(adv.min())), max(self.high, float(adv.max()))
+        finite, far = measured(adv, images)
+        seen = Reach.of([self, Reach.read(far, images.dtype)])
+        vars(self).update(vars(seen))
         return finite
+
+    @classmethod
+    def read(cls, far: torch.Tensor, dtype: torch.dtype) -> "Reach":
+        """The reach of batches of images of `dtype`, from what `measured` found; this waits for the device."""
+        linf, l2, low, high, nonfinite = far.tolist()
+        return cls(linf, l2, min(-low, 0.0), max(high, 1.0), int(nonfinite), torch.finfo(dtype).eps)
 
     @classmethod
     def of(cls, parts: Sequence["Reach"]) -> "Reach":
@@ -73,9 +73,39 @@ class Reach:
 
         Args:
             eps: the budget; None where it is not known.
-            norm: "L2" or "Linf". None where it is not known: then L-inf counts, the smallest of all distances.
+            norm: "L2" or "Linf". None where it is not known: then L-inf counts, the smallest of all distances, and L2
+                where eps is above 1, which bounds nothing in L-inf.
         """
-        return eps is not None and (self.l2 if norm == "L2" else self.linf) > eps + self.slack
+        if eps is None:
+            return False
+        by_l2 = norm == "L2" or (norm is None and eps > 1)
+        return (self.l2 if by_l2 else self.linf) > eps + self.slack
+
+
+def measured(adv: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far a batch of adversarial images reaches; nothing here waits for the device.
+
+    Args:
+        adv: the images that the attack returned, floats (N, ...).
+        images: the clean images in [0, 1], likewise.
+
+    Returns:
+        Which images of `adv` are finite, (N,) bool; and of these float64 (5,), on the images' device: the largest L-inf
+        distance, the largest L2 distance, minus the smallest pixel, the largest pixel, and how many images are not
+        finite. `farther` takes two batches together.
+    """
+    finite = adv.flatten(1).isfinite().all(1)
+    adv, images = adv.flatten(1).double(), images.flatten(1).double()
+    adv = torch.where(finite[:, None], adv, images)
+    distance = adv - images
+    low, high = adv.aminmax()
+    far = (distance.abs().amax(), distance.norm(dim=1).amax(), -low, high, (~finite).sum().double())
+    return finite, torch.stack(far)
+
+
+def farther(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Of two batches together what `measured` returns of each, float64 (5,)."""
+    return torch.cat((torch.maximum(first[:4], second[:4]), first[4:] + second[4:]))
 
 
 def as_images(returned: object, images: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,12 @@ import torch
 from fastadv.attacks.base import Attack
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.verdicts import SILENT
-from fastadv.evaluation.adversaries import Adversary
+from fastadv.evaluation.adversaries import Adversary, model_of, strange
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Logits
+from fastadv.nn.kinship import are_equal
+from fastadv.nn.logits import AnyModel
 
 CHANGE = 1e-3  # times the largest logit: a change far above rounding, and far below one that alters a verdict
 ZERO, FEW = 0.1, 8  # if a tenth of the gradients are zero, of eight or more, that is no accident
@@ -95,6 +97,21 @@ def notes_on_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
             f"the images that {adversary.title} returned are up to {reach.linf:.6g} in L-inf and {reach.l2:.6g} in L2 "
             f"from the clean ones, beyond its eps of {adversary.eps:.6g}: its robust accuracy is left out. Does it "
             "take images in [0, 1], and its eps in their unit?"
+        )
+
+
+def notes_on_models(against: Iterable[Adversary], model: AnyModel) -> Iterator[str]:
+    """Notes on attacks that were made on another model than the one that is judged; an equal copy is none."""
+    found: dict[str, list[str]] = {}
+    for adversary in against:
+        attacked = model_of(adversary.attack)
+        what = strange(adversary.attack, model)
+        if what is not None and attacked is not None and not are_equal(attacked, model):
+            found.setdefault(what, []).append(adversary.title)
+    for what, titles in found.items():
+        yield (
+            f"{', '.join(titles)} attacked {what}, not the model that is judged: the images were transferred, and the "
+            "robust accuracy is an upper bound. Make the attack on the model that is judged"
         )
 
 

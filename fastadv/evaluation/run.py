@@ -89,6 +89,7 @@ class Run:
         said = verdict(self.clean, labels)
         self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
         self._warn_of_outputs(draws, autocast)
+        self._warn(masking_checks.notes_on_models(against, model))
 
     def _warn_of_outputs(self, draws: int, autocast: torch.dtype | None) -> None:
         first = self.share.rows[: self.slots].to(self.labels.device)

@@ -1,12 +1,14 @@
 """Wraps an attack of another library for training."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
 
 from fastadv.attacks import Attack
-from fastadv.evaluation.foreign import as_images
+from fastadv.evaluation.adversaries import eps_of, norm_of
+from fastadv.evaluation.foreign import Reach, as_images, farther, measured
 from fastadv.functional import to_float
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import AnyModel
@@ -18,11 +20,13 @@ class ForeignAttack:
     """Any callable from (images, labels) to images, with the attributes that training reads from an attack of fastadv.
 
     The callable gets images as floats, and no seed. Afterwards the model's gradients and its batch-norm statistics are
-    as before.
+    as before. What it returns is measured on the device. `tell` looks at that and warns; a call does so after the calls
+    1, 2, 4, 8, ..., for each look waits for the device.
 
     Args:
         attack: from images (N, ...), floats in [0, 1], and labels int64 (N,) to images of that shape.
         model: the model that it attacks.
+        eps: the budget of the training in L-inf; None means the callable's own alone.
     """
 
     # These facts are not known of the callable. The values here are such that training concludes nothing from them.
@@ -32,8 +36,12 @@ class ForeignAttack:
     targeted = False
     training_mode = "as_is"
 
-    def __init__(self, attack: TrainAttack, model: AnyModel):
-        self.attack, self.model = attack, model
+    def __init__(self, attack: TrainAttack, model: AnyModel, eps: float | None = None):
+        self.attack, self.model, self.eps = attack, model, eps
+        self._calls = 0
+        self._far: torch.Tensor | None = None  # of all calls, as `measured` returns it
+        self._dtype = torch.float32  # of the images
+        self._told: set[str] = set()
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, *, seed: torch.Tensor | None = None) -> torch.Tensor:
         """The adversarial images, as floats of the shape of `images`; `seed` is not used.
@@ -45,7 +53,42 @@ class ForeignAttack:
         images = to_float(images)
         with frozen(self.model, "as_is"), torch.enable_grad():
             # Copies, for the callable may write to them.
-            return as_images(self.attack(images.clone(), labels.clone()), images)
+            adv = as_images(self.attack(images.clone(), labels.clone()), images)
+        _, far = measured(adv, images)
+        self._far = far if self._far is None else farther(self._far, far)
+        self._calls, self._dtype = self._calls + 1, images.dtype
+        if self._calls & (self._calls - 1) == 0:
+            self.tell()
+        return adv
+
+    def tell(self) -> None:
+        """Warn where images so far were not finite, or left [0, 1] or the budget, once of each."""
+        if self._far is None:
+            return
+        for kind, note in self._notes(Reach.read(self._far, self._dtype)):
+            if kind not in self._told:
+                self._told.add(kind)
+                warnings.warn(note, stacklevel=3)
+
+    def _notes(self, reach: Reach) -> Iterator[tuple[str, str]]:
+        """(kind of fault, what is wrong)."""
+        name = f"the attack {_named(self.attack)}"
+        if reach.nonfinite:
+            yield "finite", f"{reach.nonfinite} of the images that {name} returned are not finite: mend the attack"
+        if reach.leaves_box():
+            yield (
+                "box",
+                f"the images that {name} returned go from {reach.low:.6g} to {reach.high:.6g}, and training takes "
+                "images in [0, 1]: clamp them, and let it neither take nor return normalised images",
+            )
+        for eps, norm in ((eps_of(self.attack), norm_of(self.attack)), (self.eps, "Linf")):
+            if eps is not None and reach.exceeds(eps, norm):
+                yield (
+                    "eps",
+                    f"the images that {name} returned are up to {reach.linf:.6g} in L-inf and {reach.l2:.6g} in L2 "
+                    f"from the clean ones, beyond eps = {eps:.6g}. Does it take its eps in the images' unit, such as "
+                    "8/255 and not 8? An attack that is meant to leave the ball can be used",
+                )
 
     def __repr__(self) -> str:
         return repr(self.attack)
@@ -54,8 +97,12 @@ class ForeignAttack:
 AnyAttack: TypeAlias = Attack | ForeignAttack
 
 
-def as_attack(attack: TrainAttack | None, model: AnyModel) -> AnyAttack | None:
+def as_attack(attack: TrainAttack | None, model: AnyModel, eps: float | None = None) -> AnyAttack | None:
     """The attack as training calls it: an attack of fastadv, or None, as it is; another one as a `ForeignAttack`."""
     if attack is None or isinstance(attack, Attack | ForeignAttack):
         return attack
-    return ForeignAttack(attack, model)
+    return ForeignAttack(attack, model, eps)
+
+
+def _named(attack: object) -> str:
+    return getattr(attack, "__qualname__", type(attack).__qualname__)

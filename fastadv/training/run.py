@@ -35,7 +35,7 @@ from fastadv.training.choice import choice, criteria
 from fastadv.training.fast import fast_method, is_fast
 from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
-from fastadv.training.foreign import TrainAttack
+from fastadv.training.foreign import TrainAttack, as_attack
 from fastadv.training.interruption import Interruption
 from fastadv.training.memory import SampleMemory
 from fastadv.training.methods import trainable
@@ -86,6 +86,8 @@ class Run:
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         target: dict[str, Any] = {"device": self.device, "memory_format": layout}  # PyTorch's stubs lack both together
         self.model = trainer.model.to(**target)
+        given = trainer.attack
+        self.attack = given if isinstance(given, str) else as_attack(given, self.model, trainer.eps)
         self.layout = torch.channels_last if self.settings.channels_last else None
         self.autocast = torch.bfloat16 if self.precision == "bf16" else None
         self.augment = Augment(crop=parts.train[0].shape[2] // 8) if self.settings.augment else None
@@ -270,7 +272,7 @@ class Run:
             self.through = self.model if self.team.alone else replicated(self.model, example, self.team)
             if groups is None:
                 self._begin(number, stage)
-            self._use(s.switch_to if self.at.switched else self.trainer.attack)
+            self._use(s.switch_to if self.at.switched else self.attack)
             self.weights = Weights(self.tuning, s.ema_decay)
             self.monitor = self._new_monitor()
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
@@ -382,6 +384,7 @@ class Run:
         return False
 
     def _finish_epoch(self, stage: Stage) -> None:
+        self.step.tell()
         at, images = self.at, sum(map(len, self.batches.of_epoch(self.at, self.step.repeats)))
         record: Record = {
             "epoch": at.epoch,
@@ -479,6 +482,7 @@ class Run:
 
     def _refuse(self, loss: float, norm: float, statistics: float, index: torch.Tensor) -> None:
         """End the run at the batch `index`, before its step, with an error that says what is not finite."""
+        self.step.tell()
         self._undo()
         back = self._rescued() if nonfinite(self.tuning.tensors, self.masks) else ""
         what, todo = fault(loss, norm, statistics)

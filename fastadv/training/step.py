@@ -1,6 +1,7 @@
 """One step of adversarial training: the passes of the attack and of the update, none of them twice."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -12,11 +13,12 @@ from fastadv.attacks import Attack
 from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
+from fastadv.evaluation.adversaries import strange
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.autocast import own_autocast
 from fastadv.nn.logits import at_least_float32, find_logits
 from fastadv.training.fast.base import FastMethod
-from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
+from fastadv.training.foreign import AnyAttack, ForeignAttack, TrainAttack, as_attack
 from fastadv.training.settings import checked
 
 
@@ -63,6 +65,12 @@ class TrainStep:
         self.method = attack if isinstance(attack, FastMethod) else None
         given = attack.attack if isinstance(attack, FastMethod) else attack
         check_attack("attack", given)
+        if (elsewhere := strange(given.attack if isinstance(given, ForeignAttack) else given, model)) is not None:
+            warnings.warn(
+                f"the training attack was made on {elsewhere}, not on the model that trains: its images are "
+                "transferred, and weaker. For adversarial training make it on the model that trains",
+                stacklevel=2,
+            )
         self.attack = as_attack(given, model)
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")
@@ -159,6 +167,7 @@ class TrainStep:
                 changed, and the gradients are forgotten.
         """
         if self._norm is None and not math.isfinite(found := self.norm().item()):
+            self.tell()
             self.forget()
             raise FloatingPointError(f"the norm of the gradient is {found}: no step was taken")
         if self.max_grad_norm is not None and self._norm is not None:
@@ -172,6 +181,11 @@ class TrainStep:
         """Forget the gradients."""
         self._norm = None
         self.optimizer.zero_grad()
+
+    def tell(self) -> None:
+        """Warn where images of an attack that is not fastadv's were no such images, see `ForeignAttack.tell`."""
+        if isinstance(self.attack, ForeignAttack):
+            self.attack.tell()
 
     @property
     def _parameters(self) -> list[torch.Tensor]:
@@ -216,7 +230,8 @@ class TrainStep:
 
 
 def check_attack(name: str, attack: object, also: str = "") -> None:
-    """Refuse an attack that no training can use: no callable, a class, or one on inputs other than images in [0, 1].
+    """Refuse an attack that no training can use: no callable, a class, on other inputs than images in [0, 1], or
+    towards the labels.
 
     Args:
         name: of the argument, for the errors.
@@ -225,7 +240,8 @@ def check_attack(name: str, attack: object, also: str = "") -> None:
 
     Raises:
         TypeError: it cannot be called, or is a class.
-        ValueError: it attacks other inputs than images in [0, 1].
+        ValueError: it attacks other inputs than images in [0, 1]; or it takes its targets for labels, as with
+            targeted=True.
     """
     if attack is not None and (isinstance(attack, type) or not callable(attack)):
         raise TypeError(f"{name} must be {also}a callable from (images, labels) to images, or None: got {attack!r}")
@@ -238,6 +254,12 @@ def check_attack(name: str, attack: object, also: str = "") -> None:
         raise ValueError(
             f"training takes images in [0, 1], and {name} is made for normalised ones: make it on "
             "Normalized(model, mean, std), without images_normalized"
+        )
+    # torchattacks has this attribute too.
+    if getattr(attack, "attack_mode", None) == "targeted(label)":
+        raise ValueError(
+            f"{name} goes towards the labels, and those of training are the images' own: choose targeted='random' or "
+            "'least_likely', or leave targeted out"
         )
 
 

@@ -1,5 +1,6 @@
 """Adversarial training by one call."""
 
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
 from fastadv.devices import present
+from fastadv.evaluation.adversaries import Adversary, strange
 from fastadv.names import instead
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
@@ -57,9 +59,9 @@ class Trainer:
             "gradalign", "free", "liet" or "sora";
             an attack of fastadv on `model`, which gets a seed for each image, from the run's seed, the image's number
             and the epoch;
-            any other callable from (images, labels) to images;
+            any other callable from (images, labels) to images; a warning says where they leave [0, 1] or eps;
             None for training on clean images.
-        eval_attack: for the evaluations; None means PGD-10 at eps with steps of eps / 4.
+        eval_attack: for the evaluations, on `model`; None means PGD-10 at eps with steps of eps / 4.
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
             at a time has it.
         resume: go on from the newest checkpoint in `folder` that is whole and finite, if there is one. A setting that
@@ -76,7 +78,8 @@ class Trainer:
         ImportError: the `train` extra is not installed.
         TypeError: an argument or a setting is of a wrong type, or an attack cannot be called.
         ValueError: unknown attack, method or optimizer, a device that is not here, a number out of range, a setting
-            that would have no effect, or training with an L2 attack, for which weights cannot be chosen yet.
+            that would have no effect, training with an L2 attack, for which weights cannot be chosen yet, an attack
+            towards the labels (targeted=True), or an `eval_attack` on another model or that `evaluate` refuses.
     """
 
     def __init__(
@@ -126,12 +129,30 @@ class Trainer:
             raise ValueError(f"{', '.join(changes)} belong to an attack by name, got the attack {attack!r}")
         check_attack("attack", attack, also="a name, ")
         Budget(as_attack(attack, self.model), self.settings.eps_schedule)  # refuses an attack that it would not change
-        check_attack("eval_attack", self.eval_attack)
+        self._check_eval_attack()
         if isinstance(attack, Attack) and attack.norm != "Linf":
             raise ValueError(
                 f"training with an {attack.norm} attack ({self.attack!r}) is not possible yet: its weights would be "
                 "chosen, and its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, "
                 "such as fgsm or pgd; evaluation takes L2 attacks"
+            )
+
+    def _check_eval_attack(self) -> None:
+        attack = self.eval_attack
+        check_attack("eval_attack", attack)
+        if attack is None:
+            return
+        if (elsewhere := strange(attack, self.model)) is not None:
+            raise ValueError(
+                f"eval_attack was made on {elsewhere}, not on the model that trains: weights would be chosen by images "
+                "that are transferred. Make it on the model that is given to Trainer"
+            )
+        Adversary("eval_attack", attack, self.model)  # refuses what no evaluation takes
+        if str(getattr(attack, "attack_mode", "")).startswith("targeted"):
+            warnings.warn(
+                f"eval_attack has one target for each image ({attack!r}): it is weaker than an attack without targets, "
+                "and the weights that it chooses may be less robust. Leave targeted out",
+                stacklevel=4,
             )
 
     def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[Record]:

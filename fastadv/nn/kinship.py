@@ -1,0 +1,58 @@
+"""Whether two models are one: which weights they have, and what is wrapped around them."""
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from fastadv.nn.logits import AnyModel
+from fastadv.nn.normalized import Normalized
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+
+
+def bare(model: AnyModel) -> AnyModel:
+    """The model without what changes none of its outputs: torch.compile, DistributedDataParallel and their like."""
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # under torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+def is_another(model: AnyModel, other: AnyModel) -> bool:
+    """Whether both are modules with weights, and have none of them in common."""
+    here, there = ({id(tensor) for tensor in _tensors(bare(each)).values()} for each in (model, other))
+    return bool(here and there) and not here & there
+
+
+def is_part(model: AnyModel, other: AnyModel) -> bool:
+    """Whether one of the models is within the other, and more is computed there: it is normalised, or in a row."""
+    model, other = bare(model), bare(other)
+    return model is not other and (_is_within(model, other) or _is_within(other, model))
+
+
+def are_equal(model: AnyModel, other: AnyModel) -> bool:
+    """Whether both are modules of one type with equal weights and buffers, such as a copy and its original."""
+    model, other = bare(model), bare(other)
+    if not (isinstance(model, nn.Module) and type(model) is type(other)):
+        return False
+    here, there = _tensors(model), _tensors(other)
+    return here.keys() == there.keys() and all(
+        value.shape == there[name].shape and value.equal(there[name].to(value)) for name, value in here.items()
+    )
+
+
+def _is_within(part: AnyModel, whole: AnyModel) -> bool:
+    around = (
+        each
+        for each in (whole.modules() if isinstance(whole, nn.Module) else ())
+        if isinstance(each, Normalized) or (isinstance(each, nn.Sequential) and len(each) > 1)
+    )
+    return any(each is not part and any(inner is part for inner in each.modules()) for each in around)
+
+
+def _tensors(model: AnyModel) -> dict[str, torch.Tensor]:
+    """{name: parameter or buffer}; any other callable than a module has none."""
+    return dict(model.named_parameters()) | dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
