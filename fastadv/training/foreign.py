@@ -63,16 +63,20 @@ class ForeignAttack:
 
     def tell(self) -> None:
         """Warn where images so far were not finite, or left [0, 1] or the budget, once of each."""
-        if self._far is None:
-            return
-        for kind, note in self._notes(Reach.read(self._far, self._dtype)):
+        for kind, note in self._notes():
             if kind not in self._told:
                 self._told.add(kind)
                 warnings.warn(note, stacklevel=3)
 
-    def _notes(self, reach: Reach) -> Iterator[tuple[str, str]]:
+    def of_nonfinite(self) -> str:
+        """Words for an error: how many images so far were not finite; "" for none."""
+        return "".join(f". {note}" for kind, note in self._notes() if kind == "finite")
+
+    def _notes(self) -> Iterator[tuple[str, str]]:
         """(kind of fault, what is wrong)."""
-        name = f"the attack {_named(self.attack)}"
+        if self._far is None:
+            return
+        reach, name = Reach.read(self._far, self._dtype), f"the attack {_named(self.attack)}"
         if reach.nonfinite:
             yield "finite", f"{reach.nonfinite} of the images that {name} returned are not finite: mend the attack"
         if reach.leaves_box():

@@ -482,12 +482,12 @@ class Run:
 
     def _refuse(self, loss: float, norm: float, statistics: float, index: torch.Tensor) -> None:
         """End the run at the batch `index`, before its step, with an error that says what is not finite."""
-        self.step.tell()
         self._undo()
         back = self._rescued() if nonfinite(self.tuning.tensors, self.masks) else ""
         what, todo = fault(loss, norm, statistics)
         if came := [name for name, _ in self.tuning.parameters if name in self.masks]:
             todo += f". The model came with numbers that are not finite in {', '.join(came[:3])}"
+        todo += self.step.of_nonfinite()
         # All images of the batch to the first process, which writes them.
         self.images.bring([index, *[index[:0]] * (self.team.size - 1)], self.device)
         where = self._kept_batch(index)

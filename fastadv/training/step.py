@@ -167,9 +167,8 @@ class TrainStep:
                 changed, and the gradients are forgotten.
         """
         if self._norm is None and not math.isfinite(found := self.norm().item()):
-            self.tell()
             self.forget()
-            raise FloatingPointError(f"the norm of the gradient is {found}: no step was taken")
+            raise FloatingPointError(f"the norm of the gradient is {found}: no step was taken{self.of_nonfinite()}")
         if self.max_grad_norm is not None and self._norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, self._norm)
         self.optimizer.step()
@@ -183,9 +182,13 @@ class TrainStep:
         self.optimizer.zero_grad()
 
     def tell(self) -> None:
-        """Warn where images of an attack that is not fastadv's were no such images, see `ForeignAttack.tell`."""
+        """As `ForeignAttack.tell`; nothing for other attacks."""
         if isinstance(self.attack, ForeignAttack):
             self.attack.tell()
+
+    def of_nonfinite(self) -> str:
+        """As `ForeignAttack.of_nonfinite`; "" for other attacks."""
+        return self.attack.of_nonfinite() if isinstance(self.attack, ForeignAttack) else ""
 
     @property
     def _parameters(self) -> list[torch.Tensor]:

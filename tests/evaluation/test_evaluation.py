@@ -1,5 +1,6 @@
 """The evaluation against a plain loop, the properties of its queue, and its resumption after a cut."""
 
+import copy
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from matplotlib.image import imread
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -772,6 +774,8 @@ def test_what_is_no_images_is_refused_in_words(net, samples, returned, error, me
         (0.2, 0.3001, {"eps": 0.3, "norm": "L2"}, False, "Foreign at 0.3 "),
         (0.2, 0.3001, {"eps": 0.3}, True, ""),  # within 0.3 if the norm is L-inf, which is not known
         (0.2, 0.3001, {"eps": None}, True, ""),
+        (0.4, 2.501, {"eps": 2.5}, False, "Foreign at 2.5"),  # above 1 it bounds nothing in L-inf
+        (0.4, 2.499, {"eps": 2.5}, True, ""),
     ],
 )
 def test_images_beyond_the_attacks_own_eps_give_no_figure(net, samples, recwarn, linf, l2, attributes, kept, title):
@@ -790,6 +794,54 @@ def test_images_beyond_the_attacks_own_eps_give_no_figure(net, samples, recwarn,
         assert "beyond its eps" in note
         assert "255" not in note or attributes.get("norm") == "Linf"
         assert robustness.robust_accuracy(net, samples, attack, batch_size=BATCH)["robust_accuracy"] is None
+
+
+def trained_on(net):
+    """A copy of a network with other weights."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.second.weight.add_(0.1)
+    return other
+
+
+MADE_ON = {
+    "another model": lambda net: (net, PGD(trained_on(net), EPS)),
+    "another library's on another model": lambda net: (net, torchattacks.FGSM(trained_on(net), EPS)),
+    "within Normalized": lambda net: (Normalized(net, 0.4, 0.5), PGD(net, EPS)),
+    "around the model": lambda net: (net, PGD(Normalized(net, 0.4, 0.5), EPS)),
+    "in a row": lambda net: (nn.Sequential(nn.Hardtanh(), net), PGD(net, EPS)),
+}
+MADE_RIGHT = {
+    "the model": lambda net: (net, PGD(net, EPS)),
+    "another library's": lambda net: (net, torchattacks.FGSM(net, EPS)),
+    "an equal copy": lambda net: (net, PGD(copy.deepcopy(net), EPS)),
+    "normalised twice": lambda net: (Normalized(net, 0.4, 0.5), PGD(Normalized(net, 0.4, 0.5), EPS)),
+    "compiled": lambda net: (net, PGD(torch.compile(net, backend="eager"), EPS)),
+    "judged compiled": lambda net: (torch.compile(net, backend="eager"), PGD(net, EPS)),
+    "in parallel": lambda net: (nn.DataParallel(net), PGD(net, EPS)),
+    "averaged": lambda net: (averaged := AveragedModel(net), PGD(averaged.module, EPS)),
+    "a wrapper": lambda net: (nn.Sequential(net), PGD(net, EPS)),
+    "traced": lambda net: (net, PGD(torch.jit.trace(net, torch.rand(1, 3, 4, 4)), EPS)),
+    "no module": lambda net: (net, PGD(net.logits, EPS)),
+    "no model": lambda net: (net, lambda images, labels: images),
+}
+
+
+@pytest.mark.parametrize("made", MADE_ON.values(), ids=MADE_ON)
+def test_an_attack_on_another_model_is_called_transferred(net, samples, made):
+    model, attack = made(net)
+    with pytest.warns(UserWarning, match="the images were transferred") as warned:
+        report = evaluate(model, samples, [attack], batch_size=BATCH, progress=False)
+    assert [note for note in report["warnings"] if "upper bound" in note] == [
+        str(warning.message) for warning in warned if "upper bound" in str(warning.message)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", MADE_RIGHT.values(), ids=MADE_RIGHT)
+def test_an_attack_on_the_model_in_any_wrapping_is_not(net, samples, made):
+    model, attack = made(net)
+    assert evaluate(model, samples, [attack], batch_size=BATCH, progress=False)["warnings"] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])

@@ -1,6 +1,7 @@
 """One step of adversarial training against the same step by hand."""
 
 import copy
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,14 +9,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchattacks
 import transformers
+from dispatched import NoReads
 from families import logits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastadv import random_init
-from fastadv.attacks import FGSM, NFGSM, PGD, create_attack
+from fastadv.attacks import FGSM, NFGSM, PGD, Normalized, create_attack
+from fastadv.training.foreign import as_attack
 from fastadv.training.methods import METHODS, trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.step import TrainStep
@@ -505,6 +509,58 @@ def test_a_step_is_the_same_within_the_callers_autocast(autocast):
     assert all(torch.equal(a, b) for a, b in zip(alone, within, strict=True))
 
 
+def returning(change, **attributes):
+    """An attack of another library, which returns change(images)."""
+
+    def attack(images, labels):
+        return change(images)
+
+    vars(attack).update(attributes)
+    return attack
+
+
+@pytest.mark.parametrize(
+    ("attack", "eps", "messages"),
+    [
+        (returning(lambda x: (x + 0.05).clamp(0, 1), eps=0.05), 0.05, []),
+        (returning(lambda x: 1 - x), None, []),  # it names no eps, and a step has none
+        (returning(lambda x: (x + 0.05).clamp(0, 1), eps=0.04), None, ["up to 0.05 in L-inf .* beyond eps = 0.04"]),
+        (returning(lambda x: (x + 0.05).clamp(0, 1), eps=0.06), 0.04, ["up to 0.05 in L-inf .* beyond eps = 0.04"]),
+        (returning(lambda x: 1 - x, eps=1.5), None, ["beyond eps = 1.5"]),  # 255 times too large
+        (returning(lambda x: x / 2, eps=8.0, norm="L2"), None, []),
+        (returning(lambda x: (x - 0.4) / 0.2), None, [r"go from -1\.\d+ to [23]\.\d+, and training takes"]),
+        (
+            returning(lambda x: x.index_fill(0, torch.tensor([1, 4]), torch.nan)),
+            None,
+            ["2 of the images .* not finite"],
+        ),
+        (returning(lambda x: x + 1, eps=0.1), None, ["go from", "beyond eps = 0.1"]),
+    ],
+)
+def test_a_warning_says_once_what_another_librarys_images_are_not(attack, eps, messages, recwarn):
+    model, (images, labels) = network(), batch(16)
+    step = TrainStep(model, as_attack(attack, model, eps), sgd(model))
+    for _ in range(4):
+        step.gradients(images, labels)
+    assert len(recwarn) == len(messages)
+    for text in messages:
+        assert re.search(text, str(recwarn.pop(UserWarning).message))
+
+
+def test_later_batches_are_measured_without_waiting_for_the_device():
+    far = 0.0
+    attack = as_attack(lambda images, labels: images + far, network(), 0.1)
+    images, labels = torch.zeros(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)
+    attack(images, labels)
+    attack(images, labels)
+    far = 0.2
+    with NoReads():
+        attack(images, labels)
+    far = 0.0
+    with pytest.warns(UserWarning, match="up to 0.2 in L-inf"):  # after the fourth
+        attack(images, labels)
+
+
 @pytest.mark.parametrize("clean_weight", [0.0, 0.5])
 def test_what_a_callable_writes_in_place_changes_its_copies_alone(clean_weight):
     def written(images, labels):
@@ -518,3 +574,22 @@ def test_what_a_callable_writes_in_place_changes_its_copies_alone(clean_weight):
     assert_weights(model, weights, rtol=1e-12, atol=1e-14)
     assert images.equal(before[0])
     assert labels.equal(before[1])
+
+
+def test_a_training_attack_on_another_model_is_told(recwarn):
+    model = network()
+    for attack in (FGSM(model, EPS), FGSM(nn.DataParallel(model), EPS), FGSM(copy.deepcopy(model), EPS)):
+        assert not recwarn.list
+        TrainStep(model, attack, sgd(model))
+    assert "made on another model, not on the model that trains" in str(recwarn.pop(UserWarning).message)
+    TrainStep(Normalized(model, 0.4, 0.2), FGSM(model, EPS), sgd(model))
+    assert "made on a part of the model, or one around it" in str(recwarn.pop(UserWarning).message)
+
+
+def test_an_attack_towards_the_labels_is_refused():
+    model = network()
+    theirs = torchattacks.PGD(model)
+    theirs.set_mode_targeted_by_label(quiet=True)
+    for attack in (FGSM(model, EPS, targeted=True), theirs):
+        with pytest.raises(ValueError, match="attack goes towards the labels"):
+            TrainStep(model, attack, sgd(model))

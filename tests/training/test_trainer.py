@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchattacks
 from fitted import changed, colours, copied, loaded_batches, same, timeless
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastadv import data, sample_seeds, to_float
-from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, create_attack
+from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, Normalized, create_attack
 from fastadv.evaluation import evaluate, robust_accuracy
 from fastadv.models import find_head, networks
 from fastadv.training import Trainer, run
@@ -795,6 +796,46 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(changes, message):
     assert same(copied(model), before)
     assert model[0].weight.is_contiguous()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (lambda model: PGD(conv(), EPS), "eval_attack was made on another model"),
+        (lambda model: torchattacks.PGD(conv(), EPS), "eval_attack was made on another model"),
+        (lambda model: PGD(model.model, EPS), "eval_attack was made on a part of the model"),
+        (lambda model: PGD(model, EPS, targeted=True), "eval_attack goes towards the labels"),
+        (lambda model: PGD(model, EPS, targeted=lambda x, y: y), "takes its targets for labels"),
+        (lambda model: PGD(model, EPS, training_mode="as_is"), "in another mode than the eval mode"),
+    ],
+)
+def test_an_attack_that_cannot_choose_weights_is_refused_before_training(attack, message):
+    model = Normalized(conv(), 0.4, 0.2)
+    with pytest.raises(ValueError, match=message):
+        Trainer(model, EPS, eval_attack=attack(model))
+
+
+@pytest.mark.parametrize("targeted", ["random", "least_likely"])
+def test_an_attack_with_targets_chooses_weights_with_a_warning(targeted):
+    model = conv()
+    with pytest.warns(UserWarning, match="weaker than an attack without targets"):
+        Trainer(model, EPS, eval_attack=PGD(model, EPS, targeted=targeted))
+
+
+def test_another_librarys_wrong_eps_is_told_once_a_run(recwarn):
+    model = conv()
+    fit(model, attack=torchattacks.FGSM(model, eps=8), epochs=3, lp_ft=1)
+    assert len(recwarn) == 1
+    assert "up to 1 in L-inf" in str(recwarn.pop(UserWarning).message)
+    fit(model, attack=torchattacks.FGSM(model, eps=EPS))
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:.* are not finite")
+def test_images_that_are_not_finite_are_named_where_the_run_ends():
+    named = "10 of the images that the attack .*<lambda> returned are not finite"
+    with pytest.raises(FloatingPointError, match=f"at epoch 1, batch 1.*{named}"):
+        fit(conv(), attack=lambda images, labels: images / 0 * 0)
 
 
 def strided(channels=15, kernel=1, stride=2, groups=1):
