@@ -149,7 +149,7 @@ def test_a_foreign_attack_leaves_nothing_in_the_parameters_or_the_buffers():
     def attack(x, y):
         x = x.clone().requires_grad_()
         cross_entropy(model(x), y).sum().backward()
-        return x + EPS * x.grad.sign()
+        return (x + EPS * x.grad.sign()).clamp(0, 1)
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), *network().children()).double().train()

@@ -606,6 +606,7 @@ def test_fine_tuning_a_robust_network_gives_no_alarm():
 # ---------------------------------------------------------------------- a loss that is not finite
 
 
+@pytest.mark.filterwarnings("ignore:.* are not finite")
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_the_batch_of_a_loss_that_is_not_finite_is_kept(batch_norm, tmp_path, before_steps):
     (states, watch), model = before_steps, conv(batch_norm)
