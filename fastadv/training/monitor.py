@@ -127,7 +127,7 @@ class Monitor:
         # One process may check while others do not: DistributedDataParallel would wait for them.
         self.model = one_process(model)
         self.images, self.labels = collected((images, labels), model, None)
-        self.attack = as_attack(attack, self.model)
+        self.attack = as_attack(attack, self.model, eps)
         self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
         self.best: float | None = None  # accuracy under PGD
         self._best_gap: float | None = None
