@@ -61,8 +61,10 @@ class Attack(Modes, Targets, ABC):
 
     While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
     The model is left exactly as it was found, also when it raises: train flags, requires_grad, `.grad`, buffers.
-    A model that is not an `nn.Module` is called as it is; one under DistributedDataParallel is attacked through its
-    `.module`. Its logits are its output, the output's attribute or key `logits`, or the output's first entry.
+    Of a model that is no `nn.Module`, such as `lambda x: net(x)`, this holds for the modules inside: those in the
+    function's closure or the globals that it uses, in a method's object or a partial, and in what these hold. A model
+    under DistributedDataParallel is attacked through its `.module`. Its logits are its output, the output's attribute
+    or key `logits`, or the output's first entry.
 
     Args:
         model: any callable from images to logits (N, C). `Normalized(model, mean, std)` where it takes normalised

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from fastadv.attacks.samplewise import taken, together
 from fastadv.functional import to_float
+from fastadv.nn.inside import as_module
+from fastadv.nn.logits import AnyModel
 from fastadv.ops.autograd import result_like
 
 if TYPE_CHECKING:
@@ -185,14 +186,15 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def baked(model: object, device: torch.device) -> tuple[object, ...]:
+def baked(model: AnyModel, device: torch.device) -> tuple[object, ...]:
     """What a captured graph depends on beside the slots' shapes and the attack's settings: a part of its key.
 
     It holds the model's modules with their modes, the memory of its parameters and buffers, the caller's autocast, and
     how PyTorch is told to compute. The key keeps the modules alive, so that a new one never gets the id of an old one.
     """
-    modules = tuple(model.modules()) if isinstance(model, nn.Module) else (model,)
-    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    inside = as_module(model)
+    modules = (model, *list(inside.modules())[1:])  # the first is the model, or a list that is new each time
+    tensors = (*inside.parameters(), *inside.buffers())
     kind = device.type
     backends = torch.backends
     return (

@@ -14,14 +14,13 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 import types
 import uuid
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ import torch
 from torch import nn
 
 from fastadv.attacks import FGSM, Attack
+from fastadv.nn.inside import globals_of, is_installed
 
 KEY = "fastadv_key"  # an attribute that identifies an object, in place of its contents
 HASH, UNKNOWN = "#", "?"  # the first character of a part that is no value; no value of Python's begins with one
@@ -239,7 +239,7 @@ class _Reader:
             yield from self._attributes(attributes)
 
     def _class(self, value: Any) -> Iterator[bytes]:
-        if _is_installed(value.__module__):
+        if is_installed(value.__module__):
             place = _MOVED.get(value.__module__, value.__module__)
             yield f"{place}.{value.__qualname__}".encode()
         else:
@@ -256,11 +256,11 @@ class _Reader:
         else:
             yield from self._attributes(vars(value))
             yield from map(self.hash, (value.__defaults__, value.__kwdefaults__, _constant_cells(value)))
-            if _is_installed(value.__module__):
+            if is_installed(value.__module__):
                 yield f"{value.__module__}.{value.__qualname__}".encode()
             else:
                 yield self.hash(value.__code__)
-                known, used = value.__globals__, _globals_of(value.__code__) - _changed(value.__code__, "GLOBAL")
+                known, used = value.__globals__, globals_of(value.__code__) - _changed(value.__code__, "GLOBAL")
                 yield from self._attributes({name: known[name] for name in used if name in known})
 
     def _object(self, value: Any) -> Iterator[bytes]:
@@ -298,13 +298,6 @@ _PATTERN = FGSM(len)
 
 def _parameters(kind: type) -> Iterable[str]:
     return inspect.signature(vars(kind)["__init__"]).parameters if kind is not object else ()
-
-
-def _globals_of(code: types.CodeType) -> set[str]:
-    """The names of the globals that a function, or a function inside it, looks up."""
-    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    here = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return here.union(*map(_globals_of, inner))
 
 
 def _constant_cells(function: types.FunctionType) -> tuple[types.CellType, ...] | None:
@@ -346,14 +339,6 @@ def _changed(code: types.CodeType, kind: str, itself: str | None = None) -> set[
         owner = loaded[-1] if name.startswith("LOAD_FAST") else None
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
     return (read & written).union(*(_changed(each, kind, itself) for each in inner))
-
-
-def _is_installed(module: str | None) -> bool:
-    top = (module or "").partition(".")[0]
-    if top == "fastadv" or (top in sys.stdlib_module_names and top != "__main__"):
-        return True
-    file = getattr(sys.modules.get(module or ""), "__file__", None)
-    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 import torch
 from torch import nn
 
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 
 TRAINING_MODES = ("eval", "as_is", "batch_norm")
@@ -61,15 +62,16 @@ def flags_kept(model: AnyModel) -> Iterator[None]:
     example to keep batch-norm frozen, and they cannot restore a model whose modules are in different modes.
 
     Args:
-        model: an `nn.Module`; any other callable has no flags.
+        model: an `nn.Module`, or any other callable, whose modules `as_module` finds.
 
     Raises:
         RuntimeError: another thread is attacking or judging the model.
     """
-    modules = _modules(model)
+    model = as_module(model)
+    modules = list(model.modules())
     with _alone(modules):
         training = [(module, module.training) for module in modules if hasattr(module, "training")]
-        requires_grad = [(parameter, parameter.requires_grad) for parameter in _parameters(model)]
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
         def put_back() -> None:
             for module, flag in training:
@@ -89,20 +91,21 @@ def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
     neither a captured graph nor batch-norm tells which buffers it has written to.
 
     Args:
-        model: an `nn.Module`; any other callable has nothing to freeze.
+        model: an `nn.Module`, or any other callable, whose modules `as_module` finds.
         training_mode: "eval": every module in eval mode; "as_is": modes are left alone, so that in train mode dropout
             draws and batch-norm uses the batch; "batch_norm": batch-norm in train mode, the rest in eval mode.
 
     Raises:
         RuntimeError: another thread is attacking or judging the model.
     """
+    model = as_module(model)
     with flags_kept(model), buffers_kept(model):
         if training_mode != "as_is":
-            for module in _modules(model):
+            for module in model.modules():
                 if hasattr(module, "training"):
                     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
                     module.training = training_mode == "batch_norm" and batch_norm
-        for parameter in _parameters(model):
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
 
@@ -112,9 +115,11 @@ def buffers_kept(model: AnyModel) -> Iterator[None]:
     """Restore the model's buffers at the end: the same tensors with the same values.
 
     Args:
-        model: an `nn.Module`; any other callable has no buffers.
+        model: an `nn.Module`, or any other callable, whose modules `as_module` finds.
     """
-    named = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
+    named = [
+        (module, name, buffer) for module in as_module(model).modules() for name, buffer in module._buffers.items()
+    ]
     before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
 
     def put_back() -> None:
@@ -174,11 +179,3 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     """Whether PyTorch can write to a tensor in place. It cannot where elements share memory, as after `expand`."""
     layout = zip(tensor.shape, tensor.stride(), strict=True) if tensor.layout == torch.strided else ()
     return not tensor.is_inference() and all(size <= 1 or stride != 0 for size, stride in layout)
-
-
-def _modules(model: AnyModel) -> list[nn.Module]:
-    return list(model.modules()) if isinstance(model, nn.Module) else []
-
-
-def _parameters(model: AnyModel) -> list[nn.Parameter]:
-    return list(model.parameters()) if isinstance(model, nn.Module) else []

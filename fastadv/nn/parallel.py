@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 
 
@@ -15,9 +16,9 @@ def alone(model: AnyModel) -> Iterator[None]:
     Otherwise every call would wait for the other processes, which may have nothing to evaluate.
 
     Args:
-        model: an `nn.Module`; any other callable is left alone.
+        model: an `nn.Module`, or any other callable, whose modules `as_module` finds.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+    modules = as_module(model).modules()
     waiting = [vars(module) for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
     before = [attributes.get("forward") for attributes in waiting]
     for attributes in waiting:

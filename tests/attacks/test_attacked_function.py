@@ -291,11 +291,12 @@ def how_to_compute():
     torch.set_float32_matmul_precision(before[1])
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["model", "inside a function"])
 @pytest.mark.parametrize("what", BAKED)
 @pytest.mark.usefixtures("how_to_compute")
-def test_what_a_graph_has_baked_in_makes_another(captures, what):
+def test_what_a_graph_has_baked_in_makes_another(captures, what, inside):
     model, (images, labels) = nn.Sequential(nn.Identity(), nn.BatchNorm2d(3), net()).eval(), batch_of(N)
-    attack = MIFGSM(model, EPS, graph=True)
+    attack = MIFGSM((lambda x: model(x)) if inside else model, EPS, graph=True)
     assert captures(lambda: attack(images, labels)) == 1
     assert captures(lambda: attack(images, labels)) == 0
     BAKED[what](attack, model)

@@ -1,0 +1,168 @@
+"""A network inside a callable is frozen and left as it was, like one that is the model itself."""
+
+import functools
+import logging
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from fastadv.attacks import PGD
+from fastadv.evaluation import evaluate
+from fastadv.nn.frozen import frozen
+from fastadv.nn.inside import as_module
+
+EPS = 8 / 255
+LOG = logging.getLogger(__name__)
+NET: nn.Module
+HELD: dict[str, list[nn.Module]]
+
+
+class Net(nn.Module):
+    """One whose outputs and buffers depend on its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU())
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+class WithList:
+    def __init__(self, net):
+        self.nets = [net]
+
+    def __call__(self, x):
+        return self.nets[0](x)
+
+    def logits(self, x):
+        return self(x)
+
+
+class WithSlot:
+    __slots__ = ("net",)
+
+    def __call__(self, x):
+        return self.net(x)
+
+
+class WithGlobal:
+    def __call__(self, x):
+        LOG.debug("called")
+        return NET(x)
+
+
+def with_slot(net):
+    made = WithSlot()
+    made.net = net
+    return made
+
+
+def with_class(net):
+    class Holder:
+        held = net
+
+        @classmethod
+        def logits(cls, x):
+            return cls.held(x)
+
+    return Holder.logits
+
+
+def with_default(net):
+    def logits(x, net=net):
+        return net(x)
+
+    return logits
+
+
+def of_helper(x):
+    return HELD["nets"][0](x)
+
+
+def with_weak_reference(net):
+    reference = weakref.ref(net)
+    return lambda x: reference()(x)
+
+
+HOLDERS = {
+    "lambda": lambda net: lambda x: net(x),
+    "partial": functools.partial,
+    "method": lambda net: net.forward,
+    "object": WithList,
+    "its method": lambda net: WithList(net).logits,
+    "closure over an object": lambda net: (lambda held: lambda x: held.logits(x))(WithList(net)),
+    "slot": with_slot,
+    "class": with_class,
+    "default": with_default,
+    "keyword": lambda net: functools.partial(lambda x, nets: nets["a"](x), nets={"a": net}),
+    "decorated": lambda net: torch.enable_grad()(lambda x: net(x)),
+    "global": lambda net: lambda x: NET(x),
+    "global of a class": lambda net: WithGlobal(),
+    "global of a helper": lambda net: lambda x: of_helper(x),
+    "weak reference": with_weak_reference,
+    "compiled": lambda net: torch.compile(lambda x: net(x), backend="eager"),
+}
+
+
+@pytest.fixture
+def net():
+    """A network in train mode, also where the holders look for a global."""
+    global NET, HELD
+    torch.manual_seed(0)
+    NET = Net().train()
+    HELD = {"nets": [NET]}
+    return NET
+
+
+def state_of(net):
+    return [t.clone() for t in net.state_dict().values()], [m.training for m in net.modules()]
+
+
+def assert_same(new, old):
+    assert new[1] == old[1]
+    assert all(map(torch.equal, new[0], old[0]))
+
+
+@pytest.mark.parametrize("held", HOLDERS.values(), ids=HOLDERS)
+def test_a_network_inside_a_callable_is_attacked_as_the_network_itself(held, net):
+    images, labels = torch.rand(16, 3, 2, 2), torch.randint(3, (16,))
+    before, model = state_of(net), held(net)
+    expected = PGD(net, EPS)(images, labels, seed=3)
+    assert torch.equal(PGD(model, EPS)(images, labels, seed=3), expected)
+    assert_same(state_of(net), before)
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_an_evaluation_of_a_lambda_says_what_that_of_the_network_says(net):
+    data = torch.rand(40, 3, 2, 2), torch.randint(3, (40,))
+    before, answers = state_of(net), []
+    for model in (net, lambda x: net(x)):
+        report = evaluate(model, data, "pgd-10", eps=EPS, batch_size=7, progress=False)
+        answers.append((report["clean_accuracy"], report["robust_accuracy"]))
+    assert answers[0] == answers[1]
+    assert_same(state_of(net), before)
+
+
+def test_a_closure_that_changes_is_followed(net):
+    other, model = Net().train(), lambda x: net(x)
+    attack = PGD(model, EPS)
+    images, labels = torch.rand(16, 3, 2, 2), torch.randint(3, (16,))
+    attack(images, labels)
+    net, before = other, state_of(other)
+    attack(images, labels)
+    assert_same(state_of(other), before)
+
+
+def test_only_what_the_callable_uses_is_found(net):
+    other = Net()
+    assert list(as_module(lambda x: other(x))) == [other]
+    assert list(as_module(torch.relu)) == []
+    assert as_module(net) is net
+    with frozen(lambda x: other(x)):
+        assert not any(m.training for m in other.modules())
+        assert all(m.training for m in net.modules())
+        assert not any(p.requires_grad for p in other.parameters())
