@@ -165,6 +165,7 @@ class Attack(Modes, Targets, ABC):
         self._start_losses: torch.Tensor | None = None
         self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
         self._counts: dict[str, torch.Tensor] = {}  # counts of other problems, for the warnings at the end of a call
+        self._told: set[str] = set()  # warnings that are given once
         self._settled: dict[str, object] = {}
         self._made_of: dict[str, object] = {}
         self._graphs: OrderedDict[tuple[object, ...], GraphEngine] = OrderedDict()
@@ -254,6 +255,14 @@ class Attack(Modes, Targets, ABC):
         alpha = self.alpha if slots.alpha is None else slots.alpha
         return slots.eps if alpha is None else alpha
 
+    def short_of(self, eps: object) -> str | None:
+        """Say that all steps together are shorter than eps; None where they are not, or where nobody can tell.
+
+        Args:
+            eps: the budget; a tensor, of each image, is not looked at.
+        """
+        return None
+
     def inside(self, slots: Slots) -> torch.Tensor | None:
         """Which iterates are within the budget and may count, (N,) bool; None where all are."""
         return None
@@ -321,6 +330,8 @@ class Attack(Modes, Targets, ABC):
         """
         self._settle()
         self._check_batch(images, labels, x_init)
+        if x_init is None:  # that may be anywhere in the ball
+            self._warn_of_short(self.eps if eps is None else eps, stacklevel=3)
         with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode), on(images.device):
             x = as_normal(images)
             passed = None if self.images_normalized is None else self._normalization  # of the images that were passed
@@ -576,15 +587,23 @@ class Attack(Modes, Targets, ABC):
 
     # ------------------------------------------------------------------ checks
 
-    def _warn_of_step(self, alpha: object) -> None:
-        if isinstance(alpha, Real) and float(alpha) > 2 * self.eps:
-            below = type(self).__mro__[: type(self).__mro__.index(Attack)]
-            constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
+    def _warn_of_step(self) -> None:
+        """Warn of a step size that cannot be meant; called by the constructor that has set all of it."""
+        below = type(self).__mro__[: type(self).__mro__.index(Attack)]
+        constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
+        if isinstance(self.alpha, Real) and float(self.alpha) > 2 * self.eps:
             warnings.warn(
-                f"alpha = {self._shown('alpha', alpha)} is more than twice eps = {self._shown('eps', self.eps)}: "
+                f"alpha = {self._shown('alpha', self.alpha)} is more than twice eps = {self._shown('eps', self.eps)}: "
                 "a step crosses the ball",
                 stacklevel=2 + constructors,
             )
+        self._warn_of_short(self.eps, stacklevel=3 + constructors)
+
+    def _warn_of_short(self, eps: object, stacklevel: int) -> None:
+        short = self.short_of(eps)
+        if short and short not in self._told:
+            self._told.add(short)
+            warnings.warn(short, stacklevel=stacklevel)
 
     def _budget(self, eps: float | torch.Tensor | None, x: torch.Tensor) -> float | torch.Tensor:
         if eps is None:

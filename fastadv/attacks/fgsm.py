@@ -41,7 +41,7 @@ class FGSM(Attack):
         self.alpha = alpha
         self.noise = noise
         self.check()
-        self._warn_of_step(alpha)
+        self._warn_of_step()
 
     @property
     def draws(self) -> bool:

@@ -1,5 +1,6 @@
 """The iterated L-inf attacks."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from fastadv.functional import pgd_step, pgd_step_, random_init
 from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
 
+ROUNDING = 1e-6  # of a sum of steps: ten of eps / 10 are eps
+
 
 class PGD(Attack):
     """Projected gradient descent on the L-inf ball: Madry et al. 2018 (arXiv 1706.06083, section 2.1).
@@ -26,6 +29,9 @@ class PGD(Attack):
         random_start: start at a uniformly random point of the ball, else at the image.
         schedule: of the step size: "constant", or "cosine", from 2 alpha down to nearly 0 by half a cosine.
         options: see `Attack`.
+
+    Steps that together are shorter than eps are warned of, such as 10 of 2/255 where eps is 48/255: from the image they
+    do not reach the ball's boundary. alpha=0 is meant, and is the start alone.
 
     Raises:
         ValueError: eps is not in [0, 1], steps is below 1, or there is no such schedule.
@@ -50,7 +56,7 @@ class PGD(Attack):
         self.schedule = schedule
         self._factors: tuple[list[float], Factors] | None = None
         self.check()
-        self._warn_of_step(alpha)
+        self._warn_of_step()
 
     @property
     def draws(self) -> bool:
@@ -72,6 +78,19 @@ class PGD(Attack):
     def factors(self) -> list[float]:
         """The factor of the step size, for each step."""
         return [SCHEDULES[self.schedule](step, self.steps) for step in range(self.steps)]
+
+    def short_of(self, eps: object) -> str | None:
+        alpha = self.alpha
+        if not (isinstance(eps, Real) and isinstance(alpha, Real) and alpha > 0):  # 0 is meant: the start alone
+            return None
+        reach = float(alpha) * sum(self.factors())
+        if reach >= float(eps) * (1 - ROUNDING):
+            return None
+        lengths = [self._shown("alpha", length) for length in (alpha, reach, eps)]
+        return (
+            "steps = {} of alpha = {} move an image by {} at most, less than eps = {}: from the image itself they do "
+            "not reach the boundary of the ball. Pass a larger alpha, such as eps / 4 with 10 steps, or more steps"
+        ).format(self.steps, *lengths)
 
     def factor_of(self, slots: Slots) -> torch.Tensor:
         """The number of the factor that the next step takes, int64 (N,)."""

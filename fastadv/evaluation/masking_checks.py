@@ -54,6 +54,13 @@ def notes_on_outputs(
         )
 
 
+def notes_on_steps(against: Iterable[Adversary]) -> Iterator[str]:
+    """Notes on attacks of this package whose steps together are shorter than eps."""
+    for adversary in against:
+        if isinstance(adversary.attack, Attack) and (short := adversary.attack.short_of(adversary.eps)):
+            yield f"{adversary.title}: {short}"
+
+
 def notes_on_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
     """Notes on attacks that start where many gradients are zero.
 

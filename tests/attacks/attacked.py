@@ -32,6 +32,7 @@ IN_L2 = ("PGDL2", "APGDL2")
 TO_CORNERS = ("APGD",)  # it may reach the same corner of the ball from every start
 SINGLE_STEP = ("FGSM", "FFGSM", "NFGSM", "ZeroGrad")
 every_attack = pytest.mark.parametrize("name", ATTACKS)
+short_steps = pytest.mark.filterwarnings("ignore:steps = .*less than eps")  # where the edge is not wanted
 
 
 def steps_of(name):

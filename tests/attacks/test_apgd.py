@@ -270,7 +270,7 @@ def test_a_given_start_that_is_the_strongest_is_in_the_ball(net, batch):
     images, labels = batch
     for kind, eps in ((PGD, EPS), (PGDL2, L2_EPS), *KINDS.values()):
         start = (images + torch.randn_like(images)).clamp(0, 1)
-        adv = kind(net, eps, steps=2, best_iterate=True)(images, labels, x_init=start)
+        adv = kind(net, eps, steps=5, best_iterate=True)(images, labels, x_init=start)
         assert (distances("PGDL2" if kind in (PGDL2, APGDL2) else "PGD", adv, images) <= eps + 1e-12).all()
 
 
@@ -291,7 +291,7 @@ def test_a_misclassified_iterate_comes_before_one_of_larger_loss(fooling):
     labels = torch.zeros(1, dtype=torch.int64)
     assert LOSSES["ce"](wrong[None], labels) < LOSSES["ce"](undecided[None], labels)
     start = torch.full((1, 3, 4, 4), 0.5)
-    adv = PGD(watched, EPS, EPS / 3, 2, False, best_iterate=True)(start, labels)
+    adv = PGD(watched, EPS, EPS / 2, 2, False, best_iterate=True)(start, labels)
     assert torch.equal(adv, watched.seen[fooling])
 
 
@@ -327,7 +327,7 @@ def test_of_a_model_that_always_answers_alike_the_mean_is_its_gradient_to_the_bi
     for options in ({}, {"loss": "targeted_margin", "target_classes": 2}):
         if kind is PMA and options:
             continue
-        once, often = (kind(net, steps=4, eot=eot, **options)(images, labels, seed=1) for eot in (1, 3))
+        once, often = (kind(net, steps=6, eot=eot, **options)(images, labels, seed=1) for eot in (1, 3))
         assert torch.equal(once, often)
 
 

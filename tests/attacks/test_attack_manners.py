@@ -461,7 +461,7 @@ def test_bad_labels_are_refused_and_nothing_is_changed(labels, error, message):
     net, (images, _) = mixed_net(), batch_of(N)
     expected = left_of(net, {"images": images})
     with pytest.raises(error, match=message):
-        PGD(net, EPS, EPS / 4, 2)(images, labels)
+        PGD(net, EPS, EPS / 2, 2)(images, labels)
     assert_equal(left_of(net, {"images": images}), expected)
 
 

@@ -192,11 +192,11 @@ def test_memory_format_is_what_the_model_sees(net, batch, name):
 @pytest.mark.parametrize(
     ("attack_on", "compiler"),
     [
-        (lambda m, **o: PGD(m, EPS, EPS / 4, 3, **o), "inductor"),
-        (lambda m, **o: PGD(m, EPS, EPS / 4, 2, restarts=2, chunk=4, **o), "eager"),
-        (lambda m, **o: TPGD(m, EPS, EPS / 4, 2, **o), "eager"),
+        (lambda m, **o: PGD(m, EPS, EPS / 3, 3, **o), "inductor"),
+        (lambda m, **o: PGD(m, EPS, EPS / 2, 2, restarts=2, chunk=4, **o), "eager"),
+        (lambda m, **o: TPGD(m, EPS, EPS / 2, 2, **o), "eager"),
         (lambda m, **o: FGSM(m, EPS, targeted="random", **o), "eager"),
-        (lambda m, **o: PGDL2(m, 0.5, 0.2, 2, memory_format=torch.channels_last, **o), "eager"),
+        (lambda m, **o: PGDL2(m, 0.5, 0.25, 2, memory_format=torch.channels_last, **o), "eager"),
     ],
     ids=["PGD", "restarts, chunks", "TPGD", "random target", "L2, channels last"],
 )
@@ -238,9 +238,9 @@ def test_compile_takes_the_batchs_statistics_as_eager_does(net, batch, mode, mon
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
     net.train()
     net.drop.p = 0.0
-    options = {"training_mode": mode, "random_start": False, "steps": 2}
+    options = {"training_mode": mode, "random_start": False, "alpha": 4 / 255, "steps": 2}
     compiled, eager = (PGD(net, compile=compile, **options) for compile in (True, False))
-    plain = PGD(net, random_start=False, steps=2)
+    plain = PGD(net, alpha=4 / 255, random_start=False, steps=2)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     for n in (N, 4):  # a smaller batch is not filled up, because this would change its statistics
         images, labels = batch[0][:n], batch[1][:n]

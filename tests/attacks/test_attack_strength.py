@@ -21,6 +21,7 @@ from attacked import (
     distances,
     every_attack,
     radius,
+    short_steps,
 )
 from attacked import batch as batch
 from attacked import net as net
@@ -29,6 +30,7 @@ from torch import nn
 
 from fastadv import random_init, sample_seeds
 from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, create_attack
+from fastadv.evaluation import evaluate
 
 
 def within_an_ulp(a, b, images, reach=EPS):
@@ -119,6 +121,7 @@ def test_tpgd_equals_a_plain_loop(net, batch):
     assert within_an_ulp(TPGD(net, EPS, EPS / 4, 10)(images, x_init=start), adv, images)
 
 
+@short_steps
 @pytest.mark.parametrize("restart_from", range(5))
 def test_each_float32_step_is_the_plain_one(restart_from):
     net, (images, labels) = Net().eval(), batch_of(N)
@@ -223,7 +226,9 @@ def starts(attack_class, images, **settings):
         return x.flatten(1)[:, :CLASSES]
 
     call = {key: settings.pop(key) for key in ("seed", "eps") if key in settings}
-    attack_class(model, steps=1, **settings)(images, torch.zeros(len(images), dtype=torch.int64), **call)
+    attack_class(model, **{"alpha": None, "steps": 1, **settings})(
+        images, torch.zeros(len(images), dtype=torch.int64), **call
+    )
     return seen[0]
 
 
@@ -258,7 +263,7 @@ def test_tpgd_starts_with_a_deviation_of_a_thousandth(per_sample):
     z = ((starts(TPGD, images, eps=EPS, seed=seed) - images) / 0.001).flatten()
     assert kolmogorov_smirnov(z, lambda r: 0.5 * (1 + torch.erf(r / math.sqrt(2)))) < 2.5
     assert z.std() == pytest.approx(1, abs=0.03)
-    near = starts(TPGD, images, eps=0.001, alpha=0.001, seed=seed)
+    near = starts(TPGD, images, eps=0.001, seed=seed)
     assert (near - images).abs().max() <= 0.001
     assert 0 <= starts(TPGD, images * 0, eps=EPS, seed=seed).min()
 
@@ -320,7 +325,7 @@ def recorded(attack_class=PGD, **options):
             logits.register_hook(lambda g: arrived.append(g.detach()))
         return logits
 
-    attack = attack_class(model, EPS, EPS / 4, 1, random_start=False, **options)
+    attack = attack_class(model, EPS, EPS, 1, random_start=False, **options)
 
     def targets(images, labels, **call):
         arrived.clear()
@@ -552,6 +557,7 @@ def test_restarts_of_a_regression_take_the_largest_loss(batch):
 # Budgets
 
 
+@short_steps
 @every_attack
 def test_budget_per_call_and_per_sample(net, batch, name):
     images, labels = batch
@@ -596,6 +602,29 @@ def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
     assert [w.lineno - here for w in recwarn.list] == [1, 2, 3]
     assert "more than twice eps" in str(recwarn.list[0].message)
     assert {w.filename for w in recwarn.list} == {__file__}
+
+
+@pytest.mark.parametrize("cls", [PGD, BIM, MIFGSM, TPGD, PGDL2])
+def test_steps_that_do_not_reach_the_boundary_warn_once_for_each_eps(cls, recwarn):
+    """Where they surely do not: from the image, in the attack's own norm."""
+    images, labels = batch_of(4)
+    reaching = cls(Net(), 0.3, alpha=0.1, steps=3)
+    cls(Net(), 0.4, alpha=0.1, steps=3, schedule="cosine")  # they are 4 times alpha together
+    cls(Net(), 0.3, alpha=0.0, steps=3)  # the start alone
+    assert not recwarn.list
+    here = sys._getframe().f_lineno
+    cls(Net(), 0.31, alpha=0.1, steps=3)
+    cls(Net(), 0.41, alpha=0.1, steps=3, schedule="cosine")
+    reaching(images, labels, eps=0.31)
+    reaching(images, labels, eps=0.31)
+    reaching(images, labels, eps=0.33, x_init=images)  # that may begin anywhere
+    reaching(images, labels, eps=0.32)
+    reaching.alpha = 0.09
+    reaching(images, labels)
+    assert [w.lineno - here for w in recwarn.list] == [1, 2, 3, 6, 8]
+    assert {w.filename for w in recwarn.list} == {__file__}
+    found = evaluate(reaching.model, (images, labels), reaching, eps=0.3, progress=False)["warnings"]
+    assert [note for note in found if "less than eps = 0.3" in note or "less than eps = 76.5/255" in note]
 
 
 @every_attack

@@ -45,7 +45,7 @@ def plain_pgd(model, x, y, eps, alpha, steps, box=(0.0, 1.0), start=None, loss=F
 CHANGES = {
     "eps": EPS / 3,
     "alpha": EPS / 7,
-    "steps": 2,
+    "steps": 6,
     "random_start": False,
     "restarts": 3,
     "loss": "margin",
@@ -160,8 +160,8 @@ def test_every_setting_takes_its_type_alone(cls):
 
 def test_numbers_of_numpy_are_numbers():
     model, (images, labels) = net(), batch_of(N)
-    given = PGD(model, np.float32(EPS), alpha=np.float32(EPS / 4), steps=np.int64(3))
-    want = PGD(model, float(np.float32(EPS)), alpha=float(np.float32(EPS / 4)), steps=3)
+    given = PGD(model, np.float32(EPS), alpha=np.float32(EPS / 2), steps=np.int64(3))
+    want = PGD(model, float(np.float32(EPS)), alpha=float(np.float32(EPS / 2)), steps=3)
     assert torch.equal(given(images, labels, seed=SEEDS), want(images, labels, seed=SEEDS))
 
 
@@ -450,7 +450,7 @@ def test_inputs_of_other_ranges(name):
     x = torch.randn(N, 1, 24, dtype=torch.float64) if clip is None else torch.rand(N, 1, 24).double() * (hi - lo) + lo
     labels, model = torch.arange(N) % 4, nn.Sequential(nn.Flatten(), nn.Linear(24, 4)).double().eval()
     with pytest.raises(ValueError, match="clip="):
-        BIM(model, 0.1)(x, labels)
+        BIM(model, 0.1, 0.1)(x, labels)
     want = plain_pgd(model, x, labels, eps, eps / 3, 4, (lo, hi))
     torch.testing.assert_close(BIM(model, eps, eps / 3, 4, clip=clip)(x, labels), want, rtol=0, atol=1e-12)
     for attack in (PGD, TPGD, FFGSM, PGDL2):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchattacks
-from attacked import ATTACKS, CLASSES, EPS, N, Net, batch_of, distances, every_attack, radius, steps_of
+from attacked import ATTACKS, CLASSES, EPS, N, Net, batch_of, distances, every_attack, radius, short_steps, steps_of
 from attacked import batch as batch
 from attacked import net as net
 from attacked import one_thread as one_thread
@@ -209,6 +209,7 @@ def test_it_is_a_setting_like_the_others(net, batch):
 # Step sizes of each image
 
 
+@short_steps
 @pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith("APGD")])  # APGD sets its own
 @pytest.mark.parametrize("options", [{}, {"restarts": 2}, {"chunk": 4}, {"memory_format": torch.channels_last}])
 def test_each_image_has_its_own_step_size(net, batch, name, options):
@@ -249,7 +250,7 @@ def test_step_sizes_of_any_shape_against_a_plain_loop(net, batch, shape, chunk, 
 def test_a_smaller_batch_of_a_compiled_attack_is_filled_up_with_them(net, batch, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     images, labels = batch
-    attack = PGD(net, EPS, EPS / 4, 3, False, compile=True)
+    attack = PGD(net, EPS, EPS / 3, 3, False, compile=True)
     attack(images, labels)
     for n in (4, 1):
         attack.alpha = EPS * torch.rand(n, dtype=torch.float64)
@@ -292,7 +293,7 @@ def same_graph_for_other_step_sizes(net, images, labels):
         attack.alpha = EPS * torch.rand(len(images), device=images.device)
         eager = PGD(net, EPS, attack.alpha, 3, False)
         assert torch.equal(attack(images, labels), eager(images, labels))
-    for alpha in (torch.tensor(EPS / 2, device=images.device), torch.tensor(EPS / 3, device=images.device), EPS / 5):
+    for alpha in (torch.tensor(EPS / 2, device=images.device), torch.tensor(EPS / 3, device=images.device), EPS / 1.5):
         attack.alpha = alpha
         assert torch.equal(attack(images, labels), PGD(net, EPS, alpha, 3, False)(images, labels))
 

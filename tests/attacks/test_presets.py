@@ -28,4 +28,4 @@ def test_presets_hold_the_papers_settings(net):
     assert settings("pgd-50-10") == {**pgd, "steps": 50, "restarts": 10}
     assert settings("bim") == {**pgd, "random_start": False}
     assert settings("mifgsm") == {**pgd, "alpha": EPS / 10, "random_start": False, "decay": 1.0}
-    assert create_attack("pgd", net, EPS, steps=3, alpha=None).steps == 3
+    assert create_attack("pgd", net, EPS, steps=5, alpha=None).steps == 5

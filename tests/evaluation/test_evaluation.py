@@ -687,7 +687,7 @@ def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
         clean = torch.cdist(x.flatten(1).detach(), samples[0].flatten(1)).amin(1) < 1e-6
         return torch.where(clean[:, None], net(x), torch.nan)
 
-    attacks = [FGSM(broken, EPS), PGDL2(broken, 0.25, 0.1, 1)]
+    attacks = [FGSM(broken, EPS), PGDL2(broken, 0.25, 0.25, 1)]
     with pytest.warns(UserWarning, match="not finite"):
         report = evaluate(broken, samples, attacks, batch_size=BATCH)
     notes = [note for note in report["warnings"] if "not finite" in note]

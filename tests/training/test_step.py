@@ -405,7 +405,7 @@ def test_none_is_looked_at_where_attack_and_update_differ_in_mode(layer, looked)
     [
         lambda model: FGSM(model, EPS),  # without a random start no loss is computed there
         lambda model: PGD(model, EPS, EPS, 1, random_start=False),
-        lambda model: PGD(model, EPS, EPS / 4, 3),
+        lambda model: PGD(model, EPS, EPS / 3, 3),
         lambda model: FGSM(model, EPS, noise=None, loss="margin"),
         lambda model: FGSM(model, EPS, noise=None, targeted="random"),
         lambda model: FGSM(model, EPS, noise=None, restarts=2),
@@ -438,7 +438,7 @@ def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode()
         ({"attack": "fgsm"}, TypeError, "attack must be a callable .* got 'fgsm'"),
         ({"attack": FGSM}, TypeError, "attack must be a callable .* got <class"),
         (
-            {"attack": PGD(nn.Identity(), EPS, clip=(0, 255))},
+            {"attack": PGD(nn.Identity(), EPS, EPS / 4, clip=(0, 255))},
             ValueError,
             r"images in \[0, 1\], and attack is made for clip",
         ),

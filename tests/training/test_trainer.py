@@ -772,11 +772,11 @@ def test_a_run_within_the_callers_autocast_has_the_same_bits(precision, attack):
         ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
         ({"eps": 8, "attack": None}, "eps is on the images' scale"),
         (
-            {"attack": PGD(nn.Identity(), 0.1, clip=(-1, 1))},
+            {"attack": PGD(nn.Identity(), 0.1, 0.1, clip=(-1, 1))},
             r"images in \[0, 1\], and attack is made for clip=\(-1, 1\)",
         ),
         (
-            {"eval_attack": PGD(nn.Identity(), 0.1, clip=None)},
+            {"eval_attack": PGD(nn.Identity(), 0.1, 0.1, clip=None)},
             r"images in \[0, 1\], and eval_attack is made for .*None",
         ),
         ({"parts": ((TRAIN[0][:0], TRAIN[1][:0]), VAL)}, "no images to train on"),
