@@ -16,6 +16,8 @@ import torch
 from fastadv.attacks.attributes import Clip, TargetFunction
 from fastadv.attacks.checks import (
     BOX,
+    are_probabilities,
+    are_signs,
     beyond_the_box,
     box_of,
     check_alpha_of,
@@ -30,7 +32,9 @@ from fastadv.attacks.checks import (
     check_soft,
     check_start,
     check_whole,
+    eps_fits,
     highest,
+    in_box,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
 from fastadv.attacks.losses import LossFunction
@@ -165,7 +169,7 @@ class Attack(Modes, Targets, ABC):
         self._start_losses: torch.Tensor | None = None
         self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
         self._counts: dict[str, torch.Tensor] = {}  # counts of other problems, for the warnings at the end of a call
-        self._told: set[str] = set()  # warnings that are given once
+        self._told: set[str] = set()  # alpha / eps where the steps are short of eps, each warned of once
         self._settled: dict[str, object] = {}
         self._made_of: dict[str, object] = {}
         self._graphs: OrderedDict[tuple[object, ...], GraphEngine] = OrderedDict()
@@ -325,7 +329,7 @@ class Attack(Modes, Targets, ABC):
         Raises:
             TypeError: images, labels or x_init are of a wrong type or dtype, or the model's output is.
             ValueError: a wrong shape, device or value; images beyond `clip`, soft labels that do not sum to 1. Values
-                are looked at in the first batch only; labels of later ones that name no class are warned of.
+                are refused in the first batch; in later ones they are counted on the device, and warned of at the end.
             RuntimeError: another thread is attacking the model, or its output does not depend on its input.
         """
         self._settle()
@@ -333,10 +337,11 @@ class Attack(Modes, Targets, ABC):
         if x_init is None:  # that may be anywhere in the ball
             self._warn_of_short(self.eps if eps is None else eps, stacklevel=3)
         with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode), on(images.device):
+            self._seen, self._counts = [], {}
             x = as_normal(images)
             passed = None if self.images_normalized is None else self._normalization  # of the images that were passed
             if passed is not None:
-                x = denormalized(x, passed, self.clip, look=self._first)
+                x = denormalized(x, passed, self.clip, look=self._first, count=self._tally)
                 x_init = x_init if x_init is None else denormalized(x_init, passed, self.clip, look=False)
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
@@ -344,13 +349,14 @@ class Attack(Modes, Targets, ABC):
             several = self.restarts > 1 or self.compares == "pairs"
             if seed is None and (self.draws or several or self.targeted == "random"):
                 seed = new_seed(x.device)
-            self._seen, self._counts = [], {}
             alpha = self._own_alpha(x)
             try:
                 if callable(self.targeted):
                     labels = self._mapped(self.targeted, x, labels)
                 if self._first:
                     self._check_values(x, labels)
+                elif len(x):
+                    self._count_values(as_normal(images) if passed is None else None, labels)
                 targets = self._targets(x, labels, seed, given=x_init is not None)
                 adv = self._in_chunks(x, targets, self._budget(eps, x), seed, x_init, alpha)
             except torch.OutOfMemoryError as error:
@@ -599,10 +605,10 @@ class Attack(Modes, Targets, ABC):
             )
         self._warn_of_short(self.eps, stacklevel=3 + constructors)
 
-    def _warn_of_short(self, eps: object, stacklevel: int) -> None:
+    def _warn_of_short(self, eps: Any, stacklevel: int) -> None:
         short = self.short_of(eps)
-        if short and short not in self._told:
-            self._told.add(short)
+        if short and (share := f"{self.alpha / eps:.4g}") not in self._told:  # a schedule that scales both keeps it
+            self._told.add(share)
             warnings.warn(short, stacklevel=stacklevel)
 
     def _budget(self, eps: float | torch.Tensor | None, x: torch.Tensor) -> float | torch.Tensor:
@@ -618,6 +624,8 @@ class Attack(Modes, Targets, ABC):
         if self._first and eps.numel():
             for value in torch.stack(eps.double().aminmax()).tolist():
                 check_eps(value, self.norm, self.clip)
+        elif eps.numel():
+            self._tally("eps", eps_fits(eps, self.norm, self.clip))
         if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
@@ -660,6 +668,18 @@ class Attack(Modes, Targets, ABC):
             check_signs(labels)
         self.objective.watch = len(x) >= WATCHED
 
+    def _count_values(self, images: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+        """In later batches, without waiting for the device: count what `_check_values` would refuse."""
+        if images is not None and images.is_floating_point() and images.numel():
+            self._tally("images", in_box(images, self.clip))
+        if labels is not None and labels.is_floating_point() and self.compares in ("soft", "clean"):
+            self._tally("soft labels", are_probabilities(labels))
+        if labels is not None and self.compares == "signs":
+            self._tally("signs", are_signs(labels))
+
+    def _tally(self, name: str, sound: torch.Tensor) -> None:
+        self._counts[name] = (~sound).sum()
+
     def _report(self) -> None:
         """Warn of what was counted on the device, in one read at the end: what small models wait for is launches."""
         seen, self._seen = self._seen, []
@@ -678,12 +698,17 @@ class Attack(Modes, Targets, ABC):
                 "model in a half precision that its logits leave?",
                 stacklevel=3,
             )
-        if told.get("labels"):
-            warnings.warn(
-                f"{told['labels']} labels name no class, they must be in [0, {self.objective.classes}): their samples "
-                "were not attacked as they should be",
-                stacklevel=3,
-            )
+        lo, hi = box_of(self.clip)
+        found = {
+            "labels": f"{told.get('labels')} labels name no class, they must be in [0, {self.objective.classes})",
+            "images": f"images of this batch are beyond [{lo:g}, {hi:g}], in which those of the first were",
+            "eps": f"{told.get('eps')} budgets are negative, not finite or beyond the images' scale (8/255, not 8)",
+            "soft labels": f"{told.get('soft labels')} soft labels are no probabilities, which sum to 1",
+            "signs": f"{told.get('signs')} labels are neither 0 nor 1",
+        }
+        for name, problem in found.items():
+            if told.get(name):
+                warnings.warn(f"{problem}: their samples were not attacked as they should be", stacklevel=3)
         if still is not None and told["still"] >= ALARMING * len(still):
             warnings.warn(
                 f"the gradient is exactly zero for {told['still']} of {len(still)} images at the first step, and no "

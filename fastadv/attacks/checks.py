@@ -229,23 +229,43 @@ def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX)
     )
 
 
+def in_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX, slack: float = SLACK) -> torch.Tensor:
+    """Whether all pixels are in the box, 0-dim bool; NaN is not. Floats in any layout are read once."""
+    (low, high), (lo, hi) = images.aminmax(), box_of(clip)
+    return (low >= lo - slack) & (high <= hi + slack)
+
+
+def eps_fits(eps: torch.Tensor, norm: str, clip: tuple[float, float] | None = BOX) -> torch.Tensor:
+    """Which budgets `check_eps` allows, bool like `eps`."""
+    most = 1.0 if norm == "Linf" and box_of(clip) == BOX else torch.finfo(eps.dtype).max
+    return (eps >= 0) & (eps <= most)
+
+
+def are_probabilities(labels: torch.Tensor) -> torch.Tensor:
+    """Which rows of soft labels (N, C) are probabilities, (N,) bool."""
+    return (labels >= 0).all(1) & ((labels.double().sum(1) - 1).abs() <= 1e-2)
+
+
+def are_signs(labels: torch.Tensor) -> torch.Tensor:
+    """Which labels are 0 or 1, bool like `labels`."""
+    return (labels == 0) | (labels == 1)
+
+
 def check_soft(labels: torch.Tensor) -> None:
     """Refuse rows that are no probabilities. Waits for the device."""
-    if not labels.numel():
+    if are_probabilities(labels).all():
         return
-    sums, lowest = labels.double().sum(1), float(labels.min())
-    off = float((sums - 1).abs().max())
-    if not (lowest >= 0 and off <= 1e-2):
-        raise ValueError(
-            f"soft labels (N, C) must be probabilities, rows that sum to 1; got sums from "
-            f"{float(sums.min()):.4g} to {float(sums.max()):.4g}, and a lowest value of {lowest:.4g}. For several "
-            "labels a sample pass loss='bce'"
-        )
+    sums = labels.double().sum(1)
+    raise ValueError(
+        f"soft labels (N, C) must be probabilities, rows that sum to 1; got sums from "
+        f"{float(sums.min()):.4g} to {float(sums.max()):.4g}, and a lowest value of {float(labels.min()):.4g}. For "
+        "several labels a sample pass loss='bce'"
+    )
 
 
 def check_signs(labels: torch.Tensor) -> None:
     """Refuse labels that are neither 0 nor 1. Waits for the device."""
-    if not ((labels == 0) | (labels == 1)).all():
+    if not are_signs(labels).all():
         raise ValueError(
             f"labels {tuple(labels.shape)} are several a sample, 0 or 1 for each logit, and some are neither: pass "
             "int64 labels (N,) where a sample has one class"

@@ -1,11 +1,12 @@
 """Images that were normalised already, and their pixels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastadv.attacks.checks import BOX, box_of
+from fastadv.attacks.checks import BOX, box_of, in_box
 from fastadv.functional import Normalization
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, of_pixels
@@ -39,6 +40,7 @@ def denormalized(
     clip: tuple[float, float] | None = BOX,
     *,
     look: bool = True,
+    count: Callable[[str, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """The pixels of normalised images: images * std + mean, in the box `clip`.
 
@@ -47,6 +49,7 @@ def denormalized(
         normalization: the loader's.
         clip: the box that the pixels are in; None for none.
         look: refuse pixels farther beyond the box than rounding explains, which waits for the device.
+        count: called where nothing is refused, with "images" and whether all pixels are in the box, 0-dim bool.
 
     Returns:
         A tensor like `images`, in their dtype and layout. What rounding left beyond the box, up to 1e-5 or two units
@@ -65,8 +68,10 @@ def denormalized(
     mean, scale = normalization.parameters(images.ndim, compute_dtype(images), images.device)
     pixels = images.to(mean.dtype) / scale + mean
     lo, hi = box_of(clip)
+    slack = max(BEYOND, 2 * torch.finfo(images.dtype).eps)
+    if count is not None and not look and images.numel():
+        count("images", in_box(pixels, clip, slack))
     if look and images.numel():
-        slack = max(BEYOND, 2 * torch.finfo(images.dtype).eps)
         low, high = torch.stack(pixels.aminmax()).tolist()
         if not (lo - slack <= low and high <= hi + slack):
             raise ValueError(

@@ -1,6 +1,7 @@
 """Attacks change neither the model nor the inputs, do not wait for the device, and a broken sample harms no other."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -444,6 +445,41 @@ def test_values_are_looked_at_in_the_first_batch_only():
         seen(images, torch.full((N,), 108))
     own = PGD(lambda x: x, EPS, loss=lambda outputs, targets: outputs.flatten(1).sum(1))
     own(images, torch.full((N,), 10**9))
+
+
+LATER = {
+    "bytes": ({}, lambda x, y: {"images": 255 * x}, r"images of this batch are beyond \[0, 1\]"),
+    "normalised": ({}, lambda x, y: {"images": (x - 0.3) / 0.2}, "images of this batch are beyond"),
+    "NaN": ({}, lambda x, y: {"images": x * torch.nan}, "images of this batch are beyond"),
+    "embeddings": ({"clip": (-1, 2)}, lambda x, y: {"images": x + 1.5}, r"images of this batch are beyond \[-1, 2\]"),
+    "pixels for normalised": (
+        {"images_normalized": (0.5, 0.01)},
+        lambda x, y: {"images": 100 * x},
+        r"images of this batch are beyond \[0, 1\]",
+    ),
+    "budgets of 8": ({}, lambda x, y: {"eps": torch.tensor([EPS, 8.0, 8.0] * (N // 3))}, f"{2 * N // 3} budgets"),
+    "negative budgets": ({"clip": None}, lambda x, y: {"eps": torch.full((N,), -EPS)}, f"{N} budgets"),
+    "sums of 5": ({}, lambda x, y: {"labels": 5 * nn.functional.one_hot(y, CLASSES).float()}, f"{N} soft labels"),
+    "signs": ({"loss": "bce"}, lambda x, y: {"labels": torch.full((N, CLASSES), 2)}, f"{N * CLASSES} labels are nei"),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize(("options", "later", "message"), LATER.values(), ids=LATER)
+def test_wrong_values_of_a_later_batch_are_warned_of(options, later, message, chunk):
+    images, labels = batch_of(N)
+    if "images_normalized" in options:
+        images = (images - 0.5) / 0.01
+    first = {"images": images, "labels": labels}
+    if options.get("loss") == "bce":
+        first["labels"] = nn.functional.one_hot(labels, CLASSES)
+    attack = PGD(Net(), EPS, chunk=chunk, **options)
+    attack(**first)
+    attack(**{**first, "eps": torch.full((N,), EPS)})  # a warning would be an error
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        attack(**{**first, **later(*batch_of(N))})
+    assert [w for w in found if re.match(message, str(w.message)) and w.filename == __file__], [*map(str, found)]
 
 
 @pytest.mark.parametrize(
