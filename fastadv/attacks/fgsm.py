@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import check_alpha, check_number
+from fastadv.attacks.checks import check_alpha, check_length, check_number
 from fastadv.attacks.engine import Slots
 from fastadv.functional import fgsm_step, pgd_step_, random_init
 from fastadv.nn.logits import AnyModel
@@ -51,10 +51,12 @@ class FGSM(Attack):
         super().check()
         if self.alpha is not None:
             check_alpha(self.alpha)
+            check_length("alpha", self.alpha, self.eps, self.norm, self.clip)
         if self.noise is not None:
             check_number("noise", self.noise)
             if self.noise < 0:
                 raise ValueError(f"noise must not be negative, got {self.noise}")
+            check_length("noise", self.noise, self.eps, self.norm, self.clip)
 
     def _noise(self, eps: float | torch.Tensor) -> float | torch.Tensor:
         return self.noise if self.noise is not None else self.NOISE * eps

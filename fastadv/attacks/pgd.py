@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import box_of, check_alpha, check_number, check_switch, check_whole
+from fastadv.attacks.checks import box_of, check_alpha, check_length, check_number, check_switch, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian
 from fastadv.attacks.samplewise import per_sample
@@ -68,6 +68,7 @@ class PGD(Attack):
         check_whole("steps", self.steps)
         if self.alpha is not None:
             check_alpha(self.alpha)
+            check_length("alpha", self.alpha, self.eps, self.norm, self.clip)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}{instead(self.schedule, SCHEDULES)}")
 

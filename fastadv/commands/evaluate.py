@@ -49,7 +49,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "or all of a set that has no test part and that the model was not trained on)",
     )
     add("--attacks", names, ",".join(ATTACKS), action=Listed, help=f"some of {', '.join((*PRESETS, *ENSEMBLES))}")
-    add("--eps", eps_budgets, "8", action=Listed, help="budgets in units of 1/255: 8, 8/255, or several, 4 8 or 4,8")
+    add(
+        "--eps",
+        eps_budgets,
+        action=Listed,
+        help="budgets in units of 1/255: 8, 8/255, or several, 4 8 or 4,8 (not given: 8, and 127.5, which is 0.5, for "
+        "attacks in L2)",
+    )
     parser.add_argument(
         "--independent", action="store_true", help="give each attack all images, not those that the ones before it left"
     )

@@ -15,7 +15,7 @@ from fastadv.names import instead
 from fastadv.nn.kinship import is_another, is_part
 from fastadv.nn.logits import AnyModel
 
-EPS = 8 / 255  # the default of attacks by name
+EPS = {"Linf": 8 / 255, "L2": 0.5}  # the default of attacks by name, by their norm
 
 
 class StandardEvaluation(Protocol):
@@ -104,14 +104,18 @@ class Adversary:
 
 
 def adversaries(
-    model: AnyModel, attacks: AnyAttack | Sequence[AnyAttack], eps: float | Sequence[float], **options: Any
+    model: AnyModel,
+    attacks: AnyAttack | Sequence[AnyAttack],
+    eps: float | Sequence[float] | None = None,
+    **options: Any,
 ) -> list[Adversary]:
     """The attacks to evaluate `model` under.
 
     Args:
         model: the model that is evaluated.
         attacks: one attack or several, as of `evaluate`.
-        eps: one budget or several; an attack by name stands for an attack at each of them.
+        eps: one budget or several; an attack by name stands for an attack at each of them. None: 8/255 for attacks in
+            L-inf, 0.5 for those in L2.
         options: options of attacks by name, see `Attack`.
 
     Raises:
@@ -119,12 +123,12 @@ def adversaries(
         ValueError: a name is unknown; eps is wrong, or no attack needs it; or an attack has a setting that allows no
             verdict.
     """
-    budgets = budgets_of(eps)
+    budgets = [] if eps is None else budgets_of(eps)
     against: list[Adversary] = []
     given = listed(attacks)
     for attack in given:
         if isinstance(attack, str):
-            named = [_named(attack, model, each, options) for each in budgets]
+            named = [_named(attack, model, each, options) for each in budgets or [None]]
             against += [Adversary(name, each, model) for part in zip(*named, strict=True) for name, each in part]
         elif isinstance(attack, Ensemble):
             parts = attack.attacks()
@@ -137,7 +141,7 @@ def adversaries(
             against.append(Adversary(getattr(attack, "__name__", type(attack).__name__), attack, model))
         else:
             raise TypeError(f"attacks are names or callables, got {type(attack).__name__}")
-    unasked = set(budgets) - {EPS} - {adversary.eps for adversary in against}
+    unasked = set(budgets) - {adversary.eps for adversary in against}
     if against and unasked and not any(isinstance(attack, str) for attack in given):
         raise ValueError(
             f"eps is for attacks by name, and none of {', '.join(adversary.title for adversary in against)} asks for "
@@ -151,12 +155,14 @@ def listed(attacks: AnyAttack | Sequence[AnyAttack]) -> list[Any]:
     return [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else list(attacks)
 
 
-def _named(name: str, model: AnyModel, eps: float, options: dict[str, Any]) -> list[tuple[str, Attack]]:
-    """The attacks that a name stands for, each with its own name."""
+def _named(name: str, model: AnyModel, eps: float | None, options: dict[str, Any]) -> list[tuple[str, Attack]]:
+    """The attacks that a name stands for, each with its own name; None for eps is the default of the norm."""
+    if name not in (*PRESETS, *ENSEMBLES):
+        raise ValueError(f"unknown attack {name!r}{instead(name, (*PRESETS, *ENSEMBLES))}")
+    if eps is None:
+        eps = EPS[ENSEMBLES[name].get("norm", "Linf") if name in ENSEMBLES else PRESETS[name][0].norm]
     if name in ENSEMBLES:
         return Ensemble(model, eps=eps, **ENSEMBLES[name], **options).attacks()
-    if name not in PRESETS:
-        raise ValueError(f"unknown attack {name!r}{instead(name, (*PRESETS, *ENSEMBLES))}")
     return [(name, create_attack(name, model, eps, **options))]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastadv.attacks import Ensemble
 from fastadv.attacks.verdicts import verdict
-from fastadv.evaluation.adversaries import EPS, Adversary, adversaries
+from fastadv.evaluation.adversaries import Adversary, adversaries
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.images import FooledImages
 from fastadv.evaluation.robustness import check_counts, judged
@@ -131,7 +131,7 @@ class AutoAttack(Ensemble):
     def _run(
         self, x: torch.Tensor, y: torch.Tensor, bs: int, state_path: str | Path | None, ensemble: bool
     ) -> tuple[torch.Tensor, torch.Tensor, Run, list[Trial]]:
-        against = adversaries(self.model, self, EPS)
+        against = adversaries(self.model, self)
         if state_path is not None and self.seed is None:
             raise ValueError("the run that goes on from a state must have its seed: give AutoAttack(seed=), an int")
         seed = int(new_seed("cpu")) if self.seed is None else self.seed

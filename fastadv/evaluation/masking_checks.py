@@ -11,7 +11,7 @@ import torch
 from fastadv.attacks.base import Attack
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.verdicts import SILENT
-from fastadv.evaluation.adversaries import Adversary, model_of, strange
+from fastadv.evaluation.adversaries import EPS, Adversary, model_of, strange
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Logits
@@ -19,6 +19,7 @@ from fastadv.nn.kinship import are_equal
 from fastadv.nn.logits import AnyModel
 
 CHANGE = 1e-3  # times the largest logit: a change far above rounding, and far below one that alters a verdict
+SHORT = 16.5 / 255  # in L2; budgets of L-inf are up to 16/255
 ZERO, FEW = 0.1, 8  # if a tenth of the gradients are zero, of eight or more, that is no accident
 
 
@@ -52,6 +53,16 @@ def notes_on_outputs(
             "the model returns probabilities, not logits: cross-entropy takes a softmax of them once more, and "
             "gradients vanish. Pass the model without its softmax"
         )
+
+
+def notes_on_lengths(against: Iterable[Adversary]) -> Iterator[str]:
+    """Notes on attacks in L2 whose eps is a length of L-inf, such as 8/255."""
+    for adversary in against:
+        if adversary.norm == "L2" and adversary.eps is not None and 0 < adversary.eps <= SHORT:
+            yield (
+                f"{adversary.title}: its eps is {255 * adversary.eps:.4g}/255, a length for L-inf. In L2 eps is the "
+                f"length of a whole perturbation, and {EPS['L2']} is usual: leave eps out, or give such a length"
+            )
 
 
 def notes_on_steps(against: Iterable[Adversary]) -> Iterator[str]:

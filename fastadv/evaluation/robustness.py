@@ -16,7 +16,7 @@ from torch import nn
 from fastadv.attacks.checks import check_switch
 from fastadv.attacks.normalized import normalization_of
 from fastadv.data.share import Share
-from fastadv.evaluation.adversaries import EPS, Adversary, AnyAttack, adversaries, check_they_take, is_several, listed
+from fastadv.evaluation.adversaries import Adversary, AnyAttack, adversaries, check_they_take, is_several, listed
 from fastadv.evaluation.ensemble import Trial, in_turn
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.identity import fingerprint, unidentifiable
@@ -44,7 +44,7 @@ def evaluate(
     data: AnyData,
     attacks: AnyAttack | Sequence[AnyAttack] = ATTACKS,
     *,
-    eps: float | Sequence[float] = EPS,
+    eps: float | Sequence[float] | None = None,
     ensemble: bool = True,
     images_normalized: tuple[PerChannel, PerChannel] | None = None,
     iterate: str = "any",
@@ -89,7 +89,8 @@ def evaluate(
             NumPy array, or a pair that begins with one), such as those of torchattacks or the `run_standard_evaluation`
             of AutoAttack's authors. These two have an eps of their own; where they have no attribute `norm`, "Linf" or
             "L2", they are independent of the others and count for no budget.
-        eps: one or several, in the images' units, [0, 1].
+        eps: one or several, in the images' units, [0, 1], for attacks by name; None: 8/255 for those in L-inf, 0.5 for
+            those in L2, whose eps is the length of a whole perturbation.
         ensemble: whether each attack gets what those before it left; else all get all samples, for figures that do not
             depend on each other.
         images_normalized: (mean, std) of a loader that normalises already, for a model that takes such images; eps

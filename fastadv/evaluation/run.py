@@ -324,6 +324,7 @@ class Run:
         masked = list(self.masking(order))
         results = [self._result(trial) for trial in trials]
         ours = [(t.adversary, r) for t, r in zip(trials, results, strict=True) if t.adversary.ours is not None]
+        self._warn(masking_checks.notes_on_lengths(trial.adversary for trial in trials))
         self._warn(masking_checks.notes_on_steps(trial.adversary for trial in trials))
         self._warn(masking_checks.notes_on_gradients((t.adversary.title, *t.zeros) for t in trials if t.zeros))
         silenced = [(trial.adversary.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]

@@ -29,7 +29,7 @@ from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import random_init, sample_seeds
-from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, create_attack
+from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, ZeroGrad, create_attack
 from fastadv.evaluation import evaluate
 
 
@@ -602,6 +602,26 @@ def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
     assert [w.lineno - here for w in recwarn.list] == [1, 2, 3]
     assert "more than twice eps" in str(recwarn.list[0].message)
     assert {w.filename for w in recwarn.list} == {__file__}
+
+
+@pytest.mark.parametrize(
+    ("cls", "lengths"),
+    [
+        *((cls, {"alpha": 2}) for cls in (FGSM, FFGSM, NFGSM, ZeroGrad, PGD, BIM, MIFGSM, TPGD)),
+        *((cls, {"noise": 16}) for cls in (FGSM, NFGSM)),
+    ],
+)
+def test_lengths_wider_than_the_box_are_refused(cls, lengths):
+    (name,) = lengths
+    with pytest.raises(ValueError, match=rf"{name} is on the images' scale \[0, 1\] \(8/255, not 8\), got"):
+        cls(Net(), EPS, **lengths)
+    attack = cls(Net(), EPS)
+    setattr(attack, name, lengths[name])  # assigned later
+    with pytest.raises(ValueError, match=f"{name} is on the images' scale"):
+        attack(*batch_of(N))
+    cls(Net(), 1.0, **{name: 1.25})  # what a preset or the paper makes of a large eps
+    cls(Net(), 2.0, clip=(0, 4), **{name: 2.0})
+    PGDL2(Net(), 3.0, alpha=2.0)
 
 
 @pytest.mark.parametrize("cls", [PGD, BIM, MIFGSM, TPGD, PGDL2])

@@ -11,6 +11,7 @@ from test_evaluation import samples as samples
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, PMA, Normalized, Square, create_attack
 from fastadv.evaluation import evaluate
 from fastadv.evaluation import run as evaluation_run
+from fastadv.evaluation.adversaries import adversaries
 from fastadv.evaluation.ensemble import curve
 from fastadv.evaluation.masking import QUERIES, Masking
 
@@ -139,7 +140,7 @@ def test_one_logit_and_several_labels_a_sample_are_judged_by_their_signs():
     several = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     signs = (several(images) > 0).long()
     signs[:5, 0] ^= 1
-    attack = PGD(several, 8 / 255, loss="bce", random_start=False, steps=3)
+    attack = PGD(several, 8 / 255, loss="bce", random_start=False, steps=4)
     report = evaluate(several, (images, signs), [attack], batch_size=BATCH)
     assert report["clean_correct"] == [False] * 5 + [True] * 55
     found = several(attack(images, signs))
@@ -264,3 +265,22 @@ def test_square_judges_the_model_under_pma_s_options(samples, monkeypatch):
     assert len(queries) >= QUERIES
     assert all(seen[i - 3 : i] == [seen[i - 3], (True, True), (True, True)] for i in queries)
     assert len(compiled) == 2
+
+
+def test_attacks_by_name_have_the_usual_eps_of_their_norm():
+    names = ["fgsm", "pgd-10", "pma", "pma-l2", "pgdl2", "apgd", "autoattack-l2"]
+    model = torch.nn.Flatten()
+    found = {(each.norm, each.eps) for each in adversaries(model, names)}
+    assert found == {("Linf", 8 / 255), ("L2", 0.5)}
+    assert {each.eps for each in adversaries(model, names, 0.1)} == {0.1}
+    with pytest.raises(ValueError, match="eps is for attacks by name"):
+        adversaries(model, PGD(model, 0.05), 8 / 255)
+
+
+@pytest.mark.parametrize(("eps", "said"), [(None, False), (8 / 255, True), (16 / 255, True), (64 / 255, False)])
+def test_a_length_of_l_inf_in_l2_is_told(eps, said, recwarn):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    images = torch.rand(20, 3, 2, 2)
+    report = evaluate(model, (images, model(images).argmax(1)), "pgdl2", eps=eps, progress=False)
+    assert any("a length for L-inf" in note for note in report["warnings"]) == said
+    assert report["attacks"][0]["eps"] == (0.5 if eps is None else eps)
