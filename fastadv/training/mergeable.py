@@ -1,9 +1,10 @@
 """Checks before training that factors can be merged into the layers' weights: the model must compute the same then."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -100,12 +101,20 @@ def _merges(layer: nn.Module, tuner: type["BaseTuner"], config: "PeftConfig", er
     An error of peft, or of the layer with its factors, means no, and is appended to `errors`.
     """
     alone = nn.ModuleDict({ALONE: layer})  # peft replaces the layer in this container, and not in the model
-    with torch.inference_mode(False), torch.no_grad(), seeded(0), frozen(layer), _in_float64(layer):
+    with (
+        warnings.catch_warnings(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        seeded(0),
+        frozen(layer),
+        _in_float64(layer),
+    ):
+        warnings.simplefilter("ignore")  # training itself will warn
         x = torch.randn(_input_shape(layer)).to(layer.get_parameter("weight"))
         try:
             without = layer(x)
             tuner(alone, {"default": config}, "default")
-            tuned = alone.get_submodule(ALONE)
+            tuned: Any = alone[ALONE]
             for key, factor in tuned.named_parameters():
                 if not key.startswith("base_layer."):
                     factor.copy_(torch.randn(factor.shape))
