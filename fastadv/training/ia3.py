@@ -7,7 +7,8 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.models.projections import ia3_targets
-from fastadv.training.factors import check_targets, hold, merged, pattern
+from fastadv.training.factors import hold, merged, pattern
+from fastadv.training.mergeable import ALONE, check_mergeable
 from fastadv.training.options import Chosen, Options
 
 _TODO = "choose another method"
@@ -26,14 +27,20 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: there are no such layers; or two layers share a weight.
+        ValueError: there are no such layers; or the vectors of a layer cannot be merged, see `check_mergeable`.
     """
-    outputs, inputs = ia3_targets(model, options.images("IA3 finds its layers"), options.head)
+    example = options.images("IA3 finds its layers")
+    outputs, inputs = ia3_targets(model, example, options.head)
     names = [target.name for target in outputs] + inputs
-    check_targets(model, names, "IA3", _TODO)
     peft = require("peft")
     # Where no input is scaled, a pattern that matches nothing: for an empty one peft would take its own defaults.
-    config = peft.IA3Config(target_modules=pattern(names), feedforward_modules=pattern(inputs) or "(?!)")
+    nothing = "(?!)"
+    alone = {
+        name: peft.IA3Config(target_modules=ALONE, feedforward_modules=ALONE if name in inputs else nothing)
+        for name in names
+    }
+    check_mergeable(model, peft.IA3Model, alone, example, "IA3", _TODO)
+    config = peft.IA3Config(target_modules=pattern(names), feedforward_modules=pattern(inputs) or nothing)
     tuner = peft.IA3Model(model, {"default": config}, "default")
     vectors = {name: model.get_parameter(f"{name}.ia3_l.default") for name in names}
     with merged(tuner, vectors, "IA3", _TODO.capitalize()):

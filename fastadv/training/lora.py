@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -9,7 +10,8 @@ from fastadv import models
 from fastadv._extras import require
 from fastadv.models import Target
 from fastadv.names import instead
-from fastadv.training.factors import check_targets, hold, merged, pattern
+from fastadv.training.factors import hold, merged, pattern
+from fastadv.training.mergeable import ALONE, check_mergeable
 from fastadv.training.options import Chosen, Options
 
 _TODO = "name other layers with lora_targets= (--lora-targets)"
@@ -30,17 +32,18 @@ def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: rank or alpha is out of range; there is no such layer; or two layers share a weight.
+        ValueError: rank or alpha is out of range; there is no such layer; or the factors of a layer cannot be merged,
+            see `check_mergeable`.
     """
     targets = _targets(model, options)
-    check_targets(model, [target.name for target in targets], "LoRA", f"{_TODO}, or choose another method")
     peft = require("peft")
-    names = pattern([target.name for target in targets])
-    rank, alpha = options.rank, options.alpha
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
+    names = [target.name for target in targets]
+    config = partial(peft.LoraConfig, r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, bias="none")
+    alone = dict.fromkeys(names, config(target_modules=ALONE))
+    check_mergeable(model, peft.LoraModel, alone, options.example, "LoRA", f"{_TODO}, or choose another method")
     own = {id(parameter) for parameter in model.parameters()}
-    tuner = peft.LoraModel(model, {"default": config}, "default")
-    factors = {target.name: model.get_parameter(f"{target.name}.lora_B.default.weight") for target in targets}
+    tuner = peft.LoraModel(model, {"default": config(target_modules=pattern(names))}, "default")
+    factors = {name: model.get_parameter(f"{name}.lora_B.default.weight") for name in names}
     with merged(tuner, factors, "LoRA", _TODO.capitalize()):
         fixed = sum(hold(factors[target.name], target.rows) for target in targets)
         yield Chosen([parameter for parameter in model.parameters() if id(parameter) not in own], fixed)

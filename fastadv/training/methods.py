@@ -148,7 +148,8 @@ def trainable(
         alpha: for LoRA: an update is alpha / rank times the product of its two factors.
         lora_targets: the names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means the
             layers that `fastadv.models.lora_targets` finds.
-        example: images (N, C, H, W) as the model takes them. The model is run on them to find the head and the layers.
+        example: images (N, C, H, W) as the model takes them. The model is run on them to find the head and the layers,
+            and to see that it does not use the weight of a layer of LoRA or IA3 without calling the layer.
         adapter_reduction: the width of a layer divided by the width of its adapter; None means 8.
         prompt_tokens: the number of prompts in a block; None means 10.
 
@@ -157,10 +158,14 @@ def trainable(
 
     Raises:
         ImportError: the method is "lora" or "ia3", and peft, of the `train` extra, is not installed.
-        ValueError: the method is unknown; there is no such head or layer; LoRA or IA3 would adapt a layer that shares
-            its weight with another one; the model has no place for an adapter or a prompt; nothing trains; or a number
-            is out of range. At the first step of an optimizer, before it changes anything: the factors of LoRA or IA3
-            in a layer got no gradient.
+        ValueError: the method is unknown; there is no such head or layer; LoRA's or IA3's update of a layer could not
+            be merged, see `fastadv.training.mergeable`; the model has no place for an adapter or a prompt; nothing
+            trains; or a number is out of range. At the first step of an optimizer, before it changes anything: the
+            factors of LoRA or IA3 in a layer got no gradient.
+
+    Warns:
+        UserWarning: at the end: optimizers trained the model, but none had LoRA's or IA3's factors. An optimizer that
+            was made before the model was set up has none.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
