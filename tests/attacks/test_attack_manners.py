@@ -585,7 +585,7 @@ def test_between_two_model_calls_one_op_touches_an_image(attack_on, before, afte
     if attack.loss == "kl":
         parts = parts[1:]  # without the prediction of the clean images
     if before is not None:
-        assert [op.split(".")[1] for op in parts[0]] == before
+        assert [op.split(".")[1] for op in parts[0]] == ["aminmax", *before]  # are the images in the box?
     assert len(parts) == attack.steps + 1
     for part in parts[1:]:
         assert [op.split(".")[1] for op in part] == after

@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 from attacked import one_thread as one_thread
+from attacked import short_steps
 from cut import Cut
 from gpus import needs_gpu
 from test_cuda_graph import EPS
@@ -84,6 +85,7 @@ def test_graph_equals_eager_bit_for_bit(device, model, name, option):
 
 
 @every_attack
+@short_steps
 @pytest.mark.parametrize("rows", [False, True], ids=["0-dim", "per image"])
 def test_eps_as_a_tensor_gives_the_bits_of_the_number(name, rows):
     """On the CPU too: a graph keeps eps as a tensor, so that a call may change it."""
