@@ -116,7 +116,7 @@ def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> 
 
 def check_length(name: str, length: object, eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
     """Refuse a step or a noise that is wider than the box and more than twice eps: it is in a wrong unit."""
-    if isinstance(length, Real) and norm == "Linf" and box_of(clip) == BOX and length > max(1, 2 * eps):
+    if isinstance(length, Real) and norm == "Linf" and box_of(clip) == BOX and float(length) > max(1, 2 * eps):
         raise ValueError(f"{name} is on the images' scale [0, 1] (8/255, not 8), got {length}")
 
 

@@ -124,11 +124,12 @@ def adversaries(
             verdict.
     """
     budgets = [] if eps is None else budgets_of(eps)
+    wanted: Sequence[float | None] = budgets or [None]
     against: list[Adversary] = []
     given = listed(attacks)
     for attack in given:
         if isinstance(attack, str):
-            named = [_named(attack, model, each, options) for each in budgets or [None]]
+            named = [_named(attack, model, each, options) for each in wanted]
             against += [Adversary(name, each, model) for part in zip(*named, strict=True) for name, each in part]
         elif isinstance(attack, Ensemble):
             parts = attack.attacks()

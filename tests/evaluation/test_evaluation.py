@@ -1229,7 +1229,7 @@ def test_images_that_rounding_put_beyond_the_box_are_put_back(net, samples, exce
         ({"eps": "8/255"}, TypeError, "eps must be a number on the images' scale"),
         ({"eps": ["8"]}, TypeError, "eps must be a number on the images' scale"),
         ({"eps": []}, TypeError, "eps must be a number on the images' scale"),
-        ({"eps": None}, TypeError, "eps must be a number on the images' scale"),
+        ({"eps": "8"}, TypeError, "eps must be a number on the images' scale"),
         ({"eps": True}, TypeError, "eps must be a number on the images' scale"),
         ({"eps": float("nan")}, ValueError, "the images' scale"),
         ({"eps": -0.1}, ValueError, "the images' scale"),
