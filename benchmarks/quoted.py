@@ -27,7 +27,7 @@ OWN_TIME = "autoattack/own-time.json"
 H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvidia-h200-2026-11-26-second/"
 DEMO = "demo.json"
 STUDY, CELLS = "study/results.json", "study/cells/*/cell.json"
-SCRATCH = "scratch/fgsm.json"
+SCRATCH, TUNED, BACKBONE = "scratch/fgsm.json", "scratch/tuned.json", "scratch/backbone.json"
 
 # {pattern of files: the command that made them}; the first pattern that matches counts. Other files name their command.
 COMMANDS = {
@@ -647,24 +647,28 @@ def _answer(answer: Mapping) -> str:
 
 
 def scratch() -> Iterator[Figure]:
-    for name, what, value, form in (
-        ("epochs", "epochs", "settings.epochs", str),
-        ("best", "the best that PGD-5 leaves of the monitor's images", lambda run: max(_monitored(run)), percent),
-        ("best.epoch", "the epoch of that, from 1", lambda run: 1 + _best(run), str),
-        ("fall.epoch", "the first epoch after it in which PGD-5 leaves less than half of that", _fall, str),
-        (
-            "last",
-            "what PGD-5 leaves of the monitor's images in the last epoch",
-            lambda run: _monitored(run)[-1],
-            percent,
-        ),
-        ("clean", "test images, clean", "clean_accuracy", percent),
-        *(
-            (attack, f"test images under {attack}", f"attacks[attack={attack}].robust_accuracy", percent)
-            for attack in ("fgsm", "pma")
-        ),
+    last = "the robust accuracy under PGD-5 on the monitor's images in the last epoch"
+    for run, words, file in (("fgsm", "FGSM from scratch", SCRATCH), ("tuned", "the same network, fine-tuned", TUNED)):
+        for name, what, value, form in (
+            ("best", "the best robust accuracy under PGD-5 on the monitor's images", _highest, percent),
+            ("last", last, lambda run: _monitored(run)[-1], percent),
+            ("clean", "test images, clean", "clean_accuracy", percent),
+            ("fgsm", "test images under FGSM", "attacks[attack=fgsm].robust_accuracy", percent),
+            ("pma", "test images under PMA", "attacks[attack=pma].robust_accuracy", percent),
+        ):
+            yield Figure(f"scratch.{run}.{name}", f"{words}: {what}", (file,), value, form)
+    for name, what, value in (
+        ("epochs", "epochs", "settings.epochs"),
+        ("best.epoch", "the epoch in which PGD-5 leaves most, from 1", lambda run: 1 + _best(run)),
+        ("fall.epoch", "the first epoch after it with less than half of that", _fall),
     ):
-        yield Figure(f"scratch.fgsm.{name}", f"FGSM from scratch: {what}", (SCRATCH,), value, form)
+        yield Figure(f"scratch.fgsm.{name}", f"FGSM from scratch: {what}", (SCRATCH,), value, str)
+    for name, path in (("clean", "clean_accuracy"), ("pma", "attacks[attack=pma].robust_accuracy")):
+        yield Figure(f"scratch.backbone.{name}", f"its backbone: {name}", (BACKBONE,), path, percent)
+
+
+def _highest(run: Mapping) -> float:
+    return max(_monitored(run))
 
 
 def _monitored(run: Mapping) -> list[float]:
