@@ -464,9 +464,7 @@ def test_inputs_of_other_ranges(name):
     still = TPGD(model, eps, alpha=0.0, steps=1, clip=clip)(x, labels)  # its start, noise of deviation 0.001
     assert (still - x).abs().max() < 0.01
     with pytest.raises(ValueError, match="images must be in"):
-        BIM(model, eps, clip=(lo, hi))(x * 0 + 300, labels) if clip else BIM(model, eps, clip=None)(
-            x * torch.nan, labels
-        )
+        BIM(model, eps, eps, clip=clip)(x * 0 + 300 if clip else x * torch.nan, labels)
 
 
 def test_bytes_are_in_the_usual_box():

@@ -66,7 +66,7 @@ def test_labels_are_labels_wherever_the_commas_are():
 
 
 def test_the_defaults_are_lists_too():
-    assert parsed(evaluate)["eps"] == [8 / 255]
+    assert parsed(evaluate)["eps"] is None  # each norm has its own
     assert parsed(evaluate)["attacks"] == ["fgsm", "pgd-10", "pma"]
     assert parsed(pretrain)["classes"] == [0, 1, 2, 3, 4, 5]
     assert parsed(study)["eps"] is None
@@ -102,7 +102,9 @@ def test_the_help_shows_a_default_only_where_there_is_one(command):
 
 def test_a_default_is_shown_as_the_option_takes_it():
     lines = help_of(evaluate)
-    for name, shown in (("eps", "8"), ("attacks", "fgsm,pgd-10,pma"), ("batch-size", "128")):
+    assert "(not given: 8, and 127.5, which is 0.5, for attacks in L2)" in lines["--eps"]
+    assert parsed(evaluate, "--eps", "8")["eps"] == [8 / 255]
+    for name, shown in (("attacks", "fgsm,pgd-10,pma"), ("batch-size", "128")):
         assert f"(default: {shown})" in lines[f"--{name}"]
         assert parsed(evaluate)[name.replace("-", "_")] == parsed(evaluate, f"--{name}", shown)[name.replace("-", "_")]
     assert "(default: 600)" in help_of(finetune)["--checkpoint-s"]

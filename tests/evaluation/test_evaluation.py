@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchattacks
 from attacked import one_thread as one_thread
+from attacked import short_steps
 from cut import Cut
 from dispatched import NoReads
 from matplotlib.image import imread
@@ -1073,6 +1074,7 @@ def test_accuracy_that_rises_with_the_budget_is_called_so():
         evaluate(trap, (images, labels), ["fgsm"], eps=[4 / 255, 8 / 255], batch_size=2, ensemble=False)
 
 
+@short_steps
 @pytest.mark.parametrize(
     ("gained", "lost", "called_so"),
     [(1, 0, False), (4, 0, False), (5, 0, True), (7, 1, True), (60, 39, True), (60, 40, False), (0, 60, False)],
@@ -1085,6 +1087,7 @@ def test_accuracy_that_rises_by_chance_is_not_called_so(net, gained, lost, calle
     assert len(list(masking_checks.notes_on_accuracies(attacks[::-1]))) == called_so
 
 
+@short_steps
 def test_only_comparable_attacks_are_compared(net):
     def rises(weak, strong):
         none, all_ = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)

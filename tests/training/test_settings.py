@@ -180,7 +180,7 @@ IN_THE_WEIGHTS = [
     ("alpha", 0.06, {}),
     ("alpha", 0.03, {"attack": "pgd"}),
     ("noise", 0.04, {"attack": "fgsm-rs"}),
-    ("steps", 3, {"attack": "pgd"}),
+    ("steps", 5, {"attack": "pgd"}),
     ("eps_schedule", "linear", {"lp_ft": 1}),
     ("eps_schedule", "hinge:0.1,0.7", {}),
     ("eps_schedule", "hinge:0.5,1", {"attack": "pgd", "alpha": 0.03}),
