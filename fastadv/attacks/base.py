@@ -58,6 +58,14 @@ from fastadv.ops.reference import compute_dtype
 GRAPHS = 8  # that are kept; each has its own memory
 # In a first batch of 8 images or more, a warning says where a tenth of the gradients or more are exactly zero.
 WATCHED, ALARMING = 8, 0.1
+# {what is counted on the device in a batch after the first: what is wrong with it}
+PROBLEMS = {
+    "labels": "{count} labels name no class, they must be in [0, {classes})",
+    "images": "images of this batch are beyond [{lo:g}, {hi:g}], in which those of the first were",
+    "eps": "{count} budgets are negative, not finite or beyond the images' scale (8/255, not 8)",
+    "soft labels": "{count} soft labels are no probabilities, which sum to 1",
+    "signs": "{count} labels are neither 0 nor 1",
+}
 
 
 class Attack(Modes, Targets, ABC):
@@ -698,17 +706,11 @@ class Attack(Modes, Targets, ABC):
                 "model in a half precision that its logits leave?",
                 stacklevel=3,
             )
-        lo, hi = box_of(self.clip)
-        found = {
-            "labels": f"{told.get('labels')} labels name no class, they must be in [0, {self.objective.classes})",
-            "images": f"images of this batch are beyond [{lo:g}, {hi:g}], in which those of the first were",
-            "eps": f"{told.get('eps')} budgets are negative, not finite or beyond the images' scale (8/255, not 8)",
-            "soft labels": f"{told.get('soft labels')} soft labels are no probabilities, which sum to 1",
-            "signs": f"{told.get('signs')} labels are neither 0 nor 1",
-        }
-        for name, problem in found.items():
+        for name, problem in PROBLEMS.items():
             if told.get(name):
-                warnings.warn(f"{problem}: their samples were not attacked as they should be", stacklevel=3)
+                lo, hi = box_of(self.clip)
+                said = problem.format(count=told[name], classes=self.objective.classes, lo=lo, hi=hi)
+                warnings.warn(f"{said}: their samples were not attacked as they should be", stacklevel=3)
         if still is not None and told["still"] >= ALARMING * len(still):
             warnings.warn(
                 f"the gradient is exactly zero for {told['still']} of {len(still)} images at the first step, and no "

@@ -106,8 +106,13 @@ def check_clip(clip: Any) -> None:
         raise ValueError(f"clip must be (lo, hi) with lo below hi, got {clip!r}")
 
 
+def _has_unit(norm: str, clip: tuple[float, float] | None) -> bool:
+    """Whether lengths are on the images' scale [0, 1], so that one of 8 is in a wrong unit."""
+    return norm == "Linf" and box_of(clip) == BOX
+
+
 def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
-    if isinstance(eps, Real) and norm == "Linf" and box_of(clip) == BOX and not 0 <= eps <= 1:
+    if isinstance(eps, Real) and _has_unit(norm, clip) and not 0 <= eps <= 1:
         raise ValueError(f"eps is on the images' scale [0, 1] (8/255, not 8), got {eps}")
     check_number("eps", eps)
     if eps < 0:
@@ -116,7 +121,7 @@ def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> 
 
 def check_length(name: str, length: object, eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
     """Refuse a step or a noise that is wider than the box and more than twice eps: it is in a wrong unit."""
-    if isinstance(length, Real) and norm == "Linf" and box_of(clip) == BOX and float(length) > max(1, 2 * eps):
+    if isinstance(length, Real) and _has_unit(norm, clip) and float(length) > max(1, 2 * eps):
         raise ValueError(f"{name} is on the images' scale [0, 1] (8/255, not 8), got {length}")
 
 
@@ -243,7 +248,7 @@ def in_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX, slack: 
 
 def eps_fits(eps: torch.Tensor, norm: str, clip: tuple[float, float] | None = BOX) -> torch.Tensor:
     """Which budgets `check_eps` allows, bool like `eps`."""
-    most = 1.0 if norm == "Linf" and box_of(clip) == BOX else torch.finfo(eps.dtype).max
+    most = 1.0 if _has_unit(norm, clip) else torch.finfo(eps.dtype).max
     return (eps >= 0) & (eps <= most)
 
 

@@ -18,6 +18,7 @@ from fastadv.names import instead
 from fastadv.nn import Normalized
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
+from fastadv.ops.generator import seeded
 from fastadv.preprocessing import Preprocessing
 
 Architecture = dict[str, Any]  # JSON can hold its values; `construct` lists the kinds
@@ -141,27 +142,26 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
     network = function_at(path)(shape, count)
     if not isinstance(network, nn.Module):
         raise TypeError(f"{path} must return an nn.Module, it returned a {type(network).__name__}")
-    with torch.random.fork_rng(devices=()):
-        logits = _logits_of_noise(network, shape)
+    logits = _logits_of_noise(network, shape)
+    if logits.shape[1] != count:
+        raise ValueError(
+            f"the network of {path} has {logits.shape[1]} logits for {count} classes: give it one for each class"
+        )
+    with seeded((torch.initial_seed() + 1) % 2**63):  # another seed, that what is not in state_dict() differs
         again = function_at(path)(shape, count)
-        again.load_state_dict(network.state_dict())
-        if logits.shape[1] != count:
-            raise ValueError(
-                f"the network of {path} has {logits.shape[1]} logits for {count} classes: give it one for each class"
-            )
-        if not torch.allclose(logits, _logits_of_noise(again, shape), equal_nan=True):
-            raise ValueError(
-                f"two networks of {path} with the same state_dict() have different logits, so a saved model would not "
-                "be the trained one. A layer or tensor is not registered, such as one in a plain list, and would not "
-                "train either: use nn.ModuleList, nn.Parameter or register_buffer"
-            )
+    again.load_state_dict(network.state_dict())
+    if not torch.allclose(logits, _logits_of_noise(again, shape), equal_nan=True):
+        raise ValueError(
+            f"two networks of {path} with the same state_dict() have different logits, so a saved model would not be "
+            "the trained one. A layer or tensor is not registered, such as one in a plain list, and would not train "
+            "either: use nn.ModuleList, nn.Parameter or register_buffer"
+        )
     return network
 
 
 def _logits_of_noise(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
     """The logits of an image of noise, always the same, in eval mode."""
-    torch.manual_seed(0)
-    with torch.no_grad(), frozen(network):
+    with seeded(0), torch.no_grad(), frozen(network):
         return find_logits(network(torch.rand(1, *shape)), 1)
 
 

@@ -79,7 +79,8 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
             - "mlp", "conv", "resnet": the package's own networks, untrained, for small images. Options may follow,
               with values in JSON: "resnet?widths=[32,64]&blocks=1".
             - "module:function": a model of yours. `function(shape, classes)` returns an nn.Module for images in [0, 1]
-              of the shape (C, H, W), with `classes` logits.
+              of the shape (C, H, W), with `classes` logits. It is called twice: two networks with equal weights must
+              have equal logits.
             - "timm:NAME": a model of timm's with its pretrained weights, from the hub's cache or the network. Options
               of timm.create_model may follow:
               "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&pretrained=false".
