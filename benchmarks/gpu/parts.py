@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import environment
@@ -96,6 +98,7 @@ def loaded(out):
 
 # Tests that had never run on a GPU, or had failed there, come first.
 GPU_TESTS = [
+    "tests/training/test_gpu_training.py",
     *(f"tests/attacks/test_{name}.py" for name in ("gpu_attacks", "cuda_graph")),
     *(
         f"tests/ops/test_{name}.py"
@@ -181,18 +184,46 @@ def verdicts(out):
 
 
 def study(out):
-    """Run fastadv study: FGSM and PGD from a robust backbone, on the classes that it was not trained on."""
+    """Run fastadv study: study.yaml, many cells at a time; the times of cells that share a GPU mean little."""
     folder = out / "kept/study"  # keeps each finished cell: after a cut the other cells follow
+    data = os.environ.get("FASTADV_STUDY")
     if DRY_RUN:
         chosen = ["--data=digits", "--model=conv", "--methods=full", "--seeds=1", "--epochs=1", "--device=cpu"]
         chosen += [f"--{part}-limit=32" for part in ("train", "val", "test")]
-    elif images():
-        chosen = ["benchmarks/training/study-short.yaml", f"--data-folder={images()}", "--device=cuda"]
+    elif data:
+        count = min(12, os.cpu_count())
+        chosen = ["benchmarks/training/study.yaml", f"--data-folder={data}", "--device=cuda", f"--processes={count}"]
     else:
-        return {"ok": True, "why": "FASTADV_CIFAR10 names no folder with CIFAR-10"}
+        return {"ok": True, "why": "FASTADV_STUDY names no folder with the data sets of study.yaml"}
     command = (sys.executable, "-m", "fastadv", "study", *chosen, "--out", folder)
-    status, _ = run(out / "study.cells.log", *command, FASTADV_COMMIT=environment.commit())
-    return {"ok": status == 0}
+    with sharing(out) as (shared, env):
+        status, _ = run(out / "study.cells.log", *command, FASTADV_COMMIT=environment.commit(), **env)
+    return {"ok": status == 0, "at the same time on the GPU": shared}
+
+
+@contextmanager
+def sharing(out):
+    """Let the kernels of several processes run at the same time on a GPU, by CUDA's Multi-Process Service.
+
+    Without it processes take turns with the GPU, and a small network leaves most of it idle.
+
+    Yields:
+        (whether the service runs; the environment of the processes).
+    """
+    folder = Path(tempfile.gettempdir(), "fastadv-mps")  # the path of a socket must be short
+    folder.mkdir(exist_ok=True)
+    env = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    control = None if DRY_RUN else shutil.which("nvidia-cuda-mps-control")
+    shared = False
+    if control:
+        subprocess.run([control, "-d"], env=os.environ | env, timeout=20)  # it runs on where this part is cut
+        status, _ = run(out / "study.mps.log", sys.executable, "-c", "import torch; torch.ones(1).cuda()", **env)
+        shared = status == 0
+    try:
+        yield shared, env if shared else {}
+    finally:
+        if control:
+            subprocess.run([control], input="quit\n", text=True, env=os.environ | env, timeout=20)
 
 
 def strength(out):

@@ -67,20 +67,43 @@ def flags_kept(model: AnyModel) -> Iterator[None]:
     Raises:
         RuntimeError: another thread is attacking or judging the model.
     """
-    model = as_module(model)
-    modules = list(model.modules())
+    with _flags_kept(list(as_module(model).modules())):
+        yield
+
+
+@contextmanager
+def _flags_kept(modules: list[nn.Module]) -> Iterator[None]:
     with _alone(modules):
         training = [(module, module.training) for module in modules if hasattr(module, "training")]
-        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in _parameters(modules)]
 
         def put_back() -> None:
             for module, flag in training:
-                module.training = flag
+                _set_training(module, flag)
             for parameter, flag in requires_grad:
-                parameter.requires_grad_(flag)
+                _set_requires_grad(parameter, flag)
 
         with at_the_end(put_back):
             yield
+
+
+def _parameters(modules: list[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of the modules, each once."""
+    found = (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
+    return list({id(parameter): parameter for parameter in found}.values())
+
+
+# Reading a flag takes a tenth of the time of setting one, and in most calls of an attack the model is in eval mode.
+
+
+def _set_training(module: nn.Module, flag: bool) -> None:
+    if module.training is not flag:
+        module.training = flag
+
+
+def _set_requires_grad(parameter: nn.Parameter, flag: bool) -> None:
+    if parameter.requires_grad is not flag:
+        parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -98,15 +121,15 @@ def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
     Raises:
         RuntimeError: another thread is attacking or judging the model.
     """
-    model = as_module(model)
-    with flags_kept(model), buffers_kept(model):
+    modules = list(as_module(model).modules())
+    with _flags_kept(modules), _buffers_kept(modules):
         if training_mode != "as_is":
-            for module in model.modules():
+            for module in modules:
                 if hasattr(module, "training"):
-                    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-                    module.training = training_mode == "batch_norm" and batch_norm
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+                    batch_norm = training_mode == "batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+                    _set_training(module, batch_norm)
+        for parameter in _parameters(modules):
+            _set_requires_grad(parameter, False)
         yield
 
 
@@ -117,9 +140,13 @@ def buffers_kept(model: AnyModel) -> Iterator[None]:
     Args:
         model: an `nn.Module`, or any other callable, whose modules `as_module` finds.
     """
-    named = [
-        (module, name, buffer) for module in as_module(model).modules() for name, buffer in module._buffers.items()
-    ]
+    with _buffers_kept(list(as_module(model).modules())):
+        yield
+
+
+@contextmanager
+def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+    named = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
     before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
 
     def put_back() -> None:
@@ -177,5 +204,7 @@ def as_normal(tensor: torch.Tensor) -> torch.Tensor:
 
 def _is_writable(tensor: torch.Tensor) -> bool:
     """Whether PyTorch can write to a tensor in place. It cannot where elements share memory, as after `expand`."""
-    layout = zip(tensor.shape, tensor.stride(), strict=True) if tensor.layout == torch.strided else ()
-    return not tensor.is_inference() and all(size <= 1 or stride != 0 for size, stride in layout)
+    if tensor.is_inference():
+        return False
+    layout = () if tensor.layout != torch.strided else zip(tensor.shape, tensor.stride(), strict=True)
+    return all(size <= 1 or stride != 0 for size, stride in layout)

@@ -52,9 +52,9 @@ def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
             "adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and ResNet, and the model has none "
             "before its head: nowhere is the output of a module added to its input. Choose another method"
         )
-    device = example.device
+    like = next(model.parameters())  # whose device and dtype they get
     added = []
     for each in residuals:
-        added.append(Adapter(each.width, max(1, each.width // reduction), each.channels_first).to(device))
+        added.append(Adapter(each.width, max(1, each.width // reduction), each.channels_first).to(like))
         attach(model, each.place, added[-1])
     return added

@@ -45,7 +45,8 @@ def prompt(model: nn.Module, options: Options) -> Iterator[Chosen]:
 def _add(model: nn.Module, options: Options, count: int) -> list[Prompt]:
     example = options.images("prompt finds its tokens")
     found = find_tokens(model, example)
-    added = [Prompt(count, found.width, found.prefix, found.pixels).to(example.device) for _ in found.blocks]
+    like = next(model.parameters())  # whose device and dtype they get
+    added = [Prompt(count, found.width, found.prefix, found.pixels).to(like) for _ in found.blocks]
     for name, each in zip(found.blocks, added, strict=True):
         attach(model, name, each)
     return added

@@ -1,7 +1,6 @@
 """The benchmarks and the GPU script, run without a GPU: their files, their resumption, and their refusals."""
 
 import importlib
-import itertools
 import json
 import os
 import statistics
@@ -12,9 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-from fastadv.study.files import read_grid
-from fastadv.study.grid import expanded
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks/gpu/run.sh"
@@ -217,9 +213,9 @@ def test_nothing_is_begun_that_the_minutes_have_no_room_for(tmp_path, monkeypatc
 
 def test_the_calls_fit_into_nine_and_three_minutes():
     caps = list(plan.CAPS.values())
-    assert sum(caps[:6]) + plan.GRACE <= 9 * 60
-    assert sum(caps[6:9]) + plan.GRACE <= 3 * 60
-    assert sum(caps[9:]) + plan.GRACE <= 3 * 60
+    assert sum(caps[:3]) + plan.GRACE <= 9 * 60
+    for first in range(3, len(caps), 3):
+        assert sum(caps[first : first + 3]) + plan.GRACE <= 3 * 60
 
 
 KEPT = """
@@ -275,15 +271,6 @@ def test_report_makes_tables_and_a_plot(dry, tmp_path):
     assert "study: ok; 2 finished cells" in written
     assert all(f"{part}: ok" in written for part in ("build", "correctness", "sanitizer"))
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_study_on_a_gpu_has_whole_rows_seed_after_seed():
-    found = [task.cell for task in expanded(read_grid(ROOT / "benchmarks/training/study-short.yaml"))]
-    row = list(itertools.product(("linear", "full"), ("fgsm", "pgd")))
-    assert [(cell.seed, cell.method, cell.attack) for cell in found] == [
-        (seed, *each) for seed in range(3) for each in row
-    ]
-    assert {(cell.data, cell.classes, cell.eps) for cell in found} == {("cifar10", "6-9", 8)}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)

@@ -57,6 +57,14 @@ TEN_STEPS = [(name, method) for name in SCALED for method in ("adapter", "ia3", 
 TEN_STEPS += [(name, "prompt") for name in SCALED if name in PLAIN]
 
 
+@pytest.mark.parametrize("method", ["adapter", "prompt", "ia3", "lora"])
+def test_what_is_added_has_the_dtype_of_the_network(method):
+    network, x = made("timm vit").double(), torch.rand(4, *SHAPE, dtype=torch.float64)
+    with trainable(network, method, example=x) as tuning:
+        assert {parameter.dtype for _, parameter in tuning.parameters} == {torch.float64}
+        assert logits(network(x)).dtype == torch.float64
+
+
 @pytest.mark.parametrize(("name", "method"), TEN_STEPS)
 def test_ten_steps_change_what_should_train_and_no_other_bit(name, method):
     network, x = made(name), torch.rand(4, *SHAPE)
