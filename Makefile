@@ -8,7 +8,7 @@ PIP = .venv/bin/python -m pip install -q -c constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 # Some tests of every layer, without those that compile, use Triton's interpreter, or take minutes.
-QUICK = tests/nn $(addprefix tests/attacks/test_, attacked_function.py attacks.py verdicts.py) \
+QUICK = tests/nn $(addprefix tests/attacks/test_, attacked_function.py attack_manners.py verdicts.py) \
   $(addprefix tests/ops/test_, ball.py contract.py philox.py) tests/data/test_data.py tests/training/test_settings.py \
   tests/benchmarks/test_figures.py
 

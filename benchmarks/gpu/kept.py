@@ -3,7 +3,8 @@
     pytest -p kept --kept FILE
 
 FILE has one JSON object per line: {"collected": number of tests} for each collection, and {"test", "outcome",
-"seconds", "figures"} for each test. A run that is killed loses only the test that was running.
+"seconds", "figures"} for each test, with "why" for one that failed. A run that is killed loses only the test that was
+running.
 """
 
 import json
@@ -13,6 +14,7 @@ import plan
 import pytest
 
 ENDED = ("passed", "skipped")
+WORDS = 3000  # characters of the end of what pytest says of a failure
 
 
 def pytest_addoption(parser):
@@ -51,4 +53,6 @@ class Kept:
     def pytest_runtest_logreport(self, report):
         if self.reports and (report.when == "call" or report.outcome != "passed"):
             figures = [value for name, value in report.user_properties if name == "figures"]
-            self.add(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), figures=figures)
+            line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+            why = {"why": report.longreprtext[-WORDS:]} if report.outcome == "failed" else {}
+            self.add(**line, figures=figures, **why)

@@ -72,7 +72,7 @@ def collect(out, part):
         return
     tests = {line["test"]: line for line in kept if "test" in line}
     ended = Counter(line["outcome"] for line in tests.values())
-    failed = [name for name, line in tests.items() if line["outcome"] == "failed"]
+    failed = {name: line["why"] for name, line in tests.items() if line["outcome"] == "failed"}
     total = max((line["collected"] for line in kept if "collected" in line), default=len(tests))
     counts = {"of": total, **{outcome: ended[outcome] for outcome in ("passed", "failed", "skipped")}}
     figures = [figure for line in tests.values() for figure in line["figures"]]

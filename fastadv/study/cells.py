@@ -44,6 +44,7 @@ class Site:
         device: the name of a device of PyTorch, such as "cuda".
         threads: the number of CPU threads of a cell; the last bits of its result depend on it.
         keep_weights: whether each cell keeps its model.safetensors.
+        sharing: the number of cells that run on the device at a time.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Site:
     device: str = "cpu"
     threads: int = 1
     keep_weights: bool = False
+    sharing: int = 1
 
 
 @dataclass(frozen=True)
@@ -249,8 +251,10 @@ def _said(record: Record) -> str:
 def machine(site: Site) -> dict[str, str | int]:
     """The facts about this machine on which the times, and the last bits of results, depend."""
     device = torch.device(site.device)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    named: dict[str, str | int] = {"device": device.type}
+    if device.type == "cuda":  # of a CPU the processor time counts, which other cells lengthen little
+        named = {"device": torch.cuda.get_device_name(device), "sharing": site.sharing}
+    return named | {
         "cpu": _cpu(),
         "threads": site.threads,
         "fastadv": __version__,

@@ -47,7 +47,8 @@ def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float]:
     here = machine(site)
     for record in finished(site.folder):
         made = record["machine"]
-        if "before" not in made and all(made[name] == here[name] for name in ("device", "cpu", "threads")):
+        same = all(made.get(name) == here.get(name) for name in ("device", "cpu", "threads", "sharing"))
+        if same and "before" not in made:
             timed.setdefault(_kind(Cell(**record["cell"])), []).append(seconds_a_unit(record))
     found = {}
     for task in tasks:

@@ -270,7 +270,8 @@ def _times(found: Sequence[Time]) -> str:
     head = ["method", "attack", "to PGD", "foretold", "to no attack", "foretold", "pairs"]
     words = (
         "Training without evaluations: the median ratio to the cells that differ in the training attack alone, made on "
-        "the same machine; processor time on a CPU. Foretold: by the cost model, in passes through the network."
+        "the same machine; processor time on a CPU, and on a GPU of cells that had it alone. Foretold: by the cost "
+        "model, in passes through the network."
     )
     return html.paragraph(words, "note") + _table(head, rows) if rows else ""
 

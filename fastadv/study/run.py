@@ -106,8 +106,8 @@ def side_by_side(tasks: Sequence[Task], site: Site, processes: int) -> Iterator[
         What became of each cell, in the order in which they end.
     """
     left = list(reversed(tasks))
-    devices = [_device_of(site.device, i) for i in range(min(processes, len(tasks)))]
-    workers = [_started(replace(site, device=device)) for device in devices]
+    sites = shared_out(site, min(processes, len(tasks)))
+    workers = [_started(each) for each in sites]
     try:
         for worker in workers:
             _give(worker, left)
@@ -120,7 +120,7 @@ def side_by_side(tasks: Sequence[Task], site: Site, processes: int) -> Iterator[
                 if outcome is None:
                     continue
                 if left and not worker.process.is_alive():
-                    workers[i] = worker = _started(replace(site, device=devices[i]))
+                    workers[i] = worker = _started(sites[i])
                 yield outcome
                 _give(worker, left)
     finally:
@@ -132,9 +132,11 @@ def side_by_side(tasks: Sequence[Task], site: Site, processes: int) -> Iterator[
             worker.process.join()
 
 
-def _device_of(name: str, number: int) -> str:
-    count = torch.cuda.device_count()
-    return f"cuda:{number % count}" if name == "cuda" and count else name
+def shared_out(site: Site, processes: int) -> list[Site]:
+    """The site of each process, with its GPU where the device is "cuda", and how many have the same device."""
+    count = torch.cuda.device_count() if site.device == "cuda" else 0
+    devices = [f"cuda:{i % count}" if count else site.device for i in range(processes)]
+    return [replace(site, device=device, sharing=devices.count(device)) for device in devices]
 
 
 def _started(site: Site) -> _Worker:

@@ -11,8 +11,8 @@ from fastadv.study.results import PGD, Result, row_of
 class Time:
     """The training time of a method with an attack, as the median ratio over pairs of cells.
 
-    The two cells of a pair differ in the training attack alone, and were made on the same machine. A ratio is None
-    where there is no pair.
+    The two cells of a pair differ in the training attack alone, and were made on the same machine. Cells that shared
+    a GPU with others are left out: they waited for it. A ratio is None where there is no pair.
 
     Attributes:
         method: the fine-tuning method.
@@ -51,8 +51,10 @@ def times(results: Iterable[Result]) -> list[Time]:
 
 
 def _comparable(a: Result, b: Result) -> bool:
-    """Whether both cells were made on one machine from beginning to end, on as many threads."""
-    return a.record["machine"] == b.record["machine"] and "before" not in a.record["machine"]
+    """Whether both cells were made on one machine from beginning to end, on as many threads, a GPU each alone."""
+    machine = a.record["machine"]
+    alone: bool = machine["device"] == "cpu" or machine.get("sharing") == 1
+    return alone and machine == b.record["machine"] and "before" not in machine
 
 
 def _ratio(pairs: Iterable[tuple[Result, Result]], measure: Callable[[Result], float]) -> float | None:

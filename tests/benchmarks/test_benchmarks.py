@@ -226,6 +226,7 @@ def test_it(i, request):
     request.node.user_properties.append(("figures", {"i": i}))
     if i == 2 and os.environ.get("DIE"):
         os._exit(9)
+    assert i != 1 or not os.environ.get("FAIL"), "one is odd"
 """
 
 
@@ -235,17 +236,20 @@ def test_tests_are_kept_as_they_end_and_not_run_again(tmp_path):
     kept, ran = tmp_path / "kept/part.jsonl", tmp_path / "ran"
     command = (sys.executable, "-m", "pytest", "-p", "kept", "--kept", kept, "--rootdir", tmp_path, tmp_path)
     env = {"PYTHONPATH": str(SCRIPT.parent), "RAN": str(ran)}
-    assert run(*command, DIE="1", **env).returncode == 9
+    assert run(*command, DIE="1", FAIL="1", **env).returncode == 9
     assert [line["figures"] for line in plan.lines(kept)[1:]] == [[{"i": 0}], [{"i": 1}]]
     plan.collect(tmp_path, "part")
     cut = json.loads((tmp_path / "part.json").read_text())
-    assert cut["tests"] == {"of": 4, "passed": 2, "failed": 0, "skipped": 0}
+    assert cut["tests"] == {"of": 4, "passed": 1, "failed": 1, "skipped": 0}
+    ((name, why),) = cut["failed"].items()
+    assert name.endswith("test_it[1]")
+    assert "one is odd" in why
     kept.write_text(kept.read_text() + '{"test": "cut in the mid')
     again = run(*command, **env)
     assert again.returncode == 0, again.stdout
     plan.collect(tmp_path, "part")
     assert json.loads((tmp_path / "part.json").read_text())["summary"] == [{"i": i} for i in range(4)]
-    assert ran.read_text().split() == ["0", "1", "2", "2", "3"]
+    assert ran.read_text().split() == ["0", "1", "2", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(

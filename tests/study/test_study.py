@@ -28,6 +28,7 @@ from fastadv.study.estimate import estimates
 from fastadv.study.files import read_grid, write_grid
 from fastadv.study.grid import Cell, DataSet, expanded, trainer
 from fastadv.study.images import parts_of
+from fastadv.study.run import shared_out
 from fastadv.training import Trainer
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import RENAMED
@@ -509,6 +510,15 @@ def test_a_cell_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
     assert capsys.readouterr().out.count("absent-mlp") == 2  # finished cells have no line
     assert len(records(tmp_path / "out")) == 4
     assert not list(tmp_path.glob("out/cells/*/error.txt"))
+
+
+def test_processes_are_shared_out_among_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    sites = shared_out(Site(tmp_path, device="cuda"), 5)
+    assert [each.device for each in sites] == [f"cuda:{i}" for i in (0, 1, 0, 1, 0)]
+    assert [cells.machine(each)["sharing"] for each in sites] == [3, 2, 3, 2, 3]
+    assert "sharing" not in cells.machine(Site(tmp_path))
 
 
 def test_a_cell_that_was_cut_says_all_its_machines(tmp_path, monkeypatch):

@@ -394,6 +394,10 @@ def test_times_are_ratios_to_the_same_row_on_the_same_machine(rng):
     assert (fgsm.predicted_to_pgd, fgsm.predicted_to_none) == (pytest.approx(5 / 17), pytest.approx(5 / 3))
     for each in records:
         each["machine"] = each["machine"] | {"device": "a GPU"}  # there CPU time does not count, as the CPU waits
+    for sharing, pairs in (({}, 0), ({"sharing": 12}, 0), ({"sharing": 1}, 2)):  # and cells wait for each other
+        for each in records:
+            each["machine"] = each["machine"] | sharing
+        assert {each.attack: each for each in times(map(result_of, records))}["fgsm"].pairs == pairs
     two = {**records[0]["machine"], "before": [{"device": "cpu"}]}  # the run was cut and ended on another machine
     assert times(map(result_of, [each | {"machine": two} for each in records[-2:]]))[0].to_pgd is None
     gpu = {each.attack: each for each in times(map(result_of, records))}["fgsm"]
