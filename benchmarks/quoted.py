@@ -25,6 +25,7 @@ PACKAGE, OURS = "autoattack/backbone.json", "autoattack/fastadv.json"
 OUR_AUTOATTACK = "autoattack/fastadv-autoattack.json"
 OWN_TIME = "autoattack/own-time.json"
 H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvidia-h200-2026-11-26-second/"
+THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
 STUDY, CELLS = "study/results.json", "study/cells/*/cell.json"
 SCRATCH, TUNED, BACKBONE = "scratch/fgsm.json", "scratch/tuned.json", "scratch/backbone.json"
@@ -285,6 +286,7 @@ def attacks_on_gpu() -> Iterator[Figure]:
         for run, file, some in (
             ("h200", H200 + "attacks.json", peers),
             ("h200.second", SECOND + "attacks.json", peers[:1]),
+            ("h200.third", THIRD + "attacks.json", peers[:1]),
         ):
             name, what = f"{run}.pgd10.{network}", f"PGD-10, {words}"
             eager = partial(_attack, network=network, path="speedup_over.torchattacks")
@@ -509,7 +511,12 @@ def _tests(*results: Mapping) -> int:
 
 
 def checks_on_gpu() -> Iterator[Figure]:
-    for run, folder, names in (("h200", H200, ("passed", "of")), ("h200.second", SECOND, ("passed", "of", "failed"))):
+    counted = {
+        "h200": (H200, ("passed", "of")),
+        "h200.second": (SECOND, ("passed", "of", "failed")),
+        "h200.third": (THIRD, ("passed", "of", "failed")),
+    }
+    for run, (folder, names) in counted.items():
         for name in names:
             file = folder + "correctness.json"
             yield Figure(f"{run}.tests.{name}", f"tests on the device: {name}", (file,), f"tests.{name}", whole)

@@ -183,9 +183,11 @@ class Plan:
         log = self.out / f"{part}.log"
         outcome, seconds = supervised(self.command(part, self.out), cap, log, environment)
         collect(self.out, part)
-        before = self.known.get(part, {}).get("seconds", 0)
-        self.known[part] = {"outcome": outcome, "seconds": round(before + seconds, 1)}
+        total = round(self.known.get(part, {}).get("seconds", 0) + seconds, 1)
+        self.known[part] = {"outcome": outcome, "seconds": total}
         write(self.out / "kept/plan.json", self.known)
+        if result := read(self.out / f"{part}.json"):
+            write(self.out / f"{part}.json", result | {"seconds": total})
         print(f"{part}: {outcome}, {seconds} s", flush=True)
         if outcome != "done":
             print(log.read_text(errors="replace")[-1500:], flush=True)

@@ -53,6 +53,7 @@ def result(out, part):
 def test_every_part_says_where_it_ran(dry, part):
     found = result(dry, part)
     assert found["ok"] is True
+    assert found["seconds"] > 0
     assert found["part"] == part
     facts = found["environment"]
     assert set(facts) >= FACTS
