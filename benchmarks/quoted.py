@@ -1,11 +1,12 @@
 """The list of figures that README and docs quote: for each figure its id, its file of results and its place there."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from report import figures as rows_of
@@ -27,7 +28,7 @@ OWN_TIME = "autoattack/own-time.json"
 H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvidia-h200-2026-11-26-second/"
 THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
-STUDY, CELLS = "study/results.json", "study/cells/*/cell.json"
+STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "study-cpu/cells/*/cell.json"
 SCRATCH, TUNED, BACKBONE = "scratch/fgsm.json", "scratch/tuned.json", "scratch/backbone.json"
 
 # {pattern of files: the command that made them}; the first pattern that matches counts. Other files name their command.
@@ -45,6 +46,7 @@ COMMANDS = {
     "nvidia-*": "benchmarks/gpu/run.sh FOLDER",
     STEPS_CPU: "pytest --benchmark benchmarks/training/bench_step.py",
     "scratch/*": "benchmarks/training/scratch.py DATA FOLDER",
+    "study-cpu/*": "the same study on a CPU, cut",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
 }
 
@@ -122,6 +124,10 @@ def share(ratio: float) -> str:
 
 def tenths(value: float) -> str:
     return f"{value:.1f}"
+
+
+def hundredths(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def whole(value: float) -> str:
@@ -635,6 +641,32 @@ def study() -> Iterator[Figure]:
         what = f"linear probing with PGD at eps 32 on {data}: what PMA leaves"
         path = f"rows[data={data}&method=linear&attack=pgd&eps=32.0&seed=0].pma"
         yield Figure(f"study.{data}.linear.pgd.32", what, (STUDY, CELLS), partial(_of_study, path=path), percent)
+    yield Figure("study.devices.cpu", "cells that were run on a CPU", (CELLS,), _on_cpu, whole)
+    what = "robust accuracy under PMA of the same cells on a GPU, less that on a CPU, in points"
+    for name, value, form in (
+        ("count", len, whole),
+        ("mean", mean, hundredths),
+        ("deviation", stdev, hundredths),
+        ("most", lambda differences: max(map(abs, differences)), tenths),
+    ):
+        found = partial(_gpu_less_cpu, value=value)
+        yield Figure(f"study.devices.{name}", f"{what}: {name}", (CELLS, CELLS_CPU), found, form)
+
+
+def _on_cpu(cells: list[Mapping]) -> int:
+    return sum(each["machine"]["device"] == "cpu" for each in cells)
+
+
+def _gpu_less_cpu(cells: list[Mapping], on_cpu: list[Mapping], value: Callable) -> float:
+    """A statistic of the differences between the cells that were run on a GPU and again on a CPU."""
+    there = {json.dumps(each["cell"]): _share(each) for each in cells if each["machine"]["device"] != "cpu"}
+    pairs = [(there.get(json.dumps(each["cell"])), _share(each)) for each in on_cpu]
+    return value([100 * (gpu - cpu) for gpu, cpu in pairs if gpu is not None])
+
+
+def _share(cell: Mapping) -> float:
+    """The share of the test images that PMA leaves."""
+    return cell["verdicts"]["pma"].count("1") / len(cell["verdicts"]["pma"])
 
 
 def _of_study(report: Mapping, cells: list[Mapping], path: str) -> Any:
