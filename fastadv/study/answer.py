@@ -15,6 +15,7 @@ HEADLINE_JUDGE = "pma"
 README_JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
 PAPER: dict[float, float] = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
 PAPER_TIME = 1 / 4
+ROWS = 10  # of the table for README
 PAPER_SETUP = (
     "The paper (“Are Fast Methods Stable in Adversarially Robust Transfer Learning?”, 2025) has -0.39 and -1.39 points "
     "at eps 4 and 8 for a quarter of the time, on average: robust ImageNet backbones at 224 pixels, judged by PGD-10, "
@@ -191,8 +192,8 @@ def _warned(scores: Iterable[Score]) -> list[str]:
 def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses: Iterable[Course]) -> str:
     """The answer in Markdown: a table, and a line on stability.
 
-    The table has rows for the paper's numbers, for the mean over our methods at each eps, and for each method at eps 8.
-    At another eps a method has a row only where a judge judged that method and not all the others.
+    The table has at most ten rows: the paper's numbers, the mean over our methods at each eps, a method where a judge
+    judged it and not all the others, then each method at eps 8, and what fewer data sets have, as far as there is room.
 
     Args:
         averages: the differences to PGD, averaged over data sets.
@@ -215,19 +216,19 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
     most = {key[:2]: max((k for k in groups if k[:2] == key[:2]), key=lambda k: len(k[2])) for key in groups}
     means = list(most.values())
     alone = [key for key in groups if len(key[2]) == 1 and key not in means]
-    # At an eps other than 8 only where there is a judge that did not judge all methods.
-    methods = [key for key in alone if key[1] == 8 or groups[key].keys() - groups[most[key[:2]]].keys()]
-    sets = max((each.data_sets for each in of_fgsm), default=0)
-    for model, eps, names in (
-        *sorted(means, key=lambda key: key[:2]),
-        *sorted(methods, key=lambda key: (method_place(key[2][0]), key[1])),
-    ):
-        judged = groups[model, eps, names]
-        fewer = min(each.data_sets for each in judged.values())
+    sets = {key: max(each.data_sets for each in judged.values()) for key, judged in groups.items()}
+    all_sets = max(sets.values(), default=0)
+    judged_alone = [key for key in alone if groups[key].keys() - groups[most[key[:2]]].keys()]
+    methods = [key for key in alone if key[1] == 8 or key in judged_alone]
+    methods.sort(key=lambda key: (method_place(key[2][0]), key[1]))
+    rows = [*sorted(means, key=lambda key: key[:2]), *methods]
+    by_weight = sorted(rows, key=lambda key: (sets[key] < all_sets, key not in means, key not in judged_alone))
+    for model, eps, names in (key for key in rows if key in by_weight[: ROWS - len(PAPER)]):
+        judged, found = groups[model, eps, names], sets[model, eps, names]
         what = _named(names) + (f", {model}" if several else "")
-        what += f", {fewer} of {_count(sets, 'data set')}" if fewer < sets else ""
+        what += f", {found} of {_count(all_sets, 'data set')}" if found < all_sets else ""
         ratios = [each.to_pgd for each in times if each.attack == "fgsm" and each.method in names and each.to_pgd]
-        cells = [_cell(judged[judge]) if judge in judged else "" for judge in judges]
+        cells = [_cell(judged[judge], found) if judge in judged else "" for judge in judges]
         lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if ratios else None))
     return "\n".join([*lines, "", " ".join(_stability([c for c in courses if c.result.fast and c.result.transfer])[2])])
 
@@ -236,8 +237,9 @@ def _line(what: str, eps: float, cells: Sequence[str], time: float | None) -> st
     return f"| {what} | {eps:g} | " + " | ".join(cells) + f" | {'' if time is None else f'{time:.2f}'} |"
 
 
-def _cell(each: Average) -> str:
-    return f"{points(each.mean)} ({points(each.low)} to {points(each.high)})"
+def _cell(each: Average, data_sets: int) -> str:
+    fewer = f", {_count(each.data_sets, 'data set')}" if each.data_sets < data_sets else ""
+    return f"{points(each.mean)} ({points(each.low)} to {points(each.high)}){fewer}"
 
 
 def _named(methods: Sequence[str]) -> str:

@@ -171,10 +171,8 @@ def bootstrap(
     Returns:
         (low, high) in [-1, 1].
     """
-    seeds, _ = differences.shape
-    sides = np.broadcast_to([1.0, -1.0], (seeds, 2))
-    d = np.concatenate([differences, sides], 1)
-    images, columns, mean = d.shape[1], d.mean(0), d.mean()
+    d = _with_sides(differences)
+    (seeds, images), columns, mean = d.shape, d.mean(0), d.mean()
     generator = np.random.default_rng(seed)
     values, counts = np.unique(columns, return_counts=True)
     drawn = generator.multinomial(images, counts / images, size=draws) @ values / images - mean
@@ -249,9 +247,11 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
 def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> tuple[float, float]:
     """The interval of the mean over data sets.
 
-    It is Student's interval, but never narrower than the rows' own intervals allow. That matters where the means of the
-    data sets happen to lie close together. The rows' half-widths are averaged within a data set, as if its methods
-    erred alike, and added in quadrature over the data sets, as if these erred independently.
+    It is Student's interval, but never narrower than seeds and images leave it. That matters where the means of the
+    data sets happen to lie close together. The standard errors of the rows are averaged within a data set, as if its
+    methods erred alike, and added in quadrature over the data sets, as if these erred independently. The degrees of
+    freedom are Welch's and Satterthwaite's: those of the seeds where one data set's seeds are most of the error, and
+    more the more data sets share it.
 
     Args:
         means: the mean of each data set.
@@ -261,8 +261,16 @@ def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> 
         (low, high) in [-1, 1].
     """
     low, high = t_interval(means)
-    within = [np.mean([(each.high - each.low) / 2 for each in rows]) for rows in sets]
-    mean, half = np.mean(means), np.linalg.norm(within) / len(sets)
+    errors, of_seeds, freedom = np.zeros(len(sets)), np.zeros(len(sets)), np.ones(len(sets))
+    for i, rows in enumerate(sets):
+        variances = [_variances(each.verdicts) for each in rows]
+        errors[i] = np.mean([np.sqrt(of_image + of_seed) for of_image, of_seed in variances])
+        of_seeds[i] = np.mean([np.sqrt(of_seed) for _, of_seed in variances])
+        freedom[i] = max(min(len(each.seeds) for each in rows) - 1, 1)
+    with np.errstate(divide="ignore"):  # with one seed no variance is that of seeds: as many degrees as there can be
+        degrees = np.sum(errors**2) ** 2 / np.sum(of_seeds**4 / freedom)
+    half = require("scipy.stats").t.ppf((1 + LEVEL) / 2, degrees) * np.linalg.norm(errors) / len(sets)
+    mean = np.mean(means)
     return float(max(min(low, mean - half), -1)), float(min(max(high, mean + half), 1))
 
 
@@ -308,6 +316,21 @@ def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
 
 def _judged(judge: str, *results: Result) -> bool:
     return all(judge in each.verdicts for each in results)
+
+
+def _with_sides(differences: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The differences and two images more, see `bootstrap`."""
+    sides = np.broadcast_to([1.0, -1.0], (len(differences), 2))
+    return np.concatenate([differences, sides], 1)
+
+
+def _variances(differences: npt.NDArray[Any]) -> tuple[float, float]:
+    """The parts of the mean's variance by images and by seeds; one seed tells nothing of the second."""
+    d = _with_sides(differences)
+    if len(d) == 1:
+        return float(d.var() / d.size), 0.0
+    of_seed, of_image, rest = _mean_squares(d)
+    return max(of_image - rest, 0.0) / d.size, of_seed / d.size
 
 
 def _mean_squares(d: npt.NDArray[np.float64]) -> tuple[float, float, float]:

@@ -1,6 +1,7 @@
 """A study's page, tables and figures: with no results, with some and with all."""
 
 import csv
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -248,6 +249,30 @@ def test_the_table_says_fewer_data_sets_and_has_judges_that_one_method_alone_met
         ("full fine-tuning, 1 of 2 data sets", "4", True),
         ("full fine-tuning", "8", False),
     ]
+
+
+def test_the_table_has_ten_rows_and_says_of_which_data_sets_a_judge_is(tmp_path, rng):
+    for data, method, eps in itertools.product(
+        "ab", ("linear", "bias", "lora", "full"), (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+    ):
+        if (data, eps) == ("b", 1.0):
+            continue
+        more = {"autoattack": 0.5} if (data, method) == ("a", "full") and eps in (8, 16) else {}
+        for attack in ("fgsm", "pgd"):
+            cell = {"data": data, "method": method, "eps": eps, "attack": attack}
+            studied.write(tmp_path, studied.record_of(rng, judges=studied.JUDGES | more, labels=data, **cell))
+    lines = [line for line in read_study(tmp_path).readme.splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) == 10
+    mean = "mean of linear, bias, lora and full"
+    assert [tuple(row[:2]) for row in rows[2:]] == [
+        *((mean, eps) for eps in ("2", "4", "8", "16", "32")),
+        ("linear probing", "8"),
+        ("full fine-tuning", "8"),
+        ("full fine-tuning", "16"),
+    ]
+    assert [row[4].endswith(", 1 data set") for row in rows[2:]] == [False] * 6 + [True] * 2
+    assert not any("data set" in row[3] for row in rows)
 
 
 def test_pairs_that_differ_in_more_than_the_attack_are_said_on_the_first_screen(tmp_path, rng):

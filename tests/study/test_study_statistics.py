@@ -11,8 +11,8 @@ from scipy import stats
 from studied import rng as rng
 
 from fastadv.study.overfitting import DETECTORS, collapse, courses, partly, scores
-from fastadv.study.results import result_of
-from fastadv.study.statistics import Row, averages, bootstrap, compare, paired, t_interval
+from fastadv.study.results import result_of, row_of
+from fastadv.study.statistics import Difference, Row, average, averages, bootstrap, compare, paired, t_interval
 from fastadv.study.timing import times
 
 
@@ -224,9 +224,9 @@ def test_data_sets_that_agree_by_chance_are_no_certainty(rng):
     for a, b in zip(records[:2], records[2:], strict=True):
         b["verdicts"] = a["verdicts"]
     differences, _ = compare(map(result_of, records))
-    one, other = ((each.low, each.high) for each in differences if each.judge == "pma")
+    two = [np.append(each.verdicts[0], [1, -1]) for each in differences if each.judge == "pma"]
     (found,) = (each for each in averages(differences) if each.judge == "pma")
-    half = sqrt((one[1] - one[0]) ** 2 + (other[1] - other[0]) ** 2) / 2 / 2
+    half = statistics.NormalDist().inv_cdf(0.975) * sqrt(sum(each.var() / len(each) for each in two)) / 2
     assert found.data_sets == 2
     assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half))
     # Data sets that do not agree have Student's interval.
@@ -235,6 +235,29 @@ def test_data_sets_that_agree_by_chance_are_no_certainty(rng):
     spread[1] = dataclasses.replace(spread[1], judge="pma")
     (wide,) = averages(spread)
     assert (wide.low, wide.high) == pytest.approx(t_interval([-0.3, 0.3]))
+
+
+@pytest.mark.parametrize(
+    ("of_seeds", "of_sets"),
+    [((0.01,), 0.0), ((0.05, *[0.002] * 5), 0.0), ((0.0,), 0.0), ((0.01,), 0.02)],
+    ids=["seeds", "one set's seeds", "images", "sets"],
+)
+def test_the_interval_over_data_sets_covers_the_mean(rng, of_seeds, of_sets):
+    """Six data sets, three seeds, 512 images; of one image in ten the verdicts differ. The true mean is 0."""
+    row = result_of(studied.record_of(rng))
+    covered = []
+    for _ in range(300):
+        sets = []
+        for number in range(6):
+            shift = rng.normal(0, of_sets) + rng.normal(0, of_seeds[number % len(of_seeds)], 3)
+            up, down = (np.clip(0.05 + side * shift / 2, 0, 1)[:, None] for side in (1, -1))
+            drawn = rng.random((3, 512))
+            verdicts = (drawn < up).astype(np.int8) - (drawn > 1 - down).astype(np.int8)
+            made = Difference(row_of(row), "fgsm", "pma", (0, 1, 2), verdicts, float(verdicts.mean()), 0.0, 0.0, {})
+            sets.append(dataclasses.replace(made, row=dataclasses.replace(made.row, data=str(number))))
+        found = average(sets, [row.cell.method])
+        covered.append(found.low <= 0 <= found.high)
+    assert np.mean(covered) > 0.92
 
 
 def test_an_average_over_methods_of_one_data_set_is_over_the_seeds_that_all_have(rng):
