@@ -5,7 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from numbers import Real
 from operator import add
 from typing import Any
@@ -118,9 +118,11 @@ class Attack(Modes, Targets, ABC):
             and clip stay in pixels. The attack is the same as one on `Normalized(model, mean, std)` with pixels. None:
             images are pixels.
 
-    All of these are attributes. One that is assigned later acts as if it had been passed here.
+    All of these are attributes. One that is assigned later acts as if it had been passed here; another
+    name is refused.
 
     Raises:
+        AttributeError: a name that is no setting was assigned.
         TypeError: an option is unknown or of a wrong type.
         ValueError: an option is of a wrong value.
     """
@@ -193,6 +195,15 @@ class Attack(Modes, Targets, ABC):
             )
 
     # ------------------------------------------------------------------ settings
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse a name that is no setting and would change nothing, such as `iters`; subclasses of yours are free."""
+        kind = type(self)
+        free = name.startswith("_") or not kind.__module__.startswith("fastadv.")
+        replaced = callable(value) and callable(getattr(kind, name, None))  # a method
+        if not (free or replaced or name in _assignable(kind)):
+            raise AttributeError(f"{kind.__name__} has no setting {name!r}{instead(name, ('eps', *options_of(kind)))}")
+        super().__setattr__(name, value)
 
     def check(self) -> None:
         """Refuse settings of a wrong type or value; called before they act, also after one was assigned."""
@@ -752,6 +763,13 @@ def _same(settings: Mapping[str, object], others: Mapping[str, object]) -> bool:
         value is others[name] or (type(value) is type(others[name]) in plain and value == others[name])
         for name, value in settings.items()
     )
+
+
+@lru_cache
+def _assignable(attack: type[Attack]) -> frozenset[str]:
+    """The names that may be assigned to an attack: what it and the classes that it derives from are made with."""
+    kinds = [kind for kind in attack.__mro__ if issubclass(kind, Attack)]
+    return frozenset({"model", "eps", "objective"}.union(*map(options_of, kinds)))
 
 
 def options_of(attack: type[Attack]) -> list[str]:

@@ -125,10 +125,15 @@ def check_length(name: str, length: object, eps: float, norm: str, clip: tuple[f
         raise ValueError(f"{name} is on the images' scale [0, 1] (8/255, not 8), got {length}")
 
 
+DOWN = "a negative step goes down the loss; to go towards classes, pass targeted"
+
+
 def check_alpha(alpha: object) -> None:
-    """Refuse what is neither a finite number nor a float tensor."""
+    """Refuse what is neither a finite number of at least 0 nor a float tensor."""
     if not isinstance(alpha, torch.Tensor):
         check_number("alpha", alpha)
+        if alpha < 0:  # type: ignore[operator]
+            raise ValueError(f"alpha must be at least 0, got {alpha}: {DOWN}")
     elif not alpha.is_floating_point():
         raise TypeError(f"alpha must be a number or a float tensor, got {alpha.dtype}")
     elif alpha.requires_grad:
@@ -141,7 +146,7 @@ def check_alpha_of(alpha: torch.Tensor, images: torch.Tensor, *, look: bool) -> 
     Args:
         alpha: step sizes.
         images: (N, C, ...).
-        look: refuse values that are not finite, which waits for the device.
+        look: refuse values that are negative or not finite, which waits for the device.
 
     Raises:
         ValueError: a wrong device, shape or value.
@@ -156,8 +161,8 @@ def check_alpha_of(alpha: torch.Tensor, images: torch.Tensor, *, look: bool) -> 
             f"rank as (N, 1, 1, 1), (1, C, 1, 1) or (N, C, 1, 1); got {tuple(alpha.shape)} for images "
             f"{tuple(images.shape)}"
         )
-    if look and not bool(alpha.isfinite().all()):
-        raise ValueError("alpha must be finite, and some of it is not")
+    if look and not bool((alpha.isfinite() & (alpha >= 0)).all()):
+        raise ValueError(f"alpha must be finite and at least 0, and some of it is not: {DOWN}")
 
 
 def check_images(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -> None:

@@ -473,3 +473,47 @@ def test_repr_names_a_loss_of_ones_own():
         return outputs.sum(1)
 
     assert "loss=hinge" in repr(PGD(Net(), loss=hinge))
+
+
+# ---------------------------------------------------------------------- names and values that would be no setting
+
+
+@every_attack
+@pytest.mark.parametrize("name_of_it", ["iters", "epsilon", "norm", "step_size", "by_gradient", "perturbation"])
+def test_a_name_that_is_no_setting_is_refused(net, batch, name, name_of_it):
+    images, labels = batch
+    attack = ATTACKS[name](net)
+    before = attack(images, labels, seed=3)
+    with pytest.raises(
+        AttributeError, match=rf"{type(attack).__name__} has no setting '{name_of_it}'; there are eps, "
+    ):
+        setattr(attack, name_of_it, 5)
+    assert torch.equal(attack(images, labels, seed=3), before)
+
+
+def test_a_single_step_has_no_number_of_steps(net):
+    with pytest.raises(AttributeError, match="FGSM has no setting 'steps'"):
+        FGSM(net, EPS).steps = 10
+
+
+def test_an_attack_of_ones_own_may_have_any_attribute(net, batch):
+    class Mine(PGD):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.iters = 7
+
+    attack = Mine(net, EPS)
+    attack.count = 3
+    attack(*batch)
+    assert (attack.iters, attack.count) == (7, 3)
+
+
+@pytest.mark.parametrize("attack", [PGD, FGSM])
+def test_a_step_down_the_loss_is_refused(net, batch, attack):
+    with pytest.raises(ValueError, match=r"alpha must be at least 0, got -0\.01: a negative step goes down the loss"):
+        attack(net, EPS, alpha=-0.01)
+    made = attack(net, EPS)
+    made.alpha = torch.full((N,), 0.01)
+    made.alpha[2] = -0.01
+    with pytest.raises(ValueError, match="alpha must be finite and at least 0, and some of it is not"):
+        made(*batch)
