@@ -23,7 +23,7 @@ from fastadv.evaluation.identity import fingerprint, unidentifiable
 from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.queue import Verdicts
 from fastadv.evaluation.run import Report, Run
-from fastadv.evaluation.samples import AnyData, collected
+from fastadv.evaluation.samples import AnyData, collected, oddities
 from fastadv.evaluation.saved import StateFile
 from fastadv.locks import held
 from fastadv.names import instead
@@ -171,6 +171,9 @@ def evaluate(
         model = Normalized(model, *images_normalized)
     against = adversaries(model, attacks, eps, autocast=autocast, memory_format=memory_format)
     images, labels = collected(data, model, device, normalization)
+    notes = oddities(data, len(labels))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     most = images.most if isinstance(images, Share) else len(images)
     if isinstance(images, Share) and not images.alone and (state, save_images, normalization) != (None, None, None):
         raise ValueError(
@@ -200,6 +203,7 @@ def evaluate(
         autocast=autocast,
         memory_format=memory_format,
     )
+    report["warnings"] = [*notes, *report["warnings"]]
     return report
 
 

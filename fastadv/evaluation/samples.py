@@ -6,7 +6,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.normalized import denormalized
@@ -15,7 +15,9 @@ from fastadv.devices import present
 from fastadv.functional import Normalization
 from fastadv.nn.frozen import as_normal
 from fastadv.nn.logits import AnyModel
+from fastadv.ops.generator import seeded
 
+LOOKED_AT = 8  # images of a data set that are read twice
 BATCH = 256  # samples that are read from a Dataset at a time
 IMAGES = ("images", "image", "pixel_values", "img")  # keys of the images where a batch is a dict
 LABELS = ("labels", "label")
@@ -70,6 +72,46 @@ def collected(
     labels = labels.to(device or device_of(model) or images.device)
     check_device(labels.device, model)
     return images, labels
+
+
+def oddities(data: object, count: int) -> list[str]:
+    """What a loader or a Dataset does to the samples that an evaluation should not have, in sentences.
+
+    Some images of the data set are read twice, with other seeds, to tell whether they are drawn anew each time.
+
+    Args:
+        data: the samples, as `evaluate` takes them.
+        count: the number of samples that it gave.
+    """
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if not isinstance(dataset, Dataset) or not hasattr(dataset, "__len__"):
+        return []
+    found, size = [], len(dataset)
+    if count < size:
+        found.append(
+            f"the loader gave {count} of the {size} samples of its data set: the others are in no figure. Does it have "
+            "drop_last, or a sampler for a part?"
+        )
+    sampler = getattr(data, "sampler", None)
+    if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
+        found.append("the loader draws with replacement: some images count several times, and others never")
+    rows = range(0, size, max(1, size // LOOKED_AT))[:LOOKED_AT]
+    readings = []
+    for seed in (0, 1):
+        with seeded(seed):
+            readings.append([_image_in(dataset[row]) for row in rows])
+    if not all(map(np.array_equal, *readings)):
+        found.append(
+            "the data set draws its images anew each time that they are read, as with augmentation: the accuracies are "
+            "of one draw. Evaluate on images without random transforms"
+        )
+    return found
+
+
+def _image_in(sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        return next((np.asarray(sample[name]) for name in IMAGES if name in sample), None)
+    return np.asarray(sample[0])
 
 
 def _share_and_labels(share: Share, labels: torch.Tensor, model: AnyModel, device: torch.device | str | None) -> Batch:

@@ -1186,6 +1186,42 @@ class Pictures(Dataset):
         return Image.new("RGB", (4, 4)), i
 
 
+class Noisy(TensorDataset):
+    """Draws a shift for each image at each reading, as augmentation does."""
+
+    def __init__(self, x, y, draw):
+        super().__init__(x, y)
+        self.draw = draw
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image * (1 - 0.1 * self.draw()), label
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: torch.rand(()), random.random, lambda: np.random.rand()],  # noqa: NPY002
+)
+@pytest.mark.parametrize("loads", [False, True], ids=["dataset", "loader"])
+def test_images_that_are_drawn_anew_are_told(net, samples, draw, loads):
+    drawn = Noisy(*samples, draw)
+    given = DataLoader(drawn, 9) if loads else drawn
+    with pytest.warns(UserWarning, match="the data set draws its images anew each time"):
+        report = evaluate(net, given, ["fgsm"], progress=False)
+    assert "the data set draws its images anew" in report["warnings"][0]
+
+
+def test_samples_that_a_loader_leaves_out_or_repeats_are_told(net, samples):
+    whole = TensorDataset(*samples)
+    count = len(whole)
+    with pytest.warns(UserWarning, match=f"gave {count - count % 7} of the {count} samples of its data set"):
+        evaluate(net, DataLoader(whole, 7, drop_last=True), ["fgsm"], progress=False)
+    weighted = torch.utils.data.WeightedRandomSampler(torch.ones(count), count)
+    for sampler in (weighted, torch.utils.data.RandomSampler(whole, replacement=True)):
+        with pytest.warns(UserWarning, match="draws with replacement"):
+            evaluate(net, DataLoader(whole, 7, sampler=sampler), ["fgsm"], progress=False)
+
+
 @pytest.mark.parametrize(
     ("form", "got"),
     [
