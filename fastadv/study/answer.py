@@ -202,12 +202,14 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
     """
     judges = [judge for judge in README_JUDGES if any(each.judge == judge for each in averages)] or ["pgd-10", "pma"]
     lines = [
-        "| FGSM's robust accuracy minus PGD's | eps | " + " | ".join(map(judge_words, judges)) + " | time / PGD's |",
-        "|---|---:|" + "---:|" * (len(judges) + 1),
+        f"| FGSM's robust accuracy minus PGD's | eps | PGD's under {judge_words(HEADLINE_JUDGE)} | "
+        + " | ".join(map(judge_words, judges))
+        + " | time / PGD's |",
+        "|---|---:|---:|" + "---:|" * (len(judges) + 1),
     ]
     for eps, mean in PAPER.items():
         cells = [points(mean) if judge == "pgd-10" else "" for judge in judges]
-        lines.append(_line("the paper, ImageNet backbones at 224 px", eps, cells, PAPER_TIME))
+        lines.append(_line("the paper, ImageNet backbones at 224 px", eps, ["", *cells], PAPER_TIME))
     of_fgsm = [each for each in averages if each.attack == "fgsm" and each.methods != (SCRATCH,)]
     groups: dict[tuple[str, float, tuple[str, ...]], dict[str, Average]] = {}
     for each in of_fgsm:
@@ -228,7 +230,8 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
         what = _named(names) + (f", {model}" if several else "")
         what += f", {found} of {_count(all_sets, 'data set')}" if found < all_sets else ""
         ratios = [each.to_pgd for each in times if each.attack == "fgsm" and each.method in names and each.to_pgd]
-        cells = [_cell(judged[judge], found) if judge in judged else "" for judge in judges]
+        cells = [f"{100 * judged[HEADLINE_JUDGE].reference:.1f} %" if HEADLINE_JUDGE in judged else ""]
+        cells += [_cell(judged[judge], found) if judge in judged else "" for judge in judges]
         lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if ratios else None))
     return "\n".join([*lines, "", " ".join(_stability([c for c in courses if c.result.fast and c.result.transfer])[2])])
 

@@ -55,4 +55,5 @@ def numbers(study: Study) -> dict[str, Any]:
 
 def _difference(each: Difference) -> dict[str, Any]:
     about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
-    return {**asdict(each.row), **about, "mean": each.mean, "low": each.low, "high": each.high, "unlike": each.unlike}
+    found = {name: getattr(each, name) for name in ("mean", "low", "high", "reference", "unlike")}
+    return {**asdict(each.row), **about, **found}

@@ -36,6 +36,8 @@ class Difference:
         mean: the mean of the verdicts, in [-1, 1].
         low: the lower bound of the mean's 95 % interval.
         high: the upper bound of that interval.
+        reference: the share of the images on which the second cells are right under `judge`: where it is next to
+            nothing, a difference cannot be large.
         unlike: {setting: both values, such as "30 and 40"}, for each setting that differs and is not the attack's own.
     """
 
@@ -47,6 +49,7 @@ class Difference:
     mean: float
     low: float
     high: float
+    reference: float
     unlike: dict[str, str]
 
 
@@ -65,6 +68,7 @@ class Average:
         low: the lower bound of the mean's 95 % interval: for several data sets as in `_over_sets`, for one data set
             from the bootstrap over its seeds and images.
         high: the upper bound of that interval.
+        reference: the mean of the differences' own.
     """
 
     model: str
@@ -76,6 +80,7 @@ class Average:
     mean: float
     low: float
     high: float
+    reference: float
 
 
 def paired(first: Sequence[Result], second: Sequence[Result], judge: str) -> npt.NDArray[np.int8]:
@@ -230,10 +235,10 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
         return None
     one, means = differences[0], [float(np.mean([of[method].mean for method in common])) for of in sets.values()]
     facts = (one.row.model, tuple(common), one.attack, one.judge, one.row.eps, len(means))
+    reference = float(np.mean([of[method].reference for of in sets.values() for method in common]))
     if len(means) > 1:
-        return Average(
-            *facts, float(np.mean(means)), *_over_sets(means, [[of[m] for m in common] for of in sets.values()])
-        )
+        interval = _over_sets(means, [[of[m] for m in common] for of in sets.values()])
+        return Average(*facts, float(np.mean(means)), *interval, reference)
     of_one = [next(iter(sets.values()))[method] for method in common]
     seeds = sorted(set.intersection(*(set(each.seeds) for each in of_one)))
     if not seeds:
@@ -241,7 +246,7 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     # For each image and seed one number: the mean over the methods' models.
     verdicts = np.mean([each.verdicts[[each.seeds.index(s) for s in seeds]] for each in of_one], 0)
     interval = bootstrap(verdicts, _number(*((each.row, each.attack, each.judge) for each in of_one)))
-    return Average(*facts, float(verdicts.mean()), *interval)
+    return Average(*facts, float(verdicts.mean()), *interval, reference)
 
 
 def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> tuple[float, float]:
@@ -300,7 +305,8 @@ def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[i
             verdicts = paired([first[s] for s in both], [second[s] for s in both], judge)
             low, high = bootstrap(verdicts, _number((row, attack, judge)))
             mean, unlike = float(verdicts.mean()), _unlike([(first[s], second[s]) for s in both])
-            yield Difference(row, attack, judge, tuple(both), verdicts, mean, low, high, unlike)
+            reference = float(np.mean([second[s].verdicts[judge].mean() for s in both]))
+            yield Difference(row, attack, judge, tuple(both), verdicts, mean, low, high, reference, unlike)
 
 
 def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:

@@ -160,8 +160,8 @@ def test_all_of_it_stable(tmp_path, rng):
     table = read_study(tmp_path).readme
     assert table == numbers["readme"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
-    assert cells[2] == ["the paper, ImageNet backbones at 224 px", "4", "-0.39", "", "0.25"]
-    assert cells[3] == ["the paper, ImageNet backbones at 224 px", "8", "-1.39", "", "0.25"]
+    assert cells[2] == ["the paper, ImageNet backbones at 224 px", "4", "", "-0.39", "", "0.25"]
+    assert cells[3] == ["the paper, ImageNet backbones at 224 px", "8", "", "-1.39", "", "0.25"]
     assert [row[:2] for row in cells[4:]] == [
         ["mean of linear and full", "4"],
         ["mean of linear and full", "8"],
@@ -169,10 +169,12 @@ def test_all_of_it_stable(tmp_path, rng):
         ["full fine-tuning", "8"],
     ]
     for row, methods in zip(cells[4:], [("linear", "full")] * 2 + [("linear",), ("full",)], strict=True):
-        for cell, judge in zip(row[2:4], ("pgd-10", "pma"), strict=True):
+        of_pgd = [each for each in numbers["rows"] if (each["attack"], each["eps"]) == ("pgd", float(row[1]))]
+        assert row[2] == f"{100 * np.mean([each['pma'] for each in of_pgd if each['method'] in methods]):.1f} %"
+        for cell, judge in zip(row[3:5], ("pgd-10", "pma"), strict=True):
             each = means[judge, float(row[1]), methods]
             assert cell == f"{points(each['mean'])} ({points(each['low'])} to {points(each['high'])})"
-        assert 0.28 < float(row[4]) < 0.31  # 17 s of 58 s
+        assert 0.28 < float(row[5]) < 0.31  # 17 s of 58 s
 
 
 @pytest.mark.parametrize("every", [False, True])
@@ -241,8 +243,8 @@ def test_the_table_says_fewer_data_sets_and_has_judges_that_one_method_alone_met
         studied.write(tmp_path, studied.record_of(rng, judges=studied.JUDGES | more, labels=cell["data"], **cell))
     lines = read_study(tmp_path).readme.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert rows[0][2:5] == ["PGD-10", "PMA", "APGD"]
-    assert [(*row[:2], bool(row[4])) for row in rows[4:]] == [
+    assert rows[0][2:6] == ["PGD's under PMA", "PGD-10", "PMA", "APGD"]
+    assert [(*row[:2], bool(row[5])) for row in rows[4:]] == [
         ("mean of linear and full, 1 of 2 data sets", "4", False),
         ("mean of linear and full", "8", False),
         ("linear probing", "8", False),
@@ -271,8 +273,8 @@ def test_the_table_has_ten_rows_and_says_of_which_data_sets_a_judge_is(tmp_path,
         ("full fine-tuning", "8"),
         ("full fine-tuning", "16"),
     ]
-    assert [row[4].endswith(", 1 data set") for row in rows[2:]] == [False] * 6 + [True] * 2
-    assert not any("data set" in row[3] for row in rows)
+    assert [row[5].endswith(", 1 data set") for row in rows[2:]] == [False] * 6 + [True] * 2
+    assert not any("data set" in row[4] for row in rows)
 
 
 def test_pairs_that_differ_in_more_than_the_attack_are_said_on_the_first_screen(tmp_path, rng):

@@ -253,8 +253,8 @@ def test_the_interval_over_data_sets_covers_the_mean(rng, of_seeds, of_sets):
             up, down = (np.clip(0.05 + side * shift / 2, 0, 1)[:, None] for side in (1, -1))
             drawn = rng.random((3, 512))
             verdicts = (drawn < up).astype(np.int8) - (drawn > 1 - down).astype(np.int8)
-            made = Difference(row_of(row), "fgsm", "pma", (0, 1, 2), verdicts, float(verdicts.mean()), 0.0, 0.0, {})
-            sets.append(dataclasses.replace(made, row=dataclasses.replace(made.row, data=str(number))))
+            mean, of = float(verdicts.mean()), dataclasses.replace(row_of(row), data=str(number))
+            sets.append(Difference(of, "fgsm", "pma", (0, 1, 2), verdicts, mean, 0.0, 0.0, 0.5, {}))
         found = average(sets, [row.cell.method])
         covered.append(found.low <= 0 <= found.high)
     assert np.mean(covered) > 0.92
