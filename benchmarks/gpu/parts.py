@@ -188,19 +188,18 @@ def verdicts(out):
 def study(out):
     """Run fastadv study: study.yaml, many cells at a time; the times of cells that share a GPU mean little."""
     folder = out / "kept/study"  # keeps each finished cell: after a cut the other cells follow
-    data = os.environ.get("FASTADV_STUDY")
+    data, count = os.environ.get("FASTADV_STUDY"), min(12, os.cpu_count())
     if DRY_RUN:
         chosen = ["--data=digits", "--model=conv", "--methods=full", "--seeds=1", "--epochs=1", "--device=cpu"]
         chosen += [f"--{part}-limit=32" for part in ("train", "val", "test")]
     elif data:
-        count = min(12, os.cpu_count())
         chosen = ["benchmarks/training/study.yaml", f"--data-folder={data}", "--device=cuda", f"--processes={count}"]
     else:
         return {"ok": True, "why": "FASTADV_STUDY names no folder with the data sets of study.yaml"}
     command = (sys.executable, "-m", "fastadv", "study", *chosen, "--out", folder)
     with sharing(out) as (shared, env):
         status, _ = run(out / "study.cells.log", *command, FASTADV_COMMIT=environment.commit(), **env)
-    return {"ok": status == 0, "at the same time on the GPU": shared}
+    return {"ok": status == 0, "processes": 1 if DRY_RUN else count, "mps": shared}
 
 
 @contextmanager

@@ -118,8 +118,8 @@ class Attack(Modes, Targets, ABC):
             and clip stay in pixels. The attack is the same as one on `Normalized(model, mean, std)` with pixels. None:
             images are pixels.
 
-    All of these are attributes. One that is assigned later acts as if it had been passed here; another
-    name is refused.
+    All of these are attributes. One that is assigned later acts as if it had been passed here; another name is
+    refused.
 
     Raises:
         AttributeError: a name that is no setting was assigned.
