@@ -34,9 +34,15 @@ def test_a_training_goes_on(old, name, tmp_path, monkeypatch):
     epochs = 3 + old_run.RUNS[name].get("lp_ft", 0)
     assert [record["epoch"] for record in records if "epoch" in record] == list(range(epochs))
     assert len(batches) == 4 * epochs - old_run.STEPS[name]
-    # The weights are from an uncut run of that version; another PyTorch or processor may round otherwise.
-    torch.testing.assert_close(weights, safetensors.torch.load_file(old / f"{name}.safetensors"), rtol=0, atol=1e-4)
-    start = old_run.network().state_dict()
+    # The weights are from an uncut run of that version. Another processor rounds otherwise, and then some signs of
+    # FGSM differ: 0.2 % of the way from the start, where a run that lost its optimizer's state was 13 and 18 % off.
+    start, uncut = old_run.network().state_dict(), safetensors.torch.load_file(old / f"{name}.safetensors")
+    assert weights.keys() == uncut.keys()
+    here, there, first = (
+        torch.cat([made[key].flatten() for key in uncut if uncut[key].is_floating_point()])
+        for made in (weights, uncut, start)
+    )
+    assert (here - there).norm() < 0.02 * (there - first).norm()
     assert all((weights[key] - start[key]).abs().max() > 0.01 for key in ("0.weight", "1.running_mean", "4.weight"))
     assert old_run.train(name, tmp_path / "run")[1] == records  # this version reads the files that it wrote
 

@@ -242,8 +242,8 @@ def test_a_grid_is_read_as_it_was_written(tmp_path):
 def test_the_committed_study_has_the_cells_that_were_asked_for():
     grid = read_grid(BENCHMARKS / "training" / "study.yaml")
     known = [block for block in grid["blocks"] if set(block.get("methods", ())) <= {*METHODS, "scratch"}]
-    (main, *_), tasks = known, expanded({**grid, "blocks": known})
-    assert len(expanded({**grid, "blocks": [main]})) == 432
+    tasks = expanded({**grid, "blocks": known})
+    assert [len(expanded({**grid, "blocks": [block]})) for block in known if not block] == [432]
     by_judge = Counter(judge for task in tasks for judge in task.judges)
     assert by_judge == {"pgd-50-10": 36, "apgd": 36, "autoattack": 6}
     at = {task.cell.eps for task in tasks if task.cell.data == "eurosat"}
