@@ -678,7 +678,7 @@ def _cells(report: Mapping, cells: list[Mapping]) -> str:
     done, missing = len(report["rows"]), len(report["missing"]["cells"])
     if not missing:
         return f"All {done} cells are measured."
-    return f"{done} of {done + missing} cells are measured, so this is no answer yet; what is missing is left out."
+    return f"{done} of {done + missing} cells are measured; what is missing is left out."
 
 
 def _answer(answer: Mapping) -> str:
