@@ -6,7 +6,14 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.normalized import denormalized
@@ -84,7 +91,7 @@ def oddities(data: object, count: int) -> list[str]:
         count: the number of samples that it gave.
     """
     dataset = data.dataset if isinstance(data, DataLoader) else data
-    if not isinstance(dataset, Dataset) or not hasattr(dataset, "__len__"):
+    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return []
     found, size = [], len(dataset)
     if count < size:
@@ -95,12 +102,14 @@ def oddities(data: object, count: int) -> list[str]:
     sampler = getattr(data, "sampler", None)
     if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
         found.append("the loader draws with replacement: some images count several times, and others never")
+    if not isinstance(sampler, (SequentialSampler, RandomSampler, type(None))):
+        return found  # it may have other indices than 0, 1, ...
     rows = range(0, size, max(1, size // LOOKED_AT))[:LOOKED_AT]
     readings = []
     for seed in (0, 1):
         with seeded(seed):
             readings.append([_image_in(dataset[row]) for row in rows])
-    if not all(map(np.array_equal, *readings)):
+    if not all(map(_same, *readings)):
         found.append(
             "the data set draws its images anew each time that they are read, as with augmentation: the accuracies are "
             "of one draw. Evaluate on images without random transforms"
@@ -109,9 +118,16 @@ def oddities(data: object, count: int) -> list[str]:
 
 
 def _image_in(sample: Any) -> Any:
+    """The image of one sample; None where a collate function makes it of something else."""
     if isinstance(sample, Mapping):
-        return next((np.asarray(sample[name]) for name in IMAGES if name in sample), None)
-    return np.asarray(sample[0])
+        return next((as_tensor(sample[name]) for name in IMAGES if name in sample), None)
+    return as_tensor(sample[0]) if isinstance(sample, (tuple, list)) and sample else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two readings are equal, on any device and of any dtype; what is no tensor counts as equal."""
+    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return not tensors or torch.equal(one, other)
 
 
 def _share_and_labels(share: Share, labels: torch.Tensor, model: AnyModel, device: torch.device | str | None) -> Batch:

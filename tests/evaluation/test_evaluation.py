@@ -1211,6 +1211,55 @@ def test_images_that_are_drawn_anew_are_told(net, samples, draw, loads):
     assert "the data set draws its images anew" in report["warnings"][0]
 
 
+class Keyed(Dataset):
+    """Has names for indices, and samples that a collate function makes into images."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, name):
+        return int(name.removeprefix("sample "))
+
+    def together(self, rows):
+        return self.x[rows], self.y[rows]
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """Has a length, and no indices."""
+
+    def __init__(self, x, y):
+        self.pairs = list(zip(x, y, strict=True))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __iter__(self):
+        return iter(self.pairs)
+
+
+@pytest.mark.parametrize("form", ["keyed", "streamed", "bfloat16", "gradients"])
+def test_loaders_of_other_indices_and_types_are_judged_as_before(net, samples, form, recwarn):
+    x, y = samples
+    if form == "keyed":
+        made = Keyed(x, y)
+        given = DataLoader(made, 9, sampler=[f"sample {i}" for i in range(len(x))], collate_fn=made.together)
+    elif form == "streamed":
+        given = DataLoader(Streamed(x, y), 9)
+    elif form == "bfloat16":
+        x = x.bfloat16()
+        given = DataLoader(TensorDataset(x, y), 9)
+        net = net.bfloat16()
+    else:
+        given = DataLoader(TensorDataset(x.clone().requires_grad_(), y), 9)
+    found, expected = (evaluate(net, each, ["fgsm"], progress=False) for each in (given, (x, y)))
+    assert found["clean_correct"] == expected["clean_correct"]
+    assert found["attacks"][0]["fooled"] == expected["attacks"][0]["fooled"]
+    assert found["warnings"] == expected["warnings"]
+
+
 def test_samples_that_a_loader_leaves_out_or_repeats_are_told(net, samples):
     whole = TensorDataset(*samples)
     count = len(whole)

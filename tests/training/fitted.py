@@ -1,5 +1,6 @@
 """What tests of training share: images to learn from, the order of a run's batches, and comparisons of weights."""
 
+import random
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -15,6 +16,14 @@ def colours(count, seed, side=8, dtype=torch.uint8):
     bright = F.one_hot(labels, 3)[:, :, None, None]
     images = 0.4 * bright + 0.6 * torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
     return (255 * images if dtype == torch.uint8 else images).to(dtype), labels
+
+
+def drawn(count, classes, side):
+    """Fresh random images (count, 3, side, side) in float64, and labels; the seed is printed."""
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, side, side, dtype=torch.float64, generator=generator), torch.arange(count) % classes
 
 
 @contextmanager

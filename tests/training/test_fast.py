@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fitted import loaded_batches
+from fitted import drawn, loaded_batches
 from torch import nn
 
 from fastadv import random_init, sample_seeds
@@ -29,10 +29,7 @@ REPEATS = 3
 
 @pytest.fixture
 def data():
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(COUNT, 3, 4, 4, dtype=torch.float64, generator=generator), torch.arange(COUNT) % CLASSES
+    return drawn(COUNT, CLASSES, 4)
 
 
 def network():

@@ -1,6 +1,5 @@
 """Training on a GPU gives the weights and records that it gives on the CPU."""
 
-import random
 from contextlib import contextmanager
 from itertools import count
 from unittest.mock import patch
@@ -8,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import timm
 import torch
-from fitted import timeless
+from fitted import drawn, timeless
 from gpus import needs_gpu
 from torch import nn
 
@@ -42,10 +41,7 @@ def device(request):
 
 @pytest.fixture
 def data():
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(COUNT, 3, 16, 16, dtype=torch.float64, generator=generator), torch.arange(COUNT) % CLASSES
+    return drawn(COUNT, CLASSES, 16)
 
 
 def conv():
