@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from fastadv.study.grid import SCRATCH
 from fastadv.study.overfitting import PARTLY, Course, Score
-from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, judge_words, method_place, method_words
+from fastadv.study.price import Price, Summary, summaries
+from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, grouped, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
 from fastadv.study.timing import Time
 
@@ -15,6 +17,8 @@ HEADLINE_JUDGE = "pma"
 README_JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
 PAPER: dict[float, float] = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
 PAPER_TIME = 1 / 4
+LITTLE = 0.01  # the loss of accuracy that an attack cheaper than FGSM may have
+SAME_TIME = 1.05  # times FGSM's: the time of two runs of one cell differs so much
 ROWS = 10  # of the table for README
 PAPER_SETUP = (
     "The paper (“Are Fast Methods Stable in Adversarially Robust Transfer Learning?”, 2025) has -0.39 and -1.39 points "
@@ -44,6 +48,7 @@ def answer(
     averages: Sequence[Average],
     times: Sequence[Time],
     scores: Iterable[Score],
+    prices: Sequence[Price] = (),
     complete: bool = True,
 ) -> Answer:
     """The answer from what was measured so far, which may be nothing.
@@ -53,6 +58,7 @@ def answer(
         averages: the differences to PGD, averaged over data sets.
         times: the times of methods with attacks.
         scores: the scores of the detectors.
+        prices: what training attacks cost and bring.
         complete: whether all cells are finished.
     """
     fast = [each for each in courses if each.result.fast]
@@ -65,7 +71,7 @@ def answer(
         (
             *stability,
             *_from_scratch([each for each in fast if not each.result.transfer]),
-            *_price(averages),
+            *(_to_pgd(averages) if averages or not prices else _to_fgsm(prices)),
             *_time(times),
             *_warned(scores),
         ),
@@ -133,7 +139,7 @@ def _from_scratch(runs: Sequence[Course]) -> list[str]:
     return [f"From scratch, for comparison, {len(collapsed)} of {_count(len(runs), 'run')} did, at eps {where}."]
 
 
-def _price(averages: Sequence[Average]) -> list[str]:
+def _to_pgd(averages: Sequence[Average]) -> list[str]:
     """The difference to PGD in words: at the paper's budgets, or at all budgets where those were not measured."""
     found = headlines(averages)
     if not found:
@@ -146,6 +152,29 @@ def _price(averages: Sequence[Average]) -> list[str]:
         f"Robust accuracy of models trained with {attack_words(one.attack)} minus that of models trained with PGD, "
         f"judged by {judge_words(one.judge)} ({over}): {words}."
     ]
+
+
+def _to_fgsm(prices: Sequence[Price]) -> list[str]:
+    """For each method: the cheapest attack that loses little to FGSM, and the best one that takes no longer."""
+    words = []
+    for method, found in grouped(summaries(prices), lambda each: each.method):
+        fgsm = median(each.times for each in prices if each.row.method == method and each.attack == each.against)
+        near = [each for each in found if each.mean >= -LITTLE and each.time < fgsm]
+        in_time = [each for each in found if each.time <= SAME_TIME * fgsm]
+        about = f"For {method_words(method)}, where FGSM takes {fgsm:.2f} times as long as training without an attack,"
+        within = f"within {100 * LITTLE:g} point of its accuracy under {judge_words(HEADLINE_JUDGE)}"
+        if near:
+            words.append(f"{about} {_priced(min(near, key=lambda each: each.time))} is the cheapest attack {within}.")
+        else:
+            words.append(f"{about} no cheaper attack comes {within}.")
+        if in_time:
+            words.append(f"The best in FGSM's time is {_priced(max(in_time, key=lambda each: each.mean))}.")
+    return words
+
+
+def _priced(each: Summary) -> str:
+    several = f", the mean of {each.rows}: {points(each.least)} to {points(each.greatest)}" if each.rows > 1 else ""
+    return f"{each.attack} ({points(each.mean)} points{several}; {each.time:.2f} times)"
 
 
 def _of(each: Average) -> str:

@@ -1,10 +1,11 @@
 """Which figures a study has, each drawn for the page and for a file."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastadv.study import answer as say
 from fastadv.study import figures
+from fastadv.study.price import JUDGE
 from fastadv.study.reading import Study
 from fastadv.study.results import attack_words, grouped, judge_words, method_words
 
@@ -35,20 +36,26 @@ def drawn(study: Study) -> dict[str, Drawing]:
     models = list(dict.fromkeys(each.cell.model for each in study.results))
     found = {}
     for number, model in enumerate(models):
+        of = model if len(models) > 1 else ""
         mine = [each for each in study.averages if each.model == model and each.judge in say.README_JUDGES]
         for (attack, judge), shown in grouped(mine, lambda each: (each.attack, each.judge)):
             words = f"{attack_words(attack)} minus PGD by eps, judged by {judge_words(judge)}"
-            found[f"difference-{number}-{attack}-{judge}"] = model, words, figures.difference_by_eps(shown)
+            found[f"difference-{number}-{attack}-{judge}"] = of, words, figures.difference_by_eps(shown)
         runs = [each for each in study.courses if each.result.cell.model == model and each.result.fast]
         for attack, group in grouped(runs, lambda each: each.result.cell.attack):
             words = f"{attack_words(attack)}: collapsed runs by method and eps"
-            found[f"map-{number}-{attack}"] = model, words, figures.stability_map(group)
+            found[f"map-{number}-{attack}"] = of, words, figures.stability_map(group)
             for method, of_method in grouped(group, lambda each: each.result.cell.method):
                 words = f"{method_words(method)} with {attack_words(attack)}: accuracy over epochs"
-                found[f"curves-{number}-{attack}-{method}"] = model, words, figures.curves(of_method)
+                found[f"curves-{number}-{attack}-{method}"] = of, words, figures.curves(of_method)
+    but_eps = grouped(study.prices, lambda each: (replace(each.row, eps=0.0), each.shared))
+    for number, (_, prices) in enumerate(but_eps):
+        row = prices[0].row
+        words = f"{method_words(row.method)}: accuracy under {judge_words(JUDGE)} over the time of training"
+        of = " ".join(filter(None, (row.data, row.classes, method_words(row.method), row.model)))
+        found[f"price-{number}"] = of, words, figures.price_curve(prices)
     drawings = {}
-    for name, (model, words, figure) in found.items():
-        caption = model if len(models) > 1 else ""
+    for name, (caption, words, figure) in found.items():
         svg = figures.svg(figure, f"{words} {caption}".strip())
         drawings[name] = Drawing(words, caption, svg, figures.png(figure))
     return drawings

@@ -14,6 +14,7 @@ from fastadv.evaluation.report.curves import png, whole_numbers
 from fastadv.evaluation.report.html import text
 from fastadv.study.answer import PAPER
 from fastadv.study.overfitting import Course
+from fastadv.study.price import Price
 from fastadv.study.results import attack_words, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
 
@@ -152,12 +153,44 @@ def _lines(axis: "Axes", runs: Iterable[Course], field: str, colour: str, style:
     axis.plot(*zip(*mean, strict=True), style, color=colour, linewidth=1.8, label=label, marker=marker)
 
 
+def price_curve(prices: Sequence[Price]) -> "Figure":
+    """Robust accuracy over the time of training, an attack each point, for each eps.
+
+    A dotted line shows FGSM's accuracy. The bars are the 95 % intervals of the difference to FGSM.
+
+    Args:
+        prices: those of one data set, model and method with the same settings.
+    """
+    budgets, attacks = sorted({each.row.eps for each in prices}), list(dict.fromkeys(each.attack for each in prices))
+    figure = _figure(max(0.8 + 2.1 * len(budgets), WIDTH), 3.3)
+    axes = figure.subplots(1, len(budgets), squeeze=False)[0]
+    for axis, eps in zip(axes, budgets, strict=True):
+        for each in (each for each in prices if each.row.eps == eps):
+            style: dict[str, Any] = _numbered(attacks.index(each.attack))
+            bars, difference = None, each.difference
+            if difference is not None:
+                bars = [[100 * (difference.mean - difference.low)], [100 * (difference.high - difference.mean)]]
+            axis.errorbar([each.times], [100 * each.robust], bars, linestyle="", label=each.attack, **style)
+            if each.attack == each.against:
+                axis.axhline(100 * each.robust, color="#444444", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="time, standard training = 1")
+        axis.set_title(f"eps {eps:g}", fontsize=9)
+        _plain(axis)
+    axes[0].set_ylabel("accuracy under PMA, %")
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    return figure
+
+
 # ---------------------------------------------------------------------- drawing
 
 
 def _style(method: str) -> dict[str, str]:
     """The colour and the marker of a method, the same in all figures."""
-    place = method_place(method)[0]
+    return _numbered(method_place(method)[0])
+
+
+def _numbered(place: int) -> dict[str, str]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
@@ -197,4 +230,4 @@ def svg(figure: "Figure", words: str) -> str:
     return f'<svg role="img" aria-label="{text(words)}"' + drawing[drawing.index("<svg") + len("<svg") :]
 
 
-__all__ = ["curves", "difference_by_eps", "png", "stability_map", "svg"]
+__all__ = ["curves", "difference_by_eps", "png", "price_curve", "stability_map", "svg"]

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fastadv.study import answer as say
 from fastadv.study.overfitting import DEFINITION
+from fastadv.study.price import Price
 from fastadv.study.reading import Study
 from fastadv.study.results import Result
 from fastadv.study.statistics import Difference
@@ -48,6 +50,7 @@ def numbers(study: Study) -> dict[str, Any]:
             "detectors": [{**asdict(each), "lead": each.lead} for each in study.scores],
         },
         "times": [asdict(each) for each in study.times],
+        "prices": [_price(each) for each in study.prices],
         "missing": {"cells": study.absent, "judges": study.unjudged, "problems": study.problems},
         "readme": study.readme,
     }
@@ -57,3 +60,12 @@ def _difference(each: Difference) -> dict[str, Any]:
     about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
     found = {name: getattr(each, name) for name in ("mean", "low", "high", "reference", "unlike")}
     return {**asdict(each.row), **about, **found}
+
+
+def _price(each: Price) -> dict[str, Any]:
+    found = {name: getattr(each, name) for name in ("epochs", "clean", "robust", "time", "predicted")}
+    to_fgsm = (
+        {} if each.difference is None else {name: getattr(each.difference, name) for name in ("mean", "low", "high")}
+    )
+    about = {"attack": each.attack, "seeds": list(each.seeds), "shared": json.loads(each.shared)}
+    return {**asdict(each.row), **about, **found, "to_fgsm": to_fgsm}

@@ -12,6 +12,7 @@ from fastadv.study.drawings import Drawing, first_screen
 from fastadv.study.files import Record
 from fastadv.study.grid import Cell
 from fastadv.study.overfitting import DEFINITION, DETECTORS, Score
+from fastadv.study.price import JUDGE, Price
 from fastadv.study.reading import Study
 from fastadv.study.results import Result, Row, attack_words, grouped, judge_words, method_words, row_of
 from fastadv.study.statistics import DRAWS, Average, Difference
@@ -50,6 +51,7 @@ def page(study: Study, drawn: Mapping[str, Drawing]) -> str:
         "Catastrophic overfitting": _overfitting(study, drawn, first),
         "Accuracy under the training attack and under PGD, over the epochs": _curves(drawn),
         "The difference to training with PGD": _differences(study, drawn, first),
+        "The price of robustness": _prices(study.prices, drawn),
         "Time": _times(study.times),
         "All accuracies": _accuracies(study.results),
         "What is missing": _missing(study),
@@ -274,6 +276,37 @@ def _times(found: Sequence[Time]) -> str:
         "model, in passes through the network."
     )
     return html.paragraph(words, "note") + _table(head, rows) if rows else ""
+
+
+def _prices(found: Sequence[Price], drawn: Mapping[str, Drawing]) -> str:
+    if not found:
+        return ""
+    rows = [
+        [
+            _data(each.row),
+            html.text(each.row.model),
+            html.text(method_words(each.row.method)),
+            f"{each.row.eps:g}",
+            html.text(each.attack),
+            str(each.epochs),
+            str(len(each.seeds)),
+            *map(_ratio, (each.time, each.predicted)),
+            *map(_percent, (each.clean, each.robust)),
+            *(["-"] * 3 if each.difference is None else _interval(each.difference)),
+        ]
+        for each in found
+    ]
+    judge = judge_words(JUDGE)
+    head = ["data", "model", "method", "eps", "attack", "epochs", "seeds", "time", "foretold", "clean", judge]
+    words = (
+        "Attacks by their names in the grid. Time of training without evaluations, as a multiple of training without "
+        "an attack; in the figures the foretold one where none was measured. The last columns: accuracy under "
+        f"{judge} minus that of FGSM in as many epochs as training without an attack, in points, with a 95 % interval, "
+        "as in the differences to PGD."
+    )
+    shown = [name for name in drawn if name.startswith("price-")]
+    table = _folded(f"all {len(rows)} of them", [*head, "minus FGSM", "from", "to"], rows)
+    return "\n".join([html.paragraph(words, "note"), _side(drawn, shown), table])
 
 
 def _accuracies(results: Sequence[Result]) -> str:

@@ -7,6 +7,7 @@ from fastadv.study import answer as say
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
 from fastadv.study.grid import expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
+from fastadv.study.price import Price, prices
 from fastadv.study.results import Result, place_of, result_of
 from fastadv.study.statistics import Average, Difference, averages, compare
 from fastadv.study.timing import Time, times
@@ -28,6 +29,7 @@ class Study:
         courses: how the runs went.
         scores: the scores of the detectors.
         times: the times of methods with attacks.
+        prices: what training attacks cost and bring, beside training without one and with FGSM.
     """
 
     folder: Path
@@ -41,11 +43,12 @@ class Study:
     courses: list[Course]
     scores: list[Score]
     times: list[Time]
+    prices: list[Price]
 
     @property
     def answer(self) -> say.Answer:
         """The answer to the question in the title."""
-        return say.answer(self.courses, self.averages, self.times, self.scores, self.complete)
+        return say.answer(self.courses, self.averages, self.times, self.scores, self.prices, self.complete)
 
     @property
     def complete(self) -> bool:
@@ -66,6 +69,7 @@ def read_study(folder: Path) -> Study:
     """
     results, problems = _read(folder)
     differences, refused = compare(results)
+    priced, not_priced = prices(results)
     asked, judges, said = _asked(folder)
     done = {each.cell.id: each for each in results}
     unjudged = {id: [j for j in wanted if j not in done[id].verdicts] for id, wanted in judges.items() if id in done}
@@ -76,12 +80,13 @@ def read_study(folder: Path) -> Study:
         asked,
         {id: _reason(folder, id) for id in asked or () if id not in done},
         {id: missed for id, missed in unjudged.items() if missed},
-        [*problems, *said, *refused],
+        list(dict.fromkeys([*problems, *said, *refused, *not_priced])),
         differences,
         averages(differences),
         found,
         scores(found),
         times(results),
+        priced,
     )
 
 

@@ -1,18 +1,19 @@
 """The time of training with an attack as a ratio to another attack's: measured, and predicted by the cost model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from fastadv.study.results import PGD, Result, row_of
+from fastadv.study.results import PGD, Result, Row, row_of
 
 
 @dataclass(frozen=True)
 class Time:
     """The training time of a method with an attack, as the median ratio over pairs of cells.
 
-    The two cells of a pair differ in the training attack alone, and were made on the same machine. Cells that shared
-    a GPU with others are left out: they waited for it. A ratio is None where there is no pair.
+    The two cells of a pair differ in the training attack alone. Times count of pairs that were made on the same
+    machine; cells that shared a GPU with others are left out: they waited for it. A ratio is None where there is no
+    pair.
 
     Attributes:
         method: the fine-tuning method.
@@ -21,7 +22,7 @@ class Time:
         predicted_to_pgd: the ratio to PGD by the cost model.
         to_none: the measured ratio to training without an attack.
         predicted_to_none: the ratio to training without an attack by the cost model.
-        pairs: the number of pairs with PGD.
+        pairs: the number of pairs with PGD whose times count.
     """
 
     method: str
@@ -40,26 +41,47 @@ def times(results: Iterable[Result]) -> list[Time]:
     found = []
     for method, attack in dict.fromkeys((each.cell.method, each.cell.attack) for each in results):
         mine = [each for each in results if (each.cell.method, each.cell.attack) == (method, attack)]
-        ratios = []
-        for other in (PGD, "none"):
-            partners = [(each, by_row.get((row_of(each), each.cell.seed, other))) for each in mine]
-            pairs = [(a, b) for a, b in partners if b is not None and _comparable(a, b)]
-            ratios.append((_ratio(pairs, _seconds), _ratio(pairs, _units), len(pairs)))
-        (to_pgd, foretold, count), (to_none, foretold_none, _) = ratios
-        found.append(Time(method, attack, to_pgd, foretold, to_none, foretold_none, count))
+        pgd, none = (_pairs(mine, other, by_row) for other in (PGD, "none"))
+        found.append(
+            Time(
+                method,
+                attack,
+                to_pgd=measured(pgd),
+                predicted_to_pgd=predicted(pgd) if pgd else None,
+                to_none=measured(none),
+                predicted_to_none=predicted(none) if none else None,
+                pairs=sum(_comparable(*pair) for pair in pgd),
+            )
+        )
     return found
 
 
+def _pairs(
+    results: Iterable[Result], other: str, by_row: Mapping[tuple[Row, int, str], Result]
+) -> list[tuple[Result, Result]]:
+    partners = [(each, by_row.get((row_of(each), each.cell.seed, other))) for each in results]
+    return [(a, b) for a, b in partners if b is not None]
+
+
+def measured(pairs: Iterable[tuple[Result, Result]]) -> float | None:
+    """The time of the first cells' training as a multiple of the second ones': the median over the pairs.
+
+    Only pairs count that were made on one machine from beginning to end, on as many threads, a GPU each alone; without
+    any it is None.
+    """
+    found = [_seconds(a) / _seconds(b) for a, b in pairs if _comparable(a, b) and _seconds(b) > 0]
+    return median(found) if found else None
+
+
+def predicted(pairs: Iterable[tuple[Result, Result]]) -> float:
+    """The same by the cost model, over all pairs, of which there must be one."""
+    return median(_units(a) / _units(b) for a, b in pairs)
+
+
 def _comparable(a: Result, b: Result) -> bool:
-    """Whether both cells were made on one machine from beginning to end, on as many threads, a GPU each alone."""
     machine = a.record["machine"]
     alone: bool = machine["device"] == "cpu" or machine.get("sharing") == 1
     return alone and machine == b.record["machine"] and "before" not in machine
-
-
-def _ratio(pairs: Iterable[tuple[Result, Result]], measure: Callable[[Result], float]) -> float | None:
-    found = [measure(a) / measure(b) for a, b in pairs if measure(b) > 0]
-    return median(found) if found else None
 
 
 def _seconds(result: Result) -> float:
