@@ -265,7 +265,9 @@ PARTS = {
         f"{tool}: {run['calls']} calls, {run['mismatches']} mismatches, {run['errors']} errors"
         for tool, run in r["tools"].items()
     ),
-    "study": lambda r: f"{len(r.get('cells', ()))} finished cells; their report is fastadv study's",
+    **dict.fromkeys(
+        ("study", "price"), lambda r: f"{len(r.get('cells', ()))} finished cells; their report is fastadv study's"
+    ),
     "kernels": lambda r: (
         f"{len(r['kernels'])} kernels, {sum(k['local_bytes'] > 0 for k in r['kernels'])} of them spill"
     ),

@@ -185,21 +185,26 @@ def verdicts(out):
     return {"ok": status == 0, "why": "" if len(chosen) == 2 else "FASTADV_AUTOATTACK names no clone of its package"}
 
 
-def study(out):
+def study(out, grid="study"):
     """Run fastadv study: study.yaml, many cells at a time; the times of cells that share a GPU mean little."""
-    folder = out / "kept/study"  # keeps each finished cell: after a cut the other cells follow
+    folder = out / f"kept/{grid}"  # keeps each finished cell: after a cut the other cells follow
     data, count = os.environ.get("FASTADV_STUDY"), min(12, os.cpu_count())
     if DRY_RUN:
         chosen = ["--data=digits", "--model=conv", "--methods=full", "--seeds=1", "--epochs=1", "--device=cpu"]
         chosen += [f"--{part}-limit=32" for part in ("train", "val", "test")]
     elif data:
-        chosen = ["benchmarks/training/study.yaml", f"--data-folder={data}", "--device=cuda", f"--processes={count}"]
+        chosen = [f"benchmarks/training/{grid}.yaml", f"--data-folder={data}", "--device=cuda", f"--processes={count}"]
     else:
-        return {"ok": True, "why": "FASTADV_STUDY names no folder with the data sets of study.yaml"}
+        return {"ok": True, "why": f"FASTADV_STUDY names no folder with the data sets of {grid}.yaml"}
     command = (sys.executable, "-m", "fastadv", "study", *chosen, "--out", folder)
     with sharing(out) as (shared, env):
-        status, _ = run(out / "study.cells.log", *command, FASTADV_COMMIT=environment.commit(), **env)
+        status, _ = run(out / f"{grid}.cells.log", *command, FASTADV_COMMIT=environment.commit(), **env)
     return {"ok": status == 0, "processes": 1 if DRY_RUN else count, "mps": shared}
+
+
+def price(out):
+    """Run the study of price.yaml."""
+    return study(out, "price")
 
 
 @contextmanager
@@ -218,7 +223,7 @@ def sharing(out):
     shared = False
     if control:
         subprocess.run([control, "-d"], env=os.environ | env, timeout=20)  # it runs on where this part is cut
-        status, _ = run(out / "study.mps.log", sys.executable, "-c", "import torch; torch.ones(1).cuda()", **env)
+        status, _ = run(out / "mps.log", sys.executable, "-c", "import torch; torch.ones(1).cuda()", **env)
         shared = status == 0
     try:
         yield shared, env if shared else {}
@@ -324,8 +329,8 @@ def hanging(out):
     subprocess.run(["sleep", "1000"], check=True)
 
 
-PARTS = (build, correctness, verdicts, attacks, steps, evaluation, bench, counters, sanitizer, study)
-PARTS += (strength, bench_all, counters_all, sanitizer_all, hanging)
+PARTS = (build, correctness, verdicts, attacks, steps, evaluation, bench, counters, sanitizer, price)
+PARTS += (study, strength, bench_all, counters_all, sanitizer_all, hanging)
 
 
 def main(name, out):

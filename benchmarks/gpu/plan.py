@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CAPS = {
     "build": 90,
     "correctness": 120,
-    "study": 325,
+    "price": 325,
     "attacks": 70,
     "steps": 60,
     "bench": 40,
@@ -31,7 +31,7 @@ CAPS = {
     "verdicts": 130,
 }
 # Parts that only --part runs.
-MORE = {"strength": 170, "bench-all": 580, "counters-all": 120, "sanitizer-all": 580}
+MORE = {"study": 580, "strength": 170, "bench-all": 580, "counters-all": 120, "sanitizer-all": 580}
 # A part of a dry run that must be cut, while all the other parts are done.
 HANGING = {"hanging": 3}
 

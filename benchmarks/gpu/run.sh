@@ -4,7 +4,7 @@
 #   benchmarks/gpu/run.sh DIR [--minutes N] [--to FOLDER] [--part NAME] [--dry-run]
 #
 # The script is made for a machine that one has for a quarter of an hour. `--minutes 9` runs the parts about which the
-# least is known: build, correctness, study. A second call in the same DIR, with `--minutes 3`, goes on with attacks,
+# least is known: build, correctness, price. A second call in the same DIR, with `--minutes 3`, goes on with attacks,
 # steps and bench, and later ones with the others, then with parts that were cut. A part is cut when its time limit or
 # the minutes end, and what it had found is kept.
 # Finished parts, tests and figures are not run again. `--part` runs one part alone; some parts run only in this way.
@@ -16,7 +16,7 @@
 # must be cut; its figures mean nothing.
 #
 # PYTHON names the interpreter (python3), FASTADV_CIFAR10 a folder with CIFAR-10, FASTADV_STUDY a folder with the data
-# sets of benchmarks/training/study.yaml, FASTADV_AUTOATTACK a clone of github.com/fra31/auto-attack, FASTADV_COMMIT
+# sets of benchmarks/training/*.yaml, FASTADV_AUTOATTACK a clone of github.com/fra31/auto-attack, FASTADV_COMMIT
 # the commit if there is no repository. No network is needed. The exit status is 0 if every part that was started is
 # done.
 set -euo pipefail

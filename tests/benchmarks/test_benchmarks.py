@@ -123,7 +123,7 @@ def test_the_training_part_has_steps(dry):
 
 def cells(out):
     """{attack: the text of the study's finished cell}."""
-    texts = [path.read_text() for path in out.glob("kept/study/cells/*/cell.json")]
+    texts = [path.read_text() for path in out.glob("kept/price/cells/*/cell.json")]
     return {json.loads(text)["cell"]["attack"]: text for text in texts}
 
 
@@ -140,26 +140,26 @@ def test_a_study_that_is_cut_goes_on_elsewhere_from_its_finished_cells(dry, tmp_
     whole = cells(cut)
     assert whole == cells(dry)
     assert whole.keys() == {"fgsm", "pgd"}
-    (fgsm,), (pgd,) = (list(cut.glob(f"kept/study/cells/*-{attack}-*")) for attack in ("fgsm", "pgd"))
+    (fgsm,), (pgd,) = (list(cut.glob(f"kept/price/cells/*-{attack}-*")) for attack in ("fgsm", "pgd"))
     (pgd / "train/state").mkdir(parents=True)
     (pgd / "cell.json").replace(pgd / "error.txt")
     for name in ("machines.json", "train/log.jsonl", "train/state/00000001.json", "train/state/0.safetensors"):
         (pgd / name).write_text("{}")
-    plan.collect(cut, "study")
-    assert result(cut, "study")["cells"] == [fgsm.name]
+    plan.collect(cut, "price")
+    assert result(cut, "price")["cells"] == [fgsm.name]
 
     plan.pack(cut, tmp_path)
     there = tmp_path / "there"
-    names = {name for name in unpacked(tmp_path / "results.tar.gz", there) if name.startswith("kept/study/")}
+    names = {name for name in unpacked(tmp_path / "results.tar.gz", there) if name.startswith("kept/price/")}
     files = {"study.yaml", "results.json", "results.csv", f"cells/{fgsm.name}/cell.json", f"cells/{pgd.name}/error.txt"}
-    assert names == {f"kept/study/{file}" for file in files}
+    assert names == {f"kept/price/{file}" for file in files}
 
-    subprocess.run(plan.command_of("study", there), env=plan.environment_of(dry_run=True), check=True)
+    subprocess.run(plan.command_of("price", there), env=plan.environment_of(dry_run=True), check=True)
     again = cells(there)
     assert again["fgsm"] == whole["fgsm"]  # even its seconds are equal, so it was not run again
     found, wanted = json.loads(again["pgd"]), json.loads(whole["pgd"])
     assert [found[name] for name in ("settings", "verdicts")] == [wanted[name] for name in ("settings", "verdicts")]
-    assert found["commit"] == result(there, "study")["environment"]["commit"]
+    assert found["commit"] == result(there, "price")["environment"]["commit"]
     assert not [*dry.rglob("*.safetensors"), *there.rglob("*.safetensors")]
 
 
@@ -273,7 +273,7 @@ def test_report_makes_tables_and_a_plot(dry, tmp_path):
     assert "dry run: no measurement" in written
     assert "| pgd_step | tiny | f32/f32 | cpu |" in written
     assert "| vit | lora | 4 |" in written
-    assert "study: ok; 2 finished cells" in written
+    assert "price: ok; 2 finished cells" in written
     assert all(f"{part}: ok" in written for part in ("build", "correctness", "sanitizer"))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
