@@ -3,22 +3,21 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
+from fastadv.study import price_words
 from fastadv.study.grid import SCRATCH
 from fastadv.study.overfitting import PARTLY, Course, Score
-from fastadv.study.price import Price, Summary, summaries
-from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, grouped, judge_words, method_place, method_words
+from fastadv.study.price import Price
+from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
 from fastadv.study.timing import Time
+from fastadv.study.words import counted, distinct, listed, points
 
 TITLE = "Are fast methods stable in adversarially robust transfer learning?"
 HEADLINE_JUDGE = "pma"
 README_JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
 PAPER: dict[float, float] = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
 PAPER_TIME = 1 / 4
-LITTLE = 0.01  # the loss of accuracy that an attack cheaper than FGSM may have
-SAME_TIME = 1.05  # times FGSM's: the time of two runs of one cell differs so much
 ROWS = 10  # of the table for README
 PAPER_SETUP = (
     "The paper (“Are Fast Methods Stable in Adversarially Robust Transfer Learning?”, 2025) has -0.39 and -1.39 points "
@@ -71,7 +70,7 @@ def answer(
         (
             *stability,
             *_from_scratch([each for each in fast if not each.result.transfer]),
-            *(_to_pgd(averages) if averages or not prices else _to_fgsm(prices)),
+            *(_to_pgd(averages) if averages or not prices else price_words.sentences(prices)),
             *_time(times),
             *_warned(scores),
         ),
@@ -84,7 +83,7 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
     if not runs:
         unknown = "No finished cell is a fine-tuning with a fast attack whose records show whether it collapsed."
         return "open", NOT_MEASURED, [unknown]
-    attacks = _listed(attack_words(name) for name in _distinct(each.result.cell.attack for each in runs))
+    attacks = listed(attack_words(name) for name in distinct(each.result.cell.attack for each in runs))
     one, where = len(runs) == 1, f"of transfer learning with {attacks} ({_ranges(runs)})"
     none = f"The one run {where} did not" if one else f"None of the {len(runs)} runs {where}"
     none += " overfit catastrophically." if one else " overfitted catastrophically."
@@ -100,7 +99,7 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
         words.append(f"{count} overfitted partly, losing more than {100 * PARTLY:.0f} points: {_places(partly, runs)}.")
     untouched = [m for m in _methods(runs) if all(each.sound for each in runs if each.result.cell.method == m)]
     if untouched:
-        words.append(f"None did in {_listed(map(method_words, untouched), 'or')}.")
+        words.append(f"None did in {listed(map(method_words, untouched), 'or')}.")
     if len(collapsed) == len(runs):
         return "unstable", "No.", words
     return "mixed", "Not everywhere.", words
@@ -122,8 +121,8 @@ def _place(each: Course) -> tuple[str, str, float]:
 
 def _ranges(runs: Sequence[Course]) -> str:
     sets = len({(each.result.cell.data, each.result.cell.classes) for each in runs})
-    eps = _listed(f"{e:g}" for e in sorted({each.result.cell.eps for each in runs}))
-    return f"{_count(sets, 'data set')}; {_listed(map(method_words, _methods(runs)))}; eps {eps}"
+    eps = listed(f"{e:g}" for e in sorted({each.result.cell.eps for each in runs}))
+    return f"{counted(sets, 'data set')}; {listed(map(method_words, _methods(runs)))}; eps {eps}"
 
 
 def _from_scratch(runs: Sequence[Course]) -> list[str]:
@@ -133,10 +132,10 @@ def _from_scratch(runs: Sequence[Course]) -> list[str]:
     if not collapsed:
         highest = max(each.result.cell.eps for each in runs)
         return [
-            f"From scratch, for comparison, none of {_count(len(runs), 'run')} did: not seen up to eps {highest:g}."
+            f"From scratch, for comparison, none of {counted(len(runs), 'run')} did: not seen up to eps {highest:g}."
         ]
-    where = _listed(f"{eps:g}" for eps in sorted({each.result.cell.eps for each in collapsed}))
-    return [f"From scratch, for comparison, {len(collapsed)} of {_count(len(runs), 'run')} did, at eps {where}."]
+    where = listed(f"{eps:g}" for eps in sorted({each.result.cell.eps for each in collapsed}))
+    return [f"From scratch, for comparison, {len(collapsed)} of {counted(len(runs), 'run')} did, at eps {where}."]
 
 
 def _to_pgd(averages: Sequence[Average]) -> list[str]:
@@ -154,33 +153,10 @@ def _to_pgd(averages: Sequence[Average]) -> list[str]:
     ]
 
 
-def _to_fgsm(prices: Sequence[Price]) -> list[str]:
-    """For each method: the cheapest attack that loses little to FGSM, and the best one that takes no longer."""
-    words = []
-    for method, found in grouped(summaries(prices), lambda each: each.method):
-        fgsm = median(each.times for each in prices if each.row.method == method and each.attack == each.against)
-        near = [each for each in found if each.mean >= -LITTLE and each.time < fgsm]
-        in_time = [each for each in found if each.time <= SAME_TIME * fgsm]
-        about = f"For {method_words(method)}, where FGSM takes {fgsm:.2f} times as long as training without an attack,"
-        within = f"within {100 * LITTLE:g} point of its accuracy under {judge_words(HEADLINE_JUDGE)}"
-        if near:
-            words.append(f"{about} {_priced(min(near, key=lambda each: each.time))} is the cheapest attack {within}.")
-        else:
-            words.append(f"{about} no cheaper attack comes {within}.")
-        if in_time:
-            words.append(f"The best in FGSM's time is {_priced(max(in_time, key=lambda each: each.mean))}.")
-    return words
-
-
-def _priced(each: Summary) -> str:
-    several = f", the mean of {each.rows}: {points(each.least)} to {points(each.greatest)}" if each.rows > 1 else ""
-    return f"{each.attack} ({points(each.mean)} points{several}; {each.time:.2f} times)"
-
-
 def _of(each: Average) -> str:
-    names = _listed(map(method_words, each.methods))
+    names = listed(map(method_words, each.methods))
     methods = names if len(each.methods) == 1 else f"the mean of {names}"
-    return f"{methods}, {_count(each.data_sets, 'data set')}"
+    return f"{methods}, {counted(each.data_sets, 'data set')}"
 
 
 def _difference(each: Average) -> str:
@@ -199,7 +175,7 @@ def _time(times: Sequence[Time]) -> list[str]:
     found = [each for each in times if each.attack == attack and each.to_pgd is not None and each.method != SCRATCH]
     if attack is None or not found:
         return []
-    words = _listed(f"{each.to_pgd:.2f} ({method_words(each.method)})" for each in found)
+    words = listed(f"{each.to_pgd:.2f} ({method_words(each.method)})" for each in found)
     return [f"Training with {attack_words(attack)} takes, as a part of PGD's time: {words}."]
 
 
@@ -207,11 +183,11 @@ def _warned(scores: Iterable[Score]) -> list[str]:
     best = max((each for each in scores if each.found), key=lambda each: (each.found, -each.false), default=None)
     if best is None or best.lead is None:
         return []
-    late = f"{_count(abs(best.lead), 'epoch')} {'before' if best.lead > 0 else 'after'} it"
+    late = f"{counted(abs(best.lead), 'epoch')} {'before' if best.lead > 0 else 'after'} it"
     when = late if best.lead else "in the epoch of the collapse"
     return [
-        f"The best of the detectors, “{best.name}”, saw {best.found} of {_count(best.collapsed, 'collapse')}, in the "
-        f"median {when}, and fired in {best.false} of {_count(best.sound, 'run')} without one."
+        f"The best of the detectors, “{best.name}”, saw {best.found} of {counted(best.collapsed, 'collapse')}, in the "
+        f"median {when}, and fired in {best.false} of {counted(best.sound, 'run')} without one."
     ]
 
 
@@ -257,7 +233,7 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
     for model, eps, names in (key for key in rows if key in by_weight[: ROWS - len(PAPER)]):
         judged, found = groups[model, eps, names], sets[model, eps, names]
         what = _named(names) + (f", {model}" if several else "")
-        what += f", {found} of {_count(all_sets, 'data set')}" if found < all_sets else ""
+        what += f", {found} of {counted(all_sets, 'data set')}" if found < all_sets else ""
         ratios = [each.to_pgd for each in times if each.attack == "fgsm" and each.method in names and each.to_pgd]
         cells = [f"{100 * judged[HEADLINE_JUDGE].reference:.1f} %" if HEADLINE_JUDGE in judged else ""]
         cells += [_cell(judged[judge], found) if judge in judged else "" for judge in judges]
@@ -270,12 +246,12 @@ def _line(what: str, eps: float, cells: Sequence[str], time: float | None) -> st
 
 
 def _cell(each: Average, data_sets: int) -> str:
-    fewer = f", {_count(each.data_sets, 'data set')}" if each.data_sets < data_sets else ""
+    fewer = f", {counted(each.data_sets, 'data set')}" if each.data_sets < data_sets else ""
     return f"{points(each.mean)} ({points(each.low)} to {points(each.high)}){fewer}"
 
 
 def _named(methods: Sequence[str]) -> str:
-    return method_words(methods[0]) if len(methods) == 1 else f"mean of {_listed(methods)}"
+    return method_words(methods[0]) if len(methods) == 1 else f"mean of {listed(methods)}"
 
 
 # ---------------------------------------------------------------------- words
@@ -296,16 +272,10 @@ def headlines(averages: Sequence[Average]) -> list[Average]:
     return [best[eps] for eps in sorted(best)]
 
 
-def points(share: float) -> str:
-    """A difference of shares in points, with its sign: 0.0123 is "+1.23"."""
-    rounded = round(100 * share, 2) or 0.0
-    return f"{rounded:+.2f}" if rounded else "0.00"
-
-
 def judges_of(found: Iterable[str]) -> list[str]:
     """The judges, each once, weak ones first."""
     known = {judge: place for place, judge in enumerate(JUDGE_ORDER)}
-    return sorted(_distinct(found), key=lambda judge: known.get(judge, len(known)))
+    return sorted(distinct(found), key=lambda judge: known.get(judge, len(known)))
 
 
 def _first_fast(times: Sequence[Time]) -> str | None:
@@ -314,17 +284,4 @@ def _first_fast(times: Sequence[Time]) -> str | None:
 
 
 def _methods(runs: Sequence[Course]) -> list[str]:
-    return _distinct(each.result.cell.method for each in runs)
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
-
-
-def _listed(names: Iterable[str], last: str = "and") -> str:
-    *names, final = names
-    return f"{', '.join(names)} {last} {final}" if names else final
-
-
-def _count(number: float, what: str) -> str:
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
+    return distinct(each.result.cell.method for each in runs)

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from fastadv.evaluation.report import html
 from fastadv.evaluation.report.page import STYLE
 from fastadv.study import answer as say
+from fastadv.study import price_words
 from fastadv.study.drawings import Drawing, first_screen
 from fastadv.study.files import Record
 from fastadv.study.grid import Cell
 from fastadv.study.overfitting import DEFINITION, DETECTORS, Score
-from fastadv.study.price import JUDGE, Price
+from fastadv.study.price import JUDGE
 from fastadv.study.reading import Study
 from fastadv.study.results import Result, Row, attack_words, grouped, judge_words, method_words, row_of
 from fastadv.study.statistics import DRAWS, Average, Difference
 from fastadv.study.timing import Time
+from fastadv.study.words import points
 
 _ALARM = "catastrophic overfitting: "  # the monitor's warnings begin so
 _SHOWN = 12  # a longer list is folded
@@ -51,7 +53,7 @@ def page(study: Study, drawn: Mapping[str, Drawing]) -> str:
         "Catastrophic overfitting": _overfitting(study, drawn, first),
         "Accuracy under the training attack and under PGD, over the epochs": _curves(drawn),
         "The difference to training with PGD": _differences(study, drawn, first),
-        "The price of robustness": _prices(study.prices, drawn),
+        "The price of robustness": _prices(study, drawn),
         "Time": _times(study.times),
         "All accuracies": _accuracies(study.results),
         "What is missing": _missing(study),
@@ -278,8 +280,8 @@ def _times(found: Sequence[Time]) -> str:
     return html.paragraph(words, "note") + _table(head, rows) if rows else ""
 
 
-def _prices(found: Sequence[Price], drawn: Mapping[str, Drawing]) -> str:
-    if not found:
+def _prices(study: Study, drawn: Mapping[str, Drawing]) -> str:
+    if not study.prices:
         return ""
     rows = [
         [
@@ -294,19 +296,21 @@ def _prices(found: Sequence[Price], drawn: Mapping[str, Drawing]) -> str:
             *map(_percent, (each.clean, each.robust)),
             *(["-"] * 3 if each.difference is None else _interval(each.difference)),
         ]
-        for each in found
+        for each in study.prices
     ]
     judge = judge_words(JUDGE)
     head = ["data", "model", "method", "eps", "attack", "epochs", "seeds", "time", "foretold", "clean", judge]
     words = (
         "Attacks by their names in the grid. Time of training without evaluations, as a multiple of training without "
-        "an attack; in the figures the foretold one where none was measured. The last columns: accuracy under "
+        "an attack; in the figures the foretold one where none was measured. Minus FGSM's: accuracy under "
         f"{judge} minus that of FGSM in as many epochs as training without an attack, in points, with a 95 % interval, "
-        "as in the differences to PGD."
+        "as in the differences to PGD. First the means over eps."
     )
     shown = [name for name in drawn if name.startswith("price-")]
     table = _folded(f"all {len(rows)} of them", [*head, "minus FGSM", "from", "to"], rows)
-    return "\n".join([html.paragraph(words, "note"), _side(drawn, shown), table])
+    means, of_means = price_words.rows(study.prices)
+    over = _table(list(map(html.text, means)), [list(map(html.text, row)) for row in of_means])
+    return "\n".join([html.paragraph(words, "note"), over, _side(drawn, shown), table])
 
 
 def _accuracies(results: Sequence[Result]) -> str:
@@ -386,7 +390,7 @@ def _data(named: Cell | Row) -> str:
 
 
 def _interval(each: Average | Difference) -> list[str]:
-    return [say.points(value) for value in (each.mean, each.low, each.high)]
+    return [points(value) for value in (each.mean, each.low, each.high)]
 
 
 def _mean(shares: Sequence[float]) -> str:

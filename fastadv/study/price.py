@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 
 from fastadv.study.grid import OF_THE_ATTACK
 from fastadv.study.results import Result, Row, grouped, row_of
-from fastadv.study.statistics import Difference, compare
+from fastadv.study.statistics import Difference, compare, of_one_set
 from fastadv.study.timing import measured, predicted
 
 REFERENCE = "fgsm"
@@ -56,35 +56,46 @@ class Price:
 
 @dataclass(frozen=True)
 class Summary:
-    """The prices of one attack with one method, over data sets, models and eps.
+    """The prices of one attack on one data set with one model and method: means over eps.
 
     Attributes:
-        method: the fine-tuning method.
+        row: the data set, model and method; its eps means nothing.
         attack: the training attack, by its name in the grid.
-        rows: the number of prices that have a difference to FGSM.
-        time: the median of their times.
-        mean: the mean of their differences, a share in [-1, 1].
-        least: the least of them.
-        greatest: the greatest of them.
+        budgets: each eps.
+        time: the median of the times.
+        clean: the mean accuracy on clean images.
+        robust: the mean accuracy under PMA.
+        against: the name of the FGSM that it is compared with, or None.
+        to_fgsm: (mean, low, high) of the difference to it, with a 95 % interval; None where it is not compared.
     """
 
-    method: str
+    row: Row
     attack: str
-    rows: int
+    budgets: tuple[float, ...]
     time: float
-    mean: float
-    least: float
-    greatest: float
+    clean: float
+    robust: float
+    against: str | None
+    to_fgsm: tuple[float, float, float] | None
 
 
 def summaries(prices: Iterable[Price]) -> list[Summary]:
-    """A summary of each method with each attack that is compared with FGSM, by method."""
-    compared = [(each, each.difference.mean) for each in prices if each.difference is not None]
+    """A summary of each attack on each data set with each model and method, in the order of `prices`."""
     found = []
-    for method, of_method in grouped(compared, lambda pair: pair[0].row.method):
-        for attack, pairs in grouped(of_method, lambda pair: pair[0].attack):
-            means, time = [mean for _, mean in pairs], median(each.times for each, _ in pairs)
-            found.append(Summary(method, attack, len(pairs), time, float(np.mean(means)), min(means), max(means)))
+    for (row, attack), group in grouped(prices, lambda each: (replace(each.row, eps=0.0), each.attack)):
+        differences = [each.difference for each in group if each.difference is not None]
+        found.append(
+            Summary(
+                row,
+                attack,
+                budgets=tuple(each.row.eps for each in group),
+                time=median(each.times for each in group),
+                clean=float(np.mean([each.clean for each in group])),
+                robust=float(np.mean([each.robust for each in group])),
+                against=group[0].against,
+                to_fgsm=of_one_set(differences) if len(differences) == len(group) else None,
+            )
+        )
     return found
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastadv.study import answer as say
+from fastadv.study import price_words
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
 from fastadv.study.grid import expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
@@ -59,6 +60,11 @@ class Study:
     def readme(self) -> str:
         """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
         return say.table_for_readme(self.averages, self.times, self.courses)
+
+    @property
+    def price_table(self) -> str:
+        """The prices as a table of Markdown; empty where there are none."""
+        return price_words.table(self.prices) if self.prices else ""
 
 
 def read_study(folder: Path) -> Study:

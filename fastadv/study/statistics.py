@@ -239,14 +239,27 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     if len(means) > 1:
         interval = _over_sets(means, [[of[m] for m in common] for of in sets.values()])
         return Average(*facts, float(np.mean(means)), *interval, reference)
-    of_one = [next(iter(sets.values()))[method] for method in common]
-    seeds = sorted(set.intersection(*(set(each.seeds) for each in of_one)))
+    pooled = of_one_set([next(iter(sets.values()))[method] for method in common])
+    return None if pooled is None else Average(*facts, *pooled, reference)
+
+
+def of_one_set(differences: Sequence[Difference]) -> tuple[float, float, float] | None:
+    """The mean of differences on the same test images, and its 95 % interval.
+
+    For each image and seed there is one number: the mean over the differences. Only seeds that all have count.
+
+    Args:
+        differences: differences of one data set.
+
+    Returns:
+        (mean, low, high); None where the differences have no seed in common.
+    """
+    seeds = sorted(set.intersection(*(set(each.seeds) for each in differences)))
     if not seeds:
         return None
-    # For each image and seed one number: the mean over the methods' models.
-    verdicts = np.mean([each.verdicts[[each.seeds.index(s) for s in seeds]] for each in of_one], 0)
-    interval = bootstrap(verdicts, _number(*((each.row, each.attack, each.judge) for each in of_one)))
-    return Average(*facts, float(verdicts.mean()), *interval, reference)
+    verdicts = np.mean([each.verdicts[[each.seeds.index(s) for s in seeds]] for each in differences], 0)
+    interval = bootstrap(verdicts, _number(*((each.row, each.attack, each.judge) for each in differences)))
+    return float(verdicts.mean()), *interval
 
 
 def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> tuple[float, float]:

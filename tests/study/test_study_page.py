@@ -13,8 +13,9 @@ import studied
 from PIL import Image
 from studied import rng as rng
 
-from fastadv.study.answer import TITLE, points
+from fastadv.study.answer import TITLE
 from fastadv.study.reading import read_study
+from fastadv.study.words import points
 from fastadv.study.writing import write_study
 
 GRID = {

@@ -10,6 +10,7 @@ from test_study_page import written
 
 from fastadv.study.price import prices, summaries
 from fastadv.study.results import result_of
+from fastadv.study.statistics import bootstrap
 
 EPOCHS = 4
 # The names in a grid: the trainer's attack, its settings, and the mean time of an epoch and its units.
@@ -36,7 +37,7 @@ def cell(rng, name, **chosen):
     record["train_cpu_s"] = count * seconds * (1 + 0.01 * rng.random())
     record["cost"]["units"] = units
     for judge in record["verdicts"]:
-        record["verdicts"][judge] = "".join("01"[int(v)] for v in rng.random(64) < rng.uniform(0.3, 0.7))
+        record["verdicts"][judge] = "".join("01"[int(v)] for v in rng.random(64) < rng.uniform(0.4, 0.6))
     return record
 
 
@@ -80,28 +81,38 @@ def test_a_price_needs_cells_without_an_attack_and_says_less_without_fgsm(rng):
     of_standard, _ = prices(map(result_of, grid(rng, ["none", "stale", "fgsm-long"])))
     assert len(of_standard) == 6
     assert all(each.difference is None and each.against is None and each.time for each in of_standard)
-    assert summaries(of_standard) == []
+    assert {each.to_fgsm for each in summaries(of_standard)} == {None}
     shared_a_gpu = [cell(rng, name) for name in ("none", "stale")]
     for each in shared_a_gpu:
         each["machine"] = {"device": "a GPU", "sharing": 12}
     assert [(p.time, p.times) for p in prices(map(result_of, shared_a_gpu))[0]] == [(None, 1.0)] * 2
 
 
-def test_a_summary_is_the_mean_over_rows_of_one_method(rng):
+def test_a_summary_is_the_mean_over_eps_of_one_data_set(rng):
     records = grid(rng) + grid(rng, data="cifar10") + grid(rng, method="linear")
     found, _ = prices(map(result_of, records))
-    summed = {(each.method, each.attack): each for each in summaries(found)}
-    assert len(summed) == 2 * 5
-    for (method, attack), each in summed.items():
-        mine = [p for p in found if (p.row.method, p.attack) == (method, attack)]
-        means = [p.difference.mean for p in mine]
-        assert each.rows == len(means) == {"full": 4, "linear": 2}[method]
-        assert (each.mean, each.least, each.greatest) == (pytest.approx(np.mean(means)), min(means), max(means))
+    summed = summaries(found)
+    assert len(summed) == 3 * len(ATTACKS)
+    for each in summed:
+        row = each.row.data, each.row.method
+        mine = [p for p in found if (p.row.data, p.row.method, p.attack) == (*row, each.attack)]
+        assert each.budgets == (4.0, 8.0)
         assert each.time == statistics.median(p.times for p in mine)
+        assert each.robust == pytest.approx(np.mean([p.robust for p in mine]))
+        assert each.clean == pytest.approx(np.mean([p.clean for p in mine]))
+        if mine[0].difference is None:
+            assert each.to_fgsm is None
+        else:
+            mean, low, high = each.to_fgsm
+            assert mean == pytest.approx(np.mean([p.difference.mean for p in mine]))
+            verdicts = np.mean([p.difference.verdicts for p in mine], 0)
+            again = bootstrap(verdicts, int(rng.integers(1000)))  # other draws, and heavy tails with three seeds
+            assert (low - mean, high - mean) == pytest.approx((again[0] - mean, again[1] - mean), rel=0.3)
 
 
 def test_the_first_screen_names_the_cheapest_attack_that_loses_little(tmp_path, rng):
-    records = grid(rng, ["none", "fgsm", "stale", "stale-2", "stale-long"])
+    names = ["none", "fgsm", "stale", "stale-2", "stale-long"]
+    records = grid(rng, names) + grid(rng, names, data="a|b")
     right = {"fgsm": 40, "stale": 32, "stale-2": 40, "stale-long": 41, "none": 3}
     for each in records:
         count = right[each["cell"]["attack"]]
@@ -110,13 +121,20 @@ def test_the_first_screen_names_the_cheapest_attack_that_loses_little(tmp_path, 
     page, numbers = written(tmp_path)
     (about,) = [words for words in page.answer if "times as long as" in words]
     assert "For full fine-tuning, where FGSM takes 1.7" in about
-    assert "stale-2 (0.00 points, the mean of 2: 0.00 to 0.00; 1.3" in about
+    assert "stale-2 (0.00 on a|b and 0.00 on eurosat; 1.3" in about
     (best,) = [words for words in page.answer if "in FGSM's time" in words]
-    assert "stale-long (+1.56 points, the mean of 2: +1.56 to +1.56; 1.5" in best
+    assert "stale-long (+1.56 on a|b and +1.56 on eurosat; 1.5" in best
     assert "The price of robustness" in page.words
     assert not any("no cell has a partner trained with PGD" in words for words in page.answer)
-    assert [each["to_fgsm"]["mean"] for each in numbers["prices"] if each["attack"] == "stale"] == [-0.125] * 2
-    assert {path.stem for path in (tmp_path / "figures").glob("price-*")} == {"price-0"}
+    assert [each["to_fgsm"]["mean"] for each in numbers["prices"] if each["attack"] == "stale"] == [-0.125] * 4
+    lines = numbers["price_table"].splitlines()
+    assert lines[0].endswith(
+        "time / standard | a\\|b: clean | PMA | minus FGSM's | eurosat: clean | PMA | minus FGSM's |"
+    )
+    (of_stale,) = [line for line in lines if line.startswith("| full fine-tuning | stale |")]
+    assert of_stale.count(" | 50.0 % | -12.50 (") == 2
+    assert "a|b: clean" in page.words
+    assert {path.stem for path in (tmp_path / "figures").glob("price-*")} == {"price-0", "price-1"}
 
 
 def test_without_a_cheap_attack_that_is_near_the_first_screen_says_so(tmp_path, rng):

@@ -1,0 +1,25 @@
+"""Numbers and lists in sentences."""
+
+from collections.abc import Iterable
+
+
+def points(share: float) -> str:
+    """A difference of shares in points, with its sign: 0.0123 is "+1.23"."""
+    rounded = round(100 * share, 2) or 0.0
+    return f"{rounded:+.2f}" if rounded else "0.00"
+
+
+def listed(names: Iterable[str], last: str = "and") -> str:
+    """The names as a text: "a, b and c"."""
+    *names, final = names
+    return f"{', '.join(names)} {last} {final}" if names else final
+
+
+def counted(number: float, what: str) -> str:
+    """A number of things: "1 run", "2 runs"."""
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, each once."""
+    return list(dict.fromkeys(names))
