@@ -53,6 +53,7 @@ def numbers(study: Study) -> dict[str, Any]:
         "prices": [_price(each) for each in study.prices],
         "missing": {"cells": study.absent, "judges": study.unjudged, "problems": study.problems},
         "readme": study.readme,
+        "attack_table": study.attack_table,
         "price_table": study.price_table,
     }
 

@@ -6,7 +6,7 @@ from statistics import mean, median
 
 from fastadv.study.price import JUDGE, Price, Summary, summaries
 from fastadv.study.results import grouped, judge_words, method_words
-from fastadv.study.words import listed, points
+from fastadv.study.words import listed, markdown, points
 
 LITTLE = 0.01  # the loss of accuracy that an attack cheaper than FGSM may have
 SAME_TIME = 1.05  # times FGSM's: what takes up to so long counts as no slower
@@ -80,9 +80,7 @@ def rows(prices: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
 
 def table(prices: Sequence[Price]) -> str:
     """The table of `rows` in Markdown."""
-    head, body = rows(prices)
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown(*rows(prices), left=2)
 
 
 def _images(each: Summary) -> tuple[str, str | None, str]:

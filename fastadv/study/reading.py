@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastadv.study import answer as say
-from fastadv.study import price_words
+from fastadv.study import attack_table, price_words, words
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
 from fastadv.study.grid import expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
@@ -60,6 +60,12 @@ class Study:
     def readme(self) -> str:
         """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
         return say.table_for_readme(self.averages, self.times, self.courses)
+
+    @property
+    def attack_table(self) -> str:
+        """The training attacks as a table of Markdown; empty where there are no two of them."""
+        found = attack_table.rows(self.averages, self.times, self.courses)
+        return words.markdown(*found[1], left=1) if found else ""
 
     @property
     def price_table(self) -> str:

@@ -21,7 +21,7 @@ METHOD_WORDS = {"linear": "linear probing", "bias": "bias tuning", "lora": "LoRA
 METHOD_WORDS |= {"adapter": "adapters", "prompt": "prompts", "ia3": "IA3", "norm": "norm tuning"}
 METHOD_WORDS |= {SCRATCH: "from scratch"}
 ATTACK_WORDS = {"none": "no attack", "fgsm-rs": "FGSM-RS", "nfgsm": "N-FGSM", "stale": "stored signs"}
-ATTACK_WORDS |= {"cached": "kept features"}
+ATTACK_WORDS |= {"cached": "kept features", "zerograd": "ZeroGrad", "gradalign": "GradAlign", "free": "Free"}
 JUDGE_WORDS = {"clean": "clean", "apgd": "APGD", "autoattack": "AutoAttack"}
 JUDGE_ORDER = ("clean", "fgsm", "pgd-10", "pma", "pgd-50-10", "apgd", "autoattack")
 

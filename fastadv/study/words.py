@@ -1,6 +1,6 @@
 """Numbers and lists in sentences."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def points(share: float) -> str:
@@ -23,3 +23,9 @@ def counted(number: float, what: str) -> str:
 def distinct(names: Iterable[str]) -> list[str]:
     """The names, each once."""
     return list(dict.fromkeys(names))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """A table in Markdown. The first `left` columns are aligned to the left, and the others to the right."""
+    lines = [head, [*["---"] * left, *["---:"] * (len(head) - left)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

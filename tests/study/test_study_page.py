@@ -299,6 +299,33 @@ def test_models_that_predict_one_class_are_named_on_the_first_screen(tmp_path, r
     assert said[0].endswith("(eurosat-robust-resnet-full-pgd-eps8-seed0).")
 
 
+def test_attacks_stand_side_by_side_for_the_method_that_has_most_of_them(tmp_path, rng):
+    fallen = {("nfgsm", "digits"): 2}
+    for data, method, attack in itertools.product(("digits", "cifar10"), ("linear", "full"), ("fgsm", "nfgsm", "pgd")):
+        if (method, attack) != ("linear", "nfgsm"):
+            chosen = {"data": data, "method": method, "attack": attack}
+            collapse = fallen.get((attack, data)) if method == "full" else None
+            studied.write(tmp_path, studied.record_of(rng, collapse=collapse, labels=data, **chosen))
+    page, numbers = written(tmp_path)
+    head, _, *lines = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in numbers["attack_table"].splitlines()
+    )
+    assert head == ["training attack", "time / PGD's", "eps 8: minus PGD's under PMA", "overfitted"]
+    found = {line[0]: line for line in lines}
+    assert found.keys() == {"FGSM", "N-FGSM"}
+    assert (found["FGSM"][3], found["N-FGSM"][3]) == ("0 of 2", "1 of 2")
+    for attack, words in (("fgsm", "FGSM"), ("nfgsm", "N-FGSM")):
+        means = [each["mean"] for each in numbers["differences"] if differs(each, attack, "full", "pma")]
+        assert found[words][2].startswith(f"{points(sum(means) / 2)} (")
+        assert float(found[words][1]) == pytest.approx(studied.SECONDS[attack] / studied.SECONDS["pgd"], abs=0.02)
+    assert "Fast attacks side by side" in page.words
+    assert any(words.startswith("Of full fine-tuning.") for words in page.words)
+
+
+def differs(each, attack, method, judge):
+    return (each["attack"], each["method"], each["judge"]) == (attack, method, judge)
+
+
 def test_any_name_is_shown_and_none_is_markup(tmp_path, rng):
     for attack in ("fgsm", "pgd"):
         name = {"data": "a<b>&\udcff\u05d0", "model": "x<script>"}
