@@ -1,6 +1,6 @@
 """The prices of training attacks in sentences, and as a table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
@@ -16,13 +16,16 @@ def sentences(prices: Sequence[Price]) -> list[str]:
     """For each method: the cheapest attack that loses little to FGSM on each data set, and the best in FGSM's time."""
     words = []
     for method, found in grouped(summaries(prices), lambda each: each.row.method):
-        times = [each.time for each in found if each.attack == each.against]
+        of_fgsm = [each for each in found if each.attack == each.against]
+        # Means over fewer data sets or eps than FGSM has would not be compared with its own.
         attacks = [
-            _Compared(*pair) for pair in grouped(found, lambda each: each.attack) if all(s.to_fgsm for s in pair[1])
+            _Compared(attack, group)
+            for attack, group in grouped(found, lambda each: each.attack)
+            if all(each.to_fgsm for each in group) and _measured(group) == _measured(of_fgsm, group[0].against)
         ]
-        if not times or not attacks:
+        if not attacks:
             continue
-        fgsm = median(times)
+        fgsm = median(each.time for each in of_fgsm)
         near = [each for each in attacks if min(each.points) >= -LITTLE and each.time < fgsm]
         in_time = [each for each in attacks if each.time <= SAME_TIME * fgsm]
         about = f"For {method_words(method)}, where FGSM takes {fgsm:.2f} times as long as training without an attack,"
@@ -74,13 +77,20 @@ def rows(prices: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
     for (method, attack), group in grouped(found, lambda each: (each.row.method, each.attack)):
         of = {_images(each): each for each in group}
         cells = [cell for each in sets for cell in (_cells_of(of[each]) if each in of else [""] * 3)]
-        body.append([method_words(method), attack, f"{median(each.time for each in group):.2f}", *cells])
+        fewer = len({each.budgets for each in found if each.row.method == method}) > 1
+        only = f" (eps {listed(f'{eps:g}' for eps in group[0].budgets)})" if fewer else ""
+        body.append([method_words(method), attack + only, f"{median(each.time for each in group):.2f}", *cells])
     return head, body
 
 
 def table(prices: Sequence[Price]) -> str:
     """The table of `rows` in Markdown."""
     return markdown(*rows(prices), left=2)
+
+
+def _measured(summaries: Iterable[Summary], attack: str | None = None) -> set[tuple[object, ...]]:
+    """The data sets and eps for which an attack is measured."""
+    return {(*_images(each), each.budgets) for each in summaries if attack in (None, each.attack)}
 
 
 def _images(each: Summary) -> tuple[str, str | None, str]:

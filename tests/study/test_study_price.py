@@ -145,3 +145,20 @@ def test_without_a_cheap_attack_that_is_near_the_first_screen_says_so(tmp_path, 
         studied.write(tmp_path, each)
     (about,) = [words for words in written(tmp_path)[0].answer if "times as long as" in words]
     assert about.endswith("no cheaper attack comes within 1 point of its accuracy under PMA.")
+
+
+def test_means_over_fewer_eps_say_so_and_are_not_the_best(tmp_path, rng):
+    records = [
+        r
+        for r in grid(rng, ["none", "fgsm", "stale", "stale-2"])
+        if r["cell"]["attack"] != "stale" or r["cell"]["eps"] == 4
+    ]
+    for each in records:
+        count = {"fgsm": 40, "stale": 60, "stale-2": 41, "none": 3}[each["cell"]["attack"]]
+        each["verdicts"]["pma"] = "1" * count + "0" * (64 - count)
+        studied.write(tmp_path, each)
+    page, numbers = written(tmp_path)
+    (said,) = [words for words in page.answer if "is the cheapest attack" in words]
+    assert "stale-2 (+1.56 on eurosat" in said
+    named = [line.split("|")[2].strip() for line in numbers["price_table"].splitlines()[2:]]
+    assert sorted(named) == ["fgsm (eps 4 and 8)", "none (eps 4 and 8)", "stale (eps 4)", "stale-2 (eps 4 and 8)"]
