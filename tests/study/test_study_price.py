@@ -116,14 +116,15 @@ def test_the_first_screen_names_the_cheapest_attack_that_loses_little(tmp_path, 
     right = {"fgsm": 40, "stale": 32, "stale-2": 40, "stale-long": 41, "none": 3}
     for each in records:
         count = right[each["cell"]["attack"]]
+        each["train_cpu_s"] = ATTACKS[each["cell"]["attack"]][2] * each["settings"]["epochs"]
         each["verdicts"]["pma"] = "1" * count + "0" * (64 - count)
         studied.write(tmp_path, each)
     page, numbers = written(tmp_path)
     (about,) = [words for words in page.answer if "times as long as" in words]
-    assert "For full fine-tuning, where FGSM takes 1.7" in about
-    assert "stale-2 (0.00 on a|b and 0.00 on eurosat; 1.3" in about
+    assert "For full fine-tuning, where FGSM takes 1.70 times" in about
+    assert "stale-2 (0.00 on a|b and 0.00 on eurosat; 1.30 times)" in about
     (best,) = [words for words in page.answer if "in FGSM's time" in words]
-    assert "stale-long (+1.56 on a|b and +1.56 on eurosat; 1.5" in best
+    assert "stale-long (+1.56 on a|b and +1.56 on eurosat; 1.56 times)" in best
     assert "The price of robustness" in page.words
     assert not any("no cell has a partner trained with PGD" in words for words in page.answer)
     assert [each["to_fgsm"]["mean"] for each in numbers["prices"] if each["attack"] == "stale"] == [-0.125] * 4
