@@ -635,6 +635,7 @@ def study() -> Iterator[Figure]:
     for name, what, path, form in (
         ("readme", "FGSM beside PGD, and stability", "readme", str),
         ("answer", "the answer to the question of the title", "answer", _answer),
+        ("attacks", "all fast attacks side by side", "attack_table", str),
     ):
         yield Figure(f"study.{name}", what, (STUDY, CELLS), partial(_of_study, path=path), form)
     for data in ("cifar10", "eurosat"):
