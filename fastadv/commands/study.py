@@ -1,6 +1,7 @@
 """fastadv study: methods, attacks and budgets compared, over data sets and seeds."""
 
 import argparse
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_g
 from fastadv.study.grid import Task, expanded
 from fastadv.study.run import check_possible, here, pending, side_by_side
 from fastadv.study.writing import write_study
+
+logger = logging.getLogger("fastadv")
 
 # Options that the file of a grid replaces.
 GRID = (
@@ -141,7 +144,10 @@ def _run(left: Sequence[Task], site: Site, arguments: argparse.Namespace) -> lis
         result = "" if outcome.status == "done" else f"{outcome.status}, "
         say(f"{len(outcomes)}/{len(left)} {outcome.id}: {result}{outcome.words}")
         if time.monotonic() - reported >= REPORT_S and len(outcomes) < len(left):
-            _report(arguments.out)
+            try:
+                _report(arguments.out)
+            except Exception as error:  # the cells go on: the report is written again from their files
+                logger.warning("the report could not be written: %s: %s", type(error).__name__, error)
             reported = time.monotonic()
     return outcomes
 

@@ -11,7 +11,7 @@ from fastadv.study.price import Price
 from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
 from fastadv.study.timing import Time
-from fastadv.study.words import counted, distinct, listed, points
+from fastadv.study.words import counted, distinct, interval, listed, points
 
 TITLE = "Are fast methods stable in adversarially robust transfer learning?"
 HEADLINE_JUDGE = "pma"
@@ -70,7 +70,8 @@ def answer(
         (
             *stability,
             *_from_scratch([each for each in fast if not each.result.transfer]),
-            *(_to_pgd(averages) if averages or not prices else price_words.sentences(prices)),
+            *(_to_pgd(averages) if averages or not prices else []),
+            *price_words.sentences(prices),
             *_time(times),
             *_warned(scores),
         ),
@@ -139,18 +140,26 @@ def _from_scratch(runs: Sequence[Course]) -> list[str]:
 
 
 def _to_pgd(averages: Sequence[Average]) -> list[str]:
-    """The difference to PGD in words: at the paper's budgets, or at all budgets where those were not measured."""
+    """The difference to PGD in words, of each model: at the paper's budgets, or at all if those were not measured."""
+    models = distinct(each.model for each in averages)
+    found = [_of_model([each for each in averages if each.model == model], len(models) > 1) for model in models]
+    words = [said for said in found if said]
+    return words or ["What it costs in accuracy is not measured yet: no cell has a partner trained with PGD."]
+
+
+def _of_model(averages: Sequence[Average], several: bool) -> str:
     found = headlines(averages)
     if not found:
-        return ["What it costs in accuracy is not measured yet: no cell has a partner trained with PGD."]
+        return ""
     shown = [each for each in found if each.eps in PAPER] or found
     one, of = shown[0], list(dict.fromkeys(map(_of, shown)))
     words = "; ".join(_difference(each) + (f" in {_of(each)}" if len(of) > 1 else "") for each in shown)
     over = f"{of[0]}; 95 % intervals" if len(of) == 1 else "95 % intervals"
-    return [
-        f"Robust accuracy of models trained with {attack_words(one.attack)} minus that of models trained with PGD, "
+    models = f"{one.model} models" if several else "models"
+    return (
+        f"Robust accuracy of {models} trained with {attack_words(one.attack)} minus that of {models} trained with PGD, "
         f"judged by {judge_words(one.judge)} ({over}): {words}."
-    ]
+    )
 
 
 def _of(each: Average) -> str:
@@ -162,12 +171,8 @@ def _of(each: Average) -> str:
 def _difference(each: Average) -> str:
     remarks = [] if each.low > 0 or each.high < 0 else ["could be chance"]
     remarks += [f"the paper: {points(PAPER[each.eps])}"] if each.eps in PAPER else []
-    return (
-        "; ".join(
-            [f"eps {each.eps:g}: {points(each.mean)} points ({points(each.low)} to {points(each.high)}", *remarks]
-        )
-        + ")"
-    )
+    said = interval(each.mean, each.low, each.high, " points").removesuffix(")")
+    return "; ".join([f"eps {each.eps:g}: {said}", *remarks]) + ")"
 
 
 def _time(times: Sequence[Time]) -> list[str]:
@@ -175,7 +180,9 @@ def _time(times: Sequence[Time]) -> list[str]:
     found = [each for each in times if each.attack == attack and each.to_pgd is not None and each.method != SCRATCH]
     if attack is None or not found:
         return []
-    words = listed(f"{each.to_pgd:.2f} ({method_words(each.method)})" for each in found)
+    several = len({each.model for each in found}) > 1
+    of = [method_words(each.method) + (f" of {each.model}" if several else "") for each in found]
+    words = listed(f"{each.to_pgd:.2f} ({name})" for each, name in zip(found, of, strict=True))
     return [f"Training with {attack_words(attack)} takes, as a part of PGD's time: {words}."]
 
 
@@ -215,11 +222,11 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
     for eps, mean in PAPER.items():
         cells = [points(mean) if judge == "pgd-10" else "" for judge in judges]
         lines.append(_line("the paper, ImageNet backbones at 224 px", eps, ["", *cells], PAPER_TIME))
-    of_fgsm = [each for each in averages if each.attack == "fgsm" and each.methods != (SCRATCH,)]
+    judged_fgsm = [each for each in averages if each.attack == "fgsm" and each.methods != (SCRATCH,)]
     groups: dict[tuple[str, float, tuple[str, ...]], dict[str, Average]] = {}
-    for each in of_fgsm:
+    for each in judged_fgsm:
         groups.setdefault((each.model, each.eps, each.methods), {})[each.judge] = each
-    several = len({each.model for each in of_fgsm}) > 1
+    several = len({each.model for each in judged_fgsm}) > 1
     most = {key[:2]: max((k for k in groups if k[:2] == key[:2]), key=lambda k: len(k[2])) for key in groups}
     means = list(most.values())
     alone = [key for key in groups if len(key[2]) == 1 and key not in means]
@@ -234,7 +241,8 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
         judged, found = groups[model, eps, names], sets[model, eps, names]
         what = _named(names) + (f", {model}" if several else "")
         what += f", {found} of {counted(all_sets, 'data set')}" if found < all_sets else ""
-        ratios = [each.to_pgd for each in times if each.attack == "fgsm" and each.method in names and each.to_pgd]
+        of_fgsm = [each for each in times if (each.model, each.attack) == (model, "fgsm") and each.method in names]
+        ratios = [each.to_pgd for each in of_fgsm if each.to_pgd]
         cells = [f"{100 * judged[HEADLINE_JUDGE].reference:.1f} %" if HEADLINE_JUDGE in judged else ""]
         cells += [_cell(judged[judge], found) if judge in judged else "" for judge in judges]
         lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if ratios else None))
@@ -247,7 +255,7 @@ def _line(what: str, eps: float, cells: Sequence[str], time: float | None) -> st
 
 def _cell(each: Average, data_sets: int) -> str:
     fewer = f", {counted(each.data_sets, 'data set')}" if each.data_sets < data_sets else ""
-    return f"{points(each.mean)} ({points(each.low)} to {points(each.high)}){fewer}"
+    return interval(each.mean, each.low, each.high) + fewer
 
 
 def _named(methods: Sequence[str]) -> str:
@@ -258,15 +266,14 @@ def _named(methods: Sequence[str]) -> str:
 
 
 def headlines(averages: Sequence[Average]) -> list[Average]:
-    """The averages on the first screen, one for each eps: of the first model and fast attack, over the most methods."""
+    """One model's averages on the first screen, one for each eps: of the first fast attack, over the most methods."""
     judged = [each for each in averages if each.judge == HEADLINE_JUDGE and each.methods != (SCRATCH,)]
     if not judged:
         return []
     attack = "fgsm" if any(each.attack == "fgsm" for each in judged) else judged[0].attack
-    model = next(each.model for each in judged if each.attack == attack)
     best: dict[float, Average] = {}
     for each in judged:
-        if (each.model, each.attack) == (model, attack):
+        if each.attack == attack:
             other = best.get(each.eps)
             best[each.eps] = each if other is None or len(each.methods) > len(other.methods) else other
     return [best[eps] for eps in sorted(best)]

@@ -1,62 +1,117 @@
-"""The table of training attacks: what each loses to PGD, how often it overfits, and its time."""
+"""The table of fast training attacks: what each loses to PGD, how often it overfits, and its time."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from fastadv.study.grid import SCRATCH
 from fastadv.study.overfitting import Course
 from fastadv.study.price import JUDGE
-from fastadv.study.results import attack_words, judge_words
-from fastadv.study.statistics import Average
+from fastadv.study.results import Result, attack_words, grouped, judge_words
+from fastadv.study.statistics import Difference, average
 from fastadv.study.timing import Time
-from fastadv.study.words import points
+from fastadv.study.words import interval
 
-Table = tuple[list[str], list[list[str]]]
+Place = tuple[str, str | None, int]  # data set, classes, seed
 
 
-def rows(averages: Sequence[Average], times: Iterable[Time], courses: Iterable[Course]) -> tuple[str, Table] | None:
-    """The attacks of one model and method: those that have the most attacks.
+@dataclass(frozen=True)
+class Table:
+    """The fast attacks of one model and method side by side.
+
+    For an eps the attacks are compared on the same data sets with the same seeds: those that all of them have that have
+    the most data sets. An attack that has fewer is left out there.
+
+    Attributes:
+        model: the model with the method that was trained with the most attacks.
+        method: that method.
+        head: the names of the columns.
+        rows: a row for each attack.
+    """
+
+    model: str
+    method: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def table(
+    results: Iterable[Result], differences: Iterable[Difference], times: Iterable[Time], courses: Iterable[Course]
+) -> Table | None:
+    """The table; None where no method has two fast attacks that are compared with PGD.
 
     Args:
-        averages: the differences to PGD, averaged over data sets.
+        results: the finished cells.
+        differences: the differences to PGD.
         times: the times of methods with attacks.
         courses: how the runs went.
-
-    Returns:
-        (the method, (the head, a row for each attack)); None where no method has two attacks that are compared.
     """
-    judged = [each for each in averages if each.judge == JUDGE and len(each.methods) == 1]
-    attacks: dict[tuple[str, str], dict[str, None]] = {}
-    for each in judged:
-        attacks.setdefault((each.model, each.methods[0]), {})[each.attack] = None
-    found = {key: names for key, names in attacks.items() if key[1] != SCRATCH and len(names) > 1}
-    if not found:
+    fast = {each.cell.attack for each in results if each.fast}
+    judged = [each for each in differences if each.judge == JUDGE and each.attack in fast]
+    by_method = {
+        key: group
+        for key, group in grouped(judged, lambda each: (each.row.model, each.row.method))
+        if key[1] != SCRATCH and len({each.attack for each in group}) > 1
+    }
+    if not by_method:
         return None
-    model, method = max(found, key=lambda key: (len(found[key]), key[1] == "full"))
-    shown = {(each.attack, each.eps): each for each in judged if (each.model, each.methods) == (model, (method,))}
-    budgets = sorted({eps for _, eps in shown if sum(each == eps for _, each in shown) > 1})
-    runs = [each for each in courses if (each.result.cell.model, each.result.cell.method) == (model, method)]
-    time = {each.attack: each.to_pgd or each.predicted_to_pgd for each in times if each.method == method}
-    head = ["training attack", "time / PGD's"]
-    for eps in budgets:
+    model, method = max(by_method, key=lambda key: (len({e.attack for e in by_method[key]}), key[1] == "full"))
+    mine = [each for each in courses if (each.result.cell.model, each.result.cell.method) == (model, method)]
+    columns = {}
+    for eps, group in sorted(grouped(by_method[model, method], lambda each: each.row.eps)):
+        if len({each.attack for each in group}) > 1:
+            columns[eps] = _column(group, [each for each in mine if each.result.cell.eps == eps])
+    if not columns:
+        return None
+    attacks = list(dict.fromkeys(attack for column in columns.values() for attack in column))
+    time = {each.attack: each for each in times if (each.model, each.method) == (model, method)}
+    measured = all(time[attack].to_pgd is not None for attack in attacks)
+    ratios = {attack: time[attack].to_pgd if measured else time[attack].predicted_to_pgd for attack in attacks}
+    head = ["training attack", "time / PGD's" + ("" if measured else ", by the cost model")]
+    for eps in columns:
         head += [f"eps {eps:g}: minus PGD's under {judge_words(JUDGE)}", "overfitted"]
-    body = []
-    for attack in sorted(found[model, method], key=lambda name: (time.get(name) or 0.0, name)):
-        cells = [
-            cell for eps in budgets for cell in (_difference(shown.get((attack, eps))), _fallen(runs, attack, eps))
-        ]
-        ratio = time.get(attack)
-        body.append([attack_words(attack), "" if ratio is None else f"{ratio:.2f}", *cells])
-    return method, (head, body)
+    rows = []
+    for attack in sorted(attacks, key=lambda name: (ratios[name] or 0.0, attacks.index(name))):
+        ratio = ratios[attack]
+        cells = [cell for column in columns.values() for cell in column.get(attack, ("", ""))]
+        rows.append([attack_words(attack), "" if ratio is None else f"{ratio:.2f}", *cells])
+    return Table(model, method, head, rows)
 
 
-def _difference(each: Average | None) -> str:
-    return "" if each is None else "{} ({} to {})".format(*map(points, (each.mean, each.low, each.high)))
+def _column(differences: Sequence[Difference], courses: Sequence[Course]) -> dict[str, tuple[str, str]]:
+    """{attack: (its difference to PGD, how many of its runs overfitted)} on what the attacks have in common."""
+    places = {attack: _places(group) for attack, group in grouped(differences, lambda each: each.attack)}
+    sets = {attack: {place[:2] for place in found} for attack, found in places.items()}
+    most = max(map(len, sets.values()))
+    widest = [attack for attack in places if len(sets[attack]) == most]
+    common = set.intersection(*(places[attack] for attack in widest))
+    found = {}
+    for attack in widest:
+        cut = [_cut(each, common) for each in differences if each.attack == attack]
+        mean = average([each for each in cut if each is not None], [differences[0].row.method])
+        runs = [each for each in courses if each.result.cell.attack == attack and _place(each.result) in common]
+        if mean is not None:
+            found[attack] = interval(mean.mean, mean.low, mean.high), _fallen(runs)
+    return found
 
 
-def _fallen(runs: Iterable[Course], attack: str, eps: float) -> str:
+def _places(differences: Iterable[Difference]) -> set[Place]:
+    return {(each.row.data, each.row.classes, seed) for each in differences for seed in each.seeds}
+
+
+def _place(result: Result) -> Place:
+    return result.cell.data, result.cell.classes, result.cell.seed
+
+
+def _cut(each: Difference, places: set[Place]) -> Difference | None:
+    """The difference with the seeds in `places` alone. Its own interval is that of all seeds, and is not used."""
+    chosen = [i for i, seed in enumerate(each.seeds) if (each.row.data, each.row.classes, seed) in places]
+    if not chosen:
+        return None
+    verdicts = each.verdicts[chosen]
+    return replace(each, seeds=tuple(each.seeds[i] for i in chosen), verdicts=verdicts, mean=float(verdicts.mean()))
+
+
+def _fallen(runs: Sequence[Course]) -> str:
     """How many runs overfitted: "2 of 6", or "1 and partly 1 of 6"."""
-    found = [each for each in runs if (each.result.cell.attack, each.result.cell.eps) == (attack, eps)]
-    collapsed, partly = (sum(getattr(each, name) is not None for each in found) for name in ("collapse", "partly"))
-    if not found:
-        return ""
-    return f"{collapsed}{f' and partly {partly}' if partly else ''} of {len(found)}"
+    collapsed, partly = (sum(getattr(each, name) is not None for each in runs) for name in ("collapse", "partly"))
+    return f"{collapsed}{f' and partly {partly}' if partly else ''} of {len(runs)}"

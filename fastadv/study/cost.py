@@ -1,5 +1,6 @@
 """The cost of a cell: forward passes by the cost model, and the seconds of a pass from finished cells."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -12,7 +13,7 @@ from fastadv.training.fast.cached import Cached
 
 
 def cost_of(task: Task) -> dict[str, float]:
-    """The passes that training takes for one image in one epoch, by the cost model of `fastadv.training.cost`.
+    """The passes that training takes for one image in an epoch of average cost, by `fastadv.training.cost`.
 
     Args:
         task: the cell.
@@ -23,11 +24,15 @@ def cost_of(task: Task) -> dict[str, float]:
     Raises:
         ValueError: the cost of the attack is not known.
     """
-    training = task.training
+    training, total = task.training, defaultdict[str, float](float)
     steps = training.steps if task.attack == "pgd" else None
-    found = passes(task.attack, training.method, steps=steps, fresh=_fresh(task), clean=0 < training.clean_weight < 1)
-    names = ("forward", "input_backward", "backward")
-    return dict(zip(names, found, strict=True)) | {"units": found.total}
+    for stage in training.stages:
+        found = passes(task.attack, stage.method, steps=steps, fresh=_fresh(task), clean=0 < training.clean_weight < 1)
+        names = ("forward", "input_backward", "backward", "units")
+        for name, each in zip(names, (*found, found.total), strict=True):
+            total[name] += stage.epochs * each
+    epochs = sum(stage.epochs for stage in training.stages)
+    return {name: each / epochs for name, each in total.items()}
 
 
 def _fresh(task: Task) -> float:

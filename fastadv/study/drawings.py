@@ -1,5 +1,6 @@
 """Which figures a study has, each drawn for the page and for a file."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,7 @@ def drawn(study: Study) -> dict[str, Drawing]:
         found[f"price-{number}"] = of, words, figures.price_curve(prices)
     drawings = {}
     for name, (caption, words, figure) in found.items():
+        name = re.sub("[^A-Za-z0-9 .+_-]", "_", name)  # a file's name, whatever a cell from elsewhere calls its attack
         svg = figures.svg(figure, f"{words} {caption}".strip())
         drawings[name] = Drawing(words, caption, svg, figures.png(figure))
     return drawings

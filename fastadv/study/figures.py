@@ -163,6 +163,7 @@ def price_curve(prices: Sequence[Price]) -> "Figure":
     """
     budgets, attacks = sorted({each.row.eps for each in prices}), list(dict.fromkeys(each.attack for each in prices))
     figure = _figure(max(0.8 + 2.1 * len(budgets), WIDTH), 3.3)
+    measured = all(each.time is not None for each in prices)
     axes = figure.subplots(1, len(budgets), squeeze=False)[0]
     for axis, eps in zip(axes, budgets, strict=True):
         for each in (each for each in prices if each.row.eps == eps):
@@ -170,10 +171,11 @@ def price_curve(prices: Sequence[Price]) -> "Figure":
             bars, difference = None, each.difference
             if difference is not None:
                 bars = [[100 * (difference.mean - difference.low)], [100 * (difference.high - difference.mean)]]
-            axis.errorbar([each.times], [100 * each.robust], bars, linestyle="", label=each.attack, **style)
+            time = each.time if measured else each.predicted
+            axis.errorbar([time], [100 * each.robust], bars, linestyle="", label=each.attack, **style)
             if each.attack == each.against:
                 axis.axhline(100 * each.robust, color="#444444", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="time, standard training = 1")
+        axis.set(xlabel=f"time{'' if measured else ' foretold'}, standard = 1")
         axis.set_title(f"eps {eps:g}", fontsize=9)
         _plain(axis)
     axes[0].set_ylabel("accuracy under PMA, %")
@@ -191,7 +193,8 @@ def _style(method: str) -> dict[str, str]:
 
 
 def _numbered(place: int) -> dict[str, str]:
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+    count = len(COLOURS)  # the tenth has the first one's colour, and another marker
+    return {"color": COLOURS[place % count], "marker": MARKERS[(place + place // count) % count]}
 
 
 def _figure(width: float, height: float) -> "Figure":

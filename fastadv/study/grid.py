@@ -19,6 +19,7 @@ from fastadv.attacks.ensembles import VERSIONS
 from fastadv.data.splits import Split
 from fastadv.names import instead
 from fastadv.training import Settings, Trainer
+from fastadv.training.fast import FAST
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import RENAMED
 from fastadv.units import in_255ths
@@ -299,10 +300,21 @@ def _attack(given: object) -> tuple[str, str, dict[str, Any]]:
         return given, given, {}
     if not isinstance(given, Mapping) or not all(isinstance(given.get(name), str) for name in ("name", "attack")):
         raise ValueError(f"attacks are names, or mappings with a name and an attack, got {given!r}")
+    _check_own_name(given["name"], given["attack"])
     changes = {name: value for name, value in given.items() if name not in ("name", "attack")}
     changes = by_new_names(changes, RENAMED)
     _check_names(f"the attack {given['name']}", changes, [name for name in _names(Settings) if name not in _AXES_OF])
     return given["name"], given["attack"], changes
+
+
+def _check_own_name(name: str, attack: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .+_-]*", name):
+        raise ValueError(
+            f"the name of an attack has letters, digits, blanks and . + _ -, and begins with one of the first two, got "
+            f"{name!r}"
+        )
+    if name != attack and name in ("none", *PRESETS, *FAST):
+        raise ValueError(f"{name} is the name of another attack than {attack}: give it another name in the grid")
 
 
 def _training(cell: Cell, block: Mapping[str, Any]) -> Settings:

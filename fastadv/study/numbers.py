@@ -60,14 +60,14 @@ def numbers(study: Study) -> dict[str, Any]:
 
 def _difference(each: Difference) -> dict[str, Any]:
     about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
-    found = {name: getattr(each, name) for name in ("mean", "low", "high", "reference", "unlike")}
-    return {**asdict(each.row), **about, **found}
+    return {**asdict(each.row), **about, **_named(each, "mean", "low", "high", "reference", "unlike")}
 
 
 def _price(each: Price) -> dict[str, Any]:
-    found = {name: getattr(each, name) for name in ("epochs", "clean", "robust", "time", "predicted")}
-    to_fgsm = (
-        {} if each.difference is None else {name: getattr(each.difference, name) for name in ("mean", "low", "high")}
-    )
-    about = {"attack": each.attack, "seeds": list(each.seeds), "shared": json.loads(each.shared)}
-    return {**asdict(each.row), **about, **found, "to_fgsm": to_fgsm}
+    found = _named(each, "attack", "standard", "against", "epochs", "seeds", "clean", "robust", "time", "predicted")
+    to_fgsm = None if each.difference is None else _named(each.difference, "mean", "low", "high")
+    return {**asdict(each.row), **found, "shared": json.loads(each.shared), "to_fgsm": to_fgsm}
+
+
+def _named(of: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fastadv.evaluation.report import html
 from fastadv.evaluation.report.page import STYLE
 from fastadv.study import answer as say
-from fastadv.study import attack_table, price_words
+from fastadv.study import price_words
 from fastadv.study.drawings import Drawing, first_screen
 from fastadv.study.files import Record
 from fastadv.study.grid import Cell
@@ -265,6 +265,7 @@ def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
 def _times(found: Sequence[Time]) -> str:
     rows = [
         [
+            html.text(each.model),
             html.text(method_words(each.method)),
             html.text(attack_words(each.attack)),
             *map(_ratio, (each.to_pgd, each.predicted_to_pgd, each.to_none, each.predicted_to_none)),
@@ -272,25 +273,25 @@ def _times(found: Sequence[Time]) -> str:
         ]
         for each in found
     ]
-    head = ["method", "attack", "to PGD", "foretold", "to no attack", "foretold", "pairs"]
+    head = ["model", "method", "attack", "to PGD", "foretold", "to no attack", "foretold", "pairs"]
     words = (
-        "Training without evaluations: the median ratio to the cells that differ in the training attack alone, made on "
-        "the same machine; processor time on a CPU, and on a GPU of cells that had it alone. Foretold: by the cost "
-        "model, in passes through the network."
+        "Training without evaluations: the median ratio to the cells that differ in the training attack and its "
+        "epochs alone, made on the same machine; processor time on a CPU, and on a GPU of cells that had it "
+        "alone. Foretold: by the cost model, in passes through the network."
     )
     return html.paragraph(words, "note") + _table(head, rows) if rows else ""
 
 
 def _attacks(study: Study) -> str:
-    found = attack_table.rows(study.averages, study.times, study.courses)
+    found = study.attacks
     if found is None:
         return ""
-    method, (head, rows) = found
     words = (
-        f"Of {method_words(method)}. Points of accuracy over data sets, with a 95 % interval; overfitted: runs that "
-        "collapsed, and runs that overfitted partly."
+        f"{method_words(found.method)} of {found.model}. In points, with 95 % intervals; overfitted: runs that "
+        "collapsed, and runs that overfitted partly. For an eps the attacks have the same data sets and seeds, so"
+        " that there may be fewer than in the other tables."
     )
-    return html.paragraph(words, "note") + _escaped(head, rows)
+    return html.paragraph(words[0].upper() + words[1:], "note") + _escaped(found.head, found.rows)
 
 
 def _prices(study: Study, drawn: Mapping[str, Drawing]) -> str:
@@ -314,10 +315,10 @@ def _prices(study: Study, drawn: Mapping[str, Drawing]) -> str:
     judge = judge_words(JUDGE)
     head = ["data", "model", "method", "eps", "attack", "epochs", "seeds", "time", "foretold", "clean", judge]
     words = (
-        "Attacks by their names in the grid. Time of training without evaluations, as a multiple of training without "
-        "an attack; in the figures the foretold one where none was measured. Minus FGSM's: accuracy under "
-        f"{judge} minus that of FGSM in as many epochs as training without an attack, in points, with a 95 % interval, "
-        "as in the differences to PGD. First the means over eps."
+        "Time of training without evaluations, as a multiple of that without an attack; foretold: by the cost "
+        f"model. Minus FGSM's: accuracy under {judge} minus that of FGSM in as many epochs as without an attack, "
+        "in points, with a 95 % interval, as in the differences to PGD. Attacks by their names in the grid. The "
+        "first table has means over eps."
     )
     shown = [name for name in drawn if name.startswith("price-")]
     table = _folded(f"all {len(rows)} of them", [*head, "minus FGSM", "from", "to"], rows)

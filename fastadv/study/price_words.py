@@ -1,102 +1,140 @@
 """The prices of training attacks in sentences, and as a table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
 from fastadv.study.price import JUDGE, Price, Summary, summaries
-from fastadv.study.results import grouped, judge_words, method_words
-from fastadv.study.words import listed, markdown, points
+from fastadv.study.results import Row, grouped, judge_words, method_words
+from fastadv.study.words import interval, listed, markdown
 
 LITTLE = 0.01  # the loss of accuracy that an attack cheaper than FGSM may have
-SAME_TIME = 1.05  # times FGSM's: what takes up to so long counts as no slower
+SAME_TIME = 1.05  # the ratio of two times up to which they count as the same
 
 
 def sentences(prices: Sequence[Price]) -> list[str]:
-    """For each method: the cheapest attack that loses little to FGSM on each data set, and the best in FGSM's time."""
+    """For each method and FGSM: the cheapest attack that loses little to it, and the best one that takes no longer."""
+    found = summaries(prices)
+    models = len({each.row.model for each in found})
     words = []
-    for method, found in grouped(summaries(prices), lambda each: each.row.method):
-        of_fgsm = [each for each in found if each.attack == each.against]
-        # Means over fewer data sets or eps than FGSM has would not be compared with its own.
-        attacks = [
-            _Compared(attack, group)
-            for attack, group in grouped(found, lambda each: each.attack)
-            if all(each.to_fgsm for each in group) and _measured(group) == _measured(of_fgsm, group[0].against)
-        ]
-        if not attacks:
+    for (model, method, standard, against), group in grouped(
+        found, lambda each: (each.row.model, each.row.method, each.standard, each.against)
+    ):
+        rivals = _Rivals(group)
+        if not rivals.reference or len(rivals.attacks) == 1:
             continue
-        fgsm = median(each.time for each in of_fgsm)
-        near = [each for each in attacks if min(each.points) >= -LITTLE and each.time < fgsm]
-        in_time = [each for each in attacks if each.time <= SAME_TIME * fgsm]
-        about = f"For {method_words(method)}, where FGSM takes {fgsm:.2f} times as long as training without an attack,"
-        within = f"within {100 * LITTLE:g} point of its accuracy under {judge_words(JUDGE)}"
-        if near:
-            words.append(f"{about} {min(near, key=lambda each: each.time)} is the cheapest attack {within}.")
-        else:
-            words.append(f"{about} no cheaper attack comes {within}.")
-        if in_time:
-            words.append(f"The best in FGSM's time is {max(in_time, key=lambda each: mean(each.points))}.")
+        about = f"{method_words(method)}{f' of {model}' if models > 1 else ''}"
+        words.append(
+            f"{about[0].upper()}{about[1:]}: {against} takes {rivals.time(rivals.reference):.2f} times as long as "
+            f"{standard}{'' if rivals.measured else ' by the cost model'}, and {judge_words(JUDGE)} leaves "
+            + listed(f"{100 * each.robust:.1f} % on {_images(each.row)}" for each in rivals.reference)
+            + f". {rivals.cheapest()} {rivals.best()}"
+        )
+        if rivals.left_out:
+            words[-1] += f" Not measured everywhere, and not compared: {listed(rivals.left_out)}."
     return words
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """An attack that is compared with FGSM on each data set."""
+class _Rivals:
+    """The attacks that are compared with one FGSM on each data set, for each eps."""
 
-    attack: str
     summaries: Sequence[Summary]
 
     @property
-    def points(self) -> list[float]:
-        return [each.to_fgsm[0] for each in self.summaries if each.to_fgsm]
+    def reference(self) -> list[Summary]:
+        return [each for each in self.summaries if each.attack == each.against]
 
     @property
-    def time(self) -> float:
-        return median(each.time for each in self.summaries)
+    def measured(self) -> bool:
+        """Whether the times are measured; else all of them are the cost model's, for one kind of time is compared."""
+        return all(each.time is not None for each in self.summaries)
 
-    def __str__(self) -> str:
-        found = zip(self.points, self.summaries, strict=True)
-        of = listed(f"{points(value)} on {each.row.data}" for value, each in found)
-        return f"{self.attack} ({of}; {self.time:.2f} times)"
+    @property
+    def attacks(self) -> dict[str, list[Summary]]:
+        """The attacks that are measured wherever FGSM is, and FGSM."""
+        wanted = {(each.row, each.budgets) for each in self.reference}
+        return {
+            attack: group
+            for attack, group in grouped(self.summaries, lambda each: each.attack)
+            if {(each.row, each.budgets) for each in group} == wanted
+            and all(each.to_fgsm or each.attack == each.against for each in group)
+        }
+
+    @property
+    def left_out(self) -> list[str]:
+        names = dict.fromkeys(each.attack for each in self.summaries if each.attack != each.standard)
+        return [name for name in names if name not in self.attacks]
+
+    def time(self, group: Sequence[Summary]) -> float:
+        return median(_time(each, self.measured) for each in group)
+
+    def cheapest(self) -> str:
+        """The cheapest attack that loses little to FGSM, among those that take clearly less time."""
+        most = self.time(self.reference) / SAME_TIME
+        near = [group for group in self.attacks.values() if self.time(group) < most and min(_lost(group)) >= -LITTLE]
+        several = len(self.reference) > 1
+        if not near:
+            where = " on some data set" if several else ""
+            return f"Every cheaper attack loses more than {100 * LITTLE:g} point to it{where}."
+        where = " on each data set" if several else ""
+        what = f"The cheapest attack that loses at most {100 * LITTLE:g} point to it{where}"
+        return f"{what} is {self._named(min(near, key=self.time))}."
+
+    def best(self) -> str:
+        """The attack with the highest accuracy, among FGSM and those that take no longer."""
+        most = SAME_TIME * self.time(self.reference)
+        group = max(
+            (group for group in self.attacks.values() if self.time(group) <= most), key=lambda group: mean(_lost(group))
+        )
+        if group[0].attack == group[0].against:
+            return "None that takes no longer is more robust."
+        return f"The most robust that takes no longer is {self._named(group)}."
+
+    def _named(self, group: Sequence[Summary]) -> str:
+        of = listed(f"{interval(*each.to_fgsm)} on {_images(each.row)}" for each in group if each.to_fgsm)
+        return f"{group[0].attack} ({of}; {self.time(group):.2f} times)"
+
+
+def _lost(group: Sequence[Summary]) -> list[float]:
+    """The differences to FGSM; its own are 0."""
+    return [each.to_fgsm[0] if each.to_fgsm else 0.0 for each in group]
+
+
+def _time(each: Summary, measured: bool) -> float:
+    return each.time if measured and each.time is not None else each.predicted
 
 
 def rows(prices: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
-    """A table of the means over eps on each data set: (its head, a row for each method and attack).
+    """A table of the means over eps: (its head, a row for each data set, method and attack).
 
     Args:
         prices: what training attacks cost and bring.
     """
     found = summaries(prices)
-    sets = list(dict.fromkeys(map(_images, found)))
-    several = len({model for _, _, model in sets}) > 1
-    head = ["method", "attack", "time / standard"]
-    for data, classes, model in sets:
-        name = " ".join(filter(None, (data, classes, model if several else None)))
-        head += [f"{name}: clean", judge_words(JUDGE), "minus FGSM's"]
-    body = []
-    for (method, attack), group in grouped(found, lambda each: (each.row.method, each.attack)):
-        of = {_images(each): each for each in group}
-        cells = [cell for each in sets for cell in (_cells_of(of[each]) if each in of else [""] * 3)]
-        fewer = len({each.budgets for each in found if each.row.method == method}) > 1
-        only = f" (eps {listed(f'{eps:g}' for eps in group[0].budgets)})" if fewer else ""
-        body.append([method_words(method), attack + only, f"{median(each.time for each in group):.2f}", *cells])
+    several = len({each.row.model for each in found}) > 1
+    head = ["data", "method", "attack", "eps", "cells", "time", "clean", judge_words(JUDGE), "minus FGSM's"]
+    body = [
+        [
+            _images(each.row),
+            method_words(each.row.method) + (f" of {each.row.model}" if several else ""),
+            each.attack,
+            listed(f"{eps:g}" for eps in each.budgets),
+            str(each.runs),
+            f"{each.predicted:.2f} foretold" if each.time is None else f"{each.time:.2f}",
+            f"{100 * each.clean:.1f} %",
+            f"{100 * each.robust:.1f} %",
+            interval(*each.to_fgsm) if each.to_fgsm else "",
+        ]
+        for each in found
+    ]
     return head, body
 
 
 def table(prices: Sequence[Price]) -> str:
     """The table of `rows` in Markdown."""
-    return markdown(*rows(prices), left=2)
+    return markdown(*rows(prices), left=3)
 
 
-def _measured(summaries: Iterable[Summary], attack: str | None = None) -> set[tuple[object, ...]]:
-    """The data sets and eps for which an attack is measured."""
-    return {(*_images(each), each.budgets) for each in summaries if attack in (None, each.attack)}
-
-
-def _images(each: Summary) -> tuple[str, str | None, str]:
-    return each.row.data, each.row.classes, each.row.model
-
-
-def _cells_of(each: Summary) -> list[str]:
-    difference = "" if each.to_fgsm is None else "{} ({} to {})".format(*map(points, each.to_fgsm))
-    return [f"{100 * each.clean:.1f} %", f"{100 * each.robust:.1f} %", difference]
+def _images(row: Row) -> str:
+    return " ".join(filter(None, (row.data, row.classes)))

@@ -1,5 +1,6 @@
 """Reads a study's finished cells, and computes everything that its page shows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_
 from fastadv.study.grid import expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
 from fastadv.study.price import Price, prices
-from fastadv.study.results import Result, place_of, result_of
+from fastadv.study.results import Result, grouped, place_of, result_of
 from fastadv.study.statistics import Average, Difference, averages, compare
 from fastadv.study.timing import Time, times
 
@@ -62,10 +63,15 @@ class Study:
         return say.table_for_readme(self.averages, self.times, self.courses)
 
     @property
+    def attacks(self) -> attack_table.Table | None:
+        """The fast attacks side by side; None where there are no two of them."""
+        return attack_table.table(self.results, self.differences, self.times, self.courses)
+
+    @property
     def attack_table(self) -> str:
         """The training attacks as a table of Markdown; empty where there are no two of them."""
-        found = attack_table.rows(self.averages, self.times, self.courses)
-        return words.markdown(*found[1], left=1) if found else ""
+        found = self.attacks
+        return words.markdown(found.head, found.rows, left=1) if found else ""
 
     @property
     def price_table(self) -> str:
@@ -92,7 +98,7 @@ def read_study(folder: Path) -> Study:
         asked,
         {id: _reason(folder, id) for id in asked or () if id not in done},
         {id: missed for id, missed in unjudged.items() if missed},
-        list(dict.fromkeys([*problems, *said, *refused, *not_priced])),
+        list(dict.fromkeys([*problems, *said, *refused, *not_priced, *_other_images(results)])),
         differences,
         averages(differences),
         found,
@@ -124,6 +130,16 @@ def _asked(folder: Path) -> tuple[list[str] | None, dict[str, tuple[str, ...]], 
     except (ImportError, TypeError, ValueError) as error:
         return None, {}, [f"{GRID} cannot be read, so that what is missing is not known: {error}"]
     return [task.cell.id for task in tasks], {task.cell.id: task.judges for task in tasks}, []
+
+
+def _other_images(results: Iterable[Result]) -> list[str]:
+    """Data sets whose cells were judged on different test images, as with another limit for each method."""
+    said = []
+    for (data, classes), group in grouped(results, lambda each: (each.cell.data, each.cell.classes)):
+        if len({each.record["labels"] for each in group}) > 1:
+            name = " ".join(filter(None, (data, classes)))
+            said.append(f"Not all cells of {name} were judged on the same images: means over them are left out.")
+    return said
 
 
 def _reason(folder: Path, id: str) -> str:

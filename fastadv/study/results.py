@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fastadv.attacks import PRESETS
 from fastadv.study.files import Record
 from fastadv.study.grid import SCRATCH, Cell, with_defaults
+from fastadv.training.fast import FAST
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -129,8 +131,8 @@ def method_words(method: str) -> str:
 
 
 def attack_words(attack: str) -> str:
-    """An attack's name for people."""
-    return ATTACK_WORDS.get(attack, attack.upper())
+    """An attack's name for people; a name that only the grid has stays as it is."""
+    return ATTACK_WORDS.get(attack, attack.upper() if attack in (*PRESETS, *FAST) else attack)
 
 
 def judge_words(judge: str) -> str:

@@ -39,6 +39,7 @@ class Difference:
         reference: the share of the images on which the second cells are right under `judge`: where it is next to
             nothing, a difference cannot be large.
         unlike: {setting: both values, such as "30 and 40"}, for each setting that differs and is not the attack's own.
+        images: a digest of the test images.
     """
 
     row: Row
@@ -51,6 +52,7 @@ class Difference:
     high: float
     reference: float
     unlike: dict[str, str]
+    images: str
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ def bootstrap(
             t = generator.standard_t((seeds - 1) / np.sqrt(share), draws)
             drawn += t * np.sqrt(of_seed / (seeds * images))
     low, high = np.quantile(mean + drawn, [(1 - level) / 2, (1 + level) / 2]).clip(-1, 1)
-    return float(low), float(high)
+    own = differences.mean()  # the two images more move the mean: where seeds happen to agree, out of the interval
+    return float(min(low, own)), float(max(high, own))
 
 
 def t_interval(means: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
@@ -252,8 +255,10 @@ def of_one_set(differences: Sequence[Difference]) -> tuple[float, float, float] 
         differences: differences of one data set.
 
     Returns:
-        (mean, low, high); None where the differences have no seed in common.
+        (mean, low, high); None where the differences have no seed in common, or are of different images.
     """
+    if len({each.images for each in differences}) > 1:
+        return None
     seeds = sorted(set.intersection(*(set(each.seeds) for each in differences)))
     if not seeds:
         return None
@@ -319,7 +324,8 @@ def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[i
             low, high = bootstrap(verdicts, _number((row, attack, judge)))
             mean, unlike = float(verdicts.mean()), _unlike([(first[s], second[s]) for s in both])
             reference = float(np.mean([second[s].verdicts[judge].mean() for s in both]))
-            yield Difference(row, attack, judge, tuple(both), verdicts, mean, low, high, reference, unlike)
+            images = first[both[0]].record["labels"]
+            yield Difference(row, attack, judge, tuple(both), verdicts, mean, low, high, reference, unlike, images)
 
 
 def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:

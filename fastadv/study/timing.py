@@ -4,18 +4,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from fastadv.study.results import PGD, Result, Row, row_of
+from fastadv.study.partners import Setup, setup_of, standing
+from fastadv.study.results import PGD, Result, grouped
 
 
 @dataclass(frozen=True)
 class Time:
     """The training time of a method with an attack, as the median ratio over pairs of cells.
 
-    The two cells of a pair differ in the training attack alone. Times count of pairs that were made on the same
-    machine; cells that shared a GPU with others are left out: they waited for it. A ratio is None where there is no
-    pair.
+    The two cells of a pair differ in nothing but the training attack and the epochs. Times count of pairs that were
+    made on the same machine; cells that shared a GPU with others are left out: they waited for it. A ratio is None
+    where there is no pair.
 
     Attributes:
+        model: the model.
         method: the fine-tuning method.
         attack: the training attack.
         to_pgd: the measured ratio to PGD.
@@ -25,6 +27,7 @@ class Time:
         pairs: the number of pairs with PGD whose times count.
     """
 
+    model: str
     method: str
     attack: str
     to_pgd: float | None
@@ -37,15 +40,17 @@ class Time:
 def times(results: Iterable[Result]) -> list[Time]:
     """The times of each method with each attack, in the order in which `results` has them."""
     results = list(results)
-    by_row = {(row_of(each), each.cell.seed, each.cell.attack): each for each in results}
+    partners: dict[tuple[Setup, int, str], Result] = {}
+    for setup, group in grouped(results, setup_of):
+        for other in (PGD, "none"):
+            name, _ = standing(group, other)
+            partners |= {(setup, each.cell.seed, other): each for each in group if each.cell.attack == name}
     found = []
-    for method, attack in dict.fromkeys((each.cell.method, each.cell.attack) for each in results):
-        mine = [each for each in results if (each.cell.method, each.cell.attack) == (method, attack)]
-        pgd, none = (_pairs(mine, other, by_row) for other in (PGD, "none"))
+    for names, mine in grouped(results, lambda each: (each.cell.model, each.cell.method, each.cell.attack)):
+        pgd, none = (_pairs(mine, other, partners) for other in (PGD, "none"))
         found.append(
             Time(
-                method,
-                attack,
+                *names,
                 to_pgd=measured(pgd),
                 predicted_to_pgd=predicted(pgd) if pgd else None,
                 to_none=measured(none),
@@ -57,10 +62,10 @@ def times(results: Iterable[Result]) -> list[Time]:
 
 
 def _pairs(
-    results: Iterable[Result], other: str, by_row: Mapping[tuple[Row, int, str], Result]
+    results: Iterable[Result], other: str, partners: Mapping[tuple[Setup, int, str], Result]
 ) -> list[tuple[Result, Result]]:
-    partners = [(each, by_row.get((row_of(each), each.cell.seed, other))) for each in results]
-    return [(a, b) for a, b in partners if b is not None]
+    found = [(each, partners.get((setup_of(each), each.cell.seed, other))) for each in results]
+    return [(a, b) for a, b in found if b is not None]
 
 
 def measured(pairs: Iterable[tuple[Result, Result]]) -> float | None:

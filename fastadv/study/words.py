@@ -9,6 +9,11 @@ def points(share: float) -> str:
     return f"{rounded:+.2f}" if rounded else "0.00"
 
 
+def interval(mean: float, low: float, high: float, unit: str = "") -> str:
+    """A difference with its interval, in points: "-0.54 (-1.53 to +0.44)"; `unit` follows the mean."""
+    return f"{points(mean)}{unit} ({points(low)} to {points(high)})"
+
+
 def listed(names: Iterable[str], last: str = "and") -> str:
     """The names as a text: "a, b and c"."""
     *names, final = names

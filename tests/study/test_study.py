@@ -184,6 +184,10 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"attacks": ["pgd", "fgms"]}, "'fgms'"),
         (D | {"attacks": ["pgdl2"]}, "pgdl2|L2"),
         (D | {"attacks": [{"name": "a", "refresh": 4}]}, "mappings with a name and an attack"),
+        (D | {"attacks": [{"name": "../a", "attack": "fgsm"}]}, "begins with one of the first two, got '../a'"),
+        (D | {"attacks": [{"name": "$x_$", "attack": "fgsm"}]}, r"got '\$x_\$'"),
+        (D | {"attacks": [{"name": "pgd", "attack": "fgsm"}]}, "pgd is the name of another attack than fgsm"),
+        (D | {"attacks": [{"name": "none", "attack": "stale"}]}, "none is the name of another attack than stale"),
         (D | {"attacks": [{"name": "a", "attack": "stale", "fresh": 4}]}, "the attack a has no setting 'fresh'"),
         (D | {"attacks": [{"name": "a", "attack": "fgsm", "refresh": 4}]}, "refresh"),
         (D | {"methods": ["lora"], "attacks": ["cached"]}, "cached keeps what enters the head, and .* lora"),
@@ -295,6 +299,8 @@ def test_the_costs_are_those_of_the_cost_model():
     assert units == {(m, a): (probe if m == "linear" else whole)[a] for m, a in units}
     (five,) = expanded(D | {"methods": "full", "attacks": "pgd", "steps": 5, "seeds": 1})
     assert cost_of(five) == {"forward": 6, "input_backward": 5, "backward": 1, "units": 13}
+    (two,) = expanded(D | {"methods": "full", "attacks": "fgsm", "lp_ft": 6, "epochs": 2, "seeds": 1})
+    assert cost_of(two)["units"] == (6 * 3 + 2 * 5) / 8  # the first stage is linear probing
     # A fresh FGSM attack costs 2 passes. The first of 10 epochs attacks all images, each later epoch a fifth of them.
     for changes, units in (({}, 3), ({"refresh": 5}, 3 + 2 * (1 + 9 / 5) / 10), ({"price": 1.4}, 4.2)):
         variant = {"name": "kept", "attack": "stale", "epochs": 10, **changes}
@@ -739,6 +745,21 @@ def test_one_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys
     assert reports == [sorted(order[:1]), sorted(order), sorted(order)]
     assert ended.value.code == 130
     assert f"go on with the same command, from {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_ends_no_study(tmp_path, monkeypatch, caplog):
+    write_set(tmp_path / "colours.npz", 1)
+    monkeypatch.setattr(command, "REPORT_S", 0)
+    tries = iter([ValueError("no room"), None])
+
+    def write(out):
+        if (error := next(tries, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(command, "write_study", write)
+    study(tmp_path)
+    assert "the report could not be written: ValueError: no room" in caplog.text
+    assert len(list((tmp_path / "out" / "cells").glob("*/cell.json"))) == 8
 
 
 def test_options_are_a_grid_and_none_goes_beside_a_file(tmp_path, monkeypatch):

@@ -319,7 +319,7 @@ def test_attacks_stand_side_by_side_for_the_method_that_has_most_of_them(tmp_pat
         assert found[words][2].startswith(f"{points(sum(means) / 2)} (")
         assert float(found[words][1]) == pytest.approx(studied.SECONDS[attack] / studied.SECONDS["pgd"], abs=0.02)
     assert "Fast attacks side by side" in page.words
-    assert any(words.startswith("Of full fine-tuning.") for words in page.words)
+    assert any(words.startswith("Full fine-tuning of robust-resnet.") for words in page.words)
 
 
 def differs(each, attack, method, judge):

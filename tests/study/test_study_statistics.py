@@ -1,6 +1,7 @@
 """A study's differences, intervals, collapses, detectors and times, against loops by hand and closed forms."""
 
 import dataclasses
+import itertools
 import statistics
 from math import sqrt
 
@@ -10,10 +11,12 @@ import studied
 from scipy import stats
 from studied import rng as rng
 
+from fastadv.study import attack_table
 from fastadv.study.overfitting import DETECTORS, collapse, courses, partly, scores
 from fastadv.study.results import result_of, row_of
 from fastadv.study.statistics import Difference, Row, average, averages, bootstrap, compare, paired, t_interval
 from fastadv.study.timing import times
+from fastadv.study.words import points
 
 
 def verdicts(rng, seeds, images, *, of_seed, of_image, noise, gap=0.05, level=0.3):
@@ -30,6 +33,15 @@ def verdicts(rng, seeds, images, *, of_seed, of_image, noise, gap=0.05, level=0.
 
 
 # ---------------------------------------------------------------------- the interval
+
+
+def test_an_interval_contains_its_mean(rng):
+    """Also where the seeds happen to agree, so that it is short: it has two images more, which move the mean."""
+    for _ in range(200):
+        verdicts = rng.integers(0, 2, (2, 64)) - rng.integers(0, 2, (2, 64))
+        verdicts[1] = rng.permutation(verdicts[0])
+        low, high = bootstrap(verdicts, int(rng.integers(1000)), draws=200)
+        assert low <= verdicts.mean() <= high
 
 
 def by_hand(differences, draws, rng):
@@ -254,7 +266,7 @@ def test_the_interval_over_data_sets_covers_the_mean(rng, of_seeds, of_sets):
             drawn = rng.random((3, 512))
             verdicts = (drawn < up).astype(np.int8) - (drawn > 1 - down).astype(np.int8)
             mean, of = float(verdicts.mean()), dataclasses.replace(row_of(row), data=str(number))
-            sets.append(Difference(of, "fgsm", "pma", (0, 1, 2), verdicts, mean, 0.0, 0.0, 0.5, {}))
+            sets.append(Difference(of, "fgsm", "pma", (0, 1, 2), verdicts, mean, 0.0, 0.0, 0.5, {}, "images"))
         found = average(sets, [row.cell.method])
         covered.append(found.low <= 0 <= found.high)
     assert np.mean(covered) > 0.92
@@ -400,6 +412,39 @@ def test_detectors_are_judged_by_runs_that_collapse_and_by_others(rng):
     assert counts["PGD probe"] == counts["gap"] == counts["the monitor's alarm"] == (2, 2, (0, 0), 0, 6)
 
 
+# ---------------------------------------------------------------------- side by side
+
+
+def test_attacks_side_by_side_have_the_same_data_sets_and_seeds(rng):
+    """FGSM has three seeds, N-FGSM two of them, and one of its runs collapsed; ZeroGrad has one data set alone."""
+    records = []
+    for data, attack, seed in itertools.product(("a", "b"), ("fgsm", "nfgsm", "fgsm-rs", "pgd"), range(3)):
+        if (attack, seed) == ("nfgsm", 0) or (attack, data) == ("fgsm-rs", "b"):
+            continue
+        collapse = 2 if (data, attack, seed) == ("a", "nfgsm", 1) else 1 if (attack, seed) == ("fgsm", 0) else None
+        right = {"data": data, "attack": attack, "seed": seed, "labels": data, "collapse": collapse}
+        records.append(studied.record_of(rng, **right))
+    results = list(map(result_of, records))
+    found = attack_table.table(results, compare(results)[0], times(results), courses(results))
+    assert (found.model, found.method) == ("robust-resnet", "full")
+    lines = {row[0]: row[1:] for row in found.rows}
+    assert lines.keys() == {"FGSM", "N-FGSM"}
+    by_key = {(r.cell.data, r.cell.attack, r.cell.seed): r.accuracies["pma"] for r in results}
+    for name, attack, fallen in (("FGSM", "fgsm", "0 of 4"), ("N-FGSM", "nfgsm", "1 of 4")):
+        means = [by_key[d, attack, s] - by_key[d, "pgd", s] for d in ("a", "b") for s in (1, 2)]
+        assert lines[name][1].startswith(f"{points(statistics.mean(means))} (")
+        assert lines[name][2] == fallen
+    assert found.head[1] == "time / PGD's"
+    for each in records:
+        each["machine"] = {"device": "a GPU", "sharing": 2} if each["cell"]["attack"] == "nfgsm" else each["machine"]
+    results = list(map(result_of, records))
+    found = attack_table.table(results, compare(results)[0], times(results), courses(results))
+    assert found.head[1] == "time / PGD's, by the cost model"
+    assert {row[1] for row in found.rows} == {f"{5 / 17:.2f}"}
+    slow = [each for each in results if each.cell.attack in ("pgd", "fgsm")]
+    assert attack_table.table(slow, compare(slow)[0], times(slow), courses(slow)) is None
+
+
 # ---------------------------------------------------------------------- time
 
 
@@ -426,6 +471,23 @@ def test_times_are_ratios_to_the_same_row_on_the_same_machine(rng):
     gpu = {each.attack: each for each in times(map(result_of, records))}["fgsm"]
     assert gpu.to_pgd == pytest.approx(17 / 58)
     assert times(map(result_of, records[1:2]))[0].to_pgd is None
+
+
+def test_times_are_to_cells_with_the_same_settings_and_of_one_model(rng):
+    seconds = {"none": 2.0, "fgsm": 3.0, "none-crops": 4.0, "fgsm-crops": 5.0}
+    records = []
+    for (attack, each), model in itertools.product(seconds.items(), ("robust-resnet", "conv")):
+        record = studied.record_of(rng, attack=attack.removesuffix("-crops"), model=model)
+        record["cell"]["attack"] = attack
+        record["settings"] |= {"trained_with": attack.removesuffix("-crops"), "augment": attack.endswith("-crops")}
+        record["train_cpu_s"] = each if model == "conv" or attack.startswith("none") else 2 * each
+        records.append(record)
+    found = {(each.model, each.attack): each.to_none for each in times(map(result_of, records))}
+    assert found == pytest.approx(
+        {(model, name): 1.0 for model in ("robust-resnet", "conv") for name in ("none", "none-crops")}
+        | {("conv", "fgsm"): 1.5, ("conv", "fgsm-crops"): 1.25}
+        | {("robust-resnet", "fgsm"): 3.0, ("robust-resnet", "fgsm-crops"): 2.5}
+    )
 
 
 def test_a_row_is_all_but_attack_and_seed(rng):

@@ -1,0 +1,50 @@
+"""Which cells are compared: those that differ in nothing but the training attack, its settings and the epochs."""
+
+import json
+from collections.abc import Sequence
+
+from fastadv.study.grid import OF_THE_ATTACK, Cell, with_defaults
+from fastadv.study.results import Result, Row, row_of
+
+Setup = tuple[Row, str]
+
+
+def setup_of(result: Result) -> Setup:
+    """The row of a cell, and as JSON the settings in which a cell must be like those that it is compared with."""
+    own = (*OF_THE_ATTACK, "epochs")
+    shared = {name: value for name, value in sorted(result.settings.items()) if name not in own}
+    return row_of(result), json.dumps(shared)
+
+
+def standing(group: Sequence[Result], attack: str, epochs: int | None = None) -> tuple[str | None, str | None]:
+    """The cells of one setup that others are compared with.
+
+    Args:
+        group: the cells of the setup.
+        attack: the trainer's name of the attack that they were trained with, with its default settings.
+        epochs: for how many epochs; None: for as many as the grid says.
+
+    Returns:
+        (the attack's name in the grid, why there is none): a single name; or of several the one that is also the
+        trainer's. Both are None where no cell was trained so.
+    """
+    names = {each.cell.attack for each in group if _is_plain(each, attack) and epochs in (None, epochs_of(each))}
+    if attack in names or len(names) < 2:
+        return (attack if attack in names else next(iter(names), None)), None
+    listed = ", ".join(sorted(names))
+    return None, f"{_place(group[0])}: {listed} are all {attack}; give one of them that name, to compare with it"
+
+
+def epochs_of(result: Result) -> int:
+    """The epochs that the cell was to have; a run that overfitted may have stopped before."""
+    return int(result.settings["epochs"])
+
+
+def _is_plain(result: Result, attack: str) -> bool:
+    default = with_defaults(Cell(**{**result.record["cell"], "attack": attack}), {})
+    return all(result.settings[name] == default[name] for name in OF_THE_ATTACK)
+
+
+def _place(result: Result) -> str:
+    cell = result.cell
+    return " ".join(filter(None, (cell.data, cell.classes, cell.model, cell.method, f"eps {cell.eps:g}")))
