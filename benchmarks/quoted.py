@@ -29,6 +29,7 @@ H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvid
 THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
 STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "study-cpu/cells/*/cell.json"
+PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
 SCRATCH, TUNED, BACKBONE = "scratch/fgsm.json", "scratch/tuned.json", "scratch/backbone.json"
 
 # {pattern of files: the command that made them}; the first pattern that matches counts. Other files name their command.
@@ -48,6 +49,7 @@ COMMANDS = {
     "scratch/*": "benchmarks/training/scratch.py DATA FOLDER",
     "study-cpu/*": "the same study on a CPU, cut",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
+    "price/*": "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price",
 }
 
 METHODS, ATTACKS = ("linear", "full"), ("fgsm", "pgd")
@@ -654,6 +656,20 @@ def study() -> Iterator[Figure]:
         yield Figure(f"study.devices.{name}", f"{what}: {name}", (CELLS, CELLS_CPU), found, form)
 
 
+def price() -> Iterator[Figure]:
+    what = "the price of robustness: "
+    for name, words, value, form in (
+        ("cells", "how many of the cells are finished", _cells, str),
+        ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="answer"), _priced),
+        ("table", "time and accuracy of each training attack", partial(_of_study, path="price_table"), str),
+    ):
+        yield Figure(f"price.{name}", what + words, (PRICE, PRICE_CELLS), value, form)
+
+
+def _priced(answer: Mapping) -> str:
+    return " ".join(words for words in answer["sentences"] if "times as long as" in words)
+
+
 def _on_cpu(cells: list[Mapping]) -> int:
     return sum(each["machine"]["device"] == "cpu" for each in cells)
 
@@ -743,5 +759,6 @@ FIGURES = [
     *transfer(),
     *demo(),
     *study(),
+    *price(),
     *scratch(),
 ]
