@@ -140,7 +140,7 @@ def _from_scratch(runs: Sequence[Course]) -> list[str]:
 
 
 def _to_pgd(averages: Sequence[Average]) -> list[str]:
-    """The difference to PGD in words, of each model: at the paper's budgets, or at all if those were not measured."""
+    """The difference to PGD in words, of each model at each eps."""
     models = distinct(each.model for each in averages)
     found = [_of_model([each for each in averages if each.model == model], len(models) > 1) for model in models]
     words = [said for said in found if said]
@@ -151,9 +151,8 @@ def _of_model(averages: Sequence[Average], several: bool) -> str:
     found = headlines(averages)
     if not found:
         return ""
-    shown = [each for each in found if each.eps in PAPER] or found
-    one, of = shown[0], list(dict.fromkeys(map(_of, shown)))
-    words = "; ".join(_difference(each) + (f" in {_of(each)}" if len(of) > 1 else "") for each in shown)
+    one, of = found[0], list(dict.fromkeys(map(_of, found)))
+    words = "; ".join(_difference(each) + (f" in {_of(each)}" if len(of) > 1 else "") for each in found)
     over = f"{of[0]}; 95 % intervals" if len(of) == 1 else "95 % intervals"
     models = f"{one.model} models" if several else "models"
     return (

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fastadv.study.grid import SCRATCH
-from fastadv.study.overfitting import Course
+from fastadv.study.overfitting import Course, fallen
 from fastadv.study.price import JUDGE
 from fastadv.study.results import Result, attack_words, grouped, judge_words
 from fastadv.study.statistics import Difference, average
@@ -113,5 +113,5 @@ def _cut(each: Difference, places: set[Place]) -> Difference | None:
 
 def _fallen(runs: Sequence[Course]) -> str:
     """How many runs overfitted: "2 of 6", or "1 and partly 1 of 6"."""
-    collapsed, partly = (sum(getattr(each, name) is not None for each in runs) for name in ("collapse", "partly"))
+    collapsed, partly = fallen(runs)
     return f"{collapsed}{f' and partly {partly}' if partly else ''} of {len(runs)}"

@@ -13,7 +13,7 @@ from fastadv._extras import require
 from fastadv.evaluation.report.curves import png, whole_numbers
 from fastadv.evaluation.report.html import text
 from fastadv.study.answer import PAPER
-from fastadv.study.overfitting import Course
+from fastadv.study.overfitting import Course, fallen
 from fastadv.study.price import Price
 from fastadv.study.results import attack_words, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
@@ -82,9 +82,7 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     for row, method in enumerate(methods):
         for column, eps in enumerate(budgets):
             runs = [each for each in courses if (each.result.cell.method, each.result.cell.eps) == (method, eps)]
-            collapsed, partly = (
-                sum(getattr(each, name) is not None for each in runs) for name in ("collapse", "partly")
-            )
+            collapsed, partly = fallen(runs)
             _field(axis, (column, row), len(runs), collapsed, partly)
     axis.set_xticks(range(len(budgets)), [f"{eps:g}" for eps in budgets])
     axis.set_yticks(range(len(methods)), [method_words(method) for method in methods])

@@ -205,6 +205,12 @@ def _with_what_could_be(epochs: Sequence[Record], partner: Sequence[Record] | No
         yield each, max(best, reference or 0.0)
 
 
+def fallen(runs: Iterable[Course]) -> tuple[int, int]:
+    """(How many runs collapsed, how many overfitted partly)."""
+    runs = list(runs)
+    return sum(each.collapse is not None for each in runs), sum(each.partly is not None for each in runs)
+
+
 def scores(found: Iterable[Course]) -> list[Score]:
     """The score of each detector that has readings in at least one run."""
     found, rows = list(found), []
