@@ -8,7 +8,7 @@ from fastadv.study import price_words
 from fastadv.study.grid import SCRATCH
 from fastadv.study.overfitting import PARTLY, Course, Score
 from fastadv.study.price import Price
-from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, judge_words, method_place, method_words
+from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, grouped, judge_words, method_place, method_words
 from fastadv.study.statistics import Average
 from fastadv.study.timing import Time
 from fastadv.study.words import counted, distinct, interval, listed, points
@@ -151,13 +151,11 @@ def _of_model(averages: Sequence[Average], several: bool) -> str:
     found = headlines(averages)
     if not found:
         return ""
-    one, of = found[0], list(dict.fromkeys(map(_of, found)))
-    words = "; ".join(_difference(each) + (f" in {_of(each)}" if len(of) > 1 else "") for each in found)
-    over = f"{of[0]}; 95 % intervals" if len(of) == 1 else "95 % intervals"
-    models = f"{one.model} models" if several else "models"
+    one, models = found[0], f"{found[0].model} models" if several else "models"
+    words = [f"{of}: {'; '.join(map(_difference, group))}" for of, group in grouped(found, _of)]
     return (
         f"Robust accuracy of {models} trained with {attack_words(one.attack)} minus that of {models} trained with PGD, "
-        f"judged by {judge_words(one.judge)} ({over}): {words}."
+        f"judged by {judge_words(one.judge)}, with 95 % intervals. In {'. In '.join(words)}."
     )
 
 
