@@ -30,7 +30,8 @@ THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
 STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "study-cpu/cells/*/cell.json"
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
-SCRATCH, TUNED, BACKBONE = "scratch/fgsm.json", "scratch/tuned.json", "scratch/backbone.json"
+SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
+TUNED, BACKBONE = "scratch/tuned.json", "scratch/backbone.json"
 
 # {pattern of files: the command that made them}; the first pattern that matches counts. Other files name their command.
 COMMANDS = {
@@ -704,7 +705,11 @@ def _answer(answer: Mapping) -> str:
 
 def scratch() -> Iterator[Figure]:
     last = "the robust accuracy under PGD-5 on the monitor's images in the last epoch"
-    for run, words, file in (("fgsm", "FGSM from scratch", SCRATCH), ("tuned", "the same network, fine-tuned", TUNED)):
+    for run, words, file in (
+        ("fgsm", "FGSM from scratch", SCRATCH),
+        ("slow", "FGSM from scratch with a tenth of the learning rate", SLOW),
+        ("tuned", "the same network, fine-tuned", TUNED),
+    ):
         for name, what, value, form in (
             ("best", "the best robust accuracy under PGD-5 on the monitor's images", _highest, percent),
             ("last", last, lambda run: _monitored(run)[-1], percent),

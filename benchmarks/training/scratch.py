@@ -1,6 +1,7 @@
 """Trains with FGSM from scratch, which is known to collapse, and fine-tunes the same network for comparison.
 
     python benchmarks/training/scratch.py DATA/cifar10 scratch                                     # zero start
+    python benchmarks/training/scratch.py DATA/cifar10 scratch-slow --lr 0.03                      # does not collapse
     python benchmarks/training/scratch.py DATA/cifar100 backbone --attack nfgsm --eps 8 --epochs 30  # a robust backbone
     python benchmarks/training/scratch.py DATA/cifar10 tuned --backbone backbone/weights.pt --lr 0.03
 
