@@ -186,7 +186,7 @@ def verdicts(out):
 
 
 def study(out, grid="study"):
-    """Run fastadv study: study.yaml, many cells at a time; the times of cells that share a GPU mean little."""
+    """Run fastadv study: GRID.yaml, many cells at a time; the times of cells that share a GPU mean little."""
     folder = out / f"kept/{grid}"  # keeps each finished cell: after a cut the other cells follow
     data, count = os.environ.get("FASTADV_STUDY"), min(12, os.cpu_count())
     if DRY_RUN:

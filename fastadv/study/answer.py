@@ -7,14 +7,22 @@ from dataclasses import dataclass
 from fastadv.study import price_words
 from fastadv.study.grid import SCRATCH
 from fastadv.study.overfitting import PARTLY, Course, Score
-from fastadv.study.price import Price
-from fastadv.study.results import JUDGE_ORDER, PGD, attack_words, grouped, judge_words, method_place, method_words
+from fastadv.study.price import Summary
+from fastadv.study.results import (
+    HEADLINE_JUDGE,
+    JUDGE_ORDER,
+    PGD,
+    attack_words,
+    grouped,
+    judge_words,
+    method_place,
+    method_words,
+)
 from fastadv.study.statistics import Average
 from fastadv.study.timing import Time
 from fastadv.study.words import counted, distinct, interval, listed, points
 
 TITLE = "Are fast methods stable in adversarially robust transfer learning?"
-HEADLINE_JUDGE = "pma"
 README_JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
 PAPER: dict[float, float] = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
 PAPER_TIME = 1 / 4
@@ -47,7 +55,7 @@ def answer(
     averages: Sequence[Average],
     times: Sequence[Time],
     scores: Iterable[Score],
-    prices: Sequence[Price] = (),
+    prices: Sequence[Summary] = (),
     complete: bool = True,
 ) -> Answer:
     """The answer from what was measured so far, which may be nothing.
@@ -57,7 +65,7 @@ def answer(
         averages: the differences to PGD, averaged over data sets.
         times: the times of methods with attacks.
         scores: the scores of the detectors.
-        prices: what training attacks cost and bring.
+        prices: what training attacks cost and bring, over eps.
         complete: whether all cells are finished.
     """
     fast = [each for each in courses if each.result.fast]

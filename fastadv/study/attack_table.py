@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 from fastadv.study.grid import SCRATCH
 from fastadv.study.overfitting import Course, fallen
-from fastadv.study.price import JUDGE
-from fastadv.study.results import Result, attack_words, grouped, judge_words
+from fastadv.study.results import HEADLINE_JUDGE, Result, attack_words, grouped, judge_words
 from fastadv.study.statistics import Difference, average
 from fastadv.study.timing import Time
 from fastadv.study.words import interval
@@ -46,7 +45,7 @@ def table(
         courses: how the runs went.
     """
     fast = {each.cell.attack for each in results if each.fast}
-    judged = [each for each in differences if each.judge == JUDGE and each.attack in fast]
+    judged = [each for each in differences if each.judge == HEADLINE_JUDGE and each.attack in fast]
     by_method = {
         key: group
         for key, group in grouped(judged, lambda each: (each.row.model, each.row.method))
@@ -68,7 +67,7 @@ def table(
     ratios = {attack: time[attack].to_pgd if measured else time[attack].predicted_to_pgd for attack in attacks}
     head = ["training attack", "time / PGD's" + ("" if measured else ", by the cost model")]
     for eps in columns:
-        head += [f"eps {eps:g}: minus PGD's under {judge_words(JUDGE)}", "overfitted"]
+        head += [f"eps {eps:g}: minus PGD's under {judge_words(HEADLINE_JUDGE)}", "overfitted"]
     rows = []
     for attack in sorted(attacks, key=lambda name: (ratios[name] or 0.0, attacks.index(name))):
         ratio = ratios[attack]

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from fastadv.study import answer as say
 from fastadv.study import figures
-from fastadv.study.price import JUDGE
 from fastadv.study.reading import Study
-from fastadv.study.results import attack_words, grouped, judge_words, method_words
+from fastadv.study.results import HEADLINE_JUDGE, attack_words, grouped, judge_words, method_words, set_words
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ def drawn(study: Study) -> dict[str, Drawing]:
     but_eps = grouped(study.prices, lambda each: (replace(each.row, eps=0.0), each.shared))
     for number, (_, prices) in enumerate(but_eps):
         row = prices[0].row
-        words = f"{method_words(row.method)}: accuracy under {judge_words(JUDGE)} over the time of training"
-        of = " ".join(filter(None, (row.data, row.classes, method_words(row.method), row.model)))
+        words = f"{method_words(row.method)}: accuracy under {judge_words(HEADLINE_JUDGE)} over the time of training"
+        of = f"{set_words(row)} {method_words(row.method)} {row.model}"
         found[f"price-{number}"] = of, words, figures.price_curve(prices)
     drawings = {}
     for name, (caption, words, figure) in found.items():
@@ -66,7 +65,7 @@ def drawn(study: Study) -> dict[str, Drawing]:
 def first_screen(names: Iterable[str]) -> list[str]:
     """The names of the figures on the first screen: the difference and the map of FGSM, or of the first fast attack."""
     chosen = []
-    for kind, end in (("difference-0-", f"-{say.HEADLINE_JUDGE}"), ("map-0-", "")):
+    for kind, end in (("difference-0-", f"-{HEADLINE_JUDGE}"), ("map-0-", "")):
         found = [name for name in names if name.startswith(kind) and name.endswith(end)]
         chosen += sorted(found, key=lambda name: name != f"{kind}fgsm{end}")[:1]
     return chosen

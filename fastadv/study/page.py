@@ -13,9 +13,8 @@ from fastadv.study.drawings import Drawing, first_screen
 from fastadv.study.files import Record
 from fastadv.study.grid import Cell
 from fastadv.study.overfitting import DEFINITION, DETECTORS, Score
-from fastadv.study.price import JUDGE
 from fastadv.study.reading import Study
-from fastadv.study.results import Result, Row, attack_words, grouped, judge_words, method_words, row_of
+from fastadv.study.results import HEADLINE_JUDGE, Result, Row, attack_words, grouped, judge_words, method_words, row_of
 from fastadv.study.statistics import DRAWS, Average, Difference
 from fastadv.study.timing import Time
 from fastadv.study.words import points
@@ -312,7 +311,7 @@ def _prices(study: Study, drawn: Mapping[str, Drawing]) -> str:
         ]
         for each in study.prices
     ]
-    judge = judge_words(JUDGE)
+    judge = judge_words(HEADLINE_JUDGE)
     head = ["data", "model", "method", "eps", "attack", "epochs", "seeds", "time", "foretold", "clean", judge]
     words = (
         "Time of training without evaluations, as a multiple of that without an attack; foretold: by the cost "
@@ -322,7 +321,7 @@ def _prices(study: Study, drawn: Mapping[str, Drawing]) -> str:
     )
     shown = [name for name in drawn if name.startswith("price-")]
     table = _folded(f"all {len(rows)} of them", [*head, "minus FGSM", "from", "to"], rows)
-    over = _escaped(*price_words.rows(study.prices))
+    over = _escaped(*price_words.rows(study.summaries))
     return "\n".join([html.paragraph(words, "note"), over, _side(drawn, shown), table])
 
 

@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from fastadv.study.grid import OF_THE_ATTACK, Cell, with_defaults
-from fastadv.study.results import Result, Row, row_of
+from fastadv.study.grid import OF_THE_ATTACK
+from fastadv.study.results import Result, Row, row_of, set_words
+from fastadv.training import Settings
 
 Setup = tuple[Row, str]
+
+_DEFAULTS = {name: value for name, value in asdict(Settings()).items() if name in OF_THE_ATTACK}
 
 
 def setup_of(result: Result) -> Setup:
@@ -41,10 +45,9 @@ def epochs_of(result: Result) -> int:
 
 
 def _is_plain(result: Result, attack: str) -> bool:
-    default = with_defaults(Cell(**{**result.record["cell"], "attack": attack}), {})
-    return all(result.settings[name] == default[name] for name in OF_THE_ATTACK)
+    return result.attack == attack and all(result.settings[name] == value for name, value in _DEFAULTS.items())
 
 
 def _place(result: Result) -> str:
     cell = result.cell
-    return " ".join(filter(None, (cell.data, cell.classes, cell.model, cell.method, f"eps {cell.eps:g}")))
+    return f"{set_words(cell)} {cell.model} {cell.method} eps {cell.eps:g}"

@@ -7,12 +7,11 @@ from statistics import median
 import numpy as np
 
 from fastadv.study.partners import epochs_of, setup_of, standing
-from fastadv.study.results import Result, Row, grouped, row_of
+from fastadv.study.results import HEADLINE_JUDGE, Result, Row, grouped, row_of
 from fastadv.study.statistics import Difference, compare, of_one_set
 from fastadv.study.timing import measured, predicted
 
 REFERENCE = "fgsm"
-JUDGE = "pma"
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def prices(results: Iterable[Result]) -> tuple[list[Price], list[str]]:
         of_standard = [each for each in group if each.cell.attack == standard]
         against, problem = standing(group, REFERENCE, epochs_of(of_standard[0]))
         differences, problems = compare(group, against) if against else ([], [])
-        judged = {each.attack: each for each in differences if each.judge == JUDGE}
+        judged = {each.attack: each for each in differences if each.judge == HEADLINE_JUDGE}
         found += [
             _price(cells, of_standard, against, judged.get(attack))
             for attack, cells in grouped(group, lambda each: each.cell.attack)
@@ -144,7 +143,7 @@ def _price(
     """The price of cells that differ in the seed alone."""
     cells = [each for each in cells if difference is None or each.cell.seed in difference.seeds]
     one, of_seed = cells[0], {each.cell.seed: each for each in standard}
-    clean, robust = (float(np.mean([each.accuracies[judge] for each in cells])) for judge in ("clean", JUDGE))
+    clean, robust = (float(np.mean([each.accuracies[judge] for each in cells])) for judge in ("clean", HEADLINE_JUDGE))
     row, shared = setup_of(one)
     return Price(
         row=row,

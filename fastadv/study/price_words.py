@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from fastadv.study.price import JUDGE, Price, Summary, summaries
-from fastadv.study.results import Row, grouped, judge_words, method_words
+from fastadv.study.price import Summary
+from fastadv.study.results import HEADLINE_JUDGE, grouped, judge_words, method_words, set_words
 from fastadv.study.words import interval, listed, markdown
 
 LITTLE = 0.01  # the loss of accuracy that an attack cheaper than FGSM may have
 SAME_TIME = 1.05  # the ratio of two times up to which they count as the same
 
 
-def sentences(prices: Sequence[Price]) -> list[str]:
+def sentences(found: Sequence[Summary]) -> list[str]:
     """For each method and FGSM: the cheapest attack that loses little to it, and the best one that takes no longer."""
-    found = summaries(prices)
     models = len({each.row.model for each in found})
     words = []
     for (model, method, standard, against), group in grouped(
@@ -26,8 +25,8 @@ def sentences(prices: Sequence[Price]) -> list[str]:
         about = f"{method_words(method)}{f' of {model}' if models > 1 else ''}"
         words.append(
             f"{about[0].upper()}{about[1:]}: {against} takes {rivals.time(rivals.reference):.2f} times as long as "
-            f"{standard}{'' if rivals.measured else ' by the cost model'}, and {judge_words(JUDGE)} leaves "
-            + listed(f"{100 * each.robust:.1f} % on {_images(each.row)}" for each in rivals.reference)
+            f"{standard}{'' if rivals.measured else ' by the cost model'}, and {judge_words(HEADLINE_JUDGE)} leaves "
+            + listed(f"{100 * each.robust:.1f} % on {set_words(each.row)}" for each in rivals.reference)
             + f". {rivals.cheapest()} {rivals.best()}"
         )
         if rivals.left_out:
@@ -92,7 +91,7 @@ class _Rivals:
         return f"The most robust that takes no longer is {self._named(group)}."
 
     def _named(self, group: Sequence[Summary]) -> str:
-        of = listed(f"{interval(*each.to_fgsm)} on {_images(each.row)}" for each in group if each.to_fgsm)
+        of = listed(f"{interval(*each.to_fgsm)} on {set_words(each.row)}" for each in group if each.to_fgsm)
         return f"{group[0].attack} ({of}; {self.time(group):.2f} times)"
 
 
@@ -105,18 +104,17 @@ def _time(each: Summary, measured: bool) -> float:
     return each.time if measured and each.time is not None else each.predicted
 
 
-def rows(prices: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
+def rows(found: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """A table of the means over eps: (its head, a row for each data set, method and attack).
 
     Args:
-        prices: what training attacks cost and bring.
+        found: what training attacks cost and bring, over eps.
     """
-    found = summaries(prices)
     several = len({each.row.model for each in found}) > 1
-    head = ["data", "method", "attack", "eps", "cells", "time", "clean", judge_words(JUDGE), "minus FGSM's"]
+    head = ["data", "method", "attack", "eps", "cells", "time", "clean", judge_words(HEADLINE_JUDGE), "minus FGSM's"]
     body = [
         [
-            _images(each.row),
+            set_words(each.row),
             method_words(each.row.method) + (f" of {each.row.model}" if several else ""),
             each.attack,
             listed(f"{eps:g}" for eps in each.budgets),
@@ -131,10 +129,6 @@ def rows(prices: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def table(prices: Sequence[Price]) -> str:
+def table(found: Sequence[Summary]) -> str:
     """The table of `rows` in Markdown."""
-    return markdown(*rows(prices), left=3)
-
-
-def _images(row: Row) -> str:
-    return " ".join(filter(None, (row.data, row.classes)))
+    return markdown(*rows(found), left=3)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fastadv.study import answer as say
@@ -9,8 +10,8 @@ from fastadv.study import attack_table, price_words, words
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
 from fastadv.study.grid import expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
-from fastadv.study.price import Price, prices
-from fastadv.study.results import Result, grouped, place_of, result_of
+from fastadv.study.price import Price, Summary, prices, summaries
+from fastadv.study.results import Result, grouped, place_of, result_of, set_words
 from fastadv.study.statistics import Average, Difference, averages, compare
 from fastadv.study.timing import Time, times
 
@@ -47,10 +48,15 @@ class Study:
     times: list[Time]
     prices: list[Price]
 
-    @property
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """The prices over eps."""
+        return summaries(self.prices)
+
+    @cached_property
     def answer(self) -> say.Answer:
         """The answer to the question in the title."""
-        return say.answer(self.courses, self.averages, self.times, self.scores, self.prices, self.complete)
+        return say.answer(self.courses, self.averages, self.times, self.scores, self.summaries, self.complete)
 
     @property
     def complete(self) -> bool:
@@ -62,7 +68,7 @@ class Study:
         """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
         return say.table_for_readme(self.averages, self.times, self.courses)
 
-    @property
+    @cached_property
     def attacks(self) -> attack_table.Table | None:
         """The fast attacks side by side; None where there are no two of them."""
         return attack_table.table(self.results, self.differences, self.times, self.courses)
@@ -76,7 +82,7 @@ class Study:
     @property
     def price_table(self) -> str:
         """The prices as a table of Markdown; empty where there are none."""
-        return price_words.table(self.prices) if self.prices else ""
+        return price_words.table(self.summaries) if self.prices else ""
 
 
 def read_study(folder: Path) -> Study:
@@ -135,9 +141,9 @@ def _asked(folder: Path) -> tuple[list[str] | None, dict[str, tuple[str, ...]], 
 def _other_images(results: Iterable[Result]) -> list[str]:
     """Data sets whose cells were judged on different test images, as with another limit for each method."""
     said = []
-    for (data, classes), group in grouped(results, lambda each: (each.cell.data, each.cell.classes)):
+    for _, group in grouped(results, lambda each: (each.cell.data, each.cell.classes)):
         if len({each.record["labels"] for each in group}) > 1:
-            name = " ".join(filter(None, (data, classes)))
+            name = set_words(group[0].cell)
             said.append(f"Not all cells of {name} were judged on the same images: means over them are left out.")
     return said
 

@@ -16,6 +16,7 @@ from fastadv.training.fast import FAST
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 
+HEADLINE_JUDGE = "pma"
 PGD = "pgd"  # the other training attacks are compared with this one
 _SLOW = ("none", "pgd", "apgd", "bim", "mifgsm", "pma")  # an attack whose name begins like this is not fast
 
@@ -99,6 +100,11 @@ def result_of(record: Record) -> Result:
     if len({len(said) for _, said in _said(record)}) != 1:
         raise ValueError(f"the verdicts of the cell {cell.id} are not all of the same images: run it again")
     return Result(cell, record)
+
+
+def set_words(of: Cell | Row) -> str:
+    """The data set, and its classes where some are chosen."""
+    return " ".join(filter(None, (of.data, of.classes)))
 
 
 def row_of(result: Result) -> Row:
