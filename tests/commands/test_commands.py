@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ def test_a_folder_of_pictures_becomes_a_robust_model(tuned):
     assert models.load(tuned / "model.safetensors").classes == tuple(COLOURS)
 
 
-def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tuned, tmp_path):
+def test_predictions_are_those_on_the_validation_images(photos, tuned, tmp_path):
     table = tmp_path / "table.csv"
     cli.main(["predict", str(photos), "--model", str(tuned / "model.safetensors"), "--out", str(table)])
     rows = list(csv.DictReader(table.open()))
@@ -78,9 +79,9 @@ def test_predictions_are_those_on_the_validation_images_bit_for_bit(photos, tune
     loaded = data.load(photos, preprocessing=model.preprocessing, seed=0)
     with torch.no_grad():
         shares = model.on_pixels.eval()(to_float(loaded.x_val)).softmax(1)
-    found = {tuple(row[name] for name in COLOURS) for row in rows}
-    for share in shares.tolist():
-        assert tuple(f"{value:.6f}" for value in share) in found
+    # Six decimals are in the table; the rounding of a convolution is another in a batch of another size.
+    found = torch.tensor([[float(row[name]) for name in COLOURS] for row in rows])
+    assert (torch.cdist(shares, found, p=math.inf).amin(1) < 5e-6).all()
     for row in rows:
         assert row["class"] == max(COLOURS, key=lambda name: float(row[name]))
         assert row["probability"] == row[row["class"]]
