@@ -27,7 +27,7 @@ def sentences(found: Sequence[Summary]) -> list[str]:
             f"{about[0].upper()}{about[1:]}: {against} takes {rivals.time(rivals.reference):.2f} times as long as "
             f"{standard}{'' if rivals.measured else ' by the cost model'}, and {judge_words(HEADLINE_JUDGE)} leaves "
             + listed(f"{100 * each.robust:.1f} % on {set_words(each.row)}" for each in rivals.reference)
-            + f". {rivals.cheapest()} {rivals.best()}"
+            + f". {rivals.answer()}"
         )
         if rivals.left_out:
             words[-1] += f" Not measured everywhere, and not compared: {listed(rivals.left_out)}."
@@ -68,27 +68,32 @@ class _Rivals:
     def time(self, group: Sequence[Summary]) -> float:
         return median(_time(each, self.measured) for each in group)
 
-    def cheapest(self) -> str:
+    def answer(self) -> str:
+        """The cheapest attack that loses little to FGSM, and the most robust of those that take no longer."""
+        cheapest, best = self._cheapest(), self._best()
+        where = "" if len(self.reference) == 1 else " on some data set" if cheapest is None else " on each data set"
+        if cheapest is None:
+            first = f"Every cheaper attack loses more than {100 * LITTLE:g} point to it{where}"
+        else:
+            what = f"The cheapest attack that loses at most {100 * LITTLE:g} point to it{where}"
+            first = f"{what} is {self._named(cheapest)}"
+        if best[0].attack == best[0].against:
+            return f"{first}. None that takes no longer is more robust."
+        if cheapest is not None and best[0].attack == cheapest[0].attack:
+            return f"{first}; none that takes no longer than {best[0].against} is more robust."
+        return f"{first}. The most robust that takes no longer is {self._named(best)}."
+
+    def _cheapest(self) -> Sequence[Summary] | None:
         """The cheapest attack that loses little to FGSM, among those that take clearly less time."""
         most = self.time(self.reference) / SAME_TIME
         near = [group for group in self.attacks.values() if self.time(group) < most and min(_lost(group)) >= -LITTLE]
-        several = len(self.reference) > 1
-        if not near:
-            where = " on some data set" if several else ""
-            return f"Every cheaper attack loses more than {100 * LITTLE:g} point to it{where}."
-        where = " on each data set" if several else ""
-        what = f"The cheapest attack that loses at most {100 * LITTLE:g} point to it{where}"
-        return f"{what} is {self._named(min(near, key=self.time))}."
+        return min(near, key=self.time, default=None)
 
-    def best(self) -> str:
+    def _best(self) -> Sequence[Summary]:
         """The attack with the highest accuracy, among FGSM and those that take no longer."""
         most = SAME_TIME * self.time(self.reference)
-        group = max(
-            (group for group in self.attacks.values() if self.time(group) <= most), key=lambda group: mean(_lost(group))
-        )
-        if group[0].attack == group[0].against:
-            return "None that takes no longer is more robust."
-        return f"The most robust that takes no longer is {self._named(group)}."
+        rivals = [group for group in self.attacks.values() if self.time(group) <= most]
+        return max(rivals, key=lambda group: mean(_lost(group)))
 
     def _named(self, group: Sequence[Summary]) -> str:
         of = listed(f"{interval(*each.to_fgsm)} on {set_words(each.row)}" for each in group if each.to_fgsm)

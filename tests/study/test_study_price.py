@@ -220,6 +220,13 @@ def test_fgsm_is_the_best_where_it_is(tmp_path, rng):
     )
 
 
+def test_the_cheapest_that_is_also_the_best_is_named_once(tmp_path, rng):
+    (said,), _ = told(tmp_path, grid(rng, right={"none": 3, "fgsm": 40, "stale": 41, "stale-2": 38}))
+    assert said.count("stale") == 1
+    assert "loses at most 1 point to it is stale (+1.56 (" in said
+    assert said.endswith("; none that takes no longer than fgsm is more robust.")
+
+
 def test_crops_have_a_sentence_of_their_own(tmp_path, rng):
     right = {"none": 3, "fgsm": 40, "stale": 40, "none-crops": 3, "fgsm-crops": 30, "stale-crops": 20}
     plain, crops = told(tmp_path, grid(rng, right=right))[0]
