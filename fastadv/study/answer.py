@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastadv.study import price_words
 from fastadv.study.grid import SCRATCH
-from fastadv.study.overfitting import PARTLY, Course, Score
+from fastadv.study.overfitting import LEAST, PARTLY, Course, Score
 from fastadv.study.price import Summary
 from fastadv.study.results import (
     HEADLINE_JUDGE,
@@ -17,6 +17,7 @@ from fastadv.study.results import (
     judge_words,
     method_place,
     method_words,
+    set_words,
 )
 from fastadv.study.statistics import Average
 from fastadv.study.timing import Time
@@ -69,8 +70,7 @@ def answer(
         complete: whether all cells are finished.
     """
     fast = [each for each in courses if each.result.fast]
-    transfer = [each for each in fast if each.result.transfer]
-    kind, headline, stability = _stability(transfer)
+    kind, headline, stability = _stability([each for each in fast if each.result.transfer])
     headline = "So far, yes." if kind == "stable" and not complete else headline
     return Answer(
         kind,
@@ -86,7 +86,19 @@ def answer(
     )
 
 
-def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
+def _stability(courses: Sequence[Course]) -> tuple[str, str, list[str]]:
+    runs = [each for each in courses if each.shows]
+    kind, headline, words = _of_those_that_show(runs)
+    hidden = len(courses) - len(runs)
+    if hidden:
+        words.append(
+            f"{hidden} more {'run is' if hidden == 1 else 'runs are'} not counted: PGD's model is not robust there "
+            f"either ({judge_words(HEADLINE_JUDGE)} leaves it less than {100 * LEAST:.0f} %, or it predicts one class)."
+        )
+    return kind, headline, words
+
+
+def _of_those_that_show(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
     collapsed = [each for each in runs if each.collapse is not None]
     partly = [each for each in runs if each.partly is not None]
     if not runs:
@@ -102,24 +114,48 @@ def _stability(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
         return "stable", "Yes, as far as this study goes.", [none, more]
     fallen = "The one run" if one else f"{len(collapsed)} of the {len(runs)} runs"
     words = [f"{fallen} {where} overfitted catastrophically: {_places(collapsed, runs)}." if collapsed else none]
+    words += _by_eps(collapsed, runs)
     if partly:
         other = " other" if collapsed else ""
         count = f"{len(partly)}{other} {'run' if len(partly) == 1 else 'runs'}"
         words.append(f"{count} overfitted partly, losing more than {100 * PARTLY:.0f} points: {_places(partly, runs)}.")
-    untouched = [m for m in _methods(runs) if all(each.sound for each in runs if each.result.cell.method == m)]
-    if untouched:
-        words.append(f"None did in {listed(map(method_words, untouched), 'or')}.")
     if len(collapsed) == len(runs):
         return "unstable", "No.", words
     return "mixed", "Not everywhere.", words
 
 
+def _by_eps(collapsed: Sequence[Course], runs: Sequence[Course]) -> list[str]:
+    """How many runs collapsed at the eps where some did, and at the others; and what was not run at the first."""
+    budgets = sorted({each.result.cell.eps for each in collapsed})
+    at = [each for each in runs if each.result.cell.eps in budgets]
+    if not budgets or len(at) == len(runs):
+        return []
+    eps = listed(f"{each:g}" for each in budgets)
+    words = [f"At eps {eps} that is {len(collapsed)} of {len(at)}, at every other eps 0 of {len(runs) - len(at)}."]
+    absent = [words for words in _kinds(runs) if words not in _kinds(at)]
+    if absent:
+        names = listed(absent)
+        words.append(f"{names[0].upper()}{names[1:]} {'was' if len(absent) == 1 else 'were'} not run at eps {eps}.")
+    return words
+
+
+def _kinds(runs: Sequence[Course]) -> list[str]:
+    """The attacks and methods of the runs."""
+    attacks = (attack_words(each.result.cell.attack) for each in runs)
+    return distinct([*attacks, *map(method_words, _methods(runs))])
+
+
 def _places(some: Sequence[Course], runs: Sequence[Course]) -> str:
-    """Where some of the runs are, the highest rate first: "full fine-tuning with FGSM at eps 16 (2 of 3), ..." """
-    all_runs, fallen = (Counter(map(_place, each)) for each in (runs, some))
-    order = sorted(fallen, key=lambda place: (-fallen[place] / all_runs[place], place))
-    words = [f"{m} with {a} at eps {e:g} ({fallen[m, a, e]} of {all_runs[m, a, e]})" for m, a, e in order[:4]]
-    rest = sum(fallen[place] for place in order[4:])
+    """Where some of the runs are, the highest rate first: "full fine-tuning with FGSM at eps 16 (2 of 3: eurosat)"."""
+    all_runs, fallen = Counter(map(_place, runs)), dict(grouped(some, _place))
+    order = sorted(fallen, key=lambda place: (-len(fallen[place]) / all_runs[place], place))
+    words = []
+    for method, attack, eps in order[:4]:
+        here = fallen[method, attack, eps]
+        sets = listed(distinct(set_words(each.result.cell) for each in here))
+        count = f"{len(here)} of {all_runs[method, attack, eps]}"
+        words.append(f"{method} with {attack} at eps {eps:g} ({count}: {sets})")
+    rest = sum(len(fallen[place]) for place in order[4:])
     return ", ".join(words) + (f", and {rest} more" if rest else "")
 
 
@@ -192,15 +228,23 @@ def _time(times: Sequence[Time]) -> list[str]:
 
 
 def _warned(scores: Iterable[Score]) -> list[str]:
-    best = max((each for each in scores if each.found), key=lambda each: (each.found, -each.false), default=None)
-    if best is None or best.lead is None:
+    found = [each for each in scores if each.lead is not None]
+    if not found:
         return []
-    late = f"{counted(abs(best.lead), 'epoch')} {'before' if best.lead > 0 else 'after'} it"
-    when = late if best.lead else "in the epoch of the collapse"
+    most = max((each.found, -each.false) for each in found)
+    best = sorted((each for each in found if (each.found, -each.false) == most), key=lambda each: -(each.lead or 0))
+    one, names = best[0], listed(f"“{each.name}” ({_when(each.lead or 0)})" for each in best)
+    subject = "The best detector was" if len(best) == 1 else "The best detectors were"
     return [
-        f"The best of the detectors, “{best.name}”, saw {best.found} of {counted(best.collapsed, 'collapse')}, in the "
-        f"median {when}, and fired in {best.false} of {counted(best.sound, 'run')} without one."
+        f"{subject} {names}, which saw {one.found} of {counted(one.collapsed, 'collapse')} and fired in {one.false} of "
+        f"{counted(one.sound, 'run')} without one."
     ]
+
+
+def _when(lead: float) -> str:
+    if not lead:
+        return "in the median in the epoch of the collapse"
+    return f"in the median {counted(abs(lead), 'epoch')} {'before' if lead > 0 else 'after'} the collapse"
 
 
 # ---------------------------------------------------------------------- for README
@@ -249,8 +293,9 @@ def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses
         of_fgsm = [each for each in times if (each.model, each.attack) == (model, "fgsm") and each.method in names]
         ratios = [each.to_pgd for each in of_fgsm if each.to_pgd]
         cells = [f"{100 * judged[HEADLINE_JUDGE].reference:.1f} %" if HEADLINE_JUDGE in judged else ""]
-        cells += [_cell(judged[judge], found) if judge in judged else "" for judge in judges]
-        lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if ratios else None))
+        seeds = max(each.seeds for each in judged.values())
+        cells += [_cell(judged[judge], found, seeds) if judge in judged else "" for judge in judges]
+        lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if len(ratios) == len(names) else None))
     return "\n".join([*lines, "", " ".join(_stability([c for c in courses if c.result.fast and c.result.transfer])[2])])
 
 
@@ -258,8 +303,10 @@ def _line(what: str, eps: float, cells: Sequence[str], time: float | None) -> st
     return f"| {what} | {eps:g} | " + " | ".join(cells) + f" | {'' if time is None else f'{time:.2f}'} |"
 
 
-def _cell(each: Average, data_sets: int) -> str:
+def _cell(each: Average, data_sets: int, seeds: int) -> str:
+    """A difference, and where it has fewer data sets or seeds than others of its row, how many."""
     fewer = f", {counted(each.data_sets, 'data set')}" if each.data_sets < data_sets else ""
+    fewer += f", {counted(each.seeds, 'seed')}" if each.seeds < seeds else ""
     return interval(each.mean, each.low, each.high) + fewer
 
 

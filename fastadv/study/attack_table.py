@@ -111,6 +111,6 @@ def _cut(each: Difference, places: set[Place]) -> Difference | None:
 
 
 def _fallen(runs: Sequence[Course]) -> str:
-    """How many runs overfitted: "2 of 6", or "1 and partly 1 of 6"."""
-    collapsed, partly = fallen(runs)
-    return f"{collapsed}{f' and partly {partly}' if partly else ''} of {len(runs)}"
+    """How many runs overfitted, of those where it would show: "2 of 6", or "1 and partly 1 of 6"; "" where in none."""
+    collapsed, partly, shown = fallen(runs)
+    return f"{collapsed}{f' and partly {partly}' if partly else ''} of {shown}" if shown else ""

@@ -70,7 +70,7 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
 
 
 def stability_map(courses: Sequence[Course]) -> "Figure":
-    """A table of methods by eps; each field says how many runs collapsed, and how many overfitted partly.
+    """A table of methods by eps: how many runs collapsed or overfitted partly, of those where a collapse would show.
 
     Args:
         courses: runs with one training attack.
@@ -82,8 +82,7 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     for row, method in enumerate(methods):
         for column, eps in enumerate(budgets):
             runs = [each for each in courses if (each.result.cell.method, each.result.cell.eps) == (method, eps)]
-            collapsed, partly = fallen(runs)
-            _field(axis, (column, row), len(runs), collapsed, partly)
+            _field(axis, (column, row), *fallen(runs))
     axis.set_xticks(range(len(budgets)), [f"{eps:g}" for eps in budgets])
     axis.set_yticks(range(len(methods)), [method_words(method) for method in methods])
     axis.set(xlabel="eps, 1/255", xlim=(-0.5, len(budgets) - 0.5), ylim=(len(methods) - 0.5, -0.5))
@@ -93,7 +92,7 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     return figure
 
 
-def _field(axis: "Axes", place: tuple[int, int], runs: int, collapsed: int, partly: int) -> None:
+def _field(axis: "Axes", place: tuple[int, int], collapsed: int, partly: int, runs: int) -> None:
     fell = collapsed + partly
     colour = UNKNOWN if not runs else STABLE if not fell else ALL if collapsed == runs else SOME
     hatch = "///" if fell else ""  # tells the colours apart in black and white

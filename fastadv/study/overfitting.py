@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from fastadv.study.files import Record
-from fastadv.study.results import PGD, Result, row_of
+from fastadv.study.results import HEADLINE_JUDGE, PGD, Result, judge_words, row_of
 
 HALF = 0.5
 LEAST = 0.05  # a fall in accuracy by less may be chance
@@ -17,10 +17,12 @@ DEFINITION = (
     "A run has collapsed at the first epoch at which its accuracy under PGD-10 on the validation images is less than "
     f"half of what it could be, and more than {100 * LEAST:.0f} points below it, while of the monitor's images fewer "
     "than half as many are classified correctly under PGD-5 as under the attack trained with. What it could be is its "
-    "best so far or, if higher, at the same epoch that of the run trained with PGD from the same seed, unless that "
-    "ends with one class for all images; where there is no such run, the accuracy under the attack trained with. The "
-    "second condition tells catastrophic overfitting from a model that forgets, or overfits as any does. A run that "
-    "did not collapse has overfitted partly if at some epoch the accuracy under PGD-10 is more than "
+    "best so far or, if higher, at the same epoch that of the run trained with PGD from the same seed; where there is "
+    "no such run, the accuracy under the attack trained with. Where the run with PGD ends with one class for all "
+    f"images, or {judge_words(HEADLINE_JUDGE)} leaves it less than {100 * LEAST:.0f} % of the test images, there is "
+    "little to lose and a collapse would not show: such a run counts only if it fell from its own best. The second "
+    "condition tells catastrophic overfitting from a model that forgets, or overfits as any does. A run that did not "
+    "collapse has overfitted partly if at some epoch the accuracy under PGD-10 is more than "
     f"{100 * PARTLY:.0f} points below its best so far or that of the run trained with PGD, while the monitor's images "
     "are classified correctly under the attack trained with more often than under PGD-5, by more than "
     f"{100 * PARTLY:.0f} points. The weights that were chosen may be of an epoch before."
@@ -96,17 +98,24 @@ class Course:
         collapse: the epoch at which the run collapsed, from 0; None where it did not.
         partly: where it did not collapse, the epoch at which it had first overfitted partly; None where it never had.
         seen: {name of a detector: the epoch at which it fired first, or None}, of the detectors that have readings.
+        shows: whether a collapse would show; not where the run with PGD from the same seed is not robust either.
     """
 
     result: Result
     collapse: int | None
     partly: int | None
     seen: dict[str, int | None]
+    shows: bool = True
+
+    @property
+    def fell(self) -> bool:
+        """Whether the run overfitted, wholly or partly."""
+        return self.collapse is not None or self.partly is not None
 
     @property
     def sound(self) -> bool:
-        """Whether the run overfitted neither wholly nor partly."""
-        return self.collapse is None and self.partly is None
+        """Whether the run did not overfit, where that would show."""
+        return self.shows and not self.fell
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class Score:
         collapsed: the number of collapsed runs.
         leads: for each run of `found`, the epochs from the firing to the collapse; -1 is one epoch too late.
         false: the number of sound runs in which it fired.
-        sound: the number of sound runs; those that overfitted partly are neither sound nor collapsed.
+        sound: the number of sound runs, which neither overfitted partly nor could hide a collapse.
     """
 
     name: str
@@ -155,18 +164,21 @@ def courses(results: Iterable[Result]) -> list[Course]:
             }
             measure = _measure(partner)
             fallen, half = collapse(each.epochs, measure), partly(each.epochs, measure)
-            found.append(Course(each, fallen, half if fallen is None else None, seen))
+            shows = measure != [] or fallen is not None or half is not None
+            found.append(Course(each, fallen, half if fallen is None else None, seen, shows))
     return found
 
 
 def _measure(partner: Result | None) -> Sequence[Record] | None:
     """The epochs of the run with PGD, which show how robust a run could be.
 
-    None where there is no such run. An empty list where its model ends with one class for all images: it shows nothing.
+    None where there is no such run. An empty list where its model is not robust, or predicts one class for all images:
+    it shows nothing.
     """
     if partner is None:
         return None
-    return [] if partner.constant else partner.epochs
+    robust = partner.accuracies.get(HEADLINE_JUDGE, 1.0) >= LEAST
+    return partner.epochs if robust and not partner.constant else []
 
 
 def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) -> int | None:
@@ -205,10 +217,11 @@ def _with_what_could_be(epochs: Sequence[Record], partner: Sequence[Record] | No
         yield each, max(best, reference or 0.0)
 
 
-def fallen(runs: Iterable[Course]) -> tuple[int, int]:
-    """(How many runs collapsed, how many overfitted partly)."""
-    runs = list(runs)
-    return sum(each.collapse is not None for each in runs), sum(each.partly is not None for each in runs)
+def fallen(runs: Iterable[Course]) -> tuple[int, int, int]:
+    """(Collapsed runs, those that overfitted partly, all runs), of the runs in which a collapse would show."""
+    shown = [each for each in runs if each.shows]
+    collapsed, half = (sum(getattr(each, how) is not None for each in shown) for how in ("collapse", "partly"))
+    return collapsed, half, len(shown)
 
 
 def scores(found: Iterable[Course]) -> list[Score]:

@@ -141,9 +141,10 @@ def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
 
 
 def _overfitted(study: Study) -> str:
-    fallen = sorted((each for each in study.courses if not each.sound), key=lambda each: each.collapse is None)
+    fallen = sorted((each for each in study.courses if each.fell), key=lambda each: each.collapse is None)
     if not fallen:
-        return html.paragraph(f"None of {len(study.courses)} runs, those trained with PGD among them.")
+        sound = sum(each.sound for each in study.courses)
+        return html.paragraph(f"None of {sound} runs where it would show, those trained with PGD among them.")
     rows = []
     for each in fallen:
         cell, epochs = each.result.cell, {e["epoch"]: e for e in each.result.epochs}
@@ -189,7 +190,7 @@ def _detectors(found: Sequence[Score]) -> str:
     absent = [name for name in DETECTORS if name not in {each.name for each in found}]
     note = f"Not in these records: {', '.join(absent)}. " if absent else ""
     note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs that "
-    note += "overfitted neither wholly nor partly, in which it fired."
+    note += "did not overfit, where that would show, in which it fired."
     head = ["detector", "fires at", "collapses seen", "epochs before", "false alarms"]
     return _table(head, rows) + html.paragraph(note, "note")
 

@@ -108,7 +108,7 @@ def read_study(folder: Path) -> Study:
         differences,
         averages(differences),
         found,
-        scores(found),
+        scores(each for each in found if each.result.fast),
         times(results),
         priced,
     )

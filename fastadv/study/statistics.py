@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastadv._extras import require
 from fastadv.study.grid import OF_THE_ATTACK, SCRATCH
-from fastadv.study.results import PGD, Result, Row, row_of
+from fastadv.study.results import PGD, Result, Row, grouped, row_of
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -66,6 +66,7 @@ class Average:
         judge: the attack that judges.
         eps: the budget in units of 1/255.
         data_sets: the number of data sets.
+        seeds: the most seeds that a method has on a data set.
         mean: the mean over the data sets, a share in [-1, 1].
         low: the lower bound of the mean's 95 % interval: for several data sets as in `_over_sets`, for one data set
             from the bootstrap over its seeds and images.
@@ -79,6 +80,7 @@ class Average:
     judge: str
     eps: float
     data_sets: int
+    seeds: int
     mean: float
     low: float
     high: float
@@ -237,7 +239,8 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     if not common:
         return None
     one, means = differences[0], [float(np.mean([of[method].mean for method in common])) for of in sets.values()]
-    facts = (one.row.model, tuple(common), one.attack, one.judge, one.row.eps, len(means))
+    seeds = max(len(of[method].seeds) for of in sets.values() for method in common)
+    facts = (one.row.model, tuple(common), one.attack, one.judge, one.row.eps, len(means), seeds)
     reference = float(np.mean([of[method].reference for of in sets.values() for method in common]))
     if len(means) > 1:
         interval = _over_sets(means, [[of[m] for m in common] for of in sets.values()])
@@ -271,10 +274,9 @@ def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> 
     """The interval of the mean over data sets.
 
     It is Student's interval, but never narrower than seeds and images leave it. That matters where the means of the
-    data sets happen to lie close together. The standard errors of the rows are averaged within a data set, as if its
-    methods erred alike, and added in quadrature over the data sets, as if these erred independently. The degrees of
-    freedom are Welch's and Satterthwaite's: those of the seeds where one data set's seeds are most of the error, and
-    more the more data sets share it.
+    data sets happen to lie close together. The standard errors of the data sets are added in quadrature, as if these
+    erred independently. The degrees of freedom are Welch's and Satterthwaite's: those of the seeds where one data set's
+    seeds are most of the error, and more the more data sets share it.
 
     Args:
         means: the mean of each data set.
@@ -284,17 +286,27 @@ def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> 
         (low, high) in [-1, 1].
     """
     low, high = t_interval(means)
-    errors, of_seeds, freedom = np.zeros(len(sets)), np.zeros(len(sets)), np.ones(len(sets))
-    for i, rows in enumerate(sets):
-        variances = [_variances(each.verdicts) for each in rows]
-        errors[i] = np.mean([np.sqrt(of_image + of_seed) for of_image, of_seed in variances])
-        of_seeds[i] = np.mean([np.sqrt(of_seed) for _, of_seed in variances])
-        freedom[i] = max(min(len(each.seeds) for each in rows) - 1, 1)
+    errors, of_seeds, freedom = np.array([_error(rows) for rows in sets]).T
     with np.errstate(divide="ignore"):  # with one seed no variance is that of seeds: as many degrees as there can be
         degrees = np.sum(errors**2) ** 2 / np.sum(of_seeds**4 / freedom)
     half = require("scipy.stats").t.ppf((1 + LEVEL) / 2, degrees) * np.linalg.norm(errors) / len(sets)
     mean = np.mean(means)
     return float(max(min(low, mean - half), -1)), float(min(max(high, mean + half), 1))
+
+
+def _error(rows: Sequence[Difference]) -> tuple[float, float, int]:
+    """The standard error of the mean over the methods of one data set: (all of it, that of seeds, its freedom).
+
+    Methods with the same seeds count as one: for each seed and image the mean of their verdicts, so that what they have
+    in common counts in full and what they have not cancels. Methods with other seeds are added as if they erred alike.
+    """
+    error = of_seeds = 0.0
+    for _, alike in grouped(rows, lambda each: (each.seeds, each.images)):
+        images, by_seed = _variances(np.mean([each.verdicts for each in alike], 0))
+        weight = len(alike) / len(rows)
+        error += weight * np.sqrt(images + by_seed)
+        of_seeds += weight * np.sqrt(by_seed)
+    return error, of_seeds, min((len(each.seeds) - 1 for each in rows if len(each.seeds) > 1), default=1)
 
 
 def averages(differences: Iterable[Difference]) -> list[Average]:

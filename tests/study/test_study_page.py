@@ -14,6 +14,7 @@ from PIL import Image
 from studied import rng as rng
 
 from fastadv.study.answer import TITLE
+from fastadv.study.overfitting import fallen
 from fastadv.study.reading import read_study
 from fastadv.study.words import points
 from fastadv.study.writing import write_study
@@ -191,8 +192,8 @@ def test_collapses_are_told_plainly(tmp_path, rng, every):
     else:
         assert page.words[2] == "Not everywhere."
         assert page.answer[1].startswith("4 of the 16 runs of transfer learning with FGSM")
-        assert page.answer[1].endswith("full fine-tuning with FGSM at eps 8 (4 of 4).")
-        assert "None did in linear probing." in page.answer
+        assert page.answer[1].endswith("full fine-tuning with FGSM at eps 8 (4 of 4: cifar10 and digits).")
+        assert page.answer[2] == "At eps 8 that is 4 of 8, at every other eps 0 of 8."
     runs = {(run["attack"], run["method"], run["eps"], run["collapse"]) for run in numbers["overfitting"]["runs"]}
     assert {run[:3] for run in runs if run[3] == 2} == {
         ("fgsm", method, eps)
@@ -212,9 +213,87 @@ def test_a_run_that_overfitted_partly_is_named(tmp_path, rng):
     page, numbers = written(tmp_path)
     assert page.words[2] == "Not everywhere."
     assert page.answer[1].startswith("The one run of transfer learning with FGSM")
-    where = "full fine-tuning with FGSM at eps 8 (1 of 1)."
+    where = "full fine-tuning with FGSM at eps 8 (1 of 1: eurosat)."
     assert page.answer[2] == f"1 run overfitted partly, losing more than 10 points: {where}"
     assert {run["attack"]: run["partly"] for run in numbers["overfitting"]["runs"]} == {"fgsm": 4, "pgd": None}
+
+
+@pytest.mark.parametrize("why", ["no robust image", "one class"])
+def test_where_pgd_is_not_robust_either_a_collapse_would_not_show(tmp_path, rng, why):
+    """Such a run is no stable one: it is counted neither there nor among the sound runs of the detectors."""
+    for seed, attack in itertools.product(range(3), ("fgsm", "pgd")):
+        record = studied.record_of(rng, attack=attack, seed=seed, images=200)
+        if (seed, attack, why) == (0, "pgd", "no robust image"):
+            record["verdicts"]["pma"] = "1" * 9 + "0" * 191  # 4.5 %
+        elif (seed, attack) == (0, "pgd"):
+            record["records"][-1]["confusion"] = {"clean": [[0, 1, 3], [1, 1, 2]]}
+        studied.write(tmp_path, record)
+    page, numbers = written(tmp_path)
+    assert page.answer[1].startswith("None of the 2 runs of transfer learning with FGSM (1 data set; full")
+    assert page.answer[3].startswith("1 more run is not counted: PGD's model is not robust there either (PMA leaves")
+    runs = numbers["overfitting"]["runs"]
+    assert {(r["attack"], r["seed"]) for r in runs if not r["shows"]} == {("fgsm", 0)}
+    assert {each["sound"] for each in numbers["overfitting"]["detectors"]} == {2}
+    courses = [each for each in read_study(tmp_path).courses if each.result.fast]
+    assert (fallen(courses), len(courses)) == ((0, 0, 2), 3)  # what the map has
+
+
+def test_a_collapse_from_its_own_best_shows_without_pgd(tmp_path, rng):
+    fallen, not_robust = studied.record_of(rng, collapse=2), studied.record_of(rng, attack="pgd")
+    not_robust["verdicts"]["pma"] = "0" * 64
+    for record in (fallen, not_robust):
+        studied.write(tmp_path, record)
+    page, _ = written(tmp_path)
+    assert page.answer[1].startswith("The one run of transfer learning with FGSM")
+    assert page.answer[1].endswith("full fine-tuning with FGSM at eps 8 (1 of 1: eurosat).")
+
+
+def test_what_did_not_run_where_others_collapsed_is_said(tmp_path, rng):
+    cells = [("full", "fgsm", 8.0, 2), ("full", "fgsm", 4.0, None), ("full", "fgsm-rs", 4.0, None)]
+    for method, attack, eps, collapse in [*cells, ("lora", "fgsm-rs", 4.0, None), ("full", "pgd", 8.0, None)]:
+        studied.write(tmp_path, studied.record_of(rng, collapse, method=method, attack=attack, eps=eps))
+    page, _ = written(tmp_path)
+    assert page.answer[2] == "At eps 8 that is 1 of 1, at every other eps 0 of 3."
+    assert page.answer[3] == "FGSM-RS and LoRA were not run at eps 8."
+
+
+def test_the_best_detectors_are_named_with_their_times(tmp_path, rng):
+    for seed in range(3):
+        record = studied.record_of(rng, 3, seed=seed)
+        for epoch in record["records"][1:-1]:
+            epoch["alignment"] = 0.9 if epoch["epoch"] < 1 + seed else 0.1  # two, one and no epoch before
+            epoch |= {"gap": 0.0, "alarm": None, "abnormal": 0.0}  # never
+        studied.write(tmp_path, record)
+        studied.write(tmp_path, studied.record_of(rng, attack="pgd", seed=seed))
+    studied.write(tmp_path, studied.record_of(rng, seed=3))
+    page, _ = written(tmp_path)
+    (said,) = (words for words in page.answer if "detectors" in words)
+    assert said == (
+        "The best detectors were “alignment” (in the median 1 epoch before the collapse) and “PGD probe” (in the "
+        "median in the epoch of the collapse), which saw 3 of 3 collapses and fired in 0 of 1 run without one."
+    )
+
+
+def test_the_time_of_several_methods_is_not_that_of_some(tmp_path, rng):
+    for method, attack in itertools.product(("linear", "full"), ("fgsm", "pgd")):
+        record = studied.record_of(rng, method=method, attack=attack)
+        if method == "linear":
+            record["machine"] |= {"device": "a GPU", "sharing": 12}
+        studied.write(tmp_path, record)
+    lines = [line for line in read_study(tmp_path).readme.splitlines() if line.startswith("|")][4:]
+    times = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines}
+    assert times == {"mean of linear and full": "", "linear probing": "", "full fine-tuning": times["full fine-tuning"]}
+    assert 0.28 < float(times["full fine-tuning"]) < 0.31
+
+
+def test_the_table_says_of_how_many_seeds_a_judge_is(tmp_path, rng):
+    for seed, attack in itertools.product(range(3), ("fgsm", "pgd")):
+        more = {"apgd": 0.5} if seed == 0 else {}
+        studied.write(tmp_path, studied.record_of(rng, judges=studied.JUDGES | more, attack=attack, seed=seed))
+    line = read_study(tmp_path).readme.splitlines()[4]
+    *_, pma, apgd, _ = (cell.strip() for cell in line.strip("|").split("|"))
+    assert apgd.endswith("), 1 seed")
+    assert pma.endswith(")")
 
 
 def test_from_scratch_is_no_transfer(tmp_path, rng):

@@ -75,7 +75,9 @@ def test_the_interval_is_that_of_a_loop(rng, seeds):
     expected = by_hand(differences, 20_000, rng)
     found = bootstrap(differences, seed=int(rng.integers(2**32)), draws=200_000)
     # The standard error of a quantile of 20,000 draws is 1 % of the width; 2 % for t with few degrees of freedom.
-    np.testing.assert_allclose(found, expected.clip(-1, 1), rtol=0, atol=0.08 * np.diff(expected)[0])
+    # With one seed the means of draws are multiples of 1 / 62, and a quantile may fall on either of two neighbours.
+    atol = 0.08 * np.diff(expected)[0] + (1.01 / 62 if seeds == 1 else 0.0)
+    np.testing.assert_allclose(found, expected.clip(-1, 1), rtol=0, atol=atol)
 
 
 def test_what_seeds_and_images_do_not_share_counts_once(rng):
@@ -258,7 +260,7 @@ def test_the_interval_over_data_sets_covers_the_mean(rng, of_seeds, of_sets):
     """Six data sets, three seeds, 512 images; of one image in ten the verdicts differ. The true mean is 0."""
     row = result_of(studied.record_of(rng))
     covered = []
-    for _ in range(300):
+    for _ in range(1000):
         sets = []
         for number in range(6):
             shift = rng.normal(0, of_sets) + rng.normal(0, of_seeds[number % len(of_seeds)], 3)
@@ -270,6 +272,42 @@ def test_the_interval_over_data_sets_covers_the_mean(rng, of_seeds, of_sets):
         found = average(sets, [row.cell.method])
         covered.append(found.low <= 0 <= found.high)
     assert np.mean(covered) > 0.92
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)], ids=["one seed", "another has more seeds"])
+def test_methods_err_together_only_where_their_verdicts_do(rng, seeds):
+    """Two data sets whose means agree, so that the interval comes from images and seeds: those of the mean verdicts."""
+    row = row_of(result_of(studied.record_of(rng)))
+    verdicts, more = (rng.integers(-1, 2, (count, 300), np.int8) for count in (2, len(seeds)))
+
+    def of(data, method, seeds, verdicts):
+        where = dataclasses.replace(row, data=data, method=method)
+        return Difference(where, "fgsm", "pma", seeds, verdicts, float(verdicts.mean()), 0.0, 0.0, 0.5, {}, data)
+
+    names = ("full", "lora", "bias")
+    parts = [(names[0], (0,), verdicts[:1]), (names[1], (0,), verdicts[1:]), (names[2], seeds, more)]
+    found = average([of(data, *part) for data in "ab" for part in parts], names)
+    padded = [np.concatenate([each, [[1, -1]] * len(each)], 1) for each in (verdicts.mean(0, keepdims=True), more)]
+    if len(seeds) == 1:
+        both = (2 * padded[0] + padded[1]) / 3
+        error, degrees = both.std() / sqrt(both.size), np.inf
+    else:
+        error_of_two = padded[0].std() / sqrt(padded[0].size)
+        images, of_seeds = two_way(padded[1])
+        error = 2 / 3 * error_of_two + sqrt(images + of_seeds) / 3
+        degrees = (2 * error**2) ** 2 / (2 * (sqrt(of_seeds) / 3) ** 4 / 2)
+    half = stats.t.ppf(0.975, degrees) * sqrt(2 * error**2) / 2
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half))
+
+
+def two_way(d):
+    """The parts of the variance of the mean by images and by seeds, from sums over all cells."""
+    (seeds, images), mean = d.shape, d.mean()
+    of_seed = images * sum((row.mean() - mean) ** 2 for row in d) / (seeds - 1)
+    of_image = seeds * sum((column.mean() - mean) ** 2 for column in d.T) / (images - 1)
+    total = ((d - mean) ** 2).sum()
+    rest = (total - of_seed * (seeds - 1) - of_image * (images - 1)) / ((seeds - 1) * (images - 1))
+    return max(of_image - rest, 0) / d.size, of_seed / d.size
 
 
 def test_an_average_over_methods_of_one_data_set_is_over_the_seeds_that_all_have(rng):
