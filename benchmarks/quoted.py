@@ -309,8 +309,15 @@ def attacks_on_gpu() -> Iterator[Figure]:
         value = partial(_attack, network=network, path=f"best_speedup_over.{peer}", compiled=True)
         name = f"h200.pgd10.{network}.compiled.{peer.replace(' ', '-')}"
         yield Figure(name, what, (H200 + "attacks.json",), value, times)
-    what = "PGD-10, eager: interquartile ranges of ours and of torchattacks"
-    yield Figure("h200.pgd10.eager.spread", what, (H200 + "attacks.json",), _eager_spread, between(percent))
+    third = (THIRD + "attacks.json",)
+    for name, path, form in (("eager", "speedup_over", share), ("graph", "best_speedup_over", times)):
+        what = f"PGD-10 on three networks, {name}: time of torchattacks over ours"
+        value = partial(_of_all_networks, paths=(f"{path}.torchattacks",))
+        yield Figure(f"h200.third.pgd10.{name}", what, third, value, between(form))
+    what = "PGD-10, eager: interquartile ranges of ours and of torchattacks in three runs"
+    files = tuple(run + "attacks.json" for run in (H200, SECOND, THIRD))
+    paths = tuple(f"relative_iqr.{contender}" for contender in ("fastadv", "torchattacks"))
+    yield Figure("h200.pgd10.eager.spread", what, files, partial(_of_all_networks, paths=paths), between(percent))
 
 
 def _attack(found: Mapping, network: str, path: str, compiled: bool = False) -> Any:
@@ -318,11 +325,9 @@ def _attack(found: Mapping, network: str, path: str, compiled: bool = False) -> 
     return at(_one(rows, {"kind": "attack", "network": network}), path)
 
 
-def _eager_spread(found: Mapping) -> tuple[float, float]:
-    return extent(
-        _attack(found, network, f"relative_iqr.{contender}")
-        for network, contender in product(NETWORKS, ("fastadv", "torchattacks"))
-    )
+def _of_all_networks(*results: Mapping, paths: Iterable[str]) -> tuple[float, float]:
+    """The smallest and the largest of some values over all networks."""
+    return extent(_attack(*each) for each in product(results, NETWORKS, paths))
 
 
 def strength() -> Iterator[Figure]:

@@ -190,7 +190,8 @@ def _detectors(found: Sequence[Score]) -> str:
     absent = [name for name in DETECTORS if name not in {each.name for each in found}]
     note = f"Not in these records: {', '.join(absent)}. " if absent else ""
     note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs that "
-    note += "did not overfit, where that would show, in which it fired."
+    note += "did not overfit, where that would show, in which it fired. The "
+    note += "gap and the monitor's alarm read the probe by which a collapse is defined."
     head = ["detector", "fires at", "collapses seen", "epochs before", "false alarms"]
     return _table(head, rows) + html.paragraph(note, "note")
 

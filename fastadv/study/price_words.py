@@ -1,12 +1,13 @@
 """The prices of training attacks in sentences, and as a table."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
 from fastadv.study.price import Summary
 from fastadv.study.results import HEADLINE_JUDGE, grouped, judge_words, method_words, set_words
-from fastadv.study.words import interval, listed, markdown
+from fastadv.study.words import counted, interval, listed, markdown, points
 
 LITTLE = 0.01  # the loss of accuracy that an attack cheaper than FGSM may have
 SAME_TIME = 1.05  # the ratio of two times up to which they count as the same
@@ -22,10 +23,11 @@ def sentences(found: Sequence[Summary]) -> list[str]:
         rivals = _Rivals(group)
         if not rivals.reference or len(rivals.attacks) == 1:
             continue
-        about = f"{method_words(method)}{f' of {model}' if models > 1 else ''}"
+        about = f"{method_words(method)}{f' of {model}' if models > 1 else ''} {rivals.settings()}"
+        time = f"{rivals.time(rivals.reference):.2f} times as long as training without an attack ({standard})"
         words.append(
-            f"{about[0].upper()}{about[1:]}: {against} takes {rivals.time(rivals.reference):.2f} times as long as "
-            f"{standard}{'' if rivals.measured else ' by the cost model'}, and {judge_words(HEADLINE_JUDGE)} leaves "
+            f"{about[0].upper()}{about[1:]}: {against} takes {time}{'' if rivals.measured else ' by the cost model'}, "
+            f"and {judge_words(HEADLINE_JUDGE)} leaves "
             + listed(f"{100 * each.robust:.1f} % on {set_words(each.row)}" for each in rivals.reference)
             + f". {rivals.answer()}"
         )
@@ -65,6 +67,13 @@ class _Rivals:
         names = dict.fromkeys(each.attack for each in self.summaries if each.attack != each.standard)
         return [name for name in names if name not in self.attacks]
 
+    def settings(self) -> str:
+        """The eps and the number of seeds of FGSM: "at eps 4 and 8, 3 seeds"."""
+        eps = listed(f"{each:g}" for each in sorted({eps for row in self.reference for eps in row.budgets}))
+        seeds = [each.runs / len(each.budgets) for each in self.reference]
+        least, most = math.floor(min(seeds)), math.ceil(max(seeds))
+        return f"at eps {eps}, {counted(most, 'seed') if least == most else f'{least} to {most} seeds'}"
+
     def time(self, group: Sequence[Summary]) -> float:
         return median(_time(each, self.measured) for each in group)
 
@@ -97,7 +106,9 @@ class _Rivals:
 
     def _named(self, group: Sequence[Summary]) -> str:
         of = listed(f"{interval(*each.to_fgsm)} on {set_words(each.row)}" for each in group if each.to_fgsm)
-        return f"{group[0].attack} ({of}; {self.time(group):.2f} times)"
+        clean = {each.row: each.clean for each in self.reference}
+        changes = listed(points(each.clean - clean[each.row]) for each in group)
+        return f"{group[0].attack} ({of}; clean accuracy {changes}; {self.time(group):.2f} times)"
 
 
 def _lost(group: Sequence[Summary]) -> list[float]:

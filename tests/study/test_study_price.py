@@ -11,6 +11,7 @@ from test_study_page import written
 from fastadv.study.price import prices, summaries
 from fastadv.study.results import result_of
 from fastadv.study.statistics import bootstrap
+from fastadv.study.words import points
 
 EPOCHS = 4
 IMAGES = 64
@@ -29,6 +30,7 @@ ATTACKS = {
     "fgsm-crops": ("fgsm", {"augment": True}, 18.0, 5.0),
     "stale-crops": ("stale", {"augment": True}, 12.6, 3.0),
 }
+FULL = "Full fine-tuning at eps 4 and 8, 3 seeds"
 PLAIN = ("none", "fgsm", "stale", "stale-2", "stale-long")
 
 
@@ -195,10 +197,15 @@ def test_the_first_screen_names_the_cheapest_and_the_best(tmp_path, rng):
     right = {"none": 3, "fgsm": 40, "stale": 32, "stale-2": 40, "stale-long": 41}
     (said,), numbers = told(tmp_path, grid(rng, right=right) + grid(rng, right=right, data="gtsrb"))
     assert said.startswith(
-        "Full fine-tuning: fgsm takes 1.70 times as long as none, and PMA leaves 62.5 % on eurosat and 62.5 % on "
-        "gtsrb. The cheapest attack that loses at most 1 point to it on each data set is stale-2 (0.00 ("
+        f"{FULL}: fgsm takes 1.70 times as long as training without an attack (none), and PMA leaves 62.5 % on eurosat "
+        "and 62.5 % on gtsrb. The cheapest attack that loses at most 1 point to it on each data set is stale-2 (0.00 ("
     )
     assert "; 1.30 times). The most robust that takes no longer is stale-long (+1.56 (" in said
+    clean = {}
+    for row in numbers["rows"]:
+        clean.setdefault((row["data"], row["attack"]), []).append(row["clean"])
+    changes = [points(np.mean(clean[data, "stale-2"]) - np.mean(clean[data, "fgsm"])) for data in ("eurosat", "gtsrb")]
+    assert f"; clean accuracy {changes[0]} and {changes[1]}; 1.30 times)" in said
     assert said.endswith("; 1.56 times).")
     assert not any("no cell has a partner trained with PGD" in words for words in numbers["answer"]["sentences"])
     assert [each["to_fgsm"]["mean"] for each in numbers["prices"] if each["attack"] == "stale"] == [-0.125] * 4
@@ -230,9 +237,11 @@ def test_the_cheapest_that_is_also_the_best_is_named_once(tmp_path, rng):
 def test_crops_have_a_sentence_of_their_own(tmp_path, rng):
     right = {"none": 3, "fgsm": 40, "stale": 40, "none-crops": 3, "fgsm-crops": 30, "stale-crops": 20}
     plain, crops = told(tmp_path, grid(rng, right=right))[0]
-    assert plain.startswith("Full fine-tuning: fgsm takes 1.70 times as long as none, and PMA leaves 62.5 %")
+    assert plain.startswith(
+        f"{FULL}: fgsm takes 1.70 times as long as training without an attack (none), and PMA leaves"
+    )
     assert crops.startswith(
-        "Full fine-tuning: fgsm-crops takes 1.50 times as long as none-crops, and PMA leaves 46.9 %"
+        f"{FULL}: fgsm-crops takes 1.50 times as long as training without an attack (none-crops), and"
     )
     assert "Every cheaper attack loses more than 1 point" in crops
 
@@ -257,7 +266,9 @@ def test_measured_and_foretold_times_are_not_compared(tmp_path, rng, sharing):
         elif each["cell"]["attack"] == "nfgsm":
             each["machine"] = each["machine"] | {"cpu": "another"}
     (said,), numbers = told(tmp_path, records)
-    assert said.startswith("Full fine-tuning: fgsm takes 1.67 times as long as none by the cost model, and")
+    assert said.startswith(
+        f"{FULL}: fgsm takes 1.67 times as long as training without an attack (none) by the cost model"
+    )
     assert "Every cheaper attack loses" in said
     assert "| 1.67 foretold |" in numbers["price_table"]
 
@@ -267,10 +278,10 @@ def test_models_and_classes_are_named(tmp_path, rng):
     records = grid(rng, right=right, classes="0-3", labels="a") + grid(rng, right=right, classes="4-7", labels="b")
     first, second = told(tmp_path, records + grid(rng, right=right, model="conv", method="scratch"))[0]
     assert {words.partition(":")[0] for words in (first, second)} == {
-        "Full fine-tuning of robust-resnet",
-        "From scratch of conv",
+        "Full fine-tuning of robust-resnet at eps 4 and 8, 3 seeds",
+        "From scratch of conv at eps 4 and 8, 3 seeds",
     }
-    assert any("on eurosat 0-3 and" in words and "on eurosat 4-7; " in words for words in (first, second))
+    assert any("on eurosat 0-3 and" in words and "on eurosat 4-7; clean" in words for words in (first, second))
 
 
 def test_other_test_images_for_each_eps_are_said_and_not_averaged(tmp_path, rng):
