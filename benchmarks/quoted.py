@@ -666,14 +666,10 @@ def price() -> Iterator[Figure]:
     what = "the price of robustness: "
     for name, words, value, form in (
         ("cells", "how many of the cells are finished", _cells, str),
-        ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="answer"), _priced),
+        ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="price_sentences"), " ".join),
         ("table", "time and accuracy of each training attack", partial(_of_study, path="price_table"), str),
     ):
         yield Figure(f"price.{name}", what + words, (PRICE, PRICE_CELLS), value, form)
-
-
-def _priced(answer: Mapping) -> str:
-    return " ".join(words for words in answer["sentences"] if "times as long as" in words)
 
 
 def _on_cpu(cells: list[Mapping]) -> int:

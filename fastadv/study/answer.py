@@ -1,4 +1,4 @@
-"""A study's answer to the question in its title: in sentences, and as the table in README."""
+"""A study's answer to the question in its title, in sentences."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastadv.study import price_words
 from fastadv.study.grid import SCRATCH
 from fastadv.study.overfitting import LEAST, PARTLY, Course, Score
+from fastadv.study.paper_table import PAPER
 from fastadv.study.price import Summary
 from fastadv.study.results import (
     HEADLINE_JUDGE,
@@ -15,7 +16,6 @@ from fastadv.study.results import (
     attack_words,
     grouped,
     judge_words,
-    method_place,
     method_words,
     set_words,
 )
@@ -24,15 +24,6 @@ from fastadv.study.timing import Time
 from fastadv.study.words import counted, distinct, interval, listed, points
 
 TITLE = "Are fast methods stable in adversarially robust transfer learning?"
-README_JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
-PAPER: dict[float, float] = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
-PAPER_TIME = 1 / 4
-ROWS = 10  # of the table for README
-PAPER_SETUP = (
-    "The paper (“Are Fast Methods Stable in Adversarially Robust Transfer Learning?”, 2025) has -0.39 and -1.39 points "
-    "at eps 4 and 8 for a quarter of the time, on average: robust ImageNet backbones at 224 pixels, judged by PGD-10, "
-    "which flatters. Backbones, image sizes and data sets differ from those of this study."
-)
 NOT_MEASURED = "Not measured yet."
 
 
@@ -69,15 +60,15 @@ def answer(
         prices: what training attacks cost and bring, over eps.
         complete: whether all cells are finished.
     """
-    fast = [each for each in courses if each.result.fast]
-    kind, headline, stability = _stability([each for each in fast if each.result.transfer])
+    courses = list(courses)
+    kind, headline, stability = _stability(courses)
     headline = "So far, yes." if kind == "stable" and not complete else headline
     return Answer(
         kind,
         headline,
         (
             *stability,
-            *_from_scratch([each for each in fast if not each.result.transfer]),
+            *_from_scratch([each for each in courses if each.result.fast and not each.result.transfer]),
             *(_to_pgd(averages) if averages or not prices else []),
             *price_words.sentences(prices),
             *_time(times),
@@ -86,10 +77,16 @@ def answer(
     )
 
 
-def _stability(courses: Sequence[Course]) -> tuple[str, str, list[str]]:
-    runs = [each for each in courses if each.shows]
+def stability(courses: Iterable[Course]) -> list[str]:
+    """How many runs of transfer learning with fast attacks overfitted, and where, in sentences."""
+    return _stability(courses)[2]
+
+
+def _stability(courses: Iterable[Course]) -> tuple[str, str, list[str]]:
+    transfer = [each for each in courses if each.result.fast and each.result.transfer]
+    runs = [each for each in transfer if each.shows]
     kind, headline, words = _of_those_that_show(runs)
-    hidden = len(courses) - len(runs)
+    hidden = len(transfer) - len(runs)
     if hidden:
         words.append(
             f"{hidden} more {'run is' if hidden == 1 else 'runs are'} not counted: PGD's model is not robust there "
@@ -245,73 +242,6 @@ def _when(lead: float) -> str:
     if not lead:
         return "in the median in the epoch of the collapse"
     return f"in the median {counted(abs(lead), 'epoch')} {'before' if lead > 0 else 'after'} the collapse"
-
-
-# ---------------------------------------------------------------------- for README
-
-
-def table_for_readme(averages: Sequence[Average], times: Sequence[Time], courses: Iterable[Course]) -> str:
-    """The answer in Markdown: a table, and a line on stability.
-
-    The table has at most ten rows: the paper's numbers, the mean over our methods at each eps, a method where a judge
-    judged it and not all the others, then each method at eps 8, and what fewer data sets have, as far as there is room.
-
-    Args:
-        averages: the differences to PGD, averaged over data sets.
-        times: the times of methods with attacks.
-        courses: how the runs went.
-    """
-    judges = [judge for judge in README_JUDGES if any(each.judge == judge for each in averages)] or ["pgd-10", "pma"]
-    lines = [
-        f"| FGSM's robust accuracy minus PGD's | eps | PGD's under {judge_words(HEADLINE_JUDGE)} | "
-        + " | ".join(map(judge_words, judges))
-        + " | time / PGD's |",
-        "|---|---:|---:|" + "---:|" * (len(judges) + 1),
-    ]
-    for eps, mean in PAPER.items():
-        cells = [points(mean) if judge == "pgd-10" else "" for judge in judges]
-        lines.append(_line("the paper, ImageNet backbones at 224 px", eps, ["", *cells], PAPER_TIME))
-    judged_fgsm = [each for each in averages if each.attack == "fgsm" and each.methods != (SCRATCH,)]
-    groups: dict[tuple[str, float, tuple[str, ...]], dict[str, Average]] = {}
-    for each in judged_fgsm:
-        groups.setdefault((each.model, each.eps, each.methods), {})[each.judge] = each
-    several = len({each.model for each in judged_fgsm}) > 1
-    most = {key[:2]: max((k for k in groups if k[:2] == key[:2]), key=lambda k: len(k[2])) for key in groups}
-    means = list(most.values())
-    alone = [key for key in groups if len(key[2]) == 1 and key not in means]
-    sets = {key: max(each.data_sets for each in judged.values()) for key, judged in groups.items()}
-    all_sets = max(sets.values(), default=0)
-    judged_alone = [key for key in alone if groups[key].keys() - groups[most[key[:2]]].keys()]
-    methods = [key for key in alone if key[1] == 8 or key in judged_alone]
-    methods.sort(key=lambda key: (method_place(key[2][0]), key[1]))
-    rows = [*sorted(means, key=lambda key: key[:2]), *methods]
-    by_weight = sorted(rows, key=lambda key: (sets[key] < all_sets, key not in means, key not in judged_alone))
-    for model, eps, names in (key for key in rows if key in by_weight[: ROWS - len(PAPER)]):
-        judged, found = groups[model, eps, names], sets[model, eps, names]
-        what = _named(names) + (f", {model}" if several else "")
-        what += f", {found} of {counted(all_sets, 'data set')}" if found < all_sets else ""
-        of_fgsm = [each for each in times if (each.model, each.attack) == (model, "fgsm") and each.method in names]
-        ratios = [each.to_pgd for each in of_fgsm if each.to_pgd]
-        cells = [f"{100 * judged[HEADLINE_JUDGE].reference:.1f} %" if HEADLINE_JUDGE in judged else ""]
-        seeds = max(each.seeds for each in judged.values())
-        cells += [_cell(judged[judge], found, seeds) if judge in judged else "" for judge in judges]
-        lines.append(_line(what, eps, cells, sum(ratios) / len(ratios) if len(ratios) == len(names) else None))
-    return "\n".join([*lines, "", " ".join(_stability([c for c in courses if c.result.fast and c.result.transfer])[2])])
-
-
-def _line(what: str, eps: float, cells: Sequence[str], time: float | None) -> str:
-    return f"| {what} | {eps:g} | " + " | ".join(cells) + f" | {'' if time is None else f'{time:.2f}'} |"
-
-
-def _cell(each: Average, data_sets: int, seeds: int) -> str:
-    """A difference, and where it has fewer data sets or seeds than others of its row, how many."""
-    fewer = f", {counted(each.data_sets, 'data set')}" if each.data_sets < data_sets else ""
-    fewer += f", {counted(each.seeds, 'seed')}" if each.seeds < seeds else ""
-    return interval(each.mean, each.low, each.high) + fewer
-
-
-def _named(methods: Sequence[str]) -> str:
-    return method_words(methods[0]) if len(methods) == 1 else f"mean of {listed(methods)}"
 
 
 # ---------------------------------------------------------------------- words

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fastadv.study import answer as say
-from fastadv.study import figures
+from fastadv.study import figures, paper_table
 from fastadv.study.reading import Study
 from fastadv.study.results import HEADLINE_JUDGE, attack_words, grouped, judge_words, method_words, set_words
 
@@ -37,7 +36,7 @@ def drawn(study: Study) -> dict[str, Drawing]:
     found = {}
     for number, model in enumerate(models):
         of = model if len(models) > 1 else ""
-        mine = [each for each in study.averages if each.model == model and each.judge in say.README_JUDGES]
+        mine = [each for each in study.averages if each.model == model and each.judge in paper_table.JUDGES]
         for (attack, judge), shown in grouped(mine, lambda each: (each.attack, each.judge)):
             words = f"{attack_words(attack)} minus PGD by eps, judged by {judge_words(judge)}"
             found[f"difference-{number}-{attack}-{judge}"] = of, words, figures.difference_by_eps(shown)

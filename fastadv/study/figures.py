@@ -12,8 +12,8 @@ import numpy as np
 from fastadv._extras import require
 from fastadv.evaluation.report.curves import png, whole_numbers
 from fastadv.evaluation.report.html import text
-from fastadv.study.answer import PAPER
 from fastadv.study.overfitting import Course, fallen
+from fastadv.study.paper_table import PAPER
 from fastadv.study.price import Price
 from fastadv.study.results import attack_words, judge_words, method_place, method_words
 from fastadv.study.statistics import Average

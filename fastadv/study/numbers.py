@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fastadv.study import answer as say
 from fastadv.study.overfitting import DEFINITION
+from fastadv.study.paper_table import PAPER
 from fastadv.study.price import Price
 from fastadv.study.reading import Study
 from fastadv.study.results import Result
@@ -44,7 +44,7 @@ def numbers(study: Study) -> dict[str, Any]:
         "rows": rows(study.results),
         "differences": [_difference(each) for each in study.differences],
         "averages": [asdict(each) for each in study.averages],
-        "paper": {f"{eps:g}": mean for eps, mean in say.PAPER.items()},
+        "paper": {f"{eps:g}": mean for eps, mean in PAPER.items()},
         "overfitting": {
             "definition": DEFINITION,
             "runs": runs,
@@ -55,6 +55,7 @@ def numbers(study: Study) -> dict[str, Any]:
         "missing": {"cells": study.absent, "judges": study.unjudged, "problems": study.problems},
         "readme": study.readme,
         "attack_table": study.attack_table,
+        "price_sentences": study.price_sentences,
         "price_table": study.price_table,
     }
 

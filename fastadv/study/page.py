@@ -13,6 +13,7 @@ from fastadv.study.drawings import Drawing, first_screen
 from fastadv.study.files import Record
 from fastadv.study.grid import Cell
 from fastadv.study.overfitting import DEFINITION, DETECTORS, Score
+from fastadv.study.paper_table import PAPER_SETUP
 from fastadv.study.reading import Study
 from fastadv.study.results import HEADLINE_JUDGE, Result, Row, attack_words, grouped, judge_words, method_words, row_of
 from fastadv.study.statistics import DRAWS, Average, Difference
@@ -121,10 +122,8 @@ def _figure(drawing: Drawing, heading: str = "") -> str:
 
 
 def _paper(study: Study) -> str:
-    lines = [line.strip("|").split("|") for line in study.readme.splitlines() if line.startswith("|")]
-    head, _, *rows = ([html.text(cell.strip()) for cell in line] for line in lines)
     words = "Points of robust accuracy, with 95 % intervals."
-    return html.paragraph(words, "note") + _table(head, rows) + html.paragraph(say.PAPER_SETUP, "note")
+    return html.paragraph(words, "note") + _escaped(*study.paper) + html.paragraph(PAPER_SETUP, "note")
 
 
 def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str]) -> str:

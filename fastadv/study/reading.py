@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fastadv.study import answer as say
-from fastadv.study import attack_table, price_words, words
+from fastadv.study import attack_table, paper_table, price_words, words
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
 from fastadv.study.grid import expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
@@ -66,7 +66,12 @@ class Study:
     @property
     def readme(self) -> str:
         """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
-        return say.table_for_readme(self.averages, self.times, self.courses)
+        return f"{words.markdown(*self.paper, left=1)}\n\n{' '.join(say.stability(self.courses))}"
+
+    @cached_property
+    def paper(self) -> tuple[list[str], list[list[str]]]:
+        """The paper's differences beside the study's, with intervals and times: (head, rows)."""
+        return paper_table.table(self.averages, self.times)
 
     @cached_property
     def attacks(self) -> attack_table.Table | None:
@@ -78,6 +83,11 @@ class Study:
         """The training attacks as a table of Markdown; empty where there are no two of them."""
         found = self.attacks
         return words.markdown(found.head, found.rows, left=1) if found else ""
+
+    @property
+    def price_sentences(self) -> list[str]:
+        """The cheapest attack and the best one beside FGSM, in sentences; none where there are no prices."""
+        return price_words.sentences(self.summaries)
 
     @property
     def price_table(self) -> str:

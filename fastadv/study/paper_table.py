@@ -1,0 +1,98 @@
+"""The table for README: what FGSM's models lack in robust accuracy beside PGD's, in the paper and in a study."""
+
+from collections.abc import Mapping, Sequence
+
+from fastadv.study.grid import SCRATCH
+from fastadv.study.results import HEADLINE_JUDGE, judge_words, method_place, method_words
+from fastadv.study.statistics import Average
+from fastadv.study.timing import Time
+from fastadv.study.words import counted, interval, listed, points
+
+JUDGES = ("pgd-10", "pma", "apgd", "autoattack")
+PAPER: dict[float, float] = {4: -0.0039, 8: -0.0139}  # eps in 1/255: accuracy with FGSM minus accuracy with PGD
+PAPER_TIME = 1 / 4
+ROWS = 10
+PAPER_SETUP = (
+    "The paper (“Are Fast Methods Stable in Adversarially Robust Transfer Learning?”, 2025) has -0.39 and -1.39 points "
+    "at eps 4 and 8 for a quarter of the time, on average: robust ImageNet backbones at 224 pixels, judged by PGD-10, "
+    "which flatters. Backbones, image sizes and data sets differ from those of this study."
+)
+
+Key = tuple[str, float, tuple[str, ...]]  # model, eps, methods
+Groups = Mapping[Key, Mapping[str, Average]]  # {key: {judge: the difference}}
+
+
+def table(averages: Sequence[Average], times: Sequence[Time]) -> tuple[list[str], list[list[str]]]:
+    """The table: (its head, its rows).
+
+    It has at most ten rows: the paper's numbers, the mean over our methods at each eps, a method where a judge judged
+    it and not all the others, then each method at eps 8, and what fewer data sets have, as far as there is room.
+
+    Args:
+        averages: the differences to PGD, averaged over data sets.
+        times: the times of methods with attacks.
+    """
+    groups: dict[Key, dict[str, Average]] = {}
+    for each in averages:
+        if each.attack == "fgsm" and each.methods != (SCRATCH,):
+            groups.setdefault((each.model, each.eps, each.methods), {})[each.judge] = each
+    judges = [judge for judge in JUDGES if any(each.judge == judge for each in averages)] or ["pgd-10", "pma"]
+    rows = [
+        _row("the paper, ImageNet backbones at 224 px", eps, "", _of_paper(mean, judges), PAPER_TIME)
+        for eps, mean in PAPER.items()
+    ]
+    several, all_sets = len({key[0] for key in groups}) > 1, max(map(_sets, groups.values()), default=0)
+    for key in _chosen(groups):
+        (model, eps, methods), judged = key, groups[key]
+        what = _named(methods) + (f", {model}" if several else "")
+        what += f", {_sets(judged)} of {counted(all_sets, 'data set')}" if _sets(judged) < all_sets else ""
+        reference = f"{100 * judged[HEADLINE_JUDGE].reference:.1f} %" if HEADLINE_JUDGE in judged else ""
+        cells = [_cell(judged[judge], judged) if judge in judged else "" for judge in judges]
+        rows.append(_row(what, eps, reference, cells, _time(model, methods, times)))
+    head = ["FGSM's robust accuracy minus PGD's", "eps", f"PGD's under {judge_words(HEADLINE_JUDGE)}"]
+    return [*head, *map(judge_words, judges), "time / PGD's"], rows
+
+
+def _chosen(groups: Groups) -> list[Key]:
+    """The keys of the rows that there is room for, in the order of the table."""
+    most = {key[:2]: max((k for k in groups if k[:2] == key[:2]), key=lambda k: len(k[2])) for key in groups}
+    means = list(most.values())
+    alone = [key for key in groups if len(key[2]) == 1 and key not in means]
+    judged_alone = [key for key in alone if groups[key].keys() - groups[most[key[:2]]].keys()]
+    methods = [key for key in alone if key[1] == 8 or key in judged_alone]
+    methods.sort(key=lambda key: (method_place(key[2][0]), key[1]))
+    rows = [*sorted(means, key=lambda key: key[:2]), *methods]
+    all_sets = max(map(_sets, groups.values()), default=0)
+    by_weight = sorted(rows, key=lambda key: (_sets(groups[key]) < all_sets, key not in means, key not in judged_alone))
+    return [key for key in rows if key in by_weight[: ROWS - len(PAPER)]]
+
+
+def _sets(judged: Mapping[str, Average]) -> int:
+    return max(each.data_sets for each in judged.values())
+
+
+def _time(model: str, methods: Sequence[str], times: Sequence[Time]) -> float | None:
+    """The mean of the methods' measured time ratios; None where one is not measured."""
+    of_fgsm = [each for each in times if (each.model, each.attack) == (model, "fgsm") and each.method in methods]
+    ratios = [each.to_pgd for each in of_fgsm if each.to_pgd]
+    return sum(ratios) / len(ratios) if len(ratios) == len(methods) else None
+
+
+def _of_paper(mean: float, judges: Sequence[str]) -> list[str]:
+    return [points(mean) if judge == "pgd-10" else "" for judge in judges]
+
+
+def _row(what: str, eps: float, reference: str, cells: Sequence[str], time: float | None) -> list[str]:
+    return [what, f"{eps:g}", reference, *cells, "" if time is None else f"{time:.2f}"]
+
+
+def _cell(each: Average, judged: Mapping[str, Average]) -> str:
+    """A difference, and where it has fewer data sets or seeds than others of its row, how many."""
+    seeds = max(other.seeds for other in judged.values())
+    fewer = f", {counted(each.data_sets, 'data set')}" if each.data_sets < _sets(judged) else ""
+    fewer += f", {counted(each.seeds, 'seed')}" if each.seeds < seeds else ""
+    return interval(each.mean, each.low, each.high) + fewer
+
+
+def _named(methods: Sequence[str]) -> str:
+    return method_words(methods[0]) if len(methods) == 1 else f"mean of {listed(methods)}"
