@@ -88,7 +88,9 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     axis.set(xlabel="eps, 1/255", xlim=(-0.5, len(budgets) - 0.5), ylim=(len(methods) - 0.5, -0.5))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_title(f"{attack_words(courses[0].result.cell.attack)}: collapsed runs", fontsize=9)
+    axis.set_title(
+        f"{attack_words(courses[0].result.cell.attack)}: runs that collapsed, of those where it would show", fontsize=9
+    )
     return figure
 
 
