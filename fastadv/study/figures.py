@@ -78,7 +78,7 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     methods = list(dict.fromkeys(each.result.cell.method for each in courses))
     methods.sort(key=lambda method: method == "scratch")
     budgets = sorted({each.result.cell.eps for each in courses})
-    figure, axis = _axis(WIDTH, 0.95 + 0.4 * len(methods))
+    figure, axis = _axis(WIDTH, 1.1 + 0.4 * len(methods))
     for row, method in enumerate(methods):
         for column, eps in enumerate(budgets):
             runs = [each for each in courses if (each.result.cell.method, each.result.cell.eps) == (method, eps)]
@@ -88,9 +88,8 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     axis.set(xlabel="eps, 1/255", xlim=(-0.5, len(budgets) - 0.5), ylim=(len(methods) - 0.5, -0.5))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_title(
-        f"{attack_words(courses[0].result.cell.attack)}: runs that collapsed, of those where it would show", fontsize=9
-    )
+    attack = attack_words(courses[0].result.cell.attack)
+    axis.set_title(f"{attack}: collapsed runs,\nof those where it would show", fontsize=9)
     return figure
 
 
