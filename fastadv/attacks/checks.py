@@ -300,6 +300,13 @@ def check_samples(images: torch.Tensor, labels: torch.Tensor) -> None:
         raise ValueError(wrong)
 
 
+def check_one_class(labels: torch.Tensor) -> None:
+    """Refuse labels that are not one class for each sample."""
+    if not (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.ndim == 1):
+        shape = f" of shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else ""
+        raise TypeError(f"labels must be an int64 tensor (N,), got {_kind(labels)}{shape}")
+
+
 def highest(labels: torch.Tensor) -> int:
     """The highest of int64 labels. Waits for the device.
 

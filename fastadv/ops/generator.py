@@ -106,6 +106,13 @@ def philox_words(
         return _philox(_int64_tensor("seed", seed, group.device), group, zero, 0)
 
 
+def reseed(seed: int) -> None:
+    """Seed the generators of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the generators of torch, NumPy and Python inside, give them back as they were."""
@@ -113,9 +120,7 @@ def seeded(seed: int) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     before = np.random.get_state(), random.getstate()  # noqa: NPY002
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
+        reseed(seed)
         try:
             yield
         finally:

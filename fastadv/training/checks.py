@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastadv.attacks.checks import check_samples, device_of, highest
+from fastadv.attacks.checks import check_one_class, check_samples, device_of, highest
 from fastadv.data.share import Share
 from fastadv.evaluation.identity import differences, fingerprint
 from fastadv.functional import to_float
@@ -51,6 +51,7 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
     if steps == 0:
         raise ValueError("there are no images to train on")
     for images, named in parts.present:
+        check_one_class(named)
         mine, theirs = (images.mine, named[images.rows]) if isinstance(images, Share) else (images, named)
         if len(theirs):
             check_samples(mine, theirs)

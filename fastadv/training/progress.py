@@ -19,6 +19,7 @@ class Progress:
         first_epoch: the epoch with which this stage began.
         schedule_epoch: the epoch with which the schedule of the learning rate began. It begins again after a switch of
             the attack.
+        average_epoch: the epoch with which the average of the weights began. It begins again where the run goes back.
         batch: how many updates this epoch had.
         loss_sum: the sum of the loss over the images of this epoch.
         right: how many images of this epoch were classified correctly after the attack.
@@ -41,6 +42,7 @@ class Progress:
     epoch: int = 0
     first_epoch: int = 0
     schedule_epoch: int = 0
+    average_epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
     right: float = 0.0

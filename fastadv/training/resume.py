@@ -40,10 +40,12 @@ def run_fingerprint(trainer: "Trainer", model: nn.Module, data: dict[str, object
     return run
 
 
-def check_epochs(at: Progress, settings: Settings, steps: int, before: int, folder: Path) -> None:
+def check_epochs(
+    at: Progress, settings: Settings, steps: int, before: int, folder: Path, *, by_epochs: bool = False
+) -> None:
     """Check the number of epochs of a resumed run, which may differ from the number before.
 
-    A warning says where the steps so far would have had another learning rate or another budget with the new number.
+    A warning says where the steps so far would have had another learning rate, budget or loss with the new number.
 
     Args:
         at: the progress of the run.
@@ -51,27 +53,31 @@ def check_epochs(at: Progress, settings: Settings, steps: int, before: int, fold
         steps: how many batches an epoch has.
         before: the number of epochs before.
         folder: the folder of the run.
+        by_epochs: whether the loss of the attack depends on the number of epochs of the stage.
 
     Raises:
         OtherRunError: the run has taken more epochs already.
     """
-    now = settings.epochs
-    if before == now or at.stage < len(settings.stages) - 1:
+    now, changed = settings.epochs, []
+    if before == now:
         return
     done = (at.epoch - at.first_epoch) * steps + at.batch
-    if done > now * steps:
-        raise OtherRunError(
-            f"the run in {folder} has {math.ceil(done / steps)} epochs behind it, more than the {now} that it is to "
-            "have now: choose another folder"
+    if at.stage == len(settings.stages) - 1:  # the number is that of the last stage
+        if done > now * steps:
+            raise OtherRunError(
+                f"the run in {folder} has {math.ceil(done / steps)} epochs behind it, more than the {now} that it is "
+                "to have now: choose another folder"
+            )
+        rates, then = (
+            [lr_factor(step, settings.warmup, epochs * steps) for step in range(done)] for epochs in (before, now)
         )
-    rates, then = (
-        [lr_factor(step, settings.warmup, epochs * steps) for step in range(done)] for epochs in (before, now)
-    )
-    changed = ["learning rate"] if at.switched or rates != then else []
-    changed += ["budget"] if done and settings.eps_schedule != CONSTANT else []
+        changed += ["learning rate"] if at.switched or rates != then else []
+        changed += ["attack's loss"] if done and by_epochs else []
+    taken = at.epoch * steps + at.batch
+    changed += ["budget"] if taken and settings.eps_schedule != CONSTANT else []  # which grows over all stages
     if changed:
         warnings.warn(
-            f"the run was to have {before} epochs and goes on to {now}: the {' and the '.join(changed)} of its {done} "
+            f"the run was to have {before} epochs and goes on to {now}: the {' and the '.join(changed)} of its {taken} "
             f"steps so far followed {before}, and the result is not that of {now} in one run",
             stacklevel=5,
         )

@@ -23,7 +23,7 @@ from fastadv.evaluation.robustness import evaluate, robust_accuracy
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds, to_float
 from fastadv.nn.autocast import own_autocast
-from fastadv.ops.generator import seeded
+from fastadv.ops.generator import reseed, seeded
 from fastadv.training import log
 from fastadv.training.augment import Augment
 from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
@@ -32,7 +32,7 @@ from fastadv.training.budget import Budget
 from fastadv.training.checkpoints import Checkpoints, Facts, Groups
 from fastadv.training.checks import check_run, check_same
 from fastadv.training.choice import choice, criteria
-from fastadv.training.fast import fast_method, is_fast
+from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
 from fastadv.training.foreign import TrainAttack, as_attack
@@ -169,7 +169,8 @@ class Run:
         groups, facts = self._found(self.checkpoints)
         if facts is not None:
             self.at = Progress.of(facts["place"], folder)
-            check_epochs(self.at, self.settings, self.steps, facts["epochs"], folder)
+            by_epochs = is_fast(self.attack) and FAST[self.attack].by_epochs
+            check_epochs(self.at, self.settings, self.steps, facts["epochs"], folder, by_epochs=by_epochs)
             if facts["machine"] != {name: value for name, value in self._machine().items() if name in facts["machine"]}:
                 warnings.warn(
                     f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
@@ -289,7 +290,13 @@ class Run:
     def _begin(self, number: int, stage: Stage) -> None:
         now, since = self.at.epoch, self.at.epoch if self.at.switched else self.at.memory_since
         self.at = Progress(
-            number, epoch=now, first_epoch=now, schedule_epoch=now, memory_since=since, records=self.at.records
+            number,
+            epoch=now,
+            first_epoch=now,
+            schedule_epoch=now,
+            average_epoch=now,
+            memory_since=since,
+            records=self.at.records,
         )
         counts = {"trainable": self.tuning.trainable, "total": self.tuning.total}
         self._record({"stage": number, "method": stage.method, **counts})
@@ -431,7 +438,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = at.lr
         # The model's random numbers depend on the epoch and the batch alone: no generator's state has to be saved.
-        torch.manual_seed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
+        reseed(_mixed(self.settings.seed, at.epoch, at.batch, self.here.process_index))
         if self.before:
             torch._foreach_copy_(self.before, list(self.tuning.buffers.values()))
         parts = index.tensor_split(world)
@@ -456,7 +463,7 @@ class Run:
         if not all(map(math.isfinite, (loss, norm, statistics))):
             self._refuse(loss, norm, statistics, index)
         self.step.apply()
-        self.weights.stepped(done)
+        self.weights.stepped((at.epoch - at.average_epoch) * self.steps + at.batch)
         at.loss_sum += loss * len(index)
         at.right, at.abnormal, at.looked = at.right + right, at.abnormal + abnormal, at.looked + looked
         at.batch += 1
@@ -554,6 +561,7 @@ class Run:
 
     def _go_back(self, action: str) -> None:
         self.weights.go_back()
+        self.at.average_epoch = self.at.epoch
         self.optimizer.state.clear()
         if action == "rollback":
             self.at.lr_scale /= 2

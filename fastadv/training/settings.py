@@ -134,14 +134,23 @@ class Settings:
         span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
-        for name, method in (("lora_targets", "lora"), ("adapter_reduction", "adapter"), ("prompt_tokens", "prompt")):
-            if getattr(self, name) is not None and self.method != method:
+        lora = (("rank", "lora"), ("lora_alpha", "lora"), ("lora_targets", "lora"))
+        for name, method in (*lora, ("adapter_reduction", "adapter"), ("prompt_tokens", "prompt")):
+            if self._given(name) and self.method != method:
                 raise ValueError(f"{name} belongs to the method {method}, and the method is {self.method}")
+        if self._given("lp_ft_lr") and not self.lp_ft:
+            raise ValueError("lp_ft_lr is the learning rate of lp_ft, and lp_ft=0 means no epochs of that: give both")
+        if self._given("switch_to") and self.on_catastrophic_overfitting != "switch":
+            raise ValueError("switch_to belongs to on_catastrophic_overfitting='switch': give both")
         if self.on_catastrophic_overfitting != "warn" and not self.probe:
             raise ValueError(
                 f"on_catastrophic_overfitting={self.on_catastrophic_overfitting!r} answers the monitor, and probe=0 "
                 "means that there is none: leave probe as it is, or on_catastrophic_overfitting"
             )
+
+    def _given(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     @property
     def attack(self) -> dict[str, float | None]:

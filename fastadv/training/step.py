@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv.attacks import Attack
-from fastadv.attacks.checks import BOX, box_of
+from fastadv.attacks.checks import BOX, box_of, check_one_class, check_samples, highest
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.adversaries import strange
@@ -82,7 +82,9 @@ class TrainStep:
         self.autocast, self.highest = autocast, highest
         self._losses = torch.compile(self._forward, dynamic=False) if compile else self._forward
         if self.method is not None:
+            self.method.check_loss(type(self.method).__name__, self.clean_weight, self.label_smoothing)
             self.method.attack.objective.check_classes(highest)
+        self._looked = False
         self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
         self._norm: torch.Tensor | None = None
 
@@ -119,7 +121,13 @@ class TrainStep:
             attack; on how many images noise alone raised the loss more than the attack did; and at how many images
             that was looked. Such images are a sign of overfitting to the attack, which costs nothing where attack and
             update run in the same mode; elsewhere no image is looked at.
+
+        Raises:
+            TypeError: labels are not int64 (N,), or images neither floats nor uint8.
+            ValueError: images beyond [0, 1] or labels below 0, in the first batch; a label that the model has no class
+                for.
         """
+        self._check_batch(images, labels)
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
         with own_autocast(images.device, None):
@@ -148,6 +156,14 @@ class TrainStep:
                 abnormal, looked = self._abnormal(logits, labels)
                 loss = loss.detach() if beside is None else loss.detach() + beside
                 return torch.stack([value.double() for value in (loss, right, abnormal, looked)])
+
+    def _check_batch(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Refuse what is no batch. Values are looked at in the first one alone, because that waits for the device."""
+        check_one_class(labels)
+        if not self._looked and len(labels):
+            check_samples(images, labels)
+            highest(labels)
+            self._looked = True
 
     def norm(self) -> torch.Tensor:
         """The norm of the gradient that `apply` takes next, before clipping: 0-dim, on the parameters' device.

@@ -136,6 +136,17 @@ class Trainer:
                 "chosen, and its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, "
                 "such as fgsm or pgd; evaluation takes L2 attacks"
             )
+        if isinstance(attack, Attack) and attack.eps > self.eps * (1 + 1e-6):
+            warnings.warn(
+                f"the attack's eps, {attack.eps:.6g}, is larger than that of the training, {self.eps:.6g}, at which "
+                "weights are chosen and overfitting is looked for: give both the same, unless that is meant",
+                stacklevel=3,
+            )
+        if attack is None and self.settings.on_catastrophic_overfitting != "warn":
+            raise ValueError(
+                f"on_catastrophic_overfitting={self.settings.on_catastrophic_overfitting!r} answers an attack's "
+                "overfitting, and training on clean images has no attack: leave it out"
+            )
 
     def _check_eval_attack(self) -> None:
         attack = self.eval_attack

@@ -17,7 +17,7 @@ from fastadv.attacks.noise import uniform, uniform_per_sample
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.training import Augment, Trainer, run
 from fastadv.training.batches import AUGMENTING, Batches
-from fastadv.training.fast import FAST
+from fastadv.training.fast import FAST, fast_method
 from fastadv.training.monitor import Reading
 from fastadv.training.step import TrainStep
 
@@ -444,6 +444,10 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         (None, {"penalty": 1.0}, "penalty belong to an attack by name"),
         ("sora", {"clean_weight": 0.1}, "clean_weight is not for sora: its step follows the gradient"),
         ("free", {"clean_weight": 1.0}, "free follows the gradient .* clean_weight=1 leaves these out"),
+        *(
+            (attack, {"label_smoothing": 0.1}, f"{attack} follows .* label_smoothing turns that towards the label")
+            for attack in ("free", "sora", "stale")
+        ),
         ("free", {"eps_schedule": "linear"}, "eps_schedule is not for free: "),
         ("sora", {"eps_schedule": "linear"}, "eps_schedule is not for sora: "),
         ("free", {"epochs": 3, "repeats": 4}, "learns from each batch 4 times"),
@@ -453,6 +457,61 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
 def test_what_nothing_would_heed_is_refused(attack, options, words):
     with pytest.raises(ValueError, match=words):
         Trainer(network(), 0.05, attack=attack, **options)
+
+
+@pytest.mark.parametrize("attack", ["free", "sora", "stale"])
+def test_a_step_refuses_label_smoothing_too_where_the_attack_follows_its_gradient(attack):
+    model = network()
+    with pytest.raises(ValueError, match="follows the gradient of the update's loss, and label_smoothing"):
+        TrainStep(model, fast_method(attack, model, 0.05, {}), torch.optim.SGD(model.parameters()), label_smoothing=0.1)
+
+
+def test_signs_that_are_not_used_stand_no_smoothing_in_the_way(data):
+    given = {"label_smoothing": 0.1, "epochs": 2}
+    (ours, _, _), (theirs, _, _) = (
+        trained(data, *attack, **given, **more)
+        for attack, more in ((("stale", 0.05), {"refresh": 1}), (("fgsm", 0.05), {}))
+    )
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+class Normalizing(nn.Module):
+    """Normalises its input, in its own memory or in new memory."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.net, self.in_place = network(), in_place
+
+    def forward(self, x):
+        return self.net(x.sub_(0.4).div_(0.3) if self.in_place else (x - 0.4) / 0.3)
+
+
+@pytest.mark.parametrize("attack", [attack for attack in FAST if attack != "cached"])
+def test_a_model_that_writes_to_its_input_is_trained_like_one_that_does_not(data, attack, monkeypatch):
+    found = []
+    for model in (Normalizing(in_place=False), Normalizing(in_place=True)):
+        monkeypatch.setitem(globals(), "network", lambda model=model: model)
+        found.append(trained(data, attack, 0.05, epochs=REPEATS)[0])
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda x, y: (255 * x, y), ValueError, r"\[0, 1\]"),
+        (lambda x, y: (2 * x - 1, y), ValueError, r"\[0, 1\]"),
+        (lambda x, y: (x, y.index_fill(0, torch.tensor([0]), -100)), ValueError, "must not be negative, got -100"),
+        (lambda x, y: (x, F.one_hot(y, CLASSES)), TypeError, r"int64 tensor \(N,\), got torch.int64 of shape"),
+        (lambda x, y: (x[:CLASSES], torch.eye(CLASSES)), TypeError, r"int64 tensor \(N,\), got torch.float32 of shape"),
+    ],
+)
+@pytest.mark.parametrize("attack", ["sora", None])
+def test_a_step_refuses_what_is_no_batch(data, attack, change, error, words):
+    model = network()
+    method = None if attack is None else fast_method(attack, model, 0.05, {})
+    step = TrainStep(model, method, torch.optim.SGD(model.parameters()))
+    with pytest.raises(error, match=words):
+        step.gradients(*change(*data))
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import killed_run
+import numpy as np
 import pytest
 import torch
 from fitted import colours
+from torch import nn
 
 from fastadv.training import Trainer, run
 from fastadv.training.checkpoints import FORMAT, Checkpoints
 from fastadv.training.memory import SampleMemory
+from fastadv.training.step import TrainStep
 
 KILLS = 20
 STALE = {"attack": "stale", "price": 1.25, "lp_ft": 0, "epochs": 4, "eval_every": 0}
@@ -325,6 +328,61 @@ def test_more_epochs_may_follow_and_it_is_said_where_the_steps_so_far_would_have
         expected = short(tmp_path / "whole", epochs=5, **settings)
         assert losses == expected[1]
         assert all(torch.equal(value, expected[0][name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"attack": "liet", "warmup": 10}, "the attack's loss of its 9 steps"),
+        ({"lp_ft": 2, "eps_schedule": "linear"}, "the budget of its 9 steps"),  # cut in the linear stage
+    ],
+)
+def test_other_epochs_are_said_to_change_what_grows_with_them(settings, words, tmp_path):
+    with pytest.raises(RuntimeError, match="cut"):
+        short(tmp_path / "cut", cut=9, **settings)
+    with pytest.warns(UserWarning, match=f"was to have 3 epochs and goes on to 5: {words} so far followed 3"):
+        short(tmp_path / "cut", epochs=5, **settings)
+
+
+class Drawing(nn.Module):
+    """Adds noise that NumPy and Python draw."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
+
+    def forward(self, x):
+        noise = torch.from_numpy(np.random.normal(size=x.shape)).to(x)  # noqa: NPY002
+        return self.net(x + 0.1 * random.random() * noise)
+
+
+def test_numbers_of_numpy_and_python_are_drawn_again_after_an_interruption(tmp_path):
+    found = []
+    for name, cuts in (("whole", [None]), ("cut", [4, None])):
+        for cut in cuts:
+            model = Drawing()
+            options = {"epochs": 3, "batch_size": 20, "probe": 0, "measure_backbone": False, "progress": False}
+            trainer = Trainer(model, 8 / 255, folder=tmp_path / name, resume=True, **options)
+            ends = nullcontext() if cut is None else pytest.raises(RuntimeError, match="cut")
+            with pytest.MonkeyPatch.context() as patch, ends:
+                stopped_at(cut, patch)
+                trainer.fit(colours(60, 1))
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def stopped_at(cut, patch):
+    """Raise in place of the step number `cut`; never where that is None."""
+    taken, apply = [], TrainStep.apply
+
+    def applied(step):
+        taken.append(None)
+        if len(taken) == cut:
+            raise RuntimeError("cut")
+        apply(step)
+
+    patch.setattr(TrainStep, "apply", applied)
 
 
 def test_other_threads_are_warned_of(tmp_path):

@@ -172,7 +172,7 @@ IN_THE_WEIGHTS = [
     ("method", "bias", {}),
     ("method", "lora", {"lora_targets": ["1"]}),
     ("head", "1", {"method": "linear"}),
-    ("lp_ft", 2, {"lp_ft_lr": 0.1}),
+    ("lp_ft", 2, {}),
     ("lp_ft_lr", 0.05, {"lp_ft": 1, "warmup": 2}),
     ("rank", 3, LORA),
     ("lora_alpha", 5.0, LORA),

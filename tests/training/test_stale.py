@@ -117,21 +117,21 @@ class Told(FastMethod):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("clean_weight", "smoothing"), [(0.0, 0.0), (0.3, 0.2)])
-def test_the_update_gives_the_gradient_at_x_adv(frozen, clean_weight, smoothing):
+@pytest.mark.parametrize("clean_weight", [0.0, 0.3])
+def test_the_update_gives_the_gradient_at_x_adv(frozen, clean_weight):
     model, (x, y) = network(), images()
     model.requires_grad_(not frozen)
     model[-1].requires_grad_(True)
     x_adv = (x + EPS * torch.randn_like(x).sign()).clamp(0, 1)
     twin, mine = copy.deepcopy(model), x_adv.clone().requires_grad_()
-    targets = (1 - smoothing) * F.one_hot(y, CLASSES).double() + smoothing / CLASSES
+    targets = F.one_hot(y, CLASSES).double()
     logits = twin(torch.cat((mine, x)) if clean_weight else mine)
     losses = -(targets.repeat(len(logits) // len(y), 1) * logits.log_softmax(1)).sum(1).view(-1, len(y)).mean(1)
     loss = losses[0] if not clean_weight else (1 - clean_weight) * losses[0] + clean_weight * losses[1]
     loss.backward()
     told, optimizer = Told(model, EPS), torch.optim.SGD(model.parameters(), 1.0)
     told.x_adv = x_adv
-    step = TrainStep(model, told, optimizer, clean_weight=clean_weight, label_smoothing=smoothing)
+    step = TrainStep(model, told, optimizer, clean_weight=clean_weight)
     step.gradients(x, y)
     torch.testing.assert_close(told.gradient / COUNT, mine.grad, rtol=1e-10, atol=1e-15)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
@@ -149,7 +149,7 @@ def chance(rows, when):
     return torch.stack([torch.randint(2, (3, SIDE, SIDE), generator=g) for g in generators]).double() * 2 - 1
 
 
-def by_hand(model, data, order, fresh, augment=None, smoothing=0.0, alpha=EPS, method="full", seed=0, hinge=False):
+def by_hand(model, data, order, fresh, augment=None, alpha=EPS, method="full", seed=0, hinge=False):
     """The run with signs, image by image. Returns each epoch's share of unchanged signs, and the fresh attacks.
 
     `fresh(i, epoch, last)` tells whether image i gets a fresh FGSM attack; `last` has the shares of the last epoch.
@@ -187,7 +187,7 @@ def by_hand(model, data, order, fresh, augment=None, smoothing=0.0, alpha=EPS, m
         x_adv = (x + share * alpha * signs).clamp(0, 1).requires_grad_()
         model.train(method == "full")
         logits = model(x_adv)
-        targets = (1 - smoothing) * F.one_hot(y, CLASSES).double() + smoothing / CLASSES
+        targets = F.one_hot(y, CLASSES).double()
         loss = -(targets * logits.log_softmax(1)).sum(1).mean()
         gradients = torch.autograd.grad(loss, [x_adv, *trains])
         for k, i in enumerate(rows):
@@ -212,7 +212,7 @@ CASES = [
     ({}, lambda i, epoch, last: False),
     ({"augment": True}, lambda i, epoch, last: False),
     ({"refresh": 3, "augment": True}, lambda i, epoch, last: epoch == 0 or (i + epoch) % 3 == 0),
-    ({"refresh": 99, "label_smoothing": 0.2}, lambda i, epoch, last: epoch == 0),
+    ({"refresh": 99}, lambda i, epoch, last: epoch == 0),
     ({"eps_schedule": "hinge:0.2,0.6", "refresh": 2}, lambda i, epoch, last: epoch == 0 or (i + epoch) % 2 == 0),
     ({"method": "linear", "alpha": 0.07, "refresh": 2}, lambda i, epoch, last: epoch == 0 or (i + epoch) % 2 == 0),
 ]
@@ -229,8 +229,7 @@ def test_a_run_is_the_loop_by_hand(monkeypatch, changes, fresh, dtype):
     twin = copy.deepcopy(model).double()
     records, order = trained(model, data, **changes)
     augment = Augment(SIDE // 8) if "augment" in changes else None
-    options = {"smoothing": changes.get("label_smoothing", 0.0), "alpha": changes.get("alpha", EPS)}
-    options["hinge"] = "eps_schedule" in changes
+    options = {"alpha": changes.get("alpha", EPS), "hinge": "eps_schedule" in changes}
     shares, picked = by_hand(twin, data, order, fresh, augment, method=changes.get("method", "full"), **options)
     close = {"rtol": 0, "atol": 1e-10 if dtype == torch.float64 else 3e-3}
     torch.testing.assert_close([p.detach().double() for p in model.parameters()], [*twin.parameters()], **close)

@@ -128,6 +128,7 @@ METHODS = {
     "bias": {"0.bias", "1.bias", "3.bias", "6.weight", "6.bias"},
     "lora": {"3.weight", "6.weight", "6.bias"},
 }
+RANK = {"lora": {"rank": 2}}
 STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
@@ -136,7 +137,7 @@ def test_after_ten_steps_what_should_train_has_changed_and_no_other_bit(method):
     model = conv()
     model[2].eval()
     before, modes = copied(model), [module.training for module in model.modules()]
-    records = fit(model, method=method, rank=2)
+    records = fit(model, method=method, **RANK.get(method, {}))
     assert changed(model, before) == METHODS[method] | (STATISTICS if method == "full" else set())
     assert [record["lr"] for record in records if "lr" in record][-1] > 0
     assert [module.training for module in model.modules()] == modes
@@ -149,7 +150,7 @@ def test_lp_ft_trains_the_head_first_and_the_method_begins_with_it(method, after
     model = conv()
     watch(model)
     before = copied(model)
-    records = fit(model, method=method, rank=2, lp_ft=2, epochs=2, parts=(TRAIN,))
+    records = fit(model, method=method, **RANK.get(method, {}), lp_ft=2, epochs=2, parts=(TRAIN,))
     assert len(states) == 20
     first, second = states[9], states[10]
     assert {name for name in first if not torch.equal(first[name], before[name])} == METHODS["linear"]
@@ -444,6 +445,52 @@ def test_rollback_goes_to_the_last_good_weights_and_halves_the_learning_rate(ala
     undisturbed = learning_rates(fit(conv(), **OPTIONS))
     expected = [rate * factor for rate, factor in zip(undisturbed, (1, 1, 0.5, 0.25), strict=True)]
     assert learning_rates(records) == pytest.approx(expected, rel=1e-12)
+
+
+def test_after_a_rollback_the_average_begins_again(alarms, after_steps, before_steps):
+    """It soon forgets the weights that it begins with, as at the start: the decay at step t is (1 + t) / (10 + t)."""
+    (states, watch), (before, watch_before), model = after_steps, before_steps, conv()
+    watch(model)
+    watch_before(model)
+    alarms(1)
+    with pytest.warns(UserWarning, match=r"it burns \(rollback\)"):
+        fit(
+            model,
+            on_catastrophic_overfitting="rollback",
+            **OPTIONS | {"ema_decay": 0.9999, "epochs": 3, "parts": (TRAIN,)},
+        )
+    average = before[10]
+    for step, state in enumerate(states[10:]):
+        decay = (1 + step) / (10 + step)
+        average = {
+            name: decay * value + (1 - decay) * state[name] if value.is_floating_point() else state[name]
+            for name, value in average.items()
+        }
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [EPS, 0.9 * EPS])
+def test_an_attack_of_a_larger_budget_than_the_training_s_is_told(eps, recwarn):
+    model = conv()
+    Trainer(model, eps, attack=FGSM(model, EPS))
+    told = [str(each.message) for each in recwarn]
+    assert any("is larger than that of the training" in words for words in told) == (eps < EPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"switch_to": "nfgsm"}, "switch_to belongs to on_catastrophic_overfitting='switch'"),
+        ({"lp_ft_lr": 0.3}, "lp_ft_lr is the learning rate of lp_ft, and lp_ft=0"),
+        ({"rank": 4}, "rank belongs to the method lora, and the method is full"),
+        ({"lora_alpha": 4.0, "method": "linear"}, "lora_alpha belongs to the method lora, and the method is linear"),
+        ({"attack": None, "on_catastrophic_overfitting": "stop"}, "training on clean images has no attack"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Trainer(conv(), EPS, **options)
 
 
 def test_rollback_in_the_first_epoch_goes_to_the_beginning(alarms, before_steps):

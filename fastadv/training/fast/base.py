@@ -74,6 +74,7 @@ class FastMethod:
     REPEATS = 1  # the default of repeats
     alone = True  # whether it trains in a single process only
     compares = False  # whether the update also sees the images at the start, and `distances` adds to the loss
+    by_epochs = False  # whether an update depends on how many epochs the stage has
     sees_gradient = False  # whether `seen` gets the update's gradient with respect to the images
 
     def __init__(
@@ -100,13 +101,9 @@ class FastMethod:
             ValueError: there is such a setting.
         """
         for setting, why in self.REFUSES.items():
-            if getattr(settings, setting) != getattr(Settings, setting):
+            if getattr(settings, setting) not in (getattr(Settings, setting), 0):
                 raise ValueError(f"{setting} is not for {name}: {why}. Leave it out")
-        if self.sees_gradient and settings.clean_weight == 1:
-            raise ValueError(
-                f"{name} follows the gradient of the loss on attacked images, and clean_weight=1 leaves these out: "
-                "take a smaller one"
-            )
+        self.check_loss(name, settings.clean_weight, settings.label_smoothing or 0.0)
         for stage in settings.stages:
             if stage.epochs < self.repeats:
                 raise ValueError(
@@ -114,6 +111,30 @@ class FastMethod:
                     f"{self.repeats} times: {stage.epochs} epochs of {stage.method} are less than one pass. Take "
                     f"{self.repeats} or more, or fewer repeats"
                 )
+
+    def check_loss(self, name: str, clean_weight: float, label_smoothing: float) -> None:
+        """Refuse a loss whose gradient is no attack, where the attack follows the gradient of the update's loss.
+
+        Args:
+            name: the name of the attack, for the errors.
+            clean_weight: the share of the loss on clean images.
+            label_smoothing: of the loss.
+
+        Raises:
+            ValueError: the attack cannot follow that loss.
+        """
+        if not self.sees_gradient:
+            return
+        if clean_weight == 1:
+            raise ValueError(
+                f"{name} follows the gradient of the loss on attacked images, and clean_weight=1 leaves these out: "
+                "take a smaller one"
+            )
+        if label_smoothing:
+            raise ValueError(
+                f"{name} follows the gradient of the update's loss, and label_smoothing turns that towards the label "
+                "wherever the model is sure of it: the attack would help the model. Leave label_smoothing out"
+            )
 
     def check_model(self, name: str, settings: Settings, images: torch.Tensor) -> None:
         """Refuse a model that the attack cannot train. The model is not changed.

@@ -22,7 +22,8 @@ class GradAlign(FastMethod):
 
     The penalty is weight * (1 - c), where c is the mean cosine of the gradients g(x) and g(x + U(-eps, eps)). The
     second point is clamped to [0, 1], and the first gradient is detached. g is the gradient of cross-entropy with the
-    model in eval mode, as in the attack. Samples with a zero gradient at either point are left out. The default weight
+    model in eval mode, as in the attack. Samples with a zero gradient at either point are left out; with
+    grad_accum_steps the mean is that of each part, which these samples make another one. The default weight
     grows with eps as in the paper for CIFAR-10; at 8/255 it is 0.2. The second derivative is not compiled. Attention is
     computed by plain matrix products, because PyTorch's faster kernels have no second derivative.
 
@@ -64,6 +65,6 @@ class GradAlign(FastMethod):
 
     def _gradient_with_graph(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with own_autocast(images.device, self.attack.autocast), sdpa_kernel(SDPBackend.MATH):
-            logits = at_least_float32(find_logits(self.model(images), len(images)))
+            logits = at_least_float32(find_logits(self.model(images.clone()), len(images)))
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.autograd.grad(loss, images, create_graph=True)[0]

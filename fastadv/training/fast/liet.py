@@ -38,6 +38,7 @@ class LIET(FastMethod):
     DEFAULTS: Mapping[str, float] = {"label_smoothing": 0.6, "ema_decay": 0.9995}
     WEIGHT = 100.0
     compares = True
+    by_epochs = True
 
     def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
@@ -78,7 +79,7 @@ class LIET(FastMethod):
         """The signs of the classes' gradients at a grey picture, (classes, ...), from batches as large as `images`."""
         grey = torch.full_like(images, 0.5)
         with torch.no_grad(), frozen(self.model):
-            count = find_logits(self.model(grey[:1]), 1).shape[1]
+            count = find_logits(self.model(grey[:1].clone()), 1).shape[1]
         classes = torch.arange(count, device=images.device)
         parts = [gradient_at(self.attack, grey[: len(c)], c) for c in classes.split(len(images))]
         return torch.cat(parts).sign().to(images.dtype)

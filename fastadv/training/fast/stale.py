@@ -41,8 +41,9 @@ class Stale(FastMethod):
     Signs outlast the end of a stage and a rollback. A switch to another attack drops them, and a stage after the switch
     begins with random signs again. The monitor uses FGSM, which this attack imitates.
 
-    The gradient is that of the update: of its loss with label smoothing, in its mode and precision. Where batch-norm
-    mixes the images of a batch, it is that of the loss of the whole part of the batch.
+    The gradient is that of the update, in its mode and precision. Label smoothing is refused: it turns the gradient
+    towards the label wherever the model is sure of it. Where batch-norm mixes the images of a batch, the gradient is
+    that of the loss of the whole part of the batch.
 
     Without `refresh` and `price` no image gets a fresh FGSM.
 
