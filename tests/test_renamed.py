@@ -20,6 +20,7 @@ NAMES = (
     (report, "write_report", evaluation.report.write_report),
     (report, "write_curves", evaluation.report.write_curves),
 )
+NEEDED = {"head_start_lr": {"lp_ft": 1}}  # the settings without which one has no effect
 VALUES = {"accumulate": 3, "average": 0.5, "clip": 2.5, "head_start": 2, "head_start_lr": 0.25}
 VALUES["on_overfitting"] = "stop"
 
@@ -36,8 +37,8 @@ def test_an_old_name_is_the_new_one(module, old, new):
 def test_an_old_setting_is_the_new_one(old):
     model, new = nn.Linear(2, 2), RENAMED[old]
     with pytest.warns(FutureWarning, match=f"{old} is now {new}"):
-        given = Trainer(model, 0.1, method="bias", **{old: VALUES[old]}).settings
-    assert given == Trainer(model, 0.1, method="bias", **{new: VALUES[old]}).settings
+        given = Trainer(model, 0.1, method="bias", **{old: VALUES[old]}, **NEEDED.get(old, {})).settings
+    assert given == Trainer(model, 0.1, method="bias", **{new: VALUES[old]}, **NEEDED.get(old, {})).settings
     assert getattr(given, new) == VALUES[old]
     with pytest.raises(TypeError, match=f"{old} is now {new}, and both are given"):
         Trainer(model, 0.1, **{old: VALUES[old], new: VALUES[old]})
@@ -45,7 +46,7 @@ def test_an_old_setting_is_the_new_one(old):
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_an_old_setting_of_a_grid_is_the_new_one(old):
-    grid = {"data": "digits", "model": "conv", "methods": ["bias"], "seeds": 1}
+    grid = {"data": "digits", "model": "conv", "methods": ["bias"], "seeds": 1, **NEEDED.get(old, {})}
     (expected, *_) = expanded({**grid, RENAMED[old]: VALUES[old]})
     for blocks in ({old: VALUES[old]}, {"blocks": [{old: VALUES[old]}]}):
         with pytest.warns(FutureWarning, match=f"{old} is now"):

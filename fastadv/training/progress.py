@@ -73,4 +73,5 @@ class Progress:
                 f"{folder} has the state of a newer fastadv, and this one does not know its "
                 f"{', '.join(sorted(unknown))}: install that one, or choose another folder"
             )
-        return cls(**values)
+        # Before there was `average_epoch` the average's steps were counted with those of the schedule.
+        return cls(**{"average_epoch": values.get("schedule_epoch", 0), **values})
