@@ -32,6 +32,7 @@ STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "stud
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
 SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
 TUNED, BACKBONE = "scratch/tuned.json", "scratch/backbone.json"
+TUNED_FAST, BACKBONE_AGAIN = "scratch/tuned-fast.json", "scratch/backbone-again.json"
 
 # {pattern of files: the command that made them}; the first pattern that matches counts. Other files name their command.
 COMMANDS = {
@@ -710,6 +711,7 @@ def scratch() -> Iterator[Figure]:
         ("fgsm", "FGSM from scratch", SCRATCH),
         ("slow", "FGSM from scratch with a tenth of the learning rate", SLOW),
         ("tuned", "the same network, fine-tuned", TUNED),
+        ("tuned-fast", "the same network, fine-tuned with the higher learning rate", TUNED_FAST),
     ):
         for name, what, value, form in (
             ("best", "the best robust accuracy under PGD-5 on the monitor's images", _highest, percent),
@@ -725,8 +727,12 @@ def scratch() -> Iterator[Figure]:
         ("fall.epoch", "the first epoch after it with less than half of that", _fall),
     ):
         yield Figure(f"scratch.fgsm.{name}", f"FGSM from scratch: {what}", (SCRATCH,), value, str)
+        if name != "epochs":
+            words = f"fine-tuned with the higher rate: {what}"
+            yield Figure(f"scratch.tuned-fast.{name}", words, (TUNED_FAST,), value, str)
     for name, path in (("clean", "clean_accuracy"), ("pma", "attacks[attack=pma].robust_accuracy")):
-        yield Figure(f"scratch.backbone.{name}", f"its backbone: {name}", (BACKBONE,), path, percent)
+        for run, file in (("backbone", BACKBONE), ("backbone-again", BACKBONE_AGAIN)):
+            yield Figure(f"scratch.{run}.{name}", f"the {run}: {name}", (file,), path, percent)
 
 
 def _highest(run: Mapping) -> float:
