@@ -134,8 +134,8 @@ class Settings:
         span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
-        lora = (("rank", "lora"), ("lora_alpha", "lora"), ("lora_targets", "lora"))
-        for name, method in (*lora, ("adapter_reduction", "adapter"), ("prompt_tokens", "prompt")):
+        own = dict.fromkeys(("rank", "lora_alpha", "lora_targets"), "lora")
+        for name, method in {**own, "adapter_reduction": "adapter", "prompt_tokens": "prompt"}.items():
             if self._given(name) and self.method != method:
                 raise ValueError(f"{name} belongs to the method {method}, and the method is {self.method}")
         if self._given("lp_ft_lr") and not self.lp_ft:
