@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ def _alone(modules: list[nn.Module]) -> Iterator[None]:
     """Refuse modules whose flags another thread has changed; the same thread may take them again."""
     me = threading.get_ident()
     with _owners_lock:
-        if any(_owners.get(id(module), me) != me for module in modules):
+        if _owners and any(_owners.get(id(module), me) != me for module in modules):
             raise RuntimeError(
                 "another thread is attacking or judging this model, and has changed its modes and flags: take turns, "
                 "or give each thread a copy (copy.deepcopy(model))"
@@ -67,21 +68,20 @@ def flags_kept(model: AnyModel) -> Iterator[None]:
     Raises:
         RuntimeError: another thread is attacking or judging the model.
     """
-    with _flags_kept(list(as_module(model).modules())):
+    modules = list(as_module(model).modules())
+    with _flags_kept(modules, _parameters(modules)):
         yield
 
 
 @contextmanager
-def _flags_kept(modules: list[nn.Module]) -> Iterator[None]:
+def _flags_kept(modules: list[nn.Module], parameters: list[nn.Parameter]) -> Iterator[None]:
     with _alone(modules):
         training = [(module, module.training) for module in modules if hasattr(module, "training")]
-        requires_grad = [(parameter, parameter.requires_grad) for parameter in _parameters(modules)]
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
 
         def put_back() -> None:
-            for module, flag in training:
-                _set_training(module, flag)
-            for parameter, flag in requires_grad:
-                _set_requires_grad(parameter, flag)
+            _set("training", training)
+            _set("requires_grad", requires_grad)
 
         with at_the_end(put_back):
             yield
@@ -93,17 +93,11 @@ def _parameters(modules: list[nn.Module]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in found}.values())
 
 
-# Reading a flag takes a tenth of the time of setting one, and in most calls of an attack the model is in eval mode.
-
-
-def _set_training(module: nn.Module, flag: bool) -> None:
-    if module.training is not flag:
-        module.training = flag
-
-
-def _set_requires_grad(parameter: nn.Parameter, flag: bool) -> None:
-    if parameter.requires_grad is not flag:
-        parameter.requires_grad_(flag)
+def _set(name: str, flags: list[tuple[Any, bool]]) -> None:
+    """Set the flags that are not so yet: to read one takes a tenth of the time, and few calls have any to set."""
+    for owner, flag in flags:
+        if getattr(owner, name) is not flag:
+            setattr(owner, name, flag)
 
 
 @contextmanager
@@ -122,14 +116,12 @@ def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
         RuntimeError: another thread is attacking or judging the model.
     """
     modules = list(as_module(model).modules())
-    with _flags_kept(modules), _buffers_kept(modules):
+    parameters = _parameters(modules)
+    with _flags_kept(modules, parameters), _buffers_kept(modules):
         if training_mode != "as_is":
-            for module in modules:
-                if hasattr(module, "training"):
-                    batch_norm = training_mode == "batch_norm" and isinstance(module, nn.modules.batchnorm._BatchNorm)
-                    _set_training(module, batch_norm)
-        for parameter in _parameters(modules):
-            _set_requires_grad(parameter, False)
+            kept = nn.modules.batchnorm._BatchNorm if training_mode == "batch_norm" else ()
+            _set("training", [(module, isinstance(module, kept)) for module in modules if hasattr(module, "training")])
+        _set("requires_grad", [(parameter, False) for parameter in parameters])
         yield
 
 
@@ -206,5 +198,6 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     """Whether PyTorch can write to a tensor in place. It cannot where elements share memory, as after `expand`."""
     if tensor.is_inference():
         return False
-    layout = () if tensor.layout != torch.strided else zip(tensor.shape, tensor.stride(), strict=True)
-    return all(size <= 1 or stride != 0 for size, stride in layout)
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return True
+    return all(size <= 1 or stride != 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
