@@ -11,6 +11,12 @@ from fastadv.attacks.attention import ShortAttentionInFloat32
 from fastadv.attacks.losses import LOSSES, LossFunction
 from fastadv.nn.logits import AnyModel, are_logits, at_least_float32, describe, find_logits
 
+NO_GRADIENT = (
+    "the model's output does not depend on its input through autograd, so that no attack can follow its gradient: does "
+    "it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? Attack a differentiable version "
+    "of it, and judge this one on what that gives"
+)
+
 
 class Objective:
     """A model and a loss; `gradient(x, targets)` is what an attack climbs.
@@ -227,11 +233,7 @@ def _gradient(losses: torch.Tensor, leaf: torch.Tensor, ones: torch.Tensor, reta
     if losses.requires_grad:
         (grad,) = torch.autograd.grad(losses, leaf, ones, retain_graph=retain_graph, allow_unused=True)
     if grad is None:
-        raise RuntimeError(
-            "the model's output does not depend on its input through autograd, so that no attack can follow its "
-            "gradient: does it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? "
-            "Attack a differentiable version of it, and judge this one on what that gives"
-        )
+        raise RuntimeError(NO_GRADIENT)
     return grad
 
 

@@ -170,7 +170,8 @@ def trainable(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
     choose = METHODS[method]
-    head, classifier = ("", model) if choose is None else find_head(model, head, example)
+    found = ("", model) if choose is None and head is None else find_head(model, head, example)
+    head, classifier = ("", model) if choose is None else found
     with ExitStack() as stack:
         stack.enter_context(flags_kept(model))
         fixed = 0

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastadv.attacks import Attack
 from fastadv.attacks.checks import BOX, box_of, check_one_class, check_samples, highest
+from fastadv.attacks.objective import NO_GRADIENT
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.adversaries import strange
@@ -123,6 +124,7 @@ class TrainStep:
             update run in the same mode; elsewhere no image is looked at.
 
         Raises:
+            RuntimeError: the attack follows the update's gradient, and the model gives none to its input.
             TypeError: labels are not int64 (N,), or images neither floats nor uint8.
             ValueError: images beyond [0, 1] or labels below 0, in the first batch; a label that the model has no class
                 for.
@@ -149,7 +151,10 @@ class TrainStep:
                 loss, logits = self._losses(together, labels, scale)
                 loss.backward()
             if method is not None and sees:
-                method.seen(x_adv.grad / scale)  # type: ignore[arg-type, operator]
+                if x_adv.grad is None:
+                    self.forget()
+                    raise RuntimeError(NO_GRADIENT)
+                method.seen(x_adv.grad / scale)
             with torch.no_grad():
                 logits = logits.detach()[: len(labels)]
                 right = (predicted(logits) == labels).sum()

@@ -466,6 +466,40 @@ def test_a_step_refuses_label_smoothing_too_where_the_attack_follows_its_gradien
         TrainStep(model, fast_method(attack, model, 0.05, {}), torch.optim.SGD(model.parameters()), label_smoothing=0.1)
 
 
+def test_a_step_refuses_a_clean_share_with_sora():
+    model = network()
+    with pytest.raises(ValueError, match="clean_weight is not for SORA: its step follows the gradient"):
+        TrainStep(model, fast_method("sora", model, 0.05, {}), torch.optim.SGD(model.parameters()), clean_weight=0.2)
+
+
+class Detached(nn.Module):
+    """A network whose first part, from `since` calls on, gives its input no gradient."""
+
+    def __init__(self, since):
+        super().__init__()
+        self.body, self.head, self.since, self.calls = nn.Linear(12, 4), nn.Linear(4, CLASSES), since, 0
+
+    def forward(self, x):
+        self.calls += 1
+        features = self.body(x.flatten(1)).tanh()
+        return self.head(features if self.calls <= self.since else features.detach())
+
+
+@pytest.mark.parametrize(("attack", "since"), [("free", 0), ("sora", 1), ("stale", 0)])
+def test_an_update_without_a_gradient_at_the_images_says_so_and_changes_nothing(attack, since):
+    model = Detached(since)
+    method = fast_method(attack, model, 0.05, {"refresh": 2} if attack == "stale" else {})
+    step = TrainStep(model, method, torch.optim.SGD(model.parameters(), lr=1.0))
+    images, labels = torch.rand(6, 3, 2, 2), torch.randint(CLASSES, (6,))
+    if attack == "stale":
+        method.attacked = lambda *given: (images.clone(),)  # what it keeps needs a run
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="does not depend on its input through autograd"):
+        step.gradients(images, labels, rows=torch.arange(6))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
 def test_signs_that_are_not_used_stand_no_smoothing_in_the_way(data):
     given = {"label_smoothing": 0.1, "epochs": 2}
     (ours, _, _), (theirs, _, _) = (

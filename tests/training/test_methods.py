@@ -633,6 +633,13 @@ def test_networks_with_two_classifiers_train_whole_or_at_the_one_that_is_named(n
         assert names == {"head_dist.weight", "head_dist.bias", "blocks.0.attn.qkv"}
 
 
+@pytest.mark.parametrize("method", ["full", "linear"])
+def test_a_head_that_is_not_there_is_refused_also_where_everything_trains(method):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="nosuch"), trainable(model, method, head="nosuch"):
+        pass
+
+
 # ---------------------------------------------------------------------- weight decay
 
 

@@ -30,10 +30,6 @@ class SORA(FastMethod):
     """
 
     sees_gradient = True
-    REFUSES: Mapping[str, str] = {
-        **FastMethod.REFUSES,
-        "clean_weight": "its step follows the gradient of the loss at the attacked images",
-    }
 
     def __init__(self, model: nn.Module, eps: float, **options: Any):
         super().__init__(model, eps, **options)
@@ -43,6 +39,14 @@ class SORA(FastMethod):
 
     def looks(self, model: nn.Module, eps: float, **options: Any) -> Attack:
         return NFGSM(model, eps, noise=eps, **options)
+
+    def check_loss(self, name: str, clean_weight: float, label_smoothing: float) -> None:
+        super().check_loss(name, clean_weight, label_smoothing)
+        if clean_weight:
+            raise ValueError(
+                f"clean_weight is not for {name}: its step follows the gradient of the loss at the attacked images. "
+                "Leave it out"
+            )
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
         self._sum = self._count = 0
