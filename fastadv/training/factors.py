@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 import torch
@@ -14,6 +14,10 @@ from fastadv.nn.frozen import at_the_end
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner
+
+ADAPTER = "default"  # peft's name of the factors
+MERGES = "merges_for_attacks"  # the attribute of the layers that `MergedWeights` merges
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def pattern(names: Collection[str]) -> str:
@@ -85,6 +89,46 @@ class _Steps:
             )
         self.of_factors = not held.isdisjoint(self._ids)
         self.of_others |= not held.isdisjoint(self._model - self._ids)
+
+
+class MergedWeights:
+    """The weights of LoRA's layers with the factors merged, for passes that need no gradient of a weight.
+
+    A pass of an attack then costs what it does without LoRA, and the logits differ by rounding. Weights in half types
+    are left alone: the sum would round small factors away.
+
+    Args:
+        model: any model; nothing is done where `trainable` has not set it up for LoRA.
+    """
+
+    def __init__(self, model: nn.Module):
+        layers: list[Any] = [module for module in model.modules() if getattr(module, MERGES, False)]
+        self._layers = [layer for layer in layers if layer.base_layer.weight.dtype not in HALVES]
+        self._memory: dict[int, torch.Tensor] = {}  # a captured graph keeps its addresses
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Merge until the end; then the weights are the same memory with the same bits as before."""
+        weights = [layer.base_layer.weight for layer in self._layers]
+        own = [weight.data for weight in weights]
+
+        def put_back() -> None:
+            for layer, weight, data in zip(self._layers, weights, own, strict=True):
+                weight.data = data
+                layer.merged_adapters.clear()
+
+        with at_the_end(put_back):
+            for number, (layer, weight) in enumerate(zip(self._layers, weights, strict=True)):
+                with torch.no_grad():
+                    sum_of_both = torch.add(weight, layer.get_delta_weight(ADAPTER), out=self._of(number, weight))
+                weight.data = sum_of_both
+                layer.merged_adapters.append(ADAPTER)
+            yield
+
+    def _of(self, number: int, weight: torch.Tensor) -> torch.Tensor:
+        if number not in self._memory or self._memory[number].device != weight.device:
+            self._memory[number] = torch.empty_like(weight)
+        return self._memory[number]
 
 
 def hold(factor: nn.Parameter, rows: Sequence[slice], dim: int = 0) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.models.projections import ia3_targets
-from fastadv.training.factors import hold, merged, pattern
+from fastadv.training.factors import ADAPTER, hold, merged, pattern
 from fastadv.training.mergeable import ALONE, check_mergeable
 from fastadv.training.options import Chosen, Options
 
@@ -41,8 +41,8 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
     }
     check_mergeable(model, peft.IA3Model, alone, example, "IA3", _TODO)
     config = peft.IA3Config(target_modules=pattern(names), feedforward_modules=pattern(inputs) or nothing)
-    tuner = peft.IA3Model(model, {"default": config}, "default")
-    vectors = {name: model.get_parameter(f"{name}.ia3_l.default") for name in names}
+    tuner = peft.IA3Model(model, {ADAPTER: config}, ADAPTER)
+    vectors = {name: model.get_parameter(f"{name}.ia3_l.{ADAPTER}") for name in names}
     with merged(tuner, vectors, "IA3", _TODO.capitalize()):
         fixed = 0
         for target in outputs:

@@ -10,7 +10,7 @@ from fastadv import models
 from fastadv._extras import require
 from fastadv.models import Target
 from fastadv.names import instead
-from fastadv.training.factors import hold, merged, pattern
+from fastadv.training.factors import ADAPTER, MERGES, hold, merged, pattern
 from fastadv.training.mergeable import ALONE, check_mergeable
 from fastadv.training.options import Chosen, Options
 
@@ -42,8 +42,10 @@ def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
     alone = dict.fromkeys(names, config(target_modules=ALONE))
     check_mergeable(model, peft.LoraModel, alone, options.example, "LoRA", f"{_TODO}, or choose another method")
     own = {id(parameter) for parameter in model.parameters()}
-    tuner = peft.LoraModel(model, {"default": config(target_modules=pattern(names))}, "default")
-    factors = {name: model.get_parameter(f"{name}.lora_B.default.weight") for name in names}
+    tuner = peft.LoraModel(model, {ADAPTER: config(target_modules=pattern(names))}, ADAPTER)
+    factors = {name: model.get_parameter(f"{name}.lora_B.{ADAPTER}.weight") for name in names}
+    for name in names:
+        setattr(model.get_submodule(name), MERGES, True)
     with merged(tuner, factors, "LoRA", _TODO.capitalize()):
         fixed = sum(hold(factors[target.name], target.rows) for target in targets)
         yield Chosen([parameter for parameter in model.parameters() if id(parameter) not in own], fixed)

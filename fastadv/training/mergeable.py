@@ -14,6 +14,7 @@ from fastadv.models.added import added_to
 from fastadv.nn.frozen import at_the_end, frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
+from fastadv.training.factors import ADAPTER
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -113,7 +114,7 @@ def _merges(layer: nn.Module, tuner: type["BaseTuner"], config: "PeftConfig", er
         x = torch.randn(_input_shape(layer)).to(layer.get_parameter("weight"))
         try:
             without = layer(x)
-            tuner(alone, {"default": config}, "default")
+            tuner(alone, {ADAPTER: config}, ADAPTER)
             tuned: Any = alone[ALONE]
             for key, factor in tuned.named_parameters():
                 if not key.startswith("base_layer."):

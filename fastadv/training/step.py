@@ -18,6 +18,7 @@ from fastadv.evaluation.adversaries import strange
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.autocast import own_autocast
 from fastadv.nn.logits import at_least_float32, find_logits
+from fastadv.training.factors import MergedWeights
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.foreign import AnyAttack, ForeignAttack, TrainAttack, as_attack
 from fastadv.training.settings import checked
@@ -86,6 +87,7 @@ class TrainStep:
             self.method.check_loss(type(self.method).__name__, self.clean_weight, self.label_smoothing)
             self.method.attack.objective.check_classes(highest)
         self._looked = False
+        self._merged = MergedWeights(model)
         self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
         self._norm: torch.Tensor | None = None
 
@@ -216,7 +218,10 @@ class TrainStep:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _attacked(self, images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
-        return to_float(images) if self.attack is None else self.attack(images, labels, seed=seeds)
+        if self.attack is None:
+            return to_float(images)
+        with self._merged():
+            return self.attack(images, labels, seed=seeds)
 
     def _forward(self, images: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):

@@ -314,15 +314,20 @@ TRAINED = [(kind, method) for kind in NETWORKS for method in METHODS if kind == 
 @pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "nfgsm", "pgd"])
 @pytest.mark.parametrize(("kind", "method"), TRAINED)
 def test_a_step_costs_the_attack_s_passes_and_one_of_each_kind(kind, method, attack):
+    """With LoRA the attack's passes are those without its factors, which are merged once: rank products a weight."""
     model, (images, labels) = NETWORKS[kind](), COSTLY
+    attacked = Passes(model)
     with trainable(model, method, rank=2, example=images):
         passes = Passes(model)
+        weights = [m.base_layer.weight for m in model.modules() if method == "lora" and hasattr(m, "base_layer")]
+        attacked = attacked if method == "lora" else passes
         step = TrainStep(model, create_attack(attack, model, EPS), sgd(model))
         with Flops() as counter:
             step.gradients(images, labels, torch.arange(len(labels)))
             step.apply()
     repeats = 7 if attack == "pgd" else 1
-    expected = repeats * (passes.forward + passes.to_images) + passes.forward + passes.update
+    merged = sum(2 * 2 * weight.numel() for weight in weights)
+    expected = merged + repeats * (attacked.forward + attacked.to_images) + passes.forward + passes.update
     assert counter.total == expected
 
 

@@ -1,12 +1,14 @@
 """The parameters that each method trains in every family of networks, its learning, and a comparison with peft."""
 
 import copy
+from contextlib import contextmanager
 
 import peft
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchattacks
 from families import HEADS, PLAIN, SHAPE, logits, made
 from fitted import changed, copied
 from torch import nn
@@ -17,6 +19,7 @@ from fastadv.models import lora_targets
 from fastadv.models.added import added_to
 from fastadv.models.projections import ia3_targets
 from fastadv.training.methods import METHODS, trainable
+from fastadv.training.step import TrainStep
 
 
 def steps(network, tuning, count=10, lr=1e-2, seed=0):
@@ -217,3 +220,86 @@ def test_of_two_classifiers_one_is_named():
             names = {key for key, _ in tuning.parameters}
         assert {"head.weight", "head.bias"} <= names
         assert not any(key.startswith("head_dist") for key in names)
+
+
+# ---------------------------------------------------------------------- LoRA in the passes of an attack
+
+
+def lora_network(dtype):
+    """Convolutions and linear layers with factors that have learned something, and the number of their calls."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(6 * 64, 12), nn.Tanh(), nn.Linear(12, 3)).to(dtype)
+
+
+@contextmanager
+def adapted(dtype):
+    network, x = lora_network(dtype), torch.rand(5, 3, 8, 8, dtype=dtype)
+    named = {"lora_targets": ["0", "2", "5"], "head": "7", "rank": 3}
+    with trainable(network, "lora", **named, example=x if dtype in (torch.float32, torch.float64) else None) as tuning:
+        calls = []
+        for name, module in network.named_modules():
+            if name.endswith("lora_A.default"):
+                torch.nn.init.normal_(network.get_parameter(f"{name.replace('lora_A', 'lora_B')}.weight"), std=0.2)
+                module.register_forward_hook(lambda *_: calls.append(1))
+        yield network, x, torch.randint(3, (5,)), tuning, calls
+
+
+class Kept(FGSM):
+    """FGSM that keeps what it returned, and the memory of the weights that it saw."""
+
+    def __call__(self, *args, **options):
+        self.seen = [*getattr(self, "seen", []), self.model[0].base_layer.weight.data]
+        self.kept = super().__call__(*args, **options)
+        return self.kept
+
+
+@pytest.mark.parametrize("attack", [Kept, lambda model, eps: torchattacks.PGD(model, eps, eps / 2, 3, False)])
+def test_an_attack_in_training_sees_lora_without_its_factors_passes(attack):
+    with adapted(torch.float64) as (network, x, y, tuning, calls):
+        weights = {key: (p, p.data_ptr(), p.detach().clone()) for key, p in network.named_parameters()}
+        expected = attack(network, 0.1)(x, y)
+        optimizer = torch.optim.SGD([p for _, p in tuning.parameters], 0.5)
+        training = attack(network, 0.1)
+        step = TrainStep(network, training, optimizer)
+        for _ in range(2):  # the second time into the memory of the first
+            calls.clear()
+            step.gradients(x, y)
+            assert len(calls) == 3  # the update alone: once in each layer
+            step.forget()
+        if isinstance(training, Kept):
+            torch.testing.assert_close(training.kept, expected, rtol=0, atol=1e-12)
+            first, second = training.seen
+            assert first.data_ptr() == second.data_ptr()  # a captured graph keeps it
+        for key, (parameter, address, bits) in weights.items():
+            assert parameter.data_ptr() == address, key
+            assert torch.equal(parameter, bits), key
+        step.gradients(x, y)
+        mine = {key: p.grad.clone() for key, p in tuning.parameters}
+        optimizer.zero_grad()
+        F.cross_entropy(network(expected), y).backward()
+        for key, p in tuning.parameters:
+            torch.testing.assert_close(mine[key], p.grad, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_an_attack_that_fails_leaves_lora_as_it_was():
+    with adapted(torch.float32) as (network, x, y, tuning, _):
+        before = copied(network)
+        logits_before = network(x).detach()
+
+        def failing(images, labels):
+            network(images)
+            raise ArithmeticError
+
+        step = TrainStep(network, failing, torch.optim.SGD([p for _, p in tuning.parameters], 0.5))
+        with pytest.raises(ArithmeticError):
+            step.gradients(x, y)
+        assert torch.equal(network(x), logits_before)
+        assert not changed(network, before)
+
+
+def test_factors_that_a_half_type_would_round_away_are_seen_by_the_attack():
+    with adapted(torch.bfloat16) as (network, x, y, tuning, calls):
+        step = TrainStep(network, FGSM(network, 0.1), torch.optim.SGD([p for _, p in tuning.parameters], 0.5))
+        step.gradients(x, y)
+        assert len(calls) == 6  # attack and update
