@@ -10,11 +10,12 @@ from typing import Any
 from fastadv.commands.arguments import add_device, adder, check_folder, model_source
 from fastadv.commands.speech import say
 from fastadv.commands.values import Listed, budgets_255, names
-from fastadv.study.cells import Outcome, Site
+from fastadv.study.cells import WEIGHTS, Outcome, Site
 from fastadv.study.cluster import by_ray
 from fastadv.study.estimate import estimates
 from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_grid
-from fastadv.study.grid import Task, expanded
+from fastadv.study.grid import Task, expanded, name_of
+from fastadv.study.images import NAMED
 from fastadv.study.run import check_possible, here, pending, side_by_side
 from fastadv.study.writing import write_study
 
@@ -77,12 +78,14 @@ def run(arguments: argparse.Namespace) -> None:
     check_possible(tasks)
     left = pending(tasks, arguments.out)
     data_folder = arguments.data_folder and arguments.data_folder.absolute()
+    _check_outside(arguments.out, tasks, data_folder)
     device = str(arguments.device)
     site = Site(arguments.out.absolute(), data_folder, device, arguments.threads, arguments.keep_weights)
     if arguments.dry_run:
         _say_plan(tasks, left, site)
         return
     check_folder(arguments.out)
+    _say_no_weights(tasks, left, site)
     write_grid(arguments.out, grid)
     try:
         outcomes = _run(left, site, arguments)
@@ -107,7 +110,7 @@ def _grid(arguments: argparse.Namespace) -> dict[str, Any]:
             if len(given["data"]) > 1:
                 raise ValueError("--classes are those of a single data set: write a YAML file, where each has its own")
             (path,) = given["data"]
-            given["data"] = [{"name": Path(path).stem, "path": path, "classes": classes}]
+            given["data"] = [{"name": name_of(Path(path)), "path": path, "classes": classes}]
         return given
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
@@ -121,6 +124,31 @@ def _check_places(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     if arguments.ray and arguments.processes > 1:
         raise ValueError("--processes are those of one machine, and --ray has as many as its cluster: leave out one")
+
+
+def _say_no_weights(tasks: Sequence[Task], left: Sequence[Task], site: Site) -> None:
+    without = [
+        task.cell.id
+        for task in tasks
+        if task not in left and not (cell_folder(site.folder, task.cell.id) / WEIGHTS).exists()
+    ]
+    if site.keep_weights and without:
+        logger.warning(
+            "--keep-weights comes too late for %s of the cells, such as %s: move their folders out of cells to train "
+            "them again",
+            len(without),
+            without[0],
+        )
+
+
+def _check_outside(out: Path, tasks: Sequence[Task], data_folder: Path | None) -> None:
+    """Refuse a folder within a data set: the study's own folders would become its classes."""
+    for path in dict.fromkeys(task.data.path for task in tasks if task.data.path not in NAMED):
+        place = Path(data_folder or "", path).resolve()
+        if out.resolve().is_relative_to(place):
+            raise ValueError(
+                f"--out {out} is within the data set {place}, and would become images of that: choose another"
+            )
 
 
 def _say_plan(tasks: Sequence[Task], left: Sequence[Task], site: Site) -> None:

@@ -8,7 +8,6 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,16 +20,15 @@ from fastadv.files import write_atomically
 from fastadv.locks import InUseError, held
 from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, Record, cell_folder, finished, read_cell, write_cell
-from fastadv.study.grid import ALWAYS, SCRATCH, Cell, Task, differences, trainer, with_defaults
+from fastadv.study.grid import ALWAYS, SCRATCH, Cell, Task, differences, trainer
 from fastadv.study.images import Parts, parts_of
-from fastadv.study.verdicts import judged, share
+from fastadv.study.together import check, check_together
+from fastadv.study.verdicts import judged, predicted_classes, share
 from fastadv.version import __version__
 
 WEIGHTS = "model.safetensors"
-# A record's settings have two entries that no grid has: digests of the images and of the weights that were read.
-FOUND = {"contents": "images", "weights": "pretrained weights"}
-MACHINES = "machines.json"
-_WORK = ("train", "judged-*", MACHINES, ERROR)
+MACHINES, BEGUN = "machines.json", "begun.json"
+_WORK = ("train", "judged-*", MACHINES, BEGUN, ERROR)
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ def run(task: Task, site: Site) -> Outcome:
         torch.set_num_threads(site.threads)
         with held(folder / "cell", f"the cell {id}"):
             found = read_cell(site.folder, id)
+            if found is not None:
+                check(task, found)  # another process may have made it, of another grid
             if found is None or missing(task, found):
                 found = _run(task, site, found)
     except InUseError as error:
@@ -124,6 +124,11 @@ def _run(task: Task, site: Site, found: Record | None) -> Record:
         else:
             model, record = models.load(folder / WEIGHTS), found
             check_together([found, found | {"settings": found["settings"] | found_here(task, parts)}])
+            if parts.judged != found["labels"]:
+                raise ValueError(
+                    f"the finished cell {task.cell.id} was judged on other test images, or in another order, than "
+                    f"{task.data.name} has now: judge it on those, or choose another --out"
+                )
         began = time.perf_counter()
         judges = (*ALWAYS, *task.judges) if found is None else missing(task, found)
         network = model.on_pixels.to(site.device)
@@ -145,6 +150,11 @@ def _trained(task: Task, site: Site, parts: Parts, folder: Path) -> tuple[models
             "one new image in 10,000 is taken for such a one)",
             stacklevel=2,
         )
+    for name in ("train", "val", "test"):
+        limit, count = getattr(task.images, f"{name}_limit"), len(getattr(parts, name)[1])
+        if limit is not None and count < limit:
+            warnings.warn(f"{name}_limit is {limit}, and {task.data.name} has {count} such images", stacklevel=2)
+    _check_begun(task, folder)
     machines = _machines(site, folder)
     fitting = trainer(task, model.on_pixels, site.device, folder=folder / "train", resume=True)
     records = fitting.fit(parts.train, parts.val)  # the test images are for the judges alone
@@ -160,15 +170,31 @@ def _trained(task: Task, site: Site, parts: Parts, folder: Path) -> tuple[models
         "train_cpu_s": records[-1]["train_cpu_s"],
         "cost": cost_of(task),
     }
+    record["classes_predicted"] = len(predicted_classes(model.on_pixels.to(site.device), parts.test))
     if commit := os.environ.get("FASTADV_COMMIT"):  # for developers: their code changes within a version
         record["commit"] = commit
     return model, record
 
 
+def _check_begun(task: Task, folder: Path) -> None:
+    """Refuse to go on with a cut run under other settings, such as more epochs: what it has done would stay."""
+    path = folder / BEGUN
+    if path.exists() and any((folder / "train").glob("*")):
+        other = differences(json.loads(path.read_text()), task.settings)
+        if other:
+            raise ValueError(
+                f"the cell {task.cell.id} was begun with other settings, and differs in {other}: go on with those, or "
+                f"remove {folder} to begin it again"
+            )
+    write_atomically(path, json.dumps(task.settings).encode())
+
+
 def found_here(task: Task, parts: Parts) -> dict[str, str]:
-    """The digests of FOUND, of the images and the weights on this machine."""
-    shape = tuple(parts.train[0].shape[1:])
-    return {"contents": parts.contents, "weights": _pretrained(task.cell.model, parts.classes, shape)}
+    """The digests of FOUND on this machine."""
+    name, shape = task.cell.model, tuple(parts.train[0].shape[1:])
+    weights, architecture = _digests(name, parts.classes, shape)
+    found = {"contents": parts.contents, "order": parts.order, "weights": weights, "architecture": architecture}
+    return found | ({"file": hashlib.sha256(Path(name).read_bytes()).hexdigest()} if Path(name).is_file() else {})
 
 
 def build(cell: Cell, parts: Parts) -> models.Model:
@@ -185,60 +211,23 @@ def build(cell: Cell, parts: Parts) -> models.Model:
 
 
 @lru_cache(maxsize=8)
-def _pretrained(model: str, classes: tuple[str, ...], shape: tuple[int, ...]) -> str:
-    """A digest of a model's pretrained weights. Weights that depend on the seed, as the head's do, are left out."""
+def _digests(model: str, classes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, str]:
+    """Digests of a model: (of its pretrained weights, of the names and shapes of all of its tensors).
+
+    Weights that depend on the seed, as the head's do, are not in the first.
+    """
     states = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         states.append(models.source(model).build(classes, shape).network.state_dict())
-    digest = hashlib.sha256()
+    weights, architecture = hashlib.sha256(), hashlib.sha256()
     for name, tensor in states[0].items():
+        words = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        architecture.update(words)
         if torch.equal(tensor, states[1][name]):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------- what belongs together
-
-
-def check(task: Task, record: Record) -> None:
-    """Refuse a finished cell that is not what the grid asks for.
-
-    A setting that the record lacks did not exist yet when the cell was made, and had its default.
-
-    Raises:
-        ValueError: a setting differs; the message says which.
-    """
-    settings = {name: value for name, value in record["settings"].items() if name not in FOUND}
-    there = {**with_defaults(task.cell, settings), **record["cell"]}
-    if other := differences(there, {**task.settings, **asdict(task.cell)}):
-        raise ValueError(
-            f"the finished cell {task.cell.id} was made with other settings than the grid asks for, and differs in "
-            f"{other}: choose another --out, or move its folder out of cells"
-        )
-
-
-def check_together(records: Iterable[Record]) -> None:
-    """Refuse cells that use one name for different images, or for different pretrained weights.
-
-    Args:
-        records: the cells' records, of which "cell" and "settings" are compared.
-
-    Raises:
-        ValueError: two cells do not belong in one study.
-    """
-    seen: dict[tuple[str | None, ...], tuple[str, str]] = {}
-    for record in records:
-        cell = Cell(**record["cell"])
-        names = {"contents": (cell.data, cell.classes), "weights": (cell.model, cell.data, cell.classes)}
-        for what, name in names.items():
-            value, other = seen.setdefault((what, *name), (record["settings"][what], cell.id))
-            if value != record["settings"][what]:
-                raise ValueError(
-                    f"the cells {other} and {cell.id} have different {FOUND[what]} under the name {name[0]}: they do "
-                    "not belong in one study. Rename one, or choose another --out"
-                )
+            weights.update(words)
+            weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return weights.hexdigest(), architecture.hexdigest()
 
 
 def _said(record: Record) -> str:

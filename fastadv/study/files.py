@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastadv._extras import require
 from fastadv._renamed import by_new_names
 from fastadv.files import check_format, write_atomically
-from fastadv.study.grid import Cell
+from fastadv.study.grid import ALWAYS, Cell
 from fastadv.training.settings import RENAMED
 
 if TYPE_CHECKING:
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 GRID, GRID_FORMAT = "study.yaml", 1
 CELL, CELL_FORMAT, OLDEST_CELL = "cell.json", 2, 1  # format 1 has old names of settings
 ERROR = "error.txt"
+
+WHOLE: dict[str, type | tuple[type, ...]] = {  # what every record has
+    **dict.fromkeys(("cell", "settings", "machine", "images", "verdicts", "cost"), dict),
+    **{"records": list, "labels": str, "train_s": (int, float)},
+}
 
 Record = dict[str, Any]  # of a finished cell: its settings, results and times, as its file has them
 
@@ -46,6 +51,7 @@ def read_grid(path: str | Path) -> dict[str, Any]:
                     raise ValueError(f"{path} says {name} twice{node.start_mark}")
             return super().construct_mapping(node, deep)
 
+    _as_in_yaml_1_2(Loader)
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
@@ -56,6 +62,18 @@ def read_grid(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no grid: it must have names and their values, such as `data: digits`")
     check_format(str(path), grid.pop("format", GRID_FORMAT), GRID_FORMAT)
     return grid
+
+
+def _as_in_yaml_1_2(loader: Any) -> None:
+    """Let true and false alone be booleans, so that `precision: no` is a name, and no date be anything but text."""
+    kept = {
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":bool", ":timestamp"))]
+        for first, forms in loader.yaml_implicit_resolvers.items()
+    }
+    loader.yaml_implicit_resolvers = kept
+    loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
 
 
 def write_grid(folder: Path, grid: Mapping[str, Any]) -> None:
@@ -88,11 +106,30 @@ def read_cell(folder: Path, id: str) -> Record | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and the cell is run again") from error
-    check_format(str(path), record.get("format"), CELL_FORMAT, OLDEST_CELL)
+    wrong = "it is no mapping" if not isinstance(record, dict) else ""
+    if not wrong:
+        check_format(str(path), record.get("format"), CELL_FORMAT, OLDEST_CELL)
+        wrong = _lacking(record)
+    if wrong:
+        raise ValueError(f"{path} is no record of a finished cell, {wrong}: remove it, and the cell is run again")
     record["settings"] = by_new_names(record["settings"], RENAMED, warn=False)
     if (own := Cell(**record["cell"]).id) != id:
         raise ValueError(f"{path} is of the cell {own}: move that folder out of cells, or give it the cell's name")
     return record
+
+
+def _lacking(record: Mapping[str, Any]) -> str:
+    """What a record lacks, in words; empty where it is whole."""
+    for name, kind in WHOLE.items():
+        if not isinstance(record.get(name), kind) or record[name] in ({}, []):
+            return f"it has no {name}"
+    said, (count, *others) = record["verdicts"], {len(str(each)) for each in record["verdicts"].values()}
+    absent = [judge for judge in ("clean", *ALWAYS) if judge not in said]
+    if absent:
+        return f"it has no verdicts of {', '.join(absent)}"
+    if others or not count or any(set(str(each)) - {"0", "1"} for each in said.values()):
+        return "its verdicts are not a 0 or 1 for each of the same images"
+    return ""
 
 
 def write_cell(folder: Path, id: str, record: Record) -> None:

@@ -228,7 +228,9 @@ def expanded(grid: Mapping[str, Any]) -> list[Task]:
     names = Counter(cell.id for cell in found)
     for cell in found:
         if names[cell.id] > 1:
-            raise ValueError(f"two cells would be called {cell.id}: give the data sets other names")
+            raise ValueError(
+                f"two cells would be called {cell.id}: give the data sets other names, or budgets that are not so close"
+            )
     return list(found.values())
 
 
@@ -277,19 +279,19 @@ def _task(
 
 
 def _data(given: object, block: Mapping[str, Any]) -> tuple[DataSet, Images]:
-    entry = {"name": _name_of(Path(given)), "path": given} if isinstance(given, str) else given
+    entry = {"name": name_of(Path(given)), "path": given} if isinstance(given, str) else given
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
         raise ValueError(f"data are names, paths that end in a name, or mappings with a name, got {given!r}")
     _check_names(f"the data set {entry['name']}", entry, [*_names(DataSet), *_names(Images)])
     chosen = {name: entry[name] for name in _names(DataSet) if entry.get(name) is not None}
     chosen = {"path": entry["name"], **chosen}
     if "classes" in chosen:
-        chosen["classes"] = str(chosen["classes"])
+        chosen["classes"] = ",".join(map(str, _several(chosen["classes"])))
     images = {name: {**block, **entry}[name] for name in _names(Images) if name in {**block, **entry}}
     return DataSet(**chosen), Images(**images)
 
 
-def _name_of(path: Path) -> str:
+def name_of(path: Path) -> str:
     """The name of a data set by its path; empty where it has none, as . and .. have none."""
     return path.stem if path.suffix in (".npz", ".parquet") else path.name if path.name != ".." else ""
 
@@ -308,13 +310,23 @@ def _attack(given: object) -> tuple[str, str, dict[str, Any]]:
 
 
 def _check_own_name(name: str, attack: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .+_-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .+_-]{0,59}", name):
         raise ValueError(
-            f"the name of an attack has letters, digits, blanks and . + _ -, and begins with one of the first two, got "
-            f"{name!r}"
+            "the name of an attack has at most 60 letters, digits, blanks and . + _ -, and begins with a letter or a "
+            f"digit, got {name!r}"
         )
-    if name != attack and name in ("none", *PRESETS, *FAST):
-        raise ValueError(f"{name} is the name of another attack than {attack}: give it another name in the grid")
+    for other in ("none", *PRESETS, *FAST):
+        if other != attack and _alike(name, other):
+            raise ValueError(
+                f"{name} reads as the name of the attack {other}, and stands for {attack}: give it another name in the "
+                "grid"
+            )
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two names of attacks read the same, as N-FGSM and nfgsm do."""
+    first, second = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (one, other))
+    return first == second
 
 
 def _training(cell: Cell, block: Mapping[str, Any]) -> Settings:

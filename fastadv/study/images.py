@@ -28,6 +28,7 @@ class Parts:
         test: images and labels to judge the model on.
         classes: the names of the classes.
         contents: a digest of the whole data set, the same whatever the limits.
+        order: a digest of the images to train on and to choose weights on, and their labels, in their order.
         judged: a digest of the test images and their labels, in their order.
         test_digests: int64 (N,), a digest of each test image's content.
         trained_on: the training images as a model's file names them.
@@ -38,6 +39,7 @@ class Parts:
     test: Samples
     classes: tuple[str, ...]
     contents: str
+    order: str
     judged: str
     test_digests: torch.Tensor
     trained_on: TrainedOn
@@ -85,6 +87,11 @@ def preprocessing_of(given: DataSet, model: str) -> Preprocessing | None:
 @lru_cache(maxsize=8)
 def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None) -> Parts:
     named = given.path in NAMED
+    if given.path == "digits" and data_folder is not None and (data_folder / "digits").exists():
+        raise ValueError(
+            f"digits is the name of scikit-learn's, and {data_folder} has something called so, too: write ./digits for "
+            "that, or rename it"
+        )
     dataset = data.load(
         given.path if named else Path(data_folder or "", given.path),
         preprocessing=preprocessing_of(given, model),
@@ -102,14 +109,15 @@ def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None
     for name, chosen in rows.items():
         images, labels = getattr(dataset, name)
         parts[name] = images[chosen], labels[chosen]
-    digests = dataset.digests["test"][rows["test"]]
+    digests = {name: dataset.digests[name][chosen] for name, chosen in rows.items()}
     whole = torch.cat([torch.stack((dataset.digests[name], getattr(dataset, name)[1]), 1) for name in rows])
     return Parts(
         **parts,
         classes=dataset.classes,
         contents=_hash(np.unique(whole.numpy(), axis=0)),
-        judged=_hash(digests.numpy(), parts["test"][1].numpy()),
-        test_digests=digests,
+        order=_hash(*(t.numpy() for name in ("train", "val") for t in (digests[name], parts[name][1]))),
+        judged=_hash(digests["test"].numpy(), parts["test"][1].numpy()),
+        test_digests=digests["test"],
         trained_on=TrainedOn.of(dataset),
     )
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from fastadv.study.files import Record
-from fastadv.study.results import HEADLINE_JUDGE, PGD, Result, judge_words, row_of
+from fastadv.study.partners import pgd_of
+from fastadv.study.results import HEADLINE_JUDGE, Result, grouped, judge_words, row_of
 
 HALF = 0.5
 LEAST = 0.05  # a fall in accuracy by less may be chance
@@ -152,10 +153,12 @@ def courses(results: Iterable[Result]) -> list[Course]:
     A record tells it where an epoch has both a validation and the monitor's readings.
     """
     results = list(results)
-    with_pgd = {(row_of(each), each.cell.seed): each for each in results if each.cell.attack == PGD}
+    names = {row: pgd_of(group) for row, group in grouped(results, row_of)}
+    with_pgd = {(row_of(each), each.cell.seed): each for each in results if each.cell.attack == names[row_of(each)]}
     found = []
     for each in results:
-        partner = with_pgd.get((row_of(each), each.cell.seed)) if each.cell.attack != PGD else None
+        partner = with_pgd.get((row_of(each), each.cell.seed))
+        partner = None if partner is each else partner
         if each.attack != "none" and any(map(_judged, each.epochs)):
             seen = {
                 name: detector.first(each.epochs)

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from fastadv.study.grid import OF_THE_ATTACK
-from fastadv.study.results import Result, Row, row_of, set_words
+from fastadv.study.results import PGD, Result, Row, row_of, set_words
+from fastadv.study.together import LATER
 from fastadv.training import Settings
 
 Setup = tuple[Row, str]
 
-_DEFAULTS = {name: value for name, value in asdict(Settings()).items() if name in OF_THE_ATTACK}
+DEFAULTS = {name: value for name, value in asdict(Settings()).items() if name in OF_THE_ATTACK}
 
 
 def setup_of(result: Result) -> Setup:
     """The row of a cell, and as JSON the settings in which a cell must be like those that it is compared with."""
-    own = (*OF_THE_ATTACK, "epochs")
+    own = (*OF_THE_ATTACK, *LATER, "epochs")
     shared = {name: value for name, value in sorted(result.settings.items()) if name not in own}
     return row_of(result), json.dumps(shared)
 
@@ -39,13 +40,18 @@ def standing(group: Sequence[Result], attack: str, epochs: int | None = None) ->
     return None, f"{_place(group[0])}: {listed} are all {attack}; give one of them that name, to compare with it"
 
 
+def pgd_of(group: Sequence[Result]) -> str | None:
+    """The name in the grid of the PGD that cells of one row are compared with; None where none was trained so."""
+    return PGD if any(each.cell.attack == PGD for each in group) else standing(group, PGD)[0]
+
+
 def epochs_of(result: Result) -> int:
     """The epochs that the cell was to have; a run that overfitted may have stopped before."""
     return int(result.settings["epochs"])
 
 
 def _is_plain(result: Result, attack: str) -> bool:
-    return result.attack == attack and all(result.settings[name] == value for name, value in _DEFAULTS.items())
+    return result.attack == attack and all(result.settings[name] == value for name, value in DEFAULTS.items())
 
 
 def _place(result: Result) -> str:

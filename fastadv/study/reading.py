@@ -8,12 +8,13 @@ from pathlib import Path
 from fastadv.study import answer as say
 from fastadv.study import attack_table, paper_table, price_words, words
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
-from fastadv.study.grid import expanded
+from fastadv.study.grid import Task, expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
 from fastadv.study.price import Price, Summary, prices, summaries
 from fastadv.study.results import Result, grouped, place_of, result_of, set_words
 from fastadv.study.statistics import Average, Difference, averages, compare
 from fastadv.study.timing import Time, times
+from fastadv.study.together import check, check_together
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Study:
     @cached_property
     def answer(self) -> say.Answer:
         """The answer to the question in the title."""
-        return say.answer(self.courses, self.averages, self.times, self.scores, self.summaries, self.complete)
+        fast = {each.cell.attack for each in self.results if each.fast}
+        means, times = [e for e in self.averages if e.attack in fast], [e for e in self.times if e.attack in fast]
+        return say.answer(self.courses, means, times, self.scores, self.summaries, self.complete)
 
     @property
     def complete(self) -> bool:
@@ -104,9 +107,12 @@ def read_study(folder: Path) -> Study:
     results, problems = _read(folder)
     differences, refused = compare(results)
     priced, not_priced = prices(results)
-    asked, judges, said = _asked(folder)
-    done = {each.cell.id: each for each in results}
-    unjudged = {id: [j for j in wanted if j not in done[id].verdicts] for id, wanted in judges.items() if id in done}
+    tasks, said = _asked(folder)
+    asked, done = None if tasks is None else [task.cell.id for task in tasks], {each.cell.id: each for each in results}
+    finished = [(task, done[task.cell.id]) for task in tasks or () if task.cell.id in done]
+    unjudged = {each.cell.id: [j for j in task.judges if j not in each.verdicts] for task, each in finished}
+    said += _not_one_study(results, finished)
+    once = _once(results)
     found = courses(results)
     return Study(
         folder,
@@ -114,9 +120,9 @@ def read_study(folder: Path) -> Study:
         asked,
         {id: _reason(folder, id) for id in asked or () if id not in done},
         {id: missed for id, missed in unjudged.items() if missed},
-        list(dict.fromkeys([*problems, *said, *refused, *not_priced, *_other_images(results)])),
+        list(dict.fromkeys([*problems, *said, *refused, *not_priced, *_other_images(results), *once.values()])),
         differences,
-        averages(differences),
+        averages(each for each in differences if (each.row.data, each.row.classes) not in once),
         found,
         scores(each for each in found if each.result.fast),
         times(results),
@@ -137,15 +143,41 @@ def _read(folder: Path) -> tuple[list[Result], list[str]]:
     return sorted(results, key=place_of), problems
 
 
-def _asked(folder: Path) -> tuple[list[str] | None, dict[str, tuple[str, ...]], list[str]]:
-    """(ids of the cells that the grid asks for, {id: its judges}, why the grid is not known)."""
+def _asked(folder: Path) -> tuple[list[Task] | None, list[str]]:
+    """(the cells that the grid asks for, why the grid is not known)."""
     if not (folder / GRID).exists():
-        return None, {}, [f"There is no {GRID}: what else was asked for is not known."]
+        return None, [f"There is no {GRID}: what else was asked for is not known."]
     try:
-        tasks = expanded(read_grid(folder / GRID))
+        return expanded(read_grid(folder / GRID)), []
     except (ImportError, TypeError, ValueError) as error:
-        return None, {}, [f"{GRID} cannot be read, so that what is missing is not known: {error}"]
-    return [task.cell.id for task in tasks], {task.cell.id: task.judges for task in tasks}, []
+        return None, [f"{GRID} cannot be read, so that what is missing is not known: {error}"]
+
+
+def _not_one_study(results: Iterable[Result], finished: Iterable[tuple[Task, Result]]) -> list[str]:
+    """What the command would refuse, of a folder that another process wrote to, or that was merged by hand."""
+    said = []
+    for task, each in finished:
+        try:
+            check(task, each.record)
+        except ValueError as error:
+            said.append(str(error))
+    try:
+        check_together(each.record for each in results)
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
+def _once(results: Iterable[Result]) -> dict[tuple[str, str | None], str]:
+    """{a data set with the images of one before it: a sentence}. Means over data sets leave it out."""
+    first: dict[str, Result] = {}
+    found = {}
+    for each in results:
+        one = first.setdefault(each.record["settings"]["contents"], each)
+        if (name := (each.cell.data, each.cell.classes)) != (one.cell.data, one.cell.classes):
+            words = f"{set_words(each.cell)} has the images of {set_words(one.cell)}"
+            found[name] = f"{words}: means over data sets leave it out."
+    return found
 
 
 def _other_images(results: Iterable[Result]) -> list[str]:

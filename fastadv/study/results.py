@@ -76,7 +76,9 @@ class Result:
     @property
     def constant(self) -> bool:
         """Whether the model predicts one class for all images. No attack changes that: its robustness means nothing."""
-        said = self.record["records"][-1].get("confusion", {}).get("clean", ())
+        if "classes_predicted" in self.record:
+            return bool(self.record["classes_predicted"] == 1)
+        said = self.record["records"][-1].get("confusion", {}).get("clean", ())  # of the images to choose weights on
         return len({said_class for _, said_class, _ in said}) == 1
 
     @property

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, cell_folder, finished
 from fastadv.study.grid import Cell, Task
 from fastadv.study.images import preprocessing_of
+from fastadv.study.together import check, check_together
 
 logger = logging.getLogger("fastadv")
 
@@ -37,14 +38,16 @@ def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
             missing, and the weights of the cell were not kept.
     """
     records = {Cell(**record["cell"]).id: record for record in finished(folder)}
-    cells.check_together(records.values())
+    for task in tasks:
+        if task.cell.id in records:
+            check(task, records[task.cell.id])
+    check_together([*records.values(), *({"cell": asdict(task.cell), "settings": task.settings} for task in tasks)])
     left = []
     for task in tasks:
         record = records.get(task.cell.id)
         if record is None:
             left.append(task)
             continue
-        cells.check(task, record)
         absent = cells.missing(task, record)
         if absent and not (cell_folder(folder, task.cell.id) / cells.WEIGHTS).exists():
             raise ValueError(

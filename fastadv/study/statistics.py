@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadv._extras import require
-from fastadv.study.grid import OF_THE_ATTACK, SCRATCH
-from fastadv.study.results import PGD, Result, Row, grouped, row_of
+from fastadv.study.grid import OF_THE_ATTACK, SCRATCH, differences
+from fastadv.study.partners import DEFAULTS, pgd_of
+from fastadv.study.results import Result, Row, grouped, row_of
+from fastadv.study.together import LATER, settings_of
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -116,12 +118,12 @@ def paired(first: Sequence[Result], second: Sequence[Result], judge: str) -> npt
     return np.stack([a.verdicts[judge].astype(np.int8) - b.verdicts[judge] for a, b in pairs])
 
 
-def compare(results: Iterable[Result], reference: str = PGD) -> tuple[list[Difference], list[str]]:
+def compare(results: Iterable[Result], reference: str | None = None) -> tuple[list[Difference], list[str]]:
     """All differences to the cells that were trained with `reference`.
 
     Args:
         results: the finished cells.
-        reference: the training attack to compare with.
+        reference: the training attack to compare with, by its name in the grid; None: PGD, as `pgd_of` finds it.
 
     Returns:
         The differences, in the order of `results`; and a sentence for each row that cannot be compared.
@@ -131,11 +133,17 @@ def compare(results: Iterable[Result], reference: str = PGD) -> tuple[list[Diffe
         rows.setdefault(row_of(each), {}).setdefault(each.cell.attack, {})[each.cell.seed] = each
     found, refused = [], []
     for row, attacks in rows.items():
-        for attack, cells in attacks.items() if reference in attacks else ():
-            if attack == reference or any(each.attack == "none" for each in cells.values()):
+        other = reference or pgd_of([each for cells in attacks.values() for each in cells.values()])
+        for attack, cells in attacks.items():
+            if (
+                other is None
+                or other not in attacks
+                or attack == other
+                or any(each.attack == "none" for each in cells.values())
+            ):
                 continue
             try:
-                found += list(_differences(row, attack, cells, attacks[reference]))
+                found += list(_differences(row, attack, cells, attacks[other]))
             except ValueError as error:
                 refused.append(str(error))
     return found, refused
@@ -329,6 +337,11 @@ def averages(differences: Iterable[Difference]) -> list[Average]:
 
 
 def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[int, Result]) -> Iterable[Difference]:
+    for cells in (first, second):
+        one, *others = ((each.cell.id, settings_of(each.cell, each.settings)) for each in cells.values())
+        for id, settings in others:
+            if other := differences(one[1], settings):
+                raise ValueError(f"the seeds {one[0]} and {id} differ in {other}: they are not compared")
     for judge in dict.fromkeys(judge for each in first.values() for judge in each.verdicts):
         both = [s for s in sorted(first.keys() & second.keys()) if _judged(judge, first[s], second[s])]
         if both:
@@ -343,11 +356,15 @@ def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[i
 def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
     found = {}
     for a, b in pairs:
-        one, other = a.settings, b.settings
+        one, other = ({**each.settings, "fastadv": each.record["machine"].get("fastadv")} for each in (a, b))
         for name in one.keys() | other.keys():
-            if name not in OF_THE_ATTACK and one.get(name) != other.get(name):
+            untold = name in LATER and (name not in one or name not in other)
+            if name not in OF_THE_ATTACK and not untold and one.get(name) != other.get(name):
                 values = (str(each.get(name))[:20] for each in (one, other))  # 20 characters tell two digests apart
                 found[name] = " and ".join(values)
+        for name, usual in DEFAULTS.items():
+            if other[name] != usual and a.attack != b.attack:
+                found[f"{name} of {b.cell.attack}"] = f"{other[name]}, not the default"
     return dict(sorted(found.items()))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from fastadv.study.partners import Setup, setup_of, standing
+from fastadv.study.partners import Setup, pgd_of, setup_of, standing
 from fastadv.study.results import PGD, Result, grouped
 
 
@@ -43,7 +43,7 @@ def times(results: Iterable[Result]) -> list[Time]:
     partners: dict[tuple[Setup, int, str], Result] = {}
     for setup, group in grouped(results, setup_of):
         for other in (PGD, "none"):
-            name, _ = standing(group, other)
+            name = pgd_of(group) if other == PGD else standing(group, other)[0]
             partners |= {(setup, each.cell.seed, other): each for each in group if each.cell.attack == name}
     found = []
     for names, mine in grouped(results, lambda each: (each.cell.model, each.cell.method, each.cell.attack)):

@@ -7,9 +7,15 @@ from typing import Any
 import torch
 
 from fastadv.attacks import Ensemble, create_attack
-from fastadv.data.share import Batch
+from fastadv.attacks.verdicts import predicted
+from fastadv.data.share import Batch, Samples
 from fastadv.evaluation import evaluate
+from fastadv.functional import to_float
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import find_logits
 from fastadv.study.grid import IN_A_ROW
+
+PART = 256  # images that go through the model at a time
 
 
 def judged(
@@ -53,6 +59,15 @@ def judged(
             left = after[longest[:count]] = _left(left, result)
         found |= {judge: _bits(after[parts]) for judge, parts in rows.items()}
     return found
+
+
+def predicted_classes(model: torch.nn.Module, test: Samples) -> set[int]:
+    """The classes that the model predicts for the test images, without an attack."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), frozen(model):
+        parts = (to_float(part.to(device)) for part in test[0].split(PART))
+        found = [predicted(find_logits(model(part), len(part))) for part in parts]
+    return set(torch.cat(found).tolist())
 
 
 def _state(folder: Path, attacks: Sequence[str]) -> Path:

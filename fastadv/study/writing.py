@@ -26,9 +26,13 @@ def write_study(folder: Path) -> None:
     """
     study = read_study(folder)
     drawn = drawings.drawn(study)
-    for name, drawing in drawn.items():
-        write_atomically(folder / FIGURES / f"{name}.svg", drawing.svg.encode())
-        write_atomically(folder / FIGURES / f"{name}.png", drawing.png)
     write_atomically(folder / NUMBERS, (json.dumps(numbers(study), indent=1) + "\n").encode())
     write_atomically(folder / TABLE, table(rows(study.results)).encode("utf-8", "backslashreplace"))
     write_atomically(folder / PAGE, page(study, drawn).encode())
+    files = {f"{name}.svg": drawing.svg.encode() for name, drawing in drawn.items()}
+    files |= {f"{name}.png": drawing.png for name, drawing in drawn.items()}
+    for name, content in files.items():
+        write_atomically(folder / FIGURES / name, content)
+    for path in [*(folder / FIGURES).glob("*.svg"), *(folder / FIGURES).glob("*.png")]:
+        if path.name not in files:  # of an attack that is no longer in the study
+            path.unlink()

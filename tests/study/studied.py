@@ -57,7 +57,12 @@ def record_of(rng, collapse=None, labels="images", judges=JUDGES, images=64, shi
     return {
         "format": 1,
         "cell": cell,
-        "settings": {"epochs": epochs, "lr": 0.001, "contents": labels, "weights": "w"},
+        "settings": {
+            "epochs": epochs,
+            "lr": 0.001,
+            "contents": f"{labels} of {cell['data']} {cell['classes']}",
+            "weights": "w",
+        },
         "machine": {"device": "cpu", "cpu": "a CPU", "threads": 1, "fastadv": "1", "torch": "2", "python": "3"},
         "images": {"train": 3000, "val": 300, "test": images},
         "labels": labels,

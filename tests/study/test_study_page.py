@@ -20,6 +20,8 @@ from fastadv.study.words import points
 from fastadv.study.writing import write_study
 
 GRID = {
+    "epochs": 5,
+    "lr": 1e-3,
     "data": ["digits", "cifar10"],
     "methods": ["linear", "full"],
     "attacks": ["fgsm", "pgd"],

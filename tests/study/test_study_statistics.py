@@ -183,11 +183,38 @@ def test_cells_that_differ_in_more_are_no_pairs(rng, change):
 
 def test_settings_that_are_not_the_attack_s_own_are_said_where_pairs_differ_in_them(rng):
     cells = [studied.record_of(rng, attack=a, seed=s) for a in ("fgsm", "nfgsm", "pgd") for s in (0, 1)]
-    others = ({}, {"epochs": 9}, {"noise": 0.1}, {"max_grad_norm": None}, {}, {"steps": 3})
+    same, later = {"max_grad_norm": None}, {"file": "of a later version"}  # the default equals no max_grad_norm
+    others = ({"epochs": 9}, {"epochs": 9}, {"noise": 0.1}, {"noise": 0.1} | same | later, {}, same)
     for each, changes in zip(cells, others, strict=True):
-        each["settings"] |= changes  # the default None equals a record without max_grad_norm
+        each["settings"] |= changes
     found, _ = compare(map(result_of, cells))
     assert {each.attack: each.unlike for each in found} == {"fgsm": {"epochs": "9 and 5"}, "nfgsm": {}}
+    for each in cells[4:]:
+        each["settings"]["steps"], each["machine"]["fastadv"] = 3, "2"
+    found, _ = compare(map(result_of, cells))
+    of_pgd = {"steps of pgd": "3, not the default", "fastadv": "1 and 2"}
+    assert {each.attack: each.unlike for each in found} == {"fgsm": {"epochs": "9 and 5"} | of_pgd, "nfgsm": of_pgd}
+
+
+@pytest.mark.parametrize(("number", "changes"), [(0, {"epochs": 9}), (3, {"steps": 2}), (3, {"train_limit": 20})])
+def test_seeds_of_other_settings_are_not_one_sample(rng, number, changes):
+    cells = [studied.record_of(rng, attack=attack, seed=seed) for attack in ("fgsm", "pgd") for seed in (0, 1)]
+    cells[number]["settings"] |= changes
+    found, refused = compare(map(result_of, cells))
+    (name,) = changes
+    assert not found
+    assert len(refused) == 1
+    assert f"differ in {name} (" in refused[0]
+
+
+def test_pgd_by_another_name_is_what_attacks_are_compared_with(rng):
+    cells = [studied.record_of(rng, attack=attack) for attack in ("fgsm", "pgd")]
+    cells[1]["settings"]["trained_with"], cells[1]["cell"]["attack"] = "pgd", "pgd-7"
+    found, refused = compare(map(result_of, cells))
+    by_hand = result_of(cells[0]).verdicts["pma"].mean() - result_of(cells[1]).verdicts["pma"].mean()
+    assert not refused
+    assert next(each.mean for each in found if each.judge == "pma") == pytest.approx(by_hand)
+    assert {each.attack for each in found} == {"fgsm"}
 
 
 def test_an_attack_of_another_name_is_what_it_was_trained_with(rng):
