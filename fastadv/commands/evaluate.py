@@ -113,14 +113,16 @@ def run(arguments: argparse.Namespace) -> None:
     )
     facts = {"format": FORMAT, **report, "trained_on": trained_on}
     write_atomically(arguments.out / "report.json", (json.dumps(facts) + "\n").encode())
-    say(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
+    print(f"clean accuracy {report['clean_accuracy']:.1%} of {len(labels)} images")
     _print_attacks(report["attacks"])
     for budget in report["budgets"]:
         under = ", ".join(budget["attacks"])
-        say(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
+        print(f"robust accuracy {budget['robust_accuracy']:.1%} at eps {_budget(budget)}, under {under}")
     say(f"saved {arguments.out / 'report.json'}")
     if report["curves"]:
         _draw(arguments.out / "curve.png", report["curves"])
+    else:
+        (arguments.out / "curve.png").unlink(missing_ok=True)  # of an earlier evaluation
 
 
 def _draw(path: Path, curves: list[dict[str, Any]]) -> None:
@@ -140,12 +142,12 @@ def _print_attacks(results: list[dict[str, Any]]) -> None:
     """Print a row for each attack: its robust accuracy, its passes, the images that it attacked, its runs, the run and
     the step that fooled the last image, and its seconds."""
     heads = f"{'attack':12}{'eps':>9}{'robust':>9}{'passes':>12}{'attacked':>10}"
-    say(f"{heads}{'runs x steps':>15}{'last fooled':>14}{'s':>8}")
+    print(f"{heads}{'runs x steps':>15}{'last fooled':>14}{'s':>8}")
     for result in results:
         eps, latest, settings = _budget(result), result["latest"], result["settings"]
         runs = f"{result['runs']} x {settings.get('steps', settings.get('n_queries', 1))}"
         fell = f"run {latest['restart'] + 1}, {latest['step']}" if latest else "-"
-        say(
+        print(
             f"{result['attack']:12}{eps:>9}{result['robust_accuracy']:9.1%}{result['passes']:12,}{result['given']:10,}"
             f"{runs:>15}{fell:>14}{result['seconds']:8.1f}"
         )

@@ -78,10 +78,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
     pictures = list(itertools.chain.from_iterable(map(found, arguments.pictures)))
     workers = arguments.workers or cores()
-    given = predictions(model, pictures, arguments.device, arguments.batch_size, workers)
+    if arguments.out and os.path.realpath(arguments.out) in {os.path.realpath(each.path) for each in pictures}:
+        raise ValueError(f"--out {arguments.out} is one of the pictures, and would be overwritten: choose another")
+    given = iter(predictions(model, pictures, arguments.device, arguments.batch_size, workers))
+    first = list(itertools.islice(given, 1))  # an error before it leaves the file as it is
     errors, silent = [], 0
     with table(arguments.out, model.classes, arguments.top_k) as write:
-        for prediction in given:
+        for prediction in itertools.chain(first, given):
             errors += [prediction.error] if prediction.error else []
             silent += prediction.error is None and prediction.best == NONE
             if not (prediction.error and arguments.skip_corrupt):

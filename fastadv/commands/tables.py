@@ -46,9 +46,16 @@ def table(path: Path | None, classes: Sequence[str], top: int | None) -> Iterato
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: a class has the name of another column of the CSV.
     """
+    as_json = path is not None and path.suffix.lower() == ".json"
+    taken = [] if as_json or top is not None else sorted({"picture", "class", "probability", "error"} & set(classes))
+    if taken:
+        raise ValueError(
+            f"classes are called {', '.join(taken)}, as other columns of the CSV are: take --top-k, or a .json file"
+        )
     with open(path, "w", newline="", encoding="utf-8") if path else nullcontext(sys.stdout) as file:
-        rows = _json_rows if path and path.suffix.lower() == ".json" else _csv_rows
+        rows = _json_rows if as_json else _csv_rows
         with rows(file, classes, top) as write:
             yield write
 

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ def read(
     naming = list(checked) if judge else files[first]  # of training, the training part's files alone
     texts = {label for path in naming for label in checked[path] if isinstance(label, str)}
     numbers = {label for found in checked.values() for label in found if not isinstance(label, str)}
-    named = tuple(sorted(texts)) or _class_names(files[first][0], columns) or names
+    named = tuple(sorted(texts)) or _one_naming(checked, columns) or names
     if named and numbers and max(numbers) >= len(named):
         raise ValueError(f"{files[first][0]} names {len(named)} classes, and there is a label {max(numbers)}")
     label_of: dict[int | str, int] = {name: i for i, name in enumerate(named)} if texts else {}
@@ -167,6 +167,21 @@ def _open(path: Path) -> "ParquetFile":
         return require("pyarrow.parquet").ParquetFile(path)
     except require("pyarrow").ArrowException as error:
         raise ValueError(f"{path} is not a parquet file, or it is damaged ({error}): get it again") from error
+
+
+def _one_naming(paths: Iterable[Path], columns: Columns) -> tuple[str, ...]:
+    """The names of the classes in the files' metadata, which number them alike; () where no file has any."""
+    said = {path: names for path in paths if (names := _class_names(path, columns))}
+    if len(set(said.values())) > 1:
+        (one, first), *others = said.items()
+        other, names = next((path, names) for path, names in others if names != first)
+        number = next((i for i, pair in enumerate(zip(first, names, strict=False)) if len(set(pair)) > 1), None)
+        what = f"{len(first)} and {len(names)} classes" if number is None else f"{first[number]} and {names[number]}"
+        raise ValueError(
+            f"{one} and {other} number their classes otherwise ({what}{'' if number is None else f' are {number}'}): "
+            "write them again with one list of names"
+        )
+    return next(iter(said.values()), ())
 
 
 def _class_names(path: Path, columns: Columns) -> tuple[str, ...]:

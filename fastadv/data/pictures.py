@@ -132,8 +132,9 @@ def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> 
                 reduced = picture.draft(None, enough if orientation in _ON_ITS_SIDE else enough[::-1])
                 if reduced is not None:  # it is a JPEG
                     box = _upright(reduced[1], picture.size, orientation)
+            deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
             ops.exif_transpose(picture, in_place=True)
-            return _rgb(picture), box
+            return _rgb(picture, deep), box
     except image_module.DecompressionBombError as error:
         raise CorruptPictureError(f"{name} has too many pixels to be opened safely: make it smaller") from error
     except image_module.UnidentifiedImageError as error:
@@ -157,7 +158,11 @@ def _upright(box: Box, size: tuple[int, int], orientation: int | None) -> Box:
     return left, top, left + width, top + height
 
 
-def _rgb(picture: "Image") -> "Image":
+def _rgb(picture: "Image", deep: bool) -> "Image":
+    """The picture in 8 bits a colour. Of a `deep` one, of 16 bits a colour, Pillow has kept the upper 8."""
+    if deep and picture.mode in ("LA", "RGB", "RGBA"):
+        colours = np.asarray(picture)[..., : 1 if picture.mode == "LA" else 3]
+        _check_bright(257 * int(colours.max()))
     if picture.mode in _SIXTEEN_BITS:
         return _eight_bits(picture).convert("RGB")
     if picture.mode == "F":
@@ -173,12 +178,17 @@ def _eight_bits(picture: "Image") -> "Image":
     grey = np.asarray(picture).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("its grey values do not fit in 16 bits; save it with 8 bits")
-    if 0 < grey.max() < _TWELVE_BITS:  # such as a camera's 12 bits, or 8 bits, in a file of 16 bits
-        raise ValueError(
-            f"its file has 16 bits, but its brightest grey value is {grey.max()} of 65535, so it would be almost "
-            "black; save it with 8 bits, scaled to 0..255"
-        )
+    _check_bright(int(grey.max()))
     return _of_array(((grey + 128) // 257).astype(np.uint8))
+
+
+def _check_bright(brightest: int) -> None:
+    """Refuse a picture that would be almost black, such as a camera's 12 bits, or 8 bits, in a file of 16 bits."""
+    if 0 < brightest < _TWELVE_BITS:
+        raise ValueError(
+            f"its file has 16 bits, but its brightest value is {brightest} of 65535, so it would be almost black; save "
+            "it with 8 bits, scaled to 0..255"
+        )
 
 
 def _of_array(pixels: np.ndarray) -> "Image":

@@ -20,7 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,8 @@ class _Reader:
             yield from sorted(map(self.hash, value))
         elif isinstance(value, types.ModuleType):
             yield value.__name__.encode()
+            if not is_installed(value.__name__):  # a helper of the user's
+                yield from self._own_module(value)
         elif isinstance(value, type):
             yield from self._class(value)
         elif isinstance(value, (types.FunctionType, types.CodeType, types.CellType)):
@@ -237,6 +239,14 @@ class _Reader:
             if isinstance(value, torch.fx.GraphModule):
                 attributes = {name: v for name, v in attributes.items() if name != "_graph"} | {"code": value.code}
             yield from self._attributes(attributes)
+
+    def _own_module(self, value: types.ModuleType) -> Iterator[bytes]:
+        """The file of a module, and the values in it that are no functions, classes or modules."""
+        file = getattr(value, "__file__", None)
+        yield Path(file).read_bytes() if file and Path(file).is_file() else b""
+        kinds = (bool, int, float, str, tuple, list, dict, torch.Tensor, np.ndarray)
+        values = {name: v for name, v in vars(value).items() if isinstance(v, kinds) and not name.startswith("__")}
+        yield from self._attributes(values)
 
     def _class(self, value: Any) -> Iterator[bytes]:
         if is_installed(value.__module__):

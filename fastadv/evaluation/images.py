@@ -81,7 +81,7 @@ class Gallery:
         self.folder.mkdir(parents=True, exist_ok=True)
         codes, samples = self._codes[rows], self._samples[rows]
         for sample, image in zip(samples.tolist(), codes.cpu(), strict=True):
-            (self.folder / f"{sample:05d}.png").write_bytes(png(image))
+            (self.folder / _file_of(sample)).write_bytes(png(image))
         saved = to_float(codes)
         if self._dtype.is_floating_point:
             saved = saved.to(self._dtype)
@@ -96,7 +96,29 @@ class Gallery:
         return {"robust_accuracy_8bit": int((self.right == 1).sum()) / len(self.right)}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: images that were written are not there any more.
+        """
         self.right = state["right"].to(self.right.device)
+        written = (self.right >= 0).nonzero()[:, 0].tolist()
+        gone = [name for sample in written if not (self.folder / (name := _file_of(sample))).exists()]
+        if gone:
+            raise ValueError(
+                f"{self.folder} lacks {len(gone)} of its {len(written)} images, such as {gone[0]}, and the state says "
+                "that they are written: remove the state as well, to make them again"
+            )
+
+    @staticmethod
+    def clear(folder: Path) -> None:
+        """Remove the images of an earlier evaluation, which would lie among those of a new one."""
+        for path in folder.glob("[0-9]*-*/[0-9]*.png"):
+            path.unlink()
+
+
+def _file_of(sample: int) -> str:
+    return f"{sample:05d}.png"
 
 
 class FooledImages:

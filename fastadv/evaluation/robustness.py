@@ -16,7 +16,15 @@ from torch import nn
 from fastadv.attacks.checks import check_switch
 from fastadv.attacks.normalized import normalization_of
 from fastadv.data.share import Share
-from fastadv.evaluation.adversaries import Adversary, AnyAttack, adversaries, check_they_take, is_several, listed
+from fastadv.evaluation.adversaries import (
+    Adversary,
+    AnyAttack,
+    adversaries,
+    budgets_of,
+    check_they_take,
+    is_several,
+    listed,
+)
 from fastadv.evaluation.ensemble import Trial, in_turn
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.identity import fingerprint, unidentifiable
@@ -263,8 +271,9 @@ def judged(
     with kept, torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
         run = Run(model, share, labels, against, settings, pool, autocast, memory_format)
         trials = [run.trial(adversary, gallery(number, adversary)) for number, adversary in enumerate(against)]
-        if file is not None:
-            _load(file, trials)
+        begun = file is not None and _load(file, trials)
+        for folder in {t.gallery.folder.parent for t in trials if isinstance(t.gallery, Gallery) and not begun}:
+            Gallery.clear(folder)
         order = in_turn(trials)
         after_each(run, [])
         save = partial(_save, file, trials)
@@ -324,10 +333,11 @@ def _save(file: StateFile | None, trials: Sequence[Trial]) -> None:
     file.save(tensors, {"attacks": facts})
 
 
-def _load(file: StateFile, trials: Sequence[Trial]) -> None:
+def _load(file: StateFile, trials: Sequence[Trial]) -> bool:
+    """Continue from the state in the file; False where there is none."""
     loaded = file.load()
     if loaded is None:
-        return
+        return False
     tensors, facts = loaded
     for i, (trial, known) in enumerate(zip(trials, facts["attacks"], strict=True)):
         verdicts, device = trial.verdicts, trial.verdicts.todo.device
@@ -343,6 +353,7 @@ def _load(file: StateFile, trials: Sequence[Trial]) -> None:
         if trial.gallery is not None:
             prefix = f"{i}.images."
             trial.gallery.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    return True
 
 
 def robust_accuracy(model: AnyModel, data: AnyData, attack: AnyAttack, **options: Any) -> dict[str, Any]:
@@ -355,13 +366,18 @@ def robust_accuracy(model: AnyModel, data: AnyData, attack: AnyAttack, **options
         options: of `evaluate`.
 
     Returns:
-        {"clean_accuracy": ..., "robust_accuracy": ...}; with several `eps` the robust accuracy is a list, one for each
-        in their order.
+        {"clean_accuracy": ..., "robust_accuracy": ...}: the shares of images that are classified correctly, and that
+        no part of the attack fools, nor Square where it follows one that masks gradients; None where the attack leaves
+        its eps or [0, 1]. With several `eps` the robust accuracy is a list, one for each in their order.
 
     Raises:
         TypeError, ValueError: as `evaluate`.
     """
     report = evaluate(model, data, [attack], progress=False, **options)
-    found = [result["robust_accuracy"] for result in report["attacks"]]
-    accuracy = found if is_several(options.get("eps")) else found[0]
+    eps = options.get("eps")
+    found = {each["eps"]: each["robust_accuracy"] for each in report["budgets"]}
+    if is_several(eps):
+        accuracy = [found.get(each) for each in budgets_of(eps)]
+    else:  # an attack of another library may say nothing of its eps: then it is its own accuracy, which may be None
+        accuracy = next(iter(found.values()), report["attacks"][0]["robust_accuracy"])
     return {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": accuracy}

@@ -86,10 +86,27 @@ class Run:
         if labels.ndim == 1:
             self._objective.check_classes(highest(labels))
         self.clean = share.concatenated(self.logits(share.mine) if len(share) else None, labels.device)
+        if labels.ndim == 2:
+            self._check_several(labels)
         said = verdict(self.clean, labels)
         self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
         self._warn_of_outputs(draws, autocast)
         self._warn(masking_checks.notes_on_models(against, model))
+
+    def _check_several(self, labels: torch.Tensor) -> None:
+        """Refuse several labels a sample that are not one for each logit; warn where each sample has just one."""
+        if labels.shape[1] != self.clean.shape[1]:
+            raise ValueError(
+                f"the labels {tuple(labels.shape)} are several a sample, one for each logit, and the model returns "
+                f"{self.clean.shape[1]}: where a sample has one class pass int64 labels (N,), such as labels[:, 0]"
+            )
+        if labels.shape[1] > 1 and len(labels) >= masking_checks.FEW and bool((labels.sum(1) == 1).all()):
+            self._warn(
+                [
+                    f"the labels {tuple(labels.shape)} are taken for several a sample, each judged by the sign of its "
+                    "logit, and every sample has exactly one: if they stand for one class, pass labels.argmax(1)"
+                ]
+            )
 
     def _warn_of_outputs(self, draws: int, autocast: torch.dtype | None) -> None:
         first = self.share.rows[: self.slots].to(self.labels.device)

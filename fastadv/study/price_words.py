@@ -23,12 +23,12 @@ def sentences(found: Sequence[Summary]) -> list[str]:
         rivals = _Rivals(group)
         if not rivals.reference or len(rivals.attacks) == 1:
             continue
-        about = f"{method_words(method)}{f' of {model}' if models > 1 else ''} {rivals.settings()}"
+        about = f"{method_words(method)}{f' of {model}' if models > 1 else ''}{rivals.settings()}"
         time = f"{rivals.time(rivals.reference):.2f} times as long as training without an attack ({standard})"
         words.append(
             f"{about[0].upper()}{about[1:]}: {against} takes {time}{'' if rivals.measured else ' by the cost model'}, "
             f"and {judge_words(HEADLINE_JUDGE)} leaves "
-            + listed(f"{100 * each.robust:.1f} % on {set_words(each.row)}" for each in rivals.reference)
+            + listed(f"{100 * each.robust:.1f} % on {rivals.place(each)}" for each in rivals.reference)
             + f". {rivals.answer()}"
         )
         if rivals.left_out:
@@ -68,11 +68,19 @@ class _Rivals:
         return [name for name in names if name not in self.attacks]
 
     def settings(self) -> str:
-        """The eps and the number of seeds of FGSM: "at eps 4 and 8, 3 seeds"."""
-        eps = listed(f"{each:g}" for each in sorted({eps for row in self.reference for eps in row.budgets}))
+        """The eps, where it is not in `place`, and the number of seeds of FGSM: " at eps 4 and 8, 3 seeds"."""
+        eps = "" if self._eps_differ else f" at eps {_eps(self.reference[0])}"
         seeds = [each.runs / len(each.budgets) for each in self.reference]
         least, most = math.floor(min(seeds)), math.ceil(max(seeds))
-        return f"at eps {eps}, {counted(most, 'seed') if least == most else f'{least} to {most} seeds'}"
+        return f"{eps}, {counted(most, 'seed') if least == most else f'{least} to {most} seeds'}"
+
+    def place(self, each: Summary) -> str:
+        """The data set, and its eps where not all have the same."""
+        return set_words(each.row) + (f" at eps {_eps(each)}" if self._eps_differ else "")
+
+    @property
+    def _eps_differ(self) -> bool:
+        return len({each.budgets for each in self.reference}) > 1
 
     def time(self, group: Sequence[Summary]) -> float:
         return median(_time(each, self.measured) for each in group)
@@ -105,10 +113,14 @@ class _Rivals:
         return max(rivals, key=lambda group: mean(_lost(group)))
 
     def _named(self, group: Sequence[Summary]) -> str:
-        of = listed(f"{interval(*each.to_fgsm)} on {set_words(each.row)}" for each in group if each.to_fgsm)
+        of = listed(f"{interval(*each.to_fgsm)} on {self.place(each)}" for each in group if each.to_fgsm)
         clean = {each.row: each.clean for each in self.reference}
         changes = listed(points(each.clean - clean[each.row]) for each in group)
         return f"{group[0].attack} ({of}; clean accuracy {changes}; {self.time(group):.2f} times)"
+
+
+def _eps(of: Summary) -> str:
+    return listed(f"{each:g}" for each in of.budgets)
 
 
 def _lost(group: Sequence[Summary]) -> list[float]:

@@ -528,7 +528,7 @@ def test_importing_fastadv_imports_no_extra():
     }
 
 
-def test_images_of_one_class_after_the_other_are_sampled_from_all(tmp_path):
+def test_images_of_one_class_after_the_other_are_sampled_from_all(tmp_path, capsys):
     rng = np.random.default_rng()
     labels = np.repeat(np.arange(5), 20)
     arrays = {f"{kind}_{part}": value for part in ("train", "test") for kind, value in (("x", None), ("y", labels))}
@@ -536,7 +536,13 @@ def test_images_of_one_class_after_the_other_are_sampled_from_all(tmp_path):
     np.savez(tmp_path / "sorted.npz", **arrays)
     finetune(tmp_path / "run", "--data", str(tmp_path / "sorted.npz"), "--model", "mlp", "--attack", "none")
     model = ("--model", tmp_path / "run" / "model.safetensors", "--data", tmp_path / "sorted.npz", "--device", "cpu")
-    cli.main(["evaluate", *map(str, (*model, "--attacks", "fgsm", "--limit", "20", "--out", tmp_path / "report"))])
+    words = list(map(str, ("evaluate", *model, "--attacks", "fgsm", "--limit", "20", "--out", tmp_path / "report")))
+    capsys.readouterr()
+    cli.main(words)
+    said = capsys.readouterr().out
+    cli.main(["-q", *words])
+    results = [line for line in said.splitlines() if line.startswith(("clean acc", "robust acc", "attack", "fgsm"))]
+    assert capsys.readouterr().out.splitlines() == results
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     chosen = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:20].sort()[0]
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import nn
 
 from fastadv import cli, models
 from fastadv.commands import predict
+from fastadv.commands.tables import table
 from fastadv.data import pictures, walking
 from fastadv.preprocessing import Preprocessing
 
@@ -226,6 +227,37 @@ def test_numbers_that_cannot_be_are_refused_before_anything_is_written(weights, 
     _, said = classified(weights, out, tmp_path / "new", *words, status=1)
     assert f"{words[0]} must be" in said
     assert out.read_text() == "picture\nmine\n"
+
+
+def test_a_file_stays_as_it_is_until_there_is_a_row(weights, tmp_path):
+    photos(tmp_path / "new", ["a.png", "b.json"])
+    whole = (tmp_path / "new" / "b.json").read_bytes()
+    given = [tmp_path / "new" / "a.png", tmp_path / "new" / "b.json"]
+    words = ["predict", *given, "--model", weights, "--out", given[1], "--device", "cpu"]
+    with pytest.raises(SystemExit, match="is one of the pictures, and would be overwritten"):
+        cli.main([str(word) for word in words])
+    assert given[1].read_bytes() == whole
+    out = tmp_path / "p.csv"
+    out.write_text("picture\nmine\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "predictions", lambda *_: (_ for _ in ()).throw(ValueError("the model fails")))
+        _, said = classified(weights, out, tmp_path / "new", status=1)
+    assert "the model fails" in said
+    assert out.read_text() == "picture\nmine\n"
+
+
+@pytest.mark.parametrize("name", ["picture", "class", "probability", "error"])
+def test_a_class_with_the_name_of_another_column_has_none_of_its_own_in_a_csv(tmp_path, name):
+    classes, path = ("a", name), tmp_path / "p.csv"
+    with pytest.raises(ValueError, match=f"classes are called {name}, as other columns"), table(path, classes, None):
+        pass
+    assert not path.exists()
+    for place, top in ((path, 1), (tmp_path / "p.json", None)):
+        with table(place, classes, top) as write:
+            write("x.png", (0.25, 0.75), 1, None)
+    (row,) = csv.DictReader(path.open())
+    assert (row["class"], row["probability"]) == (name, "0.750000")
+    assert json.loads((tmp_path / "p.json").read_text())[0]["probabilities"] == {"a": 0.25, name: 0.75}
 
 
 def test_a_table_of_another_kind_is_refused(weights, tmp_path, capsys):

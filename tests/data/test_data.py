@@ -7,11 +7,13 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import sys
 import tarfile
 import time
 import types
 import warnings
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +43,17 @@ def png(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     return buffer.getvalue()
+
+
+def png_of_16_bits(pixels):
+    """The file of a picture (H, W, 2 to 4) with 16 bits a colour, by the format's specification."""
+    height, width, channels = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in chunks
+    )
 
 
 def rows(images):
@@ -441,8 +454,21 @@ def test_damaged_pictures_are_refused_by_name(tmp_path, monkeypatch):
     for brightest, ending in ((1, "png"), (255, "tif"), (4095, "png")):  # 1, 8 and 12 bits in files of 16 or 32
         kind = np.int32 if ending == "tif" else np.uint16
         Image.fromarray(np.array([[0, brightest]], kind)).save(tmp_path / f"dark.{ending}")
-        with pytest.raises(ValueError, match=f"brightest grey value is {brightest} of 65535"):
+        with pytest.raises(ValueError, match=f"brightest value is {brightest} of 65535"):
             read(tmp_path / f"dark.{ending}")
+    for channels in (2, 3, 4):  # Pillow reads these in 8 bits
+        for brightest, dark in ((4095, True), (65535, False)):
+            pixels = np.random.default_rng().integers(0, brightest + 1, (5, 6, channels))
+            pixels[0, 0, :] = brightest
+            if channels != 3:
+                pixels[..., -1] = 65535
+            (tmp_path / "colours.png").write_bytes(png_of_16_bits(pixels))
+            if dark:
+                with pytest.raises(ValueError, match=r"has 16 bits, but its brightest value is \d+ of 65535"):
+                    read(tmp_path / "colours.png")
+            else:
+                read_pixels = np.asarray(read(tmp_path / "colours.png")).astype(int)
+                assert np.abs(read_pixels - pixels[..., : 1 if channels == 2 else 3] / 257).max() <= 1
     Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match="floats of unknown range"):
         read(tmp_path / "float.tif")
@@ -916,6 +942,20 @@ def test_shards_are_read_in_order(tmp_path, folder):
     (place / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match="some are missing"):
         data.load(tmp_path)
+
+
+@pytest.mark.parametrize("other", [("dog", "cat"), ("cat", "dog", "bird")])
+@pytest.mark.parametrize("where", ["shard", "part"])
+def test_files_that_number_their_classes_otherwise_are_refused(tmp_path, where, other):
+    first, second = ("test-00000-of-00002", "test-00001-of-00002") if where == "shard" else ("train", "test")
+    parquet(tmp_path / f"{first}.parquet", [noise(4, 4) for _ in range(4)], [0, 1, 0, 1], ("cat", "dog"))
+    parquet(tmp_path / f"{second}.parquet", [noise(4, 4) for _ in range(4)], [0, 1, 0, 1], other)
+    if where == "shard":
+        parquet(tmp_path / "train.parquet", [noise(4, 4) for _ in range(4)], [0, 1, 0, 1])  # without names
+    with pytest.raises(ValueError, match=rf"{first}.* and .*{second}.* number their classes otherwise"):
+        data.load(tmp_path)
+    parquet(tmp_path / f"{second}.parquet", [noise(4, 4) for _ in range(4)], [0, 1, 0, 1])
+    assert data.load(tmp_path).classes == ("cat", "dog")  # as the one file that has names says
 
 
 def test_two_classes_of_one_name_stay_two(tmp_path):

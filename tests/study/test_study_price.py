@@ -246,6 +246,18 @@ def test_crops_have_a_sentence_of_their_own(tmp_path, rng):
     assert "Every cheaper attack loses more than 1 point" in crops
 
 
+def test_each_data_set_has_its_eps_where_they_differ(tmp_path, rng):
+    records = grid(rng, right={"none": 3, "fgsm": 40, "stale": 41})
+    others = [record | {"cell": record["cell"] | {"data": "gtsrb"}} for record in records if record["cell"]["eps"] == 8]
+    for each in others:
+        each["settings"] = each["settings"] | {"contents": "other images"}
+    (said,), _ = told(tmp_path, records + others)
+    place = f"{records[0]['cell']['data']} at eps 4 and 8 and"
+    assert said.startswith("Full fine-tuning, 3 seeds: fgsm takes")
+    assert said.count(place) == 2  # in what PMA leaves, and in the difference of the cheapest
+    assert said.count("on gtsrb at eps 8") == 2
+
+
 def test_what_is_not_measured_everywhere_is_named_and_not_compared(tmp_path, rng):
     right = {"none": 3, "fgsm": 40, "stale": 60, "stale-2": 41}
     records = [r for r in grid(rng, right=right) if r["cell"]["attack"] != "stale" or r["cell"]["eps"] == 4]
