@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import types
 import uuid
 import weakref
@@ -197,6 +198,8 @@ class _Reader:
             yield self.hash(owner)
         elif isinstance(value, functools.partial):
             yield from map(self.hash, (value.func, value.args, value.keywords))
+        elif isinstance(value, re.Pattern):  # transformers' models hold some
+            yield from map(self.hash, (value.pattern, value.flags))
         elif isinstance(value, (property, classmethod, staticmethod)):
             names = ("fget", "fset", "__func__")
             yield from (self.hash(getattr(value, name)) for name in names if hasattr(value, name))
@@ -241,10 +244,10 @@ class _Reader:
             yield from self._attributes(attributes)
 
     def _own_module(self, value: types.ModuleType) -> Iterator[bytes]:
-        """The file of a module, and the values in it that are no functions, classes or modules."""
+        """The file of a module, and the numbers, texts and tensors in it."""
         file = getattr(value, "__file__", None)
         yield Path(file).read_bytes() if file and Path(file).is_file() else b""
-        kinds = (bool, int, float, str, tuple, list, dict, torch.Tensor, np.ndarray)
+        kinds = (bool, int, float, str, torch.Tensor, np.ndarray)
         values = {name: v for name, v in vars(value).items() if isinstance(v, kinds) and not name.startswith("__")}
         yield from self._attributes(values)
 

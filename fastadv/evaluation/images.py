@@ -111,10 +111,17 @@ class Gallery:
             )
 
     @staticmethod
-    def clear(folder: Path) -> None:
-        """Remove the images of an earlier evaluation, which would lie among those of a new one."""
-        for path in folder.glob("[0-9]*-*/[0-9]*.png"):
-            path.unlink()
+    def check_empty(folder: Path) -> None:
+        """Refuse a folder with the images of an earlier evaluation: they would lie among those of a new one.
+
+        Raises:
+            FileExistsError: there are such images.
+        """
+        there = next(folder.glob("[0-9]*-*/[0-9]*.png"), None)
+        if there is not None:
+            raise FileExistsError(
+                f"{folder} has images of an earlier evaluation, such as {there}: remove them, or choose another folder"
+            )
 
 
 def _file_of(sample: int) -> str:

@@ -273,7 +273,7 @@ def judged(
         trials = [run.trial(adversary, gallery(number, adversary)) for number, adversary in enumerate(against)]
         begun = file is not None and _load(file, trials)
         for folder in {t.gallery.folder.parent for t in trials if isinstance(t.gallery, Gallery) and not begun}:
-            Gallery.clear(folder)
+            Gallery.check_empty(folder)
         order = in_turn(trials)
         after_each(run, [])
         save = partial(_save, file, trials)

@@ -384,7 +384,7 @@ def test_the_model_sees_one_shape(net, samples, tmp_path, monkeypatch):
     evaluate(net, samples, ["fgsm", hardest(net)], batch_size=BATCH, save_images=tmp_path)
     assert set(net.shapes) == {(BATCH, 3, 4, 4)}
     net.shapes.clear()
-    evaluate(net, samples, [theirs], batch_size=BATCH, save_images=tmp_path)
+    evaluate(net, samples, [theirs], batch_size=BATCH, save_images=tmp_path / "theirs")
     # A last batch of another library's attack is not filled up.
     assert set(net.shapes) == {(BATCH, 3, 4, 4), (36 % BATCH, 3, 4, 4)}
 

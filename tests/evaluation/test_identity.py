@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -154,6 +155,8 @@ DIFFERENT = {
     "array": (lambda: Foreign(a=np.zeros(3)), lambda: Foreign(a=np.ones(3))),
     "number's type": (lambda: Foreign(a=1), lambda: Foreign(a=True)),
     "set": (lambda: Foreign(a={"x", "y"}), lambda: Foreign(a={"x", "z"})),
+    "pattern": (lambda: Foreign(a=re.compile("x+")), lambda: Foreign(a=re.compile("x*"))),
+    "pattern's flags": (lambda: Foreign(a=re.compile("x")), lambda: Foreign(a=re.compile("x", re.IGNORECASE))),
     "surrogate's weights": (lambda: Foreign(model=net(0)), lambda: Foreign(model=net(1))),
     "surrogate of a transfer": (lambda: ours(net(0)), lambda: ours(net(1))),
     "surrogate's normalisation": (lambda: ours(Normalized(net(), 0.5, 0.5)), lambda: ours(Normalized(net(), 0.4, 0.5))),

@@ -1,5 +1,6 @@
 """Uses of an evaluation that nobody planned: each figure is of the whole run, of these images and of this model."""
 
+import shutil
 import sys
 from types import ModuleType
 
@@ -126,6 +127,13 @@ def test_images_of_an_earlier_evaluation_are_not_among_the_new_ones(judged, tmp_
     evaluate(model, (x, y), ["fgsm", "nfgsm"], state=state, **options)  # taken from its state
     assert len(pictures(tmp_path)) == 81
     state.unlink()
+    for kept in ({}, {"state": state}):
+        with pytest.raises(FileExistsError, match=r"images has images of an earlier evaluation, .*remove them"):
+            evaluate(model, (x[:6], y[:6]), ["fgsm"], **kept, **options)
+    assert len(pictures(tmp_path)) == 81
+    assert not state.exists()
+    for name in ("0-fgsm-12", "1-nfgsm-12"):
+        shutil.rmtree(tmp_path / "images" / name)
     evaluate(model, (x[:6], y[:6]), ["fgsm"], state=state, **options)
     assert pictures(tmp_path / "images") == [*(f"0-fgsm-12/{i:05d}.png" for i in range(6)), "mine.png"]
 
