@@ -44,7 +44,8 @@ def export(model: Model, path: str | Path) -> None:
         FileExistsError: there is a checkpoint of fastadv at the path, such as the one that the model came from.
         ImportError: safetensors is not installed.
         OSError: the file or the folder cannot be written.
-        ValueError: the ending fits no format of this network; or torch.export cannot turn the network into a program.
+        ValueError: the ending fits no format of this network; torch.export cannot turn the network into a program; or
+            transformers has no image processor for the preprocessing.
     """
     path = Path(path)
     if _is_checkpoint(path):
@@ -117,6 +118,12 @@ def _folder(model: Model, path: Path) -> None:
         raise ValueError(f"a model of transformers is exported as a folder, and {path} is a file")
     if model.preprocessing is None:
         raise ValueError("a model of transformers is exported with its preprocessing, and this one has none")
+    height, width = model.preprocessing.size
+    if height != width:
+        raise ValueError(
+            f"the model takes pictures of {height} x {width} pixels, and no image processor of transformers resizes to "
+            "a rectangle as fastadv does: export it to a file .pt2"
+        )
     network: Any = model.network  # of transformers
     network.config.id2label = dict(enumerate(model.classes))
     network.config.label2id = {name: i for i, name in enumerate(model.classes)}

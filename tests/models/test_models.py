@@ -1247,6 +1247,14 @@ def test_transformers_load_with_transformers_alone(tmp_path, hf_folder):
     same_outputs(again.build(["ant", "bee"]).network, model.network)
 
 
+def test_a_rectangle_that_no_processor_of_transformers_makes_is_refused(tmp_path, hf_folder):
+    model = models.source(f"hf:{hf_folder}").build(["ant", "bee"])
+    model.preprocessing = dataclasses.replace(model.preprocessing, size=(32, 64))
+    with pytest.raises(ValueError, match=r"pictures of 32 x 64 pixels, and no image processor.*file \.pt2"):
+        models.export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_endings_that_fit_no_format_are_refused(tmp_path, hf_folder):
     with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt, \.pth or \.pt2"):
         models.export(built(), tmp_path / "a.onnx")
