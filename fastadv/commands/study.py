@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         _say_plan(tasks, left, site)
         return
     check_folder(arguments.out)
-    _say_no_weights(tasks, left, site)
+    if site.keep_weights:
+        _say_no_weights(tasks, left, site.folder)
     write_grid(arguments.out, grid)
     try:
         outcomes = _run(left, site, arguments)
@@ -126,13 +127,12 @@ def _check_places(arguments: argparse.Namespace) -> None:
         raise ValueError("--processes are those of one machine, and --ray has as many as its cluster: leave out one")
 
 
-def _say_no_weights(tasks: Sequence[Task], left: Sequence[Task], site: Site) -> None:
-    without = [
-        task.cell.id
-        for task in tasks
-        if task not in left and not (cell_folder(site.folder, task.cell.id) / WEIGHTS).exists()
-    ]
-    if site.keep_weights and without:
+def _say_no_weights(tasks: Sequence[Task], left: Sequence[Task], folder: Path) -> None:
+    """Warn of finished cells whose weights were not kept."""
+    to_run = {task.cell.id for task in left}
+    done = [task.cell.id for task in tasks if task.cell.id not in to_run]
+    without = [id for id in done if not (cell_folder(folder, id) / WEIGHTS).exists()]
+    if without:
         logger.warning(
             "--keep-weights comes too late for %s of the cells, such as %s: move their folders out of cells to train "
             "them again",

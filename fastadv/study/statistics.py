@@ -134,13 +134,10 @@ def compare(results: Iterable[Result], reference: str | None = None) -> tuple[li
     found, refused = [], []
     for row, attacks in rows.items():
         other = reference or pgd_of([each for cells in attacks.values() for each in cells.values()])
+        if other is None or other not in attacks:
+            continue
         for attack, cells in attacks.items():
-            if (
-                other is None
-                or other not in attacks
-                or attack == other
-                or any(each.attack == "none" for each in cells.values())
-            ):
+            if attack == other or any(each.attack == "none" for each in cells.values()):
                 continue
             try:
                 found += list(_differences(row, attack, cells, attacks[other]))

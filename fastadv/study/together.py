@@ -1,6 +1,5 @@
 """What belongs together in one study: a name stands for one thing in all of its cells."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -85,4 +84,4 @@ def _meanings(cell: Cell, settings: Mapping[str, Any]) -> Iterator[tuple[tuple[o
     attack = {name: own[name] for name in OF_THE_ATTACK}
     yield ("attack", cell.model, cell.method, cell.eps, cell.attack), attack, words
     words = "are to differ in the seed alone, and differ in {}: use the same settings, or choose another --out"
-    yield ("seeds", *data, cell.model, cell.method, cell.attack, cell.eps), json.loads(json.dumps(own)), words
+    yield ("seeds", *data, cell.model, cell.method, cell.attack, cell.eps), own, words
