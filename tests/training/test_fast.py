@@ -610,6 +610,25 @@ class Attention(nn.Module):
         return self.head(seen.mean(1))
 
 
+@pytest.mark.parametrize("draw", range(4))
+def test_gradalign_aligns_the_gradients_of_a_sample_that_the_model_is_certain_of(draw):
+    """In float32 the gradient of its cross-entropy is all but zero, and the inverse of that infinite."""
+    torch.manual_seed(draw)  # of 2,000 networks some have too few bits left in the attack's own gradient
+    image, seed, found = torch.rand(1, 3, 4, 4), torch.tensor([5]), []
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 3, bias=False))
+    with torch.no_grad():
+        highest, second = (logits := plain(image)).topk(2).values[0]
+        plain[3].weight *= 98 / (highest - second)
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(plain).to(dtype)
+        method = FAST["gradalign"](model, 0.05, penalty=5.0)
+        method.attacked(image.to(dtype), logits.argmax(1), seed)
+        loss = method.learn(logits.argmax(1), list(model.parameters()), 1.0)
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here.double(), there, rtol=1e-2, atol=1e-2 * float(there.abs().max()))
+
+
 def test_gradalign_goes_through_attention_whose_fused_form_has_no_second_derivative(data):
     found = []
     for fused in (True, False):

@@ -64,7 +64,14 @@ class GradAlign(FastMethod):
         return penalty.detach() if len(both) else 0.0
 
     def _gradient_with_graph(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The gradient of cross-entropy up to a positive factor of each sample, which no cosine sees.
+
+        Cross-entropy is softplus(l), l the log-sum-exp of the other logits less the true one. The gradient of l does
+        not vanish where the model is certain; that of cross-entropy does, and its norm's inverse then overflows in the
+        second derivative.
+        """
         with own_autocast(images.device, self.attack.autocast), sdpa_kernel(SDPBackend.MATH):
             logits = at_least_float32(find_logits(self.model(images.clone()), len(images)))
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        return torch.autograd.grad(loss, images, create_graph=True)[0]
+        true = F.one_hot(labels, logits.shape[1]).bool()
+        losses = logits.masked_fill(true, -math.inf).logsumexp(1) - logits[true]
+        return torch.autograd.grad(losses.sum(), images, create_graph=True)[0]
