@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from report import figures as rows_of
@@ -651,7 +651,25 @@ def study() -> Iterator[Figure]:
         what = f"linear probing with PGD at eps 32 on {data}: what PMA leaves"
         path = f"rows[data={data}&method=linear&attack=pgd&eps=32.0&seed=0].pma"
         yield Figure(f"study.{data}.linear.pgd.32", what, (STUDY, CELLS), partial(_of_study, path=path), percent)
-    yield Figure("study.devices.cpu", "cells that were run on a CPU", (CELLS,), _on_cpu, whole)
+    for name, what, value, form in (
+        ("devices.cpu", "cells that were run on a CPU", _on_cpu, whole),
+        ("devices.crossed", "those of them whose partner with PGD was run on a GPU", _crossed, whole),
+        (
+            "judges.apgd",
+            "PMA's accuracy less APGD's, in points, on the cells that both judged",
+            _above_apgd,
+            hundredths,
+        ),
+        ("time.validated", "FGSM's time with validation over PGD's, full fine-tuning on a CPU", _validated, hundredths),
+    ):
+        yield Figure(f"study.{name}", what, (CELLS,), value, form)
+    for name, data in (("all", None), ("eurosat", "eurosat")):
+        what = "full fine-tuning at eps 8: deviation between seeds of FGSM's accuracy under PMA less PGD's, in points, "
+        yield Figure(f"study.seeds.{name}", what + name, (CELLS,), partial(_between_seeds, data=data), tenths)
+    for eps, place in product((16, 32), ("best", "last")):
+        what = f"full fine-tuning at eps {eps}: FGSM's PGD-10 on validation images less PGD's, {place} epoch, in points"
+        value = partial(_in_epoch, eps=eps, last=place == "last")
+        yield Figure(f"study.epoch.{place}.{eps}", what, (CELLS,), value, tenths)
     what = "robust accuracy under PMA of the same cells on a GPU, less that on a CPU, in points"
     for name, value, form in (
         ("count", len, whole),
@@ -669,12 +687,76 @@ def price() -> Iterator[Figure]:
         ("cells", "how many of the cells are finished", _cells, str),
         ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="price_sentences"), " ".join),
         ("table", "time and accuracy of each training attack", partial(_of_study, path="price_table"), str),
+        ("noise", "the time of a training without an attack over that of its repetition", _repeated, hundredths),
     ):
         yield Figure(f"price.{name}", what + words, (PRICE, PRICE_CELLS), value, form)
 
 
+def _repeated(report: Mapping, cells: list[Mapping]) -> float:
+    """The ratio of the times of one training, which was repeated for each eps."""
+    times = [
+        each["train_cpu_s"]
+        for each in cells
+        if (each["cell"]["attack"], each["cell"]["data"], each["cell"]["seed"]) == ("none", "cifar10", 0)
+    ]
+    return max(times) / min(times)
+
+
 def _on_cpu(cells: list[Mapping]) -> int:
     return sum(each["machine"]["device"] == "cpu" for each in cells)
+
+
+def _partners(cells: list[Mapping], attack: str | None = None) -> Iterator[tuple[Mapping, Mapping]]:
+    """(a cell with this attack or any, the same with PGD), for each that there is."""
+    with_pgd = {json.dumps(each["cell"] | {"attack": ""}): each for each in cells if each["cell"]["attack"] == "pgd"}
+    for each in cells:
+        partner = with_pgd.get(json.dumps(each["cell"] | {"attack": ""}))
+        if partner is not None and each["cell"]["attack"] in (
+            {attack} if attack else {each["cell"]["attack"]} - {"pgd"}
+        ):
+            yield each, partner
+
+
+def _crossed(cells: list[Mapping]) -> int:
+    return sum(a["machine"]["device"] == "cpu" != b["machine"]["device"] for a, b in _partners(cells))
+
+
+def _above_apgd(cells: list[Mapping]) -> float:
+    both = [each["verdicts"] for each in cells if "apgd" in each["verdicts"]]
+    return mean(100 * (said["pma"].count("1") - said["apgd"].count("1")) / len(said["pma"]) for said in both)
+
+
+def _validated(cells: list[Mapping]) -> float:
+    """The median ratio of the times of training and validation, the monitor left out."""
+    ratios = []
+    for pair in _partners(cells, "fgsm"):
+        if pair[0]["cell"]["method"] == "full" and {each["machine"]["device"] for each in pair} == {"cpu"}:
+            epochs = ([e for e in each["records"] if "epoch" in e] for each in pair)
+            fgsm, pgd = (sum(e["train_s"] + e.get("eval_s", 0.0) for e in of) for of in epochs)
+            ratios.append(fgsm / pgd)
+    return median(ratios)
+
+
+def _between_seeds(cells: list[Mapping], data: str | None) -> float:
+    """The standard deviation between seeds, its root mean square over the data sets."""
+    found: dict[str, list[float]] = {}
+    for pair in _partners(cells, "fgsm"):
+        cell = pair[0]["cell"]
+        if (cell["method"], cell["eps"]) == ("full", 8) and data in (None, cell["data"]):
+            found.setdefault(cell["data"], []).append(100 * (_share(pair[0]) - _share(pair[1])))
+    return mean(stdev(of_set) ** 2 for of_set in found.values()) ** 0.5
+
+
+def _in_epoch(cells: list[Mapping], eps: float, last: bool) -> float:
+    """The mean over data sets of the mean over seeds."""
+    found: dict[str, list[float]] = {}
+    for pair in _partners(cells, "fgsm"):
+        cell = pair[0]["cell"]
+        if cell["method"] == "full" and cell["eps"] == eps:
+            of = [[e["robust_accuracy"] for e in each["records"] if "epoch" in e] for each in pair]
+            fgsm, pgd = (said[-1] if last else max(said) for said in of)
+            found.setdefault(f"{cell['data']} {cell['classes']}", []).append(100 * (fgsm - pgd))
+    return mean(map(mean, found.values()))
 
 
 def _gpu_less_cpu(cells: list[Mapping], on_cpu: list[Mapping], value: Callable) -> float:

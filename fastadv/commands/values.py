@@ -1,6 +1,7 @@
 """What the text of an option means, lengths in 1/255 and lists, and how the help shows its default."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,16 +10,16 @@ from fastadv.names import instead
 from fastadv.units import in_255ths
 
 
-def budget_255(text: str) -> float:
-    """A length in 1/255 units, "8" or "8/255", as 8.0.
+def budget_255(text: str, most: float = 255) -> float:
+    """A length in 1/255 units, "8" or "8/255", as 8.0, and at most `most`.
 
     A number below 0.5 must be written as a fraction of 255: it is probably meant in [0, 1]. Only --eps is read so
     strictly: a step or a noise below 0.5/255 is nothing unusual.
 
     Raises:
-        argparse.ArgumentTypeError: not such a number, or outside [0, 255].
+        argparse.ArgumentTypeError: not such a number, or outside [0, most].
     """
-    value = _in_255ths(text)
+    value = _in_255ths(text, most)
     if "/" not in text and 0 < value < 0.5:
         raise argparse.ArgumentTypeError(
             f"eps is in units of 1/255, and {text} of them is next to nothing; "
@@ -41,9 +42,9 @@ def budget(text: str) -> float:
     return _in_255ths(text) / 255
 
 
-def _in_255ths(text: str) -> float:
+def _in_255ths(text: str, most: float = 255) -> float:
     try:
-        return in_255ths(text)
+        return in_255ths(text, most)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -79,8 +80,8 @@ def one_of(known: Sequence[str]) -> Callable[[str], str]:
 
 
 def eps_budgets(text: str) -> list[float]:
-    """Budgets with commas between them, each as of `eps_budget`."""
-    return [eps_budget(part) for part in names(text)]
+    """Budgets in Linf or L2 with commas between them, as floats; the attacks refuse one in Linf above 255/255."""
+    return [budget_255(part, most=math.inf) / 255 for part in names(text)]
 
 
 def budgets_255(text: str) -> list[float]:

@@ -201,7 +201,8 @@ def _built(path: str | Path, facts: Facts, count: int, trust_code: bool) -> nn.M
 
 def _opened(path: str | Path) -> "safe_open":
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
+        inside = next(Path(path).glob("*.safetensors"), None)
+        raise FileNotFoundError(f"no file {str(path)!r}" + (f", but a folder with {str(inside)!r}" if inside else ""))
     safetensors = require("safetensors")
     try:
         file: safe_open = safetensors.safe_open(path, framework="pt")

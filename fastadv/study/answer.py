@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from fastadv.study import price_words
 from fastadv.study.grid import SCRATCH
-from fastadv.study.overfitting import LEAST, PARTLY, Course, Score
+from fastadv.study.overfitting import PARTLY, Course, Score
 from fastadv.study.paper_table import PAPER
 from fastadv.study.price import Summary
 from fastadv.study.results import (
     HEADLINE_JUDGE,
     JUDGE_ORDER,
+    LEAST,
     PGD,
     attack_words,
     grouped,
@@ -19,12 +21,14 @@ from fastadv.study.results import (
     method_words,
     set_words,
 )
-from fastadv.study.statistics import Average
+from fastadv.study.statistics import Average, Difference
 from fastadv.study.timing import Time
 from fastadv.study.words import counted, distinct, interval, listed, points
 
 TITLE = "Are fast methods stable in adversarially robust transfer learning?"
 NOT_MEASURED = "Not measured yet."
+SHOWN = 6  # places in a list
+FEW = 10  # collapses: with fewer, which detector saw one more of them is chance
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def answer(
     scores: Iterable[Score],
     prices: Sequence[Summary] = (),
     complete: bool = True,
+    differences: Sequence[Difference] = (),
 ) -> Answer:
     """The answer from what was measured so far, which may be nothing.
 
@@ -59,9 +64,12 @@ def answer(
         scores: the scores of the detectors.
         prices: what training attacks cost and bring, over eps.
         complete: whether all cells are finished.
+        differences: the differences to PGD on each data set.
     """
     courses = list(courses)
     kind, headline, stability = _stability(courses)
+    if kind == "stable" and prices and not averages:  # robust beside what? A study of prices need not have PGD
+        kind, headline = "open", "Not asked: there is no PGD to compare with."
     headline = "So far, yes." if kind == "stable" and not complete else headline
     return Answer(
         kind,
@@ -70,6 +78,7 @@ def answer(
             *stability,
             *_from_scratch([each for each in courses if each.result.fast and not each.result.transfer]),
             *(_to_pgd(averages) if averages or not prices else []),
+            *of_pairs(differences),
             *price_words.sentences(prices),
             *_time(times),
             *_warned(scores),
@@ -86,26 +95,32 @@ def _stability(courses: Iterable[Course]) -> tuple[str, str, list[str]]:
     transfer = [each for each in courses if each.result.fast and each.result.transfer]
     runs = [each for each in transfer if each.shows]
     kind, headline, words = _of_those_that_show(runs)
-    hidden = len(transfer) - len(runs)
+    hidden = Counter(each.result.cell.eps for each in transfer if not each.shows)
     if hidden:
+        by_eps = listed(f"{count} at eps {eps:g}" for eps, count in sorted(hidden.items()))
+        where = f" ({by_eps})" if len(hidden) > 1 else ""
         words.append(
-            f"{hidden} more {'run is' if hidden == 1 else 'runs are'} not counted: PGD's model is not robust there "
-            f"either ({judge_words(HEADLINE_JUDGE)} leaves it less than {100 * LEAST:.0f} %, or it predicts one class)."
+            f"{hidden.total()} more {'run is' if hidden.total() == 1 else 'runs are'} not counted{where}: PGD's "
+            f"model is not robust there either ({judge_words(HEADLINE_JUDGE)} leaves it less than {100 * LEAST:.0f} %, "
+            "or it predicts one class)."
         )
     return kind, headline, words
 
 
 def _of_those_that_show(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
-    collapsed = [each for each in runs if each.collapse is not None]
-    partly = [each for each in runs if each.partly is not None]
+    collapsed, partly, weak = ([e for e in runs if e.how == how] for how in ("collapsed", "partly", "weak"))
     if not runs:
         unknown = "No finished cell is a fine-tuning with a fast attack whose records show whether it collapsed."
         return "open", NOT_MEASURED, [unknown]
-    attacks = listed(attack_words(name) for name in distinct(each.result.cell.attack for each in runs))
-    one, where = len(runs) == 1, f"of transfer learning with {attacks} ({_ranges(runs)})"
+    counts = Counter(attack_words(each.result.cell.attack) for each in runs)
+    one, ranges = len(runs) == 1, _ranges(runs)
+    where = f"of transfer learning with {next(iter(counts))} ({ranges})"
+    if len(counts) > 1:
+        shares = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+        where = f"of transfer learning with fast attacks ({shares}; {ranges})"
     none = f"The one run {where} did not" if one else f"None of the {len(runs)} runs {where}"
     none += " overfit catastrophically." if one else " overfitted catastrophically."
-    if not collapsed and not partly:
+    if not collapsed and not partly and not weak:
         rate = 100 * (1 - 0.05 ** (1 / len(runs)))
         more = f"Were they independent, up to {rate:.2g} % of such runs could collapse (bound at 95 % confidence)."
         return "stable", "Yes, as far as this study goes.", [none, more]
@@ -116,7 +131,12 @@ def _of_those_that_show(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
         other = " other" if collapsed else ""
         count = f"{len(partly)}{other} {'run' if len(partly) == 1 else 'runs'}"
         words.append(f"{count} overfitted partly, losing more than {100 * PARTLY:.0f} points: {_places(partly, runs)}.")
-    if len(collapsed) == len(runs):
+    if weak:
+        judge, of = judge_words(HEADLINE_JUDGE), counted(len(weak), "run")
+        words.append(
+            f"In {of} without overfitting {judge} leaves less than half of PGD's accuracy: {_places(weak, runs)}."
+        )
+    if len(collapsed) + len(weak) == len(runs):
         return "unstable", "No.", words
     return "mixed", "Not everywhere.", words
 
@@ -147,12 +167,12 @@ def _places(some: Sequence[Course], runs: Sequence[Course]) -> str:
     all_runs, fallen = Counter(map(_place, runs)), dict(grouped(some, _place))
     order = sorted(fallen, key=lambda place: (-len(fallen[place]) / all_runs[place], place))
     words = []
-    for method, attack, eps in order[:4]:
+    for method, attack, eps in order[:SHOWN]:
         here = fallen[method, attack, eps]
         sets = listed(distinct(set_words(each.result.cell) for each in here))
         count = f"{len(here)} of {all_runs[method, attack, eps]}"
         words.append(f"{method} with {attack} at eps {eps:g} ({count}: {sets})")
-    rest = sum(len(fallen[place]) for place in order[4:])
+    rest = sum(len(fallen[place]) for place in order[SHOWN:])
     return ", ".join(words) + (f", and {rest} more" if rest else "")
 
 
@@ -200,6 +220,30 @@ def _of_model(averages: Sequence[Average], several: bool) -> str:
     )
 
 
+def of_pairs(differences: Iterable[Difference]) -> list[str]:
+    """What the means hide: in how many pairs of a data set and a method the first fast attack loses or gains to PGD.
+
+    Args:
+        differences: the differences to PGD on each data set.
+    """
+    judged = [each for each in differences if each.judge == HEADLINE_JUDGE and each.row.method != SCRATCH]
+    attack = "fgsm" if any(each.attack == "fgsm" for each in judged) else next((each.attack for each in judged), "")
+    by_eps = sorted(grouped((e for e in judged if e.attack == attack), lambda each: each.row.eps))
+    if len(judged) < 2:
+        return []
+    below = listed(f"{sum(e.high < 0 for e in pairs)} of {len(pairs)} at eps {eps:g}" for eps, pairs in by_eps)
+    above = listed(str(sum(e.low > 0 for e in pairs)) for _, pairs in by_eps)
+    words = [
+        f"Of the pairs of a data set and a method, models trained with {attack_words(attack)} are below PGD's by more "
+        f"than the pair's own 95 % interval in {below}, and above them in {above}."
+    ]
+    hidden = [(eps, [e.mean for e in pairs if e.robust]) for eps, pairs in by_eps if not all(e.robust for e in pairs)]
+    if any(means for _, means in hidden):
+        means = listed(f"{points(mean(m))} at eps {eps:g} ({counted(len(m), 'pair')})" for eps, m in hidden if m)
+        words.append(f"Where PGD's model is robust the mean difference is {means}.")
+    return [" ".join(words)]
+
+
 def _of(each: Average) -> str:
     names = listed(map(method_words, each.methods))
     methods = names if len(each.methods) == 1 else f"the mean of {names}"
@@ -228,14 +272,16 @@ def _warned(scores: Iterable[Score]) -> list[str]:
     found = [each for each in scores if each.lead is not None]
     if not found:
         return []
-    most = max((each.found, -each.false) for each in found)
-    best = sorted((each for each in found if (each.found, -each.false) == most), key=lambda each: -(each.lead or 0))
-    one, names = best[0], listed(f"“{each.name}” ({_when(each.lead or 0)})" for each in best)
-    subject = "The best detector was" if len(best) == 1 else "The best detectors were"
-    return [
-        f"{subject} {names}, which saw {one.found} of {counted(one.collapsed, 'collapse')} and fired in {one.false} of "
-        f"{counted(one.sound, 'run')} without one."
-    ]
+    most = max(each.found for each in found)
+    best = sorted((each for each in found if each.found == most), key=lambda each: (-(each.lead or 0), each.false))
+    names = listed(
+        f"“{each.name}” ({_when(each.lead or 0)}; false alarms in {each.false} of {counted(each.sound, 'sound run')})"
+        for each in best
+    )
+    few = " (too few to rank detectors by)" if best[0].collapsed < FEW else ""
+    subject = "The detector that saw most collapses" if len(best) == 1 else "The detectors that saw most collapses"
+    verb = "is" if len(best) == 1 else "are"
+    return [f"{subject}, {most} of {best[0].collapsed}{few}, {verb} {names}."]
 
 
 def _when(lead: float) -> str:

@@ -1,12 +1,12 @@
 """The table of fast training attacks: what each loses to PGD, how often it overfits, and its time."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastadv.study.grid import SCRATCH
-from fastadv.study.overfitting import Course, fallen
+from fastadv.study.overfitting import Course, failed
 from fastadv.study.results import HEADLINE_JUDGE, Result, attack_words, grouped, judge_words
-from fastadv.study.statistics import Difference, average
+from fastadv.study.statistics import Difference, average, cut
 from fastadv.study.timing import Time
 from fastadv.study.words import interval
 
@@ -77,7 +77,7 @@ def table(
 
 
 def _column(differences: Sequence[Difference], courses: Sequence[Course]) -> dict[str, tuple[str, str]]:
-    """{attack: (its difference to PGD, how many of its runs overfitted)} on what the attacks have in common."""
+    """{attack: (its difference to PGD, how many of its runs failed)} on what the attacks have in common."""
     places = {attack: _places(group) for attack, group in grouped(differences, lambda each: each.attack)}
     sets = {attack: {place[:2] for place in found} for attack, found in places.items()}
     most = max(map(len, sets.values()))
@@ -85,11 +85,12 @@ def _column(differences: Sequence[Difference], courses: Sequence[Course]) -> dic
     common = set.intersection(*(places[attack] for attack in widest))
     found = {}
     for attack in widest:
-        cut = [_cut(each, common) for each in differences if each.attack == attack]
-        mean = average([each for each in cut if each is not None], [differences[0].row.method])
+        mine = [each for each in differences if each.attack == attack]
+        there = [cut(e, [s for s in e.seeds if (e.row.data, e.row.classes, s) in common]) for e in mine]
+        mean = average([each for each in there if each is not None], [differences[0].row.method])
         runs = [each for each in courses if each.result.cell.attack == attack and _place(each.result) in common]
         if mean is not None:
-            found[attack] = interval(mean.mean, mean.low, mean.high), _fallen(runs)
+            found[attack] = interval(mean.mean, mean.low, mean.high), _failed(runs)
     return found
 
 
@@ -101,16 +102,8 @@ def _place(result: Result) -> Place:
     return result.cell.data, result.cell.classes, result.cell.seed
 
 
-def _cut(each: Difference, places: set[Place]) -> Difference | None:
-    """The difference with the seeds in `places` alone. Its own interval is that of all seeds, and is not used."""
-    chosen = [i for i, seed in enumerate(each.seeds) if (each.row.data, each.row.classes, seed) in places]
-    if not chosen:
-        return None
-    verdicts = each.verdicts[chosen]
-    return replace(each, seeds=tuple(each.seeds[i] for i in chosen), verdicts=verdicts, mean=float(verdicts.mean()))
-
-
-def _fallen(runs: Sequence[Course]) -> str:
-    """How many runs overfitted, of those where it would show: "2 of 6", or "1 and partly 1 of 6"; "" where in none."""
-    collapsed, partly, shown = fallen(runs)
-    return f"{collapsed}{f' and partly {partly}' if partly else ''} of {shown}" if shown else ""
+def _failed(runs: Sequence[Course]) -> str:
+    """How many runs failed, of those where it would show: "2 of 6", "1, partly 1, weak 1 of 6"; "" where in none."""
+    collapsed, partly, weak, shown = failed(runs)
+    more = "".join(f", {how} {count}" for how, count in (("partly", partly), ("weak", weak)) if count)
+    return f"{collapsed}{more} of {shown}" if shown else ""

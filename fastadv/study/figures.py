@@ -12,7 +12,7 @@ import numpy as np
 from fastadv._extras import require
 from fastadv.evaluation.report.curves import png, whole_numbers
 from fastadv.evaluation.report.html import text
-from fastadv.study.overfitting import Course, fallen
+from fastadv.study.overfitting import Course, failed
 from fastadv.study.paper_table import PAPER
 from fastadv.study.price import Price
 from fastadv.study.results import attack_words, judge_words, method_place, method_words
@@ -70,7 +70,7 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
 
 
 def stability_map(courses: Sequence[Course]) -> "Figure":
-    """A table of methods by eps: how many runs collapsed or overfitted partly, of those where a collapse would show.
+    """A table of methods by eps: how many runs collapsed, overfitted partly or are weak, of those where it would show.
 
     Args:
         courses: runs with one training attack.
@@ -82,7 +82,7 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     for row, method in enumerate(methods):
         for column, eps in enumerate(budgets):
             runs = [each for each in courses if (each.result.cell.method, each.result.cell.eps) == (method, eps)]
-            _field(axis, (column, row), *fallen(runs))
+            _field(axis, (column, row), *failed(runs))
     axis.set_xticks(range(len(budgets)), [f"{eps:g}" for eps in budgets])
     axis.set_yticks(range(len(methods)), [method_words(method) for method in methods])
     axis.set(xlabel="eps, 1/255", xlim=(-0.5, len(budgets) - 0.5), ylim=(len(methods) - 0.5, -0.5))
@@ -93,17 +93,18 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     return figure
 
 
-def _field(axis: "Axes", place: tuple[int, int], collapsed: int, partly: int, runs: int) -> None:
-    fell = collapsed + partly
+def _field(axis: "Axes", place: tuple[int, int], collapsed: int, partly: int, weak: int, runs: int) -> None:
+    fell = collapsed + partly + weak
     colour = UNKNOWN if not runs else STABLE if not fell else ALL if collapsed == runs else SOME
     hatch = "///" if fell else ""  # tells the colours apart in black and white
     rectangle = require("matplotlib.patches").Rectangle
     corner = (place[0] - 0.47, place[1] - 0.45)
     edge = "#ffffff" if fell else "#cccccc"
     axis.add_patch(rectangle(corner, 0.94, 0.9, facecolor=colour, edgecolor=edge, hatch=hatch, linewidth=0.5))
-    words = f"{collapsed} of {runs}" + (f"\n{partly} partly" if partly else "") if runs else "-"
+    more = [f"{count} {how}" for how, count in (("partly", partly), ("weak", weak)) if count]
+    words = "\n".join([f"{collapsed} of {runs}", *more]) if runs else "-"
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if fell else None
-    size, weight = (7 if partly else 8), ("bold" if fell else None)
+    size, weight = 8 - len(more), ("bold" if fell else None)
     axis.text(*place, words, ha="center", va="center", fontsize=size, bbox=box, weight=weight, linespacing=0.9)
 
 

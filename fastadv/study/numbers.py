@@ -34,7 +34,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def numbers(study: Study) -> dict[str, Any]:
     """The content of results.json. Differences are shares (with the attack minus with PGD), and epochs count from 0."""
     runs = [
-        {**asdict(each.result.cell), "collapse": each.collapse, "partly": each.partly}
+        {**asdict(each.result.cell), "collapse": each.collapse, "partly": each.partly, "weak": each.weak}
         | {"shows": each.shows, "detectors": each.seen}
         for each in study.courses
     ]

@@ -7,17 +7,18 @@ from statistics import median
 
 from fastadv.study.files import Record
 from fastadv.study.partners import pgd_of
-from fastadv.study.results import HEADLINE_JUDGE, Result, grouped, judge_words, row_of
+from fastadv.study.results import HEADLINE_JUDGE, LEAST, Result, grouped, judge_words, row_of
 
 HALF = 0.5
-LEAST = 0.05  # a fall in accuracy by less may be chance
 PARTLY = 0.10
 DROP, GAP, ABNORMAL = 0.20, 0.20, 0.10
 
 DEFINITION = (
     "A run has collapsed at the first epoch at which its accuracy under PGD-10 on the validation images is less than "
     f"half of what it could be, and more than {100 * LEAST:.0f} points below it, while of the monitor's images fewer "
-    "than half as many are classified correctly under PGD-5 as under the attack trained with. What it could be is its "
+    "than half as many, and fewer by more than "
+    f"{100 * PARTLY:.0f} points, are classified correctly under PGD-5 as under the attack trained with (for stored "
+    "signs under FGSM, which they imitate). What it could be is its "
     "best so far or, if higher, at the same epoch that of the run trained with PGD from the same seed; where there is "
     "no such run, the accuracy under the attack trained with. Where the run with PGD ends with one class for all "
     f"images, or {judge_words(HEADLINE_JUDGE)} leaves it less than {100 * LEAST:.0f} % of the test images, there is "
@@ -26,7 +27,9 @@ DEFINITION = (
     "collapse has overfitted partly if at some epoch the accuracy under PGD-10 is more than "
     f"{100 * PARTLY:.0f} points below its best so far or that of the run trained with PGD, while the monitor's images "
     "are classified correctly under the attack trained with more often than under PGD-5, by more than "
-    f"{100 * PARTLY:.0f} points. The weights that were chosen may be of an epoch before."
+    f"{100 * PARTLY:.0f} points. The weights that were chosen may be of an epoch before. A run that did neither is "
+    f"weak if {judge_words(HEADLINE_JUDGE)} leaves its chosen weights less than half of what it leaves those of the "
+    f"run trained with PGD, and more than {100 * LEAST:.0f} points less: it did not learn to be robust, or forgot it."
 )
 
 Rule = Callable[[Sequence[float]], Iterable[bool]]  # the values of a field over the epochs -> whether each one fires
@@ -62,7 +65,7 @@ def _fell(by: float) -> Rule:
 
 
 def _halved(values: Sequence[float]) -> Iterable[bool]:
-    return (value < HALF * best for value, best in zip(values, _highest(values), strict=True))
+    return (0 < best and value < HALF * best for value, best in zip(values, _highest(values), strict=True))
 
 
 def _above(threshold: float) -> Rule:
@@ -98,6 +101,7 @@ class Course:
         result: the finished cell of the run.
         collapse: the epoch at which the run collapsed, from 0; None where it did not.
         partly: where it did not collapse, the epoch at which it had first overfitted partly; None where it never had.
+        weak: whether it is weak beside the run with PGD, and neither collapsed nor overfitted partly.
         seen: {name of a detector: the epoch at which it fired first, or None}, of the detectors that have readings.
         shows: whether a collapse would show; not where the run with PGD from the same seed is not robust either.
     """
@@ -105,18 +109,21 @@ class Course:
     result: Result
     collapse: int | None
     partly: int | None
+    weak: bool
     seen: dict[str, int | None]
     shows: bool = True
 
     @property
-    def fell(self) -> bool:
-        """Whether the run overfitted, wholly or partly."""
-        return self.collapse is not None or self.partly is not None
+    def how(self) -> str | None:
+        """How the run failed: "collapsed", "partly" or "weak"; None where it did not."""
+        if self.collapse is not None:
+            return "collapsed"
+        return "partly" if self.partly is not None else "weak" if self.weak else None
 
     @property
     def sound(self) -> bool:
-        """Whether the run did not overfit, where that would show."""
-        return self.shows and not self.fell
+        """Whether the run did not fail, where that would show."""
+        return self.shows and self.how is None
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Score:
         collapsed: the number of collapsed runs.
         leads: for each run of `found`, the epochs from the firing to the collapse; -1 is one epoch too late.
         false: the number of sound runs in which it fired.
-        sound: the number of sound runs, which neither overfitted partly nor could hide a collapse.
+        sound: the number of sound runs, which did not fail in any way and could not hide it.
     """
 
     name: str
@@ -168,7 +175,8 @@ def courses(results: Iterable[Result]) -> list[Course]:
             measure = _measure(partner)
             fallen, half = collapse(each.epochs, measure), partly(each.epochs, measure)
             shows = measure != [] or fallen is not None or half is not None
-            found.append(Course(each, fallen, half if fallen is None else None, seen, shows))
+            low = shows and fallen is None and half is None and partner is not None and weak(each, partner)
+            found.append(Course(each, fallen, half if fallen is None else None, low, seen, shows))
     return found
 
 
@@ -180,8 +188,7 @@ def _measure(partner: Result | None) -> Sequence[Record] | None:
     """
     if partner is None:
         return None
-    robust = partner.accuracies.get(HEADLINE_JUDGE, 1.0) >= LEAST
-    return partner.epochs if robust and not partner.constant else []
+    return partner.epochs if partner.robust else []
 
 
 def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) -> int | None:
@@ -196,8 +203,8 @@ def collapse(epochs: Sequence[Record], partner: Sequence[Record] | None = None) 
     """
     for each, could_be in _with_what_could_be(epochs, partner):
         robust = each["robust_accuracy"]
-        fell = robust < HALF * could_be and could_be - robust > LEAST
-        if fell and each["probe_pgd"] < HALF * each["probe_attack"]:
+        halved = each["probe_pgd"] < HALF * each["probe_attack"]
+        if _fell_far(robust, could_be) and halved and each["probe_attack"] - each["probe_pgd"] > PARTLY:
             return int(each["epoch"])
     return None
 
@@ -210,6 +217,16 @@ def partly(epochs: Sequence[Record], partner: Sequence[Record] | None = None) ->
     return None
 
 
+def weak(run: Result, partner: Result) -> bool:
+    """Whether a run is weak beside that with PGD, as DEFINITION says of those that did not overfit."""
+    accuracy, could_be = (each.accuracies.get(HEADLINE_JUDGE, 0.0) for each in (run, partner))
+    return _fell_far(accuracy, could_be)
+
+
+def _fell_far(robust: float, could_be: float) -> bool:
+    return robust < HALF * could_be and could_be - robust > LEAST
+
+
 def _with_what_could_be(epochs: Sequence[Record], partner: Sequence[Record] | None) -> Iterator[tuple[Record, float]]:
     """Each epoch that was judged, with the accuracy under PGD-10 that the run could have had there."""
     of_partner = {each["epoch"]: each.get("robust_accuracy") for each in partner or ()}
@@ -220,11 +237,10 @@ def _with_what_could_be(epochs: Sequence[Record], partner: Sequence[Record] | No
         yield each, max(best, reference or 0.0)
 
 
-def fallen(runs: Iterable[Course]) -> tuple[int, int, int]:
-    """(Collapsed runs, those that overfitted partly, all runs), of the runs in which a collapse would show."""
-    shown = [each for each in runs if each.shows]
-    collapsed, half = (sum(getattr(each, how) is not None for each in shown) for how in ("collapse", "partly"))
-    return collapsed, half, len(shown)
+def failed(runs: Iterable[Course]) -> tuple[int, int, int, int]:
+    """(Collapsed runs, those that overfitted partly, weak ones, all), of the runs in which it would show."""
+    shown = [each.how for each in runs if each.shows]
+    return shown.count("collapsed"), shown.count("partly"), shown.count("weak"), len(shown)
 
 
 def scores(found: Iterable[Course]) -> list[Score]:

@@ -21,6 +21,7 @@ from fastadv.study.timing import Time
 from fastadv.study.words import points
 
 _ALARM = "catastrophic overfitting: "  # the monitor's warnings begin so
+_HOW = ("collapsed", "partly", "weak")
 _SHOWN = 12  # a longer list is folded
 
 _STYLE = """
@@ -135,19 +136,24 @@ def _overfitting(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
     if not study.courses:
         return "\n".join([*parts, html.paragraph("Not measured yet.")])
     parts.append(_side(drawn, [name for name in drawn if name.startswith("map-") and name not in first]))
-    parts += ["<h3>Runs that overfitted</h3>", _overfitted(study), "<h3>Detectors</h3>", _detectors(study.scores)]
+    parts += [
+        "<h3>Runs that overfitted or are weak</h3>",
+        _overfitted(study),
+        "<h3>Detectors</h3>",
+        _detectors(study.scores),
+    ]
     return "\n".join(parts)
 
 
 def _overfitted(study: Study) -> str:
-    fallen = sorted((each for each in study.courses if each.fell), key=lambda each: each.collapse is None)
-    if not fallen:
+    failed = sorted((each for each in study.courses if each.how), key=lambda each: _HOW.index(str(each.how)))
+    if not failed:
         sound = sum(each.sound for each in study.courses)
         return html.paragraph(f"None of {sound} runs where it would show, those trained with PGD among them.")
     rows = []
-    for each in fallen:
+    for each in failed:
         cell, epochs = each.result.cell, {e["epoch"]: e for e in each.result.epochs}
-        when = next(n for n in (each.collapse, each.partly) if n is not None)
+        when = next(n for n in (each.collapse, each.partly, max(epochs)) if n is not None)
         before = [e["robust_accuracy"] for n, e in epochs.items() if n < when and _has_validation(e)]
         kept = each.result.record["records"][-1].get("best_epoch")
         rows.append(
@@ -155,7 +161,7 @@ def _overfitted(study: Study) -> str:
                 *_names(cell),
                 f"{cell.eps:g}",
                 str(cell.seed),
-                "collapsed" if each.collapse is not None else "partly",
+                str(each.how),
                 str(when + 1),
                 _percent(max(before)) if before else "-",
                 _percent(epochs[when]["robust_accuracy"]),
@@ -176,7 +182,7 @@ def _overfitted(study: Study) -> str:
         "epoch kept",
         "its PGD-10",
     ]
-    return _folded(f"all {len(rows)} runs that overfitted", head, rows)
+    return _folded(f"all {len(rows)} runs that overfitted or are weak", head, rows)
 
 
 def _detectors(found: Sequence[Score]) -> str:
@@ -189,7 +195,7 @@ def _detectors(found: Sequence[Score]) -> str:
     absent = [name for name in DETECTORS if name not in {each.name for each in found}]
     note = f"Not in these records: {', '.join(absent)}. " if absent else ""
     note += "Epochs before the collapse: the median, least and most; below 0 it was late. False alarms: runs that "
-    note += "did not overfit, where that would show, in which it fired. The "
+    note += "neither overfitted nor are weak, where that would show, in which it fired. The "
     note += "gap and the monitor's alarm read the probe by which a collapse is defined."
     head = ["detector", "fires at", "collapses seen", "epochs before", "false alarms"]
     return _table(head, rows) + html.paragraph(note, "note")
@@ -217,9 +223,10 @@ def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
     how = (
         "Verdict minus verdict on the same image, under the same judge, with the same seed, in points. Over data sets: "
         "the mean, with Student's 95 % interval, never narrower than the sets' own leave it. Of one row (or one data "
-        f"set): the 95 % interval of {DRAWS:,} draws of seeds, then of images, each image being one unit over the "
-        "seeds; with one seed, of images alone: then it says nothing of other seeds. Where an interval leaves a "
-        "figure, its bounds are in the tables."
+        f"set): a 95 % interval from {DRAWS:,} draws of the images, each image being one unit over the seeds, to each "
+        "of which a term of Student's t is added for the seeds; with one seed there is none, and the interval says "
+        "nothing of other seeds. One in twenty such intervals errs: of many some leave out 0 by chance. Where an "
+        "interval leaves a figure, its bounds are in the tables."
     )
     over = [
         [

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from fastadv.study.grid import SCRATCH
 from fastadv.study.results import HEADLINE_JUDGE, judge_words, method_place, method_words
-from fastadv.study.statistics import Average
+from fastadv.study.statistics import Average, Difference, average, cut
 from fastadv.study.timing import Time
 from fastadv.study.words import counted, interval, listed, points
 
@@ -22,7 +22,9 @@ Key = tuple[str, float, tuple[str, ...]]  # model, eps, methods
 Groups = Mapping[Key, Mapping[str, Average]]  # {key: {judge: the difference}}
 
 
-def table(averages: Sequence[Average], times: Sequence[Time]) -> tuple[list[str], list[list[str]]]:
+def table(
+    averages: Sequence[Average], times: Sequence[Time], differences: Sequence[Difference] = ()
+) -> tuple[list[str], list[list[str]]]:
     """The table: (its head, its rows).
 
     It has at most ten rows: the paper's numbers, the mean over our methods at each eps, a method where a judge judged
@@ -31,6 +33,7 @@ def table(averages: Sequence[Average], times: Sequence[Time]) -> tuple[list[str]
     Args:
         averages: the differences to PGD, averaged over data sets.
         times: the times of methods with attacks.
+        differences: those of each data set, from which the headline judge's is taken where another has fewer.
     """
     groups: dict[Key, dict[str, Average]] = {}
     for each in averages:
@@ -46,11 +49,12 @@ def table(averages: Sequence[Average], times: Sequence[Time]) -> tuple[list[str]
         (model, eps, methods), judged = key, groups[key]
         what = _named(methods) + (f", {model}" if several else "")
         what += f", {_sets(judged)} of {counted(all_sets, 'data set')}" if _sets(judged) < all_sets else ""
+        what += _seeds(judged)
         reference = f"{100 * judged[HEADLINE_JUDGE].reference:.1f} %" if HEADLINE_JUDGE in judged else ""
-        cells = [_cell(judged[judge], judged) if judge in judged else "" for judge in judges]
+        cells = [_cell(judged[judge], judged, differences) if judge in judged else "" for judge in judges]
         rows.append(_row(what, eps, reference, cells, _time(model, methods, times)))
     head = ["FGSM's robust accuracy minus PGD's", "eps", f"PGD's under {judge_words(HEADLINE_JUDGE)}"]
-    return [*head, *map(judge_words, judges), "time / PGD's"], rows
+    return [*head, *map(judge_words, judges), "training time / PGD's"], rows
 
 
 def _chosen(groups: Groups) -> list[Key]:
@@ -86,12 +90,34 @@ def _row(what: str, eps: float, reference: str, cells: Sequence[str], time: floa
     return [what, f"{eps:g}", reference, *cells, "" if time is None else f"{time:.2f}"]
 
 
-def _cell(each: Average, judged: Mapping[str, Average]) -> str:
-    """A difference, and where it has fewer data sets or seeds than others of its row, how many."""
+def _seeds(judged: Mapping[str, Average]) -> str:
+    """The seeds of a row, where they are not three or more everywhere."""
+    most = max(judged.values(), key=lambda each: (each.seeds, each.data_sets))
+    if most.least_seeds == most.seeds:
+        return f", {counted(most.seeds, 'seed')}" if most.seeds < 3 else ""
+    return f", {most.least_seeds} to {most.seeds} seeds"
+
+
+def _cell(each: Average, judged: Mapping[str, Average], differences: Sequence[Difference]) -> str:
+    """A difference; where it has fewer data sets or seeds than others of its row, also the headline judge's there."""
     seeds = max(other.seeds for other in judged.values())
-    fewer = f", {counted(each.data_sets, 'data set')}" if each.data_sets < _sets(judged) else ""
-    fewer += f", {counted(each.seeds, 'seed')}" if each.seeds < seeds else ""
-    return interval(each.mean, each.low, each.high) + fewer
+    fewer = [counted(each.data_sets, "data set")] if each.data_sets < _sets(judged) else []
+    fewer += [counted(each.seeds, "seed")] if each.seeds < seeds else []
+    said = interval(each.mean, each.low, each.high)
+    if not fewer:
+        return said
+    headline = _headline_there(each, differences)
+    there = f"; {judge_words(HEADLINE_JUDGE)} there {points(headline)}" if headline is not None else ""
+    return f"{said}, {', '.join(fewer)}{there}"
+
+
+def _headline_there(of: Average, differences: Sequence[Difference]) -> float | None:
+    """The mean difference under the headline judge, of the data sets and seeds that the average `of` has."""
+    mine = [e for e in differences if (e.row.model, e.row.eps, e.attack) == (of.model, of.eps, of.attack)]
+    places = {(e.row, seed) for e in mine if e.judge == of.judge for seed in e.seeds}
+    there = [cut(e, [s for s in e.seeds if (e.row, s) in places]) for e in mine if e.judge == HEADLINE_JUDGE]
+    found = average([e for e in there if e is not None], of.methods)
+    return None if found is None else found.mean
 
 
 def _named(methods: Sequence[str]) -> str:

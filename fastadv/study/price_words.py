@@ -24,12 +24,12 @@ def sentences(found: Sequence[Summary]) -> list[str]:
         if not rivals.reference or len(rivals.attacks) == 1:
             continue
         about = f"{method_words(method)}{f' of {model}' if models > 1 else ''}{rivals.settings()}"
-        time = f"{rivals.time(rivals.reference):.2f} times as long as training without an attack ({standard})"
+        time = f"{rivals.times(rivals.reference)} as long as training without an attack ({standard})"
         words.append(
             f"{about[0].upper()}{about[1:]}: {against} takes {time}{'' if rivals.measured else ' by the cost model'}, "
             f"and {judge_words(HEADLINE_JUDGE)} leaves "
             + listed(f"{100 * each.robust:.1f} % on {rivals.place(each)}" for each in rivals.reference)
-            + f". {rivals.answer()}"
+            + f". {rivals.answer()} {rivals.caution()}".rstrip()
         )
         if rivals.left_out:
             words[-1] += f" Not measured everywhere, and not compared: {listed(rivals.left_out)}."
@@ -85,6 +85,18 @@ class _Rivals:
     def time(self, group: Sequence[Summary]) -> float:
         return median(_time(each, self.measured) for each in group)
 
+    def times(self, group: Sequence[Summary]) -> str:
+        """The time in words. That of one training, measured twice, differs in the second place."""
+        return f"{self.time(group):{'.1f' if self.measured else '.2f'}} times"
+
+    def caution(self) -> str:
+        """What the figures of the attacks that `answer` chose do not say; empty where it chose none."""
+        if self._cheapest() is None and self._best()[0].attack == self._best()[0].against:
+            return ""
+        choice = f"The choice among {len(self.attacks)} attacks was made on the images that judge"
+        single = all(each.runs == len(each.budgets) for each in self.reference)
+        return f"{choice}; with one seed the intervals are of images alone." if single else f"{choice}."
+
     def answer(self) -> str:
         """The cheapest attack that loses little to FGSM, and the most robust of those that take no longer."""
         cheapest, best = self._cheapest(), self._best()
@@ -116,7 +128,7 @@ class _Rivals:
         of = listed(f"{interval(*each.to_fgsm)} on {self.place(each)}" for each in group if each.to_fgsm)
         clean = {each.row: each.clean for each in self.reference}
         changes = listed(points(each.clean - clean[each.row]) for each in group)
-        return f"{group[0].attack} ({of}; clean accuracy {changes}; {self.time(group):.2f} times)"
+        return f"{group[0].attack} ({of}; clean accuracy {changes}; {self.times(group)})"
 
 
 def _eps(of: Summary) -> str:

@@ -57,9 +57,17 @@ class Study:
     @cached_property
     def answer(self) -> say.Answer:
         """The answer to the question in the title."""
-        fast = {each.cell.attack for each in self.results if each.fast}
+        fast = self._fast
         means, times = [e for e in self.averages if e.attack in fast], [e for e in self.times if e.attack in fast]
-        return say.answer(self.courses, means, times, self.scores, self.summaries, self.complete)
+        return say.answer(self.courses, means, times, self.scores, self.summaries, self.complete, self._of_fast)
+
+    @cached_property
+    def _fast(self) -> set[str]:
+        return {each.cell.attack for each in self.results if each.fast}
+
+    @property
+    def _of_fast(self) -> list[Difference]:
+        return [each for each in self.differences if each.attack in self._fast]
 
     @property
     def complete(self) -> bool:
@@ -69,12 +77,13 @@ class Study:
     @property
     def readme(self) -> str:
         """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
-        return f"{words.markdown(*self.paper, left=1)}\n\n{' '.join(say.stability(self.courses))}"
+        said = [*say.of_pairs(self._of_fast), *say.stability(self.courses)]
+        return f"{words.markdown(*self.paper, left=1)}\n\n{' '.join(said)}"
 
     @cached_property
     def paper(self) -> tuple[list[str], list[list[str]]]:
         """The paper's differences beside the study's, with intervals and times: (head, rows)."""
-        return paper_table.table(self.averages, self.times)
+        return paper_table.table(self.averages, self.times, self.differences)
 
     @cached_property
     def attacks(self) -> attack_table.Table | None:

@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key")
 
 HEADLINE_JUDGE = "pma"
+LEAST = 0.05  # a share of the images that may be chance
 PGD = "pgd"  # the other training attacks are compared with this one
 _SLOW = ("none", "pgd", "apgd", "bim", "mifgsm", "pma")  # an attack whose name begins like this is not fast
 
@@ -80,6 +81,11 @@ class Result:
             return bool(self.record["classes_predicted"] == 1)
         said = self.record["records"][-1].get("confusion", {}).get("clean", ())  # of the images to choose weights on
         return len({said_class for _, said_class, _ in said}) == 1
+
+    @property
+    def robust(self) -> bool:
+        """Whether a comparison with the model means something: it is robust on more images than may be chance."""
+        return self.accuracies.get(HEADLINE_JUDGE, 1.0) >= LEAST and not self.constant
 
     @property
     def fast(self) -> bool:

@@ -8,7 +8,7 @@ attack should differ; where another setting does, such as the number of epochs, 
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class Difference:
         high: the upper bound of that interval.
         reference: the share of the images on which the second cells are right under `judge`: where it is next to
             nothing, a difference cannot be large.
+        robust: whether PGD's models are: a model that is not tells nothing, and hides what the first one lacks.
         unlike: {setting: both values, such as "30 and 40"}, for each setting that differs and is not the attack's own.
         images: a digest of the test images.
     """
@@ -53,6 +54,7 @@ class Difference:
     low: float
     high: float
     reference: float
+    robust: bool
     unlike: dict[str, str]
     images: str
 
@@ -69,6 +71,7 @@ class Average:
         eps: the budget in units of 1/255.
         data_sets: the number of data sets.
         seeds: the most seeds that a method has on a data set.
+        least_seeds: the fewest.
         mean: the mean over the data sets, a share in [-1, 1].
         low: the lower bound of the mean's 95 % interval: for several data sets as in `_over_sets`, for one data set
             from the bootstrap over its seeds and images.
@@ -83,6 +86,7 @@ class Average:
     eps: float
     data_sets: int
     seeds: int
+    least_seeds: int
     mean: float
     low: float
     high: float
@@ -244,14 +248,23 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     if not common:
         return None
     one, means = differences[0], [float(np.mean([of[method].mean for method in common])) for of in sets.values()]
-    seeds = max(len(of[method].seeds) for of in sets.values() for method in common)
-    facts = (one.row.model, tuple(common), one.attack, one.judge, one.row.eps, len(means), seeds)
+    seeds = [len(of[method].seeds) for of in sets.values() for method in common]
+    facts = (one.row.model, tuple(common), one.attack, one.judge, one.row.eps, len(means), max(seeds), min(seeds))
     reference = float(np.mean([of[method].reference for of in sets.values() for method in common]))
     if len(means) > 1:
         interval = _over_sets(means, [[of[m] for m in common] for of in sets.values()])
         return Average(*facts, float(np.mean(means)), *interval, reference)
     pooled = of_one_set([next(iter(sets.values()))[method] for method in common])
     return None if pooled is None else Average(*facts, *pooled, reference)
+
+
+def cut(each: Difference, seeds: Sequence[int]) -> Difference | None:
+    """The difference with these seeds alone; None without any. Its interval stays that of all seeds: do not use it."""
+    chosen = [i for i, seed in enumerate(each.seeds) if seed in seeds]
+    if not chosen:
+        return None
+    verdicts = each.verdicts[chosen]
+    return replace(each, seeds=tuple(each.seeds[i] for i in chosen), verdicts=verdicts, mean=float(verdicts.mean()))
 
 
 def of_one_set(differences: Sequence[Difference]) -> tuple[float, float, float] | None:
@@ -318,19 +331,29 @@ def averages(differences: Iterable[Difference]) -> list[Average]:
     """All averages over data sets.
 
     For each model, attack, judge and eps there is one for each method, and one for the mean over the methods that start
-    from pretrained weights, if there are several.
+    from pretrained weights, if there are several. The mean leaves out methods that have fewer seeds than others have:
+    their chance would weigh as much as what the others know better.
     """
     found = []
     for _, alike in itertools.groupby(sorted(differences, key=_setting), _setting):
         group = list(alike)
         methods = list(dict.fromkeys(each.row.method for each in group))
         found += [average(group, [method]) for method in methods]
-        of_all = average(group, [method for method in methods if method != SCRATCH])
+        of_all = average(group, _best_known(group))
         found += [of_all] if of_all is not None and len(of_all.methods) > 1 else []
     return [each for each in found if each is not None]
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def _best_known(group: Sequence[Difference]) -> list[str]:
+    """The methods that start from pretrained weights, and have as many seeds as any of them on some data set."""
+    seeds: dict[str, int] = {}
+    for each in group:
+        if each.row.method != SCRATCH:
+            seeds[each.row.method] = max(len(each.seeds), seeds.get(each.row.method, 0))
+    return [method for method, count in seeds.items() if count == max(seeds.values())]
 
 
 def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[int, Result]) -> Iterable[Difference]:
@@ -346,14 +369,15 @@ def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[i
             low, high = bootstrap(verdicts, _number((row, attack, judge)))
             mean, unlike = float(verdicts.mean()), _unlike([(first[s], second[s]) for s in both])
             reference = float(np.mean([second[s].verdicts[judge].mean() for s in both]))
-            images = first[both[0]].record["labels"]
-            yield Difference(row, attack, judge, tuple(both), verdicts, mean, low, high, reference, unlike, images)
+            robust, images = all(second[s].robust for s in both), first[both[0]].record["labels"]
+            about = (row, attack, judge, tuple(both), verdicts, mean, low, high)
+            yield Difference(*about, reference, robust, unlike, images)
 
 
 def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
     found = {}
     for a, b in pairs:
-        one, other = ({**each.settings, "fastadv": each.record["machine"].get("fastadv")} for each in (a, b))
+        one, other = (each.settings | _made(each) for each in (a, b))
         for name in one.keys() | other.keys():
             untold = name in LATER and (name not in one or name not in other)
             if name not in OF_THE_ATTACK and not untold and one.get(name) != other.get(name):
@@ -363,6 +387,13 @@ def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
             if other[name] != usual and a.attack != b.attack:
                 found[f"{name} of {b.cell.attack}"] = f"{other[name]}, not the default"
     return dict(sorted(found.items()))
+
+
+def _made(result: Result) -> dict[str, str | None]:
+    """By what a cell was made: its last bits depend on the device, and a version of the source may have had a fault."""
+    machine = result.record["machine"]
+    device = machine.get("device")
+    return {"device": device, "fastadv": machine.get("fastadv"), "commit": result.record.get("commit")}
 
 
 def _judged(judge: str, *results: Result) -> bool:

@@ -72,6 +72,12 @@ def test_the_defaults_are_lists_too():
     assert parsed(study)["eps"] is None
 
 
+def test_a_budget_in_l2_may_be_longer_than_one_pixel_value():
+    assert parsed(evaluate, "--attacks", "pgdl2", "--eps", "765")["eps"] == [3.0]
+    with pytest.raises(argparse.ArgumentError):
+        parsed(evaluate, "--eps", "inf")
+
+
 def test_a_grid_takes_budgets_as_the_commands_do():
     grid = {"data": "digits", "model": "mlp", "seeds": 1, "methods": "full", "attacks": "fgsm"}
     assert [task.cell.eps for task in expanded({**grid, "eps": [4, "8/255", "16"]})] == [4, 8, 16]

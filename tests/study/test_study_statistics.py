@@ -12,7 +12,7 @@ from scipy import stats
 from studied import rng as rng
 
 from fastadv.study import attack_table
-from fastadv.study.overfitting import DETECTORS, collapse, courses, partly, scores
+from fastadv.study.overfitting import DETECTORS, collapse, courses, failed, partly, scores
 from fastadv.study.results import result_of, row_of
 from fastadv.study.statistics import Difference, Row, average, averages, bootstrap, compare, paired, t_interval
 from fastadv.study.timing import times
@@ -46,6 +46,7 @@ def test_an_interval_contains_its_mean(rng):
 
 def by_hand(differences, draws, rng):
     """The interval of `bootstrap` by a loop over the draws, with plain sums."""
+    own = float(np.mean(differences))  # without the two images
     rows = [[*map(float, row), 1.0, -1.0] for row in differences]
     seeds, images = len(rows), len(rows[0])
     mean = sum(map(sum, rows)) / (seeds * images)
@@ -66,7 +67,8 @@ def by_hand(differences, draws, rng):
             freedom = (seeds - 1) / sqrt(share)
             t = rng.normal() / sqrt(rng.chisquare(freedom) / freedom)
         found.append(mean + shrunk * drawn + t * sqrt(between_seeds / (seeds * images)))
-    return np.quantile(found, [0.025, 0.975])
+    low, high = np.quantile(found, [0.025, 0.975])
+    return np.array([min(low, own), max(high, own)])
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
@@ -296,7 +298,7 @@ def test_the_interval_over_data_sets_covers_the_mean(rng, of_seeds, of_sets):
             drawn = rng.random((3, 512))
             verdicts = (drawn < up).astype(np.int8) - (drawn > 1 - down).astype(np.int8)
             mean, of = float(verdicts.mean()), dataclasses.replace(row_of(row), data=str(number))
-            sets.append(Difference(of, "fgsm", "pma", (0, 1, 2), verdicts, mean, 0.0, 0.0, 0.5, {}, "images"))
+            sets.append(Difference(of, "fgsm", "pma", (0, 1, 2), verdicts, mean, 0.0, 0.0, 0.5, True, {}, "images"))
         found = average(sets, [row.cell.method])
         covered.append(found.low <= 0 <= found.high)
     assert np.mean(covered) > 0.92
@@ -310,7 +312,7 @@ def test_methods_err_together_only_where_their_verdicts_do(rng, seeds):
 
     def of(data, method, seeds, verdicts):
         where = dataclasses.replace(row, data=data, method=method)
-        return Difference(where, "fgsm", "pma", seeds, verdicts, float(verdicts.mean()), 0.0, 0.0, 0.5, {}, data)
+        return Difference(where, "fgsm", "pma", seeds, verdicts, float(verdicts.mean()), 0.0, 0.0, 0.5, True, {}, data)
 
     names = ("full", "lora", "bias")
     parts = [(names[0], (0,), verdicts[:1]), (names[1], (0,), verdicts[1:]), (names[2], seeds, more)]
@@ -377,6 +379,9 @@ def test_a_collapse_is_a_fall_under_pgd_alone():
     # A run that overfits as any training does: only the accuracy on validation images falls.
     overfits = changed(sound, robust_accuracy=[0.5, 0.4, 0.3, 0.24, 0.2], probe_pgd=[0.6, 0.7, 0.8, 0.85, 0.9])
     assert collapse(overfits, sound) is None
+    # PGD-5 leaves less than half of what FGSM leaves, of next to nothing: 2 and 12 of 256 images.
+    untrained = changed(sound, robust_accuracy=[0.01] * 5, probe_pgd=[2 / 256] * 5, probe_attack=[12 / 256] * 5)
+    assert collapse(untrained, sound) is None
     # So low an accuracy may fall by chance.
     hopeless = changed(sound, robust_accuracy=[0.04, 0.01, 0.0, 0.0, 0.0], probe_pgd=[0.01] * 5)
     assert collapse(hopeless, hopeless) is None
@@ -407,6 +412,22 @@ def test_a_run_that_loses_a_third_to_its_own_step_overfitted_partly(rng):
         0,
         1,
     )  # firing on partial overfitting is no false alarm
+
+
+@pytest.mark.parametrize(("share", "weak"), [(0.24, True), (0.26, False)])
+def test_a_run_that_never_became_robust_is_weak_and_no_collapse(rng, share, weak):
+    """As with GradAlign at eps 32, whose penalty keeps the network from learning: PMA leaves half of PGD's 50 %."""
+    records = [studied.record_of(rng, attack=attack) for attack in ("nfgsm", "pgd")]
+    for record, accuracy in zip(records, (share, 0.5), strict=True):
+        record["verdicts"]["pma"] = ("1" * round(64 * accuracy)).ljust(64, "0")
+    for epoch in records[0]["records"][1:-1]:
+        epoch |= {"robust_accuracy": 0.01, "probe_pgd": 0.0, "probe_attack": 0.06}
+    found = {each.result.attack: each for each in courses(map(result_of, records))}
+    assert found["nfgsm"].how == ("weak" if weak else None)
+    assert found["pgd"].how is None
+    assert failed(found.values()) == (0, 0, int(weak), 2)
+    records[1]["verdicts"]["pma"] = "1" * 3 + "0" * 61  # PGD's model is not robust: nothing shows
+    assert [each.how for each in courses(map(result_of, records))] == [None, None]
 
 
 def test_a_model_that_predicts_one_class_is_no_measure(rng):
@@ -444,6 +465,7 @@ def test_epochs_that_were_not_validated_do_not_tell():
         ("alignment", [None, 0.9, None, 0.44], 3),
         ("abnormal share", [0.0, 0.11, 0.0, 0.0], 1),
         ("SORA's cosine", [0.9, 0.2, 0.9, 0.9], 1),
+        ("SORA's cosine", [-0.05, -0.2, 0.6, 0.5], None),  # half of nothing is no measure
         ("the monitor's alarm", [None, None, "it fell", None], 2),
         ("the monitor's alarm", [None] * 4, None),
     ],
