@@ -175,7 +175,11 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
     Returns:
         float32 images / 255 for uint8; float images as they are.
+
+    Raises:
+        TypeError: images are of another dtype or no tensor.
     """
+    checks.image("images", images)
     # The ops' own conversion: a division by 255 is not rounded correctly on every device.
     return random_init(images, 0.0, seed=0) if images.dtype == torch.uint8 else images
 

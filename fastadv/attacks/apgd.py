@@ -175,8 +175,7 @@ class APGDL2(OnL2Ball, APGD):
         return torch.empty_like(slots.input, dtype=torch.promote_types(slots.input.dtype, torch.float32))
 
     def _direction(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        torch.nan_to_num(self.in_pixels(grad), 0.0, out=out)
-        return out.div_(per_sample(l2_norm(out) + TINY, out))
+        return self._unit(grad, out)
 
     def _move(self, slots: Slots, direction: torch.Tensor, length: torch.Tensor, share: torch.Tensor) -> None:
         clean, here, previous = to_float(slots.x), slots.adv, slots.memory["previous"]

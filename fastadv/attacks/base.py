@@ -1,6 +1,7 @@
 """The base class of all attacks: calling convention, options, checks, and the care that leaves a model unchanged."""
 
 import inspect
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from fastadv.attacks.attributes import Clip, TargetFunction
 from fastadv.attacks.checks import (
@@ -48,19 +50,25 @@ from fastadv.attacks.verdicts import is_label, verdict
 from fastadv.functional import Normalization, new_seed, pgd_step_, random_init, to_float
 from fastadv.names import instead
 from fastadv.nn.frozen import as_normal, frozen, on
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, is_plain
 from fastadv.nn.parallel import one_process
 from fastadv.ops.autograd import result_like
+from fastadv.ops.checks import seed as check_seed
 from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
 
 GRAPHS = 8  # that are kept; each has its own memory
-# In a first batch of 8 images or more, a warning says where a tenth of the gradients or more are exactly zero.
+# Of the first batches that have 8 images or more together, a warning says where a tenth of the gradients or more are
+# zero.
 WATCHED, ALARMING = 8, 0.1
+LEAST = 2550  # of it an eps in the images' own unit fills the box: a tenth of what a byte tells apart
+ROUNDING = 1e-6  # of a sum of steps: ten of eps / 10 are eps
 # {what is counted on the device in a batch after the first: what is wrong with it}
 PROBLEMS = {
     "labels": "{count} labels name no class, they must be in [0, {classes})",
+    "start": "some of x_init are NaN",
     "images": "images of this batch are beyond [{lo:g}, {hi:g}], in which those of the first were",
     "eps": "{count} budgets are negative, not finite or beyond the images' scale (8/255, not 8)",
     "soft labels": "{count} soft labels are no probabilities, which sum to 1",
@@ -74,7 +82,8 @@ class Attack(Modes, Targets, ABC):
     While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
     The model is left exactly as it was found, also when it raises: train flags, requires_grad, `.grad`, buffers.
     Of a model that is no `nn.Module`, such as `lambda x: net(x)`, this holds for the modules inside: those in the
-    function's closure or the globals that it uses, in a method's object or a partial, and in what these hold. A model
+    function's closure or the globals that it uses, in a method's object or a partial, and in what these hold; and
+    likewise for those inside a `loss` or `targeted` of your own, or in a list or function that a module holds. A model
     under DistributedDataParallel is attacked through its `.module`. Its logits are its output, the output's attribute
     or key `logits`, or the output's first entry.
 
@@ -93,9 +102,10 @@ class Attack(Modes, Targets, ABC):
         target_classes: number of classes that the losses "targeted_margin" and "targeted_dlr" go towards, one after the
             other: those with the highest logits on the clean images, the label left out. Logits are compared in
             float32; of two equal ones the lower class comes first.
-        restarts: number of runs, each from another random start (and towards each target class). Each image keeps its
-            strongest result: the one with the largest loss, where NaN is the smallest. With a named loss other than
-            "kl" and labels that are not soft, a misclassified result comes before any other.
+        restarts: number of runs, each from another random start (and towards each target class). Without one, as of
+            BIM, they are equal unless the model draws. Each image keeps its strongest result: the one with the largest
+            loss, where NaN is the smallest. With a named loss other than "kl" and labels that are not soft, a
+            misclassified result comes before any other.
         best_iterate: a call returns for each image the strongest of all iterates, in the same order, instead of the
             last one. It costs a forward pass more.
         eot: number of draws, for a model that answers at random. Gradient and loss are the means of the draws at one
@@ -115,8 +125,9 @@ class Attack(Modes, Targets, ABC):
             default eps and the other lengths are in the inputs' own unit.
         images_normalized: (mean, std), each a number or one per channel, where the images that are passed, x_init too,
             are (pixels - mean) / std and the model takes such images. The result is normalised, too; eps, alpha, noise
-            and clip stay in pixels. The attack is the same as one on `Normalized(model, mean, std)` with pixels. None:
-            images are pixels.
+            and clip stay in pixels, where the ball holds. The result is rounded once more, which in float16 and
+            bfloat16 may leave the ball by one rounding. The attack is the same as one on `Normalized(model, mean, std)`
+            with pixels. None: images are pixels.
 
     All of these are attributes. One that is assigned later acts as if it had been passed here; another name is
     refused.
@@ -134,6 +145,7 @@ class Attack(Modes, Targets, ABC):
     row, as another number, is captured anew."""
     norm = "Linf"  # in which eps is a distance
     by_gradient = True  # else its steps see losses and logits only
+    eps_for_division: float = 0.0  # added to a gradient's norm, which it is divided by
 
     def __init__(
         self,
@@ -180,10 +192,12 @@ class Attack(Modes, Targets, ABC):
         self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
         self._counts: dict[str, torch.Tensor] = {}  # counts of other problems, for the warnings at the end of a call
         self._told: set[str] = set()  # alpha / eps where the steps are short of eps, each warned of once
+        self._shapes: list[torch.Size] = []  # of the model's parameters in the last call
         self._settled: dict[str, object] = {}
         self._made_of: dict[str, object] = {}
         self._graphs: OrderedDict[tuple[object, ...], GraphEngine] = OrderedDict()
         Attack.check(self)
+        self._warn_of_unit()
         self._make_objective()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -251,6 +265,7 @@ class Attack(Modes, Targets, ABC):
         )
         self._graphs.clear()
         self._first = True
+        self._watched = self._still = 0  # how many gradients `leads_nowhere` saw, and of how many it is true
         self._width = 0  # the batch size that was compiled
 
     # ------------------------------------------------------------------ what an attack is
@@ -284,7 +299,26 @@ class Attack(Modes, Targets, ABC):
         Args:
             eps: the budget; a tensor, of each image, is not looked at.
         """
-        return None
+        alpha = self.alpha
+        if not (isinstance(eps, Real) and isinstance(alpha, Real) and alpha > 0):  # 0 is meant: the start alone
+            return None
+        reach = float(alpha) * sum(self.factors())
+        if reach >= float(eps) * (1 - ROUNDING):
+            return None
+        alpha, reach, budget = (self._shown("alpha", length) for length in (alpha, reach, eps))
+        larger = "eps / 4 with 10 steps, or more steps" if "steps" in options_of(type(self)) else "1.25 eps"
+        return (
+            f"steps = {self.steps} of alpha = {alpha} move an image by {reach} at most, less than eps = {budget}: from "
+            f"the image itself they do not reach the boundary of the ball. Pass a larger alpha, such as {larger}"
+        )
+
+    def factors(self) -> list[float]:
+        """The factor of the step size, for each step."""
+        return [1.0] * self.steps
+
+    def leads_nowhere(self, grad: torch.Tensor) -> torch.Tensor:
+        """Which samples' gradients, as `step` gets them, no step can follow, (N,) bool."""
+        return (grad == 0).flatten(1).all(1)
 
     def inside(self, slots: Slots) -> torch.Tensor | None:
         """Which iterates are within the budget and may count, (N,) bool; None where all are."""
@@ -352,10 +386,15 @@ class Attack(Modes, Targets, ABC):
             RuntimeError: another thread is attacking the model, or its output does not depend on its input.
         """
         self._settle()
-        self._check_batch(images, labels, x_init)
+        parameters = as_module(self.objective.model).parameters()
+        shapes = [parameter.shape for parameter in parameters if not is_lazy(parameter)]
+        if shapes != self._shapes:  # another head in the same model has other classes
+            self._shapes, self._first = shapes, True
+        self._check_batch(images, labels, seed, x_init)
         if x_init is None:  # that may be anywhere in the ball
             self._warn_of_short(self.eps if eps is None else eps, stacklevel=3)
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.model, self.training_mode), on(images.device):
+        still = frozen(self.model, self.training_mode, self.loss, self.targeted)
+        with torch.inference_mode(False), torch.no_grad(), still, on(images.device):
             self._seen, self._counts = [], {}
             x = as_normal(images)
             passed = None if self.images_normalized is None else self._normalization  # of the images that were passed
@@ -369,6 +408,11 @@ class Attack(Modes, Targets, ABC):
             if seed is None and (self.draws or several or self.targeted == "random"):
                 seed = new_seed(x.device)
             alpha = self._own_alpha(x)
+            if x_init is not None:
+                self._check_start(x_init)
+            # The gradient of dlr is zero where the label's logit is the third, as it may be of any single image.
+            if self._watched < WATCHED and len(x) >= (WATCHED if self.loss == "dlr" else 1):
+                self.objective.watch = self.leads_nowhere
             try:
                 if callable(self.targeted):
                     labels = self._mapped(self.targeted, x, labels)
@@ -612,10 +656,24 @@ class Attack(Modes, Targets, ABC):
 
     # ------------------------------------------------------------------ checks
 
+    def _constructors(self) -> int:
+        """The number of constructors before that of `Attack`: each is a frame between here and the caller."""
+        below = type(self).__mro__[: type(self).__mro__.index(Attack)]
+        return sum("__init__" in vars(cls) for cls in below)
+
+    def _warn_of_unit(self) -> None:
+        """Warn of an eps in another unit than the images, such as the default one; called by the constructor."""
+        lo, hi = box_of(self.clip)
+        if self.norm == "Linf" and 0 < LEAST * self.eps < hi - lo < math.inf:
+            warnings.warn(
+                f"eps = {self.eps:g} is tiny on the images' scale, clip = {self.clip}: pass it in their own unit, such "
+                "as 8 for [0, 255]",
+                stacklevel=3 + self._constructors(),
+            )
+
     def _warn_of_step(self) -> None:
         """Warn of a step size that cannot be meant; called by the constructor that has set all of it."""
-        below = type(self).__mro__[: type(self).__mro__.index(Attack)]
-        constructors = sum("__init__" in vars(cls) for cls in below)  # each is a frame between here and the caller
+        constructors = self._constructors()
         if isinstance(self.alpha, Real) and float(self.alpha) > 2 * self.eps:
             warnings.warn(
                 f"alpha = {self._shown('alpha', self.alpha)} is more than twice eps = {self._shown('eps', self.eps)}: "
@@ -659,9 +717,17 @@ class Attack(Modes, Targets, ABC):
             return per_sample(alpha, x)
         return alpha if has_rows(alpha) else None
 
-    def _check_batch(self, images: torch.Tensor, labels: torch.Tensor | None, x_init: torch.Tensor | None) -> None:
+    def _check_batch(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        seed: int | torch.Tensor | None,
+        x_init: torch.Tensor | None,
+    ) -> None:
         check_images(images, self.clip)
         check_device(images.device, self.model)
+        if seed is not None:  # also where nothing is drawn, or one for each sample is made of it first
+            check_seed(seed, images)
         if x_init is not None:
             check_start(x_init, images)
         if labels is not None:
@@ -685,7 +751,13 @@ class Attack(Modes, Targets, ABC):
             check_soft(labels)
         if labels is not None and self.compares == "signs":
             check_signs(labels)
-        self.objective.watch = len(x) >= WATCHED
+
+    def _check_start(self, x_init: torch.Tensor) -> None:
+        sound = ~x_init.isnan().any()
+        if not self._first:
+            self._tally("start", sound)
+        elif not sound:
+            raise ValueError(f"{PROBLEMS['start']}: an attack starts from images")
 
     def _count_values(self, images: torch.Tensor | None, labels: torch.Tensor | None) -> None:
         """In later batches, without waiting for the device: count what `_check_values` would refuse."""
@@ -708,6 +780,7 @@ class Attack(Modes, Targets, ABC):
         # x - x is 0 where x is finite, else NaN.
         counts = {"losses": reduce(add, ((losses - losses != 0).sum() for losses in seen)), **self._counts}
         if still is not None:
+            still = still[: seen[0].shape[1]]  # without what fills up a batch
             counts["still"] = still.sum()
         values = torch.stack(list(counts.values())).tolist() if len(counts) > 1 else [int(counts["losses"])]
         told = dict(zip(counts, values, strict=True))
@@ -722,10 +795,17 @@ class Attack(Modes, Targets, ABC):
                 lo, hi = box_of(self.clip)
                 said = problem.format(count=told[name], classes=self.objective.classes, lo=lo, hi=hi)
                 warnings.warn(f"{said}: their samples were not attacked as they should be", stacklevel=3)
-        if still is not None and told["still"] >= ALARMING * len(still):
+        if still is None or told.get("labels"):  # labels that name no class have no gradient
+            return
+        self._watched += len(still)
+        self._still += told["still"]
+        if self._watched >= WATCHED and self._still >= ALARMING * self._watched:
+            least = self.eps_for_division
             warnings.warn(
-                f"the gradient is exactly zero for {told['still']} of {len(still)} images at the first step, and no "
-                "attack that follows it gets anywhere there: does the model round, saturate, or return probabilities?",
+                f"the gradient is exactly zero{f', or at most {least:g} long,' if least else ''} for {self._still} of "
+                f"{self._watched} images at the first step, and no attack that follows it gets anywhere there: does "
+                "the model round, saturate, or return probabilities? Where it is only sure, loss='margin' has a "
+                "gradient, and cross-entropy may have one in float64",
                 stacklevel=3,
             )
 
@@ -767,13 +847,13 @@ def _same(settings: Mapping[str, object], others: Mapping[str, object]) -> bool:
 
 @lru_cache
 def _assignable(attack: type[Attack]) -> frozenset[str]:
-    """The names that may be assigned to an attack: what it and the classes that it derives from are made with."""
-    kinds = [kind for kind in attack.__mro__ if issubclass(kind, Attack)]
-    return frozenset({"model", "eps", "objective"}.union(*map(options_of, kinds)))
+    """The names that may be assigned to an attack."""
+    return frozenset({"model", "eps", "objective", *options_of(attack)})
 
 
 def options_of(attack: type[Attack]) -> list[str]:
-    """Names of what an attack can be made with beside the model and eps: its own, and those of every attack."""
-    parameters = [each for kind in (attack, Attack) for each in inspect.signature(kind).parameters.values()]
-    own = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    """Names of what an attack can be made with beside the model and eps: its own, then those it passes to its bases."""
+    kinds = [kind for kind in attack.__mro__ if issubclass(kind, Attack)]
+    parameters = [each for kind in kinds for each in inspect.signature(kind).parameters.values()]
+    own = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     return [name for name in dict.fromkeys(own) if name not in ("model", "eps")]

@@ -76,6 +76,11 @@ def check_options(
     if targeted and not callable(loss) and LOSSES[loss].compares in ("clean", "pairs"):
         why = "has no target class" if loss == "kl" else "chooses its target classes itself"
         raise ValueError(f"the loss {loss} {why}: leave targeted at False, or choose another loss")
+    if targeted in CHOSEN and loss == "bce":
+        raise ValueError(
+            f"targeted={targeted!r} chooses a class other than the label, and the labels of the loss bce name none: "
+            "pass targets of your own, 0 or 1 for each logit, with targeted=True"
+        )
     check_whole("target_classes", target_classes)
     check_whole("restarts", restarts)
     check_whole("eot", eot)
@@ -170,8 +175,8 @@ def check_images(images: torch.Tensor, clip: tuple[float, float] | None = BOX) -
         raise TypeError(f"images must be a float or uint8 tensor, got {_kind(images)}")
     if images.dtype == torch.uint8 and box_of(clip) != BOX:
         raise TypeError(f"uint8 images mean images / 255, in [0, 1], and clip is {clip}: pass floats")
-    if images.ndim == 0:
-        raise ValueError("images must be a batch (N, ...), got a tensor without dimensions")
+    if images.ndim < 2:
+        raise ValueError(f"images must be a batch (N, ...) with pixels, got a tensor of shape {tuple(images.shape)}")
 
 
 def check_device(device: torch.device, model: AnyModel) -> None:

@@ -9,7 +9,7 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import box_of, check_number, check_whole
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.hyperplane import to_hyperplane
-from fastadv.attacks.l2 import l2_norm
+from fastadv.attacks.l2 import gradient_norm, l2_norm
 from fastadv.attacks.noise import gaussian, uniform
 from fastadv.attacks.samplewise import any_of, largest, per_sample, put_
 from fastadv.functional import random_init, to_float
@@ -40,8 +40,8 @@ class FAB(Attack):
         alpha_max: the largest share of the image's own way to the plane in a step.
         eta: by what a step goes further than to the plane, as a factor, at least 1.
         beta: by what the way from the image is shortened where an iterate is misclassified, as a factor of at most 1.
-        options: see `Attack`; the loss is "targeted_margin", or "margin". Its compile leaves out the gradients of the
-            latter.
+        options: see `Attack`; the loss is "targeted_margin", or "margin", which takes no eot. Its compile leaves out
+            the gradients of the latter.
 
     Raises:
         ValueError: eps is not in [0, 1], or a setting is beyond its range.
@@ -81,6 +81,11 @@ class FAB(Attack):
             raise ValueError(
                 "FAB goes to planes of equal logits, loss='targeted_margin' or 'margin' with targeted=False, got "
                 f"{self.loss!r} and {self.targeted!r}"
+            )
+        if self.loss == "margin" and self.eot > 1:
+            raise ValueError(
+                "FAB with loss='margin' takes the gradients of all classes from one draw, which eot does not average: "
+                f"leave eot at 1, got {self.eot}, or pass loss='targeted_margin'"
             )
 
     @property
@@ -137,7 +142,7 @@ class FAB(Attack):
         return torch.where(per_sample(found, slots.adv), slots.memory["nearest"], to_float(slots.x))
 
     def cost(self, classes: int) -> tuple[int, int]:
-        return (classes if self.loss == "margin" else 1), 1
+        return (classes if self.loss == "margin" else self.eot), self.eot
 
     def strength(self, slots: Slots, losses: torch.Tensor) -> torch.Tensor:
         return -slots.memory["distance"]
@@ -179,7 +184,7 @@ class FAB(Attack):
         nearest: tuple[torch.Tensor, ...] = ()
         for grad, gap in self.objective.margins(slots.input, slots.targets):
             normal = self.in_pixels(grad).nan_to_num(0.0)
-            size = l2_norm(normal) if self.norm == "L2" else normal.flatten(1).abs().sum(1)
+            size = gradient_norm(normal) if self.norm == "L2" else normal.flatten(1).abs().sum(1)
             distance = torch.where(size > 0, gap.abs() / size, torch.inf)  # the label's own has no gradient
             plane: tuple[torch.Tensor, ...] = distance, normal, gap
             if nearest:
@@ -188,6 +193,7 @@ class FAB(Attack):
                     torch.where(per_sample(nearer, t), t, best) for t, best in zip(plane, nearest, strict=True)
                 )
             nearest = plane
+        self.objective.show(nearest[1])
         return nearest[1], nearest[2]
 
     def _towards_plane(

@@ -61,6 +61,9 @@ class FGSM(Attack):
     def _noise(self, eps: float | torch.Tensor) -> float | torch.Tensor:
         return self.noise if self.noise is not None else self.NOISE * eps
 
+    def short_of(self, eps: object) -> str | None:
+        return super().short_of(eps) if self.project else None  # else the start alone may leave the ball
+
     def start(self, slots: Slots) -> None:
         # Without noise random_init only converts, and a float image that the model takes unchanged needs none of it.
         if self.draws or slots.x.dtype == torch.uint8 or slots.adv is not None or slots.z is not None:
@@ -102,14 +105,14 @@ class FFGSM(FGSM):
     """
 
     def __init__(self, model: AnyModel, eps: float = 8 / 255, alpha: float = 10 / 255, **options: Any) -> None:
-        super().__init__(model, eps, alpha=alpha, noise=None, **options)
+        super().__init__(model, eps, alpha=alpha, **{"noise": None, **options})
 
 
 class NFGSM(FGSM):
     """FGSM from a wide random start, not projected back on the ball.
 
     de Jorge et al. 2022 (arXiv 2202.01181, section 4). A training attack: with the default noise the result
-    is up to 3 eps from the image.
+    is up to 3 eps from the image, and from an `x_init` it is alpha from that, wherever that is.
 
     Args:
         model: any callable from images to logits (N, C).

@@ -9,7 +9,7 @@ from fastadv.attacks.checks import box_of, check_number
 from fastadv.attacks.engine import Slots
 from fastadv.attacks.noise import gaussian, uniform_per_sample
 from fastadv.attacks.pgd import PGD
-from fastadv.attacks.samplewise import per_sample
+from fastadv.attacks.samplewise import largest, per_sample
 from fastadv.functional import to_float
 from fastadv.nn.logits import AnyModel
 
@@ -18,6 +18,16 @@ class OnL2Ball(Attack):
     """What the L2 attacks share: how an iterate comes back into the ball."""
 
     norm = "L2"
+    eps_for_division = 1e-12
+
+    def leads_nowhere(self, grad: torch.Tensor) -> torch.Tensor:
+        # What is added is then the larger part of the divisor, and a step a small part of its length.
+        return gradient_norm(self.in_pixels(grad)) <= self.eps_for_division
+
+    def _unit(self, grad: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The gradient in pixels, brought to length 1; an entry that is not finite counts as 0."""
+        unit = torch.nan_to_num(self.in_pixels(grad), 0.0, 0.0, 0.0, out=out)
+        return unit.div_(per_sample(gradient_norm(unit) + self.eps_for_division, unit))
 
     def into_ball(self, slots: Slots) -> None:
         clean = to_float(slots.x)
@@ -50,7 +60,8 @@ class PGDL2(OnL2Ball, PGD):
         alpha: length of a step; None means eps; also a tensor, see `Attack.alpha`.
         steps: number of steps, at least 1.
         random_start: start in a random direction at a uniformly random distance within eps, else at the image.
-        eps_for_division: added to the gradient's norm.
+        eps_for_division: added to the gradient's norm. Where that is not much larger, a step is shorter than alpha; a
+            warning says so.
         options: as PGD's, `schedule` among them; see `Attack`.
 
     Raises:
@@ -87,8 +98,7 @@ class PGDL2(OnL2Ball, PGD):
 
     def step(self, slots: Slots, grad: torch.Tensor) -> None:
         clean = to_float(slots.x)
-        grad = self.in_pixels(grad).nan_to_num(0.0)
-        step = grad / per_sample(l2_norm(grad) + self.eps_for_division, grad)
+        step = self._unit(grad)
         self._write(slots, clean, slots.adv + (self.length(slots) * step).to(step.dtype) - clean)
 
 
@@ -109,3 +119,12 @@ def l2_norm(t: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(t.dtype, torch.float32)
     norms: torch.Tensor = torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=dtype)
     return norms
+
+
+def gradient_norm(grad: torch.Tensor) -> torch.Tensor:
+    """`l2_norm` where squares may leave the range of their type, as of a confident model's gradients, at 1e-23."""
+    rows = grad.flatten(1)
+    size = largest(rows).to(torch.promote_types(grad.dtype, torch.float32))
+    # A power of two, so that no norm within range changes by a bit.
+    scale = torch.where(size > 0, size / (2 * torch.frexp(size).mantissa), 1.0)
+    return l2_norm(rows / scale[:, None]) * scale

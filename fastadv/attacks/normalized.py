@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastadv.attacks.checks import BOX, box_of, in_box
 from fastadv.functional import Normalization
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, of_pixels
 from fastadv.ops.reference import compute_dtype
@@ -20,13 +20,13 @@ def normalization_of(images_normalized: tuple[Any, Any], model: AnyModel) -> Nor
 
     Raises:
         TypeError: it is no such pair.
-        ValueError: mean or std are out of range, or the model is `Normalized`, which normalises once more.
+        ValueError: mean or std are out of range, or the model is or reaches a `Normalized`, which normalises once more.
     """
     try:
         mean, std = images_normalized
     except (TypeError, ValueError):
         raise TypeError(f"images_normalized must be (mean, std), or None, got {images_normalized!r}") from None
-    if isinstance(model, nn.Module) and any(isinstance(module, Normalized) for module in model.modules()):
+    if any(isinstance(module, Normalized) for module in as_module(model).modules()):
         raise ValueError(
             "images_normalized says that the images are normalised already, and Normalized(model, mean, std) would do "
             "it again: pass the attack the model without it, or images in [0, 1] without images_normalized"

@@ -53,9 +53,10 @@ class Objective:
         self.autocast = autocast
         self.compiled = compiled
         self.classes: int | None = None  # of the logits that were seen last
-        self.still: torch.Tensor | None = None  # samples whose gradient was exactly 0, (N,) bool, after `watch` was set
-        self.watch = False
+        self.still: torch.Tensor | None = None  # which samples' gradient leads nowhere, (N,) bool, said by `watch`
+        self.watch: Callable[[torch.Tensor], torch.Tensor] | None = None  # it sees one gradient
         self._copies = False  # whether the model writes to its input
+        self._looked = False  # whether that is known
         self._highest = -1
         self._losses = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
@@ -83,17 +84,25 @@ class Objective:
             grad, losses, logits = self._expected(lambda: self._climb(x, targets, scratch))
         if logits is not None:
             self.classes = logits.shape[1]
-        if self.watch:
-            self.watch, self.still = False, (grad == 0).flatten(1).all(1)
+        self.show(grad)
         return grad, losses, logits
+
+    def show(self, grad: torch.Tensor) -> None:
+        """Show `watch` a gradient that an attack climbs."""
+        watch, self.watch = self.watch, None
+        if watch is not None:
+            self.still = watch(grad)
 
     def _climb(
         self, x: torch.Tensor, targets: torch.Tensor, scratch: dict[str, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
+            # A write that autograd does not see, as to x.data, would be one to the images: the first call is looked at.
+            leaf = (x.detach() if self._looked else x.clone()).requires_grad_()
             losses, logits = self._of_leaf(leaf, targets)
             grad = _gradient(losses, leaf, self._ones(losses, scratch))
+        if not self._looked:
+            self._looked, self._copies = True, self._copies or not torch.equal(leaf, x)
         return grad, losses.detach(), logits
 
     def _ones(self, losses: torch.Tensor, scratch: dict[str, torch.Tensor] | None) -> torch.Tensor:

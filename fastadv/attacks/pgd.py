@@ -1,6 +1,5 @@
 """The iterated L-inf attacks."""
 
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from fastadv.attacks.schedules import SCHEDULES, Factors
 from fastadv.functional import pgd_step, pgd_step_, random_init
 from fastadv.names import instead
 from fastadv.nn.logits import AnyModel
-
-ROUNDING = 1e-6  # of a sum of steps: ten of eps / 10 are eps
 
 
 class PGD(Attack):
@@ -77,21 +74,7 @@ class PGD(Attack):
         return self.schedule != "constant"
 
     def factors(self) -> list[float]:
-        """The factor of the step size, for each step."""
         return [SCHEDULES[self.schedule](step, self.steps) for step in range(self.steps)]
-
-    def short_of(self, eps: object) -> str | None:
-        alpha = self.alpha
-        if not (isinstance(eps, Real) and isinstance(alpha, Real) and alpha > 0):  # 0 is meant: the start alone
-            return None
-        reach = float(alpha) * sum(self.factors())
-        if reach >= float(eps) * (1 - ROUNDING):
-            return None
-        lengths = [self._shown("alpha", length) for length in (alpha, reach, eps)]
-        return (
-            "steps = {} of alpha = {} move an image by {} at most, less than eps = {}: from the image itself they do "
-            "not reach the boundary of the ball. Pass a larger alpha, such as eps / 4 with 10 steps, or more steps"
-        ).format(self.steps, *lengths)
 
     def factor_of(self, slots: Slots) -> torch.Tensor:
         """The number of the factor that the next step takes, int64 (N,)."""
@@ -130,7 +113,7 @@ class BIM(PGD):
     def __init__(
         self, model: AnyModel, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options: Any
     ) -> None:
-        super().__init__(model, eps, alpha, steps, False, **options)
+        super().__init__(model, eps, alpha, steps, **{"random_start": False, **options})
 
 
 class TPGD(PGD):
@@ -192,7 +175,7 @@ class MIFGSM(PGD):
         **options: Any,
     ) -> None:
         self.decay = decay
-        super().__init__(model, eps, alpha, steps, False, **options)
+        super().__init__(model, eps, alpha, steps, **{"random_start": False, **options})
 
     def check(self) -> None:
         super().check()

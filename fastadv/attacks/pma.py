@@ -41,8 +41,8 @@ class _TwoStages(PGD):
         **options: Any,
     ) -> None:
         self.most_runs = most_runs
-        options = {"loss": "probability_margin", **options}
-        super().__init__(model, eps, None, steps, True, restarts=restarts, **options)
+        options = {"loss": "probability_margin", "alpha": None, **options}
+        super().__init__(model, eps, steps=steps, restarts=restarts, **options)
 
     def runs(self, classes: int) -> int:
         return self.restarts
@@ -52,6 +52,11 @@ class _TwoStages(PGD):
         if self.steps % 2:
             raise ValueError(f"steps must be even, for PMA has two halves, got {self.steps}")
         check_whole("most_runs", self.most_runs)
+        if self.loss != "probability_margin" or self.schedule != "constant":
+            raise ValueError(
+                "PMA climbs the loss 'probability_margin' by stages, with step sizes of its own (schedule='constant'), "
+                f"got {self.loss!r} and {self.schedule!r}: pass PGD another loss or schedule"
+            )
 
     def aim(self, slots: Slots) -> torch.Tensor:
         run, others = slots.restart, slots.targets[:, 1:]
@@ -88,10 +93,10 @@ class PMA(_TwoStages):
         steps: of a run, even. 20 are the default here; the paper's are 100.
         restarts: the number of runs.
         most_runs: up to which an evaluation goes on.
-        options: see `Attack`.
+        options: see `Attack`; the loss is "probability_margin".
 
     Raises:
-        ValueError: eps is not in [0, 1], or steps is odd or below 2.
+        ValueError: eps is not in [0, 1], steps is odd or below 2, or there is another loss or schedule.
     """
 
 
@@ -105,7 +110,7 @@ class PMAL2(_TwoStages, PGDL2):
         options: as PMA's; see `Attack`.
 
     Raises:
-        ValueError: eps is negative, or steps is odd or below 2.
+        ValueError: eps is negative, steps is odd or below 2, or there is another loss or schedule.
     """
 
     def __init__(self, model: AnyModel, eps: float = 0.5, steps: int = 20, **options: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.base import Attack, options_of
+from fastadv.attacks.checks import check_number
 from fastadv.attacks.fab import FAB
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
@@ -55,10 +56,12 @@ def create_attack(name: str, model: AnyModel, eps: float, **changes: Any) -> Att
         The attack.
 
     Raises:
-        ValueError: the name is unknown, or the attack has no such setting.
+        TypeError: eps is no number.
+        ValueError: the name is unknown, the attack has no such setting, or eps is not finite.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown attack {name!r}{instead(name, PRESETS)}")
+    check_number("eps", eps)
     attack, settings = PRESETS[name]
     changes = {key: value for key, value in changes.items() if value is not None}
     for key in changes:

@@ -41,7 +41,7 @@ class ZeroGrad(FGSM):
         **options: Any,
     ) -> None:
         self.quantile = quantile
-        super().__init__(model, eps, alpha=alpha, noise=None, **options)
+        super().__init__(model, eps, alpha=alpha, **{"noise": None, **options})
 
     def check(self) -> None:
         super().check()

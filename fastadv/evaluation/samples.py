@@ -5,7 +5,6 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -21,6 +20,7 @@ from fastadv.data.share import Batch, Samples, Share
 from fastadv.devices import present
 from fastadv.functional import Normalization
 from fastadv.nn.frozen import as_normal
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 from fastadv.ops.generator import seeded
 
@@ -201,7 +201,7 @@ def as_tensor(value: object) -> Any:
 
 
 def _parameters(model: AnyModel) -> Iterable[torch.Tensor]:
-    return model.parameters() if isinstance(model, nn.Module) else ()
+    return as_module(model).parameters()
 
 
 def _in_the_box(images: torch.Tensor) -> torch.Tensor:

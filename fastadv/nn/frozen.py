@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
@@ -101,23 +102,25 @@ def _set(name: str, flags: list[tuple[Any, bool]]) -> None:
 
 
 @contextmanager
-def frozen(model: AnyModel, training_mode: str = "eval") -> Iterator[None]:
+def frozen(model: AnyModel, training_mode: str = "eval", *others: object) -> Iterator[None]:
     """Freeze a model until the end: no parameter requires grad, and the modules are in `training_mode`.
 
-    Afterwards flags and buffers, such as running statistics, are as before. All buffers are copied at the beginning:
-    neither a captured graph nor batch-norm tells which buffers it has written to.
+    Afterwards flags and buffers, such as running statistics, are as before, and the weights that pre-forward hooks
+    have set. All buffers are copied at the beginning: neither a captured graph nor batch-norm tells which buffers it
+    has written to. A buffer that is registered in between stays, like a lazy module that has got its shape.
 
     Args:
         model: an `nn.Module`, or any other callable, whose modules `as_module` finds.
+        others: objects whose modules are frozen with it, such as a loss.
         training_mode: "eval": every module in eval mode; "as_is": modes are left alone, so that in train mode dropout
             draws and batch-norm uses the batch; "batch_norm": batch-norm in train mode, the rest in eval mode.
 
     Raises:
         RuntimeError: another thread is attacking or judging the model.
     """
-    modules = list(as_module(model).modules())
+    modules = list(as_module(model, *others).modules())
     parameters = _parameters(modules)
-    with _flags_kept(modules, parameters), _buffers_kept(modules):
+    with _flags_kept(modules, parameters), _buffers_kept(modules), _computed_weights_kept(modules):
         if training_mode != "as_is":
             kept = nn.modules.batchnorm._BatchNorm if training_mode == "batch_norm" else ()
             _set("training", [(module, isinstance(module, kept)) for module in modules if hasattr(module, "training")])
@@ -139,13 +142,40 @@ def buffers_kept(model: AnyModel) -> Iterator[None]:
 @contextmanager
 def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
     named = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
-    before = _Copies([buffer for _, _, buffer in named if buffer is not None and _is_writable(buffer)])
+    writable = [buffer for _, _, buffer in named if buffer is not None and is_writable(buffer)]
+    # .data hides the write from autograd, so that a graph that was built before can still run backward.
+    memory = [buffer.data for buffer in writable]
+    before = _Copies(memory)
 
     def put_back() -> None:
+        for mine, data in zip(writable, memory, strict=True):
+            plain = type(data) is torch.Tensor and data.layout == torch.strided
+            if plain and not mine.is_set_to(data):  # after set_, resize_ or an assignment to .data
+                mine.data = data
         before.put_back()
         for module, name, buffer in named:  # the model may have assigned another tensor; TorchScript cannot
             if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
+
+    with at_the_end(put_back):
+        yield
+
+
+@contextmanager
+def _computed_weights_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Restore at the end what was computed from the parameters, and keep in no cache what is from frozen ones.
+
+    The hooks of `weight_norm`, `spectral_norm` and pruning set a plain attribute, the weight. Parametrizations that
+    are `cached` are kept by PyTorch until the caller's cache ends.
+    """
+    hooked = [vars(module) for module in modules if vars(module).get("_forward_pre_hooks")]
+    weights = [{k: v for k, v in known.items() if isinstance(v, torch.Tensor)} for known in hooked]
+    cache, parametrize._cache = parametrize._cache, {}
+
+    def put_back() -> None:
+        parametrize._cache = cache
+        for known, before in zip(hooked, weights, strict=True):
+            known.update(before)
 
     with at_the_end(put_back):
         yield
@@ -172,9 +202,11 @@ class _Copies:
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._kinds: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for t in tensors:
-            # .data hides the write from autograd, so that a graph that was built before can still run backward.
+            # The same memory without what PyTorch has yet to do to its values, which it cannot write through.
+            t = t.conj() if t.is_conj() else t
+            t = torch._neg_view(t) if t.is_neg() else t
             mine, copies = self._kinds.setdefault((t.device, t.dtype), ([], []))
-            mine.append(t.data)
+            mine.append(t)
             copies.append(torch.empty_like(t))
         for mine, copies in self._kinds.values():
             torch._foreach_copy_(copies, mine)
@@ -194,7 +226,7 @@ def as_normal(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _is_writable(tensor: torch.Tensor) -> bool:
+def is_writable(tensor: torch.Tensor) -> bool:
     """Whether PyTorch can write to a tensor in place. It cannot where elements share memory, as after `expand`."""
     if tensor.is_inference():
         return False

@@ -1,4 +1,4 @@
-"""Finds the modules inside a callable that is no module, such as `lambda x: net(x)` or `functools.partial(net)`."""
+"""Finds the modules inside a callable, such as `lambda x: net(x)`, and those that a module holds unregistered."""
 
 import dis
 import gc
@@ -21,35 +21,54 @@ from fastadv.nn.logits import AnyModel
 _OF_MUCH = (torch.utils.data.Dataset, logging.Logger)
 _LEAVES = (torch.Tensor, np.ndarray, np.generic, types.ModuleType, types.CodeType, *_OF_MUCH)
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size}
+# What every module has: what is registered is found without a search, and of the rest only these hooks run in a call.
+_REGISTERED = vars(nn.Module()).keys() - {"_forward_pre_hooks", "_forward_hooks"}
 
 
-def as_module(model: AnyModel) -> nn.Module:
-    """The model itself if it is an `nn.Module`; else an `nn.ModuleList` of the modules that the callable reaches.
+def as_module(model: AnyModel, *others: object) -> nn.Module:
+    """The model itself if all that it reaches is registered in it; else an `nn.ModuleList` of the modules reached.
 
     Reached are a function's closure, defaults and the globals that it uses, a method's object, what a partial or any
-    other object holds, and so on from there; of installed packages no globals and no classes. Nothing is remembered: a
-    closure may hold another network at the next call.
+    other object holds, and so on from there; of installed packages no globals and no classes. Of a module these are
+    the modules registered in it, its class and hooks, and what its other attributes hold that are callables, lists,
+    tuples, sets or dicts. Nothing is remembered: a closure may hold another network at the next call.
 
     Args:
         model: an `nn.Module` or any other callable.
+        others: what is searched with it.
     """
-    return model if isinstance(model, nn.Module) else nn.ModuleList(_modules_in(model))
+    found = _modules_in((model, *others))
+    return found[0] if len(found) == 1 and found[0] is model else nn.ModuleList(found)
 
 
-def _modules_in(model: AnyModel) -> list[nn.Module]:
+def _modules_in(values: tuple[object, ...]) -> list[nn.Module]:
     found: list[nn.Module] = []
-    todo: list[Any] = [model]
-    seen: dict[int, Any] = {id(model): model}  # it keeps the objects alive: another one could get the id
+    todo: list[Any] = [values]
+    seen: dict[int, Any] = {}  # it keeps the objects alive: another one could get the id
     while todo:
         value = todo.pop()
         if issubclass(type(value), nn.Module):
             found.append(value)
-            continue
-        for each in _held_by(value):
+            inside = list(value.modules())
+            seen.update((id(module), module) for module in inside)
+            held: Iterable[Any] = [each for module in inside for each in _beside(module)]
+        else:
+            held = _held_by(value)
+        for each in held:
             if type(each) not in _PLAIN and id(each) not in seen:
                 seen[id(each)] = each
                 todo.append(each)
     return found
+
+
+def _beside(module: nn.Module) -> Iterable[Any]:
+    """What a module's call may use beside what is registered in it."""
+    known = vars(module)
+    for name in known.keys() - _REGISTERED:
+        value = known[name]
+        if callable(value) or (issubclass(type(value), (list, tuple, set, dict)) and value):
+            yield value
+    yield type(module)
 
 
 def _held_by(value: Any) -> Iterable[Any]:
@@ -60,7 +79,9 @@ def _held_by(value: Any) -> Iterable[Any]:
     if issubclass(kind, types.FunctionType):
         known = {} if is_installed(value.__module__) else value.__globals__
         used = [known[name] for name in globals_of(value.__code__) if name in known]
-        return (*used, value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value))
+        used += gc.get_referents(*(value.__closure__ or ()))
+        _add_of_imports(used, _names_in(value.__code__))
+        return (*used, value.__defaults__, value.__kwdefaults__, vars(value))
     return (value(),) if issubclass(kind, weakref.ref) else gc.get_referents(value)
 
 
@@ -72,10 +93,30 @@ def globals_of(code: types.CodeType) -> frozenset[str]:
     return frozenset(here.union(*map(globals_of, inner)))
 
 
+def _add_of_imports(used: list[Any], names: frozenset[str]) -> None:
+    """Add what a function reads from the Python modules that it uses, `helpers.net`; nothing of installed packages."""
+    for each in used:  # it grows: `package.helpers.net`
+        if issubclass(type(each), types.ModuleType) and not is_installed(each.__name__):
+            held = [vars(each)[name] for name in names & vars(each).keys()]
+            used += [value for value in held if all(value is not other for other in used)]
+
+
+@lru_cache(maxsize=1024)
+def _names_in(code: types.CodeType) -> frozenset[str]:
+    """The names of the globals and attributes that a function, or a function inside it, uses."""
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return frozenset(code.co_names).union(*map(_names_in, inner))
+
+
 def is_installed(module: str | None) -> bool:
     """Whether a module, by its name, belongs to an installed package, the standard library or this package."""
     top = (module or "").partition(".")[0]
     if top == "fastadv" or (top in sys.stdlib_module_names and top != "__main__"):
         return True
     file = getattr(sys.modules.get(module or ""), "__file__", None)
-    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    return file is not None and _is_of_packages(file)
+
+
+@lru_cache(maxsize=1024)
+def _is_of_packages(file: str) -> bool:
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized
 
@@ -47,12 +48,13 @@ def are_equal(model: AnyModel, other: AnyModel) -> bool:
 def _is_within(part: AnyModel, whole: AnyModel) -> bool:
     around = (
         each
-        for each in (whole.modules() if isinstance(whole, nn.Module) else ())
+        for each in as_module(whole).modules()
         if isinstance(each, Normalized) or (isinstance(each, nn.Sequential) and len(each) > 1)
     )
-    return any(each is not part and any(inner is part for inner in each.modules()) for each in around)
+    return any(each is not part and any(inner is part for inner in as_module(each).modules()) for each in around)
 
 
 def _tensors(model: AnyModel) -> dict[str, torch.Tensor]:
-    """{name: parameter or buffer}; any other callable than a module has none."""
-    return dict(model.named_parameters()) | dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    """{name: parameter or buffer} of the modules that a model reaches."""
+    model = as_module(model)
+    return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastadv.functional import Normalization, to_float
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 
 
@@ -31,10 +33,10 @@ class Normalized(nn.Module):
         super().__init__()
         self.model: AnyModel = model
         self.normalization = of_pixels(mean, std)
-        inside = [name for name, m in model.named_modules() if _normalises(m)] if isinstance(model, nn.Module) else []
-        if inside:
+        inside = next((m for m in as_module(model).modules() if _normalises(m)), None)
+        if inside is not None:
             warnings.warn(
-                f"the model seems to normalise its input already, in {inside[0] or type(model).__name__}: "
+                f"the model seems to normalise its input already, in a {type(inside).__name__}: "
                 "without Normalized it takes images in [0, 1]",
                 stacklevel=2,
             )
@@ -68,7 +70,8 @@ def of_pixels(mean: float | Sequence[float], std: float | Sequence[float]) -> No
 def is_plain(model: nn.Module) -> bool:
     """Whether calling the module runs the `forward` of its class and nothing else, such as hooks or compiled code."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return not any(getattr(model, name) for name in hooks) and not ({"forward", "_compiled_call_impl"} & _set(model))
+    hooked = _has_any_global_hook() or any(getattr(model, name) for name in hooks)
+    return not hooked and not ({"forward", "_compiled_call_impl"} & _set(model))
 
 
 def _set(model: nn.Module) -> set[str]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from fastadv.attacks.checks import check_whole
 from fastadv.models.added import Adapter, added_to, attach
 from fastadv.models.residual import find_residuals
 from fastadv.training.options import Chosen, Options
@@ -27,12 +28,13 @@ def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
         The adapters' parameters.
 
     Raises:
+        TypeError: the reduction is no whole number.
         ValueError: there is no residual block; the model has adapters of another reduction; or the reduction is below
             1.
     """
     reduction = options.adapter_reduction
-    if reduction is not None and reduction < 1:
-        raise ValueError(f"adapter_reduction must be at least 1, got {reduction}")
+    if reduction is not None:
+        check_whole("adapter_reduction", reduction)
     present = [each for _, each in added_to(model) if isinstance(each, Adapter)]
     wrong = [each for each in present if reduction is not None and each.reduced != max(1, each.width // reduction)]
     if wrong:

@@ -89,6 +89,8 @@ def backbone_robustness(
         ValueError: there are fewer than two images; a label is beyond the head's outputs; there is no such head; or a
             number is out of range.
     """
+    if isinstance(model, nn.DataParallel):  # functional_call does not take it
+        model, head = model.module, head and head.removeprefix("module.")
     check_eps(eps, "Linf")
     for option, value in (("steps", steps), ("fit", fit), ("judge", judge), ("part", part)):
         if value < 1:

@@ -14,17 +14,25 @@ def bias(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Args:
         model: the network.
-        options: none of them is used.
+        options: `head` is used.
 
     Yields:
         These parameters.
+
+    Raises:
+        ValueError: there is none before the head.
     """
     # A tied parameter has several names, and one of them may be a bias's.
     named = model.named_parameters(remove_duplicate=False)
-    yield Chosen([parameter for name, parameter in named if _is_bias(name)])
+    biases = {name: parameter for name, parameter in named if _is_bias(name)}
+    if all(f"{name}.".startswith(f"{options.head}.") for name in biases):
+        raise ValueError("bias trains biases, and the model has none before its head: choose another method")
+    yield Chosen(list(biases.values()))
 
 
 def _is_bias(name: str) -> bool:
     """Whether a name is that of a bias; a table of attention biases, such as relative_position_bias_table, is none."""
-    words = name.rpartition(".")[2].split("_")
+    # What a bias is computed from (torch.nn.utils.parametrize) is called "parametrizations.bias.original".
+    _, computed, rest = name.rpartition("parametrizations.")
+    words = (rest.partition(".")[0] if computed else name.rpartition(".")[2]).split("_")
     return "bias" in (words[0], words[-1])

@@ -114,8 +114,20 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("*.json") if _MANIFEST.fullmatch(path.name))
 
     def _write(self, tensors: Mapping[str, torch.Tensor]) -> str:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        content = require("safetensors.torch").save(tensors)
+        if sparse := [name for name, t in tensors.items() if t.layout != torch.strided]:
+            raise ValueError(
+                f"a checkpoint keeps no sparse tensors, such as {', '.join(sparse)}: make them dense, or train without "
+                "a folder"
+            )
+        # One that shares memory with another is copied: a file has each on its own.
+        held: dict[str, torch.Tensor] = {}
+        memories: set[int] = set()
+        for name, tensor in tensors.items():
+            t = tensor.detach().cpu().contiguous()
+            memory = t.untyped_storage().data_ptr()
+            held[name] = t.clone() if memory in memories else t
+            memories.add(memory)
+        content = require("safetensors.torch").save(held)
         path = self.folder / f"{_hash(content)}.safetensors"
         if path.name in self._damaged or path.is_symlink() or not path.exists():
             write_atomically(path, content)

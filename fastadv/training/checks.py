@@ -1,18 +1,25 @@
 """Refuses data and settings that no run can have, before anything is changed."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from fastadv.attacks.checks import check_one_class, check_samples, device_of, highest
+from fastadv.attacks.checks import check_samples, device_of, highest
 from fastadv.data.share import Share
 from fastadv.evaluation.identity import differences, fingerprint
 from fastadv.functional import to_float
+from fastadv.nn.autocast import own_autocast
+from fastadv.nn.frozen import frozen
+from fastadv.nn.logits import AnyModel
+from fastadv.ops.generator import seeded
 from fastadv.team import Team
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.parts import Parts
+from fastadv.training.step import check_autocast
 
 if TYPE_CHECKING:
     from fastadv.training.trainer import Trainer
@@ -33,14 +40,17 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
         The highest label.
 
     Raises:
-        TypeError: labels are not int64, or images are neither floats nor uint8.
-        ValueError: no training images, or all of one class; a precision, a warm-up or a batch that the run cannot have;
-            a model or several processes that the attack refuses.
+        TypeError: images are neither floats nor uint8.
+        ValueError: no training images, or all of one class; images that the model does not take; a precision, a warm-up
+            or a batch that the run cannot have; an `eval_attack` that has nothing to do; a model or several processes
+            that the attack refuses.
     """
     settings, attack = trainer.settings, trainer.attack
     labels = parts.train[1]
     if precision not in ("no", "bf16"):
         raise ValueError(f"precision must be no or bf16, got {precision} from accelerate")
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    check_autocast(trainer.model, autocast)
     if device.type == "cpu":
         check_convolutions(trainer.model, settings)
     if not team.alone and is_fast(attack) and FAST[attack].alone:
@@ -50,11 +60,14 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
         )
     if steps == 0:
         raise ValueError("there are no images to train on")
+    if trainer.eval_attack is not None and parts.test is None:
+        raise ValueError("eval_attack is for the evaluations on val and test: give one of them, or leave it out")
     for images, named in parts.present:
-        check_one_class(named)
         mine, theirs = (images.mine, named[images.rows]) if isinstance(images, Share) else (images, named)
         if len(theirs):
             check_samples(mine, theirs)
+            # Evaluations come after an epoch of training, and more.
+            check_taken(trainer.model, mine, parts.train[0].shape[1:], autocast)
     if labels.min() == labels.max():
         raise ValueError(f"the training images are all of class {labels[0]}: there is nothing to tell apart")
     for stage in settings.stages:
@@ -76,6 +89,35 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
         some = to_float(mine[:2].to(device_of(trainer.model)))
         fast_method(attack, trainer.model, trainer.eps, settings.attack).check_model(attack, settings, some)
     return top
+
+
+def check_taken(
+    model: AnyModel, images: torch.Tensor, shape: Sequence[int], autocast: torch.dtype | None = None
+) -> None:
+    """Refuse images that the model does not take. It is called only where that is in doubt, in eval mode.
+
+    Args:
+        model: from images to outputs.
+        images: (N, ...), floats or uint8.
+        shape: of an image that the model is known to take, (...).
+        autocast: dtype of torch.autocast in the model's passes.
+
+    Raises:
+        ValueError: the model fails with these images.
+    """
+    some, device = to_float(images[:2]), device_of(model)
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    own = next((p.dtype for p in parameters if p.is_floating_point()), some.dtype)
+    if some.shape[1:] == torch.Size(shape) and some.dtype == own:
+        return
+    try:
+        with torch.no_grad(), seeded(0), frozen(model), own_autocast(device or some.device, autocast):
+            model(some.to(device or some.device))
+    except Exception as error:  # whatever the model's layers raise
+        raise ValueError(
+            f"the model, with weights of {own}, does not take images {tuple(some.shape[1:])} of {some.dtype}: give all "
+            f"images the shape and the dtype that it takes ({error})"
+        ) from error
 
 
 def check_same(trainer: "Trainer", data: dict[str, object], team: Team) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import torch
 
-from fastadv.training.finite import nonfinite
+from fastadv.training.finite import inexact, nonfinite
 
 
 class EMA:
-    """Exponential moving average of tensors by name. Integers, such as counts, and masks are copied instead.
+    """Exponential moving average of tensors by name. Counts and other integers, masks and sparse tensors are copied.
 
     The decay at step t is min(decay, (1 + t) / (10 + t)): 0.1 at first, 0.92 at step 100. So the average soon forgets
     the beginning. It is kept on the tensors' device; otherwise all weights would be copied to the host in every step.
@@ -28,7 +28,9 @@ class EMA:
         self.state = {name: t.detach().clone() for name, t in state.items()}
         self.decay = decay
         masks = set(nonfinite(self.state))
-        self._averaged = [name for name, t in self.state.items() if t.is_floating_point() and name not in masks]
+        self._averaged = [
+            name for name, t in self.state.items() if inexact(t) and t.layout == torch.strided and name not in masks
+        ]
 
     @torch.no_grad()
     def update(self, state: Mapping[str, torch.Tensor], step: int) -> None:

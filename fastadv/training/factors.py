@@ -1,14 +1,14 @@
 """The common part of LoRA and IA3: peft's factors beside a layer's weight, which are merged into it at the end."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastadv.nn.frozen import at_the_end
 
@@ -26,7 +26,9 @@ def pattern(names: Collection[str]) -> str:
 
 
 @contextmanager
-def merged(tuner: "BaseTuner", factors: Mapping[str, nn.Parameter], method: str, todo: str) -> Iterator[None]:
+def merged(
+    tuner: "BaseTuner", factors: Mapping[str, nn.Parameter], method: str, todo: str
+) -> Iterator[Callable[..., int]]:
     """Merge the factors of `tuner` into the weights at the end.
 
     Args:
@@ -34,6 +36,9 @@ def merged(tuner: "BaseTuner", factors: Mapping[str, nn.Parameter], method: str,
         factors: {name of a layer: one of its factors}.
         method: the name of the method, for the messages.
         todo: the advice in the error.
+
+    Yields:
+        `_Steps.hold`, which lets only some rows of a factor train.
 
     Raises:
         ValueError: one of `factors` has no gradient at the first step of an optimizer; nothing was changed.
@@ -45,15 +50,16 @@ def merged(tuner: "BaseTuner", factors: Mapping[str, nn.Parameter], method: str,
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     steps = _Steps(tuner.model, factors, method, todo)
-    hook = register_optimizer_step_pre_hook(steps.check)
+    hooks = register_optimizer_step_pre_hook(steps.check), register_optimizer_step_post_hook(steps.put_back)
 
     def put_back() -> None:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         tuner.merge_and_unload(progressbar=False)
 
     with at_the_end(put_back):
-        yield
+        yield steps.hold
     if steps.of_others and not steps.of_factors:
         warn(
             f"no optimizer had {method}'s factors, so they did not train: an optimizer must be made after the model "
@@ -75,6 +81,36 @@ class _Steps:
         self._ids = {id(factor) for factor in factors.values()}
         self._model = {id(parameter) for parameter in model.parameters()}
         self.of_factors = self.of_others = False
+        self._held: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []  # a factor, its held rows, its values
+
+    def hold(self, factor: nn.Parameter, rows: Sequence[slice], dim: int = 0) -> int:
+        """Let only some rows of a factor train: all others keep the values that they have now.
+
+        Args:
+            factor: a factor of LoRA or IA3.
+            rows: the rows that train.
+            dim: the dimension of the factor that has the rows.
+
+        Returns:
+            How many numbers of the factor do not train.
+        """
+        held = torch.ones(factor.shape[dim], dtype=torch.bool, device=factor.device)
+        for part in rows:
+            held[part] = False
+        if not held.any():
+            return 0
+        held = held.reshape(-1, *(1,) * (factor.ndim - 1 - dim))
+        factor.register_hook(lambda grad: grad.masked_fill(held.to(grad.device), 0))
+        self._held.append((factor, held, factor.detach().clone()))
+        return int(held.sum()) * (factor.numel() // factor.shape[dim])
+
+    @torch.no_grad()
+    def put_back(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Give held rows their values again after a step: weight decay acts without a gradient, too."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for factor, held, values in self._held:
+            if id(factor) in stepped:
+                factor.copy_(torch.where(held.to(factor.device), values.to(factor.device), factor))
 
     def check(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Refuse the first step of the factors' optimizer where a factor has no gradient."""
@@ -129,24 +165,3 @@ class MergedWeights:
         if number not in self._memory or self._memory[number].device != weight.device:
             self._memory[number] = torch.empty_like(weight)
         return self._memory[number]
-
-
-def hold(factor: nn.Parameter, rows: Sequence[slice], dim: int = 0) -> int:
-    """Let only some rows of a factor train: the gradient of all others is set to zero.
-
-    Args:
-        factor: a factor of LoRA or IA3.
-        rows: the rows that train.
-        dim: the dimension of the factor that has the rows.
-
-    Returns:
-        How many numbers of the factor do not train.
-    """
-    held = torch.ones(factor.shape[dim], dtype=torch.bool, device=factor.device)
-    for part in rows:
-        held[part] = False
-    if not held.any():
-        return 0
-    held = held.reshape(-1, *(1,) * (factor.ndim - 1 - dim))
-    factor.register_hook(lambda grad: grad.masked_fill(held.to(grad.device), 0))
-    return int(held.sum()) * (factor.numel() // factor.shape[dim])

@@ -7,6 +7,11 @@ import torch
 from torch.nn.utils import get_total_norm
 
 
+def inexact(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may hold NaN, infinity and means: real or complex, but no integers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def largest(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The largest magnitude in some tensors, 0-dim on `device`, without waiting for the device.
 
@@ -17,14 +22,21 @@ def largest(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tens
     Returns:
         0-dim float; NaN where a tensor has a NaN.
     """
-    held = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    held = [numbers for numbers in map(_numbers, tensors) if inexact(numbers) and numbers.numel()]
     return get_total_norm(held, float("inf")).to(device)
 
 
 def nonfinite(tensors: Mapping[str, torch.Tensor], known: Collection[str] = ()) -> list[str]:
     """The names of the tensors with NaN or infinity, without those that are `known` to have some."""
     unknown = {name: tensor for name, tensor in tensors.items() if name not in known}
-    return [name for name, t in unknown.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    return [name for name, t in unknown.items() if inexact(t) and not bool(_numbers(t).isfinite().all())]
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor that are kept; a sparse one keeps few."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
 
 
 def nonfinite_groups(groups: Mapping[str, Mapping[str, torch.Tensor] | None], known: Collection[str] = ()) -> list[str]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastadv._extras import require
 from fastadv.models.projections import ia3_targets
-from fastadv.training.factors import ADAPTER, hold, merged, pattern
+from fastadv.training.factors import ADAPTER, merged, pattern
 from fastadv.training.mergeable import ALONE, check_mergeable
 from fastadv.training.options import Chosen, Options
 
@@ -43,7 +43,7 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
     config = peft.IA3Config(target_modules=pattern(names), feedforward_modules=pattern(inputs) or nothing)
     tuner = peft.IA3Model(model, {ADAPTER: config}, ADAPTER)
     vectors = {name: model.get_parameter(f"{name}.ia3_l.{ADAPTER}") for name in names}
-    with merged(tuner, vectors, "IA3", _TODO.capitalize()):
+    with merged(tuner, vectors, "IA3", _TODO.capitalize()) as hold:
         fixed = 0
         for target in outputs:
             vector = vectors[target.name]

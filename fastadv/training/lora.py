@@ -8,9 +8,10 @@ from torch import nn
 
 from fastadv import models
 from fastadv._extras import require
+from fastadv.attacks.checks import check_number, check_whole
 from fastadv.models import Target
 from fastadv.names import instead
-from fastadv.training.factors import ADAPTER, MERGES, hold, merged, pattern
+from fastadv.training.factors import ADAPTER, MERGES, merged, pattern
 from fastadv.training.mergeable import ALONE, check_mergeable
 from fastadv.training.options import Chosen, Options
 
@@ -32,6 +33,7 @@ def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Raises:
         ImportError: peft is not installed.
+        TypeError: rank is no whole number, alpha no number, or lora_targets one name and no list.
         ValueError: rank or alpha is out of range; there is no such layer; or the factors of a layer cannot be merged,
             see `check_mergeable`.
     """
@@ -46,15 +48,19 @@ def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
     factors = {name: model.get_parameter(f"{name}.lora_B.{ADAPTER}.weight") for name in names}
     for name in names:
         setattr(model.get_submodule(name), MERGES, True)
-    with merged(tuner, factors, "LoRA", _TODO.capitalize()):
+    with merged(tuner, factors, "LoRA", _TODO.capitalize()) as hold:
         fixed = sum(hold(factors[target.name], target.rows) for target in targets)
         yield Chosen([parameter for parameter in model.parameters() if id(parameter) not in own], fixed)
 
 
 def _targets(model: nn.Module, options: Options) -> list[Target]:
     rank, alpha, given = options.rank, options.alpha, options.lora_targets
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
+    check_whole("rank", rank)
+    check_number("alpha", alpha)
+    if alpha <= 0:
+        raise ValueError(f"alpha must be above 0, got {alpha}")
+    if isinstance(given, str):
+        raise TypeError(f"lora_targets is a list of names, got {given!r}")
     if given is None:
         if options.example is None:
             raise ValueError("LoRA finds its layers in a forward pass: pass example=, images, or name lora_targets=")

@@ -2,19 +2,21 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fastadv._extras import require
 from fastadv.functional import to_float
 from fastadv.models.added import added_to
 from fastadv.nn.frozen import at_the_end, frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
 from fastadv.training.factors import ADAPTER
+from fastadv.training.ties import place
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -45,9 +47,11 @@ def check_mergeable(
         todo: the advice in the errors.
 
     Raises:
-        ValueError: a layer has no weight of its own, or an adapter on its output; it does not compute the same with
-            random factors before and after they are merged; or the model uses its weight elsewhere, too.
+        ValueError: the model has adapters of peft already; a layer has no weight of its own, or an adapter on its
+            output; it does not compute the same with random factors before and after they are merged; or the model
+            uses its weight elsewhere, too.
     """
+    _check_no_adapters(model, method)
     layers = {name: model.get_submodule(name) for name in configs}
     _check_weights(model, layers, method, todo)
     errors: list[Exception] = []
@@ -67,14 +71,26 @@ def check_mergeable(
         )
 
 
+def _check_no_adapters(model: nn.Module, method: str) -> None:
+    """Refuse a model with peft's layers: merging takes all of them, and not those of `method` alone."""
+    peft = require("peft")
+    kinds = (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer)
+    found = next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
+    if found is not None:
+        raise ValueError(
+            f"the model has adapters of peft already{found and f', such as in {found}'}, and {method} would merge them "
+            "with its own: merge them first, with merge_and_unload() of peft's model, or choose another method"
+        )
+
+
 def _check_weights(model: nn.Module, layers: Mapping[str, nn.Module], method: str, todo: str) -> None:
     """Refuse layers without a weight that is theirs alone, and those that have an adapter on their output."""
     # A weight may be in several places: two layers may share one, and one layer may be in two places.
     held = [(name, key, child) for name, module in model.named_modules() for key, child in module._modules.items()]
-    places: defaultdict[int, list[str]] = defaultdict(list)
+    places: defaultdict[Hashable, list[str]] = defaultdict(list)
     for name, key, child in [("", "", model), *held]:
         for parameter in () if child is None else child.parameters(recurse=False):
-            places[id(parameter)].append(f"{name}.{key}".lstrip("."))
+            places[place(parameter)].append(f"{name}.{key}".lstrip("."))
     computed = [name for name, layer in layers.items() if "weight" not in layer._parameters]
     if computed:
         raise ValueError(
@@ -82,7 +98,7 @@ def _check_weights(model: nn.Module, layers: Mapping[str, nn.Module], method: st
             f"weight_norm or pruning, and what {method} merges into it would be lost: {todo}"
         )
     for layer in layers.values():
-        shared = places[id(layer.weight)]
+        shared = places[place(layer.get_parameter("weight"))]
         if len(shared) > 1:
             raise ValueError(
                 f"{' and '.join(shared)} have one weight (tied weights), and {method} would change it for all of them: "

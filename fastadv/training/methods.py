@@ -1,6 +1,6 @@
 """Fine-tuning methods: they choose the parameters that train, everything or the head and a few others."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 from fastadv.models import Target, find_head
 from fastadv.names import instead
-from fastadv.nn.frozen import at_the_end, flags_kept
+from fastadv.nn.frozen import at_the_end, flags_kept, is_writable
 from fastadv.training.adapter import adapter
 from fastadv.training.bias import bias
 from fastadv.training.ia3 import ia3
@@ -18,6 +18,7 @@ from fastadv.training.lora import lora
 from fastadv.training.norm import norm
 from fastadv.training.options import Chosen, Options
 from fastadv.training.prompt import prompt
+from fastadv.training.ties import place
 
 Method = Callable[[nn.Module, Options], AbstractContextManager[Chosen]]
 
@@ -49,7 +50,6 @@ class Tuning:
 
     Args:
         model: the model, with flags and modes set for training.
-        buffers: the names of the buffers that training may change.
         fixed: how many numbers do not train although their parameter requires grad.
 
     Attributes:
@@ -61,21 +61,22 @@ class Tuning:
         ValueError: nothing trains.
     """
 
-    def __init__(self, model: nn.Module, buffers: Iterable[str], fixed: int):
+    def __init__(self, model: nn.Module, fixed: int):
         self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter requires grad: there is nothing to train")
         self.trainable = sum(parameter.numel() for _, parameter in self.parameters) - fixed
         self.total = sum(parameter.numel() for parameter in model.parameters())
-        # The owner and the key are kept, not the tensor: a model may assign another tensor to a buffer.
-        owners = ((name, *name.rpartition(".")[::2]) for name in buffers)
+        # Those of a frozen backbone too: a layer may write to its buffers in eval mode. The owner and the key are kept,
+        # not the tensor: a model may assign another tensor to a buffer.
+        owners = ((name, *name.rpartition(".")[::2]) for name, held in model.named_buffers() if is_writable(held))
         self._buffers: dict[str, tuple[dict[str, Any], str]] = {
             name: (model.get_submodule(owner)._buffers, key) for name, owner, key in owners
         }
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The buffers of the modules in train mode, by name."""
+        """The model's buffers, by name, but for those that PyTorch cannot write to, such as expanded ones."""
         return {name: held[key] for name, (held, key) in self._buffers.items()}
 
     @property
@@ -91,18 +92,19 @@ class Tuning:
         """Load a state.
 
         Args:
-            state: a state that `state()` returned.
+            state: a state that `state()` returned. Buffers that it lacks stay as they are: checkpoints of earlier
+                versions have none of a frozen backbone.
 
         Raises:
             ValueError: it is the state of another model or method; nothing was changed.
         """
         tensors = self.tensors
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if {name: tensor.shape for name, tensor in state.items()} != shapes:
+        wanted = {name: tensor.shape for name, tensor in tensors.items() if name in state or name not in self._buffers}
+        if {name: tensor.shape for name, tensor in state.items()} != wanted:
             raise ValueError("the state is of another model or another method: its names or shapes differ")
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(state[name])
+            for name, saved in state.items():
+                tensors[name].copy_(saved)
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def trainable(
     adapter_reduction: int | None = None,
     prompt_tokens: int | None = None,
 ) -> Iterator[Tuning]:
-    """Set `model` up for a fine-tuning method until the end.
+    """Set `model` up for a fine-tuning method until the end. It begins without gradients.
 
     - "full": the model is in train mode, and every parameter that requires grad trains.
     - "linear": the head trains. Nothing before it requires grad: an update has no backward pass through the backbone.
@@ -132,7 +134,8 @@ def trainable(
       et al. 2022, arXiv 2205.05638).
     - "norm": weights and biases of the normalisation layers, and the head.
 
-    Where the head shares a weight with a layer of the backbone (tied weights), that weight trains: it is one parameter.
+    Where the head shares a weight with a layer of the backbone (tied weights), that weight trains: it is one parameter,
+    or two over the same memory.
     With every method but "full" the backbone stays in eval mode, also after `model.train()`, so that batch-norm's
     buffers do not change. Only the head follows `model.train()`.
 
@@ -158,10 +161,12 @@ def trainable(
 
     Raises:
         ImportError: the method is "lora" or "ia3", and peft, of the `train` extra, is not installed.
+        TypeError: rank, adapter_reduction or prompt_tokens is no whole number, alpha no number, or lora_targets one
+            name and no list.
         ValueError: the method is unknown; there is no such head or layer; LoRA's or IA3's update of a layer could not
-            be merged, see `fastadv.training.mergeable`; the model has no place for an adapter or a prompt; nothing
-            trains; or a number is out of range. At the first step of an optimizer, before it changes anything: the
-            factors of LoRA or IA3 in a layer got no gradient.
+            be merged, see `fastadv.training.mergeable`; the model has no place for an adapter or a prompt, or nothing
+            that the method trains; or a number is out of range. At the first step of an optimizer, before it changes
+            anything: the factors of LoRA or IA3 in a layer got no gradient.
 
     Warns:
         UserWarning: at the end: optimizers trained the model, but none had LoRA's or IA3's factors. An optimizer that
@@ -180,23 +185,19 @@ def trainable(
             chosen = stack.enter_context(choose(model, options))
             fixed = chosen.fixed
             stack.enter_context(_head_follows_mode(model, head))
-            # By id, because a tied parameter has several names.
-            trains = {id(parameter) for parameter in (*classifier.parameters(), *chosen.parameters)}
+            # By their place, because a tied parameter has several names.
+            trains = {place(parameter) for parameter in (*classifier.parameters(), *chosen.parameters)}
             for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in trains)
+                parameter.requires_grad_(place(parameter) in trains)
         model.train()
-        buffers = [name for name, _ in model.named_buffers() if _within(name, head)]
-        tuning = Tuning(model, buffers, fixed)
-        stack.callback(_drop_gradients, tuning)
+        tuning = Tuning(model, fixed)
+        _drop_gradients(model)  # of what came before: updates add to them
+        stack.callback(_drop_gradients, model)
         yield tuning
 
 
-def _within(name: str, module: str) -> bool:
-    return not module or name.startswith(f"{module}.")
-
-
-def _drop_gradients(tuning: Tuning) -> None:
-    for _, parameter in tuning.parameters:
+def _drop_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
         parameter.grad = None
 
 

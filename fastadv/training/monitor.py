@@ -18,9 +18,10 @@ from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.parallel import one_process
 from fastadv.ops.generator import seeded
+from fastadv.training.checks import check_taken
 from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
 from fastadv.training.passes import Passes
-from fastadv.training.step import check_attack
+from fastadv.training.step import check_attack, warn_of_strange
 
 COLLAPSED = 0.5  # alarm where PGD leaves less than half of the accuracy under the training attack; else it leaves most
 
@@ -70,7 +71,8 @@ class Monitor:
     Training on clean images has no catastrophic overfitting, and no alarm.
 
     A check costs `steps` + 2 gradients with respect to the images, a forward pass, and the training attack. It does not
-    change the model or torch's generators. The same weights always give the same reading.
+    change the model or torch's generators. The same weights always give the same reading. That is so where the attack
+    keeps nothing from call to call. A callable with a counter or a generator of its own goes on with it in a check.
 
     Args:
         model: any callable from images (N, ...) to logits, as in `Attack`.
@@ -97,7 +99,8 @@ class Monitor:
 
     Raises:
         TypeError: images are neither floats nor uint8; labels are not int64; or an option is of a wrong type.
-        ValueError: there are no images, or images beyond [0, 1]; or an option is out of range.
+        ValueError: there are no images, images beyond [0, 1], or of a dtype that the model does not take; or an option
+            is out of range.
     """
 
     def __init__(
@@ -127,6 +130,8 @@ class Monitor:
         # One process may check while others do not: DistributedDataParallel would wait for them.
         self.model = one_process(model)
         self.images, self.labels = collected((images, labels), model, None)
+        check_taken(self.model, self.images, self.images.shape[1:], autocast)
+        warn_of_strange(attack, model, stacklevel=3)
         self.attack = as_attack(attack, self.model, eps)
         self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
         self.best: float | None = None  # accuracy under PGD

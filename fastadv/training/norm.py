@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastadv.training.options import Chosen, Options
 
@@ -26,6 +27,8 @@ def norm(model: nn.Module, options: Options) -> Iterator[Chosen]:
     """
     norms = [module for module in model.modules() if _is_norm(module)]
     parameters = [parameter for module in norms for parameter in module.parameters(recurse=False)]
+    for module in filter(is_parametrized, norms):  # what a weight is computed from is in a module of the layer's
+        parameters += module.get_submodule("parametrizations").parameters()
     if not parameters:
         raise ValueError(
             "norm trains normalisation layers, such as nn.LayerNorm or nn.BatchNorm2d, and the model has none with "

@@ -51,7 +51,7 @@ class Chosen:
 
     Attributes:
         parameters: parameters of the model, or of modules that the method added to it.
-        fixed: how many of their numbers do not train all the same, see `fastadv.training.factors.hold`.
+        fixed: how many of their numbers do not train all the same, see `fastadv.training.factors.merged`.
     """
 
     parameters: Sequence[nn.Parameter] = ()

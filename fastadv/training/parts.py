@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from fastadv.attacks.checks import check_one_class
+from fastadv.data.dataset import Data
 from fastadv.data.share import Batch, Share
 from fastadv.evaluation.identity import known_hash
 from fastadv.evaluation.samples import as_tensors
@@ -30,7 +33,7 @@ class Parts:
         """The parts as the caller of `Trainer.fit` gives them.
 
         Raises:
-            TypeError: one of them is no pair.
+            TypeError: one of them is no pair, or has other labels than int64 (N,).
         """
         learnt, chosen = _pair("train", train, model), _held_out("val", val, model)
         return cls(learnt, chosen, _held_out("test", test, model) or chosen)
@@ -61,12 +64,21 @@ class Parts:
 def _pair(name: str, data: object, model: AnyModel) -> Batch:
     """A pair of images and labels, NumPy arrays as tensors."""
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        todo = "give data.train, data.val and data.test" if isinstance(data, Data) else "torch.cat makes one of batches"
         raise TypeError(
             f"{name} must be a pair (images, labels) of tensors or NumPy arrays with all images, got "
-            f"{type(data).__name__}: torch.cat makes one of batches"
+            f"{type(data).__name__}: {todo}"
         )
     images, labels = data
-    return as_tensors(images, labels, model)
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "OSU":
+        raise TypeError(
+            f"labels of {name} must be whole numbers, got a NumPy array of {labels.dtype}: "
+            "np.unique(labels, return_inverse=True) numbers names"
+        )
+    images, labels = as_tensors(images, labels, model)
+    check_one_class(labels)
+    # The graph of the caller's images would grow with each epoch.
+    return (images.detach() if isinstance(images, torch.Tensor) and images.requires_grad else images), labels
 
 
 def _held_out(name: str, data: object, model: AnyModel) -> Batch | None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from fastadv.attacks.checks import check_whole
 from fastadv.models.added import Prompt, added_to, attach
 from fastadv.models.tokens import find_tokens
 from fastadv.training.options import Chosen, Options
@@ -26,12 +27,13 @@ def prompt(model: nn.Module, options: Options) -> Iterator[Chosen]:
         The prompts.
 
     Raises:
+        TypeError: the number is no whole one.
         ValueError: the model is no plain vision transformer; it has another number of prompts; or the number is below
             1.
     """
     count = options.prompt_tokens
-    if count is not None and count < 1:
-        raise ValueError(f"prompt_tokens must be at least 1, got {count}")
+    if count is not None:
+        check_whole("prompt_tokens", count)
     present = [each for _, each in added_to(model) if isinstance(each, Prompt)]
     if present and count not in (None, present[0].count):
         raise ValueError(

@@ -1,16 +1,20 @@
 """Decides whether a run may be resumed from a checkpoint: by its fingerprint and its number of epochs."""
 
 import math
+import random
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import nn
 
 from fastadv.evaluation.identity import fingerprint, unidentifiable
 from fastadv.training.budget import CONSTANT
 from fastadv.training.checkpoints import OtherRunError
+from fastadv.training.foreign import ForeignAttack
 from fastadv.training.progress import Progress
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings
@@ -18,6 +22,7 @@ from fastadv.training.settings import Settings
 if TYPE_CHECKING:
     from fastadv.training.trainer import Trainer
 
+OF_ALL = vars(nn.Module()).keys()  # attributes of every module, among them its parameters and buffers
 FREE = ("epochs", "eval_every", "checkpoint_s")  # settings that change no past step; for epochs see `check_epochs`
 
 
@@ -81,3 +86,54 @@ def check_epochs(
             f"steps so far followed {before}, and the result is not that of {now} in one run",
             stacklevel=5,
         )
+
+
+def unsaved(model: nn.Module, attack: object) -> dict[str, tuple[object, object]]:
+    """What a model and a callable of the user's keep beside parameters and buffers, which no checkpoint has.
+
+    Args:
+        model: the model that trains.
+        attack: the training attack; one of fastadv keeps nothing from step to step.
+
+    Returns:
+        {name in words: (an object, a number or text that shows a change of it)}.
+    """
+    owners = {f"{name or type(module).__name__} of the model": module for name, module in model.named_modules()}
+    found: dict[str, tuple[object, object]] = {}
+    for owner, module in owners.items():
+        found |= {f"the buffer {name} of {owner}": (None, b is None) for name, b in module._buffers.items()}
+    if isinstance(attack, ForeignAttack):
+        owners["the attack"] = getattr(attack.attack, "__self__", attack.attack)
+    for owner, held in owners.items():
+        # weight_norm and pruning compute an attribute weight from weight_v and weight_orig.
+        computed = {name.rpartition("_")[0] for name in getattr(held, "_parameters", ())}
+        for name, value in getattr(held, "__dict__", {}).items():
+            if name not in OF_ALL and name not in computed:
+                found[f"{name} of {owner}"] = _shows(value)
+    return found
+
+
+def warn_of_unsaved(before: dict[str, tuple[object, object]], after: dict[str, tuple[object, object]]) -> None:
+    """Warn of what a step changed and no checkpoint has; the arguments are what `unsaved` returned."""
+    old = {name: before.get(name, (None, None)) for name in after}
+    changed = [name for name, (kept, sign) in after.items() if kept is not old[name][0] or sign != old[name][1]]
+    if changed:
+        warnings.warn(
+            f"a step changed {', '.join(changed[:3])}, which no checkpoint has: a resumed run begins with it anew, and "
+            "may have another result. Checkpoints have the tensors that the model has as buffers from the start",
+            stacklevel=7,
+        )
+
+
+def _shows(value: object) -> tuple[object, object]:
+    if isinstance(value, torch.Tensor):
+        return value, None if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return value, value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return value, value.getstate()
+    if isinstance(value, np.random.Generator):
+        return value, repr(value.bit_generator.state)
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return None, repr(value)
+    return value, len(value) if isinstance(value, (list, dict, set)) else None

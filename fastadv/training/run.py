@@ -18,6 +18,7 @@ import torch
 from fastadv._extras import require
 from fastadv.attacks import Attack, create_attack
 from fastadv.data.share import Batch
+from fastadv.evaluation.adversaries import eps_of
 from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.robustness import evaluate, robust_accuracy
 from fastadv.files import write_atomically
@@ -46,7 +47,7 @@ from fastadv.training.passes import Passes
 from fastadv.training.processes import one_run, precision, processes, team_of
 from fastadv.training.progress import Progress, Record
 from fastadv.training.replicas import replicated, share_weights
-from fastadv.training.resume import check_epochs, run_fingerprint
+from fastadv.training.resume import check_epochs, run_fingerprint, unsaved, warn_of_unsaved
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Settings, Stage
 from fastadv.training.step import TrainStep
@@ -65,6 +66,7 @@ T = TypeVar("T")
 # Numbers of epochs that never come. Their orders of the images choose some of them:
 PROBE = 2**31  # those of the monitor
 MEASURED = 2**31 + 1  # those on which the backbone is measured
+EXACT = 1e-5  # distances of images in float32 and in [0, 1] are known to this
 
 
 class Run:
@@ -98,6 +100,7 @@ class Run:
         self.passes = Passes(part, self.autocast, self.layout, self.settings.compile)
         self.memories: dict[str, SampleMemory] = {}
         self.checkpoints: Checkpoints | None = None
+        self.looked = False  # whether a step was looked at for state that no checkpoint has
         self.groups: dict[str, Tensors | None] = {}  # {group of tensors in the last checkpoint: None}
         share_weights(self.model, self.team)
         held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
@@ -248,7 +251,13 @@ class Run:
         attacks: list[str | TrainAttack] = [attack, self._named("pma")]
         options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
         report = evaluate(self.model, test, attacks, progress=False, **options)
-        shares = [result["robust_accuracy"] for result in report["attacks"]]
+        shares, far = [result["robust_accuracy"] for result in report["attacks"]], report["attacks"][0]["largest_linf"]
+        if far is not None and eps_of(attack) is None and far > self.trainer.eps + EXACT:
+            warnings.warn(
+                f"eval_attack goes up to {far:.6g} in L-inf from the clean images, beyond the eps of the training, "
+                f"{self.trainer.eps:.6g}: its accuracies, by which weights are chosen, are of that budget",
+                stacklevel=6,
+            )
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
         return self._agreed(self._checked(found, attack) | {"confusion": confusions(test[1], report)})
 
@@ -319,7 +328,7 @@ class Run:
             self.optimizer,
             through=self.through,
             clean_weight=s.clean_weight,
-            label_smoothing=s.label_smoothing or 0.0,
+            label_smoothing=(self.trainer.given if self.at.switched else s).label_smoothing or 0.0,
             max_grad_norm=s.max_grad_norm,
             autocast=self.autocast,
             compile=s.compile,
@@ -336,7 +345,9 @@ class Run:
         chosen = self.batches.order(PROBE)[: self.settings.probe]
         images, labels = self.images.to_all(chosen, self.device), self.labels[chosen].to(self.device)
         options = {"seed": self.settings.seed, **asdict(self.passes)}
-        return Monitor(self.model, images, labels, self.budget.attack, self.trainer.eps, **options)
+        monitor = Monitor(self.model, images, labels, None, self.trainer.eps, **options)
+        monitor.attack = self.budget.attack  # the step has warned already where it is of another model
+        return monitor
 
     # ------------------------------------------------------------------ an epoch
 
@@ -377,8 +388,12 @@ class Run:
         start, before = time.perf_counter(), self.at.train_s
         cpu_start, cpu_before = time.process_time(), self.at.train_cpu_s
         saved = start
+        kept = None if self.checkpoints is None or self.looked else unsaved(self.model, self.attack)
         for index in self.batches.of_epoch(self.at, self.step.repeats)[self.at.batch :]:
             due, asked = self._batch(stage, index, time.perf_counter() - saved >= self.settings.checkpoint_s)
+            if kept is not None:
+                warn_of_unsaved(kept, unsaved(self.model, self.attack))
+                kept, self.looked = None, True
             now = time.perf_counter()
             self.at.train_s = before + now - start
             self.at.train_cpu_s = cpu_before + time.process_time() - cpu_start

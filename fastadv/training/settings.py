@@ -93,7 +93,10 @@ class Settings:
     weight_decay: float = _of(0.0, "decay of weights; biases, norms, positions and tokens have none", least=0)
     clean_weight: float = _of(0.0, "share of the loss on clean images", least=0, most=1)
     label_smoothing: float | None = _of(
-        None, "label smoothing of the training loss (if not given 0; fgsm-pgi 0.4, liet 0.6)", least=0, most=1
+        None,
+        "label smoothing of the training loss (if not given 0; fgsm-pgi 0.4 and liet 0.6, until a switch)",
+        least=0,
+        most=1,
     )
     max_grad_norm: float | None = _of(None, "largest norm of the gradient (no clipping if not given)", above=0)
     ema_decay: float | None = _of(
@@ -127,8 +130,7 @@ class Settings:
         for each in fields(self):
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
-                value = checked(each.name, value, kind_of(each), **each.metadata["limits"])
-                object.__setattr__(self, each.name, value)
+                object.__setattr__(self, each.name, in_limits(each.name, value))
         if self.lr is None:
             object.__setattr__(self, "lr", LEARNING_RATES.get(self.method, LEARNING_RATE))
         span(self.eps_schedule)  # refuses an unknown schedule
@@ -219,6 +221,17 @@ def kind_of(each: "Field[Any]") -> type:
     first = (*get_args(each.type), each.type)[0]
     kind: type = get_origin(first) or first
     return kind
+
+
+def in_limits(name: str, value: object) -> Any:
+    """`value` as the setting `name` takes it.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: it is not within the setting's limits.
+    """
+    each = Settings.__dataclass_fields__[name]
+    return checked(name, value, kind_of(each), **each.metadata["limits"])
 
 
 def checked(

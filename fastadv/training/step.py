@@ -10,14 +10,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastadv.attacks import Attack
-from fastadv.attacks.checks import BOX, box_of, check_one_class, check_samples, highest
+from fastadv.attacks.checks import (
+    BOX,
+    box_of,
+    check_images,
+    check_labels,
+    check_one_class,
+    check_samples,
+    check_switch,
+    check_whole,
+    highest,
+)
 from fastadv.attacks.objective import NO_GRADIENT
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.adversaries import strange
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.autocast import own_autocast
-from fastadv.nn.logits import at_least_float32, find_logits
+from fastadv.nn.frozen import as_normal
+from fastadv.nn.logits import AnyModel, at_least_float32, find_logits
 from fastadv.training.factors import MergedWeights
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.foreign import AnyAttack, ForeignAttack, TrainAttack, as_attack
@@ -34,20 +45,20 @@ class TrainStep:
         model: it is trained; its outputs are any that attacks take.
         attack: one of fastadv, any callable from (images, labels) to images, None for clean images, or a `FastMethod`,
             whose `begin` the caller calls before each update.
-        optimizer: of the parameters that train.
+        optimizer: of the parameters that train; a warning says where it has others than the model's.
         through: the update calls this, such as the model under DistributedDataParallel; None means the model.
         clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
         label_smoothing: of the loss of the update.
         max_grad_norm: largest norm of the gradient of all parameters; None means no clipping.
         autocast: dtype of torch.autocast for the update, None for none; the attack has its own. The caller's
-            torch.autocast changes neither.
+            torch.autocast changes neither. A float64 model takes none.
         compile: run the update's forward pass and loss under torch.compile.
         highest: the highest of all labels that will come: with it `gradients` refuses a label that the model has no
             class for, and does not wait for the device.
 
     Raises:
         TypeError: an option is of a wrong type.
-        ValueError: an option has a wrong value.
+        ValueError: an option has a wrong value; or the optimizer is LBFGS, whose step would need the loss again.
     """
 
     def __init__(
@@ -67,15 +78,15 @@ class TrainStep:
         self.method = attack if isinstance(attack, FastMethod) else None
         given = attack.attack if isinstance(attack, FastMethod) else attack
         check_attack("attack", given)
-        if (elsewhere := strange(given.attack if isinstance(given, ForeignAttack) else given, model)) is not None:
-            warnings.warn(
-                f"the training attack was made on {elsewhere}, not on the model that trains: its images are "
-                "transferred, and weaker. For adversarial training make it on the model that trains",
-                stacklevel=2,
-            )
+        warn_of_strange(given, model, stacklevel=3)
         self.attack = as_attack(given, model)
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")
+        check_autocast(model, autocast)
+        check_switch("compile", compile)
+        check_whole("highest", highest, least=0)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS computes the loss again within its step, which no attack follows: take another")
         self.model, self.optimizer = model, optimizer
         self.through: Callable[[torch.Tensor], object] = model if through is None else through
         self.clean_weight = checked("clean_weight", clean_weight, float, least=0, most=1)
@@ -90,6 +101,7 @@ class TrainStep:
         self._merged = MergedWeights(model)
         self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
         self._norm: torch.Tensor | None = None
+        self._warn_of_others()
 
     @property
     def repeats(self) -> int:
@@ -126,12 +138,16 @@ class TrainStep:
             update run in the same mode; elsewhere no image is looked at.
 
         Raises:
-            RuntimeError: the attack follows the update's gradient, and the model gives none to its input.
+            RuntimeError: the attack follows the update's gradient, and the model gives none to its input; or a
+                `FastMethod` was not begun.
             TypeError: labels are not int64 (N,), or images neither floats nor uint8.
-            ValueError: images beyond [0, 1] or labels below 0, in the first batch; a label that the model has no class
-                for.
+            ValueError: no images, or not as many as labels; images beyond [0, 1] or labels below 0, in the first batch;
+                a label that the model has no class for.
         """
         self._check_batch(images, labels)
+        if self.method is not None:
+            self.method.check_begun()
+        images = as_normal(images)  # no gradient is the caller's
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
         with own_autocast(images.device, None):
@@ -167,7 +183,11 @@ class TrainStep:
     def _check_batch(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Refuse what is no batch. Values are looked at in the first one alone, because that waits for the device."""
         check_one_class(labels)
-        if not self._looked and len(labels):
+        check_images(images)
+        check_labels(labels, images)
+        if not len(labels):
+            raise ValueError("there are no images in the batch")
+        if not self._looked:
             check_samples(images, labels)
             highest(labels)
             self._looked = True
@@ -212,6 +232,19 @@ class TrainStep:
     def of_nonfinite(self) -> str:
         """As `ForeignAttack.of_nonfinite`; "" for other attacks."""
         return self.attack.of_nonfinite() if isinstance(self.attack, ForeignAttack) else ""
+
+    def _warn_of_others(self) -> None:
+        """Warn where the optimizer has parameters that no pass uses, in place of some of the model."""
+        modules = [module for module in (self.model, self.through) if isinstance(module, nn.Module)]
+        used = {id(p) for module in modules for p in module.parameters()}
+        held = {id(p) for p in self._parameters}
+        left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        if left and held - used:
+            warnings.warn(
+                f"the optimizer has {len(held - used)} parameters that are not the model's, and not {left[0]}, which "
+                "will not train: make the optimizer from the parameters that the model has now",
+                stacklevel=3,
+            )
 
     @property
     def _parameters(self) -> list[torch.Tensor]:
@@ -289,6 +322,29 @@ def check_attack(name: str, attack: object, also: str = "") -> None:
         raise ValueError(
             f"{name} goes towards the labels, and those of training are the images' own: choose targeted='random' or "
             "'least_likely', or leave targeted out"
+        )
+
+
+def warn_of_strange(attack: object, model: AnyModel, *, stacklevel: int) -> None:
+    """Warn of a training attack that was made on another model than the one that trains."""
+    if (elsewhere := strange(attack.attack if isinstance(attack, ForeignAttack) else attack, model)) is not None:
+        warnings.warn(
+            f"the training attack was made on {elsewhere}, not on the model that trains: its images are "
+            "transferred, and weaker. For adversarial training make it on the model that trains",
+            stacklevel=stacklevel,
+        )
+
+
+def check_autocast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Refuse torch.autocast for a float64 model, because it changes nothing there.
+
+    Raises:
+        ValueError: all weights are float64, and `dtype` is not None.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtype is not None and kinds == {torch.float64}:
+        raise ValueError(
+            f"torch.autocast to {dtype} leaves a float64 model as it is: take model.float(), or no autocast"
         )
 
 

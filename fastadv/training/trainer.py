@@ -13,7 +13,7 @@ from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
 from fastadv.devices import present
-from fastadv.evaluation.adversaries import Adversary, strange
+from fastadv.evaluation.adversaries import Adversary, eps_of, norm_of, strange
 from fastadv.names import instead
 from fastadv.training.budget import Budget
 from fastadv.training.fast import FAST, fast_method, is_fast
@@ -68,7 +68,7 @@ class Trainer:
             did not exist when it was written had its default. `checkpoint_s`, `eval_every` and `epochs` may now have
             other values. A warning says where the steps so far would have had other learning rates with the new
             `epochs`: after a warm-up the rate falls toward the last epoch.
-        measure_backbone: measure the backbone's own robustness first; None means if a part of the model is frozen.
+        measure_backbone: measure the backbone's own robustness first; None means if the method is not "full".
         device: where to train; None means what accelerate chooses: a GPU if there is one.
         progress: show a progress bar on a terminal. Without a bar each epoch is a line in the log (logger "fastadv",
             level INFO).
@@ -78,8 +78,9 @@ class Trainer:
         ImportError: the `train` extra is not installed.
         TypeError: an argument or a setting is of a wrong type, or an attack cannot be called.
         ValueError: unknown attack, method or optimizer, a device that is not here, a number out of range, a setting
-            that would have no effect, training with an L2 attack, for which weights cannot be chosen yet, an attack
-            towards the labels (targeted=True), or an `eval_attack` on another model or that `evaluate` refuses.
+            that would have no effect, a folder that is a file, training with an L2 attack, for which weights cannot be
+            chosen yet, an attack towards the labels (targeted=True), or an `eval_attack` on another model or that
+            `evaluate` refuses.
     """
 
     def __init__(
@@ -107,9 +108,14 @@ class Trainer:
         check_eps(self.eps, "Linf")
         self.attack, self.eval_attack = attack, eval_attack
         self._check_attacks()
+        self.given = self.settings  # before the defaults of the attack, which a switch to another one leaves
         self.settings = self.settings.settled(FAST[attack].DEFAULTS if is_fast(attack) else {})
         self.folder = None if folder is None else Path(folder)
         self.resume, self.progress = of_kind("resume", resume, bool), of_kind("progress", progress, bool)
+        if self.folder is not None and self.folder.is_file():
+            raise ValueError(f"folder {folder} is a file: name a folder, which need not exist yet")
+        if self.resume and self.folder is None:
+            raise ValueError("resume=True goes on from the state in folder: give both")
         self.measure_backbone = (
             None if measure_backbone is None else of_kind("measure_backbone", measure_backbone, bool)
         )
@@ -147,6 +153,11 @@ class Trainer:
                 f"on_catastrophic_overfitting={self.settings.on_catastrophic_overfitting!r} answers an attack's "
                 "overfitting, and training on clean images has no attack: leave it out"
             )
+        if attack is None and self.settings.clean_weight:
+            raise ValueError(
+                f"clean_weight={self.settings.clean_weight:g} is the share of clean images beside attacked ones, and "
+                "training without an attack has clean images alone: leave it out"
+            )
 
     def _check_eval_attack(self) -> None:
         attack = self.eval_attack
@@ -159,6 +170,14 @@ class Trainer:
                 "that are transferred. Make it on the model that is given to Trainer"
             )
         Adversary("eval_attack", attack, self.model)  # refuses what no evaluation takes
+        eps, in_l2 = eps_of(attack), norm_of(attack) == "L2"
+        if eps is not None and (in_l2 or abs(eps - self.eps) > 1e-6 * self.eps):
+            warnings.warn(
+                f"eval_attack has eps {eps:.6g} in {'L2' if in_l2 else 'L-inf'}, and the training has {self.eps:.6g} "
+                "in L-inf: weights are chosen by robustness at another budget. Give both the same, unless that is "
+                "meant",
+                stacklevel=4,
+            )
         if str(getattr(attack, "attack_mode", "")).startswith("targeted"):
             warnings.warn(
                 f"eval_attack has one target for each image ({attack!r}): it is weaker than an attack without targets, "
@@ -172,8 +191,9 @@ class Trainer:
         Args:
             train: a pair (images, labels), tensors or NumPy arrays: (N, C, H, W), floats in [0, 1] or uint8, and int64
                 (N,).
-            val: such a pair; without it the last weights are taken.
-            test: such a pair; without it the final evaluation is on `val`, which is then no fair judge of the choice.
+            val: such a pair; without it, or without images in it, the last weights are taken.
+            test: such a pair; without it, or without images in it, the final evaluation is on `val`, which is then no
+                fair judge of the choice.
 
         Returns:
             The records, dicts for `json.dump`, which are the lines of log.jsonl too. Fields that end in _s are seconds;
@@ -203,11 +223,13 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C; with a folder there is a checkpoint first, as there is after SIGTERM.
             TypeError: no pair of images and labels, such as a DataLoader; images are neither floats nor uint8, or
                 labels are not int64.
-            ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; labels
-                below 0; a batch too small for its parts; a warm-up longer than a stage; no such head, nothing to train;
-                a model that "cached" refuses; on a CPU a layer that PyTorch gets wrong in channels-last layout; the
-                state is another run's, or of a newer fastadv, or the processes have different data, models or settings:
-                the message names what differs, or what this one does not know; accelerate is set to FSDP, DeepSpeed or
-                something else that a run does not support.
+            ValueError: no training images, or all of one class; images beyond [0, 1] or not as many as labels; images
+                of a shape or dtype that the model does not take; labels below 0; an `eval_attack` and neither `val` nor
+                `test`; precision bf16 for a float64 model; a batch too small for its parts; a warm-up longer than a
+                stage; no such head, nothing to train; a model that "cached" refuses; on a CPU a layer that PyTorch gets
+                wrong in channels-last layout; the state is another run's, or of a newer fastadv, or the processes have
+                different data, models or settings: the message names what differs, or what this one does not know;
+                accelerate is set to FSDP, DeepSpeed or something else that a run does not support.
         """
-        return Run(self, train, val, test).run()
+        with torch.inference_mode(False), torch.enable_grad():
+            return Run(self, train, val, test).run()

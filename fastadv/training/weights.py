@@ -97,4 +97,4 @@ class Weights:
         self.tuning.load(groups["weights"])
         self.good, self.best, self._changed = groups["good"], groups.get("best"), set()
         if self.average is not None:
-            self.average.state = {name: t.to(device) for name, t in groups["average"].items()}
+            self.average.state |= {name: t.to(device) for name, t in groups["average"].items()}

@@ -416,6 +416,39 @@ def test_images_of_another_type_are_refused(net, batch, images):
         FGSM(net, EPS)(images, batch[1])
 
 
+def test_images_without_pixels_are_refused(net, batch):
+    with pytest.raises(ValueError, match=r"must be a batch .* got a tensor of shape .6,"):
+        FGSM(net, EPS)(torch.zeros(6), batch[1])
+
+
+WRONG_SEEDS = ["abc", 1.5, True, 2**64, torch.arange(20), torch.zeros(6)]
+
+
+@pytest.mark.parametrize("options", [{"random_start": False}, {"chunk": 4}, {"targeted": "random"}], ids=str)
+@pytest.mark.parametrize("seed", WRONG_SEEDS, ids=str)
+def test_a_wrong_seed_is_refused_also_where_nothing_is_drawn(net, batch, options, seed):
+    with pytest.raises((TypeError, ValueError), match="seed must"):
+        PGD(net, EPS, **options)(*batch, seed=seed)
+
+
+@pytest.mark.parametrize("targeted", ["random", "least_likely"])
+def test_several_labels_have_no_other_class(net, targeted):
+    with pytest.raises(ValueError, match="the labels of the loss bce name none"):
+        PGD(net, EPS, loss="bce", targeted=targeted)
+
+
+@pytest.mark.filterwarnings("ignore:.*losses were not finite")
+def test_a_start_that_is_nan_is_refused_first_and_counted_later(net, batch):
+    start = batch[0].clone()
+    start[1, 0, 2, 3] = torch.nan
+    attack = PGD(net, EPS)
+    with pytest.raises(ValueError, match="some of x_init are NaN"):
+        attack(*batch, x_init=start)
+    attack(*batch, x_init=batch[0])
+    with pytest.warns(UserWarning, match="some of x_init are NaN"):
+        attack(*batch, x_init=start)
+
+
 @every_attack
 def test_images_without_channels(batch, name):
     x, labels = batch[0].flatten(1)[:, :7], batch[1] % 2

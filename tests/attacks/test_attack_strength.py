@@ -29,7 +29,7 @@ from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import random_init, sample_seeds
-from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, ZeroGrad, create_attack
+from fastadv.attacks import APGD, BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, ZeroGrad, create_attack
 from fastadv.evaluation import evaluate
 
 
@@ -622,6 +622,31 @@ def test_lengths_wider_than_the_box_are_refused(cls, lengths):
     cls(Net(), 1.0, **{name: 1.25})  # what a preset or the paper makes of a large eps
     cls(Net(), 2.0, clip=(0, 4), **{name: 2.0})
     PGDL2(Net(), 3.0, alpha=2.0)
+
+
+def test_so_does_a_single_step_that_is_too_short(recwarn):
+    attack = FFGSM(Net(), EPS)
+    NFGSM(Net(), EPS, alpha=EPS / 2)  # it may go beyond the ball
+    assert not recwarn.list
+    here = sys._getframe().f_lineno
+    FFGSM(Net(), 48 / 255)
+    FGSM(Net(), EPS, alpha=EPS / 2)
+    attack(*batch_of(4), eps=48 / 255)
+    assert [w.lineno - here for w in recwarn.list] == [1, 2, 3]
+    assert "move an image by 10/255 at most, less than eps = 48/255" in str(recwarn.list[0].message)
+
+
+def test_an_eps_in_another_unit_than_the_inputs_warns(recwarn):
+    PGD(Net(), 8, 2, clip=(0, 255))
+    PGD(Net(), clip=(-1, 1))
+    PGD(Net(), clip=None)
+    PGD(Net(), 0.0, 0.0, clip=(0, 255))
+    assert not recwarn.list
+    here = sys._getframe().f_lineno
+    APGD(Net(), clip=(0, 255))
+    BIM(Net(), clip=(0, 255))
+    assert [w.lineno - here for w in recwarn.list] == [1, 2]
+    assert "eps = 0.0313725 is tiny on the images' scale" in str(recwarn.list[0].message)
 
 
 @pytest.mark.parametrize("cls", [PGD, BIM, MIFGSM, TPGD, PGDL2])

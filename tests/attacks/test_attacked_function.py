@@ -10,12 +10,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attacked import CLASSES, EPS, N, Net, batch_of
+from attacked import CLASSES, EPS, N, Net, batch_of, short_steps
 from attacked import one_thread as one_thread
 from torch import nn
 
 from fastadv import attacks, sample_seeds
-from fastadv.attacks import BIM, FFGSM, FGSM, MIFGSM, NFGSM, PGD, PGDL2, TPGD, Normalized, ZeroGrad, base
+from fastadv.attacks import (
+    APGD,
+    APGDL2,
+    BIM,
+    FAB,
+    FFGSM,
+    FGSM,
+    MIFGSM,
+    NFGSM,
+    PGD,
+    PGDL2,
+    PMA,
+    PMAL2,
+    TPGD,
+    Normalized,
+    ZeroGrad,
+    base,
+)
 from fastadv.attacks.base import Attack
 from fastadv.attacks.engine import Engine
 from fastadv.attacks.losses import LOSSES
@@ -81,13 +98,22 @@ def test_a_setting_that_is_assigned_acts_as_if_it_had_been_given(name, called):
         assert not torch.equal(got, usual(images, labels, seed=SEEDS))
 
 
-@pytest.mark.parametrize(("cls", "name"), [(FGSM, "noise"), (FGSM, "alpha"), (MIFGSM, "decay"), (NFGSM, "noise")])
-def test_so_do_the_settings_of_an_attack_s_own(cls, name):
+OWN = [
+    *((FGSM, "noise", EPS / 2), (FGSM, "alpha", EPS / 2), (MIFGSM, "decay", EPS / 2), (NFGSM, "noise", EPS / 2)),
+    # With another default than their base's.
+    *((BIM, "random_start", True), (MIFGSM, "random_start", True), (FFGSM, "noise", EPS / 2)),
+    *((ZeroGrad, "noise", EPS / 2), (PMA, "alpha", EPS / 4), (PMAL2, "random_start", False)),
+]
+
+
+@short_steps
+@pytest.mark.parametrize(("cls", "name", "value"), OWN)
+def test_so_do_the_settings_of_an_attack_s_own(cls, name, value):
     model, (images, labels) = net(), batch_of(N)
     changed = cls(model, EPS)
     changed(images, labels, seed=SEEDS)
-    setattr(changed, name, EPS / 2)
-    given = cls(model, EPS, **{name: EPS / 2})
+    setattr(changed, name, value)
+    given = cls(model, EPS, **{name: value})
     assert torch.equal(changed(images, labels, seed=SEEDS), given(images, labels, seed=SEEDS))
 
 
@@ -101,6 +127,17 @@ def test_another_model_is_attacked_where_it_was_assigned():
     attack.model.model = old
     want = PGD(Normalized(old, MEAN, STD), EPS)(images, labels, seed=SEEDS)
     assert torch.equal(attack(images, labels, seed=SEEDS), want)
+
+
+def test_another_head_in_the_same_model_has_other_classes():
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(108, 5)), batch_of(16)[0]
+    attacks = [PGD(model, EPS), PGD(lambda x: model(x), EPS)]
+    for classes in (5, 10, 5):
+        model[1] = nn.Linear(108, classes)
+        labels, seeds = torch.arange(16) % classes, torch.arange(16)
+        want = PGD(model, EPS)(images, labels, seed=seeds)
+        for attack in attacks:
+            assert torch.equal(attack(images, labels, seed=seeds), want)
 
 
 WRONG = [
@@ -127,6 +164,9 @@ WRONG = [
     (PGD, "compile", "no", "compile must be True or False, got 'no'"),
     (MIFGSM, "decay", -0.5, "decay, the momentum's factor, must be at least 0"),
     (PGDL2, "eps_for_division", 0.0, "eps_for_division must be above 0"),
+    *((cls, "loss", loss, "PMA climbs the loss") for cls in (PMA, PMAL2) for loss in LOSSES if loss[:4] != "prob"),
+    (PMA, "loss", lambda outputs, labels: outputs.sum(1), "PMA climbs the loss 'probability_margin' by stages"),
+    (PMA, "schedule", "cosine", "with step sizes of its own .schedule='constant'."),
 ]
 
 
@@ -217,6 +257,26 @@ def test_a_wrapped_model_is_attacked_as_the_function_that_it_is(wrapped):
     images = images.double()
     got = BIM(model, EPS, EPS / 3, 4)(images, labels)
     torch.testing.assert_close(got, plain_pgd(model, images, labels, EPS, EPS / 3, 4), rtol=0, atol=1e-12)
+
+
+def test_a_hook_of_all_modules_is_called_for_a_normalised_model_too():
+    model, (images, labels) = Normalized(net(), MEAN, STD).double(), batch_of(N)
+    images, seen = images.double(), []
+
+    def brighter(module, args):
+        if module is model:
+            seen.append(1)
+            return (args[0] ** 2,)
+        return None
+
+    hook = nn.modules.module.register_module_forward_pre_hook(brighter)
+    try:
+        got = BIM(model, EPS, EPS / 3, 4)(images, labels)
+    finally:
+        hook.remove()
+    expected = plain_pgd(lambda x: model(x**2), images, labels, EPS, EPS / 3, 4)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert seen
 
 
 def test_means_for_bytes_are_refused():
@@ -369,6 +429,65 @@ def test_a_model_that_writes_to_its_input_leaves_the_images_alone(make, labelled
     assert torch.equal(got, make(lambda x: writing.inner((x - 0.5) * 3.0))(images, given, seed=SEEDS))
 
 
+def without_grad(x):
+    with torch.no_grad():
+        x.sub_(0.5).mul_(3.0)
+
+
+def through_numpy(x):
+    array = x.detach().numpy()
+    array -= 0.5
+    array *= 3.0
+
+
+UNSEEN = {
+    "data": lambda x: x.data.sub_(0.5).mul_(3.0),
+    "detach": lambda x: x.detach().sub_(0.5).mul_(3.0),
+    "no_grad": without_grad,
+    "NumPy": through_numpy,
+}
+
+
+@pytest.mark.parametrize("write", UNSEEN.values(), ids=UNSEEN)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: FGSM(m, EPS),
+        lambda m: PGD(m, EPS, best_iterate=True),
+        lambda m: PGD(m, EPS, eot=2),
+        lambda m: PGD(m, EPS, images_normalized=(0.5, 0.5)),
+        lambda m: APGD(m, EPS, 4),
+        lambda m: PGDL2(m, 0.5),
+    ],
+    ids=["FGSM", "best iterate", "eot", "images_normalized", "APGD", "PGDL2"],
+)
+def test_a_model_that_writes_to_its_input_past_autograd_is_attacked_like_one_that_does_not(make, write):
+    inner, (images, labels) = net(), batch_of(N)
+
+    def writing(x):
+        write(x)
+        return inner(x)
+
+    before = images.clone()
+    for attack in (make(writing),) * 2:  # its first batch and a later one
+        got = attack(images, labels, seed=SEEDS)
+        assert torch.equal(images, before)
+        # Such a write has no derivative: the gradient is that of the inner model.
+        assert torch.equal(got, make(lambda x: inner(Shifted.apply(x)))(images, labels, seed=SEEDS))
+
+
+class Shifted(torch.autograd.Function):
+    """(x - 0.5) * 3, with the derivative 1."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x - 0.5) * 3.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 def test_a_second_thread_is_refused_and_the_first_goes_on():
     model, (images, labels), inside, go = net(), batch_of(N), threading.Event(), threading.Event()
 
@@ -443,6 +562,7 @@ def test_torchscript_is_attacked_like_what_it_was_made_of(made):
 BOXES = {"audio": ((-1.0, 1.0), 0.05), "embeddings": (None, 0.3), "bytes": ((0.0, 255.0), 8.0)}
 
 
+@short_steps
 @pytest.mark.parametrize("name", BOXES)
 def test_inputs_of_other_ranges(name):
     clip, eps = BOXES[name]
@@ -469,7 +589,7 @@ def test_inputs_of_other_ranges(name):
 
 def test_bytes_are_in_the_usual_box():
     with pytest.raises(TypeError, match="uint8 images mean images / 255"):
-        PGD(net(), clip=(0, 255))(torch.zeros(N, 3, 6, 6, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64))
+        PGD(net(), 8, 2, clip=(0, 255))(torch.zeros(N, 3, 6, 6, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64))
 
 
 # ------------------------------------------------------------------ inputs without a problem to attack
@@ -545,6 +665,59 @@ def test_zero_gradients_are_told_of_once():
         PGD(saturated(0.5), EPS)(images[:7], labels[:7])
 
 
+@pytest.mark.parametrize("loss", ["targeted_margin", "margin"])
+def test_fab_tells_of_zero_gradients_too(loss):
+    with pytest.warns(UserWarning, match="exactly zero for 3 of 20 images"):
+        FAB(saturated(0.15), EPS, steps=2, loss=loss)(*batch_of(20))
+
+
+def test_zero_gradients_of_small_batches_are_summed_up():
+    images, labels = batch_of(12)
+    attack = PGD(saturated(1.0), EPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(7):
+            attack(images[k : k + 1], labels[k : k + 1])
+    with pytest.warns(UserWarning, match="exactly zero for 12 of 12 images"):
+        attack(images[7:], labels[7:])
+
+
+@pytest.mark.parametrize(("cls", "least"), [(PGDL2, 1e-10), (APGDL2, 1e-12)])
+def test_gradients_that_an_l2_step_cannot_follow_are_told_of(cls, least):
+    """As of a model that is sure: of two classes with a margin of 50 cross-entropy leaves e^-50."""
+    images, weight = torch.rand(20, 3, 6, 6), torch.randn(108)
+    labels = torch.zeros(20, dtype=torch.int64)
+
+    def model(x):
+        ahead = 50 + 0.01 * (x.flatten(1) @ weight)
+        return torch.stack((ahead, 0 * ahead), 1)
+
+    with pytest.warns(UserWarning, match=f"or at most {least:g} long, for 20 of 20 images .*float64"):
+        adv = cls(model)(images, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        further = cls(model, loss="margin")(images, labels)
+    assert (model(further)[:, 0] < model(adv)[:, 0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-35, 1e-22, 1.0, 1e22, 1e35])
+def test_the_scale_of_a_loss_changes_no_l2_step(scale, dtype):
+    images, weight = torch.full((N, 3, 6, 6), 0.5, dtype=dtype), torch.randn(108, N, dtype=dtype).abs() + 0.1
+
+    def loss(outputs, _):
+        return outputs.flatten(1).mul(weight.T * scale).sum(1)
+
+    attacks = [PGDL2(lambda x: x, 0.1, 0.1, 1, loss=loss, eps_for_division=1e-40)]
+    if scale >= 1:  # APGD's authors add 1e-12
+        attacks.append(APGDL2(lambda x: x, 0.1, 1, loss=loss))
+    for attack in attacks:
+        adv = attack(images, torch.zeros(N), x_init=images)
+        want = 0.1 * weight.T / weight.T.double().norm(dim=1, keepdim=True)
+        torch.testing.assert_close((adv - images).flatten(1).double(), want.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the gradient is exactly zero")  # that of dlr may be
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
 def test_labels_of_later_batches_that_name_no_class_are_counted(loss):
     images, labels = batch_of(N)

@@ -276,10 +276,18 @@ def test_further_restarts_start_at_random_at_half_of_eps_and_the_nearest_result_
     torch.testing.assert_close(length(attack(images, labels, seed=5) - images, norm), expected)
 
 
-@pytest.mark.parametrize("options", [{"loss": "ce"}, {"loss": "margin", "targeted": True}, {"eta": 0.9}, {"beta": 1.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"loss": "ce"}, {"loss": "margin", "targeted": True}, {"eta": 0.9}, {"beta": 1.1}, {"loss": "margin", "eot": 2}],
+)
 def test_what_is_no_fab_is_refused(options):
-    with pytest.raises(ValueError, match=r"planes of equal logits|must be in"):
+    with pytest.raises(ValueError, match=r"planes of equal logits|must be in|eot does not average"):
         FAB(Rows(), **options)
+
+
+def test_a_step_costs_what_its_draws_cost():
+    assert FAB(Rows(), eot=5).cost(10) == (5, 5)
+    assert FAB(Rows(), loss="margin").cost(10) == (10, 1)
 
 
 @pytest.mark.parametrize("loss", ["targeted_margin", "margin"])

@@ -12,6 +12,16 @@ def test_unknown_names_and_settings_are_refused(net):
         create_attack("pgb", net, EPS)
     with pytest.raises(ValueError, match="the attack fgsm has no setting 'steps'"):
         create_attack("fgsm", net, EPS, steps=7)
+    with pytest.raises(TypeError, match="eps must be a number, got '8/255'"):
+        create_attack("pgd-10", net, "8/255")
+
+
+@pytest.mark.parametrize("name", ["bim", "mifgsm", "pgdl2"])
+def test_a_setting_may_be_that_of_a_base(net, name):
+    assert create_attack(name, net, EPS, schedule="cosine").schedule == "cosine"
+    assert create_attack("pma-l2", net, EPS, most_runs=3).most_runs == 3
+    with pytest.raises(ValueError, match="has no setting 'args'"):
+        create_attack("fab", net, EPS, args=1)
 
 
 def test_presets_hold_the_papers_settings(net):

@@ -2,21 +2,26 @@
 
 import functools
 import logging
+import types
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from fastadv.attacks import PGD
+from fastadv.attacks import PGD, Normalized
 from fastadv.evaluation import evaluate
 from fastadv.nn.frozen import frozen
 from fastadv.nn.inside import as_module
+from fastadv.nn.kinship import are_equal, is_another, is_part
 
 EPS = 8 / 255
 LOG = logging.getLogger(__name__)
 NET: nn.Module
 HELD: dict[str, list[nn.Module]]
+PACKAGE = types.ModuleType("package")
+PACKAGE.helpers = types.ModuleType("package.helpers")
+PACKAGE.helpers.package = PACKAGE
 
 
 class Net(nn.Module):
@@ -88,6 +93,39 @@ def with_weak_reference(net):
     return lambda x: reference()(x)
 
 
+class Unregistered(nn.Module):
+    """A module that calls what it holds and has not registered."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.scale = nn.Linear(1, 1)
+        self.__dict__["held"] = held
+
+    def forward(self, x):
+        held = self.held[0] if isinstance(self.held, list) else self.held
+        return held(x)
+
+
+def with_closure_of_its_class(net):
+    class Through(nn.Module):
+        def forward(self, x):
+            return net(x)
+
+    return Through()
+
+
+def with_hook(net):
+    through = nn.Identity()
+    through.register_forward_hook(lambda module, args, output: net(output))
+    return through
+
+
+def of_import(net):
+    helpers = types.ModuleType("helpers")
+    helpers.net = net
+    return lambda x: helpers.net(x)
+
+
 HOLDERS = {
     "lambda": lambda net: lambda x: net(x),
     "partial": functools.partial,
@@ -104,6 +142,17 @@ HOLDERS = {
     "global of a class": lambda net: WithGlobal(),
     "global of a helper": lambda net: lambda x: of_helper(x),
     "weak reference": with_weak_reference,
+    "import": lambda net: lambda x: PACKAGE.helpers.net(x),
+    "import within a function": of_import,
+    "normalised": lambda net: Normalized(lambda x: net(x), 0.0, 1.0),
+    "normalised method": lambda net: Normalized(net.forward, 0.0, 1.0),
+    "function of a module": lambda net: Unregistered(lambda x: net(x)),
+    "list of a module": lambda net: Unregistered([net]),
+    "module of a module": Unregistered,
+    "object of a module within a module": lambda net: nn.Sequential(nn.Identity(), Unregistered(WithList(net))),
+    "closure over such a module": lambda net: (lambda held: lambda x: held(x))(Unregistered([net])),
+    "class of a module": with_closure_of_its_class,
+    "hook of a module": with_hook,
     "compiled": lambda net: torch.compile(lambda x: net(x), backend="eager"),
 }
 
@@ -115,6 +164,7 @@ def net():
     torch.manual_seed(0)
     NET = Net().train()
     HELD = {"nets": [NET]}
+    PACKAGE.helpers.net = NET
     return NET
 
 
@@ -162,7 +212,53 @@ def test_only_what_the_callable_uses_is_found(net):
     assert list(as_module(lambda x: other(x))) == [other]
     assert list(as_module(torch.relu)) == []
     assert as_module(net) is net
+    net.registered, net.hidden = [net.head], [other]
+    assert list(as_module(net)) == [net, other]
+    net.hidden = []
+    assert as_module(net) is net
     with frozen(lambda x: other(x)):
         assert not any(m.training for m in other.modules())
         assert all(m.training for m in net.modules())
         assert not any(p.requires_grad for p in other.parameters())
+
+
+def test_a_network_inside_the_loss_or_the_choice_of_targets_is_frozen_and_left_as_it_was(net):
+    critic = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    still = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
+    images, labels = torch.rand(16, 3, 2, 2), torch.randint(3, (16,))
+
+    def attacked(critic, chooser):
+        return PGD(
+            net,
+            EPS,
+            loss=lambda outputs, targets: nn.functional.cross_entropy(critic(outputs), targets, reduction="none"),
+            targeted=lambda x, y: (chooser(x).argmax(1) + y) % 3,
+        )(images, labels, seed=3)
+
+    chooser = Net().train()
+    before = state_of(critic), state_of(chooser)
+    expected = Net().eval()
+    expected.load_state_dict(chooser.state_dict())
+    assert torch.equal(attacked(critic, chooser), attacked(still, expected))
+    assert_same(state_of(critic), before[0])
+    assert_same(state_of(chooser), before[1])
+
+
+def test_models_inside_callables_are_told_apart(net):
+    def one(net):
+        return Normalized(lambda x: net(x), 0.5, 0.25)
+
+    other = Net()
+    assert is_another(one(net), lambda x: other(x))
+    assert not is_another(one(net), lambda x: net(x))
+    assert is_part(net, one(net))
+    assert not is_part(other, one(net))
+    assert not are_equal(one(net), one(other))
+    assert are_equal(one(net), one(net))
+
+
+def test_images_that_are_normalised_already_are_refused_before_a_function_that_normalises(net):
+    wrapped = Normalized(net, 0.5, 0.25)
+    with pytest.raises(ValueError, match="would do it again"):
+        PGD(lambda x: wrapped(x), EPS, images_normalized=(0.5, 0.25))
+    PGD(lambda x: net(x), EPS, images_normalized=(0.5, 0.25))

@@ -80,3 +80,6 @@ def test_a_model_that_normalises_already_warns():
 
     with pytest.warns(UserWarning, match="seems to normalise"):
         Normalized(nn.Sequential(Normalize(), nn.Flatten()), MEAN, STD)
+    layer = Normalize()
+    with pytest.warns(UserWarning, match="seems to normalise its input already, in a Normalize"):
+        Normalized(lambda x: layer(x).flatten(1), MEAN, STD)

@@ -621,3 +621,9 @@ def test_backend_is_a_context_variable():
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.parametrize("images", [torch.zeros(SHAPE, dtype=torch.int64), torch.zeros(SHAPE) > 0, np.zeros(4)])
+def test_what_is_no_image_is_not_converted_to_one(images):
+    with pytest.raises(TypeError, match="images must be"):
+        fastadv.to_float(images)

@@ -240,6 +240,17 @@ def test_where_pgd_is_not_robust_either_a_collapse_would_not_show(tmp_path, rng,
     assert (failed(courses), len(courses)) == ((0, 0, 0, 2), 3)  # what the map has
 
 
+def test_runs_that_are_not_counted_are_told_for_each_eps(tmp_path, rng):
+    for eps, attack in itertools.product((8.0, 16.0, 32.0), ("fgsm", "fgsm-rs", "pgd")):
+        record = studied.record_of(rng, attack=attack, eps=eps)
+        if eps > 8 and attack == "pgd":
+            record["verdicts"]["pma"] = "0" * 64
+        if (eps, attack) != (32.0, "fgsm-rs"):
+            studied.write(tmp_path, record)
+    (said,) = (words for words in written(tmp_path)[0].answer if "not counted" in words)
+    assert said.startswith("3 more runs are not counted (2 at eps 16 and 1 at eps 32): PGD's model is not robust")
+
+
 def test_a_collapse_from_its_own_best_shows_without_pgd(tmp_path, rng):
     fallen, not_robust = studied.record_of(rng, collapse=2), studied.record_of(rng, attack="pgd")
     not_robust["verdicts"]["pma"] = "0" * 64
@@ -264,7 +275,7 @@ def test_the_best_detectors_are_named_with_their_times(tmp_path, rng):
         record = studied.record_of(rng, 3, seed=seed)
         for epoch in record["records"][1:-1]:
             epoch["alignment"] = 0.9 if epoch["epoch"] < 1 + seed else 0.1  # two, one and no epoch before
-            epoch |= {"gap": 0.0, "alarm": None, "abnormal": 0.0}  # never
+            epoch |= {"gap": 0.0, "alarm": None, "abnormal": 0.5 if seed == 0 else 0.0}  # never, and in one run
         studied.write(tmp_path, record)
         studied.write(tmp_path, studied.record_of(rng, attack="pgd", seed=seed))
     studied.write(tmp_path, studied.record_of(rng, seed=3))

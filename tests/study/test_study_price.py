@@ -227,6 +227,14 @@ def test_fgsm_is_the_best_where_it_is(tmp_path, rng):
     )
 
 
+def test_prices_without_pgd_are_no_answer_about_stability(tmp_path, rng):
+    _, numbers = told(tmp_path, grid(rng, right={"none": 3, "fgsm": 40, "stale": 41}))
+    assert (numbers["answer"]["kind"], numbers["answer"]["headline"]) == (
+        "open",
+        "Not asked: there is no PGD to compare with.",
+    )
+
+
 def test_the_cheapest_that_is_also_the_best_is_named_once(tmp_path, rng):
     (said,), _ = told(tmp_path, grid(rng, right={"none": 3, "fgsm": 40, "stale": 41, "stale-2": 38}))
     assert said.count("stale") == 1

@@ -426,7 +426,7 @@ def test_a_run_that_never_became_robust_is_weak_and_no_collapse(rng, share, weak
     assert found["nfgsm"].how == ("weak" if weak else None)
     assert found["pgd"].how is None
     assert failed(found.values()) == (0, 0, int(weak), 2)
-    records[1]["verdicts"]["pma"] = "1" * 3 + "0" * 61  # PGD's model is not robust: nothing shows
+    records[1]["records"][-1]["confusion"] = {"clean": [[0, 1, 3], [1, 1, 2]]}  # one class: nothing shows
     assert [each.how for each in courses(map(result_of, records))] == [None, None]
 
 

@@ -128,6 +128,15 @@ def test_model_and_generators_are_left_as_they_were(failing):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_model_in_data_parallel_is_measured_as_itself():
+    images, labels = batch_of(40)
+    net = Net()
+    for head in (None, "head"):
+        inside = head and f"module.{head}"
+        expected = backbone_robustness(net, images, labels, EPS, head=head)
+        assert backbone_robustness(nn.DataParallel(net), images, labels, EPS, head=inside) == expected
+
+
 def test_what_cannot_be_measured_says_why():
     images, labels = batch_of(20)
     conv = nn.Sequential(nn.Conv2d(3, 5, 6), nn.Flatten())

@@ -17,7 +17,7 @@ from fastadv.attacks.noise import uniform, uniform_per_sample
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.training import Augment, Trainer, run
 from fastadv.training.batches import AUGMENTING, Batches
-from fastadv.training.fast import FAST, fast_method
+from fastadv.training.fast import FAST, FastMethod, fast_method
 from fastadv.training.monitor import Reading
 from fastadv.training.step import TrainStep
 
@@ -493,11 +493,61 @@ def test_an_update_without_a_gradient_at_the_images_says_so_and_changes_nothing(
     images, labels = torch.rand(6, 3, 2, 2), torch.randint(CLASSES, (6,))
     if attack == "stale":
         method.attacked = lambda *given: (images.clone(),)  # what it keeps needs a run
+    begun(method)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="does not depend on its input through autograd"):
         step.gradients(images, labels, rows=torch.arange(6))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "attack", [name for name in FAST if name != "gradalign"]
+)  # which does nothing before an update
+def test_an_update_that_was_not_begun_is_refused(data, attack):
+    model = network()
+    method = FAST[attack](model, 0.05)
+    step = TrainStep(model, method, torch.optim.SGD(model.parameters(), LR))
+    with pytest.raises(RuntimeError, match=f"{type(method).__name__} was not begun: call its begin"):
+        step.gradients(*data, rows=torch.arange(COUNT))
+    if attack in ("free", "liet", "sora"):
+        begun(method)
+        step.gradients(*data)
+        step.apply()
+        with pytest.raises(RuntimeError, match="call its begin before each update"):
+            step.gradients(*data)
+
+
+def test_an_update_without_a_batch_leaves_what_sora_has_measured(data):
+    model = network()
+    method = FAST["sora"](model, 0.05)
+    step = TrainStep(model, method, torch.optim.SGD(model.parameters(), LR))
+    begun(method)
+    step.gradients(*data)
+    step.apply()
+    before = method.state()["v"].clone()
+    begun(method)
+    step.apply()
+    assert torch.equal(method.state()["v"], before)
+
+
+@pytest.mark.parametrize(
+    ("attack", "changes", "error", "words"),
+    [
+        ("free", {"repeats": 0}, ValueError, "repeats must be at least 1, got 0"),
+        ("free", {"repeats": 2.5}, ValueError, "repeats is a whole number, got 2.5"),
+        ("gradalign", {"penalty": -1.0}, ValueError, "penalty must be at least 0, got -1.0"),
+        ("liet", {"penalty": math.nan}, ValueError, "penalty must be finite, got nan"),
+        ("fgsm-pgi", {"penalty": "x"}, TypeError, "penalty is a number, got 'x'"),
+        ("stale", {"refresh": 0}, ValueError, "refresh must be at least 1, got 0"),
+        ("stale", {"price": -3}, ValueError, "price must be above 0, got -3"),
+        ("cached", {"refresh": 2.5}, ValueError, "refresh is a whole number, got 2.5"),
+        ("fre", {}, ValueError, "unknown training attack 'fre'.*free"),
+    ],
+)
+def test_a_method_refuses_what_the_settings_of_a_run_refuse(attack, changes, error, words):
+    with pytest.raises(error, match=words):
+        fast_method(attack, network(), 0.05, changes)
 
 
 def test_signs_that_are_not_used_stand_no_smoothing_in_the_way(data):
@@ -507,6 +557,13 @@ def test_signs_that_are_not_used_stand_no_smoothing_in_the_way(data):
         for attack, more in ((("stale", 0.05), {"refresh": 1}), (("fgsm", 0.05), {}))
     )
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def begun(method):
+    """The method as in its first update, without the memory of a run."""
+    FastMethod.begin_epoch(method, None)
+    method.begin(0, 0, 1)
+    return method
 
 
 class Normalizing(nn.Module):
@@ -629,6 +686,35 @@ def test_gradalign_aligns_the_gradients_of_a_sample_that_the_model_is_certain_of
         torch.testing.assert_close(here.double(), there, rtol=1e-2, atol=1e-2 * float(there.abs().max()))
 
 
+@pytest.mark.parametrize("attack", FAST)
+def test_a_model_in_bfloat16_gets_images_in_bfloat16(data, attack, monkeypatch):
+    dtypes, forward = set(), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: (dtypes.add(x.dtype), forward(layer, x))[1])
+    monkeypatch.setitem(globals(), "network", lambda: large().to(torch.bfloat16))
+    before = network().state_dict()
+    weights, _, _ = trained((F.interpolate(data[0], 16).to(torch.bfloat16), data[1]), attack, 0.05)
+    assert dtypes == {torch.bfloat16}
+    assert not torch.equal(weights["5.weight"], before["5.weight"])
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("attack", ["free", "gradalign", "liet", "sora"])
+def test_an_optimizer_may_have_frozen_parameters(data, attack):
+    found = []
+    for trains in (lambda p: True, lambda p: p.requires_grad):
+        model = network()
+        model[0].requires_grad_(False)
+        method = fast_method(attack, model, 0.05, {})
+        step = TrainStep(model, method, torch.optim.SGD(filter(trains, model.parameters()), lr=0.1))
+        for number in range(3):
+            method.begin(number, 0, 1)
+            step.gradients(*data, torch.arange(len(data[1])))
+            step.apply()
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert not torch.equal(found[0]["7.weight"], network()[7].weight)
+
+
 def test_gradalign_goes_through_attention_whose_fused_form_has_no_second_derivative(data):
     found = []
     for fused in (True, False):
@@ -648,7 +734,8 @@ def test_several_processes_are_refused(data, attack, monkeypatch):
 @pytest.mark.parametrize("attack", ["cached", "fgsm-pgi", "stale"])
 def test_a_method_that_keeps_something_of_each_image_wants_their_numbers(data, attack):
     model = network()
-    step = TrainStep(model, FAST[attack](model, 0.1), torch.optim.SGD(model.parameters(), LR))
+    method = begun(FAST[attack](model, 0.1))
+    step = TrainStep(model, method, torch.optim.SGD(model.parameters(), LR))
     with pytest.raises(ValueError, match="give rows="):
         step.gradients(*data)
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadv.training import Trainer, TrainStep
 from fastadv.training.checkpoints import Checkpoints
+from fastadv.training.ema import EMA
+from fastadv.training.finite import largest, nonfinite
 
 INF, NAN = float("inf"), float("nan")
 
@@ -135,6 +137,30 @@ def test_weights_that_the_model_came_with_are_named_where_nothing_can_be_learnt(
     words = "the loss is nan at epoch 1, batch 1; .* The model came with numbers that are not finite in 4.weight$"
     with pytest.raises(FloatingPointError, match=words), pytest.warns(UserWarning, match="losses were not finite"):
         train(model=model)
+
+
+def test_of_complex_and_sparse_tensors_too_it_is_known_which_are_not_finite():
+    for make in (lambda t: torch.complex(torch.ones_like(t), t), lambda t: t.to_sparse(), lambda t: t.half()):
+        tensors = {str(value): make(torch.tensor([[0.5, 0.0, value]])) for value in (1.0, NAN, -INF)}
+        assert nonfinite(tensors) == ["nan", "-inf"]
+        assert nonfinite(tensors, known=["nan"]) == ["-inf"]
+        found = [float(largest([tensor], torch.device("cpu"))) for tensor in tensors.values()]
+        assert found[0] == pytest.approx(abs(complex(1, 1)) if tensors["1.0"].is_complex() else 1)
+        assert found[1] != found[1]
+        assert found[2] == INF
+
+
+def test_complex_weights_are_averaged_as_their_parts_are_and_sparse_ones_copied():
+    steps = [torch.randn(5, dtype=torch.complex128) for _ in range(6)]
+    sparse = [torch.randn(3, 3).to_sparse() for _ in steps]
+    average = EMA({"w": steps[0], "s": sparse[0]}, 0.3)
+    expected = torch.view_as_real(steps[0]).clone()
+    for step, (value, other) in enumerate(zip(steps[1:], sparse[1:], strict=True)):
+        average.update({"w": value, "s": other}, step)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * torch.view_as_real(value)
+    torch.testing.assert_close(torch.view_as_real(average.state["w"]), expected)
+    assert torch.equal(average.state["s"].to_dense(), sparse[-1].to_dense())
 
 
 def test_a_mask_is_no_part_of_the_ema():

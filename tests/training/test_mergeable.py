@@ -154,6 +154,21 @@ def test_ia3_refuses_them_too(wrap, message):
     refused(scaled(wrap), "ia3", message, example=torch.rand(1, *SHAPE))
 
 
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_model_with_adapters_of_peft_keeps_them(method, wrapped):
+    network = made("timm vit")
+    config = peft.LoraConfig(r=4, target_modules=["qkv"])
+    network = peft.get_peft_model(network, config) if wrapped else peft.inject_adapter_in_model(config, network)
+    options = {"example": torch.rand(1, *SHAPE), "head": "base_model.model.head" if wrapped else "head"}
+    refused(network, method, "the model has adapters of peft already.* merge_and_unload", **options)
+    with trainable(network, "linear", **options) as tuning:
+        assert {name.rpartition(".")[2] for name, _ in tuning.parameters} == {"weight", "bias"}
+    if wrapped:
+        with trainable(network.merge_and_unload(), method, example=torch.rand(1, *SHAPE)):
+            pass
+
+
 class AlsoUsed(nn.Module):
     """Uses the weight of one layer a second time, without calling the layer."""
 

@@ -11,6 +11,7 @@ import transformers
 from families import logits
 from fitted import changed, copied
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fastadv.attacks import FGSM, Normalized
 from fastadv.models import Target, find_head, lora_targets
@@ -328,8 +329,32 @@ def test_a_state_brings_back_all_that_training_changed(method):
             with pytest.raises(ValueError, match="another model or another method"):
                 tuning.load(wrong)
         assert not changed(network, before)
-    buffers = {key for key in state if re.search("running|tracked", key)}
-    assert len(buffers) == (9 if method == "full" else 3)  # every method trains the head's three
+    assert {key for key, _ in model.named_buffers()} <= set(state)  # a layer may write to its own in eval mode, too
+
+
+def test_a_state_of_an_earlier_version_has_no_buffers_of_the_backbone():
+    network, model = made("conv")
+    with trainable(model, "linear") as tuning:
+        state = {name: tensor + 1 for name, tensor in tuning.state().items() if name.startswith("model.12.")}
+        before = copied(network)
+        tuning.load(state)
+    assert changed(network, before) == {key for key in before if key.startswith("12.")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_begins_and_ends_without_gradients(method):
+    """The caller's own passes may have left some, also in what does not train."""
+    network, model = made("conv")
+    fresh, x, y = copy.deepcopy(model), torch.rand(4, *SHAPE), torch.randint(3, (4,))
+    F.cross_entropy(model.eval()(x), y).backward()
+    for each in (fresh, model):
+        torch.manual_seed(0)
+        with trainable(each, method, rank=2, example=x) as tuning:
+            each.eval()
+            F.cross_entropy(each(x), y).backward()
+            each.gradients = [parameter.grad for _, parameter in tuning.parameters]
+    assert all(torch.equal(*pair) for pair in zip(fresh.gradients, model.gradients, strict=True))
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_named_layers_and_rows_are_adapted():
@@ -363,16 +388,22 @@ def test_a_name_is_a_whole_name():
         ("linear", {"head": "top"}, "no module called 'top'"),
         ("lora", {}, "pass example=, images, or name lora_targets="),
         ("lora", {"lora_targets": ["model.1"]}, r"no linear or convolutional layer 'model\.1'; there are model\.0"),
-        ("lora", {"rank": 0}, "rank must be at least 1 and alpha above 0, got 0 and 16"),
-        ("lora", {"alpha": float("nan")}, "alpha above 0"),
+        ("lora", {"rank": 0}, "rank must be at least 1, got 0"),
+        ("lora", {"rank": 2.5}, "rank must be a whole number, got 2.5"),
+        ("lora", {"rank": "8"}, "rank must be a whole number, got '8'"),
+        ("lora", {"alpha": 0}, "alpha must be above 0, got 0"),
+        ("lora", {"alpha": float("nan")}, "alpha must be finite"),
         ("lora", {"lora_targets": []}, "lora_targets= names no layer"),
+        ("lora", {"lora_targets": "model.0"}, "lora_targets is a list of names, got 'model.0'"),
+        ("adapter", {"adapter_reduction": 2.5}, "adapter_reduction must be a whole number, got 2.5"),
+        ("prompt", {"prompt_tokens": 2.5}, "prompt_tokens must be a whole number, got 2.5"),
     ],
 )
 def test_bad_settings_are_refused_and_change_nothing(method, options, message):
     _, model = made("conv")
     model.eval()
     names = list(model.state_dict())
-    with pytest.raises(ValueError, match=message), trainable(model, method, **options):
+    with pytest.raises((TypeError, ValueError), match=message), trainable(model, method, **options):
         pass
     assert list(model.state_dict()) == names
     assert not any(module.training for module in model.modules())
@@ -523,13 +554,20 @@ def tied_weights():
     return network
 
 
+def tied_memory():
+    network = tied_weights()
+    network[3] = nn.Linear(4, 4)
+    network[3].weight.data = network[1].weight.data
+    return network
+
+
 def one_layer_twice():
     network = tied_weights()
     network[3] = network[1]
     return network
 
 
-@pytest.mark.parametrize("make", [tied_weights, one_layer_twice])
+@pytest.mark.parametrize("make", [tied_weights, tied_memory, one_layer_twice])
 @pytest.mark.parametrize("named", [["1"], None])
 def test_weights_that_another_layer_has_too_are_refused(make, named):
     network = make()
@@ -552,12 +590,29 @@ def test_another_name_of_what_holds_a_layer_is_no_tie():
 
 
 def test_a_head_tied_to_a_layer_before_it_trains():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     network[3].weight = network[1].weight
-    for method in ("linear", "bias"):
+    for method, others in (("linear", set()), ("bias", {"1.bias"})):
         with trainable(network, method) as tuning:
-            assert {id(p) for _, p in tuning.parameters} == {id(p) for p in network[3].parameters()}
-            assert tuning.trainable == 20
+            assert {name for name, _ in tuning.parameters} == {"1.weight", "3.bias"} | others
+            assert tuning.trainable == 20 + 4 * len(others)
+
+
+def test_a_head_over_the_memory_of_a_layer_before_it_trains_as_if_it_were_one_parameter():
+    one, two = (nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double() for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    one[3].weight = one[1].weight
+    two[1].weight.data, two[3].weight.data = (one[1].weight.detach().clone(),) * 2
+    x, y = torch.rand(8, 1, 2, 2, dtype=torch.float64), torch.randint(4, (8,))
+    for network in (one, two):
+        with trainable(network, "linear") as tuning:
+            optimizer = torch.optim.SGD([parameter for _, parameter in tuning.parameters], lr=0.1)
+            for _ in range(3):
+                F.cross_entropy(network(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[key], value)
 
 
 def test_every_bias_trains():
@@ -580,6 +635,25 @@ def test_every_bias_trains():
         assert {prefix + name for name in names} <= differ
         assert {key for key in differ if "bias" not in key} == {"head.weight"}
         assert not any("table" in key for key in differ)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_what_a_bias_or_the_weight_of_a_norm_is_computed_from_trains():
+    network = Tokens(nn.Sequential(nn.Linear(24, 24), nn.LayerNorm(24)))
+    for layer, name in ((network.body[0], "bias"), (network.body[1], "weight")):
+        parametrize.register_parametrization(layer, name, Doubled())
+    trains = {}
+    for method in ("bias", "norm"):
+        with trainable(network, method) as tuning:
+            trains[method] = {name for name, _ in tuning.parameters if "body" in name}
+    assert trains == {
+        "bias": {"body.0.parametrizations.bias.original", "body.1.bias"},
+        "norm": {"body.1.parametrizations.weight.original", "body.1.bias"},
+    }
 
 
 class Auxiliary(nn.Module):

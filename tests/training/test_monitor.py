@@ -24,6 +24,16 @@ def accuracy(model, images, labels):
         return (model(images).argmax(1) == labels).float().mean().item()
 
 
+def test_an_attack_on_another_model_or_images_of_another_dtype_are_told(recwarn):
+    model, (x, y) = mlp((3, 4, 4), 3), (torch.rand(6, 3, 4, 4), torch.arange(6) % 3)
+    Monitor(model, x, y, FGSM(model, EPS), EPS)
+    assert not recwarn.list
+    Monitor(model, x, y, FGSM(copy.deepcopy(model), EPS), EPS)
+    assert "the training attack was made on another model" in str(recwarn.pop(UserWarning).message)
+    with pytest.raises(ValueError, match=r"weights of torch.float32, does not take images .* of torch.float64"):
+        Monitor(model, x.double(), y, None, EPS)
+
+
 def train(attack, epochs, seed):
     """The readings after each epoch of a training loop by hand, on digits at a large budget."""
     torch.manual_seed(seed)

@@ -363,6 +363,53 @@ def test_numbers_of_numpy_and_python_are_drawn_again_after_an_interruption(tmp_p
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
+class Counting(nn.Module):
+    """Forgets `if self.training` where it writes to its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return self.net(x)
+
+
+class Sharing(nn.Module):
+    """Has buffers over the memory of weights and of each other, and one whose elements are the same number."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        self.register_buffer("rows", self.net[1].weight.data[2:])
+        self.register_buffer("mean", self.net[2].running_mean)
+        self.register_buffer("ones", torch.ones(1).expand(3))
+
+    def forward(self, x):
+        return self.net(x) * self.ones
+
+
+@pytest.mark.parametrize("settings", [{"method": "linear"}, {"method": "bias", "ema_decay": 0.9}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize("kind", [Counting, Sharing])
+def test_buffers_of_any_kind_go_on_after_an_interruption(kind, settings, tmp_path):
+    with pytest.raises(RuntimeError, match="cut"):
+        short(tmp_path / "cut", cut=9, model=kind(), **settings)
+    resumed, losses, _ = short(tmp_path / "cut", model=kind(), **settings)
+    whole, expected, _ = short(None, model=kind(), resume=False, **settings)
+    assert losses[-1] == expected[-1]
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_sparse_tensors_are_refused_by_name_before_a_step(tmp_path):
+    with pytest.raises(ValueError, match="keeps no sparse tensors, such as b: make them dense"):
+        Checkpoints(tmp_path, "run").save({"weights": {**tensors(0), "b": torch.eye(3).to_sparse()}}, {})
+
+
 def test_other_threads_are_warned_of(tmp_path):
     def train(threads):
         before = torch.get_num_threads()
@@ -557,3 +604,53 @@ def test_nothing_is_pickled(tmp_path):
     killed_run.train(tmp_path)
     kinds = {path.suffix for path in Path(tmp_path).rglob("*") if path.is_file()}
     assert kinds == {".json", ".jsonl", ".safetensors"}
+
+
+class Keeping(nn.Module):
+    """A network that keeps something from pass to pass: `kept` says what."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.net, self.kept, self.count, self.history = nn.Linear(12, 3), kept, 0, []
+        self.mean, self.generator = torch.zeros(3), torch.Generator().manual_seed(0)
+        self.register_buffer("late", None)
+        self.register_buffer("early", torch.zeros(3))
+
+    def forward(self, x):
+        logits = self.net(x.flatten(1))
+        if self.kept == "count":
+            self.count += 1
+        elif self.kept == "history":
+            self.history.append(len(x))
+        elif self.kept == "generator":
+            logits = logits * torch.rand(3, generator=self.generator)
+        elif self.kept == "mean":
+            self.mean.lerp_(logits.detach().mean(0), 0.1)
+        elif self.kept == "late":
+            self.late = logits.detach().mean(0)
+        elif self.kept == "early":
+            self.early = self.early.lerp(logits.detach().mean(0), 0.1)
+        return logits
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images, labels):
+        self.calls += 1
+        return images
+
+
+@pytest.mark.parametrize("kept", ["count", "history", "generator", "mean", "late", "early", "nothing", "calls"])
+def test_what_no_checkpoint_has_is_told_at_the_first_step(kept, tmp_path, recwarn):
+    attack = {"attack": Counting()} if kept == "calls" else {}
+    options = {"epochs": 2, "batch_size": 4, "probe": 0, "progress": False, **attack}
+    parts = torch.rand(9, 3, 2, 2), torch.arange(9) % 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(Keeping(kept), 0.1, **options).fit(parts)  # without a folder nothing is promised
+    Trainer(Keeping(kept), 0.1, folder=tmp_path, **options).fit(parts)
+    told = [str(each.message) for each in recwarn if "which no checkpoint has" in str(each.message)]
+    assert len(told) == (kept not in ("early", "nothing"))
+    assert all(f"{kept} of " in each for each in told)

@@ -202,6 +202,7 @@ IN_THE_WEIGHTS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:steps = 1 of alpha")
 @pytest.mark.parametrize(("field", "value", "needed"), IN_THE_WEIGHTS)
 def test_a_setting_changes_what_it_says_and_nothing_else(field, value, needed):
     weights, order, _ = trained(needed | {field: value})

@@ -218,6 +218,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:steps = 1 of alpha")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
 @pytest.mark.parametrize(("changes", "fresh"), CASES)
 def test_a_run_is_the_loop_by_hand(monkeypatch, changes, fresh, dtype):

@@ -19,12 +19,14 @@ from torch.utils.flop_counter import flop_registry
 
 from fastadv import random_init
 from fastadv.attacks import FGSM, NFGSM, PGD, Normalized, create_attack
+from fastadv.training.fast import fast_method
 from fastadv.training.foreign import as_attack
 from fastadv.training.methods import METHODS, trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.step import TrainStep
 
 EPS, LR, CLASSES = 0.1, 0.5, 4
+FOLLOWING = ("gradalign", "liet", "free")  # these reach for the images' gradient
 
 
 def network(dtype=torch.float64):
@@ -442,6 +444,10 @@ def test_none_is_looked_at_where_the_attack_alone_has_batch_norm_in_train_mode()
         ({"autocast": "bf16"}, TypeError, "autocast is a dtype such as torch.bfloat16, or None, got 'bf16'"),
         ({"attack": "fgsm"}, TypeError, "attack must be a callable .* got 'fgsm'"),
         ({"attack": FGSM}, TypeError, "attack must be a callable .* got <class"),
+        ({"autocast": torch.bfloat16}, ValueError, "autocast to torch.bfloat16 leaves a float64 model as it is"),
+        ({"compile": "no"}, TypeError, "compile must be True or False, got 'no'"),
+        ({"highest": "9"}, TypeError, "highest must be a whole number, got '9'"),
+        ({"optimizer": torch.optim.LBFGS([torch.zeros(1)])}, ValueError, "LBFGS computes the loss again"),
         (
             {"attack": PGD(nn.Identity(), EPS, EPS / 4, clip=(0, 255))},
             ValueError,
@@ -453,6 +459,49 @@ def test_what_cannot_be_is_refused(options, error, message):
     model = network()
     with pytest.raises(error, match=message):
         TrainStep(model, **{"attack": None, "optimizer": sgd(model), **options})
+
+
+@pytest.mark.parametrize("attack", [lambda model: None, lambda model: FGSM(model, EPS), lambda model: lambda x, y: x])
+def test_every_batch_has_images_and_a_label_for_each(attack):
+    model, (images, labels) = network(), batch()
+    step = TrainStep(model, attack(model), sgd(model))
+    taken(step, images, labels)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"one for each of images \(18, 3, 8, 8\), got \(9,\)"):
+        step.gradients(torch.cat((images, images)), labels)
+    with pytest.raises(ValueError, match="no images in the batch"):
+        step.gradients(images[:0], labels[:0])
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "attack", [lambda model: None, *(lambda m, n=n: fast_method(n, m, EPS, {}) for n in FOLLOWING)]
+)
+def test_images_that_require_grad_get_none_and_are_learnt_from_like_others(attack):
+    model, (images, labels) = network(), batch()
+    twin, watched, seeds = copy.deepcopy(model), images.clone().requires_grad_(), torch.arange(9)
+    for one, x in ((model, images), (twin, watched)):
+        method = attack(one)
+        step = TrainStep(one, method, sgd(one))
+        if method is not None:
+            method.begin(0, 0, 1)
+        taken(step, x, labels, seeds=seeds)
+    assert watched.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_an_optimizer_of_other_parameters_than_the_models_is_told(recwarn):
+    model = network()
+    TrainStep(model, None, sgd(model))
+    TrainStep(model, None, torch.optim.SGD(model[-1].parameters(), LR))  # a part trains
+    assert not recwarn.list
+    TrainStep(copy.deepcopy(model), None, sgd(model))
+    assert "has 6 parameters that are not the model's, and not 0.weight" in str(recwarn.pop(UserWarning).message)
+    optimizer = sgd(model)
+    model[-1] = nn.Linear(8, CLASSES).double()
+    TrainStep(model, None, optimizer)
+    assert "has 2 parameters that are not the model's, and not 5.weight" in str(recwarn.pop(UserWarning).message)
 
 
 @pytest.mark.parametrize(

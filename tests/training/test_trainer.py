@@ -260,9 +260,11 @@ def test_training_with_an_l2_attack_is_refused(attack):
     attack = PGDL2(model, 0.5) if attack == "object" else attack
     with pytest.raises(ValueError, match=r"training with an L2 attack .* not possible yet.* such as fgsm or pgd"):
         fit(model, attack=attack)
-    fit(model, epochs=1, eval_attack=PGDL2(model, 0.5))
+    with pytest.warns(UserWarning, match="eval_attack has eps 0.5 in L2, and the training has 0.0627451 in L-inf"):
+        fit(model, epochs=1, eval_attack=PGDL2(model, 0.5))
 
 
+@pytest.mark.filterwarnings("ignore:eval_attack goes up to")
 def test_the_training_attack_never_chooses(after_steps):
     """Later epochs are worse under the evaluation's attack and better under the training attack."""
     states, watch = after_steps
@@ -502,6 +504,19 @@ def test_rollback_in_the_first_epoch_goes_to_the_beginning(alarms, before_steps)
     assert same(states[5], states[0])
 
 
+@pytest.mark.parametrize("given", [None, 0.1])
+def test_a_switch_leaves_the_label_smoothing_that_was_not_given(given, alarms, monkeypatch):
+    used, gradients = [], TrainStep.gradients
+    noted = lambda step, *a, **k: (used.append(step.label_smoothing), gradients(step, *a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(TrainStep, "gradients", noted)
+    alarms(0)
+    changes = {"attack": "liet", "label_smoothing": given, "epochs": 2, "probe": 4}
+    with pytest.warns(UserWarning, match="it burns"):
+        fit(conv(), on_catastrophic_overfitting="switch", **changes)
+    assert used == [0.6 if given is None else given] * 5 + [given or 0.0] * 5
+
+
+@pytest.mark.filterwarnings("ignore:steps = 1 of alpha")
 @pytest.mark.parametrize(("name", "kind"), [("pgd", PGD), ("nfgsm", NFGSM)])
 def test_switching_goes_to_the_last_good_weights_and_another_attack(name, kind, alarms, before_steps, monkeypatch):
     (states, watch), model, used = before_steps, conv(), []
@@ -833,6 +848,14 @@ def test_a_run_within_the_callers_autocast_has_the_same_bits(precision, attack):
         ({"batch_size": 10, "grad_accum_steps": 11}, "a batch of 10 images cannot be cut into 11 parts"),
         ({"parts": ((TRAIN[0], TRAIN[1][:40]),)}, "labels"),
         ({"parts": (TRAIN, (VAL[0].float(), VAL[1]))}, r"\[0, 1\]"),
+        ({"parts": (TRAIN, (VAL[0][:, :1], VAL[1]))}, r"does not take images \(1, 8, 8\) of torch.float32"),
+        ({"parts": (TRAIN, None, (TEST[0][..., :4], TEST[1]))}, r"does not take images \(3, 8, 4\)"),
+        ({"parts": (TRAIN, VAL, (to_float(TEST[0]).double(), TEST[1]))}, "does not take images .* of torch.float64"),
+        ({"parts": ((to_float(TRAIN[0]).double(), TRAIN[1]),)}, "does not take images .* of torch.float64"),
+        ({"parts": (TRAIN,), "eval_attack": lambda x, y: x}, "eval_attack is for the evaluations on val and test"),
+        ({"attack": None, "clean_weight": 0.5}, "clean_weight=0.5 is the share of clean images beside attacked ones"),
+        ({"resume": True}, "resume=True goes on from the state in folder: give both"),
+        ({"folder": __file__}, "is a file: name a folder"),
         ({"method": "linear", "head": "7"}, "no module called '7'"),
     ],
 )
@@ -868,6 +891,59 @@ def test_an_attack_with_targets_chooses_weights_with_a_warning(targeted):
     model = conv()
     with pytest.warns(UserWarning, match="weaker than an attack without targets"):
         Trainer(model, EPS, eval_attack=PGD(model, EPS, targeted=targeted))
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda m: PGD(m, EPS / 2), lambda m: torchattacks.PGD(m, 2 * EPS), lambda m: lambda x, y: 1 - x]
+)
+def test_weights_that_are_chosen_at_another_budget_are_told_once(kind, recwarn):
+    model = conv()
+    fit(model, eval_attack=PGD(model, EPS))
+    fit(model, eval_attack=lambda x, y: (x + EPS).clamp(0, 1))
+    assert not recwarn.list
+    fit(model, eval_attack=kind(model))
+    assert len(recwarn) == 1
+    assert str(recwarn.pop(UserWarning).message).startswith("eval_attack ")
+
+
+def test_a_float64_model_has_no_bf16():
+    parts = [(to_float(images).double(), labels) for images, labels in (TRAIN, VAL)]
+    with pytest.raises(ValueError, match="leaves a float64 model as it is"):
+        fit(conv().double(), precision="bf16", parts=parts)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_changes_no_bit(context):
+    alone, within = conv(), conv()
+    fit(alone)
+    with context():
+        fit(within)
+    assert same(copied(alone), copied(within))
+
+
+@pytest.mark.parametrize("attack", ["fgsm-pgi", None])
+def test_a_run_leaves_the_callers_images_without_gradient(attack):
+    alone, watched = conv(), conv()
+    images = to_float(TRAIN[0])
+    fit(alone, attack=attack, parts=((images, TRAIN[1]),))
+    needing = images.clone().requires_grad_()
+    fit(watched, attack=attack, parts=((needing, TRAIN[1]),))
+    assert needing.grad is None
+    assert same(copied(alone), copied(watched))
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ((TRAIN[0], None), "labels must be an int64 tensor"),
+        ((TRAIN[0], TRAIN[1][0]), r"labels must be an int64 tensor \(N,\), got torch.int64 of shape \(\)"),
+        ((TRAIN[0], np.array(["a"] * 50)), "labels of train must be whole numbers, got a NumPy array of <U1"),
+        (data.Data(*TRAIN, *VAL, *TEST, ("a", "b", "c")), "got Data: give data.train, data.val and data.test"),
+    ],
+)
+def test_what_is_no_pair_of_images_and_numbers_is_refused_in_words(train, words):
+    with pytest.raises(TypeError, match=words):
+        fit(conv(), parts=(train,))
 
 
 def test_another_librarys_wrong_eps_is_told_once_a_run(recwarn):

@@ -22,9 +22,9 @@ from fastadv.training.methods import METHODS, trainable
 from fastadv.training.step import TrainStep
 
 
-def steps(network, tuning, count=10, lr=1e-2, seed=0):
+def steps(network, tuning, count=10, lr=1e-2, seed=0, weight_decay=0.0):
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=lr, weight_decay=0)
+    optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=lr, weight_decay=weight_decay)
     attack = FGSM(network, 4 / 255)
     for _ in range(count):
         x, y = torch.rand(4, *SHAPE, generator=generator), torch.randint(3, (4,), generator=generator)
@@ -69,6 +69,7 @@ def test_what_is_added_has_the_dtype_of_the_network(method):
 
 
 @pytest.mark.parametrize(("name", "method"), TEN_STEPS)
+@pytest.mark.filterwarnings("ignore:the gradient is exactly zero")
 def test_ten_steps_change_what_should_train_and_no_other_bit(name, method):
     network, x = made(name), torch.rand(4, *SHAPE)
     before, modules = copied(network), set(network.modules())
@@ -104,12 +105,16 @@ def test_ia3_finds_keys_values_and_last_layers(name):
     assert ([target.name for target in outputs], inputs) == tuple(scaled(name))
 
 
-def test_of_a_fused_layer_ia3_leaves_the_queries():
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_of_a_fused_layer_ia3_leaves_the_queries(weight_decay):
     network, x = made("timm vit"), torch.rand(1, *SHAPE)
     before = copy.deepcopy(network.blocks[0].attn.qkv)
     with trainable(network, "ia3", example=x) as tuning:
         assert tuning.trainable == 2 * (2 * 24 + 96) + 3 * 24 + 3
-        steps(network, tuning)
+        steps(network, tuning, weight_decay=weight_decay)
+        vectors = [parameter for name, parameter in tuning.parameters if "qkv.ia3_l" in name]
+        assert vectors
+        assert all((vector.flatten()[:24] == 1).all() for vector in vectors)  # also before they are merged
     qkv = network.blocks[0].attn.qkv
     for key in ("weight", "bias"):
         differs = (getattr(qkv, key) != getattr(before, key)).reshape(72, -1).any(1)
@@ -141,13 +146,18 @@ def test_norm_learns_what_peft_does():
         torch.testing.assert_close(value, merged[key], rtol=1e-6, atol=1e-7, msg=key)
 
 
-def test_norm_and_ia3_are_refused_where_there_is_nothing_for_them():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-    for method, message in (("norm", "norm trains normalisation layers, .* has none"), ("ia3", "ia3 found neither")):
+def test_bias_norm_and_ia3_are_refused_where_there_is_nothing_for_them():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8, bias=False), nn.ReLU(), nn.Linear(8, 3))
+    for method, message in (
+        ("bias", "bias trains biases, and the model has none before its head"),
+        ("norm", "norm trains normalisation layers, .* has none"),
+        ("ia3", "ia3 found neither"),
+    ):
         with pytest.raises(ValueError, match=message), trainable(network, method, example=torch.rand(1, 3, 2, 2)):
             pass
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is exactly zero")
 def test_lora_adapts_the_convolutions_of_blocks_without_linear_layers():
     """1x1 convolutions in a shortcut do not belong to a block's branch, and neither does the stem."""
     for name, names in (

@@ -40,8 +40,11 @@ def fast_method(
         options: options of the attack whose loss it increases, such as autocast, memory_format and compile.
 
     Raises:
-        ValueError: the attack has no such setting; or a value is out of range.
+        TypeError: a value is of a wrong type.
+        ValueError: there is no such training attack; it has no such setting; or a value is out of range.
     """
+    if name not in FAST:
+        raise ValueError(f"unknown training attack {name!r}{instead(name, FAST)}")
     method = FAST[name]
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     for key in given:

@@ -12,7 +12,7 @@ from fastadv.attacks.checks import check_eps
 from fastadv.nn.frozen import frozen
 from fastadv.training.augment import Augment
 from fastadv.training.memory import SampleMemory
-from fastadv.training.settings import Settings
+from fastadv.training.settings import Settings, in_limits
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class FastMethod:
         weight: `penalty`, or its own weight.
 
     Raises:
-        ValueError: eps is out of range.
+        TypeError: a number is of a wrong type.
+        ValueError: a number is out of range.
     """
 
     OPTIONS: tuple[str, ...] = ()  # the names of its own settings
@@ -82,9 +83,10 @@ class FastMethod:
     ):
         check_eps(eps, "Linf")
         self.model, self.eps = model, eps
-        self.weight: float = self.WEIGHT if penalty is None else penalty
-        self.repeats = self.REPEATS if repeats is None else repeats
+        self.weight: float = self.WEIGHT if penalty is None else in_limits("penalty", penalty)
+        self.repeats: int = self.REPEATS if repeats is None else in_limits("repeats", repeats)
         self.attack: Attack = self.looks(model, eps, **options)
+        self._begun: set[str] = set()  # the names of those of `begin_epoch` and `begin` that were called
 
     def looks(self, model: nn.Module, eps: float, **options: Any) -> Attack:
         """The attack that the monitor uses. Arguments as of the constructor."""
@@ -150,6 +152,7 @@ class FastMethod:
 
     def begin_epoch(self, epoch: Epoch) -> None:
         """Called before an epoch, or before the rest of an epoch that was cut."""
+        self._begun.add("begin_epoch")
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
         """Called before an update.
@@ -159,6 +162,19 @@ class FastMethod:
             epoch: the number of the epoch in the stage, from 0.
             epochs: how many epochs the stage has.
         """
+        self._begun.add("begin")
+
+    def check_begun(self) -> None:
+        """Refuse an update before `begin_epoch` and `begin`, where the attack does something in them.
+
+        Raises:
+            RuntimeError: the caller has called neither, or one of them.
+        """
+        for name, when in (("begin_epoch", "epoch"), ("begin", "update")):
+            if name not in self._begun and getattr(type(self), name) is not getattr(FastMethod, name):
+                raise RuntimeError(
+                    f"the training attack {type(self).__name__} was not begun: call its {name} before each {when}"
+                )
 
     def attacked(
         self,
@@ -222,6 +238,7 @@ class FastMethod:
 
     def end(self) -> None:
         """Called after the step of an update."""
+        self._begun.discard("begin")
 
     def facts(self) -> dict[str, float]:
         """The attack's entries in the record of an epoch, after its last update."""

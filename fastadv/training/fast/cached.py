@@ -14,7 +14,8 @@ from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
 from fastadv.training.fast.base import Epoch, FastMethod, needed
-from fastadv.training.settings import Settings
+from fastadv.training.settings import Settings, in_limits
+from fastadv.training.ties import place
 
 INSTEAD = "Name another head with head=, or take another attack"
 CLOSE = 1e-3  # times the largest feature: rounding may change features so much when the batch has another size
@@ -59,7 +60,7 @@ class Cached(FastMethod):
 
     def __init__(self, model: nn.Module, eps: float, *, refresh: int | None = None, **options: Any):
         super().__init__(model, eps, **options)
-        self.refresh = self.REFRESH if refresh is None else refresh
+        self.refresh: int = self.REFRESH if refresh is None else in_limits("refresh", refresh)
         self._known = False  # whether the first epoch has found the head and the shape of a row
         self._head: nn.Module
         self._row: torch.Tensor
@@ -92,6 +93,7 @@ class Cached(FastMethod):
 
     def begin_epoch(self, epoch: Epoch) -> None:
         """Get the features of the epoch before, and choose the images that get a fresh FGSM."""
+        super().begin_epoch(epoch)
         if not self._known:
             black = to_float(torch.zeros(1, *epoch.shape, dtype=epoch.dtype, device=device_of(self.model)))
             _, self._head = find_head(self.model, epoch.settings.head, black)
@@ -183,7 +185,7 @@ def _gives_logits(model: nn.Module, head: nn.Module, images: torch.Tensor) -> bo
 
 
 def _tied(model: nn.Module, head: str) -> str | None:
-    """The name of a parameter that a layer before the head shares with the head; None where there is none."""
+    """The name of a parameter whose memory a layer before the head shares with the head; None where there is none."""
     named = [(name, p, name.startswith(f"{head}.")) for name, p in model.named_parameters(remove_duplicate=False)]
-    own = {id(p) for _, p, within in named if within}
-    return next((name for name, p, within in named if not within and id(p) in own), None)
+    own = {place(p) for _, p, within in named if within}
+    return next((name for name, p, within in named if not within and place(p) in own), None)

@@ -32,6 +32,7 @@ class Free(FastMethod):
         self._first = 0
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
+        super().begin(number, epoch, epochs)
         self._first = 0  # the first row of the batch in the next part
 
     def attacked(

@@ -60,7 +60,7 @@ class GradAlign(FastMethod):
         aligned = cosines_of(a[both], b[both]).sum() / max(len(both), 1)
         penalty = scale * len(labels) * self.weight * (1 - aligned)
         if len(both):
-            penalty.backward(inputs=list(parameters))
+            penalty.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
         return penalty.detach() if len(both) else 0.0
 
     def _gradient_with_graph(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

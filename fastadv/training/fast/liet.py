@@ -48,6 +48,7 @@ class LIET(FastMethod):
         self._now = torch.zeros((), dtype=torch.float64)
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
+        super().begin(number, epoch, epochs)
         self._due = number % EVERY == 0
         self._now.fill_(self.weight * (epoch + 1) / epochs)
 
@@ -69,7 +70,7 @@ class LIET(FastMethod):
         replaced = uniform(images, seeds_for(seeds, images, 3)) < per_sample(share, images)
         noise = wide * self.eps * (2 * uniform(images, seeds_for(seeds, images, 4)) - 1)
         ours = per_sample(side.sign(), images) * self.eps * signs[labels]
-        start = (images + torch.where(replaced, noise, ours)).clamp(0, 1)
+        start = (images + torch.where(replaced, noise, ours)).clamp(0, 1).to(images.dtype)  # noise is float32 at least
         gradient = gradient_at(self.attack, start, labels)
         if wide == 1:
             return pgd_step(start, gradient, images, alpha=self.eps, eps=self.eps), start

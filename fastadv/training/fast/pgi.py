@@ -50,10 +50,12 @@ class FGSMPGI(FastMethod):
         self._begins = True
 
     def begin_epoch(self, epoch: Epoch) -> None:
+        super().begin_epoch(epoch)
         self._augment = epoch.augment
         self._memory = epoch.memory("fgsm-pgi", (2, *epoch.shape), _kept_as(epoch.dtype))
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
+        super().begin(number, epoch, epochs)
         self._begins = epoch % AGAIN == 0
 
     def attacked(

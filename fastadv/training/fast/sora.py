@@ -49,6 +49,7 @@ class SORA(FastMethod):
             )
 
     def begin(self, number: int, epoch: int, epochs: int) -> None:
+        super().begin(number, epoch, epochs)
         self._sum = self._count = 0
 
     def attacked(
@@ -76,8 +77,9 @@ class SORA(FastMethod):
         self._count = self._count + (length > 0).sum()
 
     def end(self) -> None:
-        mean = self._sum / self._count
-        if self._v is not None:
+        super().end()
+        if self._v is not None and isinstance(self._count, torch.Tensor):  # else the update had no gradient
+            mean = self._sum / self._count
             self._v = torch.where(self._count > 0, 0.95 * self._v + 0.05 * mean, self._v)
 
     def state(self) -> dict[str, torch.Tensor]:

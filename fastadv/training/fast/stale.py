@@ -11,7 +11,7 @@ from fastadv.functional import fgsm_step, random_init, sample_seeds
 from fastadv.training.augment import moved
 from fastadv.training.cost import fresh_share, price
 from fastadv.training.fast.base import Epoch, FastMethod, needed
-from fastadv.training.settings import Settings
+from fastadv.training.settings import Settings, in_limits
 from fastadv.training.signs import pack_signs, unpack_signs
 
 DTYPE = torch.bfloat16  # the dtype of unpacked signs
@@ -71,7 +71,8 @@ class Stale(FastMethod):
         **options: Any,
     ):
         super().__init__(model, eps, **options)
-        self.refresh, self.price = refresh, price
+        self.refresh: int | None = None if refresh is None else in_limits("refresh", refresh)
+        self.price: float | None = None if price is None else in_limits("price", price)
         # With refresh 1 all images get a fresh FGSM in each epoch, and no sign is used.
         self.sees_gradient = refresh != 1
 
@@ -103,6 +104,7 @@ class Stale(FastMethod):
 
     def begin_epoch(self, epoch: Epoch) -> None:
         """Get the signs of the epoch before, and choose the images that get a fresh FGSM."""
+        super().begin_epoch(epoch)
         self._epoch = epoch
         self._signs = epoch.memory("signs", (-(-math.prod(epoch.shape) // 8),), torch.uint8)
         self._agreement = epoch.memory("agreement", (), torch.float32)
