@@ -664,7 +664,7 @@ class Attack(Modes, Targets, ABC):
     def _warn_of_unit(self) -> None:
         """Warn of an eps in another unit than the images, such as the default one; called by the constructor."""
         lo, hi = box_of(self.clip)
-        if self.norm == "Linf" and 0 < LEAST * self.eps < hi - lo < math.inf:
+        if self.norm == "Linf" and (lo, hi) != (0, 1) and 0 < LEAST * self.eps < hi - lo < math.inf:
             warnings.warn(
                 f"eps = {self.eps:g} is tiny on the images' scale, clip = {self.clip}: pass it in their own unit, such "
                 "as 8 for [0, 255]",

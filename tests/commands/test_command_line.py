@@ -59,10 +59,10 @@ def test_off_a_terminal_each_epoch_is_a_line_with_the_numbers_of_the_log(tmp_pat
 
 
 def test_the_report_has_the_learning_rate_of_the_method_where_none_was_asked_for(tmp_path):
-    finetune(tmp_path, "--epochs", "1", "--method", "linear", "--alpha", "4")
+    finetune(tmp_path, "--epochs", "1", "--method", "linear", "--alpha", "25")
     text = re.sub(r"<[^>]*>|\s+", " ", (tmp_path / "report.html").read_text())
     assert re.search(r" lr +0.01 ", text)
-    assert f" alpha {4 / 255}" in re.sub(" +", " ", text)
+    assert f" alpha {25 / 255}" in re.sub(" +", " ", text)
 
 
 def test_an_epoch_that_takes_long_says_how_far_it_is(tmp_path, caplog):
