@@ -94,8 +94,8 @@ class _Rivals:
         if self._cheapest() is None and self._best()[0].attack == self._best()[0].against:
             return ""
         choice = f"The choice among {len(self.attacks)} attacks was made on the images that judge"
-        single = all(each.runs == len(each.budgets) for each in self.reference)
-        return f"{choice}; with one seed the intervals are of images alone." if single else f"{choice}."
+        single = any(each.runs < 2 * len(each.budgets) for each in self.reference)
+        return f"{choice}; where there is one seed an interval is of images alone." if single else f"{choice}."
 
     def answer(self) -> str:
         """The cheapest attack that loses little to FGSM, and the most robust of those that take no longer."""
