@@ -1,7 +1,6 @@
-import re
-
 """A study's prices, against loops by hand: training time as a multiple of standard training, accuracy beside FGSM's."""
 
+import re
 import statistics
 
 import numpy as np
