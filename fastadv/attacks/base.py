@@ -50,7 +50,6 @@ from fastadv.attacks.verdicts import is_label, verdict
 from fastadv.functional import Normalization, new_seed, pgd_step_, random_init, to_float
 from fastadv.names import instead
 from fastadv.nn.frozen import as_normal, frozen, on
-from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, is_plain
 from fastadv.nn.parallel import one_process
@@ -386,15 +385,14 @@ class Attack(Modes, Targets, ABC):
             RuntimeError: another thread is attacking the model, or its output does not depend on its input.
         """
         self._settle()
-        parameters = as_module(self.objective.model).parameters()
-        shapes = [parameter.shape for parameter in parameters if not is_lazy(parameter)]
-        if shapes != self._shapes:  # another head in the same model has other classes
-            self._shapes, self._first = shapes, True
         self._check_batch(images, labels, seed, x_init)
         if x_init is None:  # that may be anywhere in the ball
             self._warn_of_short(self.eps if eps is None else eps, stacklevel=3)
         still = frozen(self.model, self.training_mode, self.loss, self.targeted)
-        with torch.inference_mode(False), torch.no_grad(), still, on(images.device):
+        with torch.inference_mode(False), torch.no_grad(), still as parameters, on(images.device):
+            shapes = [parameter.shape for parameter in parameters if not is_lazy(parameter)]
+            if shapes != self._shapes:  # another head in the same model has other classes
+                self._shapes, self._first = shapes, True
             self._seen, self._counts = [], {}
             x = as_normal(images)
             passed = None if self.images_normalized is None else self._normalization  # of the images that were passed

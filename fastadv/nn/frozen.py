@@ -102,7 +102,7 @@ def _set(name: str, flags: list[tuple[Any, bool]]) -> None:
 
 
 @contextmanager
-def frozen(model: AnyModel, training_mode: str = "eval", *others: object) -> Iterator[None]:
+def frozen(model: AnyModel, training_mode: str = "eval", *others: object) -> Iterator[list[nn.Parameter]]:
     """Freeze a model until the end: no parameter requires grad, and the modules are in `training_mode`.
 
     Afterwards flags and buffers, such as running statistics, are as before, and the weights that pre-forward hooks
@@ -115,6 +115,9 @@ def frozen(model: AnyModel, training_mode: str = "eval", *others: object) -> Ite
         training_mode: "eval": every module in eval mode; "as_is": modes are left alone, so that in train mode dropout
             draws and batch-norm uses the batch; "batch_norm": batch-norm in train mode, the rest in eval mode.
 
+    Yields:
+        The parameters, each once.
+
     Raises:
         RuntimeError: another thread is attacking or judging the model.
     """
@@ -125,7 +128,7 @@ def frozen(model: AnyModel, training_mode: str = "eval", *others: object) -> Ite
             kept = nn.modules.batchnorm._BatchNorm if training_mode == "batch_norm" else ()
             _set("training", [(module, isinstance(module, kept)) for module in modules if hasattr(module, "training")])
         _set("requires_grad", [(parameter, False) for parameter in parameters])
-        yield
+        yield parameters
 
 
 @contextmanager
