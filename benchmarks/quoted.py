@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -29,6 +29,7 @@ H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvid
 THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
 STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "study-cpu/cells/*/cell.json"
+RIVALS = ("fgsm-5-epochs", "stale")  # of FGSM: for the time of standard fine-tuning
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
 SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
 TUNED, BACKBONE = "scratch/tuned.json", "scratch/backbone.json"
@@ -642,11 +643,22 @@ def demo() -> Iterator[Figure]:
 def study() -> Iterator[Figure]:
     yield Figure("study.cells", "how many of the cells are finished", (STUDY, CELLS), _cells, str)
     for name, what, path, form in (
-        ("readme", "FGSM beside PGD, and stability", "readme", str),
-        ("answer", "the answer to the question of the title", "answer", _answer),
+        ("headline", "the answer to the question of the title in a few words", "answer.headline", str),
+        ("answer", "the answer in sentences", "answer.sentences", _items),
+        ("table", "FGSM beside PGD and the paper", "paper_table", str),
         ("attacks", "all fast attacks side by side", "attack_table", str),
     ):
         yield Figure(f"study.{name}", what, (STUDY, CELLS), partial(_of_study, path=path), form)
+    for name, what, of in (
+        ("partly", "that overfitted partly", {"how": "partly", "shows": True}),
+        ("weak", "that are weak", {"how": "weak", "shows": True}),
+        ("hidden", "where PGD's model is not robust", {"shows": False}),
+    ):
+        what = f"runs of transfer learning with fast attacks {what}"
+        yield Figure(f"study.runs.{name}", what, (STUDY, CELLS), partial(_runs, of=of), whole)
+    for eps in (16, 32):
+        what = f"FGSM's accuracy under PMA less PGD's at eps {eps}, where PGD's model is robust, in points"
+        yield Figure(f"study.robust.{eps}", what, (STUDY, CELLS), partial(_where_robust, eps=eps), tenths)
     for data in ("cifar10", "eurosat"):
         what = f"linear probing with PGD at eps 32 on {data}: what PMA leaves"
         path = f"rows[data={data}&method=linear&attack=pgd&eps=32.0&seed=0].pma"
@@ -685,11 +697,28 @@ def price() -> Iterator[Figure]:
     what = "the price of robustness: "
     for name, words, value, form in (
         ("cells", "how many of the cells are finished", _cells, str),
-        ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="price_sentences"), " ".join),
+        ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="price_sentences"), _items),
         ("table", "time and accuracy of each training attack", partial(_of_study, path="price_table"), str),
         ("noise", "the time of a training without an attack over that of its repetition", _repeated, hundredths),
     ):
         yield Figure(f"price.{name}", what + words, (PRICE, PRICE_CELLS), value, form)
+    for data, (attack, name, words, form) in product(
+        ("cifar10", "eurosat"),
+        (
+            ("fgsm", "robust", "what PMA leaves", percent),
+            *((attack, "time", "time over training without an attack", hundredths) for attack in ("fgsm", *RIVALS)),
+            *((attack, "to_fgsm", "what PMA leaves less FGSM's, in points", _beside_fgsm) for attack in RIVALS),
+        ),
+    ):
+        value = partial(_of_study, path=f"price_summaries[data={data}&method=full&attack={attack}].{name}")
+        words = f"{what}full fine-tuning with {attack} on {data}: {words}"
+        yield Figure(f"price.{data}.{attack}.{name}", words, (PRICE, PRICE_CELLS), value, form)
+
+
+def _beside_fgsm(found: Sequence[float]) -> str:
+    """A difference in points with its interval."""
+    value, low, high = (f"{100 * each:+.1f}" for each in found)
+    return f"{value} ({low} to {high})"
 
 
 def _repeated(report: Mapping, cells: list[Mapping]) -> float:
@@ -783,8 +812,24 @@ def _cells(report: Mapping, cells: list[Mapping]) -> str:
     return f"{done} of {done + missing} cells are measured; what is missing is left out."
 
 
-def _answer(answer: Mapping) -> str:
-    return " ".join([answer["headline"], *answer["sentences"]])
+def _items(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _runs(report: Mapping, cells: list[Mapping], of: Mapping) -> int:
+    """How many runs of transfer learning with fast attacks have these facts."""
+    runs = [run for run in report["overfitting"]["runs"] if run["method"] != "scratch" and run["attack"] != "pgd"]
+    return sum(all(run[name] == value for name, value in of.items()) for run in runs)
+
+
+def _where_robust(report: Mapping, cells: list[Mapping], eps: int) -> float:
+    """The mean difference between FGSM and PGD under PMA where PGD's model is robust, in points."""
+    wanted = ("fgsm", "pma", eps, True)
+    return 100 * mean(
+        each["mean"]
+        for each in report["differences"]
+        if (each["attack"], each["judge"], each["eps"], each["robust"]) == wanted
+    )
 
 
 def scratch() -> Iterator[Figure]:

@@ -12,7 +12,6 @@ import json
 import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
-from textwrap import wrap
 
 import figures
 
@@ -122,15 +121,15 @@ def stale(root):
     return found
 
 
-# ------------------------------------------------------------------ the three lists
+# ------------------------------------------------------------------ what the pages say of them
 
 
 def in_readme(found):
-    """A sentence with the old results that README quotes; a study is named by its folder."""
+    """How many of the results that README quotes are old; a study counts once for each commit."""
     quoted = figures.files_of(ROOT / "README.md")
     commits = {name: commit for name, (commit, _) in found.items() if any(fnmatch(name, each) for each in quoted)}
-    told = {f"`{Path(name.split('/cells/')[0]).with_suffix('')}` ({commit})": None for name, commit in commits.items()}
-    return wrap(f"{', '.join(told)}.", 120, break_long_words=False, break_on_hyphens=False) if told else ["None."]
+    old = len({(name.split("/cells/")[0], commit) for name, commit in commits.items()})
+    return [f"Of the results quoted here {old or 'none'} were measured before their code changed."]
 
 
 def in_figures(found):

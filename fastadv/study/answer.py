@@ -78,17 +78,12 @@ def answer(
             *stability,
             *_from_scratch([each for each in courses if each.result.fast and not each.result.transfer]),
             *(_to_pgd(averages) if averages or not prices else []),
-            *of_pairs(differences),
+            *_of_pairs(differences),
             *price_words.sentences(prices),
             *_time(times),
             *_warned(scores),
         ),
     )
-
-
-def stability(courses: Iterable[Course]) -> list[str]:
-    """How many runs of transfer learning with fast attacks overfitted, and where, in sentences."""
-    return _stability(courses)[2]
 
 
 def _stability(courses: Iterable[Course]) -> tuple[str, str, list[str]]:
@@ -138,7 +133,19 @@ def _of_those_that_show(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
         )
     if len(collapsed) + len(weak) == len(runs):
         return "unstable", "No.", words
-    return "mixed", "Not everywhere.", words
+    return "mixed", _headline(collapsed, runs), words
+
+
+def _headline(collapsed: Sequence[Course], runs: Sequence[Course]) -> str:
+    """Up to which eps no run collapsed, and how many did above it."""
+    eps = sorted({each.result.cell.eps for each in runs})
+    first = min((each.result.cell.eps for each in collapsed), default=None)
+    if first is None or first == eps[0]:
+        return "Not everywhere."
+    above = [each for each in runs if each.result.cell.eps >= first]
+    below = f"Up to eps {eps[eps.index(first) - 1]:g} none of {counted(len(runs) - len(above), 'run')} collapsed."
+    where = f"At eps {first:g}" if first == eps[-1] else f"From eps {first:g} on"
+    return f"{below} {where} {len(collapsed)} of {len(above)} did."
 
 
 def _by_eps(collapsed: Sequence[Course], runs: Sequence[Course]) -> list[str]:
@@ -220,7 +227,7 @@ def _of_model(averages: Sequence[Average], several: bool) -> str:
     )
 
 
-def of_pairs(differences: Iterable[Difference]) -> list[str]:
+def _of_pairs(differences: Iterable[Difference]) -> list[str]:
     """What the means hide: in how many pairs of a data set and a method the first fast attack loses or gains to PGD.
 
     Args:

@@ -35,7 +35,7 @@ def numbers(study: Study) -> dict[str, Any]:
     """The content of results.json. Differences are shares (with the attack minus with PGD), and epochs count from 0."""
     runs = [
         {**asdict(each.result.cell), "collapse": each.collapse, "partly": each.partly, "weak": each.weak}
-        | {"shows": each.shows, "detectors": each.seen}
+        | {"how": each.how, "shows": each.shows, "detectors": each.seen}
         for each in study.courses
     ]
     return {
@@ -53,16 +53,17 @@ def numbers(study: Study) -> dict[str, Any]:
         "times": [asdict(each) for each in study.times],
         "prices": [_price(each) for each in study.prices],
         "missing": {"cells": study.absent, "judges": study.unjudged, "problems": study.problems},
-        "readme": study.readme,
+        "paper_table": study.paper_table,
         "attack_table": study.attack_table,
         "price_sentences": study.price_sentences,
+        "price_summaries": [{**asdict(each.row), **asdict(each)} for each in study.summaries],
         "price_table": study.price_table,
     }
 
 
 def _difference(each: Difference) -> dict[str, Any]:
     about = {"attack": each.attack, "judge": each.judge, "seeds": list(each.seeds), "images": each.verdicts.shape[1]}
-    return {**asdict(each.row), **about, **_named(each, "mean", "low", "high", "reference", "unlike")}
+    return {**asdict(each.row), **about, **_named(each, "mean", "low", "high", "reference", "robust", "unlike")}
 
 
 def _price(each: Price) -> dict[str, Any]:

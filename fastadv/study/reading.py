@@ -75,10 +75,9 @@ class Study:
         return not (self.absent or self.unjudged or self.problems)
 
     @property
-    def readme(self) -> str:
-        """The study's answer as a table of Markdown: the paper's differences beside ours, with intervals and time."""
-        said = [*say.of_pairs(self._of_fast), *say.stability(self.courses)]
-        return f"{words.markdown(*self.paper, left=1)}\n\n{' '.join(said)}"
+    def paper_table(self) -> str:
+        """The paper's differences beside ours, with intervals and times, as a table of Markdown."""
+        return words.markdown(*self.paper, left=1)
 
     @cached_property
     def paper(self) -> tuple[list[str], list[list[str]]]:

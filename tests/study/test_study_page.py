@@ -98,7 +98,7 @@ def test_nothing_is_not_measured_yet(tmp_path):
     assert len(numbers["missing"]["cells"]) == 32
     assert numbers["rows"] == numbers["differences"] == []
     assert not (tmp_path / "figures").exists()
-    assert len(read_study(tmp_path).readme.splitlines()) == 6  # only the paper's rows
+    assert len(read_study(tmp_path).paper_table.splitlines()) == 4  # only the paper's rows
 
 
 def test_a_folder_without_a_grid_says_so(tmp_path, rng):
@@ -161,8 +161,8 @@ def test_all_of_it_stable(tmp_path, rng):
     means = {}
     for each in numbers["averages"]:
         means[each["judge"], each["eps"], tuple(each["methods"])] = each
-    table = read_study(tmp_path).readme
-    assert table == numbers["readme"]
+    table = read_study(tmp_path).paper_table
+    assert table == numbers["paper_table"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
     assert cells[2] == ["the paper, ImageNet backbones at 224 px", "4", "", "-0.39", "", "0.25"]
     assert cells[3] == ["the paper, ImageNet backbones at 224 px", "8", "", "-1.39", "", "0.25"]
@@ -192,7 +192,7 @@ def test_collapses_are_told_plainly(tmp_path, rng, every):
         assert page.words[2] == "No."
         assert page.answer[1].startswith("16 of the 16 runs of transfer learning with FGSM")
     else:
-        assert page.words[2] == "Not everywhere."
+        assert page.words[2] == "Up to eps 4 none of 8 runs collapsed. At eps 8 4 of 8 did."
         assert page.answer[1].startswith("4 of the 16 runs of transfer learning with FGSM")
         assert page.answer[1].endswith("full fine-tuning with FGSM at eps 8 (4 of 4: cifar10 and digits).")
         assert page.answer[2] == "At eps 8 that is 4 of 8, at every other eps 0 of 8."
@@ -294,7 +294,7 @@ def test_the_time_of_several_methods_is_not_that_of_some(tmp_path, rng):
         if method == "linear":
             record["machine"] |= {"device": "a GPU", "sharing": 12}
         studied.write(tmp_path, record)
-    lines = [line for line in read_study(tmp_path).readme.splitlines() if line.startswith("|")][4:]
+    lines = [line for line in read_study(tmp_path).paper_table.splitlines() if line.startswith("|")][4:]
     times = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines}
     full = times["full fine-tuning, 1 seed"]
     assert times == {
@@ -312,11 +312,28 @@ def test_the_table_says_of_how_many_seeds_a_judge_is(tmp_path, rng):
         record = studied.record_of(rng, judges=studied.JUDGES | more, attack=attack, seed=seed)
         accuracy[attack, seed] = record["verdicts"]["pma"].count("1") / 64
         studied.write(tmp_path, record)
-    line = read_study(tmp_path).readme.splitlines()[4]
+    line = read_study(tmp_path).paper_table.splitlines()[4]
     what, *_, pma, apgd, _ = (cell.strip() for cell in line.strip("|").split("|"))
     assert what == "full fine-tuning"
     assert apgd.endswith(f"), 1 seed; PMA there {points(accuracy['fgsm', 0] - accuracy['pgd', 0])}")
     assert pma.endswith(")")
+
+
+@pytest.mark.parametrize(
+    ("fallen", "headline"),
+    [
+        ({32: 1}, "Up to eps 16 none of 4 runs collapsed. At eps 32 1 of 2 did."),
+        ({16: 2, 32: 1}, "Up to eps 8 none of 2 runs collapsed. From eps 16 on 3 of 4 did."),
+        ({8: 1, 32: 1}, "Not everywhere."),
+    ],
+)
+def test_the_headline_says_up_to_which_eps_no_run_collapsed(tmp_path, rng, fallen, headline):
+    for eps, seed in itertools.product((8, 16, 32), range(2)):
+        collapse = 2 if seed < fallen.get(eps, 0) else None
+        studied.write(tmp_path, studied.record_of(rng, eps=float(eps), seed=seed, collapse=collapse))
+        studied.write(tmp_path, studied.record_of(rng, eps=float(eps), seed=seed, attack="pgd"))
+    answer = read_study(tmp_path).answer
+    assert (answer.kind, answer.headline) == ("mixed", headline)
 
 
 def test_what_a_mean_hides_is_said(tmp_path, rng):
@@ -333,7 +350,6 @@ def test_what_a_mean_hides_is_said(tmp_path, rng):
         f"{points((-0.2 + 0.1 + 0) / 3)} at eps 8 (3 pairs)."
     )
     study = read_study(tmp_path)
-    assert said in study.readme
     assert said in study.answer.sentences
 
 
@@ -341,7 +357,9 @@ def test_the_mean_over_methods_is_of_those_with_the_most_seeds(tmp_path, rng):
     for method, seeds in (("linear", 2), ("full", 2), ("adapter", 1)):
         for seed, attack in itertools.product(range(seeds), ("fgsm", "pgd")):
             studied.write(tmp_path, studied.record_of(rng, method=method, attack=attack, seed=seed))
-    names = [line.split("|")[1].strip() for line in read_study(tmp_path).readme.splitlines() if line.startswith("|")]
+    names = [
+        line.split("|")[1].strip() for line in read_study(tmp_path).paper_table.splitlines() if line.startswith("|")
+    ]
     assert "mean of linear and full, 2 seeds" in names
     assert "adapters, 1 seed" in names
 
@@ -365,7 +383,7 @@ def test_from_scratch_is_no_transfer(tmp_path, rng):
     page, numbers = written(tmp_path)
     assert numbers["answer"]["kind"] == "open"
     assert "From scratch, for comparison, 2 of 2 runs did, at eps 8." in page.answer
-    assert "scratch" not in numbers["readme"]
+    assert "scratch" not in numbers["paper_table"]
 
 
 def test_other_images_are_not_compared_and_that_is_said(tmp_path, rng):
@@ -382,7 +400,7 @@ def test_the_table_says_fewer_data_sets_and_has_judges_that_one_method_alone_met
             continue
         more = {"apgd": 0.5} if cell["method"] == "full" and cell["eps"] == 4 else {}
         studied.write(tmp_path, studied.record_of(rng, judges=studied.JUDGES | more, labels=cell["data"], **cell))
-    lines = read_study(tmp_path).readme.splitlines()
+    lines = read_study(tmp_path).paper_table.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0][2:6] == ["PGD's under PMA", "PGD-10", "PMA", "APGD"]
     assert [(*row[:2], bool(row[5])) for row in rows[4:]] == [
@@ -404,7 +422,7 @@ def test_the_table_has_ten_rows_and_says_of_which_data_sets_a_judge_is(tmp_path,
         for attack in ("fgsm", "pgd"):
             cell = {"data": data, "method": method, "eps": eps, "attack": attack}
             studied.write(tmp_path, studied.record_of(rng, judges=studied.JUDGES | more, labels=data, **cell))
-    lines = [line for line in read_study(tmp_path).readme.splitlines() if line.startswith("|")][2:]
+    lines = [line for line in read_study(tmp_path).paper_table.splitlines() if line.startswith("|")][2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(rows) == 10
     mean = "mean of linear, bias, lora and full, 1 seed"
