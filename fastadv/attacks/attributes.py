@@ -8,6 +8,7 @@ import torch
 
 from fastadv.attacks.losses import LossFunction
 from fastadv.attacks.objective import Objective
+from fastadv.attacks.watch import Watch
 from fastadv.functional import Normalization
 from fastadv.nn.logits import AnyModel
 
@@ -31,8 +32,7 @@ class Attributes(ABC):
     images_normalized: tuple[Any, Any] | None
     objective: Objective
     _normalization: Normalization | None
-    _first: bool  # whether no batch was seen since a setting changed
-    _counts: dict[str, torch.Tensor]
+    _watch: Watch  # made again where the attacked function is
 
     if TYPE_CHECKING:  # an attack has them as attributes or as properties
 

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, reduce
 from numbers import Real
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -39,14 +38,16 @@ from fastadv.attacks.checks import (
     in_box,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
+from fastadv.attacks.inputs import Inputs
 from fastadv.attacks.losses import LossFunction
 from fastadv.attacks.modes import Modes
 from fastadv.attacks.normalized import denormalized, normalization_of
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.outcomes import Outcome, better_where, stronger
-from fastadv.attacks.samplewise import has_rows, padded, part_of, per_sample, put_, scalar, seeds_for
+from fastadv.attacks.samplewise import has_rows, per_sample, put_, scalar
 from fastadv.attacks.targets import Targets
 from fastadv.attacks.verdicts import is_label, verdict
+from fastadv.attacks.watch import PROBLEMS, Watch
 from fastadv.functional import Normalization, new_seed, pgd_step_, random_init, to_float
 from fastadv.names import instead
 from fastadv.nn.frozen import as_normal, frozen, on
@@ -59,20 +60,8 @@ from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
 
 GRAPHS = 8  # that are kept; each has its own memory
-# Of the first batches that have 8 images or more together, a warning says where a tenth of the gradients or more are
-# zero.
-WATCHED, ALARMING = 8, 0.1
 LEAST = 2550  # of it an eps in the images' own unit fills the box: a tenth of what a byte tells apart
 ROUNDING = 1e-6  # of a sum of steps: ten of eps / 10 are eps
-# {what is counted on the device in a batch after the first: what is wrong with it}
-PROBLEMS = {
-    "labels": "{count} labels name no class, they must be in [0, {classes})",
-    "start": "some of x_init are NaN",
-    "images": "images of this batch are beyond [{lo:g}, {hi:g}], in which those of the first were",
-    "eps": "{count} budgets are negative, not finite or beyond the images' scale (8/255, not 8)",
-    "soft labels": "{count} soft labels are no probabilities, which sum to 1",
-    "signs": "{count} labels are neither 0 nor 1",
-}
 
 
 class Attack(Modes, Targets, ABC):
@@ -188,8 +177,6 @@ class Attack(Modes, Targets, ABC):
         self.kth_min = kth_min
         self.images_normalized = images_normalized
         self._start_losses: torch.Tensor | None = None
-        self._seen: list[torch.Tensor] = []  # losses of this call, (steps, n) each
-        self._counts: dict[str, torch.Tensor] = {}  # counts of other problems, for the warnings at the end of a call
         self._told: set[str] = set()  # alpha / eps where the steps are short of eps, each warned of once
         self._shapes: list[torch.Size] = []  # of the model's parameters in the last call
         self._settled: dict[str, object] = {}
@@ -263,8 +250,7 @@ class Attack(Modes, Targets, ABC):
             compiled=self.compile,
         )
         self._graphs.clear()
-        self._first = True
-        self._watched = self._still = 0  # how many gradients `leads_nowhere` saw, and of how many it is true
+        self._watch = Watch()
         self._width = 0  # the batch size that was compiled
 
     # ------------------------------------------------------------------ what an attack is
@@ -388,16 +374,16 @@ class Attack(Modes, Targets, ABC):
         self._check_batch(images, labels, seed, x_init)
         if x_init is None:  # that may be anywhere in the ball
             self._warn_of_short(self.eps if eps is None else eps, stacklevel=3)
-        still = frozen(self.model, self.training_mode, self.loss, self.targeted)
-        with torch.inference_mode(False), torch.no_grad(), still as parameters, on(images.device):
+        frozen_model = frozen(self.model, self.training_mode, self.loss, self.targeted)
+        with torch.inference_mode(False), torch.no_grad(), frozen_model as parameters, on(images.device):
             shapes = [parameter.shape for parameter in parameters if not is_lazy(parameter)]
             if shapes != self._shapes:  # another head in the same model has other classes
-                self._shapes, self._first = shapes, True
-            self._seen, self._counts = [], {}
+                self._shapes, self._watch.first = shapes, True
+            self._watch.begin()
             x = as_normal(images)
             passed = None if self.images_normalized is None else self._normalization  # of the images that were passed
             if passed is not None:
-                x = denormalized(x, passed, self.clip, look=self._first, count=self._tally)
+                x = denormalized(x, passed, self.clip, look=self._watch.first, count=self._watch.tally)
                 x_init = x_init if x_init is None else denormalized(x_init, passed, self.clip, look=False)
             if self.memory_format is not None:
                 x = x.contiguous(memory_format=self.memory_format)
@@ -408,106 +394,58 @@ class Attack(Modes, Targets, ABC):
             alpha = self._own_alpha(x)
             if x_init is not None:
                 self._check_start(x_init)
-            # The gradient of dlr is zero where the label's logit is the third, as it may be of any single image.
-            if self._watched < WATCHED and len(x) >= (WATCHED if self.loss == "dlr" else 1):
+            if self._watch.looks(len(x), self.loss):
                 self.objective.watch = self.leads_nowhere
             try:
                 if callable(self.targeted):
                     labels = self._mapped(self.targeted, x, labels)
-                if self._first:
+                if self._watch.first:
                     self._check_values(x, labels)
                 elif len(x):
                     self._count_values(as_normal(images) if passed is None else None, labels)
                 targets = self._targets(x, labels, seed, given=x_init is not None)
-                adv = self._in_chunks(x, targets, self._budget(eps, x), seed, x_init, alpha)
+                adv = self._in_chunks(Inputs(x, targets, self._budget(eps, x), seed, x_init, alpha))
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)} (which "
                     "draws other noise from a seed that is one for all), or autocast"
                 ) from error
-            self._first = self._first and len(x) == 0
-            self._report()
+            self._watch.first = self._watch.first and len(x) == 0
+            still, self.objective.still = self.objective.still, None
+            self._watch.report(still, self.objective.classes, box_of(self.clip), self.eps_for_division, stacklevel=3)
             return adv if passed is None else passed(adv)
 
-    def _in_chunks(
-        self,
-        x: torch.Tensor,
-        targets: torch.Tensor,
-        eps: float | torch.Tensor,
-        seed: int | torch.Tensor | None,
-        x_init: torch.Tensor | None,
-        alpha: torch.Tensor | None,
-    ) -> torch.Tensor:
-        n = len(x)
-        if self.chunk is not None and n > self.chunk:
-            if seed is not None and not (isinstance(seed, torch.Tensor) and seed.ndim):
-                seed = seeds_for(seed, x)  # each chunk needs noise of its own
-            parts = [slice(i, i + self.chunk) for i in range(0, n, self.chunk)]
-            rest = (eps, seed, x_init, alpha)
-            return torch.cat([self._filled_up(x[p], targets[p], *(part_of(value, p) for value in rest)) for p in parts])
-        return self._filled_up(x, targets, eps, seed, x_init, alpha)
+    def _in_chunks(self, inputs: Inputs) -> torch.Tensor:
+        if self.chunk is None or len(inputs) <= self.chunk:
+            return self._filled_up(inputs)
+        return torch.cat([self._filled_up(part) for part in inputs.parts(self.chunk)])
 
-    def _filled_up(
-        self,
-        x: torch.Tensor,
-        targets: torch.Tensor,
-        eps: float | torch.Tensor,
-        seed: int | torch.Tensor | None,
-        x_init: torch.Tensor | None,
-        alpha: torch.Tensor | None,
-    ) -> torch.Tensor:
-        n = len(x)
+    def _filled_up(self, inputs: Inputs) -> torch.Tensor:
+        n = len(inputs)
         pad = self._width - n if self.compile and self.training_mode == "eval" else 0
-        if pad > 0:
-            rest = (x, targets, eps, seed, x_init, alpha)
-            x, targets, eps, seed, x_init, alpha = (padded(value, n, pad) for value in rest)
         self._width = max(self._width, n)
-        adv = self._over_restarts(x, targets, eps, seed, x_init, alpha, n)
-        return adv[:n] if pad > 0 else adv
+        return self._over_restarts(inputs, n) if pad <= 0 else self._over_restarts(inputs.filled_up(pad), n)[:n]
 
-    def _over_restarts(
-        self,
-        x: torch.Tensor,
-        targets: torch.Tensor,
-        eps: float | torch.Tensor,
-        seed: int | torch.Tensor | None,
-        x_init: torch.Tensor | None,
-        alpha: torch.Tensor | None,
-        n: int,
-    ) -> torch.Tensor:
+    def _over_restarts(self, inputs: Inputs, n: int) -> torch.Tensor:
         """The result of all restarts; the first n of the images are no filling."""
-        runs = self.runs(targets.shape[1] if self.compares == "pairs" else 0)
-        best = self._run(0, runs, x, targets, eps, seed, x_init, alpha, n)
-        for run in range(1, runs):
-            best = stronger(best, self._run(run, runs, x, targets, eps, seed, None, alpha, n))
-        return best[0]
+        runs = self.runs(inputs.targets.shape[1] if self.compares == "pairs" else 0)
+        return reduce(stronger, (self._run(run, runs, inputs.of_run(run), n) for run in range(runs)))[0]
 
-    def _run(
-        self,
-        run: int,
-        runs: int,
-        x: torch.Tensor,
-        targets: torch.Tensor,
-        eps: float | torch.Tensor,
-        seed: int | torch.Tensor | None,
-        x_init: torch.Tensor | None,
-        alpha: torch.Tensor | None,
-        n: int,
-    ) -> Outcome:
+    def _run(self, run: int, runs: int, inputs: Inputs, n: int) -> Outcome:
         """The outcome of run number `run` of `runs`."""
-        slots = self.slots(x, targets, eps, seed if run == 0 or seed is None else seeds_for(seed, x, run), x_init)
-        slots.alpha = alpha
+        slots = self.slots(inputs.x, inputs.targets, inputs.eps, inputs.seed, inputs.x_init)
+        slots.alpha = inputs.alpha
         if slots.restart is not None:
             slots.restart.fill_(run)
         if self.best_iterate:
-            slots.best = result_like(x)
-            slots.best_losses = x.new_empty(len(x), dtype=torch.float64)
-            slots.best_fooled = x.new_empty(len(x), dtype=torch.bool)
+            slots.best = result_like(slots.x)
+            slots.best_losses = slots.x.new_empty(len(slots.x), dtype=torch.float64)
+            slots.best_fooled = slots.x.new_empty(len(slots.x), dtype=torch.bool)
         engine = self.engine(slots)
-        seen = engine.run()[:, :n]
-        self._seen.append(seen)
+        losses_seen = engine.run()[:, :n]
+        self._watch.losses.append(losses_seen)
         if runs == 1:
-            self._start_losses = seen[0] if self.steps == 1 and self.draws else None
+            self._start_losses = losses_seen[0] if self.steps == 1 and self.draws else None
         judged = runs > 1 or self.best_iterate
         adv, losses, fooled = self._outcome(engine.slots, judged)
         if not self.graph:
@@ -696,11 +634,11 @@ class Attack(Modes, Targets, ABC):
             raise TypeError(
                 f"eps must be a float tensor on the images' device {x.device}, got {eps.dtype} on {eps.device}"
             )
-        if self._first and eps.numel():
+        if self._watch.first and eps.numel():
             for value in torch.stack(eps.double().aminmax()).tolist():
                 check_eps(value, self.norm, self.clip)
         elif eps.numel():
-            self._tally("eps", eps_fits(eps, self.norm, self.clip))
+            self._watch.tally("eps", eps_fits(eps, self.norm, self.clip))
         if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
             raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
         return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
@@ -709,7 +647,7 @@ class Attack(Modes, Targets, ABC):
         """The step sizes (N, 1, ...) of these images; None where they are one for all."""
         if not isinstance(self.alpha, torch.Tensor):
             return None
-        check_alpha_of(self.alpha, x, look=self._first)
+        check_alpha_of(self.alpha, x, look=self._watch.first)
         alpha = as_normal(self.alpha)
         if alpha.ndim == 1:
             return per_sample(alpha, x)
@@ -752,60 +690,19 @@ class Attack(Modes, Targets, ABC):
 
     def _check_start(self, x_init: torch.Tensor) -> None:
         sound = ~x_init.isnan().any()
-        if not self._first:
-            self._tally("start", sound)
+        if not self._watch.first:
+            self._watch.tally("start", sound)
         elif not sound:
             raise ValueError(f"{PROBLEMS['start']}: an attack starts from images")
 
     def _count_values(self, images: torch.Tensor | None, labels: torch.Tensor | None) -> None:
         """In later batches, without waiting for the device: count what `_check_values` would refuse."""
         if images is not None and images.is_floating_point() and images.numel():
-            self._tally("images", in_box(images, self.clip))
+            self._watch.tally("images", in_box(images, self.clip))
         if labels is not None and labels.is_floating_point() and self.compares in ("soft", "clean"):
-            self._tally("soft labels", are_probabilities(labels))
+            self._watch.tally("soft labels", are_probabilities(labels))
         if labels is not None and self.compares == "signs":
-            self._tally("signs", are_signs(labels))
-
-    def _tally(self, name: str, sound: torch.Tensor) -> None:
-        self._counts[name] = (~sound).sum()
-
-    def _report(self) -> None:
-        """Warn of what was counted on the device, in one read at the end: what small models wait for is launches."""
-        seen, self._seen = self._seen, []
-        if seen[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        still, self.objective.still = self.objective.still, None
-        # x - x is 0 where x is finite, else NaN.
-        counts = {"losses": reduce(add, ((losses - losses != 0).sum() for losses in seen)), **self._counts}
-        if still is not None:
-            still = still[: seen[0].shape[1]]  # without what fills up a batch
-            counts["still"] = still.sum()
-        values = torch.stack(list(counts.values())).tolist() if len(counts) > 1 else [int(counts["losses"])]
-        told = dict(zip(counts, values, strict=True))
-        if told["losses"]:
-            warnings.warn(
-                f"{told['losses']} losses were not finite; where a gradient is not, its sample takes no step. Is the "
-                "model in a half precision that its logits leave?",
-                stacklevel=3,
-            )
-        for name, problem in PROBLEMS.items():
-            if told.get(name):
-                lo, hi = box_of(self.clip)
-                said = problem.format(count=told[name], classes=self.objective.classes, lo=lo, hi=hi)
-                warnings.warn(f"{said}: their samples were not attacked as they should be", stacklevel=3)
-        if still is None or told.get("labels"):  # labels that name no class have no gradient
-            return
-        self._watched += len(still)
-        self._still += told["still"]
-        if self._watched >= WATCHED and self._still >= ALARMING * self._watched:
-            least = self.eps_for_division
-            warnings.warn(
-                f"the gradient is exactly zero{f', or at most {least:g} long,' if least else ''} for {self._still} of "
-                f"{self._watched} images at the first step, and no attack that follows it gets anywhere there: does "
-                "the model round, saturate, or return probabilities? Where it is only sure, loss='margin' has a "
-                "gradient, and cross-entropy may have one in float64",
-                stacklevel=3,
-            )
+            self._watch.tally("signs", are_signs(labels))
 
     def __repr__(self) -> str:
         shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}

@@ -43,7 +43,7 @@ class Targets(Attributes):
         self, x: torch.Tensor, labels: torch.Tensor | None, seed: int | torch.Tensor | None, given: bool
     ) -> torch.Tensor:
         looked_up = self.compares in ("labels", "soft", "pairs")
-        if labels is not None and labels.dtype == torch.int64 and not self._first and looked_up:
+        if labels is not None and labels.dtype == torch.int64 and not self._watch.first and looked_up:
             labels = self._sound(as_normal(labels))
         if labels is not None and (labels.is_floating_point() or not self.needs_clean):
             return as_normal(labels)
@@ -56,7 +56,7 @@ class Targets(Attributes):
         if self.objective.classes is None:
             return labels
         wrong = (labels < 0) | (labels >= self.objective.classes)
-        self._counts["labels"] = wrong.sum()
+        self._watch.tally("labels", ~wrong)
         return labels.masked_fill(wrong, IGNORED if self.loss == "ce" else 0)
 
     @property
