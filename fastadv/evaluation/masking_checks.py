@@ -1,4 +1,4 @@
-"""Notes on an evaluation whose robust accuracy may be too high.
+"""Notes on an evaluation whose figures may mislead: mostly on a robust accuracy that may be too high.
 
 Sources: Athalye et al. 2018, "Obfuscated gradients give a false sense of security" (arXiv 1802.00420, section 3.1);
 Carlini et al. 2019, "On evaluating adversarial robustness" (arXiv 1902.06705, section 4).
@@ -15,12 +15,16 @@ from fastadv.evaluation.adversaries import EPS, Adversary, model_of, strange
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Logits
+from fastadv.functional import to_float
 from fastadv.nn.kinship import are_equal
 from fastadv.nn.logits import AnyModel
 
 CHANGE = 1e-3  # times the largest logit: a change far above rounding, and far below one that alters a verdict
 SHORT = 16.5 / 255  # in L2; budgets of L-inf are up to 16/255
 ZERO, FEW = 0.1, 8  # if a tenth of the gradients are zero, of eight or more, that is no accident
+
+DARK = 2 / 255  # images of [0, 255] that were divided by 255 twice have no brighter pixel
+ENOUGH = 32  # images whose clean accuracy tells a model from a guess
 
 
 def notes_on_outputs(
@@ -61,6 +65,27 @@ def _company(count: int) -> torch.Tensor:
     Statistics of the batch do not change with its order alone, and another size would be compiled anew.
     """
     return (torch.arange(count) % ((count + 1) // 2)).flip(0)
+
+
+def notes_on_guesses(correct: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> Iterator[str]:
+    """A note where the model is right no more often than one class for all images would be.
+
+    Args:
+        correct: which clean images are classified correctly, (N,) bool.
+        labels: int64 (N,).
+        images: floats in [0, 1] or uint8, all of them or a share.
+    """
+    count, right = len(labels), int(correct.sum())
+    most = int(labels.bincount().max()) if count else 0
+    if count < ENOUGH or right > most or most == count:
+        return
+    brightest = float(to_float(images.max())) if len(images) else 1.0
+    dark = f" No pixel is above {brightest:.2g}: were the images divided by 255 twice?" if brightest < DARK else ""
+    yield (
+        f"the model is right for {right} of {count} clean images, no more than one class for all of them would be "
+        f"({most}), so that its robust accuracy means nothing. If it was trained: are the classes numbered as it "
+        f"numbers them, and is its input as in its training, such as that of Normalized(model, mean, std)?{dark}"
+    )
 
 
 def notes_on_lengths(against: Iterable[Adversary]) -> Iterator[str]:

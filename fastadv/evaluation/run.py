@@ -90,6 +90,8 @@ class Run:
             self._check_several(labels)
         said = verdict(self.clean, labels)
         self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
+        if labels.ndim == 1:
+            self._warn(masking_checks.notes_on_guesses(self.correct, labels, share.mine))
         self._warn_of_outputs(draws, autocast)
         self._warn(masking_checks.notes_on_models(against, model))
 

@@ -1,7 +1,9 @@
 """Uses of an evaluation that nobody planned: each figure is of the whole run, of these images and of this model."""
 
+import re
 import shutil
 import sys
+import warnings
 from types import ModuleType
 
 import numpy as np
@@ -169,3 +171,41 @@ def test_a_state_is_of_the_model_s_own_helper_modules_too(judged, tmp_path, monk
         helper.factor = np.float64(-1.0)
     with pytest.raises(ValueError, match="is the state of another run, which differs in attack 1, the model"):
         evaluate(model, (x, y), ["fgsm"], **options)
+
+
+GUESS = "no more than one class for all of them would be"
+
+
+def bright_or_dark(count):
+    """(images whose class is their brightness in four steps, their classes)."""
+    labels = torch.arange(count) % 4
+    return (labels.reshape(-1, 1, 1, 1) + torch.rand(count, 3, 4, 4)) / 4, labels
+
+
+def by_brightness(x):
+    """The class by the mean of the pixels."""
+    return -((x.mean((1, 2, 3))[:, None] - (torch.arange(4) + 0.5) / 4) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        (lambda x, y: (by_brightness, x, (y + 1) % 4), GUESS),  # classes in another order
+        (lambda x, y: (lambda z: by_brightness(z / 255), x, y), GUESS),
+        (lambda x, y: (by_brightness, x / 255, y), f"{GUESS}.*divided by 255 twice"),
+        (lambda x, y: (by_brightness, x[:16] / 255, y[:16]), None),  # too few to tell
+        (lambda x, y: (by_brightness, x, y), None),
+        (lambda x, y: (by_brightness, x[::4], y[::4]), None),  # all of one class
+    ],
+)
+def test_a_model_that_is_no_better_than_a_guess_is_told(use, said):
+    model, images, labels = use(*bright_or_dark(160))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = evaluate(model, (images, labels), ["fgsm"], eps=1 / 255, progress=False)
+    found = [note for note in report["warnings"] if GUESS in note]
+    assert found == [str(each.message) for each in caught if GUESS in str(each.message)]
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert re.search(said, found[0])
+        assert ("twice" in found[0]) == ("twice" in said)
