@@ -268,7 +268,9 @@ def judged(
     settings = {**settings, "attacks": [each.facts() for each in against]}
     file = None if state is None else StateFile(state, _identity(settings, model, images, labels, against))
     kept = nullcontext() if state is None else held(state, f"the state {state} of an evaluation")
-    with kept, torch.inference_mode(False), torch.no_grad(), alone(model), frozen(model), on(labels.device):
+    ours = [each.ours for each in against if each.ours is not None]
+    still = frozen(model, "eval", *(part for attack in ours for part in (attack.loss, attack.targeted)))
+    with kept, torch.inference_mode(False), torch.no_grad(), alone(model), still, on(labels.device):
         run = Run(model, share, labels, against, settings, pool, autocast, memory_format)
         trials = [run.trial(adversary, gallery(number, adversary)) for number, adversary in enumerate(against)]
         begun = file is not None and _load(file, trials)

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastadv.attacks import PGD
@@ -209,3 +210,20 @@ def test_a_model_that_is_no_better_than_a_guess_is_told(use, said):
     if said is not None:
         assert re.search(said, found[0])
         assert ("twice" in found[0]) == ("twice" in said)
+
+
+def test_a_network_in_a_loss_is_left_as_it_was(judged):
+    """A loss of the user's own, such as a perceptual one, may hold a network in train mode."""
+    model, x, _ = judged
+    features = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(0.5))
+
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="none") + features(x[: len(outputs)]).mean(1)
+
+    before = {name: value.clone() for name, value in features.state_dict().items()}
+    y = torch.arange(len(x)) % 4
+    found = [evaluate(model, (x, y), [PGD(model, EPS, loss=loss)], progress=False)["budgets"] for _ in range(2)]
+    assert found[0] == found[1]
+    assert all(module.training for module in features.modules())
+    for name, value in features.state_dict().items():
+        assert torch.equal(value, before[name]), name
