@@ -24,6 +24,7 @@ def device_of(model: AnyModel) -> torch.device | None:
 
 
 BOX = (0.0, 1.0)
+DARK = 2 / 255  # images of [0, 255] that were divided by 255 twice have no brighter pixel
 SLACK = 1e-6  # what resizing and denormalising leave beyond a bound
 
 
@@ -248,6 +249,16 @@ def beyond_the_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX)
         "Normalized(model, mean, std) as the model; for inputs with another range or none an attack takes "
         "clip=(lo, hi) or clip=None"
     )
+
+
+def too_dark(images: torch.Tensor) -> str:
+    """What may be wrong with images without a bright pixel, in words; "" where there is one. Waits for the device."""
+    eight_bit = images.dtype == torch.uint8
+    brightest = float(images.max()) / (255 if eight_bit else 1) if images.numel() else 1.0
+    if brightest > DARK:
+        return ""
+    why = "uint8 means images / 255: are these of 0 and 1?" if eight_bit else "were they divided by 255 twice?"
+    return f"no pixel of the images is above {brightest:.2g} on the scale [0, 1]: {why}"
 
 
 def in_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX, slack: float = SLACK) -> torch.Tensor:

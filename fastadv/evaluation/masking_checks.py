@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from fastadv.attacks.base import Attack
+from fastadv.attacks.checks import too_dark
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.verdicts import SILENT
 from fastadv.evaluation.adversaries import EPS, Adversary, model_of, strange
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Logits
-from fastadv.functional import to_float
 from fastadv.nn.kinship import are_equal
 from fastadv.nn.logits import AnyModel
 
@@ -23,7 +23,6 @@ CHANGE = 1e-3  # times the largest logit: a change far above rounding, and far b
 SHORT = 16.5 / 255  # in L2; budgets of L-inf are up to 16/255
 ZERO, FEW = 0.1, 8  # if a tenth of the gradients are zero, of eight or more, that is no accident
 
-DARK = 2 / 255  # images of [0, 255] that were divided by 255 twice have no brighter pixel
 ENOUGH = 32  # images whose clean accuracy tells a model from a guess
 
 
@@ -79,12 +78,13 @@ def notes_on_guesses(correct: torch.Tensor, labels: torch.Tensor, images: torch.
     most = int(labels.bincount().max()) if count else 0
     if count < ENOUGH or right > most or most == count:
         return
-    brightest = float(to_float(images.max())) if len(images) else 1.0
-    dark = f" No pixel is above {brightest:.2g}: were the images divided by 255 twice?" if brightest < DARK else ""
+    why = too_dark(images) or (
+        "if it was trained, are the classes numbered as it numbers them, and is its input as in its training, such as "
+        "that of Normalized(model, mean, std)?"
+    )
     yield (
         f"the model is right for {right} of {count} clean images, no more than one class for all of them would be "
-        f"({most}), so that its robust accuracy means nothing. If it was trained: are the classes numbered as it "
-        f"numbers them, and is its input as in its training, such as that of Normalized(model, mean, std)?{dark}"
+        f"({most}), so that its robust accuracy means nothing: {why}"
     )
 
 

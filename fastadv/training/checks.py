@@ -1,5 +1,6 @@
 """Refuses data and settings that no run can have, before anything is changed."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastadv.attacks.checks import check_samples, device_of, highest
+from fastadv.attacks.checks import check_samples, device_of, highest, too_dark
 from fastadv.data.share import Share
 from fastadv.evaluation.identity import differences, fingerprint
 from fastadv.functional import to_float
@@ -68,6 +69,9 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
             check_samples(mine, theirs)
             # Evaluations come after an epoch of training, and more.
             check_taken(trainer.model, mine, parts.train[0].shape[1:], autocast)
+    images = parts.train[0]
+    if dark := too_dark(images.mine if isinstance(images, Share) else images):
+        warnings.warn(dark, stacklevel=7)
     if labels.min() == labels.max():
         raise ValueError(f"the training images are all of class {labels[0]}: there is nothing to tell apart")
     for stage in settings.stages:

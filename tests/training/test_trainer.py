@@ -254,6 +254,18 @@ def test_the_final_record_says_which_epochs_chance_alone_may_have_told_from_the_
     assert "noise" not in fit(conv(), parts=(TRAIN,))[-1]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.float32, r"above 0\.0039 .* divided by 255 twice"), (torch.uint8, "are these of 0 and 1")],
+)
+def test_training_images_without_a_bright_pixel_are_told(dtype, said):
+    images, labels = colours(24, seed=1)
+    dark = images / 255**2 if dtype == torch.float32 else (images > 127).to(dtype)
+    with pytest.warns(UserWarning, match=said) as caught:
+        fit(conv(), epochs=1, parts=((dark, labels),))
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize("attack", ["pgdl2", "object"])
 def test_training_with_an_l2_attack_is_refused(attack):
     model = conv()
