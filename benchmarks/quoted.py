@@ -311,13 +311,12 @@ def attacks_on_gpu() -> Iterator[Figure]:
         value = partial(_attack, network=network, path=f"best_speedup_over.{peer}", compiled=True)
         name = f"h200.pgd10.{network}.compiled.{peer.replace(' ', '-')}"
         yield Figure(name, what, (H200 + "attacks.json",), value, times)
-    third = (THIRD + "attacks.json",)
-    for name, path, form in (("eager", "speedup_over", share), ("graph", "best_speedup_over", times)):
-        what = f"PGD-10 on three networks, {name}: time of torchattacks over ours"
-        value = partial(_of_all_networks, paths=(f"{path}.torchattacks",))
-        yield Figure(f"h200.third.pgd10.{name}", what, third, value, between(form))
-    what = "PGD-10, eager: interquartile ranges of ours and of torchattacks in three runs"
     files = tuple(run + "attacks.json" for run in (H200, SECOND, THIRD))
+    for name, path, form in (("eager", "speedup_over", share), ("graph", "best_speedup_over", times)):
+        what = f"PGD-10 on three networks in three runs, {name}: time of torchattacks over ours"
+        value = partial(_of_all_networks, paths=(f"{path}.torchattacks",))
+        yield Figure(f"h200.runs.pgd10.{name}", what, files, value, between(form))
+    what = "PGD-10, eager: interquartile ranges of ours and of torchattacks in three runs"
     paths = tuple(f"relative_iqr.{contender}" for contender in ("fastadv", "torchattacks"))
     yield Figure("h200.pgd10.eager.spread", what, files, partial(_of_all_networks, paths=paths), between(percent))
 
@@ -653,12 +652,17 @@ def study() -> Iterator[Figure]:
         ("partly", "that overfitted partly", {"how": "partly", "shows": True}),
         ("weak", "that are weak", {"how": "weak", "shows": True}),
         ("hidden", "where PGD's model is not robust", {"shows": False}),
+        ("fgsm.32", "with FGSM at eps 32", {"attack": "fgsm", "eps": 32, "shows": True}),
+        ("fgsm.32.collapsed", "with FGSM at eps 32 that collapsed", {"attack": "fgsm", "eps": 32, "how": "collapsed"}),
     ):
         what = f"runs of transfer learning with fast attacks {what}"
         yield Figure(f"study.runs.{name}", what, (STUDY, CELLS), partial(_runs, of=of), whole)
-    for eps in (16, 32):
-        what = f"FGSM's accuracy under PMA less PGD's at eps {eps}, where PGD's model is robust, in points"
-        yield Figure(f"study.robust.{eps}", what, (STUDY, CELLS), partial(_where_robust, eps=eps), tenths)
+    for eps, (name, words, value, form) in product(
+        (16, 32), (("mean", "the mean in points", _mean_points, tenths), ("pairs", "how many pairs", len, whole))
+    ):
+        what = f"FGSM's accuracy under PMA less PGD's at eps {eps}, where PGD's model is robust: {words}"
+        found = partial(_where_robust, eps=eps, value=value)
+        yield Figure(f"study.robust.{eps}.{name}", what, (STUDY, CELLS), found, form)
     for data in ("cifar10", "eurosat"):
         what = f"linear probing with PGD at eps 32 on {data}: what PMA leaves"
         path = f"rows[data={data}&method=linear&attack=pgd&eps=32.0&seed=0].pma"
@@ -699,6 +703,7 @@ def price() -> Iterator[Figure]:
         ("cells", "how many of the cells are finished", _cells, str),
         ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="price_sentences"), _items),
         ("table", "time and accuracy of each training attack", partial(_of_study, path="price_table"), str),
+        ("seeds", "seeds of FGSM and its rivals on a data set", _seeds_compared, _counted_seeds),
         ("noise", "the time of a training without an attack over that of its repetition", _repeated, hundredths),
     ):
         yield Figure(f"price.{name}", what + words, (PRICE, PRICE_CELLS), value, form)
@@ -713,6 +718,23 @@ def price() -> Iterator[Figure]:
         value = partial(_of_study, path=f"price_summaries[data={data}&method=full&attack={attack}].{name}")
         words = f"{what}full fine-tuning with {attack} on {data}: {words}"
         yield Figure(f"price.{data}.{attack}.{name}", words, (PRICE, PRICE_CELLS), value, form)
+
+
+def _seeds_compared(report: Mapping, cells: list[Mapping]) -> tuple[float, float]:
+    """The fewest and the most seeds of full fine-tuning with FGSM and its rivals that each eps has."""
+    rows = [
+        row
+        for row in report["price_summaries"]
+        if (row["method"], row["attack"] in ("fgsm", *RIVALS)) == ("full", True)
+    ]
+    return extent(row["runs"] / len(row["budgets"]) for row in rows)
+
+
+def _counted_seeds(found: tuple[float, float]) -> str:
+    least, most = found
+    if least == most:
+        return f"{most:.0f} seed{'s' if most > 1 else ''}"
+    return f"{least:.0f} to {most:.0f} seeds"
 
 
 def _beside_fgsm(found: Sequence[float]) -> str:
@@ -822,14 +844,15 @@ def _runs(report: Mapping, cells: list[Mapping], of: Mapping) -> int:
     return sum(all(run[name] == value for name, value in of.items()) for run in runs)
 
 
-def _where_robust(report: Mapping, cells: list[Mapping], eps: int) -> float:
-    """The mean difference between FGSM and PGD under PMA where PGD's model is robust, in points."""
+def _where_robust(report: Mapping, cells: list[Mapping], eps: int, value: Callable[[list[float]], float]) -> float:
+    """A value of the differences between FGSM and PGD under PMA where PGD's model is robust."""
     wanted = ("fgsm", "pma", eps, True)
-    return 100 * mean(
-        each["mean"]
-        for each in report["differences"]
-        if (each["attack"], each["judge"], each["eps"], each["robust"]) == wanted
-    )
+    rows = report["differences"]
+    return value([e["mean"] for e in rows if (e["attack"], e["judge"], e["eps"], e["robust"]) == wanted])
+
+
+def _mean_points(shares: list[float]) -> float:
+    return 100 * mean(shares)
 
 
 def scratch() -> Iterator[Figure]:

@@ -125,11 +125,11 @@ def stale(root):
 
 
 def in_readme(found):
-    """How many of the results that README quotes are old; a study counts once for each commit."""
+    """How many of the results that README quotes are old; of a study the cells of one commit count as one."""
     quoted = figures.files_of(ROOT / "README.md")
-    commits = {name: commit for name, (commit, _) in found.items() if any(fnmatch(name, each) for each in quoted)}
-    old = len({(name.split("/cells/")[0], commit) for name, commit in commits.items()})
-    return [f"Of the results quoted here {old or 'none'} were measured before their code changed."]
+    names = {name for name in results(ROOT) if any(fnmatch(name, each) for each in quoted)}
+    old = len(names & found.keys())
+    return [f"Of the {len(names)} results quoted here {old or 'none'} were measured before their code changed."]
 
 
 def in_figures(found):

@@ -1,4 +1,4 @@
-"""The table of fast training attacks: what each loses to PGD, how often it overfits, and its time."""
+"""The table of fast training attacks: what each loses to PGD, how often it fails, and its time."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def table(
     ratios = {attack: time[attack].to_pgd if measured else time[attack].predicted_to_pgd for attack in attacks}
     head = ["training attack", "time / PGD's" + ("" if measured else ", by the cost model")]
     for eps in columns:
-        head += [f"eps {eps:g}: minus PGD's under {judge_words(HEADLINE_JUDGE)}", "overfitted"]
+        head += [f"eps {eps:g}: minus PGD's under {judge_words(HEADLINE_JUDGE)}", "failed"]
     rows = []
     for attack in sorted(attacks, key=lambda name: (ratios[name] or 0.0, attacks.index(name))):
         ratio = ratios[attack]

@@ -42,7 +42,7 @@ def drawn(study: Study) -> dict[str, Drawing]:
             found[f"difference-{number}-{attack}-{judge}"] = of, words, figures.difference_by_eps(shown)
         runs = [each for each in study.courses if each.result.cell.model == model and each.result.fast]
         for attack, group in grouped(runs, lambda each: each.result.cell.attack):
-            words = f"{attack_words(attack)}: collapsed runs by method and eps, of those where a collapse would show"
+            words = f"{attack_words(attack)}: failed runs by method and eps, of those where a failure would show"
             found[f"map-{number}-{attack}"] = of, words, figures.stability_map(group)
             for method, of_method in grouped(group, lambda each: each.result.cell.method):
                 words = f"{method_words(method)} with {attack_words(attack)}: accuracy over epochs"

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 ATTACK, UNDER_PGD = "#d55e00", "#0072b2"
-STABLE, SOME, ALL, UNKNOWN = "#cfe6f3", "#f3c77b", "#c8501e", "#ffffff"
+# Fields of the map: (colour, what it means).
+STABLE, SOME = ("#cfe6f3", "none failed"), ("#f3c77b", "some failed")
+ALL, UNKNOWN = ("#c8501e", "all collapsed"), ("#ffffff", "not run, or not to be seen")
 WIDTH = 4.1  # inches: the width of a phone's screen
 LEAST_RANGE = 2.0  # points: the axis of differences has at least -2 to 2
 
@@ -53,7 +55,7 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
         )
     paper = [(budgets.index(eps), 100 * mean) for eps, mean in PAPER.items() if eps in budgets]
     for number, (place, mean) in enumerate(paper):
-        label = "the paper's mean" if number == 0 else None
+        label = "the paper, PGD-10" if number == 0 else None
         axis.plot([place - 0.42, place + 0.42], [mean, mean], color="black", linewidth=1.2, linestyle=":", label=label)
     axis.axhline(0, color="#444444", linewidth=0.8)
     reach = max(LEAST_RANGE, *(250 * abs(each.mean) for each in averages))
@@ -61,12 +63,24 @@ def difference_by_eps(averages: Sequence[Average]) -> "Figure":
         max(axis.get_ylim()[0], min(-reach, *(105 * each.mean for each in averages))),
         min(axis.get_ylim()[1], max(reach, *(105 * each.mean for each in averages))),
     )
+    _mark_cut(axis)
     axis.set_xticks(range(len(budgets)), [f"{eps:g}" for eps in budgets])
-    axis.set(xlabel="eps, 1/255", ylabel="points against PGD", xlim=(-0.6, len(budgets) - 0.4))
     one = averages[0]
-    axis.set_title(f"{attack_words(one.attack)} minus PGD, judged by {judge_words(one.judge)}", fontsize=9)
+    difference = f"{attack_words(one.attack)} minus PGD"
+    axis.set(xlabel="eps, 1/255", ylabel=f"{difference}, points", xlim=(-0.6, len(budgets) - 0.4))
+    axis.set_title(f"{difference}, judged by {judge_words(one.judge)}, with 95 % intervals", fontsize=9)
     figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     return figure
+
+
+def _mark_cut(axis: "Axes") -> None:
+    """Put an arrow where an interval leaves the axis."""
+    low, high = axis.get_ylim()
+    for bars in axis.containers:
+        for (x, least), (_, most) in bars[2][0].get_segments():
+            for cut, place, marker in ((least < low, low, "v"), (most > high, high, "^")):
+                if cut:
+                    axis.plot(x, place, marker=marker, color="#444444", markersize=4, clip_on=False)
 
 
 def stability_map(courses: Sequence[Course]) -> "Figure":
@@ -78,7 +92,7 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     methods = list(dict.fromkeys(each.result.cell.method for each in courses))
     methods.sort(key=lambda method: method == "scratch")
     budgets = sorted({each.result.cell.eps for each in courses})
-    figure, axis = _axis(WIDTH, 1.1 + 0.4 * len(methods))
+    figure, axis = _axis(WIDTH, 1.5 + 0.42 * len(methods))
     for row, method in enumerate(methods):
         for column, eps in enumerate(budgets):
             runs = [each for each in courses if (each.result.cell.method, each.result.cell.eps) == (method, eps)]
@@ -89,23 +103,26 @@ def stability_map(courses: Sequence[Course]) -> "Figure":
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     attack = attack_words(courses[0].result.cell.attack)
-    axis.set_title(f"{attack}: collapsed runs,\nof those where it would show", fontsize=9)
+    axis.set_title(f"{attack}: collapsed, partly overfitted and weak runs,\nof those where it would show", fontsize=9)
+    fields = {str(field.get_label()): field for field in axis.patches}
+    figure.legend(fields.values(), fields, frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     return figure
 
 
 def _field(axis: "Axes", place: tuple[int, int], collapsed: int, partly: int, weak: int, runs: int) -> None:
     fell = collapsed + partly + weak
-    colour = UNKNOWN if not runs else STABLE if not fell else ALL if collapsed == runs else SOME
+    colour, meaning = UNKNOWN if not runs else STABLE if not fell else ALL if collapsed == runs else SOME
     hatch = "///" if fell else ""  # tells the colours apart in black and white
     rectangle = require("matplotlib.patches").Rectangle
     corner = (place[0] - 0.47, place[1] - 0.45)
     edge = "#ffffff" if fell else "#cccccc"
-    axis.add_patch(rectangle(corner, 0.94, 0.9, facecolor=colour, edgecolor=edge, hatch=hatch, linewidth=0.5))
+    style = {"facecolor": colour, "edgecolor": edge, "hatch": hatch, "linewidth": 0.5}
+    axis.add_patch(rectangle(corner, 0.94, 0.9, label=meaning, **style))
     more = [f"{count} {how}" for how, count in (("partly", partly), ("weak", weak)) if count]
     words = "\n".join([f"{collapsed} of {runs}", *more]) if runs else "-"
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if fell else None
     size, weight = 8 - len(more), ("bold" if fell else None)
-    axis.text(*place, words, ha="center", va="center", fontsize=size, bbox=box, weight=weight, linespacing=0.9)
+    axis.text(*place, words, ha="center", va="center", fontsize=size, bbox=box, weight=weight, linespacing=1.1)
 
 
 def curves(courses: Sequence[Course]) -> "Figure":

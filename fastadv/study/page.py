@@ -294,8 +294,8 @@ def _attacks(study: Study) -> str:
     if found is None:
         return ""
     words = (
-        f"{method_words(found.method)} of {found.model}. In points, with 95 % intervals; overfitted: runs that "
-        "collapsed, and runs that overfitted partly. For an eps the attacks have the same data sets and seeds, so"
+        f"{method_words(found.method)} of {found.model}. In points, with 95 % intervals; failed: runs that "
+        "collapsed, overfitted partly, or are weak. For an eps the attacks have the same data sets and seeds, so"
         " that there may be fewer than in the other tables."
     )
     return html.paragraph(words[0].upper() + words[1:], "note") + _escaped(found.head, found.rows)

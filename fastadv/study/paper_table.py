@@ -27,8 +27,9 @@ def table(
 ) -> tuple[list[str], list[list[str]]]:
     """The table: (its head, its rows).
 
-    It has at most ten rows: the paper's numbers, the mean over our methods at each eps, a method where a judge judged
-    it and not all the others, then each method at eps 8, and what fewer data sets have, as far as there is room.
+    It has at most ten rows: the paper's numbers, and from the paper's lowest eps on the mean over our methods, and each
+    method that a judge judged and not all the others; then each method at eps 8, what has a lower eps, and what fewer
+    data sets have, as far as there is room.
 
     Args:
         averages: the differences to PGD, averaged over data sets.
@@ -62,13 +63,16 @@ def _chosen(groups: Groups) -> list[Key]:
     most = {key[:2]: max((k for k in groups if k[:2] == key[:2]), key=lambda k: len(k[2])) for key in groups}
     means = list(most.values())
     alone = [key for key in groups if len(key[2]) == 1 and key not in means]
-    judged_alone = [key for key in alone if groups[key].keys() - groups[most[key[:2]]].keys()]
-    methods = [key for key in alone if key[1] == 8 or key in judged_alone]
+    judged = {key[2] for key in alone if groups[key].keys() - groups[most[key[:2]]].keys()}
+    methods = [key for key in alone if key[1] == 8 or key[2] in judged]
     methods.sort(key=lambda key: (method_place(key[2][0]), key[1]))
     rows = [*sorted(means, key=lambda key: key[:2]), *methods]
     all_sets = max(map(_sets, groups.values()), default=0)
-    by_weight = sorted(rows, key=lambda key: (_sets(groups[key]) < all_sets, key not in means, key not in judged_alone))
-    return [key for key in rows if key in by_weight[: ROWS - len(PAPER)]]
+
+    def rank(key: Key) -> tuple[bool, ...]:
+        return _sets(groups[key]) < all_sets, key[1] < min(PAPER), key not in means, key[2] not in judged
+
+    return [key for key in rows if key in sorted(rows, key=rank)[: ROWS - len(PAPER)]]
 
 
 def _sets(judged: Mapping[str, Average]) -> int:
@@ -107,7 +111,7 @@ def _cell(each: Average, judged: Mapping[str, Average], differences: Sequence[Di
     if not fewer:
         return said
     headline = _headline_there(each, differences)
-    there = f"; {judge_words(HEADLINE_JUDGE)} there {points(headline)}" if headline is not None else ""
+    there = f" ({judge_words(HEADLINE_JUDGE)} of these: {points(headline)})" if headline is not None else ""
     return f"{said}, {', '.join(fewer)}{there}"
 
 

@@ -1,10 +1,8 @@
 """What a training attack costs, as a multiple of training without one, and what it brings, beside FGSM."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
-
-import numpy as np
+from statistics import mean, median
 
 from fastadv.study.partners import epochs_of, setup_of, standing
 from fastadv.study.results import HEADLINE_JUDGE, Result, Row, grouped, row_of
@@ -25,9 +23,8 @@ class Price:
         standard: the name of training without an attack, whose time is 1.
         against: the name of FGSM for as many epochs as `standard`; None where no cell has that.
         epochs: the epochs of training.
-        seeds: the seeds of the cells: where they are compared with FGSM, those that both have.
-        clean: the mean accuracy on clean images, a share in [0, 1].
-        robust: the mean accuracy under PMA.
+        by_seed: {seed of a cell: its accuracies on clean images and under PMA, shares in [0, 1]}; where the cells are
+            compared with FGSM, the seeds that both have.
         time: the measured time of training; None where the cells were not made on one machine.
         predicted: the time by the cost model.
         difference: the accuracy under PMA minus that of the cells trained with `against`; None for these, for training
@@ -40,17 +37,35 @@ class Price:
     standard: str
     against: str | None
     epochs: int
-    seeds: tuple[int, ...]
-    clean: float
-    robust: float
+    by_seed: Mapping[int, tuple[float, float]]
     time: float | None
     predicted: float
     difference: Difference | None
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the cells."""
+        return tuple(self.by_seed)
+
+    @property
+    def clean(self) -> float:
+        """The mean accuracy on clean images."""
+        return self.over(self.seeds)[0]
+
+    @property
+    def robust(self) -> float:
+        """The mean accuracy under PMA."""
+        return self.over(self.seeds)[1]
+
+    def over(self, seeds: Iterable[int]) -> tuple[float, float]:
+        """The mean accuracies of some seeds."""
+        clean, robust = zip(*(self.by_seed[seed] for seed in seeds), strict=True)
+        return mean(clean), mean(robust)
+
 
 @dataclass(frozen=True)
 class Summary:
-    """The prices of one attack on one data set with one model and method: means over eps.
+    """The prices of one attack on one data set with one model and method: means over eps, of seeds that all eps have.
 
     Attributes:
         row: the data set, model and method; its eps means nothing.
@@ -58,7 +73,7 @@ class Summary:
         standard: as in `Price`.
         against: as in `Price`.
         budgets: each eps.
-        runs: the number of cells.
+        runs: the number of cells with these seeds; of all cells where no seed has each eps.
         time: the median of the measured times; None where one was not measured.
         predicted: the median of the times by the cost model.
         clean: the mean accuracy on clean images.
@@ -118,6 +133,10 @@ def summaries(prices: Iterable[Price]) -> list[Summary]:
         prices, lambda each: (replace(each.row, eps=0.0), each.shared, each.attack, each.standard, each.against)
     ):
         one, times = group[0], [each.time for each in group if each.time is not None]
+        shared = set.intersection(*(set(each.seeds) for each in group))
+        seeds = [shared or each.seeds for each in group]
+        shares = [each.over(some) for each, some in zip(group, seeds, strict=True)]
+        clean, robust = map(mean, zip(*shares, strict=True))
         differences = [each.difference for each in group if each.difference is not None]
         found.append(
             Summary(
@@ -126,11 +145,11 @@ def summaries(prices: Iterable[Price]) -> list[Summary]:
                 standard=one.standard,
                 against=one.against,
                 budgets=tuple(each.row.eps for each in group),
-                runs=sum(len(each.seeds) for each in group),
+                runs=sum(map(len, seeds)),
                 time=median(times) if len(times) == len(group) else None,
                 predicted=median(each.predicted for each in group),
-                clean=float(np.mean([each.clean for each in group])),
-                robust=float(np.mean([each.robust for each in group])),
+                clean=clean,
+                robust=robust,
                 to_fgsm=of_one_set(differences) if len(differences) == len(group) else None,
             )
         )
@@ -143,7 +162,6 @@ def _price(
     """The price of cells that differ in the seed alone."""
     cells = [each for each in cells if difference is None or each.cell.seed in difference.seeds]
     one, of_seed = cells[0], {each.cell.seed: each for each in standard}
-    clean, robust = (float(np.mean([each.accuracies[judge] for each in cells])) for judge in ("clean", HEADLINE_JUDGE))
     row, shared = setup_of(one)
     return Price(
         row=row,
@@ -152,9 +170,7 @@ def _price(
         standard=standard[0].cell.attack,
         against=against,
         epochs=epochs_of(one),
-        seeds=tuple(each.cell.seed for each in cells),
-        clean=clean,
-        robust=robust,
+        by_seed={each.cell.seed: (each.accuracies["clean"], each.accuracies[HEADLINE_JUDGE]) for each in cells},
         time=measured((each, of_seed[each.cell.seed]) for each in cells if each.cell.seed in of_seed),
         predicted=predicted((each, standard[0]) for each in cells),
         difference=difference,

@@ -91,11 +91,15 @@ class _Rivals:
 
     def caution(self) -> str:
         """What the figures of the attacks that `answer` chose do not say; empty where it chose none."""
-        if self._cheapest() is None and self._best()[0].attack == self._best()[0].against:
+        chosen = [group for group in (self._cheapest(), self._best()) if group and group[0].attack != group[0].against]
+        if not chosen:
             return ""
-        choice = f"The choice among {len(self.attacks)} attacks was made on the images that judge"
-        single = any(each.runs < 2 * len(each.budgets) for each in self.reference)
-        return f"{choice}; where there is one seed an interval is of images alone." if single else f"{choice}."
+        words = f"The choice among {len(self.attacks)} attacks was made on the images that judge"
+        if any(each.runs < 2 * len(each.budgets) for each in self.reference):
+            words += "; where there is one seed an interval is of images alone"
+        if any(each.to_fgsm[1] < -LITTLE for group in chosen for each in group if each.to_fgsm):
+            words += f"; an interval that goes below {100 * -LITTLE:g} leaves a larger loss open"
+        return f"{words}."
 
     def answer(self) -> str:
         """The cheapest attack that loses little to FGSM, and the most robust of those that take no longer."""
