@@ -142,6 +142,18 @@ def check_folder(path: Path) -> None:
         raise OSError(f"cannot write to --out {path}{where}: {error.strerror}") from error
 
 
+def check_outside(out: Path, data: Path) -> None:
+    """Refuse a folder within a data set, of which it would become a class.
+
+    Raises:
+        ValueError: `out` is within the folder `data`.
+    """
+    if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+        raise ValueError(
+            f"--out {out} is within the data set {data.resolve()}, and would become images of that: choose another"
+        )
+
+
 def load_data(
     arguments: argparse.Namespace,
     preprocessing: Preprocessing | None,

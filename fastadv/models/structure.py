@@ -23,12 +23,13 @@ from fastadv.nn.logits import find_logits
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # called after a forward pass with (module, arguments, output)
 
 _WRAPPERS = ((Normalized, "model"), (nn.parallel.DistributedDataParallel, "module"))
+_COMPILED = "_orig_mod"  # the network in what torch.compile returns, whose class is slow to import
 
 
 def unwrapped(module: nn.Module) -> tuple[str, nn.Module]:
     """(the prefix of the network's names in `module`, the network): for Normalized ("model.", the inner network)."""
-    for wrapper, attribute in _WRAPPERS:
-        if isinstance(module, wrapper):
+    for wrapper, attribute in (*_WRAPPERS, (nn.Module, _COMPILED)):
+        if isinstance(module, wrapper) and attribute in module._modules:
             prefix, network = unwrapped(getattr(module, attribute))
             return f"{attribute}.{prefix}", network
     return "", module

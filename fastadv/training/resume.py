@@ -106,7 +106,8 @@ def unsaved(model: nn.Module, attack: object) -> dict[str, tuple[object, object]
         owners["the attack"] = getattr(attack.attack, "__self__", attack.attack)
     for owner, held in owners.items():
         # weight_norm and pruning compute an attribute weight from weight_v and weight_orig.
-        computed = {name.rpartition("_")[0] for name in getattr(held, "_parameters", ())}
+        own = held.named_parameters(recurse=False) if isinstance(held, nn.Module) else ()
+        computed = {name.rpartition("_")[0] for name, _ in own}
         for name, value in getattr(held, "__dict__", {}).items():
             if name not in OF_ALL and name not in computed:
                 found[f"{name} of {owner}"] = _shows(value)

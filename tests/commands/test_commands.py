@@ -247,6 +247,21 @@ def test_evaluate_judges_the_test_part_of_the_training_and_nothing_that_was_trai
     assert f"the model was trained on {shared} of the {len(other['test'])} test images" in capsys.readouterr().out
 
 
+def test_adversarial_images_do_not_become_a_class_of_the_data_set(photos, tuned):
+    with pytest.raises(SystemExit, match=r"is within the data set .*photos, and would become images of that"):
+        judged(tuned / "model.safetensors", photos, photos / "report", "--save-images")
+    assert not (photos / "report").exists()
+
+
+def test_weights_of_another_normalisation_are_told(photos, tuned, tmp_path):
+    other = models.load(tuned / "model.safetensors")
+    other.preprocessing = Preprocessing((16, 16), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), crop=0.9)
+    models.save(other, tmp_path / "other.safetensors")
+    with pytest.warns(UserWarning, match=r"trained on pixels with mean \(0\.5, 0\.4, 0\.3\) .* take the file itself"):
+        finetune(photos, tmp_path / "other.safetensors", tmp_path / "run", "--init", tuned / "model.safetensors",
+                 "--epochs", "1")  # fmt: skip
+
+
 def test_training_pictures_are_found_under_other_names_and_in_other_folders(photos, tuned, tmp_path, capsys):
     model = models.load(tuned / "model.safetensors")
     trained = set(data.load(photos, preprocessing=model.preprocessing).digests["train"].tolist())

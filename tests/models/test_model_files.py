@@ -1,0 +1,142 @@
+"""Files of models that would be lost, mixed up or not written, and networks that are compiled or scripted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastadv import models
+from fastadv.commands import finetune
+from fastadv.models.networks import resnet
+from fastadv.preprocessing import Preprocessing
+from fastadv.training import trainable
+from fastadv.training.resume import unsaved
+
+transformers = pytest.importorskip("transformers")
+
+
+def vit(classes=("a", "b", "c")):
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    config.num_labels = len(classes)
+    config.problem_type = "multi_label_classification"
+    network = transformers.ViTForImageClassification(config).eval()
+    given = Preprocessing((16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
+    return models.Model(network, given, {"kind": "hf", "config": config.to_dict()}, tuple(classes), pretrained=True)
+
+
+def small(classes, network=None):
+    architecture = {"kind": "own", "name": "resnet", "shape": [3, 8, 8], "options": {"widths": [8, 8], "blocks": 1}}
+    network = network or resnet((3, 8, 8), len(classes), widths=(8, 8), blocks=1)
+    return models.Model(network, None, architecture, tuple(classes), pretrained=False)
+
+
+def test_a_folder_of_transformers_takes_no_checkpoint_s_place(tmp_path):
+    models.save(small("ab"), tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"model\.safetensors is a checkpoint of fastadv"):
+        models.export(vit(), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=r"exported as a folder, or to a file \.pt2"):
+        models.export(vit(), tmp_path / "x.onnx")
+    for _ in range(2):  # an export may be written again
+        models.export(vit(), tmp_path / "v1.5")
+
+
+def test_an_exported_pipeline_says_what_the_softmax_says(tmp_path):
+    """A config for several labels would make it take a sigmoid."""
+    model = vit()
+    models.export(model, tmp_path / "e")
+    network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "e").eval()
+    images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        found = network(images, labels=labels)
+    by_hand = nn.functional.cross_entropy(model.network(images).logits, labels)
+    assert found.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "told"), [("cba", True), ("ABC", True), ("abd", False), ("abc", False)])
+def test_a_head_that_is_lost_to_the_order_of_its_classes_is_told(tmp_path, recwarn, classes, told):
+    models.save(small("abc"), tmp_path / "m.safetensors")
+    models.load(tmp_path / "m.safetensors", classes=list(classes))
+    assert any("in another order or spelling, a, b, c" in str(each.message) for each in recwarn) == told
+
+
+class Extra(nn.Module):
+    """A network with a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, 2)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_no_checkpoint_can_keep_is_refused_before_training(tmp_path):
+    model = small("ab", Extra())
+    for call in (
+        lambda: models.save(model, tmp_path / "m.safetensors"),
+        lambda: finetune.build(
+            SimpleNamespace(seed=0, init=None),
+            SimpleNamespace(build=lambda classes, shape: model),
+            SimpleNamespace(classes=("a", "b"), shape=(3, 8, 8)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"the state of the model has _extra_state, which is no tensor"):
+            call()
+
+
+# ---------------------------------------------------------------------- compiled and scripted networks
+
+
+class Residual(nn.Module):
+    """A block with an inner branch, as in a transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.b(nn.functional.gelu(self.a(self.norm(x))))
+
+
+def test_a_compiled_network_has_the_adapters_that_it_gets():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), Residual(), Residual(), nn.Linear(16, 3)).eval()
+    compiled, x = torch.compile(network, backend="eager"), torch.rand(4, 3, 8, 8)
+    with torch.no_grad():
+        before = compiled(x)
+    with trainable(compiled, "adapter", example=x[:1]) as tuning, torch.no_grad():
+        for name, parameter in tuning.parameters:
+            if "fastadv_adapter" in name:
+                parameter.normal_()
+    network.eval()
+    with torch.no_grad():
+        after = compiled(x)
+        torch.testing.assert_close(after, network(x), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_the_declared_head_of_a_compiled_network_is_found():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 8))
+    network.fastadv_head = "1"
+    name, head = models.find_head(torch.compile(network, backend="eager"))
+    assert (name, head) == ("_orig_mod.1", network[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_network_is_looked_at_for_state():
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    buffers = {name: sign for name, sign in unsaved(network, None).items() if name.startswith("the buffer")}
+    found = unsaved(torch.jit.script(network), None)
+    assert len(buffers) == 3
+    assert {name.partition(" of ")[0] for name in buffers} <= {name.partition(" of ")[0] for name in found}
