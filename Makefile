@@ -12,18 +12,21 @@ QUICK = tests/nn $(addprefix tests/attacks/test_, attacked_function.py attack_ma
   $(addprefix tests/ops/test_, ball.py contract.py philox.py) tests/data/test_data.py tests/training/test_settings.py \
   tests/benchmarks/test_figures.py
 
+# A warning that a test does not expect fails it. But the networks of many tests are no better than a guess.
+WARNINGS = -W error::UserWarning -W "ignore:the model is right for:UserWarning"
+
 .PHONY: demo test test-quick lint docs clean
 
 demo: .venv/demo
 	MPLBACKEND=agg .venv/bin/python examples/demo.py --out demo
 
-# A warning that a test does not expect fails it. There are two workers with one thread each, because most tests are too
+# There are two workers with one thread each, because most tests are too
 # small for a second thread. A worker takes a whole file, because the tests of a file share what they make.
 test: .venv/test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -W error::UserWarning -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(WARNINGS) -n 2 --dist loadfile
 
 test-quick: .venv/test
-	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest -W error::UserWarning -k 'not triton and not 16_bit' $(QUICK)
+	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest $(WARNINGS) -k 'not triton and not 16_bit' $(QUICK)
 
 # Writes the table of figures and the texts that quote it, then the lists of results that are older than their code.
 .PHONY: figures
