@@ -21,10 +21,15 @@ figures, quoted, stale = map(importlib.import_module, ("figures", "quoted", "sta
 PAGES = [str(page.relative_to(ROOT)) for page in figures.pages()]
 
 
+@pytest.fixture(scope="module")
+def made():
+    return figures.made()
+
+
 @pytest.mark.parametrize("path", [figures.TABLE, *PAGES])
-def test_table_and_pages_are_what_the_stored_results_say(path):
+def test_table_and_pages_are_what_the_stored_results_say(path, made):
     """If this fails, run `make figures`."""
-    assert (ROOT / path).read_text() == figures.made()[ROOT / path]
+    assert (ROOT / path).read_text() == made[ROOT / path]
 
 
 def test_every_figure_is_quoted_and_every_text_stands_on_a_page():
