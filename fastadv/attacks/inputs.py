@@ -37,7 +37,7 @@ class Inputs:
         if self.seed is not None and not (isinstance(self.seed, torch.Tensor) and self.seed.ndim):
             whole = replace(self, seed=seeds_for(self.seed, self.x))
         rows = [slice(first, first + size) for first in range(0, len(self), size)]
-        return [Inputs(self.x[p], self.targets[p], *(part_of(each, p) for each in whole._values[2:])) for p in rows]
+        return [Inputs(*(part_of(each, part) for each in whole._values)) for part in rows]
 
     def filled_up(self, pad: int) -> "Inputs":
         """With the last image `pad` times more."""

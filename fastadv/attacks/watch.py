@@ -27,13 +27,12 @@ class Watch:
         first: whether no batch came yet. Values are looked at in the first one alone, because that waits for the
             device.
         losses: those of this call, (steps, N) of each run.
-        watched: of how many images the first gradient was looked at.
     """
 
     def __init__(self) -> None:
         self.first = True
         self.losses: list[torch.Tensor] = []
-        self.watched = self._still = 0
+        self._watched = self._still = 0  # images whose first gradient was looked at; those of them without one
         self._counts: dict[str, torch.Tensor] = {}
 
     def begin(self) -> None:
@@ -43,7 +42,7 @@ class Watch:
     def looks(self, count: int, loss: object) -> bool:
         """Whether the first gradients of a batch of `count` images are to be looked at."""
         # The gradient of dlr is zero where the label's logit is the third, as it may be of any single image.
-        return self.watched < WATCHED and count >= (WATCHED if loss == "dlr" else 1)
+        return self._watched < WATCHED and count >= (WATCHED if loss == "dlr" else 1)
 
     def tally(self, name: str, sound: torch.Tensor) -> None:
         """Count on the device what is not sound, bool; `name` is one of `PROBLEMS`."""
@@ -82,15 +81,15 @@ class Watch:
                 said = problem.format(count=told[name], classes=classes, lo=box[0], hi=box[1])
                 warnings.warn(f"{said}: their samples were not attacked as they should be", stacklevel=stacklevel)
         if still is not None and not told.get("labels"):  # labels that name no class have no gradient
-            self.watched += len(still)
+            self._watched += len(still)
             self._still += told["still"]
             self._warn_of_still(least, stacklevel + 1)
 
     def _warn_of_still(self, least: float, stacklevel: int) -> None:
-        if self.watched >= WATCHED and self._still >= ALARMING * self.watched:
+        if self._watched >= WATCHED and self._still >= ALARMING * self._watched:
             warnings.warn(
                 f"the gradient is exactly zero{f', or at most {least:g} long,' if least else ''} for {self._still} of "
-                f"{self.watched} images at the first step, and no attack that follows it gets anywhere there: does "
+                f"{self._watched} images at the first step, and no attack that follows it gets anywhere there: does "
                 "the model round, saturate, or return probabilities? Where it is only sure, loss='margin' has a "
                 "gradient, and cross-entropy may have one in float64",
                 stacklevel=stacklevel,

@@ -32,6 +32,7 @@ from fastadv.evaluation.adversaries import adversaries
 from fastadv.evaluation.report import write_curves
 from fastadv.evaluation.robustness import ATTACKS, ITERATES, check_counts
 from fastadv.files import write_atomically
+from fastadv.study.images import NAMED
 
 FORMAT = 1  # of report.json
 
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     check_counts(batch_size=arguments.batch_size)
     check_folder(arguments.out)
-    if arguments.save_images:
+    if arguments.save_images and arguments.data not in NAMED:
         check_outside(arguments.out, Path(arguments.data_folder or "", arguments.data))
     model = load_model(arguments.model, arguments.trust_code)
     adversaries(model.on_pixels, arguments.attacks, arguments.eps)  # refuses wrong ones before pictures are decoded

@@ -1,7 +1,6 @@
 """Models in safetensors files, which say how to build the model again."""
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from fastadv.data.trained import TrainedOn
 from fastadv.files import check_format, write_atomically
 from fastadv.models.added import add_again, added_facts
 from fastadv.models.model import Model, construct
-from fastadv.models.structure import classifiers, find_head, new_head
+from fastadv.models.structure import classifiers, find_head, new_head, warn_of_order
 from fastadv.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -99,12 +98,7 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
     _check_fit(path, weights, network.state_dict())
     network.load_state_dict(weights, strict=False)
     if classes is not None and tuple(classes) != own:
-        if sorted(map(str.casefold, classes)) == sorted(map(str.casefold, own)):
-            warnings.warn(
-                f"{path} has these classes in another order or spelling, {', '.join(own)}: the model gets a new, "
-                "untrained head. To keep the head name the classes as the file does",
-                stacklevel=2,
-            )
+        warn_of_order(str(path), own, classes, stacklevel=3)
         shape = facts["architecture"].get("shape")
         new_head(network, len(classes), None if shape is None else torch.zeros(1, *shape))
         own = tuple(classes)

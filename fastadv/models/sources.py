@@ -22,7 +22,7 @@ from fastadv.models.checkpoints import load, preprocessing_of, read_facts
 from fastadv.models.foreign import check_timm, check_transformers
 from fastadv.models.model import Model, check_trust, construct, function_at
 from fastadv.models.networks import OWN
-from fastadv.models.structure import new_head
+from fastadv.models.structure import new_head, warn_of_order
 from fastadv.names import instead
 from fastadv.preprocessing import Preprocessing
 
@@ -310,7 +310,9 @@ def _hf(name: str, base: str) -> ModelSource:
             check_transformers(transformers.PretrainedConfig.get_config_dict(base)[0])
             network = transformers.AutoModelForImageClassification.from_pretrained(base, trust_remote_code=False)
             network = network.float()
-        if _labels(network.config.id2label) != classes:
+        own = _labels(network.config.id2label)
+        if own != classes:
+            warn_of_order(base, own, classes, stacklevel=3)
             new_head(network, len(classes))
         architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}
         return Model(network, preprocessing, architecture, classes, pretrained=True)

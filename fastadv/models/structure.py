@@ -6,7 +6,8 @@ transformers, and by the network's structure. Names are those of `module.named_m
 network (`Normalized`, DistributedDataParallel).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, TypeGuard
@@ -22,13 +23,16 @@ from fastadv.nn.logits import find_logits
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # called after a forward pass with (module, arguments, output)
 
-_WRAPPERS = ((Normalized, "model"), (nn.parallel.DistributedDataParallel, "module"))
-_COMPILED = "_orig_mod"  # the network in what torch.compile returns, whose class is slow to import
+_WRAPPERS = (
+    (Normalized, "model"),
+    (nn.parallel.DistributedDataParallel, "module"),
+    (nn.Module, "_orig_mod"),  # what torch.compile returns; its own class is slow to import
+)
 
 
 def unwrapped(module: nn.Module) -> tuple[str, nn.Module]:
     """(the prefix of the network's names in `module`, the network): for Normalized ("model.", the inner network)."""
-    for wrapper, attribute in (*_WRAPPERS, (nn.Module, _COMPILED)):
+    for wrapper, attribute in _WRAPPERS:
         if isinstance(module, wrapper) and attribute in module._modules:
             prefix, network = unwrapped(getattr(module, attribute))
             return f"{attribute}.{prefix}", network
@@ -152,6 +156,17 @@ def _hooked(layers: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
     finally:
         for each in hooks:
             each.remove()
+
+
+def warn_of_order(where: str, own: Sequence[str | None], classes: Sequence[str], *, stacklevel: int) -> None:
+    """Warn where a trained head is lost although `where` has these classes, in another order or spelling."""
+    names = [name for name in own if name is not None]
+    if sorted(map(str.casefold, names)) == sorted(map(str.casefold, classes)):
+        warnings.warn(
+            f"{where} has these classes in another order or spelling, {', '.join(names)}: the model gets a new, "
+            "untrained head. To keep the head name the classes as it does",
+            stacklevel=stacklevel,
+        )
 
 
 def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None) -> None:

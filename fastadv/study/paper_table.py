@@ -72,7 +72,8 @@ def _chosen(groups: Groups) -> list[Key]:
     def rank(key: Key) -> tuple[bool, ...]:
         return _sets(groups[key]) < all_sets, key[1] < min(PAPER), key not in means, key[2] not in judged
 
-    return [key for key in rows if key in sorted(rows, key=rank)[: ROWS - len(PAPER)]]
+    chosen = sorted(rows, key=rank)[: ROWS - len(PAPER)]
+    return [key for key in rows if key in chosen]
 
 
 def _sets(judged: Mapping[str, Average]) -> int:

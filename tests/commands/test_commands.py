@@ -253,6 +253,14 @@ def test_adversarial_images_do_not_become_a_class_of_the_data_set(photos, tuned)
     assert not (photos / "report").exists()
 
 
+def test_a_folder_with_the_name_of_a_data_set_is_not_that(tuned, tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:  # the digits have other classes than the model
+        judged(tuned / "model.safetensors", "digits", tmp_path / "digits" / "report", "--save-images")
+    assert "is within the data set" not in str(error.value)
+
+
 def test_weights_of_another_normalisation_are_told(photos, tuned, tmp_path):
     other = models.load(tuned / "model.safetensors")
     other.preprocessing = Preprocessing((16, 16), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), crop=0.9)
