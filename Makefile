@@ -20,8 +20,8 @@ WARNINGS = -W error::UserWarning -W "ignore:the model is right for:UserWarning"
 demo: .venv/demo
 	MPLBACKEND=agg .venv/bin/python examples/demo.py --out demo
 
-# There are two workers with one thread each, because most tests are too
-# small for a second thread. A worker takes a whole file, because the tests of a file share what they make.
+# There are two workers with one thread each, because most tests are too small for a second thread. A worker takes a
+# whole file, because the tests of a file share what they make.
 test: .venv/test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(WARNINGS) -n 2 --dist loadfile
 

@@ -1,6 +1,7 @@
 """The command line: a module of fastadv.commands for each command."""
 
 import argparse
+import difflib
 import logging
 import os
 import shlex
@@ -33,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: bad arguments, or a file, a package or a number that the command cannot work with; 130 after Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    command = vars(arguments).pop("command")
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{_near(unknown[0], command)}")
     arguments.command_line = shlex.join(["fastadv", *(sys.argv[1:] if argv is None else argv)])
     with speaking(getattr(arguments, "verbosity", logging.INFO)):
         try:
@@ -64,4 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help)
         add_verbosity(command)
         module.add(command)
+        command.set_defaults(command=command)  # its errors show its own usage, not the program's
     return parser
+
+
+def _near(word: str, command: argparse.ArgumentParser) -> str:
+    """The option that was probably meant."""
+    names = [name for action in command._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
+    known = {name.strip("-"): name for name in names}
+    near = difflib.get_close_matches(word.partition("=")[0].strip("-"), known, n=1, cutoff=0.7)
+    return f". Did you mean {known[near[0]]}?" if near else ""

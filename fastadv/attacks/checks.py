@@ -119,7 +119,9 @@ def _has_unit(norm: str, clip: tuple[float, float] | None) -> bool:
 
 def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
     if isinstance(eps, Real) and _has_unit(norm, clip) and not 0 <= eps <= 1:
-        raise ValueError(f"eps is on the images' scale [0, 1] (8/255, not 8), got {eps}")
+        raise ValueError(
+            f"eps is on the images' scale [0, 1] (8/255, not 8), got {eps}, which is {255 * float(eps):g}/255"
+        )
     check_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")

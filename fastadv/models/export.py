@@ -17,6 +17,7 @@ from fastadv.models.model import Model
 from fastadv.nn.logits import find_logits
 from fastadv.preprocessing import Preprocessing
 
+_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx")  # whoever names a folder so means a file
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -29,8 +30,8 @@ def export(model: Model, path: str | Path) -> None:
       `torch.export.load(path).module()` maps images (N, C, H, W), float32 in [0, 1], to logits (N, classes). The
       program normalises the images itself, is in eval mode, and cannot be trained. The names of the classes are in its
       extra file "classes.json". Adapters and prompts can be exported only so: a plain network could not load them.
-    - no ending, for a network of transformers: a folder for from_pretrained, with the weights, preprocessor_config.json
-      and config.json, which has the names of the classes.
+    - none, or another, for a network of transformers: a folder for from_pretrained, with the weights,
+      preprocessor_config.json and config.json, which has the names of the classes.
     - .safetensors, .pt or .pth, for any other network: its state dict, under the network's own names.
 
     The networks in the last two formats take normalised images: (pixels - mean) / std with the mean and std of the
@@ -116,8 +117,8 @@ def _program(model: Model) -> bytes:
 
 
 def _folder(model: Model, path: Path) -> None:
-    if path.suffix[1:].isalpha() or path.is_file():
-        raise ValueError(f"a model of transformers is exported as a folder, or to a file .pt2, and {path} is a file")
+    if path.suffix in _FILES or path.is_file():
+        raise ValueError(f"a model of transformers is exported as a folder, or to a file .pt2, and {path} names a file")
     if model.preprocessing is None:
         raise ValueError("a model of transformers is exported with its preprocessing, and this one has none")
     height, width = model.preprocessing.size

@@ -2,7 +2,8 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -144,7 +145,7 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"{path} must return an nn.Module, it returned a {type(network).__name__}")
     try:
-        logits = _logits_of_noise(network, shape)
+        logits = logits_of_noise(network, shape)
     except RuntimeError as error:
         _check_float32(path, network, error)
         raise
@@ -155,7 +156,7 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
     with seeded((torch.initial_seed() + 1) % 2**63):  # another seed, that what is not in state_dict() differs
         again = function_at(path)(shape, count)
     again.load_state_dict(network.state_dict())
-    if not torch.allclose(logits, _logits_of_noise(again, shape), equal_nan=True):
+    if not torch.allclose(logits, logits_of_noise(again, shape), equal_nan=True):
         raise ValueError(
             f"two networks of {path} with the same state_dict() have different logits, so a saved model would not be "
             "the trained one. A layer or tensor is not registered, such as one in a plain list, and would not train "
@@ -215,8 +216,8 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def _logits_of_noise(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
-    """The logits of an image of noise, always the same, in eval mode."""
+def logits_of_noise(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """The logits (1, classes) of an image of noise of the shape (C, H, W), always the same, in eval mode."""
     with seeded(0), torch.no_grad(), frozen(network):
         return find_logits(network(torch.rand(1, *shape)), 1)
 
@@ -224,11 +225,24 @@ def _logits_of_noise(network: nn.Module, shape: tuple[int, ...]) -> torch.Tensor
 def _timm(architecture: Architecture, count: int) -> nn.Module:
     name, options = architecture["name"], architecture["options"]
     check_timm(name, options)
+    timm = require("timm", "timm")
+    with options_of_timm(name, options):
+        made: nn.Module = timm.create_model(name, pretrained=False, num_classes=count, **options)
+    return made
+
+
+@contextmanager
+def options_of_timm(name: str, options: dict[str, Any]) -> Iterator[None]:
+    """Turn the errors of a model of timm's that its options do not fit, of whatever kind, into one.
+
+    Raises:
+        ValueError: such an error.
+    """
     try:
-        made: nn.Module = require("timm", "timm").create_model(name, pretrained=False, num_classes=count, **options)
-        return made
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"timm cannot build {name!r} with the options {options}: {error}") from error
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        what = str(error) or f"it raises {type(error).__name__}"
+        raise ValueError(f"timm cannot build {name!r} with the options {options}: {what}") from error
 
 
 def _hf(architecture: Architecture, count: int) -> nn.Module:

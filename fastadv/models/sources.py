@@ -16,11 +16,12 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastadv._extras import require
 from fastadv.models.checkpoints import load, preprocessing_of, read_facts
 from fastadv.models.foreign import check_timm, check_transformers
-from fastadv.models.model import Model, check_trust, construct, function_at
+from fastadv.models.model import Model, check_trust, construct, function_at, logits_of_noise, options_of_timm
 from fastadv.models.networks import OWN
 from fastadv.models.structure import new_head, warn_of_order
 from fastadv.names import instead
@@ -224,14 +225,36 @@ def _timm(name: str, base: str, options: dict[str, Any]) -> ModelSource:
     architecture = {"kind": "timm", "name": base, "options": options}
 
     def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
-        if not pretrained:
-            return Model(construct(architecture, len(classes)), preprocessing, architecture, classes, pretrained)
-        with _found(f"the weights of timm's {base}", f"{config.hf_hub_id or config.url}"):
-            network = timm.create_model(base, pretrained=True, **options)
-        new_head(network, len(classes))
+        if pretrained:
+            with _found(f"the weights of timm's {base}", f"{config.hf_hub_id or config.url}"):
+                network = _pretrained(timm, base, options)
+            new_head(network, len(classes))
+        else:
+            network = construct(architecture, len(classes))
+        if options:
+            _check_options(network, base, options, preprocessing.shape, len(classes))
         return Model(network, preprocessing, architecture, classes, pretrained)
 
     return ModelSource(name, preprocessing, build)
+
+
+def _pretrained(timm: ModuleType, base: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        with options_of_timm(base, options):
+            network: nn.Module = timm.create_model(base, pretrained=True, **options)
+        return network
+    except ValueError as error:
+        if not options:
+            raise
+        raise ValueError(f"{error}. The pretrained weights may not fit these: try pretrained=false") from error
+
+
+def _check_options(network: nn.Module, base: str, options: dict[str, Any], shape: tuple[int, ...], count: int) -> None:
+    """Refuse options with which the network has other outputs than `count` logits for an image."""
+    with options_of_timm(base, options):
+        logits = logits_of_noise(network, shape)
+        if logits.shape != (1, count):
+            raise ValueError(f"an image gives an output of the shape {tuple(logits.shape)}, not {count} logits")
 
 
 def _timm_preprocessing(timm: ModuleType, config: dict[str, Any], options: dict[str, Any]) -> Preprocessing:

@@ -259,6 +259,20 @@ def test_a_file_that_is_no_model_is_a_line(tmp_path, capsys):
         assert (code, "is not a safetensors file" in said) == (1, True)
 
 
+@pytest.mark.parametrize(("option", "meant"), [("--batchsize", "--batch-size"), ("--slots-", None), ("--zzz=3", None)])
+def test_an_unknown_option_is_an_error_of_its_command(capsys, option, meant):
+    status, words = failed(capsys, "evaluate", "--data", "digits", "--model", "x", "--out", "y", option, "8")
+    assert status == 2
+    assert words.startswith(f"fastadv evaluate: error: unrecognized arguments: {option} 8")
+    assert words.endswith(f"Did you mean {meant}?" if meant else f"{option} 8")
+
+
+def test_a_budget_beyond_the_scale_is_named_as_it_was_given(tmp_path, monkeypatch, capsys):
+    models.save(models.source("mlp").build(("0", "1"), (1, 8, 8)), tmp_path / "model.safetensors")
+    given = ("--model", tmp_path / "model.safetensors", "--data", "digits", "--out", tmp_path / "out")
+    assert "which is 300/255" in failed(capsys, "evaluate", *given, "--eps", "300")[1]
+
+
 def test_a_closed_stdout_is_no_fault(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
     cli.main(["info"])

@@ -43,6 +43,7 @@ def test_a_folder_of_transformers_takes_no_checkpoint_s_place(tmp_path):
         models.export(vit(), tmp_path / "x.onnx")
     for _ in range(2):  # an export may be written again
         models.export(vit(), tmp_path / "v1.5")
+        models.export(vit(), tmp_path / "vit.exported")
 
 
 def test_an_exported_pipeline_says_what_the_softmax_says(tmp_path):

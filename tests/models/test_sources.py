@@ -106,6 +106,24 @@ def test_timms_other_crops_are_said(monkeypatch, mode, does):
     assert said(models.source, "timm:resnet18?pretrained=false")[1] == []  # nothing was trained on the other crop
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("global_pool=7", "has no attribute 'lower'"),
+        ("output_stride=3", "it raises AssertionError"),
+        ("global_pool=", "cannot be multiplied"),  # timm makes this network, and it takes no image
+    ],
+)
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_options_that_do_not_fit_timms_model_are_refused(monkeypatch, options, message, pretrained):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **given: create(name, **given))  # no download
+    with pytest.raises(ValueError, match=f"timm cannot build 'resnet10t' with the options .*{message}") as error:
+        models.source(f"timm:resnet10t?{options}&pretrained={str(pretrained).lower()}").build("ab")
+    if pretrained and options != "global_pool=":
+        assert "try pretrained=false" in str(error.value)
+
+
 # ---------------------------------------------------------------------- transformers
 
 
