@@ -235,7 +235,7 @@ def fgsm_step(
     eps: Parameter,
     *,
     alpha: Parameter | None = None,
-    noise: Parameter = 0.0,
+    noise: Parameter | None = None,
     seed: Seed | None = None,
     project: bool = True,
     clip: Box = _BOX,
@@ -255,8 +255,8 @@ def fgsm_step(
         eps: radius of the ball, at least 0, in the images' units, [0, 1]: a number, or a float tensor that is 0-dim or
             broadcasts over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
         alpha: step size, finite, in the same unit and form; None: eps.
-        noise: half-width of the random start, finite and at least 0, in the same unit and form.
-        seed: the random start's, as in `random_init`. It must be given with noise: another start than the gradient's
+        noise: half-width of the random start, finite and at least 0, in the same unit and form; None: 0.
+        seed: the random start's, as in `random_init`. Both are given, or neither: another start than the gradient's
             would be a silent bug.
         project: whether the result is projected onto the ball.
         clip: (lo, hi), the box, in pixels: numbers, or tensors as eps.
@@ -271,8 +271,8 @@ def fgsm_step(
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
-        ValueError: a wrong shape, device or value, noise without a seed, an overlap, or z without normalization or the
-            reverse.
+        ValueError: a wrong shape, device or value, an overlap, or one of noise and seed, or of z and normalization,
+            without the other.
         RuntimeError: autograd, vmap or the chosen backend cannot do it.
 
     Source:
@@ -281,7 +281,9 @@ def fgsm_step(
     """
     eps = checks.radius("eps", eps, x)
     alpha = checks.step_size(alpha, eps, x)
-    noise = checks.radius("noise", noise, x, finite=True)
+    if noise is None and seed is not None:
+        raise ValueError("noise is missing: with a seed, pass the noise that random_init got for the gradient's start")
+    noise = checks.radius("noise", 0.0 if noise is None else noise, x, finite=True)
     if seed is None and (isinstance(noise, torch.Tensor) or noise != 0.0):
         raise ValueError("seed is missing: with noise, pass the seed that random_init got for the gradient's start")
     seed = checks.seed(0 if seed is None else seed, x)
@@ -341,7 +343,7 @@ def fgsm_step_(
     eps: Parameter,
     *,
     alpha: Parameter | None = None,
-    noise: Parameter = 0.0,
+    noise: Parameter | None = None,
     seed: Seed | None = None,
     project: bool = True,
     clip: Box = _BOX,
@@ -360,8 +362,8 @@ def fgsm_step_(
         eps: radius of the ball, at least 0, in the images' units, [0, 1]: a number, or a float tensor that is 0-dim or
             broadcasts over the first two dimensions of x, such as (N, 1, 1, 1) with one per sample.
         alpha: step size, finite, in the same unit and form; None: eps.
-        noise: half-width of the random start, finite and at least 0, in the same unit and form.
-        seed: the random start's, as in `random_init`. It must be given with noise: another start than the gradient's
+        noise: half-width of the random start, finite and at least 0, in the same unit and form; None: 0.
+        seed: the random start's, as in `random_init`. Both are given, or neither: another start than the gradient's
             would be a silent bug.
         project: whether the result is projected onto the ball.
         clip: (lo, hi), the box, in pixels: numbers, or tensors as eps.
@@ -374,8 +376,8 @@ def fgsm_step_(
 
     Raises:
         TypeError: x is uint8, or an argument is of a wrong type or dtype.
-        ValueError: a wrong shape, device or value, noise without a seed, an overlap, or z without normalization or the
-            reverse.
+        ValueError: a wrong shape, device or value, an overlap, or one of noise and seed, or of z and normalization,
+            without the other.
         RuntimeError: an image requires grad while grad mode is on, or vmap or the chosen backend cannot do it.
 
     Source:

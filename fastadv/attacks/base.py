@@ -35,9 +35,11 @@ from fastadv.attacks.checks import (
     check_whole,
     eps_fits,
     highest,
+    in_ball,
     in_box,
+    length_in_l2,
 )
-from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked
+from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked, is_ours
 from fastadv.attacks.inputs import Inputs
 from fastadv.attacks.losses import LossFunction
 from fastadv.attacks.modes import Modes
@@ -372,6 +374,12 @@ class Attack(Modes, Targets, ABC):
         """
         self._settle()
         self._check_batch(images, labels, seed, x_init)
+        if (
+            self._watch.first
+            and self.norm == "L2"
+            and (wrong := length_in_l2(self.eps if eps is None else eps, self.clip))
+        ):
+            warnings.warn(wrong, stacklevel=2)
         if x_init is None:  # that may be anywhere in the ball
             self._warn_of_short(self.eps if eps is None else eps, stacklevel=3)
         frozen_model = frozen(self.model, self.training_mode, self.loss, self.targeted)
@@ -404,12 +412,15 @@ class Attack(Modes, Targets, ABC):
                 elif len(x):
                     self._count_values(as_normal(images) if passed is None else None, labels)
                 targets = self._targets(x, labels, seed, given=x_init is not None)
-                adv = self._in_chunks(Inputs(x, targets, self._budget(eps, x), seed, x_init, alpha))
+                budget = self._budget(eps, x)
+                adv = self._in_chunks(Inputs(x, targets, budget, seed, x_init, alpha))
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)} (which "
                     "draws other noise from a seed that is one for all), or autocast"
                 ) from error
+            if len(x) and not is_ours(type(self)) and self.norm in ("Linf", "L2") and getattr(self, "project", True):
+                self._watch.tally("reach", in_ball(adv, to_float(x), budget, self.norm, self.clip))
             self._watch.first = self._watch.first and len(x) == 0
             still, self.objective.still = self.objective.still, None
             self._watch.report(still, self.objective.classes, box_of(self.clip), self.eps_for_division, stacklevel=3)
@@ -520,7 +531,7 @@ class Attack(Modes, Targets, ABC):
     def show(self, slots: Slots) -> None:
         """Write the model's next input for the iterate, where that is another tensor."""
         if slots.z is not None and self._normalization is not None:
-            slots.z.copy_(self._normalization(slots.adv))
+            slots.z.copy_(self._normalization(to_float(slots.iterate)))
 
     def fooled(self, logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
         """Which samples the attack has fooled, (N,) bool; None where outputs or targets are no classes.

@@ -25,6 +25,7 @@ def device_of(model: AnyModel) -> torch.device | None:
 
 BOX = (0.0, 1.0)
 DARK = 2 / 255  # images of [0, 255] that were divided by 255 twice have no brighter pixel
+SHORT, LONG = 16.5 / 255, 32.0  # in L2: budgets of L-inf are up to 16/255, and those in 255ths, such as 128, beyond 32
 SLACK = 1e-6  # what resizing and denormalising leave beyond a bound
 
 
@@ -72,6 +73,8 @@ def check_options(
             f"targeted must be one of {', '.join(map(repr, TARGETED))}, or a callable from (images, labels) to target "
             f"labels, got {targeted!r}"
         )
+    if isinstance(loss, type):
+        raise TypeError(f"loss is the class {loss.__name__}: pass an object of it, such as {loss.__name__}(...)")
     if not callable(loss) and loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r} (neither a name nor callable){instead(loss, LOSSES)}")
     if targeted and not callable(loss) and LOSSES[loss].compares in ("clean", "pairs"):
@@ -125,6 +128,16 @@ def check_eps(eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> 
     check_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
+
+
+def length_in_l2(eps: object, clip: tuple[float, float] | None = BOX) -> str | None:
+    """Say that a radius in L2 of images in [0, 1] is in another unit; None where it may be meant, or is a tensor."""
+    if not isinstance(eps, Real) or box_of(clip) != BOX or SHORT < float(eps) < LONG or not 0 < float(eps) < math.inf:
+        return None
+    wrong = (
+        f"{255 * float(eps):.4g}/255, a length for L-inf" if float(eps) <= SHORT else f"{eps:g}, of no image in [0, 1]"
+    )
+    return f"its eps is {wrong}. In L2 eps is the length of a whole perturbation, and 0.5 is usual: give such a length"
 
 
 def check_length(name: str, length: object, eps: float, norm: str, clip: tuple[float, float] | None = BOX) -> None:
@@ -267,6 +280,18 @@ def in_box(images: torch.Tensor, clip: tuple[float, float] | None = BOX, slack: 
     """Whether all pixels are in the box, 0-dim bool; NaN is not. Floats in any layout are read once."""
     (low, high), (lo, hi) = images.aminmax(), box_of(clip)
     return (low >= lo - slack) & (high <= hi + slack)
+
+
+def in_ball(
+    adv: torch.Tensor, images: torch.Tensor, eps: float | torch.Tensor, norm: str, clip: tuple[float, float] | None
+) -> torch.Tensor:
+    """Which adversarial images are in the ball and in the box, up to rounding, (N,) bool."""
+    distance = (adv - images).flatten(1).double()
+    length = distance.norm(dim=1) if norm == "L2" else distance.abs().amax(1)
+    eps = eps.flatten() if isinstance(eps, torch.Tensor) else eps
+    slack, (lo, hi) = SLACK + torch.finfo(adv.dtype).eps, box_of(clip)
+    low, high = adv.flatten(1).amin(1), adv.flatten(1).amax(1)
+    return (length <= eps + slack) & (low >= lo - slack) & (high <= hi + slack)
 
 
 def eps_fits(eps: torch.Tensor, norm: str, clip: tuple[float, float] | None = BOX) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -129,16 +130,24 @@ def _has_rows(value: object, slots: Slots) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(slots.x)
 
 
+@functools.cache
+def is_ours(attack: type[Attack]) -> bool:
+    """Whether the methods that make its iterates are of this package."""
+    return all(getattr(attack, name).__module__.partition(".")[0] == "fastadv" for name in ("start", "step"))
+
+
 class Engine:
     """Runs `attack` on `slots`: `start()`, then `iterate()` as often as the attack has steps."""
 
     def __init__(self, attack: Attack, slots: Slots) -> None:
         self.attack, self.slots = attack, slots
+        self._theirs = not is_ours(type(attack))
 
     def start(self) -> None:
         attack, slots = self.attack, self.slots
         if not slots.given:
-            attack.start(slots)
+            before = slots.adv
+            self._wrote("start", attack.start(slots), before)
         elif slots.best is not None:
             attack.into_ball(slots)  # for the start may be the strongest
         attack.prepare(slots)
@@ -162,10 +171,36 @@ class Engine:
         slots.inside = attack.inside(slots)
         if slots.best is not None:
             attack.keep_best(slots)
-        attack.step(slots, grad)  # type: ignore[arg-type]
+        before = slots.adv
+        self._wrote("step", attack.step(slots, grad), before)  # type: ignore[arg-type]
         if slots.age is not None:
             slots.age += 1
         return slots.losses, slots.logits
+
+    def _wrote(self, name: str, returned: object, before: torch.Tensor | None) -> None:
+        """After a method of an attack of others, which may write its iterate in other ways than our ops do.
+
+        Args:
+            name: of the method.
+            returned: what it returned.
+            before: the tensor that had the iterate.
+
+        Raises:
+            TypeError: it returned something.
+        """
+        if not self._theirs:
+            return
+        attack, slots = self.attack, self.slots
+        if returned is not None:
+            raise TypeError(
+                f"{type(attack).__name__}.{name} returned a {type(returned).__name__}: an attack writes its iterate "
+                "into slots.adv, and returns nothing"
+            )
+        if before is not None and slots.adv is not before:  # a captured graph reads and writes that tensor
+            slots.adv = before.copy_(slots.adv)
+        elif slots.adv is not None and slots.adv.data_ptr() == slots.x.data_ptr():  # the caller's images
+            slots.adv = to_float(slots.adv).clone()
+        attack.show(slots)
 
     def run(self) -> torch.Tensor:
         """All steps; the losses before each of them, (steps, N)."""

@@ -33,6 +33,10 @@ def ce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with int64 labels (N,) or soft labels (N, C); a class of probability 0 may have a logit of -inf."""
     if not targets.is_floating_point():
         return F.cross_entropy(logits, targets, reduction="none")
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"soft labels {tuple(targets.shape)} are not one probability for each of the logits {tuple(logits.shape)}"
+        )
     return -(targets * _possible(F.log_softmax(logits, dim=1), targets)).sum(1)
 
 

@@ -34,8 +34,10 @@ def largest(values: torch.Tensor) -> torch.Tensor:
 
 
 def scalar(seed: int | torch.Tensor | None) -> int | torch.Tensor | None:
-    """A seed of one element as one without dimensions; others as they are."""
-    return seed.reshape(()) if isinstance(seed, torch.Tensor) and seed.numel() == 1 else seed
+    """A seed of one element as one without dimensions, an integer of NumPy's as Python's; others as they are."""
+    if isinstance(seed, torch.Tensor):
+        return seed.reshape(()) if seed.numel() == 1 else seed
+    return seed if seed is None else int(seed)
 
 
 def seeds_for(seed: int | torch.Tensor, x: torch.Tensor, restart: int | torch.Tensor = 0) -> torch.Tensor:

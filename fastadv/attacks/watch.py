@@ -17,6 +17,7 @@ PROBLEMS = {
     "eps": "{count} budgets are negative, not finite or beyond the images' scale (8/255, not 8)",
     "soft labels": "{count} soft labels are no probabilities, which sum to 1",
     "signs": "{count} labels are neither 0 nor 1",
+    "reach": "{count} images leave eps or [{lo:g}, {hi:g}], to which the class of the attack must project them",
 }
 
 

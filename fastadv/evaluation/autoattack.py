@@ -137,7 +137,7 @@ class AutoAttack(Ensemble):
         seed = int(new_seed("cpu")) if self.seed is None else self.seed
         check_counts(bs=bs, seed=seed)
         images, labels = collected((x, y), self.model, self.device)
-        settings = {"iterate": "any", "ensemble": ensemble, "slots": min(bs, len(images)), "seed": int(seed)}
+        settings = {"iterate": "any", "ensemble": ensemble, "slots": min(int(bs), len(images)), "seed": int(seed)}
         # Also to see that the log can be written, before there is anything to lose.
         self._log(f"using {', '.join(each.title for each in against)}")
         begun = time.perf_counter()

@@ -21,7 +21,7 @@ class Trial:
         adversary: the attack.
         verdicts: the verdict on each sample.
         gallery: the adversarial images, where they are kept; else None.
-        reach: the distances of the images, for an attack that is called batch by batch; else None.
+        reach: the distances of the images, for an attack that is not of this package; else None.
         seconds: the time that it took so far.
         zeros: (number of samples whose first gradient is 0, number of samples that were checked); None where none were.
         by_square: (N,) bool, which survivors fell to a few queries of the Square attack; None where it did not run.

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from fastadv.attacks.base import Attack
-from fastadv.attacks.checks import too_dark
+from fastadv.attacks.checks import length_in_l2, too_dark
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.verdicts import SILENT
-from fastadv.evaluation.adversaries import EPS, Adversary, model_of, strange
+from fastadv.evaluation.adversaries import Adversary, model_of, strange
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Logits
@@ -20,7 +20,6 @@ from fastadv.nn.kinship import are_equal
 from fastadv.nn.logits import AnyModel
 
 CHANGE = 1e-3  # times the largest logit: a change far above rounding, and far below one that alters a verdict
-SHORT = 16.5 / 255  # in L2; budgets of L-inf are up to 16/255
 ZERO, FEW = 0.1, 8  # if a tenth of the gradients are zero, of eight or more, that is no accident
 
 ENOUGH = 32  # images whose clean accuracy tells a model from a guess
@@ -89,13 +88,12 @@ def notes_on_guesses(correct: torch.Tensor, labels: torch.Tensor, images: torch.
 
 
 def notes_on_lengths(against: Iterable[Adversary]) -> Iterator[str]:
-    """Notes on attacks in L2 whose eps is a length of L-inf, such as 8/255."""
+    """Notes on attacks in L2 whose eps is in another unit, and on attacks that are not projected onto their ball."""
     for adversary in against:
-        if adversary.norm == "L2" and adversary.eps is not None and 0 < adversary.eps <= SHORT:
-            yield (
-                f"{adversary.title}: its eps is {255 * adversary.eps:.4g}/255, a length for L-inf. In L2 eps is the "
-                f"length of a whole perturbation, and {EPS['L2']} is usual: leave eps out, or give such a length"
-            )
+        if adversary.norm == "L2" and (wrong := length_in_l2(adversary.eps)):
+            yield f"{adversary.title}: {wrong}"
+        if not getattr(adversary.attack, "project", True):
+            yield f"{adversary.title} is not projected onto its ball, and leaves it: it counts for no budget"
 
 
 def notes_on_steps(against: Iterable[Adversary]) -> Iterator[str]:

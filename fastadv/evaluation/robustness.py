@@ -135,10 +135,10 @@ def evaluate(
         bool per sample); "clean_said" (a class per sample, -1 where the model gives none; with labels (N, C) 1 where
         all are right and 0 where one is not); "no_prediction" (clean samples that get none); "attacks", a list of
         {"attack", "eps", "norm", "robust_accuracy" (the share that it attacked and did not fool), "given" (samples
-        that it attacked), "largest_linf" and "largest_l2" (how far another library's attack went; null for those of
-        fastadv, which stay in their ball), "no_prediction" (samples that are fooled because they get none), "passes"
-        and "forwards" (gradients and forward passes of one image; null where not known), "waste" (those of the passes
-        that were not needed: in a run after the one that fooled, begun because slots were free; of the forward passes,
+        that it attacked), "largest_linf" and "largest_l2" (how far another library's attack, or a class of your own,
+        went; null for those of fastadv, which stay in their ball), "no_prediction" (samples that are fooled because
+        they get none), "passes" and "forwards" (gradients and forward passes of one image; null where not known),
+        "waste" (those of the passes that were not needed: in a run after the one that fooled, begun because slots were free; of the forward passes,
         where an attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
         "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
         the attack's start), "fooled" (a bool per sample), "said" (the class that it is then taken for, as in
@@ -167,6 +167,7 @@ def evaluate(
         warnings.warn("slots is now batch_size", FutureWarning, stacklevel=2)
         batch_size = slots
     check_counts(batch_size=batch_size, pool=pool, seed=seed)
+    batch_size, pool, seed = int(batch_size), None if pool is None else int(pool), int(seed)  # they may be NumPy's
     normalization = None
     if images_normalized is not None:
         normalization = normalization_of(images_normalized, model)

@@ -11,7 +11,7 @@ import torch
 
 from fastadv.attacks import LOSSES, Attack
 from fastadv.attacks.checks import highest
-from fastadv.attacks.engine import Engine
+from fastadv.attacks.engine import Engine, is_ours
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.verdicts import NONE, is_label, verdict
 from fastadv.data.share import Share
@@ -33,6 +33,7 @@ from fastadv.evaluation.progress import ProgressBar
 from fastadv.evaluation.queue import Queue, Verdicts
 from fastadv.evaluation.windows import Windows
 from fastadv.functional import sample_seeds, to_float
+from fastadv.nn.frozen import frozen_for_callable
 from fastadv.nn.logits import AnyModel
 from fastadv.ops.generator import seeded
 
@@ -214,11 +215,21 @@ class Run:
 
     def _windows(self, trial: Trial, attack: Attack) -> Windows:
         gallery, targets = trial.gallery, self._targets(attack)
+        reach = None if is_ours(type(attack)) else trial.reach or Reach()
+        trial.reach = reach
 
         def queue(rows: torch.Tensor, verdicts: Verdicts) -> Queue:
             if gallery is not None:
                 self._write_images(trial)
                 gallery.begin(rows)
+
+            def keep(samples: torch.Tensor, iterates: torch.Tensor, images: torch.Tensor) -> None:
+                if gallery is not None:
+                    gallery.put(samples, iterates, images)
+                held = samples < len(rows)
+                if reach is not None and bool(held.any()):  # this waits for the device
+                    reach.add(iterates[held], to_float(images[held]))
+
             return Queue(
                 *(attack, self._staged(rows), self.labels[rows], targets[rows], verdicts),
                 slots=self.slots,
@@ -226,7 +237,7 @@ class Run:
                 seed=self.seed,
                 numbers=rows,
                 last=self.last,
-                keep=None if gallery is None else gallery.put,
+                keep=None if gallery is None and reach is None else keep,
             )
 
         return Windows(trial.verdicts, self.pool, queue)
@@ -273,7 +284,7 @@ class Run:
             if not verdicts.unsettled[chunk].any():
                 continue
             images = to_float(self._staged(chunk))
-            with seeded(one_seed(sample_seeds(self.seed, chunk))), torch.enable_grad():
+            with frozen_for_callable(self._objective.model), seeded(one_seed(sample_seeds(self.seed, chunk))):
                 returned = trial.adversary(images, self.labels[chunk])
             adv = as_images(returned, images)
             finite = reach.add(adv, images)

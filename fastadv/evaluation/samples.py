@@ -1,6 +1,6 @@
 """Collects and checks the samples of an evaluation."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
@@ -90,8 +91,16 @@ def oddities(data: object, count: int) -> list[str]:
         data: the samples, as `evaluate` takes them.
         count: the number of samples that it gave.
     """
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset):
+        if isinstance(data, DataLoader) and data.num_workers > 1:
+            return [
+                f"the loader has {data.num_workers} workers, and each of them reads the whole IterableDataset, unless "
+                "that shares itself out by torch.utils.data.get_worker_info(): then images count several times"
+            ]
+        return []
+    readable = isinstance(dataset, Dataset) or (isinstance(data, DataLoader) and hasattr(dataset, "__getitem__"))
+    if not readable or not hasattr(dataset, "__len__"):
         return []
     found, size = [], len(dataset)
     if count < size:
@@ -99,12 +108,15 @@ def oddities(data: object, count: int) -> list[str]:
             f"the loader gave {count} of the {size} samples of its data set: the others are in no figure. Does it have "
             "drop_last, or a sampler for a part?"
         )
-    sampler = getattr(data, "sampler", None)
-    if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
+    batches = getattr(data, "batch_sampler", None)
+    sampler = getattr(batches, "sampler", None if batches is None else batches)
+    given = _indices_of(sampler, size)
+    again = given is not None and len(set(given)) < len(given)
+    if again or isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
         found.append("the loader draws with replacement: some images count several times, and others never")
-    if not isinstance(sampler, (SequentialSampler, RandomSampler, type(None))):
-        return found  # it may have other indices than 0, 1, ...
-    rows = range(0, size, max(1, size // LOOKED_AT))[:LOOKED_AT]
+    if not given:
+        return found
+    rows = given[:: max(1, len(given) // LOOKED_AT)][:LOOKED_AT]
     readings = []
     for seed in (0, 1):
         with seeded(seed):
@@ -115,6 +127,15 @@ def oddities(data: object, count: int) -> list[str]:
             "of one draw. Evaluate on images without random transforms"
         )
     return found
+
+
+def _indices_of(sampler: object, size: int) -> Sequence[int] | None:
+    """The indices that a sampler gives, in any order; None where to ask would draw them, or they are unknown."""
+    if isinstance(sampler, (SequentialSampler, RandomSampler, type(None))):
+        return range(size)
+    given: Any = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
+    known = isinstance(given, (list, tuple, range)) and all(isinstance(index, int) for index in given)
+    return given if known else None
 
 
 def _image_in(sample: Any) -> Any:
@@ -168,6 +189,10 @@ def _pair(batch: Any, model: AnyModel) -> Samples:
         if not isinstance(part, (torch.Tensor, np.ndarray)):
             raise TypeError(f"{WANTED}; got {name} that are a {type(part).__name__}")
     images, labels = batch
+    if labels.ndim == 0:
+        raise TypeError(
+            f"{WANTED}; got a label without dimensions, as of one sample: a DataLoader makes batches of them"
+        )
     return as_tensors(images, labels, model)
 
 

@@ -2,12 +2,13 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from fastadv.nn.inside import as_module
@@ -132,6 +133,32 @@ def frozen(model: AnyModel, training_mode: str = "eval", *others: object) -> Ite
 
 
 @contextmanager
+def frozen_for_callable(model: AnyModel) -> Iterator[None]:
+    """As `frozen(model, "as_is")` with autograd, for code of others, such as an attack that is a function.
+
+    Such code may set modes, as `model.train()` does, and it may clear gradients, as `model.zero_grad()` does. The
+    gradients that the parameters have are out of its reach, and back at the end.
+
+    Args:
+        model: an `nn.Module`, or any other callable, whose modules `as_module` finds.
+
+    Raises:
+        RuntimeError: another thread is attacking or judging the model.
+    """
+    with frozen(model, "as_is") as parameters, torch.enable_grad():
+        gradients = [parameter.grad for parameter in parameters]
+        _put_gradients(parameters, [None] * len(parameters))
+        with at_the_end(lambda: _put_gradients(parameters, gradients)):
+            yield
+
+
+def _put_gradients(parameters: list[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is not gradient:
+            parameter.grad = gradient
+
+
+@contextmanager
 def buffers_kept(model: AnyModel) -> Iterator[None]:
     """Restore the model's buffers at the end: the same tensors with the same values.
 
@@ -231,7 +258,7 @@ def as_normal(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_writable(tensor: torch.Tensor) -> bool:
     """Whether PyTorch can write to a tensor in place. It cannot where elements share memory, as after `expand`."""
-    if tensor.is_inference():
+    if is_lazy(tensor) or tensor.is_inference():
         return False
     if tensor.layout != torch.strided or tensor.is_contiguous():
         return True

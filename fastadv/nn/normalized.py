@@ -26,7 +26,8 @@ class Normalized(nn.Module):
         std: the standard deviation of pixels in [0, 1]: a number, or one per channel.
 
     Raises:
-        ValueError: std is not above 0; mean or std is not finite; or a mean is above 1, as for pixels of [0, 255].
+        ValueError: std is not above 0; mean or std is not finite; or, as for pixels of [0, 255], mean is above 1 or std
+            above 5.
     """
 
     def __init__(self, model: AnyModel, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
@@ -56,14 +57,16 @@ def of_pixels(mean: float | Sequence[float], std: float | Sequence[float]) -> No
         std: a number, or one per channel.
 
     Raises:
-        ValueError: std is not above 0; mean or std is not finite; or a mean is above 1, as for pixels of [0, 255].
+        ValueError: std is not above 0; mean or std is not finite; or, as for pixels of [0, 255], mean is above 1 or std
+            above 5.
     """
     normalization = Normalization(mean, std)
-    means = normalization.mean if isinstance(normalization.mean, tuple) else (normalization.mean,)
-    if max(means) > 1:
-        raise ValueError(
-            f"mean is {mean}, for pixels of [0, 255], and images are in [0, 1]: divide mean and std by 255"
-        )
+    facts = ("mean", mean, normalization.mean, 1), ("std", std, normalization.std, 5)
+    for name, given, found, most in facts:
+        if max(found if isinstance(found, tuple) else (found,)) > most:
+            raise ValueError(
+                f"{name} is {given}, for pixels of [0, 255], and images are in [0, 1]: divide mean and std by 255"
+            )
     return normalization
 
 
@@ -80,5 +83,6 @@ def _set(model: nn.Module) -> set[str]:
 
 
 def _normalises(module: nn.Module) -> bool:
-    """Whether a module looks like torchvision's Normalize, by its class's name and its attributes mean and std."""
-    return "normaliz" in type(module).__name__.lower() and hasattr(module, "mean") and hasattr(module, "std")
+    """Whether a module is a Normalized, or looks like torchvision's Normalize: by its name, and by mean and std."""
+    looks = "normaliz" in type(module).__name__.lower() and hasattr(module, "mean") and hasattr(module, "std")
+    return looks or isinstance(module, Normalized)

@@ -30,8 +30,9 @@ def image(name: str, t: object, dtypes: Collection[torch.dtype] = IMAGES) -> Non
     if t.dtype not in dtypes:
         allowed = f"uint8, {_FLOAT_NAMES}" if torch.uint8 in dtypes else _FLOAT_NAMES
         raise TypeError(f"{name} must be {allowed}, got {t.dtype}")
-    if t.layout is not torch.strided:
-        raise TypeError(f"{name} must be a strided (dense) tensor, got layout {t.layout}")
+    if t.layout is not torch.strided or t.is_nested:
+        kind = "a nested one" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name} must be a strided (dense) tensor, got {kind}")
 
 
 def _operand(name: str, t: torch.Tensor, like_name: str, like: torch.Tensor) -> None:

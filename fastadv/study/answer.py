@@ -54,6 +54,7 @@ def answer(
     prices: Sequence[Summary] = (),
     complete: bool = True,
     differences: Sequence[Difference] = (),
+    no_pgd: str = "no cell has a partner trained with PGD",
 ) -> Answer:
     """The answer from what was measured so far, which may be nothing.
 
@@ -65,11 +66,18 @@ def answer(
         prices: what training attacks cost and bring, over eps.
         complete: whether all cells are finished.
         differences: the differences to PGD on each data set.
+        no_pgd: why there are no averages, if there are none.
     """
     courses = list(courses)
     kind, headline, stability = _stability(courses)
     if kind == "stable" and prices and not averages:  # robust beside what? A study of prices need not have PGD
         kind, headline = "open", "Not asked: there is no PGD to compare with."
+    elif kind == "stable" and not any(each.beside_pgd for each in courses if each.shows and _fast_transfer(each)):
+        kind, headline = "open", NOT_MEASURED
+        stability.append(
+            "Whether they are stable stays open: beside none of them is a run trained with PGD from the same seed that "
+            f"is robust on more images than a guess is right for ({judge_words(HEADLINE_JUDGE)})."
+        )
     headline = "So far, yes." if kind == "stable" and not complete else headline
     return Answer(
         kind,
@@ -77,7 +85,7 @@ def answer(
         (
             *stability,
             *_from_scratch([each for each in courses if each.result.fast and not each.result.transfer]),
-            *(_to_pgd(averages) if averages or not prices else []),
+            *(_to_pgd(averages, no_pgd) if averages or not prices else []),
             *_of_pairs(differences),
             *price_words.sentences(prices),
             *_time(times),
@@ -87,19 +95,32 @@ def answer(
 
 
 def _stability(courses: Iterable[Course]) -> tuple[str, str, list[str]]:
-    transfer = [each for each in courses if each.result.fast and each.result.transfer]
+    transfer = list(filter(_fast_transfer, courses))
     runs = [each for each in transfer if each.shows]
     kind, headline, words = _of_those_that_show(runs)
-    hidden = Counter(each.result.cell.eps for each in transfer if not each.shows)
-    if hidden:
-        by_eps = listed(f"{count} at eps {eps:g}" for eps, count in sorted(hidden.items()))
-        where = f" ({by_eps})" if len(hidden) > 1 else ""
-        words.append(
-            f"{hidden.total()} more {'run is' if hidden.total() == 1 else 'runs are'} not counted{where}: PGD's "
-            f"model is not robust there either ({judge_words(HEADLINE_JUDGE)} leaves it less than {100 * LEAST:.0f} %, "
-            "or it predicts one class)."
-        )
-    return kind, headline, words
+    return kind, headline, [*words, *_hidden(transfer)]
+
+
+def _fast_transfer(each: Course) -> bool:
+    return each.result.fast and each.result.transfer
+
+
+def _hidden(runs: Iterable[Course]) -> list[str]:
+    """How many runs are not counted, at which eps, and why: with a run with PGD beside them, and without one."""
+    words = []
+    judge = judge_words(HEADLINE_JUDGE)
+    for alone, group in grouped((each for each in runs if not each.shows), lambda each: each.alone):
+        counts = Counter(each.result.cell.eps for each in group)
+        by_eps = listed(f"{count} at eps {eps:g}" for eps, count in sorted(counts.items()))
+        where = f" ({by_eps})" if len(counts) > 1 else ""
+        why = f"PGD's model is not robust there either ({judge} leaves it less than {100 * LEAST:.0f} %, or it "
+        if alone:
+            why = f"no run with PGD from the same seed is beside {'it' if len(group) == 1 else 'them'}, and "
+            why += f"{'its' if len(group) == 1 else 'their'} own model is not robust ({judge} leaves it less than "
+            why += f"{100 * LEAST:.0f} % or no more than a guess is right for, or it "
+        runs_are = "run is" if len(group) == 1 else "runs are"
+        words.append(f"{len(group)} more {runs_are} not counted{where}: {why}predicts one class).")
+    return words
 
 
 def _of_those_that_show(runs: Sequence[Course]) -> tuple[str, str, list[str]]:
@@ -194,25 +215,26 @@ def _ranges(runs: Sequence[Course]) -> str:
     return f"{counted(sets, 'data set')}; {listed(map(method_words, _methods(runs)))}; eps {eps}"
 
 
-def _from_scratch(runs: Sequence[Course]) -> list[str]:
+def _from_scratch(found: Sequence[Course]) -> list[str]:
+    runs, start = [each for each in found if each.shows], "From scratch, for comparison, "
+    hidden = [start + words for words in _hidden(found)]
     if not runs:
-        return []
+        return hidden
     collapsed = [each for each in runs if each.collapse is not None]
     if not collapsed:
         highest = max(each.result.cell.eps for each in runs)
-        return [
-            f"From scratch, for comparison, none of {counted(len(runs), 'run')} did: not seen up to eps {highest:g}."
-        ]
+        return [f"{start}none of {counted(len(runs), 'run')} did: not seen up to eps {highest:g}.", *hidden]
     where = listed(f"{eps:g}" for eps in sorted({each.result.cell.eps for each in collapsed}))
-    return [f"From scratch, for comparison, {len(collapsed)} of {counted(len(runs), 'run')} did, at eps {where}."]
+    return [f"{start}{len(collapsed)} of {counted(len(runs), 'run')} did, at eps {where}.", *hidden]
 
 
-def _to_pgd(averages: Sequence[Average]) -> list[str]:
+def _to_pgd(averages: Sequence[Average], no_pgd: str) -> list[str]:
     """The difference to PGD in words, of each model at each eps."""
     models = distinct(each.model for each in averages)
     found = [_of_model([each for each in averages if each.model == model], len(models) > 1) for model in models]
     words = [said for said in found if said]
-    return words or ["What it costs in accuracy is not measured yet: no cell has a partner trained with PGD."]
+    why = "only models trained from scratch have a partner trained with PGD" if averages else no_pgd
+    return words or [f"What it costs in accuracy is not measured yet: {why}."]
 
 
 def _of_model(averages: Sequence[Average], several: bool) -> str:

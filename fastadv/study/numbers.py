@@ -18,8 +18,22 @@ FORMAT = 1
 
 
 def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """A row for each finished cell: its names, its accuracies (shares in [0, 1]), its seconds of training."""
-    return [{**asdict(each.cell), **each.accuracies, "train_s": each.record["train_s"]} for each in results]
+    """A row for each finished cell: its names, its accuracies (shares in [0, 1]), its training, how it was made."""
+    return [
+        {
+            **asdict(each.cell),
+            **each.accuracies,
+            "train_s": each.record["train_s"],
+            "trained_with": each.attack,
+            "epochs": each.settings["epochs"],
+            "train_cpu_s": each.record.get("train_cpu_s"),
+            "device": each.record["machine"]["device"],
+            "alone": each.time_counts,
+            "constant": each.constant,
+            "commit": each.record.get("commit"),
+        }
+        for each in results
+    ]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -22,7 +22,8 @@ DEFINITION = (
     "best so far or, if higher, at the same epoch that of the run trained with PGD from the same seed; where there is "
     "no such run, the accuracy under the attack trained with. Where the run with PGD ends with one class for all "
     f"images, or {judge_words(HEADLINE_JUDGE)} leaves it less than {100 * LEAST:.0f} % of the test images, there is "
-    "little to lose and a collapse would not show: such a run counts only if it fell from its own best. The second "
+    "little to lose and a collapse would not show: such a run counts only if it fell from its own best. So does a run "
+    "without one with PGD whose own model ends like that, or with no more than a guess is right for. The second "
     "condition tells catastrophic overfitting from a model that forgets, or overfits as any does. A run that did not "
     "collapse has overfitted partly if at some epoch the accuracy under PGD-10 is more than "
     f"{100 * PARTLY:.0f} points below its best so far or that of the run trained with PGD, while the monitor's images "
@@ -103,7 +104,10 @@ class Course:
         partly: where it did not collapse, the epoch at which it had first overfitted partly; None where it never had.
         weak: whether it is weak beside the run with PGD, and neither collapsed nor overfitted partly.
         seen: {name of a detector: the epoch at which it fired first, or None}, of the detectors that have readings.
-        shows: whether a collapse would show; not where the run with PGD from the same seed is not robust either.
+        shows: whether a collapse would show; not where the run with PGD from the same seed is not robust either, nor,
+            where there is none, if the run itself is not.
+        beside_pgd: whether there is a run with PGD from the same seed that is robust on more images than a guess.
+        alone: whether there is no run with PGD from the same seed.
     """
 
     result: Result
@@ -112,6 +116,8 @@ class Course:
     weak: bool
     seen: dict[str, int | None]
     shows: bool = True
+    beside_pgd: bool = False
+    alone: bool = False
 
     @property
     def how(self) -> str | None:
@@ -174,9 +180,13 @@ def courses(results: Iterable[Result]) -> list[Course]:
             }
             measure = _measure(partner)
             fallen, half = collapse(each.epochs, measure), partly(each.epochs, measure)
-            shows = measure != [] or fallen is not None or half is not None
+            robust = each.above_chance if partner is None else partner.robust
+            beside = partner is not None and partner.above_chance
+            shows = robust or fallen is not None or half is not None
             low = shows and fallen is None and half is None and partner is not None and weak(each, partner)
-            found.append(Course(each, fallen, half if fallen is None else None, low, seen, shows))
+            found.append(
+                Course(each, fallen, half if fallen is None else None, low, seen, shows, beside, partner is None)
+            )
     return found
 
 

@@ -82,7 +82,7 @@ def _answer(study: Study) -> str:
             *(html.paragraph(words, "lead") for words in found.sentences),
             html.paragraph(done + see, "lead note" if study.complete else "lead warning"),
             *(html.paragraph(words, "lead warning") for words in _constant(study.results)),
-            *(html.paragraph(words, "lead warning") for words in _unlike(study.differences)),
+            *(html.paragraph(words, "lead warning") for words in _unlike(study)),
         ]
     )
 
@@ -99,17 +99,25 @@ def _constant(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _unlike(differences: Sequence[Difference]) -> list[str]:
-    """A warning of pairs that differ in more than the training attack."""
-    rows = {(each.row, each.attack): each.unlike for each in differences if each.unlike}
-    if not rows:
-        return []
-    counts = Counter(f"{name} ({values})" for unlike in rows.values() for name, values in unlike.items())
+def _unlike(study: Study) -> list[str]:
+    """Warnings of pairs that differ in more than the training attack."""
+    of_prices = {
+        (each.row, each.shared, each.attack): {k: v for k, v in each.difference.unlike.items() if k != "epochs"}
+        for each in study.prices  # prices are of attacks with epochs of their own
+        if each.difference is not None
+    }
+    of_pgd = {(each.row, each.attack): each.unlike for each in study.differences}
+    found = (("PGD", list(of_pgd.values())), ("FGSM, of which prices are,", list(of_prices.values())))
+    return [_unlike_words(name, rows) for name, rows in found if any(rows)]
+
+
+def _unlike_words(name: str, rows: Sequence[Mapping[str, str]]) -> str:
+    counts = Counter(f"{what} ({values})" for unlike in rows for what, values in unlike.items())
     what = ", ".join(f"{words} in {count}" for words, count in counts.most_common(_SHOWN))
-    of = len({(each.row, each.attack) for each in differences})
-    return [
-        f"{len(rows)} of {of} differences to PGD are of models that differ in more than the training attack: {what}."
-    ]
+    return (
+        f"{sum(map(bool, rows))} of {len(rows)} differences to {name} are of models that differ in more than the "
+        f"training attack: {what}."
+    )
 
 
 def _side(drawn: Mapping[str, Drawing], names: Iterable[str]) -> str:
@@ -219,7 +227,7 @@ def _curve(drawing: Drawing) -> str:
 
 def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str]) -> str:
     if not study.differences:
-        return html.paragraph("Not measured yet: no cell has a partner trained with PGD.")
+        return html.paragraph(f"Not measured yet: {study.no_pgd}.")
     how = (
         "Verdict minus verdict on the same image, under the same judge, with the same seed, in points. Over data sets: "
         "the mean, with Student's 95 % interval, never narrower than the sets' own leave it. Of one row (or one data "

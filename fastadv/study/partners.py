@@ -1,11 +1,11 @@
 """Which cells are compared: those that differ in nothing but the training attack, its settings and the epochs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from fastadv.study.grid import OF_THE_ATTACK
-from fastadv.study.results import PGD, Result, Row, row_of, set_words
+from fastadv.study.results import PGD, Result, Row, grouped, row_of, set_words
 from fastadv.study.together import LATER
 from fastadv.training import Settings
 
@@ -43,6 +43,27 @@ def standing(group: Sequence[Result], attack: str, epochs: int | None = None) ->
 def pgd_of(group: Sequence[Result]) -> str | None:
     """The name in the grid of the PGD that cells of one row are compared with; None where none was trained so."""
     return PGD if any(each.cell.attack == PGD for each in group) else standing(group, PGD)[0]
+
+
+def no_pgd(results: Iterable[Result]) -> str:
+    """Why models trained with other attacks are not compared with PGD's, as the end of a sentence."""
+    found = []
+    for _, group in grouped(results, row_of):
+        others = {each.cell.seed for each in group if each.attack not in ("none", PGD)}
+        tuned = sorted({each.cell.attack for each in group if each.attack == PGD})
+        name = pgd_of(group)
+        if not others or not tuned:
+            continue
+        if name is None:
+            _, problem = standing(group, PGD)
+            own = f"{', '.join(tuned)} is PGD with settings of its own; to compare with it, name it pgd"
+            found.append(problem or f"{_place(group[0])}: {own}")
+        elif not others & {each.cell.seed for each in group if each.cell.attack == name}:
+            found.append(f"{_place(group[0])}: the cells trained with {name} have other seeds")
+        else:
+            found.append(f"{_place(group[0])}: the cells cannot be compared with {name}'s, as is said below")
+    more = f", and {len(found) - 1} more such rows" if len(found) > 1 else ""
+    return found[0] + more if found else "no cell has a partner trained with PGD"
 
 
 def epochs_of(result: Result) -> int:

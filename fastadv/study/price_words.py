@@ -104,8 +104,13 @@ class _Rivals:
     def answer(self) -> str:
         """The cheapest attack that loses little to FGSM, and the most robust of those that take no longer."""
         cheapest, best = self._cheapest(), self._best()
+        of_fgsm, others = self.time(self.reference), [e for e in self.attacks.values() if e[0].attack != e[0].against]
+        if all(self.time(each) > SAME_TIME * of_fgsm for each in others):
+            return "Every other attack takes longer."
         where = "" if len(self.reference) == 1 else " on some data set" if cheapest is None else " on each data set"
-        if cheapest is None:
+        if all(self.time(each) >= of_fgsm / SAME_TIME for each in others):
+            first = "No other attack is cheaper"
+        elif cheapest is None:
             first = f"Every cheaper attack loses more than {100 * LITTLE:g} point to it{where}"
         else:
             what = f"The cheapest attack that loses at most {100 * LITTLE:g} point to it{where}"

@@ -10,6 +10,7 @@ from fastadv.study import attack_table, paper_table, price_words, words
 from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
 from fastadv.study.grid import Task, expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
+from fastadv.study.partners import no_pgd
 from fastadv.study.price import Price, Summary, prices, summaries
 from fastadv.study.results import Result, grouped, place_of, result_of, set_words
 from fastadv.study.statistics import Average, Difference, averages, compare
@@ -59,7 +60,14 @@ class Study:
         """The answer to the question in the title."""
         fast = self._fast
         means, times = [e for e in self.averages if e.attack in fast], [e for e in self.times if e.attack in fast]
-        return say.answer(self.courses, means, times, self.scores, self.summaries, self.complete, self._of_fast)
+        return say.answer(
+            self.courses, means, times, self.scores, self.summaries, self.complete, self._of_fast, self.no_pgd
+        )
+
+    @property
+    def no_pgd(self) -> str:
+        """Why models are not compared with PGD's, where they are not: the end of a sentence."""
+        return no_pgd(self.results)
 
     @cached_property
     def _fast(self) -> set[str]:

@@ -76,16 +76,51 @@ class Result:
 
     @property
     def constant(self) -> bool:
-        """Whether the model predicts one class for all images. No attack changes that: its robustness means nothing."""
+        """Whether the model predicts one class for all images. No attack changes that: its robustness means nothing.
+
+        Where all test images are known to have one class, that is no fault of the model, and not said.
+        """
+        if self._of_one_class:
+            return False
         if "classes_predicted" in self.record:
             return bool(self.record["classes_predicted"] == 1)
         said = self.record["records"][-1].get("confusion", {}).get("clean", ())  # of the images to choose weights on
         return len({said_class for _, said_class, _ in said}) == 1
 
     @property
+    def _of_one_class(self) -> bool:
+        """Whether the test images are known to have one class: one image, or one that is predicted, rightly, for all.
+
+        The record has no labels of them.
+        """
+        right = self.verdicts["clean"]
+        return len(right) == 1 or (self.record.get("classes_predicted") == 1 and bool(right.all()))
+
+    @property
+    def chance(self) -> float:
+        """The share of images for which a guess is right: one of as many as there are classes; 0 where not known.
+
+        The classes are those of the final confusion matrices, of the images to choose weights on.
+        """
+        matrices = self.record["records"][-1].get("confusion", {}).values()
+        highest = max((max(true, said) for matrix in matrices for true, said, _ in matrix), default=-1)
+        return 1 / (highest + 1) if highest > 0 else 0.0
+
+    @property
     def robust(self) -> bool:
         """Whether a comparison with the model means something: it is robust on more images than may be chance."""
         return self.accuracies.get(HEADLINE_JUDGE, 1.0) >= LEAST and not self.constant
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether the model is robust, and on more images than a guess among the classes is right for."""
+        return self.robust and self.accuracies.get(HEADLINE_JUDGE, 1.0) > self.chance
+
+    @property
+    def time_counts(self) -> bool:
+        """Whether the time of its training counts: made on one machine, and where on a GPU, that it had alone."""
+        machine = self.record["machine"]
+        return "before" not in machine and (machine["device"] == "cpu" or machine.get("sharing") == 1)
 
     @property
     def fast(self) -> bool:

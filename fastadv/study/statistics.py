@@ -19,8 +19,10 @@ from fastadv.study.grid import OF_THE_ATTACK, SCRATCH, differences
 from fastadv.study.partners import DEFAULTS, pgd_of
 from fastadv.study.results import Result, Row, grouped, row_of
 from fastadv.study.together import LATER, settings_of
+from fastadv.study.words import distinct
 
 DRAWS = 10_000
+MADE_BY = ("device", "cpu", "threads", "fastadv", "torch", "python")  # facts of a machine, and what runs there
 LEVEL = 0.95
 
 
@@ -236,7 +238,8 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
         methods: the methods to average over, in the order in which they are named.
 
     Returns:
-        The average; None where the data sets have no method, or the methods no seed, in common.
+        The average; None where the data sets have no method, or the methods no seed, in common, or were judged on
+        different images of one data set.
     """
     differences = [each for each in differences if each.row.method in methods]
     sets: dict[tuple[str, str | None], dict[str, Difference]] = {}
@@ -245,7 +248,7 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     if not sets:
         return None
     common = [method for method in methods if all(method in of for of in sets.values())]
-    if not common:
+    if not common or any(len({of[method].images for method in common}) > 1 for of in sets.values()):
         return None
     one, means = differences[0], [float(np.mean([of[method].mean for method in common])) for of in sets.values()]
     seeds = [len(of[method].seeds) for of in sets.values() for method in common]
@@ -375,9 +378,10 @@ def _differences(row: Row, attack: str, first: dict[int, Result], second: dict[i
 
 
 def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for a, b in pairs:
-        one, other = (each.settings | _made(each) for each in (a, b))
+        found |= _made_unlike(a, b)
+        one, other = a.settings, b.settings
         for name in one.keys() | other.keys():
             untold = name in LATER and (name not in one or name not in other)
             if name not in OF_THE_ATTACK and not untold and one.get(name) != other.get(name):
@@ -389,11 +393,21 @@ def _unlike(pairs: Iterable[tuple[Result, Result]]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _made(result: Result) -> dict[str, str | None]:
-    """By what a cell was made: its last bits depend on the device, and a version of the source may have had a fault."""
+def _made_unlike(a: Result, b: Result) -> dict[str, str]:
+    """{fact: both values} of what two cells were made by and differ in."""
+    one, other = _made(a), _made(b)
+    return {name: f"{value} and {other[name]}" for name, value in one.items() if value != other[name]}
+
+
+def _made(result: Result) -> dict[str, str]:
+    """By what a cell was made: its last bits depend on the machine, and a version of the source may have had a fault.
+
+    Of a cell that several machines trained, each fact has the values of all of them.
+    """
     machine = result.record["machine"]
-    device = machine.get("device")
-    return {"device": device, "fastadv": machine.get("fastadv"), "commit": result.record.get("commit")}
+    machines = [*machine.get("before", ()), machine]
+    facts = {name: ", then ".join(distinct(str(each.get(name)) for each in machines)) for name in MADE_BY}
+    return facts | {"commit": str(result.record.get("commit"))}
 
 
 def _judged(judge: str, *results: Result) -> bool:

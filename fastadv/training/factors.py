@@ -50,7 +50,7 @@ def merged(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     steps = _Steps(tuner.model, factors, method, todo)
-    hooks = register_optimizer_step_pre_hook(steps.check), register_optimizer_step_post_hook(steps.put_back)
+    hooks = register_optimizer_step_pre_hook(steps.before), register_optimizer_step_post_hook(steps.after)
 
     def put_back() -> None:
         for hook in hooks:
@@ -105,15 +105,20 @@ class _Steps:
         return int(held.sum()) * (factor.numel() // factor.shape[dim])
 
     @torch.no_grad()
-    def put_back(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Give held rows their values again after a step: weight decay acts without a gradient, too."""
+    def after(self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        """Give held rows their values again: weight decay acts without a gradient, too."""
+        self._check(optimizer)
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for factor, held, values in self._held:
             if id(factor) in stepped:
                 factor.copy_(torch.where(held.to(factor.device), values.to(factor.device), factor))
 
-    def check(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def before(self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Refuse the first step of the factors' optimizer where a factor has no gradient."""
+        if args[1:] == () and kwargs.get("closure") is None:  # a closure has yet to compute the gradients
+            self._check(optimizer)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
         if self.of_factors:  # the first step is over
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -10,7 +10,7 @@ from fastadv.attacks import Attack
 from fastadv.evaluation.adversaries import eps_of, norm_of
 from fastadv.evaluation.foreign import Reach, as_images, farther, measured
 from fastadv.functional import to_float
-from fastadv.nn.frozen import frozen
+from fastadv.nn.frozen import frozen_for_callable
 from fastadv.nn.logits import AnyModel
 
 TrainAttack: TypeAlias = Callable[[torch.Tensor, torch.Tensor], object]
@@ -51,7 +51,7 @@ class ForeignAttack:
             ValueError: the attack returned images of another shape.
         """
         images = to_float(images)
-        with frozen(self.model, "as_is"), torch.enable_grad():
+        with frozen_for_callable(self.model):
             # Copies, for the callable may write to them.
             adv = as_images(self.attack(images.clone(), labels.clone()), images)
         _, far = measured(adv, images)

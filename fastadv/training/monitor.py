@@ -21,7 +21,7 @@ from fastadv.ops.generator import seeded
 from fastadv.training.checks import check_taken
 from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
 from fastadv.training.passes import Passes
-from fastadv.training.step import check_attack, warn_of_strange
+from fastadv.training.step import check_attack, check_linf, warn_of_strange
 
 COLLAPSED = 0.5  # alarm where PGD leaves less than half of the accuracy under the training attack; else it leaves most
 
@@ -127,9 +127,11 @@ class Monitor:
         if not 0 < drop < 1:
             raise ValueError(f"drop is a share in (0, 1), got {drop}")
         check_attack("attack", attack)
+        check_linf(attack)
         # One process may check while others do not: DistributedDataParallel would wait for them.
         self.model = one_process(model)
-        self.images, self.labels = collected((images, labels), model, None)
+        # Copies, which stay as they are whatever the caller does with the tensors.
+        self.images, self.labels = (each.clone() for each in collected((images, labels), model, None))
         check_taken(self.model, self.images, self.images.shape[1:], autocast)
         warn_of_strange(attack, model, stacklevel=3)
         self.attack = as_attack(attack, self.model, eps)

@@ -101,6 +101,7 @@ class TrainStep:
         self._merged = MergedWeights(model)
         self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
         self._norm: torch.Tensor | None = None
+        self.forget()  # what is left over, such as of a step that trained other parameters
         self._warn_of_others()
 
     @property
@@ -150,7 +151,7 @@ class TrainStep:
         images = as_normal(images)  # no gradient is the caller's
         self._norm = None
         scale = 1 / len(labels) if scale is None else scale
-        with own_autocast(images.device, None):
+        with torch.inference_mode(False), torch.enable_grad(), own_autocast(images.device, None):
             method, sees = self.method, False
             start: Sequence[torch.Tensor] = ()
             beside: torch.Tensor | float | None = None
@@ -167,6 +168,11 @@ class TrainStep:
             together = torch.cat((x_adv, *start, *clean)) if start or clean or sees else x_adv
             with self.through.no_sync() if more and hasattr(self.through, "no_sync") else nullcontext():
                 loss, logits = self._losses(together, labels, scale)
+                if not loss.requires_grad:
+                    raise RuntimeError(
+                        "the loss depends on no parameter that requires grad, so there is nothing to train: is the "
+                        "model frozen, or does it run under no_grad?"
+                    )
                 loss.backward()
             if method is not None and sees:
                 if x_adv.grad is None:
@@ -189,7 +195,7 @@ class TrainStep:
             raise ValueError("there are no images in the batch")
         if not self._looked:
             check_samples(images, labels)
-            highest(labels)
+            self.highest = max(self.highest, highest(labels))
             self._looked = True
 
     def norm(self) -> torch.Tensor:
@@ -260,6 +266,11 @@ class TrainStep:
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = self.through(images) if self.method is None else self.method.outputs(self.through, images)
         logits = at_least_float32(find_logits(outputs, len(images)))
+        if logits.shape[1] < 2:
+            raise ValueError(
+                f"the model returns one logit, {tuple(logits.shape)}, and cross-entropy of a single class is always 0: "
+                "where one logit z stands for two classes return both, torch.cat((0 * z, z), 1)"
+            )
         if self.highest >= logits.shape[1]:
             raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {self.highest}")
         losses = F.cross_entropy(
@@ -322,6 +333,20 @@ def check_attack(name: str, attack: object, also: str = "") -> None:
         raise ValueError(
             f"{name} goes towards the labels, and those of training are the images' own: choose targeted='random' or "
             "'least_likely', or leave targeted out"
+        )
+
+
+def check_linf(attack: object) -> None:
+    """Refuse an attack in another norm than L-inf.
+
+    Raises:
+        ValueError: it is such an attack.
+    """
+    if isinstance(attack, Attack) and attack.norm != "Linf":
+        raise ValueError(
+            f"training with an {attack.norm} attack ({attack!r}) is not possible yet: its weights would be chosen, and "
+            "its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, such as fgsm or "
+            "pgd; evaluation takes L2 attacks"
         )
 
 

@@ -21,7 +21,7 @@ from fastadv.training.foreign import TrainAttack, as_attack
 from fastadv.training.progress import Record
 from fastadv.training.run import Run
 from fastadv.training.settings import RENAMED, Settings, of_kind
-from fastadv.training.step import check_attack
+from fastadv.training.step import check_attack, check_linf
 
 
 class Trainer:
@@ -136,12 +136,7 @@ class Trainer:
         check_attack("attack", attack, also="a name, ")
         Budget(as_attack(attack, self.model), self.settings.eps_schedule)  # refuses an attack that it would not change
         self._check_eval_attack()
-        if isinstance(attack, Attack) and attack.norm != "Linf":
-            raise ValueError(
-                f"training with an {attack.norm} attack ({self.attack!r}) is not possible yet: its weights would be "
-                "chosen, and its overfitting looked for, under L-inf PGD at the same eps. Train with an L-inf attack, "
-                "such as fgsm or pgd; evaluation takes L2 attacks"
-            )
+        check_linf(attack)
         if isinstance(attack, Attack) and attack.eps > self.eps * (1 + 1e-6):
             warnings.warn(
                 f"the attack's eps, {attack.eps:.6g}, is larger than that of the training, {self.eps:.6g}, at which "

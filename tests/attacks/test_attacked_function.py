@@ -107,6 +107,7 @@ OWN = [
 
 
 @short_steps
+@pytest.mark.filterwarnings("ignore:its eps is 8/255, a length for L-inf")
 @pytest.mark.parametrize(("cls", "name", "value"), OWN)
 def test_so_do_the_settings_of_an_attack_s_own(cls, name, value):
     model, (images, labels) = net(), batch_of(N)
@@ -251,6 +252,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the model seems to normalise its input already, in a Normalized")
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_a_wrapped_model_is_attacked_as_the_function_that_it_is(wrapped):
     model, (images, labels) = WRAPPED[wrapped]().double(), batch_of(N)

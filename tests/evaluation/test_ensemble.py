@@ -79,7 +79,7 @@ def test_only_what_keeps_to_a_ball_counts_for_it(net, samples):
 
     attacks = [NFGSM(net, EPS), PGDL2(net, 0.4, 0.1, 4), Beyond(), PGD(net, EPS, EPS / 4, 4)]
     attacks.append(torchattacks.PGD(net, EPS, EPS / 4, 4))  # it does not name its norm
-    with pytest.warns(UserWarning, match="beyond its eps"):
+    with pytest.warns(UserWarning, match="beyond its eps"), pytest.warns(UserWarning, match="NFGSM .* for no budget"):
         report = evaluate(net, samples, attacks, batch_size=BATCH)
     assert [r["given"] for r in report["attacks"]] == [36] * 5
     assert [(b["norm"], b["eps"], b["attacks"]) for b in report["budgets"]] == [

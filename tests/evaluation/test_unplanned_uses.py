@@ -120,6 +120,7 @@ def pictures(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
 
 
+@pytest.mark.filterwarnings("ignore:nfgsm at 12/255 is not projected")
 def test_images_of_an_earlier_evaluation_are_not_among_the_new_ones(judged, tmp_path):
     model, x, y = judged
     options = {"eps": EPS, "progress": False, "save_images": tmp_path / "images"}
