@@ -138,14 +138,14 @@ def evaluate(
         that it attacked), "largest_linf" and "largest_l2" (how far another library's attack, or a class of your own,
         went; null for those of fastadv, which stay in their ball), "no_prediction" (samples that are fooled because
         they get none), "passes" and "forwards" (gradients and forward passes of one image; null where not known),
-        "waste" (those of the passes that were not needed: in a run after the one that fooled, begun because slots were free; of the forward passes,
-        where an attack takes no gradients; 0 on the CPU without compile and graph; null likewise), "seconds",
-        "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose gradient is exactly 0 at
-        the attack's start), "fooled" (a bool per sample), "said" (the class that it is then taken for, as in
-        "clean_said"; null for the others), "restart" and "step" (of the first iterate that fooled; where an attack goes
-        towards one class after the other its runs are counted through; null where there is none or it is not known),
-        "target" (of such an attack, the class that this run went to), "runs" (of a sample that is not fooled), "latest"
-        (restart and step of the sample that was fooled last), "settings", with save_images also
+        "waste" (those of the passes that were not needed: in a run after the one that fooled, begun because slots were
+        free; of the forward passes, where an attack takes no gradients; 0 on the CPU without compile and graph; null
+        likewise), "seconds", "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose
+        gradient is exactly 0 at the attack's start), "fooled" (a bool per sample), "said" (the class that it is then
+        taken for, as in "clean_said"; null for the others), "restart" and "step" (of the first iterate that fooled;
+        where an attack goes towards one class after the other its runs are counted through; null where there is none or
+        it is not known), "target" (of such an attack, the class that this run went to), "runs" (of a sample that is not
+        fooled), "latest" (restart and step of the sample that was fooled last), "settings", with save_images also
         "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings"; "versions". Where another
         library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is null, it counts for no
         budget, and a warning says how far it went.
