@@ -1,13 +1,22 @@
 """Writes files that are never half written, even where the process is killed, and checks the formats of files."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # there is none on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Replace a file, or make it. A reader finds the old content or the new one, never a part.
 
-    The content is written to the temporary file {path}.new and flushed to the disk. Then that file is renamed.
+    The content is written to the temporary file {path}.new and flushed to the disk. Then that file is renamed. Where
+    several processes or threads write the same file at once, each waits for the one before it, and the last one's
+    content stays; on Windows, and where the file system has no locks, only one may write it at a time.
 
     Args:
         path: the file; a missing folder is made.
@@ -20,13 +29,20 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     try:
-        with open(new, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        with _opened(new) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is not None:  # while the lock is held; Windows renames no open file
+                    new.replace(path)
+            except BaseException:
+                with suppress(OSError):
+                    new.unlink()
+                raise
+        if fcntl is None:
+            new.replace(path)
     except OSError as error:
-        new.unlink(missing_ok=True)
         if error.errno is not None and error.filename is None:
             error.filename = str(path)  # the error of a full disk does not name the file
         raise
@@ -36,6 +52,21 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _opened(new: Path) -> BinaryIO:
+    """Open a temporary file, empty, that no other writer has. One that a killed process has left is taken over."""
+    while True:
+        file = open(new, "ab")  # noqa: SIM115 (it is returned) without truncating: it may be another writer's
+        with suppress(OSError):  # a file system without locks
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        # The writer before has renamed or removed the file that it had: then the name stands for another, or for none.
+        with suppress(FileNotFoundError):
+            if fcntl is None or os.path.samestat(os.fstat(file.fileno()), os.stat(new)):
+                file.truncate(0)
+                return file
+        file.close()
 
 
 def check_format(what: str, found: object, known: int, oldest: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from fastadv.study.estimate import estimates
 from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_grid
 from fastadv.study.grid import Task, expanded, name_of
 from fastadv.study.images import NAMED
-from fastadv.study.run import check_possible, here, pending, side_by_side
-from fastadv.study.writing import write_study
+from fastadv.study.run import check_data, check_possible, here, pending, side_by_side
+from fastadv.study.writing import check_out, check_packages, write_study
 
 logger = logging.getLogger("fastadv")
 
@@ -70,13 +71,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    _check_environment()
     grid = _grid(arguments)
     _check_places(arguments)
+    check_out(arguments.out)
     tasks = expanded(grid)
     for model in dict.fromkeys(task.cell.model for task in tasks):
         model_source(model, trust_code=False)  # a module:function may lie in the working folder
     check_possible(tasks)
     left = pending(tasks, arguments.out)
+    check_data(tasks, left, arguments.out)
     data_folder = arguments.data_folder and arguments.data_folder.absolute()
     _check_outside(arguments.out, tasks, data_folder)
     device = str(arguments.device)
@@ -85,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         _say_plan(tasks, left, site)
         return
     check_folder(arguments.out)
+    check_packages()
     if site.keep_weights:
         _say_no_weights(tasks, left, site.folder)
     write_grid(arguments.out, grid)
@@ -94,6 +99,22 @@ def run(arguments: argparse.Namespace) -> None:
         _report(arguments.out)
         raise
     _finish(arguments, tasks, outcomes)
+
+
+def _check_environment() -> None:
+    """Refuse what torchrun and `accelerate launch` set: a record would not say it, or processes would share a cell.
+
+    Raises:
+        ValueError: the environment has it.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision.lower() != "no":
+        raise ValueError(
+            f"ACCELERATE_MIXED_PRECISION is {precision}, and a study's precision is in the grid, such as precision: "
+            "bf16: write it there, and unset the variable"
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("a study runs its cells with --processes or --ray, not under torchrun: leave that out")
 
 
 def _grid(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Runs one cell of a study: trains the model, judges it, and writes its record into its folder."""
 
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from fastadv import models
 from fastadv.data.trained import known
 from fastadv.files import write_atomically
 from fastadv.locks import InUseError, held
+from fastadv.models.model import function_at
 from fastadv.study.cost import cost_of
 from fastadv.study.files import ERROR, Record, cell_folder, finished, read_cell, write_cell
 from fastadv.study.grid import ALWAYS, SCRATCH, Cell, Task, differences, trainer
@@ -90,6 +92,7 @@ def run(task: Task, site: Site) -> Outcome:
             if found is not None:
                 check(task, found)  # another process may have made it, of another grid
             if found is None or missing(task, found):
+                (folder / ERROR).unlink(missing_ok=True)  # of a run before: this one may be ended without an error
                 found = _run(task, site, found)
     except InUseError as error:
         return Outcome(id, "elsewhere", str(error))
@@ -122,6 +125,7 @@ def _run(task: Task, site: Site, found: Record | None) -> Record:
         if found is None:
             model, record = _trained(task, site, parts, folder)
         else:
+            _check_weights(task, folder, found)
             model, record = models.load(folder / WEIGHTS), found
             check_together([found, found | {"settings": found["settings"] | found_here(task, parts)}])
             if parts.judged != found["labels"]:
@@ -135,7 +139,9 @@ def _run(task: Task, site: Site, found: Record | None) -> Record:
         verdicts = judged(network, parts.test, judges, task.cell.eps / 255, task.cell.seed, folder)
     record["verdicts"] = record.get("verdicts", {}) | verdicts
     record["judge_s"] = record.get("judge_s", 0.0) + time.perf_counter() - began
-    record["warnings"] = record.get("warnings", []) + [str(each.message) for each in caught]
+    before = record.get("warnings", [])
+    of_images = [words for words in parts.warnings if words not in before]
+    record["warnings"] = before + of_images + [str(each.message) for each in caught]
     write_cell(site.folder, task.cell.id, record)
     return record
 
@@ -156,11 +162,13 @@ def _trained(task: Task, site: Site, parts: Parts, folder: Path) -> tuple[models
             warnings.warn(f"{name}_limit is {limit}, and {task.data.name} has {count} such images", stacklevel=2)
     _check_begun(task, folder)
     machines = _machines(site, folder)
+    (folder / WEIGHTS).unlink(missing_ok=True)  # of a training before, whose record was removed
     fitting = trainer(task, model.on_pixels, site.device, folder=folder / "train", resume=True)
     records = fitting.fit(parts.train, parts.val)  # the test images are for the judges alone
     if site.keep_weights:
         model.trained_on += (parts.trained_on,)
         models.save(model, folder / WEIGHTS)
+        record["weights_file"] = _digest(folder / WEIGHTS)
     record |= {
         "machine": machines[-1] | ({"before": machines[:-1]} if machines[1:] else {}),
         "images": {name: len(getattr(parts, name)[1]) for name in ("train", "val", "test")},
@@ -189,12 +197,41 @@ def _check_begun(task: Task, folder: Path) -> None:
     write_atomically(path, json.dumps(task.settings).encode())
 
 
+def _check_weights(task: Task, folder: Path, record: Record) -> None:
+    """Refuse kept weights that are not those of the record; older records do not say which they were."""
+    if record.get("weights_file", found := _digest(folder / WEIGHTS)) != found:
+        raise ValueError(
+            f"{folder / WEIGHTS} has not the weights that the finished cell {task.cell.id} was judged with: put those "
+            "back, or move its folder out of cells to train it again"
+        )
+
+
 def found_here(task: Task, parts: Parts) -> dict[str, str]:
     """The digests of FOUND on this machine."""
     name, shape = task.cell.model, tuple(parts.train[0].shape[1:])
     weights, architecture = _digests(name, parts.classes, shape)
     found = {"contents": parts.contents, "order": parts.order, "weights": weights, "architecture": architecture}
-    return found | ({"file": hashlib.sha256(Path(name).read_bytes()).hexdigest()} if Path(name).is_file() else {})
+    return found | model_here(name)
+
+
+def model_here(name: str) -> dict[str, str]:
+    """The digest of the file that a model is read from, or of the source of the function that makes it, by FOUND.
+
+    Empty for other models, and where the source is not in a file.
+    """
+    if Path(name).is_file():
+        return {"file": _digest(Path(name))}
+    kind, colon, _ = name.partition(":")
+    if not colon or kind in ("hf", "timm"):
+        return {}
+    try:
+        return {"source": _digest(Path(inspect.getsourcefile(inspect.unwrap(function_at(name))) or ""))}
+    except (OSError, TypeError, ValueError):  # no file has it; or the name is no function's
+        return {}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def build(cell: Cell, parts: Parts) -> models.Model:

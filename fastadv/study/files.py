@@ -13,7 +13,7 @@ from fastadv.study.grid import ALWAYS, Cell
 from fastadv.training.settings import RENAMED
 
 if TYPE_CHECKING:
-    from yaml import MappingNode
+    from yaml import Node
 
 GRID, GRID_FORMAT = "study.yaml", 1
 CELL, CELL_FORMAT, OLDEST_CELL = "cell.json", 2, 1  # format 1 has old names of settings
@@ -24,11 +24,18 @@ WHOLE: dict[str, type | tuple[type, ...]] = {  # what every record has
     **{"records": list, "labels": str, "train_s": (int, float)},
 }
 
+MERGE = "tag:yaml.org,2002:merge"
+# Those of YAML 1.2, but for numbers with leading zeros, which are text: classes may have such names.
+NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+
 Record = dict[str, Any]  # of a finished cell: its settings, results and times, as its file has them
 
 
 def read_grid(path: str | Path) -> dict[str, Any]:
-    """The grid in a YAML file. 1e-3 is a number there, as in YAML 1.2.
+    """The grid in a YAML file. Numbers and booleans are those of YAML 1.2: 1e-3 is a number, and 010 and no are text.
 
     Args:
         path: the file.
@@ -44,16 +51,31 @@ def read_grid(path: str | Path) -> dict[str, Any]:
     yaml = require("yaml")
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
-        def construct_mapping(self, node: "MappingNode", deep: bool = False) -> object:
-            names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        def compose_mapping_node(self, anchor: str | None) -> "Node":
+            node: Node = super().compose_mapping_node(anchor)
+            names = [_said(name) for name, _ in node.value]
             for name in names:
                 if names.count(name) > 1:
-                    raise ValueError(f"{path} says {name} twice{node.start_mark}")
-            return super().construct_mapping(node, deep)
+                    raise ValueError(f"{path} says {name[1]} twice{node.start_mark}")
+            # PyYAML 6.0.4 merges by the identity of texts, and may take the value that another one replaces.
+            merged = [value for name, value in node.value if name.tag == MERGE]
+            node.value = [(name, value) for name, value in node.value if name.tag != MERGE]
+            for given in merged:
+                for each in given.value if isinstance(given, yaml.SequenceNode) else [given]:
+                    if not isinstance(each, yaml.MappingNode):
+                        raise ValueError(f"{path}: << takes a mapping or a list of mappings{node.start_mark}")
+                    there = {_said(name) for name, _ in node.value}
+                    node.value = [pair for pair in each.value if _said(pair[0]) not in there] + node.value
+            return node
 
-    _as_in_yaml_1_2(Loader)
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("bool", "timestamp", *NUMBERS)]
+        for first, forms in Loader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
+    _add_numbers(Loader)
     try:
         grid = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -64,16 +86,15 @@ def read_grid(path: str | Path) -> dict[str, Any]:
     return grid
 
 
-def _as_in_yaml_1_2(loader: Any) -> None:
-    """Let true and false alone be booleans, so that `precision: no` is a name, and no date be anything but text."""
-    kept = {
-        first: [(tag, form) for tag, form in forms if not tag.endswith((":bool", ":timestamp"))]
-        for first, forms in loader.yaml_implicit_resolvers.items()
-    }
-    loader.yaml_implicit_resolvers = kept
-    loader.add_implicit_resolver(
-        "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-    )
+def _said(name: "Node") -> tuple[str, str]:
+    return name.tag, str(name.value)
+
+
+def _add_numbers(loader_or_dumper: Any) -> None:
+    for kind, form in NUMBERS.items():
+        loader_or_dumper.add_implicit_resolver(
+            f"tag:yaml.org,2002:{kind}", re.compile(f"({form})$"), list("-+.0123456789")
+        )
 
 
 def write_grid(folder: Path, grid: Mapping[str, Any]) -> None:
@@ -83,8 +104,14 @@ def write_grid(folder: Path, grid: Mapping[str, Any]) -> None:
         ImportError: PyYAML is not installed.
         OSError: the file cannot be written.
     """
+    yaml = require("yaml")
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc, name-defined]
+        pass
+
+    _add_numbers(Dumper)  # beside those of YAML 1.1: text that is a number in either is quoted
     plain = json.loads(json.dumps({"format": GRID_FORMAT, **grid}))
-    write_atomically(folder / GRID, require("yaml").safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+    write_atomically(folder / GRID, yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True).encode())
 
 
 def cell_folder(folder: Path, id: str) -> Path:

@@ -88,6 +88,10 @@ class DataSet:
     label_column: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("path", "image_column", "label_column"):
+            said = getattr(self, name)
+            if said is not None and not (isinstance(said, str) and said):
+                raise ValueError(f"the {name} of the data set {self.name} is a text, got {said!r}: put it in quotes")
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise ValueError(f"size is a whole number of pixels, got {self.size!r}")
 
@@ -113,10 +117,14 @@ class Images:
     def __post_init__(self) -> None:
         if type(self.split_seed) is not int:
             raise ValueError(f"split_seed is a whole number, got {self.split_seed!r}")
+        if isinstance(self.validation, bool) or not isinstance(self.validation, int | float):
+            raise ValueError(f"validation is a share in [0, 1), such as 0.1 (0: none), got {self.validation!r}")
         Split(self.split_seed, validation=self.validation)  # refuses a validation that is no share
         for name in ("train_limit", "val_limit", "test_limit"):
             limit = getattr(self, name)
-            if limit is not None and (type(limit) is not int or limit < 1):
+            if limit is not None and type(limit) is not int:
+                raise ValueError(f"{name} is a whole number, such as 1000, got {limit!r}")
+            if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit!r}")
 
 
@@ -152,7 +160,7 @@ class Task:
 
 def with_defaults(cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a record, with the defaults of settings that did not exist when it was made."""
-    return {**Task(cell, DataSet("", ""), Images(), cell.attack, Settings()).settings, **settings}
+    return {**Task(cell, DataSet(cell.data, "."), Images(), cell.attack, Settings()).settings, **settings}
 
 
 def trainer(
@@ -222,6 +230,11 @@ def expanded(grid: Mapping[str, Any]) -> list[Task]:
     found: dict[Cell, Task] = {}
     for task in itertools.chain.from_iterable(itertools.chain.from_iterable(rounds)):
         there = found.get(task.cell, task)
+        if there.data.path != task.data.path:
+            raise ValueError(
+                f"two data sets are called {task.data.name}, {there.data.path} and {task.data.path}: give them names, "
+                f"as {{name: other, path: {task.data.path}}}"
+            )
         if (other := differences(there.settings, task.settings)) or there.data != task.data:
             raise ValueError(f"two blocks ask for {task.cell.id} with different {other or 'data'}: say it once")
         found[task.cell] = replace(there, judges=tuple(dict.fromkeys((*there.judges, *task.judges))))
@@ -273,7 +286,13 @@ def _task(
     data, images = _data(data_set, block)
     name, attack, changes = _attack(attacked)
     cell = Cell(data.name, data.classes, str(model), method, name, _eps(eps), seed)
-    task = Task(cell, data, images, attack, _training(cell, {**block, **changes}), judges)
+    training = _training(cell, {**block, **changes})
+    if attack == "none" and (own := [name for name, value in training.attack.items() if value is not None]):
+        raise ValueError(
+            f"the attack none has no {' and no '.join(own)}: give it to the attacks that have it, as {{name: mine, "
+            f"attack: pgd, {own[0]}: {training.attack[own[0]]}}}"
+        )
+    task = Task(cell, data, images, attack, training, judges)
     trainer(task, nn.Identity())  # refuses wrong settings before any cell runs
     return task
 
@@ -286,9 +305,29 @@ def _data(given: object, block: Mapping[str, Any]) -> tuple[DataSet, Images]:
     chosen = {name: entry[name] for name in _names(DataSet) if entry.get(name) is not None}
     chosen = {"path": entry["name"], **chosen}
     if "classes" in chosen:
-        chosen["classes"] = ",".join(map(str, _several(chosen["classes"])))
+        chosen["classes"] = _classes(entry["name"], chosen["classes"])
     images = {name: {**block, **entry}[name] for name in _names(Images) if name in {**block, **entry}}
     return DataSet(**chosen), Images(**images)
+
+
+def _classes(data: str, given: object) -> str:
+    """The classes of a data set as `class_list` takes them. A text is so already; an entry of a list is one class."""
+    if isinstance(given, str):
+        return given
+    entries = _several(given)
+    for entry in entries:
+        if type(entry) is not int and not (isinstance(entry, str) and entry):
+            raise ValueError(
+                f"the classes of {data} are names or labels, got {entry!r}: put a name that YAML takes for something "
+                "else in quotes"
+            )
+    return ",".join(map(_listed, entries))
+
+
+def _listed(entry: int | str) -> str:
+    """A class as a list in a text has it: in quotes where it would else be cut or stripped."""
+    text = str(entry)
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"') or text != text.strip() else text
 
 
 def name_of(path: Path) -> str:
@@ -340,7 +379,8 @@ def _training(cell: Cell, block: Mapping[str, Any]) -> Settings:
 
 
 def _eps(given: object) -> float:
-    given = in_255ths(given) if isinstance(given, str) else given  # "8/255"
+    if isinstance(given, str) and "_" not in given:  # Python reads 1_0 as 10
+        given = in_255ths(given)  # "8/255"
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0.5 <= given <= 255:
         raise ValueError(f"eps is a number of 1/255, from 0.5 to 255, got {given!r}")
     return float(given)

@@ -1,6 +1,7 @@
 """The images of a cell: a data set preprocessed for the model, each part cut to its limit, in a fixed order."""
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,7 @@ class Parts:
         judged: a digest of the test images and their labels, in their order.
         test_digests: int64 (N,), a digest of each test image's content.
         trained_on: the training images as a model's file names them.
+        warnings: what was warned of when the set was loaded.
     """
 
     train: Samples
@@ -43,10 +45,11 @@ class Parts:
     judged: str
     test_digests: torch.Tensor
     trained_on: TrainedOn
+    warnings: tuple[str, ...]
 
 
 def parts_of(task: Task, data_folder: Path | None) -> Parts:
-    """The images of a cell. The last eight data sets stay in memory.
+    """The images of a cell. The last eight data sets stay in memory, and are warned of when they are loaded.
 
     Args:
         task: the cell, which names the data set and its limits.
@@ -92,16 +95,20 @@ def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None
             f"digits is the name of scikit-learn's, and {data_folder} has something called so, too: write ./digits for "
             "that, or rename it"
         )
-    dataset = data.load(
-        given.path if named else Path(data_folder or "", given.path),
-        preprocessing=preprocessing_of(given, model),
-        classes=None if given.classes is None else class_list(given.classes),
-        validation=limits.validation,
-        folder=data_folder,
-        image_column=given.image_column,
-        label_column=given.label_column,
-        seed=limits.split_seed,
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = data.load(
+            given.path if named else Path(data_folder or "", given.path),
+            preprocessing=preprocessing_of(given, model),
+            classes=None if given.classes is None else class_list(given.classes),
+            validation=limits.validation,
+            folder=data_folder,
+            image_column=given.image_column,
+            label_column=given.label_column,
+            seed=limits.split_seed,
+        )
+    for each in caught:
+        warnings.warn(each.message, stacklevel=3)
     if len(dataset.classes) < 2:
         raise ValueError(f"{given.name} has a single class, {dataset.classes[0]}: there is nothing to tell apart")
     rows = {name: _chosen(len(getattr(dataset, name)[1]), getattr(limits, f"{name}_limit")) for name in dataset.digests}
@@ -119,6 +126,7 @@ def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None
         judged=_hash(digests["test"].numpy(), parts["test"][1].numpy()),
         test_digests=digests["test"],
         trained_on=TrainedOn.of(dataset),
+        warnings=tuple(str(each.message) for each in caught),
     )
 
 

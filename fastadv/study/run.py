@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -17,10 +17,10 @@ from fastadv.files import write_atomically
 from fastadv.study import cells
 from fastadv.study.cells import Outcome, Site
 from fastadv.study.cost import cost_of
-from fastadv.study.files import ERROR, cell_folder, finished
-from fastadv.study.grid import Cell, Task
-from fastadv.study.images import preprocessing_of
-from fastadv.study.together import check, check_together
+from fastadv.study.files import ERROR, GRID, Record, cell_folder, finished, read_grid
+from fastadv.study.grid import Cell, DataSet, Task, differences, expanded
+from fastadv.study.images import NAMED, preprocessing_of
+from fastadv.study.together import FOUND, check, check_together
 
 logger = logging.getLogger("fastadv")
 
@@ -34,13 +34,15 @@ def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
 
     Raises:
         FormatError: another version of fastadv wrote a file in the folder.
-        ValueError: a cell in the folder was made with other settings, images or weights, or is damaged; or a judge is
-            missing, and the weights of the cell were not kept.
+        ValueError: a cell in the folder was made with other settings, images, weights or functions, or is damaged; or a
+            judge is missing, and the weights of the cell were not kept.
     """
     records = {Cell(**record["cell"]).id: record for record in finished(folder)}
-    for task in tasks:
-        if task.cell.id in records:
-            check(task, records[task.cell.id])
+    done = [task for task in tasks if task.cell.id in records]
+    models_here = {model: cells.model_here(model) for model in dict.fromkeys(task.cell.model for task in done)}
+    for task in done:
+        check(task, records[task.cell.id])
+        _check_model(task, records[task.cell.id], models_here[task.cell.model])
     check_together([*records.values(), *({"cell": asdict(task.cell), "settings": task.settings} for task in tasks)])
     left = []
     for task in tasks:
@@ -59,6 +61,50 @@ def pending(tasks: Sequence[Task], folder: Path) -> list[Task]:
         else:
             cells.clean(folder, task.cell.id)  # a process that was killed right at its end has left its work
     return left
+
+
+def _check_model(task: Task, record: Record, here: Mapping[str, str]) -> None:
+    """Refuse a model whose file, or whose function's source, is not what a finished cell was made from."""
+    for name, digest in here.items():
+        if record["settings"].get(name, digest) != digest:  # an older record does not have all of them
+            raise ValueError(
+                f"the finished cell {task.cell.id} and this machine have different {FOUND[name]} under the name "
+                f"{task.cell.model}: put back what the cell was made from, give the new one another name, or choose "
+                "another --out"
+            )
+
+
+def check_data(tasks: Sequence[Task], left: Sequence[Task], folder: Path) -> None:
+    """Refuse other data under the name of a set whose cells are all finished.
+
+    Where a cell of the set is left, the images are compared when it runs: the set may have moved to another folder.
+
+    Args:
+        tasks: the cells of the grid.
+        left: those that must still be run.
+        folder: the study's folder, with the grid that the study had before.
+
+    Raises:
+        ValueError: the grid of the folder has another path or other columns for a set.
+    """
+    try:
+        before = {task.cell: task.data for task in expanded(read_grid(folder / GRID))}
+    except (FileNotFoundError, TypeError, ValueError):  # none yet, or one of another version
+        return
+    loaded = {(task.cell.data, task.cell.classes) for task in left}
+    for task in tasks:
+        set_, made = (task.cell.data, task.cell.classes), before.get(task.cell, task.data)
+        if set_ not in loaded and (other := differences(_place(made), _place(task.data))):
+            count = sum((each.cell.data, each.cell.classes) == set_ for each in tasks)
+            raise ValueError(
+                f"{task.data.name} was other data when its {count} finished cells were made, and differs in {other}: "
+                "give the new data another name, or choose another --out"
+            )
+
+
+def _place(data: DataSet) -> dict[str, object]:
+    path = data.path if data.path in NAMED else Path(data.path)  # a is ./a, but digits is not ./digits
+    return {"path": path, "image_column": data.image_column, "label_column": data.label_column}
 
 
 def check_possible(tasks: Sequence[Task]) -> None:

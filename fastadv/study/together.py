@@ -14,8 +14,9 @@ FOUND = {
     "weights": "pretrained weights",
     "architecture": "networks",
     "file": "model files",
+    "source": "source files of the function",
 }
-LATER = ("order", "architecture", "file")  # those that cells of fastadv 0.1.0 do not have
+LATER = ("order", "architecture", "file", "source")  # those that cells of older versions do not have
 _LIMITS = ("validation", "split_seed", "train_limit", "val_limit")
 
 
@@ -39,7 +40,8 @@ def check_together(records: Iterable[Record]) -> None:
     """Refuse cells that use one name for different things.
 
     A name of a data set stands for the same images in the same parts; that of a model for the same weights; and that of
-    an attack, with one model, method and eps, for the same attack. Seeds of one row differ in nothing else.
+    an attack for what the trainer calls the same, with one model, method and eps also with the same settings. Seeds of
+    one row differ in nothing else.
 
     Args:
         records: the cells' records, of which "cell" and "settings" are compared.
@@ -72,6 +74,7 @@ def _meanings(cell: Cell, settings: Mapping[str, Any]) -> Iterator[tuple[tuple[o
         "weights": model,
         "architecture": (*model, own["size"]),
         "file": (cell.model,),
+        "source": (cell.model,),
     }
     for what, key in keys.items():
         if what in settings:
@@ -81,6 +84,7 @@ def _meanings(cell: Cell, settings: Mapping[str, Any]) -> Iterator[tuple[tuple[o
         f"use the name {cell.attack} for attacks with different settings, {{}}: give one of them another name in the "
         "grid, or choose another --out"
     )
+    yield ("attack", cell.attack), {"trained_with": own["trained_with"]}, words
     attack = {name: own[name] for name in OF_THE_ATTACK}
     yield ("attack", cell.model, cell.method, cell.eps, cell.attack), attack, words
     words = "are to differ in the seed alone, and differ in {}: use the same settings, or choose another --out"
