@@ -57,10 +57,11 @@ def test_an_old_setting_of_a_grid_is_the_new_one(old):
 def test_an_old_option_is_the_new_one(old):
     finetune = ("finetune", "--data", "digits", "--out", "nowhere")
     option, new = (f"--{name.replace('_', '-')}" for name in (old, RENAMED[old]))
+    parser = cli._parser()
     with pytest.warns(FutureWarning, match=f"{option} is now {new}"):
-        given = cli._parser().parse_args([*finetune, option, str(VALUES[old])])
+        given = parser.parse_args([*finetune, option, str(VALUES[old])])
     assert getattr(given, RENAMED[old]) == VALUES[old]
-    assert vars(given) == vars(cli._parser().parse_args([*finetune, new, str(VALUES[old])]))
+    assert vars(given) == vars(parser.parse_args([*finetune, new, str(VALUES[old])]))
 
 
 def test_an_attack_of_the_old_name_of_what_steps_write_is_the_new_one():
