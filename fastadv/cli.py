@@ -1,7 +1,6 @@
 """The command line: a module of fastadv.commands for each command."""
 
 import argparse
-import difflib
 import logging
 import os
 import shlex
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from fastadv.commands import evaluate, export, finetune, info, predict, pretrain, study
 from fastadv.commands.failures import words_of
 from fastadv.commands.speech import add_verbosity, is_verbose, speaking
+from fastadv.names import nearest
 from fastadv.version import __version__
 
 COMMANDS = {
@@ -76,5 +76,5 @@ def _near(word: str, command: argparse.ArgumentParser) -> str:
     """The option that was probably meant."""
     names = [name for action in command._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
     known = {name.strip("-"): name for name in names}
-    near = difflib.get_close_matches(word.partition("=")[0].strip("-"), known, n=1, cutoff=0.7)
-    return f". Did you mean {known[near[0]]}?" if near else ""
+    near = nearest(word.partition("=")[0].strip("-"), known, cutoff=0.7)
+    return f". Did you mean {known[near]}?" if near else ""

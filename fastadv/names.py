@@ -6,6 +6,13 @@ from collections.abc import Iterable
 MOST = 40  # names in a message
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is most like `name`, whatever its case; None where none is."""
+    lower = {each.lower(): each for each in reversed(list(known))}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=cutoff)
+    return lower[near[0]] if near else None
+
+
 def instead(name: object, known: Iterable[object]) -> str:
     """The names that there are, and the nearest of them: "; there are fgsm, pgd. Did you mean pgd?".
 
@@ -16,8 +23,7 @@ def instead(name: object, known: Iterable[object]) -> str:
         known: the names that are.
     """
     names = list(map(str, known))
-    lower = {each.lower(): each for each in reversed(names)}
-    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    near = nearest(str(name), names)
     more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
     listed = f"; there are {', '.join(names[:MOST]) or 'none'}{more}"
-    return f"{listed}. Did you mean {lower[near[0]]}?" if near else listed
+    return f"{listed}. Did you mean {near}?" if near else listed

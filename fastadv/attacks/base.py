@@ -374,14 +374,11 @@ class Attack(Modes, Targets, ABC):
         """
         self._settle()
         self._check_batch(images, labels, seed, x_init)
-        if (
-            self._watch.first
-            and self.norm == "L2"
-            and (wrong := length_in_l2(self.eps if eps is None else eps, self.clip))
-        ):
+        radius = self.eps if eps is None else eps
+        if self._watch.first and self.norm == "L2" and (wrong := length_in_l2(radius, self.clip)):
             warnings.warn(wrong, stacklevel=2)
         if x_init is None:  # that may be anywhere in the ball
-            self._warn_of_short(self.eps if eps is None else eps, stacklevel=3)
+            self._warn_of_short(radius, stacklevel=3)
         frozen_model = frozen(self.model, self.training_mode, self.loss, self.targeted)
         with torch.inference_mode(False), torch.no_grad(), frozen_model as parameters, on(images.device):
             shapes = [parameter.shape for parameter in parameters if not is_lazy(parameter)]

@@ -191,7 +191,7 @@ class Engine:
         if not self._theirs:
             return
         attack, slots = self.attack, self.slots
-        if returned is not None:
+        if returned is not None and returned is not slots.adv:  # as our ops in place return it
             raise TypeError(
                 f"{type(attack).__name__}.{name} returned a {type(returned).__name__}: an attack writes its iterate "
                 "into slots.adv, and returns nothing"

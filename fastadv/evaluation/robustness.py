@@ -180,7 +180,7 @@ def evaluate(
         model = Normalized(model, *images_normalized)
     against = adversaries(model, attacks, eps, autocast=autocast, memory_format=memory_format)
     images, labels = collected(data, model, device, normalization)
-    notes = oddities(data, len(labels))
+    notes = oddities(data, images)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     most = images.most if isinstance(images, Share) else len(images)

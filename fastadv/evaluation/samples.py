@@ -82,27 +82,28 @@ def collected(
     return images, labels
 
 
-def oddities(data: object, count: int) -> list[str]:
+def oddities(data: object, images: torch.Tensor | Share) -> list[str]:
     """What a loader or a Dataset does to the samples that an evaluation should not have, in sentences.
 
     Some images of the data set are read twice, with other seeds, to tell whether they are drawn anew each time.
 
     Args:
         data: the samples, as `evaluate` takes them.
-        count: the number of samples that it gave.
+        images: those that it gave.
     """
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset):
-        if isinstance(data, DataLoader) and data.num_workers > 1:
+        workers = data.num_workers if isinstance(data, DataLoader) else 1
+        if workers > 1 and isinstance(images, torch.Tensor) and len(set(map(_bytes, images))) * workers <= len(images):
             return [
-                f"the loader has {data.num_workers} workers, and each of them reads the whole IterableDataset, unless "
-                "that shares itself out by torch.utils.data.get_worker_info(): then images count several times"
+                f"each of the {workers} workers of the loader read all of the IterableDataset, and each image counts "
+                f"{workers} times: share it out by torch.utils.data.get_worker_info(), or take num_workers=0"
             ]
         return []
     readable = isinstance(dataset, Dataset) or (isinstance(data, DataLoader) and hasattr(dataset, "__getitem__"))
     if not readable or not hasattr(dataset, "__len__"):
         return []
-    found, size = [], len(dataset)
+    found, size, count = [], len(dataset), len(images)
     if count < size:
         found.append(
             f"the loader gave {count} of the {size} samples of its data set: the others are in no figure. Does it have "
@@ -127,6 +128,10 @@ def oddities(data: object, count: int) -> list[str]:
             "of one draw. Evaluate on images without random transforms"
         )
     return found
+
+
+def _bytes(image: torch.Tensor) -> bytes:
+    return image.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _indices_of(sampler: object, size: int) -> Sequence[int] | None:

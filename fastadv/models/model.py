@@ -232,17 +232,26 @@ def _timm(architecture: Architecture, count: int) -> nn.Module:
 
 
 @contextmanager
-def options_of_timm(name: str, options: dict[str, Any]) -> Iterator[None]:
+def options_of_timm(name: str, options: dict[str, Any], advice: str = "") -> Iterator[None]:
     """Turn the errors of a model of timm's that its options do not fit, of whatever kind, into one.
+
+    Args:
+        name: of the model.
+        options: of timm.create_model.
+        advice: the end of the error, where there are options.
 
     Raises:
         ValueError: such an error.
     """
     try:
         yield
+    except OSError:  # a missing file or network, which is no matter of options
+        raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         what = str(error) or f"it raises {type(error).__name__}"
-        raise ValueError(f"timm cannot build {name!r} with the options {options}: {what}") from error
+        raise ValueError(
+            f"timm cannot build {name!r} with the options {options}: {what}{advice if options else ''}"
+        ) from error
 
 
 def _hf(architecture: Architecture, count: int) -> nn.Module:

@@ -226,8 +226,12 @@ def _timm(name: str, base: str, options: dict[str, Any]) -> ModelSource:
 
     def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         if pretrained:
-            with _found(f"the weights of timm's {base}", f"{config.hf_hub_id or config.url}"):
-                network = _pretrained(timm, base, options)
+            where, advice = (
+                config.hf_hub_id or config.url,
+                ". Pretrained weights may not fit these: try pretrained=false",
+            )
+            with _found(f"the weights of timm's {base}", f"{where}"), options_of_timm(base, options, advice):
+                network = timm.create_model(base, pretrained=True, **options)
             new_head(network, len(classes))
         else:
             network = construct(architecture, len(classes))
@@ -236,17 +240,6 @@ def _timm(name: str, base: str, options: dict[str, Any]) -> ModelSource:
         return Model(network, preprocessing, architecture, classes, pretrained)
 
     return ModelSource(name, preprocessing, build)
-
-
-def _pretrained(timm: ModuleType, base: str, options: dict[str, Any]) -> nn.Module:
-    try:
-        with options_of_timm(base, options):
-            network: nn.Module = timm.create_model(base, pretrained=True, **options)
-        return network
-    except ValueError as error:
-        if not options:
-            raise
-        raise ValueError(f"{error}. The pretrained weights may not fit these: try pretrained=false") from error
 
 
 def _check_options(network: nn.Module, base: str, options: dict[str, Any], shape: tuple[int, ...], count: int) -> None:

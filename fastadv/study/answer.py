@@ -109,7 +109,7 @@ def _hidden(runs: Iterable[Course]) -> list[str]:
     """How many runs are not counted, at which eps, and why: with a run with PGD beside them, and without one."""
     words = []
     judge = judge_words(HEADLINE_JUDGE)
-    for alone, group in grouped((each for each in runs if not each.shows), lambda each: each.alone):
+    for alone, group in grouped((each for each in runs if not each.shows), lambda each: each.partner is None):
         counts = Counter(each.result.cell.eps for each in group)
         by_eps = listed(f"{count} at eps {eps:g}" for eps, count in sorted(counts.items()))
         where = f" ({by_eps})" if len(counts) > 1 else ""

@@ -106,8 +106,7 @@ class Course:
         seen: {name of a detector: the epoch at which it fired first, or None}, of the detectors that have readings.
         shows: whether a collapse would show; not where the run with PGD from the same seed is not robust either, nor,
             where there is none, if the run itself is not.
-        beside_pgd: whether there is a run with PGD from the same seed that is robust on more images than a guess.
-        alone: whether there is no run with PGD from the same seed.
+        partner: the run with PGD from the same seed; None where there is none.
     """
 
     result: Result
@@ -116,8 +115,12 @@ class Course:
     weak: bool
     seen: dict[str, int | None]
     shows: bool = True
-    beside_pgd: bool = False
-    alone: bool = False
+    partner: Result | None = None
+
+    @property
+    def beside_pgd(self) -> bool:
+        """Whether there is a run with PGD from the same seed that is robust on more images than a guess."""
+        return self.partner is not None and self.partner.above_chance
 
     @property
     def how(self) -> str | None:
@@ -181,12 +184,9 @@ def courses(results: Iterable[Result]) -> list[Course]:
             measure = _measure(partner)
             fallen, half = collapse(each.epochs, measure), partly(each.epochs, measure)
             robust = each.above_chance if partner is None else partner.robust
-            beside = partner is not None and partner.above_chance
             shows = robust or fallen is not None or half is not None
             low = shows and fallen is None and half is None and partner is not None and weak(each, partner)
-            found.append(
-                Course(each, fallen, half if fallen is None else None, low, seen, shows, beside, partner is None)
-            )
+            found.append(Course(each, fallen, half if fallen is None else None, low, seen, shows, partner))
     return found
 
 

@@ -120,7 +120,8 @@ class Result:
     def time_counts(self) -> bool:
         """Whether the time of its training counts: made on one machine, and where on a GPU, that it had alone."""
         machine = self.record["machine"]
-        return "before" not in machine and (machine["device"] == "cpu" or machine.get("sharing") == 1)
+        alone: bool = machine["device"] == "cpu" or machine.get("sharing") == 1
+        return alone and "before" not in machine
 
     @property
     def fast(self) -> bool:

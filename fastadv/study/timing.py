@@ -84,9 +84,7 @@ def predicted(pairs: Iterable[tuple[Result, Result]]) -> float:
 
 
 def _comparable(a: Result, b: Result) -> bool:
-    machine = a.record["machine"]
-    alone: bool = machine["device"] == "cpu" or machine.get("sharing") == 1
-    return alone and machine == b.record["machine"] and "before" not in machine
+    return a.time_counts and a.record["machine"] == b.record["machine"]
 
 
 def _seconds(result: Result) -> float:

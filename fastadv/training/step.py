@@ -45,7 +45,8 @@ class TrainStep:
         model: it is trained; its outputs are any that attacks take.
         attack: one of fastadv, any callable from (images, labels) to images, None for clean images, or a `FastMethod`,
             whose `begin` the caller calls before each update.
-        optimizer: of the parameters that train; a warning says where it has others than the model's.
+        optimizer: of the parameters that train, whose gradients so far are dropped; a warning says where it has others
+            than the model's.
         through: the update calls this, such as the model under DistributedDataParallel; None means the model.
         clean_weight: share of the loss on clean images, in [0, 1]; these go through the model with the others.
         label_smoothing: of the loss of the update.

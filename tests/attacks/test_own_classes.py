@@ -51,6 +51,11 @@ class Aliasing(Own):
         slots.adv = slots.x
 
 
+class Chained(Own):
+    def step(self, slots, grad):
+        return slots.adv.copy_(projected(slots.adv, slots.x, grad).clamp(0, 1))
+
+
 class Masked(PGD):
     """It changes what PGD's step has written."""
 
@@ -79,7 +84,7 @@ def by_hand(model, x, y, mask=1.0, steps=3):
     return adv
 
 
-@pytest.mark.parametrize("attack", [Own, Rebinding, Aliasing])
+@pytest.mark.parametrize("attack", [Own, Rebinding, Aliasing, Chained])
 def test_the_model_sees_the_iterate_however_it_was_written(model, batch, attack):
     x, y = batch
     before = x.clone()

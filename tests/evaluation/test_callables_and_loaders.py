@@ -104,6 +104,12 @@ class Stream(IterableDataset):
         return iter(zip(self.x, self.y, strict=True))
 
 
+class SharedOut(Stream):
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        return iter(list(super().__iter__())[worker.id :: worker.num_workers])
+
+
 LOADERS = {
     "repeats in a list": (lambda x, y: DataLoader(TensorDataset(x, y), sampler=[0, 1, 2, 2]), "with replacement"),
     "in batches": (
@@ -120,6 +126,7 @@ LOADERS = {
     ),
     "a stream read twice": (lambda x, y: DataLoader(Stream(x, y), 8, num_workers=2), "2 workers"),
     "rows": (lambda x, y: DataLoader(Rows(x, y), 16), None),
+    "a stream that is shared out": (lambda x, y: DataLoader(SharedOut(x, y), 8, num_workers=2), None),
     "a stream": (lambda x, y: DataLoader(Stream(x, y), 8), None),
 }
 
