@@ -37,7 +37,8 @@ class Rough(nn.Module):
     def __init__(self, classes=5, width=60):
         super().__init__()
         self.first = nn.Parameter(torch.randn(width, 75, dtype=torch.float64), requires_grad=False)
-        self.second = nn.Parameter(torch.randn(classes, width, dtype=torch.float64) / 2, requires_grad=False)
+        # Logits so near that no label is sure: cross-entropy has a gradient for every image.
+        self.second = nn.Parameter(torch.randn(classes, width, dtype=torch.float64) / 8, requires_grad=False)
 
     def forward(self, x):
         hidden = (x.flatten(1)[:, None] * self.first).sum(2).relu()
