@@ -1,7 +1,9 @@
 """A monitor for catastrophic overfitting, for any training loop."""
 
 import copy
+import warnings
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import cast
 
 import torch
@@ -12,6 +14,7 @@ from fastadv.attacks.engine import Engine
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.samplewise import cosines_of
 from fastadv.attacks.verdicts import predicted
+from fastadv.evaluation.adversaries import eps_of
 from fastadv.evaluation.samples import collected
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
@@ -80,7 +83,8 @@ class Monitor:
             Held-out images also tell it from ordinary overfitting. The images stay on their device.
         labels: int64 (N,).
         attack: the training attack: one of fastadv, any callable from (images, labels) to images, or None for training
-            on clean images. The attribute may be set to another attack later.
+            on clean images. The attribute may be set to another attack later; `model`, `eps` and `steps`
+            are fixed.
         eps: the budget of PGD and of the noise, in the images' units, [0, 1]; PGD's steps are eps / 4.
         steps: the number of PGD's steps.
         drop: how far the accuracy under PGD may fall below its best, or below the accuracy under the training attack; a
@@ -102,6 +106,12 @@ class Monitor:
         ValueError: there are no images, images beyond [0, 1], or of a dtype that the model does not take; or an option
             is out of range.
     """
+
+    # Without a dict of its own: a name that is no attribute is refused when it is assigned.
+    __slots__ = (
+        *("images", "labels", "drop", "seed", "best", "_best_gap", "_attack", "_passes", "_pgd", "_judge"),
+        "__weakref__",
+    )
 
     def __init__(
         self,
@@ -126,24 +136,48 @@ class Monitor:
         check_number("drop", drop)
         if not 0 < drop < 1:
             raise ValueError(f"drop is a share in (0, 1), got {drop}")
-        check_attack("attack", attack)
-        check_linf(attack)
         # One process may check while others do not: DistributedDataParallel would wait for them.
-        self.model = one_process(model)
+        inner = one_process(model)
         # Copies, which stay as they are whatever the caller does with the tensors.
         self.images, self.labels = (each.clone() for each in collected((images, labels), model, None))
-        check_taken(self.model, self.images, self.images.shape[1:], autocast)
-        warn_of_strange(attack, model, stacklevel=3)
-        self.attack = as_attack(attack, self.model, eps)
-        self.eps, self.steps, self.drop, self.seed = eps, steps, drop, seed
-        self.best: float | None = None  # accuracy under PGD
-        self._best_gap: float | None = None
+        check_taken(inner, self.images, self.images.shape[1:], autocast)
         count = len(self.labels)
         self._passes = Passes(min(part or count, count), autocast, memory_format, compile)
-        self._pgd = PGD(self.model, eps, eps / 4, steps, **self._passes.attack)
-        self._judge = Objective(self.model, "ce", autocast=autocast)
+        self._pgd = PGD(inner, eps, eps / 4, steps, **self._passes.attack)
+        self._judge = Objective(inner, "ce", autocast=autocast)
+        self.drop, self.seed = drop, seed
+        self.attack = attack
+        self._warn_of_attack(attack, model)
+        self.best: float | None = None  # accuracy under PGD
+        self._best_gap: float | None = None
         # Refuses a label beyond the classes before anything is compiled.
         (self._judge if compile else self._pgd.objective).check_classes(highest(self.labels))
+
+    # What the parts of a monitor were made of stays as it is.
+    model = property(attrgetter("_pgd.model"))
+    eps = property(attrgetter("_pgd.eps"))
+    steps = property(attrgetter("_pgd.steps"))
+
+    @property
+    def attack(self) -> AnyAttack | None:
+        return self._attack
+
+    @attack.setter
+    def attack(self, attack: TrainAttack | None) -> None:
+        check_attack("attack", attack)
+        check_linf(attack)
+        self._attack = as_attack(attack, self.model, self.eps)
+
+    def _warn_of_attack(self, attack: TrainAttack | None, model: AnyModel) -> None:
+        """Warn where the attack is of another model or budget, which would be taken for overfitting or hide it."""
+        warn_of_strange(attack, model, stacklevel=4)
+        theirs = eps_of(attack)
+        if theirs is not None and abs(theirs - self.eps) > 1e-6 * self.eps:
+            warnings.warn(
+                f"the attack has eps {theirs:.6g}, and the monitor's PGD {self.eps:.6g}: the gap between their "
+                "accuracies is that of two budgets, not a sign of overfitting. Give both the same",
+                stacklevel=3,
+            )
 
     def check(self) -> Reading:
         """Take a reading of the model.

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fastadv.attacks.checks import check_one_class
+from fastadv.data.common import common_images
 from fastadv.data.dataset import Data
 from fastadv.data.share import Batch, Share
 from fastadv.evaluation.identity import known_hash
@@ -52,6 +53,14 @@ class Parts:
         """
         parts = {"training data": self.train, "validation data": self.val, "test data": self.test}
         return {name: None if part is None else _facts(part, team, device) for name, part in parts.items()}
+
+    def in_common(self, device: torch.device) -> list[str]:
+        """Sentences, in the first process, about images that two of the parts have in common; `device` as of `facts`.
+
+        That `test` is `val` where there is no other is known, and not told.
+        """
+        parts = {"train": self.train, "val": self.val, "test": None if self.test is self.val else self.test}
+        return common_images({name: part for name, part in parts.items() if part is not None}, device)
 
     def shares(self, team: Team) -> tuple[Share, Batch | None, Batch | None]:
         """The training images, `val` and `test`, of which each process holds its share."""

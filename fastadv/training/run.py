@@ -107,6 +107,9 @@ class Run:
         self.masks = set(nonfinite(held))  # tensors that are infinite or NaN from the start, such as a mask of logits
         self.data = {} if alone and trainer.folder is None else parts.facts(self.team, self.device)
         check_same(trainer, self.data, self.team)
+        for sentence in parts.in_common(self.device):
+            if self.here.is_main_process:
+                warnings.warn(sentence, stacklevel=3)
         self.images, self.val, self.test = parts.shares(self.team)
         self.labels = parts.train[1]
         self.batches = Batches(

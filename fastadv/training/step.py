@@ -62,6 +62,12 @@ class TrainStep:
         ValueError: an option has a wrong value; or the optimizer is LBFGS, whose step would need the loss again.
     """
 
+    # Without a dict of its own: a name that is no attribute, such as `lr`, is refused when it is assigned.
+    __slots__ = (
+        *("model", "attack", "method", "optimizer", "through", "clean_weight", "label_smoothing", "max_grad_norm"),
+        *("autocast", "highest", "_losses", "_looked", "_merged", "_mode_dependent", "_norm", "__weakref__"),
+    )
+
     def __init__(
         self,
         model: nn.Module,

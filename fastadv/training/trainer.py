@@ -83,6 +83,12 @@ class Trainer:
             `evaluate` refuses.
     """
 
+    # Without a dict of its own: a name that is no attribute, such as `epochs`, is refused when it is assigned.
+    __slots__ = (
+        *("model", "eps", "attack", "eval_attack", "folder", "resume", "measure_backbone", "device", "progress"),
+        *("settings", "given", "__weakref__"),
+    )
+
     def __init__(
         self,
         model: nn.Module,

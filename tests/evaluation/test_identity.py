@@ -377,10 +377,11 @@ def test_an_evaluation_without_a_name_for_it_has_no_state(tmp_path):
 
 
 def train(folder, attack=one, scale=1.0, resume=True, **settings):
-    data = torch.rand(12, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    images = torch.rand(24, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    data, val = ((part, torch.arange(12) % 3) for part in images.split(12))
     options = {"epochs": 1, "batch_size": 6, "probe": 0, "measure_backbone": False, "progress": False, **settings}
     trainer = Trainer(Scaled(scale), EPS, attack=attack, folder=folder, resume=resume, device="cpu", **options)
-    return trainer.fit(data, data)
+    return trainer.fit(data, val)
 
 
 @pytest.mark.parametrize(

@@ -695,12 +695,12 @@ def test_networks_with_two_classifiers_train_whole_or_at_the_one_that_is_named(n
     before = copied(network)
     options = {"epochs": 1, "batch_size": 4, "probe": 0, "progress": False, "device": "cpu"}
     with pytest.warns(UserWarning, match="is not measured: the model has several classifiers, head"):
-        records = Trainer(network, 4 / 255, measure_backbone=True, **options).fit(data, data)
+        records = Trainer(network, 4 / 255, measure_backbone=True, **options).fit(data)
     assert records[0]["backbone"]["clean_accuracy"] is None
     differ = changed(network, before)
     assert all(any(key.startswith(head) for key in differ) for head in ("head.", "head_dist."))
     with pytest.raises(ValueError, match=r"several classifiers, head.*: name one with head="):
-        Trainer(network, 4 / 255, method="linear", measure_backbone=False, **options).fit(data, data)
+        Trainer(network, 4 / 255, method="linear", measure_backbone=False, **options).fit(data)
     if name == "deit":
         with trainable(network, "lora", "head_dist", rank=2, example=data[0]) as tuning:
             names = {key.partition(".lora")[0] for key, _ in tuning.parameters}

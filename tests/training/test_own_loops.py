@@ -1,5 +1,6 @@
 """Training in loops of one's own: what is left over, what computes its gradient late, and what cannot train."""
 
+import re
 import warnings
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from torch import nn
 
 from fastadv import fgsm_step, fgsm_step_, random_init
-from fastadv.attacks import FGSM
+from fastadv.attacks import FGSM, PGDL2
 from fastadv.attacks.samplewise import scalar
-from fastadv.training import TrainStep, trainable
+from fastadv.training import Monitor, Trainer, TrainStep, trainable
 
 EPS = 8 / 255
 
@@ -122,3 +123,76 @@ def test_a_seed_of_numpy_is_a_number():
     np = pytest.importorskip("numpy")
     assert type(scalar(np.int64(7))) is int
     assert scalar(np.int64(7)) == 7
+
+
+def told(known, dtype=torch.uint8):
+    """What a fit says, as (images again, images of the part, part, earlier part), of `known` images from elsewhere.
+
+    Args:
+        known: {(part, earlier part): how many of its 40 images the part has from the earlier one}.
+        dtype: of the parts other than the training images, which are uint8.
+    """
+    parts = {name: torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8) for name in ("train", "val", "test")}
+    for (name, earlier), count in known.items():
+        parts[name][torch.randperm(40)[:count]] = parts[earlier][torch.randperm(40)[:count]]
+    held = [parts[name] if dtype == torch.uint8 else parts[name].to(dtype) / 255 for name in ("val", "test")]
+    labels = torch.arange(40) % 4
+    trainer = Trainer(net(), EPS, epochs=1, probe=0, measure_backbone=False, progress=False, device="cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit((parts["train"], labels), *((images, labels) for images in held))
+    found = [
+        re.match(r"(\d+) of the (\d+) images of (\w+) are images of (\w+) as well", str(w.message)) for w in caught
+    ]
+    return [match.groups() for match in found if match]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_training_tells_which_images_judge_that_it_knows(dtype):
+    assert told({}, dtype) == []
+    assert told({("val", "train"): 7}, dtype) == [("7", "40", "val", "train")]
+    assert told({("test", "train"): 1, ("val", "train"): 0}, dtype) == [("1", "40", "test", "train")]
+    assert told({("test", "val"): 40}, dtype) == [("40", "40", "test", "val")]
+
+
+def test_that_the_validation_images_are_the_test_images_where_there_are_no_others_is_no_repetition():
+    (x, y), (held, labels) = batch(), batch()
+    trainer = Trainer(net(), EPS, epochs=1, probe=0, measure_backbone=False, progress=False, device="cpu")
+    trainer.fit((x, y), (held, labels))  # warnings are errors here
+
+
+@pytest.mark.parametrize("kind", ["trainer", "monitor", "step"])
+def test_a_name_that_would_act_on_nothing_is_refused(kind):
+    model, (x, y) = net(), batch()
+    made = {
+        "trainer": lambda: Trainer(model, EPS, device="cpu"),
+        "monitor": lambda: Monitor(model, x, y, None, EPS),
+        "step": lambda: TrainStep(model, None, torch.optim.SGD(model.parameters(), 0.1)),
+    }[kind]()
+    for name in ("epochs", "lr", "batch_size"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(made, name, 3)
+    if kind == "monitor":
+        for name in ("eps", "steps", "model"):
+            with pytest.raises(AttributeError, match=name):
+                setattr(made, name, getattr(made, name))
+
+
+def test_an_attack_that_is_assigned_to_a_monitor_is_any_that_it_takes():
+    model, (x, y) = net(), batch()
+    monitor = Monitor(model, x, y, None, EPS)
+    shift = torch.rand_like(x) * EPS
+    monitor.attack = lambda images, labels: (images + shift).clamp(0, 1)
+    reading = monitor.check()
+    assert reading.probe_attack == (model((x + shift).clamp(0, 1)).argmax(1) == y).float().mean().item()
+    with pytest.raises(TypeError, match="attack must be"):
+        monitor.attack = "fgsm"
+    with pytest.raises(ValueError, match="L2"):
+        monitor.attack = PGDL2(model, 0.5)
+
+
+def test_a_monitor_warns_of_an_attack_of_another_budget():
+    model, (x, y) = net(), batch()
+    with pytest.warns(UserWarning, match=r"the attack has eps 0\.0627451, and the monitor's PGD 0\.0313725"):
+        Monitor(model, x, y, FGSM(model, 2 * EPS), EPS)
+    Monitor(model, x, y, FGSM(model, EPS), EPS)
