@@ -9,7 +9,9 @@ from fastadv.attacks import create_attack
 from fastadv.study.files import Record
 from fastadv.study.grid import ALWAYS, IN_A_ROW, Task
 from fastadv.training.cost import fresh_share, passes
+from fastadv.training.fast import fast_method, is_fast
 from fastadv.training.fast.cached import Cached
+from fastadv.training.monitor import STEPS
 
 
 def cost_of(task: Task) -> dict[str, float]:
@@ -53,7 +55,7 @@ def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
         classes: the number of classes.
 
     Returns:
-        Training, evaluations and judging together.
+        Training, with the monitor's readings, evaluations and judging together.
 
     Raises:
         ValueError: the cost of the attack is not known.
@@ -66,7 +68,20 @@ def units_of(task: Task, images: Mapping[str, int], classes: int) -> float:
     parts = dict.fromkeys(part for name in (*ALWAYS, *task.judges) for part in IN_A_ROW.get(name, [name]))
     judged = _judging(parts, task, classes)
     training = epochs * images["train"] * cost_of(task)["units"]
+    training += epochs * min(task.training.probe, images["train"]) * watching(task)
     return training + images["val"] * (evaluations * chosen + final) + images["test"] * judged
+
+
+def watching(task: Task) -> float:
+    """The forward passes that the monitor takes at each reading for an image of its batch."""
+    name, model, eps = task.attack, nn.Identity(), task.cell.eps / 255
+    if name == "none":
+        return 0.0
+    changes = task.training.attack
+    attack = (
+        fast_method(name, model, eps, changes).attack if is_fast(name) else create_attack(name, model, eps, **changes)
+    )
+    return 1 + 2 * (STEPS + 2 + attack.steps)  # a gradient is a forward pass, and one backward
 
 
 def _judging(names: Iterable[str], task: Task, classes: int) -> float:

@@ -26,6 +26,7 @@ from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
 from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack, check_linf, warn_of_strange
 
+STEPS = 5  # of PGD
 COLLAPSED = 0.5  # alarm where PGD leaves less than half of the accuracy under the training attack; else it leaves most
 
 
@@ -121,7 +122,7 @@ class Monitor:
         attack: TrainAttack | None,
         eps: float,
         *,
-        steps: int = 5,
+        steps: int = STEPS,
         drop: float = 0.20,
         seed: int = 0,
         part: int | None = None,

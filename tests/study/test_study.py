@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,19 +17,21 @@ import torch
 from fitted import timeless
 
 from fastadv import cli, models, random_init, sample_seeds
+from fastadv.attacks import create_attack
 from fastadv.commands import study as command
 from fastadv.data import Split, TrainedOn
 from fastadv.evaluation import evaluate
 from fastadv.locks import held
 from fastadv.study import cells, cluster, verdicts
 from fastadv.study.cells import Site
-from fastadv.study.cost import cost_of
+from fastadv.study.cost import cost_of, units_of, watching
 from fastadv.study.estimate import estimates
 from fastadv.study.files import read_grid, write_grid
 from fastadv.study.grid import Cell, DataSet, expanded, trainer
 from fastadv.study.images import parts_of
 from fastadv.study.run import shared_out
-from fastadv.training import Trainer
+from fastadv.training import Monitor, Trainer
+from fastadv.training.fast import fast_method, is_fast
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import RENAMED
 from fastadv.version import __version__
@@ -307,6 +309,46 @@ def test_an_estimate_knows_which_images_get_a_fresh_attack():
     units = {task.cell.attack: cost_of(task)["units"] for task in expanded(grid)}
     share = {"cached": (1 + 7 / 4) / 8, "cached-2": (1 + 7 / 2) / 8, "cached-9": (1 + 7 / 9) / 8}
     assert units == pytest.approx({name: 3 * fresh for name, fresh in share.items()})
+
+
+def test_an_estimate_has_the_passes_of_the_monitor():
+    """Counted: those of a reading, of images forwards and of gradients backwards."""
+
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.passes = torch.nn.Linear(12, 3), 0
+
+        def forward(self, x):
+            self.passes += len(x)
+            x = x.flatten(1)
+            if x.requires_grad:
+                x.register_hook(self.count)
+            return self.inner(x)
+
+        def count(self, grad):
+            self.passes += len(grad)
+
+    attacks = ["fgsm", "nfgsm", "stale", "sora", {"name": "pgd-3", "attack": "pgd", "steps": 3, "alpha": 0.04}]
+    for task in expanded(D | {"methods": "full", "attacks": ["none", *attacks], "seeds": 1}):
+        sizes, unwatched = (
+            {"train": 100, "val": 20, "test": 30},
+            replace(task, training=replace(task.training, probe=0)),
+        )
+        readings = units_of(task, sizes, 3) - units_of(unwatched, sizes, 3)
+        assert readings == pytest.approx(task.training.epochs * 100 * watching(task))  # a probe of 100 of 128
+        if task.attack == "none":
+            assert readings == 0
+            continue
+        model, images = Counted(), (torch.rand(9, 3, 2, 2), torch.arange(9) % 3)
+        if is_fast(task.attack):
+            attack = fast_method(task.attack, model, 0.1, {}).attack
+        else:
+            attack = create_attack(task.attack, model, 0.1, **task.training.attack)
+        monitor = Monitor(model, *images, attack, 0.1)
+        model.passes = 0
+        monitor.check()
+        assert model.passes == 9 * watching(task)
 
 
 # ---------------------------------------------------------------------- one cell
@@ -734,6 +776,7 @@ def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
     seconds = [r["train_s"] / (2 * counts["train"] * units[r["cell"]["attack"]]) for r in found]
     fgsm, pgd, pma = 2 + 1, 20 + 1, 2 * (40 + 1)
     passes = 2 * counts["train"] * 17 + counts["val"] * (2 * pgd + pgd + pma) + counts["test"] * (fgsm + pgd + pma)
+    passes += 2 * 16 * (1 + 2 * (5 + 2 + 7))  # two readings: PGD-5, two gradients, the attack
     estimate = estimates([task], Site(whole / "out", whole))[task.cell.id]
     assert estimate == pytest.approx(sum(seconds) / 4 * passes)
 
