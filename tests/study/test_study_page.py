@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -519,3 +520,14 @@ def test_the_same_cells_give_the_same_files(tmp_path, rng):
     files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     write_study(tmp_path)
     assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+
+
+def test_the_docs_have_every_entry_of_the_numbers(tmp_path, rng):
+    studied.write(tmp_path, studied.record_of(rng, **CELLS[0]))
+    studied.write_grid(tmp_path, GRID)
+    write_study(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
+    table = text.partition("`results.json` has the numbers")[2].partition("`cell.json` has")[0]
+    entries = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for entry in entries for name in re.findall(r"`(\w+)`", entry)}
+    assert named == json.loads((tmp_path / "results.json").read_text()).keys()
