@@ -18,16 +18,13 @@ import torch
 from fastadv._extras import require
 from fastadv.attacks import Attack, create_attack
 from fastadv.data.share import Batch
-from fastadv.evaluation.adversaries import eps_of
-from fastadv.evaluation.confusion import confusions
-from fastadv.evaluation.robustness import evaluate, robust_accuracy
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds, to_float
 from fastadv.nn.autocast import own_autocast
 from fastadv.ops.generator import reseed, seeded
 from fastadv.training import log
 from fastadv.training.augment import Augment
-from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
+from fastadv.training.backbone import FIT, JUDGE
 from fastadv.training.batches import Batches
 from fastadv.training.budget import Budget
 from fastadv.training.checkpoints import Checkpoints, Facts, Groups
@@ -38,6 +35,7 @@ from fastadv.training.fast.base import Epoch, FastMethod
 from fastadv.training.finite import fault, largest, nonfinite, nonfinite_groups
 from fastadv.training.foreign import TrainAttack, as_attack
 from fastadv.training.interruption import Interruption
+from fastadv.training.judge import Judge
 from fastadv.training.memory import SampleMemory
 from fastadv.training.methods import trainable
 from fastadv.training.monitor import Monitor
@@ -66,7 +64,6 @@ T = TypeVar("T")
 # Numbers of epochs that never come. Their orders of the images choose some of them:
 PROBE = 2**31  # those of the monitor
 MEASURED = 2**31 + 1  # those on which the backbone is measured
-EXACT = 1e-5  # distances of images in float32 and in [0, 1] are known to this
 
 
 class Run:
@@ -220,9 +217,8 @@ class Run:
         if wanted:
             s = self.settings
             rows = self.batches.order(MEASURED)[: FIT + JUDGE].sort()[0]
-            images, labels = self.images.to_all(rows, self.device), self.labels[rows]
-            options = {"head": s.head, "seed": s.seed, **asdict(self.passes)}
-            found = self._agreed(backbone_robustness(self.model, images, labels, self.trainer.eps, **options))
+            images = self.images.to_all(rows, self.device)
+            found = self._agreed(self._judge().backbone(images, self.labels[rows], s.head))
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
                 shares = f"{found['clean_accuracy']:.1%} clean, {found['robust_accuracy']:.1%} under PGD-10"
@@ -234,8 +230,8 @@ class Run:
     def _final(self) -> Record:
         epochs = [record for record in self.at.records if "epoch" in record]
         seconds = {name: sum(record.get(name, 0.0) for record in epochs) for name in ("train_s", "train_cpu_s")}
-        attack = self.trainer.eval_attack or self._named("pgd-10")
-        result = {} if self.test is None else self._judged(self.test, attack)
+        judge = self._judge()
+        result = {} if self.test is None else self._agreed(judge.final(self.test))
         chosen = {}
         if self.at.best_epoch is not None and self.val is not None:
             chosen = choice(self.at, criteria(self.trainer.attack)[0], len(self.val[1]))
@@ -247,22 +243,11 @@ class Run:
             **chosen,
             **result,
         }
-        return final | {"eval_attack": _name(attack), **seconds}
+        return final | {"eval_attack": judge.name, **seconds}
 
-    def _judged(self, test: Batch, attack: TrainAttack) -> Record:
-        """The accuracies on the test images: clean, under the attack of the evaluations, and under PMA after it."""
-        attacks: list[str | TrainAttack] = [attack, self._named("pma")]
-        options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
-        report = evaluate(self.model, test, attacks, progress=False, **options)
-        shares, far = [result["robust_accuracy"] for result in report["attacks"]], report["attacks"][0]["largest_linf"]
-        if far is not None and eps_of(attack) is None and far > self.trainer.eps + EXACT:
-            warnings.warn(
-                f"eval_attack goes up to {far:.6g} in L-inf from the clean images, beyond the eps of the training, "
-                f"{self.trainer.eps:.6g}: its accuracies, by which weights are chosen, are of that budget",
-                stacklevel=6,
-            )
-        found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
-        return self._agreed(self._checked(found, attack) | {"confusion": confusions(test[1], report)})
+    def _judge(self) -> Judge:
+        given, s = self.trainer.eval_attack, self.settings
+        return Judge(self.model, given, self.trainer.eps, seed=s.seed, device=self.device, passes=self.passes)
 
     # ------------------------------------------------------------------ a stage
 
@@ -289,7 +274,7 @@ class Run:
             self.weights = Weights(self.tuning, s.ema_decay)
             self.monitor = self._new_monitor()
             self.before = [buffer.clone() for buffer in self.tuning.buffers.values()]
-            self.evaluating = self.trainer.eval_attack or self._named("pgd-10")
+            self.judge = self._judge()
             if groups is None:
                 self._save()
             else:
@@ -592,22 +577,12 @@ class Run:
 
     def _validate(self, val: Batch) -> Record:
         start = time.perf_counter()
-        result = self._accuracy(val, self.evaluating)
+        result = self._agreed(self.judge.choosing(val))
         found = [result[name] for name in criteria(self.trainer.attack)]
         if self.at.best is None or found >= self.at.best:
             self.at.best, self.at.best_epoch = found, self.at.epoch - 1
             self.weights.keep("best")
         return result | {"eval_s": time.perf_counter() - start}
-
-    def _accuracy(self, data: Batch, attack: TrainAttack) -> Record:
-        options: dict[str, Any] = {"seed": self.settings.seed, "device": self.device, **self.passes.evaluation}
-        found = robust_accuracy(self.model, data, attack, **options)
-        return self._agreed(self._checked(found, attack))
-
-    def _checked(self, found: Record, attack: TrainAttack) -> Record:
-        if found["robust_accuracy"] is None:  # its warning says how far it went
-            raise ValueError(f"eval_attack {_name(attack)} leaves its eps or [0, 1]: weights cannot be chosen by it")
-        return found
 
     def _agreed(self, found: T) -> T:
         """The first process's result, in all processes. Theirs may differ by rounding or batch-norm's statistics."""
@@ -666,7 +641,3 @@ class Run:
 def _mixed(*numbers: int) -> int:
     """A seed of 32 bits from several numbers; torch's generator on the CPU uses no more bits."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
-
-
-def _name(attack: str | TrainAttack | None) -> str:
-    return repr(attack) if attack is None or isinstance(attack, (str, Attack)) else type(attack).__qualname__

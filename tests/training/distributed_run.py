@@ -19,7 +19,7 @@ import torch
 from fitted import colours
 from torch import nn
 
-from fastadv.training import Monitor, Trainer, run
+from fastadv.training import Monitor, Trainer, judge, run
 from fastadv.training.step import TrainStep
 
 torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def train(norm, dtype, changes, **options):
 @contextmanager
 def judged_images(model):
     """A list that gets an entry for each image of a forward pass in an evaluation."""
-    judged, before = [], (run.robust_accuracy, run.evaluate)
+    judged, before = [], (judge.robust_accuracy, judge.evaluate)
 
     def counted(function):
         def call(*arguments, **options):
@@ -88,11 +88,11 @@ def judged_images(model):
 
         return call
 
-    run.robust_accuracy, run.evaluate = map(counted, before)
+    judge.robust_accuracy, judge.evaluate = map(counted, before)
     try:
         yield judged
     finally:
-        run.robust_accuracy, run.evaluate = before
+        judge.robust_accuracy, judge.evaluate = before
 
 
 def compare(folder):

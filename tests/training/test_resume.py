@@ -21,7 +21,7 @@ import torch
 from fitted import colours
 from torch import nn
 
-from fastadv.training import Trainer, run
+from fastadv.training import Trainer, judge, run
 from fastadv.training.checkpoints import FORMAT, Checkpoints
 from fastadv.training.memory import SampleMemory
 
@@ -154,7 +154,7 @@ def test_a_signal_leaves_a_checkpoint_and_then_acts(tmp_path, number, error, mon
 def test_a_signal_during_an_evaluation_acts_at_once_and_costs_no_step(tmp_path, monkeypatch, terminating):
     whole = killed_run.train(tmp_path / "whole", checkpoint_s=1e9)
     evaluations, taken = [], []
-    measure, apply = run.robust_accuracy, killed_run.TrainStep.apply
+    measure, apply = judge.robust_accuracy, killed_run.TrainStep.apply
 
     def interrupted(*args, **options):
         evaluations.append(None)
@@ -163,7 +163,7 @@ def test_a_signal_during_an_evaluation_acts_at_once_and_costs_no_step(tmp_path, 
             pytest.fail("it went on")
         return measure(*args, **options)
 
-    monkeypatch.setattr(run, "robust_accuracy", interrupted)
+    monkeypatch.setattr(judge, "robust_accuracy", interrupted)
     monkeypatch.setattr(killed_run.TrainStep, "apply", lambda step: (taken.append(None), apply(step)))
     with pytest.raises(Terminated):
         killed_run.train(tmp_path / "cut", checkpoint_s=1e9)

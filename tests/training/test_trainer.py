@@ -18,7 +18,7 @@ from fastadv import data, sample_seeds, to_float
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, Normalized, create_attack
 from fastadv.evaluation import evaluate, robust_accuracy
 from fastadv.models import find_head, networks
-from fastadv.training import Trainer, run
+from fastadv.training import Trainer, judge, run
 from fastadv.training.augment import Augment
 from fastadv.training.batches import AUGMENTING, Batches
 from fastadv.training.monitor import Reading
@@ -186,7 +186,7 @@ def scripted(monkeypatch):
             assert batch[1] is VAL[1]
             return dict(zip(("clean_accuracy", "robust_accuracy"), next(left), strict=True))
 
-        monkeypatch.setattr(run, "robust_accuracy", measure)
+        monkeypatch.setattr(judge, "robust_accuracy", measure)
         return attacks
 
     return script
@@ -425,7 +425,7 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
     watch(model)
     alarms(2)
     scripted = {"clean_accuracy": 1.0}
-    monkeypatch.setattr(run, "robust_accuracy", lambda *_, **__: scripted | {"robust_accuracy": next(scores)})
+    monkeypatch.setattr(judge, "robust_accuracy", lambda *_, **__: scripted | {"robust_accuracy": next(scores)})
     with pytest.warns(UserWarning, match="it burns"):
         fit(model, on_catastrophic_overfitting="stop", **OPTIONS | {"parts": (TRAIN, VAL)})
     assert same(copied(model), states[4])
@@ -585,10 +585,10 @@ def test_a_run_cut_in_its_final_evaluation_can_be_resumed_twice(tmp_path, monkey
         raise RuntimeError("cut")
 
     options = {"folder": tmp_path, "resume": True, "parts": (TRAIN, None, TEST)}
-    monkeypatch.setattr(run, "evaluate", failing)
+    monkeypatch.setattr(judge, "evaluate", failing)
     with pytest.raises(RuntimeError, match="cut"):
         fit(models[0], **options)
-    monkeypatch.setattr(run, "evaluate", evaluate)
+    monkeypatch.setattr(judge, "evaluate", evaluate)
     first, second = (fit(model, **options) for model in models[1:])
     assert first == second
     assert all(same(copied(models[0]), copied(model)) for model in models[1:])
@@ -717,7 +717,7 @@ def test_the_ema_is_evaluated_and_returned(after_steps, monkeypatch):
         evaluated.append(copied(model))
         return {"clean_accuracy": 1.0, "robust_accuracy": len(evaluated) / 10}
 
-    monkeypatch.setattr(run, "robust_accuracy", noted)
+    monkeypatch.setattr(judge, "robust_accuracy", noted)
     fit(model, ema_decay=0.6)
     expected = {name: value for name, value in start.items() if value.is_floating_point()}
     for step, state in enumerate(states):
