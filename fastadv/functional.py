@@ -73,7 +73,7 @@ def _apply(
     except Exception:
         # The native kernels check for themselves, in nanoseconds, and write nothing where they refuse: here is why.
         _check(name, args, out, normalization, z)
-        if not checks.interleaved(args, out, z):
+        if not checks.needs_a_copy(args, out, z):
             raise
         return _by_a_copy(name, images, parameters, box, out, normalization, z, *flags)
 
@@ -88,10 +88,7 @@ def _by_a_copy(
     z: torch.Tensor | None,
     *flags: bool,
 ) -> torch.Tensor:
-    """`_apply` into views of one buffer that share no element, such as its first and last channels.
-
-    The kernels take these for an overlap. They are rare enough for a copy.
-    """
+    """`_apply` into results of which `checks.needs_a_copy`: they are rare enough for one."""
     new_out, new_z = (
         None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (out, z)
     )
@@ -163,8 +160,18 @@ def _differentiate(
             f"{which} requires grad, and a step with {how} has no derivative: detach it, "
             f"use torch.no_grad(), or leave {how.split()[0]} away"
         )
-    result: torch.Tensor = Step.apply(name, *args)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = Step.apply(name, *(_each_once(args) if is_compiling() else args))  # type: ignore[no-untyped-call]
     return result
+
+
+def _each_once(args: Arguments) -> Arguments:
+    """The arguments with a view of a tensor where it is passed again, as eps and alpha may be one.
+
+    A compiler does not trace an autograd function that gets a tensor twice.
+    """
+    return tuple(
+        a.view_as(a) if isinstance(a, torch.Tensor) and any(a is b for b in args[:i]) else a for i, a in enumerate(args)
+    )
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -86,7 +87,10 @@ def no_tangents(op_name: str, args: Arguments, out: torch.Tensor | None, z: torc
 def _real(name: str, value: object, wanted: str = "a number or a tensor") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int or a fraction
+        raise ValueError(f"{name} must be a number that a float can hold, at most 1.8e308 in size") from None
 
 
 def finite(name: str, value: object) -> float:
@@ -203,6 +207,11 @@ def _overlaps_itself(t: torch.Tensor) -> bool:
     return False
 
 
+def _has_memory(t: torch.Tensor) -> bool:
+    """Whether t has elements in memory: a meta or fake tensor has none, nor has a wrapper of torch.func around one."""
+    return t.numel() > 0 and not is_fake(t) and torch._C._has_storage(t) and t.data_ptr() != 0
+
+
 class _Memory:
     """A tensor's addresses for a NumPy array that nothing reads: NumPy decides exactly whether two arrays overlap."""
 
@@ -235,13 +244,13 @@ def _output(
     _operand(name, out, like_name, like)
     if is_compiling():
         return  # functionalisation gives every mutated tensor memory of its own
-    if out.is_meta or out.numel() == 0:
+    if not _has_memory(out):
         return
     if _overlaps_itself(out):
         raise ValueError(f"{name} has elements that share memory (strides {out.stride()}): give it memory of its own")
     names = {id(t): name for name, t in named.items()}
     for t in args:
-        if not isinstance(t, torch.Tensor) or (may_be_input and _same(out, t)):
+        if not isinstance(t, torch.Tensor) or not _has_memory(t) or (may_be_input and _same(out, t)):
             continue
         if np.shares_memory(_array(out), _array(t)):
             other = names.get(id(t), "a parameter or the seed")
@@ -249,12 +258,14 @@ def _output(
             raise ValueError(f"{name} overlaps {other} in memory{but}: give it memory of its own")
 
 
-def interleaved(args: Arguments, out: torch.Tensor | None, z: torch.Tensor | None) -> bool:
-    """Whether a result and another tensor alternate in memory, as two channels of one buffer; they share no element."""
-    tensors = [t for t in (*args, out, z) if isinstance(t, torch.Tensor)]
-    return any(
-        not _same(result, t) and np.may_share_memory(_array(result), _array(t))
-        for result in (out, z)
-        if result is not None
-        for t in tensors
+def needs_a_copy(args: Arguments, out: torch.Tensor | None, z: torch.Tensor | None) -> bool:
+    """Whether a result is memory that the kernels refuse and PyTorch's `copy_` writes.
+
+    It alternates with another tensor, as two channels of one buffer do, and shares no element with it; or it is a view
+    that negates its memory, such as the imaginary part of a conjugate.
+    """
+    results = [t for t in (out, z) if t is not None and _has_memory(t)]
+    tensors = [t for t in (*args, *results) if isinstance(t, torch.Tensor) and _has_memory(t)]
+    return any(result.is_neg() for result in results) or any(
+        not _same(result, t) and np.may_share_memory(_array(result), _array(t)) for result in results for t in tensors
     )

@@ -52,23 +52,36 @@ def _int64_tensor(name: str, value: object, device: torch.device) -> torch.Tenso
     return torch.full((), as_int64(number), dtype=torch.int64, device=device)
 
 
+def _one_or_each(name: str, value: object, index: torch.Tensor) -> torch.Tensor:
+    """An int64 tensor that is 0-dim or has index's shape."""
+    t = _int64_tensor(name, value, index.device)
+    if t.dim() == 0 or t.shape == index.shape:
+        return t
+    if t.numel() != 1:
+        raise ValueError(
+            f"{name} must be an int, or have one element or index's shape {tuple(index.shape)}, "
+            f"got shape {tuple(t.shape)}"
+        )
+    return t.reshape(())
+
+
 def sample_seeds(seed: int | torch.Tensor, index: torch.Tensor, restart: int | torch.Tensor = 0) -> torch.Tensor:
     """Make one seed per sample, from the sample's number alone: its batch and its neighbours change nothing.
 
     A seed is word 0 | word 1 << 32 of Philox-4x32-10 with key = seed and counter = (index low, index high, restart, 1).
 
     Args:
-        seed: an int in [-2^63, 2^64), or a 0-dim int64 tensor on index's device.
+        seed: an int in [-2^63, 2^64), or an int64 tensor on index's device, with one element or of shape (N,).
         index: int64 (N,), the samples' numbers in their data set.
-        restart: an int in [0, 2^32), or int64 (N,) that is taken modulo 2^32: an evaluation's restart, a training's
-            epoch.
+        restart: an int in [0, 2^32), or an int64 tensor as for seed that is taken modulo 2^32: an evaluation's restart,
+            a training's epoch.
 
     Returns:
         int64 (N,) on index's device.
 
     Raises:
         TypeError: an argument is of another type or dtype, or on another device.
-        ValueError: an int is out of range, or index has another shape.
+        ValueError: an int is out of range, or a tensor has another shape.
 
     Source:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
@@ -80,8 +93,7 @@ def sample_seeds(seed: int | torch.Tensor, index: torch.Tensor, restart: int | t
         raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
     if isinstance(restart, numbers.Integral) and not 0 <= restart < 2**32:
         raise ValueError(f"restart must be in [0, 2^32), got {restart}")
-    seed = _int64_tensor("seed", seed, index.device)
-    words = _philox(seed, index, _int64_tensor("restart", restart, index.device), 1)
+    words = _philox(_one_or_each("seed", seed, index), index, _one_or_each("restart", restart, index), 1)
     return words[..., 0] | (words[..., 1] << 32)
 
 

@@ -1,8 +1,9 @@
 """What a model does to an image first: subtract its mean, divide by its standard deviation, channel by channel."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch._C import _len_torch_dispatch_stack
 from torch._guards import active_fake_mode
@@ -16,6 +17,12 @@ Numbers = float | tuple[float, ...]
 
 def _numbers(name: str, value: float | Iterable[float]) -> Numbers:
     """A float, or a tuple of one per channel."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        if sum(size != 1 for size in value.shape) > 1:
+            raise ValueError(f"{name} must be a number or one per channel, got shape {tuple(value.shape)}")
+        value = value.flatten().tolist() if value.ndim else value.item()
+    if isinstance(value, (Set, Mapping)):  # {0.4, 0.5} forgets which came first
+        raise TypeError(f"{name} must be a number or one per channel, in their order, got a {type(value).__name__}")
     if not isinstance(value, Iterable):
         return checks.finite(name, value)
     values = tuple(value)
@@ -31,7 +38,7 @@ class Normalization:
     bits by plain PyTorch (contract.md, "Model input").
 
     Args:
-        mean: a finite number for all channels, or one per channel.
+        mean: a finite number for all channels, or one per channel: a list, an array, or a tensor such as (C, 1, 1).
         std: likewise, above 0.
 
     Raises:
@@ -87,8 +94,9 @@ class Normalization:
         Returns:
             Two tensors (1, C, 1, ...) with `dim` dimensions, 0-dim where both are one number.
         """
-        if is_compiling() or (_len_torch_dispatch_stack() and active_fake_mode() is not None):
-            # Here a tensor is a symbol or has no numbers: it must not be kept.
+        traced = is_compiling() or torch._C._is_tracing()
+        if traced or (_len_torch_dispatch_stack() and active_fake_mode() is not None):
+            # Here a tensor is a symbol, a part of a trace or has no numbers: it must not be kept.
             return self._make(dim, dtype, device)
         key = dim, dtype, device
         if key not in self._made:
@@ -112,16 +120,18 @@ class Normalization:
 
         Args:
             w: float images (N, C, ...).
-            dtype: of z; None: w's own.
+            dtype: of z, a float dtype; None: w's own.
 
         Returns:
             z, like w.
 
         Raises:
-            TypeError: w is no float image.
+            TypeError: w is no float image, or dtype is no float dtype.
             ValueError: w has other channels.
         """
         checks.image("w", w, checks.FLOATS)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a float dtype such as torch.float16, got {dtype!r}")
         self.check(w)
         mean, scale = self.parameters(w.dim(), compute_dtype(w), w.device)
         return normalized(w, mean, scale, w.dtype if dtype is None else dtype)

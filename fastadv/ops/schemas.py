@@ -50,7 +50,8 @@ increment_versions = torch._C._increment_version  # torch.autograd.graph.increme
 
 
 def _public(op_name: str) -> str:
-    return f"fastadv.{op_name.removesuffix('_z')}"
+    """The public function that calls an op."""
+    return f"fastadv.{'sample_seeds' if op_name == 'philox' else op_name.removesuffix('_z')}"
 
 
 def _refuse_grad(name: str, op: OpOverload) -> Callable[..., None]:
@@ -84,11 +85,26 @@ def _fake(*args: Any) -> None:
 
 def refuse_vmap(name: str) -> Callable[..., NoReturn]:
     """A function of any arguments that raises."""
+    instead = "eps, alpha, noise and clip may be tensors of shape (N, 1, 1, 1) and seed one of shape (N,)"
+    if name == "philox":
+        instead = "index is all its numbers, and seed and restart may be tensors of its shape (N,)"
+
+    def refuse(*args: Any) -> NoReturn:
+        raise RuntimeError(f"{_public(name)} does not support torch.vmap: call it on the whole batch; {instead}")
+
+    return refuse
+
+
+def _refuse_trace(name: str) -> Callable[..., NoReturn]:
+    """A function of any arguments that raises.
+
+    TorchScript keeps no overload's name: it would call the first backend's op, whatever was traced.
+    """
 
     def refuse(*args: Any) -> NoReturn:
         raise RuntimeError(
-            f"{_public(name)} does not support torch.vmap: call it on the whole batch; eps, alpha, noise and clip "
-            "may be tensors of shape (N, 1, 1, 1) and seed one of shape (N,)"
+            f"torch.jit.trace cannot record {_public(name)}, for TorchScript would call another backend: use "
+            "torch.export or torch.compile, or trace what comes after it"
         )
 
     return refuse
@@ -104,6 +120,8 @@ def _define() -> dict[tuple[str, str], OpOverload]:
             torch.library.register_fake(f"fastadv::{name}", _fake)
             torch.library.impl(f"fastadv::{name}", "Autograd", _refuse_grad(name, op))
             torch.library.impl(f"fastadv::{name}", "FuncTorchBatched", refuse_vmap(op_name))
+            if backend != BACKENDS[0]:
+                torch.library.impl(f"fastadv::{name}", "Tracer", _refuse_trace(op_name))
             ops[op_name, backend] = op
     return ops
 

@@ -130,6 +130,26 @@ def test_gradients_through_a_compiled_step(backend):
         same_bits(gradients(torch.compile(step, fullgraph=True, backend="aot_eager")), want)
 
 
+def test_gradients_where_a_tensor_is_passed_twice(native):
+    """The first step of PGD starts at the images, and one tensor may be eps, alpha and noise."""
+    name, device = native
+    x, _, grad = inputs(device)
+    eps = torch.full((len(x), 1, 1, 1), 0.1, device=device)
+
+    def steps(x):
+        fast = fastadv.fgsm_step(x, grad, eps, noise=eps, seed=3)
+        return fast * fastadv.pgd_step(x, grad, x, alpha=0.04, eps=0.1)
+
+    def gradient(f):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(f(leaf).sum(), leaf)
+
+    with fastadv.backend(name):
+        want = gradient(steps)
+        assert want[0].any()
+        same_bits(gradient(torch.compile(steps, fullgraph=True, backend="aot_eager")), want)
+
+
 def test_a_draw_in_a_compiled_function_repeats_under_manual_seed(native):
     """The drawn seed may differ from the eager function's. It is reproducible, and new in each call."""
     name, device = native
@@ -261,3 +281,25 @@ def test_opcheck(backend, op, with_z, tensors):
         args = [z, *NORMALIZATION.parameters(out.dim(), out.dtype, out.device), *args]
     result = torch.library.opcheck(raw, (out, *args))
     assert set(result.values()) == {"SUCCESS"}, result
+
+
+# ------------------------------------------------------------------------------------- torch.jit.trace
+
+pytestmark_trace = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+
+
+@pytestmark_trace
+@pytest.mark.parametrize("function", [every_op, tensor_arguments], ids=lambda f: f.__name__)
+def test_a_trace_of_a_step_is_refused(function):
+    """TorchScript would call the op of the first backend: cuda, also for tensors on the CPU."""
+    with fastadv.backend("cpu"), pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record fastadv\.\w+"):
+        torch.jit.trace(lambda *t: function(*t)[0], tuple(inputs("cpu")))
+
+
+@pytestmark_trace
+def test_a_normalisation_is_traced_the_same_each_time():
+    """PyTorch traces a second time and compares; what the first trace made must not serve the second."""
+    normalization = fastadv.Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    x, more = torch.rand(SHAPE), torch.rand(5, *SHAPE[1:])
+    for _ in range(2):
+        assert torch.equal(torch.jit.trace(normalization.__call__, (x,))(more), normalization(more))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import strategies as s
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastadv
 from fastadv.ops import backends
@@ -76,6 +77,26 @@ def having(*names):
 IMAGES = having("x", "grad", "x_adv", "out")
 
 
+def fake(t):
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(t)
+
+
+@pytest.mark.parametrize("op", s.OPS)
+@pytest.mark.parametrize(
+    ("without_memory", "words"),
+    [(fake, "FakeTensors"), (lambda t: torch._efficientzerotensor(t.shape), "immutable")],
+    ids=["fake", "zeros"],
+)
+def test_out_without_memory(backend, op, without_memory, words):
+    """PyTorch's own error says what the matter is: no pointer is asked of what has none."""
+    name, device = backend
+    args = {k: v.to(device) if on_cpu(v) else v for k, v in valid(op).items()}
+    args["out"] = without_memory(args["out"])
+    with fastadv.backend(name), pytest.raises((AssertionError, RuntimeError), match=says(words)):
+        getattr(fastadv, op)(**args)
+
+
 @pytest.mark.parametrize("bad", [0.5, [0.5], np.zeros(SHAPE), "x"], ids=lambda v: type(v).__name__)
 @pytest.mark.parametrize(("op", "name"), IMAGES)
 def test_not_a_tensor(op, name, bad):
@@ -121,6 +142,12 @@ def test_sparse_tensors(name):
 @pytest.mark.parametrize(("op", "name"), having("eps", "noise"))
 def test_negative_or_nan(op, name, bad):
     refuses(op, ValueError, says(name, str(bad)), **{name: bad})
+
+
+@pytest.mark.parametrize("bad", [10**400, -(10**400)], ids=["large", "small"])
+@pytest.mark.parametrize(("op", "name"), having("eps", "noise", "alpha"))
+def test_number_beyond_every_float(op, name, bad):
+    refuses(op, ValueError, says(name), **{name: bad})
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
@@ -273,6 +300,11 @@ BAD_SAMPLE_SEEDS = {
     "restart NumPy's": ((0, INDEX, np.int64(-1)), ValueError, "restart", "-1"),
     "restart large": ((0, INDEX, 2**32), ValueError, "restart", str(2**32)),
     "restart float": ((0, INDEX, 1.0), TypeError, "restart", "float"),
+    "seed of another length": ((torch.arange(2), INDEX), ValueError, "seed", "2,"),
+    "seed of another rank": ((INDEX[None], INDEX), ValueError, "seed", "1, 3"),
+    "restart of another length": ((0, INDEX, torch.arange(2)), ValueError, "restart", "2,"),
+    "restart of another rank": ((0, INDEX, INDEX[:, None]), ValueError, "restart", "3, 1"),
+    "seeds for one index": ((INDEX, INDEX[:1]), ValueError, "seed", "3,"),
 }
 
 
@@ -335,6 +367,28 @@ def test_vmap_is_refused(op):
 
     with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(f)(*(args[k] for k in tensors))
+
+
+@pytest.mark.parametrize("op", s.OPS)
+def test_a_result_inside_a_transform_is_refused_as_one_outside(op):
+    """The transforms' tensors have no memory of their own, which the checks must not ask for."""
+    args = valid(op)
+
+    def f(x):
+        return getattr(fastadv, op)(**{**args, "x": x, "out": torch.empty_like(x)}).sum()
+
+    with pytest.raises(RuntimeError, match=says("x", "requires grad")):
+        torch.func.grad(f)(args["x"])
+    grads = {k: args[k][0] for k in ("grad", "x_adv") if k in args}
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda x: getattr(fastadv, op)(**{**args, **grads, "x": x, "out": torch.empty_like(x)}))(
+            args["x"]
+        )
+
+
+def test_vmap_of_sample_seeds_is_refused_by_its_name():
+    with pytest.raises(RuntimeError, match=says("fastadv.sample_seeds", "index")):
+        torch.func.vmap(lambda index: fastadv.sample_seeds(1, index))(torch.arange(6).view(2, 3))
 
 
 # ------------------------------------------------------------------------------------- the model's next input
@@ -408,6 +462,10 @@ BAD_NORMALIZATIONS = {
     "bool": ((0, True), TypeError, "std", "bool"),
     "none": ((None, 1), TypeError, "mean", "None"),
     "nested": ((((0,), (1,)), 1), TypeError, "mean", "tuple"),
+    "set": (({0.5, 0.25}, 1), TypeError, "mean", "set"),
+    "dict": ((0, {0.5: 0.25}), TypeError, "std", "dict"),
+    "matrix": ((torch.zeros(2, 3), 1), ValueError, "mean", "2, 3"),
+    "large": ((0, 10**400), ValueError, "std", "float"),
 }
 
 
@@ -416,6 +474,22 @@ def test_normalization_refuses(bad):
     args, error, name, got = BAD_NORMALIZATIONS[bad]
     with pytest.raises(error, match=says(name, got)):
         fastadv.Normalization(*args)
+
+
+@pytest.mark.parametrize("array", [torch.tensor, np.array])
+def test_normalization_of_arrays_and_tensors(array):
+    numbers, x = [0.25, 0.5, 0.75], torch.rand(SHAPE)
+    want = fastadv.Normalization(numbers, 0.5)(x)
+    for shape in ((C,), (C, 1, 1), (1, C, 1, 1)):
+        got = fastadv.Normalization(array(numbers).reshape(shape), array(0.5))
+        assert (got.mean, got.std, got.channels) == (tuple(numbers), 0.5, C)
+        assert torch.equal(got(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.complex64, "float16"], ids=str)
+def test_normalized_images_are_floats(dtype):
+    with pytest.raises(TypeError, match=says("dtype", str(dtype))):
+        fastadv.Normalization(0.5, 0.2)(torch.rand(SHAPE), dtype)
 
 
 def test_normalization_is_for_float_images_of_its_channels():

@@ -82,6 +82,25 @@ def test_in_place_forms(backend, dtype):
         assert oracle.same(oracle.values(result), want["fgsm_step"])
 
 
+def negating(t):
+    """A view of new memory that holds t's values negated, as the imaginary part of a conjugate is one."""
+    return torch.complex(torch.zeros_like(t), -t).conj().imag
+
+
+@pytest.mark.parametrize(("op", "name"), ALIASED, ids=lambda v: v)
+def test_results_may_be_views_that_negate_their_memory(backend, op, name):
+    which, device = backend
+    t = tensors()
+    want, t = expected(op, t), on(t, device)
+    t[name], z = negating(t[name]), negating(torch.zeros_like(t["x"]))
+    assert t[name].is_neg()
+    with fastadv.backend(which):
+        assert run(op, t, out=t[name], normalization=NORMALIZATION, z=z) is t[name]
+    assert oracle.same(oracle.values(t[name].resolve_neg()), want)
+    want = oracle.model_input(want, NORMALIZATION.mean, NORMALIZATION.std, np.float32, z.dtype)
+    assert oracle.same(oracle.values(z.resolve_neg()), want)
+
+
 def test_interleaved_views_of_one_buffer(backend):
     """Views that share a storage but no element are accepted, and no other element is touched."""
     name, device = backend
