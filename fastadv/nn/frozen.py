@@ -257,8 +257,13 @@ def as_normal(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_writable(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch can write to a tensor in place. It cannot where elements share memory, as after `expand`."""
-    if is_lazy(tensor) or tensor.is_inference():
+    """Whether PyTorch can write to a tensor in place, and to many in one call.
+
+    It cannot where elements share memory, as after `expand`, nor where there are none, as of meta tensors.
+    """
+    if is_lazy(tensor) or tensor.is_inference() or tensor.is_meta or tensor._is_zerotensor():
+        return False
+    if tensor.is_quantized or tensor.is_nested or tensor.is_mkldnn:
         return False
     if tensor.layout != torch.strided or tensor.is_contiguous():
         return True

@@ -29,11 +29,19 @@ def share_weights(model: nn.Module, team: Team) -> None:
         team: the processes of the run; all of them call this together.
 
     Raises:
-        ValueError: the models differ in the names, shapes or dtypes of their tensors.
+        ValueError: the models differ in the names, shapes or dtypes of their tensors, or have some that cannot be sent.
     """
     if team.alone:
         return
+    from torch.distributed.tensor import DTensor  # it takes a second to import, and one process needs it not
+
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sharded = next((name for name, t in tensors.items() if isinstance(t, DTensor)), None)
+    if sharded:
+        raise ValueError(
+            f"{sharded} is a DTensor, as fully_shard makes them, and a run has a whole model in each process: give it "
+            "the model before it is sharded; TrainStep, in a loop of your own, takes a sharded one"
+        )
     kinds = team.gathered([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
     for rank, kind in enumerate(kinds):
         other = [name for name, *_ in {*kind} ^ {*kinds[0]}]
@@ -42,8 +50,14 @@ def share_weights(model: nn.Module, team: Team) -> None:
                 f"process {rank} has another model than process 0, beginning with {min(other)}: give all of them the "
                 "same"
             )
-    for t in tensors.values():
-        t.copy_(team.sent(t))
+    for name, t in tensors.items():
+        try:
+            t.copy_(team.sent(t))
+        except Exception as error:
+            raise ValueError(
+                f"{name} ({t.dtype}, {t.layout}) cannot be copied from one process to another ({error}): let the model "
+                "hold a plain copy, in another dtype, or keep it as an attribute that is no buffer"
+            ) from error
 
 
 def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:

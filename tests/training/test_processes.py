@@ -6,9 +6,13 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from fastadv.team import Team
 from fastadv.training import Trainer
 from fastadv.training.processes import processes
+from fastadv.training.replicas import share_weights
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,24 @@ distributed.destroy_process_group = lambda: (destroy(), print("ended"))
     warning, end = done.stdout.splitlines()
     assert warning.startswith("there is a process group of 2, and this process trains alone")
     assert end == "ended"
+
+
+class OneOfMany(Team):
+    """A process that takes its group of one for a larger one."""
+
+    alone = False
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float8_e4m3fn], ids=str)
+def test_a_buffer_that_cannot_be_sent_is_named(one_process, dtype):
+    model = nn.Linear(2, 2)
+    share_weights(model, OneOfMany())
+    model.register_buffer("table", torch.ones(3).to(dtype))
+    with pytest.raises(ValueError, match=rf"table \({dtype}, .*cannot be copied from one process to another"):
+        share_weights(model, OneOfMany())
+
+
+def test_a_sharded_model_is_refused(one_process):
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(ValueError, match=r"weight is a DTensor, .*before it is sharded"):
+        share_weights(fully_shard(nn.Linear(2, 2), mesh=mesh), OneOfMany())
