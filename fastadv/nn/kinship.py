@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from fastadv.nn.inside import as_module
@@ -40,9 +41,16 @@ def are_equal(model: AnyModel, other: AnyModel) -> bool:
     if not (isinstance(model, nn.Module) and type(model) is type(other)):
         return False
     here, there = _tensors(model), _tensors(other)
-    return here.keys() == there.keys() and all(
-        value.shape == there[name].shape and value.equal(there[name].to(value)) for name, value in here.items()
-    )
+    return here.keys() == there.keys() and all(_are_equal(value, there[name]) for name, value in here.items())
+
+
+def _are_equal(here: torch.Tensor, there: torch.Tensor) -> bool:
+    """Whether two tensors are equal, as far as PyTorch compares them: of sparse, meta and lazy ones the kind alone."""
+    if is_lazy(here) or is_lazy(there):
+        return type(here) is type(there)
+    if here.shape != there.shape or here.layout != there.layout:
+        return False
+    return here.layout != torch.strided or here.is_meta or there.is_meta or here.equal(there.to(here))
 
 
 def _is_within(part: AnyModel, whole: AnyModel) -> bool:
