@@ -1,7 +1,7 @@
 """The common part of LoRA and IA3: peft's factors beside a layer's weight, which are merged into it at the end."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -46,6 +46,8 @@ def merged(
     Warns:
         UserWarning: at the end: optimizers trained other parameters of the model, and none had a factor.
     """
+    for name in factors:
+        _show_attributes(tuner.model.get_submodule(name))
     # In inference PyTorch's own transformer layers read the weights of their linear layers directly, without factors.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -56,7 +58,7 @@ def merged(
         for hook in hooks:
             hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
-        tuner.merge_and_unload(progressbar=False)
+        _merge(tuner, factors)
 
     with at_the_end(put_back):
         yield steps.hold
@@ -66,6 +68,31 @@ def merged(
             "was set up, from the parameters that trainable() yields",
             stacklevel=2,
         )
+
+
+def _show_attributes(tuned: Any) -> None:
+    """Give peft's layer the attributes of the layer in it: some models read them, such as the stride of a convolution.
+
+    MobileNetV2 of transformers does, to pad the input itself.
+    """
+    for name, value in vars(tuned.base_layer).items():
+        if not name.startswith("_") and not hasattr(tuned, name):
+            setattr(tuned, name, value)
+
+
+def _merge(tuner: "BaseTuner", names: Iterable[str]) -> None:
+    """Merge the factors into the layers with these names, and put the layers back into the model.
+
+    peft's own merge_and_unload() takes whatever has an attribute `base_layer` for a layer with factors. Some networks
+    have a layer of that name, such as timm's DLA.
+    """
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        tuned: Any = tuner.model.get_submodule(name)
+        tuned.merge()
+        setattr(tuner.model.get_submodule(parent), child, tuned.get_base_layer())
+    if hasattr(tuner.model, "peft_config"):  # peft notes there that the model has factors
+        del tuner.model.peft_config
 
 
 class _Steps:

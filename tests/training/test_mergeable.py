@@ -246,6 +246,34 @@ def test_the_check_leaves_the_factors_as_peft_draws_them():
         assert not changed(network, copied(theirs))
 
 
+class PadsItself(nn.Module):
+    """It reads attributes of its layers, as MobileNetV2 of transformers does, and has a `base_layer`, as timm's DLA."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Conv2d(3, 8, 3, stride=2)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        layer = self.base_layer
+        sides = [max(k - s, 0) for k, s in zip(layer.kernel_size, layer.stride, strict=True)]
+        return self.fc(layer(F.pad(x, (0, sides[1], 0, sides[0]))).tanh().mean((2, 3)))
+
+
+def test_the_names_and_attributes_of_a_networks_layers_do_not_matter():
+    network, x = PadsItself(), torch.rand(2, 3, 8, 8)
+    own, weight = dict(network.named_modules()), network.base_layer.weight.detach().clone()
+    with trainable(network, "lora", lora_targets=["base_layer"], rank=2, alpha=3, example=x):
+        down, up = (getattr(network.base_layer, f"lora_{letter}")["default"].weight for letter in "AB")
+        nn.init.normal_(up)
+        learnt = network(x)
+    assert dict(network.named_modules()) == own
+    assert not hasattr(network, "peft_config")
+    torch.testing.assert_close(network(x), learnt)
+    product = 3 / 2 * torch.einsum("or,rikl->oikl", up.flatten(1), down)
+    torch.testing.assert_close(network.base_layer.weight, weight + product)
+
+
 # ---------------------------------------------------------------------- optimizers without the factors
 
 
