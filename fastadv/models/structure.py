@@ -124,7 +124,7 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
         outputs[layer] = out
 
     x = to_float(example[:1])
-    other = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    other = other_image(x)
     # A compiled model would not call the hooks.
     with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
         with _hooked(names, note):
@@ -140,6 +140,12 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
                 "its outputs: name the classifier, if it is another or one of several, with head="
             )
     raise ValueError("the logits depend on no nn.Linear that runs: name the classifier with head=")
+
+
+def other_image(x: torch.Tensor) -> torch.Tensor:
+    """An image like `x` with other pixels everywhere: random ones alone would be `x`, if it was drawn with that seed."""
+    far = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) / 2 + 0.25
+    return (x + far) % 1
 
 
 def _logits(module: nn.Module, x: torch.Tensor, layer: nn.Module, given: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastadv.functional import to_float
 from fastadv.models.added import Prompt, attach
-from fastadv.models.structure import find_blocks
+from fastadv.models.structure import find_blocks, other_image
 from fastadv.nn.frozen import frozen
 
 
@@ -35,7 +35,7 @@ def find_tokens(module: nn.Module, example: torch.Tensor) -> Tokens:
 
     A network is one if
 
-    - all its blocks (`find_blocks`) take and return the same number of tokens, (N, T, width);
+    - all its blocks (`find_blocks`) take and return the same number of tokens for each image, (N, T, width);
     - the first tokens that enter its blocks are the same for two images, and all others, the patches, differ;
     - it runs with more tokens, and they change the others.
 
@@ -47,8 +47,7 @@ def find_tokens(module: nn.Module, example: torch.Tensor) -> Tokens:
         ValueError: the network is something else; the message says why.
     """
     x = to_float(example[:1])
-    other = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    x = torch.cat((x, other))
+    x = torch.cat((x, other_image(x)))
     with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
         try:
             blocks = find_blocks(module)
@@ -76,7 +75,7 @@ def _tokens(module: nn.Module, blocks: Sequence[str], x: torch.Tensor) -> tuple[
     """The tokens (N, T, width) that enter the first block, and the tokens that leave the last one.
 
     Raises:
-        ValueError: the blocks do not all take and return the same number of tokens.
+        ValueError: the blocks do not all take and return the same number of tokens for each image.
     """
     entered: list[Any] = []  # in a plain vision transformer tensors (N, T, width)
     left: list[Any] = []
@@ -96,8 +95,9 @@ def _tokens(module: nn.Module, blocks: Sequence[str], x: torch.Tensor) -> tuple[
         for hook in hooks:
             hook.remove()
     shapes = {tuple(getattr(each, "shape", ())) for each in (*entered, *left)}
-    if len(entered) != len(blocks) or len(shapes) != 1 or len(entered[0].shape) != 3:
-        raise _refusal(f"{blocks[0]} to {blocks[-1]} do not all take and return one number of tokens")
+    shape = next(iter(shapes), ())
+    if len(entered) != len(blocks) or len(shapes) != 1 or len(shape) != 3 or shape[0] != len(x):
+        raise _refusal(f"{blocks[0]} to {blocks[-1]} do not all take and return one number of tokens for each image")
     return entered[0], left[-1]
 
 

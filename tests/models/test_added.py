@@ -119,6 +119,39 @@ def test_prompts_stand_before_the_patches(name):
     assert abs(every.std() - bound / math.sqrt(3)) < 0.2 * bound
 
 
+def test_every_example_shows_the_patches():
+    network = made("timm vit")
+    for seed in range(3):  # those that a caller would take, too
+        x = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(seed))
+        assert find_tokens(network, x).prefix == 1
+
+
+class Folded(nn.Module):
+    """Transformer blocks in one stage of a network, on tokens of a part of each image, as in MobileViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images):
+        x = self.stem(images).unflatten(3, (-1, 2)).permute(0, 4, 2, 3, 1)  # (N, 2, 8, 4, 8)
+        tokens = x.flatten(0, 1).flatten(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.unflatten(0, (len(images), 2)).mean((1, 2)))
+
+
+def test_prompts_are_refused_where_the_tokens_are_of_a_part_of_an_image():
+    network = Folded()
+    with (
+        pytest.raises(ValueError, match="prompt works on plain vision transformers .*do not all take and return"),
+        trainable(network, "prompt", "head", example=torch.rand(1, *SHAPE)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_prompts_are_refused_elsewhere_and_change_nothing(name):
     network = made(name)

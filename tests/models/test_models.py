@@ -570,6 +570,14 @@ def test_the_head_is_the_layer_that_gives_the_logits(wrap):
         models.find_head(nn.Flatten(), None, images)
 
 
+def test_no_example_hides_that_the_logits_depend_on_more():
+    network = MeanOfTwo()
+    for seed in range(3):  # those that a caller would take, too
+        images = torch.rand(1, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+        with pytest.raises(ValueError, match="depend on is auxiliary, and they depend on more"):
+            models.find_head(network, None, images)
+
+
 def test_a_file_of_such_a_network_gets_its_new_head_there(tmp_path, own_net, monkeypatch):
     import own_net as module
 
