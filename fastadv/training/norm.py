@@ -38,6 +38,9 @@ def norm(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a layer normalises its input; a linear layer or convolution with normalised weights does not."""
-    weighs = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    """Whether a layer normalises its input; a linear layer or convolution with normalised weights does not.
+
+    Nor does a block that has such layers, such as the NormFreeBlock of timm's NFNet.
+    """
+    weighs = any(isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)) for part in module.modules())
     return "norm" in type(module).__name__.lower() and not weighs

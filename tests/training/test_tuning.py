@@ -157,6 +157,27 @@ def test_bias_norm_and_ia3_are_refused_where_there_is_nothing_for_them():
             pass
 
 
+class NormFreeBlock(nn.Module):
+    """As in timm's NFNet: its class has "norm" in its name, and it has a parameter of its own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.skipinit_gain = nn.Conv2d(width, width, 3, padding=1), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x + self.skipinit_gain * self.conv(x)
+
+
+def test_a_block_that_is_free_of_norms_is_no_norm():
+    block = NormFreeBlock(8)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"norm trains normalisation layers, .* has none"), trainable(network, "norm"):
+        pass
+    network.insert(1, nn.GroupNorm(2, 8))
+    with trainable(network, "norm") as tuning:
+        assert [name for name, _ in tuning.parameters] == ["1.weight", "1.bias", "5.weight", "5.bias"]
+
+
 @pytest.mark.filterwarnings("ignore:the gradient is exactly zero")
 def test_lora_adapts_the_convolutions_of_blocks_without_linear_layers():
     """1x1 convolutions in a shortcut do not belong to a block's branch, and neither does the stem."""
