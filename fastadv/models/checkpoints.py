@@ -13,7 +13,7 @@ from fastadv.data.trained import TrainedOn
 from fastadv.files import check_format, write_atomically
 from fastadv.models.added import add_again, added_facts
 from fastadv.models.model import Model, construct
-from fastadv.models.structure import classifiers, find_head, new_head, warn_of_order
+from fastadv.models.structure import classifiers, find_head, new_head, plain, warn_of_order, with_factors
 from fastadv.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -42,12 +42,14 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: another dtype; a weight that float16 cannot hold; or a state that has more than tensors.
+        ValueError: another dtype; a weight that float16 cannot hold; factors of peft that are not merged; or a state
+            that has more than tensors.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
-    check_storable(model.network)
-    added = added_facts(model.network)
+    network = plain(model.network)
+    check_storable(network)
+    added = added_facts(network)
     facts = {
         "format": FORMAT if added else 1,
         "classes": list(model.classes),
@@ -57,7 +59,7 @@ def save(model: Model, path: str | Path, *, dtype: torch.dtype | None = None) ->
     }
     if added:
         facts["added"] = added
-    tensors = {name: _stored(name, value, dtype) for name, value in _untied(model.network.state_dict()).items()}
+    tensors = {name: _stored(name, value, dtype) for name, value in _untied(network.state_dict()).items()}
     # One entry: safetensors writes several in random order, and equal models would give unequal files.
     write_atomically(path, require("safetensors.torch").save(tensors, {_KEY: json.dumps(facts)}))
 
@@ -66,11 +68,26 @@ def check_storable(network: nn.Module) -> None:
     """Refuse a network whose state `save` cannot write.
 
     Raises:
-        ValueError: its state has what is no tensor, as `get_extra_state` may return.
+        ValueError: it has factors of peft; or its state has what is no tensor, as `get_extra_state` may return.
     """
+    check_no_factors(network)
     others = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(f"the state of the model has {others[0]}, which is no tensor, and a checkpoint keeps tensors")
+
+
+def check_no_factors(network: nn.Module) -> None:
+    """Refuse a network with factors of peft: its weights have other names with them, and no plain network loads these.
+
+    Raises:
+        ValueError: it has such factors, as inside `fastadv.training.trainable`.
+    """
+    name = with_factors(network)
+    if name is not None:
+        raise ValueError(
+            f"the network has factors of peft{name and f', such as in {name}'}, and a file of its weights would load "
+            "into no plain network: write it when they are merged, as after trainable() or merge_and_unload()"
+        )
 
 
 def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: bool = False) -> Model:
@@ -123,6 +140,7 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
         FileNotFoundError: there is no such file.
         ValueError: the file is no safetensors file, or its tensors do not fit the network outside the head.
     """
+    network = plain(network)
     facts, weights, own = read_facts(path), _weights(path), network.state_dict()
     if facts is not None and facts.get("added") and not added_facts(network):
         kinds = " and ".join(sorted({f"{fact['kind']}s" for fact in facts["added"]}))

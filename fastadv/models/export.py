@@ -12,8 +12,9 @@ from torch import nn
 from fastadv._extras import require
 from fastadv.files import write_atomically
 from fastadv.models.added import added_facts
-from fastadv.models.checkpoints import read_facts
+from fastadv.models.checkpoints import check_no_factors, read_facts
 from fastadv.models.model import Model
+from fastadv.models.structure import plain
 from fastadv.nn.logits import find_logits
 from fastadv.preprocessing import Preprocessing
 
@@ -45,8 +46,9 @@ def export(model: Model, path: str | Path) -> None:
         FileExistsError: there is a checkpoint of fastadv at the path, such as the one that the model came from.
         ImportError: safetensors is not installed.
         OSError: the file or the folder cannot be written.
-        ValueError: the ending fits no format of this network; torch.export cannot turn the network into a program; or
-            transformers has no image processor for the preprocessing.
+        ValueError: the ending fits no format of this network; torch.export cannot turn the network into a program;
+            transformers has no image processor for the preprocessing; or, but for .pt2, the network has factors of
+            peft that are not merged.
     """
     path = Path(path)
     for written in (path, path / "model.safetensors"):  # the second one is what transformers writes into a folder
@@ -57,7 +59,9 @@ def export(model: Model, path: str | Path) -> None:
     if path.suffix == ".pt2":
         write_atomically(path, _program(model))
         return
-    added = {fact["kind"] for fact in added_facts(model.network)}
+    network = plain(model.network)
+    check_no_factors(network)
+    added = {fact["kind"] for fact in added_facts(network)}
     if added:
         raise ValueError(
             f"the network has {' and '.join(sorted(f'{kind}s' for kind in added))}, which no plain network of its kind "
@@ -67,11 +71,11 @@ def export(model: Model, path: str | Path) -> None:
         _folder(model, path)
     elif path.suffix == ".safetensors":
         # Tied weights are copied: readers expect them under each of their names, and safetensors refuses shared memory.
-        state = {name: t.detach().cpu().clone().contiguous() for name, t in model.network.state_dict().items()}
+        state = {name: t.detach().cpu().clone().contiguous() for name, t in network.state_dict().items()}
         write_atomically(path, require("safetensors.torch").save(state, {"format": "pt"}))
     elif path.suffix in (".pt", ".pth"):
         content = io.BytesIO()
-        torch.save({name: t.detach().cpu() for name, t in model.network.state_dict().items()}, content)
+        torch.save({name: t.detach().cpu() for name, t in network.state_dict().items()}, content)
         write_atomically(path, content.getvalue())
     else:
         raise ValueError(f"{path} must end in .safetensors, .pt, .pth or .pt2, to say which file it is to be")
@@ -94,7 +98,7 @@ class _Plain(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         given = model.preprocessing
-        self.network = copy.deepcopy(model.network).cpu()
+        self.network = copy.deepcopy(plain(model.network)).cpu()
         mean, std = (given.mean, given.std) if given else ((0.0,), (1.0,))
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
@@ -127,7 +131,7 @@ def _folder(model: Model, path: Path) -> None:
             f"the model takes pictures of {height} x {width} pixels, and no image processor of transformers resizes to "
             "a rectangle as fastadv does: export it to a file .pt2"
         )
-    network: Any = model.network  # of transformers
+    network: Any = plain(model.network)  # of transformers
     network.config.id2label = dict(enumerate(model.classes))
     network.config.label2id = {name: i for i, name in enumerate(model.classes)}
     network.config.problem_type = "single_label_classification"  # pipelines read it to choose softmax or sigmoid

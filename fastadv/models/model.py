@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,13 +58,20 @@ class Model:
         if made and tuple(made)[:fixed] != tuple(shape)[:fixed]:
             raise ValueError(f"the model takes images of the shape {tuple(made)}, these have {tuple(shape)}")
 
-    @cached_property
+    @property
     def on_pixels(self) -> nn.Module:
-        """The network for images in [0, 1]: it normalises them first. It shares its parameters with `network`."""
+        """The network for images in [0, 1]: it normalises them first. It shares its parameters with `network`.
+
+        It is one and the same module until `network` or `preprocessing` is replaced.
+        """
         given = self.preprocessing
         if given is None or (not any(given.mean) and all(std == 1 for std in given.std)):
             return self.network
-        return Normalized(self.network, given.mean, given.std)
+        made: tuple[nn.Module, Preprocessing, Normalized] | None = vars(self).get("_on_pixels")
+        if made is None or made[0] is not self.network or made[1] != given:
+            made = self.network, given, Normalized(self.network, given.mean, given.std)
+            self._on_pixels = made
+        return made[2]
 
     @property
     def pixels(self) -> nn.Module:

@@ -3,9 +3,10 @@
 A network may name them itself, in two attributes: `fastadv_head` is the name of its classifier, and `fastadv_blocks` is
 the name of the nn.ModuleList or nn.Sequential that has its blocks. Else they are found by the conventions of timm and
 transformers, and by the network's structure. Names are those of `module.named_modules()`, also where `module` wraps the
-network (`Normalized`, DistributedDataParallel).
+network (`Normalized`, torch.compile, DataParallel).
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,20 +24,33 @@ from fastadv.nn.logits import find_logits
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # called after a forward pass with (module, arguments, output)
 
-_WRAPPERS = (
-    (Normalized, "model"),
+_RUNNERS = (  # wrappers that run a network in another way, and compute the same
     (nn.parallel.DistributedDataParallel, "module"),
+    (nn.DataParallel, "module"),
     (nn.Module, "_orig_mod"),  # what torch.compile returns; its own class is slow to import
 )
+_WRAPPERS = ((Normalized, "model"), *_RUNNERS)
 
 
-def unwrapped(module: nn.Module) -> tuple[str, nn.Module]:
+def unwrapped(module: nn.Module, wrappers: Iterable[tuple[type, str]] = _WRAPPERS) -> tuple[str, nn.Module]:
     """(the prefix of the network's names in `module`, the network): for Normalized ("model.", the inner network)."""
-    for wrapper, attribute in _WRAPPERS:
+    for wrapper, attribute in wrappers:
         if isinstance(module, wrapper) and attribute in module._modules:
-            prefix, network = unwrapped(getattr(module, attribute))
+            prefix, network = unwrapped(getattr(module, attribute), wrappers)
             return f"{attribute}.{prefix}", network
     return "", module
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """The network whose state files have: without torch.compile, DataParallel and DistributedDataParallel."""
+    return unwrapped(network, _RUNNERS)[1]
+
+
+def with_factors(network: nn.Module) -> str | None:
+    """The name of a module that has factors of peft, such as LoRA's; None where there is none."""
+    peft = sys.modules.get("peft")  # whoever made such a module has imported it
+    kinds = (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer) if peft else ()
+    return next((name for name, module in network.named_modules() if isinstance(module, kinds)), None)
 
 
 # ---------------------------------------------------------------------- the head
@@ -143,7 +157,7 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
 
 
 def other_image(x: torch.Tensor) -> torch.Tensor:
-    """An image like `x` with other pixels everywhere: random ones alone would be `x`, if it was drawn with that seed."""
+    """An image like `x` with other pixels everywhere. Random ones would not do: `x` may be drawn with the same seed."""
     far = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) / 2 + 0.25
     return (x + far) % 1
 

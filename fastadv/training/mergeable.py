@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastadv._extras import require
 from fastadv.functional import to_float
 from fastadv.models.added import added_to
+from fastadv.models.structure import with_factors
 from fastadv.nn.frozen import at_the_end, frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
@@ -73,9 +73,7 @@ def check_mergeable(
 
 def _check_no_adapters(model: nn.Module, method: str) -> None:
     """Refuse a model with peft's layers: merging takes all of them, and not those of `method` alone."""
-    peft = require("peft")
-    kinds = (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer)
-    found = next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
+    found = with_factors(model)
     if found is not None:
         raise ValueError(
             f"the model has adapters of peft already{found and f', such as in {found}'}, and {method} would merge them "

@@ -146,7 +146,7 @@ class Folded(nn.Module):
 def test_prompts_are_refused_where_the_tokens_are_of_a_part_of_an_image():
     network = Folded()
     with (
-        pytest.raises(ValueError, match="prompt works on plain vision transformers .*do not all take and return"),
+        pytest.raises(ValueError, match=r"prompt works on plain vision transformers .*do not all take and return"),
         trainable(network, "prompt", "head", example=torch.rand(1, *SHAPE)),
     ):
         pass

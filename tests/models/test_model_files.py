@@ -96,7 +96,57 @@ def test_a_state_that_no_checkpoint_can_keep_is_refused_before_training(tmp_path
             call()
 
 
+def test_a_file_of_factors_that_are_not_merged_is_not_written(tmp_path):
+    model, images = small("ab"), torch.rand(2, 3, 8, 8)
+    with trainable(model.network, "lora", example=images, rank=2) as tuning:
+        for name, parameter in tuning.parameters:
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        for write in (models.save, models.export):
+            with pytest.raises(ValueError, match=r"has factors of peft, such as in blocks.*write it when they are"):
+                write(model, tmp_path / "m.safetensors")
+        models.export(model, tmp_path / "m.pt2")  # a program has no names of weights
+        expected = model.network(images)
+    assert not (tmp_path / "m.safetensors").exists()
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    torch.testing.assert_close(program(images), expected, rtol=1e-3, atol=1e-3)
+    models.save(model, tmp_path / "m.safetensors")
+
+
 # ---------------------------------------------------------------------- compiled and scripted networks
+
+RUNNERS = {"compile": lambda network: torch.compile(network, backend="eager"), "DataParallel": nn.DataParallel}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_files_have_the_network_itself_not_what_runs_it(tmp_path, runner):
+    model = small("ab")
+    network, model.network = model.network, RUNNERS[runner](model.network)
+    with trainable(model.network, "adapter", "head", example=torch.rand(1, 3, 8, 8)) as tuning:
+        for _, parameter in tuning.parameters:
+            nn.init.normal_(parameter)
+    images = torch.rand(2, 3, 8, 8)
+    network.eval()
+    models.save(model, tmp_path / "m.safetensors")
+    loaded = models.load(tmp_path / "m.safetensors").network.eval()
+    torch.testing.assert_close(loaded(images), network(images))
+    models.export(model, tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    torch.testing.assert_close(program(images), network(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_plain_state_has_the_networks_own_names(tmp_path, runner):
+    model = small("ab")
+    network, model.network = model.network, RUNNERS[runner](model.network)
+    models.export(model, tmp_path / "plain.pt")
+    small("ab").network.load_state_dict(torch.load(tmp_path / "plain.pt"))
+    other = small("ab")
+    other.network = RUNNERS[runner](other.network)
+    models.save(model, tmp_path / "m.safetensors")
+    assert models.load_weights(other.network, tmp_path / "m.safetensors", classes="ab")
+    for mine, theirs in zip(network.parameters(), other.network.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 class Residual(nn.Module):

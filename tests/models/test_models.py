@@ -350,6 +350,16 @@ def test_pixels_normalise_once_and_share_the_parameters():
         assert model.on_pixels is model.network
 
 
+def test_pixels_go_to_the_network_that_the_model_has_now():
+    model, images = built(preprocessing=PREPROCESSING), torch.rand(2, *SHAPE)
+    before = model.on_pixels
+    model.network = built().network
+    assert model.on_pixels is model.on_pixels
+    assert model.on_pixels is not before
+    model.preprocessing = Preprocessing((32, 32), 3, (0.5,) * 3, (0.25,) * 3)
+    torch.testing.assert_close(model.on_pixels(images), model.network((images - 0.5) / 0.25))
+
+
 # ---------------------------------------------------------------------- structure
 
 
