@@ -1,5 +1,6 @@
 """A model: a network with its preprocessing, its classes and its architecture, from which it can be built again."""
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastadv._extras import require
 from fastadv.data.trained import TrainedOn
@@ -161,6 +163,8 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
         )
     with seeded((torch.initial_seed() + 1) % 2**63):  # another seed, that what is not in state_dict() differs
         again = function_at(path)(shape, count)
+    if _memory(network) & _memory(again):  # a training of one would go on in the other, as with a backbone in a global
+        network, again = copy.deepcopy(network), copy.deepcopy(again)
     again.load_state_dict(network.state_dict())
     if not torch.allclose(logits, logits_of_noise(again, shape), equal_nan=True):
         raise ValueError(
@@ -176,6 +180,12 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
             stacklevel=5,
         )
     return network
+
+
+def _memory(network: nn.Module) -> set[int]:
+    """Where the network's parameters and buffers begin in memory, if they have some."""
+    tensors = (t for t in (*network.parameters(), *network.buffers()) if not is_lazy(t) and t.layout == torch.strided)
+    return {t.data_ptr() for t in tensors} - {0}  # 0: an empty tensor
 
 
 def _check_float32(path: str, network: nn.Module, error: RuntimeError) -> None:

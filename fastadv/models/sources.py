@@ -84,7 +84,7 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
               with values in JSON: "resnet?widths=[32,64]&blocks=1".
             - "module:function": a model of yours. `function(shape, classes)` returns an nn.Module for images in [0, 1]
               of the shape (C, H, W), with `classes` logits. It is called twice: two networks with equal weights must
-              have equal logits.
+              have equal logits. Where they share tensors, as with a backbone in a global, the model gets copies.
             - "timm:NAME": a model of timm's with its pretrained weights, from the hub's cache or the network. Options
               of timm.create_model may follow:
               "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&pretrained=false".

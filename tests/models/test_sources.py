@@ -1,5 +1,6 @@
 """What a model's name may say, and where a pretrained or own network would silently be another one."""
 
+import copy
 import functools
 import json
 import sys
@@ -302,16 +303,54 @@ def test_a_network_that_needs_more_than_images_in_train_mode_is_taken(own):
 def test_the_look_at_training_leaves_the_network_as_it_was(own):
     one = centred(False, SHAPE, 2)
     one[0].eval()
-    own.net = lambda shape, classes: one  # the same each time: the worst case
+    own.net = lambda shape, classes: copy.deepcopy(one)
     before = {name: buffer.clone() for name, buffer in one.named_buffers()}
     torch.manual_seed(0)
     state = torch.get_rng_state()
     network = said(models.source("own_networks:net").build, "ab", SHAPE)[0].network
     assert torch.equal(state, torch.get_rng_state())
-    assert network is one
     assert [module.training for module in one] == [False, True, True, True]
     assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def one_network(network):
+    return lambda shape, classes: network
+
+
+def one_backbone(network):
+    return lambda shape, classes: nn.Sequential(network[:2], nn.Linear(4, classes))
+
+
+def one_tensor(network):
+    def make(shape, classes):
+        made = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, classes))
+        made[1].weight = nn.Parameter(network[1].weight.data)  # another parameter over the same numbers
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("kept", [one_network, one_backbone, one_tensor])
+def test_models_of_one_function_share_no_weights(own, tmp_path, kept):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
+    weight, own.net = network[1].weight.detach().clone(), kept(network)
+    source = models.source("own_networks:net")
+    first = source.build("ab", (3, 2, 2))
+    nn.init.zeros_(next(p for p in first.network.parameters() if p.shape == weight.shape))
+    models.save(first, tmp_path / "first.safetensors")
+    second = source.build("ab", (3, 2, 2))  # begins as the function makes it, not as the first one ended
+    assert any(torch.equal(p, weight) for p in second.network.parameters())
+    assert torch.equal(network[1].weight, weight)
+    loaded = models.load(tmp_path / "first.safetensors", trust_code=True)
+    images = torch.rand(2, 3, 2, 2)
+    torch.testing.assert_close(loaded.network(images), first.network(images))
+    assert any(torch.equal(p, weight) for p in second.network.parameters())
+
+
+def test_a_lazy_network_is_taken(own):
+    own.net = lambda shape, classes: nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.Linear(4, classes))
+    assert models.source("own_networks:net").build("ab", SHAPE).network[1].weight.shape == (4, 3 * 32 * 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
