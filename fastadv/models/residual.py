@@ -26,7 +26,8 @@ class Residual:
 
     Attributes:
         block: the name of the module that computes the sum.
-        place: the name of the module whose output is the branch, as it enters the sum.
+        place: the name of the module whose output is the branch, as it enters the sum; None where that module is also
+            called elsewhere, as one DropPath for several branches is.
         width: the channels of the branch.
         channels_first: whether the channels are dimension 1, as for convolutions; else they are the last dimension.
         layers: the names of the block's linear layers and convolutions, in the order in which they run, without those
@@ -35,7 +36,7 @@ class Residual:
     """
 
     block: str
-    place: str
+    place: str | None
     width: int
     channels_first: bool
     layers: tuple[str, ...]
@@ -47,7 +48,7 @@ def find_residuals(module: nn.Module, example: torch.Tensor, head: str | None = 
 
     A sum is residual if both addends depend on the image and have the same shape. The addend that took more operations
     is the branch, and the other one is the skip. Left out are sums in the head, sums that the logits do not depend on,
-    and sums whose branch no module returns, or a module that is also called elsewhere.
+    and sums whose branch no module returns.
 
     Args:
         module: a network, wrapped or not.
@@ -145,18 +146,17 @@ class _Trace(TorchFunctionMode):
             around = [name for name in each.givers if _is_within(first, name) and self.calls[name] == used[name]]
             # Not an nn.Sequential: a submodule that is added to one would run as its last step.
             places = [name for name in around if not isinstance(modules[name], nn.Sequential)]
-            if places:
-                shape = each.branch.shape
-                own = [
-                    (name, size)
-                    for name, size in self.layers[: each.ran]
-                    if _is_within(name, parent) and not any(_is_within(name, other) for other in each.shortcut)
-                ]
-                convolutions = (modules[name] for name, _ in own if isinstance(modules[name], nn.Conv2d))
-                first_dim = len(shape) == 4 and any(layer.out_channels == shape[1] for layer in convolutions)
-                last = next((name for name, size in reversed(own) if size == each.branch.numel()), None)
-                layers = tuple(dict.fromkeys(name for name, _ in own))
-                yield Residual(parent, places[-1], shape[1 if first_dim else -1], first_dim, layers, last)
+            shape = each.branch.shape
+            own = [
+                (name, size)
+                for name, size in self.layers[: each.ran]
+                if _is_within(name, parent) and not any(_is_within(name, other) for other in each.shortcut)
+            ]
+            convolutions = (modules[name] for name, _ in own if isinstance(modules[name], nn.Conv2d))
+            first_dim = len(shape) == 4 and any(layer.out_channels == shape[1] for layer in convolutions)
+            last = next((name for name, size in reversed(own) if size == each.branch.numel()), None)
+            place, layers = places[-1] if places else None, tuple(dict.fromkeys(name for name, _ in own))
+            yield Residual(parent, place, shape[1 if first_dim else -1], first_dim, layers, last)
 
 
 def _is_aside(module: nn.Module) -> bool:

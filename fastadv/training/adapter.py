@@ -49,14 +49,16 @@ def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
 def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
     example = options.images("adapter finds its places")
     residuals = find_residuals(model, example, options.head)
-    if not residuals:
+    places = {each.place: each for each in residuals if each.place is not None}
+    if not places:
+        why = "the module that gives such an output is called elsewhere, too" if residuals else "it has none"
         raise ValueError(
-            "adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and ResNet, and the model has none "
-            "before its head: nowhere is the output of a module added to its input. Choose another method"
+            "adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and ResNet, where the output of a "
+            f"module is added to its input, and before the model's head {why}. Choose another method"
         )
     like = next(model.parameters())  # whose device and dtype they get
     added = []
-    for each in residuals:
+    for place, each in places.items():
         added.append(Adapter(each.width, max(1, each.width // reduction), each.channels_first).to(like))
-        attach(model, each.place, added[-1])
+        attach(model, place, added[-1])
     return added

@@ -123,6 +123,36 @@ def test_of_a_fused_layer_ia3_leaves_the_queries(weight_decay):
     torch.testing.assert_close(qkv.weight, before.weight * scale[:, None])
 
 
+class SharedDropPath(nn.Module):
+    """A block with scaled branches that go through one module, as in BEiT and CaiT."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mix, self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, 8), nn.Linear(8, width)
+        self.scale, self.drop_path = nn.Parameter(torch.rand(width) + 0.5), nn.Dropout(0.1)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.scale * self.mix(x))
+        return x + self.drop_path(self.scale * self.fc2(self.fc1(x).relu()))
+
+
+def test_ia3_scales_the_last_layer_also_where_no_module_gives_its_branch_alone():
+    network = nn.Sequential(nn.Flatten(), *(SharedDropPath(12) for _ in range(2)), nn.Linear(12, 3))
+    x = torch.rand(2, 3, 2, 2)
+    with trainable(network, "ia3", example=x) as tuning:
+        names = [name for name, _ in tuning.parameters]
+        vectors = [parameter for name, parameter in tuning.parameters if "ia3" in name]
+        weights = [network[i].fc2.base_layer.weight.detach().clone() for i in (1, 2)]
+        for vector in vectors:
+            nn.init.uniform_(vector, 0.5, 2)
+    assert names == ["1.fc2.ia3_l.default", "2.fc2.ia3_l.default", "3.weight", "3.bias"]
+    for number, (vector, weight) in enumerate(zip(vectors, weights, strict=True)):
+        torch.testing.assert_close(network[1 + number].fc2.weight, weight * vector)
+    message = "before the model's head the module that gives such an output is called elsewhere, too"
+    with pytest.raises(ValueError, match=message), trainable(network, "adapter", example=x):
+        pass
+
+
 def test_norm_learns_what_peft_does():
     ours, x = made("hf vit"), torch.rand(1, *SHAPE)
     theirs = copy.deepcopy(ours)
