@@ -108,7 +108,9 @@ class _Plain(nn.Module):
 
 
 def _program(model: Model) -> bytes:
-    shape = model.preprocessing.shape if model.preprocessing else model.architecture["shape"]
+    shape = model.preprocessing.shape if model.preprocessing else model.architecture.get("shape")
+    if shape is None:
+        raise ValueError("a program takes images of one shape, and this model has no preprocessing that says it")
     # The example has two images: with one, torch.export would fix the batch size at 1.
     example, sizes = torch.zeros(2, *shape), ({0: torch.export.Dim("images")},)
     try:

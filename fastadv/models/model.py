@@ -276,7 +276,7 @@ def _hf(architecture: Architecture, count: int) -> nn.Module:
     config = transformers.AutoConfig.for_model(**architecture["config"])
     if config.num_labels != count:
         config.num_labels = count
-    made: nn.Module = transformers.AutoModelForImageClassification.from_config(config).float()
+    made: nn.Module = transformers.AutoModelForImageClassification.from_config(config, dtype=torch.float32)
     return made
 
 

@@ -324,8 +324,9 @@ def _hf(name: str, base: str) -> ModelSource:
     def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         with _found(f"the weights of {base}", base):
             check_transformers(transformers.PretrainedConfig.get_config_dict(base)[0])
-            network = transformers.AutoModelForImageClassification.from_pretrained(base, trust_remote_code=False)
-            network = network.float()
+            # Not .float() afterwards: what is computed and in no file, such as a table of positions, would be rounded.
+            options = {"trust_remote_code": False, "dtype": torch.float32}
+            network = transformers.AutoModelForImageClassification.from_pretrained(base, **options)
         own = _labels(network.config.id2label)
         if own != classes:
             warn_of_order(base, own, classes, stacklevel=3)

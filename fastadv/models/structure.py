@@ -114,6 +114,9 @@ def classifiers(network: nn.Module) -> tuple[str, ...]:
     # A distilled model has a second classifier, which was trained on a teacher's outputs.
     tops = {key.partition(".")[0]: key for key in fitting}
     tops.pop(getattr(network, "base_model_prefix", None), None)
+    backbones = [top for top in tops if any(isinstance(m, nn.ModuleList) for m in network.get_submodule(top).modules())]
+    for top in backbones:  # a layer of it may have as many outputs as there are labels; CLIP's has another name
+        del tops[top]
     return tuple(tops.values()) if len(tops) > 1 else ((fitting or list(linear))[-1],)
 
 

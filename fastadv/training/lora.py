@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -10,6 +11,7 @@ from fastadv import models
 from fastadv._extras import require
 from fastadv.attacks.checks import check_number, check_whole
 from fastadv.models import Target
+from fastadv.models.structure import unwrapped
 from fastadv.names import instead
 from fastadv.training.factors import ADAPTER, MERGES, merged, pattern
 from fastadv.training.mergeable import ALONE, check_mergeable
@@ -66,12 +68,14 @@ def _targets(model: nn.Module, options: Options) -> list[Target]:
             raise ValueError("LoRA finds its layers in a forward pass: pass example=, images, or name lora_targets=")
         return models.lora_targets(model, options.example, options.head)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    prefix = unwrapped(model)[0]
     targets = [target if isinstance(target, Target) else Target(target) for target in given]
+    # A layer may be called by its name in the network that is wrapped, as the head may.
+    targets = [replace(each, name=prefix + each.name) if each.name not in layers else each for each in targets]
     if not targets:
         raise ValueError("lora_targets= names no layer")
     for target in targets:
         if target.name not in layers:
-            raise ValueError(
-                f"the model has no linear or convolutional layer {target.name!r}{instead(target.name, layers)}"
-            )
+            name = target.name.removeprefix(prefix)
+            raise ValueError(f"the model has no linear or convolutional layer {name!r}{instead(name, layers)}")
     return targets

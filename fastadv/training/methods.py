@@ -70,8 +70,9 @@ class Tuning:
         # Those of a frozen backbone too: a layer may write to its buffers in eval mode. The owner and the key are kept,
         # not the tensor: a model may assign another tensor to a buffer.
         owners = ((name, *name.rpartition(".")[::2]) for name, held in model.named_buffers() if is_writable(held))
+        modules: dict[str, Any] = dict(model.named_modules())  # get_submodule() refuses TorchScript
         self._buffers: dict[str, tuple[dict[str, Any], str]] = {
-            name: (model.get_submodule(owner)._buffers, key) for name, owner, key in owners
+            name: (modules[owner]._buffers, key) for name, owner, key in owners
         }
 
     @property
@@ -208,7 +209,7 @@ def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         for module in self.modules():
             module.training = False
-        self.get_submodule(head).train(mode)
+        dict(self.named_modules())[head].train(mode)  # get_submodule() refuses TorchScript
         return self
 
     before = vars(model).get("train")

@@ -1,5 +1,6 @@
 """Files of models that would be lost, mixed up or not written, and networks that are compiled or scripted."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,40 @@ def test_an_exported_pipeline_says_what_the_softmax_says(tmp_path):
         found = network(images, labels=labels)
     by_hand = nn.functional.cross_entropy(model.network(images).logits, labels)
     assert found.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_types_is_what_transformers_makes_of_it_in_float32(tmp_path, dtype):
+    """Swinv2 computes a table of positions, which is in no file."""
+    sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4}
+    kind, folder = transformers.AutoModelForImageClassification, tmp_path / "half"
+    kind.from_config(transformers.Swinv2Config(**sizes, num_labels=3)).to(dtype).save_pretrained(folder)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    model, images = models.source(f"hf:{folder}").build(["LABEL_0", "LABEL_1", "LABEL_2"]), torch.rand(2, 3, 16, 16)
+    expected = kind.from_pretrained(folder, dtype=torch.float32).eval()(images).logits
+    models.save(model, tmp_path / "m.safetensors")
+    for network in (model.network, models.load(tmp_path / "m.safetensors").network):
+        assert torch.equal(network.eval()(images).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_layer_with_as_many_outputs_as_labels_is_no_second_classifier(kind):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.AutoConfig.for_model(kind, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    config.num_labels = 16
+    network = transformers.AutoModelForImageClassification.from_config(config)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    models.new_head(network, 16)
+    after = network.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_program_of_images_of_an_unknown_shape_is_refused(tmp_path):
+    network, given = nn.Linear(2, 2), {"kind": "timm", "name": "resnet18", "options": {}}
+    with pytest.raises(ValueError, match="images of one shape, and this model has no preprocessing that says it"):
+        models.export(models.Model(network, None, given, ("a", "b"), pretrained=False), tmp_path / "m.pt2")
 
 
 @pytest.mark.parametrize(("classes", "told"), [("cba", True), ("ABC", True), ("abd", False), ("abc", False)])
@@ -191,3 +226,18 @@ def test_a_scripted_network_is_looked_at_for_state():
     found = unsaved(torch.jit.script(network), None)
     assert len(buffers) == 3
     assert {name.partition(" of ")[0] for name in buffers} <= {name.partition(" of ")[0] for name in found}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_network_trains():
+    network = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    for method, trains in (("linear", ["3.weight", "3.bias"]), ("bias", ["1.bias", "2.bias", "3.weight", "3.bias"])):
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        with trainable(network, method, "3") as tuning:
+            network.train()
+            network(torch.rand(4, 3, 2, 2)).square().sum().backward()
+            torch.optim.SGD([parameter for _, parameter in tuning.parameters], lr=0.1).step()
+        assert [name for name in before if not torch.equal(before[name], network.state_dict()[name])] == trains
+    with trainable(network, "full") as tuning:
+        assert len(tuning.parameters) == 6
+        assert len(tuning.buffers) == 3

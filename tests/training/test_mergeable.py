@@ -15,6 +15,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+from fastadv.nn import Normalized
 from fastadv.training.methods import trainable
 
 
@@ -258,6 +259,24 @@ class PadsItself(nn.Module):
         layer = self.base_layer
         sides = [max(k - s, 0) for k, s in zip(layer.kernel_size, layer.stride, strict=True)]
         return self.fc(layer(F.pad(x, (0, sides[1], 0, sides[0]))).tanh().mean((2, 3)))
+
+
+def test_a_layer_may_be_called_by_its_name_in_the_network_that_is_wrapped():
+    network = with_layer(linear())
+    for name in ("3", "model.3"):
+        with trainable(Normalized(network, 0.5, 0.5), "lora", "5", lora_targets=[name], rank=2) as tuning:
+            names = [name for name, _ in tuning.parameters]
+        assert names == [f"model.3.lora_{letter}.default.weight" for letter in "AB"] + [
+            "model.5.weight",
+            "model.5.bias",
+        ]
+    with (
+        pytest.raises(
+            ValueError, match=r"no linear or convolutional layer '4'; there are model\.1, model\.3, model\.5"
+        ),
+        trainable(Normalized(network, 0.5, 0.5), "lora", "5", lora_targets=["4"]),
+    ):
+        pass
 
 
 def test_the_names_and_attributes_of_a_networks_layers_do_not_matter():
