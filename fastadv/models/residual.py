@@ -31,7 +31,7 @@ class Residual:
         width: the channels of the branch.
         channels_first: whether the channels are dimension 1, as for convolutions; else they are the last dimension.
         layers: the names of the block's linear layers and convolutions, in the order in which they run, without those
-            of a shortcut.
+            of a shortcut and of a gate, which see one vector for an image, as in squeeze-and-excitation.
         last: the last of these layers whose output has as many numbers as the branch; None where there is none.
     """
 
@@ -84,7 +84,8 @@ class _Trace(TorchFunctionMode):
         self.names = {each: name for name, each in module.named_modules() if not _is_aside(each)}
         self.running: list[str] = []
         self.calls: Counter[str] = Counter()
-        self.layers: list[tuple[str, int]] = []  # (name, numbers in its output), in the order in which they ran
+        # (name, numbers in its output, of one pixel or token), in the order in which they ran
+        self.layers: list[tuple[str, int, int]] = []
         self.given: dict[int, list[str]] = {}  # {id of a tensor: modules that returned it}
         self.tensors: list[torch.Tensor] = []  # kept alive: the id of a freed tensor could come again
         self.sums: dict[tuple[str, str], _Sum] = {}
@@ -97,7 +98,8 @@ class _Trace(TorchFunctionMode):
         def end(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             name = self.running.pop()
             if isinstance(module, _LAYERS):
-                self.layers.append((name, out.numel()))
+                width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+                self.layers.append((name, out.numel(), width))
             for tensor in out if isinstance(out, tuple) else (out,):
                 if isinstance(tensor, torch.Tensor):
                     self.given.setdefault(id(tensor), []).append(name)
@@ -148,15 +150,20 @@ class _Trace(TorchFunctionMode):
             places = [name for name in around if not isinstance(modules[name], nn.Sequential)]
             shape = each.branch.shape
             own = [
-                (name, size)
-                for name, size in self.layers[: each.ran]
+                (name, size, width)
+                for name, size, width in self.layers[: each.ran]
                 if _is_within(name, parent) and not any(_is_within(name, other) for other in each.shortcut)
             ]
-            convolutions = (modules[name] for name, _ in own if isinstance(modules[name], nn.Conv2d))
+            convolutions = (modules[name] for name, *_ in own if isinstance(modules[name], nn.Conv2d))
             first_dim = len(shape) == 4 and any(layer.out_channels == shape[1] for layer in convolutions)
-            last = next((name for name, size in reversed(own) if size == each.branch.numel()), None)
-            place, layers = places[-1] if places else None, tuple(dict.fromkeys(name for name, _ in own))
-            yield Residual(parent, place, shape[1 if first_dim else -1], first_dim, layers, last)
+            channels = shape[1 if first_dim else -1]
+            last = next((name for name, size, _ in reversed(own) if size == each.branch.numel()), None)
+            # Where the branch itself is one vector, which of its linear layers make a gate cannot be told.
+            seeing = [name for name, size, width in own if size > width or each.branch.numel() == channels]
+            spatial = [name for name in seeing if max(getattr(modules[name], "kernel_size", (1,))) > 1]
+            layers = spatial if spatial and each.branch.numel() == channels else seeing
+            place = places[-1] if places else None
+            yield Residual(parent, place, channels, first_dim, tuple(dict.fromkeys(layers)), last)
 
 
 def _is_aside(module: nn.Module) -> bool:

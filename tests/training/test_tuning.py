@@ -226,6 +226,14 @@ def test_lora_adapts_the_convolutions_of_blocks_without_linear_layers():
         assert changed(network, before) == {f"{key}.weight" for key in names} | {f"{head}.weight", f"{head}.bias"}
 
 
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_gate_is_no_layer_of_a_block(side):
+    """Squeeze-and-excitation has 1x1 convolutions of one vector for an image. At 32 pixels some maps are one, too."""
+    network = timm.create_model("seresnet18", num_classes=3).eval()
+    names = [f"layer{i}.{j}.conv{k}" for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)]
+    assert [target.name for target in lora_targets(network, torch.rand(1, 3, side, side))] == names
+
+
 def test_lora_adapts_the_linear_layers_of_blocks_that_have_some():
     """A bottleneck has 1x1 convolutions, which count as linear layers."""
     found = [target.name for target in lora_targets(made("hf resnet"), torch.rand(1, *SHAPE))]
