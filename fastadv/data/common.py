@@ -37,7 +37,12 @@ def common_images(parts: Mapping[str, Batch], device: torch.device) -> list[str]
 
 
 def _hashes(images: torch.Tensor | Share, device: torch.device, mixed: bool) -> Iterator[bytes]:
-    """One for each image; with `mixed` that of its floats, which are the same for an image in uint8 and in float32."""
+    """As of `image_hashes`; with `mixed` of its floats, which are the same for an image in uint8 and in float32."""
     for chunk in images.chunks(device) if isinstance(images, Share) else images.split(CHUNK):
-        rows = (to_float(chunk) if mixed else chunk).flatten(1).contiguous().cpu().view(torch.uint8).numpy()
-        yield from (hashlib.blake2b(row.data, digest_size=16).digest() for row in rows)
+        yield from image_hashes(to_float(chunk) if mixed else chunk)
+
+
+def image_hashes(images: torch.Tensor) -> Iterator[bytes]:
+    """A hash of each image (N, ...): equal ones, to the bit, have the same."""
+    rows = images.flatten(1).contiguous().cpu().view(torch.uint8).numpy()
+    return (hashlib.blake2b(row.data, digest_size=16).digest() for row in rows)

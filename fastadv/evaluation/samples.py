@@ -17,6 +17,7 @@ from torch.utils.data import (
 
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
 from fastadv.attacks.normalized import denormalized
+from fastadv.data.common import image_hashes
 from fastadv.data.share import Batch, Samples, Share
 from fastadv.devices import present
 from fastadv.functional import Normalization
@@ -94,7 +95,7 @@ def oddities(data: object, images: torch.Tensor | Share) -> list[str]:
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset):
         workers = data.num_workers if isinstance(data, DataLoader) else 1
-        if workers > 1 and isinstance(images, torch.Tensor) and len(set(map(_bytes, images))) * workers <= len(images):
+        if workers > 1 and isinstance(images, torch.Tensor) and len(set(image_hashes(images))) * workers <= len(images):
             return [
                 f"each of the {workers} workers of the loader read all of the IterableDataset, and each image counts "
                 f"{workers} times: share it out by torch.utils.data.get_worker_info(), or take num_workers=0"
@@ -128,10 +129,6 @@ def oddities(data: object, images: torch.Tensor | Share) -> list[str]:
             "of one draw. Evaluate on images without random transforms"
         )
     return found
-
-
-def _bytes(image: torch.Tensor) -> bytes:
-    return image.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _indices_of(sampler: object, size: int) -> Sequence[int] | None:

@@ -158,10 +158,12 @@ class _Trace(TorchFunctionMode):
             first_dim = len(shape) == 4 and any(layer.out_channels == shape[1] for layer in convolutions)
             channels = shape[1 if first_dim else -1]
             last = next((name for name, size, _ in reversed(own) if size == each.branch.numel()), None)
-            # Where the branch itself is one vector, which of its linear layers make a gate cannot be told.
-            seeing = [name for name, size, width in own if size > width or each.branch.numel() == channels]
-            spatial = [name for name in seeing if max(getattr(modules[name], "kernel_size", (1,))) > 1]
-            layers = spatial if spatial and each.branch.numel() == channels else seeing
+            # Of a branch that is one vector, which of its linear layers make a gate cannot be told.
+            if each.branch.numel() == channels:
+                spatial = [name for name, *_ in own if max(getattr(modules[name], "kernel_size", (1,))) > 1]
+                layers = spatial or [name for name, *_ in own]
+            else:
+                layers = [name for name, size, width in own if size > width]
             place = places[-1] if places else None
             yield Residual(parent, place, channels, first_dim, tuple(dict.fromkeys(layers)), last)
 

@@ -1,7 +1,6 @@
 """The evaluations of a run: those by which weights are chosen, and that of the weights that were."""
 
 import warnings
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from fastadv.data.share import Batch
 from fastadv.evaluation.adversaries import eps_of
 from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.robustness import evaluate, robust_accuracy
-from fastadv.training.backbone import BackboneRobustness, backbone_robustness
 from fastadv.training.foreign import TrainAttack
 from fastadv.training.passes import Passes
 from fastadv.training.progress import Record
@@ -42,7 +40,7 @@ class Judge:
         device: torch.device,
         passes: Passes,
     ):
-        self.model, self.eps, self.seed, self.passes = model, eps, seed, passes
+        self.model, self.eps, self.passes = model, eps, passes
         self.attack = attack or self._named("pgd-10")
         self._options: dict[str, Any] = {"seed": seed, "device": device, **passes.evaluation}
 
@@ -50,12 +48,6 @@ class Judge:
     def name(self) -> str:
         """The attack in words."""
         return repr(self.attack) if isinstance(self.attack, Attack) else type(self.attack).__qualname__
-
-    def backbone(self, images: torch.Tensor, labels: torch.Tensor, head: str | None) -> BackboneRobustness:
-        """What `backbone_robustness` returns for these images."""
-        return backbone_robustness(
-            self.model, images, labels, self.eps, head=head, seed=self.seed, **asdict(self.passes)
-        )
 
     def choosing(self, val: Batch) -> Record:
         """The accuracies on `val` by which weights are chosen: clean, and under the attack.

@@ -24,7 +24,7 @@ from fastadv.nn.autocast import own_autocast
 from fastadv.ops.generator import reseed, seeded
 from fastadv.training import log
 from fastadv.training.augment import Augment
-from fastadv.training.backbone import FIT, JUDGE
+from fastadv.training.backbone import FIT, JUDGE, backbone_robustness
 from fastadv.training.batches import Batches
 from fastadv.training.budget import Budget
 from fastadv.training.checkpoints import Checkpoints, Facts, Groups
@@ -217,8 +217,9 @@ class Run:
         if wanted:
             s = self.settings
             rows = self.batches.order(MEASURED)[: FIT + JUDGE].sort()[0]
-            images = self.images.to_all(rows, self.device)
-            found = self._agreed(self._judge().backbone(images, self.labels[rows], s.head))
+            images, labels = self.images.to_all(rows, self.device), self.labels[rows]
+            options = {"head": s.head, "seed": s.seed, **asdict(self.passes)}
+            found = self._agreed(backbone_robustness(self.model, images, labels, self.trainer.eps, **options))
             self._record({"backbone": found})
             if found["clean_accuracy"] is not None:
                 shares = f"{found['clean_accuracy']:.1%} clean, {found['robust_accuracy']:.1%} under PGD-10"

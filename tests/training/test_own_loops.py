@@ -10,6 +10,7 @@ from torch import nn
 from fastadv import fgsm_step, fgsm_step_, random_init
 from fastadv.attacks import FGSM, PGDL2
 from fastadv.attacks.samplewise import scalar
+from fastadv.data.common import common_images
 from fastadv.training import Monitor, Trainer, TrainStep, trainable
 
 EPS = 8 / 255
@@ -196,3 +197,12 @@ def test_a_monitor_warns_of_an_attack_of_another_budget():
     with pytest.warns(UserWarning, match=r"the attack has eps 0\.0627451, and the monitor's PGD 0\.0313725"):
         Monitor(model, x, y, FGSM(model, 2 * EPS), EPS)
     Monitor(model, x, y, FGSM(model, EPS), EPS)
+
+
+@pytest.mark.parametrize(("count", "is_told"), [(100, True), (101, False)])
+def test_a_known_image_matters_from_a_hundredth_on(count, is_told):
+    train, val = (torch.rand(n, 3, 4, 4) for n in (60, count))
+    val[torch.randint(count, ())] = train[torch.randint(60, ())]
+    labels = torch.zeros(count, dtype=torch.int64)
+    found = common_images({"train": (train, labels), "val": (val, labels)}, torch.device("cpu"))
+    assert [sentence.partition(" are images")[0] for sentence in found] == [f"1 of the {count} images of val"] * is_told
