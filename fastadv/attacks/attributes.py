@@ -21,18 +21,22 @@ class Attributes(ABC):
     """The attributes of an `Attack`, which documents and sets them. Its parts derive from here, to be typed alone."""
 
     model: AnyModel
+    norm: str
     eps: float
+    alpha: float | torch.Tensor | None
     targeted: bool | str | TargetFunction
     kth_min: int
     loss: str | LossFunction
     target_classes: int
     restarts: int
     training_mode: str
+    compile: bool
     clip: Clip
     images_normalized: tuple[Any, Any] | None
     objective: Objective
     _normalization: Normalization | None
     _watch: Watch  # made again where the attacked function is
+    _told: set[str]  # alpha / eps where the steps are short of eps, each warned of once
 
     if TYPE_CHECKING:  # an attack has them as attributes or as properties
 
@@ -44,6 +48,11 @@ class Attributes(ABC):
 
         @property
         def by_age(self) -> bool: ...
+
+        @property
+        def compares(self) -> str: ...
+
+        def factors(self) -> list[float]: ...
 
     else:
         steps = 1

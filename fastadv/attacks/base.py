@@ -1,55 +1,41 @@
 """The base class of all attacks: calling convention, options, checks, and the care that leaves a model unchanged."""
 
-import inspect
-import math
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, reduce
-from numbers import Real
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from fastadv.attacks.arguments import Arguments
 from fastadv.attacks.attributes import Clip, TargetFunction
 from fastadv.attacks.checks import (
     BOX,
-    are_probabilities,
-    are_signs,
-    beyond_the_box,
     box_of,
-    check_alpha_of,
     check_clip,
-    check_device,
     check_eps,
-    check_has_classes,
-    check_images,
-    check_labels,
     check_options,
-    check_signs,
-    check_soft,
-    check_start,
     check_whole,
-    eps_fits,
-    highest,
     in_ball,
-    in_box,
     length_in_l2,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked, is_ours
 from fastadv.attacks.inputs import Inputs
+from fastadv.attacks.lengths import Lengths
 from fastadv.attacks.losses import LossFunction
 from fastadv.attacks.modes import Modes
 from fastadv.attacks.normalized import denormalized, normalization_of
 from fastadv.attacks.objective import Objective
+from fastadv.attacks.options import assignable, options_of
 from fastadv.attacks.outcomes import Outcome, better_where, stronger
-from fastadv.attacks.samplewise import has_rows, per_sample, put_, scalar
+from fastadv.attacks.samplewise import has_rows, put_, scalar
 from fastadv.attacks.targets import Targets
 from fastadv.attacks.verdicts import is_label, verdict
-from fastadv.attacks.watch import PROBLEMS, Watch
+from fastadv.attacks.watch import Watch
 from fastadv.functional import Normalization, new_seed, pgd_step_, random_init, to_float
 from fastadv.names import instead
 from fastadv.nn.frozen import as_normal, frozen, on
@@ -57,16 +43,13 @@ from fastadv.nn.logits import AnyModel
 from fastadv.nn.normalized import Normalized, is_plain
 from fastadv.nn.parallel import one_process
 from fastadv.ops.autograd import result_like
-from fastadv.ops.checks import seed as check_seed
 from fastadv.ops.generator import as_int64
 from fastadv.ops.reference import compute_dtype
 
 GRAPHS = 8  # that are kept; each has its own memory
-LEAST = 2550  # of it an eps in the images' own unit fills the box: a tenth of what a byte tells apart
-ROUNDING = 1e-6  # of a sum of steps: ten of eps / 10 are eps
 
 
-class Attack(Modes, Targets, ABC):
+class Attack(Modes, Targets, Arguments, Lengths):
     """An attack on `model` within `eps`, in the images' units, [0, 1].
 
     While it runs no parameter requires grad, so that no weight gradient is computed, and the model is in eval mode.
@@ -179,7 +162,7 @@ class Attack(Modes, Targets, ABC):
         self.kth_min = kth_min
         self.images_normalized = images_normalized
         self._start_losses: torch.Tensor | None = None
-        self._told: set[str] = set()  # alpha / eps where the steps are short of eps, each warned of once
+        self._told = set()
         self._shapes: list[torch.Size] = []  # of the model's parameters in the last call
         self._settled: dict[str, object] = {}
         self._made_of: dict[str, object] = {}
@@ -203,7 +186,7 @@ class Attack(Modes, Targets, ABC):
         kind = type(self)
         free = name.startswith("_") or not kind.__module__.startswith("fastadv.")
         replaced = callable(value) and callable(getattr(kind, name, None))  # a method
-        if not (free or replaced or name in _assignable(kind)):
+        if not (free or replaced or name in assignable(kind)):
             raise AttributeError(f"{kind.__name__} has no setting {name!r}{instead(name, ('eps', *options_of(kind)))}")
         super().__setattr__(name, value)
 
@@ -279,25 +262,6 @@ class Attack(Modes, Targets, ABC):
         """alpha, one for all or (N, 1, ...); eps where it is None."""
         alpha = self.alpha if slots.alpha is None else slots.alpha
         return slots.eps if alpha is None else alpha
-
-    def short_of(self, eps: object) -> str | None:
-        """Say that all steps together are shorter than eps; None where they are not, or where nobody can tell.
-
-        Args:
-            eps: the budget; a tensor, of each image, is not looked at.
-        """
-        alpha = self.alpha
-        if not (isinstance(eps, Real) and isinstance(alpha, Real) and alpha > 0):  # 0 is meant: the start alone
-            return None
-        reach = float(alpha) * sum(self.factors())
-        if reach >= float(eps) * (1 - ROUNDING):
-            return None
-        alpha, reach, budget = (self._shown("alpha", length) for length in (alpha, reach, eps))
-        larger = "eps / 4 with 10 steps, or more steps" if "steps" in options_of(type(self)) else "1.25 eps"
-        return (
-            f"steps = {self.steps} of alpha = {alpha} move an image by {reach} at most, less than eps = {budget}: from "
-            f"the image itself they do not reach the boundary of the ball. Pass a larger alpha, such as {larger}"
-        )
 
     def factors(self) -> list[float]:
         """The factor of the step size, for each step."""
@@ -598,134 +562,11 @@ class Attack(Modes, Targets, ABC):
             return self.objective.logits(pixels)
         return torch.cat([self.objective.logits(part) for part in pixels.split(self.chunk)])
 
-    # ------------------------------------------------------------------ checks
-
-    def _constructors(self) -> int:
-        """The number of constructors before that of `Attack`: each is a frame between here and the caller."""
-        below = type(self).__mro__[: type(self).__mro__.index(Attack)]
-        return sum("__init__" in vars(cls) for cls in below)
-
-    def _warn_of_unit(self) -> None:
-        """Warn of an eps in another unit than the images, such as the default one; called by the constructor."""
-        lo, hi = box_of(self.clip)
-        if self.norm == "Linf" and (lo, hi) != (0, 1) and 0 < LEAST * self.eps < hi - lo < math.inf:
-            warnings.warn(
-                f"eps = {self.eps:g} is tiny on the images' scale, clip = {self.clip}: pass it in their own unit, such "
-                "as 8 for [0, 255]",
-                stacklevel=3 + self._constructors(),
-            )
-
-    def _warn_of_step(self) -> None:
-        """Warn of a step size that cannot be meant; called by the constructor that has set all of it."""
-        constructors = self._constructors()
-        if isinstance(self.alpha, Real) and float(self.alpha) > 2 * self.eps:
-            warnings.warn(
-                f"alpha = {self._shown('alpha', self.alpha)} is more than twice eps = {self._shown('eps', self.eps)}: "
-                "a step crosses the ball",
-                stacklevel=2 + constructors,
-            )
-        self._warn_of_short(self.eps, stacklevel=3 + constructors)
-
-    def _warn_of_short(self, eps: Any, stacklevel: int) -> None:
-        short = self.short_of(eps)
-        if short and (share := f"{self.alpha / eps:.4g}") not in self._told:  # a schedule that scales both keeps it
-            self._told.add(share)
-            warnings.warn(short, stacklevel=stacklevel)
-
-    def _budget(self, eps: float | torch.Tensor | None, x: torch.Tensor) -> float | torch.Tensor:
-        if eps is None:
-            return self.eps
-        if not isinstance(eps, torch.Tensor):
-            check_eps(eps, self.norm, self.clip)
-            return float(eps)
-        if not eps.is_floating_point() or eps.device != x.device:
-            raise TypeError(
-                f"eps must be a float tensor on the images' device {x.device}, got {eps.dtype} on {eps.device}"
-            )
-        if self._watch.first and eps.numel():
-            for value in torch.stack(eps.double().aminmax()).tolist():
-                check_eps(value, self.norm, self.clip)
-        elif eps.numel():
-            self._watch.tally("eps", eps_fits(eps, self.norm, self.clip))
-        if eps.shape not in ((), (len(x),), (len(x), *(1,) * (x.ndim - 1))):
-            raise ValueError(f"eps must be a number or a tensor of shape ({len(x)},), got {tuple(eps.shape)}")
-        return eps if eps.ndim == 0 else eps.reshape(-1, *(1,) * (x.ndim - 1))
-
-    def _own_alpha(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The step sizes (N, 1, ...) of these images; None where they are one for all."""
-        if not isinstance(self.alpha, torch.Tensor):
-            return None
-        check_alpha_of(self.alpha, x, look=self._watch.first)
-        alpha = as_normal(self.alpha)
-        if alpha.ndim == 1:
-            return per_sample(alpha, x)
-        return alpha if has_rows(alpha) else None
-
-    def _check_batch(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor | None,
-        seed: int | torch.Tensor | None,
-        x_init: torch.Tensor | None,
-    ) -> None:
-        check_images(images, self.clip)
-        check_device(images.device, self.model)
-        if seed is not None:  # also where nothing is drawn, or one for each sample is made of it first
-            check_seed(seed, images)
-        if x_init is not None:
-            check_start(x_init, images)
-        if labels is not None:
-            check_labels(
-                labels, images, soft=self.compares in ("soft", "clean"), any_kind=self.compares in ("anything", "signs")
-            )
-            check_has_classes(labels, self.targeted)
-        elif callable(self.loss) or self.targeted is True:
-            raise ValueError("labels are missing: a loss of your own, or targeted=True, needs them")
-
-    def _check_values(self, x: torch.Tensor, labels: torch.Tensor | None) -> None:
-        """In the first batch only, because it waits for the device: a label that is too large kills a CUDA context."""
-        if not len(x):
-            return
-        wrong = beyond_the_box(x, self.clip)
-        if wrong:
-            raise ValueError(wrong)
-        if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
-            self.objective.check_classes(highest(labels), self._clean_logits(x) if self.compile else None)
-        if labels is not None and labels.is_floating_point() and self.compares in ("soft", "clean"):
-            check_soft(labels)
-        if labels is not None and self.compares == "signs":
-            check_signs(labels)
-
-    def _check_start(self, x_init: torch.Tensor) -> None:
-        sound = ~x_init.isnan().any()
-        if not self._watch.first:
-            self._watch.tally("start", sound)
-        elif not sound:
-            raise ValueError(f"{PROBLEMS['start']}: an attack starts from images")
-
-    def _count_values(self, images: torch.Tensor | None, labels: torch.Tensor | None) -> None:
-        """In later batches, without waiting for the device: count what `_check_values` would refuse."""
-        if images is not None and images.is_floating_point() and images.numel():
-            self._watch.tally("images", in_box(images, self.clip))
-        if labels is not None and labels.is_floating_point() and self.compares in ("soft", "clean"):
-            self._watch.tally("soft labels", are_probabilities(labels))
-        if labels is not None and self.compares == "signs":
-            self._watch.tally("signs", are_signs(labels))
-
     def __repr__(self) -> str:
         shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         hidden = ("model", "objective", "draws")
         settings = (f"{name}={self._shown(name, value)}" for name, value in shown.items() if name not in hidden)
         return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(settings)})"
-
-    def _shown(self, name: str, value: object) -> str:
-        if self.norm == "Linf" and name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:
-            in_255 = round(value * 255, 6)
-            return f"{in_255:g}/255" if abs(in_255 - value * 255) < 1e-9 else f"{value:g}"
-        if has_rows(value):
-            return f"<one for each of {len(value)}>"
-        called: str | None = getattr(value, "__name__", None)
-        return called or repr(value)
 
 
 def _unwrapped(model: AnyModel) -> tuple[AnyModel, Normalization | None]:
@@ -746,17 +587,3 @@ def _same(settings: Mapping[str, object], others: Mapping[str, object]) -> bool:
         value is others[name] or (type(value) is type(others[name]) in plain and value == others[name])
         for name, value in settings.items()
     )
-
-
-@lru_cache
-def _assignable(attack: type[Attack]) -> frozenset[str]:
-    """The names that may be assigned to an attack."""
-    return frozenset({"model", "eps", "objective", *options_of(attack)})
-
-
-def options_of(attack: type[Attack]) -> list[str]:
-    """Names of what an attack can be made with beside the model and eps: its own, then those it passes to its bases."""
-    kinds = [kind for kind in attack.__mro__ if issubclass(kind, Attack)]
-    parameters = [each for kind in kinds for each in inspect.signature(kind).parameters.values()]
-    own = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    return [name for name in dict.fromkeys(own) if name not in ("model", "eps")]

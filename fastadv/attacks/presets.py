@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fastadv.attacks.apgd import APGD
-from fastadv.attacks.base import Attack, options_of
+from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import check_number
 from fastadv.attacks.fab import FAB
 from fastadv.attacks.fgsm import FGSM, NFGSM
 from fastadv.attacks.l2 import PGDL2
+from fastadv.attacks.options import options_of
 from fastadv.attacks.pgd import BIM, MIFGSM, PGD, TPGD
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.square import Square
