@@ -107,7 +107,7 @@ def studied(found):
     first = {}
     for name, result in found.items():
         if "cell" in result:
-            first.setdefault((Path(name).parents[2], result["commit"]), name)
+            first.setdefault((Path(name).parents[2], result.get("commit", "unknown")), name)
     return {name: {"part": "study", "environment": {"commit": commit}} for (_, commit), name in first.items()}
 
 
