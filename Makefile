@@ -12,10 +12,11 @@ QUICK = tests/nn $(addprefix tests/attacks/test_, attacked_function.py attack_ma
   $(addprefix tests/ops/test_, ball.py contract.py philox.py) tests/data/test_data.py tests/training/test_settings.py \
   tests/benchmarks/test_figures.py
 
-# A warning that a test does not expect fails it. But the networks of many tests are no better than a guess: their
-# images fall to a random start now and then, which looks like masked gradients.
+# A warning that a test does not expect fails it. But the networks of many tests are no better than a guess, and these
+# come to them by chance.
 WARNINGS = -W error::UserWarning -W "ignore:the model is right for:UserWarning" \
-  -W "ignore:gradients look masked:UserWarning"
+  -W "ignore:gradients look masked:UserWarning" -W "ignore:robust accuracy rises from:UserWarning" \
+  -W "ignore:the last:UserWarning" -W "ignore:epoch:UserWarning"
 
 .PHONY: demo test test-quick lint docs clean
 
