@@ -196,6 +196,15 @@ def attach(module: nn.Module, place: str, added: Added) -> Callable[[], None]:
     return detach
 
 
+def weight_in(module: nn.Module, place: str) -> torch.Tensor:
+    """A parameter whose device and dtype suit what is added to the network in its module called `place`.
+
+    It is the first real one there, or in the network where there is none: others are indices, quantised or complex.
+    """
+    near = module.get_submodule(place).parameters()
+    return next(parameter for parameter in (*near, *module.parameters()) if parameter.is_floating_point())
+
+
 def _compile_anew() -> None:
     """Forget what torch.compile has made: it does not look at hooks, and would go on without the new ones."""
     if "torch._dynamo" in sys.modules:

@@ -27,7 +27,7 @@ class Residual:
     Attributes:
         block: the name of the module that computes the sum.
         place: the name of the module whose output is the branch, as it enters the sum; None where that module is also
-            called elsewhere, as one DropPath for several branches is.
+            called elsewhere, as one DropPath for several branches is, or returns a tuple that has the branch.
         width: the channels of the branch.
         channels_first: whether the channels are dimension 1, as for convolutions; else they are the last dimension.
         layers: the names of the block's linear layers and convolutions, in the order in which they run, without those
@@ -87,6 +87,7 @@ class _Trace(TorchFunctionMode):
         # (name, numbers in its output, of one pixel or token), in the order in which they ran
         self.layers: list[tuple[str, int, int]] = []
         self.given: dict[int, list[str]] = {}  # {id of a tensor: modules that returned it}
+        self.tuples: set[str] = set()  # modules that returned one
         self.tensors: list[torch.Tensor] = []  # kept alive: the id of a freed tensor could come again
         self.sums: dict[tuple[str, str], _Sum] = {}
 
@@ -100,6 +101,8 @@ class _Trace(TorchFunctionMode):
             if isinstance(module, _LAYERS):
                 width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
                 self.layers.append((name, out.numel(), width))
+            if isinstance(out, tuple):
+                self.tuples.add(name)
             for tensor in out if isinstance(out, tuple) else (out,):
                 if isinstance(tensor, torch.Tensor):
                     self.given.setdefault(id(tensor), []).append(name)
@@ -147,7 +150,7 @@ class _Trace(TorchFunctionMode):
             first = each.givers[0]
             around = [name for name in each.givers if _is_within(first, name) and self.calls[name] == used[name]]
             # Not an nn.Sequential: a submodule that is added to one would run as its last step.
-            places = [name for name in around if not isinstance(modules[name], nn.Sequential)]
+            places = [n for n in around if n not in self.tuples and not isinstance(modules[n], nn.Sequential)]
             shape = each.branch.shape
             own = [
                 (name, size, width)
@@ -155,7 +158,9 @@ class _Trace(TorchFunctionMode):
                 if _is_within(name, parent) and not any(_is_within(name, other) for other in each.shortcut)
             ]
             convolutions = (modules[name] for name, *_ in own if isinstance(modules[name], nn.Conv2d))
-            first_dim = len(shape) == 4 and any(layer.out_channels == shape[1] for layer in convolutions)
+            # There may be as many rows as channels: what an nn.Linear returns has its channels last all the same.
+            as_image = len(shape) == 4 and not isinstance(modules[first], nn.Linear)
+            first_dim = as_image and any(layer.out_channels == shape[1] for layer in convolutions)
             channels = shape[1 if first_dim else -1]
             last = next((name for name, size, _ in reversed(own) if size == each.branch.numel()), None)
             # Of a branch that is one vector, which of its linear layers make a gate cannot be told.

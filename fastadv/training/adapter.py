@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastadv.attacks.checks import check_whole
-from fastadv.models.added import Adapter, added_to, attach
+from fastadv.models.added import Adapter, added_to, attach, weight_in
 from fastadv.models.residual import find_residuals
 from fastadv.training.options import Chosen, Options
 
@@ -51,14 +51,15 @@ def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
     residuals = find_residuals(model, example, options.head)
     places = {each.place: each for each in residuals if each.place is not None}
     if not places:
-        why = "the module that gives such an output is called elsewhere, too" if residuals else "it has none"
+        none = "the module that gives such an output is called elsewhere, too, or returns a tuple"
+        why = none if residuals else "it has none"
         raise ValueError(
             "adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and ResNet, where the output of a "
             f"module is added to its input, and before the model's head {why}. Choose another method"
         )
-    like = next(model.parameters())  # whose device and dtype they get
     added = []
     for place, each in places.items():
-        added.append(Adapter(each.width, max(1, each.width // reduction), each.channels_first).to(like))
-        attach(model, place, added[-1])
+        adapter = Adapter(each.width, max(1, each.width // reduction), each.channels_first)
+        added.append(adapter.to(weight_in(model, each.block)))
+        attach(model, place, adapter)
     return added

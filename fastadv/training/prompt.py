@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastadv.attacks.checks import check_whole
-from fastadv.models.added import Prompt, added_to, attach
+from fastadv.models.added import Prompt, added_to, attach, weight_in
 from fastadv.models.tokens import find_tokens
 from fastadv.training.options import Chosen, Options
 
@@ -47,8 +47,8 @@ def prompt(model: nn.Module, options: Options) -> Iterator[Chosen]:
 def _add(model: nn.Module, options: Options, count: int) -> list[Prompt]:
     example = options.images("prompt finds its tokens")
     found = find_tokens(model, example)
-    like = next(model.parameters())  # whose device and dtype they get
-    added = [Prompt(count, found.width, found.prefix, found.pixels).to(like) for _ in found.blocks]
-    for name, each in zip(found.blocks, added, strict=True):
-        attach(model, name, each)
+    added = []
+    for name in found.blocks:
+        added.append(Prompt(count, found.width, found.prefix, found.pixels).to(weight_in(model, name)))
+        attach(model, name, added[-1])
     return added

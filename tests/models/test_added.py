@@ -179,6 +179,93 @@ def test_adapters_are_refused_where_nothing_is_residual():
     assert not list(added_to(network))
 
 
+class Depthwise(nn.Module):
+    """A branch of images (N, H, W, width) with a depthwise convolution, as in MambaOut."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.depthwise, self.last = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.last(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Paired(Depthwise):
+    """Returns something else beside the branch, as attention returns its weights."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Block(nn.Module):
+    def __init__(self, branch):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x):
+        out = self.branch(x)
+        return x + (out[0] if isinstance(out, tuple) else out)
+
+
+class Attended(nn.Module):
+    """nn.MultiheadAttention calls none of its layers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(width, 2)
+
+    def forward(self, x):
+        tokens = x.flatten(1, 2)
+        return (tokens + self.inner(tokens, tokens, tokens)[0]).reshape(x.shape)
+
+
+def rows(width, *blocks):
+    """A network whose blocks get images (N, 4, 4, width)."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.blocks, self.head = nn.Conv2d(3, width, 8, 8), nn.Sequential(*blocks), nn.Linear(width, 3)
+
+        def forward(self, x):
+            return self.head(self.blocks(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+    return Rows()
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_adapters_find_the_channels_also_of_images_with_as_many_rows(width):
+    found = find_residuals(rows(width, Block(Depthwise(width))), torch.rand(1, *SHAPE))
+    assert [(each.place, each.width, each.channels_first) for each in found] == [("blocks.0.branch", width, False)]
+
+
+def test_adapters_act_on_what_is_returned_alone():
+    network, x = rows(8, Block(Paired(8)), Block(Depthwise(8))), torch.rand(2, *SHAPE)
+    with trainable(network, "adapter", example=x):
+        network(x)
+    assert {place for place, _ in added_to(network)} == {"blocks.0.branch.last", "blocks.1.branch"}
+    network = rows(8, Attended(8))
+    with (
+        pytest.raises(ValueError, match=r"called elsewhere, too, or returns a tuple\. Choose another method"),
+        trainable(network, "adapter", example=x),
+    ):
+        pass
+    assert not list(added_to(network))
+
+
+@pytest.mark.parametrize("first", [torch.arange(3), torch.ones(1, dtype=torch.complex64), torch.ones(1).double()])
+@pytest.mark.parametrize(("method", "name"), ADDING)
+def test_what_is_added_has_the_dtype_of_its_block(method, name, first):
+    """The network's first parameter is of another dtype, such as indices or a temperature."""
+    network, x = nn.Module(), torch.rand(2, *SHAPE)
+    network.first, network.inner = nn.Parameter(first, requires_grad=False), made(name)
+    network.forward = lambda images: network.inner(images)
+    with trainable(network, method, example=x):
+        network(x)
+    added = [parameter for _, each in added_to(network) for parameter in each.parameters()]
+    assert {parameter.dtype for parameter in added} == {torch.float32}
+
+
 def test_modules_that_the_logits_do_not_need_get_no_adapter():
     assert all(
         "vision_model.head" not in each.place for each in find_residuals(made("hf siglip"), torch.rand(1, *SHAPE))
