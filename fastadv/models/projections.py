@@ -89,10 +89,10 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
         return targets
     inside = [name for each in find_residuals(module, example, head) for name in each.layers]
     layers = {name: module.get_submodule(name) for name in inside}
-    if layers and not any(map(_is_linear, layers.values())):
-        names = [name for name, layer in layers.items() if layer.groups == 1]
-    else:
-        names = [name for name, _ in module.named_modules() if name in ran]
+    names = [name for name, _ in module.named_modules() if name in ran]
+    if not any(map(_is_linear, layers.values())):
+        # Blocks of depthwise convolutions alone, as of ConvMixer, have none; their 1x1 convolutions stand between them.
+        names = [name for name, layer in layers.items() if layer.groups == 1] or names
     if not names:
         raise ValueError(
             "LoRA found neither linear layers nor 1x1 convolutions before the head, nor convolutions in residual "

@@ -241,6 +241,12 @@ def test_lora_adapts_the_linear_layers_of_blocks_that_have_some():
     assert "resnet.encoder.stages.1.layers.1.layer.1.convolution" not in found
 
 
+def test_lora_adapts_the_1x1_convolutions_between_blocks_of_depthwise_ones():
+    """ConvMixer: only depthwise convolutions are within residual sums, and LoRA cannot adapt these."""
+    network = timm.models.ConvMixer(dim=8, depth=2, kernel_size=3, patch_size=8, num_classes=3).eval()
+    assert [target.name for target in lora_targets(network, torch.rand(1, *SHAPE))] == ["blocks.0.1", "blocks.1.1"]
+
+
 # ---------------------------------------------------------------------- what a head alone cannot do
 
 
