@@ -111,9 +111,9 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
         raise ValueError(f"{path} does not say how its model is built: load its weights into a model of your own")
     own = tuple(facts["classes"])
     network = _built(path, facts, len(own), trust_code)
-    weights = _weights(path)
-    _check_fit(path, weights, network.state_dict())
-    network.load_state_dict(weights, strict=False)
+    weights, inside = _weights(path), plain(network)
+    _check_fit(path, weights, inside.state_dict())
+    inside.load_state_dict(weights, strict=False)
     if classes is not None and tuple(classes) != own:
         warn_of_order(str(path), own, classes, stacklevel=3)
         shape = facts["architecture"].get("shape")
@@ -223,7 +223,7 @@ def _built(path: str | Path, facts: Facts, count: int, trust_code: bool) -> nn.M
     architecture = facts["architecture"]
     try:
         network = construct(architecture, count, trust_code=trust_code)
-        add_again(network, facts.get("added", []))
+        add_again(plain(network), facts.get("added", []))
         return network
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
         what = f"{path} describes a model that cannot be built"
@@ -260,8 +260,9 @@ def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _stored(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     value = value.detach()
-    stored = value.to(dtype) if dtype is not None and value.is_floating_point() and value.ndim > 1 else value
-    if not torch.equal(stored.isfinite(), value.isfinite()):
+    wide = value.is_floating_point() and value.itemsize > 1  # of floats in 8 bits PyTorch has no isfinite
+    stored = value.to(dtype) if dtype is not None and wide and value.ndim > 1 else value
+    if stored is not value and not torch.equal(stored.isfinite(), value.isfinite()):
         raise ValueError(f"{name} holds values that {dtype} cannot: store it as torch.bfloat16")
     return stored.cpu().contiguous()
 

@@ -8,7 +8,9 @@ from fastadv.training.finite import inexact, nonfinite
 
 
 class EMA:
-    """Exponential moving average of tensors by name. Counts and other integers, masks and sparse tensors are copied.
+    """Exponential moving average of tensors by name.
+
+    Integers such as counts, floats in 8 bits, masks and sparse tensors are copied.
 
     The decay at step t is min(decay, (1 + t) / (10 + t)): 0.1 at first, 0.92 at step 100. So the average soon forgets
     the beginning. It is kept on the tensors' device; otherwise all weights would be copied to the host in every step.
@@ -28,9 +30,8 @@ class EMA:
         self.state = {name: t.detach().clone() for name, t in state.items()}
         self.decay = decay
         masks = set(nonfinite(self.state))
-        self._averaged = [
-            name for name, t in self.state.items() if inexact(t) and t.layout == torch.strided and name not in masks
-        ]
+        means = {name for name, t in self.state.items() if inexact(t) and t.itemsize > 1 and t.layout == torch.strided}
+        self._averaged = [name for name in self.state if name in means - masks]
 
     @torch.no_grad()
     def update(self, state: Mapping[str, torch.Tensor], step: int) -> None:

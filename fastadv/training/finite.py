@@ -33,9 +33,9 @@ def nonfinite(tensors: Mapping[str, torch.Tensor], known: Collection[str] = ()) 
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers of a tensor that are kept; a sparse one keeps few."""
+    """The numbers of a tensor that are kept; a sparse one keeps few. Of floats in 8 bits PyTorch has no isfinite."""
     if tensor.layout == torch.strided:
-        return tensor
+        return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
     return (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
 
 

@@ -1,7 +1,8 @@
 """Files of models that would be lost, mixed up or not written, and networks that are compiled or scripted."""
 
 import json
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,22 @@ def test_a_plain_state_has_the_networks_own_names(tmp_path, runner):
     assert models.load_weights(other.network, tmp_path / "m.safetensors", classes="ab")
     for mine, theirs in zip(network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("method", ["linear", "adapter"])
+def test_a_function_may_return_a_network_with_what_runs_it(tmp_path, monkeypatch, runner, method):
+    """Its files have the plain network's names, and load into a network that the function makes."""
+    module, images = ModuleType("running"), torch.rand(2, 3, 8, 8)
+    module.make = lambda shape, classes: RUNNERS[runner](resnet(shape, classes, widths=(8, 8), blocks=1))
+    monkeypatch.setitem(sys.modules, "running", module)
+    model = models.source("running:make").build("abc", (3, 8, 8))
+    with trainable(model.network, method, example=images) as tuning:
+        for _, parameter in tuning.parameters:
+            nn.init.normal_(parameter)
+    models.save(model, tmp_path / "m.safetensors")
+    loaded = models.load(tmp_path / "m.safetensors", trust_code=True).network
+    assert torch.equal(loaded.eval()(images), model.network.eval()(images))
 
 
 class Residual(nn.Module):

@@ -13,6 +13,7 @@ from poisoned_run import poisoned
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastadv.models import Model, save
 from fastadv.training import Trainer, TrainStep
 from fastadv.training.checkpoints import Checkpoints
 from fastadv.training.ema import EMA
@@ -148,6 +149,22 @@ def test_of_complex_and_sparse_tensors_too_it_is_known_which_are_not_finite():
         assert found[0] == pytest.approx(abs(complex(1, 1)) if tensors["1.0"].is_complex() else 1)
         assert found[1] != found[1]
         assert found[2] == INF
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_in_8_bits_are_looked_at_kept_and_not_averaged(dtype, tmp_path):
+    tensors = {str(value): torch.tensor([[0.5, value]]).to(dtype) for value in (1.0, NAN)}
+    assert nonfinite(tensors) == ["nan"]
+    model = poisoned_run.network()
+    model.register_buffer("scales", torch.randn(3, 4).to(dtype))
+    before = model.scales.clone()
+    train(tmp_path, model, ema_decay=0.9)
+    assert torch.equal(model.scales.float(), before.float())
+    file, given = tmp_path / "m.safetensors", {"kind": "own", "name": "mlp", "shape": [3, 8, 8], "options": {}}
+    save(Model(model, None, given, ("a", "b", "c"), pretrained=False), file, dtype=torch.bfloat16)
+    kept = safetensors.torch.load_file(file)["scales"]
+    assert kept.dtype == dtype
+    assert torch.equal(kept.float(), before.float())
 
 
 def test_complex_weights_are_averaged_as_their_parts_are_and_sparse_ones_copied():
