@@ -43,6 +43,7 @@ _MOVED = {"fastadv.nn.normalized": "fastadv.attacks.normalized"}  # {name of a m
 # Attributes of an nn.Module that do not change what it computes in eval mode.
 _ASIDE = {"training", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"}
 _ASIDE |= {"_load_state_dict_post_hooks", "_non_persistent_buffers_set", "_is_full_backward_hook"}
+_ASIDE |= {"_compiled_call_impl"}  # of a module that was compiled in place
 _OF_CLASSES = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__firstlineno__", "_abc_impl"}
 _OF_CLASSES |= {"__static_attributes__", "__annotate_func__", "__annotations_cache__", "__annotate__"}
 

@@ -18,6 +18,7 @@ from fastadv.nn.logits import AnyModel
 from fastadv.ops.generator import seeded
 from fastadv.team import Team
 from fastadv.training.convolutions import check_convolutions
+from fastadv.training.factors import HALVES
 from fastadv.training.fast import FAST, fast_method, is_fast
 from fastadv.training.parts import Parts
 from fastadv.training.step import check_autocast
@@ -52,6 +53,7 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
         raise ValueError(f"precision must be no or bf16, got {precision} from accelerate")
     autocast = torch.bfloat16 if precision == "bf16" else None
     check_autocast(trainer.model, autocast)
+    _check_weights(trainer.model)
     if device.type == "cpu":
         check_convolutions(trainer.model, settings)
     if not team.alone and is_fast(attack) and FAST[attack].alone:
@@ -93,6 +95,23 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
         some = to_float(mine[:2].to(device_of(trainer.model)))
         fast_method(attack, trainer.model, trainer.eps, settings.attack).check_model(attack, settings, some)
     return top
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that cannot be changed, and warn of those in which small changes are lost."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model was made under torch.inference_mode, and such weights cannot train: make it outside, or give "
+            "copy.deepcopy(model), made outside"
+        )
+    half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALVES), None)
+    if half is not None:
+        lost = f"1/{4 / torch.finfo(half).eps:.0f}"
+        warnings.warn(
+            f"the model has weights of {half}: a step that changes one by less than {lost} of it is lost. Train "
+            "model.float(), with precision='bf16' for passes that are as fast",
+            stacklevel=8,
+        )
 
 
 def check_taken(

@@ -291,6 +291,14 @@ def test_flags_and_devices_are_no_difference():
     assert told(Foreign(device=torch.device("cpu"))) == told(Foreign(device=torch.device("meta")))
 
 
+def test_compilation_in_place_is_no_difference():
+    plain, model = net(), net()
+    model.compile(backend="eager")
+    assert told(model) == told(plain)
+    model(torch.rand(2, 3, 2, 2))
+    assert told(model) == told(plain)
+
+
 PROCESS = """
 import sys
 from test_identity import DIFFERENT, fingerprint

@@ -686,6 +686,7 @@ def test_gradalign_aligns_the_gradients_of_a_sample_that_the_model_is_certain_of
         torch.testing.assert_close(here.double(), there, rtol=1e-2, atol=1e-2 * float(there.abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:the model has weights of torch.bfloat16")
 @pytest.mark.parametrize("attack", FAST)
 def test_a_model_in_bfloat16_gets_images_in_bfloat16(data, attack, monkeypatch):
     dtypes, forward = set(), nn.Linear.forward

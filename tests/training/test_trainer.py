@@ -924,6 +924,26 @@ def test_a_float64_model_has_no_bf16():
         fit(conv().double(), precision="bf16", parts=parts)
 
 
+def test_weights_made_in_inference_mode_are_refused_and_copies_of_them_train():
+    with torch.inference_mode():
+        model = conv()
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode.*or give copy\.deepcopy\(model\)"):
+        fit(model)
+    fit(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 512), (torch.float16, 4096)])
+@pytest.mark.filterwarnings("error")
+def test_weights_that_lose_small_steps_are_told(dtype, limit):
+    weights = torch.linspace(1, 2, limit, dtype=torch.float64)[:-1].to(dtype).double()
+    assert torch.equal((weights * (1 + 0.99 / limit)).to(dtype).double(), weights)
+    assert ((weights * (1 + 2.01 / limit)).to(dtype).double() != weights).all()
+    parts = [(to_float(images).to(dtype), labels) for images, labels in (TRAIN, VAL)]
+    with pytest.warns(UserWarning, match=f"weights of {dtype}: a step that changes one by less than 1/{limit} of it"):
+        fit(conv().to(dtype), parts=parts, lr=1e-5, optimizer="sgd")
+    fit(conv(), precision="bf16")
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_the_callers_gradient_mode_changes_no_bit(context):
     alone, within = conv(), conv()
