@@ -66,7 +66,7 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
        a fused layer only the queries and values train, whether they lie in thirds or head by head.
     3. Without attention: every linear layer, that is nn.Linear, and nn.Conv2d of 1x1 with groups == 1. Where residual
        blocks have no linear layers outside their shortcuts and gates (squeeze-and-excitation): the convolutions of the
-       blocks with groups == 1, without those of the shortcuts and gates.
+       blocks with groups == 1, without those of the shortcuts and gates, if there are some.
 
     The head is left out. So is a layer whose weight the network uses without calling the layer.
 
