@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(batch_size=arguments.batch_size)
     check_folder(arguments.out)
     if arguments.save_images and arguments.data not in NAMED:
-        check_outside(arguments.out, Path(arguments.data_folder or "", arguments.data))
+        check_outside(arguments.out, Path(arguments.data))
     model = load_model(arguments.model, arguments.trust_code)
     adversaries(model.on_pixels, arguments.attacks, arguments.eps)  # refuses wrong ones before pictures are decoded
     split = model.trained_on[-1].split if model.trained_on else Split()

@@ -62,6 +62,7 @@ def npz(path: Path, judge: str | None = None) -> DataSource:
         if array.dtype.kind == "f":
             np.clip(array, 0, 1, out=array)
         _check_labels(f"{path}: y{key[1:]}", arrays["y" + key[1:]], len(array))
+        arrays["y" + key[1:]] = arrays["y" + key[1:]].astype(np.int64)  # NumPy compares unsigned ones as floats
         if array.shape[1:] != images[first].shape[1:]:
             raise ValueError(f"{path}: {first} and {key} hold images of different shapes")
     return _source(arrays)
@@ -115,10 +116,12 @@ def _check_labels(name: str, labels: np.ndarray, count: int) -> None:
             f"{name} must not be negative, got {labels.min()}: number the classes from 0, and leave out images without "
             "a label"
         )
+    if labels.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be below 2^63, got {labels.max()}: number the classes from 0")
 
 
 def _source(arrays: dict[str, np.ndarray]) -> DataSource:
-    there = np.unique(np.concatenate([array.astype(np.int64) for key, array in arrays.items() if key.startswith("y")]))
+    there = np.unique(np.concatenate([array for key, array in arrays.items() if key.startswith("y")]))
     parts = {
         key[2:]: _part(arrays[key], np.searchsorted(there, arrays["y" + key[1:]]))
         for key in arrays

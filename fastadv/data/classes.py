@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -37,6 +39,20 @@ def _label_range(text: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
     return (first, last) if first <= last else None
+
+
+def warn_of_twins(names: Iterable[str]) -> None:
+    """Warn of classes whose names differ in capitals or spaces alone, such as "cat" and "Cat"."""
+    twins: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        twins["".join(name.split()).casefold()].append(name)
+    for same in twins.values():
+        if len(same) > 1:
+            warnings.warn(
+                f"the classes {', '.join(map(repr, same))} differ in capitals or spaces alone, and count as "
+                f"{len(same)}: merge them if they are one",
+                stacklevel=4,
+            )
 
 
 def distinct(names: Iterable[str]) -> tuple[str, ...]:

@@ -3,8 +3,6 @@
 import os
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -52,7 +50,6 @@ def folders(root: Path, judge: str | None = None) -> DataSource:
             )
         others += left_out
     _warn_of_levels(root, places, endings)
-    _warn_of_twins({name for found in contents.values() for name, paths in found.items() if paths})
     if judge is None:
         names = tuple(contents["train"])
     else:
@@ -62,20 +59,6 @@ def folders(root: Path, judge: str | None = None) -> DataSource:
     if others:
         warnings.warn(f"left out, no picture of a class: {len(others)}, such as {others[0]}", stacklevel=4)
     return DataSource(parts, names)
-
-
-def _warn_of_twins(names: Collection[str]) -> None:
-    """Warn of classes whose names differ in capitals or spaces alone, such as "cat" and "Cat"."""
-    twins: defaultdict[str, list[str]] = defaultdict(list)
-    for name in sorted(names):
-        twins["".join(name.split()).casefold()].append(name)
-    for same in twins.values():
-        if len(same) > 1:
-            warnings.warn(
-                f"the folders {', '.join(map(repr, same))} differ in capitals or spaces alone, and count as "
-                f"{len(same)} classes: merge them if they are one",
-                stacklevel=5,
-            )
 
 
 def _instead(place: Path) -> str:

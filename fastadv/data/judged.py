@@ -89,6 +89,8 @@ def held_out(
     """
     if part not in (None, *PARTS):
         raise ValueError(f"unknown part {part!r}{instead(part, PARTS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     judge = "all" if part == "all" else "test"
     source = find(name_or_path, folder, columns or Columns(), codes=codes, judge=judge)
     source = replace(source, parts={name: source.parts[name] for name in judging(source.parts, judge)})

@@ -10,7 +10,7 @@ import torch
 from fastadv.data import parquet
 from fastadv.data.arrays import digits, npz
 from fastadv.data.cifar10 import cifar10
-from fastadv.data.classes import labels_of, selected
+from fastadv.data.classes import labels_of, selected, warn_of_twins
 from fastadv.data.dataset import Data
 from fastadv.data.decoding import decode_all
 from fastadv.data.folders import folders
@@ -139,11 +139,24 @@ def find(
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
+    source = _found(name_or_path, folder, columns, codes, judge)
+    warn_of_twins(source.classes)
+    return source
+
+
+def _found(
+    name_or_path: str | Path, folder: str | Path | None, columns: parquet.Columns, codes: bool, judge: str | None
+) -> DataSource:
     path = Path(name_or_path)
     named = {"digits": lambda: digits(codes), "cifar10": lambda: cifar10(folder)}
     files = {} if str(name_or_path) in named or not path.is_dir() else parquet.find(path, training=judge is None)
     if path.suffix == ".parquet" and path.is_file():
         files = {"train": [path]}
+    if folder is not None and str(name_or_path) != "cifar10":
+        raise ValueError(
+            f"folder is where cifar10 is, and the data are {str(name_or_path)!r}: leave folder out, and give the path "
+            "of the data themselves"
+        )
     if columns != parquet.Columns() and not files:
         raise ValueError(f"image_column and label_column are for parquet files, and {str(name_or_path)!r} has none")
     if str(name_or_path) in named:

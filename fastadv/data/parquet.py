@@ -1,5 +1,6 @@
 """Parquet files in the layout of the Hugging Face hub: a column of encoded pictures, a column of labels."""
 
+import itertools
 import json
 import re
 import warnings
@@ -14,6 +15,7 @@ from fastadv._extras import require
 from fastadv.data.classes import distinct
 from fastadv.data.pictures import Picture
 from fastadv.data.source import DataSource, Part, concatenated, judging
+from fastadv.data.walking import is_counted
 
 if TYPE_CHECKING:
     from pyarrow import DataType, Schema
@@ -30,6 +32,7 @@ _NEEDED = (
 )
 # How files begin (validation*.parquet too begins with val), and how folders of them are called.
 _PARTS = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
+_MORE = ("training", "trainval", "trainset", "valset", "testing", "testset")  # words that go on, and mean the same
 _FOLDERS = ("", "data", "plain_text", "default")  # where the hub's sets have them
 
 
@@ -44,7 +47,8 @@ class Columns:
 def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
     """The files of each part in `folder` or its subfolder data, plain_text or default; empty where there are none.
 
-    They are called train*.parquet, or lie in a folder train; those of the other parts likewise.
+    They are called train*.parquet, or lie in a folder train; those of the other parts likewise. Hidden files do not
+    count. A name that goes on as another word does, such as values.parquet for val, is warned of.
 
     Args:
         folder: where to look.
@@ -55,24 +59,38 @@ def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
             for `training`, none is of any part).
     """
     for place in (folder / name for name in _FOLDERS):
-        found = {part: sorted(place.glob(f"{part}*.parquet")) for part in _PARTS}
-        if not any(found.values()):
-            found = {
-                part: sorted(path for called in folders for path in place.glob(f"{called}/*.parquet"))
-                for part, folders in _PARTS.items()
-            }
+        named = {part: _below(place, f"{part}*.parquet") for part in _PARTS}
+        inside = {part: _below(place, *(f"{name}/*.parquet" for name in names)) for part, names in _PARTS.items()}
+        found = {part: named[part] or inside[part] for part in _PARTS}
+        there = _below(place, "*.parquet")
         if found["train"] or (not training and any(found.values())):
-            for paths in found.values():
+            for part, paths in found.items():
                 _check_shards(paths)
-            others = set(place.glob("*.parquet")).difference(*found.values())
+                _warn_of_other_words(part, [path for path in paths if path in named[part]])
+            others = {*there, *itertools.chain(*inside.values())}.difference(*found.values())
             if others:
                 warnings.warn(f"left out, of no part: {len(others)} files, such as {min(others)}", stacklevel=4)
             return {part: paths for part, paths in found.items() if paths}
-        names = sorted(path.name for path in place.glob("*.parquet"))
-        if names:
+        if there:
+            names = ", ".join(path.name for path in there[:5])
             wanted = "train*.parquet" if training else "train*.parquet, test*.parquet or val*.parquet"
-            raise ValueError(f"{place} has parquet files ({', '.join(names[:5])}), but no {wanted}")
+            raise ValueError(f"{place} has parquet files ({names}), but no {wanted}")
     return {}
+
+
+def _below(place: Path, *patterns: str) -> list[Path]:
+    """The files of these patterns, sorted; no hidden ones, which a pattern takes too."""
+    return sorted(path for pattern in patterns for path in place.glob(pattern) if is_counted(path.name))
+
+
+def _warn_of_other_words(part: str, paths: Sequence[Path]) -> None:
+    for path in paths:
+        word = "".join(itertools.takewhile(str.islower, path.name))
+        if word not in (*_PARTS[part], *_MORE):
+            warnings.warn(
+                f"{path} is taken for the {part} part, by how its name begins: move it elsewhere if it is not",
+                stacklevel=5,
+            )
 
 
 def read(
@@ -124,7 +142,12 @@ def read(
 
 
 def _is_unlabelled(labels: list[Label] | None) -> bool:
-    return labels is None or all(label in (-1, None) for label in labels)
+    return labels is None or all(label == -1 or _is_missing(label) for label in labels)
+
+
+def _is_missing(label: Label) -> bool:
+    # In a table that was a CSV file, a missing text is often "".
+    return label is None or (isinstance(label, str) and not label.strip())
 
 
 def _checked_labels(labels: Mapping[Path, list[Label] | None]) -> dict[Path, list[int | str]]:
@@ -133,7 +156,7 @@ def _checked_labels(labels: Mapping[Path, list[Label] | None]) -> dict[Path, lis
     for path, found in labels.items():
         if found is None:
             raise ValueError(f"{path} has no column of labels, which other files of its part have")
-        checked[path] = [label for label in found if label is not None]
+        checked[path] = [label for label in found if label is not None and not _is_missing(label)]
         missing = len(found) - len(checked[path])
         if missing:
             raise ValueError(f"{path}: {missing} of {len(found)} labels are missing: leave out those rows")
@@ -155,10 +178,11 @@ def _numbers(labels: Sequence[int | str], label_of: Mapping[int | str, int], pat
 
 
 def _check_shards(paths: list[Path]) -> None:
-    """`train-00000-of-00002.parquet` says how many there are."""
-    matches = [re.search(r"-(\d+)-of-(\d+)\.parquet$", path.name) for path in paths]
-    totals = {int(match[2]) for match in matches if match}
-    if totals and totals != {len(paths)}:
+    """`train-00000-of-00002.parquet` says how many there are; the hub's older ones go on with a hash."""
+    shards = [match.groups() for path in paths if (match := re.search(r"-(\d+)-of-(\d+)(?!\d)", path.stem))]
+    numbers, totals = sorted(int(number) for number, _ in shards), {int(total) for _, total in shards}
+    count = len(paths)
+    if shards and (totals != {count} or numbers not in (list(range(count)), list(range(1, count + 1)))):
         raise ValueError(f"{paths[0].parent} has {len(paths)} files like {paths[0].name}: some are missing or too many")
 
 
@@ -215,7 +239,7 @@ def _image_column(schema: "Schema", path: Path, columns: Columns) -> str:
         kind = schema.field(column).type
         if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind = kind.field("bytes").type
-        if types.is_binary(kind) or types.is_large_binary(kind):
+        if types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind):  # null: where all are paths
             return column
     raise ValueError(f"{path} needs {_NEEDED}; its columns are {_described(schema)}")
 

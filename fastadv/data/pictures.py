@@ -179,7 +179,9 @@ def _eight_bits(picture: "Image") -> "Image":
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("its grey values do not fit in 16 bits; save it with 8 bits")
     _check_bright(int(grey.max()))
-    return _of_array(((grey + 128) // 257).astype(np.uint8))
+    eight = ((grey + 128) // 257).astype(np.uint8)
+    eight[grey == picture.info.get("transparency", -1)] = 255  # white, as all that is transparent
+    return _of_array(eight)
 
 
 def _check_bright(brightest: int) -> None:

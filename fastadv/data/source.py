@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastadv.data.pictures import CorruptPictureError, Picture
+from fastadv.functional import to_float
 
 Images = torch.Tensor | list[Picture]  # (N, C, H, W), or N pictures that are not decoded yet
 AnyPart = TypeVar("AnyPart", bound="Part")
@@ -87,7 +88,11 @@ def concatenated(parts: Sequence[Part]) -> Part:
         return parts[0]
     tensors = [part.images for part in parts if isinstance(part.images, torch.Tensor)]
     if tensors:
-        return Part(torch.cat(tensors), labels)
+        if len({images.dtype for images in tensors}) == 1:
+            return Part(torch.cat(tensors), labels)
+        # Uint8 among floats: an image is known by what it was, as a model that was trained on its part knows it.
+        contents = torch.cat([digests(images) for images in tensors])
+        return DigestedPart(torch.cat([to_float(images) for images in tensors]), labels, contents)
     return Part([picture for part in parts for picture in part.images], labels)
 
 

@@ -69,7 +69,7 @@ def with_splits(
         ValueError: a wanted class has too few different images.
     """
     given = parts = {name: part.digested() for name, part in source.parts.items()}
-    _warn_of_empty_classes(given["train"], source.classes, wanted)
+    _warn_of_empty_classes(given, source.classes, wanted)
     warn_of_repetitions(given, source.classes, wanted)
     notes: tuple[str, ...] = ()
     if len(given) < len(_NAMES):
@@ -177,16 +177,18 @@ def _fill(owner: np.ndarray, places: np.ndarray, classes: dict[int, np.ndarray],
     return changed
 
 
-def _warn_of_empty_classes(train: Part, names: Sequence[str], wanted: Sequence[int]) -> None:
-    there = set(train.labels.tolist())
-    empty = [names[label] for label in wanted if label not in there]
-    if empty:
-        more = ", ..." if len(empty) > 5 else ""
-        warnings.warn(
-            f"{len(empty)} of {len(wanted)} classes have no training images ({', '.join(empty[:5])}{more}), and cannot "
-            "be learnt: add some, or choose the other classes",
-            stacklevel=4,
-        )
+def _warn_of_empty_classes(parts: Mapping[str, Part], names: Sequence[str], wanted: Sequence[int]) -> None:
+    for part, given in parts.items():
+        there = set(given.labels.tolist())
+        empty = [names[label] for label in wanted if label not in there]
+        if empty:
+            more = ", ..." if len(empty) > 5 else ""
+            so = "cannot be learnt" if part == "train" else f"{_CALLED[part]} accuracy says nothing about them"
+            warnings.warn(
+                f"{len(empty)} of {len(wanted)} classes have no {_CALLED[part]} images ({', '.join(empty[:5])}{more}), "
+                f"and {so}: add some, or choose the other classes",
+                stacklevel=4,
+            )
 
 
 def warn_of_repetitions(parts: Mapping[str, DigestedPart], names: Sequence[str], wanted: Sequence[int]) -> None:

@@ -102,7 +102,7 @@ def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None
             preprocessing=preprocessing_of(given, model),
             classes=None if given.classes is None else class_list(given.classes),
             validation=limits.validation,
-            folder=data_folder,
+            folder=data_folder if given.path == "cifar10" else None,
             image_column=given.image_column,
             label_column=given.label_column,
             seed=limits.split_seed,

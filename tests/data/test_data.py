@@ -45,12 +45,13 @@ def png(pixels):
     return buffer.getvalue()
 
 
-def png_of_16_bits(pixels):
-    """The file of a picture (H, W, 2 to 4) with 16 bits a colour, by the format's specification."""
+def png_of_16_bits(pixels, transparent=b""):
+    """The file of a picture (H, W, 1 to 4) with 16 bits a colour, by the format's specification."""
     height, width, channels = pixels.shape
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
-    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    clear = [(b"tRNS", transparent)] if transparent else []
+    chunks = ((b"IHDR", head), *clear, (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in chunks
     )
@@ -292,9 +293,10 @@ def test_floats_a_hair_beyond_one_are_clamped(tmp_path):
     assert torch.equal(data.load(tmp_path / "set.npz", validation=0).x_train, expected)
 
 
-@pytest.mark.parametrize("there", [(1, 2, 3), (0, 2, 7), (5, 1000, 2**40)])
-def test_labels_that_do_not_count_from_zero_make_no_empty_class(tmp_path, there):
-    labels = {"y_train": np.array(there)[np.arange(8) % 3], "y_test": np.array(there)[[2, 1, 0, 2]]}
+@pytest.mark.parametrize("there", [(1, 2, 3), (0, 2, 7), (5, 1000, 2**40), (2**60, 2**60 + 1, 2**60 + 2)])
+@pytest.mark.parametrize("kind", ["<u8", ">i8"])
+def test_labels_that_do_not_count_from_zero_make_no_empty_class(tmp_path, there, kind):
+    labels = {"y_train": np.array(there, kind)[np.arange(8) % 3], "y_test": np.array(there)[[2, 1, 0, 2]]}
     np.savez(tmp_path / "set.npz", **arrays(**labels))
     loaded = data.load(tmp_path / "set.npz", validation=0)
     assert loaded.classes == tuple(map(str, there))
@@ -305,10 +307,16 @@ def test_labels_that_do_not_count_from_zero_make_no_empty_class(tmp_path, there)
     assert rows(chosen.x_test[chosen.y_test == 0]) == rows(loaded.x_test[[0, 3]])
 
 
-def test_a_class_that_no_training_image_has_is_warned_of(tmp_path):
+def test_a_class_that_a_part_lacks_is_warned_of(tmp_path):
     np.savez(tmp_path / "set.npz", **arrays(y_test=np.array([0, 1, 2, 9])))
-    with pytest.warns(UserWarning, match=r"1 of 5 classes have no training images \(9\), and cannot be learnt"):
+    with (
+        pytest.warns(UserWarning, match=r"1 of 5 classes have no training images \(9\), and cannot be learnt"),
+        pytest.warns(UserWarning, match=r"1 of 5 classes have no test images \(3\), and test accuracy says nothing"),
+    ):
         data.load(tmp_path / "set.npz", validation=0)
+    photos(tmp_path / "photos", {"train/a": 4, "train/b": 4, "val/b": 2, "test/a": 2, "test/b": 2})
+    with pytest.warns(UserWarning, match=r"1 of 2 classes have no validation images \(a\), and validation accuracy"):
+        data.load(tmp_path / "photos")
     data.load(tmp_path / "set.npz", validation=0, classes=[0, 1, 2])
     parquet(tmp_path / "p.parquet", [noise(4, 4) for _ in range(12)], [0, 2] * 6, names="abc")
     with pytest.warns(UserWarning, match=r"1 of 3 classes have no training images \(b\)"):
@@ -416,6 +424,10 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     same(Image.fromarray(np.dstack((colour, alpha))), over_white(colour), at_most=1)
     same(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]), over_white(three), at_most=1)
     same(Image.fromarray(wide), np.rint(wide / 257)[..., None])
+    clear = int(wide[2, 3])
+    (tmp_path / "clear.png").write_bytes(png_of_16_bits(wide[..., None], struct.pack(">H", clear)))
+    grey_or_white = np.where(wide == clear, 255, np.rint(wide / 257))
+    assert np.array_equal(np.asarray(read(tmp_path / "clear.png"))[..., 0], grey_or_white)
     same(
         Image.merge("CMYK", [Image.fromarray(255 - colour[..., i]) for i in range(3)] + [Image.new("L", (5, 6))]),
         colour,
@@ -555,7 +567,9 @@ def photos(root, counts, size=(6, 6)):
 
 def test_classes_in_a_folder_are_split_three_ways(tmp_path):
     found = photos(tmp_path, {"zèbre": 10, "Äpfel": 20, "äpfel/deep": 5})
-    with pytest.warns(UserWarning, match="'Äpfel', 'äpfel' differ in capitals or spaces alone, and count as 2 classes"):
+    with pytest.warns(
+        UserWarning, match="classes 'Äpfel', 'äpfel' differ in capitals or spaces alone, and count as 2:"
+    ):
         loaded = data.load(tmp_path)
     assert loaded.classes == ("zèbre", "Äpfel", "äpfel")
     assert "no test part" in loaded.notes[0]
@@ -1010,20 +1024,21 @@ def test_parquet_files_of_another_layout_are_refused(tmp_path):
         data.load(path)
 
 
-def named(path, pixels, labels):
+def named(path, pixels, labels, kind=None):
     """A parquet file with the given labels, whose pictures are files beside it."""
     files = [f"{path.stem}-{i}.png" for i in range(len(labels))]
     path.parent.mkdir(parents=True, exist_ok=True)
     for file, image in zip(files, pixels, strict=True):
         (path.parent / file).write_bytes(png(image))
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    kind = pa.struct({"bytes": kind or pa.binary(), "path": pa.string()})
     images = pa.array([{"bytes": None, "path": file} for file in files], kind)
     pq.write_table(pa.table({"image": images, "label": labels}), path)
 
 
-def test_labels_may_be_names_and_pictures_may_lie_beside_the_file(tmp_path):
+@pytest.mark.parametrize("kind", [None, pa.null()], ids=str)
+def test_labels_may_be_names_and_pictures_may_lie_beside_the_file(tmp_path, kind):
     pixels, labels = [noise(4, 4) for _ in range(30)], ["dog", "cat", "eel"] * 10
-    named(tmp_path / "default" / "train" / "0000.parquet", pixels[:12], labels[:12])
+    named(tmp_path / "default" / "train" / "0000.parquet", pixels[:12], labels[:12], kind)
     named(tmp_path / "default" / "train" / "0001.parquet", pixels[12:24], labels[12:24])
     named(tmp_path / "default" / "test" / "0000.parquet", pixels[24:], labels[24:])
     loaded = data.load(tmp_path, validation=0)
@@ -1036,6 +1051,47 @@ def test_labels_may_be_names_and_pictures_may_lie_beside_the_file(tmp_path):
         data.load(tmp_path)
     named(tmp_path / "default" / "test" / "0000.parquet", pixels[24:], [0, 1, 2] * 2)
     with pytest.raises(ValueError, match="are integers in some files and strings in others"):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize("train", ["train", "train/0"])
+@pytest.mark.parametrize("test", ["test", "test/0"])
+def test_each_part_is_files_or_a_folder_and_hidden_files_are_none(tmp_path, train, test):
+    pixels = [noise(4, 4) for _ in range(24)]
+    parquet(tmp_path / f"{train}.parquet", pixels[:12], [0, 1] * 6)
+    parquet(tmp_path / f"{test}.parquet", pixels[12:], [0, 1] * 6)
+    for hidden in (train, test):
+        (tmp_path / hidden).with_name("._0.parquet").write_bytes(b"of macOS")
+    loaded = data.load(tmp_path, validation=0)
+    assert rows(loaded.x_train) == {p.transpose(2, 0, 1).tobytes() for p in pixels[:12]}
+    assert rows(loaded.x_test) == {p.transpose(2, 0, 1).tobytes() for p in pixels[12:]}
+    if train == "train":
+        parquet(tmp_path / "train" / "1.parquet", pixels[:2], [0, 1])
+        with pytest.warns(UserWarning, match=r"left out, of no part: 1 files, such as .*train/1\.parquet"):
+            data.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["values", "testimony", "trainer-notes"])
+def test_a_part_by_another_word_is_spoken_of(tmp_path, name):
+    for file in ("train", "test-0", "val_clean", name):
+        parquet(tmp_path / f"{file}.parquet", [noise(4, 4) for _ in range(8)], [0, 1] * 4)
+    with pytest.warns(UserWarning, match=rf"/{name}\.parquet is taken for the (train|val|test) part, by how") as caught:
+        data.load(tmp_path)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002-0123abcd",),
+        ("train-00000-of-00002", "train-00000-of-00002 (1)"),
+        ("train-00001-of-00002", "train"),
+    ],
+)
+def test_each_shard_must_be_there_once(tmp_path, names):
+    for name in names:
+        parquet(tmp_path / f"{name}.parquet", [noise(4, 4) for _ in range(12)], [0, 1] * 6)
+    with pytest.raises(ValueError, match="some are missing or too many"):
         data.load(tmp_path)
 
 
@@ -1082,12 +1138,13 @@ def test_parquet_files_of_no_part_are_spoken_of_and_labels_may_be_truths(tmp_pat
     assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [8, 16]
 
 
-@pytest.mark.parametrize("kind", ["minus one", "null", "null column", "no column"])
+@pytest.mark.parametrize("kind", ["minus one", "null", "null column", "no column", "text"])
 @pytest.mark.parametrize("part", ["test", "validation"])
 def test_a_part_without_labels_of_any_kind_is_left_out(tmp_path, kind, part):
     pixels = [noise(4, 4) for _ in range(50)]
     parquet(tmp_path / "train.parquet", pixels[:40], [0, 1] * 20, names=("cat", "dog"))
     labels = {"minus one": pa.array([-1] * 10), "null": pa.array([None] * 10, pa.int64()), "null column": pa.nulls(10)}
+    labels["text"] = pa.array(["", " "] * 5)
     column = {} if kind == "no column" else {"label": labels[kind]}
     pq.write_table(pa.table({"image": [png(p) for p in pixels[40:]], **column}), tmp_path / f"{part}.parquet")
     with pytest.warns(UserWarning, match=f"the {part[:3]}.* part in .* has no labels .*: it is left out"):
@@ -1103,7 +1160,9 @@ def test_a_part_without_labels_of_any_kind_is_left_out(tmp_path, kind, part):
 
 def test_some_missing_labels_are_refused_and_missing_pictures_are_corrupt(tmp_path):
     content, labels = [png(noise(4, 4)) for _ in range(90)], ["b", "a", "c"] * 30
-    pq.write_table(pa.table({"image": content, "label": [None, None, *labels[2:]]}), tmp_path / "p.parquet")
+    pq.write_table(
+        pa.table({"image": content, "label": [None, RNG.choice(["", " "]), *labels[2:]]}), tmp_path / "p.parquet"
+    )
     with pytest.raises(ValueError, match="2 of 90 labels are missing: leave out those rows"):
         data.load(tmp_path / "p.parquet")
     content[4], content[7], content[8] = None, b"", b"damaged"
@@ -1115,6 +1174,22 @@ def test_some_missing_labels_are_refused_and_missing_pictures_are_corrupt(tmp_pa
         loaded = data.load(tmp_path / "p.parquet", skip_corrupt=True, validation=0)
     assert loaded.classes == ("a", "b", "c")
     assert torch.cat((loaded.y_train, loaded.y_test)).bincount().tolist() == [28, 30, 29]
+
+
+def test_names_that_differ_in_capitals_or_spaces_alone_are_warned_of_wherever_they_come_from(tmp_path):
+    content, names = [png(noise(4, 4)) for _ in range(24)], ["cat", "Cat ", "dog"]
+    pq.write_table(pa.table({"image": content, "label": names * 8}), tmp_path / "texts.parquet")
+    parquet(tmp_path / "metadata.parquet", [noise(4, 4) for _ in range(24)], [0, 1, 2] * 8, names)
+    for file in ("texts", "metadata"):
+        with pytest.warns(UserWarning, match="the classes 'Cat ', 'cat' differ in capitals or spaces alone"):
+            data.load(tmp_path / f"{file}.parquet")
+
+
+def test_a_folder_of_cifar10_is_refused_for_other_data(tmp_path):
+    photos(tmp_path / "photos", {"a": 4, "b": 4})
+    for path in (tmp_path / "photos", "digits"):
+        with pytest.raises(ValueError, match=r"folder is where cifar10 is, and the data are .*: leave folder out"):
+            data.load(path, folder=tmp_path)
 
 
 def test_columns_of_other_names_are_taken_where_they_are_named(tmp_path):

@@ -96,6 +96,22 @@ def test_all_is_every_image_of_every_part(tmp_path):
         data.held_out(tmp_path, CLASSES, part="val")
 
 
+def test_uint8_and_float_parts_are_judged_together_and_known_by_what_they_were(tmp_path):
+    codes = RNG.integers(0, 256, (40, 3, 4, 4), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    np.savez(tmp_path / "set.npz", x_train=codes[:20], y_train=labels[:20], x_test=codes[20:] / 255, y_test=labels[20:])
+    record = data.TrainedOn.of(data.load(tmp_path / "set.npz", validation=0))
+    chosen = data.held_out(tmp_path / "set.npz", ("0", "1"), part="all")
+    assert torch.equal(chosen.part.images, torch.from_numpy(codes / 255).float())
+    assert record.knows(chosen.part.digests).tolist() == [True] * 20 + [False] * 20
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(ValueError, match=f"limit must be at least 1, got {limit}"):
+        data.held_out("digits", tuple("0123456789"), limit=limit)
+
+
 @pytest.mark.parametrize("seed", [0, 3])
 def test_of_the_set_of_the_training_its_test_part_judges(tmp_path, seed):
     found = photos(tmp_path / "mine", *CLASSES, count=40)
