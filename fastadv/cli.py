@@ -1,6 +1,7 @@
 """The command line: a module of fastadv.commands for each command."""
 
 import argparse
+import itertools
 import logging
 import os
 import shlex
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = vars(arguments).pop("command")
     if unknown:
         command.error(f"unrecognized arguments: {' '.join(unknown)}{_near(unknown[0], command)}")
+    _check_empty(sys.argv[1:] if argv is None else argv, command)
     arguments.command_line = shlex.join(["fastadv", *(sys.argv[1:] if argv is None else argv)])
     with speaking(getattr(arguments, "verbosity", logging.INFO)):
         try:
@@ -70,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         module.add(command)
         command.set_defaults(command=command)  # its errors show its own usage, not the program's
     return parser
+
+
+def _check_empty(words: Sequence[str], command: argparse.ArgumentParser) -> None:
+    """Refuse an empty word, as of "$OUT" in a shell where OUT is not set: as a path it would be the working folder."""
+    for before, word in itertools.pairwise(["", *words]):
+        if not word or (word.startswith("--") and word.find("=") == len(word) - 1):
+            command.error(f"nothing after {word or before}: is a variable of the shell not set?")
 
 
 def _near(word: str, command: argparse.ArgumentParser) -> str:

@@ -82,6 +82,7 @@ def _add_settings(add: Add, parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    Settings(**_settings(arguments))  # refuses wrong ones before pictures are decoded
     here = processes()
     team = team_of(here)
     team.from_first(lambda: check_folder(arguments.out))
@@ -197,7 +198,6 @@ def _facts(arguments: argparse.Namespace, dataset: data.Data, final: Record) -> 
 
 def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data) -> list[Record]:
     """Train the model in place; return the records of `Trainer.fit`."""
-    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
     trainer = Trainer(
         model.on_pixels,
         arguments.eps,
@@ -207,8 +207,12 @@ def train(arguments: argparse.Namespace, model: models.Model, dataset: data.Data
         measure_backbone=True if model.pretrained else None,
         device=arguments.device,
         progress=not is_quiet(),
-        **settings,
+        **_settings(arguments),
     )
     records = trainer.fit(dataset.train, dataset.val, dataset.test)
     vars(arguments).update(dataclasses.asdict(trainer.settings))  # for the report: with the numbers of the method
     return records
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}

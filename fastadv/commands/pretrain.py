@@ -14,6 +14,7 @@ from fastadv.commands.speech import is_quiet, say
 from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate
+from fastadv.evaluation.robustness import check_counts
 from fastadv.files import write_atomically
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
@@ -54,6 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_counts(limit=arguments.limit)
     team = team_of(processes())
     team.from_first(lambda: check_folder(arguments.out))
     with one_run(arguments.out, team):

@@ -40,7 +40,7 @@ def table(path: Path | None, classes: Sequence[str], top: int | None) -> Iterato
     Python has for the file, of which os.fsencode gives the bytes; in CSV it is text.
 
     Args:
-        path: a .json file, else CSV; None means CSV to the terminal.
+        path: a .json file, else CSV; a missing folder is made. None means CSV to the terminal.
         classes: their names.
         top: how many classes a row has; None means all in their order.
 
@@ -54,6 +54,8 @@ def table(path: Path | None, classes: Sequence[str], top: int | None) -> Iterato
         raise ValueError(
             f"classes are called {', '.join(taken)}, as other columns of the CSV are: take --top-k, or a .json file"
         )
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") if path else nullcontext(sys.stdout) as file:
         rows = _json_rows if as_json else _csv_rows
         with rows(file, classes, top) as write:

@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 
 import torch
 
@@ -76,6 +77,8 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
     Raises:
         ValueError: a class is not there, is asked for twice, may be meant in two ways, or there is none.
     """
+    if isinstance(classes, str) or any(isinstance(chosen, Real) and not _is_whole(chosen) for chosen in classes):
+        raise ValueError(f"classes must be a list of names or of whole numbers, got {classes!r}")
     if all(str(chosen) in names for chosen in classes):  # folders may be called 1, 2, 3
         classes = [str(chosen) for chosen in classes]
     else:
@@ -101,6 +104,10 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"classes must be different and at least one, got {list(classes)}")
     return labels
+
+
+def _is_whole(number: Real) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _with_commas(classes: Sequence[str], names: tuple[str, ...]) -> list[str]:

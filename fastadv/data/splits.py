@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ class Split:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"the seed of a split must be a whole number, got {self.seed!r}")
+        # A model's file has the split as JSON, which does not know NumPy's numbers.
+        for name, kind in (("seed", int), ("test", float), ("validation", float)):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, int | float) else kind(value))
         if not 0 < self.test < 1:
             raise ValueError(f"test must be a share in (0, 1), got {self.test}")
         if not 0 <= self.validation < 1:

@@ -92,7 +92,7 @@ def loaded(monkeypatch):
 
     def noted(name, *, preprocessing, classes, **options):
         found.update({"data": str(name), "classes": classes}, **{f"load {key}": v for key, v in options.items()})
-        return load("digits", **{**options, "image_column": None, "label_column": None})
+        return load("digits", **{**options, "folder": None, "image_column": None, "label_column": None})
 
     monkeypatch.setattr(data, "load", noted)
     return found
@@ -120,6 +120,7 @@ def asked_of_finetune(monkeypatch, tmp_path, loaded):
             raise Asked(found.update(validation=round(len(val[0]) / (len(train[0]) + len(val[0])), 1)))
 
     monkeypatch.setattr(finetune_command, "Trainer", Noted)
+    monkeypatch.setattr(Settings, "__post_init__", lambda self: None)  # which refuses a word for another method
 
     def noted(name, trust):
         found.update(model=name, trust=trust)
@@ -239,7 +240,7 @@ def asked_of_evaluate(monkeypatch, tmp_path):
 
     def noted_data(name, known, **options):
         found.update({"data": str(name), **{f"data {key}": value for key, value in options.items()}})
-        return held_out("digits", known, **{**options, "classes": None, "columns": None})
+        return held_out("digits", known, **{**options, "classes": None, "folder": None, "columns": None})
 
     def noted_decoding(self, preprocessing, skip_corrupt, workers):
         found.update(skip_corrupt=skip_corrupt, workers=workers)
@@ -492,6 +493,14 @@ def test_an_own_model_in_the_working_folder(tmp_path, monkeypatch):
 def test_what_cannot_work_is_one_line_without_a_traceback(tmp_path, options, message):
     with pytest.raises(SystemExit, match=f"^fastadv: error: .*{message}"):
         finetune(tmp_path / "run", *options)
+
+
+@pytest.mark.parametrize("words", [("--epochs", "0"), ("--seed", str(2**80)), ("--lp-ft-lr", "0.1")])
+def test_settings_are_refused_before_the_data_are_read(tmp_path, monkeypatch, words):
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(SystemExit, match=f"^fastadv: error: {words[0][2:].replace('-', '_')} "):
+        finetune(tmp_path / "run", "--data", "digits", *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_earlier_result_is_not_overwritten(tmp_path):

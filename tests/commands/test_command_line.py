@@ -267,6 +267,26 @@ def test_an_unknown_option_is_an_error_of_its_command(capsys, option, meant):
     assert words.endswith(f"Did you mean {meant}?" if meant else f"{option} 8")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("finetune", "--data", "digits", "--out", ""),
+        ("finetune", "--data=", "--out", "x"),
+        ("finetune", "--data", "digits", "--init", "", "--out", "x"),
+        ("evaluate", "--data", "", "--model", "m", "--out", "x"),
+        ("predict", "", "--model", "m"),
+    ],
+)
+def test_an_empty_word_is_no_path(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    empty = next(i for i, word in enumerate(words) if not word or word.endswith("="))
+    place = words[empty] or words[empty - 1]
+    code, said = failed(capsys, *words)
+    assert code == 2
+    assert f"nothing after {place}: is a variable of the shell not set?" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_budget_beyond_the_scale_is_named_as_it_was_given(tmp_path, monkeypatch, capsys):
     models.save(models.source("mlp").build(("0", "1"), (1, 8, 8)), tmp_path / "model.safetensors")
     given = ("--model", tmp_path / "model.safetensors", "--data", "digits", "--out", tmp_path / "out")

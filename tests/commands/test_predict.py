@@ -246,6 +246,12 @@ def test_a_file_stays_as_it_is_until_there_is_a_row(weights, tmp_path):
     assert out.read_text() == "picture\nmine\n"
 
 
+def test_a_missing_folder_is_made_for_the_table(weights, tmp_path):
+    photos(tmp_path / "new", ["a.png"])
+    rows, _ = classified(weights, tmp_path / "some" / "where" / "p.csv", tmp_path / "new")
+    assert list(rows) == [str(tmp_path / "new" / "a.png")]
+
+
 @pytest.mark.parametrize("name", ["picture", "class", "probability", "error"])
 def test_a_class_with_the_name_of_another_column_has_none_of_its_own_in_a_csv(tmp_path, name):
     classes, path = ("a", name), tmp_path / "p.csv"

@@ -245,9 +245,26 @@ def test_classes_and_shares_that_are_none_are_refused():
     for classes in ([], [5, "5"]):
         with pytest.raises(ValueError, match="different and at least one"):
             data.load("digits", classes=classes)
+    for classes in ("012", [1.5], [0.0, 1.0], [True, False], [np.float32(2)]):
+        with pytest.raises(ValueError, match="must be a list of names or of whole numbers, got"):
+            data.load("digits", classes=classes)
+    for seed in (1.5, "1", None):
+        with pytest.raises(ValueError, match="the seed of a split must be a whole number, got"):
+            data.load("digits", seed=seed)
     for share in (-0.1, 1, float("nan")):
         with pytest.raises(ValueError, match=r"a share in \[0, 1\)"):
             data.load("digits", validation=share)
+
+
+def test_numbers_of_numpy_choose_the_same_and_can_be_stored():
+    own, theirs = (
+        data.load("digits", seed=integer(5), test=real(0.25), validation=real(0.125), classes=[integer(3), integer(1)])
+        for integer, real in ((int, float), (np.int64, np.float32))
+    )
+    assert theirs.classes == own.classes == ("3", "1")
+    assert torch.equal(theirs.y_train, own.y_train)
+    records = [json.dumps(data.TrainedOn.of(each).to_json()) for each in (own, theirs)]
+    assert records[0] == records[1]
 
 
 # .npz files
