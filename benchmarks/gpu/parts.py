@@ -263,7 +263,7 @@ def sanitize(out, tool, backends, seconds):
     }
 
 
-def sanitizer(out, backends=("triton",), seconds=("--seconds", "12"), part="sanitizer"):
+def sanitizer(out, backends=("triton",), seconds=("--seconds", "2" if DRY_RUN else "12"), part="sanitizer"):
     """Run calls for some seconds without a tool, so that Triton compiles its kernels, then under each tool.
 
     A tool that is done is not run again.
