@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fastadv.training.finite import inexact, nonfinite
+from fastadv.training.finite import in_8_bits, inexact, nonfinite
 
 
 class EMA:
@@ -30,8 +30,11 @@ class EMA:
         self.state = {name: t.detach().clone() for name, t in state.items()}
         self.decay = decay
         masks = set(nonfinite(self.state))
-        means = {name for name, t in self.state.items() if inexact(t) and t.itemsize > 1 and t.layout == torch.strided}
-        self._averaged = [name for name in self.state if name in means - masks]
+        self._averaged = [
+            name
+            for name, t in self.state.items()
+            if name not in masks and inexact(t) and not in_8_bits(t) and t.layout == torch.strided
+        ]
 
     @torch.no_grad()
     def update(self, state: Mapping[str, torch.Tensor], step: int) -> None:

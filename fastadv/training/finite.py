@@ -32,10 +32,15 @@ def nonfinite(tensors: Mapping[str, torch.Tensor], known: Collection[str] = ()) 
     return [name for name, t in unknown.items() if inexact(t) and not bool(_numbers(t).isfinite().all())]
 
 
+def in_8_bits(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has floats in 8 bits: of these PyTorch has neither isfinite nor arithmetic."""
+    return tensor.is_floating_point() and tensor.itemsize == 1
+
+
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers of a tensor that are kept; a sparse one keeps few. Of floats in 8 bits PyTorch has no isfinite."""
+    """The numbers of a tensor that are kept; a sparse one keeps few."""
     if tensor.layout == torch.strided:
-        return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        return tensor.float() if in_8_bits(tensor) else tensor
     return (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
 
 

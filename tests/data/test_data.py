@@ -382,6 +382,7 @@ def test_npz_is_prepared_for_a_model(tmp_path):
         ({"x_train": np.zeros((8, 4, 4), np.uint8)}, r"\(8, 4, 4\): save x_train\[:, None\]"),
         ({"x_test": np.full((4, 3, 4, 4), 255.0)}, r"got \[255, 255\]: save x_test / 255"),
         ({"y_train": np.arange(8)[:, None] % 4}, r"y_train must be .* got \(8, 1\): save y_train\[:, 0\]"),
+        ({"y_test": np.array([0, 1, 2, 2**63], np.uint64)}, r"y_test must be below 2\^63, got 9223372036854775808"),
         ({"y_test": np.eye(4)}, r"y_test must be .* got \(4, 4\): save y_test\.argmax\(1\)"),
         ({"x_test": np.full((4, 3, 4, 4), np.nan)}, r"x_test must be in \[0, 1\]"),
         ({"x_test": np.zeros((4, 3, 5, 5))}, "different shapes"),
