@@ -48,8 +48,8 @@ class _Rivals:
 
     @property
     def measured(self) -> bool:
-        """Whether the times are measured; else all of them are the cost model's, for one kind of time is compared."""
-        return all(each.time is not None for each in self.summaries)
+        """Whether all times that are compared are measured; else the cost model's are, for one kind is compared."""
+        return all(each.time is not None for group in self.attacks.values() for each in group)
 
     @property
     def attacks(self) -> dict[str, list[Summary]]:
