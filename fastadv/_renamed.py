@@ -1,9 +1,10 @@
 """Old public names, which work until the next minor release and warn."""
 
 import importlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TypeVar
+
+from fastadv._warnings import warn
 
 T = TypeVar("T")
 
@@ -23,19 +24,19 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         place, _, new = names[name].rpartition(".")
-        warnings.warn(f"{module}.{name} is now {names[name]}", FutureWarning, stacklevel=2)
+        warn(f"{module}.{name} is now {names[name]}", FutureWarning)
         return getattr(importlib.import_module(place), new)
 
     return getattr_
 
 
-def by_new_names(given: Mapping[str, T], names: Mapping[str, str], warn: bool = True) -> dict[str, T]:
+def by_new_names(given: Mapping[str, T], names: Mapping[str, str], tell: bool = True) -> dict[str, T]:
     """Replace old names of keyword arguments by the new ones.
 
     Args:
         given: {old or new name: value}.
         names: {old name: new name}.
-        warn: whether an old name gives a warning.
+        tell: whether an old name gives a warning.
 
     Returns:
         {new name: value}.
@@ -46,6 +47,6 @@ def by_new_names(given: Mapping[str, T], names: Mapping[str, str], warn: bool = 
     for old in given.keys() & names.keys():
         if names[old] in given:
             raise TypeError(f"{old} is now {names[old]}, and both are given: leave {old} out")
-        if warn:
-            warnings.warn(f"{old} is now {names[old]}", FutureWarning, stacklevel=3)
+        if tell:
+            warn(f"{old} is now {names[old]}", FutureWarning)
     return {names.get(name, name): value for name, value in given.items()}

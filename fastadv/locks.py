@@ -5,12 +5,12 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 
 
 class InUseError(OSError):
@@ -47,9 +47,7 @@ def held(path: str | Path, what: str) -> Iterator[None]:
             f"{what} is in use by another process{_told(owner)}: wait for its end, end it, or choose another place"
         ) from None
     except NotImplementedError:
-        warnings.warn(
-            f"the file system of {path.parent} has no locks: nothing keeps a second run out of it", stacklevel=3
-        )
+        warn(f"the file system of {path.parent} has no locks: nothing keeps a second run out of it")
         yield
         return
     try:

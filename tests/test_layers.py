@@ -10,6 +10,7 @@ import fastadv
 PACKAGE = Path(fastadv.__file__).parent
 # From the lowest to the highest; the parts of one row do not import each other.
 LAYERS = (
+    ("_warnings",),
     ("_extras", "_renamed", "devices", "files", "names", "units", "version", "_build"),
     ("locks", "ops", "preprocessing", "team"),
     ("functional", "installation"),

@@ -1,6 +1,5 @@
 """The base class of all attacks: calling convention, options, checks, and the care that leaves a model unchanged."""
 
-import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from fastadv._warnings import warn
 from fastadv.attacks.arguments import Arguments
 from fastadv.attacks.attributes import Clip, TargetFunction
 from fastadv.attacks.checks import (
@@ -340,9 +340,9 @@ class Attack(Modes, Targets, Arguments, Lengths):
         self._check_batch(images, labels, seed, x_init)
         radius = self.eps if eps is None else eps
         if self._watch.first and self.norm == "L2" and (wrong := length_in_l2(radius, self.clip)):
-            warnings.warn(wrong, stacklevel=2)
+            warn(wrong)
         if x_init is None:  # that may be anywhere in the ball
-            self._warn_of_short(radius, stacklevel=3)
+            self._warn_of_short(radius)
         frozen_model = frozen(self.model, self.training_mode, self.loss, self.targeted)
         with torch.inference_mode(False), torch.no_grad(), frozen_model as parameters, on(images.device):
             shapes = [parameter.shape for parameter in parameters if not is_lazy(parameter)]
@@ -384,7 +384,7 @@ class Attack(Modes, Targets, Arguments, Lengths):
                 self._watch.tally("reach", in_ball(adv, to_float(x), budget, self.norm, self.clip))
             self._watch.first = self._watch.first and len(x) == 0
             still, self.objective.still = self.objective.still, None
-            self._watch.report(still, self.objective.classes, box_of(self.clip), self.eps_for_division, stacklevel=3)
+            self._watch.report(still, self.objective.classes, box_of(self.clip), self.eps_for_division)
             return adv if passed is None else passed(adv)
 
     def _in_chunks(self, inputs: Inputs) -> torch.Tensor:
@@ -546,7 +546,7 @@ class Attack(Modes, Targets, Arguments, Lengths):
 
     def also(self, slots: Slots) -> dict[str, Any]:
         """What `model_input_kwargs` was called before."""
-        warnings.warn("Attack.also is now Attack.model_input_kwargs", FutureWarning, stacklevel=2)
+        warn("Attack.also is now Attack.model_input_kwargs", FutureWarning)
         return self.model_input_kwargs(slots)
 
     def in_pixels(self, grad: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """The lengths of an attack: its budget, its steps, and whether they fit the images and each other."""
 
 import math
-import warnings
 from numbers import Real
 from typing import Any
 
+from fastadv._warnings import warn
 from fastadv.attacks.attributes import Attributes
 from fastadv.attacks.checks import box_of
 from fastadv.attacks.options import options_of
@@ -40,32 +40,25 @@ class Lengths(Attributes):
         """Warn of an eps in another unit than the images, such as the default one; called by the constructor."""
         lo, hi = box_of(self.clip)
         if self.norm == "Linf" and (lo, hi) != (0, 1) and 0 < LEAST * self.eps < hi - lo < math.inf:
-            warnings.warn(
+            warn(
                 f"eps = {self.eps:g} is tiny on the images' scale, clip = {self.clip}: pass it in their own unit, such "
-                "as 8 for [0, 255]",
-                stacklevel=3 + self._constructors(),
+                "as 8 for [0, 255]"
             )
 
     def _warn_of_step(self) -> None:
         """Warn of a step size that cannot be meant; called by the constructor that has set all of it."""
-        constructors = self._constructors()
         if isinstance(self.alpha, Real) and float(self.alpha) > 2 * self.eps:
-            warnings.warn(
+            warn(
                 f"alpha = {self._shown('alpha', self.alpha)} is more than twice eps = {self._shown('eps', self.eps)}: "
-                "a step crosses the ball",
-                stacklevel=2 + constructors,
+                "a step crosses the ball"
             )
-        self._warn_of_short(self.eps, stacklevel=3 + constructors)
+        self._warn_of_short(self.eps)
 
-    def _warn_of_short(self, eps: Any, stacklevel: int) -> None:
+    def _warn_of_short(self, eps: Any) -> None:
         short = self.short_of(eps)
         if short and (share := f"{self.alpha / eps:.4g}") not in self._told:  # a schedule that scales both keeps it
             self._told.add(share)
-            warnings.warn(short, stacklevel=stacklevel)
-
-    def _constructors(self) -> int:
-        """The number of constructors before that of `Attack`: each is a frame between here and the caller."""
-        return sum("__init__" in vars(cls) for cls in type(self).__mro__) - 2  # its own, and object's
+            warn(short)
 
     def _shown(self, name: str, value: object) -> str:
         if self.norm == "Linf" and name in ("eps", "alpha", "noise") and isinstance(value, float) and 0 < value < 1:

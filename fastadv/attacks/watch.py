@@ -1,10 +1,11 @@
 """Problems that an attack counts on the device while it runs, and tells at the end of a call in one read."""
 
-import warnings
 from functools import reduce
 from operator import add
 
 import torch
+
+from fastadv._warnings import warn
 
 # Of the first batches that have 8 images or more together, a warning says where a tenth of the gradients or more are
 # zero.
@@ -49,9 +50,7 @@ class Watch:
         """Count on the device what is not sound, bool; `name` is one of `PROBLEMS`."""
         self._counts[name] = (~sound).sum()
 
-    def report(
-        self, still: torch.Tensor | None, classes: int | None, box: tuple[float, float], least: float, stacklevel: int
-    ) -> None:
+    def report(self, still: torch.Tensor | None, classes: int | None, box: tuple[float, float], least: float) -> None:
         """Warn of what was counted, in one read: what small models wait for is launches.
 
         Args:
@@ -59,7 +58,6 @@ class Watch:
             classes: the number of classes.
             box: (lo, hi) of the images.
             least: the length up to which a gradient counts as none.
-            stacklevel: as of `warnings.warn`, seen from here.
         """
         losses, self.losses = self.losses, []
         if losses[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -72,26 +70,24 @@ class Watch:
         values = torch.stack(list(counts.values())).tolist() if len(counts) > 1 else [int(counts["losses"])]
         told = dict(zip(counts, values, strict=True))
         if told["losses"]:
-            warnings.warn(
+            warn(
                 f"{told['losses']} losses were not finite; where a gradient is not, its sample takes no step. Is the "
-                "model in a half precision that its logits leave?",
-                stacklevel=stacklevel,
+                "model in a half precision that its logits leave?"
             )
         for name, problem in PROBLEMS.items():
             if told.get(name):
                 said = problem.format(count=told[name], classes=classes, lo=box[0], hi=box[1])
-                warnings.warn(f"{said}: their samples were not attacked as they should be", stacklevel=stacklevel)
+                warn(f"{said}: their samples were not attacked as they should be")
         if still is not None and not told.get("labels"):  # labels that name no class have no gradient
             self._watched += len(still)
             self._still += told["still"]
-            self._warn_of_still(least, stacklevel + 1)
+            self._warn_of_still(least)
 
-    def _warn_of_still(self, least: float, stacklevel: int) -> None:
+    def _warn_of_still(self, least: float) -> None:
         if self._watched >= WATCHED and self._still >= ALARMING * self._watched:
-            warnings.warn(
+            warn(
                 f"the gradient is exactly zero{f', or at most {least:g} long,' if least else ''} for {self._still} of "
                 f"{self._watched} images at the first step, and no attack that follows it gets anywhere there: does "
                 "the model round, saturate, or return probabilities? Where it is only sure, loss='margin' has a "
-                "gradient, and cross-entropy may have one in float64",
-                stacklevel=stacklevel,
+                "gradient, and cross-entropy may have one in float64"
             )

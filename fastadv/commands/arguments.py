@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from fastadv import data, models
+from fastadv._warnings import warn
 from fastadv.commands.speech import say
 from fastadv.commands.values import Listed, WithDefaults, one_of
 from fastadv.data.classes import class_list
@@ -54,7 +54,7 @@ class Renamed(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         new = "--" + self.dest.replace("_", "-")
-        warnings.warn(f"{option_string} is now {new}", FutureWarning, stacklevel=2)
+        warn(f"{option_string} is now {new}", FutureWarning)
         setattr(namespace, self.dest, values)
 
 

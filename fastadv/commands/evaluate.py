@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from fastadv import data, models
+from fastadv._warnings import warn
 from fastadv.attacks import ENSEMBLES, PRESETS
 from fastadv.commands.arguments import (
     Renamed,
@@ -133,7 +133,7 @@ def _draw(path: Path, curves: list[dict[str, Any]]) -> None:
     try:
         write_curves(path, curves)
     except Exception as error:  # the numbers are on the disk
-        warnings.warn(f"there is no {path.name}: {type(error).__name__}: {error}", stacklevel=2)
+        warn(f"there is no {path.name}: {type(error).__name__}: {error}")
     else:
         say(f"saved {path}")
 

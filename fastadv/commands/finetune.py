@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import functools
 import platform
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastadv import data, models
+from fastadv._warnings import warn
 from fastadv.attacks import PRESETS
 from fastadv.commands.arguments import (
     Add,
@@ -123,10 +123,9 @@ def _warn_of_input(path: str, model: models.Model, facts: Facts) -> None:
     """Warn where the weights of a file got their input in another way than the model."""
     theirs, ours = preprocessing_of(facts) if facts else None, model.preprocessing
     if theirs is not None and ours is not None and (theirs.mean, theirs.std) != (ours.mean, ours.std):
-        warnings.warn(
+        warn(
             f"the weights of {path} were trained on pixels with mean {theirs.mean} and std {theirs.std}, and "
-            f"this model subtracts {ours.mean} and divides by {ours.std}: take the file itself as --model",
-            stacklevel=2,
+            f"this model subtracts {ours.mean} and divides by {ours.std}: take the file itself as --model"
         )
 
 
@@ -154,7 +153,7 @@ def _finish(
             _facts(arguments, dataset, final),
         )
     except Exception as error:  # all that the run is for is on the disk
-        warnings.warn(f"there is no report.html: {type(error).__name__}: {error}", stacklevel=2)
+        warn(f"there is no report.html: {type(error).__name__}: {error}")
     else:
         say(f"saved {arguments.out / 'report.html'}")
 

@@ -4,7 +4,6 @@ import argparse
 import itertools
 import logging
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fastadv import models
+from fastadv._warnings import warn
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
 from fastadv.commands.arguments import add_device, add_trust, adder, load_model
 from fastadv.commands.tables import ENDINGS, table, table_file
@@ -90,13 +90,13 @@ def run(arguments: argparse.Namespace) -> None:
             if not (prediction.error and arguments.skip_corrupt):
                 write(str(prediction.path), prediction.shares, prediction.best, prediction.error)
     if silent:
-        warnings.warn(f"no prediction for {silent} of {len(pictures)} pictures: {SILENT}", stacklevel=2)
+        warn(f"no prediction for {silent} of {len(pictures)} pictures: {SILENT}")
     _report(errors, len(pictures), arguments.skip_corrupt)
 
 
 def _report(errors: list[str], count: int, skipped: bool) -> None:
     if errors and skipped and len(errors) < count:
-        warnings.warn(f"{len(errors)} of {count} pictures were left out: {errors[0]}", stacklevel=3)
+        warn(f"{len(errors)} of {count} pictures were left out: {errors[0]}")
     elif errors:
         hint = "" if skipped else " (the rows of all such are in the table; --skip-corrupt leaves them out)"
         raise SystemExit(f"fastadv: error: {len(errors)} of {count} pictures cannot be read{hint}: {errors[0]}")

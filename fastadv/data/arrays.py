@@ -1,6 +1,5 @@
 """Sets that are arrays: scikit-learn's digits, and .npz files."""
 
-import warnings
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.data.source import DataSource, DigestedPart, Part, digests, judging
 
 _HAIR = 1e-6  # by which rounding puts a float beyond [0, 1]
@@ -52,9 +52,7 @@ def npz(path: Path, judge: str | None = None) -> DataSource:
         if key not in arrays:
             raise ValueError(f"{path} has no array {key}; it needs {', '.join(_REQUIRED)}")
     if others:
-        warnings.warn(
-            f"{path}: left out, of no part: {', '.join(others)} (validation images are x_val, y_val)", stacklevel=4
-        )
+        warn(f"{path}: left out, of no part: {', '.join(others)} (validation images are x_val, y_val)")
     images = {key: array for key, array in arrays.items() if key.startswith("x")}
     first = next(iter(images))
     for key, array in images.items():

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from numbers import Integral, Real
 
 import torch
 
+from fastadv._warnings import warn
 from fastadv.data.source import AnyPart
 from fastadv.names import instead
 
@@ -49,10 +49,9 @@ def warn_of_twins(names: Iterable[str]) -> None:
         twins["".join(name.split()).casefold()].append(name)
     for same in twins.values():
         if len(same) > 1:
-            warnings.warn(
+            warn(
                 f"the classes {', '.join(map(repr, same))} differ in capitals or spaces alone, and count as "
-                f"{len(same)}: merge them if they are one",
-                stacklevel=4,
+                f"{len(same)}: merge them if they are one"
             )
 
 

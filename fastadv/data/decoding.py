@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.data.pictures import CorruptPictureError, Picture, extensions
 from fastadv.preprocessing import Preprocessing
 
@@ -94,7 +94,7 @@ def _report(problems: list[str], count: int, skip_corrupt: bool) -> None:
     if not problems:
         return
     if skip_corrupt and len(problems) < count:
-        warnings.warn(f"{len(problems)} of {count} pictures were left out: {problems[0]}", stacklevel=5)
+        warn(f"{len(problems)} of {count} pictures were left out: {problems[0]}")
         return
     more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
     listed = "\n".join(problems[:5]) + more

@@ -2,11 +2,11 @@
 
 import os
 import re
-import warnings
 from pathlib import Path
 
 import torch
 
+from fastadv._warnings import warn
 from fastadv.data.pictures import Picture, extensions
 from fastadv.data.source import DataSource, Part, judging
 from fastadv.data.walking import files_below, folders_in, is_counted, sort_key, visible
@@ -40,7 +40,7 @@ def folders(root: Path, judge: str | None = None) -> DataSource:
     others = [] if root in places.values() else others
     for part in [part for part, place in places.items() if part != "train" and not folders_in(place)]:
         if _has_pictures(places[part], endings) and len(places) > 1:
-            warnings.warn(f"{places.pop(part)} has pictures of no class: the {part} part is left out", stacklevel=4)
+            warn(f"{places.pop(part)} has pictures of no class: the {part} part is left out")
     contents = {}
     for part in judging(places, judge):
         contents[part], left_out = _classes(places[part], endings)
@@ -57,7 +57,7 @@ def folders(root: Path, judge: str | None = None) -> DataSource:
         contents = {part: {name: paths for name, paths in found.items() if paths} for part, found in contents.items()}
     parts = {part: _part(found, names, places[part]) for part, found in contents.items()}
     if others:
-        warnings.warn(f"left out, no picture of a class: {len(others)}, such as {others[0]}", stacklevel=4)
+        warn(f"left out, no picture of a class: {len(others)}, such as {others[0]}")
     return DataSource(parts, names)
 
 
@@ -141,7 +141,7 @@ def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]
     }
     if not all(plain.values()):
         taken = ", ".join(f"{part}: {place.relative_to(root)}" for part, place in places.items())
-        warnings.warn(f"the folders in {root} are not the classes: took those in these folders ({taken})", stacklevel=5)
+        warn(f"the folders in {root} are not the classes: took those in these folders ({taken})")
     first = next(iter(places.values()))
     classes = folders_in(first)
     if len(classes) < 2 or any(_has_pictures(path, endings) for path in classes):
@@ -153,11 +153,10 @@ def _warn_of_levels(root: Path, places: dict[str, Path], endings: frozenset[str]
             f"{first} has the parts {', '.join(inside[0])} in the folders of its classes: the layout is {_LAYOUT}"
         )
     if all(len(names) > 1 for names in inside):
-        warnings.warn(
+        warn(
             f"the classes are {classes[0].name}, {classes[1].name} and so on, and the folders in them ({inside[0][0]}, "
             f"{inside[0][1]} and so on) are not told apart: if those are the classes, give {classes[0]}, or folders "
-            "train and test that hold them",
-            stacklevel=5,
+            "train and test that hold them"
         )
 
 

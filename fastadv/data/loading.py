@@ -1,12 +1,12 @@
 """A data set by its name or path."""
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from fastadv._warnings import warn
 from fastadv.data import parquet
 from fastadv.data.arrays import digits, npz
 from fastadv.data.cifar10 import cifar10
@@ -234,7 +234,7 @@ def _decoded(
             lost = f"none of the {name} pictures of the class {names[label]!r} can be read"
             if name in given:
                 raise ValueError(f"{lost}: add some")
-            warnings.warn(f"{lost}: it has none in the part that was split off", stacklevel=3)
+            warn(f"{lost}: it has none in the part that was split off")
     return decoded
 
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.data.classes import distinct
 from fastadv.data.pictures import Picture
 from fastadv.data.source import DataSource, Part, concatenated, judging
@@ -69,7 +69,7 @@ def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
                 _warn_of_other_words(part, [path for path in paths if path in named[part]])
             others = {*there, *itertools.chain(*inside.values())}.difference(*found.values())
             if others:
-                warnings.warn(f"left out, of no part: {len(others)} files, such as {min(others)}", stacklevel=4)
+                warn(f"left out, of no part: {len(others)} files, such as {min(others)}")
             return {part: paths for part, paths in found.items() if paths}
         if there:
             names = ", ".join(path.name for path in there[:5])
@@ -87,9 +87,8 @@ def _warn_of_other_words(part: str, paths: Sequence[Path]) -> None:
     for path in paths:
         word = "".join(itertools.takewhile(str.islower, path.name))
         if word not in (*_PARTS[part], *_MORE):
-            warnings.warn(
+            warn(
                 f"{path} is taken for the {part} part, by how its name begins: move it elsewhere if it is not",
-                stacklevel=5,
             )
 
 
@@ -118,7 +117,7 @@ def read(
         what = f"the {part} part in {files[part][0].parent} has no labels (no rows, -1, null, or no such column)"
         if len(files) == 1 or (part == "train" and judge is None):
             raise ValueError(f"{what}: give files with labels, or the column that has them by label_column")
-        warnings.warn(f"{what}: it is left out", stacklevel=4)
+        warn(f"{what}: it is left out")
         return read({other: paths for other, paths in files.items() if other != part}, columns, names, judge)
     first = next(iter(labels))
     checked = _checked_labels(

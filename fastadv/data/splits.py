@@ -1,7 +1,6 @@
 """The parts that a set does not have: a test and a validation part, split off the training part by content."""
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,6 +9,7 @@ from numbers import Integral
 import numpy as np
 import torch
 
+from fastadv._warnings import warn
 from fastadv.data.source import DataSource, DigestedPart, Part
 
 TEST_SHARE = 0.2
@@ -191,10 +191,9 @@ def _warn_of_empty_classes(parts: Mapping[str, Part], names: Sequence[str], want
         if empty:
             more = ", ..." if len(empty) > 5 else ""
             so = "cannot be learnt" if part == "train" else f"{_CALLED[part]} accuracy says nothing about them"
-            warnings.warn(
+            warn(
                 f"{len(empty)} of {len(wanted)} classes have no {_CALLED[part]} images ({', '.join(empty[:5])}{more}), "
-                f"and {so}: add some, or choose the other classes",
-                stacklevel=4,
+                f"and {so}: add some, or choose the other classes"
             )
 
 
@@ -207,16 +206,14 @@ def warn_of_repetitions(parts: Mapping[str, DigestedPart], names: Sequence[str],
     contents, counts = np.unique(pairs[:, 0], return_counts=True)
     if (counts > 1).any():
         several = [names[label] for label in pairs[pairs[:, 0] == contents[counts > 1][0], 1]]
-        warnings.warn(
+        warn(
             f"{(counts > 1).sum()} of {len(contents)} different pictures are there under two labels, one of them as "
-            f"{' and as '.join(several)}: one of the labels is wrong",
-            stacklevel=4,
+            f"{' and as '.join(several)}: one of the labels is wrong"
         )
     for one, other in itertools.combinations([name for name in _NAMES if name in parts], 2):
         among = np.isin(found[one], found[other]).sum()
         if among:
-            warnings.warn(
+            warn(
                 f"{among} of the {len(found[one])} {_CALLED[one]} pictures are {_CALLED[other]} pictures as well: "
-                "accuracy on them says nothing about new pictures",
-                stacklevel=4,
+                "accuracy on them says nothing about new pictures"
             )

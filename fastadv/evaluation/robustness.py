@@ -1,7 +1,6 @@
 """Clean and robust accuracy of a model under several attacks, with everything that is needed to believe them."""
 
 import platform
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.attacks.checks import check_switch
 from fastadv.attacks.normalized import normalization_of
 from fastadv.data.share import Share
@@ -164,7 +164,7 @@ def evaluate(
     if iterate not in ITERATES:
         raise ValueError(f"unknown iterate {iterate!r}{instead(iterate, ITERATES)}")
     if slots is not None:
-        warnings.warn("slots is now batch_size", FutureWarning, stacklevel=2)
+        warn("slots is now batch_size", FutureWarning)
         batch_size = slots
     check_counts(batch_size=batch_size, pool=pool, seed=seed)
     batch_size, pool, seed = int(batch_size), None if pool is None else int(pool), int(seed)  # they may be NumPy's
@@ -182,7 +182,7 @@ def evaluate(
     images, labels = collected(data, model, device, normalization)
     notes = oddities(data, images)
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     most = images.most if isinstance(images, Share) else len(images)
     if isinstance(images, Share) and not images.alone and (state, save_images, normalization) != (None, None, None):
         raise ValueError(

@@ -1,7 +1,6 @@
 """The run of an evaluation: its samples, its attacks one after the other, and the report."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastadv._warnings import warn
 from fastadv.attacks import LOSSES, Attack
 from fastadv.attacks.checks import highest
 from fastadv.attacks.engine import Engine, is_ours
@@ -142,7 +142,7 @@ class Run:
     def _warn(self, found: Iterable[str]) -> None:
         for note in found:
             self.notes.append(note)
-            warnings.warn(note, stacklevel=5)
+            warn(note)
 
     def trial(self, adversary: Adversary, gallery: Gallery | FooledImages | None) -> Trial:
         """A trial of the adversary that has not begun."""

@@ -115,7 +115,7 @@ def load(path: str | Path, *, classes: Sequence[str] | None = None, trust_code: 
     _check_fit(path, weights, inside.state_dict())
     inside.load_state_dict(weights, strict=False)
     if classes is not None and tuple(classes) != own:
-        warn_of_order(str(path), own, classes, stacklevel=3)
+        warn_of_order(str(path), own, classes)
         shape = facts["architecture"].get("shape")
         new_head(network, len(classes), None if shape is None else torch.zeros(1, *shape))
         own = tuple(classes)

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.data.trained import TrainedOn
 from fastadv.models.foreign import check_shape, check_timm, check_transformers
 from fastadv.models.networks import OWN
@@ -78,7 +78,7 @@ class Model:
     @property
     def pixels(self) -> nn.Module:
         """The old name of `on_pixels`."""
-        warnings.warn("Model.pixels is now Model.on_pixels", FutureWarning, stacklevel=2)
+        warn("Model.pixels is now Model.on_pixels", FutureWarning)
         return self.on_pixels
 
 
@@ -173,11 +173,10 @@ def _function(architecture: Architecture, count: int) -> nn.Module:
             "either: use nn.ModuleList, nn.Parameter or register_buffer"
         )
     if lost := _lost_buffers(again, shape):
-        warnings.warn(
+        warn(
             f"training changes {', '.join(lost)} of the network of {path}, and its state_dict() lacks this: a saved "
             "model would have the values from the start, not the trained ones. Register such a buffer with "
-            "persistent=True",
-            stacklevel=5,
+            "persistent=True"
         )
     return network
 

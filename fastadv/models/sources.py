@@ -4,7 +4,6 @@ import difflib
 import inspect
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.models.checkpoints import load, preprocessing_of, read_facts
 from fastadv.models.foreign import check_timm, check_transformers
 from fastadv.models.model import Model, check_trust, construct, function_at, logits_of_noise, options_of_timm
@@ -264,11 +264,10 @@ def _warn_of_crop(name: str, mode: str | None, preprocessing: Preprocessing) -> 
     does = {"squash": "squashes it", "border": "adds borders to it"}.get(mode or "center")
     if does:
         height, width = preprocessing.size
-        warnings.warn(
+        warn(
             f"{name} was trained on whole pictures: where the aspect ratio is not that of {height}x{width}, timm "
             f"{does} (crop_mode {mode}), and fastadv cuts out the centre, so the pretrained network sees less of it. "
-            "Where that matters, bring such pictures to this aspect ratio yourself, as timm does",
-            stacklevel=4,
+            "Where that matters, bring such pictures to this aspect ratio yourself, as timm does"
         )
 
 
@@ -329,7 +328,7 @@ def _hf(name: str, base: str) -> ModelSource:
             network = transformers.AutoModelForImageClassification.from_pretrained(base, **options)
         own = _labels(network.config.id2label)
         if own != classes:
-            warn_of_order(base, own, classes, stacklevel=3)
+            warn_of_order(base, own, classes)
             new_head(network, len(classes))
         architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}
         return Model(network, preprocessing, architecture, classes, pretrained=True)
@@ -385,11 +384,10 @@ def _warn_of_processor(base: str, processor: Any, preprocessing: Preprocessing) 
         other = bool(steps)
     if other:
         known = f" ({', '.join(steps)})" if steps else ", such as another size or crop"
-        warnings.warn(
+        warn(
             f"the {type(processor).__name__} of {base} has steps that fastadv does not do{known}: the pretrained "
             "network gets other inputs than it was trained on, and is worse until it is trained on these. Choose "
-            "another model, such as the same network of timm's (timm:NAME)",
-            stacklevel=4,
+            "another model, such as the same network of timm's (timm:NAME)"
         )
 
 

@@ -7,7 +7,6 @@ network (`Normalized`, torch.compile, DataParallel).
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -16,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.functional import to_float
 from fastadv.names import instead
 from fastadv.nn import Normalized
@@ -181,14 +181,13 @@ def _hooked(layers: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
             each.remove()
 
 
-def warn_of_order(where: str, own: Sequence[str | None], classes: Sequence[str], *, stacklevel: int) -> None:
+def warn_of_order(where: str, own: Sequence[str | None], classes: Sequence[str]) -> None:
     """Warn where a trained head is lost although `where` has these classes, in another order or spelling."""
     names = [name for name in own if name is not None]
     if sorted(map(str.casefold, names)) == sorted(map(str.casefold, classes)):
-        warnings.warn(
+        warn(
             f"{where} has these classes in another order or spelling, {', '.join(names)}: the model gets a new, "
-            "untrained head. To keep the head name the classes as it does",
-            stacklevel=stacklevel,
+            "untrained head. To keep the head name the classes as it does"
         )
 
 

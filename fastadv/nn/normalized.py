@@ -1,6 +1,5 @@
 """A wrapper for a model that takes normalised images, so that it can be attacked in the images' units, [0, 1]."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastadv._warnings import warn
 from fastadv.functional import Normalization, to_float
 from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
@@ -36,10 +36,9 @@ class Normalized(nn.Module):
         self.normalization = of_pixels(mean, std)
         inside = next((m for m in as_module(model).modules() if _normalises(m)), None)
         if inside is not None:
-            warnings.warn(
+            warn(
                 f"the model seems to normalise its input already, in a {type(inside).__name__}: "
-                "without Normalized it takes images in [0, 1]",
-                stacklevel=2,
+                "without Normalized it takes images in [0, 1]"
             )
 
     def extra_repr(self) -> str:

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from fastadv._warnings import warn
 from fastadv.names import instead
 from fastadv.ops import reference
 from fastadv.ops.schemas import BACKENDS, OPS, SCHEMAS, Arguments, below_autograd
@@ -62,10 +62,9 @@ def facts() -> dict[str, Any] | None:
 
 
 def _warn_of_the_reference(what: str, how: str) -> None:
-    warnings.warn(
+    warn(
         f"fastadv was imported from {PACKAGE}, and {what}: plain PyTorch serves them, some 40 times slower than the "
-        f"CPU kernels. To change that, {how}.",
-        stacklevel=2,
+        f"CPU kernels. To change that, {how}."
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastadv import models
+from fastadv._warnings import warn
 from fastadv.data.trained import known
 from fastadv.files import write_atomically
 from fastadv.locks import InUseError, held
@@ -151,15 +152,14 @@ def _trained(task: Task, site: Site, parts: Parts, folder: Path) -> tuple[models
     record: Record = {"cell": asdict(task.cell), "settings": task.settings | found_here(task, parts)}
     check_together([*finished(site.folder), record])
     if count := known(model.trained_on, parts.test_digests):
-        warnings.warn(
+        warn(
             f"the model {task.cell.model} was trained on {count} of the {len(parts.test_digests)} test images (about "
-            "one new image in 10,000 is taken for such a one)",
-            stacklevel=2,
+            "one new image in 10,000 is taken for such a one)"
         )
     for name in ("train", "val", "test"):
         limit, count = getattr(task.images, f"{name}_limit"), len(getattr(parts, name)[1])
         if limit is not None and count < limit:
-            warnings.warn(f"{name}_limit is {limit}, and {task.data.name} has {count} such images", stacklevel=2)
+            warn(f"{name}_limit is {limit}, and {task.data.name} has {count} such images")
     _check_begun(task, folder)
     machines = _machines(site, folder)
     (folder / WEIGHTS).unlink(missing_ok=True)  # of a training before, whose record was removed

@@ -139,7 +139,7 @@ def read_cell(folder: Path, id: str) -> Record | None:
         wrong = _lacking(record)
     if wrong:
         raise ValueError(f"{path} is no record of a finished cell, {wrong}: remove it, and the cell is run again")
-    record["settings"] = by_new_names(record["settings"], RENAMED, warn=False)
+    record["settings"] = by_new_names(record["settings"], RENAMED, tell=False)
     if (own := Cell(**record["cell"]).id) != id:
         raise ValueError(f"{path} is of the cell {own}: move that folder out of cells, or give it the cell's name")
     return record

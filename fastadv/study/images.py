@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastadv import data, models
+from fastadv._warnings import warn
 from fastadv.data.classes import class_list
 from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
@@ -108,7 +109,7 @@ def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None
             seed=limits.split_seed,
         )
     for each in caught:
-        warnings.warn(each.message, stacklevel=3)
+        warn(each.message)
     if len(dataset.classes) < 2:
         raise ValueError(f"{given.name} has a single class, {dataset.classes[0]}: there is nothing to tell apart")
     rows = {name: _chosen(len(getattr(dataset, name)[1]), getattr(limits, f"{name}_limit")) for name in dataset.digests}

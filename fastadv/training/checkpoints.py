@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from fastadv._extras import require
 from fastadv._renamed import by_new_names
+from fastadv._warnings import warn
 from fastadv.evaluation.identity import differences, fingerprint
 from fastadv.files import FormatError, check_format, write_atomically
 from fastadv.training.finite import nonfinite_groups
@@ -102,7 +102,7 @@ class Checkpoints:
                 damaged[manifest] = f"{manifest} is damaged: {error}"
                 continue
             if damaged:
-                warnings.warn(f"{'; '.join(damaged.values())}. Going on from the one before", stacklevel=2)
+                warn(f"{'; '.join(damaged.values())}. Going on from the one before")
             self._files = body["files"]
             self._damaged |= {path.name for path in damaged}
             return groups, body["facts"]
@@ -165,7 +165,7 @@ class Checkpoints:
     def _check_run(self, there: Mapping[str, str]) -> None:
         """Refuse the fingerprint of another run. A setting that it lacks did not exist yet, and had its default."""
         here, defaults = json.loads(self.run), json.loads(fingerprint(self.defaults))
-        there = by_new_names(there, RENAMED, warn=False)
+        there = by_new_names(there, RENAMED, tell=False)
         unknown = [f"{name} ({value} there)" for name, value in there.items() if name not in here | defaults]
         if unknown:
             raise OtherRunError(

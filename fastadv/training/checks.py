@@ -1,6 +1,5 @@
 """Refuses data and settings that no run can have, before anything is changed."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.attacks.checks import check_samples, device_of, highest, too_dark
 from fastadv.data.share import Share
 from fastadv.evaluation.identity import differences, fingerprint
@@ -73,7 +73,7 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
             check_taken(trainer.model, mine, parts.train[0].shape[1:], autocast)
     images = parts.train[0]
     if dark := too_dark(images.mine if isinstance(images, Share) else images):
-        warnings.warn(dark, stacklevel=7)
+        warn(dark)
     if labels.min() == labels.max():
         raise ValueError(f"the training images are all of class {labels[0]}: there is nothing to tell apart")
     for stage in settings.stages:
@@ -107,10 +107,9 @@ def _check_weights(model: nn.Module) -> None:
     half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALVES), None)
     if half is not None:
         lost = f"1/{4 / torch.finfo(half).eps:.0f}"
-        warnings.warn(
+        warn(
             f"the model has weights of {half}: a step that changes one by less than {lost} of it is lost. Train "
-            "model.float(), with precision='bf16' for passes that are as fast",
-            stacklevel=8,
+            "model.float(), with precision='bf16' for passes that are as fast"
         )
 
 

@@ -4,12 +4,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from warnings import warn
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fastadv._warnings import warn
 from fastadv.nn.frozen import at_the_end
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def merged(
     if steps.of_others and not steps.of_factors:
         warn(
             f"no optimizer had {method}'s factors, so they did not train: an optimizer must be made after the model "
-            "was set up, from the parameters that trainable() yields",
-            stacklevel=2,
+            "was set up, from the parameters that trainable() yields"
         )
 
 

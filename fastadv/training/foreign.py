@@ -1,11 +1,11 @@
 """Wraps an attack of another library for training."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
 
+from fastadv._warnings import warn
 from fastadv.attacks import Attack
 from fastadv.evaluation.adversaries import eps_of, norm_of
 from fastadv.evaluation.foreign import Reach, as_images, farther, measured
@@ -66,7 +66,7 @@ class ForeignAttack:
         for kind, note in self._notes():
             if kind not in self._told:
                 self._told.add(kind)
-                warnings.warn(note, stacklevel=3)
+                warn(note)
 
     def of_nonfinite(self) -> str:
         """Words for an error: how many images so far were not finite; "" for none."""

@@ -1,11 +1,11 @@
 """The evaluations of a run: those by which weights are chosen, and that of the weights that were."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.attacks import Attack, create_attack
 from fastadv.data.share import Batch
 from fastadv.evaluation.adversaries import eps_of
@@ -66,10 +66,9 @@ class Judge:
         report = evaluate(self.model, test, [self.attack, self._named("pma")], progress=False, **self._options)
         shares, far = [result["robust_accuracy"] for result in report["attacks"]], report["attacks"][0]["largest_linf"]
         if far is not None and eps_of(self.attack) is None and far > self.eps + EXACT:
-            warnings.warn(
+            warn(
                 f"eval_attack goes up to {far:.6g} in L-inf from the clean images, beyond the eps of the training, "
-                f"{self.eps:.6g}: its accuracies, by which weights are chosen, are of that budget",
-                stacklevel=6,
+                f"{self.eps:.6g}: its accuracies, by which weights are chosen, are of that budget"
             )
         found = {"clean_accuracy": report["clean_accuracy"], "robust_accuracy": shares[0], "pma_accuracy": shares[1]}
         return self._within_budget(found) | {"confusion": confusions(test[1], report)}

@@ -1,13 +1,13 @@
 """A monitor for catastrophic overfitting, for any training loop."""
 
 import copy
-import warnings
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import cast
 
 import torch
 
+from fastadv._warnings import warn
 from fastadv.attacks import PGD
 from fastadv.attacks.checks import check_eps, check_number, check_whole, highest
 from fastadv.attacks.engine import Engine
@@ -171,13 +171,12 @@ class Monitor:
 
     def _warn_of_attack(self, attack: TrainAttack | None, model: AnyModel) -> None:
         """Warn where the attack is of another model or budget, which would be taken for overfitting or hide it."""
-        warn_of_strange(attack, model, stacklevel=4)
+        warn_of_strange(attack, model)
         theirs = eps_of(attack)
         if theirs is not None and abs(theirs - self.eps) > 1e-6 * self.eps:
-            warnings.warn(
+            warn(
                 f"the attack has eps {theirs:.6g}, and the monitor's PGD {self.eps:.6g}: the gap between their "
-                "accuracies is that of two budgets, not a sign of overfitting. Give both the same",
-                stacklevel=3,
+                "accuracies is that of two budgets, not a sign of overfitting. Give both the same"
             )
 
     def check(self) -> Reading:

@@ -9,7 +9,6 @@ import gc
 import os
 import pickle
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import distributed
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.locks import held
 from fastadv.team import Team
 
@@ -53,11 +53,10 @@ def processes() -> "PartialState":
     atexit.unregister(_end)  # it runs once, before all functions that were registered earlier
     atexit.register(_end)
     if here.num_processes < distributed.get_world_size():
-        warnings.warn(
+        warn(
             f"there is a process group of {distributed.get_world_size()}, and this process trains alone: accelerate "
             "knows of it by the variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun and "
-            "accelerate launch set",
-            stacklevel=3,
+            "accelerate launch set"
         )
     return here
 

@@ -2,7 +2,6 @@
 
 import math
 import random
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.evaluation.identity import fingerprint, unidentifiable
 from fastadv.training.budget import CONSTANT
 from fastadv.training.checkpoints import OtherRunError
@@ -41,7 +41,7 @@ def run_fingerprint(trainer: "Trainer", model: nn.Module, data: dict[str, object
     weights = {"the model's weights": model.state_dict(), "the model": model}
     run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **weights})
     for what in unidentifiable(run):
-        warnings.warn(f"this run cannot be resumed: {what}", stacklevel=5)
+        warn(f"this run cannot be resumed: {what}")
     return run
 
 
@@ -81,10 +81,9 @@ def check_epochs(
     taken = at.epoch * steps + at.batch
     changed += ["budget"] if taken and settings.eps_schedule != CONSTANT else []  # which grows over all stages
     if changed:
-        warnings.warn(
+        warn(
             f"the run was to have {before} epochs and goes on to {now}: the {' and the '.join(changed)} of its {taken} "
-            f"steps so far followed {before}, and the result is not that of {now} in one run",
-            stacklevel=5,
+            f"steps so far followed {before}, and the result is not that of {now} in one run"
         )
 
 
@@ -119,10 +118,9 @@ def warn_of_unsaved(before: dict[str, tuple[object, object]], after: dict[str, t
     old = {name: before.get(name, (None, None)) for name in after}
     changed = [name for name, (kept, sign) in after.items() if kept is not old[name][0] or sign != old[name][1]]
     if changed:
-        warnings.warn(
+        warn(
             f"a step changed {', '.join(changed[:3])}, which no checkpoint has: a resumed run begins with it anew, and "
-            "may have another result. Checkpoints have the tensors that the model has as buffers from the start",
-            stacklevel=7,
+            "may have another result. Checkpoints have the tensors that the model has as buffers from the start"
         )
 
 

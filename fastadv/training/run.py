@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.attacks import Attack, create_attack
 from fastadv.data.share import Batch
 from fastadv.files import write_atomically
@@ -106,7 +106,7 @@ class Run:
         check_same(trainer, self.data, self.team)
         for sentence in parts.in_common(self.device):
             if self.here.is_main_process:
-                warnings.warn(sentence, stacklevel=3)
+                warn(sentence)
         self.images, self.val, self.test = parts.shares(self.team)
         self.labels = parts.train[1]
         self.batches = Batches(
@@ -175,10 +175,9 @@ class Run:
             by_epochs = is_fast(self.attack) and FAST[self.attack].by_epochs
             check_epochs(self.at, self.settings, self.steps, facts["epochs"], folder, by_epochs=by_epochs)
             if facts["machine"] != {name: value for name, value in self._machine().items() if name in facts["machine"]}:
-                warnings.warn(
+                warn(
                     f"the run began with {facts['machine']} and goes on with {self._machine()}: the bits of its result "
-                    "will be others than without the interruption",
-                    stacklevel=4,
+                    "will be others than without the interruption"
                 )
             logger.info("going on in epoch %d after batch %d", self.at.epoch + 1, self.at.batch)
         self.team.from_first(lambda: log.begin(folder / log.NAME, self.at.records, new=facts is None))
@@ -226,7 +225,7 @@ class Run:
                 words = "the backbone, with a linear head fitted to it: %s at eps %g/255"
                 logger.info(words, shares, 255 * self.trainer.eps)
             if found["warning"]:
-                warnings.warn(found["warning"], stacklevel=4)
+                warn(found["warning"])
 
     def _final(self) -> Record:
         epochs = [record for record in self.at.records if "epoch" in record]
@@ -560,7 +559,7 @@ class Run:
         action = self.settings.on_catastrophic_overfitting
         if action == "switch" and self.at.switched:
             action = "warn"
-        warnings.warn(f"epoch {self.at.epoch}: {reading['alarm']} ({action})", stacklevel=7)
+        warn(f"epoch {self.at.epoch}: {reading['alarm']} ({action})")
         return reading | {"action": action}
 
     def _go_back(self, action: str) -> None:

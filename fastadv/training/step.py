@@ -1,7 +1,6 @@
 """One step of adversarial training: the passes of the attack and of the update, none of them twice."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.attacks import Attack
 from fastadv.attacks.checks import (
     BOX,
@@ -85,7 +85,7 @@ class TrainStep:
         self.method = attack if isinstance(attack, FastMethod) else None
         given = attack.attack if isinstance(attack, FastMethod) else attack
         check_attack("attack", given)
-        warn_of_strange(given, model, stacklevel=3)
+        warn_of_strange(given, model)
         self.attack = as_attack(given, model)
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"autocast is a dtype such as torch.bfloat16, or None, got {autocast!r}")
@@ -253,10 +253,9 @@ class TrainStep:
         held = {id(p) for p in self._parameters}
         left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
         if left and held - used:
-            warnings.warn(
+            warn(
                 f"the optimizer has {len(held - used)} parameters that are not the model's, and not {left[0]}, which "
-                "will not train: make the optimizer from the parameters that the model has now",
-                stacklevel=3,
+                "will not train: make the optimizer from the parameters that the model has now"
             )
 
     @property
@@ -357,13 +356,12 @@ def check_linf(attack: object) -> None:
         )
 
 
-def warn_of_strange(attack: object, model: AnyModel, *, stacklevel: int) -> None:
+def warn_of_strange(attack: object, model: AnyModel) -> None:
     """Warn of a training attack that was made on another model than the one that trains."""
     if (elsewhere := strange(attack.attack if isinstance(attack, ForeignAttack) else attack, model)) is not None:
-        warnings.warn(
+        warn(
             f"the training attack was made on {elsewhere}, not on the model that trains: its images are "
-            "transferred, and weaker. For adversarial training make it on the model that trains",
-            stacklevel=stacklevel,
+            "transferred, and weaker. For adversarial training make it on the model that trains"
         )
 
 

@@ -1,6 +1,5 @@
 """Adversarial training by one call."""
 
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from fastadv._renamed import by_new_names
+from fastadv._warnings import warn
 from fastadv.attacks import PRESETS, Attack, create_attack
 from fastadv.attacks.checks import check_eps
 from fastadv.data.share import Batch
@@ -144,10 +144,9 @@ class Trainer:
         self._check_eval_attack()
         check_linf(attack)
         if isinstance(attack, Attack) and attack.eps > self.eps * (1 + 1e-6):
-            warnings.warn(
+            warn(
                 f"the attack's eps, {attack.eps:.6g}, is larger than that of the training, {self.eps:.6g}, at which "
-                "weights are chosen and overfitting is looked for: give both the same, unless that is meant",
-                stacklevel=3,
+                "weights are chosen and overfitting is looked for: give both the same, unless that is meant"
             )
         if attack is None and self.settings.on_catastrophic_overfitting != "warn":
             raise ValueError(
@@ -173,17 +172,15 @@ class Trainer:
         Adversary("eval_attack", attack, self.model)  # refuses what no evaluation takes
         eps, in_l2 = eps_of(attack), norm_of(attack) == "L2"
         if eps is not None and (in_l2 or abs(eps - self.eps) > 1e-6 * self.eps):
-            warnings.warn(
+            warn(
                 f"eval_attack has eps {eps:.6g} in {'L2' if in_l2 else 'L-inf'}, and the training has {self.eps:.6g} "
                 "in L-inf: weights are chosen by robustness at another budget. Give both the same, unless that is "
-                "meant",
-                stacklevel=4,
+                "meant"
             )
         if str(getattr(attack, "attack_mode", "")).startswith("targeted"):
-            warnings.warn(
+            warn(
                 f"eval_attack has one target for each image ({attack!r}): it is weaker than an attack without targets, "
-                "and the weights that it chooses may be less robust. Leave targeted out",
-                stacklevel=4,
+                "and the weights that it chooses may be less robust. Leave targeted out"
             )
 
     def fit(self, train: Batch, val: Batch | None = None, test: Batch | None = None) -> list[Record]:

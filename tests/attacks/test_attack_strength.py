@@ -593,13 +593,13 @@ def test_a_step_across_the_ball_warns_where_it_is_asked_for(cls, recwarn):
 
     class Deeper(Own):
         def __init__(self, model):
-            super().__init__(model, 0.1, alpha=0.21)
+            super().__init__(model, 0.1, alpha=0.21)  # this line asks for the step
 
     here = sys._getframe().f_lineno
     cls(Net(), 0.1, alpha=0.21)
     Own(Net(), 0.1, alpha=0.21)
     Deeper(Net())
-    assert [w.lineno - here for w in recwarn.list] == [1, 2, 3]
+    assert [w.lineno - here for w in recwarn.list] == [1, 2, -2]
     assert "more than twice eps" in str(recwarn.list[0].message)
     assert {w.filename for w in recwarn.list} == {__file__}
 

@@ -1,12 +1,12 @@
 """A training run as one HTML file: accuracies, curves, classes, images under attack, settings, versions."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.data.share import Samples
 from fastadv.evaluation.report import classes as class_tables
 from fastadv.evaluation.report import curves, html, pictures
@@ -78,7 +78,7 @@ def _part(heading: str, build: Callable[[], str]) -> list[str]:
         content = build()
     except Exception as error:
         what = heading or "its first part"
-        warnings.warn(f"the report lacks {what!r}: {type(error).__name__}: {error}", stacklevel=3)
+        warn(f"the report lacks {what!r}: {type(error).__name__}: {error}")
         content = html.paragraph(f"This part could not be made: {type(error).__name__}: {error}", "warning")
     return [f"<h2>{html.text(heading)}</h2>" if heading else "", content] if content else []
 
