@@ -24,7 +24,7 @@ from fastadv.data.trained import TrainedOn
 from fastadv.evaluation import evaluate, queue
 from fastadv.evaluation import run as evaluation_run
 from fastadv.preprocessing import Preprocessing
-from fastadv.training import Trainer, run
+from fastadv.training import Trainer, updates
 
 CLASSES = ("cat", "dog", "emu")
 RUNS = {
@@ -66,7 +66,7 @@ def network():
 
 def train(name, folder=None, steps=None, epochs=3, **changes):
     """Weights and records of a run, which raises `Cut` after `steps` steps."""
-    model, taken, batch = network(), [], run.Run._batch
+    model, taken, batch = network(), [], updates.Updates.take
 
     def cut(self, *arguments):
         if len(taken) == steps:
@@ -76,7 +76,7 @@ def train(name, folder=None, steps=None, epochs=3, **changes):
 
     options = {"attack": "fgsm-rs", "batch_size": 6, "lr": 0.02, "progress": False, "measure_backbone": False}
     options |= {"device": "cpu", "folder": folder, "resume": True, "checkpoint_s": 0.0, **RUNS[name], **changes}
-    with patch.object(run.Run, "_batch", cut):
+    with patch.object(updates.Updates, "take", cut):
         records = Trainer(model, EPS, epochs=epochs, **options).fit(images(24), images(9, 5))
     return model.state_dict(), records
 

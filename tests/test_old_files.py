@@ -27,8 +27,9 @@ pytestmark = pytest.mark.parametrize("old", VERSIONS, ids=lambda path: path.name
 def test_a_training_goes_on(old, name, tmp_path, monkeypatch):
     shutil.copytree(old / name, tmp_path / "run")
     log = [json.loads(line) for line in (old / name / "log.jsonl").read_text().splitlines()]
-    batches, batch = [], old_run.run.Run._batch
-    monkeypatch.setattr(old_run.run.Run, "_batch", lambda run, *args: (batches.append(None), batch(run, *args))[1])
+    batches, updates = [], old_run.updates.Updates
+    take = updates.take
+    monkeypatch.setattr(updates, "take", lambda each, *args: (batches.append(None), take(each, *args))[1])
     weights, records = old_run.train(name, tmp_path / "run")
     assert records[: len(log)] == log
     epochs = 3 + old_run.RUNS[name].get("lp_ft", 0)

@@ -75,3 +75,20 @@ class Progress:
             )
         # Before there was `average_epoch` the average's steps were counted with those of the schedule.
         return cls(**{"average_epoch": values.get("schedule_epoch", 0), **values})
+
+    def next_stage(self, number: int) -> "Progress":
+        """The progress with which a stage begins, which has this number."""
+        return Progress(
+            number,
+            epoch=self.epoch,
+            first_epoch=self.epoch,
+            schedule_epoch=self.epoch,
+            average_epoch=self.epoch,
+            memory_since=self.epoch if self.switched else self.memory_since,
+            records=self.records,
+        )
+
+    @property
+    def place(self) -> str:
+        """The next update, in words. They count from 1."""
+        return f"epoch {self.epoch + 1}, batch {self.batch + 1}"

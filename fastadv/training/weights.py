@@ -52,9 +52,14 @@ class Weights:
         self._moved = True
         self._begin_average()
 
-    def rescue(self) -> None:
-        """Put the best weights, or else the last good ones, into the model after a step whose result is not finite."""
+    def rescue(self) -> str:
+        """Put the best weights, or else the last good ones, into the model after a step whose result is not finite.
+
+        Returns:
+            A sentence that says so.
+        """
         self.tuning.load(self.best or self.good)
+        return ". The step before had left weights that are not finite: the model has the last ones that were kept"
 
     def choose(self) -> None:
         """Put the result of the run into the model: the best weights, else the averaged ones, else the present ones."""

@@ -20,7 +20,7 @@ from fastadv.commands import evaluate as evaluate_command
 from fastadv.commands import finetune as finetune_command
 from fastadv.commands.speech import speaking
 from fastadv.evaluation import run as evaluation_run
-from fastadv.training import run
+from fastadv.training import stages, updates
 
 SHORT = ("--data", "digits", "--model", "mlp", "--device", "cpu", "--classes", "0-1", "--probe", "0", "--eps", "20")
 
@@ -164,12 +164,12 @@ def test_after_ctrl_c_it_says_how_to_go_on_and_does(tmp_path, monkeypatch, capsy
         patch.setattr(finetune_command, "train", interrupt)
         assert failed(capsys, *given) == (130, "fastadv: interrupted: nothing is kept of it")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "epoch_line", interrupt)
+        patch.setattr(stages, "epoch_line", interrupt)
         code, said = failed(capsys, *given)
     assert (code, str(tmp_path / "out" / "state") in said) == (130, True)
     assert "the same command and --resume" in said
     with monkeypatch.context() as patch:
-        patch.setattr(run, "epoch_line", interrupt)
+        patch.setattr(stages, "epoch_line", interrupt)
         code, said = failed(capsys, *given, "--resume")
     assert "the same command," in said
     cli.main([*map(str, given), "--resume"])
@@ -193,7 +193,7 @@ def too_large(where):
 @pytest.mark.parametrize("where", ["numpy", "torch", "cuda"])
 def test_out_of_memory_names_the_batch_and_what_makes_it_smaller(tmp_path, monkeypatch, capsys, where):
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "_batch", lambda *_: too_large(where))
+        patch.setattr(updates.Updates, "take", lambda *_: too_large(where))
         options = ("--batch-size", "48", "--grad-accum-steps", "2")
         code, said = failed(capsys, "finetune", *SHORT, "--out", tmp_path / "out", *options)
     assert code == 1

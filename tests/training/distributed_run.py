@@ -19,7 +19,7 @@ import torch
 from fitted import colours
 from torch import nn
 
-from fastadv.training import Monitor, Trainer, judge, run
+from fastadv.training import Monitor, Trainer, judge, stages
 from fastadv.training.step import TrainStep
 
 torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def compare(folder):
         shared = {"folder": folder / f"run-{name}"} if case[2].get("attack") == "stale" else {}
         model, records, judged = train(*case, **shared)
         save(folder, name, {"weights": model.state_dict(), "records": records, "judged": judged})
-    run.Monitor = OneSided
+    stages.Monitor = OneSided
     options = {"folder": folder / "run", "checkpoint_s": 0.0 if RANK == 0 else 1e9}
     settings = {"method": "full", "on_catastrophic_overfitting": "stop"}
     _, records, _ = train(batch_norm, torch.float32, settings, **options)

@@ -15,7 +15,7 @@ from fastadv import random_init, sample_seeds
 from fastadv.attacks import ZeroGrad
 from fastadv.attacks.noise import uniform, uniform_per_sample
 from fastadv.attacks.samplewise import seeds_for
-from fastadv.training import Augment, Trainer, run
+from fastadv.training import Augment, Trainer, run, stages
 from fastadv.training.batches import AUGMENTING, Batches
 from fastadv.training.fast import FAST, FastMethod, fast_method
 from fastadv.training.monitor import Reading
@@ -419,7 +419,7 @@ def test_a_switch_leaves_the_method(data, attack, tmp_path, monkeypatch):
         methods.append(step.method)
         apply(step)
 
-    monkeypatch.setattr(run, "Monitor", Once)
+    monkeypatch.setattr(stages, "Monitor", Once)
     monkeypatch.setattr(TrainStep, "apply", applied)
     options = {"probe": 4, "epochs": 4, "on_catastrophic_overfitting": "switch", "folder": tmp_path}
     with pytest.warns(UserWarning, match="epoch 2: fire"):

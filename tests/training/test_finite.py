@@ -265,7 +265,7 @@ def test_a_full_disk_does_not_hide_what_is_wrong(tmp_path):
     model = poisoned_run.network()
     with (
         poisoned(1, "gradient", NAN),
-        patch("fastadv.training.run.write_atomically", full),
+        patch("fastadv.training.updates.write_atomically", full),
         patch("fastadv.training.run.Run._open", lambda run: None),
         pytest.raises(FloatingPointError, match=r"batch 2 \(the batch could not be written: no space left\); its step"),
     ):

@@ -21,7 +21,7 @@ import torch
 from fitted import colours
 from torch import nn
 
-from fastadv.training import Trainer, judge, run
+from fastadv.training import Trainer, judge, updates
 from fastadv.training.checkpoints import FORMAT, Checkpoints
 from fastadv.training.memory import SampleMemory
 
@@ -189,7 +189,7 @@ def short(folder, cut=None, part=0, model=None, **changes):
     options = {"attack": "fgsm-rs", "epochs": 3, "batch_size": 16, "lr": 1e-2, "probe": 0, "progress": False}
     options |= {"measure_backbone": False, "checkpoint_s": 0.0 if cut else 600.0, "folder": folder, "resume": True}
     options |= changes
-    batch = run.Run._batch
+    batch = updates.Updates.take
 
     def failing(self, *arguments):
         if len(taken) == cut:
@@ -198,7 +198,7 @@ def short(folder, cut=None, part=0, model=None, **changes):
         return batch(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_batch", failing)
+        patch.setattr(updates.Updates, "take", failing)
         parts = (colours(96, 1 + part), colours(33, 2))
         records = Trainer(network, options.pop("eps", 16 / 255), **options).fit(*parts)
     return network.state_dict(), [record["loss"] for record in records if "epoch" in record], records

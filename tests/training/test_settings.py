@@ -15,7 +15,7 @@ from torch import nn
 from fastadv import random_init, sample_seeds
 from fastadv.attacks import FGSM
 from fastadv.models.added import added_to
-from fastadv.training import Monitor, Trainer, run
+from fastadv.training import Monitor, Trainer, run, stages
 from fastadv.training.methods import METHODS
 from fastadv.training.settings import Settings
 
@@ -308,7 +308,7 @@ def probe():
 
     for count in (0, 7):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "Monitor", noted)
+            patch.setattr(stages, "Monitor", noted)
             _, _, records = trained({"probe": count})
         assert [len(x) for x in seen] == ([count] if count else [])
         assert all(any(torch.equal(one, image) for image in TRAIN[0]) for x in seen for one in x)
@@ -339,8 +339,8 @@ def fresh_images(attack="stale", **changes):
     seen, call = [], FGSM.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FGSM, "__call__", lambda self, x, y, **more: seen.append(len(y)) or call(self, x, y, **more))
-        finish = run.Run._finish_epoch
-        patch.setattr(run.Run, "_finish_epoch", lambda self, stage: seen.append(None) or finish(self, stage))
+        finish = stages.StageRun._finish_epoch
+        patch.setattr(stages.StageRun, "_finish_epoch", lambda self: seen.append(None) or finish(self))
         trained({"attack": attack, "epochs": 3, **changes})
     ends = [i for i, count in enumerate(seen) if count is None]
     return [sum(seen[i + 1 : j]) for i, j in zip([-1, *ends], ends, strict=False)]

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastadv import sample_seeds
 from fastadv.attacks import FGSM
-from fastadv.training import Augment, Settings, Trainer, TrainStep, pack_signs, run, unpack_signs
+from fastadv.training import Augment, Settings, Trainer, TrainStep, pack_signs, run, stages, unpack_signs
 from fastadv.training.batches import AUGMENTING
 from fastadv.training.fast import stale
 from fastadv.training.fast.base import Epoch, FastMethod
@@ -337,14 +337,14 @@ def test_signs_outlast_a_stage_and_begin_again_after_a_switch(monkeypatch, tmp_p
     trained(network(), images(), folder=tmp_path / "kept", **changes)
     assert begun == [(0, True), (1, False), (2, False), (3, False), (4, False)]
     begun.clear()
-    check = run.Monitor.check
+    check = stages.Monitor.check
 
     def alarmed(self):
         reading = check(self)
         object.__setattr__(reading, "alarm", "fire" if isinstance(self.attack, FGSM) and len(begun) == 2 else None)
         return reading
 
-    monkeypatch.setattr(run.Monitor, "check", alarmed)
+    monkeypatch.setattr(stages.Monitor, "check", alarmed)
     options = {"folder": tmp_path, "probe": 8, "on_catastrophic_overfitting": "switch"}
     with pytest.warns(UserWarning, match="fire"):
         records, _ = trained(network(), images(), **options, **changes)

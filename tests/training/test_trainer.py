@@ -18,7 +18,7 @@ from fastadv import data, sample_seeds, to_float
 from fastadv.attacks import FGSM, NFGSM, PGD, PGDL2, Normalized, create_attack
 from fastadv.evaluation import evaluate, robust_accuracy
 from fastadv.models import find_head, networks
-from fastadv.training import Trainer, judge, run
+from fastadv.training import Trainer, judge, run, stages, updates
 from fastadv.training.augment import Augment
 from fastadv.training.batches import AUGMENTING, Batches
 from fastadv.training.monitor import Reading
@@ -335,7 +335,7 @@ def alarms(monkeypatch):
             def load(self, state):
                 self.best = state["best"]
 
-        monkeypatch.setattr(run, "Monitor", Scripted)
+        monkeypatch.setattr(stages, "Monitor", Scripted)
         return seen
 
     return script
@@ -392,7 +392,8 @@ def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, a
     cut = conv()
     alarms(probes=probes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "_watch", lambda run, watch=run.Run._watch: cut_at(run, 3) or watch(run))
+        watch = stages.StageRun._watch
+        patch.setattr(stages.StageRun, "_watch", lambda stage: cut_at(stage, 3) or watch(stage))
         with pytest.raises(RuntimeError, match="cut"):
             fit(cut, on_catastrophic_overfitting="rollback", folder=tmp_path, **OPTIONS | {"epochs": 5})
     found.clear()
@@ -404,8 +405,8 @@ def test_an_answer_goes_to_the_weights_of_the_best_probe(probes, best, alarms, a
     assert same(found[0], good)
 
 
-def cut_at(run, epoch):
-    if run.at.epoch == epoch + 1:
+def cut_at(stage, epoch):
+    if stage.run.at.epoch == epoch + 1:
         raise RuntimeError("cut")
 
 
@@ -434,13 +435,13 @@ def test_stopping_with_validation_images_leaves_the_best_weights(alarms, after_s
 @pytest.fixture
 def before_steps(monkeypatch):
     """(states, watch): after `watch(model)` the list `states` gets the model's weights before each step."""
-    states, watched, batch = [], [], run.Run._batch
+    states, watched, batch = [], [], updates.Updates.take
 
     def noted(run, *arguments):
         states.append(copied(watched[0]))
         return batch(run, *arguments)
 
-    monkeypatch.setattr(run.Run, "_batch", noted)
+    monkeypatch.setattr(updates.Updates, "take", noted)
     return states, watched.append
 
 
@@ -556,7 +557,7 @@ def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
     def train(folder, cut=None):
         model = conv()
         alarms(1)
-        batch, count = run.Run._batch, iter(range(100))
+        batch, count = updates.Updates.take, iter(range(100))
 
         def failing(self, *arguments):
             if next(count) == cut:
@@ -564,7 +565,7 @@ def test_a_resumed_run_knows_that_it_switched(alarms, tmp_path):
             return batch(self, *arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run.Run, "_batch", failing)
+            patch.setattr(updates.Updates, "take", failing)
             fit(model, on_catastrophic_overfitting="switch", ema_decay=0.9, folder=folder, resume=True, **OPTIONS)
         return model
 
