@@ -141,11 +141,19 @@ def in_figures(found):
 
 
 def in_results(found):
-    """A list with a line for each file of results, and the code that has changed."""
+    """A list with a line for each file of results, and where code has changed."""
     return [
-        f"- [{name}]({name}), measured at {commit}; changed since: {', '.join(f'`{path}`' for path in paths)}"
+        f"- [{name}]({name}), measured at {commit}; changed since: {', '.join(by_folder(paths))}"
         for name, (commit, paths) in found.items()
     ] or ["None."]
+
+
+def by_folder(paths):
+    """The folders of some files, each with the number of these, or with its one file's name."""
+    folders = {}
+    for path in paths:
+        folders.setdefault(Path(path).parent, []).append(path)
+    return [f"`{of[0]}`" if len(of) == 1 else f"`{folder}` ({len(of)} files)" for folder, of in folders.items()]
 
 
 PLACES = {"README.md": in_readme, "docs/figures.md": in_figures, "benchmarks/results/README.md": in_results}
