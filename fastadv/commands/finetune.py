@@ -138,12 +138,10 @@ def _finish(
     test: Samples,
 ) -> None:
     models.save(model, weights)
-    final = records[-1]
-    _say_result(final, len(dataset.y_test), arguments.eps)
-    say(f"saved {weights} ({final['train_s']:.1f} s of training)")
+    final, report = records[-1], arguments.out / "report.html"
     try:
         write_report(
-            arguments.out / "report.html",
+            report,
             f"{arguments.model}, {arguments.method}, {arguments.attack}",
             model.on_pixels,
             records,
@@ -154,8 +152,12 @@ def _finish(
         )
     except Exception as error:  # all that the run is for is on the disk
         warn(f"there is no report.html: {type(error).__name__}: {error}")
-    else:
-        say(f"saved {arguments.out / 'report.html'}")
+        report = None
+    # Last, because the reader of a pipe may have closed it: what is said ends the command then.
+    _say_result(final, len(dataset.y_test), arguments.eps)
+    say(f"saved {weights} ({final['train_s']:.1f} s of training)")
+    if report is not None:
+        say(f"saved {report}")
 
 
 def _say_result(final: Record, count: int, eps: float) -> None:

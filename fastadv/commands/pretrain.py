@@ -22,6 +22,7 @@ from fastadv.training import Trainer
 from fastadv.training.passes import Passes
 from fastadv.training.processes import one_run, processes, team_of
 from fastadv.training.progress import Record
+from fastadv.training.settings import Settings
 
 FORMAT = 1  # of the card
 EPS = 8 / 255
@@ -56,6 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_counts(limit=arguments.limit)
+    Settings(epochs=arguments.epochs, seed=arguments.seed)  # refuses wrong ones before anything is read
     team = team_of(processes())
     team.from_first(lambda: check_folder(arguments.out))
     with one_run(arguments.out, team):

@@ -66,7 +66,7 @@ def find(folder: Path, training: bool = True) -> dict[str, list[Path]]:
         if found["train"] or (not training and any(found.values())):
             for part, paths in found.items():
                 _check_shards(paths)
-                _warn_of_other_words(part, [path for path in paths if path in named[part]])
+                _warn_of_words(part, [path for path in paths if path in named[part]])
             others = {*there, *itertools.chain(*inside.values())}.difference(*found.values())
             if others:
                 warn(f"left out, of no part: {len(others)} files, such as {min(others)}")
@@ -83,13 +83,17 @@ def _below(place: Path, *patterns: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in place.glob(pattern) if is_counted(path.name))
 
 
-def _warn_of_other_words(part: str, paths: Sequence[Path]) -> None:
+def _warn_of_words(part: str, paths: Sequence[Path]) -> None:
+    """Warn where the names of a part's files begin with another word, or with two: their images may be the same."""
+    first: dict[str, Path] = {}
     for path in paths:
-        word = "".join(itertools.takewhile(str.islower, path.name))
-        if word not in (*_PARTS[part], *_MORE):
-            warn(
-                f"{path} is taken for the {part} part, by how its name begins: move it elsewhere if it is not",
-            )
+        first.setdefault("".join(itertools.takewhile(str.islower, path.name)), path)
+    known = {word: path for word, path in first.items() if word in (*_PARTS[part], *_MORE)}
+    for word in first.keys() - known.keys():
+        warn(f"{first[word]} is taken for the {part} part, by how its name begins: move it elsewhere if it is not")
+    if len(known) > 1:
+        names = " and ".join(path.name for path in known.values())
+        warn(f"the {part} part has {names}, and images that are in both count twice: move one elsewhere if it has them")
 
 
 def read(

@@ -75,7 +75,8 @@ def differences(here: str, there: str) -> str:
         old, new = other.get(name, "nothing"), mine.get(name, "nothing")
         if old != new and not new.startswith(UNKNOWN):  # a part that cannot be identified is listed already
             hashed = any(each.startswith((HASH, UNKNOWN)) for each in (old, new))
-            found.append(name if hashed else f"{name} ({old} there, {new} here)")
+            called = "batch_size" if name == "slots" else name  # as the user gives it
+            found.append(called if hashed else f"{called} ({old} there, {new} here)")
     return ", ".join(found)
 
 

@@ -299,6 +299,20 @@ def test_a_closed_stdout_is_no_fault(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_pipe_that_closes_at_the_end_costs_nothing_but_words(tmp_path, monkeypatch):
+    def closed(text):
+        raise BrokenPipeError
+
+    with (tmp_path / "said").open("w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(
+            models, "save", lambda *_, save=models.save: (patch.setattr(finetune_command, "say", closed), save(*_))
+        )
+        with pytest.raises(SystemExit):
+            cli.main(["finetune", *map(str, SHORT), "--out", str(tmp_path / "out")])
+    assert {"model.safetensors", "report.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -217,11 +217,18 @@ def test_pretraining_writes_a_backbone_and_its_card(tmp_path, monkeypatch):
     assert card["clean_accuracy"] == pytest.approx((says == labels[chosen]).mean(), abs=1 / 11)  # the card's is in bf16
 
 
-@pytest.mark.parametrize("limit", ["0", "-4"])
-def test_pretraining_refuses_a_limit_below_one_before_it_reads(limit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "number", "message"),
+    [
+        ("--limit", "0", "limit must be at least 1, got 0"),
+        ("--epochs", "-4", "epochs must be at least 1"),
+        ("--seed", str(2**64), "seed must be"),
+    ],
+)
+def test_pretraining_refuses_wrong_numbers_before_it_reads(option, number, message, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "load_data", lambda *_, **__: pytest.fail("it was read"))
-    with pytest.raises(SystemExit, match=f"limit must be at least 1, got {limit}"):
-        cli.main(["pretrain", "--data", "digits", "--limit", limit, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["pretrain", "--data", "digits", option, number, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

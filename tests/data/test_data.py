@@ -1098,6 +1098,17 @@ def test_a_part_by_another_word_is_spoken_of(tmp_path, name):
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("names", [("val-0", "validation-0"), ("train", "trainval-1")])
+def test_two_names_of_one_part_are_spoken_of(tmp_path, names):
+    for file in {"train", "val", *names} - ({"val"} if "val-0" in names else set()):
+        parquet(tmp_path / f"{file}.parquet", [noise(4, 4) for _ in range(8)], [0, 1] * 4)
+    with pytest.warns(
+        UserWarning, match=rf"part has {names[0]}\.parquet and {names[1]}\.parquet, and images"
+    ) as caught:
+        data.load(tmp_path)
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -533,17 +533,19 @@ def other_image(options):
         (other_image, "images"),
         (lambda options: options.update(seed=1), r"seed \(0 there, 1 here\)"),
         (lambda options: options.update(iterate="last"), r"iterate \('any' there, 'last' here\)"),
+        (lambda options: options.update(batch_size=1), rf"batch_size \({BATCH} there, 1 here\)"),
         (lambda options: options.update(eps=EPS / 2), r"eps of attack 1 \(0.06.* there, 0.03.* here\)"),
         (lambda options: options.update(attacks=["pgd"]), r"attack of attack 1 \('fgsm' there, 'pgd' here\)"),
         (None, None),
     ],
-    ids=["weights", "image", "seed", "iterate", "eps", "attack", "nothing"],
+    ids=["weights", "image", "seed", "iterate", "batch size", "eps", "attack", "nothing"],
 )
 def test_a_state_of_another_run_is_refused_and_what_differs_is_named(samples, tmp_path, change, named):
     options = {"net": Net(), "samples": samples, "attacks": ["fgsm"], "eps": EPS, "seed": 0, "iterate": "any"}
+    options["batch_size"] = BATCH
 
     def run(net, samples, attacks, **options):
-        return evaluate(net, samples, attacks, batch_size=BATCH, state=tmp_path / "state", **options)["attacks"]
+        return evaluate(net, samples, attacks, state=tmp_path / "state", **options)["attacks"]
 
     first = run(**options)
     options["net"] = Net()
