@@ -11,7 +11,7 @@ from fastadv.training.options import Chosen, Options
 
 @contextmanager
 def norm(model: nn.Module, options: Options) -> Iterator[Chosen]:
-    """Choose the weights and biases of the layers whose class has "norm" in its name, such as LayerNorm.
+    """Choose the weights and biases of the layers whose class has "norm" in its name, such as LayerNorm; and of GRN.
 
     Unlike peft's method it copies no layer: the model's own layers train.
 
@@ -43,4 +43,5 @@ def _is_norm(module: nn.Module) -> bool:
     Nor does a block that has such layers, such as the NormFreeBlock of timm's NFNet.
     """
     weighs = any(isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)) for part in module.modules())
-    return "norm" in type(module).__name__.lower() and not weighs
+    name = type(module).__name__.lower()
+    return ("norm" in name or name.endswith("grn")) and not weighs  # ConvNextV2GRN: global response normalization

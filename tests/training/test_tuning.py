@@ -187,6 +187,24 @@ def test_bias_norm_and_ia3_are_refused_where_there_is_nothing_for_them():
             pass
 
 
+class ConvNextV2GRN(nn.Module):
+    """Named as transformers' layer: a normalisation without that word."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.rand(1, 1, 1, width)) for _ in range(2))
+
+    def forward(self, x):
+        return self.weight * x / x.norm(dim=-1, keepdim=True) + self.bias + x
+
+
+def test_norm_trains_global_response_normalisation():
+    layer = ConvNextV2GRN(4)
+    network = nn.Sequential(nn.Linear(3, 4), layer, nn.Flatten(), nn.Linear(4, 2))
+    with trainable(network, "norm") as tuning:
+        assert {name for name, _ in tuning.parameters} == {"1.weight", "1.bias", "3.weight", "3.bias"}
+
+
 class NormFreeBlock(nn.Module):
     """As in timm's NFNet: its class has "norm" in its name, and it has a parameter of its own."""
 
