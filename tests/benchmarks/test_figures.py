@@ -247,11 +247,17 @@ def test_the_first_cell_of_each_commit_stands_for_a_study(repository):
     (repository / "fastadv/attacks/pgd.py").write_text("second\n")
     git(repository, "commit", "-qam", "second")
     newer = git(repository, "rev-parse", "HEAD").strip()
-    for name, made_at in (("a", newer), ("b", commit), ("c", commit), ("d", newer)):
+    for name, made_at in (("a", newer), ("b", commit), ("c", commit), ("d", newer), ("e", None)):
         path = repository / "benchmarks/results/study/cells" / name / "cell.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"cell": {}, "commit": made_at}))
-    assert stale.stale(repository) == {"study/cells/b/cell.json": (commit[:7], ["fastadv/attacks/pgd.py"])}
+        path.write_text(json.dumps({"cell": {}} | ({"commit": made_at} if made_at else {})))
+    of_b = (commit[:7], ["fastadv/attacks/pgd.py"])
+    assert stale.stale(repository) == {"study/cells/b/cell.json": of_b, "study/cells/e/cell.json": None}
+
+
+def test_code_that_changed_is_told_by_folder():
+    found = stale.by_folder(["a/b/c.py", "a/d.py", "a/b/e.py", "f.h"])
+    assert found == ["`a/b` (2 files)", "`a/d.py`", "`f.h`"]
 
 
 def test_every_stored_result_says_what_it_depends_on():
