@@ -29,6 +29,7 @@ H100, H200, SECOND = "nvidia-h100-2026-11-22/", "nvidia-h200-2026-11-26/", "nvid
 THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
 STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "study-cpu/cells/*/cell.json"
+CELLS_AGAIN = "study-again/cells/*/cell.json"
 RIVALS = ("fgsm-5-epochs", "stale")  # of FGSM: for the time of standard fine-tuning
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
 SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
@@ -51,6 +52,7 @@ COMMANDS = {
     STEPS_CPU: "pytest --benchmark benchmarks/training/bench_step.py",
     "scratch/*": "benchmarks/training/scratch.py DATA FOLDER",
     "study-cpu/*": "the same study on a CPU, cut",
+    "study-again/*": "some of its cells on a CPU by later code",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
     "price/*": "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price",
 }
@@ -695,6 +697,13 @@ def study() -> Iterator[Figure]:
     ):
         found = partial(_gpu_less_cpu, value=value)
         yield Figure(f"study.devices.{name}", f"{what}: {name}", (CELLS, CELLS_CPU), found, form)
+    for name, value in (
+        ("cells", len),
+        ("verdicts", lambda found: sum(map(len, found))),
+        ("differ", lambda found: sum(map(sum, found))),
+    ):
+        what = f"the verdicts of cells that were run on a CPU again, by later code: {name}"
+        yield Figure(f"study.again.{name}", what, (CELLS_CPU, CELLS_AGAIN), partial(_again, value=value), "{:,}".format)
 
 
 def price() -> Iterator[Figure]:
@@ -805,6 +814,16 @@ def _in_epoch(cells: list[Mapping], eps: float, last: bool) -> float:
             fgsm, pgd = (said[-1] if last else max(said) for said in of)
             found.setdefault(f"{cell['data']} {cell['classes']}", []).append(100 * (fgsm - pgd))
     return mean(map(mean, found.values()))
+
+
+def _again(cells: list[Mapping], again: list[Mapping], value: Callable) -> int:
+    """`value` of a list for each cell that is in both: whether each of its verdicts differs."""
+    before = {json.dumps(each["cell"], sort_keys=True): each["verdicts"] for each in cells}
+    found = []
+    for each in again:
+        if said := before.get(json.dumps(each["cell"], sort_keys=True)):
+            found.append([a != b for judge in said for a, b in zip(said[judge], each["verdicts"][judge], strict=True)])
+    return value(found)
 
 
 def _gpu_less_cpu(cells: list[Mapping], on_cpu: list[Mapping], value: Callable) -> float:
