@@ -69,7 +69,9 @@ def find_residuals(module: nn.Module, example: torch.Tensor, head: str | None = 
 
 @dataclass(frozen=True)
 class _Sum:
+    skip: torch.Tensor
     branch: torch.Tensor
+    result: torch.Tensor
     givers: tuple[str, ...]  # modules that returned the branch, the innermost first
     shortcut: tuple[str, ...]  # modules of the block that returned the skip
     ran: int  # how many layers had run before the sum
@@ -121,30 +123,39 @@ class _Trace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if getattr(function, "__name__", "") in ("add", "add_") and not kwargs and len(args) == 2:
-            self._note(*args)
-        return function(*args, **(kwargs or {}))
+        is_sum = getattr(function, "__name__", "") in ("add", "add_") and not kwargs and len(args) == 2
+        ordered = self._skip_and_branch(*args) if is_sum else None  # before the sum, which may be in place
+        result = function(*args, **(kwargs or {}))
+        if ordered is not None:
+            self._note(*ordered, result)
+        return result
 
-    def _note(self, *addends: Any) -> None:
+    def _skip_and_branch(self, *addends: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not all(isinstance(each, torch.Tensor) and each.requires_grad for each in addends):
-            return
+            return None
         if addends[0].shape != addends[1].shape or not self.running:
-            return
-        block = self.running[-1]
+            return None
         skip, branch = sorted(addends, key=lambda each: len(_operations(each)))
+        return skip, branch
+
+    def _note(self, skip: torch.Tensor, branch: torch.Tensor, result: torch.Tensor) -> None:
+        block = self.running[-1]
         givers, shortcut = (
             tuple(name for name in self.given.get(id(each), ()) if name != block and _is_within(name, block))
             for each in (branch, skip)
         )
         if givers and not any(_is_within(name, self.head) for name in (block, *givers, *shortcut)):
             # One module may compute the sums of many blocks, if each block is an nn.ModuleList, which has no forward.
-            self.sums[block, givers[-1].rpartition(".")[0]] = _Sum(branch, givers, shortcut, len(self.layers))
+            self.sums[block, givers[-1].rpartition(".")[0]] = _Sum(
+                skip, branch, result, givers, shortcut, len(self.layers)
+            )
 
     def residuals(self, operations: set[Node]) -> Iterator[Residual]:
         """The residual sums that the logits depend on: those among `operations`."""
         modules = dict(self.module.named_modules())
-        used = Counter(name for each in self.sums.values() for name in each.givers)
-        for (_, parent), each in self.sums.items():
+        sums = [(parent, each) for (block, parent), each in self.sums.items() if not self._goes_on(block, each)]
+        used = Counter(name for _, each in sums for name in each.givers)
+        for parent, each in sums:
             if each.branch.grad_fn not in operations:
                 continue
             first = each.givers[0]
@@ -171,6 +182,14 @@ class _Trace(TorchFunctionMode):
                 layers = [name for name, size, width in own if size > width]
             place = places[-1] if places else None
             yield Residual(parent, place, channels, first_dim, tuple(dict.fromkeys(layers)), last)
+
+    def _goes_on(self, block: str, each: _Sum) -> bool:
+        """Whether a submodule of the block adds to this sum, and the block returns that: then this is not its last sum.
+
+        The layers of CvT and MobileViT in transformers do so with their MLP.
+        """
+        inner = (other for (name, _), other in self.sums.items() if name != block and _is_within(name, block))
+        return any(later.skip is each.result and block in self.given.get(id(later.result), ()) for later in inner)
 
 
 def _is_aside(module: nn.Module) -> bool:

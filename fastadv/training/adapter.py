@@ -1,5 +1,6 @@
 """Adapters (Houlsby et al. 2019, arXiv 1902.00751): one after the last branch of each residual block."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,9 @@ def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
     Yields:
         The adapters' parameters.
 
+    Warns:
+        UserWarning: some residual blocks have no place for an adapter.
+
     Raises:
         TypeError: the reduction is no whole number.
         ValueError: there is no residual block; the model has adapters of another reduction; or the reduction is below
@@ -50,13 +54,15 @@ def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
     example = options.images("adapter finds its places")
     residuals = find_residuals(model, example, options.head)
     places = {each.place: each for each in residuals if each.place is not None}
+    none = "the module that gives such an output is called elsewhere, too, or returns a tuple"
     if not places:
-        none = "the module that gives such an output is called elsewhere, too, or returns a tuple"
         why = none if residuals else "it has none"
         raise ValueError(
             "adapter works on residual blocks, such as those of ViT, Swin, ConvNeXt and ResNet, where the output of a "
             f"module is added to its input, and before the model's head {why}. Choose another method"
         )
+    if without := [each.block for each in residuals if each.place is None]:
+        warnings.warn(f"the blocks {', '.join(without)} get no adapter: {none}", stacklevel=2)
     added = []
     for place, each in places.items():
         adapter = Adapter(each.width, max(1, each.width // reduction), each.channels_first)

@@ -253,6 +253,56 @@ def test_adapters_act_on_what_is_returned_alone():
     assert not list(added_to(network))
 
 
+class Shared(Block):
+    """Two branches go through one module, as through the DropPath of SwiftFormer in transformers."""
+
+    def __init__(self, width):
+        super().__init__(nn.Linear(width, width))
+        self.other, self.drop = nn.Linear(width, width), nn.Identity()
+
+    def forward(self, x):
+        x = x + self.drop(2 * self.other(x))
+        return x + self.drop(2 * self.branch(x))
+
+
+def test_blocks_without_a_place_for_an_adapter_are_told():
+    network, x = rows(8, Shared(8), Block(Depthwise(8))), torch.rand(2, *SHAPE)
+    with (
+        pytest.warns(UserWarning, match=r"the blocks blocks\.0 get no adapter: the module .* is called elsewhere"),
+        trainable(network, "adapter", example=x),
+    ):
+        assert {place for place, _ in added_to(network)} == {"blocks.1.branch"}
+
+
+class Adds(nn.Module):
+    """Adds its branch to another tensor, as the output of a CvT's MLP does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.last = nn.Linear(width, width)
+
+    def forward(self, hidden, x):
+        return self.last(hidden) + x
+
+
+class Twice(Block):
+    """Its first sum is its own, and its last one that of a submodule."""
+
+    def __init__(self, width):
+        super().__init__(nn.Linear(width, width))
+        self.output = Adds(width)
+
+    def forward(self, x):
+        x = super().forward(x)
+        return self.output(x.relu(), x)
+
+
+def test_a_sum_that_a_submodule_goes_on_with_is_not_the_last_of_its_block():
+    found = find_residuals(rows(8, Twice(8), Twice(8)), torch.rand(1, *SHAPE))
+    lasts = ["blocks.0.output.last", "blocks.1.output.last"]
+    assert [each.place for each in found] == [each.last for each in found] == lasts
+
+
 @pytest.mark.parametrize("first", [torch.arange(3), torch.ones(1, dtype=torch.complex64), torch.ones(1).double()])
 @pytest.mark.parametrize(("method", "name"), ADDING)
 def test_what_is_added_has_the_dtype_of_its_block(method, name, first):
