@@ -19,6 +19,8 @@ from fastadv.nn.logits import find_logits
 from fastadv.preprocessing import Preprocessing
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx")  # whoever names a folder so means a file
+# Of a folder transformers reads these first, in place of the weights and of preprocessor_config.json.
+_READ_FIRST = ("adapter_config.json", "processor_config.json")
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -43,7 +45,8 @@ def export(model: Model, path: str | Path) -> None:
         path: the file or folder.
 
     Raises:
-        FileExistsError: there is a checkpoint of fastadv at the path, such as the one that the model came from.
+        FileExistsError: there is a checkpoint of fastadv at the path, such as the one that the model came from; or the
+            folder has a file of another model that transformers would read in place of the export.
         ImportError: safetensors is not installed.
         OSError: the file or the folder cannot be written.
         ValueError: the ending fits no format of this network; torch.export cannot turn the network into a program;
@@ -133,6 +136,12 @@ def _folder(model: Model, path: Path) -> None:
             f"the model takes pictures of {height} x {width} pixels, and no image processor of transformers resizes to "
             "a rectangle as fastadv does: export it to a file .pt2"
         )
+    for name in _READ_FIRST:
+        if (path / name).exists():
+            raise FileExistsError(
+                f"{path} has the {name} of another model, and transformers would read that in place of the export: "
+                "choose a new folder, or move the file out"
+            )
     network: Any = plain(model.network)  # of transformers
     network.config.id2label = dict(enumerate(model.classes))
     network.config.label2id = {name: i for i, name in enumerate(model.classes)}

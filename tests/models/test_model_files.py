@@ -48,6 +48,14 @@ def test_a_folder_of_transformers_takes_no_checkpoint_s_place(tmp_path):
         models.export(vit(), tmp_path / "vit.exported")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "processor_config.json"])
+def test_a_folder_with_files_that_would_hide_the_export_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=rf"has the {name} of another model.* choose a new folder"):
+        models.export(vit(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_exported_pipeline_says_what_the_softmax_says(tmp_path):
     """A config for several labels would make it take a sigmoid."""
     model = vit()
