@@ -141,7 +141,6 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
         outputs[layer] = out
 
     x = to_float(example[:1])
-    other = other_image(x)
     # A compiled model would not call the hooks.
     with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
         with _hooked(names, note):
@@ -150,13 +149,27 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
             expected = _logits(module, x, layer, given)
             if expected.equal(_logits(module, x, layer, given + torch.arange(given.shape[-1]).to(given))):
                 continue  # this layer makes an auxiliary output
-            if given.shape[-1] == classes and expected.equal(_logits(module, other, layer, given)):
+            if given.shape[-1] == classes and gives_logits_alone(module, layer, x):
                 return names[layer]
             raise ValueError(
                 f"the last nn.Linear that the logits depend on is {names[layer]}, and they depend on more or are not "
                 "its outputs: name the classifier, if it is another or one of several, with head="
             )
     raise ValueError("the logits depend on no nn.Linear that runs: name the classifier with head=")
+
+
+def gives_logits_alone(module: nn.Module, layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the logits depend on what `layer` returns, and on nothing else of an image. Call it without gradients.
+
+    Args:
+        module: a network in eval mode, whose logits are found without torch.compile.
+        layer: a module of it that runs, such as its head.
+        x: one image (1, C, H, W), as floats.
+    """
+    outputs: list[torch.Tensor] = []
+    with _hooked([layer], lambda _, args, out: outputs.append(out)):
+        expected = find_logits(module(x), 1)
+    return expected.equal(_logits(module, other_image(x), layer, outputs[-1]))
 
 
 def other_image(x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from fastadv.evaluation.robustness import robust_accuracy
 from fastadv.evaluation.samples import as_tensors, collected
 from fastadv.functional import sample_seeds
 from fastadv.models import find_head
+from fastadv.models.structure import gives_logits_alone
 from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import frozen
 from fastadv.ops.generator import seeded
@@ -80,8 +81,8 @@ def backbone_robustness(
 
     Returns:
         {"clean_accuracy", "robust_accuracy", "eps", "warning"}. Where the head is no plain nn.Linear on one feature
-        vector per image, or there are several heads, both accuracies are None and the warning says why. Else the
-        warning is None; or it says that the backbone is not robust, where PGD leaves less than a fifth of a clean
+        vector per image, or the logits depend on several heads, both accuracies are None and the warning says why. Else
+        the warning is None; or it says that the backbone is not robust, where PGD leaves less than a fifth of a clean
         accuracy above chance.
 
     Raises:
@@ -135,6 +136,8 @@ def backbone_robustness(
             features = _features(model, module, staged(fitting), passes)
         except _NoVectorError:
             return _not_measured(eps, f"the head {name} does not get one vector of features for each image")
+        if not _alone(model, module, next(iter(staged(fitting[:1]))), passes):
+            return _not_measured(eps, f"the logits depend on more than the head {name}, such as on a second head")
         probe = _Probe(model, name, module)
         probe.fit(features, labels[fitting])
         right = predicted(probe.of_features(_features(model, module, staged(judging), passes))) == labels[judging].cpu()
@@ -230,6 +233,13 @@ def _features(model: nn.Module, head: nn.Linear, batches: Iterable[torch.Tensor]
             raise _NoVectorError
         found.append(entered[0].cpu())
     return torch.cat(found)
+
+
+@torch.no_grad()
+def _alone(model: nn.Module, head: nn.Linear, image: torch.Tensor, passes: Passes) -> bool:
+    """Whether the logits depend on the head alone: the features that enter it tell nothing of a second one."""
+    with own_autocast(image.device, passes.autocast), torch.compiler.set_stance("force_eager"):
+        return gives_logits_alone(model, head, image)
 
 
 def _not_measured(eps: float, why: str) -> BackboneRobustness:

@@ -137,6 +137,17 @@ def test_a_model_in_data_parallel_is_measured_as_itself():
         assert backbone_robustness(nn.DataParallel(net), images, labels, EPS, head=inside) == expected
 
 
+class Distilled(nn.Module):
+    """The mean of two heads, as of a distilled DeiT."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.head_dist = nn.Linear(108, 5), nn.Linear(108, 5)
+
+    def forward(self, x):
+        return (self.head(x.flatten(1)) + self.head_dist(x.flatten(1))) / 2
+
+
 def test_what_cannot_be_measured_says_why():
     images, labels = batch_of(20)
     conv = nn.Sequential(nn.Conv2d(3, 5, 6), nn.Flatten())
@@ -151,6 +162,9 @@ def test_what_cannot_be_measured_says_why():
     result = backbone_robustness(tokens, images, labels, EPS, head="1")
     assert result["robust_accuracy"] is None
     assert "does not get one vector of features for each image" in result["warning"]
+    result = backbone_robustness(Distilled(), images, labels, EPS, head="head")
+    assert result["clean_accuracy"] is result["robust_accuracy"] is None
+    assert "the logits depend on more than the head head, such as on a second head" in result["warning"]
 
 
 @pytest.mark.parametrize(
