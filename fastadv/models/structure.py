@@ -82,7 +82,7 @@ def find_head(module: nn.Module, name: str | None = None, example: torch.Tensor 
         else:
             names = (_running_head(module, example),)
         if len(names) > 1:
-            raise ValueError(f"the model has several classifiers, {', '.join(names)}: name one with head=")
+            raise ValueError(f"the model has several classifiers, {', '.join(names)}: name one with head= (--head)")
         name = names[0]
     modules = dict(module.named_modules())
     for full in (name, prefix + name):
@@ -108,7 +108,7 @@ def classifiers(network: nn.Module) -> tuple[str, ...]:
         return declared
     linear = {key: module for key, module in network.named_modules() if isinstance(module, nn.Linear)}
     if not linear:
-        raise ValueError("the model has no nn.Linear; name its classifier with head=")
+        raise ValueError("the model has no nn.Linear; name its classifier with head= (--head)")
     labels = getattr(getattr(network, "config", None), "num_labels", None)
     fitting = [key for key, module in linear.items() if module.out_features == labels]
     # A distilled model has a second classifier, which was trained on a teacher's outputs.
@@ -153,9 +153,9 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
                 return names[layer]
             raise ValueError(
                 f"the last nn.Linear that the logits depend on is {names[layer]}, and they depend on more or are not "
-                "its outputs: name the classifier, if it is another or one of several, with head="
+                "its outputs: name the classifier, if it is another or one of several, with head= (--head)"
             )
-    raise ValueError("the logits depend on no nn.Linear that runs: name the classifier with head=")
+    raise ValueError("the logits depend on no nn.Linear that runs: name the classifier with head= (--head)")
 
 
 def gives_logits_alone(module: nn.Module, layer: nn.Module, x: torch.Tensor) -> bool:

@@ -699,7 +699,7 @@ def test_networks_with_two_classifiers_train_whole_or_at_the_one_that_is_named(n
     assert records[0]["backbone"]["clean_accuracy"] is None
     differ = changed(network, before)
     assert all(any(key.startswith(head) for key in differ) for head in ("head.", "head_dist."))
-    with pytest.raises(ValueError, match=r"several classifiers, head.*: name one with head="):
+    with pytest.raises(ValueError, match=r"several classifiers, head.*: name one with head= \(--head\)"):
         Trainer(network, 4 / 255, method="linear", measure_backbone=False, **options).fit(data)
     if name == "deit":
         with trainable(network, "lora", "head_dist", rank=2, example=data[0]) as tuning:

@@ -17,7 +17,7 @@ from fastadv.training.fast.base import Epoch, FastMethod, needed
 from fastadv.training.settings import Settings, in_limits
 from fastadv.training.ties import place
 
-INSTEAD = "Name another head with head=, or take another attack"
+INSTEAD = "Name another head with head= (--head), or take another attack"
 CLOSE = 1e-3  # times the largest feature: rounding may change features so much when the batch has another size
 
 
