@@ -93,6 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
     if site.keep_weights:
         _say_no_weights(tasks, left, site.folder)
     write_grid(arguments.out, grid)
+    if not left:
+        say("all cells are finished: the report is written from their files, and no images are read")
     try:
         outcomes = _run(left, site, arguments)
     except KeyboardInterrupt:

@@ -213,6 +213,13 @@ def test_what_a_launcher_sets_is_refused(folder, monkeypatch, variable, value, w
 # ---------------------------------------------------------------------- a study that changes under its names
 
 
+def test_a_study_whose_cells_are_finished_says_that_it_reads_no_images(folder, capsys):
+    study(folder, "-q", grid=ONE)
+    (folder / "colours.npz").unlink()
+    study(folder, grid=ONE)
+    assert "all cells are finished: the report is written from their files, and no images" in capsys.readouterr().out
+
+
 def test_another_path_under_the_name_of_finished_cells_is_refused(folder):
     grid = ONE.replace("data: colours.npz", "data: [{name: mine, path: colours.npz}]")
     study(folder, "-q", grid=grid)
