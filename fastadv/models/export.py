@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def export(model: Model, path: str | Path) -> None:
       program normalises the images itself, is in eval mode, and cannot be trained. The names of the classes are in its
       extra file "classes.json". Adapters and prompts can be exported only so: a plain network could not load them.
     - none, or another, for a network of transformers: a folder for from_pretrained, with the weights,
-      preprocessor_config.json and config.json, which has the names of the classes.
+      preprocessor_config.json and config.json, which has the names of the classes. Where the preprocessing crops, the
+      image processor differs from it in two things: it also resizes a picture that has the model's size already, and
+      its crop may lie a pixel beside.
     - .safetensors, .pt or .pth, for any other network: its state dict, under the network's own names.
 
     The networks in the last two formats take normalised images: (pixels - mean) / std with the mean and std of the
@@ -52,6 +55,9 @@ def export(model: Model, path: str | Path) -> None:
         ValueError: the ending fits no format of this network; torch.export cannot turn the network into a program;
             transformers has no image processor for the preprocessing; or, but for .pt2, the network has factors of
             peft that are not merged.
+
+    Warns:
+        UserWarning: the folder's network takes grey pictures, and no image processor of transformers makes these.
     """
     path = Path(path)
     for written in (path, path / "model.safetensors"):  # the second one is what transformers writes into a folder
@@ -142,6 +148,12 @@ def _folder(model: Model, path: Path) -> None:
                 f"{path} has the {name} of another model, and transformers would read that in place of the export: "
                 "choose a new folder, or move the file out"
             )
+    if model.preprocessing.channels == 1:
+        warnings.warn(
+            "the model takes grey pictures, and no image processor of transformers makes these of others: give it "
+            "pictures that are grey already, as Pillow's .convert('L') makes them",
+            stacklevel=3,
+        )
     network: Any = plain(model.network)  # of transformers
     network.config.id2label = dict(enumerate(model.classes))
     network.config.label2id = {name: i for i, name in enumerate(model.classes)}

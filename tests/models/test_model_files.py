@@ -56,6 +56,13 @@ def test_a_folder_with_files_that_would_hide_the_export_is_refused(tmp_path, nam
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_an_export_says_that_its_processor_makes_no_grey_pictures(tmp_path):
+    model = vit()
+    model.preprocessing = Preprocessing((16, 16), 1, (0.5,), (0.5,))
+    with pytest.warns(UserWarning, match=r"takes grey pictures, and no image processor of transformers makes these"):
+        models.export(model, tmp_path / "e")
+
+
 def test_an_exported_pipeline_says_what_the_softmax_says(tmp_path):
     """A config for several labels would make it take a sigmoid."""
     model = vit()
