@@ -232,8 +232,8 @@ def expanded(grid: Mapping[str, Any]) -> list[Task]:
         there = found.get(task.cell, task)
         if there.data.path != task.data.path:
             raise ValueError(
-                f"two data sets are called {task.data.name}, {there.data.path} and {task.data.path}: give them names, "
-                f"as {{name: other, path: {task.data.path}}}"
+                f"two data sets are called {task.data.name}, {there.data.path} and {task.data.path}: give them names "
+                f"in a YAML file, as {{name: other, path: {task.data.path}}}"
             )
         if (other := differences(there.settings, task.settings)) or there.data != task.data:
             raise ValueError(f"two blocks ask for {task.cell.id} with different {other or 'data'}: say it once")

@@ -217,7 +217,7 @@ D = {"data": "digits", "model": "mlp"}
         (D | {"alpha": 0.1, "attacks": ["none"]}, "the attack none has no alpha: give it to the attacks"),
         ({"data": {"name": "a", "folder": "b"}}, "the data set a has no setting 'folder'"),
         (D | {"blocks": [{"epochs": 2}, {"epochs": 3}]}, r"ask for digits-mlp-.* different epochs \(2, 3\)"),
-        ({"data": ["x/a", "y/a"]}, "two data sets are called a, x/a and y/a: give them names"),
+        ({"data": ["x/a", "y/a"]}, "two data sets are called a, x/a and y/a: give them names in a YAML file, as {name"),
         (D | {"data": [{"name": "a", "label_column": c} for c in "bc"]}, "with different data"),
         (D | {"data": {"name": "a", "path": 2020}}, "the path of the data set a is a text, got 2020"),
         (D | {"data": {"name": "a", "path": ["x"]}}, r"the path of the data set a is a text, got \['x'\]"),
