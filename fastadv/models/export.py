@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.files import write_atomically
 from fastadv.models.added import added_facts
 from fastadv.models.checkpoints import check_no_factors, read_facts
@@ -149,10 +149,9 @@ def _folder(model: Model, path: Path) -> None:
                 "choose a new folder, or move the file out"
             )
     if model.preprocessing.channels == 1:
-        warnings.warn(
+        warn(
             "the model takes grey pictures, and no image processor of transformers makes these of others: give it "
-            "pictures that are grey already, as Pillow's .convert('L') makes them",
-            stacklevel=3,
+            "pictures that are grey already, as Pillow's .convert('L') makes them"
         )
     network: Any = plain(model.network)  # of transformers
     network.config.id2label = dict(enumerate(model.classes))

@@ -1,11 +1,11 @@
 """Adapters (Houlsby et al. 2019, arXiv 1902.00751): one after the last branch of each residual block."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
+from fastadv._warnings import warn
 from fastadv.attacks.checks import check_whole
 from fastadv.models.added import Adapter, added_to, attach, weight_in
 from fastadv.models.residual import find_residuals
@@ -62,7 +62,7 @@ def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
             f"module is added to its input, and before the model's head {why}. Choose another method"
         )
     if without := [each.block for each in residuals if each.place is None]:
-        warnings.warn(f"the blocks {', '.join(without)} get no adapter: {none}", stacklevel=2)
+        warn(f"the blocks {', '.join(without)} get no adapter: {none}")
     added = []
     for place, each in places.items():
         adapter = Adapter(each.width, max(1, each.width // reduction), each.channels_first)
