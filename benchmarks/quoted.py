@@ -11,11 +11,10 @@ from typing import Any
 
 from report import figures as rows_of
 
-CPU = "cpu-amd-epyc-2-threads-2026-11-22.json"
-RECYCLED = "cpu-amd-epyc-2-threads-recycled-2026-11-22.json"
-ONE_THREAD = "cpu-amd-epyc-1-thread-2026-11-22.json"
-CPU_ATTACKS = "cpu-amd-epyc-attacks-2026-11-22.json"
-CPU_ATTACKS_VIT = "cpu-amd-epyc-attacks-vit-2026-11-22.json"
+CPU = "cpu-amd-epyc-2-threads-2026-11-28.json"
+RECYCLED = "cpu-amd-epyc-2-threads-recycled-2026-11-28.json"
+ONE_THREAD = "cpu-amd-epyc-1-thread-2026-11-28.json"
+CPU_ATTACKS = "cpu-amd-epyc-attacks-2026-11-28.json"
 STRENGTH = "cpu-amd-epyc-strength-2026-11-22.json"
 EVALUATION = "cpu-amd-epyc-evaluation-2026-11-22.json"
 VERDICTS_CPU = "cpu-amd-epyc-verdicts-2026-11-26.json"
@@ -273,20 +272,20 @@ def _copies(*results: Mapping) -> float:
 
 def attacks_on_cpu() -> Iterator[Figure]:
     for network, words in NETWORKS.items():
-        file, name = CPU_ATTACKS_VIT if network == "vit" else CPU_ATTACKS, f"cpu.pgd10.{network}"
-        row, what = f"figures[kind=attack&network={network}]", f"PGD-10, {words}"
-        for peer in ("torchattacks", "backward"):
-            path = f"{row}.speedup_over.{peer}"
-            yield Figure(f"{name}.{peer}", f"{what}: time of {peer} over ours", (file,), path, share)
-        fastest = f"{row}.best_speedup_over.torchattacks"
-        yield Figure(f"{name}.fastest", f"{what}: time of torchattacks over our fastest", (file,), fastest, times)
-        yield Figure(f"{name}.options", f"{what}: our fastest", (file,), f"{row}.best", _options)
+        file, name = CPU_ATTACKS, f"cpu.pgd10.{network}"
+        what = f"PGD-10, {words}"
+        for peer in ("torchattacks", "foolbox", "ART", "backward"):
+            value = partial(_attack, network=network, path=f"speedup_over.{peer}")
+            yield Figure(f"{name}.{peer.lower()}", f"{what}: time of {peer} over ours", (file,), value, share)
+        for peer in ("torchattacks", "torchattacks compile"):
+            value = partial(_attack, network=network, path=f"best_speedup_over.{peer}", compiled=True)
+            fastest = f"{name}.fastest{peer.removeprefix('torchattacks').replace(' ', '.')}"
+            yield Figure(fastest, f"{what}: time of {peer} over our fastest", (file,), value, times)
         memory = f"figures[kind=memory&network={network}].held_bytes"
         yield Figure(f"{name}.memory", f"{what}: memory of torchattacks'", (file,), memory, _memory)
-
-
-def _options(contender: str) -> str:
-    return contender.removeprefix("fastadv ").replace(" compile", ", compiled")
+    what = "PGD-10, eager: interquartile ranges of ours and of torchattacks"
+    value = partial(_of_all_networks, paths=("relative_iqr.fastadv", "relative_iqr.torchattacks"))
+    yield Figure("cpu.pgd10.spread", what, (CPU_ATTACKS,), value, between(percent))
 
 
 def _memory(held: Mapping) -> str:
@@ -324,8 +323,9 @@ def attacks_on_gpu() -> Iterator[Figure]:
 
 
 def _attack(found: Mapping, network: str, path: str, compiled: bool = False) -> Any:
-    rows = [row for row in rows_of(found) if ("fastadv bf16 compile graph" in row["median_seconds"]) is compiled]
-    return at(_one(rows, {"kind": "attack", "network": network}), path)
+    rows = [row for row in rows_of(found) if (row["kind"], row["network"]) == ("attack", network)]
+    (row,) = (each for each in rows if any("compile" in name for name in each["median_seconds"]) is compiled)
+    return at(row, path)
 
 
 def _of_all_networks(*results: Mapping, paths: Iterable[str]) -> tuple[float, float]:
