@@ -272,8 +272,7 @@ def _copies(*results: Mapping) -> float:
 
 def attacks_on_cpu() -> Iterator[Figure]:
     for network, words in NETWORKS.items():
-        file, name = CPU_ATTACKS, f"cpu.pgd10.{network}"
-        what = f"PGD-10, {words}"
+        file, name, what = CPU_ATTACKS, f"cpu.pgd10.{network}", f"PGD-10, {words}"
         for peer in ("torchattacks", "foolbox", "ART", "backward"):
             value = partial(_attack, network=network, path=f"speedup_over.{peer}")
             yield Figure(f"{name}.{peer.lower()}", f"{what}: time of {peer} over ours", (file,), value, share)
@@ -818,19 +817,22 @@ def _in_epoch(cells: list[Mapping], eps: float, last: bool) -> float:
 
 def _again(cells: list[Mapping], again: list[Mapping], value: Callable) -> int:
     """`value` of a list for each cell that is in both: whether each of its verdicts differs."""
-    before = {json.dumps(each["cell"], sort_keys=True): each["verdicts"] for each in cells}
-    found = []
-    for each in again:
-        if said := before.get(json.dumps(each["cell"], sort_keys=True)):
-            found.append([a != b for judge in said for a, b in zip(said[judge], each["verdicts"][judge], strict=True)])
-    return value(found)
+    pairs = [(one["verdicts"], other["verdicts"]) for one, other in _in_both(cells, again)]
+    return value(
+        [[a != b for judge in one for a, b in zip(one[judge], other[judge], strict=True)] for one, other in pairs]
+    )
 
 
 def _gpu_less_cpu(cells: list[Mapping], on_cpu: list[Mapping], value: Callable) -> float:
     """A statistic of the differences between the cells that were run on a GPU and again on a CPU."""
-    there = {json.dumps(each["cell"]): _share(each) for each in cells if each["machine"]["device"] != "cpu"}
-    pairs = [(there.get(json.dumps(each["cell"])), _share(each)) for each in on_cpu]
-    return value([100 * (gpu - cpu) for gpu, cpu in pairs if gpu is not None])
+    on_gpu = [each for each in cells if each["machine"]["device"] != "cpu"]
+    return value([100 * (_share(gpu) - _share(cpu)) for gpu, cpu in _in_both(on_gpu, on_cpu)])
+
+
+def _in_both(some: list[Mapping], others: list[Mapping]) -> list[tuple[Mapping, Mapping]]:
+    """The pairs of records of the same cell."""
+    found = {json.dumps(each["cell"]): each for each in some}
+    return [(found[name], each) for each in others if (name := json.dumps(each["cell"])) in found]
 
 
 def _share(cell: Mapping) -> float:

@@ -89,8 +89,9 @@ def _warn_of_words(part: str, paths: Sequence[Path]) -> None:
     for path in paths:
         first.setdefault("".join(itertools.takewhile(str.islower, path.name)), path)
     known = {word: path for word, path in first.items() if word in (*_PARTS[part], *_MORE)}
-    for word in first.keys() - known.keys():
-        warn(f"{first[word]} is taken for the {part} part, by how its name begins: move it elsewhere if it is not")
+    for word, path in first.items():
+        if word not in known:
+            warn(f"{path} is taken for the {part} part, by how its name begins: move it elsewhere if it is not")
     if len(known) > 1:
         names = " and ".join(path.name for path in known.values())
         warn(f"the {part} part has {names}, and images that are in both count twice: move one elsewhere if it has them")
