@@ -230,6 +230,7 @@ def test_the_iterates_are_the_algorithm_s(norm, loss, run):
         assert math.isclose(engine.slots.memory["distance"][i].item(), distance, abs_tol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:its eps is:UserWarning")  # here the samples set eps: at times it is that short
 @every_norm
 def test_a_call_returns_the_nearest_of_all_target_classes_or_the_image(norm):
     model, images, labels = case(n=8)
