@@ -13,7 +13,7 @@ from fastadv.data.trained import TrainedOn
 from fastadv.files import check_format, write_atomically
 from fastadv.models.added import add_again, added_facts
 from fastadv.models.model import Model, construct
-from fastadv.models.structure import classifiers, find_head, new_head, plain, warn_of_order, with_factors
+from fastadv.models.structure import find_heads, new_head, not_named, plain, warn_of_order, with_factors
 from fastadv.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
         path: the file; `save` need not have written it.
         classes: the names of the network's classes. The file's head is loaded if it has the same shapes, and the file
             names the same classes or none.
-        head: the name of the classifier; None means the one that `find_head` finds.
+        head: the name of the classifier; None means those that `find_heads` finds.
 
     Returns:
         Whether the file's head was loaded. If not, the network keeps its own head.
@@ -145,8 +145,8 @@ def load_weights(network: nn.Module, path: str | Path, *, classes: Sequence[str]
     if facts is not None and facts.get("added") and not added_facts(network):
         kinds = " and ".join(sorted({f"{fact['kind']}s" for fact in facts["added"]}))
         raise ValueError(f"{path} is of a network with {kinds}, and this one has none: load the file itself (--model)")
-    heads = classifiers(network) if head is None else (head,)
-    prefixes = tuple(find_head(network, name)[0] + "." for name in heads)
+    heads = list(find_heads(network, head))
+    prefixes = tuple(f"{name}." for name in (*heads, *not_named(network, heads)))
     in_head = {key for key in own if key.startswith(prefixes)}
     keep_head = (facts is None or facts["classes"] == list(classes)) and all(
         key in weights and weights[key].shape == own[key].shape for key in in_head

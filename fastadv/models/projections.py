@@ -10,7 +10,7 @@ from torch import nn
 
 from fastadv.functional import to_float
 from fastadv.models.residual import find_residuals
-from fastadv.models.structure import find_head
+from fastadv.models.structure import find_heads
 from fastadv.nn.frozen import frozen
 
 # Names that timm and transformers give to the layers of queries, keys and values; _FUSED below makes several at once.
@@ -52,7 +52,7 @@ class Target:
     rows: tuple[slice, ...] = (slice(None),)
 
 
-def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> list[Target]:
+def lora_targets(module: nn.Module, example: torch.Tensor, head: str | Sequence[str] | None = None) -> list[Target]:
     """The layers that LoRA adapts: queries and values, where there is attention.
 
     Only layers that run in a forward pass count. The first rule that finds any decides:
@@ -75,7 +75,7 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
     Args:
         module: a network, wrapped or not.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
-        head: the name of the classifier; None means the one that `find_head` finds.
+        head: the name of the classifier, or the names of several; None means those that `find_heads` finds.
 
     Returns:
         The layers, in the order of the network's modules.
@@ -83,11 +83,11 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
     Raises:
         ValueError: there are no such layers; or it is not clear which layers make the queries and values.
     """
-    head = find_head(module, head, example)[0]
-    ran, targets = _attention_targets(module, example, head, "qv")
+    heads = list(find_heads(module, head, example))
+    ran, targets = _attention_targets(module, example, heads, "qv")
     if targets:
         return targets
-    inside = [name for each in find_residuals(module, example, head) for name in each.layers]
+    inside = [name for each in find_residuals(module, example, heads) for name in each.layers]
     layers = {name: module.get_submodule(name) for name in inside}
     names = [name for name, _ in module.named_modules() if name in ran]
     if not any(map(_is_linear, layers.values())):
@@ -101,7 +101,9 @@ def lora_targets(module: nn.Module, example: torch.Tensor, head: str | None = No
     return [Target(name) for name in names]
 
 
-def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = None) -> tuple[list[Target], list[str]]:
+def ia3_targets(
+    module: nn.Module, example: torch.Tensor, head: str | Sequence[str] | None = None
+) -> tuple[list[Target], list[str]]:
     """The layers that IA3 adapts: at some it scales the outputs, at others the inputs.
 
     The outputs are keys and values; their layers are found as `lora_targets` finds queries and values. The inputs are
@@ -113,7 +115,7 @@ def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = Non
     Args:
         module: a network, wrapped or not.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
-        head: the name of the classifier; None means the one that `find_head` finds.
+        head: the name of the classifier, or the names of several; None means those that `find_heads` finds.
 
     Returns:
         The layers whose outputs are scaled, and the names of the layers whose inputs are scaled.
@@ -121,9 +123,9 @@ def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = Non
     Raises:
         ValueError: there are no such layers; or it is not clear which layers make the keys and values.
     """
-    head = find_head(module, head, example)[0]
-    outputs = _attention_targets(module, example, head, "kv")[1]
-    lasts = (each.last for each in find_residuals(module, example, head))
+    heads = list(find_heads(module, head, example))
+    outputs = _attention_targets(module, example, heads, "kv")[1]
+    lasts = (each.last for each in find_residuals(module, example, heads))
     inputs = list(dict.fromkeys(name for name in lasts if name is not None))
     if not outputs and not inputs:
         raise ValueError("ia3 found neither attention nor residual blocks before the head: choose another method")
@@ -131,14 +133,15 @@ def ia3_targets(module: nn.Module, example: torch.Tensor, head: str | None = Non
 
 
 def _attention_targets(
-    module: nn.Module, example: torch.Tensor, head: str, letters: str
+    module: nn.Module, example: torch.Tensor, heads: Sequence[str], letters: str
 ) -> tuple[dict[str, nn.Module], list[Target]]:
-    """(the linear layers that run before the head, the layers of attention that make `letters`: "qv" or "kv")."""
+    """(the linear layers that run before the heads, the layers of attention that make `letters`: "qv" or "kv")."""
     names = {layer: name for name, layer in module.named_modules()}
     with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
         calls = _calls(module, example)
         linear = {names[layer]: layer for layer in calls if _is_linear(layer)}
-        ran = {name: layer for name, layer in linear.items() if not f"{name}.".startswith(f"{head}.")}
+        inside = tuple(f"{head}." for head in heads)
+        ran = {name: layer for name, layer in linear.items() if not f"{name}.".startswith(inside)}
         return ran, [t for name in names.values() for t in _projections(module, name, ran, calls, letters)]
 
 

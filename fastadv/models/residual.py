@@ -1,7 +1,7 @@
 """Finds the residual blocks of a network by running it: a block adds a branch to the branch's own input."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastadv.functional import to_float
 from fastadv.models.added import Added
-from fastadv.models.structure import find_head
+from fastadv.models.structure import find_heads
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 
@@ -43,7 +43,7 @@ class Residual:
     last: str | None
 
 
-def find_residuals(module: nn.Module, example: torch.Tensor, head: str | None = None) -> list[Residual]:
+def find_residuals(module: nn.Module, example: torch.Tensor, head: str | Sequence[str] | None = None) -> list[Residual]:
     """The last residual sum of each block, in the order in which the blocks run. For a transformer's block: the MLP's.
 
     A sum is residual if both addends depend on the image and have the same shape. The addend that took more operations
@@ -53,15 +53,15 @@ def find_residuals(module: nn.Module, example: torch.Tensor, head: str | None = 
     Args:
         module: a network, wrapped or not.
         example: images (N, C, H, W) as `module` takes them, or uint8; the first one is used.
-        head: the name of the classifier; None means the one that `find_head` finds.
+        head: the name of the classifier, or the names of several; None means those that `find_heads` finds.
 
     Raises:
         ValueError: there is no such head.
     """
-    head = find_head(module, head, example)[0]
+    heads = find_heads(module, head, example)
     x = to_float(example[:1]).clone().requires_grad_()
     with frozen(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        trace = _Trace(module, head)
+        trace = _Trace(module, heads)
         with trace.watching(), trace:
             logits = find_logits(module(x), 1)
         return list(trace.residuals(_operations(logits)))
@@ -80,9 +80,9 @@ class _Sum:
 class _Trace(TorchFunctionMode):
     """Records which modules run, what they return, and which tensors are added."""
 
-    def __init__(self, module: nn.Module, head: str):
+    def __init__(self, module: nn.Module, heads: Iterable[str]):
         super().__init__()
-        self.module, self.head = module, head
+        self.module, self.heads = module, list(heads)
         self.names = {each: name for name, each in module.named_modules() if not _is_aside(each)}
         self.running: list[str] = []
         self.calls: Counter[str] = Counter()
@@ -144,7 +144,7 @@ class _Trace(TorchFunctionMode):
             tuple(name for name in self.given.get(id(each), ()) if name != block and _is_within(name, block))
             for each in (branch, skip)
         )
-        if givers and not any(_is_within(name, self.head) for name in (block, *givers, *shortcut)):
+        if givers and not any(_is_within(name, head) for name in (block, *givers, *shortcut) for head in self.heads):
             # One module may compute the sums of many blocks, if each block is an nn.ModuleList, which has no forward.
             self.sums[block, givers[-1].rpartition(".")[0]] = _Sum(
                 skip, branch, result, givers, shortcut, len(self.layers)

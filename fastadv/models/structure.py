@@ -75,20 +75,44 @@ def find_head(module: nn.Module, name: str | None = None, example: torch.Tensor 
     Raises:
         ValueError: there is no classifier, or there are several.
     """
+    found = find_heads(module, name, example)
+    if len(found) > 1:
+        raise ValueError(f"the model has several classifiers, {', '.join(found)}: name one with head= (--head)")
+    return next(iter(found.items()))
+
+
+def find_heads(
+    module: nn.Module, names: str | Sequence[str] | None = None, example: torch.Tensor | None = None
+) -> dict[str, nn.Module]:
+    """The classifiers by their names in `module`: that of `find_head`, or all where the logits are a mean of several.
+
+    A distilled DeiT has two.
+
+    Args:
+        module: as for `find_head`.
+        names: the classifier's name or names.
+        example: as for `find_head`.
+
+    Raises:
+        ValueError: there is no classifier.
+    """
     prefix, network = unwrapped(module)
-    if name is None:
-        if example is None or _declared_heads(network):
-            names = classifiers(network)
-        else:
-            names = (_running_head(module, example),)
-        if len(names) > 1:
-            raise ValueError(f"the model has several classifiers, {', '.join(names)}: name one with head= (--head)")
-        name = names[0]
-    modules = dict(module.named_modules())
-    for full in (name, prefix + name):
-        if full in modules:
-            return full, modules[full]
-    raise ValueError(f"the model has no module called {name!r}{instead(name, filter(None, modules))}")
+    if names is None:
+        names = _known_or_running(module, network, example)
+    modules, found = dict(module.named_modules()), {}
+    for name in (names,) if isinstance(names, str) else names:
+        full = next((full for full in (name, prefix + name) if full in modules), None)
+        if full is None:
+            raise ValueError(f"the model has no module called {name!r}{instead(name, filter(None, modules))}")
+        found[full] = modules[full]
+    return found
+
+
+def not_named(module: nn.Module, heads: Iterable[str]) -> list[str]:
+    """The classifiers that the logits depend on too, where `heads` are some of those that `classifiers` finds."""
+    prefix, network = unwrapped(module)
+    known = [prefix + name for name in _by_convention(network)]
+    return [name for name in known if name not in heads] if set(heads) & set(known) else []
 
 
 def classifiers(network: nn.Module) -> tuple[str, ...]:
@@ -102,13 +126,18 @@ def classifiers(network: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: there is no classifier.
     """
-    network = unwrapped(network)[1]
+    names = _by_convention(unwrapped(network)[1])
+    if not names:
+        raise ValueError("the model has no nn.Linear; name its classifier with head= (--head)")
+    return names
+
+
+def _by_convention(network: nn.Module) -> tuple[str, ...]:
+    """What `classifiers` returns; nothing where there is none."""
     declared = _declared_heads(network)
     if declared:
         return declared
     linear = {key: module for key, module in network.named_modules() if isinstance(module, nn.Linear)}
-    if not linear:
-        raise ValueError("the model has no nn.Linear; name its classifier with head= (--head)")
     labels = getattr(getattr(network, "config", None), "num_labels", None)
     fitting = [key for key, module in linear.items() if module.out_features == labels]
     # A distilled model has a second classifier, which was trained on a teacher's outputs.
@@ -117,7 +146,7 @@ def classifiers(network: nn.Module) -> tuple[str, ...]:
     backbones = [top for top in tops if any(isinstance(m, nn.ModuleList) for m in network.get_submodule(top).modules())]
     for top in backbones:  # a layer of it may have as many outputs as there are labels; CLIP's has another name
         del tops[top]
-    return tuple(tops.values()) if len(tops) > 1 else ((fitting or list(linear))[-1],)
+    return tuple(tops.values()) if len(tops) > 1 else tuple((fitting or list(linear))[-1:])
 
 
 def _declared_heads(network: nn.Module) -> tuple[str, ...]:
@@ -127,6 +156,18 @@ def _declared_heads(network: nn.Module) -> tuple[str, ...]:
     config = getattr(network, "default_cfg", None) if hasattr(network, "reset_classifier") else None
     names = config and config.get("classifier")
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _known_or_running(module: nn.Module, network: nn.Module, example: torch.Tensor | None) -> tuple[str, ...]:
+    if example is None or _declared_heads(network):
+        return classifiers(network)
+    try:
+        return (_running_head(module, example),)
+    except ValueError:
+        several = _by_convention(network)
+        if len(several) > 1:
+            return several
+        raise
 
 
 def _running_head(module: nn.Module, example: torch.Tensor) -> str:
@@ -217,8 +258,7 @@ def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None
             cannot replace it either.
     """
     network = unwrapped(network)[1]
-    names = classifiers(network) if example is None else (find_head(network, None, example)[0],)
-    heads = [find_head(network, name)[1] for name in names]
+    heads = list(find_heads(network, None, example).values())
     linear = [head for head in heads if _is_plain(head)]
     reset = getattr(network, "reset_classifier", None)  # timm's
     if len(linear) == len(heads):

@@ -23,7 +23,7 @@ def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Args:
         model: the network.
-        options: `adapter_reduction`, `example` and `head` are used.
+        options: `adapter_reduction`, `example` and `heads` are used.
 
     Yields:
         The adapters' parameters.
@@ -52,7 +52,7 @@ def adapter(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
 def _add(model: nn.Module, options: Options, reduction: int) -> list[Adapter]:
     example = options.images("adapter finds its places")
-    residuals = find_residuals(model, example, options.head)
+    residuals = find_residuals(model, example, options.heads)
     places = {each.place: each for each in residuals if each.place is not None}
     none = "the module that gives such an output is called elsewhere, too, or returns a tuple"
     if not places:

@@ -14,7 +14,7 @@ def bias(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Args:
         model: the network.
-        options: `head` is used.
+        options: `heads` is used.
 
     Yields:
         These parameters.
@@ -25,7 +25,7 @@ def bias(model: nn.Module, options: Options) -> Iterator[Chosen]:
     # A tied parameter has several names, and one of them may be a bias's.
     named = model.named_parameters(remove_duplicate=False)
     biases = {name: parameter for name, parameter in named if _is_bias(name)}
-    if all(f"{name}.".startswith(f"{options.head}.") for name in biases):
+    if all(name.startswith(tuple(f"{head}." for head in options.heads)) for name in biases):
         raise ValueError("bias trains biases, and the model has none before its head: choose another method")
     yield Chosen(list(biases.values()))
 

@@ -20,7 +20,7 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Args:
         model: the network.
-        options: `example` and `head` are used.
+        options: `example` and `heads` are used.
 
     Yields:
         The vectors, which begin with ones.
@@ -30,7 +30,7 @@ def ia3(model: nn.Module, options: Options) -> Iterator[Chosen]:
         ValueError: there are no such layers; or the vectors of a layer cannot be merged, see `check_mergeable`.
     """
     example = options.images("IA3 finds its layers")
-    outputs, inputs = ia3_targets(model, example, options.head)
+    outputs, inputs = ia3_targets(model, example, options.heads)
     names = [target.name for target in outputs] + inputs
     peft = require("peft")
     # Where no input is scaled, a pattern that matches nothing: for an empty one peft would take its own defaults.

@@ -28,7 +28,7 @@ def lora(model: nn.Module, options: Options) -> Iterator[Chosen]:
 
     Args:
         model: the network.
-        options: `rank`, `alpha`, `lora_targets`, `example` and `head` are used.
+        options: `rank`, `alpha`, `lora_targets`, `example` and `heads` are used.
 
     Yields:
         The factors.
@@ -66,7 +66,7 @@ def _targets(model: nn.Module, options: Options) -> list[Target]:
     if given is None:
         if options.example is None:
             raise ValueError("LoRA finds its layers in a forward pass: pass example=, images, or name lora_targets=")
-        return models.lora_targets(model, options.example, options.head)
+        return models.lora_targets(model, options.example, options.heads)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     prefix = unwrapped(model)[0]
     targets = [target if isinstance(target, Target) else Target(target) for target in given]

@@ -1,6 +1,6 @@
 """Fine-tuning methods: they choose the parameters that train, everything or the head and a few others."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastadv.models import Target, find_head
+from fastadv._warnings import warn
+from fastadv.models import Target
+from fastadv.models.structure import find_heads, not_named
 from fastadv.names import instead
 from fastadv.nn.frozen import at_the_end, flags_kept, is_writable
 from fastadv.training.adapter import adapter
@@ -147,7 +149,8 @@ def trainable(
     Args:
         model: the model, which is trained in place.
         method: a key of METHODS.
-        head: the name of the classifier; None means the one that `fastadv.models.find_head` finds.
+        head: the name of the classifier; None means the one that `fastadv.models.find_head` finds, or all where the
+            logits are a mean of several, as in a distilled DeiT.
         rank: the rank of LoRA's factors.
         alpha: for LoRA: an update is alpha / rank times the product of its two factors.
         lora_targets: the names of the layers (nn.Linear, nn.Conv2d) that LoRA adapts, or `Target`s; None means the
@@ -170,24 +173,30 @@ def trainable(
             anything: the factors of LoRA or IA3 in a layer got no gradient.
 
     Warns:
-        UserWarning: at the end: optimizers trained the model, but none had LoRA's or IA3's factors. An optimizer that
-            was made before the model was set up has none.
+        UserWarning: `head` names one of several classifiers. At the end: optimizers trained the model, but none had
+            LoRA's or IA3's factors. An optimizer that was made before the model was set up has none.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
     choose = METHODS[method]
-    found = ("", model) if choose is None and head is None else find_head(model, head, example)
-    head, classifier = ("", model) if choose is None else found
+    heads = {} if choose is None and head is None else find_heads(model, head, example)
+    left = [] if choose is None else not_named(model, heads)
+    if left:
+        warn(
+            f"the logits depend on {' and '.join(left)} too, and head= names {' and '.join(heads)} alone: the other "
+            "stays as it is, untrained if it is new. To train all of them leave head= (--head) away"
+        )
     with ExitStack() as stack:
         stack.enter_context(flags_kept(model))
         fixed = 0
         if choose is not None:
-            options = Options(head, example, rank, alpha, lora_targets, adapter_reduction, prompt_tokens)
+            options = Options(tuple(heads), example, rank, alpha, lora_targets, adapter_reduction, prompt_tokens)
             chosen = stack.enter_context(choose(model, options))
             fixed = chosen.fixed
-            stack.enter_context(_head_follows_mode(model, head))
+            stack.enter_context(_heads_follow_mode(model, heads))
             # By their place, because a tied parameter has several names.
-            trains = {place(parameter) for parameter in (*classifier.parameters(), *chosen.parameters)}
+            own = (parameter for classifier in heads.values() for parameter in classifier.parameters())
+            trains = {place(parameter) for parameter in (*own, *chosen.parameters)}
             for parameter in model.parameters():
                 parameter.requires_grad_(place(parameter) in trains)
         model.train()
@@ -203,13 +212,15 @@ def _drop_gradients(model: nn.Module) -> None:
 
 
 @contextmanager
-def _head_follows_mode(model: nn.Module, head: str) -> Iterator[None]:
-    """Until the end, `model.train(mode)` acts on the head alone; the other modules stay in eval mode."""
+def _heads_follow_mode(model: nn.Module, heads: Iterable[str]) -> Iterator[None]:
+    """Until the end, `model.train(mode)` acts on the heads alone; the other modules stay in eval mode."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         for module in self.modules():
             module.training = False
-        dict(self.named_modules())[head].train(mode)  # get_submodule() refuses TorchScript
+        modules = dict(self.named_modules())  # get_submodule() refuses TorchScript
+        for head in heads:
+            modules[head].train(mode)
         return self
 
     before = vars(model).get("train")

@@ -14,7 +14,7 @@ class Options:
     """The arguments of `trainable` that methods use, under the same names.
 
     Attributes:
-        head: the name of the classifier.
+        heads: the names of the classifiers, mostly one.
         example: images (N, C, H, W) as the model takes them, or None.
         rank: the rank of LoRA's factors.
         alpha: for LoRA: an update is alpha / rank times the product of its two factors.
@@ -23,7 +23,7 @@ class Options:
         prompt_tokens: the number of prompts in a block; None means 10.
     """
 
-    head: str
+    heads: Sequence[str]
     example: torch.Tensor | None
     rank: int
     alpha: float

@@ -63,8 +63,6 @@ OTHERS = {
     "own resnet": lambda: ResNet(3, CLASSES, (8, 8, 16), 1),
 }
 FAMILIES = PLAIN | OTHERS
-# The head to name where the structure gives more than one: DeiT-distilled has two.
-HEADS = {"timm deit": "head"}
 
 
 def made(name):

@@ -9,16 +9,17 @@ import pytest
 import safetensors
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, HEADS, OTHERS, PLAIN, PREFIX, SHAPE, logits, made
+from families import FAMILIES, OTHERS, PLAIN, PREFIX, SHAPE, logits, made
 from fitted import colours, copied, same
 from PIL import Image
 from torch import nn
 
 from fastadv import cli, models
 from fastadv.attacks import Normalized
-from fastadv.models import Model, find_head
+from fastadv.models import Model
 from fastadv.models.added import Adapter, Prompt, added_facts, added_to
 from fastadv.models.residual import find_residuals
+from fastadv.models.structure import find_heads
 from fastadv.models.tokens import find_tokens
 from fastadv.preprocessing import Preprocessing
 from fastadv.training import Trainer, trainable
@@ -32,7 +33,7 @@ ADDING = [("adapter", "own resnet"), ("prompt", "hf vit")]
 def with_added(name, method, **options):
     """A network with the modules that the method adds; none of their parameters is zero."""
     network = made(name)
-    with trainable(network, method, HEADS.get(name), example=torch.rand(1, *SHAPE), **options):
+    with trainable(network, method, example=torch.rand(1, *SHAPE), **options):
         pass
     for _, added in added_to(network):
         for parameter in added.parameters():
@@ -65,7 +66,7 @@ COUNT = {"timm convnext": 4, "timm resnet": 8, "hf convnext": 4, "hf resnet": 3,
 def test_an_adapter_comes_right_before_the_residual_sum(name):
     """A change of the output at the adapter's place changes the residual sum by the same amount."""
     network, x = made(name).double(), torch.rand(2, *SHAPE, dtype=torch.float64)
-    residuals = find_residuals(network, x, HEADS.get(name))
+    residuals = find_residuals(network, x)
     assert len(residuals) == COUNT.get(name, 2)
     holder, side, number = SUMS[name]
     seen, delta = [], []
@@ -102,7 +103,7 @@ def test_prompts_stand_before_the_patches(name):
     with torch.no_grad():
         network(x)
         without = given[0]
-        with trainable(network, "prompt", HEADS.get(name), example=x, prompt_tokens=3):
+        with trainable(network, "prompt", example=x, prompt_tokens=3):
             inside = []
             norm = next(module for module in first.modules() if isinstance(module, nn.LayerNorm))
             norm.register_forward_pre_hook(lambda layer, args: inside.append(args[0]))
@@ -561,7 +562,7 @@ def test_saved_and_loaded_they_give_the_same_bits(method, name, tmp_path):
     with torch.no_grad():
         assert torch.equal(logits(again.on_pixels.eval()(x)), logits(model.on_pixels.eval()(x)))
     built = models.source(str(tmp_path / "m.safetensors")).build(("x", "y"))  # for other classes
-    assert find_head(built.network, HEADS.get(name), x)[1].out_features == 2
+    assert all(head.out_features == 2 for head in find_heads(built.network, None, x).values())
     assert added_facts(built.network) == added_facts(model.network)
     other = made(name)
     with pytest.raises(

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, HEADS, SHAPE, logits, made
+from families import FAMILIES, SHAPE, logits, made
 from fitted import changed, copied
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
@@ -205,7 +205,7 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 0.1, torch
 @pytest.mark.parametrize(("name", "method", "dtype"), ACCEPTED)
 def test_plain_families_are_accepted_and_keep_their_logits(name, method, dtype):
     network, x = made(name).to(dtype), torch.rand(2, *SHAPE, dtype=dtype)
-    with trainable(network, method, HEADS.get(name), rank=4, example=x) as tuning, torch.no_grad():
+    with trainable(network, method, rank=4, example=x) as tuning, torch.no_grad():
         start = logits(network.eval()(x))
         for key, parameter in tuning.parameters:
             if "lora_B" in key or "ia3" in key:

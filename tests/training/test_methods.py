@@ -683,28 +683,51 @@ def distilled(name):
         return timm.create_model(
             "deit_tiny_distilled_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=3
         )
+    if name == "transformers":
+        small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.DeiTConfig(**small, image_size=32, num_labels=3)
+        return transformers.DeiTForImageClassificationWithTeacher(config)
     sizes = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (1, 1, 1), "key_dim": 8}
     return timm.create_model("levit_128s", img_size=64, num_classes=3, **sizes)
 
 
-@pytest.mark.parametrize("name", ["deit", "levit"])
-def test_networks_with_two_classifiers_train_whole_or_at_the_one_that_is_named(name):
-    side = 32 if name == "deit" else 64
+TWO_HEADS = {
+    "deit": ("head.", "head_dist."),
+    "levit": ("head.linear.", "head_dist.linear."),
+    "transformers": ("cls_classifier.", "distillation_classifier."),
+}
+
+
+@pytest.mark.parametrize("method", ["full", "linear"])
+@pytest.mark.parametrize("name", TWO_HEADS)
+def test_both_classifiers_of_a_distilled_network_train(name, method):
+    """Its logits are their mean: one that stayed new would be half of them."""
+    side = 64 if name == "levit" else 32
     data = torch.rand(8, 3, side, side), torch.arange(8) % 3
     network = distilled(name)
     before = copied(network)
     options = {"epochs": 1, "batch_size": 4, "probe": 0, "progress": False, "device": "cpu"}
-    with pytest.warns(UserWarning, match="is not measured: the model has several classifiers, head"):
-        records = Trainer(network, 4 / 255, measure_backbone=True, **options).fit(data)
-    assert records[0]["backbone"]["clean_accuracy"] is None
-    differ = changed(network, before)
-    assert all(any(key.startswith(head) for key in differ) for head in ("head.", "head_dist."))
-    with pytest.raises(ValueError, match=r"several classifiers, head.*: name one with head= \(--head\)"):
-        Trainer(network, 4 / 255, method="linear", measure_backbone=False, **options).fit(data)
+    trainer = Trainer(network, 4 / 255, method=method, measure_backbone=name == "deit", **options)
     if name == "deit":
-        with trainable(network, "lora", "head_dist", rank=2, example=data[0]) as tuning:
-            names = {key.partition(".lora")[0] for key, _ in tuning.parameters}
-        assert names == {"head_dist.weight", "head_dist.bias", "blocks.0.attn.qkv"}
+        with pytest.warns(UserWarning, match="is not measured: the model has several classifiers, head"):
+            assert trainer.fit(data)[0]["backbone"]["clean_accuracy"] is None
+    else:
+        trainer.fit(data)
+    differ = changed(network, before)
+    trained = tuple({key for key in differ if key.startswith(head)} for head in TWO_HEADS[name])
+    assert all(trained)
+    assert method == "full" or differ == trained[0] | trained[1]
+
+
+def test_of_two_classifiers_one_that_is_named_trains_alone_and_that_is_told():
+    network = distilled("deit")
+    options = {"rank": 2, "example": torch.rand(1, 3, 32, 32)}
+    said = pytest.warns(UserWarning, match="depend on head too, and head= names head_dist alone")
+    with said, trainable(network, "lora", "head_dist", **options) as tuning:
+        names = {key.partition(".lora")[0] for key, _ in tuning.parameters}
+    assert names == {"head_dist.weight", "head_dist.bias", "blocks.0.attn.qkv"}
+    with trainable(network, "lora", **options) as tuning:
+        assert names | {"head.weight", "head.bias"} == {key.partition(".lora")[0] for key, _ in tuning.parameters}
 
 
 @pytest.mark.parametrize("method", ["full", "linear"])

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchattacks
-from families import HEADS, PLAIN, SHAPE, logits, made
+from families import PLAIN, SHAPE, logits, made
 from fitted import changed, copied
 from torch import nn
 
@@ -306,13 +306,12 @@ def test_each_method_learns_the_parity_of_two_patches_and_the_head_alone_does_no
     assert (sum(found) / 5 < 0.6) if method == "linear" else (found[-1] >= 0.8)
 
 
-def test_of_two_classifiers_one_is_named():
+def test_of_two_classifiers_both_train():
     for method in ("adapter", "prompt", "ia3", "norm"):
         network = made("timm deit")
-        with trainable(network, method, HEADS["timm deit"], example=torch.rand(1, *SHAPE)) as tuning:
+        with trainable(network, method, example=torch.rand(1, *SHAPE)) as tuning:
             names = {key for key, _ in tuning.parameters}
-        assert {"head.weight", "head.bias"} <= names
-        assert not any(key.startswith("head_dist") for key in names)
+        assert {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"} <= names
 
 
 # ---------------------------------------------------------------------- LoRA in the passes of an attack
