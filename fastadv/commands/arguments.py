@@ -16,6 +16,7 @@ from fastadv.commands.values import Listed, WithDefaults, one_of
 from fastadv.data.classes import class_list
 from fastadv.data.trained import known
 from fastadv.devices import present
+from fastadv.models.sources import is_file
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
 
@@ -209,6 +210,9 @@ def overlap(model: models.Model, digests: torch.Tensor) -> int | None:
     return count
 
 
+TRAINED = "a checkpoint.safetensors, hf:NAME_OR_FOLDER or robust-resnet"
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Add --trust-code."""
     parser.add_argument(
@@ -243,11 +247,25 @@ def model_source(name: str, trust_code: bool) -> models.ModelSource:
     return models.source(name, trust_code=trust_code)
 
 
-def load_model(path: str | Path, trust_code: bool) -> models.Model:
-    """`models.load`, where the module of a trusted file's architecture may lie in the working folder."""
+def load_model(name: str, trust_code: bool) -> models.Model:
+    """A trained model: `models.load`, or a source whose pretrained head names its classes.
+
+    The module of a trusted file's architecture may lie in the working folder.
+
+    Raises:
+        FileNotFoundError: there is no such file or model.
+        ValueError: the model names no classes.
+    """
     if trust_code:
         _see_working_folder()
-    return models.load(path, trust_code=trust_code)
+    if is_file(name) or Path(name).is_file():
+        return models.load(name, trust_code=trust_code)
+    found = models.source(name)
+    if found.classes is None:
+        raise ValueError(
+            f"{name} does not name its classes: give {TRAINED}; fastadv finetune --model {name} writes a checkpoint"
+        )
+    return found.build(found.classes)
 
 
 def _see_working_folder() -> None:

@@ -12,6 +12,7 @@ from fastadv import data, models
 from fastadv._warnings import warn
 from fastadv.attacks import ENSEMBLES, PRESETS
 from fastadv.commands.arguments import (
+    TRAINED,
     Renamed,
     add_data,
     add_trust,
@@ -42,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
     add_data(parser, add, split_seed=None)
-    add("--model", required=True, help="a checkpoint.safetensors")
+    add("--model", required=True, help=TRAINED)
     add_trust(parser)
     add(
         "--part",

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 
 from fastadv import models
-from fastadv.commands.arguments import add_trust, load_model
+from fastadv.commands.arguments import TRAINED, add_trust, load_model
 from fastadv.commands.speech import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.set_defaults(run=run)
-    parser.add_argument("model", type=Path, help="a checkpoint.safetensors")
+    parser.add_argument("model", help=TRAINED)
     add_trust(parser)
     parser.add_argument(
         "out",

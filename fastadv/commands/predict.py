@@ -17,7 +17,7 @@ import torch
 from fastadv import models
 from fastadv._warnings import warn
 from fastadv.attacks.verdicts import NONE, SILENT, predicted
-from fastadv.commands.arguments import add_device, add_trust, adder, load_model
+from fastadv.commands.arguments import TRAINED, add_device, add_trust, adder, load_model
 from fastadv.commands.tables import ENDINGS, table, table_file
 from fastadv.data.decoding import cores
 from fastadv.data.pictures import CorruptPictureError, Picture, extensions
@@ -56,7 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     add = adder(parser)
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders of them")
-    add("--model", required=True, help="a checkpoint.safetensors")
+    add("--model", required=True, help=TRAINED)
     add_trust(parser)
     add("--out", table_file, help=f"file {' or '.join(ENDINGS)} (CSV to the terminal if not given)")
     add("--top-k", int, help="so many classes with their probabilities, the best first (each class's if not given)")

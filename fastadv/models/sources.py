@@ -27,7 +27,8 @@ from fastadv.models.structure import new_head, warn_of_order
 from fastadv.names import instead
 from fastadv.preprocessing import Preprocessing
 
-CHOICES = (*OWN, "robust-resnet", "efficientnet-lite0", "timm:NAME", "hf:NAME_OR_FOLDER", "FILE.safetensors")
+_OURS = (*OWN, "robust-resnet", "efficientnet-lite0")
+CHOICES = (*_OURS, "timm:NAME", "hf:NAME_OR_FOLDER", "FILE.safetensors")
 """The names that `source` takes, for a message."""
 
 
@@ -39,11 +40,13 @@ class ModelSource:
         name: the name that the user gave.
         preprocessing: how a picture becomes the model's input; None where the model takes images in [0, 1] of the shape
             that it is built for.
+        classes: the classes of the pretrained head, in order; None where there is no such head, or it names none.
     """
 
     name: str
     preprocessing: Preprocessing | None
     _build: Callable[[tuple[str, ...], tuple[int, ...]], Model]
+    classes: tuple[str, ...] | None = None
 
     def build(self, classes: Sequence[str], shape: Sequence[int] | None = None) -> Model:
         """Build a model for these classes.
@@ -124,6 +127,12 @@ def source(name: str, *, trust_code: bool = False) -> ModelSource:
     raise ValueError(f"unknown model {name!r}{instead(name, (*CHOICES, 'your own as module:function'))}")
 
 
+def is_file(name: str) -> bool:
+    """Whether the name is a file's, and not that of a model of ours, timm's or transformers'."""
+    base, colon, _ = name.partition("?")[0].partition(":")
+    return base not in ("hf", "timm") if colon else base not in _OURS
+
+
 def _options(name: str) -> tuple[str, dict[str, Any]]:
     """The name and its options: "resnet?blocks=1" becomes ("resnet", {"blocks": 1})."""
     base, _, query = name.partition("?")
@@ -189,7 +198,7 @@ def _checkpoint(name: str, path: str | Path, trust_code: bool = False) -> ModelS
             model.check_shape(shape)
         return model
 
-    return ModelSource(name, preprocessing_of(facts), build)
+    return ModelSource(name, preprocessing_of(facts), build, tuple(facts["classes"]))
 
 
 def _embedded(name: str) -> ModelSource:
@@ -317,23 +326,27 @@ def _hf(name: str, base: str) -> ModelSource:
     transformers = require("transformers")
     with _found(f"the preprocessor_config.json of {base}", base):
         processor = transformers.AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
+    with _found(f"the config.json of {base}", base):
+        config = transformers.PretrainedConfig.get_config_dict(base)[0]
+    labels = _labels(config.get("id2label"))
+    classes = tuple(name for name in labels if name is not None)
     preprocessing = _hf_preprocessing(processor.to_dict())
     _warn_of_processor(base, processor, preprocessing)
 
-    def build(classes: tuple[str, ...], shape: tuple[int, ...]) -> Model:
+    def build(wanted: tuple[str, ...], shape: tuple[int, ...]) -> Model:
         with _found(f"the weights of {base}", base):
-            check_transformers(transformers.PretrainedConfig.get_config_dict(base)[0])
+            check_transformers(config)
             # Not .float() afterwards: what is computed and in no file, such as a table of positions, would be rounded.
             options = {"trust_remote_code": False, "dtype": torch.float32}
             network = transformers.AutoModelForImageClassification.from_pretrained(base, **options)
         own = _labels(network.config.id2label)
-        if own != classes:
-            warn_of_order(base, own, classes)
-            new_head(network, len(classes))
+        if own != wanted:
+            warn_of_order(base, own, wanted)
+            new_head(network, len(wanted))
         architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}
-        return Model(network, preprocessing, architecture, classes, pretrained=True)
+        return Model(network, preprocessing, architecture, wanted, pretrained=True)
 
-    return ModelSource(name, preprocessing, build)
+    return ModelSource(name, preprocessing, build, classes if classes and len(classes) == len(labels) else None)
 
 
 def _labels(id2label: dict[int | str, str] | None) -> tuple[str | None, ...]:

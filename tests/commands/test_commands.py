@@ -89,6 +89,49 @@ def test_predictions_are_those_on_the_validation_images(photos, tuned, tmp_path)
     assert right >= 54
 
 
+def test_a_model_of_transformers_is_judged_and_predicts_as_it_is(photos, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, intermediate_size=12, id2label=dict(enumerate(COLOURS)))
+    network = transformers.ViTForImageClassification(config).eval()
+    network.save_pretrained(tmp_path / "vit")
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "resample": 2,
+    }
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    name, table = f"hf:{tmp_path / 'vit'}", tmp_path / "table.csv"
+    loaded = data.load(photos, preprocessing=models.source(name).preprocessing, seed=0)
+    mean, std = (torch.tensor(processor[key])[:, None, None] for key in ("image_mean", "image_std"))
+    with torch.no_grad():
+        shares = network((to_float(loaded.x_val) - mean) / std).logits.softmax(1)
+    cli.main(["predict", str(photos), "--model", name, "--out", str(table)])
+    rows = list(csv.DictReader(table.open()))
+    found = torch.tensor([[float(row[colour]) for colour in COLOURS] for row in rows])
+    assert (torch.cdist(shares, found, p=math.inf).amin(1) < 5e-6).all()
+    judge = ("--data", str(photos), "--part", "all", "--attacks", "fgsm", "--device", "cpu", "--out", str(tmp_path))
+    cli.main(["evaluate", "--model", name, *judge])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["clean_accuracy"] == sum(f"/{row['class']}/" in row["picture"] for row in rows) / 60
+
+
+@pytest.mark.parametrize("name", ["mlp", "timm:resnet10t?pretrained=false"])
+def test_a_model_without_names_of_its_classes_is_refused_where_one_must_be_trained(photos, tmp_path, name):
+    with pytest.raises(SystemExit, match="does not name its classes: give a checkpoint"):
+        cli.main(["predict", str(photos), "--model", name])
+
+
+def test_the_backbone_that_comes_along_is_one_that_can_be_judged(tmp_path):
+    cli.main(["export", "robust-resnet", str(tmp_path / "plain.safetensors")])
+    weights = safetensors.torch.load_file(tmp_path / "plain.safetensors")
+    own = models.source("robust-resnet").build("abcdef").network.state_dict()
+    assert sum(torch.equal(value, own.get(key, value + 1)) for key, value in weights.items()) > len(weights) / 2
+
+
 class Blind(torch.nn.Module):
     """Classifies colours by their channel; gives NaN for dark pictures and equal logits for white pictures."""
 
