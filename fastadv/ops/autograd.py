@@ -16,7 +16,7 @@ from fastadv.ops.schemas import refuse_vmap
 
 def result_like(x: Tensor) -> Tensor:
     """A new tensor for a step's result: `empty_like`, float32 for uint8."""
-    return torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
+    return torch.empty_like(x, dtype=torch.float32) if x.dtype == torch.uint8 else torch.empty_like(x)
 
 
 Masks = dict[int, Tensor]  # of an image, by its place among the op's arguments: the elements that a gradient reaches
