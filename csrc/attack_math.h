@@ -276,10 +276,12 @@ FASTADV_HD R rounded(C v) {
 
 // ---------------------------------------------------------------- the formulas of contract.md
 
-// Rounding to R that stays in the ball of that radius around x and in the box, whose bounds are values of R.
+// Each formula is a value t, which is rounded to R, and then `settled` or clamped: the CPU rounds many at once.
+
+// The value of R, or the one next to it, that is in the ball of that radius around x and in the box, whose bounds are
+// values of R. w is a rounded t.
 template <class R, class C>
-FASTADV_HD C finish(C t, C x, C radius, C lo, C hi) {
-  C w = round_to<R>(t);
+FASTADV_HD C settled(C w, C x, C radius, C lo, C hi) {
   const C difference = w - x;
   w = magnitude(difference) > radius ? towards<R>(w, difference) : w;
   return at_most(at_least(w, lo), hi);
@@ -297,9 +299,13 @@ FASTADV_HD C noise_level(uint32_t h) {
 }
 
 // One random start; scale = noise * 2^-16.
+template <class C>
+FASTADV_HD C start_value(C x, uint32_t h, C scale) {
+  return x + scale * noise_level<C>(h);
+}
 template <class R, class C>
 FASTADV_HD C start(C x, uint32_t h, C scale, C noise, C lo, C hi) {
-  return finish<R>(x + scale * noise_level<C>(h), x, noise, lo, hi);
+  return settled<R>(round_to<R>(start_value(x, h, scale)), x, noise, lo, hi);
 }
 
 // alpha * sign(grad); zero = alpha * 0, which is NaN for an alpha that is not finite.
@@ -315,12 +321,18 @@ FASTADV_HD double signed_step(double grad, double alpha, double zero) {
   return grad > 0 ? alpha : (grad < 0 ? -alpha : zero);
 }
 
+template <bool kProject, class C>
+FASTADV_HD C step_value(C x0, C grad, C x, C alpha, C zero, C eps) {
+  const C moved = x0 + signed_step(grad, alpha, zero);
+  return kProject ? x + at_most(at_least(moved - x, -eps), eps) : moved;
+}
+template <class R, bool kProject, class C>
+FASTADV_HD C step_settled(C w, C x, C eps, C lo, C hi) {
+  return kProject ? settled<R>(w, x, eps, lo, hi) : at_most(at_least(w, lo), hi);
+}
 template <class R, bool kProject, class C>
 FASTADV_HD C step(C x0, C grad, C x, C alpha, C zero, C eps, C lo, C hi) {
-  const C moved = x0 + signed_step(grad, alpha, zero);
-  if (!kProject) return at_most(at_least(round_to<R>(moved), lo), hi);
-  const C d = at_most(at_least(moved - x, -eps), eps);
-  return finish<R>(x + d, x, eps, lo, hi);
+  return step_settled<R, kProject>(round_to<R>(step_value<kProject>(x0, grad, x, alpha, zero, eps)), x, eps, lo, hi);
 }
 
 // The model's next input for the image w; scale = 1/std.
