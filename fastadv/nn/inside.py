@@ -22,6 +22,7 @@ _OF_MUCH = (torch.utils.data.Dataset, logging.Logger)
 _LEAVES = (torch.Tensor, np.ndarray, np.generic, types.ModuleType, types.CodeType, *_OF_MUCH)
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size}
 # What every module has: what is registered is found without a search, and of the rest only these hooks run in a call.
+_HOLDERS = (list, tuple, set, dict, types.SimpleNamespace)
 _REGISTERED = vars(nn.Module()).keys() - {"_forward_pre_hooks", "_forward_hooks"}
 
 
@@ -31,7 +32,8 @@ def as_module(model: AnyModel, *others: object) -> nn.Module:
     Reached are a function's closure, defaults and the globals that it uses, a method's object, what a partial or any
     other object holds, and so on from there; of installed packages no globals and no classes. Of a module these are
     the modules registered in it, its class and hooks, and what its other attributes hold that are callables, lists,
-    tuples, sets or dicts. Nothing is remembered: a closure may hold another network at the next call.
+    tuples, sets, dicts or objects of no installed package. Nothing is remembered: a closure may hold another network at
+    the next call.
 
     Args:
         model: an `nn.Module` or any other callable.
@@ -66,7 +68,10 @@ def _beside(module: nn.Module) -> Iterable[Any]:
     known = vars(module)
     for name in known.keys() - _REGISTERED:
         value = known[name]
-        if callable(value) or (issubclass(type(value), (list, tuple, set, dict)) and value):
+        kind = type(value)
+        if kind in _PLAIN:
+            continue
+        if callable(value) or (issubclass(kind, _HOLDERS) and value) or not is_installed(kind.__module__):
             yield value
     yield type(module)
 

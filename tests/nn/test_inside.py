@@ -106,6 +106,22 @@ class Unregistered(nn.Module):
         return held(x)
 
 
+class Parts:
+    """An object that cannot be called itself."""
+
+    def __init__(self, net):
+        self.net = net
+
+
+class OfParts(nn.Module):
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x):
+        return self.parts.net(x)
+
+
 def with_closure_of_its_class(net):
     class Through(nn.Module):
         def forward(self, x):
@@ -149,6 +165,8 @@ HOLDERS = {
     "function of a module": lambda net: Unregistered(lambda x: net(x)),
     "list of a module": lambda net: Unregistered([net]),
     "module of a module": Unregistered,
+    "object without a call of a module": lambda net: OfParts(Parts(net)),
+    "namespace of a module": lambda net: OfParts(types.SimpleNamespace(net=net)),
     "object of a module within a module": lambda net: nn.Sequential(nn.Identity(), Unregistered(WithList(net))),
     "closure over such a module": lambda net: (lambda held: lambda x: held(x))(Unregistered([net])),
     "class of a module": with_closure_of_its_class,
