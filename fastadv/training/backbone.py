@@ -116,6 +116,8 @@ def backbone_robustness(
         return _not_measured(eps, str(error))
     if type(module) is not nn.Linear:
         return _not_measured(eps, f"the head {name} is no plain nn.Linear but a {type(module).__name__}")
+    if "weight" not in module._parameters:  # an attribute, which a hook sets
+        return _not_measured(eps, f"the weight of the head {name} is computed from others, as by spectral_norm")
     if top >= module.out_features:
         raise ValueError(f"labels must be below the head's {module.out_features} outputs, got {top}")
 

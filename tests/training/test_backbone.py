@@ -158,6 +158,10 @@ def test_what_cannot_be_measured_says_why():
         "eps": EPS,
         "warning": "the backbone's robustness is not measured: the head 0 is no plain nn.Linear but a Conv2d",
     }
+    normed = nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(108, 5)))
+    result = backbone_robustness(normed, images, labels, EPS)
+    assert result["robust_accuracy"] is None
+    assert "the weight of the head 1 is computed from others" in result["warning"]
     tokens = nn.Sequential(nn.Flatten(2), nn.Linear(36, 5), nn.Flatten(), nn.Linear(15, 5))
     result = backbone_robustness(tokens, images, labels, EPS, head="1")
     assert result["robust_accuracy"] is None
