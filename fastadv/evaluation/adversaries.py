@@ -50,8 +50,11 @@ class Adversary:
         self.name, self.attack = name, attack
         self.eps, self.norm = eps_of(attack), norm_of(attack)
         self.ours = attack if isinstance(attack, Attack) and attack.model is model else None
-        if self.ours is not None and (self.ours.targeted is True or callable(self.ours.targeted)):
-            raise ValueError(f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely'")
+        if goes_to_labels(attack) or (self.ours is not None and callable(self.ours.targeted)):
+            raise ValueError(
+                f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely', or the default "
+                "mode (set_mode_default)"
+            )
         if self.ours is not None and has_rows(self.ours.alpha):
             raise ValueError(f"{attack!r} has a step size for each image of one batch: give one number")
         if isinstance(attack, Attack) and attack.images_normalized is not None:
@@ -204,11 +207,15 @@ def budgets_of(eps: float | Sequence[float]) -> list[float]:
 
     Raises:
         TypeError: a budget is no number; or there is none.
+        ValueError: one is there twice, and the robust accuracies, one for each, would be fewer than the budgets given.
     """
     given: list[object] = list(eps) if is_several(eps) else [eps]
     budgets = [number for number in map(_number, given) if number is not None]
     if len(budgets) < len(given) or not budgets:
         raise TypeError(f"eps must be a number on the images' scale [0, 1], such as 8/255, or several, got {eps!r}")
+    twice = [each for i, each in enumerate(budgets) if each in budgets[:i]]
+    if twice:
+        raise ValueError(f"eps has {twice[0]:.6g} more than once: give each budget once")
     return budgets
 
 
@@ -228,6 +235,11 @@ def norm_of(attack: object) -> str | None:
     """The norm that an attack names, in any spelling, as "Linf" or "L2"; None where it is not known."""
     said = str(getattr(attack, "norm", None)).lower()
     return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(said)
+
+
+def goes_to_labels(attack: object) -> bool:
+    """Whether an attack, of this package or torchattacks, goes towards the labels that it is given."""
+    return getattr(attack, "attack_mode", None) == "targeted(label)"
 
 
 def model_of(attack: object) -> nn.Module | None:

@@ -24,7 +24,7 @@ from fastadv.attacks.checks import (
 from fastadv.attacks.objective import NO_GRADIENT
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.attacks.verdicts import predicted
-from fastadv.evaluation.adversaries import strange
+from fastadv.evaluation.adversaries import goes_to_labels, strange
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import as_normal
@@ -334,8 +334,7 @@ def check_attack(name: str, attack: object, also: str = "") -> None:
             f"training takes images in [0, 1], and {name} is made for normalised ones: make it on "
             "Normalized(model, mean, std), without images_normalized"
         )
-    # torchattacks has this attribute too.
-    if getattr(attack, "attack_mode", None) == "targeted(label)":
+    if goes_to_labels(attack):
         raise ValueError(
             f"{name} goes towards the labels, and those of training are the images' own: choose targeted='random' or "
             "'least_likely', or leave targeted out"

@@ -1111,6 +1111,12 @@ def test_only_comparable_attacks_are_compared(net):
 # Refusals
 
 
+def of_torchattacks_towards_labels(net):
+    attack = torchattacks.PGD(net, eps=EPS)
+    attack.set_mode_targeted_by_label(quiet=True)
+    return attack
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -1119,6 +1125,9 @@ def test_only_comparable_attacks_are_compared(net):
         ({"pool": 0}, "pool must be at least 1"),
         ({"attacks": ["pgb"]}, "unknown attack 'pgb'"),
         ({"eps": 8}, r"the images' scale \[0, 1\]"),
+        ({"eps": [4 / 255, 8 / 255, 4 / 255]}, "eps has 0.0156863 more than once"),
+        ({"attacks": [lambda net: PGD(trained_on(net), EPS, targeted=True)]}, "takes its targets for labels"),
+        ({"attacks": [lambda net: of_torchattacks_towards_labels(net)]}, "takes its targets for labels"),
         ({"attacks": [lambda net: hardest(net, targeted=True)]}, "takes its targets for labels"),
         ({"attacks": [lambda net: hardest(net, training_mode="as_is")]}, "in another mode"),
         ({"images": lambda x: x * 2}, "images must be in"),
