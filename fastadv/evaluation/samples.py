@@ -12,7 +12,6 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 
 from fastadv.attacks.checks import SLACK, check_device, check_samples, device_of
@@ -114,7 +113,7 @@ def oddities(data: object, images: torch.Tensor | Share) -> list[str]:
     sampler = getattr(batches, "sampler", None if batches is None else batches)
     given = _indices_of(sampler, size)
     again = given is not None and len(set(given)) < len(given)
-    if again or isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
+    if again or getattr(sampler, "replacement", False):
         found.append("the loader draws with replacement: some images count several times, and others never")
     if not given:
         return found

@@ -13,6 +13,7 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
 )
 
 from fastadv.attacks import FGSM, PGDL2
@@ -117,6 +118,16 @@ LOADERS = {
             TensorDataset(x, y), batch_sampler=BatchSampler(RandomSampler(x, replacement=True), 8, False)
         ),
         "with replacement",
+    ),
+    "weighted": (
+        lambda x, y: DataLoader(TensorDataset(x, y), 16, sampler=WeightedRandomSampler(x.mean((1, 2, 3)), len(x))),
+        "with replacement",
+    ),
+    "weighted, each once": (
+        lambda x, y: DataLoader(
+            TensorDataset(x, y), 16, sampler=WeightedRandomSampler(x.mean((1, 2, 3)), len(x), replacement=False)
+        ),
+        None,
     ),
     "rows, drop_last": (lambda x, y: DataLoader(Rows(x, y), 16, drop_last=True), "gave 32 of the 40"),
     "moving rows": (lambda x, y: DataLoader(Rows(x, y, True), 16), "draws its images anew"),
