@@ -256,8 +256,14 @@ def strange(attack: object, model: AnyModel) -> str | None:
         return None
     if is_another(attacked, model):
         return "another model"
-    # An attack of another library may normalise by itself.
-    return "a part of the model, or one around it" if isinstance(attack, Attack) and is_part(attacked, model) else None
+    return "a part of the model, or one around it" if not _may_normalise(attack) and is_part(attacked, model) else None
+
+
+def _may_normalise(attack: object) -> bool:
+    """Whether an attack may normalise its images by itself: torchattacks' say whether, AutoAttack's and ours do not."""
+    if isinstance(attack, Attack) or hasattr(attack, "run_standard_evaluation"):
+        return False
+    return getattr(attack, "normalization_used", True) is not None
 
 
 def _shown(value: object) -> bool | int | float | str | None:

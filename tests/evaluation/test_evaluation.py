@@ -810,10 +810,30 @@ def trained_on(net):
     return other
 
 
+class Standard:
+    """An attack that is called as AutoAttack's authors' program is."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def run_standard_evaluation(self, images, labels):
+        return images
+
+
+class Normalising:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, images, labels):
+        return FGSM(Normalized(self.model, 0.4, 0.5), EPS)(images, labels)
+
+
 MADE_ON = {
     "another model": lambda net: (net, PGD(trained_on(net), EPS)),
     "another library's on another model": lambda net: (net, torchattacks.FGSM(trained_on(net), EPS)),
     "within Normalized": lambda net: (Normalized(net, 0.4, 0.5), PGD(net, EPS)),
+    "torchattacks' within Normalized": lambda net: (Normalized(net, 0.4, 0.5), torchattacks.FGSM(net, EPS)),
+    "AutoAttack's within Normalized": lambda net: (Normalized(net, 0.4, 0.5), Standard(net)),
     "around the model": lambda net: (net, PGD(Normalized(net, 0.4, 0.5), EPS)),
     "in a row": lambda net: (nn.Sequential(nn.Hardtanh(), net), PGD(net, EPS)),
 }
@@ -828,6 +848,7 @@ MADE_RIGHT = {
     "averaged": lambda net: (averaged := AveragedModel(net), PGD(averaged.module, EPS)),
     "a wrapper": lambda net: (nn.Sequential(net), PGD(net, EPS)),
     "traced": lambda net: (net, PGD(torch.jit.trace(net, torch.rand(1, 3, 4, 4)), EPS)),
+    "one that normalises by itself": lambda net: (Normalized(net, 0.4, 0.5), Normalising(net)),
     "no module": lambda net: (net, PGD(net.logits, EPS)),
     "no model": lambda net: (net, lambda images, labels: images),
 }
