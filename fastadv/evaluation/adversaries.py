@@ -1,6 +1,6 @@
 """The attacks of an evaluation: by name, of this package, or of another library."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any, Protocol, TypeGuard
 
@@ -155,7 +155,14 @@ def adversaries(
 
 
 def listed(attacks: AnyAttack | Sequence[AnyAttack]) -> list[Any]:
-    """One or several attacks as a list."""
+    """One or several attacks as a list.
+
+    Raises:
+        TypeError: they are a dict, of which the keys would be taken for names, or a set, which has no order.
+    """
+    if isinstance(attacks, (Mapping, Set)):
+        them = "attacks.values()" if isinstance(attacks, Mapping) else "attacks"
+        raise TypeError(f"attacks run in their order, got a {type(attacks).__name__}: give a list, list({them})")
     return [attacks] if _is_attack(attacks) or not isinstance(attacks, Iterable) else list(attacks)
 
 

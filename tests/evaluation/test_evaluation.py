@@ -1178,6 +1178,12 @@ def test_data_of_a_wrong_type_are_refused(net, images, labels, message):
         evaluate(net, (images, labels), ["fgsm"])
 
 
+@pytest.mark.parametrize("make", [lambda attack: {"pgd-10": attack}, lambda attack: {"fgsm", attack}])
+def test_attacks_without_an_order_are_refused(net, samples, make):
+    with pytest.raises(TypeError, match=r"attacks run in their order, got a (dict|set)"):
+        evaluate(net, samples, make(hardest(net)), progress=False)
+
+
 def as_dicts(images, labels):
     names = random.choice(["images", "image", "pixel_values", "img"]), random.choice(["labels", "label"])
     return [dict(zip(names, pair, strict=True), other=3) for pair in zip(images, labels, strict=True)]
