@@ -57,8 +57,8 @@ class Attack(Modes, Targets, Arguments, Lengths):
     Of a model that is no `nn.Module`, such as `lambda x: net(x)`, this holds for the modules inside: those in the
     function's closure or the globals that it uses, in a method's object or a partial, and in what these hold; and
     likewise for those inside a `loss` or `targeted` of your own, or in a list, function or object of your own class
-    that a module holds. A model under DistributedDataParallel is attacked through its `.module`. Its logits are its
-    output, the output's attribute or key `logits`, or the output's first entry.
+    or Python's that a module holds. A model under DistributedDataParallel is attacked through its `.module`. Its logits
+    are its output, the output's attribute or key `logits`, or the only float matrix in the output.
 
     Args:
         model: any callable from images to logits (N, C). `Normalized(model, mean, std)` where it takes normalised

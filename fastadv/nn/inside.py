@@ -22,7 +22,6 @@ _OF_MUCH = (torch.utils.data.Dataset, logging.Logger)
 _LEAVES = (torch.Tensor, np.ndarray, np.generic, types.ModuleType, types.CodeType, *_OF_MUCH)
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size}
 # What every module has: what is registered is found without a search, and of the rest only these hooks run in a call.
-_HOLDERS = (list, tuple, set, dict, types.SimpleNamespace)
 _REGISTERED = vars(nn.Module()).keys() - {"_forward_pre_hooks", "_forward_hooks"}
 
 
@@ -32,8 +31,8 @@ def as_module(model: AnyModel, *others: object) -> nn.Module:
     Reached are a function's closure, defaults and the globals that it uses, a method's object, what a partial or any
     other object holds, and so on from there; of installed packages no globals and no classes. Of a module these are
     the modules registered in it, its class and hooks, and what its other attributes hold that are callables, lists,
-    tuples, sets, dicts or objects of no installed package. Nothing is remembered: a closure may hold another network at
-    the next call.
+    tuples, sets, dicts or objects of your own classes and Python's, such as a deque. Nothing is remembered: a closure
+    may hold another network at the next call.
 
     Args:
         model: an `nn.Module` or any other callable.
@@ -71,7 +70,7 @@ def _beside(module: nn.Module) -> Iterable[Any]:
         kind = type(value)
         if kind in _PLAIN:
             continue
-        if callable(value) or (issubclass(kind, _HOLDERS) and value) or not is_installed(kind.__module__):
+        if callable(value) or issubclass(kind, (list, tuple, set, dict)) or not _is_packaged(kind.__module__):
             yield value
     yield type(module)
 
@@ -116,7 +115,12 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
 def is_installed(module: str | None) -> bool:
     """Whether a module, by its name, belongs to an installed package, the standard library or this package."""
     top = (module or "").partition(".")[0]
-    if top == "fastadv" or (top in sys.stdlib_module_names and top != "__main__"):
+    return (top in sys.stdlib_module_names and top != "__main__") or _is_packaged(module)
+
+
+def _is_packaged(module: str | None) -> bool:
+    """Whether a module, by its name, belongs to an installed package or this one."""
+    if (module or "").partition(".")[0] == "fastadv":
         return True
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     return file is not None and _is_of_packages(file)

@@ -1,6 +1,8 @@
 """A network inside a callable is frozen and left as it was, like one that is the model itself."""
 
+import collections
 import functools
+import itertools
 import logging
 import types
 import weakref
@@ -102,8 +104,8 @@ class Unregistered(nn.Module):
         self.__dict__["held"] = held
 
     def forward(self, x):
-        held = self.held[0] if isinstance(self.held, list) else self.held
-        return held(x)
+        held = next(self.held) if isinstance(self.held, itertools.repeat) else self.held
+        return (held if callable(held) else held[0])(x)
 
 
 class Parts:
@@ -167,6 +169,10 @@ HOLDERS = {
     "module of a module": Unregistered,
     "object without a call of a module": lambda net: OfParts(Parts(net)),
     "namespace of a module": lambda net: OfParts(types.SimpleNamespace(net=net)),
+    "deque of a module": lambda net: Unregistered(collections.deque([net])),
+    "iterator of a module": lambda net: Unregistered(itertools.repeat(net)),
+    "dict of a module's, read-only": lambda net: Unregistered(types.MappingProxyType({0: net})),
+    "weak dict of a module's": lambda net: Unregistered(weakref.WeakValueDictionary({0: net})),
     "object of a module within a module": lambda net: nn.Sequential(nn.Identity(), Unregistered(WithList(net))),
     "closure over such a module": lambda net: (lambda held: lambda x: held(x))(Unregistered([net])),
     "class of a module": with_closure_of_its_class,
