@@ -41,8 +41,8 @@ def find_logits(outputs: object, n: int) -> torch.Tensor:
         taken = "" if several or found is outputs else f", of which the logits would be {describe(found)}"
         raise TypeError(
             f"the model must return logits, a float tensor of shape ({n}, classes), alone or under the attribute or "
-            f"key `logits`; it returned {describe(outputs)}{several}{taken}. For other outputs pass loss=, a callable "
-            "from (outputs, targets) to one value per sample"
+            f"key `logits`; it returned {describe(outputs)}{several}{taken}. For other outputs an attack takes loss=, "
+            "a callable from (outputs, targets) to one value per sample"
         )
     return found
 

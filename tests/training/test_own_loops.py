@@ -52,6 +52,21 @@ def test_labels_beyond_the_classes_and_a_single_logit_are_refused(attacked):
         step.gradients(x, y * 0)
 
 
+def test_several_outputs_are_refused_without_naming_an_option_that_a_step_has_not():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = net(), net()
+
+        def forward(self, x):
+            return self.one(x), self.other(x)
+
+    model = Heads()
+    step = TrainStep(model, None, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(TypeError, match="For other outputs an attack takes loss="):
+        step.gradients(*batch())
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_step_computes_gradients_wherever_it_is_called(context):
     model, (x, y) = net(), batch()
