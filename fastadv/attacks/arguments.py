@@ -58,7 +58,8 @@ class Arguments(Attributes):
         if wrong:
             raise ValueError(wrong)
         if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
-            self.objective.check_classes(highest(labels), self._clean_logits(x) if self.compile else None)
+            logits = self._clean_logits(x) if self.compile else None
+            self.objective.check_classes(highest(labels), logits, look=True)
         if labels is not None and labels.is_floating_point() and self.compares in ("soft", "clean"):
             check_soft(labels)
         if labels is not None and self.compares == "signs":

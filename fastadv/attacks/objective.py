@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastadv._warnings import warn
 from fastadv.attacks.attention import ShortAttentionInFloat32
+from fastadv.attacks.checks import are_probabilities
 from fastadv.attacks.losses import LOSSES, LossFunction
 from fastadv.nn.logits import AnyModel, are_logits, at_least_float32, describe, find_logits
 
@@ -16,6 +18,9 @@ NO_GRADIENT = (
     "it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? Attack a differentiable version "
     "of it, and judge this one on what that gives"
 )
+
+SOFTMAXED = ("ce", "kl", "probability_margin")  # losses that take a softmax of the logits
+ENOUGH = 8  # images whose logits are not probabilities by chance
 
 
 class Objective:
@@ -57,7 +62,7 @@ class Objective:
         self.watch: Callable[[torch.Tensor], torch.Tensor] | None = None  # it sees one gradient
         self._copies = False  # whether the model writes to its input
         self._looked = False  # whether that is known
-        self._highest = -1
+        self._highest, self._look = -1, False
         self._losses = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
     def gradient(
@@ -191,9 +196,15 @@ class Objective:
             several.append(logits)
         return *means, None if logits is None else _of_mean_probabilities(torch.stack(several), self.loss)
 
-    def check_classes(self, highest: int, logits: torch.Tensor | None = None) -> None:
-        """Refuse labels beyond the logits' classes: now, or in the next call where there are no logits yet."""
-        self._highest = highest
+    def check_classes(self, highest: int, logits: torch.Tensor | None = None, *, look: bool = False) -> None:
+        """Refuse labels beyond the logits' classes: now, or in the next call where there are no logits yet.
+
+        Args:
+            highest: of the labels.
+            logits: (N, C).
+            look: warn of logits that are probabilities, where the loss takes a softmax; this waits for the device.
+        """
+        self._highest, self._look = highest, look and self.loss in SOFTMAXED
         if logits is not None:
             self._check_highest(logits)
 
@@ -213,6 +224,12 @@ class Objective:
         classes = max(logits.shape[1], 2)  # one logit tells two classes apart
         if highest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {highest}")
+        look, self._look = self._look, False
+        if look and len(logits) >= ENOUGH and bool(are_probabilities(logits).all()):
+            warn(
+                f"the model returns probabilities, not logits: the loss {self.loss} takes a softmax of them once more, "
+                "its gradients vanish, and the attack is weaker. Attack the model without its softmax"
+            )
 
     def _forward(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         outputs, n = self._outputs(x), x.shape[0]

@@ -655,6 +655,18 @@ def saturated(share):
     return model
 
 
+@pytest.mark.parametrize("attack", [FGSM, FFGSM, PGD, TPGD, PMA])
+def test_probabilities_are_told_of_and_logits_are_not(attack):
+    model, (images, labels) = net(), batch_of(20)
+    with pytest.warns(UserWarning, match="returns probabilities, not logits: the loss") as caught:
+        attack(lambda x: model(x).softmax(1), EPS)(images, labels)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(lambda x: model(x).log_softmax(1), EPS)(images, labels)
+        PGD(lambda x: model(x).softmax(1), EPS, loss="margin")(images, labels)
+
+
 def test_zero_gradients_are_told_of_once():
     images, labels = batch_of(20)
     attack = PGD(saturated(0.15), EPS)
