@@ -222,7 +222,7 @@ def budgets_of(eps: float | Sequence[float]) -> list[float]:
         raise TypeError(f"eps must be a number on the images' scale [0, 1], such as 8/255, or several, got {eps!r}")
     twice = [each for i, each in enumerate(budgets) if each in budgets[:i]]
     if twice:
-        raise ValueError(f"eps has {twice[0]:.6g} more than once: give each budget once")
+        raise ValueError(f"eps has {twice[0]:.6g} ({255 * twice[0]:.4g}/255) more than once: give each budget once")
     return budgets
 
 

@@ -1146,7 +1146,7 @@ def of_torchattacks_towards_labels(net):
         ({"pool": 0}, "pool must be at least 1"),
         ({"attacks": ["pgb"]}, "unknown attack 'pgb'"),
         ({"eps": 8}, r"the images' scale \[0, 1\]"),
-        ({"eps": [4 / 255, 8 / 255, 4 / 255]}, "eps has 0.0156863 more than once"),
+        ({"eps": [4 / 255, 8 / 255, 4 / 255]}, r"eps has 0.0156863 \(4/255\) more than once"),
         ({"attacks": [lambda net: PGD(trained_on(net), EPS, targeted=True)]}, "takes its targets for labels"),
         ({"attacks": [lambda net: of_torchattacks_towards_labels(net)]}, "takes its targets for labels"),
         ({"attacks": [lambda net: hardest(net, targeted=True)]}, "takes its targets for labels"),
