@@ -25,11 +25,13 @@ demo: .venv/demo
 
 # There are two workers with one thread each, because most tests are too small for a second thread. A worker takes a
 # whole file, because the tests of a file share what they make.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(WARNINGS) -n 2 --dist loadfile
+
 test: .venv/test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(WARNINGS) -n 2 --dist loadfile
+	$(PYTEST)
 
 test-quick: .venv/test
-	FASTADV_TEST_EXAMPLES=5 .venv/bin/python -m pytest $(WARNINGS) -k 'not triton and not 16_bit' $(QUICK)
+	FASTADV_TEST_EXAMPLES=5 $(PYTEST) -k 'not triton and not 16_bit' $(QUICK)
 
 # Writes the table of figures and the texts that quote it, then the lists of results that are older than their code.
 .PHONY: figures

@@ -455,6 +455,15 @@ def test_padding_is_not_counted(monkeypatch):
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.", "unique", "_unique", "item")
 
 
+def tensors_in(value):
+    """All tensors; torch's own search takes as long as the op."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)
+
+
 class Log(TorchDispatchMode):
     """Records every op by name, with the number of elements of its largest tensor."""
 
@@ -464,7 +473,7 @@ class Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        tensors = list(tensors_in((args, tuple((kwargs or {}).values()), result)))
         waits = str(func).startswith(tuple(f"aten.{name}" for name in READS)) or (
             str(func).startswith("aten.index") and any(t.dtype == torch.bool for t in tensors[1:])
         )
