@@ -19,7 +19,6 @@ NO_GRADIENT = (
     "of it, and judge this one on what that gives"
 )
 
-SOFTMAXED = ("ce", "kl", "probability_margin")  # losses that take a softmax of the logits
 ENOUGH = 8  # images whose logits are not probabilities by chance
 
 
@@ -204,7 +203,7 @@ class Objective:
             logits: (N, C).
             look: warn of logits that are probabilities, where the loss takes a softmax; this waits for the device.
         """
-        self._highest, self._look = highest, look and self.loss in SOFTMAXED
+        self._highest, self._look = highest, look and not callable(self.loss) and LOSSES[self.loss].softmax
         if logits is not None:
             self._check_highest(logits)
 
@@ -224,8 +223,7 @@ class Objective:
         classes = max(logits.shape[1], 2)  # one logit tells two classes apart
         if highest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {highest}")
-        look, self._look = self._look, False
-        if look and len(logits) >= ENOUGH and bool(are_probabilities(logits).all()):
+        if self._look and len(logits) >= ENOUGH and bool(are_probabilities(logits).all()):
             warn(
                 f"the model returns probabilities, not logits: the loss {self.loss} takes a softmax of them once more, "
                 "its gradients vanish, and the attack is weaker. Attack the model without its softmax"

@@ -99,6 +99,8 @@ def find_heads(
     prefix, network = unwrapped(module)
     if names is None:
         names = _known_or_running(module, network, example)
+        if not names:
+            raise ValueError("the model has no nn.Linear; name its classifier with head= (--head)")
     modules, found = dict(module.named_modules()), {}
     for name in (names,) if isinstance(names, str) else names:
         full = next((full for full in (name, prefix + name) if full in modules), None)
@@ -111,29 +113,20 @@ def find_heads(
 def not_named(module: nn.Module, heads: Iterable[str]) -> list[str]:
     """The classifiers that the logits depend on too, where `heads` are some of those that `classifiers` finds."""
     prefix, network = unwrapped(module)
-    known = [prefix + name for name in _by_convention(network)]
+    known = [prefix + name for name in classifiers(network)]
     return [name for name in known if name not in heads] if set(heads) & set(known) else []
 
 
 def classifiers(network: nn.Module) -> tuple[str, ...]:
     """The names of the classifiers without running the network: rules 2 and 4 of `find_head`.
 
-    Most networks have one. Some have several, such as a distilled DeiT, which averages two.
+    Most networks have one; without an nn.Linear there is none. Some have several, such as a distilled DeiT, which
+    averages two.
 
     Args:
         network: a network, wrapped or not.
-
-    Raises:
-        ValueError: there is no classifier.
     """
-    names = _by_convention(unwrapped(network)[1])
-    if not names:
-        raise ValueError("the model has no nn.Linear; name its classifier with head= (--head)")
-    return names
-
-
-def _by_convention(network: nn.Module) -> tuple[str, ...]:
-    """What `classifiers` returns; nothing where there is none."""
+    network = unwrapped(network)[1]
     declared = _declared_heads(network)
     if declared:
         return declared
@@ -159,14 +152,14 @@ def _declared_heads(network: nn.Module) -> tuple[str, ...]:
 
 
 def _known_or_running(module: nn.Module, network: nn.Module, example: torch.Tensor | None) -> tuple[str, ...]:
+    known = classifiers(network)
     if example is None or _declared_heads(network):
-        return classifiers(network)
+        return known
     try:
         return (_running_head(module, example),)
     except ValueError:
-        several = _by_convention(network)
-        if len(several) > 1:
-            return several
+        if len(known) > 1:
+            return known
         raise
 
 
@@ -259,7 +252,7 @@ def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None
     """
     network = unwrapped(network)[1]
     heads = list(find_heads(network, None, example).values())
-    linear = [head for head in heads if _is_plain(head)]
+    linear = [head for head in heads if is_plain(head)]
     reset = getattr(network, "reset_classifier", None)  # timm's
     if len(linear) == len(heads):
         for head in linear:
@@ -278,7 +271,8 @@ def new_head(network: nn.Module, count: int, example: torch.Tensor | None = None
             setattr(owner, attribute, count)
 
 
-def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is an nn.Linear whose weight is a parameter, not computed from others."""
     return isinstance(head, nn.Linear) and "weight" in head._parameters
 
 

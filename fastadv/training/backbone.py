@@ -14,7 +14,7 @@ from fastadv.evaluation.robustness import robust_accuracy
 from fastadv.evaluation.samples import as_tensors, collected
 from fastadv.functional import sample_seeds
 from fastadv.models import find_head
-from fastadv.models.structure import gives_logits_alone
+from fastadv.models.structure import gives_logits_alone, is_plain
 from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import frozen
 from fastadv.ops.generator import seeded
@@ -116,7 +116,7 @@ def backbone_robustness(
         return _not_measured(eps, str(error))
     if type(module) is not nn.Linear:
         return _not_measured(eps, f"the head {name} is no plain nn.Linear but a {type(module).__name__}")
-    if "weight" not in module._parameters:  # an attribute, which a hook sets
+    if not is_plain(module):
         return _not_measured(eps, f"the weight of the head {name} is computed from others, as by spectral_norm")
     if top >= module.out_features:
         raise ValueError(f"labels must be below the head's {module.out_features} outputs, got {top}")

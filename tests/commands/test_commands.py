@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from families import processor_of
 from PIL import Image
 
 from fastadv import cli, data, models, to_float
@@ -89,24 +90,18 @@ def test_predictions_are_those_on_the_validation_images(photos, tuned, tmp_path)
     assert right >= 54
 
 
-def test_a_model_of_transformers_is_judged_and_predicts_as_it_is(photos, tmp_path, monkeypatch):
+def test_a_model_of_transformers_is_judged_and_predicts_as_it_is(photos, tmp_path):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shape = {"image_size": 16, "patch_size": 4, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.ViTConfig(**shape, intermediate_size=12, id2label=dict(enumerate(COLOURS)))
     network = transformers.ViTForImageClassification(config).eval()
     network.save_pretrained(tmp_path / "vit")
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"height": 16, "width": 16},
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
-        "resample": 2,
-    }
-    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    size = {"height": 16, "width": 16}
+    processor_of(tmp_path / "vit", size=size, image_mean=mean, image_std=std, resample=2)
     name, table = f"hf:{tmp_path / 'vit'}", tmp_path / "table.csv"
     loaded = data.load(photos, preprocessing=models.source(name).preprocessing, seed=0)
-    mean, std = (torch.tensor(processor[key])[:, None, None] for key in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     with torch.no_grad():
         shares = network((to_float(loaded.x_val) - mean) / std).logits.softmax(1)
     cli.main(["predict", str(photos), "--model", name, "--out", str(table)])

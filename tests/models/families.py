@@ -1,5 +1,7 @@
 """Small networks of the families that fine-tuning methods support, from configurations."""
 
+import json
+
 import timm
 import torch
 import torchvision
@@ -63,6 +65,12 @@ OTHERS = {
     "own resnet": lambda: ResNet(3, CLASSES, (8, 8, 16), 1),
 }
 FAMILIES = PLAIN | OTHERS
+
+
+def processor_of(folder, kind="ViT", **settings):
+    """Write the image processor of a folder of transformers."""
+    facts = {"image_processor_type": f"{kind}ImageProcessor", **settings}
+    (folder / "preprocessor_config.json").write_text(json.dumps(facts))
 
 
 def made(name):

@@ -1,11 +1,11 @@
 """Files of models that would be lost, mixed up or not written, and networks that are compiled or scripted."""
 
-import json
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from families import processor_of
 from torch import nn
 
 from fastadv import models
@@ -81,8 +81,7 @@ def test_a_checkpoint_in_half_types_is_what_transformers_makes_of_it_in_float32(
     sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4}
     kind, folder = transformers.AutoModelForImageClassification, tmp_path / "half"
     kind.from_config(transformers.Swinv2Config(**sizes, num_labels=3)).to(dtype).save_pretrained(folder)
-    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    processor_of(folder, size={"height": 16, "width": 16})
     model, images = models.source(f"hf:{folder}").build(["LABEL_0", "LABEL_1", "LABEL_2"]), torch.rand(2, 3, 16, 16)
     expected = kind.from_pretrained(folder, dtype=torch.float32).eval()(images).logits
     models.save(model, tmp_path / "m.safetensors")

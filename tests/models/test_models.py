@@ -15,6 +15,7 @@ import timm
 import torch
 import transformers
 from attacked import fresh_seed
+from families import processor_of
 from torch import nn
 
 from fastadv import models
@@ -79,14 +80,8 @@ def hf_folder(tmp_path):
     )
     config.id2label = {0: "cat", 1: "dog", 2: "eel"}
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"height": 32, "width": 32},
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
-        "resample": 2,
-    }
-    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    mean, std, size = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], {"height": 32, "width": 32}
+    processor_of(tmp_path / "vit", size=size, image_mean=mean, image_std=std, resample=2)
     return tmp_path / "vit"
 
 

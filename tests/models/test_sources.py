@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
+from families import processor_of
 from PIL import Image
 from torch import nn
 
@@ -49,11 +50,6 @@ def folder(tmp_path):
     config.id2label = dict(enumerate(NAMES))
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     return tmp_path
-
-
-def processor_of(folder, kind="ViT", **settings):
-    facts = {"image_processor_type": f"{kind}ImageProcessor", **settings}
-    (folder / "preprocessor_config.json").write_text(json.dumps(facts))
 
 
 def said(function, *args):
