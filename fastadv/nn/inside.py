@@ -6,6 +6,7 @@ import logging
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastadv.nn.logits import AnyModel
 _OF_MUCH = (torch.utils.data.Dataset, logging.Logger)
 _LEAVES = (torch.Tensor, np.ndarray, np.generic, types.ModuleType, types.CodeType, *_OF_MUCH)
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size}
+_CONTAINERS = {list, tuple, set, dict, OrderedDict}
 # What every module has: what is registered is found without a search, and of the rest only these hooks run in a call.
 _REGISTERED = vars(nn.Module()).keys() - {"_forward_pre_hooks", "_forward_hooks"}
 
@@ -68,7 +70,7 @@ def _beside(module: nn.Module) -> Iterable[Any]:
     for name in known.keys() - _REGISTERED:
         value = known[name]
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in _PLAIN or (kind in _CONTAINERS and not value):  # most modules' hooks are empty
             continue
         if callable(value) or issubclass(kind, (list, tuple, set, dict)) or not _is_packaged(kind.__module__):
             yield value
