@@ -62,6 +62,21 @@ class Parts:
         parts = {"train": self.train, "val": self.val, "test": None if self.test is self.val else self.test}
         return common_images({name: part for name, part in parts.items() if part is not None}, device)
 
+    def unlearnt(self) -> list[str]:
+        """Sentences about labels of `val` and `test` that no training image has."""
+        held_out = {"val": self.val, "test": None if self.test is self.val else self.test}
+        known, sentences = self.train[1].unique(), []
+        for name, part in held_out.items():
+            if part is None or not (new := ~torch.isin(part[1], known)).any():
+                continue
+            classes = part[1][new].unique().tolist()
+            sentences.append(
+                f"no training image has the label{'s' * (len(classes) > 1)} {', '.join(map(str, classes[:5]))}"
+                f"{', ...' * (len(classes) > 5)} of {int(new.sum())} of the {len(new)} images of {name}, which the "
+                "model cannot learn: are labels of both numbered alike?"
+            )
+        return sentences
+
     def shares(self, team: Team) -> tuple[Share, Batch | None, Batch | None]:
         """The training images, `val` and `test`, of which each process holds its share."""
         images, _ = self.train

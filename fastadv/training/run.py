@@ -108,7 +108,7 @@ class Run:
         self.masks = set(nonfinite(held))
         self.data = {} if alone and trainer.folder is None else parts.facts(self.team, self.device)
         check_same(trainer, self.data, self.team)
-        for sentence in parts.in_common(self.device):
+        for sentence in (*parts.in_common(self.device), *parts.unlearnt()):
             if self.here.is_main_process:
                 warn(sentence)
         self.images, self.val, self.test = parts.shares(self.team)

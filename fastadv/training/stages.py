@@ -158,6 +158,7 @@ class StageRun:
 
     def _finish_epoch(self) -> None:
         self.step.tell()
+        self.updates.warn_of_idle()
         run, at = self.run, self.run.at
         images = sum(map(len, run.batches.of_epoch(at, self.step.repeats)))
         record: Record = {

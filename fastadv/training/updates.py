@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastadv._extras import require
+from fastadv._warnings import warn
 from fastadv.files import write_atomically
 from fastadv.functional import sample_seeds
 from fastadv.ops.generator import reseed
@@ -24,6 +25,8 @@ from fastadv.training.weights import Weights
 if TYPE_CHECKING:
     from fastadv.training.run import Run
 
+IDLE = 0.01  # the share of what trains that may get no gradient without a word
+
 
 class Updates:
     """Takes the updates of a stage, batch by batch, together with the other processes.
@@ -37,11 +40,14 @@ class Updates:
 
     Attributes:
         budget: the training attack over the steps.
+        idle: (name, parameter) for each parameter that trains and got no gradient in any update so far; None before
+            the first one.
     """
 
     def __init__(self, run: "Run", stage: Stage, tuning: Tuning, weights: Weights, step: TrainStep):
         self.run, self.stage, self.tuning, self.weights, self.step = run, stage, tuning, weights, step
         self.budget = Budget(step.attack, run.settings.eps_schedule)
+        self.idle: list[tuple[str, torch.nn.Parameter]] | None = None
         self._before = [buffer.clone() for buffer in tuning.buffers.values()]
 
     def take(self, index: torch.Tensor, due: bool) -> tuple[bool, bool]:
@@ -78,12 +84,29 @@ class Updates:
         # The sums are the same in all processes: all of them refuse the step together.
         if not all(map(math.isfinite, (loss, norm, statistics))):
             self._refuse(loss, norm, statistics, index)
+        so_far = self.tuning.parameters if self.idle is None else self.idle
+        self.idle = [(name, parameter) for name, parameter in so_far if parameter.grad is None]
         self.step.apply()
         self.weights.stepped((at.epoch - at.average_epoch) * self.run.steps + at.batch)
         at.loss_sum += loss * len(index)
         at.right, at.abnormal, at.looked = at.right + right, at.abnormal + abnormal, at.looked + looked
         at.batch += 1
         return anywhere_due > 0, asked > 0
+
+    def warn_of_idle(self) -> None:
+        """Warn of much that was to train and got no gradient in any update so far, such as an auxiliary classifier.
+
+        Some numbers are idle in many a network, such as a token for masked patches.
+        """
+        idle = self.idle or []
+        count = sum(parameter.numel() for _, parameter in idle)
+        if count > IDLE * self.tuning.trainable:
+            some = f"{idle[0][0]}{', ...' * (len(idle) > 1)}"
+            warn(
+                f"{count:,} of the {self.tuning.trainable:,} numbers that train got no gradient, and stay as they are "
+                f"({some}): the logits do not depend on them. An auxiliary classifier, or another head, does not train"
+            )
+        self.idle = []
 
     def _prepare(self) -> None:
         """Set what depends on the number of the update: learning rate, budget and random numbers."""

@@ -46,7 +46,7 @@ def batch_norm():
 def with_a_token():
     """A model with a token for masked images, as some transformers have; the training here does not use it."""
     layer = layer_norm()
-    layer.mask_token = nn.Parameter(torch.ones(8))
+    layer.mask_token = nn.Parameter(torch.ones(4))
     return layer
 
 

@@ -266,6 +266,49 @@ def test_training_images_without_a_bright_pixel_are_told(dtype, said):
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_labels_that_no_training_image_has_are_told(part):
+    (images, labels), known = TRAIN, TRAIN[1] != 1
+    held_out = {"val": VAL, "test": TEST}
+    count, whole = (held_out[part][1] == 1).sum(), len(held_out[part][1])
+    other = {name: tuple(t[pair[1] != 1] for t in pair) for name, pair in held_out.items() if name != part}
+    words = f"no training image has the label 1 of {count} of the {whole} images of {part}, which"
+    with pytest.warns(UserWarning, match=words) as caught:
+        fit(conv(), epochs=1, parts=((images[known], labels[known]), *(held_out | other).values()))
+    told = [warning for warning in caught if "no training image" in str(warning.message)]
+    assert [warning.filename for warning in told] == [__file__]
+
+
+class TwoHeads(nn.Module):
+    """In train mode it has an auxiliary classifier, as GoogLeNet has, and a block that it leaves out at random."""
+
+    def __init__(self, auxiliary, block):
+        super().__init__()
+        self.body, self.head = conv()[:-1], nn.Linear(128, 3)
+        self.auxiliary = nn.Linear(128, 3) if auxiliary else None
+        self.block = nn.Linear(128, 128) if block else None
+        self.token = nn.Parameter(torch.zeros(2))  # for masked patches, which there are none of
+
+    def forward(self, x):
+        x = self.body(x)
+        if self.block is not None and torch.rand(()) < 0.5:
+            x = x + self.block(x)
+        other = {} if self.auxiliary is None or not self.training else {"auxiliary": self.auxiliary(x)}
+        return {"logits": self.head(x), **other}
+
+
+@pytest.mark.parametrize(("auxiliary", "block"), [(True, False), (True, True), (False, True)])
+def test_what_is_to_train_and_gets_no_gradient_is_told(auxiliary, block, recwarn):
+    model = TwoHeads(auxiliary, block)
+    before = copied(model)
+    fit(model, batch_size=5)
+    moved = changed(model, before)
+    still, total = (sum(p.numel() for n, p in model.named_parameters() if n not in left) for left in (moved, ()))
+    words = f"{still} of the {total:,} numbers that train got no gradient"
+    told = [str(warning.message).startswith(words) for warning in recwarn if "no gradient" in str(warning.message)]
+    assert told == ([True] if auxiliary else [])
+
+
 @pytest.mark.parametrize("attack", ["pgdl2", "object"])
 def test_training_with_an_l2_attack_is_refused(attack):
     model = conv()
@@ -1087,6 +1130,7 @@ def test_wrong_types_are_refused_and_nothing_is_changed(changes, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:no training image has the label 3")
 @pytest.mark.parametrize("attack", ["fgsm", None])
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_a_label_that_the_model_has_no_class_for_is_refused_in_the_first_batch(attack, part, tmp_path):
