@@ -1,6 +1,7 @@
-"""What a message says of a name that a table does not have."""
+"""Names: what a message says of one that a table does not have, and one for each of several that are called alike."""
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 MOST = 40  # names in a message
@@ -27,3 +28,12 @@ def instead(name: object, known: Iterable[object]) -> str:
     more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
     listed = f"; there are {', '.join(names[:MOST]) or 'none'}{more}"
     return f"{listed}. Did you mean {near}?" if near else listed
+
+
+def distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, a repeated one with a number: classes are told apart by their names alone."""
+    found: dict[str, None] = {}
+    for name in names:
+        called = (name if i == 1 else f"{name} ({i})" for i in itertools.count(1))
+        found[next(each for each in called if each not in found)] = None
+    return tuple(found)

@@ -171,7 +171,7 @@ def _say_result(final: Record, count: int, eps: float) -> None:
 
 def _facts(arguments: argparse.Namespace, dataset: data.Data, final: Record) -> dict[str, dict[str, Any]]:
     parts = {"training": dataset.y_train, "validation": dataset.y_val, "test": dataset.y_test}
-    unset = {"run", "verbosity", "command_line"}
+    unset = {"run", "verbosity", "command_line", "classes"}  # the classes are the data's, by their names
     settings = {name: value for name, value in vars(arguments).items() if name not in unset and value is not None}
     best = final["best_epoch"]
     return {

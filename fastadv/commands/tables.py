@@ -56,10 +56,15 @@ def table(path: Path | None, classes: Sequence[str], top: int | None) -> Iterato
         )
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") if path else nullcontext(sys.stdout) as file:
-        rows = _json_rows if as_json else _csv_rows
-        with rows(file, classes, top) as write:
-            yield write
+    try:
+        with open(path, "w", newline="", encoding="utf-8") if path else nullcontext(sys.stdout) as file:
+            rows = _json_rows if as_json else _csv_rows
+            with rows(file, classes, top) as write:
+                yield write
+    except OSError as error:
+        if path and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # the error of a full disk does not name the file
+        raise
 
 
 @contextmanager

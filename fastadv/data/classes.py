@@ -1,6 +1,5 @@
 """The choice of classes: from a text or names to labels, and from a part to its images of these classes."""
 
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,18 +16,22 @@ from fastadv.names import instead
 _PIECE = r'(?:\s*"((?:[^"]|"")*)"\s*(?=,)|([^,]*)),'
 
 
-def class_list(text: str) -> list[int | str]:
+Chosen = int | str | range  # a label, a name, or labels written as 5-9, which may be a name
+
+
+def class_list(text: str) -> list[Chosen]:
     """Labels such as "5-9" or "0,3,5-7", or names such as "cat,dog", as a list.
 
     One that is not written as a label is, such as 01 or 9-5, makes all of them names. A name in double quotes is taken
-    as it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice.
+    as it stands, commas and all: '"salt, rock",pepper'; a double quote in it is written twice. Labels such as 5-9 are
+    a range: only the set can tell whether its classes are called so.
     """
     parts = pieces(text.rstrip().removesuffix(","))
     ends = [None if quoted else _label_range(plain) for quoted, plain in parts]
     ranges = [each for each in ends if each is not None]
     if len(ranges) < len(ends):
         return [quoted or plain for quoted, plain in parts]
-    return [label for first, last in ranges for label in range(first, last + 1)]
+    return [first if first == last else range(first, last + 1) for first, last in ranges]
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
@@ -55,17 +58,8 @@ def warn_of_twins(names: Iterable[str]) -> None:
             )
 
 
-def distinct(names: Iterable[str]) -> tuple[str, ...]:
-    """The names, a repeated one with a number: classes are told apart by their names alone."""
-    found: dict[str, None] = {}
-    for name in names:
-        called = (name if i == 1 else f"{name} ({i})" for i in itertools.count(1))
-        found[next(each for each in called if each not in found)] = None
-    return tuple(found)
-
-
-def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]:
-    """The labels of the classes asked for, by their names or labels. Numbers are names where all of them are.
+def labels_of(classes: Sequence[Chosen], names: tuple[str, ...]) -> list[int]:
+    """The labels of the classes asked for, by their names or labels. Numbers and ranges are names where all are.
 
     Texts that are no names may be pieces of a name with commas, such as "salt, rock", which a list was cut at.
 
@@ -78,9 +72,11 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
     """
     if isinstance(classes, str) or any(isinstance(chosen, Real) and not _is_whole(chosen) for chosen in classes):
         raise ValueError(f"classes must be a list of names or of whole numbers, got {classes!r}")
-    if all(str(chosen) in names for chosen in classes):  # folders may be called 1, 2, 3
-        classes = [str(chosen) for chosen in classes]
+    written = [_written(chosen) for chosen in classes]
+    if all(chosen in names for chosen in written):  # folders may be called 1, 2, 3, or 0-2, 4-6
+        classes = written
     else:
+        classes = _without_ranges(classes, names)
         texts = [chosen for chosen in classes if isinstance(chosen, str)]
         classes = _with_commas(texts, names) if len(texts) == len(classes) else classes
     for chosen in classes:
@@ -103,6 +99,30 @@ def labels_of(classes: Sequence[int | str], names: tuple[str, ...]) -> list[int]
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"classes must be different and at least one, got {list(classes)}")
     return labels
+
+
+def _written(chosen: Chosen) -> str:
+    return f"{chosen[0]}-{chosen[-1]}" if isinstance(chosen, range) else str(chosen)
+
+
+def _without_ranges(classes: Sequence[Chosen], names: tuple[str, ...]) -> list[int | str]:
+    """The classes, with the labels of each range in its place.
+
+    Raises:
+        ValueError: a class is called as a range is written.
+    """
+    found: list[int | str] = []
+    for chosen in classes:
+        if not isinstance(chosen, range):
+            found.append(chosen)
+        elif _written(chosen) in names:
+            raise ValueError(
+                f"{_written(chosen)} may be the class called so or the labels {chosen[0]} to {chosen[-1]}: give all "
+                f"classes by their names, this one in double quotes; there are {', '.join(names)}"
+            )
+        else:
+            found += chosen
+    return found
 
 
 def _is_whole(number: Real) -> bool:

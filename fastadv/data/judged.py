@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastadv.data.classes import labels_of, selected
+from fastadv.data.classes import Chosen, labels_of, selected
 from fastadv.data.decoding import decode_all
 from fastadv.data.loading import as_pictures, find
 from fastadv.data.parquet import Columns
@@ -60,7 +60,7 @@ def held_out(
     trained_on: Sequence[TrainedOn] = (),
     part: str | None = None,
     split: Split | None = None,
-    classes: Sequence[int | str] | None = None,
+    classes: Sequence[Chosen] | None = None,
     limit: int | None = None,
     codes: bool = True,
     folder: str | Path | None = None,

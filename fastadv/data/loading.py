@@ -10,14 +10,15 @@ from fastadv._warnings import warn
 from fastadv.data import parquet
 from fastadv.data.arrays import digits, npz
 from fastadv.data.cifar10 import cifar10
-from fastadv.data.classes import labels_of, selected, warn_of_twins
+from fastadv.data.classes import Chosen, labels_of, selected, warn_of_twins
 from fastadv.data.dataset import Data
 from fastadv.data.decoding import decode_all
 from fastadv.data.folders import folders
-from fastadv.data.pictures import Picture
+from fastadv.data.pictures import Picture, extensions
 from fastadv.data.share import Share, dealt
 from fastadv.data.source import AnyPart, DataSource, DigestedPart, Part, digest
 from fastadv.data.splits import TEST_SHARE, Split, with_splits
+from fastadv.data.walking import files_below
 from fastadv.names import instead
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
@@ -27,7 +28,7 @@ def load(
     name_or_path: str | Path,
     *,
     preprocessing: Preprocessing | None = None,
-    classes: Sequence[int | str] | None = None,
+    classes: Sequence[Chosen] | None = None,
     validation: float = 0.1,
     test: float = TEST_SHARE,
     folder: str | Path | None = None,
@@ -47,7 +48,8 @@ def load(
     Equal pictures under two labels, or in two parts that the set brings, are warned of.
 
     Args:
-        name_or_path: "digits" is scikit-learn's (1,797 grey 8x8 images, float32, without a test part). "cifar10" is
+        name_or_path: "digits" is scikit-learn's (1,797 grey 8x8 images, float32, without a test part), "./digits" a
+            folder. "cifar10" is
             read from `folder`: parquet files, or the archive cifar-10-binary.tar.gz or cifar-10-python.tar.gz,
             extracted or not. An .npz file holds x_train, y_train, x_test, y_test and, if it likes, x_val, y_val:
             images (N, C, H, W), uint8 or floats in [0, 1]; integer labels (N,). A parquet file, or a folder with
@@ -98,7 +100,7 @@ def load(
 
 
 def _chosen(
-    source: DataSource, classes: Sequence[int | str] | None, split: Split
+    source: DataSource, classes: Sequence[Chosen] | None, split: Split
 ) -> tuple[Collection[str], tuple[str, ...], dict[str, DigestedPart], tuple[str, ...]]:
     """(the parts that the set brings, the names of the classes, the parts of these, notes), nothing decoded yet."""
     names = source.classes
@@ -148,19 +150,22 @@ def _found(
     name_or_path: str | Path, folder: str | Path | None, columns: parquet.Columns, codes: bool, judge: str | None
 ) -> DataSource:
     path = Path(name_or_path)
-    named = {"digits": lambda: digits(codes), "cifar10": lambda: cifar10(folder)}
-    files = {} if str(name_or_path) in named or not path.is_dir() else parquet.find(path, training=judge is None)
+    sets = {"digits": lambda: digits(codes), "cifar10": lambda: cifar10(folder)}
+    named = sets.get(name_or_path) if isinstance(name_or_path, str) else None
+    if name_or_path == "digits":
+        check_one_digits(Path())
+    files = {} if named or not path.is_dir() else parquet.find(path, training=judge is None)
     if path.suffix == ".parquet" and path.is_file():
         files = {"train": [path]}
-    if folder is not None and str(name_or_path) != "cifar10":
+    if folder is not None and name_or_path != "cifar10":
         raise ValueError(
             f"folder is where cifar10 is, and the data are {str(name_or_path)!r}: leave folder out, and give the path "
             "of the data themselves"
         )
     if columns != parquet.Columns() and not files:
         raise ValueError(f"image_column and label_column are for parquet files, and {str(name_or_path)!r} has none")
-    if str(name_or_path) in named:
-        return named[str(name_or_path)]()
+    if named:
+        return named()
     if files:
         return parquet.read(files, columns, judge=judge)
     if path.is_dir():
@@ -168,9 +173,24 @@ def _found(
     if not path.is_file():
         raise FileNotFoundError(
             f"no data set or file called {str(path)!r}: give the path of an .npz file, a parquet file, or a folder of "
-            f"parquet files or pictures, or a name{instead(path, named)}"
+            f"parquet files or pictures, or a name{instead(path, sets)}"
         )
     return npz(path, judge)
+
+
+def check_one_digits(folder: Path) -> None:
+    """Refuse the name digits, scikit-learn's, where a folder has a set that is called so, too.
+
+    Raises:
+        ValueError: there are pictures, or parquet files, below `folder`/digits.
+    """
+    theirs = folder / "digits"
+    endings = extensions() | {".parquet"} if theirs.is_dir() else ()
+    if endings and any(path.suffix.lower() in endings for path in files_below(theirs)):
+        raise ValueError(
+            f"digits is the name of scikit-learn's, and {theirs.absolute()} has pictures, too: write ./digits for "
+            "these, or rename the folder"
+        )
 
 
 def _check_present(parts: Mapping[str, Part], names: Sequence[str]) -> None:

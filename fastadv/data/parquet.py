@@ -12,10 +12,10 @@ import torch
 
 from fastadv._extras import require
 from fastadv._warnings import warn
-from fastadv.data.classes import distinct
 from fastadv.data.pictures import Picture
 from fastadv.data.source import DataSource, Part, concatenated, judging
 from fastadv.data.walking import is_counted
+from fastadv.names import distinct
 
 if TYPE_CHECKING:
     from pyarrow import DataType, Schema

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from fastadv.preprocessing import Preprocessing
 
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF data
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # in a TIFF
 _RUN = "EPS"  # the one format of Pillow's that is a program, run by Ghostscript
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_FEW_BITS = {"L;2": 255 // 3, "L;4": 255 // 15}  # grey of 2 and of 4 bits
 _TWELVE_BITS = 1 << 12
 
 
@@ -126,15 +128,18 @@ def decode(content: bytes, name: str, enough: tuple[int, int] | None = None) -> 
     image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
         with image_module.open(io.BytesIO(content), formats=_formats()) as picture:
-            box: Box = (0, 0, *picture.size)
+            box: Box | None = None
             if enough is not None:
                 orientation = picture.getexif().get(_ORIENTATION)
                 reduced = picture.draft(None, enough if orientation in _ON_ITS_SIDE else enough[::-1])
                 if reduced is not None:  # it is a JPEG
                     box = _upright(reduced[1], picture.size, orientation)
-            deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
+            raw = [str(tile[3]) for tile in getattr(picture, "tile", ())]
+            if (few := _FEW_BITS.keys() & raw) and "transparency" in picture.info:
+                picture.info["transparency"] *= _FEW_BITS[few.pop()]  # Pillow scales the pixels alone
+            deep = any(";16" in mode for mode in raw)
             ops.exif_transpose(picture, in_place=True)
-            return _rgb(picture, deep), box
+            return _rgb(picture, deep), box or (0, 0, *picture.size)
     except image_module.DecompressionBombError as error:
         raise CorruptPictureError(f"{name} has too many pixels to be opened safely: make it smaller") from error
     except image_module.UnidentifiedImageError as error:
@@ -167,7 +172,7 @@ def _rgb(picture: "Image", deep: bool) -> "Image":
         return _eight_bits(picture).convert("RGB")
     if picture.mode == "F":
         raise ValueError("its pixels are floats of unknown range; save it with 8 bits")
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+    if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = require("PIL.Image").new("RGBA", picture.size, "white")
         picture = require("PIL.Image").alpha_composite(white, picture)
@@ -176,6 +181,8 @@ def _rgb(picture: "Image", deep: bool) -> "Image":
 
 def _eight_bits(picture: "Image") -> "Image":
     grey = np.asarray(picture).astype(np.int64)
+    if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits alone
+        grey = 65535 - grey
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("its grey values do not fit in 16 bits; save it with 8 bits")
     _check_bright(int(grey.max()))

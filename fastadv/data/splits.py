@@ -143,9 +143,10 @@ def _owners(
                 "parts need one each: add images, leave the class out, or give parts of your own (validation=0 makes "
                 "no validation part)"
             )
-    large = {label: mine for label, mine in classes.items() if len(mine) >= needed}
     # The test part first, whatever the validation share: evaluation has the same without one.
-    moved = _fill(owner, places, large, 0) if test else set()
+    several = {label: mine for label, mine in classes.items() if len(mine) > 1}
+    moved = _fill(owner, places, several, 0) if test else set()
+    large = {label: mine for label, mine in classes.items() if len(mine) >= needed}
     moved |= _fill(owner, places, large, 1) if validation else set()
     for label in large.keys() & set(wanted):
         if len(np.unique(owner[large[label]])) < needed:
@@ -173,12 +174,13 @@ def _fill(owner: np.ndarray, places: np.ndarray, classes: dict[int, np.ndarray],
     """
     changed = set()
     for label, mine in classes.items():
-        mine = mine[np.lexsort((places[mine], owner[mine]))]
-        first, last = np.searchsorted(owner[mine], (part, part + 1))
+        mine = mine[owner[mine] >= part]  # what the parts before it have they keep
+        mine = mine[np.lexsort((places[mine], owner[mine] > part))]
+        last = (owner[mine] == part).sum()
         left = 2 if part == 0 and len(mine) > 2 else 1  # of a test part, for validation too
-        new = min(max(last, first + 1), len(mine) - left)
-        if first < new != last:
-            owner[mine[first:new]] = part
+        new = min(max(last, 1), len(mine) - left)
+        if 0 < new != last:
+            owner[mine[:new]] = part
             owner[mine[new:last]] = owner[mine[last]] if last < len(mine) else len(_NAMES) - 1
             changed.add(label)
     return changed

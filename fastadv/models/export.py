@@ -35,9 +35,10 @@ def export(model: Model, path: str | Path) -> None:
       program normalises the images itself, is in eval mode, and cannot be trained. The names of the classes are in its
       extra file "classes.json". Adapters and prompts can be exported only so: a plain network could not load them.
     - none, or another, for a network of transformers: a folder for from_pretrained, with the weights,
-      preprocessor_config.json and config.json, which has the names of the classes. Where the preprocessing crops, the
-      image processor differs from it in two things: it also resizes a picture that has the model's size already, and
-      its crop may lie a pixel beside.
+      preprocessor_config.json and config.json, which has the names of the classes. It
+      differs from the preprocessing in pictures of 16 bits and transparent ones, of which it makes white and black or
+      whatever lies below; and, where the preprocessing crops, in two things: it also resizes a picture that has the
+      model's size already, and its crop may lie a pixel beside.
     - .safetensors, .pt or .pth, for any other network: its state dict, under the network's own names.
 
     The networks in the last two formats take normalised images: (pixels - mean) / std with the mean and std of the

@@ -24,7 +24,7 @@ from fastadv.models.foreign import check_timm, check_transformers
 from fastadv.models.model import Model, check_trust, construct, function_at, logits_of_noise, options_of_timm
 from fastadv.models.networks import OWN
 from fastadv.models.structure import new_head, warn_of_order
-from fastadv.names import instead
+from fastadv.names import distinct, instead
 from fastadv.preprocessing import Preprocessing
 
 _OURS = (*OWN, "robust-resnet", "efficientnet-lite0")
@@ -330,6 +330,9 @@ def _hf(name: str, base: str) -> ModelSource:
         config = transformers.PretrainedConfig.get_config_dict(base)[0]
     labels = _labels(config.get("id2label"))
     classes = tuple(name for name in labels if name is not None)
+    if repeated := sorted(set(classes) - set((config.get("id2label") or {}).values())):
+        some = ", ".join(repeated[:3]) + ", ..." * (len(repeated) > 3)
+        warn(f"{base} has several classes of one name, which numbers tell apart: {some}")
     preprocessing = _hf_preprocessing(processor.to_dict())
     _warn_of_processor(base, processor, preprocessing)
 
@@ -343,6 +346,11 @@ def _hf(name: str, base: str) -> ModelSource:
         if own != wanted:
             warn_of_order(base, own, wanted)
             new_head(network, len(wanted))
+        elif network.config.problem_type == "multi_label_classification":
+            warn(
+                f"{base} was trained for several classes an image, and fastadv takes the classes of an image for one: "
+                "its probabilities sum to 1, and the best class alone is the prediction"
+            )
         architecture = {"kind": "hf", "config": json.loads(network.config.to_json_string(use_diff=False))}
         return Model(network, preprocessing, architecture, wanted, pretrained=True)
 
@@ -350,8 +358,9 @@ def _hf(name: str, base: str) -> ModelSource:
 
 
 def _labels(id2label: dict[int | str, str] | None) -> tuple[str | None, ...]:
-    """The name of each logit, whatever the order of the entries is: other tools sort them as strings."""
+    """The name of each logit, a repeated one with a number, whatever the order of the entries: some tools sort them."""
     names = {int(key): name for key, name in (id2label or {}).items()}
+    names = dict(zip(sorted(names), distinct(names[key] for key in sorted(names)), strict=True))
     return tuple(names.get(i) for i in range(len(names)))
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from fastadv._renamed import by_new_names
 from fastadv.attacks import ENSEMBLES, PRESETS
 from fastadv.attacks.ensembles import VERSIONS
+from fastadv.data.classes import class_list
 from fastadv.data.splits import Split
 from fastadv.names import instead
 from fastadv.training import Settings, Trainer
@@ -325,9 +326,10 @@ def _classes(data: str, given: object) -> str:
 
 
 def _listed(entry: int | str) -> str:
-    """A class as a list in a text has it: in quotes where it would else be cut or stripped."""
+    """A class as a list in a text has it: in quotes where it would else be cut or stripped, or be several labels."""
     text = str(entry)
-    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"') or text != text.strip() else text
+    as_it_is = not set(text) & set(',"') and text == text.strip() and not isinstance(class_list(text)[0], range)
+    return text if as_it_is else '"' + text.replace('"', '""') + '"'
 
 
 def name_of(path: Path) -> str:

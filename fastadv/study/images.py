@@ -12,6 +12,7 @@ import torch
 from fastadv import data, models
 from fastadv._warnings import warn
 from fastadv.data.classes import class_list
+from fastadv.data.loading import check_one_digits
 from fastadv.data.share import Samples
 from fastadv.data.trained import TrainedOn
 from fastadv.preprocessing import Preprocessing
@@ -91,11 +92,8 @@ def preprocessing_of(given: DataSet, model: str) -> Preprocessing | None:
 @lru_cache(maxsize=8)
 def _loaded(given: DataSet, limits: Images, model: str, data_folder: Path | None) -> Parts:
     named = given.path in NAMED
-    if given.path == "digits" and data_folder is not None and (data_folder / "digits").exists():
-        raise ValueError(
-            f"digits is the name of scikit-learn's, and {data_folder} has something called so, too: write ./digits for "
-            "that, or rename it"
-        )
+    if given.path == "digits" and data_folder is not None:
+        check_one_digits(data_folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset = data.load(

@@ -17,6 +17,7 @@ from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import AnyModel
 from fastadv.ops.generator import seeded
 from fastadv.team import Team
+from fastadv.training.budget import span
 from fastadv.training.convolutions import check_convolutions
 from fastadv.training.factors import HALVES
 from fastadv.training.fast import FAST, fast_method, is_fast
@@ -43,9 +44,9 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
 
     Raises:
         TypeError: images are neither floats nor uint8.
-        ValueError: no training images, or all of one class; images that the model does not take; a precision, a warm-up
-            or a batch that the run cannot have; an `eval_attack` that has nothing to do; a model or several processes
-            that the attack refuses.
+        ValueError: no training images, or all of one class; images that the model does not take; a precision, a
+            warm-up, a schedule of eps or a batch that the run cannot have; an `eval_attack` that has nothing to do; a
+            model or several processes that the attack refuses.
     """
     settings, attack = trainer.settings, trainer.attack
     labels = parts.train[1]
@@ -82,6 +83,12 @@ def check_run(trainer: "Trainer", parts: Parts, steps: int, team: Team, *, devic
                 f"a warmup of {settings.warmup} steps is longer than the {stage.epochs * steps} steps of the "
                 f"{stage.epochs} epochs of {stage.method}: the learning rate would never reach its peak"
             )
+    grows, updates = span(settings.eps_schedule), steps * sum(stage.epochs for stage in settings.stages)
+    if grows is not None and (updates - 1) / updates <= grows[0]:
+        raise ValueError(
+            f"eps_schedule={settings.eps_schedule!r} leaves all {updates} updates of this run without a budget, and no "
+            "image would be attacked: let it begin earlier, or train longer"
+        )
     least = team.size * settings.grad_accum_steps
     if len(labels) // steps < least:
         raise ValueError(

@@ -246,6 +246,14 @@ def test_a_file_stays_as_it_is_until_there_is_a_row(weights, tmp_path):
     assert out.read_text() == "picture\nmine\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_named_by_the_file(weights, tmp_path):
+    Image.new("RGB", (12, 10)).save(tmp_path / "a.png")
+    (tmp_path / "table.csv").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match=r"No space left on device: '.*/table\.csv'"):
+        cli.main(["predict", str(tmp_path / "a.png"), "--model", str(weights), "--out", str(tmp_path / "table.csv")])
+
+
 def test_a_missing_folder_is_made_for_the_table(weights, tmp_path):
     photos(tmp_path / "new", ["a.png"])
     rows, _ = classified(weights, tmp_path / "some" / "where" / "p.csv", tmp_path / "new")

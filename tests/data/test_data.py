@@ -14,6 +14,7 @@ import time
 import types
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +29,8 @@ from fastadv.data import decoding
 from fastadv.data.cifar10 import CLASSES
 from fastadv.data.classes import class_list, labels_of
 from fastadv.data.pictures import extensions, read
-from fastadv.data.source import digests
-from fastadv.data.splits import Split
+from fastadv.data.source import DataSource, DigestedPart, digests
+from fastadv.data.splits import Split, split_off, with_splits
 from fastadv.preprocessing import Preprocessing
 
 RNG = np.random.default_rng(random.getrandbits(32))
@@ -46,10 +47,15 @@ def png(pixels):
 
 
 def png_of_16_bits(pixels, transparent=b""):
-    """The file of a picture (H, W, 1 to 4) with 16 bits a colour, by the format's specification."""
+    """The file of a picture (H, W, 1 to 4) with 16 bits a colour."""
     height, width, channels = pixels.shape
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
-    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return png_of(width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], lines, transparent)
+
+
+def png_of(width, height, bits, colours, lines, transparent):
+    """The file of a picture by the format's specification."""
+    head = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
     clear = [(b"tRNS", transparent)] if transparent else []
     chunks = ((b"IHDR", head), *clear, (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -76,6 +82,19 @@ def test_digits_are_all_there_in_the_unit_range():
     made, count = len(digits.x_test), len(images)
     said = f"no test part: {made} of the {count} images of its training part ({made / count:.0%}) are the test part"
     assert said in digits.notes[0]
+
+
+def test_a_folder_called_digits_is_not_taken_for_the_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "model.safetensors").touch()  # a run's folder is no set
+    assert len(data.load("digits").classes) == 10
+    photos(tmp_path / "digits", {"a": 5, "b": 6})
+    with pytest.raises(ValueError, match=r"digits is the name of scikit-learn's, .*/digits has pictures, too"):
+        data.load("digits")
+    for path in ("./digits", "digits/", Path("digits")):
+        with pytest.warns(UserWarning, match="left out, no picture of a class"):
+            assert data.load(path).classes == ("a", "b")
 
 
 def test_digits_for_a_model_are_codes_of_its_size():
@@ -209,6 +228,23 @@ def test_parts_are_those_of_the_hash_and_a_class_without_a_picture_has_the_neare
     assert moved > 0
     with pytest.raises(ValueError, match="class 'single' has 1 different training image, and 3 parts need one each"):
         data.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*are there under two labels:UserWarning")
+def test_evaluation_finds_the_test_part_that_training_split_off():
+    """Also where a class that was not chosen has too few pictures for three parts, and shares one with another."""
+    for seed in range(fresh := random.randrange(2**31), fresh + 300):
+        rng = np.random.default_rng(seed)
+        labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 2)
+        contents = torch.from_numpy(rng.integers(0, 12, len(labels)))
+        whole = DigestedPart(torch.arange(len(labels)), labels, contents)
+        split = Split(seed=seed, test=0.2, validation=0.3)
+        try:
+            parts, _ = with_splits(DataSource({"train": whole}, ("a", "b", "c")), split, [0, 1])
+        except ValueError:  # too few different pictures of a class
+            continue
+        test, _ = split_off(whole, split, ("a", "b", "c"), [0, 1])
+        assert test.images.tolist() == parts["test"].images.tolist(), seed
 
 
 def test_a_set_whose_own_parts_share_pictures_is_warned_of(tmp_path):
@@ -470,6 +506,42 @@ def test_pictures_are_turned_upright_and_animations_show_their_first_frame(tmp_p
     assert np.array_equal(read(tmp_path / "a.gif"), np.full((3, 3, 3), [255, 0, 0]))
 
 
+def tiff_of_16_bits(pixels, photometric):
+    """The file of a grey picture (H, W), whose 0 is white (photometric 0) or black (1), by the specification."""
+    height, width = pixels.shape
+    entries = [(256, width), (257, height), (258, 16), (259, 1), (262, photometric), (273, 200), (277, 1)]
+    entries += [(278, height), (279, 2 * height * width)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    head += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries) + struct.pack("<I", 0)
+    return head.ljust(200, b"\0") + pixels.astype("<u2").tobytes()
+
+
+def test_a_tiff_of_16_bits_whose_zero_is_white_is_no_negative(tmp_path):
+    pixels = RNG.integers(0, 65536, (6, 5), dtype=np.uint16)
+    for photometric, expected in ((1, pixels / 257), (0, 255 - pixels / 257)):
+        (tmp_path / "a.tif").write_bytes(tiff_of_16_bits(pixels, photometric))
+        assert np.abs(np.asarray(read(tmp_path / "a.tif"))[..., 0] - expected).max() <= 0.5
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_grey_that_is_transparent_becomes_white_whatever_the_bits(tmp_path, bits):
+    most = 2**bits - 1
+    pixels = RNG.integers(0, most + 1, (6, 9))
+    digits = (pixels[..., None] >> np.arange(bits)[::-1]) & 1
+    lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in digits.reshape(6, -1))
+    for clear in {0, 1, most}:
+        (tmp_path / "a.png").write_bytes(png_of(9, 6, bits, 0, lines, struct.pack(">H", clear)))
+        expected = np.where(pixels == clear, 255, pixels * (255 // most))
+        assert np.array_equal(np.asarray(read(tmp_path / "a.png"))[..., 0], expected)
+
+
+def test_a_palette_s_transparent_colour_becomes_white(tmp_path):
+    colours = bytes([10, 20, 30, 0, 60, 50, 40, 255])  # blue, green, red, alpha
+    head = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 2, 1, 8, 0x20)
+    (tmp_path / "a.tga").write_bytes(head + colours + bytes([0, 1]))
+    assert np.asarray(read(tmp_path / "a.tga")).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
 def test_damaged_pictures_are_refused_by_name(tmp_path, monkeypatch):
     whole = png(noise(40, 40))
     for content in (whole[: len(whole) // 2], whole[:20], b"", b"text", b"\xff\xd8\xff\xe0 half a head"):
@@ -695,8 +767,8 @@ def test_classes_asked_for_on_the_command_line_are_those_or_refused(tmp_path, na
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("5-9", [5, 6, 7, 8, 9]),
-        ("0,3, 5-7", [0, 3, 5, 6, 7]),
+        ("5-9", [range(5, 10)]),
+        ("0,3, 5-7", [0, 3, range(5, 8)]),
         ("10", [10]),
         ("cat, dog", ["cat", "dog"]),
         ("01,02", ["01", "02"]),
@@ -711,6 +783,20 @@ def test_classes_asked_for_on_the_command_line_are_those_or_refused(tmp_path, na
 )
 def test_what_is_not_written_as_a_label_is_a_name(text, expected):
     assert class_list(text) == expected
+
+
+def test_classes_that_are_called_as_labels_are_written_are_these_or_refused(tmp_path):
+    names = ("0-2", "15-20", "4-6", "60-100", "8-13")
+    photos(tmp_path, dict.fromkeys(names, 5))
+    for chosen in (names[:2], names[::-1], ("60-100",)):
+        assert data.load(tmp_path, classes=class_list(",".join(chosen))).classes == chosen
+    assert data.load(tmp_path, classes=class_list("1-3")).classes == names[1:4]
+    assert data.load(tmp_path, classes=class_list("1-2,4")).classes == (*names[1:3], names[4])
+    assert data.load(tmp_path, classes=class_list('"0-2","4-6"')).classes == ("0-2", "4-6")
+    with pytest.raises(ValueError, match=r"0-2 may be the class called so or the labels 0 to 2: .* in double quotes"):
+        data.load(tmp_path, classes=class_list("0-2,3"))
+    with pytest.raises(ValueError, match="no class '1-3'"):
+        data.load(tmp_path, classes=class_list('"1-3"'))
 
 
 @pytest.mark.parametrize(

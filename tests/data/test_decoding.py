@@ -73,6 +73,17 @@ def test_a_picture_that_is_to_be_turned_is_measured_upright(orientation):
         assert difference.max() <= 3
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_a_picture_of_any_kind_is_turned_before_it_is_resized(kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    picture = encoded(photo(120, 75), kind, exif=exif, **options)
+    preprocessing = Preprocessing((30, 40), interpolation="bicubic")
+    assert np.array_equal(picture.prepared(preprocessing), whole(picture, preprocessing))
+
+
 @pytest.mark.parametrize(
     ("kind", "picture", "options"),
     [

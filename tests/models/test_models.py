@@ -220,6 +220,25 @@ def test_timms_pretrained_weights_get_a_new_head(monkeypatch):
     assert model.network.num_classes == 3
 
 
+def test_classes_of_one_name_in_a_model_of_transformers_are_told_apart(hf_folder, offline):
+    config = json.loads((hf_folder / "config.json").read_text())
+    config["id2label"] = {"0": "crane", "1": "dog", "2": "crane"}
+    (hf_folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"several classes of one name, which numbers tell apart: crane \(2\)$"):
+        source = models.source(f"hf:{hf_folder}")
+    assert source.classes == ("crane", "dog", "crane (2)")
+    original = transformers.ViTForImageClassification.from_pretrained(hf_folder)
+    same_outputs(source.build(source.classes).network, original)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_model_of_several_labels_is_told_where_its_head_is_kept(hf_folder, offline, kept, recwarn):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    models.source(f"hf:{hf_folder}").build(("cat", "dog", "eel") if kept else ("a", "b"))
+    assert any("was trained for several classes an image" in str(each.message) for each in recwarn) == kept
+
+
 def test_a_folder_of_transformers(hf_folder, offline):
     original = transformers.ViTForImageClassification.from_pretrained(hf_folder)
     source = models.source(f"hf:{hf_folder}")

@@ -345,5 +345,6 @@ def test_a_study_is_not_written_into_its_pictures(tmp_path):
 
 def test_a_data_set_called_digits_is_not_taken_for_scikit_learn_s(tmp_path):
     (tmp_path / "digits").mkdir()
-    with pytest.raises(SystemExit, match=r"digits is the name of scikit-learn's, and .* has something called so"):
+    (tmp_path / "digits" / "a.png").touch()
+    with pytest.raises(SystemExit, match=r"digits is the name of scikit-learn's, and .*/digits has pictures, too"):
         study(tmp_path, "-q", grid=ONE.replace("colours.npz", "digits"))

@@ -165,8 +165,8 @@ def test_numbers_are_those_of_yaml_1_2_and_zero_padded_ones_are_names(tmp_path):
     assert class_list(task.data.classes) == ["00000", "00010", "0008", "7"]
 
 
-def test_an_entry_of_a_list_of_classes_is_one_class():
-    names = ["salt, rock", 'a "b"', "pepper", " c"]
+@pytest.mark.parametrize("names", [["salt, rock", 'a "b"', "pepper", " c"], ["0-2", "4-6"]])
+def test_an_entry_of_a_list_of_classes_is_one_class(names):
     (task, *_) = expanded({"data": {"name": "a", "classes": names}, "model": "mlp", "methods": "full"})
     assert class_list(task.data.classes) == names
 

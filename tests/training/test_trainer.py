@@ -909,6 +909,8 @@ def test_a_run_within_the_callers_autocast_has_the_same_bits(precision, attack):
         ({"parts": (TRAIN, VAL, (to_float(TEST[0]).double(), TEST[1]))}, "does not take images .* of torch.float64"),
         ({"parts": ((to_float(TRAIN[0]).double(), TRAIN[1]),)}, "does not take images .* of torch.float64"),
         ({"parts": (TRAIN,), "eval_attack": lambda x, y: x}, "eval_attack is for the evaluations on val and test"),
+        ({"eps_schedule": "linear", "epochs": 1, "batch_size": 50}, "leaves all 1 updates .* without a budget"),
+        ({"eps_schedule": "hinge:0.91,1", "epochs": 2}, "hinge:0.91,1' leaves all 10 updates"),
         ({"attack": None, "clean_weight": 0.5}, "clean_weight=0.5 is the share of clean images beside attacked ones"),
         ({"resume": True}, "resume=True goes on from the state in folder: give both"),
         ({"folder": __file__}, "is a file: name a folder"),
