@@ -72,14 +72,11 @@ def labels_of(classes: Sequence[Chosen], names: tuple[str, ...]) -> list[int]:
     """
     if isinstance(classes, str) or any(isinstance(chosen, Real) and not _is_whole(chosen) for chosen in classes):
         raise ValueError(f"classes must be a list of names or of whole numbers, got {classes!r}")
-    written = [_written(chosen) for chosen in classes]
-    if all(chosen in names for chosen in written):  # folders may be called 1, 2, 3, or 0-2, 4-6
-        classes = written
-    else:
-        classes = _without_ranges(classes, names)
-        texts = [chosen for chosen in classes if isinstance(chosen, str)]
-        classes = _with_commas(texts, names) if len(texts) == len(classes) else classes
-    for chosen in classes:
+    meant = _by_names(classes, names)
+    if not meant:
+        meant = _without_ranges(classes, names)
+        meant = _by_names(meant, names) or _with_commas(meant, names)
+    for chosen in meant:
         if isinstance(chosen, str) and chosen not in names:
             hint = ' (names with commas in double quotes: "salt, rock",pepper)' if "," in "".join(names) else ""
             raise ValueError(f"there is no class {chosen!r}{instead(chosen, names)}{hint}")
@@ -95,10 +92,16 @@ def labels_of(classes: Sequence[Chosen], names: tuple[str, ...]) -> list[int]:
                 f"class {chosen} may be the one called {called[0]} or {label}: give all classes by their names, "
                 f"{', '.join(names)}"
             )
-    labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in classes]
+    labels = [names.index(chosen) if isinstance(chosen, str) else int(chosen) for chosen in meant]
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"classes must be different and at least one, got {list(classes)}")
     return labels
+
+
+def _by_names(classes: Sequence[Chosen], names: tuple[str, ...]) -> list[int | str]:
+    """The classes by their names, where all are called as they are written: folders may be called 1, 2 or 0-2, 4-6."""
+    written = [_written(chosen) for chosen in classes]
+    return [*written] if all(each in names for each in written) else []
 
 
 def _written(chosen: Chosen) -> str:
@@ -129,9 +132,11 @@ def _is_whole(number: Real) -> bool:
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
-def _with_commas(classes: Sequence[str], names: tuple[str, ...]) -> list[str]:
+def _with_commas(classes: list[int | str], names: tuple[str, ...]) -> list[int | str]:
     """The classes, neighbours that are pieces of one name as that name: "salt", "rock" as "salt, rock"."""
-    pieces = {tuple(piece.strip() for piece in name.split(",")): name for name in names}
+    pieces: dict[tuple[int | str, ...], str] = {
+        tuple(piece.strip() for piece in name.split(",")): name for name in names
+    }
     found, rest = [], list(classes)
     while rest:
         count = next((n for n in range(len(rest), 0, -1) if tuple(rest[:n]) in pieces), 1)

@@ -747,6 +747,7 @@ def test_a_class_that_is_left_out_needs_no_images(tmp_path):
 def test_numbers_are_names_where_folders_are_called_so(tmp_path):
     photos(tmp_path, {"1": 5, "2": 5, "3": 5})
     assert data.load(tmp_path, classes=[1, 3]).classes == ("1", "3")
+    assert data.load(tmp_path, classes=class_list("2-3")).classes == ("2", "3")
     assert data.load(tmp_path, classes=[0]).classes == ("1",)
     with pytest.raises(ValueError, match="class 1 may be the one called 1 or the label 1, which is the class called 2"):
         data.load(tmp_path, classes=[0, 1])
