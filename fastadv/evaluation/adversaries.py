@@ -1,5 +1,6 @@
 """The attacks of an evaluation: by name, of this package, or of another library."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any, Protocol, TypeGuard
@@ -12,7 +13,7 @@ from fastadv.attacks.checks import BOX, box_of
 from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.samplewise import has_rows
 from fastadv.names import instead
-from fastadv.nn.kinship import is_another, is_part
+from fastadv.nn.kinship import are_equal, bare, is_another, is_part
 from fastadv.nn.logits import AnyModel
 
 EPS = {"Linf": 8 / 255, "L2": 0.5}  # the default of attacks by name, by their norm
@@ -40,7 +41,8 @@ class Adversary:
     Attributes:
         eps: the attack's budget, in its own unit; None where it has none.
         norm: "Linf" or "L2"; None where the attack names neither.
-        ours: the attack, if it is one of this package, on this very model, and can run in the queue's slots; else None.
+        ours: the attack on `model`, if it is one of this package, on this model however wrapped, or on an equal copy,
+            and can run in the queue's slots; else None.
 
     Raises:
         ValueError: an attack of this package has a setting that allows no verdict.
@@ -49,7 +51,7 @@ class Adversary:
     def __init__(self, name: str, attack: Attacker, model: AnyModel):
         self.name, self.attack = name, attack
         self.eps, self.norm = eps_of(attack), norm_of(attack)
-        self.ours = attack if isinstance(attack, Attack) and attack.model is model else None
+        self.ours = _on(model, attack) if isinstance(attack, Attack) else None
         if goes_to_labels(attack) or (self.ours is not None and callable(self.ours.targeted)):
             raise ValueError(
                 f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely', or the default "
@@ -104,6 +106,17 @@ class Adversary:
         shown = {key: _shown(value) for key, value in public.items() if key != "model"}
         kept = {key: value for key, value in shown.items() if value is not None}
         return {"attack": self.name, "type": type(self.attack).__qualname__, **kept}
+
+
+def _on(model: AnyModel, attack: Attack) -> Attack | None:
+    """The attack on `model`, where it was made on it, on a wrapper that changes no output, or on an equal copy."""
+    if attack.model is model:
+        return attack
+    if bare(attack.model) is not bare(model) and not are_equal(attack.model, model):
+        return None
+    mine = copy.copy(attack)
+    mine.model = model
+    return mine
 
 
 def adversaries(

@@ -46,6 +46,11 @@ class Reach:
         vars(self).update(vars(seen))
         return finite
 
+    @property
+    def looked(self) -> bool:
+        """Whether there was a batch."""
+        return self.ulp > 0
+
     @classmethod
     def read(cls, far: torch.Tensor, dtype: torch.dtype) -> "Reach":
         """The reach of batches of images of `dtype`, from what `measured` found; this waits for the device."""

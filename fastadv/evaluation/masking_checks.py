@@ -136,6 +136,11 @@ def notes_on_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
             f"{reach.nonfinite} of the images that {adversary.title} returned are not finite: they get no prediction "
             "and are counted as wrong"
         )
+    if reach.looked and not reach.nonfinite and reach.linf == 0 and adversary.eps != 0:
+        yield (
+            f"nothing was attacked: {adversary.title} returned every image as it was, and its robust accuracy says "
+            "nothing of robustness"
+        )
     if reach.leaves_box():
         yield (
             f"the images that {adversary.title} returned go from {reach.low:.6g} to {reach.high:.6g}, beyond [0, 1]: "
@@ -152,11 +157,20 @@ def notes_on_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
 def notes_on_models(against: Iterable[Adversary], model: AnyModel) -> Iterator[str]:
     """Notes on attacks that were made on another model than the one that is judged; an equal copy is none."""
     found: dict[str, list[str]] = {}
+    unknown = []
     for adversary in against:
         attacked = model_of(adversary.attack)
         what = strange(adversary.attack, model)
         if what is not None and attacked is not None and not are_equal(attacked, model):
             found.setdefault(what, []).append(adversary.title)
+        elif isinstance(adversary.attack, Attack) and adversary.ours is None:
+            unknown.append(adversary.title)
+    if unknown:
+        yield (
+            f"{', '.join(unknown)} was made on another object than the model that is judged, and nothing tells that "
+            "both compute the same: its last images alone are judged, and masked gradients are not looked for. Make "
+            "the attack on the model that is judged"
+        )
     for what, titles in found.items():
         yield (
             f"{', '.join(titles)} attacked {what}, not the model that is judged: the images were transferred, and the "

@@ -17,6 +17,8 @@ def bare(model: AnyModel) -> AnyModel:
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
+        elif type(model) is nn.Sequential and len(model) == 1:
+            model = model[0]
         elif hasattr(model, "_orig_mod"):  # under torch.compile
             model = model._orig_mod
         else:
@@ -24,9 +26,15 @@ def bare(model: AnyModel) -> AnyModel:
 
 
 def is_another(model: AnyModel, other: AnyModel) -> bool:
-    """Whether both are modules with weights, and have none of them in common."""
+    """Whether both are modules with weights, and have none of them in common, or each has some of its own.
+
+    Two heads on one backbone make two models. Buffers alone make none: two wrappers may each hold the same mean.
+    """
     here, there = ({id(tensor) for tensor in _tensors(bare(each)).values()} for each in (model, other))
-    return bool(here and there) and not here & there
+    if not (here and there):
+        return False
+    mine, theirs = ({id(p) for p in as_module(bare(each)).parameters()} for each in (model, other))
+    return not here & there or (not mine <= theirs and not theirs <= mine)
 
 
 def is_part(model: AnyModel, other: AnyModel) -> bool:

@@ -64,7 +64,7 @@ class TrainStep:
 
     # Without a dict of its own: a name that is no attribute, such as `lr`, is refused when it is assigned.
     __slots__ = (
-        *("model", "attack", "method", "optimizer", "through", "clean_weight", "label_smoothing", "max_grad_norm"),
+        *("_model", "attack", "method", "optimizer", "through", "clean_weight", "label_smoothing", "max_grad_norm"),
         *("autocast", "highest", "_losses", "_looked", "_merged", "_mode_dependent", "_norm", "__weakref__"),
     )
 
@@ -94,7 +94,7 @@ class TrainStep:
         check_whole("highest", highest, least=0)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS computes the loss again within its step, which no attack follows: take another")
-        self.model, self.optimizer = model, optimizer
+        self._model, self.optimizer = model, optimizer
         self.through: Callable[[torch.Tensor], object] = model if through is None else through
         self.clean_weight = checked("clean_weight", clean_weight, float, least=0, most=1)
         self.label_smoothing = checked("label_smoothing", label_smoothing, float, least=0, most=1)
@@ -110,6 +110,11 @@ class TrainStep:
         self._norm: torch.Tensor | None = None
         self.forget()  # what is left over, such as of a step that trained other parameters
         self._warn_of_others()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained. Another one needs a step of its own, with its own optimizer."""
+        return self._model
 
     @property
     def repeats(self) -> int:
@@ -147,7 +152,8 @@ class TrainStep:
 
         Raises:
             RuntimeError: the attack follows the update's gradient, and the model gives none to its input; or a
-                `FastMethod` was not begun.
+                `FastMethod` was not begun; or accelerate accumulates gradients (accelerator.accumulate), which the step
+                does itself.
             TypeError: labels are not int64 (N,), or images neither floats nor uint8.
             ValueError: no images, or not as many as labels; images beyond [0, 1] or labels below 0, in the first batch;
                 a label that the model has no class for.
@@ -195,6 +201,13 @@ class TrainStep:
 
     def _check_batch(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Refuse what is no batch. Values are looked at in the first one alone, because that waits for the device."""
+        accelerate = getattr(self.optimizer, "gradient_state", None)
+        if accelerate is not None and not accelerate.sync_gradients:
+            raise RuntimeError(
+                "accelerator.accumulate would drop the updates between, and each part would count as a whole batch: "
+                "leave it out, call gradients(..., scale=1 / images of the whole batch, more=True) for the parts (the "
+                "last one without more), and then apply()"
+            )
         check_one_class(labels)
         check_images(images)
         check_labels(labels, images)

@@ -703,7 +703,8 @@ def test_a_warning_names_each_budget_in_its_own_unit(net, samples):
 def test_an_attack_on_another_model_is_a_transfer(net, samples):
     weak = lambda x: net(1 - x)  # noqa: E731
     attack = PGD(weak, EPS, EPS, 1, random_start=False)
-    result = evaluate(net, samples, attack, batch_size=BATCH)["attacks"][0]  # a single attack needs no list
+    with pytest.warns(UserWarning, match="made on another object than the model"):
+        result = evaluate(net, samples, attack, batch_size=BATCH)["attacks"][0]  # a single attack needs no list
     right = net(samples[0]).argmax(1) == samples[1]
     fooled = right & (net(attack(*samples)).argmax(1) != samples[1])
     assert result["fooled"] == fooled.tolist()
@@ -828,6 +829,15 @@ class Normalising:
         return FGSM(Normalized(self.model, 0.4, 0.5), EPS)(images, labels)
 
 
+def with_another_head(net):
+    """A network with the layers of `net`, but a last one of its own."""
+    other = copy.copy(net)
+    other._modules = net._modules | {"second": copy.deepcopy(net.second)}
+    with torch.no_grad():
+        other.second.weight.neg_()
+    return other
+
+
 MADE_ON = {
     "another model": lambda net: (net, PGD(trained_on(net), EPS)),
     "another library's on another model": lambda net: (net, torchattacks.FGSM(trained_on(net), EPS)),
@@ -836,6 +846,7 @@ MADE_ON = {
     "AutoAttack's within Normalized": lambda net: (Normalized(net, 0.4, 0.5), Standard(net)),
     "around the model": lambda net: (net, PGD(Normalized(net, 0.4, 0.5), EPS)),
     "in a row": lambda net: (nn.Sequential(nn.Hardtanh(), net), PGD(net, EPS)),
+    "with another head": lambda net: (net, PGD(with_another_head(net), EPS)),
 }
 MADE_RIGHT = {
     "the model": lambda net: (net, PGD(net, EPS)),
@@ -847,13 +858,17 @@ MADE_RIGHT = {
     "in parallel": lambda net: (nn.DataParallel(net), PGD(net, EPS)),
     "averaged": lambda net: (averaged := AveragedModel(net), PGD(averaged.module, EPS)),
     "a wrapper": lambda net: (nn.Sequential(net), PGD(net, EPS)),
-    "traced": lambda net: (net, PGD(torch.jit.trace(net, torch.rand(1, 3, 4, 4)), EPS)),
     "one that normalises by itself": lambda net: (Normalized(net, 0.4, 0.5), Normalising(net)),
+    "no model": lambda net: (net, lambda images, labels: 1 - images),
+}
+MADE_ELSEWHERE = {
+    "traced": lambda net: (net, PGD(torch.jit.trace(net, torch.rand(1, 3, 4, 4)), EPS)),
     "no module": lambda net: (net, PGD(net.logits, EPS)),
-    "no model": lambda net: (net, lambda images, labels: images),
+    "judged within a function": lambda net: (lambda x: net(x), PGD(net, EPS)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:nothing was attacked")
 @pytest.mark.parametrize("made", MADE_ON.values(), ids=MADE_ON)
 def test_an_attack_on_another_model_is_called_transferred(net, samples, made):
     model, attack = made(net)
@@ -869,6 +884,41 @@ def test_an_attack_on_another_model_is_called_transferred(net, samples, made):
 def test_an_attack_on_the_model_in_any_wrapping_is_not(net, samples, made):
     model, attack = made(net)
     assert evaluate(model, samples, [attack], batch_size=BATCH, progress=False)["warnings"] == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", MADE_ELSEWHERE.values(), ids=MADE_ELSEWHERE)
+def test_an_attack_on_what_may_be_the_model_says_that_it_is_judged_by_its_last_images(net, samples, made):
+    model, attack = made(net)
+    with pytest.warns(UserWarning, match="its last images alone are judged, and masked gradients are not looked for"):
+        evaluate(model, samples, [attack], batch_size=BATCH, progress=False)
+
+
+class Masked(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x + 0.03 * torch.sin(700 * x))
+
+
+@pytest.mark.filterwarnings("ignore:gradients look masked", "ignore:robust accuracy rises", "ignore:the last")
+@pytest.mark.parametrize("made", [nn.DataParallel, copy.deepcopy, nn.Sequential])
+def test_an_attack_on_the_model_in_any_wrapping_is_as_strong_as_on_the_model(net, samples, made):
+    """Each of its images is judged, it has further runs, and masked gradients are looked for."""
+    masked = Masked(net)
+    for options in ({}, {"alpha": EPS, "restarts": 2}):
+        attack = PGD(masked, EPS, steps=8, **options) if options else PMA(masked, EPS, steps=8)
+        found = [evaluate(each, samples, attack, batch_size=BATCH, progress=False) for each in (masked, made(masked))]
+        assert found[0]["attacks"][0]["fooled"] == found[1]["attacks"][0]["fooled"]
+        assert found[0]["masking"] == found[1]["masking"]
+
+
+@pytest.mark.parametrize("attacks", [[lambda images, labels: images], ["fgsm", lambda images, labels: images]])
+def test_an_attack_that_changes_nothing_is_told(net, samples, attacks):
+    with pytest.warns(UserWarning, match="nothing was attacked: <lambda> returned every image as it was"):
+        evaluate(net, samples, attacks, batch_size=BATCH, eps=EPS if len(attacks) > 1 else None, progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
@@ -950,7 +1000,7 @@ def test_an_attack_that_writes_into_what_it_gets_is_measured_all_the_same(net, s
 def test_batches_of_another_library_draw_each_their_own(net, samples, draw):
     def run(seed):
         drawn = []
-        attack = Foreign(lambda images, labels: (drawn.append(draw()), images)[1])
+        attack = Foreign(lambda images, labels: (drawn.append(draw()), 1 - images)[1])
         evaluate(net, samples, [attack], batch_size=BATCH, seed=seed)
         return [tuple(each.tolist()) for each in drawn]
 
@@ -967,7 +1017,7 @@ def test_the_generators_are_given_back_as_they_were(net, samples):
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
     before = state()
-    evaluate(net, samples, [Foreign(lambda images, labels: (draw_all(), images)[1])], batch_size=BATCH)
+    evaluate(net, samples, [Foreign(lambda images, labels: (draw_all(), 1 - images)[1])], batch_size=BATCH)
     assert state() == before
 
 
@@ -1340,7 +1390,7 @@ def test_images_that_rounding_put_beyond_the_box_are_put_back(net, samples, exce
     images = samples[0].clone()
     images[0, 0, 0, 0], images[1, 0, 0, 0] = 1 + excess, -excess
     before = images.clone()
-    attack = Foreign(lambda images, labels: images)
+    attack = Foreign(lambda images, labels: 1 - images)
     evaluate(net, (images, samples[1]), [attack], batch_size=64)
     seen = attack.seen[0][0]
     assert (seen.min(), seen.max()) == (0, 1)

@@ -374,6 +374,7 @@ def test_an_evaluation_s_state_is_refused_for_what_is_not_in_its_settings(tmp_pa
         run(0.02)
 
 
+@pytest.mark.filterwarnings("ignore:nothing was attacked")
 def test_an_evaluation_without_a_name_for_it_has_no_state(tmp_path):
     attack = Foreign(lock=threading.Lock())
     batch = torch.rand(8, 3, 2, 2), torch.randint(3, (8,))

@@ -77,7 +77,7 @@ class Batched(nn.Module):
 @pytest.mark.parametrize("count", [8, 12])
 def test_statistics_of_the_batch_are_warned_of(count):
     x, y = torch.rand(count, 3, 4, 4), torch.randint(3, (count,))
-    attack = lambda images, labels: images  # noqa: E731
+    attack = lambda images, labels: 1 - images  # noqa: E731
     with pytest.warns(UserWarning, match="output for an image depends on the others in its batch"):
         evaluate(Batched(), (x, y), [attack], progress=False)
 
@@ -92,7 +92,7 @@ class Placed(nn.Module):
 def test_a_model_that_looks_at_the_place_in_the_batch_is_warned_of():
     x, y = torch.rand(9, 3, 4, 4), torch.randint(3, (9,))
     with pytest.warns(UserWarning, match="output for an image depends on the others in its batch"):
-        evaluate(Placed(), (x, y), [lambda images, labels: images], progress=False)
+        evaluate(Placed(), (x, y), [lambda images, labels: 1 - images], progress=False)
 
 
 def test_labels_in_columns_are_one_for_each_logit():
@@ -100,12 +100,12 @@ def test_labels_in_columns_are_one_for_each_logit():
     model, x = Scaled(), torch.rand(20, 3, 4, 4)
     y = model(x).argmax(1)
 
-    def nothing(images, labels):
-        return images
+    def inverted(images, labels):
+        return 1 - images
 
-    assert evaluate(model, (x, y), [nothing], progress=False)["clean_accuracy"] == 1
+    assert evaluate(model, (x, y), [inverted], progress=False)["clean_accuracy"] == 1
     with pytest.raises(ValueError, match=r"labels \(20, 1\) are several a sample.* the model returns 4"):
-        evaluate(model, (x, y[:, None] % 2), [nothing], progress=False)
+        evaluate(model, (x, y[:, None] % 2), [inverted], progress=False)
     one_hot = torch.eye(4, dtype=torch.int64)[y]
     with pytest.warns(UserWarning, match="every sample has exactly one: if they stand for one class, pass labels"):
         evaluate(model, (x, one_hot), [PGD(model, EPS, EPS, 1, loss="bce")], progress=False)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchattacks
 import transformers
+from accelerate import Accelerator, state
 from dispatched import NoReads
 from families import logits
 from torch import nn
@@ -638,6 +639,44 @@ def test_a_training_attack_on_another_model_is_told(recwarn):
     assert "made on another model, not on the model that trains" in str(recwarn.pop(UserWarning).message)
     TrainStep(Normalized(model, 0.4, 0.2), FGSM(model, EPS), sgd(model))
     assert "made on a part of the model, or one around it" in str(recwarn.pop(UserWarning).message)
+    other = nn.Sequential(*model[:-1], nn.Linear(8, CLASSES).double())  # two heads on one body
+    TrainStep(model, FGSM(other, EPS), sgd(model))
+    assert "made on another model, not on the model that trains" in str(recwarn.pop(UserWarning).message)
+
+
+def test_a_step_keeps_its_model():
+    model = network()
+    step = TrainStep(model, None, sgd(model))
+    with pytest.raises(AttributeError):
+        step.model = network()
+
+
+@pytest.fixture
+def accelerator():
+    """One that accumulates two parts; what accelerate shares between all of a process is reset."""
+    yield Accelerator(cpu=True, gradient_accumulation_steps=2)
+    for kind in (state.AcceleratorState, state.GradientState):
+        kind._reset_state()
+
+
+def test_accelerate_accumulates_no_parts_of_a_step_and_the_step_does(accelerator):
+    model, images, labels = network(), *batch(8)
+    whole = copy.deepcopy(model)
+    prepared, optimizer = accelerator.prepare(model, sgd(model))
+    step = TrainStep(prepared, None, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    with accelerator.accumulate(prepared), pytest.raises(RuntimeError, match=r"accelerator\.accumulate would drop"):
+        step.gradients(images[:4], labels[:4])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with accelerator.accumulate(prepared):  # the second of two parts; elsewhere gradients are in step always
+        pass
+    step.gradients(images[:4], labels[:4], scale=1 / 8, more=True)
+    step.gradients(images[4:], labels[4:], scale=1 / 8)
+    step.apply()
+    F.cross_entropy(whole(images), labels).backward()
+    sgd(whole).step()
+    for here, there in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(here, there)
 
 
 def test_an_attack_towards_the_labels_is_refused():
