@@ -48,12 +48,21 @@ class _Rivals:
 
     @property
     def measured(self) -> bool:
-        """Whether all times that are compared are measured; else the cost model's are, for one kind is compared."""
-        return all(each.time is not None for group in self.attacks.values() for each in group)
+        """Whether measured times are compared, which FGSM and another attack have; else the cost model's are."""
+        with_times = [
+            attack for attack, group in self._compared.items() if all(each.time is not None for each in group)
+        ]
+        return len(with_times) > 1 and self.reference[0].attack in with_times
 
     @property
     def attacks(self) -> dict[str, list[Summary]]:
-        """The attacks that are measured wherever FGSM is, and FGSM."""
+        """The attacks that are compared with FGSM, and FGSM: of measured times those that have them everywhere."""
+        found, measured = self._compared, self.measured
+        return {a: group for a, group in found.items() if all(each.time is not None or not measured for each in group)}
+
+    @property
+    def _compared(self) -> dict[str, list[Summary]]:
+        """The attacks that are judged wherever FGSM is, and FGSM."""
         wanted = {(each.row, each.budgets) for each in self.reference}
         return {
             attack: group

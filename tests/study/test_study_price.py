@@ -317,6 +317,17 @@ def test_measured_and_foretold_times_are_not_compared(tmp_path, rng, sharing):
     assert "| 1.67 foretold |" in numbers["price_table"]
 
 
+def test_an_attack_whose_time_was_not_measured_leaves_the_others_with_theirs(tmp_path, rng):
+    records = grid(rng, right={"none": 3, "fgsm": 40, "stale": 40, "stale-2": 40})
+    for each in records:
+        each["train_cpu_s"] *= {"fgsm": 2, "stale": 1.5}.get(each["cell"]["attack"], 1)
+        if each["cell"]["attack"] == "stale-2":
+            each["machine"] = each["machine"] | {"cpu": "another"}
+    ((said,), _) = told(tmp_path, records)
+    assert "by the cost model" not in said
+    assert said.endswith("Not measured everywhere, and not compared: stale-2.")
+
+
 def test_models_and_classes_are_named(tmp_path, rng):
     right = {"none": 3, "fgsm": 40, "stale": 40}
     records = grid(rng, right=right, classes="0-3", labels="a") + grid(rng, right=right, classes="4-7", labels="b")
