@@ -61,14 +61,14 @@ def test_a_name_with_commas_is_in_double_quotes():
 
 def test_labels_are_labels_wherever_the_commas_are():
     for words in (["5-7,9"], ["5-7", "9"], ["5-7,", "9"]):
-        assert parsed(finetune, "--classes", *words)["classes"] == [5, 6, 7, 9]
+        assert parsed(finetune, "--classes", *words)["classes"] == [range(5, 8), 9]
     assert parsed(finetune, "--classes", "01", "5")["classes"] == ["01", "5"]  # "01" is no label, so all are names
 
 
 def test_the_defaults_are_lists_too():
     assert parsed(evaluate)["eps"] is None  # each norm has its own
     assert parsed(evaluate)["attacks"] == ["fgsm", "pgd-10", "pma"]
-    assert parsed(pretrain)["classes"] == [0, 1, 2, 3, 4, 5]
+    assert parsed(pretrain)["classes"] == [range(6)]
     assert parsed(study)["eps"] is None
 
 
