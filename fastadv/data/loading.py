@@ -23,6 +23,9 @@ from fastadv.names import instead
 from fastadv.preprocessing import Preprocessing
 from fastadv.team import Team
 
+# A folder with one of these is what a command wrote.
+_RESULTS = ("report.json", "report.html", "log.jsonl", "study.yaml", "state.safetensors")
+
 
 def load(
     name_or_path: str | Path,
@@ -181,12 +184,16 @@ def _found(
 def check_one_digits(folder: Path) -> None:
     """Refuse the name digits, scikit-learn's, where a folder has a set that is called so, too.
 
+    A command's results may be there (--out digits): their figures and attacked images are no set.
+
     Raises:
         ValueError: there are pictures, or parquet files, below `folder`/digits.
     """
     theirs = folder / "digits"
-    endings = extensions() | {".parquet"} if theirs.is_dir() else ()
-    if endings and any(path.suffix.lower() in endings for path in files_below(theirs)):
+    files = files_below(theirs) if theirs.is_dir() else []
+    results = {path.parent for path in files if path.name in _RESULTS}
+    kinds = {path.suffix.lower() for path in files if results.isdisjoint(path.parents)}
+    if kinds and kinds & (extensions() | {".parquet"}):
         raise ValueError(
             f"digits is the name of scikit-learn's, and {theirs.absolute()} has pictures, too: write ./digits for "
             "these, or rename the folder"

@@ -88,7 +88,10 @@ def test_a_folder_called_digits_is_not_taken_for_the_name(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "model.safetensors").touch()  # a run's folder is no set
+    photos(tmp_path / "digits" / "evaluated" / "images", {"adversarial": 2})
+    (tmp_path / "digits" / "evaluated" / "report.json").touch()
     assert len(data.load("digits").classes) == 10
+    shutil.rmtree(tmp_path / "digits" / "evaluated")
     photos(tmp_path / "digits", {"a": 5, "b": 6})
     with pytest.raises(ValueError, match=r"digits is the name of scikit-learn's, .*/digits has pictures, too"):
         data.load("digits")
