@@ -13,6 +13,7 @@ from fastadv.attacks.checks import (
     check_has_classes,
     check_images,
     check_labels,
+    check_length,
     check_signs,
     check_soft,
     check_start,
@@ -57,9 +58,10 @@ class Arguments(Attributes):
         wrong = beyond_the_box(x, self.clip)
         if wrong:
             raise ValueError(wrong)
-        if labels is not None and labels.dtype == torch.int64 and not callable(self.loss):
+        if not callable(self.loss):
             logits = self._clean_logits(x) if self.compile else None
-            self.objective.check_classes(highest(labels), logits, look=True)
+            top = highest(labels) if labels is not None and labels.dtype == torch.int64 else 0
+            self.objective.check_classes(top, logits, look=True)
         if labels is not None and labels.is_floating_point() and self.compares in ("soft", "clean"):
             check_soft(labels)
         if labels is not None and self.compares == "signs":
@@ -105,6 +107,8 @@ class Arguments(Attributes):
         if not isinstance(self.alpha, torch.Tensor):
             return None
         check_alpha_of(self.alpha, x, look=self._watch.first)
+        if self._watch.first and self.alpha.numel():
+            check_length("alpha", float(self.alpha.max()), self.eps, self.norm, self.clip)
         alpha = as_normal(self.alpha)
         if alpha.ndim == 1:
             return per_sample(alpha, x)

@@ -21,7 +21,6 @@ from fastadv.attacks.checks import (
     check_options,
     check_whole,
     in_ball,
-    length_in_l2,
 )
 from fastadv.attacks.engine import Engine, GraphEngine, Slots, baked, is_ours
 from fastadv.attacks.inputs import Inputs
@@ -179,6 +178,15 @@ class Attack(Modes, Targets, Arguments, Lengths):
                 "and step(slots, grad), or is any callable from (images, labels) to images without this base"
             )
 
+    def __getstate__(self) -> dict[str, object]:
+        """What copies and pickles have. What was made for the model, such as compiled code, is made anew for theirs."""
+        return {name: value for name, value in vars(self).items() if name not in ("objective", "_made_of", "_graphs")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._made_of, self._graphs = {}, OrderedDict()
+        self._make_objective()
+
     # ------------------------------------------------------------------ settings
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -269,7 +277,7 @@ class Attack(Modes, Targets, Arguments, Lengths):
 
     def leads_nowhere(self, grad: torch.Tensor) -> torch.Tensor:
         """Which samples' gradients, as `step` gets them, no step can follow, (N,) bool."""
-        return (grad == 0).flatten(1).all(1)
+        return (grad.nan_to_num(0.0) == 0).flatten(1).all(1)  # steps take the sign of NaN for 0
 
     def inside(self, slots: Slots) -> torch.Tensor | None:
         """Which iterates are within the budget and may count, (N,) bool; None where all are."""
@@ -338,11 +346,6 @@ class Attack(Modes, Targets, Arguments, Lengths):
         """
         self._settle()
         self._check_batch(images, labels, seed, x_init)
-        radius = self.eps if eps is None else eps
-        if self._watch.first and self.norm == "L2" and (wrong := length_in_l2(radius, self.clip)):
-            warn(wrong)
-        if x_init is None:  # that may be anywhere in the ball
-            self._warn_of_short(radius)
         frozen_model = frozen(self.model, self.training_mode, self.loss, self.targeted)
         with torch.inference_mode(False), torch.no_grad(), frozen_model as parameters, on(images.device):
             shapes = [parameter.shape for parameter in parameters if not is_lazy(parameter)]
@@ -374,13 +377,14 @@ class Attack(Modes, Targets, Arguments, Lengths):
                     self._count_values(as_normal(images) if passed is None else None, labels)
                 targets = self._targets(x, labels, seed, given=x_init is not None)
                 budget = self._budget(eps, x)
+                self._warn_of_lengths(budget, x.dtype, look=self._watch.first and len(x) > 0, given=x_init is not None)
                 adv = self._in_chunks(Inputs(x, targets, budget, seed, x_init, alpha))
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"out of memory with {len(x)} images: pass chunk={max(1, (self.chunk or len(x)) // 2)} (which "
                     "draws other noise from a seed that is one for all), or autocast"
                 ) from error
-            if len(x) and not is_ours(type(self)) and self.norm in ("Linf", "L2") and getattr(self, "project", True):
+            if len(x) and not is_ours(self) and self.norm in ("Linf", "L2") and getattr(self, "project", True):
                 self._watch.tally("reach", in_ball(adv, to_float(x), budget, self.norm, self.clip))
             self._watch.first = self._watch.first and len(x) == 0
             still, self.objective.still = self.objective.still, None

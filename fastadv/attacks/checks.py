@@ -26,6 +26,7 @@ def device_of(model: AnyModel) -> torch.device | None:
 BOX = (0.0, 1.0)
 DARK = 2 / 255  # images of [0, 255] that were divided by 255 twice have no brighter pixel
 SHORT, LONG = 16.5 / 255, 32.0  # in L2: budgets of L-inf are up to 16/255, and those in 255ths, such as 128, beyond 32
+ENOUGH = 8  # images whose logits are not probabilities by chance
 SLACK = 1e-6  # what resizing and denormalising leave beyond a bound
 
 
@@ -303,6 +304,28 @@ def eps_fits(eps: torch.Tensor, norm: str, clip: tuple[float, float] | None = BO
 def are_probabilities(labels: torch.Tensor) -> torch.Tensor:
     """Which rows of soft labels (N, C) are probabilities, (N,) bool."""
     return (labels >= 0).all(1) & ((labels.double().sum(1) - 1).abs() <= 1e-2)
+
+
+def of_probabilities(outputs: torch.Tensor, loss: str) -> str:
+    """What is wrong with outputs that are probabilities, in words; "" where they are logits. Waits for the device.
+
+    Args:
+        outputs: of the model (N, C); of a few images nobody can tell.
+        loss: the name of the loss, one that squashes them.
+    """
+    low, high = outputs.aminmax() if outputs.numel() else (0, 2)
+    if len(outputs) < ENOUGH or not (low >= 0 and high <= 1):
+        return ""
+    what, last = "all of the model's outputs are in [0, 1], as a sigmoid's are", "sigmoid"
+    if bool(are_probabilities(outputs).all()):
+        what, last = "the model returns probabilities, not logits", "softmax"
+    elif high <= 0.5:  # the logits of an untrained network may all be small
+        return ""
+    verdict = ", and the verdict is the sign of a logit, here always a yes" if loss == "bce" else ""
+    return (
+        f"{what}: the loss {loss} takes a {LOSSES[loss].squashes} of them once more, its gradients vanish, and the "
+        f"attack is weaker{verdict}. Pass the model without its {last}"
+    )
 
 
 def are_signs(labels: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -130,10 +129,16 @@ def _has_rows(value: object, slots: Slots) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(slots.x)
 
 
-@functools.cache
-def is_ours(attack: type[Attack]) -> bool:
+def is_ours(attack: Attack) -> bool:
     """Whether the methods that make its iterates are of this package."""
-    return all(getattr(attack, name).__module__.partition(".")[0] == "fastadv" for name in ("start", "step"))
+    return is_of_package(attack, "start", "step")
+
+
+def is_of_package(attack: Attack, *names: str) -> bool:
+    """Whether these methods of an attack are of this package: neither its class nor the object has others."""
+    methods = (getattr(type(attack), name) for name in names)
+    own = vars(attack).keys() & set(names)
+    return not own and all(method.__module__.partition(".")[0] == "fastadv" for method in methods)
 
 
 class Engine:
@@ -141,7 +146,7 @@ class Engine:
 
     def __init__(self, attack: Attack, slots: Slots) -> None:
         self.attack, self.slots = attack, slots
-        self._theirs = not is_ours(type(attack))
+        self._theirs = not is_ours(attack)
 
     def start(self) -> None:
         attack, slots = self.attack, self.slots

@@ -22,7 +22,7 @@ class OnL2Ball(Attack):
 
     def leads_nowhere(self, grad: torch.Tensor) -> torch.Tensor:
         # What is added is then the larger part of the divisor, and a step a small part of its length.
-        return gradient_norm(self.in_pixels(grad)) <= self.eps_for_division
+        return gradient_norm(self.in_pixels(grad).nan_to_num(0.0, 0.0, 0.0)) <= self.eps_for_division
 
     def _unit(self, grad: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The gradient in pixels, brought to length 1; an entry that is not finite counts as 0."""

@@ -20,12 +20,12 @@ class Loss:
         compares: what the targets are: "labels", int64 (N,); "soft", these or probabilities (N, C); "clean", the
             probabilities (N, C) for the clean images; "pairs", int64 (N, 2), the label and the class that the sample is
             driven to; "signs", 0 or 1 for each logit, (N, C), or int64 (N,) for a single one.
-        softmax: whether it takes a softmax of the logits, which must then be none already.
+        squashes: "softmax" or "sigmoid" where it takes one of the logits, which must then be none already; else "".
     """
 
     of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     compares: str = "labels"
-    softmax: bool = False
+    squashes: str = ""
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.of(logits, targets)
@@ -161,13 +161,13 @@ def _possible(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.T
 
 
 LOSSES: dict[str, Loss] = {
-    "ce": Loss(ce, "soft", softmax=True),
+    "ce": Loss(ce, "soft", squashes="softmax"),
     "margin": Loss(margin),
     "dlr": Loss(dlr),
-    "probability_margin": Loss(probability_margin, softmax=True),
+    "probability_margin": Loss(probability_margin, squashes="softmax"),
     "targeted_margin": Loss(targeted_margin, "pairs"),
     "targeted_dlr": Loss(targeted_dlr, "pairs"),
-    "bce": Loss(bce, "signs"),
-    "kl": Loss(kl, "clean", softmax=True),
+    "bce": Loss(bce, "signs", squashes="sigmoid"),
+    "kl": Loss(kl, "clean", squashes="softmax"),
 }
 """Losses by name, and with what each compares the logits."""

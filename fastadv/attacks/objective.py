@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastadv._warnings import warn
 from fastadv.attacks.attention import ShortAttentionInFloat32
-from fastadv.attacks.checks import are_probabilities
+from fastadv.attacks.checks import of_probabilities
 from fastadv.attacks.losses import LOSSES, LossFunction
 from fastadv.nn.logits import AnyModel, are_logits, at_least_float32, describe, find_logits
 
@@ -18,8 +18,6 @@ NO_GRADIENT = (
     "it run under no_grad, detach, leave PyTorch (NumPy, OpenCV), or is it quantised? Attack a differentiable version "
     "of it, and judge this one on what that gives"
 )
-
-ENOUGH = 8  # images whose logits are not probabilities by chance
 
 
 class Objective:
@@ -61,7 +59,7 @@ class Objective:
         self.watch: Callable[[torch.Tensor], torch.Tensor] | None = None  # it sees one gradient
         self._copies = False  # whether the model writes to its input
         self._looked = False  # whether that is known
-        self._highest, self._look = -1, False
+        self._highest, self._look = -1, ""  # the name of the loss, where its logits are to be looked at
         self._losses = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
     def gradient(
@@ -201,9 +199,11 @@ class Objective:
         Args:
             highest: of the labels.
             logits: (N, C).
-            look: warn of logits that are probabilities, where the loss takes a softmax; this waits for the device.
+            look: warn of logits that are probabilities, where the loss takes a softmax or a sigmoid of them; this waits
+                for the device.
         """
-        self._highest, self._look = highest, look and not callable(self.loss) and LOSSES[self.loss].softmax
+        known = "" if callable(self.loss) else self.loss
+        self._highest, self._look = highest, known if look and known and LOSSES[known].squashes else ""
         if logits is not None:
             self._check_highest(logits)
 
@@ -223,11 +223,8 @@ class Objective:
         classes = max(logits.shape[1], 2)  # one logit tells two classes apart
         if highest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {highest}")
-        if self._look and len(logits) >= ENOUGH and bool(are_probabilities(logits).all()):
-            warn(
-                f"the model returns probabilities, not logits: the loss {self.loss} takes a softmax of them once more, "
-                "its gradients vanish, and the attack is weaker. Attack the model without its softmax"
-            )
+        if self._look and (wrong := of_probabilities(logits, self._look)):
+            warn(wrong)
 
     def _forward(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         outputs, n = self._outputs(x), x.shape[0]

@@ -87,7 +87,7 @@ class Watch:
         if self._watched >= WATCHED and self._still >= ALARMING * self._watched:
             warn(
                 f"the gradient is exactly zero{f', or at most {least:g} long,' if least else ''} for {self._still} of "
-                f"{self._watched} images at the first step, and no attack that follows it gets anywhere there: does "
-                "the model round, saturate, or return probabilities? Where it is only sure, loss='margin' has a "
-                "gradient, and cross-entropy may have one in float64"
+                f"{self._watched} images at the first step (NaN counts as zero), and no attack that follows it gets "
+                "anywhere there: does the model round, saturate, return probabilities, or take the root of 0? Where it "
+                "is only sure, loss='margin' has a gradient, and cross-entropy may have one in float64"
             )

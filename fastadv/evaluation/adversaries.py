@@ -10,10 +10,12 @@ from torch import nn
 
 from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, create_attack
 from fastadv.attacks.checks import BOX, box_of
+from fastadv.attacks.engine import is_of_package
 from fastadv.attacks.ensembles import PARTS
 from fastadv.attacks.samplewise import has_rows
+from fastadv.evaluation.identity import are_equal
 from fastadv.names import instead
-from fastadv.nn.kinship import are_equal, bare, is_another, is_part
+from fastadv.nn.kinship import bare, is_another, is_part
 from fastadv.nn.logits import AnyModel
 
 EPS = {"Linf": 8 / 255, "L2": 0.5}  # the default of attacks by name, by their norm
@@ -42,7 +44,8 @@ class Adversary:
         eps: the attack's budget, in its own unit; None where it has none.
         norm: "Linf" or "L2"; None where the attack names neither.
         ours: the attack on `model`, if it is one of this package, on this model however wrapped, or on an equal copy,
-            and can run in the queue's slots; else None.
+            and can run in the queue's slots; else None, and the images that its call returns are judged.
+        elsewhere: what it attacks in place of `model`, in words; None where that is `model`, an equal copy or unknown.
 
     Raises:
         ValueError: an attack of this package has a setting that allows no verdict.
@@ -51,6 +54,9 @@ class Adversary:
     def __init__(self, name: str, attack: Attacker, model: AnyModel):
         self.name, self.attack = name, attack
         self.eps, self.norm = eps_of(attack), norm_of(attack)
+        attacked = model_of(attack)
+        what = strange(attack, model)
+        self.elsewhere = what if what is not None and attacked is not None and not are_equal(attacked, model) else None
         self.ours = _on(model, attack) if isinstance(attack, Attack) else None
         if goes_to_labels(attack) or (self.ours is not None and callable(self.ours.targeted)):
             raise ValueError(
@@ -109,7 +115,12 @@ class Adversary:
 
 
 def _on(model: AnyModel, attack: Attack) -> Attack | None:
-    """The attack on `model`, where it was made on it, on a wrapper that changes no output, or on an equal copy."""
+    """The attack on `model`, where it was made on it, on a wrapper that changes no output, or on an equal copy.
+
+    None, too, where its images are another's than those that the queue would judge: see `is_called`.
+    """
+    if is_called(attack):
+        return None
     if attack.model is model:
         return attack
     if bare(attack.model) is not bare(model) and not are_equal(attack.model, model):
@@ -117,6 +128,11 @@ def _on(model: AnyModel, attack: Attack) -> Attack | None:
     mine = copy.copy(attack)
     mine.model = model
     return mine
+
+
+def is_called(attack: Attack) -> bool:
+    """Whether a call of the attack returns what a method of the user's made of the last iterate, not the iterate."""
+    return not is_of_package(attack, "__call__", "result")
 
 
 def adversaries(

@@ -23,7 +23,7 @@ class Trial:
         gallery: the adversarial images, where they are kept; else None.
         reach: the distances of the images, for an attack that is not of this package; else None.
         seconds: the time that it took so far.
-        zeros: (number of samples whose first gradient is 0, number of samples that were checked); None where none were.
+        zeros: (samples whose first gradient no step can follow, samples that were checked); None where none were.
         by_square: (N,) bool, which survivors fell to a few queries of the Square attack; None where it did not run.
     """
 
@@ -73,7 +73,7 @@ class Trial:
 
     @property
     def zero_gradients(self) -> float | None:
-        """The share of the checked samples whose first gradient is 0; None where none was checked."""
+        """The share of the checked samples whose first gradient no step can follow; None where none was checked."""
         return self.zeros[0] / self.zeros[1] if self.zeros and self.zeros[1] else None
 
     @property

@@ -30,6 +30,8 @@ from torch import nn
 
 from fastadv.attacks import FGSM, Attack
 from fastadv.nn.inside import globals_of, is_installed
+from fastadv.nn.kinship import bare
+from fastadv.nn.logits import AnyModel
 
 KEY = "fastadv_key"  # an attribute that identifies an object, in place of its contents
 HASH, UNKNOWN = "#", "?"  # the first character of a part that is no value; no value of Python's begins with one
@@ -43,7 +45,7 @@ _MOVED = {"fastadv.nn.normalized": "fastadv.attacks.normalized"}  # {name of a m
 # Attributes of an nn.Module that do not change what it computes in eval mode.
 _ASIDE = {"training", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"}
 _ASIDE |= {"_load_state_dict_post_hooks", "_non_persistent_buffers_set", "_is_full_backward_hook"}
-_ASIDE |= {"_compiled_call_impl"}  # of a module that was compiled in place
+_ASIDE |= {"_compiled_call_impl", "_is_torch_compile"}  # of a module that was compiled
 _OF_CLASSES = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__firstlineno__", "_abc_impl"}
 _OF_CLASSES |= {"__static_attributes__", "__annotate_func__", "__annotations_cache__", "__annotate__"}
 
@@ -60,6 +62,14 @@ def fingerprint(parts: Mapping[str, object]) -> str:
     """
     reader = _Reader()
     return json.dumps({name: _shown(part) or _hashed(reader, part) for name, part in parts.items()})
+
+
+def are_equal(model: AnyModel, other: AnyModel) -> bool:
+    """Whether two models compute the same, as a copy and its original: equal weights, attributes, hooks and code.
+
+    It is False where that cannot be told, as of sparse buffers. What leaves outputs as they are is looked through.
+    """
+    return fingerprint({"": bare(model)}) == fingerprint({"": bare(other)})
 
 
 def differences(here: str, there: str) -> str:
@@ -217,13 +227,13 @@ class _Reader:
             yield from self._object(value)
 
     def _tensor(self, value: Any) -> Iterator[bytes]:
-        yield _kind_of(value.dtype, value.shape)
         try:
+            yield _kind_of(value.dtype, value.shape)
             size = value.numel() * value.element_size()
             # In pieces: a second copy of all images may not fit into memory.
             pieces = [value] if size < WHOLE else value.split(max(1, len(value) * WHOLE // size))
             content = _content_of(size, pieces)
-        except (RuntimeError, TypeError, NotImplementedError) as error:  # quantised, sparse, without data
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # quantised, sparse, without data or lazy
             raise Unidentifiable(f"a tensor of {value.dtype} and {value.layout}") from error
         yield content
 

@@ -4,13 +4,17 @@ The signs are those of Athalye et al. 2018 (arXiv 1802.00420, section 3.1): an a
 start alone, fools images that no attack had fooled a gradient attack.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from fastadv.attacks import PMA, PMAL2, Attack, Square, SquareL2
 from fastadv.evaluation.ensemble import Trial
+from fastadv.nn.logits import AnyModel
 
 QUERIES, ASKED = 100, 32  # the attack without gradients has 100 queries on each of 32 survivors at most
 ALLOWED = 1  # so many of these survivors may fall
@@ -57,13 +61,30 @@ def square_of(trial: Trial, shape: tuple[int, ...]) -> Square | SquareL2 | None:
 
     Args:
         trial: the attack that has run, with its verdicts.
-        shape: (N, C, H, W) of the images. None is returned too where there are no such images, or they are too small.
+        shape: (N, ...) of the images; the attack takes them as `as_picture` has them. None is returned too where these
+            are too small.
     """
-    attack = trial.adversary.ours
+    attack, picture = trial.adversary.ours, as_picture(shape[1:])
     kind = next((square for pma, square in SQUARES.items() if isinstance(attack, pma)), None)
-    if attack is None or kind is None or len(shape) != 4 or (kind is SquareL2 and min(shape[2:]) < 5):
+    if attack is None or kind is None or (kind is SquareL2 and min(picture[1:]) < 5):
         return None
-    return kind(attack.model, attack.eps, QUERIES, **{name: getattr(attack, name) for name in OF_THE_MODEL})
+    model: AnyModel = attack.model
+    if picture != shape[1:]:
+        model = partial(_of_pictures, model, shape[1:])
+    return kind(model, attack.eps, QUERIES, **{name: getattr(attack, name) for name in OF_THE_MODEL})
+
+
+def as_picture(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(C, H, W) of one sample: an image's own, of other inputs one channel that is as square as their size allows."""
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    size = math.prod(shape)
+    height = next(side for side in range(math.isqrt(size), 0, -1) if size % side == 0)
+    return 1, height, size // height
+
+
+def _of_pictures(model: AnyModel, shape: tuple[int, ...], pictures: torch.Tensor) -> Any:
+    return model(pictures.reshape(-1, *shape))
 
 
 def most_likely(survivors: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,10 @@ from fastadv.attacks.base import Attack
 from fastadv.attacks.checks import length_in_l2, too_dark
 from fastadv.attacks.pma import PMA, PMAL2
 from fastadv.attacks.verdicts import SILENT
-from fastadv.evaluation.adversaries import Adversary, model_of, strange
+from fastadv.evaluation.adversaries import Adversary, is_called
 from fastadv.evaluation.ensemble import Trial
 from fastadv.evaluation.foreign import Reach
 from fastadv.evaluation.images import Logits
-from fastadv.nn.kinship import are_equal
-from fastadv.nn.logits import AnyModel
 
 CHANGE = 1e-3  # times the largest logit: a change far above rounding, and far below one that alters a verdict
 ZERO, FEW = 0.1, 8  # if a tenth of the gradients are zero, of eight or more, that is no accident
@@ -28,32 +26,28 @@ ENOUGH = 32  # images whose clean accuracy tells a model from a guess
 def notes_on_outputs(
     logits: Logits, images: torch.Tensor, draws: int, autocast: torch.dtype | None = None
 ) -> Iterator[str]:
-    """Notes on the model's outputs for one batch: are they the same the second time, and are they logits?
+    """Notes on the model's outputs for one batch: are they the same the second time, and with others beside them?
 
     Args:
-        logits: the model.
+        logits: the model, one draw of it.
         images: the batch, (N, ...).
-        draws: the number of draws of the model for each image; the outputs are their mean.
+        draws: the smallest number of draws of the model for each image in an attack.
         autocast: the dtype of torch.autocast for the model; None means without autocast.
     """
     change = CHANGE if autocast is None else 4 * torch.finfo(autocast).eps
     outputs = logits(images)
     # Some models give an impossible class the logit -inf: it says nothing of the scale, and -inf equals -inf.
     allowed = change * outputs.nan_to_num(0.0, 0.0, 0.0).abs().max()
-    if draws == 1 and ((logits(images) - outputs).abs() > allowed).any():
-        yield (
-            "the model's output is random: two calls with the same images differ, and gradients look masked. An attack "
-            "then needs the gradient of many draws (eot=), and the verdicts hold for one draw"
-        )
-    elif draws == 1 and ((logits(images[(company := _company(len(images)))]) - outputs[company]).abs() > allowed).any():
+    if ((logits(images) - outputs).abs() > allowed).any():
+        if draws == 1:
+            yield (
+                "the model's output is random: two calls with the same images differ, and gradients look masked. An "
+                "attack then needs the gradient of many draws (eot=), and the verdicts hold for one draw"
+            )
+    elif ((logits(images[(company := _company(len(images)))]) - outputs[company]).abs() > allowed).any():
         yield (
             "the model's output for an image depends on the others in its batch, and the queue mixes batches: is "
             "batch-norm using the batch's statistics?"
-        )
-    if outputs.min() >= 0 and (outputs.sum(1) - 1).abs().max() < change:
-        yield (
-            "the model returns probabilities, not logits: cross-entropy takes a softmax of them once more, and "
-            "gradients vanish. Pass the model without its softmax"
         )
 
 
@@ -96,24 +90,24 @@ def notes_on_lengths(against: Iterable[Adversary]) -> Iterator[str]:
             yield f"{adversary.title} is not projected onto its ball, and leaves it: it counts for no budget"
 
 
-def notes_on_steps(against: Iterable[Adversary]) -> Iterator[str]:
-    """Notes on attacks of this package whose steps together are shorter than eps."""
+def notes_on_steps(against: Iterable[Adversary], dtype: torch.dtype) -> Iterator[str]:
+    """Notes on attacks of this package whose steps are too short: all of them for eps, or one for images of `dtype`."""
     for adversary in against:
-        if isinstance(adversary.attack, Attack) and (short := adversary.attack.short_of(adversary.eps)):
-            yield f"{adversary.title}: {short}"
+        attack = adversary.attack
+        wrong = (attack.short_of(adversary.eps), attack.lost_in(dtype)) if isinstance(attack, Attack) else ()
+        yield from (f"{adversary.title}: {each}" for each in wrong if each)
 
 
-def notes_on_gradients(counts: Iterable[tuple[str, int, int]]) -> Iterator[str]:
-    """Notes on attacks that start where many gradients are zero.
-
-    Args:
-        counts: (name of the attack, samples whose gradient is exactly 0 at its start, samples that were checked).
-    """
-    for name, zero, looked in counts:
-        if looked >= FEW and zero >= ZERO * looked:
+def notes_on_gradients(trials: Iterable[Trial]) -> Iterator[str]:
+    """Notes on attacks that start where no step can follow many of the gradients."""
+    for trial in trials:
+        still, looked = trial.zeros or (0, 0)
+        least = getattr(trial.adversary.attack, "eps_for_division", 0.0)
+        if looked >= FEW and still >= ZERO * looked:
             yield (
-                f"the gradient is zero for {zero} of {looked} images where {name} starts: an attack by gradients "
-                "cannot find its way. Is something in the model rounded or saturated?"
+                f"the gradient is zero for {still} of {looked} images where {trial.adversary.title} starts (NaN counts "
+                f"as zero{f', and so does a length of at most {least:g}' if least else ''}): an attack by gradients "
+                "cannot find its way. Does the model round, saturate, or take the root of 0?"
             )
 
 
@@ -154,16 +148,14 @@ def notes_on_reach(adversary: Adversary, reach: Reach) -> Iterator[str]:
         )
 
 
-def notes_on_models(against: Iterable[Adversary], model: AnyModel) -> Iterator[str]:
+def notes_on_models(against: Iterable[Adversary]) -> Iterator[str]:
     """Notes on attacks that were made on another model than the one that is judged; an equal copy is none."""
     found: dict[str, list[str]] = {}
     unknown = []
     for adversary in against:
-        attacked = model_of(adversary.attack)
-        what = strange(adversary.attack, model)
-        if what is not None and attacked is not None and not are_equal(attacked, model):
-            found.setdefault(what, []).append(adversary.title)
-        elif isinstance(adversary.attack, Attack) and adversary.ours is None:
+        if adversary.elsewhere is not None:
+            found.setdefault(adversary.elsewhere, []).append(adversary.title)
+        elif isinstance(adversary.attack, Attack) and adversary.ours is None and not is_called(adversary.attack):
             unknown.append(adversary.title)
     if unknown:
         yield (

@@ -128,27 +128,28 @@ def evaluate(
         slots: what `batch_size` was called before.
 
     Returns:
-        A dict for `json.dump`: "clean_accuracy"; "robust_accuracy" (the share that no attack fools; a list where
-        there are several budgets, in their order); "budgets", a list of {"norm", "eps", "robust_accuracy", "attacks"
-        (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with several
-        budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`; "clean_correct" (a
-        bool per sample); "clean_said" (a class per sample, -1 where the model gives none; with labels (N, C) 1 where
-        all are right and 0 where one is not); "no_prediction" (clean samples that get none); "attacks", a list of
-        {"attack", "eps", "norm", "robust_accuracy" (the share that it attacked and did not fool), "given" (samples
-        that it attacked), "largest_linf" and "largest_l2" (how far another library's attack, or a class of your own,
-        went; null for those of fastadv, which stay in their ball), "no_prediction" (samples that are fooled because
-        they get none), "passes" and "forwards" (gradients and forward passes of one image; null where not known),
-        "waste" (those of the passes that were not needed: in a run after the one that fooled, begun because slots were
-        free; of the forward passes, where an attack takes no gradients; 0 on the CPU without compile and graph; null
-        likewise), "seconds", "nonfinite_losses", "zero_gradients" (share of the first samples to be attacked whose
-        gradient is exactly 0 at the attack's start), "fooled" (a bool per sample), "said" (the class that it is then
-        taken for, as in "clean_said"; null for the others), "restart" and "step" (of the first iterate that fooled;
-        where an attack goes towards one class after the other its runs are counted through; null where there is none or
-        it is not known), "target" (of such an attack, the class that this run went to), "runs" (of a sample that is not
-        fooled), "latest" (restart and step of the sample that was fooled last), "settings", with save_images also
-        "robust_accuracy_8bit"}; "warnings" (also given by `warnings.warn`); "settings"; "versions". Where another
-        library's attack left [0, 1] or its eps by more than rounding, its robust accuracy is null, it counts for no
-        budget, and a warning says how far it went.
+        A dict for `json.dump`: "labels" (as they came; all lists with an entry per sample have their order);
+        "clean_accuracy"; "robust_accuracy" (the share that no attack fools; a list where there are several budgets, in
+        the order of "budgets", which is that of the attacks); "budgets", a list of {"norm", "eps", "robust_accuracy",
+        "attacks" (those that count), "robust" (a bool per sample)}; "curves", what `curve` says of each norm with
+        several budgets; "masking", what the Square attack and chance found after each PMA, see `Masking`;
+        "clean_correct" (a bool per sample); "clean_said" (a class per sample, -1 where the model gives none; with
+        labels (N, C) 1 where all are right and 0 where one is not); "no_prediction" (clean samples that get none);
+        "attacks", a list of {"attack", "eps", "norm", "robust_accuracy" (the share that it attacked and did not fool),
+        "given" (samples that it attacked), "largest_linf" and "largest_l2" (how far another library's attack, or a
+        class of your own, went; null for those of fastadv, which stay in their ball), "no_prediction" (samples that are
+        fooled because they get none), "passes" and "forwards" (gradients and forward passes of one image; null where
+        not known), "waste" (those of the passes that were not needed: in a run after the one that fooled, begun because
+        slots were free; of the forward passes, where an attack takes no gradients; 0 on the CPU without compile and
+        graph; null likewise), "seconds", "nonfinite_losses", "zero_gradients" (share of the first samples to be
+        attacked whose gradient is exactly 0, NaN or too short for an attack in L2 at the attack's start), "fooled" (a
+        bool per sample), "said" (the class that it is then taken for, as in "clean_said"; null for the others),
+        "restart" and "step" (of the first iterate that fooled; where an attack goes towards one class after the other
+        its runs are counted through; null where there is none or it is not known), "target" (of such an attack, the
+        class that this run went to), "runs" (of a sample that is not fooled), "latest" (restart and step of the sample
+        that was fooled last), "settings", with save_images also "robust_accuracy_8bit"}; "warnings" (also given by
+        `warnings.warn`); "settings"; "versions". Where another library's attack left [0, 1] or its eps by more than
+        rounding, its robust accuracy is null, it counts for no budget, and a warning says how far it went.
 
     Raises:
         InUseError: another process has the `state`; an OSError.

@@ -10,7 +10,7 @@ import torch
 
 from fastadv._warnings import warn
 from fastadv.attacks import LOSSES, Attack
-from fastadv.attacks.checks import highest
+from fastadv.attacks.checks import highest, of_probabilities
 from fastadv.attacks.engine import Engine, is_ours
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.verdicts import NONE, is_label, verdict
@@ -23,6 +23,7 @@ from fastadv.evaluation.images import FooledImages, Gallery
 from fastadv.evaluation.masking import (
     ASKED,
     Masking,
+    as_picture,
     by_chance,
     most_likely,
     notes_on_masking,
@@ -82,8 +83,8 @@ class Run:
         self.notes: list[str] = []
         attacks = [adversary.ours for adversary in against if adversary.ours is not None]
         signs = len(attacks) == len(against) and all(attack.compares == "signs" for attack in attacks)
-        draws = max((attack.eot for attack in attacks), default=1)
-        self._objective = Objective(model, "bce" if signs else "ce", eot=draws, autocast=autocast)
+        draws, loss = [attack.eot for attack in attacks] or [1], "bce" if signs else "ce"
+        self._objective = Objective(model, loss, eot=max(draws), autocast=autocast)
         if labels.ndim == 1:
             self._objective.check_classes(highest(labels))
         self.clean = share.concatenated(self.logits(share.mine) if len(share) else None, labels.device)
@@ -93,8 +94,8 @@ class Run:
         self.said, self.correct, self.silent = said, is_label(said, labels), int((said == NONE).sum())
         if labels.ndim == 1:
             self._warn(masking_checks.notes_on_guesses(self.correct, labels, share.mine))
-        self._warn_of_outputs(draws, autocast)
-        self._warn(masking_checks.notes_on_models(against, model))
+        self._warn_of_outputs(Objective(model, loss, autocast=autocast), min(draws))
+        self._warn(masking_checks.notes_on_models(against))
 
     def _check_several(self, labels: torch.Tensor) -> None:
         """Refuse several labels a sample that are not one for each logit; warn where each sample has just one."""
@@ -111,12 +112,15 @@ class Run:
                 ]
             )
 
-    def _warn_of_outputs(self, draws: int, autocast: torch.dtype | None) -> None:
+    def _warn_of_outputs(self, once: Objective, draws: int) -> None:
+        """Warn of what is odd about the outputs of one draw, `once`, where an attack has so few as `draws`."""
         first = self.share.rows[: self.slots].to(self.labels.device)
         found: list[str] = []
         if len(first):
             seen = self._seen_by_model(self._staged(first))
-            found = list(masking_checks.notes_on_outputs(self._objective.logits, seen, draws, autocast))
+            found = list(masking_checks.notes_on_outputs(once.logits, seen, draws, once.autocast))
+            logits = self.clean if self._objective.eot == 1 else once.logits(seen)  # the mean of draws is of a softmax
+            found += [wrong] if (wrong := of_probabilities(logits, str(once.loss))) else []
         self._warn(dict.fromkeys(note for notes in self.share.team.gathered(found) for note in notes))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -215,7 +219,7 @@ class Run:
 
     def _windows(self, trial: Trial, attack: Attack) -> Windows:
         gallery, targets = trial.gallery, self._targets(attack)
-        reach = None if is_ours(type(attack)) else trial.reach or Reach()
+        reach = None if is_ours(attack) else trial.reach or Reach()
         trial.reach = reach
 
         def queue(rows: torch.Tensor, verdicts: Verdicts) -> Queue:
@@ -250,7 +254,7 @@ class Run:
         return attack.targets(self.clean, self.labels, sample_seeds(self.seed, numbers, restart=2**32 - 1))
 
     def _zero_gradients(self, attack: Attack) -> tuple[int, int]:
-        """(number of samples whose gradient is 0 at the attack's start, number of samples that were checked).
+        """(samples whose gradient at the attack's start no step can follow, samples that were checked): two numbers.
 
         The first PROBED samples to be attacked are checked. With the loss "kl" a start at the clean image itself is
         left out: there the gradient of every model is 0.
@@ -271,7 +275,7 @@ class Run:
                 counts = (slots.adv != to_float(x)).flatten(1).any(1)
             counts = counts[: len(part)]
             looked += int(counts.sum())
-            zero += int((counts & ~grad[: len(part)].flatten(1).any(1)).sum())
+            zero += int((counts & attack.leads_nowhere(grad)[: len(part)]).sum())
         zero, looked = self.share.team.summed(torch.tensor([zero, looked], device=self.labels.device)).tolist()
         return zero, looked
 
@@ -314,8 +318,9 @@ class Run:
         verdicts = Verdicts(survivors[rows], 1)
         if len(rows):
             labels = self.labels[rows]
+            pictures = self._staged(rows).reshape(len(rows), *as_picture(tuple(self.share.shape[1:])))
             queue = Queue(
-                *(square, self._staged(rows), labels, labels, verdicts),
+                *(square, pictures, labels, labels, verdicts),
                 slots=min(self.slots, ASKED),
                 classes=self.clean.shape[1],
                 seed=self.seed,
@@ -355,8 +360,8 @@ class Run:
         results = [self._result(trial) for trial in trials]
         ours = [(t.adversary, r) for t, r in zip(trials, results, strict=True) if t.adversary.ours is not None]
         self._warn(masking_checks.notes_on_lengths(trial.adversary for trial in trials))
-        self._warn(masking_checks.notes_on_steps(trial.adversary for trial in trials))
-        self._warn(masking_checks.notes_on_gradients((t.adversary.title, *t.zeros) for t in trials if t.zeros))
+        self._warn(masking_checks.notes_on_steps((t.adversary for t in trials), self.share.mine.dtype))
+        self._warn(masking_checks.notes_on_gradients(trials))
         silenced = [(trial.adversary.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
         self._warn(masking_checks.notes_on_predictions([("no attack", self.silent), *silenced], n))
         theirs = [(trial.adversary, trial.reach) for trial in trials if trial.reach is not None]
@@ -383,6 +388,7 @@ class Run:
         ]
         accuracies = [each["robust_accuracy"] for each in found]
         return {
+            "labels": self.labels.tolist(),
             "clean_accuracy": clean,
             "robust_accuracy": accuracies[0] if len(accuracies) == 1 else accuracies,
             "budgets": found,

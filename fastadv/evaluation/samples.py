@@ -115,6 +115,11 @@ def oddities(data: object, images: torch.Tensor | Share) -> list[str]:
     again = given is not None and len(set(given)) < len(given)
     if again or getattr(sampler, "replacement", False):
         found.append("the loader draws with replacement: some images count several times, and others never")
+    elif isinstance(sampler, (RandomSampler, SubsetRandomSampler)):
+        found.append(
+            "the loader shuffles: the lists of the report, one entry a sample, are in the order of this pass, as its "
+            "labels are. Evaluate without shuffle for the data set's order"
+        )
     if not given:
         return found
     rows = given[:: max(1, len(given) // LOOKED_AT)][:LOOKED_AT]

@@ -1,8 +1,6 @@
 """Whether two models are one: which weights they have, and what is wrapped around them."""
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from fastadv.nn.inside import as_module
@@ -30,10 +28,11 @@ def is_another(model: AnyModel, other: AnyModel) -> bool:
 
     Two heads on one backbone make two models. Buffers alone make none: two wrappers may each hold the same mean.
     """
-    here, there = ({id(tensor) for tensor in _tensors(bare(each)).values()} for each in (model, other))
+    modules = [as_module(bare(each)) for each in (model, other)]
+    here, there = ({id(tensor) for tensor in (*each.parameters(), *each.buffers())} for each in modules)
     if not (here and there):
         return False
-    mine, theirs = ({id(p) for p in as_module(bare(each)).parameters()} for each in (model, other))
+    mine, theirs = ({id(parameter) for parameter in each.parameters()} for each in modules)
     return not here & there or (not mine <= theirs and not theirs <= mine)
 
 
@@ -43,24 +42,6 @@ def is_part(model: AnyModel, other: AnyModel) -> bool:
     return model is not other and (_is_within(model, other) or _is_within(other, model))
 
 
-def are_equal(model: AnyModel, other: AnyModel) -> bool:
-    """Whether both are modules of one type with equal weights and buffers, such as a copy and its original."""
-    model, other = bare(model), bare(other)
-    if not (isinstance(model, nn.Module) and type(model) is type(other)):
-        return False
-    here, there = _tensors(model), _tensors(other)
-    return here.keys() == there.keys() and all(_are_equal(value, there[name]) for name, value in here.items())
-
-
-def _are_equal(here: torch.Tensor, there: torch.Tensor) -> bool:
-    """Whether two tensors are equal, as far as PyTorch compares them: of sparse, meta and lazy ones the kind alone."""
-    if is_lazy(here) or is_lazy(there):
-        return type(here) is type(there)
-    if here.shape != there.shape or here.layout != there.layout:
-        return False
-    return here.layout != torch.strided or here.is_meta or there.is_meta or here.equal(there.to(here))
-
-
 def _is_within(part: AnyModel, whole: AnyModel) -> bool:
     around = (
         each
@@ -68,9 +49,3 @@ def _is_within(part: AnyModel, whole: AnyModel) -> bool:
         if isinstance(each, Normalized) or (isinstance(each, nn.Sequential) and len(each) > 1)
     )
     return any(each is not part and any(inner is part for inner in as_module(each).modules()) for each in around)
-
-
-def _tensors(model: AnyModel) -> dict[str, torch.Tensor]:
-    """{name: parameter or buffer} of the modules that a model reaches."""
-    model = as_module(model)
-    return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -98,6 +98,7 @@ def mixed_net():
     return net
 
 
+@pytest.mark.filterwarnings("ignore:steps =", "ignore:its eps is")
 @every_attack
 @every_option
 @pytest.mark.parametrize("start", ["own", "x_init"])
@@ -435,6 +436,7 @@ def test_a_sample_that_breaks_in_one_step_takes_the_others(name):
 SINGLE = (*SINGLE_STEP, "MIFGSM", "APGD", "APGDL2")  # the last three move on by their momentum
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is exactly zero")
 def test_padding_is_not_counted(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     net, (images, labels) = Net().eval(), batch_of(N)
@@ -490,6 +492,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:steps =", "ignore:its eps is")
 @every_attack
 @pytest.mark.parametrize("call", [{}, *OTHERS.values()], ids=["plain", *OTHERS])
 def test_the_host_reads_the_device_once_and_last(name, call, monkeypatch):

@@ -37,6 +37,7 @@ def test_the_model_never_sees_more_than_a_chunk(batch, name, options, targeted, 
     assert max(seen) <= 4
 
 
+@pytest.mark.filterwarnings("ignore:steps =", "ignore:its eps is")
 @every_attack
 @pytest.mark.parametrize("chunk", [1, 4, 6])
 @pytest.mark.parametrize("given", [{}, {"eps": torch.linspace(0.01, 0.3, N).double()}, {"x_init": True}])
@@ -258,6 +259,7 @@ def test_a_compiled_attack_really_is_compiled(monkeypatch):
     assert compiled == [{"dynamic": False}]
 
 
+@pytest.mark.filterwarnings("ignore:steps =", "ignore:its eps is")
 @every_attack
 @pytest.mark.parametrize("given", [{}, {"eps": torch.tensor([0.1, 0.2]).double()}, {"x_init": True}, {"seed": 4}])
 def test_a_filled_up_batch_gives_what_it_gives_alone(net, batch, name, given, monkeypatch):

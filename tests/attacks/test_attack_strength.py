@@ -239,6 +239,7 @@ def kolmogorov_smirnov(sample, distribution):
     return math.sqrt(len(ordered)) * max((ordered - steps).max(), (steps + 1 / len(ordered) - ordered).max())
 
 
+@pytest.mark.filterwarnings("ignore:all of the model's outputs")
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_pgdl2_starts_in_a_random_direction_at_a_uniform_distance(per_sample):
     images = torch.full((2000, 3, 2, 2), 0.5)
@@ -256,6 +257,7 @@ def test_pgdl2_starts_in_a_random_direction_at_a_uniform_distance(per_sample):
     assert (torch.corrcoef(torch.cat((far[None], direction.T)))[0, 1:] * math.sqrt(2000)).abs().max() < 5
 
 
+@pytest.mark.filterwarnings("ignore:all of the model's outputs")
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_tpgd_starts_with_a_deviation_of_a_thousandth(per_sample):
     images = torch.full((400, 3, 6, 6), 0.5, dtype=torch.float64)
@@ -268,6 +270,7 @@ def test_tpgd_starts_with_a_deviation_of_a_thousandth(per_sample):
     assert 0 <= starts(TPGD, images * 0, eps=EPS, seed=seed).min()
 
 
+@pytest.mark.filterwarnings("ignore:all of the model's outputs")
 def test_pgd_starts_uniformly():
     images = torch.full((100, 3, 6, 6), 0.5, dtype=torch.float64)
     for seed in (5, torch.randint(2**62, (100,))):
@@ -336,6 +339,7 @@ def recorded(attack_class=PGD, **options):
     return targets
 
 
+@pytest.mark.filterwarnings("ignore:all of the model's outputs")
 def test_random_targets_cover_all_classes_but_the_label():
     images, labels = batch_of(3000)
     targets = recorded(targeted="random")
@@ -367,6 +371,7 @@ def test_labels_that_name_no_class_have_no_other_class(net, batch, targeted):
     PGD(net, EPS, targeted=True)(images, soft)
 
 
+@pytest.mark.filterwarnings("ignore:all of the model's outputs")
 def test_least_likely_target_is_the_smallest_logit_but_the_label():
     images, labels = batch_of(200)
     logits = images.flatten(1)[:, :CLASSES]

@@ -234,7 +234,7 @@ def test_each_image_has_its_own_step_size(net, batch, name, options):
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_step_sizes_of_any_shape_against_a_plain_loop(net, batch, shape, chunk, schedule):
     images, labels = batch
-    alpha = EPS * (0.2 + torch.rand(shape, dtype=torch.float64))
+    alpha = EPS * (0.3 + torch.rand(shape, dtype=torch.float64))
     each = alpha.reshape(N, 1, 1, 1) if len(shape) == 1 else alpha
     x = images.clone()
     for t in range(4):
@@ -253,7 +253,7 @@ def test_a_smaller_batch_of_a_compiled_attack_is_filled_up_with_them(net, batch,
     attack = PGD(net, EPS, EPS / 3, 3, False, compile=True)
     attack(images, labels)
     for n in (4, 1):
-        attack.alpha = EPS * torch.rand(n, dtype=torch.float64)
+        attack.alpha = EPS * (0.4 + torch.rand(n, dtype=torch.float64))
         eager = PGD(net, EPS, attack.alpha, 3, False)
         assert torch.equal(attack(images[:n], labels[:n]), eager(images[:n], labels[:n]))
 
@@ -288,9 +288,9 @@ class Uncaptured(GraphEngine):
 
 
 def same_graph_for_other_step_sizes(net, images, labels):
-    attack = PGD(net, EPS, EPS * torch.rand(len(images), device=images.device), 3, False, graph=True)
+    attack = PGD(net, EPS, EPS * (0.4 + torch.rand(len(images), device=images.device)), 3, False, graph=True)
     for _ in range(3):
-        attack.alpha = EPS * torch.rand(len(images), device=images.device)
+        attack.alpha = EPS * (0.4 + torch.rand(len(images), device=images.device))
         eager = PGD(net, EPS, attack.alpha, 3, False)
         assert torch.equal(attack(images, labels), eager(images, labels))
     for alpha in (torch.tensor(EPS / 2, device=images.device), torch.tensor(EPS / 3, device=images.device), EPS / 1.5):

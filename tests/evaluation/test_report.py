@@ -200,6 +200,7 @@ def test_under_each_picture_is_what_the_model_says_of_it(report):
     assert 0 < fooled < 8
 
 
+@pytest.mark.filterwarnings("ignore:all of the model's outputs")
 def test_a_picture_of_which_the_model_says_nothing_says_so(report, monkeypatch):
     monkeypatch.setattr(Brightness, "forward", lambda self, x: self.scale * 0 * x.flatten(1)[:, :2])
     with pytest.warns(UserWarning, match="the gradient is exactly zero"):

@@ -13,9 +13,10 @@ from torch import nn
 
 from fastadv.attacks import PGD, Normalized
 from fastadv.evaluation import evaluate
+from fastadv.evaluation.identity import are_equal
 from fastadv.nn.frozen import frozen
 from fastadv.nn.inside import as_module
-from fastadv.nn.kinship import are_equal, is_another, is_part
+from fastadv.nn.kinship import is_another, is_part
 
 EPS = 8 / 255
 LOG = logging.getLogger(__name__)
