@@ -319,7 +319,7 @@ def of_probabilities(outputs: torch.Tensor, loss: str) -> str:
     what, last = "all of the model's outputs are in [0, 1], as a sigmoid's are", "sigmoid"
     if bool(are_probabilities(outputs).all()):
         what, last = "the model returns probabilities, not logits", "softmax"
-    elif high <= 0.5:  # the logits of an untrained network may all be small
+    elif low > 0.1 or high < 0.9:  # an untrained network may have such logits; a trained one's sigmoid goes further
         return ""
     verdict = ", and the verdict is the sign of a logit, here always a yes" if loss == "bce" else ""
     return (

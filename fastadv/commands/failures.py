@@ -50,8 +50,8 @@ def lighter(arguments: argparse.Namespace) -> str:
         parts = arguments.grad_accum_steps
         return (
             f" with --batch-size {arguments.batch_size} in {parts} part{'s' * (parts > 1)}: take a smaller "
-            f"--batch-size, or --grad-accum-steps {2 * parts}, which learns the same from smaller parts, and another "
-            "--out; on a GPU --precision bf16 too"
+            f"--batch-size, or --grad-accum-steps {2 * parts}, which learns the same from smaller parts (but "
+            "for batch-norm), and another --out; on a GPU --precision bf16 too"
         )
     if getattr(arguments, "batch_size", None):
         return f" with --batch-size {arguments.batch_size}: take a smaller --batch-size"

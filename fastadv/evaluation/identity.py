@@ -134,7 +134,8 @@ def known_hash(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[torch.
 
 def _content_of(size: int, pieces: Iterable[torch.Tensor]) -> bytes:
     """The bytes of a tensor that comes in pieces; if `size`, their number, is WHOLE or more, the hash of the bytes."""
-    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for t in pieces)
+    # A copy: PyTorch forbids ever to resize the memory that NumPy has seen, as a buffer that grows is resized.
+    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8).cpu().clone().numpy() for t in pieces)
     if size < WHOLE:
         return b"".join(piece.tobytes() for piece in flat)
     whole = hashlib.blake2b()
@@ -159,11 +160,30 @@ def _hashed(reader: "_Reader", part: object) -> str:
         return f"{UNKNOWN}{uuid.uuid4().hex} {error}"
 
 
+class Contents:
+    """Tells whether what an object holds has changed.
+
+    Args:
+        aside: objects that do not count, wherever they are held.
+    """
+
+    def __init__(self, aside: Iterable[object]) -> None:
+        self._reader = _Reader(aside)
+
+    def of(self, value: object) -> tuple[object, bytes | None]:
+        """(None, a hash of the contents); (the object, None) where they cannot be read."""
+        try:
+            return None, self._reader.hash(value)
+        except Unidentifiable:
+            return value, None
+
+
 class _Reader:
     """Hashes objects, each one once. An object that contains itself has the bytes "itself" at that place."""
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[bytes, object]] = {}  # the object is kept alive: another one could get its id
+    def __init__(self, aside: Iterable[object] = ()) -> None:
+        # The object is kept alive: another one could get its id.
+        self._known: dict[int, tuple[bytes, object]] = {id(each): (b"aside", each) for each in aside}
 
     def hash(self, value: Any) -> bytes:
         if isinstance(value, KnownHash):

@@ -26,6 +26,7 @@ _TENSORS = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 Groups = dict[str, dict[str, torch.Tensor]]
 Facts = dict[str, Any]  # for JSON
+OF_THE_MODEL = ("the model's weights", "the model")  # parts of a run's fingerprint
 
 
 class Checkpoints:
@@ -174,10 +175,13 @@ class Checkpoints:
             )
         before = {name: there.get(name, defaults.get(name, "nothing")) for name in here}
         if found := differences(self.run, json.dumps(before)):
-            raise OtherRunError(
-                f"{self.folder} holds the state of another run, which differs in {found}. Choose another folder, or "
-                "remove it to begin again"
-            )
+            todo = "Choose another folder, or remove it to begin again"
+            if {name for name in here if here[name] != before[name]} <= {*OF_THE_MODEL}:
+                todo = (
+                    "To go on give the model as it was before training, made anew: one that fit() has changed is "
+                    "another. Else choose another folder"
+                )
+            raise OtherRunError(f"{self.folder} holds the state of another run, which differs in {found}. {todo}")
 
     def _clean(self) -> None:
         """Remove files that no kept checkpoint names, also half-written ones; other files of the folder stay."""

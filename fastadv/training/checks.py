@@ -14,6 +14,7 @@ from fastadv.evaluation.identity import differences, fingerprint
 from fastadv.functional import to_float
 from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import frozen
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 from fastadv.ops.generator import seeded
 from fastadv.team import Team
@@ -110,6 +111,15 @@ def _check_weights(model: nn.Module) -> None:
         raise ValueError(
             "the model was made under torch.inference_mode, and such weights cannot train: make it outside, or give "
             "copy.deepcopy(model), made outside"
+        )
+    registered = set(model.modules())
+    beside = [m for m in as_module(model).modules() if m not in registered and type(m) is not nn.ModuleList]
+    hidden = next((m for m in beside if any(p.requires_grad for p in m.parameters())), None)
+    if hidden is not None:
+        raise ValueError(
+            f"the model uses a {type(hidden).__name__} that is not registered in it, such as one in a plain list or a "
+            "global: its weights would not train, and no file would have them. Use nn.ModuleList or nn.ModuleDict, or "
+            "where it is to stay as it is hidden.requires_grad_(False)"
         )
     half = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALVES), None)
     if half is not None:

@@ -45,7 +45,10 @@ class EMA:
             step: the number of the update, from 0.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        names = self._averaged
+        names = [name for name in self._averaged if self.state[name].shape == state[name].shape]
         torch._foreach_lerp_([self.state[n] for n in names], [state[n].detach() for n in names], weight)
         for name in state.keys() - set(names):
-            self.state[name].copy_(state[name])
+            if self.state[name].shape == state[name].shape:
+                self.state[name].copy_(state[name])
+            else:  # a buffer that grows
+                self.state[name] = state[name].detach().clone()

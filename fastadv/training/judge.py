@@ -78,5 +78,5 @@ class Judge:
 
     def _within_budget(self, found: Record) -> Record:
         if found["robust_accuracy"] is None:  # its warning says how far it went
-            raise ValueError(f"eval_attack {self.name} leaves its eps or [0, 1]: weights cannot be chosen by it")
+            raise ValueError(f"eval_attack {self.name} leaves its eps or [0, 1]: no weights can be judged by it")
         return found

@@ -45,6 +45,12 @@ METHODS: dict[str, Method | None] = {
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"linear": 1e-2, "bias": 3e-3}
 """Peak learning rates of methods for AdamW; that of the others is LEARNING_RATE."""
+TIMES = {"adamw": 1, "sgd": 10}  # an optimizer's peak learning rate is so many times AdamW's
+
+
+def learning_rate(method: str, optimizer: str) -> float:
+    """The peak learning rate of a method where none is given: of full fine-tuning 0.001, with SGD 0.01."""
+    return TIMES[optimizer] * LEARNING_RATES.get(method, LEARNING_RATE)
 
 
 class Tuning:
@@ -101,13 +107,23 @@ class Tuning:
         Raises:
             ValueError: it is the state of another model or method; nothing was changed.
         """
-        tensors = self.tensors
-        wanted = {name: tensor.shape for name, tensor in tensors.items() if name in state or name not in self._buffers}
-        if {name: tensor.shape for name, tensor in state.items()} != wanted:
+        shapes = {name: parameter.shape for name, parameter in self.parameters}
+        saved = {name: tensor for name, tensor in state.items() if name not in self._buffers}
+        if {name: tensor.shape for name, tensor in saved.items()} != shapes:
             raise ValueError("the state is of another model or another method: its names or shapes differ")
         with torch.no_grad():
-            for name, saved in state.items():
-                tensors[name].copy_(saved)
+            for name, parameter in self.parameters:
+                parameter.copy_(saved[name])
+            self.put_buffers({name: tensor for name, tensor in state.items() if name in self._buffers})
+
+    def put_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Write these values, by name, into buffers; one of another shape, as of a buffer that grows, replaces its."""
+        for name, value in values.items():
+            held, key = self._buffers[name]
+            if held[key].shape == value.shape:
+                held[key].copy_(value)
+            else:
+                held[key] = value.to(held[key], copy=True)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
 from fastadv.team import Team
 
+PASSES = 16  # that look for parameters without a gradient: of layers that are skipped at random one must be skipped
+SKIPPED = "find_unused_parameters"  # in the error of DistributedDataParallel where none was, and one is later
+
 
 class _Logits(nn.Module):
     """A model that returns its logits alone. DistributedDataParallel would wait for the gradients of other outputs."""
@@ -63,9 +66,9 @@ def share_weights(model: nn.Module, team: Team) -> None:
 def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:
     """`model` under DistributedDataParallel.
 
-    Some parameters may get no gradient, such as DINOv2's mask token, or the parameters of another head. Then
-    DistributedDataParallel must search the graph in every step, which costs time. One backward pass here finds out
-    whether that is needed. It does not change the model.
+    Some parameters may get no gradient, such as DINOv2's mask token, those of another head, or in layers that are
+    skipped at random. Then DistributedDataParallel must search the graph in every step, which costs time. Some backward
+    passes here find out whether that is needed. They do not change the model.
 
     Args:
         model: the model that trains.
@@ -74,8 +77,10 @@ def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:
     """
     through = _Logits(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = []
     with seeded(0), buffers_kept(model):
-        gradients = torch.autograd.grad(through(images).float().sum(), parameters, allow_unused=True)
-    missing = torch.tensor([gradient is None for gradient in gradients], device=images.device)
-    unused = bool(team.summed(missing.any().long()))
+        for _ in range(PASSES):
+            gradients = torch.autograd.grad(through(images).float().sum(), parameters, allow_unused=True)
+            found.append(any(gradient is None for gradient in gradients))
+    unused = bool(team.summed(torch.tensor(any(found), device=images.device).long()))
     return nn.parallel.DistributedDataParallel(through, find_unused_parameters=unused)

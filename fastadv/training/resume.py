@@ -1,19 +1,18 @@
 """Decides whether a run may be resumed from a checkpoint: by its fingerprint and its number of epochs."""
 
 import math
-import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastadv._warnings import warn
-from fastadv.evaluation.identity import fingerprint, unidentifiable
+from fastadv.evaluation.identity import Contents, fingerprint, unidentifiable
 from fastadv.training.budget import CONSTANT
-from fastadv.training.checkpoints import OtherRunError
+from fastadv.training.checkpoints import OF_THE_MODEL, OtherRunError
 from fastadv.training.foreign import ForeignAttack
 from fastadv.training.progress import Progress
 from fastadv.training.schedule import lr_factor
@@ -38,7 +37,7 @@ def run_fingerprint(trainer: "Trainer", model: nn.Module, data: dict[str, object
     """
     settings = {name: v for name, v in asdict(trainer.settings).items() if name not in FREE}
     attacks = {"attack": trainer.attack, "eval_attack": trainer.eval_attack}
-    weights = {"the model's weights": model.state_dict(), "the model": model}
+    weights = dict(zip(OF_THE_MODEL, (model.state_dict(), model), strict=True))
     run = fingerprint({"eps": trainer.eps, **settings, **attacks, **data, **weights})
     for what in unidentifiable(run):
         warn(f"this run cannot be resumed: {what}")
@@ -95,9 +94,10 @@ def unsaved(model: nn.Module, attack: object) -> dict[str, tuple[object, object]
         attack: the training attack; one of fastadv keeps nothing from step to step.
 
     Returns:
-        {name in words: (an object, a number or text that shows a change of it)}.
+        {name in words: (an object, what shows a change of its contents)}; two of them are compared.
     """
     owners = {f"{name or type(module).__name__} of the model": module for name, module in model.named_modules()}
+    contents = Contents((model, *model.modules(), *model.parameters(), *model.buffers()))
     found: dict[str, tuple[object, object]] = {}
     for owner, module in owners.items():
         found |= {f"the buffer {name} of {owner}": (None, b is None) for name, b in module._buffers.items()}
@@ -109,8 +109,18 @@ def unsaved(model: nn.Module, attack: object) -> dict[str, tuple[object, object]
         computed = {name.rpartition("_")[0] for name, _ in own}
         for name, value in getattr(held, "__dict__", {}).items():
             if name not in OF_ALL and name not in computed:
-                found[f"{name} of {owner}"] = _shows(value)
+                found[f"{name} of {owner}"] = contents.of(value)
     return found
+
+
+def frozen_sums(model: nn.Module) -> dict[str, tuple[object, object]]:
+    """The sums of the parameters that do not train, in the form of `unsaved`: no step of the optimizer changes them."""
+    still = ((name, p) for name, p in model.named_parameters() if not (p.requires_grad or is_lazy(p)))
+    return {
+        f"{name}, which does not train and is no buffer": (None, repr(float(p.detach().sum(dtype=torch.float64))))
+        for name, p in still
+        if p.is_floating_point() and p.layout == torch.strided and not p.is_meta
+    }
 
 
 def warn_of_unsaved(before: dict[str, tuple[object, object]], after: dict[str, tuple[object, object]]) -> None:
@@ -119,20 +129,7 @@ def warn_of_unsaved(before: dict[str, tuple[object, object]], after: dict[str, t
     changed = [name for name, (kept, sign) in after.items() if kept is not old[name][0] or sign != old[name][1]]
     if changed:
         warn(
-            f"a step changed {', '.join(changed[:3])}, which no checkpoint has: a resumed run begins with it anew, and "
-            "may have another result. Checkpoints have the tensors that the model has as buffers from the start"
+            f"a step changed {', '.join(changed[:3])}: no checkpoint has it, and the choice of the best weights leaves "
+            "it as it is. A resumed run begins with it anew, and may have another result. Kept are the tensors that "
+            "the model has as buffers from the start"
         )
-
-
-def _shows(value: object) -> tuple[object, object]:
-    if isinstance(value, torch.Tensor):
-        return value, None if value.is_inference() else value._version
-    if isinstance(value, torch.Generator):
-        return value, value.get_state().numpy().tobytes()
-    if isinstance(value, random.Random):
-        return value, value.getstate()
-    if isinstance(value, np.random.Generator):
-        return value, repr(value.bit_generator.state)
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return None, repr(value)
-    return value, len(value) if isinstance(value, (list, dict, set)) else None

@@ -1,13 +1,17 @@
 """A call of Trainer.fit: what its stages share, the checkpoints and the records."""
 
+import copy
 import logging
 import math
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from fastadv._extras import require
 from fastadv._warnings import warn
@@ -24,7 +28,7 @@ from fastadv.training.checks import check_run, check_same
 from fastadv.training.choice import choice, criteria
 from fastadv.training.fast import FAST, is_fast
 from fastadv.training.finite import nonfinite
-from fastadv.training.foreign import as_attack
+from fastadv.training.foreign import ForeignAttack, as_attack
 from fastadv.training.interruption import Interruption
 from fastadv.training.judge import Judge
 from fastadv.training.memory import SampleMemory
@@ -146,6 +150,8 @@ class Run:
         groups = self._open()
         with seeded(self.settings.seed), self._bar() as self.bar:
             if not self.at.records:
+                self._try_methods()
+                self._try_eval_attack()
                 self._measure_backbone()
             for number, stage in list(enumerate(self.settings.stages))[self.at.stage :]:
                 with self._trainable(stage) as tuning:
@@ -156,11 +162,25 @@ class Run:
                 self.save(self._groups)
         return self.at.records
 
-    def _trainable(self, stage: Stage) -> AbstractContextManager[Tuning]:
+    def _try_methods(self) -> None:
+        """Refuse a method that the model does not take before the stages in front of it have trained."""
+        for stage in self.settings.stages[1:]:
+            with self._trainable(stage, copy.deepcopy(self.model)):
+                pass
+
+    def _try_eval_attack(self) -> None:
+        """Refuse an `eval_attack` that leaves its budget before there is a model that it cannot judge."""
+        if self.trainer.eval_attack is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # two images tell nothing else
+                self.judge().choosing((self.example, self.labels[:2].to(self.device)))
+
+    def _trainable(self, stage: Stage, model: nn.Module | None = None) -> AbstractContextManager[Tuning]:
+        """Set the model, or the one given, up for the stage."""
         s = self.settings
         torch.manual_seed(s.seed)  # low-rank factors begin at random
         return trainable(
-            self.model,
+            self.model if model is None else model,
             stage.method,
             s.head,
             rank=s.rank,
@@ -217,7 +237,12 @@ class Run:
         return groups, facts
 
     def _machine(self) -> dict[str, int | str]:
+        """What the bits of the result depend on beside the run itself: hardware, precision and versions."""
+        attack = self.attack.attack if isinstance(self.attack, ForeignAttack) else self.attack
+        classes = {type(module) for module in self.model.modules()} | {type(attack)}
+        packages = {"torch", "fastadv", *(each.__module__.partition(".")[0] for each in classes)}
         return {
+            **{name: sys.modules[name].__version__ for name in sorted(packages) if _has_version(name)},
             "threads": torch.get_num_threads(),
             "processes": self.here.num_processes,
             "device": self.device.type,
@@ -318,3 +343,7 @@ class Run:
             self._groups = dict.fromkeys(groups)
 
         self.team.from_first(save)
+
+
+def _has_version(module: str) -> bool:
+    return isinstance(getattr(sys.modules.get(module), "__version__", None), str)

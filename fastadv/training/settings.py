@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin
 
 from fastadv.names import instead
 from fastadv.training.budget import span
-from fastadv.training.methods import LEARNING_RATE, LEARNING_RATES, METHODS
+from fastadv.training.methods import LEARNING_RATE, LEARNING_RATES, METHODS, learning_rate
 
 # Old names work until the next minor release, and warn. Files with old names can always be loaded.
 RENAMED = {
@@ -42,9 +42,11 @@ class Settings:
     )
     head: str | None = _of(None, "name of the head module (the one that the model's structure gives if not given)")
     lp_ft: int = _of(0, "epochs of linear probing before the method, which starts from its head", least=0)
-    lp_ft_lr: float = _of(1e-2, "peak learning rate of the epochs of lp_ft", least=0)
+    lp_ft_lr: float | None = _of(
+        None, "peak learning rate of the epochs of lp_ft (that of linear if not given)", least=0
+    )
     rank: int = _of(16, "rank of lora's factors", least=1)
-    lora_alpha: float = _of(16.0, "lora's product of factors is scaled by lora_alpha / rank", least=0)
+    lora_alpha: float = _of(16.0, "lora's product of factors is scaled by lora_alpha / rank", above=0)
     lora_targets: tuple[str, ...] | None = _of(
         None, "modules that lora adapts (found by the model's structure if not given)"
     )
@@ -87,7 +89,11 @@ class Settings:
         64, "images of an update, over all processes; the batches of an epoch are nearly equal", least=1
     )
     grad_accum_steps: int = _of(1, "parts in which a batch goes through the model, for memory", least=1)
-    lr: float | None = _of(None, f"peak learning rate (the method's own if not given: {_RATES})", least=0)
+    lr: float | None = _of(
+        None,
+        f"peak learning rate (if not given the method's own: with adamw {_RATES}; with sgd ten times as much)",
+        least=0,
+    )
     warmup: int = _of(0, "steps (not epochs) of linear warm-up; a cosine to 0 follows", least=0)
     optimizer: str = _of("adamw", "adamw, or sgd with a Nesterov momentum of 0.9", choices=("adamw", "sgd"))
     weight_decay: float = _of(0.0, "decay of weights; biases, norms, positions and tokens have none", least=0)
@@ -132,7 +138,9 @@ class Settings:
             if value is not None or each.default is not None:
                 object.__setattr__(self, each.name, in_limits(each.name, value))
         if self.lr is None:
-            object.__setattr__(self, "lr", LEARNING_RATES.get(self.method, LEARNING_RATE))
+            object.__setattr__(self, "lr", learning_rate(self.method, self.optimizer))
+        if self.lp_ft_lr is None:
+            object.__setattr__(self, "lp_ft_lr", learning_rate("linear", self.optimizer))
         span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
@@ -140,7 +148,7 @@ class Settings:
         for name, method in {**own, "adapter_reduction": "adapter", "prompt_tokens": "prompt"}.items():
             if self._given(name) and self.method != method:
                 raise ValueError(f"{name} belongs to the method {method}, and the method is {self.method}")
-        if self._given("lp_ft_lr") and not self.lp_ft:
+        if self.lp_ft_lr != learning_rate("linear", self.optimizer) and not self.lp_ft:
             raise ValueError("lp_ft_lr is the learning rate of lp_ft, and lp_ft=0 means no epochs of that: give both")
         if self._given("switch_to") and self.on_catastrophic_overfitting != "switch":
             raise ValueError("switch_to belongs to on_catastrophic_overfitting='switch': give both")
@@ -173,7 +181,7 @@ class Settings:
     @property
     def stages(self) -> tuple["Stage", ...]:
         """The parts of the run: linear probing, where `lp_ft` asks for it, and then the method."""
-        first = (Stage("linear", self.lp_ft, self.lp_ft_lr),) if self.lp_ft else ()
+        first = (Stage("linear", self.lp_ft, cast(float, self.lp_ft_lr)),) if self.lp_ft else ()
         return (*first, Stage(self.method, self.epochs, cast(float, self.lr)))
 
 

@@ -24,7 +24,7 @@ from fastadv.training.monitor import Monitor
 from fastadv.training.optimizers import load_state, optimizer_of, state_of
 from fastadv.training.progress import Record
 from fastadv.training.replicas import replicated
-from fastadv.training.resume import unsaved, warn_of_unsaved
+from fastadv.training.resume import frozen_sums, unsaved, warn_of_unsaved
 from fastadv.training.settings import Stage
 from fastadv.training.step import TrainStep
 from fastadv.training.updates import Updates
@@ -138,12 +138,12 @@ class StageRun:
         start, before = time.perf_counter(), at.train_s
         cpu_start, cpu_before = time.process_time(), at.train_cpu_s
         saved = start
-        kept = None if run.checkpoints is None or run.looked else unsaved(run.model, run.attack)
+        kept = None if run.looked else self._unsaved()
         for index in run.batches.of_epoch(at, self.step.repeats)[at.batch :]:
             due, asked = self.updates.take(index, time.perf_counter() - saved >= self.settings.checkpoint_s)
             run.bar.update()
             if kept is not None:
-                warn_of_unsaved(kept, unsaved(run.model, run.attack))
+                warn_of_unsaved(kept, self._unsaved())
                 kept, run.looked = None, True
             now = time.perf_counter()
             at.train_s = before + now - start
@@ -155,6 +155,11 @@ class StageRun:
                 run.say(f"epoch {at.epoch + 1}: batch {at.batch} of {run.steps}")
                 saved = now
         return False
+
+    def _unsaved(self) -> dict[str, tuple[object, object]]:
+        """What a step may change and nothing puts back. Without checkpoints that are the choice's weights alone."""
+        run = self.run
+        return frozen_sums(run.model) | ({} if run.checkpoints is None else unsaved(run.model, run.attack))
 
     def _finish_epoch(self) -> None:
         self.step.tell()
@@ -211,6 +216,11 @@ class StageRun:
 
     def _go_back(self, action: str) -> None:
         at = self.run.at
+        if not any("epoch" in r and r["epoch"] >= at.first_epoch and not r["alarm"] for r in at.records):
+            warn(
+                f"epoch {at.epoch}: no earlier reading of this stage was without an alarm, so that the model is as "
+                "before the stage, untrained: take a lower lr or eps, or another attack"
+            )
         self.weights.go_back()
         at.average_epoch = at.epoch
         self.optimizer.state.clear()

@@ -27,12 +27,15 @@ from fastadv.attacks.verdicts import predicted
 from fastadv.evaluation.adversaries import goes_to_labels, strange
 from fastadv.functional import new_seed, to_float
 from fastadv.nn.autocast import own_autocast
-from fastadv.nn.frozen import as_normal
+from fastadv.nn.frozen import as_normal, buffers_kept, frozen
 from fastadv.nn.logits import AnyModel, at_least_float32, find_logits
+from fastadv.ops.generator import seeded
 from fastadv.training.factors import MergedWeights
 from fastadv.training.fast.base import FastMethod
 from fastadv.training.foreign import AnyAttack, ForeignAttack, TrainAttack, as_attack
 from fastadv.training.settings import checked
+
+ALIKE = 1e-2  # of the largest logit: how far rounding may move one
 
 
 class TrainStep:
@@ -65,7 +68,8 @@ class TrainStep:
     # Without a dict of its own: a name that is no attribute, such as `lr`, is refused when it is assigned.
     __slots__ = (
         *("_model", "attack", "method", "optimizer", "through", "clean_weight", "label_smoothing", "max_grad_norm"),
-        *("autocast", "highest", "_losses", "_looked", "_merged", "_mode_dependent", "_norm", "__weakref__"),
+        *("autocast", "highest", "_losses", "_looked", "_merged", "_mode_dependent", "_alike", "_norm"),
+        "__weakref__",
     )
 
     def __init__(
@@ -107,6 +111,7 @@ class TrainStep:
         self._looked = False
         self._merged = MergedWeights(model)
         self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
+        self._alike: bool | None = None  # whether the model's outputs were as in eval mode, in the first batch
         self._norm: torch.Tensor | None = None
         self.forget()  # what is left over, such as of a step that trained other parameters
         self._warn_of_others()
@@ -195,7 +200,7 @@ class TrainStep:
             with torch.no_grad():
                 logits = logits.detach()[: len(labels)]
                 right = (predicted(logits) == labels).sum()
-                abnormal, looked = self._abnormal(logits, labels)
+                abnormal, looked = self._abnormal(images, logits, labels)
                 loss = loss.detach() if beside is None else loss.detach() + beside
                 return torch.stack([value.double() for value in (loss, right, abnormal, looked)])
 
@@ -305,11 +310,13 @@ class TrainStep:
             loss = loss + self.method.distances(*logits.split(len(labels))[:2]).sum()
         return loss * scale, logits
 
-    def _abnormal(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def _abnormal(
+        self, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """On how many images the attack's start has the larger loss, and of how many images."""
         attack = self.attack
         start = None if attack is None or not self._comparable(attack) else attack.start_losses
-        if start is None or len(start) != len(labels):
+        if start is None or len(start) != len(labels) or not self._is_as_in_eval_mode(images):
             return torch.zeros(2, device=labels.device)
         after = F.cross_entropy(logits, labels, reduction="none")
         return (start > after).sum(), torch.tensor(len(labels), device=labels.device)
@@ -319,6 +326,21 @@ class TrainStep:
         if attack.loss != "ce" or attack.targeted or attack.training_mode == "batch_norm":
             return False
         return not any(module.training for module in self._mode_dependent)
+
+    def _is_as_in_eval_mode(self, images: torch.Tensor) -> bool:
+        """Whether the model's outputs do not depend on its mode, as by a function's dropout; looked at once."""
+        if self._alike is None:
+            some = to_float(images[:2])
+            with seeded(0), buffers_kept(self.model):
+                here = self._logits(some.clone())
+                with frozen(self.model):
+                    there = self._logits(some.clone())
+            self._alike = bool((here - there).abs().max() <= ALIKE * there.abs().max())
+        return self._alike
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            return at_least_float32(find_logits(self.model(images), len(images)))
 
 
 def check_attack(name: str, attack: object, also: str = "") -> None:

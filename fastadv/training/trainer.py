@@ -65,7 +65,8 @@ class Trainer:
         folder: for log.jsonl, a line for each record, and the checkpoints; None means that nothing is written. One run
             at a time has it.
         resume: go on from the newest checkpoint in `folder` that is whole and finite, if there is one. A setting that
-            did not exist when it was written had its default. `checkpoint_s`, `eval_every` and `epochs` may now have
+            did not exist when it was written had its default. `model` is as it was before training, made anew: one
+            that fit() has changed is another. `checkpoint_s`, `eval_every` and `epochs` may now have
             other values. A warning says where the steps so far would have had other learning rates with the new
             `epochs`: after a warm-up the rate falls toward the last epoch.
         measure_backbone: measure the backbone's own robustness first; None means if the method is not "full".
@@ -199,8 +200,8 @@ class Trainer:
 
             - First, where the backbone was measured, {"backbone": what `backbone_robustness` returns}.
             - For each stage "stage", "method", "trainable" and "total" (numbers that train, and all).
-            - For each epoch "epoch", "loss" and "train_accuracy" (both on the attacked training images), "lr" (of the
-              last step), "train_s" (without evaluation), "train_cpu_s" (processor time of the first process), the
+            - For each epoch "epoch", "loss" (of the updates, with all its terms) and "train_accuracy" (on the attacked
+              training images), "lr" (of the last step), "train_s" (without evaluation), "train_cpu_s" (processor time of the first process), the
               monitor's reading, and "action" where the run acted on it; with the attacks stale and cached "fresh" (the
               share of images that got a fresh FGSM), with stale "agreement" (the share of an image's pixels with the
               sign of the epoch before, the mean over the images); and, when evaluated, "clean_accuracy" and

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from fastadv.ops.generator import reseed
 from fastadv.training.budget import Budget
 from fastadv.training.finite import fault, largest, nonfinite
 from fastadv.training.methods import Tuning
+from fastadv.training.replicas import SKIPPED
 from fastadv.training.schedule import lr_factor
 from fastadv.training.settings import Stage
 from fastadv.training.step import TrainStep
@@ -71,9 +73,15 @@ class Updates:
         scale = world / len(index)  # DistributedDataParallel takes the mean over the processes
         try:
             found = [self._gradients(part, scale=scale, more=i + 1 < len(mine)) for i, part in enumerate(mine)]
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):  # a second error would hide the first one
                 self._undo()
+            if SKIPPED in str(error):
+                raise RuntimeError(
+                    "an update used other parameters than the passes before training did, as where layers are skipped "
+                    "at random and rarely: several processes cannot add up such gradients. Let the model use all of "
+                    "them in each pass, such as by adding 0 times a skipped layer's output, or train in one process"
+                ) from error
             raise
         device = self.run.device
         wishes = torch.tensor([due, self.run.interruption.noted or 0], dtype=torch.float64, device=device)
@@ -120,8 +128,7 @@ class Updates:
         attacker.attack = self.budget.at(at.epoch * run.steps + at.batch, run.epochs * run.steps)
         # The model's random numbers depend on the epoch and the batch alone: no generator's state has to be saved.
         reseed(_mixed(run.settings.seed, at.epoch, at.batch, run.here.process_index))
-        if self._before:
-            torch._foreach_copy_(self._before, list(self.tuning.buffers.values()))
+        self._before = copies(self.tuning.buffers.values(), self._before)
         if self.step.method is not None:
             epoch = at.epoch - at.first_epoch
             self.step.method.begin(epoch * run.steps + at.batch, epoch, self.stage.epochs)
@@ -141,8 +148,7 @@ class Updates:
     def _undo(self) -> None:
         """Undo the changes of the batch: drop the gradients, restore the buffers."""
         self.step.forget()
-        for buffer, before in zip(self.tuning.buffers.values(), self._before, strict=True):
-            buffer.copy_(before)
+        self.tuning.put_buffers(dict(zip(self.tuning.buffers, self._before, strict=True)))
 
     def _refuse(self, loss: float, norm: float, statistics: float, index: torch.Tensor) -> None:
         """End the run at the batch `index`, before its step, with an error that says what is not finite."""
@@ -178,3 +184,13 @@ class Updates:
 def _mixed(*numbers: int) -> int:
     """A seed of 32 bits from several numbers; torch's generator on the CPU uses no more bits."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
+
+
+def copies(tensors: Iterable[torch.Tensor], into: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of tensors, in the memory of earlier ones where no shape has changed, as of a buffer that grows."""
+    now = list(tensors)
+    if [t.shape for t in now] != [t.shape for t in into]:
+        return [t.clone() for t in now]
+    if now:
+        torch._foreach_copy_(into, now)
+    return into

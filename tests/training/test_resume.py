@@ -651,6 +651,6 @@ def test_what_no_checkpoint_has_is_told_at_the_first_step(kept, tmp_path, recwar
         warnings.simplefilter("error")
         Trainer(Keeping(kept), 0.1, **options).fit(parts)  # without a folder nothing is promised
     Trainer(Keeping(kept), 0.1, folder=tmp_path, **options).fit(parts)
-    told = [str(each.message) for each in recwarn if "which no checkpoint has" in str(each.message)]
+    told = [str(each.message) for each in recwarn if "no checkpoint has it" in str(each.message)]
     assert len(told) == (kept not in ("early", "nothing"))
     assert all(f"{kept} of " in each for each in told)

@@ -325,6 +325,7 @@ def test_a_step_costs_the_attack_s_passes_and_one_of_each_kind(kind, method, att
         weights = [m.base_layer.weight for m in model.modules() if method == "lora" and hasattr(m, "base_layer")]
         attacked = attacked if method == "lora" else passes
         step = TrainStep(model, create_attack(attack, model, EPS), sgd(model))
+        step.gradients(images, labels)  # the first one looks once whether the model's mode matters
         with Flops() as counter:
             step.gradients(images, labels, torch.arange(len(labels)))
             step.apply()
