@@ -123,8 +123,13 @@ def frozen_sums(model: nn.Module) -> dict[str, tuple[object, object]]:
     }
 
 
-def warn_of_unsaved(before: dict[str, tuple[object, object]], after: dict[str, tuple[object, object]]) -> None:
-    """Warn of what a step changed and no checkpoint has; the arguments are what `unsaved` returned."""
+def warn_of_unsaved(before: dict[str, tuple[object, object]], after: dict[str, tuple[object, object]]) -> bool:
+    """Warn of what a step changed and no checkpoint has, and say whether there is any.
+
+    Args:
+        before: what `unsaved` and `frozen_sums` returned.
+        after: likewise, after the step.
+    """
     old = {name: before.get(name, (None, None)) for name in after}
     changed = [name for name, (kept, sign) in after.items() if kept is not old[name][0] or sign != old[name][1]]
     if changed:
@@ -133,3 +138,4 @@ def warn_of_unsaved(before: dict[str, tuple[object, object]], after: dict[str, t
             "it as it is. A resumed run begins with it anew, and may have another result. Kept are the tensors that "
             "the model has as buffers from the start"
         )
+    return bool(changed)

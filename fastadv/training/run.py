@@ -69,7 +69,7 @@ class Run:
         here: accelerate's view of this process.
         highest: the model takes labels up to this one; None where that is not known.
         images, labels: the training set, of which each process has a share of the images.
-        looked: whether an update was looked at for state that no checkpoint has.
+        looked: how many updates were looked at for state that no checkpoint has.
         masks: the names of tensors that are infinite or NaN from the start, such as a mask of logits.
         memories: rows that are kept of each training image, by name; they outlast a stage.
         passes: how the model is called.
@@ -105,7 +105,7 @@ class Run:
         self.passes: Passes = Passes(part, self.autocast, self.layout, self.settings.compile)
         self.memories: dict[str, SampleMemory] = {}
         self.checkpoints: Checkpoints | None = None
-        self.looked = False
+        self.looked = 0
         self._groups: dict[str, None] = {}  # the groups of tensors in the last checkpoint
         share_weights(self.model, self.team)
         held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())

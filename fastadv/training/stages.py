@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastadv")
 
+LOOKS = 2  # updates that are looked at: a teacher that is a copy of its student changes in the second one alone
 PROBE = 2**31  # the number of an epoch that never comes: its order of the images chooses those of the monitor
 
 
@@ -138,13 +139,14 @@ class StageRun:
         start, before = time.perf_counter(), at.train_s
         cpu_start, cpu_before = time.process_time(), at.train_cpu_s
         saved = start
-        kept = None if run.looked else self._unsaved()
+        kept = self._unsaved() if run.looked < LOOKS else None
         for index in run.batches.of_epoch(at, self.step.repeats)[at.batch :]:
             due, asked = self.updates.take(index, time.perf_counter() - saved >= self.settings.checkpoint_s)
             run.bar.update()
             if kept is not None:
-                warn_of_unsaved(kept, self._unsaved())
-                kept, run.looked = None, True
+                told = warn_of_unsaved(kept, self._unsaved())
+                run.looked = LOOKS if told else run.looked + 1
+                kept = kept if run.looked < LOOKS else None
             now = time.perf_counter()
             at.train_s = before + now - start
             at.train_cpu_s = cpu_before + time.process_time() - cpu_start

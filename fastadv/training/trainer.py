@@ -201,11 +201,11 @@ class Trainer:
             - First, where the backbone was measured, {"backbone": what `backbone_robustness` returns}.
             - For each stage "stage", "method", "trainable" and "total" (numbers that train, and all).
             - For each epoch "epoch", "loss" (of the updates, with all its terms) and "train_accuracy" (on the attacked
-              training images), "lr" (of the last step), "train_s" (without evaluation), "train_cpu_s" (processor time of the first process), the
-              monitor's reading, and "action" where the run acted on it; with the attacks stale and cached "fresh" (the
-              share of images that got a fresh FGSM), with stale "agreement" (the share of an image's pixels with the
-              sign of the epoch before, the mean over the images); and, when evaluated, "clean_accuracy" and
-              "robust_accuracy" on `val`.
+              training images), "lr" (of the last step), "train_s" (without evaluation), "train_cpu_s" (processor time
+              of the first process), the monitor's reading, and "action" where the run acted on it; with the attacks
+              stale and cached "fresh" (the share of images that got a fresh FGSM), with stale "agreement" (the share of
+              an image's pixels with the sign of the epoch before, the mean over the images); and, when evaluated,
+              "clean_accuracy" and "robust_accuracy" on `val`.
             - At last {"final": True}, with "format" (of these records: 1), "epochs", "best_epoch", "clean_accuracy",
               "robust_accuracy", "pma_accuracy" (of the images that neither `eval_attack` nor then PMA fools),
               "confusion" (lists of [label, the model's class, images], "clean" and "attacked" by `eval_attack`),

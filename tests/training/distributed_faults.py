@@ -52,6 +52,26 @@ def fit(folder=None, seed=1, norm=layer_norm, mask=None, owners=None, **settings
     return [record["epoch"] for record in records if "epoch" in record]
 
 
+class Skipping(nn.Module):
+    """Leaves a layer out: each second time, at random, or for the first time after some updates."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.layers, self.extra, self.late, self.calls = network(layer_norm), nn.Linear(3, 3).double(), late, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        left_out = self.calls > 40 if self.late else torch.rand(()) < 0.5
+        logits = self.layers(x)
+        return logits if self.training and left_out else logits + self.extra(logits)
+
+
+def fit_skipping(late):
+    settings = {"epochs": 10, "batch_size": 8, "probe": 0, "measure_backbone": False, "progress": False}
+    records = Trainer(Skipping(late), 16 / 255, attack=None, **settings).fit(images(40, 1))
+    return records[-1]["epochs"]
+
+
 def contents(folder):
     return sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*.*") if path.suffix != ".lock")
 
@@ -79,6 +99,7 @@ def main(top):
     told["parts"] = [
         Run(Trainer(network(layer_norm), 0.1, batch_size=8), x, None, None).passes.part for x in (shared, images(40, 1))
     ]
+    told["skipped layers"] = outcome(lambda: fit_skipping(late=False))
     told["mask"] = outcome(lambda: fit(mask=torch.tensor([1.0 if RANK else -float("inf")])))
     told["all in one"] = outcome(lambda: fit(owners=torch.zeros(40, dtype=torch.int64), method="linear", probe=8))
     told["other pictures"] = outcome(lambda: data.load(disk / "differ", team=team))
@@ -95,6 +116,7 @@ def main(top):
     arguments += ("--init", top / "0" / "init.safetensors" if RANK == 0 else "nowhere.safetensors")
     told["finetune"] = outcome(lambda: cli.main([*map(str, arguments)]))
     told["decoded"] = len(set(decoded))
+    told["layers skipped late"] = outcome(lambda: fit_skipping(late=True))
     gc.disable()
     fit()
     processes._end()  # what the end of the process calls: threads that are left may abort a finished run

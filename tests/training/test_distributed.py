@@ -146,6 +146,7 @@ def troubled(tmp_path_factory):
         ("other model", "ValueError: process 1 has another model than process 0, beginning with 1.bias"),
         ("other pictures", "ValueError: process 1 has other (train|val|test) pictures than process 0"),
         ("damaged picture", "ValueError: .*pictures cannot be read"),
+        ("layers skipped late", "RuntimeError: an update used other parameters than the passes before training did"),
     ],
 )
 def test_what_one_process_meets_ends_all_with_the_same_error(troubled, trouble, words):
@@ -168,6 +169,10 @@ def test_what_runs_beside_the_steps_takes_their_parts_where_images_come_in_share
 
 def test_what_the_first_process_came_with_is_no_fault_in_the_others(troubled):
     assert [each["mask"] for each in troubled[1]] == ["[0, 1]"] * 2
+
+
+def test_layers_that_are_skipped_at_random_train_in_several_processes(troubled):
+    assert [each["skipped layers"] for each in troubled[1]] == ["10"] * 2
 
 
 def test_a_process_may_hold_none_of_the_images(troubled):

@@ -497,6 +497,17 @@ def before_steps(monkeypatch):
     return states, watched.append
 
 
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_an_alarm_before_any_good_reading_says_that_the_model_is_untrained(alarms, action):
+    model = conv()
+    before = copied(model)
+    alarms(0)
+    with pytest.warns(UserWarning, match="epoch 1: no earlier reading of this stage was without an alarm") as warned:
+        fit(model, on_catastrophic_overfitting=action, **OPTIONS)
+    assert sum("no earlier reading" in str(each.message) for each in warned) == 1
+    assert same(copied(model), before) == (action == "stop")
+
+
 def test_rollback_goes_to_the_last_good_weights_and_halves_the_learning_rate(alarms, before_steps):
     (states, watch), model = before_steps, conv()
     watch(model)
