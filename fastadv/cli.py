@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: bad arguments, or a file, a package or a number that the command cannot work with; 130 after Ctrl-C.
     """
+    argv = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     arguments, unknown = _parser().parse_known_args(argv)
     command = vars(arguments).pop("command")
     if unknown:
         command.error(f"unrecognized arguments: {' '.join(unknown)}{_near(unknown[0], command)}")
-    _check_empty(sys.argv[1:] if argv is None else argv, command)
-    arguments.command_line = shlex.join(["fastadv", *(sys.argv[1:] if argv is None else argv)])
+    _check_empty(argv, command)
+    arguments.command_line = shlex.join(["fastadv", *argv])
     with speaking(getattr(arguments, "verbosity", logging.INFO)):
         try:
             arguments.run(arguments)
@@ -72,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
         module.add(command)
         command.set_defaults(command=command)  # its errors show its own usage, not the program's
     return parser
+
+
+def _at_home(word: str) -> str:
+    """`--out=~/run` with the folder that ~ stands for, which a shell puts in after a space alone."""
+    name, sign, value = word.partition("=")
+    return name + sign + os.path.expanduser(value) if name.startswith("--") else word
 
 
 def _check_empty(words: Sequence[str], command: argparse.ArgumentParser) -> None:

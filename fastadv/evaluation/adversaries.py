@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any, Protocol, TypeGuard
 
 import torch
+from numpy import float32
 from torch import nn
 
 from fastadv.attacks import ENSEMBLES, PRESETS, Attack, Ensemble, create_attack
@@ -174,6 +175,10 @@ def adversaries(
             against.append(Adversary(getattr(attack, "__name__", type(attack).__name__), attack, model))
         else:
             raise TypeError(f"attacks are names or callables, got {type(attack).__name__}")
+    known = {float32(each): each for each in budgets}
+    for adversary in against:
+        if adversary.eps is not None:  # the steps have it in float32: two that are equal there are one budget
+            adversary.eps = known.setdefault(float32(adversary.eps), adversary.eps)
     unasked = set(budgets) - {adversary.eps for adversary in against}
     if against and unasked and not any(isinstance(attack, str) for attack in given):
         raise ValueError(

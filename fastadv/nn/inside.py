@@ -83,9 +83,12 @@ def _held_by(value: Any) -> Iterable[Any]:
     if issubclass(kind, _LEAVES) or (issubclass(kind, type) and is_installed(value.__module__)):
         return ()
     if issubclass(kind, types.FunctionType):
-        known = {} if is_installed(value.__module__) else value.__globals__
+        installed = is_installed(value.__module__)
+        known = {} if installed else value.__globals__
         used = [known[name] for name in globals_of(value.__code__) if name in known]
         used += gc.get_referents(*(value.__closure__ or ()))
+        imports = () if installed else _imports_in(value.__code__)
+        used += [sys.modules[name] for name in imports if name in sys.modules]
         _add_of_imports(used, _names_in(value.__code__))
         return (*used, value.__defaults__, value.__kwdefaults__, vars(value))
     return (value(),) if issubclass(kind, weakref.ref) else gc.get_referents(value)
@@ -112,6 +115,14 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     """The names of the globals and attributes that a function, or a function inside it, uses."""
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
     return frozenset(code.co_names).union(*map(_names_in, inner))
+
+
+@lru_cache(maxsize=1024)
+def _imports_in(code: types.CodeType) -> frozenset[str]:
+    """The names of the modules that a function, or a function inside it, imports."""
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    here = {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
+    return frozenset(here.union(*map(_imports_in, inner)))
 
 
 def is_installed(module: str | None) -> bool:

@@ -327,3 +327,12 @@ def test_evaluate_refuses_what_cannot_be_before_it_reads_the_data(tmp_path, monk
     given = ("--model", tmp_path / "model.safetensors", "--data", "digits", "--out", tmp_path / "out")
     assert message in failed(capsys, "evaluate", *given, *words)[1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_at_home_is_meant_where_no_shell_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", "digits", "--model", "mlp", "--epochs", "1", "--device", "cpu")
+    cli.main(["finetune", *options, "--probe", "0", "--out=~/run"])
+    assert (tmp_path / "home" / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "~").exists()

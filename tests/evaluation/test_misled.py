@@ -222,3 +222,13 @@ def test_steps_that_rounding_swallows_are_told(samples, dtype):
     assert bool(moved) == (dtype != torch.bfloat16)
     assert ("is lost to rounding" in " ".join(str(w.message) for w in caught)) == (dtype == torch.bfloat16)
     assert ("is lost to rounding" in told(model, (images, labels), [attack])[1]) == (dtype == torch.bfloat16)
+
+
+def test_budgets_that_are_equal_in_float32_are_one(samples):
+    """The steps have them in float32; an eps that came from NumPy or a tensor is rounded to it."""
+    net = Net()
+    given = float(torch.tensor(8 / 255))
+    assert given != 8 / 255
+    report, _ = told(net, samples, ["fgsm", PGD(net, given, given / 4)], eps=8 / 255)
+    assert isinstance(report["robust_accuracy"], float)
+    assert [each["attacks"] for each in report["budgets"]] == [["fgsm", "PGD"]]

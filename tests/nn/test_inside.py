@@ -4,6 +4,7 @@ import collections
 import functools
 import itertools
 import logging
+import sys
 import types
 import weakref
 
@@ -139,6 +140,18 @@ def with_hook(net):
     return through
 
 
+def with_import_inside(net):
+    sys.modules["imported_inside"] = held = types.ModuleType("imported_inside")
+    held.net = net
+
+    def call(x):
+        from imported_inside import net as inner
+
+        return inner(x)
+
+    return call
+
+
 def of_import(net):
     helpers = types.ModuleType("helpers")
     helpers.net = net
@@ -161,6 +174,7 @@ HOLDERS = {
     "global of a class": lambda net: WithGlobal(),
     "global of a helper": lambda net: lambda x: of_helper(x),
     "weak reference": with_weak_reference,
+    "import that a call makes": with_import_inside,
     "import": lambda net: lambda x: PACKAGE.helpers.net(x),
     "import within a function": of_import,
     "normalised": lambda net: Normalized(lambda x: net(x), 0.0, 1.0),
