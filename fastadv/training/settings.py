@@ -139,8 +139,9 @@ class Settings:
                 object.__setattr__(self, each.name, in_limits(each.name, value))
         if self.lr is None:
             object.__setattr__(self, "lr", learning_rate(self.method, self.optimizer))
-        if self.lp_ft_lr is None:
-            object.__setattr__(self, "lp_ft_lr", learning_rate("linear", self.optimizer))
+        if self.lp_ft_lr is None:  # where it has no use, what states of earlier versions have
+            optimizer = self.optimizer if self.lp_ft else "adamw"
+            object.__setattr__(self, "lp_ft_lr", learning_rate("linear", optimizer))
         span(self.eps_schedule)  # refuses an unknown schedule
         if self.lp_ft and self.method == "linear":
             raise ValueError("lp_ft is linear probing before another method: for linear, take more epochs")
@@ -148,7 +149,7 @@ class Settings:
         for name, method in {**own, "adapter_reduction": "adapter", "prompt_tokens": "prompt"}.items():
             if self._given(name) and self.method != method:
                 raise ValueError(f"{name} belongs to the method {method}, and the method is {self.method}")
-        if self.lp_ft_lr != learning_rate("linear", self.optimizer) and not self.lp_ft:
+        if self.lp_ft_lr != learning_rate("linear", "adamw") and not self.lp_ft:
             raise ValueError("lp_ft_lr is the learning rate of lp_ft, and lp_ft=0 means no epochs of that: give both")
         if self._given("switch_to") and self.on_catastrophic_overfitting != "switch":
             raise ValueError("switch_to belongs to on_catastrophic_overfitting='switch': give both")
