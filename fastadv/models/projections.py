@@ -11,6 +11,7 @@ from torch import nn
 from fastadv.functional import to_float
 from fastadv.models.residual import find_residuals
 from fastadv.models.structure import find_heads
+from fastadv.nn.eager import eager
 from fastadv.nn.frozen import frozen
 
 # Names that timm and transformers give to the layers of queries, keys and values; _FUSED below makes several at once.
@@ -137,7 +138,7 @@ def _attention_targets(
 ) -> tuple[dict[str, nn.Module], list[Target]]:
     """(the linear layers that run before the heads, the layers of attention that make `letters`: "qv" or "kv")."""
     names = {layer: name for name, layer in module.named_modules()}
-    with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), frozen(module), eager():
         calls = _calls(module, example)
         linear = {names[layer]: layer for layer in calls if _is_linear(layer)}
         inside = tuple(f"{head}." for head in heads)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fastadv.functional import to_float
 from fastadv.models.added import Added
 from fastadv.models.structure import find_heads
+from fastadv.nn.eager import eager
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 
@@ -60,7 +61,7 @@ def find_residuals(module: nn.Module, example: torch.Tensor, head: str | Sequenc
     """
     heads = find_heads(module, head, example)
     x = to_float(example[:1]).clone().requires_grad_()
-    with frozen(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with frozen(module), torch.enable_grad(), eager():
         trace = _Trace(module, heads)
         with trace.watching(), trace:
             logits = find_logits(module(x), 1)

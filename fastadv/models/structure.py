@@ -19,6 +19,7 @@ from fastadv._warnings import warn
 from fastadv.functional import to_float
 from fastadv.names import instead
 from fastadv.nn import Normalized
+from fastadv.nn.eager import eager
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 
@@ -176,7 +177,7 @@ def _running_head(module: nn.Module, example: torch.Tensor) -> str:
 
     x = to_float(example[:1])
     # A compiled model would not call the hooks.
-    with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), frozen(module), eager():
         with _hooked(names, note):
             classes = find_logits(module(x), 1).shape[1]
         for layer, given in reversed(outputs.items()):

@@ -10,6 +10,7 @@ from torch import nn
 from fastadv.functional import to_float
 from fastadv.models.added import Prompt, attach
 from fastadv.models.structure import find_blocks, other_image
+from fastadv.nn.eager import eager
 from fastadv.nn.frozen import frozen
 
 
@@ -48,7 +49,7 @@ def find_tokens(module: nn.Module, example: torch.Tensor) -> Tokens:
     """
     x = to_float(example[:1])
     x = torch.cat((x, other_image(x)))
-    with torch.no_grad(), frozen(module), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), frozen(module), eager():
         try:
             blocks = find_blocks(module)
         except ValueError as error:

@@ -212,10 +212,13 @@ def _resolve_device(name: str | None, device: torch.device) -> str:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def serving(device: torch.device) -> str:
     """The name of the backend in use for the device. A compiled function keeps the one it was traced with."""
     return _resolve_device(_chosen.get(), device)
+
+
+# What torch.compiler.assume_constant_result does. It would load the compiler, and each import would take twice as long.
+serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(op_name: str, backend_name: str, args: Arguments) -> None:

@@ -16,6 +16,7 @@ from fastadv.functional import sample_seeds
 from fastadv.models import find_head
 from fastadv.models.structure import gives_logits_alone, is_plain
 from fastadv.nn.autocast import own_autocast
+from fastadv.nn.eager import eager
 from fastadv.nn.frozen import frozen
 from fastadv.ops.generator import seeded
 from fastadv.training.passes import Passes
@@ -240,7 +241,7 @@ def _features(model: nn.Module, head: nn.Linear, batches: Iterable[torch.Tensor]
 @torch.no_grad()
 def _alone(model: nn.Module, head: nn.Linear, image: torch.Tensor, passes: Passes) -> bool:
     """Whether the logits depend on the head alone: the features that enter it tell nothing of a second one."""
-    with own_autocast(image.device, passes.autocast), torch.compiler.set_stance("force_eager"):
+    with own_autocast(image.device, passes.autocast), eager():
         return gives_logits_alone(model, head, image)
 
 

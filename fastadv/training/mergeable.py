@@ -12,6 +12,7 @@ from torch import nn
 from fastadv.functional import to_float
 from fastadv.models.added import added_to
 from fastadv.models.structure import with_factors
+from fastadv.nn.eager import eager
 from fastadv.nn.frozen import at_the_end, frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
@@ -177,7 +178,7 @@ def _used_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], example: 
         return out.detach()
 
     weights = [layer.get_parameter("weight") for layer in layers.values()]
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model), eager():
         hooks = [layer.register_forward_hook(cut) for layer in layers.values()]
         try:
             for weight in weights:

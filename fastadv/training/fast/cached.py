@@ -10,6 +10,7 @@ from fastadv.attacks.checks import device_of
 from fastadv.functional import to_float
 from fastadv.models import find_head
 from fastadv.nn.autocast import own_autocast
+from fastadv.nn.eager import eager
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
 from fastadv.ops.generator import seeded
@@ -148,7 +149,7 @@ def _entering(model: nn.Module, head: nn.Module, images: torch.Tensor) -> torch.
     # model would not call the hook.
     hook = head.register_forward_pre_hook(end, prepend=True)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eager():
             model(images)
     except _AtTheHead:
         pass
@@ -173,7 +174,7 @@ def _gives_logits(model: nn.Module, head: nn.Module, images: torch.Tensor) -> bo
 
     hook = head.register_forward_hook(replaced, with_kwargs=True)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eager():
             logits = find_logits(model(images), len(images))
     finally:
         hook.remove()
