@@ -313,8 +313,10 @@ def of_probabilities(outputs: torch.Tensor, loss: str) -> str:
         outputs: of the model (N, C); of a few images nobody can tell.
         loss: the name of the loss, one that squashes them.
     """
-    low, high = outputs.aminmax() if outputs.numel() else (0, 2)
-    if len(outputs) < ENOUGH or not (low >= 0 and high <= 1):
+    if len(outputs) < ENOUGH:
+        return ""
+    low, high = outputs.aminmax()
+    if not (low >= 0 and high <= 1):
         return ""
     what, last = "all of the model's outputs are in [0, 1], as a sigmoid's are", "sigmoid"
     if bool(are_probabilities(outputs).all()):

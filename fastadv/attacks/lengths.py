@@ -42,10 +42,12 @@ class Lengths(Attributes):
 
     def lost_in(self, dtype: torch.dtype) -> str | None:
         """Say that images of this dtype are rounded back to where they were before a step; None where they are not."""
+        if dtype not in (torch.float16, torch.bfloat16) or self.norm != "Linf" or box_of(self.clip) != BOX:
+            return None
         alpha = self.eps if self.alpha is None else self.alpha
-        apart = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0  # just below 1
-        longest = float(torch.as_tensor(alpha).max()) * max(self.factors()) if apart else 1.0
-        if self.norm != "Linf" or box_of(self.clip) != BOX or not 0 < longest <= apart / 2:
+        longest = float(torch.as_tensor(alpha).max()) * max(self.factors())
+        apart = torch.finfo(dtype).eps / 2  # just below 1
+        if not 0 < longest <= apart / 2:
             return None
         return (
             f"a step of {self._shown('alpha', longest)} is lost to rounding where a pixel is above 0.5: there numbers "

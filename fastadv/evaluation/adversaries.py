@@ -55,10 +55,10 @@ class Adversary:
     def __init__(self, name: str, attack: Attacker, model: AnyModel):
         self.name, self.attack = name, attack
         self.eps, self.norm = eps_of(attack), norm_of(attack)
-        attacked = model_of(attack)
         what = strange(attack, model)
-        self.elsewhere = what if what is not None and attacked is not None and not are_equal(attacked, model) else None
-        self.ours = _on(model, attack) if isinstance(attack, Attack) else None
+        same = _is_on(model, attack, what)
+        self.elsewhere = None if same else what
+        self.ours = _moved(attack, model) if isinstance(attack, Attack) and same and not is_called(attack) else None
         if goes_to_labels(attack) or (self.ours is not None and callable(self.ours.targeted)):
             raise ValueError(
                 f"{attack!r} takes its targets for labels: choose targeted='random' or 'least_likely', or the default "
@@ -115,17 +115,24 @@ class Adversary:
         return {"attack": self.name, "type": type(self.attack).__qualname__, **kept}
 
 
-def _on(model: AnyModel, attack: Attack) -> Attack | None:
-    """The attack on `model`, where it was made on it, on a wrapper that changes no output, or on an equal copy.
+def _is_on(model: AnyModel, attack: Attacker, what: str | None) -> bool:
+    """Whether an attack is known to be on `model`, on a wrapper that changes no output, or on an equal copy.
 
-    None, too, where its images are another's than those that the queue would judge: see `is_called`.
+    Args:
+        model: the model that is evaluated.
+        attack: of this package or another library.
+        what: what `strange` says of it; of other libraries' attacks of which it says nothing, weights are not compared.
     """
-    if is_called(attack):
-        return None
+    attacked = attack.model if isinstance(attack, Attack) else model_of(attack)
+    if attacked is None or (what is None and not isinstance(attack, Attack)):
+        return False
+    return bare(attacked) is bare(model) or are_equal(attacked, model)
+
+
+def _moved(attack: Attack, model: AnyModel) -> Attack:
+    """The attack on `model`: itself, or a copy."""
     if attack.model is model:
         return attack
-    if bare(attack.model) is not bare(model) and not are_equal(attack.model, model):
-        return None
     mine = copy.copy(attack)
     mine.model = model
     return mine

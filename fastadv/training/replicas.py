@@ -77,10 +77,12 @@ def replicated(model: nn.Module, images: torch.Tensor, team: Team) -> nn.Module:
     """
     through = _Logits(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = []
+
+    def leaves_some_out() -> bool:
+        gradients = torch.autograd.grad(through(images).float().sum(), parameters, allow_unused=True)
+        return any(gradient is None for gradient in gradients)
+
     with seeded(0), buffers_kept(model):
-        for _ in range(PASSES):
-            gradients = torch.autograd.grad(through(images).float().sum(), parameters, allow_unused=True)
-            found.append(any(gradient is None for gradient in gradients))
-    unused = bool(team.summed(torch.tensor(any(found), device=images.device).long()))
+        found = any(leaves_some_out() for _ in range(PASSES))  # no more passes than until the first that does
+    unused = bool(team.summed(torch.tensor(found, device=images.device).long()))
     return nn.parallel.DistributedDataParallel(through, find_unused_parameters=unused)

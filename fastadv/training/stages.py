@@ -221,7 +221,7 @@ class StageRun:
         if not any("epoch" in r and r["epoch"] >= at.first_epoch and not r["alarm"] for r in at.records):
             warn(
                 f"epoch {at.epoch}: no earlier reading of this stage was without an alarm, so that the model is as "
-                "before the stage, untrained: take a lower lr or eps, or another attack"
+                "before the stage: take a lower lr or eps, or another attack"
             )
         self.weights.go_back()
         at.average_epoch = at.epoch
