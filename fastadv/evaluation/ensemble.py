@@ -24,6 +24,7 @@ class Trial:
         reach: the distances of the images, for an attack that is not of this package; else None.
         seconds: the time that it took so far.
         zeros: (samples whose first gradient no step can follow, samples that were checked); None where none were.
+        shattered: (samples whose margin hardly rises along its gradient, samples that were checked); None likewise.
         by_square: (N,) bool, which survivors fell to a few queries of the Square attack; None where it did not run.
     """
 
@@ -33,6 +34,7 @@ class Trial:
     reach: Reach | None
     seconds: float = 0.0
     zeros: tuple[int, int] | None = None
+    shattered: tuple[int, int] | None = None
     by_square: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +77,11 @@ class Trial:
     def zero_gradients(self) -> float | None:
         """The share of the checked samples whose first gradient no step can follow; None where none was checked."""
         return self.zeros[0] / self.zeros[1] if self.zeros and self.zeros[1] else None
+
+    @property
+    def shattered_gradients(self) -> float | None:
+        """The share of the checked samples whose margin hardly rises along its gradient; None where none was."""
+        return self.shattered[0] / self.shattered[1] if self.shattered and self.shattered[1] else None
 
     @property
     def latest(self) -> dict[str, int] | None:

@@ -111,6 +111,21 @@ def notes_on_gradients(trials: Iterable[Trial]) -> Iterator[str]:
             )
 
 
+def notes_on_shattering(trials: Iterable[Trial]) -> Iterator[str]:
+    """A note for each budget at which most gradients do not say how the margin rises."""
+    told = set()
+    for trial in trials:
+        low, looked = trial.shattered or (0, 0)
+        if looked >= FEW and low > looked / 2 and trial.adversary.ball not in told:
+            told.add(trial.adversary.ball)
+            yield (
+                f"gradients look masked: a step of a quarter of the eps of {trial.adversary.title} along the margin's "
+                f"gradient raises it, for {low} of {looked} images, by less than a tenth of what the gradient "
+                "foretells. An attack by gradients cannot find its way: does the model round its images, or add waves "
+                "to them? Run --attacks autoattack, or attack it without that part"
+            )
+
+
 def notes_on_predictions(counts: Iterable[tuple[str, int]], images: int) -> Iterator[str]:
     """Notes on samples without a prediction.
 

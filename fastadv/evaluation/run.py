@@ -28,6 +28,7 @@ from fastadv.evaluation.masking import (
     most_likely,
     notes_on_masking,
     notes_on_square,
+    shattered,
     square_of,
 )
 from fastadv.evaluation.progress import ProgressBar
@@ -279,6 +280,19 @@ class Run:
         zero, looked = self.share.team.summed(torch.tensor([zero, looked], device=self.labels.device)).tolist()
         return zero, looked
 
+    def _shattered(self, attack: Attack) -> tuple[int, int]:
+        """(samples whose margin hardly rises along its gradient, samples that were checked), of the first PROBED."""
+        found = torch.zeros(2, dtype=torch.int64, device=self.labels.device)
+        model = Objective(self._objective.model, "targeted_margin", eot=attack.eot, autocast=self._objective.autocast)
+        pairs = torch.stack((self.labels, self.clean.scatter(1, self.labels[:, None], -torch.inf).argmax(1)), 1)
+        first = self.share.here(self.correct.nonzero()[:PROBED, 0])
+        for part in first.split(self.slots) if len(first) else ():
+            rows = self._filled(part)
+            of_part = shattered(attack, model, self._seen_by_model(self._staged(rows)), pairs[rows])
+            found += torch.stack([each[: len(part)].sum() for each in of_part])
+        low, looked = self.share.team.summed(found).tolist()
+        return low, looked
+
     def _batches(self, trial: Trial) -> Iterator[tuple[int, int]]:
         """The plain loop for attacks that cannot run in slots; yields (batches so far, batches left)."""
         verdicts = trial.verdicts
@@ -355,13 +369,18 @@ class Run:
         n = len(self.labels)
         for trial in trials:
             attack = trial.adversary.ours
-            trial.zeros = self._zero_gradients(attack) if attack is not None and attack.by_gradient else None
+            if attack is None or not attack.by_gradient:
+                continue
+            trial.zeros = self._zero_gradients(attack)
+            if self.labels.ndim == 1 and self.clean.shape[1] > 1 and attack.eps > 0:
+                trial.shattered = self._shattered(attack)
         masked = list(self.masking(order))
         results = [self._result(trial) for trial in trials]
         ours = [(t.adversary, r) for t, r in zip(trials, results, strict=True) if t.adversary.ours is not None]
         self._warn(masking_checks.notes_on_lengths(trial.adversary for trial in trials))
         self._warn(masking_checks.notes_on_steps((t.adversary for t in trials), self.share.mine.dtype))
         self._warn(masking_checks.notes_on_gradients(trials))
+        self._warn(masking_checks.notes_on_shattering(trials))
         silenced = [(trial.adversary.title, r["no_prediction"]) for trial, r in zip(trials, results, strict=True)]
         self._warn(masking_checks.notes_on_predictions([("no attack", self.silent), *silenced], n))
         theirs = [(trial.adversary, trial.reach) for trial in trials if trial.reach is not None]
@@ -439,6 +458,7 @@ class Run:
             "nonfinite_losses": verdicts.nonfinite,
             "runs": verdicts.restarts,
             "zero_gradients": trial.zero_gradients,
+            "shattered_gradients": trial.shattered_gradients,
             "fooled": fooled,
             "said": [said if f else None for said, f in zip(verdicts.said.tolist(), fooled, strict=True)],
             **first,

@@ -37,7 +37,9 @@ class Table(nn.Module):
     def forward(self, x):
         sample, run, step = (x[:, :, 0, 0] * 255).round().long().unbind(1)
         step = step.clamp(max=self.fools.shape[2] - 1)  # a slot that has finished goes on until it is refilled
-        says = torch.where(run == 0, self.wrong[sample], self.fools[sample, (run - 1).clamp(min=0), step]).to(x)
+        says = torch.where(
+            run == 0, self.wrong[sample], self.fools[sample, (run - 1).clamp(0, self.fools.shape[1] - 1), step]
+        ).to(x)
         return 3 * torch.stack((1 - says, says), 1) + x.flatten(1)[:, :2] / 2**10
 
 

@@ -172,6 +172,36 @@ def test_masked_gradients_are_looked_for_in_inputs_of_any_shape(samples, shape):
     assert math.prod(as_picture(shape[1:])) == math.prod(shape[1:])
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [PGD, PGDL2])
+def test_gradients_that_say_nothing_of_the_next_step_are_told(samples, kind):
+    """Waves far shorter than a step: the gradient is right, and leads nowhere. The share is that of a loop by hand."""
+    net = Net()
+
+    def waved(x):
+        return net(x + 0.01 * torch.sin(10_000 * x))
+
+    def risen(model, x, label, eps):
+        x = x[None].double().requires_grad_()
+        logits = copy.deepcopy(net).double()(x if model is net else x + 0.01 * torch.sin(10_000 * x))[0]
+        other = max((c for c in range(3) if c != label), key=lambda c: float(logits[c].detach()))
+        (grad,) = torch.autograd.grad(logits[other] - logits[label], x)
+        step = grad / grad.norm() if kind is PGDL2 else grad.sign()
+        moved = (x.detach() + eps / 4 * step).clamp(0, 1)
+        after = (model(moved.float())[0].double()).detach()
+        gain = after[other] - after[label] - (logits[other] - logits[label]).detach()
+        return float(gain / (grad * (moved - x.detach())).sum())
+
+    eps = 0.5 if kind is PGDL2 else EPS
+    for model in (net, waved):
+        labels = model(samples[0]).argmax(1)
+        report, words = told(model, (samples[0], labels), [kind(model, eps, steps=4)])
+        rises = [risen(model, x, int(label), eps) for x, label in zip(samples[0], labels, strict=True)]
+        share = sum(each < 0.1 for each in rises) / len(rises)
+        assert report["attacks"][0]["shattered_gradients"] == pytest.approx(share, abs=0.05)
+        assert ("along the margin's gradient" in words) == (model is waved) == (share > 0.5)
+
+
 @pytest.mark.parametrize("sampler", ["shuffle", "random part"])
 def test_lists_of_a_shuffled_loader_are_in_the_order_of_their_labels(samples, sampler):
     data = TensorDataset(*samples)
