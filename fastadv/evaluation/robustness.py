@@ -144,7 +144,7 @@ def evaluate(
         graph; null likewise), "seconds", "nonfinite_losses", "zero_gradients" (share of the first samples to be
         attacked whose gradient is exactly 0, NaN or too short for an attack in L2 at the attack's start),
         "shattered_gradients" (share of them whose margin hardly rises along its gradient; null where there are several
-        labels a sample, or no rise above rounding is foretold), "fooled" (a
+        labels a sample or a single logit, the loss is a callable, or no rise above rounding is foretold), "fooled" (a
         bool per sample), "said" (the class that it is then taken for, as in "clean_said"; null for the others),
         "restart" and "step" (of the first iterate that fooled; where an attack goes towards one class after the other
         its runs are counted through; null where there is none or it is not known), "target" (of such an attack, the

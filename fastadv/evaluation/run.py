@@ -10,7 +10,7 @@ import torch
 
 from fastadv._warnings import warn
 from fastadv.attacks import LOSSES, Attack
-from fastadv.attacks.checks import highest, of_probabilities
+from fastadv.attacks.checks import box_of, highest, of_probabilities
 from fastadv.attacks.engine import Engine, is_ours
 from fastadv.attacks.objective import Objective
 from fastadv.attacks.verdicts import NONE, is_label, verdict
@@ -262,9 +262,7 @@ class Run:
         """
         zero = looked = 0
         targets = self._targets(attack)
-        first = self.share.here(self.correct.nonzero()[:PROBED, 0])
-        for part in first.split(self.slots) if len(first) else ():
-            rows = self._filled(part)
+        for rows, count in self._probed():
             x = self._staged(rows)
             if attack.memory_format is not None:
                 x = x.contiguous(memory_format=attack.memory_format)
@@ -274,9 +272,9 @@ class Run:
             counts = torch.ones_like(rows, dtype=torch.bool)
             if attack.loss == "kl":
                 counts = (slots.adv != to_float(x)).flatten(1).any(1)
-            counts = counts[: len(part)]
+            counts = counts[:count]
             looked += int(counts.sum())
-            zero += int((counts & attack.leads_nowhere(grad)[: len(part)]).sum())
+            zero += int((counts & attack.leads_nowhere(grad)[:count]).sum())
         zero, looked = self.share.team.summed(torch.tensor([zero, looked], device=self.labels.device)).tolist()
         return zero, looked
 
@@ -285,13 +283,33 @@ class Run:
         found = torch.zeros(2, dtype=torch.int64, device=self.labels.device)
         model = Objective(self._objective.model, "targeted_margin", eot=attack.eot, autocast=self._objective.autocast)
         pairs = torch.stack((self.labels, self.clean.scatter(1, self.labels[:, None], -torch.inf).argmax(1)), 1)
-        first = self.share.here(self.correct.nonzero()[:PROBED, 0])
-        for part in first.split(self.slots) if len(first) else ():
-            rows = self._filled(part)
-            of_part = shattered(attack, model, self._seen_by_model(self._staged(rows)), pairs[rows])
-            found += torch.stack([each[: len(part)].sum() for each in of_part])
+        for rows, count in self._probed():
+            of_batch = shattered(attack, model, self._seen_by_model(self._staged(rows)), pairs[rows])
+            found += torch.stack([each[:count].sum() for each in of_batch])
         low, looked = self.share.team.summed(found).tolist()
         return low, looked
+
+    def _probed(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """(rows of a full batch, how many of them count), of this process's part of the first PROBED samples."""
+        first = self.share.here(self.correct.nonzero()[:PROBED, 0])
+        for part in first.split(self.slots) if len(first) else ():
+            yield self._filled(part), len(part)
+
+    def _look_at_gradients(self, trials: Sequence[Trial]) -> None:
+        """Fill in what the gradients of the trials' attacks are like."""
+        found: dict[tuple[object, ...], tuple[int, int]] = {}
+        of_logits = self.labels.ndim == 1 and self.clean.shape[1] > 1
+        for trial in trials:
+            attack = trial.adversary.ours
+            if attack is None or not attack.by_gradient:
+                continue
+            trial.zeros = self._zero_gradients(attack)
+            # A loss of the user's may climb another output than the logits, which need not have a gradient.
+            if of_logits and attack.eps > 0 and not callable(attack.loss):
+                same = attack.norm, attack.eps, box_of(attack.clip), attack.eot
+                if same not in found:
+                    found[same] = self._shattered(attack)
+                trial.shattered = found[same]
 
     def _batches(self, trial: Trial) -> Iterator[tuple[int, int]]:
         """The plain loop for attacks that cannot run in slots; yields (batches so far, batches left)."""
@@ -367,13 +385,7 @@ class Run:
             ensemble: whether each got only the samples that the trials before it had not fooled.
         """
         n = len(self.labels)
-        for trial in trials:
-            attack = trial.adversary.ours
-            if attack is None or not attack.by_gradient:
-                continue
-            trial.zeros = self._zero_gradients(attack)
-            if self.labels.ndim == 1 and self.clean.shape[1] > 1 and attack.eps > 0:
-                trial.shattered = self._shattered(attack)
+        self._look_at_gradients(trials)
         masked = list(self.masking(order))
         results = [self._result(trial) for trial in trials]
         ours = [(t.adversary, r) for t, r in zip(trials, results, strict=True) if t.adversary.ours is not None]

@@ -412,7 +412,7 @@ def two_attacks(model, samples, ensemble=False, **options):
 
 
 @pytest.mark.parametrize("pool", [None, 10])
-@pytest.mark.parametrize(("share", "ensemble"), [(0.3, False), (0.45, False), (0.85, False), (0.3, True), (0.9, True)])
+@pytest.mark.parametrize(("share", "ensemble"), [(0.3, False), (0.5, False), (0.85, False), (0.3, True), (0.9, True)])
 def test_a_run_that_was_cut_goes_on_with_the_same_result(net, samples, tmp_path, monkeypatch, share, ensemble, pool):
     monkeypatch.setattr(evaluation_run, "SAVE_EVERY", 0)
     path = tmp_path / "state"

@@ -202,6 +202,26 @@ def test_gradients_that_say_nothing_of_the_next_step_are_told(samples, kind):
         assert ("along the margin's gradient" in words) == (model is waved) == (share > 0.5)
 
 
+def test_a_loss_of_another_output_than_the_logits_judges_logits_without_a_gradient(samples):
+    net = Net()
+
+    class Hard(nn.Module):
+        def forward(self, x):
+            soft = net(x)
+            return {"logits": nn.functional.one_hot(soft.argmax(1), 3).float(), "soft": soft}
+
+    def loss(outputs, labels):
+        return nn.functional.cross_entropy(outputs["soft"], labels, reduction="none")
+
+    model = Hard()
+    report, _ = told(model, samples, [PGD(model, EPS, steps=6, loss=loss, random_start=False, alpha=EPS / 4)])
+    plain, _ = told(net, samples, [PGD(net, EPS, steps=6, random_start=False, alpha=EPS / 4)])
+    assert report["attacks"][0]["fooled"] == plain["attacks"][0]["fooled"]
+    assert any(report["attacks"][0]["fooled"])
+    assert report["attacks"][0]["shattered_gradients"] is None
+    assert plain["attacks"][0]["shattered_gradients"] == 0
+
+
 @pytest.mark.parametrize("sampler", ["shuffle", "random part"])
 def test_lists_of_a_shuffled_loader_are_in_the_order_of_their_labels(samples, sampler):
     data = TensorDataset(*samples)
