@@ -83,15 +83,17 @@ def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def targeted_dlr(logits: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """The targeted margin over the distance of the first logit from the mean of the third and the fourth.
 
-    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of three classes the third alone; of two the margin itself. A
-    class that cannot be, with a logit of -inf, is none.
+    Croce and Hein 2020 (arXiv 2003.01690, section 4.2). Of three classes the mean of the second and the third: by the
+    third alone, the ratio towards the last class would be -1 everywhere. Of two the margin itself. A class that cannot
+    be, with a logit of -inf, is none.
     """
     classes = logits.shape[1]
     if classes < 3:
         return targeted_margin(logits, pairs)
     highest = logits.topk(min(classes, 4), dim=1).values
-    first, third, fourth = highest[:, 0], highest[:, 2], highest[:, -1]
-    fourth = torch.where(fourth > -torch.inf, fourth, third)
+    first, second, third = highest[:, :3].unbind(1)
+    fourth = highest[:, 3] if classes > 3 else second
+    fourth = torch.where(fourth > -torch.inf, fourth, second)
     return targeted_margin(logits, pairs) / _distance(first, (third + fourth) / 2)
 
 

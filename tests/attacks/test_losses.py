@@ -41,7 +41,7 @@ def test_dlr_and_its_targeted_kind_follow_their_formulas_for_any_number_of_class
         margin = max(others(row, y)) - row[y]
         expected = margin if classes == 2 else margin / (ranked[0] - ranked[2] + 1e-12)
         assert math.isclose(plain[i].item(), expected, rel_tol=1e-12, abs_tol=1e-12)
-        below = {2: None, 3: ranked[-1]}.get(classes, sum(ranked[2:4]) / 2)
+        below = {2: None, 3: sum(ranked[1:]) / 2}.get(classes, sum(ranked[2:4]) / 2)
         expected = row[t] - row[y] if classes == 2 else (row[t] - row[y]) / (ranked[0] - below + 1e-12)
         assert math.isclose(driven[i].item(), expected, rel_tol=1e-12, abs_tol=1e-12)
 
@@ -60,12 +60,13 @@ def test_a_logit_of_minus_infinity_is_no_class_in_a_ratio(classes):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
-def test_two_classes_have_a_gradient_under_every_loss(classes):
-    logits, labels = rows(50, classes)
-    pairs = torch.stack((labels, (labels + 1) % classes), 1)
+def test_few_classes_have_a_gradient_under_every_loss(classes):
+    logits, _ = rows(200, classes)
+    labels = logits.argmax(1)
+    pairs = torch.stack((labels, (labels + torch.randint(1, classes, labels.shape)) % classes), 1)
     for name in ("ce", "margin", "dlr", "targeted_margin", "targeted_dlr", "probability_margin"):
         grad = gradient(LOSSES[name](logits, pairs if LOSSES[name].compares == "pairs" else labels), logits)
-        assert (grad != 0).any(1).float().mean() > 0.9, name
+        assert (grad.abs() > 1e-9).any(1).float().mean() > 0.9, name  # what rounding leaves of zero is none
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
