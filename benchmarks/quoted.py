@@ -29,7 +29,7 @@ THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
 STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "study-cpu/cells/*/cell.json"
 CELLS_AGAIN = "study-again/cells/*/cell.json"
-RIVALS = ("fgsm-5-epochs", "stale")  # of FGSM: for the time of standard fine-tuning
+RIVALS = {"full": ("fgsm-5-epochs", "stale"), "lora": ("stale",)}  # of FGSM: for the time of standard fine-tuning
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
 SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
 TUNED, BACKBONE = "scratch/tuned.json", "scratch/backbone.json"
@@ -715,26 +715,21 @@ def price() -> Iterator[Figure]:
         ("noise", "the time of a training without an attack over that of its repetition", _repeated, hundredths),
     ):
         yield Figure(f"price.{name}", what + words, (PRICE, PRICE_CELLS), value, form)
-    for data, (attack, name, words, form) in product(
-        ("cifar10", "eurosat"),
-        (
+    for data, (method, rivals) in product(("cifar10", "eurosat"), RIVALS.items()):
+        for attack, name, words, form in (
             ("fgsm", "robust", "what PMA leaves", percent),
-            *((attack, "time", "time over training without an attack", hundredths) for attack in ("fgsm", *RIVALS)),
-            *((attack, "to_fgsm", "what PMA leaves less FGSM's, in points", _beside_fgsm) for attack in RIVALS),
-        ),
-    ):
-        value = partial(_of_study, path=f"price_summaries[data={data}&method=full&attack={attack}].{name}")
-        words = f"{what}full fine-tuning with {attack} on {data}: {words}"
-        yield Figure(f"price.{data}.{attack}.{name}", words, (PRICE, PRICE_CELLS), value, form)
+            *((attack, "time", "time over training without an attack", hundredths) for attack in ("fgsm", *rivals)),
+            *((attack, "to_fgsm", "what PMA leaves less FGSM's, in points", _beside_fgsm) for attack in rivals),
+        ):
+            value = partial(_of_study, path=f"price_summaries[data={data}&method={method}&attack={attack}].{name}")
+            words = f"{what}{method} fine-tuning with {attack} on {data}: {words}"
+            yield Figure(f"price.{data}.{method}.{attack}.{name}", words, (PRICE, PRICE_CELLS), value, form)
 
 
 def _seeds_compared(report: Mapping, cells: list[Mapping]) -> tuple[float, float]:
-    """The fewest and the most seeds of full fine-tuning with FGSM and its rivals that each eps has."""
-    rows = [
-        row
-        for row in report["price_summaries"]
-        if (row["method"], row["attack"] in ("fgsm", *RIVALS)) == ("full", True)
-    ]
+    """The fewest and the most seeds of FGSM and its rivals that each eps has."""
+    compared = {(method, attack) for method, rivals in RIVALS.items() for attack in ("fgsm", *rivals)}
+    rows = [row for row in report["price_summaries"] if (row["method"], row["attack"]) in compared]
     return extent(row["runs"] / len(row["budgets"]) for row in rows)
 
 
