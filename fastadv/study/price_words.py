@@ -32,7 +32,8 @@ def sentences(found: Sequence[Summary]) -> list[str]:
             + f". {rivals.answer()} {rivals.caution()}".rstrip()
         )
         if rivals.left_out:
-            words[-1] += f" Not measured everywhere, and not compared: {listed(rivals.left_out)}."
+            left_out = listed(rivals.left_out)
+            words[-1] += f" Not measured everywhere and with as many seeds, and not compared: {left_out}."
     return words
 
 
@@ -62,12 +63,13 @@ class _Rivals:
 
     @property
     def _compared(self) -> dict[str, list[Summary]]:
-        """The attacks that are judged wherever FGSM is, and FGSM."""
-        wanted = {(each.row, each.budgets) for each in self.reference}
+        """The attacks that are judged wherever FGSM is and with no fewer seeds, and FGSM."""
+        runs = {(each.row, each.budgets): each.runs for each in self.reference}
         return {
             attack: group
             for attack, group in grouped(self.summaries, lambda each: each.attack)
-            if {(each.row, each.budgets) for each in group} == wanted
+            if {(each.row, each.budgets) for each in group} == runs.keys()
+            and all(each.runs >= runs[each.row, each.budgets] for each in group)
             and all(each.to_fgsm or each.attack == each.against for each in group)
         }
 

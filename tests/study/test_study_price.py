@@ -295,9 +295,18 @@ def test_what_is_not_measured_everywhere_is_named_and_not_compared(tmp_path, rng
     (said,), numbers = told(tmp_path, records)
     assert "by the cost model" not in said
     assert "1 point to it is stale-2 (+1.56 (" in said
-    assert said.endswith("Not measured everywhere, and not compared: stale.")
+    assert said.endswith("Not measured everywhere and with as many seeds, and not compared: stale.")
     eps = {line.split("|")[3].strip(): line.split("|")[4].strip() for line in numbers["price_table"].splitlines()[2:]}
     assert eps == {"none": "4 and 8", "fgsm": "4 and 8", "stale": "4", "stale-2": "4 and 8"}
+
+
+def test_an_attack_of_fewer_seeds_is_not_beside_those_of_more(tmp_path, rng):
+    records = grid(rng, right={"none": 3, "fgsm": 40, "stale": 41, "stale-2": 60})
+    (said,), _ = told(tmp_path, [r for r in records if r["cell"]["attack"] != "stale-2" or r["cell"]["seed"] == 0])
+    assert said.startswith(f"{FULL}: fgsm takes")
+    assert "stale-2 (" not in said
+    assert "is stale (+1.56 (" in said
+    assert said.endswith("and with as many seeds, and not compared: stale-2.")
 
 
 @pytest.mark.parametrize("sharing", [12, None], ids=["a shared GPU", "another machine"])
@@ -325,7 +334,7 @@ def test_an_attack_whose_time_was_not_measured_leaves_the_others_with_theirs(tmp
             each["machine"] = each["machine"] | {"cpu": "another"}
     ((said,), _) = told(tmp_path, records)
     assert "by the cost model" not in said
-    assert said.endswith("Not measured everywhere, and not compared: stale-2.")
+    assert said.endswith("Not measured everywhere and with as many seeds, and not compared: stale-2.")
 
 
 def test_models_and_classes_are_named(tmp_path, rng):
