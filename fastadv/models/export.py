@@ -31,9 +31,10 @@ def export(model: Model, path: str | Path) -> None:
     The ending of the path chooses the format:
 
     - .pt2, for any network: a program of torch.export. It needs neither fastadv nor timm nor transformers:
-      `torch.export.load(path).module()` maps images (N, C, H, W), float32 in [0, 1], to logits (N, classes). The
-      program normalises the images itself, is in eval mode, and cannot be trained. The names of the classes are in its
-      extra file "classes.json". Adapters and prompts can be exported only so: a plain network could not load them.
+      `torch.export.load(path).module()` maps images (N, C, H, W), float32 in [0, 1], to logits (N, classes); it
+      raises a RuntimeError for images of another dtype. It normalises the images itself, is in eval mode, and cannot be
+      trained. The names of the classes are in its extra file "classes.json". Adapters and prompts can be exported only
+      so: a plain network could not load them.
     - none, or another, for a network of transformers: a folder for from_pretrained, with the weights,
       preprocessor_config.json and config.json, which has the names of the classes. It
       differs from the preprocessing in pictures of 16 bits and transparent ones, of which it makes white and black or
@@ -114,6 +115,7 @@ class _Plain(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch.ops.aten._assert_tensor_metadata(images, dtype=torch.float32)
         return find_logits(self.network((images - self.mean) / self.std), images.shape[0])
 
 

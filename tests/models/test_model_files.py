@@ -102,6 +102,15 @@ def test_a_layer_with_as_many_outputs_as_labels_is_no_second_classifier(kind):
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float64, torch.float16])
+def test_a_program_refuses_images_of_another_type(tmp_path, dtype):
+    """Pixels of [0, 255] gave logits of a picture that is white all over."""
+    models.export(small("ab"), tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    with pytest.raises(RuntimeError, match="dtype mismatch"):
+        program(torch.randint(0, 2, (2, 3, 8, 8)).to(dtype))
+
+
 def test_a_program_of_images_of_an_unknown_shape_is_refused(tmp_path):
     network, given = nn.Linear(2, 2), {"kind": "timm", "name": "resnet18", "options": {}}
     with pytest.raises(ValueError, match="images of one shape, and this model has no preprocessing that says it"):
