@@ -110,6 +110,8 @@ class TrainStep:
             self.method.attack.objective.check_classes(highest)
         self._looked = False
         self._merged = MergedWeights(model)
+        if self.method is not None:
+            self.method.around_passes = self._merged
         self._mode_dependent = [module for module in model.modules() if _depends_on_mode(module)]
         self._alike: bool | None = None  # whether the model's outputs were as in eval mode, in the first batch
         self._norm: torch.Tensor | None = None

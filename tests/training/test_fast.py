@@ -518,6 +518,29 @@ def test_an_update_that_was_not_begun_is_refused(data, attack):
             step.gradients(*data)
 
 
+@pytest.mark.parametrize("attack", [name for name in FAST if name != "cached"])  # which trains no factors
+def test_the_passes_of_a_training_attack_run_on_merged_weights(data, attack, monkeypatch):
+    layer = pytest.importorskip("peft.tuners.lora.layer").Linear
+    seen, forward, attacked = {True: set(), False: set()}, layer.forward, FAST[attack].attacked
+    attacks = False
+
+    def watched(self, *args, **kwargs):
+        seen[attacks].add(self.merged)
+        return forward(self, *args, **kwargs)
+
+    def during(*args):
+        nonlocal attacks
+        attacks = True
+        found = attacked(*args)
+        attacks = False
+        return found
+
+    monkeypatch.setattr(layer, "forward", watched)
+    monkeypatch.setattr(FAST[attack], "attacked", during)
+    trained(data, attack, 0.05, method="lora", epochs=REPEATS, **({"refresh": 2} if attack == "stale" else {}))
+    assert seen == {True: set() if attack == "free" else {True}, False: {False, True}}  # merged at the end
+
+
 def test_an_update_without_a_batch_leaves_what_sora_has_measured(data):
     model = network()
     method = FAST["sora"](model, 0.05)

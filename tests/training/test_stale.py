@@ -267,7 +267,13 @@ def test_price_attacks_the_images_whose_signs_agreed_least(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"augment": True, "grad_accum_steps": 2}, {"channels_last": True, "ema_decay": 0.9}]
+    "changes",
+    [
+        {},
+        {"augment": True, "grad_accum_steps": 2},
+        {"channels_last": True, "ema_decay": 0.9},
+        {"method": "lora", "lora_targets": ("0",), "precision": "bf16"},
+    ],
 )
 def test_a_fresh_attack_for_all_is_fgsm_to_the_bit(changes):
     data, models = images(dtype=torch.float32), [network(torch.float32)]

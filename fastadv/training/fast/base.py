@@ -1,6 +1,7 @@
 """The base class of training attacks: they do more in a training step than to make its images."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,8 @@ class FastMethod:
         attack: the attack whose loss the training attack increases, and which the monitor uses. Where a schedule of the
             budget is supported, the run sets it to the attack with the present budget, and to None where that is 0.
         weight: `penalty`, or its own weight.
+        around_passes: makes the context in which the attack runs the model. A `TrainStep` sets it to one with the
+            factors of LoRA merged into the weights.
 
     Raises:
         TypeError: a number is of a wrong type.
@@ -86,6 +89,7 @@ class FastMethod:
         self.weight: float = self.WEIGHT if penalty is None else in_limits("penalty", penalty)
         self.repeats: int = self.REPEATS if repeats is None else in_limits("repeats", repeats)
         self.attack: Attack = self.looks(model, eps, **options)
+        self.around_passes: Callable[[], AbstractContextManager[None]] = nullcontext
         self._begun: set[str] = set()  # the names of those of `begin_epoch` and `begin` that were called
 
     def looks(self, model: nn.Module, eps: float, **options: Any) -> Attack:
@@ -199,6 +203,31 @@ class FastMethod:
         """
         raise NotImplementedError
 
+    def fresh(self, images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """The images of `attack`; shapes as of `attacked`."""
+        with self.around_passes():
+            return self.attack(images, labels, seed=seeds)
+
+    def gradient_at(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The gradient of each sample's loss with respect to the pixels.
+
+        The model is frozen and in eval mode, as during an attack.
+
+        Args:
+            images: floats (N, ...), which may be beyond [0, 1].
+            labels: int64 (N,).
+
+        Returns:
+            (N, ...), float32 or float64.
+        """
+        attack, inference = self.attack, torch.inference_mode(False)
+        with self.around_passes(), inference, torch.no_grad(), frozen(attack.model, attack.training_mode):
+            slots = attack.slots(images, labels, attack.eps, None)
+            slots.adv = images
+            attack.show(slots)
+            gradient, _, _ = attack.objective.gradient(slots.input, labels)
+            return attack.in_pixels(gradient)
+
     def outputs(self, through: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> object:
         """The outputs for the update's loss.
 
@@ -261,24 +290,3 @@ def needed(rows: torch.Tensor | None) -> torch.Tensor:
     if rows is None:
         raise ValueError("the attack keeps something of each image: give rows=, the images' numbers")
     return rows
-
-
-def gradient_at(attack: Attack, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The gradient of each sample's loss with respect to the pixels.
-
-    The model is frozen and in eval mode, as during the attack.
-
-    Args:
-        attack: the attack with the loss.
-        images: floats (N, ...), which may be beyond [0, 1].
-        labels: int64 (N,).
-
-    Returns:
-        (N, ...), float32 or float64.
-    """
-    with torch.inference_mode(False), torch.no_grad(), frozen(attack.model, attack.training_mode):
-        slots = attack.slots(images, labels, attack.eps, None)
-        slots.adv = images
-        attack.show(slots)
-        gradient, _, _ = attack.objective.gradient(slots.input, labels)
-        return attack.in_pixels(gradient)

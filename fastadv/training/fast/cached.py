@@ -120,7 +120,7 @@ class Cached(FastMethod):
         features = self._memory.read(rows).to(images.device)
         fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # positions in this part of the batch
         if len(fresh):
-            features[fresh] = self._features(self.attack(images[fresh], labels[fresh], seed=seeds[fresh]))
+            features[fresh] = self._features(self.fresh(images[fresh], labels[fresh], seeds[fresh]))
         self._memory.write(rows, features)
         return (features,)
 

@@ -14,7 +14,7 @@ from fastadv.functional import fgsm_step, random_init
 from fastadv.nn.autocast import own_autocast
 from fastadv.nn.frozen import flags_kept
 from fastadv.nn.logits import at_least_float32, find_logits
-from fastadv.training.fast.base import FastMethod, gradient_at
+from fastadv.training.fast.base import FastMethod
 
 
 class GradAlign(FastMethod):
@@ -45,7 +45,7 @@ class GradAlign(FastMethod):
         rows: torch.Tensor | None = None,
         moves: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        self._gradient = gradient_at(self.attack, images, labels)
+        self._gradient = self.gradient_at(images, labels)
         self._start = random_init(images, self.eps, seed=seeds)
         return (fgsm_step(images, self._gradient, self.eps),)
 

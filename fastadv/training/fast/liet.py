@@ -11,7 +11,7 @@ from fastadv.attacks.samplewise import per_sample, seeds_for
 from fastadv.functional import fgsm_step, pgd_step
 from fastadv.nn.frozen import frozen
 from fastadv.nn.logits import find_logits
-from fastadv.training.fast.base import FastMethod, gradient_at
+from fastadv.training.fast.base import FastMethod
 
 EVERY = 20  # updates after which the perturbations of the classes are computed again
 SMALL = 8 / 255 + 1e-6  # up to this budget the result is projected into the ball
@@ -71,7 +71,7 @@ class LIET(FastMethod):
         noise = wide * self.eps * (2 * uniform(images, seeds_for(seeds, images, 4)) - 1)
         ours = per_sample(side.sign(), images) * self.eps * signs[labels]
         start = (images + torch.where(replaced, noise, ours)).clamp(0, 1).to(images.dtype)  # noise is float32 at least
-        gradient = gradient_at(self.attack, start, labels)
+        gradient = self.gradient_at(start, labels)
         if wide == 1:
             return pgd_step(start, gradient, images, alpha=self.eps, eps=self.eps), start
         return fgsm_step(start, gradient, self.eps, project=False), start
@@ -79,10 +79,10 @@ class LIET(FastMethod):
     def _looked(self, images: torch.Tensor) -> torch.Tensor:
         """The signs of the classes' gradients at a grey picture, (classes, ...), from batches as large as `images`."""
         grey = torch.full_like(images, 0.5)
-        with torch.no_grad(), frozen(self.model):
+        with self.around_passes(), torch.no_grad(), frozen(self.model):
             count = find_logits(self.model(grey[:1].clone()), 1).shape[1]
         classes = torch.arange(count, device=images.device)
-        parts = [gradient_at(self.attack, grey[: len(c)], c) for c in classes.split(len(images))]
+        parts = [self.gradient_at(grey[: len(c)], c) for c in classes.split(len(images))]
         return torch.cat(parts).sign().to(images.dtype)
 
     def distances(self, logits: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from fastadv.attacks.noise import uniform
 from fastadv.attacks.samplewise import per_sample
 from fastadv.functional import pgd_step
 from fastadv.training.augment import Augment, moved
-from fastadv.training.fast.base import Epoch, FastMethod, gradient_at, needed
+from fastadv.training.fast.base import Epoch, FastMethod, needed
 from fastadv.training.memory import SampleMemory
 
 AGAIN = 40  # epochs after which the perturbations begin again
@@ -72,7 +72,7 @@ class FGSMPGI(FastMethod):
             kept = torch.stack((self.eps * (uniform(images, seeds) - 0.5).sign(), torch.zeros_like(images)), 1)
         delta, momentum = self._moved(kept, moves, "sources", torch.zeros_like(kept)).unbind(1)
         start = images + delta.to(images.dtype)
-        gradient = gradient_at(self.attack, start, labels)
+        gradient = self.gradient_at(start, labels)
         size = per_sample(gradient.abs().flatten(1).sum(1), gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
         momentum = gradient / size + DECAY * momentum
         attacked, following = (pgd_step(start, g, images, alpha=self.eps, eps=self.eps) for g in (gradient, momentum))

@@ -10,7 +10,7 @@ from fastadv.attacks import NFGSM, Attack
 from fastadv.attacks.noise import uniform
 from fastadv.attacks.samplewise import seeds_for
 from fastadv.functional import random_init
-from fastadv.training.fast.base import FastMethod, gradient_at
+from fastadv.training.fast.base import FastMethod
 
 
 class SORA(FastMethod):
@@ -63,7 +63,7 @@ class SORA(FastMethod):
         if self._v is None:
             self._v = torch.full((), 0.99, dtype=torch.float64, device=images.device)
         start = random_init(images, self.eps, seed=seeds)
-        self._gradient = gradient_at(self.attack, start, labels)
+        self._gradient = self.gradient_at(start, labels)
         left = 1 - self._v
         longest = torch.where(left > 0, 0.02 / left, torch.inf).clamp(max=2 * self.eps).to(images.dtype)
         length = longest * uniform(images, seeds_for(seeds, images, 1)).to(images.dtype)

@@ -135,10 +135,10 @@ class Stale(FastMethod):
             return (images,)
         fresh = self._fresh[rows].nonzero()[:, 0].to(images.device)  # positions in this part of the batch
         if len(fresh) == len(rows):
-            return (self.attack(images, labels, seed=seeds),)
+            return (self.fresh(images, labels, seeds),)
         x_adv = fgsm_step(images, self._directions(), self.attack.eps, alpha=self.attack.alpha)
         if len(fresh):
-            x_adv[fresh] = self.attack(images[fresh], labels[fresh], seed=seeds[fresh])
+            x_adv[fresh] = self.fresh(images[fresh], labels[fresh], seeds[fresh])
         return (x_adv,)
 
     def seen(self, gradient: torch.Tensor) -> None:
