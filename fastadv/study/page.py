@@ -230,7 +230,7 @@ def _differences(study: Study, drawn: Mapping[str, Drawing], first: Sequence[str
         return html.paragraph(f"Not measured yet: {study.no_pgd}.")
     how = (
         "Verdict minus verdict on the same image, under the same judge, with the same seed, in points. Over data sets: "
-        "the mean, with Student's 95 % interval, never narrower than the sets' own leave it. Of one row (or one data "
+        "the mean, with Student's 95 % interval of the sets' means. Of one row (or one data "
         f"set): a 95 % interval from {DRAWS:,} draws of the images, each image being one unit over the seeds, to each "
         "of which a term of Student's t is added for the seeds; with one seed there is none, and the interval says "
         "nothing of other seeds. One in twenty such intervals errs: of many some leave out 0 by chance. Where an "

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fastadv._extras import require
 from fastadv.study.grid import OF_THE_ATTACK, SCRATCH, differences
 from fastadv.study.partners import DEFAULTS, pgd_of
-from fastadv.study.results import Result, Row, grouped, row_of
+from fastadv.study.results import Result, Row, row_of
 from fastadv.study.together import LATER, settings_of
 from fastadv.study.words import distinct
 
@@ -75,8 +75,8 @@ class Average:
         seeds: the most seeds that a method has on a data set.
         least_seeds: the fewest.
         mean: the mean over the data sets, a share in [-1, 1].
-        low: the lower bound of the mean's 95 % interval: for several data sets as in `_over_sets`, for one data set
-            from the bootstrap over its seeds and images.
+        low: the lower bound of the mean's 95 % interval: for several data sets Student's interval of their means, for
+            one data set from the bootstrap over its seeds and images.
         high: the upper bound of that interval.
         reference: the mean of the differences' own.
     """
@@ -255,7 +255,10 @@ def average(differences: Sequence[Difference], methods: Sequence[str]) -> Averag
     facts = (one.row.model, tuple(common), one.attack, one.judge, one.row.eps, len(means), max(seeds), min(seeds))
     reference = float(np.mean([of[method].reference for of in sets.values() for method in common]))
     if len(means) > 1:
-        interval = _over_sets(means, [[of[m] for m in common] for of in sets.values()])
+        interval = t_interval(means)
+        if len(set(means)) == 1:  # by chance: that is no certainty, and seeds and images leave an interval
+            low, high = zip(*((of[m].low, of[m].high) for of in sets.values() for m in common), strict=True)
+            interval = float(np.mean(low)), float(np.mean(high))
         return Average(*facts, float(np.mean(means)), *interval, reference)
     pooled = of_one_set([next(iter(sets.values()))[method] for method in common])
     return None if pooled is None else Average(*facts, *pooled, reference)
@@ -289,45 +292,6 @@ def of_one_set(differences: Sequence[Difference]) -> tuple[float, float, float] 
     verdicts = np.mean([each.verdicts[[each.seeds.index(s) for s in seeds]] for each in differences], 0)
     interval = bootstrap(verdicts, _number(*((each.row, each.attack, each.judge) for each in differences)))
     return float(verdicts.mean()), *interval
-
-
-def _over_sets(means: Sequence[float], sets: Sequence[Sequence[Difference]]) -> tuple[float, float]:
-    """The interval of the mean over data sets.
-
-    It is Student's interval, but never narrower than seeds and images leave it. That matters where the means of the
-    data sets happen to lie close together. The standard errors of the data sets are added in quadrature, as if these
-    erred independently. The degrees of freedom are Welch's and Satterthwaite's: those of the seeds where one data set's
-    seeds are most of the error, and more the more data sets share it.
-
-    Args:
-        means: the mean of each data set.
-        sets: the differences of each data set, one for each method.
-
-    Returns:
-        (low, high) in [-1, 1].
-    """
-    low, high = t_interval(means)
-    errors, of_seeds, freedom = np.array([_error(rows) for rows in sets]).T
-    with np.errstate(divide="ignore"):  # with one seed no variance is that of seeds: as many degrees as there can be
-        degrees = np.sum(errors**2) ** 2 / np.sum(of_seeds**4 / freedom)
-    half = require("scipy.stats").t.ppf((1 + LEVEL) / 2, degrees) * np.linalg.norm(errors) / len(sets)
-    mean = np.mean(means)
-    return float(max(min(low, mean - half), -1)), float(min(max(high, mean + half), 1))
-
-
-def _error(rows: Sequence[Difference]) -> tuple[float, float, int]:
-    """The standard error of the mean over the methods of one data set: (all of it, that of seeds, its freedom).
-
-    Methods with the same seeds count as one: for each seed and image the mean of their verdicts, so that what they have
-    in common counts in full and what they have not cancels. Methods with other seeds are added as if they erred alike.
-    """
-    error = of_seeds = 0.0
-    for _, alike in grouped(rows, lambda each: (each.seeds, each.images)):
-        images, by_seed = _variances(np.mean([each.verdicts for each in alike], 0))
-        weight = len(alike) / len(rows)
-        error += weight * np.sqrt(images + by_seed)
-        of_seeds += weight * np.sqrt(by_seed)
-    return error, of_seeds, min((len(each.seeds) - 1 for each in rows if len(each.seeds) > 1), default=1)
 
 
 def averages(differences: Iterable[Difference]) -> list[Average]:
@@ -418,15 +382,6 @@ def _with_sides(differences: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """The differences and two images more, see `bootstrap`."""
     sides = np.broadcast_to([1.0, -1.0], (len(differences), 2))
     return np.concatenate([differences, sides], 1)
-
-
-def _variances(differences: npt.NDArray[Any]) -> tuple[float, float]:
-    """The parts of the mean's variance by images and by seeds; one seed tells nothing of the second."""
-    d = _with_sides(differences)
-    if len(d) == 1:
-        return float(d.var() / d.size), 0.0
-    of_seed, of_image, rest = _mean_squares(d)
-    return max(of_image - rest, 0.0) / d.size, of_seed / d.size
 
 
 def _mean_squares(d: npt.NDArray[np.float64]) -> tuple[float, float, float]:
