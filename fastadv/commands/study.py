@@ -171,16 +171,23 @@ def _check_outside(out: Path, tasks: Sequence[Task], data_folder: Path | None) -
 
 
 def _say_plan(tasks: Sequence[Task], left: Sequence[Task], site: Site) -> None:
-    seconds = estimates(left, site)
+    found = estimates(left, site)
     for task in tasks:
         id = task.cell.id
-        failed = id in seconds and (cell_folder(site.folder, id) / ERROR).exists()
-        state = f"{seconds[id]:.0f} s at most" if id in seconds else "done"
-        print(f"{id}  {state}{' (it failed before)' if failed else ''}")
+        state, before = "done", ""
+        if id in found:
+            each = found[id]
+            fails = isinstance(each, Exception)
+            state = f"would fail, {type(each).__name__}: {each}" if fails else f"{each:.0f} s at most"
+            before = " (it failed before)" if (cell_folder(site.folder, id) / ERROR).exists() else ""
+        print(f"{id}  {state}{before}")
+    seconds = [each for each in found.values() if not isinstance(each, Exception)]
     print(
-        f"{len(tasks)} cells, {len(tasks) - len(left)} done; {len(left)} are left, {sum(seconds.values()) / 3600:.2f} "
+        f"{len(tasks)} cells, {len(tasks) - len(left)} done; {len(left)} are left, {sum(seconds) / 3600:.2f} "
         "hours at most, one after another"
     )
+    if len(seconds) < len(left):
+        raise SystemExit(f"fastadv: error: {len(left) - len(seconds)} of {len(tasks)} cells would fail, see above")
 
 
 def _run(left: Sequence[Task], site: Site, arguments: argparse.Namespace) -> list[Outcome]:

@@ -25,7 +25,7 @@ _OF_A_STEP = (
 )
 
 
-def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float]:
+def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float | Exception]:
     """The most seconds that each cell takes: those of a model that no attack fools.
 
     The cost model gives the number of passes. The time of a pass comes from finished cells with the same data set,
@@ -36,25 +36,30 @@ def estimates(tasks: Iterable[Task], site: Site) -> dict[str, float]:
         site: where and how they are run.
 
     Returns:
-        {id of a cell: seconds}.
-
-    Raises:
-        FileNotFoundError: images or a model are not there.
-        ImportError: a package for them is not installed.
-        ValueError: images or a model cannot be read, or do not go together.
+        {id of a cell: seconds, or the error that it would fail with}. Such an error is that images or a model are not
+        there, cannot be read, or do not go together with the method.
     """
     timed: dict[_Kind, list[float]] = {}
+    failed: dict[_Kind, Exception] = {}
     here = machine(site)
     for record in finished(site.folder):
         made = record["machine"]
         same = all(made.get(name) == here.get(name) for name in ("device", "cpu", "threads", "sharing"))
         if same and "before" not in made:
             timed.setdefault(_kind(Cell(**record["cell"])), []).append(seconds_a_unit(record))
-    found = {}
+    found: dict[str, float | Exception] = {}
     for task in tasks:
-        parts, kind = parts_of(task, site.data_folder), _kind(task.cell)
-        if kind not in timed:
-            timed[kind] = [_measured(task, site, parts)]
+        kind = _kind(task.cell)
+        try:
+            if kind not in failed:
+                parts = parts_of(task, site.data_folder)
+                if kind not in timed:
+                    timed[kind] = [_measured(task, site, parts)]
+        except Exception as error:  # the other cells can run
+            failed[kind] = error
+        if kind in failed:
+            found[task.cell.id] = failed[kind]
+            continue
         images = {name: len(getattr(parts, name)[1]) for name in ("train", "val", "test")}
         found[task.cell.id] = mean(timed[kind]) * units_of(task, images, len(parts.classes))
     return found

@@ -766,6 +766,17 @@ def test_a_dry_run_says_what_is_done_and_what_is_left_and_writes_nothing(whole, 
     assert total.startswith("18 cells, 8 done; 10 are left, ")
 
 
+def test_a_dry_run_lists_the_cells_beside_those_that_would_fail(tmp_path, capsys):
+    write_set(tmp_path / "colours.npz", 1)
+    grid = SMALL.replace("seeds: 2", "seeds: 1") + "blocks: [{}, {methods: prompt}]\n"
+    with pytest.raises(SystemExit, match="2 of 6 cells would fail, see above"):
+        study(tmp_path, "--dry-run", grid=grid)
+    *rows, total = capsys.readouterr().out.splitlines()
+    for id, state in (row.split("  ", 1) for row in rows):
+        assert state.startswith("would fail, ValueError: ") if "-prompt-" in id else state.endswith(" s at most")
+    assert (len(rows), total.split(",")[0]) == (6, "6 cells")
+
+
 def test_an_estimate_is_the_passes_times_what_finished_cells_took(whole):
     grid = read_grid(whole / "out" / "study.yaml")
     (task,) = expanded(grid | {"seeds": [9], "methods": "full", "attacks": "pgd"})
