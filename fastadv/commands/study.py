@@ -17,6 +17,7 @@ from fastadv.study.estimate import estimates
 from fastadv.study.files import ERROR, cell_folder, finished, read_grid, write_grid
 from fastadv.study.grid import Task, expanded, name_of
 from fastadv.study.images import NAMED
+from fastadv.study.retiming import again, chosen
 from fastadv.study.run import check_data, check_possible, here, pending, side_by_side
 from fastadv.study.writing import check_out, check_packages, write_study
 
@@ -66,6 +67,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what is done and what is left, and how long it takes"
     )
+    add(
+        "--times",
+        int,
+        metavar="N",
+        help="run no cell, and train a finished one of each method and attack N times again, one after another, for "
+        "the times of the report: let nothing else run meanwhile",
+    )
     parser.add_argument("--keep-weights", action="store_true", help="keep a model.safetensors of each cell")
     add("--out", Path, required=True, help="folder for the cells and the report; a study that was cut goes on there")
 
@@ -85,6 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
     _check_outside(arguments.out, tasks, data_folder)
     device = str(arguments.device)
     site = Site(arguments.out.absolute(), data_folder, device, arguments.threads, arguments.keep_weights)
+    if arguments.times is not None:
+        _take_times(arguments, tasks, site)
+        return
     if arguments.dry_run:
         _say_plan(tasks, left, site)
         return
@@ -146,6 +157,11 @@ def _check_places(arguments: argparse.Namespace) -> None:
     for name in ("threads", "processes"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.times is not None:
+        if arguments.times < 1:
+            raise ValueError(f"--times must be at least 1, got {arguments.times}")
+        if arguments.processes > 1 or arguments.ray or arguments.dry_run or arguments.keep_weights:
+            raise ValueError("--times trains one cell after another, alone: leave out the other ways to run a study")
     if arguments.ray and arguments.processes > 1:
         raise ValueError("--processes are those of one machine, and --ray has as many as its cluster: leave out one")
 
@@ -168,6 +184,20 @@ def _check_outside(out: Path, tasks: Sequence[Task], data_folder: Path | None) -
     """Refuse a folder within a data set: the study's own folders would become its classes."""
     for path in dict.fromkeys(task.data.path for task in tasks if task.data.path not in NAMED):
         check_outside(out, Path(data_folder or "", path))
+
+
+def _take_times(arguments: argparse.Namespace, tasks: Sequence[Task], site: Site) -> None:
+    """Train cells again for their times, and write the report with them.
+
+    Raises:
+        ValueError: no cell is finished.
+    """
+    cells = chosen(tasks, site.folder)
+    if not cells:
+        raise ValueError(f"{site.folder} has no finished cell of this grid to take the time of: run the study first")
+    for id, seconds in again(cells, site, arguments.times):
+        say(f"{id}: trained again in {seconds:.1f} s")
+    _report(arguments.out)
 
 
 def _say_plan(tasks: Sequence[Task], left: Sequence[Task], site: Site) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 GRID, GRID_FORMAT = "study.yaml", 1
 CELL, CELL_FORMAT, OLDEST_CELL = "cell.json", 2, 1  # format 1 has old names of settings
+RETIMED, RETIMED_FORMAT = "retimed.json", 1
 ERROR = "error.txt"
 
 WHOLE: dict[str, type | tuple[type, ...]] = {  # what every record has
@@ -163,6 +164,32 @@ def write_cell(folder: Path, id: str, record: Record) -> None:
     """Write the record of a finished cell; a process that dies meanwhile leaves no half-written file."""
     content = json.dumps({**record, "format": CELL_FORMAT}) + "\n"
     write_atomically(cell_folder(folder, id) / CELL, content.encode())
+
+
+def read_retimed(folder: Path, id: str) -> Record | None:
+    """The times of a cell that was trained again, alone: {"machine", "commit", "train_s", "train_cpu_s"}, or None.
+
+    The last two are lists of seconds, one for each training.
+
+    Raises:
+        FormatError: another version of fastadv wrote it.
+        ValueError: the file is damaged.
+    """
+    path = cell_folder(folder, id) / RETIMED
+    try:
+        found: Record = json.loads(path.read_text())
+        check_format(str(path), found["format"], RETIMED_FORMAT)
+        return {name: found[name] for name in ("machine", "commit", "train_s", "train_cpu_s")}
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and take the times again") from error
+
+
+def write_retimed(folder: Path, id: str, found: Record) -> None:
+    """Write the times of a cell that was trained again, alone."""
+    content = json.dumps({**found, "format": RETIMED_FORMAT}) + "\n"
+    write_atomically(cell_folder(folder, id) / RETIMED, content.encode())
 
 
 def finished(folder: Path) -> Iterator[Record]:

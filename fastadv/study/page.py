@@ -294,6 +294,11 @@ def _times(found: Sequence[Time]) -> str:
         "epochs alone, made on the same machine; processor time on a CPU, and on a GPU of cells that had it "
         "alone. Foretold: by the cost model, in passes through the network."
     )
+    if timed := {attack_words(each.attack) for each in found if each.retimed}:
+        words += (
+            f" Of {', '.join(sorted(timed))}: of a cell of each method that was trained again, with nothing else on "
+            "the machine."
+        )
     return html.paragraph(words, "note") + _table(head, rows) if rows else ""
 
 

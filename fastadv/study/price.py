@@ -7,7 +7,7 @@ from statistics import mean, median
 from fastadv.study.partners import epochs_of, setup_of, standing
 from fastadv.study.results import HEADLINE_JUDGE, Result, Row, grouped, row_of
 from fastadv.study.statistics import Difference, compare, of_one_set
-from fastadv.study.timing import measured, predicted
+from fastadv.study.timing import measured, predicted, retimed
 
 REFERENCE = "fgsm"
 
@@ -25,7 +25,8 @@ class Price:
         epochs: the epochs of training.
         by_seed: {seed of a cell: its accuracies on clean images and under PMA, shares in [0, 1]}; where the cells are
             compared with FGSM, the seeds that both have.
-        time: the measured time of training; None where the cells were not made on one machine.
+        time: the measured time of training: alone, where a cell of this method and attack was trained again so, be it
+            of another row; None where neither, and the cells were not made on one machine.
         predicted: the time by the cost model.
         difference: the accuracy under PMA minus that of the cells trained with `against`; None for these, for training
             without an attack, and where there are none.
@@ -108,6 +109,7 @@ def prices(results: Iterable[Result]) -> tuple[list[Price], list[str]]:
     found, refused = [], []
     results = list(results)
     priced = {row_of(each) for each in results if each.attack == "none"}
+    times = _retimed(results)
     for (row, _), group in grouped(results, setup_of):
         standard, problem = standing(group, "none")
         if standard is None:
@@ -119,7 +121,9 @@ def prices(results: Iterable[Result]) -> tuple[list[Price], list[str]]:
         differences, problems = compare(group, against) if against else ([], [])
         judged = {each.attack: each for each in differences if each.judge == HEADLINE_JUDGE}
         found += [
-            _price(cells, of_standard, against, judged.get(attack))
+            _price(
+                cells, of_standard, against, judged.get(attack), times.get((row.model, row.method, attack, standard))
+            )
             for attack, cells in grouped(group, lambda each: each.cell.attack)
         ]
         refused += [*problems, *([problem] if problem else [])]
@@ -156,8 +160,25 @@ def summaries(prices: Iterable[Price]) -> list[Summary]:
     return found
 
 
+def _retimed(results: Iterable[Result]) -> dict[tuple[str, str, str, str], float]:
+    """{(model, method, attack, the one without an attack): the time of training alone, of the first row with it}."""
+    found: dict[tuple[str, str, str, str], float] = {}
+    for (row, _), group in grouped(results, setup_of):
+        standard, _ = standing(group, "none")
+        of_seed = {each.cell.seed: each for each in group if each.cell.attack == standard}
+        for attack, cells in grouped(group, lambda each: each.cell.attack):
+            time = retimed((each, of_seed[each.cell.seed]) for each in cells if each.cell.seed in of_seed)
+            if standard and time:
+                found.setdefault((row.model, row.method, attack, standard), time)
+    return found
+
+
 def _price(
-    cells: Sequence[Result], standard: Sequence[Result], against: str | None, difference: Difference | None
+    cells: Sequence[Result],
+    standard: Sequence[Result],
+    against: str | None,
+    difference: Difference | None,
+    time: float | None,
 ) -> Price:
     """The price of cells that differ in the seed alone."""
     cells = [each for each in cells if difference is None or each.cell.seed in difference.seeds]
@@ -171,7 +192,7 @@ def _price(
         against=against,
         epochs=epochs_of(one),
         by_seed={each.cell.seed: (each.accuracies["clean"], each.accuracies[HEADLINE_JUDGE]) for each in cells},
-        time=measured((each, of_seed[each.cell.seed]) for each in cells if each.cell.seed in of_seed),
+        time=time or measured((each, of_seed[each.cell.seed]) for each in cells if each.cell.seed in of_seed),
         predicted=predicted((each, standard[0]) for each in cells),
         difference=difference,
     )

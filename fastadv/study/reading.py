@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastadv.study import answer as say
 from fastadv.study import attack_table, paper_table, price_words, words
-from fastadv.study.files import CELL, ERROR, GRID, cell_folder, read_cell, read_grid
+from fastadv.study.files import CELL, ERROR, GRID, Record, cell_folder, read_cell, read_grid, read_retimed
 from fastadv.study.grid import Task, expanded
 from fastadv.study.overfitting import Course, Score, courses, scores
 from fastadv.study.partners import no_pgd
@@ -147,16 +147,25 @@ def read_study(folder: Path) -> Study:
 
 
 def _read(folder: Path) -> tuple[list[Result], list[str]]:
-    results, problems = [], []
+    results: list[Result] = []
+    problems: list[str] = []
     for path in sorted((folder / "cells").glob(f"*/{CELL}")):
         try:
             if (record := read_cell(folder, path.parent.name)) is not None:
-                results.append(result_of(record))
+                results.append(result_of(record, _retimed(folder, path.parent.name, problems)))
         except (KeyError, TypeError) as error:
             problems.append(f"{path.parent.name}/{CELL} is no record of a cell: {type(error).__name__}: {error}")
         except ValueError as error:
             problems.append(str(error))
     return sorted(results, key=place_of), problems
+
+
+def _retimed(folder: Path, id: str, problems: list[str]) -> Record | None:
+    try:
+        return read_retimed(folder, id)
+    except ValueError as error:  # the cell has its other results
+        problems.append(str(error))
+        return None
 
 
 def _asked(folder: Path) -> tuple[list[Task] | None, list[str]]:

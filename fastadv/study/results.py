@@ -43,10 +43,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished cell, and its record as `fastadv.study.files` reads it."""
+    """A finished cell, and its record as `fastadv.study.files` reads it.
+
+    Attributes:
+        cell: the cell.
+        record: the record.
+        retimed: its times when it was trained again, alone, as `read_retimed` has them; None where it was not.
+    """
 
     cell: Cell
     record: Record
+    retimed: Record | None = None
 
     @cached_property
     def verdicts(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -134,8 +141,8 @@ class Result:
         return self.cell.method != SCRATCH
 
 
-def result_of(record: Record) -> Result:
-    """The result in the record of a cell.
+def result_of(record: Record, retimed: Record | None = None) -> Result:
+    """The result in the record of a cell, with the times that it took alone.
 
     Raises:
         ValueError: the judges' verdicts are not on the same images.
@@ -143,7 +150,7 @@ def result_of(record: Record) -> Result:
     cell = Cell(**record["cell"])
     if len({len(said) for _, said in _said(record)}) != 1:
         raise ValueError(f"the verdicts of the cell {cell.id} are not all of the same images: run it again")
-    return Result(cell, record)
+    return Result(cell, record, retimed)
 
 
 def set_words(of: Cell | Row) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from fastadv.study.partners import Setup, pgd_of, setup_of, standing
 from fastadv.study.results import PGD, Result, grouped
@@ -12,9 +13,10 @@ from fastadv.study.results import PGD, Result, grouped
 class Time:
     """The training time of a method with an attack, as the median ratio over pairs of cells.
 
-    The two cells of a pair differ in nothing but the training attack and the epochs. Times count of pairs that were
-    made on the same machine; cells that shared a GPU with others are left out: they waited for it. A ratio is None
-    where there is no pair.
+    The two cells of a pair differ in nothing but the training attack and the epochs. Where both were trained again
+    alone on one machine, these times count, the shortest of each. Elsewhere times count of pairs that were made on the
+    same machine; cells that shared a GPU with others are left out: they waited for it. A ratio is None where there is
+    no pair.
 
     Attributes:
         model: the model.
@@ -25,6 +27,7 @@ class Time:
         to_none: the measured ratio to training without an attack.
         predicted_to_none: the ratio to training without an attack by the cost model.
         pairs: the number of pairs with PGD whose times count.
+        retimed: whether the ratios are of cells that were trained again, alone.
     """
 
     model: str
@@ -35,6 +38,7 @@ class Time:
     to_none: float | None
     predicted_to_none: float | None
     pairs: int
+    retimed: bool
 
 
 def times(results: Iterable[Result]) -> list[Time]:
@@ -51,11 +55,12 @@ def times(results: Iterable[Result]) -> list[Time]:
         found.append(
             Time(
                 *names,
-                to_pgd=measured(pgd),
+                to_pgd=retimed(pgd) or measured(pgd),
                 predicted_to_pgd=predicted(pgd) if pgd else None,
-                to_none=measured(none),
+                to_none=retimed(none) or measured(none),
                 predicted_to_none=predicted(none) if none else None,
-                pairs=sum(_comparable(*pair) for pair in pgd),
+                pairs=sum(map(_both_retimed, pgd)) or sum(_comparable(*pair) for pair in pgd),
+                retimed=any(map(_both_retimed, [*pgd, *none])),
             )
         )
     return found
@@ -66,6 +71,15 @@ def _pairs(
 ) -> list[tuple[Result, Result]]:
     found = [(each, partners.get((setup_of(each), each.cell.seed, other))) for each in results]
     return [(a, b) for a, b in found if b is not None]
+
+
+def retimed(pairs: Iterable[tuple[Result, Result]]) -> float | None:
+    """As `measured`, of cells that were trained again alone, on one machine and by one code; the shortest times count.
+
+    What lengthens a training differs from one to the next, so that the shortest is nearest to what it takes.
+    """
+    found = [_shortest(a.retimed) / _shortest(b.retimed) for a, b in pairs if _both_retimed((a, b))]
+    return median(found) if found else None
 
 
 def measured(pairs: Iterable[tuple[Result, Result]]) -> float | None:
@@ -81,6 +95,16 @@ def measured(pairs: Iterable[tuple[Result, Result]]) -> float | None:
 def predicted(pairs: Iterable[tuple[Result, Result]]) -> float:
     """The same by the cost model, over all pairs, of which there must be one."""
     return median(_units(a) / _units(b) for a, b in pairs)
+
+
+def _both_retimed(pair: tuple[Result, Result]) -> bool:
+    a, b = (each.retimed for each in pair)
+    return a is not None and b is not None and all(a[name] == b[name] for name in ("machine", "commit"))
+
+
+def _shortest(times: Any) -> float:
+    seconds: list[float] = times["train_cpu_s" if times["machine"]["device"] == "cpu" else "train_s"]
+    return min(seconds)
 
 
 def _comparable(a: Result, b: Result) -> bool:
