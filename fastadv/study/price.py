@@ -30,6 +30,8 @@ class Price:
         predicted: the time by the cost model.
         difference: the accuracy under PMA minus that of the cells trained with `against`; None for these, for training
             without an attack, and where there are none.
+        agreement: the share of stored signs that the gradients of the next epoch have too, the mean over the epochs
+            after the first; None for other attacks.
     """
 
     row: Row
@@ -42,6 +44,7 @@ class Price:
     time: float | None
     predicted: float
     difference: Difference | None
+    agreement: float | None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -80,6 +83,8 @@ class Summary:
         clean: the mean accuracy on clean images.
         robust: the mean accuracy under PMA.
         to_fgsm: (mean, low, high) of the difference to FGSM, with a 95 % interval; None where it is not compared.
+        by_eps: that difference at each eps; None where it is not compared.
+        agreement: as in `Price`, the mean.
     """
 
     row: Row
@@ -93,6 +98,8 @@ class Summary:
     clean: float
     robust: float
     to_fgsm: tuple[float, float, float] | None
+    by_eps: tuple[float, ...] | None
+    agreement: float | None
 
 
 def prices(results: Iterable[Result]) -> tuple[list[Price], list[str]]:
@@ -142,6 +149,8 @@ def summaries(prices: Iterable[Price]) -> list[Summary]:
         shares = [each.over(some) for each, some in zip(group, seeds, strict=True)]
         clean, robust = map(mean, zip(*shares, strict=True))
         differences = [each.difference for each in group if each.difference is not None]
+        compared = of_one_set(differences) if len(differences) == len(group) else None
+        agreements = [each.agreement for each in group if each.agreement is not None]
         found.append(
             Summary(
                 row=replace(one.row, eps=0.0),
@@ -154,7 +163,9 @@ def summaries(prices: Iterable[Price]) -> list[Summary]:
                 predicted=median(each.predicted for each in group),
                 clean=clean,
                 robust=robust,
-                to_fgsm=of_one_set(differences) if len(differences) == len(group) else None,
+                to_fgsm=compared,
+                by_eps=None if compared is None else tuple(each.mean for each in differences),
+                agreement=mean(agreements) if agreements else None,
             )
         )
     return found
@@ -184,6 +195,7 @@ def _price(
     cells = [each for each in cells if difference is None or each.cell.seed in difference.seeds]
     one, of_seed = cells[0], {each.cell.seed: each for each in standard}
     row, shared = setup_of(one)
+    agreements = [epoch["agreement"] for each in cells for epoch in each.epochs[1:] if "agreement" in epoch]
     return Price(
         row=row,
         shared=shared,
@@ -195,4 +207,5 @@ def _price(
         time=time or measured((each, of_seed[each.cell.seed]) for each in cells if each.cell.seed in of_seed),
         predicted=predicted((each, standard[0]) for each in cells),
         difference=difference,
+        agreement=mean(agreements) if agreements else None,
     )

@@ -146,6 +146,10 @@ class _Rivals:
 
     def _named(self, group: Sequence[Summary]) -> str:
         of = listed(f"{interval(*each.to_fgsm)} on {self.place(each)}" for each in group if each.to_fgsm)
+        found = ((*at, each) for each in group if each.by_eps for at in zip(each.by_eps, each.budgets, strict=True))
+        worst, eps, where = min(found, key=lambda at: at[0])
+        if worst < -LITTLE and len(group[0].budgets) > 1:
+            of += f", the least {points(worst)} at eps {eps:g} on {set_words(where.row)}"
         clean = {each.row: each.clean for each in self.reference}
         changes = listed(points(each.clean - clean[each.row]) for each in group)
         return f"{group[0].attack} ({of}; clean accuracy {changes}; {self.times(group)})"
@@ -172,6 +176,7 @@ def rows(found: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """
     several = len({each.row.model for each in found}) > 1
     head = ["data", "method", "attack", "eps", "cells", "time", "clean", judge_words(HEADLINE_JUDGE), "minus FGSM's"]
+    head += ["at each eps", "signs that stay"]
     body = [
         [
             set_words(each.row),
@@ -183,6 +188,8 @@ def rows(found: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
             f"{100 * each.clean:.1f} %",
             f"{100 * each.robust:.1f} %",
             interval(*each.to_fgsm) if each.to_fgsm else "",
+            listed(map(points, each.by_eps)) if each.by_eps and len(each.by_eps) > 1 else "",
+            "" if each.agreement is None else f"{100 * each.agreement:.0f} %",
         ]
         for each in found
     ]

@@ -276,15 +276,30 @@ def test_the_committed_study_has_the_cells_that_were_asked_for():
     at = {task.cell.eps for task in tasks if task.cell.data == "eurosat"}
     assert at == {1, 2, 4, 8, 16, 32}
     assert {c.seed for c in (task.cell for task in tasks) if c.eps == 32} == {0}
+    fgsm = Counter((task.cell.method, task.cell.eps) for task in tasks if task.cell.attack == "fgsm")
+    methods = ("linear", "bias", "lora", "full", "adapter")
+    assert all(fgsm[method, eps] >= 6 for method in methods for eps in (2, 32))
+
+
+def _wanted(task):
+    """What a cell is of, whatever its model and the names of its attacks."""
+    cell = task.cell
+    return cell.data, cell.classes, cell.method, task.attack, cell.eps, cell.seed, task.judges
 
 
 def test_the_study_for_a_gpu_is_refused_where_its_transformer_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = BENCHMARKS / "training" / "study-gpu.yaml"
-    assert Counter(task.cell.model for task in expanded(read_grid(path))) == {
-        "robust-resnet": 6 * 5 * 2 * 3 * 3,
-        "robust-vit.safetensors": 6 * 6 * 2 * 3 * 3,
-    }
+    tasks = expanded(read_grid(path))
+    usual = expanded(read_grid(path.with_name("study.yaml")))
+    for model in ("robust-resnet", "robust-vit.safetensors"):  # each has all of study.yaml
+        mine = {_wanted(task) for task in tasks if task.cell.model == model}
+        assert {_wanted(task) for task in usual} <= mine
+        assert Counter(judge for *_, judges in mine for judge in judges) == {
+            "pgd-50-10": 36,
+            "apgd": 36,
+            "autoattack": 6,
+        }
     with pytest.raises(SystemExit, match=r"no file 'robust-vit\.safetensors'"):
         cli.main(["study", str(path), "--out", "out"])
     assert list(tmp_path.iterdir()) == []

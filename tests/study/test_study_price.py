@@ -119,6 +119,28 @@ def test_the_accuracies_of_a_summary_are_of_the_cells_whose_difference_it_has(rn
     assert [(e.runs, e.to_fgsm) for e in summaries(prices(map(result_of, apart))[0])] == [(2, None)] * len(PLAIN)
 
 
+def test_a_loss_at_one_eps_is_told_beside_the_mean(tmp_path, rng):
+    records = grid(rng, ["none", "fgsm", "stale"])
+    for each in records:
+        if each["cell"]["attack"] != "none":
+            right = 40 if each["cell"]["attack"] == "fgsm" else 41 if each["cell"]["eps"] == 4 else 39
+            for name, count in (("pma", right), ("pgd-10", right)):
+                each["verdicts"][name] = "1" * count + "0" * (IMAGES - count)
+        if each["cell"]["attack"] == "stale":
+            for number, epoch in enumerate(e for e in each["records"] if "epoch" in e):
+                epoch["agreement"] = 0.5 if number == 0 else 0.625 + 0.125 * each["cell"]["seed"]
+    (found,) = (each for each in summaries(prices(map(result_of, records))[0]) if each.attack == "stale")
+    assert found.to_fgsm[0] == pytest.approx(0)
+    assert found.by_eps == pytest.approx((1 / IMAGES, -1 / IMAGES))
+    assert found.agreement == pytest.approx(0.75)  # the mean of three seeds, without the first epoch
+    (said,), numbers = told(tmp_path, records)
+    least = f"{-100 / IMAGES:.2f}"
+    assert "is stale (0.00 (" in said
+    assert f", the least {least} at eps 8 on eurosat; clean" in said
+    (row,) = (line for line in numbers["price_table"].splitlines() if "| stale |" in line)
+    assert row.endswith(f"| +{100 / IMAGES:.2f} and {least} | 75 % |")
+
+
 def test_a_run_that_was_stopped_is_still_the_reference(rng):
     records = grid(rng, ["none", "fgsm", "stale", "fgsm-long"])
     for each in records:
@@ -231,11 +253,23 @@ def test_the_first_screen_names_the_cheapest_and_the_best(tmp_path, rng):
     assert [each["to_fgsm"]["mean"] for each in numbers["prices"] if each["attack"] == "stale"] == [-0.125] * 4
     assert {each["against"] for each in numbers["prices"]} == {"fgsm"}
     lines = [[cell.strip() for cell in line.split("|")] for line in numbers["price_table"].splitlines()]
-    assert lines[0][1:-1] == ["data", "method", "attack", "eps", "cells", "time", "clean", "PMA", "minus FGSM's"]
+    assert lines[0][1:-1] == [
+        "data",
+        "method",
+        "attack",
+        "eps",
+        "cells",
+        "time",
+        "clean",
+        "PMA",
+        "minus FGSM's",
+        *("at each eps", "signs that stay"),
+    ]
     (of_stale,) = [line for line in lines if line[1:4] == ["gtsrb", "full fine-tuning", "stale"]]
     assert of_stale[4:7] == ["4 and 8", "6", "1.04"]
     assert of_stale[8] == "50.0 %"
     assert of_stale[9].startswith("-12.50 (")
+    assert of_stale[10:12] == ["-12.50 and -12.50", ""]
     assert {path.stem for path in (tmp_path / "figures").glob("price-*")} == {"price-0", "price-1"}
 
 
