@@ -29,8 +29,10 @@ THIRD = "nvidia-h200-2026-11-27/"
 DEMO = "demo.json"
 STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "study-cpu/cells/*/cell.json"
 CELLS_AGAIN = "study-again/cells/*/cell.json"
-RIVALS = {"full": ("fgsm-5-epochs", "stale"), "lora": ("stale",)}  # of FGSM: for the time of standard fine-tuning
+PRICED, RIVALS = ("full", "lora"), ("fgsm-5-epochs", "stale")  # of FGSM, for the time of standard fine-tuning
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
+ZEROS = "zeros-cpu-amd-epyc-1-thread.json"
+RETIMED = "price/cells/*/retimed.json"
 SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
 TUNED, BACKBONE = "scratch/tuned.json", "scratch/backbone.json"
 TUNED_FAST, BACKBONE_AGAIN = "scratch/tuned-fast.json", "scratch/backbone-again.json"
@@ -49,10 +51,12 @@ COMMANDS = {
     "peers/*": "benchmarks/peers/suites.py CHECKOUTS... --mnist FOLDER",
     "nvidia-*": "benchmarks/gpu/run.sh FOLDER",
     STEPS_CPU: "pytest --benchmark benchmarks/training/bench_step.py",
+    ZEROS: "benchmarks/training/zeros.py DATA/cifar10 OUT",
     "scratch/*": "benchmarks/training/scratch.py DATA FOLDER",
     "study-cpu/*": "the same study on a CPU, cut",
     "study-again/*": "some of its cells on a CPU by later code",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
+    RETIMED: "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price --times 2",
     "price/*": "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price",
 }
 
@@ -712,23 +716,29 @@ def price() -> Iterator[Figure]:
         ("answer", "the cheapest and the best beside FGSM", partial(_of_study, path="price_sentences"), _items),
         ("table", "time and accuracy of each training attack", partial(_of_study, path="price_table"), str),
         ("seeds", "seeds of FGSM and its rivals on a data set", _seeds_compared, _counted_seeds),
-        ("noise", "the time of a training without an attack over that of its repetition", _repeated, hundredths),
     ):
         yield Figure(f"price.{name}", what + words, (PRICE, PRICE_CELLS), value, form)
-    for data, (method, rivals) in product(("cifar10", "eurosat"), RIVALS.items()):
+    yield Figure("price.zeros", "stored signs: the share of gradients that are 0", (ZEROS,), _zeros, percent)
+    words = "the longest time of a training alone over that of its repetition, the most of all"
+    yield Figure("price.noise", what + words, (RETIMED,), _repeated, hundredths)
+    for method, attack in product(PRICED, ("fgsm", *RIVALS, "stale-price-1.25")):
+        value = partial(_of_study, path=f"price_summaries[data=cifar10&method={method}&attack={attack}].time")
+        words = f"{what}{method} fine-tuning with {attack}: time over training without an attack, each alone"
+        yield Figure(f"price.{method}.{attack}.time", words, (PRICE, RETIMED), value, hundredths)
+    for data, method in product(("cifar10", "eurosat"), PRICED):
         for attack, name, words, form in (
             ("fgsm", "robust", "what PMA leaves", percent),
-            *((attack, "time", "time over training without an attack", hundredths) for attack in ("fgsm", *rivals)),
-            *((attack, "to_fgsm", "what PMA leaves less FGSM's, in points", _beside_fgsm) for attack in rivals),
+            *((attack, "to_fgsm", "what PMA leaves less FGSM's, in points", _beside_fgsm) for attack in RIVALS),
         ):
-            value = partial(_of_study, path=f"price_summaries[data={data}&method={method}&attack={attack}].{name}")
+            place = f"price_summaries[data={data}&method={method}&attack={attack}]"
+            value = partial(_of_study, path=place if name == "to_fgsm" else f"{place}.{name}")
             words = f"{what}{method} fine-tuning with {attack} on {data}: {words}"
             yield Figure(f"price.{data}.{method}.{attack}.{name}", words, (PRICE, PRICE_CELLS), value, form)
 
 
 def _seeds_compared(report: Mapping, cells: list[Mapping]) -> tuple[float, float]:
     """The fewest and the most seeds of FGSM and its rivals that each eps has."""
-    compared = {(method, attack) for method, rivals in RIVALS.items() for attack in ("fgsm", *rivals)}
+    compared = set(product(PRICED, ("fgsm", *RIVALS)))
     rows = [row for row in report["price_summaries"] if (row["method"], row["attack"]) in compared]
     return extent(row["runs"] / len(row["budgets"]) for row in rows)
 
@@ -740,17 +750,18 @@ def _counted_seeds(found: tuple[float, float]) -> str:
     return f"{least:.0f} to {most:.0f} seeds"
 
 
-def _beside_fgsm(found: Sequence[float]) -> str:
-    """A difference in points with its interval."""
-    value, low, high = (f"{100 * each:+.1f}" for each in found)
-    return f"{value} ({low} to {high})"
+def _beside_fgsm(summary: Mapping) -> str:
+    """A difference in points with its interval, and the difference at each eps."""
+    value, low, high = (f"{100 * each:+.1f}" for each in summary["to_fgsm"])
+    return f"{value} ({low} to {high}): " + " and ".join(f"{100 * each:+.1f}" for each in summary["by_eps"])
 
 
-def _repeated(report: Mapping, cells: list[Mapping]) -> float:
-    """The ratio of the times of one training, which was repeated for each eps."""
-    wanted = {"attack": "none", "method": "full", "data": "cifar10", "seed": 0}
-    times = [each["train_cpu_s"] for each in cells if wanted.items() <= each["cell"].items()]
-    return max(times) / min(times)
+def _zeros(found: Mapping) -> float:
+    return max(row["zeros"] for row in found["rules"])
+
+
+def _repeated(cells: list[Mapping]) -> float:
+    return max(max(each["train_cpu_s"]) / min(each["train_cpu_s"]) for each in cells)
 
 
 def _on_cpu(cells: list[Mapping]) -> int:

@@ -46,6 +46,7 @@ DEPENDS = {
         *(f"fastadv/study/{name}.py" for name in ("cells", "images", "verdicts")),
     ),
     "scratch": (*TRAINING, "fastadv/data", "fastadv/models/networks.py"),
+    "zeros": (*TRAINING, "fastadv/data", "fastadv/models/robust-resnet.safetensors"),
     "build": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h"),
     "kernels": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h"),
     "sass": ("csrc/cuda", "csrc/attack_math.h", "csrc/philox.h", "fastadv/ops/triton_kernels.py"),

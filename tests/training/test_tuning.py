@@ -1,6 +1,7 @@
 """The parameters that each method trains in every family of networks, its learning, and a comparison with peft."""
 
 import copy
+import random
 from contextlib import contextmanager
 
 import peft
@@ -290,12 +291,14 @@ def random_vit():
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
 def test_each_method_learns_the_parity_of_two_patches_and_the_head_alone_does_not(method):
-    torch.manual_seed(0)
-    network, (x, y), test = random_vit(), parity(256, 1), parity(256, 2)
-    found = []
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    torch.manual_seed(seed)
+    network, (x, y), test = random_vit(), parity(256, seed + 1), parity(256, seed + 2)
+    found, most = [], 5 if method == "linear" else 30  # 13 were needed at most in six tries
     with trainable(network, method, rank=4, example=x) as tuning:
         optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=1e-2, weight_decay=0)
-        while len(found) < 5 and max(found, default=0) < 0.8:
+        while len(found) < most and max(found, default=0) < 0.8:
             for _ in range(20):
                 rows = torch.randint(256, (32,))
                 F.cross_entropy(network(x[rows]), y[rows]).backward()
