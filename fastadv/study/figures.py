@@ -172,7 +172,8 @@ def _lines(axis: "Axes", runs: Iterable[Course], field: str, colour: str, style:
 def price_curve(prices: Sequence[Price]) -> "Figure":
     """Robust accuracy over the time of training, an attack each point, for each eps.
 
-    A dotted line shows FGSM's accuracy. The bars are the 95 % intervals of the difference to FGSM.
+    A dotted line shows FGSM's accuracy. The bars are the 95 % intervals of the difference to FGSM. The accuracy without
+    an attack, whose time is 1, is far below the others: it stands in the title.
 
     Args:
         prices: those of one data set, model and method with the same settings.
@@ -182,7 +183,9 @@ def price_curve(prices: Sequence[Price]) -> "Figure":
     measured = all(each.time is not None for each in prices)
     axes = figure.subplots(1, len(budgets), squeeze=False)[0]
     for axis, eps in zip(axes, budgets, strict=True):
-        for each in (each for each in prices if each.row.eps == eps):
+        here = [each for each in prices if each.row.eps == eps]
+        without = [f"{each.standard}: {100 * each.robust:.1f} %" for each in here if each.attack == each.standard]
+        for each in (each for each in here if each.attack != each.standard or len(here) == 1):
             style: dict[str, Any] = _numbered(attacks.index(each.attack))
             bars, difference = None, each.difference
             if difference is not None:
@@ -192,7 +195,7 @@ def price_curve(prices: Sequence[Price]) -> "Figure":
             if each.attack == each.against:
                 axis.axhline(100 * each.robust, color="#444444", linewidth=0.8, linestyle=":")
         axis.set(xlabel=f"time{'' if measured else ' foretold'}, standard = 1")
-        axis.set_title(f"eps {eps:g}", fontsize=9)
+        axis.set_title(", ".join([f"eps {eps:g}", *without]), fontsize=9)
         _plain(axis)
     axes[0].set_ylabel("accuracy under PMA, %")
     named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}

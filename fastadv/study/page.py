@@ -294,12 +294,16 @@ def _times(found: Sequence[Time]) -> str:
         "epochs alone, made on the same machine; processor time on a CPU, and on a GPU of cells that had it "
         "alone. Foretold: by the cost model, in passes through the network."
     )
-    if timed := {attack_words(each.attack) for each in found if each.retimed}:
-        words += (
-            f" Of {', '.join(sorted(timed))}: of a cell of each method that was trained again, with nothing else on "
-            "the machine."
-        )
-    return html.paragraph(words, "note") + _table(head, rows) if rows else ""
+    return html.paragraph(words + _retimed(found), "note") + _table(head, rows) if rows else ""
+
+
+def _retimed(found: Iterable[Time]) -> str:
+    """Which times are of cells that were trained again; empty where none is."""
+    words = ""
+    for place, timed in grouped((each for each in found if each.retimed), lambda each: each.retimed):
+        attacks = ", ".join(dict.fromkeys(attack_words(each.attack) for each in timed))
+        words += f" Of {attacks}: of cells that were trained again on {place}, with nothing else there."
+    return words
 
 
 def _attacks(study: Study) -> str:
@@ -340,6 +344,8 @@ def _prices(study: Study, drawn: Mapping[str, Drawing]) -> str:
         "in points, with a 95 % interval, as in the differences to PGD. Attacks by their names in the grid. The "
         "first table has means over eps."
     )
+    if retimed := _retimed(study.times):
+        words += f"{retimed} Such a time stands for every data set and eps."
     shown = [name for name in drawn if name.startswith("price-")]
     table = _folded(f"all {len(rows)} of them", [*head, "minus FGSM", "from", "to"], rows)
     over = _escaped(*price_words.rows(study.summaries))

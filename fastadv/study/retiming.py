@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,7 +68,11 @@ def _row_and_seed(task: Task) -> tuple[str, str | None, float, int]:
 
 
 def _trained(task: Task, site: Site) -> Record:
-    """The record of the last epoch. The run writes its files as the cell's did, and they are removed."""
+    """The last record of the training, without the readings and evaluations, whose time does not count.
+
+    The run writes its files as the cell's did, and they are removed.
+    """
+    task = replace(task, training=replace(task.training, probe=0, eval_every=0))
     folder = cell_folder(site.folder, task.cell.id) / "again"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     before, level = torch.get_num_threads(), logger.level
@@ -77,7 +82,7 @@ def _trained(task: Task, site: Site) -> Record:
         parts = parts_of(task, site.data_folder)
         model = build(task.cell, parts)
         fitting = trainer(task, model.on_pixels, site.device, folder=folder)
-        record: Record = fitting.fit(parts.train, parts.val)[-1]
+        record: Record = fitting.fit(parts.train)[-1]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         logger.setLevel(level)

@@ -27,7 +27,7 @@ class Time:
         to_none: the measured ratio to training without an attack.
         predicted_to_none: the ratio to training without an attack by the cost model.
         pairs: the number of pairs with PGD whose times count.
-        retimed: whether the ratios are of cells that were trained again, alone.
+        retimed: the processor or GPU on which cells were trained again, alone, where a ratio is theirs; else None.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Time:
     to_none: float | None
     predicted_to_none: float | None
     pairs: int
-    retimed: bool
+    retimed: str | None
 
 
 def times(results: Iterable[Result]) -> list[Time]:
@@ -60,7 +60,7 @@ def times(results: Iterable[Result]) -> list[Time]:
                 to_none=retimed(none) or measured(none),
                 predicted_to_none=predicted(none) if none else None,
                 pairs=sum(map(_both_retimed, pgd)) or sum(_comparable(*pair) for pair in pgd),
-                retimed=any(map(_both_retimed, [*pgd, *none])),
+                retimed=next((_place(a) for a, b in [*pgd, *none] if _both_retimed((a, b))), None),
             )
         )
     return found
@@ -100,6 +100,12 @@ def predicted(pairs: Iterable[tuple[Result, Result]]) -> float:
 def _both_retimed(pair: tuple[Result, Result]) -> bool:
     a, b = (each.retimed for each in pair)
     return a is not None and b is not None and all(a[name] == b[name] for name in ("machine", "commit"))
+
+
+def _place(result: Result) -> str | None:
+    machine = result.retimed["machine"] if result.retimed else {"device": None}
+    name: str | None = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    return name
 
 
 def _shortest(times: Any) -> float:

@@ -12,6 +12,7 @@ from test_study import study, write_set
 from fastadv.commands import study as command
 from fastadv.study import retiming
 from fastadv.study.reading import read_study
+from fastadv.study.writing import write_study
 
 GRID = """
 data: [colours.npz, {name: others, path: colours.npz}]
@@ -133,9 +134,12 @@ def test_the_report_has_the_ratios_of_the_shortest_times_alone(tmp_path, rng):  
     found = read_study(tmp_path)
     of = {each.attack: each for each in found.times}
     assert (of["fgsm"].to_none, of["fgsm"].to_pgd, of["fgsm"].pairs) == (6 / 3, 6 / 30, 1)
-    assert [each.retimed for each in (of["fgsm"], of["nfgsm"])] == [True, False]
+    assert [each.retimed for each in (of["fgsm"], of["nfgsm"])] == ["a CPU", None]
     assert of["nfgsm"].to_pgd == next(each.to_pgd for each in before.times if each.attack == "nfgsm")
     assert {(each.row.data, each.time) for each in found.prices if each.attack == "fgsm"} == {("a", 2.0), ("b", 2.0)}
+    write_study(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Of FGSM, no attack, PGD: of cells that were trained again on a CPU, with nothing else there.") == 2
     # Another machine's, or another code's, are not compared.
     for changes in ({"cpu": "another"}, {"commit": "another"}):
         write_times(tmp_path, records["a", "fgsm"], 6.0, **changes)
