@@ -753,7 +753,8 @@ def _counted_seeds(found: tuple[float, float]) -> str:
 def _beside_fgsm(summary: Mapping) -> str:
     """A difference in points with its interval, and the difference at each eps."""
     value, low, high = (f"{100 * each:+.1f}" for each in summary["to_fgsm"])
-    return f"{value} ({low} to {high}): " + " and ".join(f"{100 * each:+.1f}" for each in summary["by_eps"])
+    each = " and ".join(f"{100 * each:+.1f}" for each in summary["by_eps"])
+    return f"{value} ({low} to {high}): {each}" + (", 1 seed" if summary["runs"] == len(summary["budgets"]) else "")
 
 
 def _zeros(found: Mapping) -> float:

@@ -76,9 +76,13 @@ def _pairs(
 def retimed(pairs: Iterable[tuple[Result, Result]]) -> float | None:
     """As `measured`, of cells that were trained again alone, on one machine and by one code; the shortest times count.
 
-    What lengthens a training differs from one to the next, so that the shortest is nearest to what it takes.
+    What lengthens a training differs from one to the next, so that the shortest is nearest to what it takes. Of each
+    cell as many trainings count as both have: of more the shortest is shorter.
     """
-    found = [_shortest(a.retimed) / _shortest(b.retimed) for a, b in pairs if _both_retimed((a, b))]
+    found = []
+    for one, other in (map(_again, pair) for pair in pairs if _both_retimed(pair)):
+        count = min(len(one), len(other))
+        found.append(min(one[:count]) / min(other[:count]))
     return median(found) if found else None
 
 
@@ -108,9 +112,10 @@ def _place(result: Result) -> str | None:
     return name
 
 
-def _shortest(times: Any) -> float:
+def _again(result: Result) -> list[float]:
+    times: Any = result.retimed
     seconds: list[float] = times["train_cpu_s" if times["machine"]["device"] == "cpu" else "train_s"]
-    return min(seconds)
+    return seconds
 
 
 def _comparable(a: Result, b: Result) -> bool:
