@@ -752,9 +752,13 @@ def _counted_seeds(found: tuple[float, float]) -> str:
 
 def _beside_fgsm(summary: Mapping) -> str:
     """A difference in points with its interval, and the difference at each eps."""
-    value, low, high = (f"{100 * each:+.1f}" for each in summary["to_fgsm"])
-    each = " and ".join(f"{100 * each:+.1f}" for each in summary["by_eps"])
+    value, low, high = map(_tenths, summary["to_fgsm"])
+    each = " and ".join(map(_tenths, summary["by_eps"]))
     return f"{value} ({low} to {high}): {each}" + (", 1 seed" if summary["runs"] == len(summary["budgets"]) else "")
+
+
+def _tenths(share: float) -> str:
+    return f"{round(100 * share, 1) or 0.0:+.1f}"
 
 
 def _zeros(found: Mapping) -> float:
