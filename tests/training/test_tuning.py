@@ -2,6 +2,7 @@
 
 import copy
 import random
+import statistics
 from contextlib import contextmanager
 
 import peft
@@ -289,13 +290,13 @@ def random_vit():
     return network
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
-def test_each_method_learns_the_parity_of_two_patches_and_the_head_alone_does_not(method):
+def accuracies(method, most):
+    """The test accuracies of a new network after every 20 steps, until one is 80 % or there are `most` of them."""
     seed = random.randrange(2**32)
     print("seed", seed)
     torch.manual_seed(seed)
     network, (x, y), test = random_vit(), parity(256, seed + 1), parity(256, seed + 2)
-    found, most = [], 5 if method == "linear" else 30  # 13 were needed at most in six tries
+    found = []
     with trainable(network, method, rank=4, example=x) as tuning:
         optimizer = torch.optim.AdamW([parameter for _, parameter in tuning.parameters], lr=1e-2, weight_decay=0)
         while len(found) < most and max(found, default=0) < 0.8:
@@ -306,7 +307,17 @@ def test_each_method_learns_the_parity_of_two_patches_and_the_head_alone_does_no
                 optimizer.zero_grad()
             with torch.no_grad():
                 found.append((network.eval()(test[0]).argmax(1) == test[1]).float().mean().item())
-    assert (sum(found) / 5 < 0.6) if method == "linear" else (found[-1] >= 0.8)
+    return found
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("full", "linear")])
+def test_each_method_learns_the_parity_of_two_patches(method):
+    assert accuracies(method, 30)[-1] >= 0.8  # 13 were needed at most in six tries
+
+
+def test_the_head_alone_does_not_learn_the_parity_of_two_patches():
+    # A random network's features may tell a little of it: of 25 networks one reached 64 %, their mean was 52 %.
+    assert statistics.fmean(statistics.fmean(accuracies("linear", 5)) for _ in range(5)) < 0.6
 
 
 def test_of_two_classifiers_both_train():
