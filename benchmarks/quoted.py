@@ -56,7 +56,7 @@ COMMANDS = {
     "study-cpu/*": "the same study on a CPU, cut",
     "study-again/*": "some of its cells on a CPU by later code",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
-    RETIMED: "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price --times 2",
+    RETIMED: "fastadv study benchmarks/training/price.yaml --data-folder DATA --out OUT --times 2, cut",
     "price/*": "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price",
 }
 

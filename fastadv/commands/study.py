@@ -93,14 +93,14 @@ def run(arguments: argparse.Namespace) -> None:
     _check_outside(arguments.out, tasks, data_folder)
     device = str(arguments.device)
     site = Site(arguments.out.absolute(), data_folder, device, arguments.threads, arguments.keep_weights)
-    if arguments.times is not None:
-        _take_times(arguments, tasks, site)
-        return
     if arguments.dry_run:
         _say_plan(tasks, left, site)
         return
     check_folder(arguments.out)
     check_packages()
+    if arguments.times is not None:
+        _take_times(arguments, tasks, site)
+        return
     if site.keep_weights:
         _say_no_weights(tasks, left, site.folder)
     write_grid(arguments.out, grid)

@@ -7,7 +7,7 @@ from statistics import mean, median
 from fastadv.study.partners import epochs_of, setup_of, standing
 from fastadv.study.results import HEADLINE_JUDGE, Result, Row, grouped, row_of
 from fastadv.study.statistics import Difference, compare, of_one_set
-from fastadv.study.timing import measured, predicted, retimed
+from fastadv.study.timing import measured, predicted, retimed_to_none
 
 REFERENCE = "fgsm"
 
@@ -116,7 +116,7 @@ def prices(results: Iterable[Result]) -> tuple[list[Price], list[str]]:
     found, refused = [], []
     results = list(results)
     priced = {row_of(each) for each in results if each.attack == "none"}
-    times = _retimed(results)
+    times = retimed_to_none(results)
     for (row, _), group in grouped(results, setup_of):
         standard, problem = standing(group, "none")
         if standard is None:
@@ -128,9 +128,7 @@ def prices(results: Iterable[Result]) -> tuple[list[Price], list[str]]:
         differences, problems = compare(group, against) if against else ([], [])
         judged = {each.attack: each for each in differences if each.judge == HEADLINE_JUDGE}
         found += [
-            _price(
-                cells, of_standard, against, judged.get(attack), times.get((row.model, row.method, attack, standard))
-            )
+            _price(cells, of_standard, against, judged.get(attack), times[row.model, row.method, attack])
             for attack, cells in grouped(group, lambda each: each.cell.attack)
         ]
         refused += [*problems, *([problem] if problem else [])]
@@ -168,19 +166,6 @@ def summaries(prices: Iterable[Price]) -> list[Summary]:
                 agreement=mean(agreements) if agreements else None,
             )
         )
-    return found
-
-
-def _retimed(results: Iterable[Result]) -> dict[tuple[str, str, str, str], float]:
-    """{(model, method, attack, the one without an attack): the time of training alone, of the first row with it}."""
-    found: dict[tuple[str, str, str, str], float] = {}
-    for (row, _), group in grouped(results, setup_of):
-        standard, _ = standing(group, "none")
-        of_seed = {each.cell.seed: each for each in group if each.cell.attack == standard}
-        for attack, cells in grouped(group, lambda each: each.cell.attack):
-            time = retimed((each, of_seed[each.cell.seed]) for each in cells if each.cell.seed in of_seed)
-            if standard and time:
-                found.setdefault((row.model, row.method, attack, standard), time)
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastadv.study.cells import Site, build, machine
-from fastadv.study.files import Record, cell_folder, read_cell, read_retimed, write_retimed
+from fastadv.study.files import CELL, Record, cell_folder, read_retimed, write_retimed
 from fastadv.study.grid import Cell, Task, trainer
 from fastadv.study.images import parts_of
 from fastadv.study.results import grouped
@@ -28,7 +28,7 @@ def chosen(tasks: Iterable[Task], folder: Path) -> list[Task]:
         tasks: the cells of the grid, of which the first row of several with as many attacks is taken.
         folder: the study's folder.
     """
-    done = [task for task in tasks if read_cell(folder, task.cell.id) is not None]
+    done = [task for task in tasks if (cell_folder(folder, task.cell.id) / CELL).exists()]
     found: list[Task] = []
     for _, group in grouped(done, lambda task: (task.cell.model, task.cell.method)):
         rows = grouped(group, _row_and_seed)

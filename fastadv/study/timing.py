@@ -44,13 +44,8 @@ class Time:
 def times(results: Iterable[Result]) -> list[Time]:
     """The times of each method with each attack, in the order in which `results` has them."""
     results = list(results)
-    partners: dict[tuple[Setup, int, str], Result] = {}
-    for setup, group in grouped(results, setup_of):
-        for other in (PGD, "none"):
-            name = pgd_of(group) if other == PGD else standing(group, other)[0]
-            partners |= {(setup, each.cell.seed, other): each for each in group if each.cell.attack == name}
-    found = []
-    for names, mine in grouped(results, lambda each: (each.cell.model, each.cell.method, each.cell.attack)):
+    partners, found = _partners(results), []
+    for names, mine in grouped(results, _names):
         pgd, none = (_pairs(mine, other, partners) for other in (PGD, "none"))
         found.append(
             Time(
@@ -64,6 +59,27 @@ def times(results: Iterable[Result]) -> list[Time]:
             )
         )
     return found
+
+
+def retimed_to_none(results: Iterable[Result]) -> dict[tuple[str, str, str], float | None]:
+    """{(model, method, attack): the ratio to training without an attack of `retimed`}."""
+    results = list(results)
+    partners = _partners(results)
+    return {names: retimed(_pairs(mine, "none", partners)) for names, mine in grouped(results, _names)}
+
+
+def _names(result: Result) -> tuple[str, str, str]:
+    return result.cell.model, result.cell.method, result.cell.attack
+
+
+def _partners(results: Iterable[Result]) -> dict[tuple[Setup, int, str], Result]:
+    """{(setup, seed, PGD or "none"): the cell that others are compared with}."""
+    partners: dict[tuple[Setup, int, str], Result] = {}
+    for setup, group in grouped(results, setup_of):
+        for other in (PGD, "none"):
+            name = pgd_of(group) if other == PGD else standing(group, other)[0]
+            partners |= {(setup, each.cell.seed, other): each for each in group if each.cell.attack == name}
+    return partners
 
 
 def _pairs(

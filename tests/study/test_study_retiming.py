@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 
 import pytest
@@ -105,6 +106,13 @@ def test_what_is_not_alone_is_refused(folder, options, words):
         study(folder, *options, grid=GRID)
 
 
+def test_a_report_that_could_not_be_written_is_known_before_the_first_training(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="matplotlib"):
+        study(folder, "--times", "1", grid=GRID)
+    assert not retimed(folder)
+
+
 def test_times_without_a_finished_cell_are_refused(tmp_path):
     write_set(tmp_path / "colours.npz", 1)
     with pytest.raises(SystemExit, match="has no finished cell of this grid to take the time of"):
@@ -125,19 +133,14 @@ def test_the_report_has_the_ratios_of_the_shortest_times_alone(tmp_path, rng):  
         for attack in ("none", "fgsm", "pgd", "nfgsm")
     }
     for record in records.values():
-        record["machine"]["device"] = "cpu"
-    for record in records.values():
         studied.write(tmp_path, record)
     before = read_study(tmp_path)
     for attack, seconds in {"none": (4.0, 3.0), "fgsm": (7.0, 6.0), "pgd": (30.0,)}.items():
         write_times(tmp_path, records["a", attack], *seconds)
     found = read_study(tmp_path)
     of = {each.attack: each for each in found.times}
-    assert (of["fgsm"].to_none, of["fgsm"].to_pgd, of["fgsm"].pairs) == (
-        6 / 3,
-        7 / 30,
-        1,
-    )  # of two trainings, and of one
+    assert (of["fgsm"].to_none, of["fgsm"].to_pgd) == (6 / 3, 7 / 30)  # of two trainings, and of one
+    assert of["fgsm"].pairs == 1
     assert [each.retimed for each in (of["fgsm"], of["nfgsm"])] == ["a CPU", None]
     assert of["nfgsm"].to_pgd == next(each.to_pgd for each in before.times if each.attack == "nfgsm")
     assert {(each.row.data, each.time) for each in found.prices if each.attack == "fgsm"} == {("a", 2.0), ("b", 2.0)}
