@@ -161,7 +161,7 @@ class _Steps:
 class MergedWeights:
     """The weights of LoRA's layers with the factors merged, for passes that need no gradient of a weight.
 
-    A pass of an attack then costs what it does without LoRA, and the logits differ by rounding. Weights in half types
+    Such a pass then costs what it does without LoRA, and the logits differ by rounding. Weights in half types
     are left alone: the sum would round small factors away.
 
     Args:

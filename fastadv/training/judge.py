@@ -11,6 +11,7 @@ from fastadv.data.share import Batch
 from fastadv.evaluation.adversaries import eps_of
 from fastadv.evaluation.confusion import confusions
 from fastadv.evaluation.robustness import evaluate, robust_accuracy
+from fastadv.training.factors import MergedWeights
 from fastadv.training.foreign import TrainAttack
 from fastadv.training.passes import Passes
 from fastadv.training.progress import Record
@@ -42,6 +43,7 @@ class Judge:
     ):
         self.model, self.eps, self.passes = model, eps, passes
         self.attack = attack or self._named("pgd-10")
+        self._merged = MergedWeights(model)
         self._options: dict[str, Any] = {"seed": seed, "device": device, **passes.evaluation}
 
     @property
@@ -55,7 +57,9 @@ class Judge:
         Raises:
             ValueError: the attack leaves its budget.
         """
-        return self._within_budget(robust_accuracy(self.model, val, self.attack, **self._options))
+        with self._merged():
+            found = robust_accuracy(self.model, val, self.attack, **self._options)
+        return self._within_budget(found)
 
     def final(self, test: Batch) -> Record:
         """The accuracies on `test`: clean, under the attack, and under PMA after it; and the confusions.

@@ -18,10 +18,12 @@ from fastadv.evaluation.adversaries import eps_of
 from fastadv.evaluation.samples import collected
 from fastadv.functional import sample_seeds
 from fastadv.nn.frozen import frozen
+from fastadv.nn.inside import as_module
 from fastadv.nn.logits import AnyModel
 from fastadv.nn.parallel import one_process
 from fastadv.ops.generator import seeded
 from fastadv.training.checks import check_taken
+from fastadv.training.factors import MergedWeights
 from fastadv.training.foreign import AnyAttack, TrainAttack, as_attack
 from fastadv.training.passes import Passes
 from fastadv.training.step import check_attack, check_linf, warn_of_strange
@@ -188,7 +190,8 @@ class Monitor:
         """
         # A copy of the attack: a compiled one would fill up all its later batches to the size of a part.
         attack = copy.copy(self.attack)
-        with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model):
+        merged = MergedWeights(as_module(self.model))()
+        with torch.inference_mode(False), torch.no_grad(), seeded(self.seed), frozen(self.model), merged:
             rows = torch.arange(len(self.labels), device=self.labels.device).split(self._passes.part)
             seen = [self._look(part, attack) for part in rows]
         right, right_attacked, *cosines, noise, after = (torch.cat(values) for values in zip(*seen, strict=True))

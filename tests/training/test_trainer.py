@@ -153,6 +153,20 @@ def test_after_ten_steps_what_should_train_has_changed_and_no_other_bit(method):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_lora_is_validated_with_the_weights_that_the_trained_model_will_have():
+    """To the bit: with the factors beside the weights the logits would differ by rounding."""
+    model, seen = conv(), []
+
+    def evaluating(x, y):
+        seen.append((x, model(x)))
+        return (x + EPS).clamp(0, 1)
+
+    fit(model, method="lora", **RANK["lora"], epochs=1, eval_attack=evaluating)
+    x, logits = seen[0]
+    model.eval()
+    assert torch.equal(logits, model(x))
+
+
 @pytest.mark.parametrize("method", ["full", "bias", "lora"])
 def test_lp_ft_trains_the_head_first_and_the_method_begins_with_it(method, after_steps):
     states, watch = after_steps

@@ -21,6 +21,7 @@ from fastadv.models import lora_targets
 from fastadv.models.added import added_to
 from fastadv.models.projections import ia3_targets
 from fastadv.training.methods import METHODS, trainable
+from fastadv.training.monitor import Monitor
 from fastadv.training.step import TrainStep
 
 
@@ -386,6 +387,24 @@ def test_an_attack_in_training_sees_lora_without_its_factors_passes(attack):
         F.cross_entropy(network(expected), y).backward()
         for key, p in tuning.parameters:
             torch.testing.assert_close(mine[key], p.grad, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_a_monitor_reads_the_merged_weights_in_and_after_lora():
+    """To the bit those of the model when its training ends; a monitor that outlives it merges nothing again."""
+    seen = []
+
+    def attack(images, labels):
+        seen.append((images, network(images)))
+        return (images + 0.1).clamp(0, 1)
+
+    with adapted(torch.float32) as (network, x, y, _, calls):
+        monitor = Monitor(network, x, y, attack, 0.1)
+        monitor.check()
+        assert not calls  # the factors themselves were not used
+    monitor.check()
+    assert len(seen) == 2
+    for images, found in seen:
+        assert torch.equal(found, network(images))
 
 
 def test_an_attack_that_fails_leaves_lora_as_it_was():
