@@ -32,7 +32,7 @@ CELLS_AGAIN = "study-again/cells/*/cell.json"
 PRICED, RIVALS = ("full", "lora"), ("fgsm-5-epochs", "stale")  # of FGSM, for the time of standard fine-tuning
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
 ZEROS = "zeros-cpu-amd-epyc-1-thread.json"
-RETIMED = "price/cells/*/retimed.json"
+RETIMED, STUDY_RETIMED = "price/cells/*/retimed.json", "study/cells/*/retimed.json"
 SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
 TUNED, BACKBONE = "scratch/tuned.json", "scratch/backbone.json"
 TUNED_FAST, BACKBONE_AGAIN = "scratch/tuned-fast.json", "scratch/backbone-again.json"
@@ -55,6 +55,7 @@ COMMANDS = {
     "scratch/*": "benchmarks/training/scratch.py DATA FOLDER",
     "study-cpu/*": "the same study on a CPU, cut",
     "study-again/*": "some of its cells on a CPU by later code",
+    STUDY_RETIMED: "fastadv study benchmarks/training/study.yaml --data-folder DATA --out OUT --times 1",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
     RETIMED: "fastadv study benchmarks/training/price.yaml --data-folder DATA --out OUT --times 2, cut",
     "price/*": "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price",
@@ -652,7 +653,8 @@ def study() -> Iterator[Figure]:
         ("table", "FGSM beside PGD and the paper", "paper_table", str),
         ("attacks", "all fast attacks side by side", "attack_table", str),
     ):
-        yield Figure(f"study.{name}", what, (STUDY, CELLS), partial(_of_study, path=path), form)
+        files = (STUDY, CELLS, STUDY_RETIMED) if path.endswith("_table") else (STUDY, CELLS)  # tables have times
+        yield Figure(f"study.{name}", what, files, partial(_of_study, path=path), form)
     for name, what, of in (
         ("partly", "that overfitted partly", {"how": "partly", "shows": True}),
         ("weak", "that are weak", {"how": "weak", "shows": True}),
@@ -851,7 +853,7 @@ def _share(cell: Mapping) -> float:
     return cell["verdicts"]["pma"].count("1") / len(cell["verdicts"]["pma"])
 
 
-def _of_study(report: Mapping, cells: list[Mapping], path: str) -> Any:
+def _of_study(report: Mapping, *cells: list[Mapping], path: str) -> Any:
     """The value at a place in a study's report. The report has no environment, so the figure also needs the cells."""
     return at(report, path)
 
