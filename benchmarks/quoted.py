@@ -736,6 +736,25 @@ def price() -> Iterator[Figure]:
             value = partial(_of_study, path=place if name == "to_fgsm" else f"{place}.{name}")
             words = f"{what}{method} fine-tuning with {attack} on {data}: {words}"
             yield Figure(f"price.{data}.{method}.{attack}.{name}", words, (PRICE, PRICE_CELLS), value, form)
+    for method, attack in product(PRICED, RIVALS):
+        words = f"{what}{method} fine-tuning with {attack}: PGD-10 on validation images in the last epoch less FGSM's"
+        value = partial(_last_beside_fgsm, method=method, attack=attack)
+        yield Figure(f"price.{method}.{attack}.last", words, (PRICE_CELLS,), value, tenths)
+
+
+def _last_beside_fgsm(cells: list[Mapping], method: str, attack: str) -> float:
+    """In points, the mean over data sets, eps and seeds: no choice of an epoch is in it."""
+    last: dict[str, dict[str, float]] = {"fgsm": {}, attack: {}}
+    for each in cells:
+        cell = each["cell"]
+        if cell["method"] == method and cell["attack"] in last:
+            last[cell["attack"]][json.dumps(cell | {"attack": ""})] = _epochs(each)[-1]["robust_accuracy"]
+    both = last["fgsm"].keys() & last[attack].keys()
+    return 100 * mean(last[attack][row] - last["fgsm"][row] for row in both)
+
+
+def _epochs(cell: Mapping) -> list[Mapping]:
+    return [record for record in cell["records"] if "epoch" in record]
 
 
 def _seeds_compared(report: Mapping, cells: list[Mapping]) -> tuple[float, float]:
@@ -800,8 +819,7 @@ def _validated(cells: list[Mapping]) -> float:
     ratios = []
     for pair in _partners(cells, "fgsm"):
         if pair[0]["cell"]["method"] == "full" and {each["machine"]["device"] for each in pair} == {"cpu"}:
-            epochs = ([e for e in each["records"] if "epoch" in e] for each in pair)
-            fgsm, pgd = (sum(e["train_s"] + e.get("eval_s", 0.0) for e in of) for of in epochs)
+            fgsm, pgd = (sum(e["train_s"] + e.get("eval_s", 0.0) for e in _epochs(each)) for each in pair)
             ratios.append(fgsm / pgd)
     return median(ratios)
 
@@ -822,7 +840,7 @@ def _in_epoch(cells: list[Mapping], eps: float, last: bool) -> float:
     for pair in _partners(cells, "fgsm"):
         cell = pair[0]["cell"]
         if cell["method"] == "full" and cell["eps"] == eps:
-            of = [[e["robust_accuracy"] for e in each["records"] if "epoch" in e] for each in pair]
+            of = [[epoch["robust_accuracy"] for epoch in _epochs(each)] for each in pair]
             fgsm, pgd = (said[-1] if last else max(said) for said in of)
             found.setdefault(f"{cell['data']} {cell['classes']}", []).append(100 * (fgsm - pgd))
     return mean(map(mean, found.values()))
