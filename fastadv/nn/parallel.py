@@ -1,5 +1,6 @@
-"""Calls a model under DistributedDataParallel in one process, without waiting for the others."""
+"""Tells models that are parallel, and calls one under DistributedDataParallel without waiting for other processes."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,3 +36,9 @@ def alone(model: AnyModel) -> Iterator[None]:
 def one_process(model: AnyModel) -> AnyModel:
     """The module inside a DistributedDataParallel, whose calls do not wait for other processes; else `model` itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def in_shards(model: nn.Module) -> bool:
+    """Whether fully_shard gathers weights of the model for each pass, and lets go of them after it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # it takes a second to import, and who shards has done it
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fastadv._warnings import warn
 from fastadv.nn.frozen import at_the_end
+from fastadv.nn.parallel import in_shards
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner
@@ -41,7 +42,8 @@ def merged(
         `_Steps.hold`, which lets only some rows of a factor train.
 
     Raises:
-        ValueError: one of `factors` has no gradient at the first step of an optimizer; nothing was changed.
+        ValueError: at the first step of an optimizer one of `factors` has no gradient, a weight is offloaded, or a
+            factor that `hold` was called for was replaced; nothing was changed.
 
     Warns:
         UserWarning: at the end: optimizers trained other parameters of the model, and none had a factor.
@@ -103,7 +105,7 @@ class _Steps:
     """
 
     def __init__(self, model: nn.Module, factors: Mapping[str, nn.Parameter], method: str, todo: str):
-        self._factors, self._method, self._todo = factors, method, todo
+        self._network, self._factors, self._method, self._todo = model, factors, method, todo
         self._ids = {id(factor) for factor in factors.values()}
         self._model = {id(parameter) for parameter in model.parameters()}
         self.of_factors = self.of_others = False
@@ -147,7 +149,10 @@ class _Steps:
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
         if self.of_factors:  # the first step is over
             return
+        self._check_held()
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not held.isdisjoint(self._ids):
+            self._check_weights()
         missing = [name for name, factor in self._factors.items() if id(factor) in held and factor.grad is None]
         if missing:
             raise ValueError(
@@ -157,12 +162,31 @@ class _Steps:
         self.of_factors = not held.isdisjoint(self._ids)
         self.of_others |= not held.isdisjoint(self._model - self._ids)
 
+    def _check_held(self) -> None:
+        """Refuse factors that something has put others in the place of: their rows would no longer be held."""
+        here = {id(parameter) for parameter in self._network.parameters()} if self._held else set()
+        if not all(id(factor) in here for factor, _, _ in self._held):
+            raise ValueError(
+                f"{self._method} trains only a part of some layers' outputs, and something like fully_shard replaced "
+                f"its factors, so that all of them would train: leave the model whole. {self._todo}"
+            )
+
+    def _check_weights(self) -> None:
+        layers = {name: self._network.get_submodule(name) for name in self._factors}
+        offloaded = [name for name, layer in layers.items() if layer.get_parameter("base_layer.weight").is_meta]
+        if offloaded:
+            raise ValueError(
+                f"the weights of {', '.join(offloaded)} are offloaded (on the meta device between two passes), and "
+                f"{self._method}'s factors could not be merged into them at the end: load the whole model"
+            )
+
 
 class MergedWeights:
     """The weights of LoRA's layers with the factors merged, for passes that need no gradient of a weight.
 
-    Such a pass then costs what it does without LoRA, and the logits differ by rounding. Weights in half types
-    are left alone: the sum would round small factors away.
+    Such a pass then costs what it does without LoRA, and the logits differ by rounding. Left alone are weights in half
+    types, where the sum would round small factors away, and those that fully_shard or offloading brings for each pass,
+    which would compute without the factors.
 
     Args:
         model: any model; nothing is done where `trainable` has not set it up for LoRA.
@@ -170,7 +194,8 @@ class MergedWeights:
 
     def __init__(self, model: nn.Module):
         layers: list[Any] = [module for module in model.modules() if getattr(module, MERGES, False)]
-        self._layers = [layer for layer in layers if layer.base_layer.weight.dtype not in HALVES]
+        weights = [] if in_shards(model) else [(layer, layer.base_layer.weight) for layer in layers]
+        self._layers = [layer for layer, weight in weights if weight.dtype not in HALVES and not weight.is_meta]
         self._memory: dict[int, torch.Tensor] = {}  # a captured graph keeps its addresses
 
     @contextmanager

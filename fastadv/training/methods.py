@@ -13,6 +13,7 @@ from fastadv.models import Target
 from fastadv.models.structure import find_heads, not_named
 from fastadv.names import instead
 from fastadv.nn.frozen import at_the_end, flags_kept, is_writable
+from fastadv.nn.parallel import in_shards
 from fastadv.training.adapter import adapter
 from fastadv.training.bias import bias
 from fastadv.training.ia3 import ia3
@@ -183,10 +184,11 @@ def trainable(
         ImportError: the method is "lora" or "ia3", and peft, of the `train` extra, is not installed.
         TypeError: rank, adapter_reduction or prompt_tokens is no whole number, alpha no number, or lora_targets one
             name and no list.
-        ValueError: the method is unknown; there is no such head or layer; LoRA's or IA3's update of a layer could not
-            be merged, see `fastadv.training.mergeable`; the model has no place for an adapter or a prompt, or nothing
-            that the method trains; or a number is out of range. At the first step of an optimizer, before it changes
-            anything: the factors of LoRA or IA3 in a layer got no gradient.
+        ValueError: the method is unknown; it is not "full" and the model is sharded by fully_shard; there is no such
+            head or layer; LoRA's or IA3's update of a layer could not be merged, see `fastadv.training.mergeable`; the
+            model has no place for an adapter or a prompt, or nothing that the method trains; or a number is out of
+            range. At the first step of an optimizer, before it changes anything: the factors of LoRA or IA3 in a layer
+            got no gradient.
 
     Warns:
         UserWarning: `head` names one of several classifiers. At the end: optimizers trained the model, but none had
@@ -195,6 +197,11 @@ def trainable(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
     choose = METHODS[method]
+    if choose is not None and in_shards(model):
+        raise ValueError(
+            f"the model is sharded by fully_shard already, and {method} would set up its shards: set the whole model "
+            "up, and shard it within trainable()"
+        )
     heads = {} if choose is None and head is None else find_heads(model, head, example)
     left = [] if choose is None else not_named(model, heads)
     if left:

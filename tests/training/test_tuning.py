@@ -5,6 +5,7 @@ import random
 import statistics
 from contextlib import contextmanager
 
+import accelerate
 import peft
 import pytest
 import timm
@@ -14,10 +15,12 @@ import torchattacks
 from families import PLAIN, SHAPE, logits, made
 from fitted import changed, copied
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from fastadv import models
 from fastadv.attacks import FGSM
-from fastadv.models import lora_targets
+from fastadv.models import Target, lora_targets
 from fastadv.models.added import added_to
 from fastadv.models.projections import ia3_targets
 from fastadv.training.methods import METHODS, trainable
@@ -405,6 +408,62 @@ def test_a_monitor_reads_the_merged_weights_in_and_after_lora():
     assert len(seen) == 2
     for images, found in seen:
         assert torch.equal(found, network(images))
+
+
+def test_lora_trains_in_shards_as_it_does_whole(one_process):
+    """fully_shard gathers the weights for each pass: factors that were merged into the shards would have no effect."""
+    mesh, found = init_device_mesh("cpu", (1,)), []
+    for sharded in (False, True):
+        torch.manual_seed(1)
+        with adapted(torch.float32) as (network, x, y, _, _):
+            if sharded:
+                fully_shard(network, mesh=mesh)
+            parameters = [p for p in network.parameters() if p.requires_grad]
+            step = TrainStep(network, FGSM(network, 0.1), torch.optim.SGD(parameters, 0.5))
+            step.gradients(x, y)
+            found.append([p.grad.full_tensor() if sharded else p.grad for p in parameters])
+            step.optimizer.step()
+            trained = network(x)
+        found[-1] += [network(x)]
+        torch.testing.assert_close(found[-1][-1], trained, rtol=1e-4, atol=1e-5)
+    for whole, shards in zip(*found, strict=True):
+        assert torch.equal(whole, shards)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"full"}))
+def test_a_model_in_shards_is_not_set_up(one_process, method):
+    """What a method adds would not be sharded with it, and stay apart in each process."""
+    network = fully_shard(lora_network(torch.float32), mesh=init_device_mesh("cpu", (1,)))
+    names = list(network.state_dict())
+    with (
+        pytest.raises(ValueError, match=rf"sharded by fully_shard already, and {method} .* within trainable\(\)"),
+        trainable(network, method, example=torch.rand(1, 3, 8, 8)),
+    ):
+        pass
+    assert list(network.state_dict()) == names
+
+
+def test_factors_that_were_replaced_do_not_train_where_some_of_their_rows_must_not(one_process):
+    network, x = lora_network(torch.float32), torch.rand(5, 3, 8, 8)
+    with trainable(network, "lora", lora_targets=[Target("5", (slice(0, 4),))], head="7", rank=3, example=x):
+        fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.5)
+        network(x).sum().backward()
+        with pytest.raises(ValueError, match=r"LoRA trains only a part .* fully_shard replaced its factors"):
+            optimizer.step()
+
+
+def test_lora_refuses_offloaded_weights_at_the_first_step():
+    with adapted(torch.float32) as (network, x, y, tuning, _):
+        layer = network[2].base_layer
+        accelerate.hooks.add_hook_to_module(
+            layer, accelerate.hooks.AlignDevicesHook(x.device, offload=True, weights_map=copied(layer))
+        )
+        step = TrainStep(network, FGSM(network, 0.1), torch.optim.SGD([p for _, p in tuning.parameters], 0.5))
+        step.gradients(x, y)
+        with pytest.raises(ValueError, match=r"weights of 2 are offloaded .* could not be merged"):
+            step.optimizer.step()
+        accelerate.hooks.remove_hook_from_module(layer)
 
 
 def test_an_attack_that_fails_leaves_lora_as_it_was():
