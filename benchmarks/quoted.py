@@ -31,6 +31,7 @@ STUDY, CELLS, CELLS_CPU = "study/results.json", "study/cells/*/cell.json", "stud
 CELLS_AGAIN = "study-again/cells/*/cell.json"
 PRICED, RIVALS = ("full", "lora"), ("fgsm-5-epochs", "stale")  # of FGSM, for the time of standard fine-tuning
 PRICE, PRICE_CELLS = "price/results.json", "price/cells/*/cell.json"
+MANY, MANY_CELLS = "price-many/results.json", "price-many/cells/*/cell.json"
 ZEROS = "zeros-cpu-amd-epyc-1-thread.json"
 RETIMED, STUDY_RETIMED = "price/cells/*/retimed.json", "study/cells/*/retimed.json"
 SCRATCH, SLOW = "scratch/fgsm.json", "scratch/fgsm-slow.json"
@@ -58,6 +59,7 @@ COMMANDS = {
     STUDY_RETIMED: "fastadv study benchmarks/training/study.yaml --data-folder DATA --out OUT --times 1",
     "study/*": "fastadv study benchmarks/training/study.yaml --data-folder DATA --out benchmarks/results/study",
     RETIMED: "fastadv study benchmarks/training/price.yaml --data-folder DATA --out OUT --times 2, cut",
+    "price-many/*": "fastadv study benchmarks/training/price-many.yaml --data-folder DATA --out OUT",
     "price/*": "fastadv study benchmarks/training/price.yaml --data-folder DATA --out benchmarks/results/price",
 }
 
@@ -740,6 +742,13 @@ def price() -> Iterator[Figure]:
         words = f"{what}{method} fine-tuning with {attack}: PGD-10 on validation images in the last epoch less FGSM's"
         value = partial(_last_beside_fgsm, method=method, attack=attack)
         yield Figure(f"price.{method}.{attack}.last", words, (PRICE_CELLS,), value, tenths)
+    value = partial(_of_study, path="price_table")
+    yield Figure("many.table", what + "each training attack with 12,000 images", (MANY, MANY_CELLS), value, str)
+    for attack in (*RIVALS, "stale-4"):
+        words = f"{what}full fine-tuning with {attack} on cifar10 at eps 8: what PMA leaves less FGSM's, in points"
+        value = partial(_of_study, path=f"price_summaries[data=cifar10&method=full&attack={attack}]")
+        for name, files, form in (("few", (PRICE, PRICE_CELLS), _at_eps_8), ("many", (MANY, MANY_CELLS), _alone)):
+            yield Figure(f"{name}.{attack}", f"{words}, {name} images", files, value, form)
 
 
 def _last_beside_fgsm(cells: list[Mapping], method: str, attack: str) -> float:
@@ -776,6 +785,14 @@ def _beside_fgsm(summary: Mapping) -> str:
     value, low, high = map(_tenths, summary["to_fgsm"])
     each = " and ".join(map(_tenths, summary["by_eps"]))
     return f"{value} ({low} to {high}): {each}" + (", 1 seed" if summary["runs"] == len(summary["budgets"]) else "")
+
+
+def _at_eps_8(summary: Mapping) -> str:
+    return _tenths(dict(zip(summary["budgets"], summary["by_eps"], strict=True))[8])
+
+
+def _alone(summary: Mapping) -> str:
+    return "{} ({} to {})".format(*map(_tenths, summary["to_fgsm"]))
 
 
 def _tenths(share: float) -> str:
