@@ -753,13 +753,9 @@ def price() -> Iterator[Figure]:
 
 def _last_beside_fgsm(cells: list[Mapping], method: str, attack: str) -> float:
     """In points, the mean over data sets, eps and seeds: no choice of an epoch is in it."""
-    last: dict[str, dict[str, float]] = {"fgsm": {}, attack: {}}
-    for each in cells:
-        cell = each["cell"]
-        if cell["method"] == method and cell["attack"] in last:
-            last[cell["attack"]][json.dumps(cell | {"attack": ""})] = _epochs(each)[-1]["robust_accuracy"]
-    both = last["fgsm"].keys() & last[attack].keys()
-    return 100 * mean(last[attack][row] - last["fgsm"][row] for row in both)
+    pairs = [pair for pair in _partners(cells, attack, of="fgsm") if pair[0]["cell"]["method"] == method]
+    last = ([_epochs(each)[-1]["robust_accuracy"] for each in pair] for pair in pairs)
+    return 100 * mean(mine - fgsm for mine, fgsm in last)
 
 
 def _epochs(cell: Mapping) -> list[Mapping]:
@@ -782,9 +778,8 @@ def _counted_seeds(found: tuple[float, float]) -> str:
 
 def _beside_fgsm(summary: Mapping) -> str:
     """A difference in points with its interval, and the difference at each eps."""
-    value, low, high = map(_tenths, summary["to_fgsm"])
     each = " and ".join(map(_tenths, summary["by_eps"]))
-    return f"{value} ({low} to {high}): {each}" + (", 1 seed" if summary["runs"] == len(summary["budgets"]) else "")
+    return f"{_alone(summary)}: {each}" + (", 1 seed" if summary["runs"] == len(summary["budgets"]) else "")
 
 
 def _at_eps_8(summary: Mapping) -> str:
@@ -811,14 +806,13 @@ def _on_cpu(cells: list[Mapping]) -> int:
     return sum(each["machine"]["device"] == "cpu" for each in cells)
 
 
-def _partners(cells: list[Mapping], attack: str | None = None) -> Iterator[tuple[Mapping, Mapping]]:
-    """(a cell with this attack or any, the same with PGD), for each that there is."""
-    with_pgd = {json.dumps(each["cell"] | {"attack": ""}): each for each in cells if each["cell"]["attack"] == "pgd"}
+def _partners(cells: list[Mapping], attack: str | None = None, of: str = "pgd") -> Iterator[tuple[Mapping, Mapping]]:
+    """(a cell with this attack or any other, the same with the attack `of`), for each that there is."""
+    partners = {json.dumps(each["cell"] | {"attack": ""}): each for each in cells if each["cell"]["attack"] == of}
     for each in cells:
-        partner = with_pgd.get(json.dumps(each["cell"] | {"attack": ""}))
-        if partner is not None and each["cell"]["attack"] in (
-            {attack} if attack else {each["cell"]["attack"]} - {"pgd"}
-        ):
+        partner = partners.get(json.dumps(each["cell"] | {"attack": ""}))
+        name = each["cell"]["attack"]
+        if partner is not None and (name == attack if attack else name != of):
             yield each, partner
 
 

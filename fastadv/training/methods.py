@@ -43,6 +43,7 @@ METHODS: dict[str, Method | None] = {
     "ia3": ia3,
     "norm": norm,
 }
+ADDING = frozenset({"lora", "adapter", "prompt", "ia3"})  # the methods that add parameters to the model
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"linear": 1e-2, "bias": 3e-3}
 """Peak learning rates of methods for AdamW; that of the others is LEARNING_RATE."""
@@ -184,7 +185,7 @@ def trainable(
         ImportError: the method is "lora" or "ia3", and peft, of the `train` extra, is not installed.
         TypeError: rank, adapter_reduction or prompt_tokens is no whole number, alpha no number, or lora_targets one
             name and no list.
-        ValueError: the method is unknown; it is not "full" and the model is sharded by fully_shard; there is no such
+        ValueError: the method is unknown; it adds parameters and the model is sharded by fully_shard; there is no such
             head or layer; LoRA's or IA3's update of a layer could not be merged, see `fastadv.training.mergeable`; the
             model has no place for an adapter or a prompt, or nothing that the method trains; or a number is out of
             range. At the first step of an optimizer, before it changes anything: the factors of LoRA or IA3 in a layer
@@ -197,10 +198,10 @@ def trainable(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{instead(method, METHODS)}")
     choose = METHODS[method]
-    if choose is not None and in_shards(model):
+    if method in ADDING and in_shards(model):
         raise ValueError(
-            f"the model is sharded by fully_shard already, and {method} would set up its shards: set the whole model "
-            "up, and shard it within trainable()"
+            f"the model is sharded by fully_shard already, and {method} adds parameters, which would differ between "
+            "processes: set the whole model up, and shard it within trainable()"
         )
     heads = {} if choose is None and head is None else find_heads(model, head, example)
     left = [] if choose is None else not_named(model, heads)

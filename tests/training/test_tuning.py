@@ -23,7 +23,7 @@ from fastadv.attacks import FGSM
 from fastadv.models import Target, lora_targets
 from fastadv.models.added import added_to
 from fastadv.models.projections import ia3_targets
-from fastadv.training.methods import METHODS, trainable
+from fastadv.training.methods import ADDING, METHODS, trainable
 from fastadv.training.monitor import Monitor
 from fastadv.training.step import TrainStep
 
@@ -430,8 +430,24 @@ def test_lora_trains_in_shards_as_it_does_whole(one_process):
         assert torch.equal(whole, shards)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"full"}))
-def test_a_model_in_shards_is_not_set_up(one_process, method):
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - ADDING))
+def test_a_method_that_adds_nothing_trains_a_model_that_was_in_shards_before(one_process, method):
+    x, y, trained = torch.rand(6, *SHAPE), torch.arange(6) % 3, []
+    torch.manual_seed(0)
+    whole = made("timm vit")
+    shards = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (1,)))
+    for network in (whole, shards):
+        with trainable(network, method, example=x):
+            parameters = [p for p in network.parameters() if p.requires_grad]
+            step = TrainStep(network, FGSM(network, 4 / 255), torch.optim.SGD(parameters, 0.1))
+            step.gradients(x, y)
+            step.apply()
+        trained.append({name: p.detach() for name, p in network.named_parameters()})
+    assert all(torch.equal(p, trained[1][name].full_tensor()) for name, p in trained[0].items())
+
+
+@pytest.mark.parametrize("method", sorted(ADDING))
+def test_a_method_that_adds_parameters_refuses_a_model_in_shards(one_process, method):
     """What a method adds would not be sharded with it, and stay apart in each process."""
     network = fully_shard(lora_network(torch.float32), mesh=init_device_mesh("cpu", (1,)))
     names = list(network.state_dict())
